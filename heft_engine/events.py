@@ -1,0 +1,58 @@
+"""What a run says while it runs: one frozen record per event, and the closed list of codes.
+
+It does NOT know where events go: `on_event` is any callable. `python -m heft_engine train` prints them as JSON lines.
+"""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+Level = Literal["info", "warn", "error"]
+
+#: The codes an engine run may emit; the service adds VALIDATION_COMPLETE, QUEUED, PAUSED, RESUMED, RESTARTED, CANCELLED.
+Code = Literal[
+    "STARTED",  #: data: method, stages as resolved (learning rate, layers, modules), device, dtype, rows, total_steps
+    "STAGE_STARTED",  #: data: stage, stage_index, total_steps, learning_rate, trained_parameters
+    "METRICS",  #: data: stage, stage_index, step, epoch, loss, learning_rate, tokens, seconds; total_steps of the run
+    "EPOCH_COMPLETE",  #: data: stage, stage_index, epoch, train_loss; eval_loss and eval_accuracy with validation rows
+    "CHECKPOINT_SAVED",  #: data: stage, stage_index, step, path (a complete directory, manifest written last)
+    "STAGE_COMPLETE",  #: data: stage, stage_index, seconds, steps, train_loss
+    "MERGE_VERIFIED",  #: data: the parity record of this merge
+    "EVALUATION",  #: data: stage ("base", "lora", "reft"), accuracy, correct, n, interval_95, split
+    "WARNING",  #: data: signature (a name), and what to do in the message
+    "SUCCEEDED",  #: data: bundle (path), evaluation, parity
+    "FAILED",  #: data: error {code, message, param}
+]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Event:
+    """One thing that happened. `data` holds JSON values only."""
+
+    code: Code
+    message: str
+    data: dict[str, Any] = field(default_factory=dict)
+    level: Level = "info"
+    time: float = field(default_factory=time.time)
+
+    def to_json(self) -> str:
+        """One line without a newline; `type` tells numbers from sentences, as in the REST API."""
+        kind = "metrics" if self.code == "METRICS" else "message"
+        return json.dumps(
+            {
+                "code": self.code,
+                "type": kind,
+                "level": self.level,
+                "message": self.message,
+                "data": self.data,
+                "time": self.time,
+            },
+            allow_nan=False,
+        )
+
+
+OnEvent = Callable[[Event], None]

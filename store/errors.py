@@ -1,0 +1,70 @@
+"""Every way a request can fail, drawn once. `api.errors` maps this tree to HTTP; nothing else does.
+
+StoreError              message, param (the field at fault), code (stable, for programs)
+├── InvalidRequest      the caller sent something that can't be        → 422 (400 where it isn't JSON)
+├── Unauthenticated     no key, or one that nobody issued              → 401
+├── Forbidden           a valid key that may not do this               → 403
+├── NotFound            no such thing, or another owner's              → 404
+├── Conflict            a state or an idempotency key forbids it       → 409, never retried
+├── TooLarge            more bytes, rows or inputs than allowed        → 413
+├── RateLimited         too much at once                               → 429 with Retry-After
+├── Unavailable         database, broker or workers are away           → 503 with Retry-After
+└── LostFence           a worker's attempt is no longer the current one (never leaves the worker)
+"""
+
+from __future__ import annotations
+
+
+class StoreError(Exception):
+    code: str | None = None
+
+    def __init__(self, message: str, *, param: str | None = None, code: str | None = None) -> None:
+        super().__init__(message)
+        self.message = message
+        self.param = param
+        if code is not None:
+            self.code = code
+
+
+class InvalidRequest(StoreError):
+    code = "invalid_value"
+
+
+class Unauthenticated(StoreError):
+    code = "invalid_api_key"
+
+
+class Forbidden(StoreError):
+    code = "permission_denied"
+
+
+class NotFound(StoreError):
+    code = "not_found"
+
+
+class Conflict(StoreError):
+    code = "conflict"
+
+
+class TooLarge(StoreError):
+    code = "too_large"
+
+
+class RateLimited(StoreError):
+    code = "rate_limit_exceeded"
+
+    def __init__(self, message: str, *, retry_after: int = 1) -> None:
+        super().__init__(message)
+        self.retry_after = retry_after
+
+
+class Unavailable(StoreError):
+    code = "unavailable"
+
+    def __init__(self, message: str, *, retry_after: int = 2, code: str | None = None) -> None:
+        super().__init__(message, code=code)
+        self.retry_after = retry_after
+
+
+class LostFence(StoreError):
+    code = "lost_fence"

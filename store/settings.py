@@ -1,0 +1,50 @@
+"""Every setting an operator can give, read from the environment once: prefix HEFT_."""
+
+from __future__ import annotations
+
+from functools import lru_cache
+from pathlib import Path
+
+from pydantic import Field
+from pydantic_settings import BaseSettings, SettingsConfigDict
+
+
+class StoreSettings(BaseSettings):
+    """Where things are and how patient the service is. `heft up` fills the three addresses for a single machine."""
+
+    model_config = SettingsConfigDict(env_prefix="HEFT_", extra="ignore", frozen=True)
+
+    database_url: str  #: postgresql+psycopg://…
+    redis_url: str  #: redis://…, rediss://… or redis+socket://<path>?virtual_host=0
+    artifacts_url: str  #: file:///…, s3://bucket/prefix: bytes by key
+    model_dir: Path | None = None  #: the operator's folder of base models; a name in it is a model id
+    cache_dir: Path | None = None  #: converted aliases and hub downloads
+
+    host: str = "127.0.0.1"
+    port: int = 8000
+
+    lease_seconds: float = Field(
+        default=60, gt=0
+    )  #: a worker that has not written for so long has lost its job
+    lease_grace_seconds: float = Field(default=5, ge=0)
+    heartbeat_seconds: float = Field(default=10, gt=0)
+    control_seconds: float = Field(default=2, gt=0)  #: how often a supervisor reads cancel and pause
+    sweep_seconds: float = Field(
+        default=15, gt=0
+    )  #: how often the reconciler looks for lost hints and leases
+    stall_seconds: float = Field(default=900, gt=0)  #: a trainer without progress for so long is ended
+    checkpoint_seconds: float = Field(default=300, ge=0)  #: the most training a crash may cost; 0: every step
+    max_trainer_deaths: int = 3  #: in a row without a new checkpoint: then the job fails
+    max_lost_leases: int = 20
+
+    max_file_bytes: int = 2 * 1024**3
+    max_line_bytes: int = 8 * 1024**2
+    max_rows: int = 5_000_000
+    predict_timeout_seconds: float = 30
+    memory_budget_bytes: int = 0  #: what one worker may hold in models; 0: three quarters of the machine
+
+
+@lru_cache(maxsize=1)
+def settings() -> StoreSettings:
+    """This process's settings. Raises pydantic's ValidationError naming the missing variable."""
+    return StoreSettings()  # type: ignore[call-arg]
