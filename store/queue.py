@@ -134,8 +134,8 @@ def make_celery(redis_url: str, *, name: str = "heft") -> Celery:
 
 
 def redis_py_url(redis_url: str) -> str:
-    """The same server as redis-py writes it: kombu's `redis+socket://<path>?virtual_host=0` is
-    `unix://<path>?db=0`.""" if not redis_url.startswith("redis+socket:"):
+    """The same server as redis-py writes it: `redis+socket://<path>?virtual_host=0` is `unix://<path>?db=0`."""
+    if not redis_url.startswith("redis+socket:"):
         return redis_url
     parts = urlsplit(redis_url)
     database = parse_qs(parts.query).get("virtual_host", ["0"])[0].lstrip("/")
