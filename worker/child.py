@@ -1,0 +1,130 @@
+"""One engine process: started with little, listened to line by line, ended with everything that it started.
+
+The engine runs in a child because a forking parent must never touch CUDA, and because an out-of-memory kill
+then takes the child and not the worker. The thread that starts a child must outlive it: PR_SET_PDEATHSIG
+follows the thread. So `run_job` starts, supervises and reaps it in one call, on one thread.
+
+It does NOT know what the events mean, nor why a child is ended.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import queue
+import signal
+import subprocess
+import threading
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+log = logging.getLogger(__name__)
+
+#: What a child may see of the worker's environment: paths, locale, hub access, proxies, devices and thread
+#: counts. The service's addresses, passwords and keys are not among them.
+PASSED_ON = {"PATH", "HOME", "USER", "LANG", "TZ", "TMPDIR", "PYTHONPATH", "LD_LIBRARY_PATH", "CC", "CXX"}
+PASSED_ON_PREFIXES = (
+    "LC_",
+    "XDG_",
+    "HF_",
+    "CUDA_",
+    "NVIDIA_",
+    "PYTORCH_",
+    "TORCH",
+    "OMP_",
+    "MKL_",
+    "OPENBLAS_",
+)
+PROXIES = {"http_proxy", "https_proxy", "no_proxy", "ssl_cert_file", "requests_ca_bundle"}
+
+
+def child_environment(environment: Mapping[str, str]) -> dict[str, str]:
+    """The few variables that a child gets, out of the worker's own."""
+    passed = {
+        name: value
+        for name, value in environment.items()
+        if name in PASSED_ON or name.startswith(PASSED_ON_PREFIXES) or name.lower() in PROXIES
+    }
+    return passed | {"PYTHONUNBUFFERED": "1", "TOKENIZERS_PARALLELISM": "false"}
+
+
+class Child:
+    """A process in its own group whose stdout is one JSON object a line. stderr is the worker's own log.
+
+    Its stdin is a pipe that only this process holds: end-of-file there means that the worker is gone.
+    """
+
+    def __init__(self, argv: Sequence[str], *, env: Mapping[str, str], cwd: Path) -> None:
+        #: monotonic time of its last sign of life on stdout; the stall watchdog reads it from another thread
+        self.last_line_at = time.monotonic()
+        self._process = subprocess.Popen(
+            argv,
+            env=dict(env),
+            cwd=cwd,
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            process_group=0,
+        )
+        self.pid = self._process.pid
+        self._reap_lock = threading.Lock()
+        self._lines: queue.SimpleQueue[dict[str, Any] | None] = queue.SimpleQueue()
+        self._reader = threading.Thread(target=self._read, name=f"read-{self.pid}", daemon=True)
+        self._reader.start()
+        self._ender = threading.Thread(target=self._end_stragglers, name=f"end-{self.pid}", daemon=True)
+        self._ender.start()
+
+    def lines(self) -> Iterator[dict[str, Any]]:
+        """Every JSON object it wrote, in order, until it has ended. Other output is logged and left out."""
+        while (line := self._lines.get()) is not None:
+            yield line
+
+    def wait(self) -> int:
+        """Its exit code; negative: the signal that ended it. Nothing of its group is left after this."""
+        self._ender.join()
+        self._reader.join()
+        with self._reap_lock:
+            code = self._process.wait()
+        assert self._process.stdin is not None
+        self._process.stdin.close()
+        return code
+
+    def terminate(self) -> None:
+        """Ask it to write a checkpoint and go (SIGTERM). Its own helpers stay, it may need them for that."""
+        self._send(os.kill, signal.SIGTERM)
+
+    def kill(self) -> None:
+        """End its whole process group now (SIGKILL)."""
+        self._send(os.killpg, signal.SIGKILL)
+
+    def dump_stacks(self) -> None:
+        """Have it write the stacks of all its threads to stderr (SIGUSR1)."""
+        self._send(os.kill, signal.SIGUSR1)
+
+    def _send(self, kill: Callable[[int, int], None], number: signal.Signals) -> None:
+        # While it is not reaped, the pid names it and its group, and nobody else's.
+        with self._reap_lock:
+            if self._process.returncode is None:
+                kill(self.pid, number)
+
+    def _read(self) -> None:
+        assert self._process.stdout is not None
+        with self._process.stdout as stdout:
+            for line in stdout:
+                self.last_line_at = time.monotonic()
+                try:
+                    value = json.loads(line)
+                except ValueError:
+                    value = None
+                if isinstance(value, dict):
+                    self._lines.put(value)
+                else:
+                    log.info("child %d wrote: %s", self.pid, line[:200].decode(errors="replace").rstrip())
+        self._lines.put(None)
+
+    def _end_stragglers(self) -> None:
+        """When the child ends, so does what it started: a straggler would hold its stdout, and the GPU."""
+        os.waitid(os.P_PID, self.pid, os.WEXITED | os.WNOWAIT)
+        self.kill()
