@@ -1,0 +1,165 @@
+"""Child processes that end with their owner, and locks that end with their holder.
+
+It does NOT know what runs in the processes. Linux only: the kernel's parent-death signal is what takes children
+along when their owner is killed with SIGKILL and can do nothing itself.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import fcntl
+import os
+import signal
+import subprocess
+import threading
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+from cli.errors import AlreadyRunning
+
+_PR_SET_PDEATHSIG = 1
+_POLL_SECONDS = 0.02
+_LOG_BYTES = 16 * 1024**2
+
+
+@dataclass(frozen=True, kw_only=True)
+class User:
+    """Who a child runs as."""
+
+    uid: int
+    gid: int
+
+
+def spawn(
+    command: Sequence[str | Path],
+    *,
+    log: Path,
+    environment: Mapping[str, str],
+    death_signal: signal.Signals,
+    user: User | None = None,
+    keep_open: Sequence[int] = (),
+    directory: Path | None = None,
+) -> subprocess.Popen[bytes]:
+    """Start a child in a session of its own (Ctrl-C in a terminal reaches only its owner), output appended to `log`.
+
+    It gets `death_signal` when this process dies, however it dies. Must be called from the main thread: the kernel
+    sends that signal when the *thread* that started the child ends.
+    """
+    if threading.current_thread() is not threading.main_thread():
+        raise RuntimeError("children are started from the main thread: their death signal follows the thread")
+    with open_log(log) as output:
+        return subprocess.Popen(
+            [str(part) for part in command],
+            stdin=subprocess.DEVNULL,
+            stdout=output,
+            stderr=output,
+            env=dict(environment),
+            cwd=directory,
+            start_new_session=True,
+            pass_fds=tuple(keep_open),
+            user=None if user is None else user.uid,
+            group=None if user is None else user.gid,
+            extra_groups=None if user is None else (),
+            # A change of user clears the death signal; Popen calls this after it.
+            preexec_fn=_die_with_parent(death_signal),
+        )
+
+
+def _die_with_parent(death_signal: signal.Signals) -> Callable[[], None]:
+    libc = ctypes.CDLL(None, use_errno=True)
+    parent = os.getpid()
+
+    def in_child() -> None:
+        libc.prctl(_PR_SET_PDEATHSIG, int(death_signal))
+        if os.getppid() != parent:  # it died before the line above could matter
+            os._exit(1)
+
+    return in_child
+
+
+def end(process: subprocess.Popen[bytes], steps: Sequence[tuple[signal.Signals, float]]) -> int:
+    """Send each signal to the process and give it that many seconds; then SIGKILL to its whole group. Exit status."""
+    for number, seconds in steps:
+        if process.poll() is not None:
+            break
+        process.send_signal(number)
+        try:
+            process.wait(seconds)
+        except subprocess.TimeoutExpired:
+            continue
+    kill_group(process)
+    return process.wait()
+
+
+def kill_group(process: subprocess.Popen[bytes]) -> None:
+    """SIGKILL to everything left of the session that `spawn` made for this process."""
+    try:
+        os.killpg(process.pid, signal.SIGKILL)
+    except ProcessLookupError:
+        return
+
+
+def runs_on(pid: int, directory: Path) -> bool:
+    """Whether `pid` is a live process whose command line names `directory`: a number alone proves nothing.
+
+    A zombie has no command line, so it does not count.
+    """
+    try:
+        command = Path(f"/proc/{pid}/cmdline").read_bytes()
+    except (FileNotFoundError, ProcessLookupError):
+        return False
+    return os.fsencode(directory) in command.split(b"\0")
+
+
+@contextmanager
+def locked(path: Path, *, wait_seconds: float, busy: str) -> Iterator[int]:
+    """Hold an exclusive flock on `path`; gives its descriptor. Raises AlreadyRunning with `busy` after the wait.
+
+    A child that is handed the descriptor holds the lock on, until its last process is gone.
+    """
+    descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+    try:
+        deadline = time.monotonic() + wait_seconds
+        while True:
+            try:
+                fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                break
+            except BlockingIOError:
+                if time.monotonic() >= deadline:
+                    raise AlreadyRunning(busy) from None
+                time.sleep(_POLL_SECONDS)
+        yield descriptor
+    finally:
+        os.close(descriptor)
+
+
+def wait_until(ready: Callable[[], bool], *, seconds: float) -> bool:
+    """Poll until `ready()`; False when the time is up."""
+    deadline = time.monotonic() + seconds
+    while not ready():
+        if time.monotonic() >= deadline:
+            return False
+        time.sleep(_POLL_SECONDS)
+    return True
+
+
+@contextmanager
+def open_log(path: Path) -> Iterator[int]:
+    """A descriptor that appends to `path`; one that has grown large is set aside as `<path>.1` first."""
+    if path.exists() and path.stat().st_size > _LOG_BYTES:
+        path.replace(path.with_name(path.name + ".1"))
+    descriptor = os.open(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_CLOEXEC, 0o600)
+    try:
+        yield descriptor
+    finally:
+        os.close(descriptor)
+
+
+def last_lines(path: Path, count: int = 12) -> str:
+    """The end of a log, for a message."""
+    if not path.exists():
+        return ""
+    return "\n".join(path.read_text(errors="replace").splitlines()[-count:])
