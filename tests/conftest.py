@@ -1,4 +1,4 @@
-"""What every test may ask for: a real Postgres and a real Valkey, started once, and a clean corner of each."""
+"""What every test may ask for: a real Postgres and a real Valkey, started once, a clean corner of each."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ _numbers = itertools.count()
 
 @dataclass(frozen=True, kw_only=True)
 class Stack:
-    """Two running servers. `database_url` names an empty database: take the `database_url` fixture for a migrated one."""
+    """Two running servers. `database_url` here is an empty database; the fixture's is a migrated one."""
 
     database_url: str
     redis_url: str
@@ -88,7 +88,7 @@ def database_url(make_database: Callable[[], str]) -> str:
 
 @pytest.fixture
 def redis_url(stack: Stack) -> str:
-    """The URL of an empty Valkey database. Tests run one after the other, so they share sixteen of them in turn."""
+    """The URL of an empty Valkey database. Tests run one after the other, and take sixteen in turn."""
     number = next(_numbers) % 16
     client = redis.Redis(unix_socket_path=str(stack.valkey_socket), db=number)
     try:
