@@ -1,0 +1,64 @@
+"""The Celery worker of each role: pool, queues and prefetch, on the settings that `store.queue` shares.
+
+Threads pools everywhere: under prefork a task process is daemonic and SIGTERM does not reach the task. The
+training worker takes one message at a time off the queue, since a message that waits behind a job of hours
+helps nobody; the inference worker must prefetch, or its 64 threads see a fifth of the requests.
+
+It does NOT know what the tasks do (worker.tasks), nor anything of jobs.
+"""
+
+from __future__ import annotations
+
+import threading
+from dataclasses import dataclass
+from enum import StrEnum
+from typing import Any
+
+from celery import Celery, signals
+
+from store.queue import Task, make_celery
+
+
+class Role(StrEnum):
+    TRAIN = "train"  #: Trains one job at a time, in a child process.
+    PREPARE = "prepare"  #: Checks files before a job is queued, and builds exports.
+    INFERENCE = "inference"  #: Holds models and answers /predict.
+
+
+@dataclass(frozen=True, kw_only=True)
+class Pool:
+    tasks: tuple[Task, ...]
+    threads: int
+    prefetch: bool
+
+
+POOLS = {
+    Role.TRAIN: Pool(tasks=(Task.TRAIN,), threads=1, prefetch=False),
+    Role.PREPARE: Pool(tasks=(Task.PREPARE, Task.EXPORT), threads=2, prefetch=False),
+    Role.INFERENCE: Pool(tasks=(Task.PREDICT,), threads=64, prefetch=True),
+}
+
+
+def worker_app(redis_url: str, role: Role) -> Celery:
+    """The Celery app that a worker of this role runs; its tasks are registered by `worker.tasks`."""
+    app = make_celery(redis_url, name=f"heft-{role}")
+    pool = POOLS[role]
+    app.conf.update(
+        worker_concurrency=pool.threads,
+        worker_prefetch_multiplier=1,
+        worker_disable_prefetch=not pool.prefetch,
+    )
+    return app
+
+
+def run_worker(app: Celery, role: Role, *, worker_id: str, stopping: threading.Event, log_level: str) -> None:
+    """Consume the role's queues until SIGTERM or SIGINT; `stopping` is set the moment that one arrives."""
+
+    def shutting_down(**_: Any) -> None:
+        stopping.set()
+
+    signals.worker_shutting_down.connect(shutting_down, weak=False)
+    queues = ",".join(task.queue for task in POOLS[role].tasks)
+    command = f"worker --pool threads --queues {queues} --hostname {worker_id} --loglevel {log_level}"
+    # Workers need not know each other: Postgres says who is there.
+    app.worker_main([*command.split(), "--without-mingle", "--without-gossip", "--without-heartbeat"])
