@@ -1,0 +1,125 @@
+"""A stand-in for `python -m heft_engine train`: it plays the script that stands in the training file.
+
+Each line of that file is one act, {"do": …}:
+  metrics step      a METRICS event            checkpoint step   a checkpoint on disk and its event
+  eval accuracy     an EVALUATION event        say text          a line that is no event
+  wait              until SIGTERM, then a checkpoint and exit 75
+  stubborn          until SIGKILL: SIGTERM is ignored
+  silent            until SIGKILL, saying nothing (SIGUSR1 writes the stacks)
+  die code          exit so without a word; `once` skips it after a resume
+  fail code message FAILED, exit 1
+  straggle path     start a process that would live for ever, its pid into `path`
+A run that resumes skips every act up to the checkpoint's step.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import faulthandler
+import hashlib
+import json
+import os
+import signal
+import subprocess
+import sys
+import threading
+from pathlib import Path
+from typing import Any
+
+STOP = threading.Event()
+STAGE = {"stage": "lora", "stage_index": 0}
+
+
+def emit(code: str, **data: Any) -> None:
+    kind = "metrics" if code == "METRICS" else "message"
+    event = {"code": code, "type": kind, "level": "info", "message": code.lower(), "data": data, "time": 0.0}
+    print(json.dumps(event), flush=True)
+
+
+def write_directory(path: Path, files: dict[str, str]) -> None:
+    for name, text in files.items():
+        (path / name).parent.mkdir(parents=True, exist_ok=True)
+        (path / name).write_text(text)
+    manifest = {name: hashlib.sha256(text.encode()).hexdigest() for name, text in files.items()}
+    (path / "manifest.json").write_text(json.dumps({"files": manifest}))
+
+
+class Play:
+    def __init__(self, run: dict[str, Any]) -> None:
+        self.run = run
+        self.checkpoints = Path(run["checkpoint_dir"])
+        self.step = 0
+        if run["resume"]:
+            self.step = json.loads((Path(run["resume"]) / "state.json").read_text())["step"]
+
+    def act(self, act: dict[str, Any]) -> None:
+        getattr(self, act["do"])(act)
+
+    def metrics(self, act: dict[str, Any]) -> None:
+        self.step = act["step"]
+        emit("METRICS", **STAGE, step=self.step, total_steps=10, epoch=self.step / 5, loss=1 / self.step,
+             learning_rate=0.001, tokens=8, seconds=0.1)  # fmt: skip
+
+    def checkpoint(self, act: dict[str, Any]) -> None:
+        self.step = act.get("step", self.step)
+        path = self.checkpoints / f"step-{self.step}-{os.getpid()}"
+        files = {"state.json": json.dumps({"step": self.step})}
+        if act.get("kind") == "stage":
+            files |= {"bundle/heft.json": json.dumps({"step": self.step})}
+        write_directory(path, files)
+        kind = act.get("kind", "step")
+        emit("CHECKPOINT_SAVED", **STAGE, step=self.step, kind=kind, path=str(path))
+
+    def eval(self, act: dict[str, Any]) -> None:
+        emit("EVALUATION", stage="base", accuracy=act["accuracy"], correct=1, n=2, interval_95=[0, 1])
+
+    def say(self, act: dict[str, Any]) -> None:
+        print(act["text"], flush=True)
+
+    def wait(self, _: dict[str, Any]) -> None:
+        STOP.wait()
+        self.checkpoint({})
+        sys.exit(75)
+
+    def stubborn(self, _: dict[str, Any]) -> None:
+        signal.signal(signal.SIGTERM, signal.SIG_IGN)
+        emit("METRICS", **STAGE, step=self.step, total_steps=10, epoch=0.0, loss=1.0, learning_rate=0.1,
+             tokens=1, seconds=0.1)  # fmt: skip
+        threading.Event().wait()
+
+    def silent(self, _: dict[str, Any]) -> None:
+        threading.Event().wait()
+
+    def die(self, act: dict[str, Any]) -> None:
+        if not (act.get("once") and self.run["resume"]):
+            os._exit(act["code"])
+
+    def fail(self, act: dict[str, Any]) -> None:
+        emit("FAILED", error={"code": act["code"], "message": act["message"], "param": None})
+        sys.exit(1)
+
+    def straggle(self, act: dict[str, Any]) -> None:
+        straggler = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(1000)"])
+        Path(act["path"]).write_text(str(straggler.pid))
+
+
+def main() -> None:
+    ctypes.CDLL(None).prctl(1, signal.SIGKILL)
+    threading.Thread(target=lambda: sys.stdin.read() or os._exit(9), daemon=True).start()
+    signal.signal(signal.SIGTERM, lambda *_: STOP.set())
+    faulthandler.register(signal.SIGUSR1)
+    run = json.loads(Path(sys.argv[sys.argv.index("--run-file") + 1]).read_text())
+    play = Play(run)
+    resumed_at = play.step
+    emit("STARTED", method="lora", resolved={"learning_rate": 0.001, "device": "cpu"}, rows=1, total_steps=10)
+    emit("STAGE_STARTED", **STAGE, total_steps=10)
+    for line in Path(run["train"]).read_text().splitlines():
+        act = json.loads(line)
+        if act.get("step", resumed_at + 1) > resumed_at:
+            play.act(act)
+    write_directory(Path(run["out"]), {"heft.json": json.dumps({"steps": play.step})})
+    evaluation = {"n": 2, "metric": "accuracy", "split": "validation", "results": []}
+    emit("SUCCEEDED", bundle=run["out"], evaluation=evaluation, parity={"lora": 0.0}, trained_tokens=80)
+
+
+main()

@@ -1,0 +1,29 @@
+"""What every part of a worker process needs, put together once in `worker.__main__`. It does NOT know any job."""
+
+from __future__ import annotations
+
+import sys
+import threading
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from store.artifacts import Artifacts
+from store.database import SessionFactory
+from store.queue import Hints
+from store.settings import StoreSettings
+
+
+@dataclass(frozen=True, kw_only=True)
+class Context:
+    """One worker process: who it is, where things are, and `stopping`, set when it shall end."""
+
+    worker_id: str
+    settings: StoreSettings
+    sessions: SessionFactory
+    artifacts: Artifacts
+    hints: Hints
+    scratch: Path
+    stopping: threading.Event
+    #: How a child of the engine is started; tests put a stand-in here.
+    engine_command: Sequence[str] = (sys.executable, "-m", "heft_engine")
