@@ -38,7 +38,7 @@ class Postgres:
         self._home = home
         self._durable = durable
         self._user = server_user()
-        self._process: subprocess.Popen[bytes] | None = None
+        self.process: subprocess.Popen[bytes] | None = None
 
     @property
     def socket_folder(self) -> Path:
@@ -76,7 +76,7 @@ class Postgres:
             options = ["-k", str(self.socket_folder), "-h", "", "-c", "unix_socket_permissions=0700"]
             if not self._durable:
                 options += ["-c", "fsync=off", "-c", "synchronous_commit=off", "-c", "full_page_writes=off"]
-            self._process = spawn(
+            self.process = spawn(
                 [binaries / "bin/postgres", "-D", self.data, *options],
                 log=self.log,
                 environment=_ENVIRONMENT,
@@ -86,14 +86,14 @@ class Postgres:
                 keep_open=[lock],
                 directory=self.data,
             )
-        self._wait_until_it_answers(self._process)
-        return self._process
+        self._wait_until_it_answers(self.process)
+        return self.process
 
     def stop(self) -> None:
         """Fast shutdown; returns when the server is gone."""
-        if self._process is not None:
-            end(self._process, _END)
-            self._process = None
+        if self.process is not None:
+            end(self.process, _END)
+            self.process = None
 
     def _create_cluster(self, binaries: Path, lock: int) -> None:
         # Under another name until it is whole: a killed initdb must never be taken for a cluster.

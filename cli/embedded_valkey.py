@@ -26,7 +26,7 @@ class Valkey:
 
     def __init__(self, home: Home) -> None:
         self._home = home
-        self._process: subprocess.Popen[bytes] | None = None
+        self.process: subprocess.Popen[bytes] | None = None
 
     @property
     def socket(self) -> Path:
@@ -47,7 +47,7 @@ class Valkey:
         with locked(self._home.path / "valkey.lock", wait_seconds=_FORMER_SERVER_SECONDS, busy=busy) as lock:
             make_private(self.socket.parent)
             self.socket.unlink(missing_ok=True)
-            self._process = spawn(
+            self.process = spawn(
                 [_binary(), "--port", "0", "--unixsocket", self.socket, "--unixsocketperm", "700",
                  "--dir", self._home.valkey, "--save", "", "--appendonly", "yes", "--appendfsync", "everysec",
                  "--maxmemory-policy", "noeviction", "--daemonize", "no"],
@@ -56,14 +56,14 @@ class Valkey:
                 death_signal=signal.SIGTERM,
                 keep_open=[lock],
             )  # fmt: skip
-        self._wait_until_it_answers(self._process)
-        return self._process
+        self._wait_until_it_answers(self.process)
+        return self.process
 
     def stop(self) -> None:
         """Returns when the server is gone and its file is written."""
-        if self._process is not None:
-            end(self._process, _END)
-            self._process = None
+        if self.process is not None:
+            end(self.process, _END)
+            self.process = None
 
     def _wait_until_it_answers(self, process: subprocess.Popen[bytes]) -> None:
         def ready() -> bool:

@@ -1,0 +1,43 @@
+"""Homes for the tests of the command, and owners of their stacks that end with the test."""
+
+from __future__ import annotations
+
+import shutil
+import subprocess
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import stack_owner
+from stack_owner import StartOwner
+
+from cli.home import Home
+from cli.process import User
+
+
+@pytest.fixture
+def folder() -> Iterator[Path]:
+    """A short folder that other users can walk into; pytest's own are closed to them."""
+    path = Path(tempfile.mkdtemp(prefix="heft-test-", dir="/tmp"))
+    path.chmod(0o711)
+    yield path
+    shutil.rmtree(path)
+
+
+@pytest.fixture
+def home(folder: Path) -> Home:
+    return Home.at(folder / "home")
+
+
+@pytest.fixture
+def start_owner() -> Iterator[StartOwner]:
+    started: list[subprocess.Popen[str]] = []
+
+    def start(home: Home, *, user: User | None = None, packages: Path | None = None) -> subprocess.Popen[str]:
+        started.append(stack_owner.start_owner(home, user=user, packages=packages))
+        return started[-1]
+
+    yield start
+    for process in started:
+        process.communicate(timeout=60)  # stdin ends: it stops its servers

@@ -1,0 +1,85 @@
+"""Owners of an embedded stack that may be killed, and how to see that nothing of one is left."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from collections.abc import Callable
+from contextlib import ExitStack
+from pathlib import Path
+
+import psycopg
+
+import cli
+from cli.home import Home, can_walk_to
+from cli.process import User, locked
+
+NOBODY = User(uid=65534, gid=65534)
+
+#: Another user can run the servers' binaries where they are installed.
+INSTALLATION_IS_OPEN = can_walk_to(Path(cli.__file__), NOBODY) and can_walk_to(Path(psycopg.__file__), NOBODY)
+
+#: Starts a stack, says so on stdout, holds it until its stdin ends. It may become an ordinary user first, but
+#: after its imports: this Python may lie where that user cannot read.
+_OWNER = """
+import os, sys
+from pathlib import Path
+import psycopg
+from cli.embedded import EmbeddedStack
+from cli.home import Home
+if sys.argv[2:]:
+    os.setgroups([])
+    os.setgid(int(sys.argv[3]))
+    os.setuid(int(sys.argv[2]))
+with Home.at(Path(sys.argv[1])).own(), EmbeddedStack(Home.at(Path(sys.argv[1]))):
+    print("ready", flush=True)
+    sys.stdin.read()
+"""
+
+StartOwner = Callable[..., "subprocess.Popen[str]"]
+
+
+def start_owner(
+    home: Home, *, user: User | None = None, packages: Path | None = None
+) -> subprocess.Popen[str]:
+    """A process that starts the stack of `home` and holds it. `packages` come before the installed ones."""
+    environment = {"PATH": os.defpath} | ({"PYTHONPATH": str(packages)} if packages else {})
+    return subprocess.Popen(
+        [sys.executable, "-c", _OWNER, str(home.path), *([str(user.uid), str(user.gid)] if user else [])],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        env=environment,
+        cwd="/",
+    )
+
+
+def is_ready(owner: subprocess.Popen[str]) -> bool:
+    """Wait for its word; False when it ended without one."""
+    assert owner.stdout is not None
+    return owner.stdout.readline() == "ready\n"
+
+
+def nothing_is_left(home: Home) -> bool:
+    """Wait until no process of either server lives: each of them holds its server's lock."""
+    with ExitStack() as held:
+        for name in ("postgres.lock", "valkey.lock"):
+            held.enter_context(locked(home.path / name, wait_seconds=20, busy=f"{name} is held"))
+    return True
+
+
+def servers_on(home: Home) -> list[bytes]:
+    """Command lines of the servers of this home: Postgres' helper processes show other titles."""
+    found = []
+    for entry in Path("/proc").glob("[0-9]*/cmdline"):
+        try:
+            command = entry.read_bytes()
+        except (FileNotFoundError, ProcessLookupError):
+            continue
+        if os.fsencode(home.path) in command and (
+            b"bin/postgres\0" in command or b"valkey-server" in command
+        ):
+            found.append(command)
+    return sorted(found)
