@@ -1,7 +1,7 @@
 """Chat rows as OpenAI's API has them: `{"messages": [{"role", "content"}, …]}`.
 
-What has no meaning for the models here (tools, images, names) is refused by name rather than dropped: a model that
-was trained on half of a conversation is worse than an error. It does NOT know chat templates.
+What has no meaning for the models here (tools, images, names) is refused by name rather than dropped: a model
+that was trained on half of a conversation is worse than an error. It does NOT know chat templates.
 """
 
 from __future__ import annotations

@@ -11,7 +11,7 @@ from heft_engine.errors import RowError
 
 
 def without_nulls(obj: object, what: str, param: str | None = None) -> dict[str, object]:
-    """A JSON object's fields; one that is null counts as absent. Raises RowError for anything but an object."""
+    """A JSON object's fields; null counts as absent. Raises RowError for anything but an object."""
     if not isinstance(obj, dict):
         raise RowError(f"{what} must be a JSON object, not {json_type(obj)}", param=param)
     return {name: value for name, value in obj.items() if value is not None}
@@ -31,7 +31,7 @@ def refuse_unknown(
 
 
 def text(value: object, name: str, *, empty: bool = False) -> str:
-    """A string that a tokenizer can take. Raises RowError when it is missing, no string, blank or broken Unicode."""
+    """A string that a tokenizer can take. Raises RowError when missing, no string, blank or broken Unicode."""
     if value is None:
         raise RowError(f"{name} is missing", param=name)
     if not isinstance(value, str):

@@ -1,6 +1,6 @@
 """Training and question rows: what a JSON object must hold, and the one record the rest of the engine sees.
 
-Four formats: yes/no questions, questions with choices, prompt and completion, and chat messages (`chat_rows`).
+Four formats: yes/no questions, questions with choices, prompt and completion, chat messages (`chat_rows`).
 It does NOT know tokens, prompts or models: that is `heft_engine.encoding`.
 """
 
@@ -57,7 +57,7 @@ class Row:
 def parse_row(obj: Any, *, labels: Sequence[str] | None = None, need_answer: bool = True) -> Row:
     """One JSON object as a Row. A field that is null counts as absent; a blank passage as none.
 
-    `labels` are those of a `choice` task whose rows bring no choices of their own; for a yes/no task give None.
+    `labels` are those of a `choice` task whose rows bring no choices of their own; None for a yes/no task.
     `need_answer` False is for questions: an answer may be there and is checked, but need not.
     Raises RowError with `param` set to the field at fault.
     """
@@ -85,7 +85,7 @@ def infer_task(rows: Iterable[Row]) -> TaskType:
 
 
 def read_rows(path: Path, *, labels: Sequence[str] | None = None, need_answer: bool = True) -> list[Row]:
-    """All rows of a JSONL file. Raises RowError for the first that can't be used, with its line, or if none is there."""
+    """All rows of a JSONL file. Raises RowError, with its line, for the first bad one; and when there is none."""
     rows = []
     for line, row in scan_rows(path, labels=labels, need_answer=need_answer):
         if isinstance(row, RowError):
@@ -192,6 +192,6 @@ def _yes_no(value: object) -> str:
         return value.strip().lower()
     shown = repr(value[:80]) if isinstance(value, str) else json_type(value)
     raise RowError(
-        f'answer is {shown}; it must be true, false, "yes" or "no" (other labels need choices or task.labels)',
+        f'answer is {shown}; it must be true, false, "yes" or "no" (other labels: choices or task.labels)',
         param="answer",
     )
