@@ -31,7 +31,7 @@ def refuse_unknown(
 
 
 def text(value: object, name: str, *, empty: bool = False) -> str:
-    """A string that a tokenizer can take. Raises RowError when missing, no string, blank or broken Unicode."""
+    """A string that a tokenizer can take. Raises RowError if missing, no string, blank or broken Unicode."""
     if value is None:
         raise RowError(f"{name} is missing", param=name)
     if not isinstance(value, str):
