@@ -9,6 +9,7 @@ StoreError              message, param (the field at fault), code (stable, for p
 ├── TooLarge            more bytes, rows or inputs than allowed        → 413
 ├── RateLimited         too much at once                               → 429 with Retry-After
 ├── Unavailable         database, broker or workers are away           → 503 with Retry-After
+├── Damaged             stored bytes are missing or differ from their SHA-256        → 500
 └── LostFence           a worker's attempt is no longer the current one (never leaves the worker)
 """
 
@@ -64,6 +65,10 @@ class Unavailable(StoreError):
     def __init__(self, message: str, *, retry_after: int = 2, code: str | None = None) -> None:
         super().__init__(message, code=code)
         self.retry_after = retry_after
+
+
+class Damaged(StoreError):
+    code = "artifact_damaged"
 
 
 class LostFence(StoreError):

@@ -10,7 +10,9 @@ from pydantic_settings import BaseSettings, SettingsConfigDict
 
 
 class StoreSettings(BaseSettings):
-    """Where things are and how patient the service is. `heft up` fills the three addresses for a single machine."""
+    """Where things are and how patient the service is. `heft up` fills the three addresses for a single
+    machine.
+    """
 
     model_config = SettingsConfigDict(env_prefix="HEFT_", extra="ignore", frozen=True)
 
@@ -47,4 +49,4 @@ class StoreSettings(BaseSettings):
 @lru_cache(maxsize=1)
 def settings() -> StoreSettings:
     """This process's settings. Raises pydantic's ValidationError naming the missing variable."""
-    return StoreSettings()  # type: ignore[call-arg]
+    return StoreSettings()

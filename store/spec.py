@@ -1,8 +1,8 @@
 """What the user chose for a job, with bounds, as it is stored in JSON.
 
-The stage settings themselves (rank, layers, learning rate, …) are defined once, in `heft_engine.config`, which
-imports no torch. This module adds what belongs to the service: files, the method as OpenAI's API writes it, and
-how that becomes an ordered list of stages.
+The stage settings themselves (rank, layers, learning rate, …) are defined once, in `heft_engine.config`,
+which imports no torch. This module adds what belongs to the service: files, the method as OpenAI's API writes
+it, and how that becomes an ordered list of stages.
 """
 
 from __future__ import annotations
@@ -25,7 +25,8 @@ from heft_engine.config import (
     recipe,
 )
 
-#: An alias (`smollm2-135m`), a folder inside HEFT_MODEL_DIR, or a hub id; never a free path (MLflow fell to this six times).
+#: An alias (`smollm2-135m`), a folder inside HEFT_MODEL_DIR, or a hub id; never a free path (MLflow fell to
+#: this six times).
 MODEL_REFERENCE = re.compile(
     r"[A-Za-z0-9][A-Za-z0-9._-]*(/[A-Za-z0-9][A-Za-z0-9._-]*)?(@[A-Za-z0-9._-]{1,64})?"
 )
@@ -124,7 +125,8 @@ class TrainingSpec(Settings):
     def _model_reference(cls, value: str) -> str:
         if not MODEL_REFERENCE.fullmatch(value) or ".." in value:
             raise ValueError(
-                "a model is an alias, a folder of the operator's model directory, or a hub id org/name; not a path or an address"
+                "a model is an alias, a folder of the operator's model directory, or a hub id org/name;"
+                " not a path or an address"
             )
         return value
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from enum import StrEnum
+from typing import Literal
 
 
 class JobState(StrEnum):
@@ -20,8 +21,9 @@ class JobState(StrEnum):
 TERMINAL = frozenset({JobState.SUCCEEDED, JobState.FAILED, JobState.CANCELLED})
 
 TRANSITIONS: dict[JobState, frozenset[JobState]] = {
+    # To itself: the worker that checked its files was lost or stopped, and it waits for another.
     JobState.VALIDATING_FILES: frozenset(
-        {JobState.QUEUED, JobState.FAILED, JobState.CANCELLED, JobState.PAUSED}
+        {JobState.VALIDATING_FILES, JobState.QUEUED, JobState.FAILED, JobState.CANCELLED, JobState.PAUSED}
     ),
     JobState.QUEUED: frozenset({JobState.RUNNING, JobState.PAUSED, JobState.CANCELLED}),
     JobState.RUNNING: frozenset(
@@ -33,6 +35,17 @@ TRANSITIONS: dict[JobState, frozenset[JobState]] = {
     JobState.FAILED: frozenset(),
     JobState.CANCELLED: frozenset(),
 }
+
+
+#: What a worker claims a waiting job for, by the state the job waits in. A message to a worker carries this
+#: word.
+Purpose = Literal["prepare", "train"]
+PURPOSES: dict[JobState, Purpose] = {JobState.VALIDATING_FILES: "prepare", JobState.QUEUED: "train"}
+
+#: Where a job stands while a worker holds it, and where it goes back to when that worker lets go of it or is
+#: lost.
+HELD: dict[Purpose, JobState] = {"prepare": JobState.VALIDATING_FILES, "train": JobState.RUNNING}
+WAITING: dict[Purpose, JobState] = {"prepare": JobState.VALIDATING_FILES, "train": JobState.QUEUED}
 
 
 def sources(target: JobState) -> list[JobState]:

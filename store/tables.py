@@ -1,12 +1,12 @@
 """The tables, as SQLAlchemy sees them. `migrations/` builds them; a test holds the two together.
 
-It does NOT hold queries: those live in keys, files, jobs, models and workers.
+It does NOT hold queries: those live in the modules named after what they ask for.
 """
 
 from __future__ import annotations
 
 from datetime import datetime
-from typing import Any
+from typing import Any, ClassVar
 
 from sqlalchemy import (
     BigInteger,
@@ -28,13 +28,13 @@ from store.states import JobState
 
 
 class Base(DeclarativeBase):
-    type_annotation_map = {
-        dict[str, Any]: JSONB,
-        list[Any]: JSONB,
+    type_annotation_map: ClassVar = {
+        dict[str, Any]: JSONB(none_as_null=True),
+        list[Any]: JSONB(none_as_null=True),
         datetime: DateTime(timezone=True),
         str: Text,
         int: BigInteger,
-    }  # noqa: RUF012
+    }
 
 
 def _now() -> Mapped[datetime]:
@@ -75,7 +75,7 @@ class File(Base):
 
 
 class Job(Base):
-    """A fine-tuning job: the system of record. Every change is a guarded UPDATE in store.jobs."""
+    """A fine-tuning job: the system of record. Every change is a guarded UPDATE (store.transitions)."""
 
     __tablename__ = "jobs"
 
@@ -148,7 +148,9 @@ class Attempt(Base):
 
 
 class Event(Base):
-    """What happened to a job, numbered without gaps: the sequence is taken by UPDATE … RETURNING on the job's row."""
+    """What happened to a job, numbered without gaps: the sequence is taken by UPDATE … RETURNING on the job's
+    row.
+    """
 
     __tablename__ = "events"
 
@@ -180,7 +182,8 @@ class Checkpoint(Base):
     metrics: Mapped[dict[str, Any]]
     model_id: Mapped[str | None]
     created_at: Mapped[datetime] = _now()
-    removed_at: Mapped[datetime | None]
+    removed_at: Mapped[datetime | None]  #: no longer a place to resume from
+    purged_at: Mapped[datetime | None]  #: its bytes are gone
 
     __table_args__ = (UniqueConstraint("job_id", "attempt", "step", "kind", name="checkpoints_once"),)
 
@@ -213,6 +216,7 @@ class FineTunedModel(Base):
     task: Mapped[dict[str, Any]]
     created_at: Mapped[datetime] = _now()
     deleted_at: Mapped[datetime | None]
+    purged_at: Mapped[datetime | None]
 
     __table_args__ = (
         Index("models_one_success", "job_id", unique=True, postgresql_where=text("kind = 'final'")),
@@ -233,6 +237,16 @@ class Export(Base):
     bytes: Mapped[int | None]
     error: Mapped[dict[str, Any] | None]
     created_at: Mapped[datetime] = _now()
+
+
+class Reconciler(Base):
+    """One row: when the reconciler last looked, and until when it takes nothing over (after an outage)."""
+
+    __tablename__ = "reconciler"
+
+    id: Mapped[int] = mapped_column(primary_key=True)
+    swept_at: Mapped[datetime]
+    takeover_after: Mapped[datetime]
 
 
 class Worker(Base):

@@ -1,0 +1,47 @@
+"""Idempotency keys: a POST sent twice makes one thing.
+
+The reservation is made in the transaction that makes the thing. A second request with the same key waits in
+the INSERT until that transaction has ended: committed, it gets the same thing; rolled back, it makes its own.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from sqlalchemy import select
+from sqlalchemy.dialects.postgresql import insert
+from sqlalchemy.orm import Session
+
+from store.errors import Conflict
+from store.tables import IdempotencyKey
+
+
+@dataclass(frozen=True, kw_only=True)
+class Reservation:
+    """`resource_id` is what the request made, or is to make: only if `is_new`."""
+
+    resource_id: str
+    is_new: bool
+
+
+def reserve(session: Session, *, owner_id: str, key: str, body_hash: str, resource_id: str) -> Reservation:
+    """Reserve `key` for the thing about to be made under `resource_id`, or find what it was used for.
+
+    Raises Conflict (code `idempotency_key_reused`) when the key was used with another body.
+    """
+    mine = insert(IdempotencyKey).values(
+        owner_id=owner_id, key=key, body_hash=body_hash, resource_id=resource_id
+    )
+    statement = mine.on_conflict_do_nothing().returning(IdempotencyKey.resource_id)
+    if session.scalar(statement) is not None:
+        return Reservation(resource_id=resource_id, is_new=True)
+    used = session.scalars(
+        select(IdempotencyKey).where(IdempotencyKey.owner_id == owner_id, IdempotencyKey.key == key)
+    ).one()
+    if used.body_hash != body_hash:
+        raise Conflict(
+            "this Idempotency-Key was used with a different request",
+            param="Idempotency-Key",
+            code="idempotency_key_reused",
+        )
+    return Reservation(resource_id=used.resource_id, is_new=False)

@@ -1,0 +1,135 @@
+"""Models that can be asked: the base models that workers offer, and what jobs left behind, in one shape.
+
+It does NOT load models, nor touch their bytes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from datetime import datetime
+from typing import Any, Literal
+
+from sqlalchemy import func, select, update
+from sqlalchemy.dialects.postgresql import insert
+from sqlalchemy.orm import Session
+
+from store.errors import Forbidden, NotFound
+from store.tables import BaseModelRow, FineTunedModel
+
+Kind = Literal["base", "final", "checkpoint"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Model:
+    """A base model (no owner, no files of ours), a job's result, or a checkpoint of one.
+
+    `manifest` is {file: sha256} of the bundle under `storage_key`; `info` is what a worker said of a base
+    model.
+    """
+
+    id: str
+    kind: Kind
+    created_at: datetime
+    base_model: str
+    owner_id: str | None = None
+    job_id: str | None = None
+    storage_key: str | None = None
+    manifest: Mapping[str, str] = field(default_factory=dict)
+    task: Mapping[str, Any] = field(default_factory=dict)
+    info: Mapping[str, Any] = field(default_factory=dict)
+
+
+def list_models(session: Session, *, owner_id: str) -> list[Model]:
+    """All base models, and this owner's results, newest first. Checkpoints are found through their job."""
+    base = session.scalars(select(BaseModelRow).order_by(BaseModelRow.created_at.desc(), BaseModelRow.id))
+    own = session.scalars(
+        select(FineTunedModel)
+        .where(FineTunedModel.owner_id == owner_id, FineTunedModel.kind == "final")
+        .where(FineTunedModel.deleted_at.is_(None))
+        .order_by(FineTunedModel.created_at.desc(), FineTunedModel.id.desc())
+    )
+    return [_fine_tuned(row) for row in own] + [_base(row) for row in base]
+
+
+def get(session: Session, *, owner_id: str, model_id: str) -> Model:
+    """Raises NotFound for a model that nobody offers, is deleted, or belongs to someone else."""
+    own = session.scalar(
+        select(FineTunedModel).where(
+            FineTunedModel.id == model_id,
+            FineTunedModel.owner_id == owner_id,
+            FineTunedModel.deleted_at.is_(None),
+        )
+    )
+    if own is not None:
+        return _fine_tuned(own)
+    base = session.scalar(select(BaseModelRow).where(BaseModelRow.id == model_id))
+    if base is not None:
+        return _base(base)
+    raise _no_model(model_id)
+
+
+def for_worker(session: Session, *, model_id: str) -> Model:
+    """A model by its id alone, for a worker whose user was checked when the work was accepted: found although
+    it has been deleted since. Raises NotFound for one that never was."""
+    row = session.get(FineTunedModel, model_id)
+    if row is not None:
+        return _fine_tuned(row)
+    base = session.get(BaseModelRow, model_id)
+    if base is not None:
+        return _base(base)
+    raise _no_model(model_id)
+
+
+def delete(session: Session, *, owner_id: str, model_id: str) -> None:
+    """Hide a fine-tuned model or a checkpoint's; its bytes go later. Raises NotFound; Forbidden for a base
+    model.
+    """
+    hidden = session.scalar(
+        update(FineTunedModel)
+        .where(
+            FineTunedModel.id == model_id,
+            FineTunedModel.owner_id == owner_id,
+            FineTunedModel.deleted_at.is_(None),
+        )
+        .values(deleted_at=func.now())
+        .returning(FineTunedModel.id)
+        .execution_options(synchronize_session=False)
+    )
+    if hidden is None:
+        get(session, owner_id=owner_id, model_id=model_id)
+        raise Forbidden("a base model belongs to the service; it can't be deleted", param="model")
+
+
+def offer_base(
+    session: Session, *, model_id: str, source: str, revision: str | None = None, info: Mapping[str, Any]
+) -> None:
+    """Make a base model known, or seen again. `source` is alias, directory or hub."""
+    known = {"source": source, "revision": revision, "info": dict(info)}
+    session.execute(
+        insert(BaseModelRow)
+        .values({"id": model_id, **known})
+        .on_conflict_do_update(index_elements=[BaseModelRow.id], set_={**known, "seen_at": func.now()})
+    )
+
+
+def _no_model(model_id: str) -> NotFound:
+    return NotFound(f"no model {model_id!r}", param="model", code="model_not_found")
+
+
+def _base(row: BaseModelRow) -> Model:
+    return Model(id=row.id, kind="base", created_at=row.created_at, base_model=row.id, info=row.info)
+
+
+def _fine_tuned(row: FineTunedModel) -> Model:
+    return Model(
+        id=row.id,
+        kind="final" if row.kind == "final" else "checkpoint",
+        created_at=row.created_at,
+        base_model=row.base_model,
+        owner_id=row.owner_id,
+        job_id=row.job_id,
+        storage_key=row.storage_key,
+        manifest=row.manifest,
+        task=row.task,
+    )
