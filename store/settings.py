@@ -38,6 +38,9 @@ class StoreSettings(BaseSettings):
     checkpoint_seconds: float = Field(default=300, ge=0)  #: the most training a crash may cost; 0: every step
     max_trainer_deaths: int = 3  #: in a row without a new checkpoint: then the job fails
     max_lost_leases: int = 20
+    death_pause_seconds: float = Field(
+        default=10, ge=0
+    )  #: before a job whose trainer died is tried again; four times as long after each further death
 
     max_file_bytes: int = 2 * 1024**3
     max_line_bytes: int = 8 * 1024**2

@@ -1,4 +1,5 @@
-"""What every part of a worker process needs, put together once in `worker.__main__`. It does NOT know any job."""
+"""What every part of a worker process needs, put together once in `worker.__main__`. It does NOT know any
+job."""
 
 from __future__ import annotations
 

@@ -1,4 +1,5 @@
-"""A folder for the files of one worker process, gone when it ends; what a killed worker left goes with the next.
+"""A folder for the files of one worker process, gone when it ends; what a killed worker left goes with the
+next.
 
 It does NOT know what is put there.
 """

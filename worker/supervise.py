@@ -1,9 +1,9 @@
-"""The watch over one child: lease, cancel, pause, shutdown, stalls; and how long each may take to end.
+"""The watch over one attempt: lease, cancel, pause, shutdown, stalls; and how long its child may take to end.
 
-It runs on a thread of its own, so that no upload and no slow write can delay a heartbeat or a kill. It is
-the only one who ends a child, but for the thread that reads the events and finds the fence lost.
+It runs on a thread of its own from the claim to the last write, so that no download, upload or slow write
+can delay a heartbeat or a kill.
 
-It does NOT read events, and it does not decide what becomes of the job: `worker.run_job` does, from `reason`.
+It does NOT read events, and it does not decide what becomes of the job: `worker.attempt` does, from `reason`.
 """
 
 from __future__ import annotations
@@ -14,58 +14,65 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from enum import StrEnum
-
-from store.leases import Wishes
+from types import TracebackType
 
 from store.errors import LostFence, Unavailable
+from store.leases import Wishes
+from store.settings import StoreSettings
 from worker.child import Child
 
 log = logging.getLogger(__name__)
 
 
 class Reason(StrEnum):
-    """Why a child was told to end."""
+    """Why an attempt shall end, the lightest first: a graver one replaces it, so whoever pauses may still
+    cancel."""
 
-    LOST = "lost"  #: The attempt is no longer the current one: killed at once, nothing more is written.
-    CANCELLED = "cancelled"  #: Its user ended the job: no checkpoint.
-    STALLED = "stalled"  #: No sign of life for too long: counts as a death of the trainer.
-    PAUSED = "paused"  #: Its user wants to go on later: a checkpoint, if it comes in time.
     SHUTDOWN = "shutdown"  #: The worker ends: a checkpoint, then back to the queue.
+    PAUSED = "paused"  #: Its user wants to go on later: a checkpoint, if it comes in time.
+    STALLED = "stalled"  #: No sign of life for too long: counts as a death of the trainer.
+    CANCELLED = "cancelled"  #: Its user ended the job: no checkpoint.
+    LOST = "lost"  #: The attempt is no longer the current one: killed at once, nothing more is written.
+
+
+_GRAVITY = list(Reason)
 
 
 @dataclass(frozen=True, kw_only=True)
 class Limits:
-    """Seconds: between two looks, between two renewals of the lease, without a sign of life, and from
-    SIGTERM to SIGKILL."""
+    """Seconds between two looks at what is wanted, between two renewals of the lease, and without a sign of
+    life."""
 
     control: float
     heartbeat: float
     stall: float
+    #: From SIGTERM to SIGKILL. A stalled child gets SIGUSR1 instead, and the time to write its stacks.
     cancel_grace: float = 5.0
     checkpoint_grace: float = 30.0
     dump_grace: float = 2.0
+
+    @classmethod
+    def of(cls, settings: StoreSettings) -> Limits:
+        return cls(
+            control=settings.control_seconds,
+            heartbeat=settings.heartbeat_seconds,
+            stall=settings.stall_seconds,
+        )
 
     def grace(self, reason: Reason) -> float:
         return {
             Reason.LOST: 0.0,
             Reason.CANCELLED: self.cancel_grace,
             Reason.STALLED: self.dump_grace,
-            Reason.PAUSED: self.checkpoint_grace,
-            Reason.SHUTDOWN: self.checkpoint_grace,
-        }[reason]
-
-
-#: A later reason replaces an earlier one only if it is graver: whoever pauses may still cancel.
-GRAVITY = [Reason.SHUTDOWN, Reason.PAUSED, Reason.STALLED, Reason.CANCELLED, Reason.LOST]
+        }.get(reason, self.checkpoint_grace)
 
 
 class Watch:
-    """Watches `child` from `start` until `stop`. `reason` says why it was ended, None if it ended by
-    itself."""
+    """A context manager around an attempt. `reason` says why it shall end, None while nothing is in its
+    way."""
 
     def __init__(
         self,
-        child: Child,
         *,
         renew: Callable[[], Wishes],
         wishes: Callable[[], Wishes],
@@ -73,36 +80,51 @@ class Watch:
         limits: Limits,
     ) -> None:
         self.reason: Reason | None = None
-        self._child = child
         self._renew = renew
         self._wishes = wishes
         self._stopping = stopping
         self._limits = limits
-        self._kill_at: float | None = None
-        self._ended = threading.Event()
-        self._thread = threading.Thread(target=self._run, name=f"watch-{child.pid}", daemon=True)
+        self._lock = threading.Lock()
+        self._child: Child | None = None
+        self._kill_at = float("inf")
+        self._over = threading.Event()
+        self._thread = threading.Thread(target=self._run, name="watch", daemon=True)
 
-    def start(self) -> None:
+    def __enter__(self) -> Watch:
         self._thread.start()
+        return self
 
-    def stop(self) -> None:
-        self._ended.set()
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._over.set()
         self._thread.join()
+
+    def guard(self, child: Child) -> None:
+        """From now on `child` is ended when the attempt shall end; at once if that is so already."""
+        with self._lock:
+            self._child = child
+            if self.reason is not None:
+                self._begin_to_end(child, self.reason)
+
+    def let_go(self) -> None:
+        """The child has ended; the lease is still renewed."""
+        with self._lock:
+            self._child, self._kill_at = None, float("inf")
 
     def _run(self) -> None:
         renew_at = 0.0
-        while not self._ended.wait(self._pause()):
+        while not self._over.wait(self._pause()):
             now = time.monotonic()
             due = now >= renew_at
             if due:
                 renew_at = now + self._limits.heartbeat
             self._look(self._renew if due else self._wishes)
-            if self._kill_at is not None and now >= self._kill_at:
-                self._child.kill()
+            with self._lock:
+                if self._child is not None and time.monotonic() >= self._kill_at:
+                    self._child.kill()
 
     def _pause(self) -> float:
-        if self._kill_at is None:
-            return self._limits.control
         return min(self._limits.control, max(self._kill_at - time.monotonic(), 0.02))
 
     def _look(self, ask: Callable[[], Wishes]) -> None:
@@ -113,28 +135,35 @@ class Watch:
             return
         except Unavailable as fault:
             # Training goes on: whether the lease was kept is for the fence to say, once the database is back.
-            log.warning("database away, the trainer goes on: %s", fault)
+            log.warning("the database is away, the attempt goes on: %s", fault)
             wishes = Wishes(cancel=False, pause=False)
-        if wishes.cancel:
-            self._end(Reason.CANCELLED)
-        elif wishes.pause:
-            self._end(Reason.PAUSED)
         if self._stopping.is_set():
             self._end(Reason.SHUTDOWN)
-        if time.monotonic() - self._child.last_line_at > self._limits.stall:
+        if wishes.pause:
+            self._end(Reason.PAUSED)
+        if self._stalls():
             self._end(Reason.STALLED)
+        if wishes.cancel:
+            self._end(Reason.CANCELLED)
+
+    def _stalls(self) -> bool:
+        child = self._child
+        return child is not None and time.monotonic() - child.last_line_at > self._limits.stall
 
     def _end(self, reason: Reason) -> None:
-        """Begin to end the child, once for each graver reason."""
-        if self.reason is not None and GRAVITY.index(reason) <= GRAVITY.index(self.reason):
-            return
-        log.info("ending child %d: %s", self._child.pid, reason)
-        self.reason = reason
-        kill_at = time.monotonic() + self._limits.grace(reason)
-        self._kill_at = kill_at if self._kill_at is None else min(kill_at, self._kill_at)
-        if reason is Reason.LOST:
-            self._child.kill()
-        elif reason is Reason.STALLED:
-            self._child.dump_stacks()
+        with self._lock:
+            if self.reason is not None and _GRAVITY.index(reason) <= _GRAVITY.index(self.reason):
+                return
+            self.reason = reason
+            if self._child is not None:
+                self._begin_to_end(self._child, reason)
+
+    def _begin_to_end(self, child: Child, reason: Reason) -> None:
+        log.info("ending child %d: %s", child.pid, reason)
+        self._kill_at = min(self._kill_at, time.monotonic() + self._limits.grace(reason))
+        if reason is Reason.STALLED:
+            child.dump_stacks()
+        elif reason is Reason.LOST:
+            child.kill()
         else:
-            self._child.terminate()
+            child.terminate()

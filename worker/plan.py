@@ -1,0 +1,69 @@
+"""The one translation from what a user asked for (TrainingSpec) to what the engine runs (TrainConfig, run
+file).
+
+It does NOT read files or rows: paths go in, a JSON value comes out.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from heft_engine.config import TrainConfig
+from store.settings import StoreSettings
+from store.spec import TrainingSpec
+
+
+@dataclass(frozen=True, kw_only=True)
+class LocalRun:
+    """One attempt's folder on this machine. `resume` is the checkpoint to go on from, verified, or None."""
+
+    folder: Path
+    train: Path
+    validation: Path | None
+    test: Path | None
+    resume: Path | None
+
+    @property
+    def out(self) -> Path:
+        return self.folder / "bundle"
+
+    @property
+    def checkpoints(self) -> Path:
+        return self.folder / "checkpoints"
+
+
+def train_config(spec: TrainingSpec, *, revision: str | None) -> TrainConfig:
+    """The engine's settings. A hub model is pinned to the `revision` that its files were checked with."""
+    pinned = f"{spec.model}@{revision}" if revision and "/" in spec.model and "@" not in spec.model else None
+    return TrainConfig(
+        model=pinned or spec.model,
+        stages=spec.stages(),
+        method=spec.method.engine_method(),
+        task=spec.task,
+        seed=spec.seed,
+        max_length=spec.max_length,
+        dtype=spec.dtype,
+        early_stopping=spec.early_stopping,
+    )
+
+
+def run_file(config: TrainConfig, run: LocalRun, settings: StoreSettings) -> dict[str, Any]:
+    """What `python -m heft_engine train --run-file` reads."""
+    return {
+        "config": config.model_dump(mode="json"),
+        "train": str(run.train),
+        "eval": _text(run.validation),
+        "test": _text(run.test),
+        "out": str(run.out),
+        "checkpoint_dir": str(run.checkpoints),
+        "resume": _text(run.resume),
+        "checkpoint_seconds": settings.checkpoint_seconds,
+        "model_dir": _text(settings.model_dir),
+        "cache_dir": _text(settings.cache_dir),
+    }
+
+
+def _text(path: Path | None) -> str | None:
+    return None if path is None else str(path)
