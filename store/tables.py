@@ -145,6 +145,7 @@ class Attempt(Base):
     outcome: Mapped[
         str | None
     ]  #: prepared, succeeded, failed, cancelled, paused, released, trainer_died, lease_lost
+    swept_at: Mapped[datetime | None]  #: when what it left in storage and no row names was deleted
 
 
 class Event(Base):
@@ -244,7 +245,7 @@ class Reconciler(Base):
 
     __tablename__ = "reconciler"
 
-    id: Mapped[int] = mapped_column(primary_key=True)
+    id: Mapped[int] = mapped_column(primary_key=True, autoincrement=False)
     swept_at: Mapped[datetime]
     takeover_after: Mapped[datetime]
 
