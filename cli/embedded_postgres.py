@@ -34,10 +34,13 @@ _NEEDED = ("bin/postgres", "bin/initdb", "lib", "share")
 class Postgres:
     """The server of one home. `durable=False` (tests) gives up what a power cut would take."""
 
+    name = "Postgres"
+
     def __init__(self, home: Home, *, durable: bool = True) -> None:
         self._home = home
         self._durable = durable
         self._user = server_user()
+        self.log = home.logs / "postgres.log"
         self.process: subprocess.Popen[bytes] | None = None
 
     @property
@@ -49,14 +52,10 @@ class Postgres:
         return database_url(self.socket_folder)
 
     @property
-    def log(self) -> Path:
-        return self._home.logs / "postgres.log"
-
-    @property
     def data(self) -> Path:
         return self._home.postgres / "data"
 
-    def start(self) -> subprocess.Popen[bytes]:
+    def start(self) -> None:
         """Make the cluster if there is none, start the server, return when it answers.
 
         Raises AlreadyRunning while another server, or what is left of one, holds this data.
@@ -87,7 +86,6 @@ class Postgres:
                 directory=self.data,
             )
         self._wait_until_it_answers(self.process)
-        return self.process
 
     def stop(self) -> None:
         """Fast shutdown; returns when the server is gone."""

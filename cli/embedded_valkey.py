@@ -24,8 +24,11 @@ _END = ((signal.SIGTERM, 10.0),)
 class Valkey:
     """The server of one home."""
 
+    name = "Valkey"
+
     def __init__(self, home: Home) -> None:
         self._home = home
+        self.log = home.logs / "valkey.log"
         self.process: subprocess.Popen[bytes] | None = None
 
     @property
@@ -36,11 +39,7 @@ class Valkey:
     def url(self) -> str:
         return f"redis+socket://{self.socket}?virtual_host=0"
 
-    @property
-    def log(self) -> Path:
-        return self._home.logs / "valkey.log"
-
-    def start(self) -> subprocess.Popen[bytes]:
+    def start(self) -> None:
         """Start the server, return when it answers. Raises AlreadyRunning while another holds this data."""
         busy = f"another Valkey holds {self._home.valkey}"
         # Without the lock a second server in this folder would silently take the first one's socket.
@@ -57,7 +56,6 @@ class Valkey:
                 keep_open=[lock],
             )  # fmt: skip
         self._wait_until_it_answers(self.process)
-        return self.process
 
     def stop(self) -> None:
         """Returns when the server is gone and its file is written."""

@@ -1,0 +1,82 @@
+"""`heft keys`: straight on the database, since nobody can be asked over HTTP before there is a key."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from cli.errors import CommandError
+from cli.options import target
+
+if TYPE_CHECKING:
+    from sqlalchemy.orm import Session
+
+app = typer.Typer(help="API keys.", no_args_is_help=True)
+
+
+@app.command()
+def create(
+    context: typer.Context,
+    owner: Annotated[str, typer.Option(help="Whose files, jobs and models it opens.")] = "default",
+    name: Annotated[str, typer.Option(help="What it is for.")] = "",
+) -> None:
+    """Make a key and print it; it is shown this once."""
+    from store import keys
+
+    with _session(context) as session:
+        key = keys.create(session, owner_id=owner, name=name)
+    print(key)
+
+
+@app.command(name="list")
+def list_keys(context: typer.Context) -> None:
+    """Show all keys by their public half."""
+    from cli.render import table
+    from store import keys
+
+    with _session(context) as session:
+        rows = [
+            (
+                key.id,
+                key.owner_id,
+                key.name,
+                f"{key.created_at:%Y-%m-%d %H:%M}",
+                "revoked" if key.revoked_at else "valid",
+            )
+            for key in keys.list_keys(session)
+        ]
+    table(["id", "owner", "name", "created", "state"], rows)
+
+
+@app.command()
+def revoke(
+    context: typer.Context, key_id: Annotated[str, typer.Argument(help="The id that `heft keys list` shows.")]
+) -> None:
+    """End a key for good."""
+    from store import keys
+
+    with _session(context) as session:
+        keys.revoke(session, key_id=key_id)
+    print(f"{key_id} is revoked")
+
+
+@contextmanager
+def _session(context: typer.Context) -> Iterator[Session]:
+    from cli.database import database_of
+    from migrations import upgrade
+    from store.database import make_engine, session_factory, transaction
+    from store.errors import StoreError
+
+    with database_of(target(context)) as url:
+        engine = make_engine(url, pool_size=1)
+        try:
+            upgrade(url)
+            with transaction(session_factory(engine)) as session:
+                yield session
+        except StoreError as error:
+            raise CommandError(error.message) from None
+        finally:
+            engine.dispose()

@@ -1,0 +1,55 @@
+"""`heft models`: base models and fine-tuned ones over HTTP."""
+
+from __future__ import annotations
+
+from enum import StrEnum
+from pathlib import Path
+from typing import Annotated
+from urllib.parse import quote
+
+import typer
+
+from cli.options import target
+
+app = typer.Typer(help="Base models and fine-tuned ones.", no_args_is_help=True)
+
+
+class Format(StrEnum):
+    BUNDLE = "bundle"
+    MERGED = "merged"
+    PEFT = "peft"
+    PYREFT = "pyreft"
+
+
+@app.command(name="list")
+def list_models(context: typer.Context) -> None:
+    """Show what can be trained and what can be asked."""
+    from cli.render import moment, table
+
+    with target(context).client() as client:
+        rows = [
+            (model["id"], model["owned_by"], moment(model["created"]))
+            for model in client.get("/v1/models")["data"]
+        ]
+    table(["id", "owned by", "created"], rows)
+
+
+@app.command()
+def delete(context: typer.Context, model: str) -> None:
+    """Delete a fine-tuned model."""
+    with target(context).client() as client:
+        client.delete(f"/v1/models/{quote(model, safe='')}")
+    print(f"{model} is deleted")
+
+
+@app.command()
+def export(
+    context: typer.Context,
+    model: str,
+    out: Annotated[Path, typer.Option(help="The tar file to write.")],
+    file_format: Annotated[Format, typer.Option("--format", help="What shall be in it.")] = Format.BUNDLE,
+) -> None:
+    """Write a model as a tar: the bundle, a merged model, a PEFT adapter, or pyreft's folder."""
+    with target(context).client() as client:
+        client.download(f"/v1/models/{quote(model, safe='')}/export", out, {"format": file_format})
+    print(out)

@@ -1,0 +1,130 @@
+"""Commands that run the service: all of it on this machine, or one part of it."""
+
+from __future__ import annotations
+
+import os
+import sys
+from enum import StrEnum
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from cli.options import target
+
+
+class Role(StrEnum):
+    TRAIN = "train"
+    PREPARE = "prepare"
+    INFERENCE = "inference"
+
+
+Host = Annotated[str, typer.Option(envvar="HEFT_HOST", help="Address to listen on.")]
+Port = Annotated[int, typer.Option(envvar="HEFT_PORT", help="Port to listen on; 0: any free one.")]
+
+
+def register(app: typer.Typer) -> None:
+    for command in (up, demo, api, worker, migrate):
+        app.command()(command)
+
+
+def up(
+    context: typer.Context,
+    host: Host = "127.0.0.1",
+    port: Port = 8000,
+    redis_url: Annotated[
+        str | None, typer.Option(envvar="HEFT_REDIS_URL", help="A Redis or Valkey to use instead.")
+    ] = None,
+    artifacts_url: Annotated[
+        str | None, typer.Option(envvar="HEFT_ARTIFACTS_URL", help="Where bytes go: file:///… or s3://…")
+    ] = None,
+    model_dir: Annotated[
+        Path | None, typer.Option(envvar="HEFT_MODEL_DIR", help="A folder of base models to offer.")
+    ] = None,
+) -> None:
+    """Run the whole service on this machine: database, broker, API and workers."""
+    from cli import up as stack
+    from cli.supervise import Interrupted, interruptible
+
+    chosen = target(context)
+    options = stack.UpOptions(
+        host=host,
+        port=port,
+        api_key=chosen.api_key,
+        database_url=chosen.database_url,
+        redis_url=redis_url or None,
+        artifacts_url=artifacts_url or None,
+        model_dir=model_dir,
+    )
+    try:
+        with interruptible(), stack.up(chosen.home, options, _say) as (running, supervisor):
+            _greet(running.url, chosen.api_key or stack.first_key(chosen.home), chosen.home.path)
+            supervisor.watch()
+    except Interrupted:
+        _say("stopped; everything is kept, `heft up` goes on from here")
+
+
+def demo(
+    context: typer.Context,
+    port: Annotated[int, typer.Option(help="Port to listen on; 0: any free one.")] = 0,
+) -> None:
+    """Fine-tune a small language model from start to end, and ask it: about ten minutes on two cores."""
+    from cli.demo import run_demo
+
+    run_demo(target(context), port)
+
+
+def api(
+    host: Host = "127.0.0.1",
+    port: Port = 8000,
+    fd: Annotated[int | None, typer.Option(hidden=True, help="A socket that listens already.")] = None,
+) -> None:
+    """Run the REST API alone, on HEFT_DATABASE_URL, HEFT_REDIS_URL and HEFT_ARTIFACTS_URL."""
+    import socket
+
+    import uvicorn
+
+    config = uvicorn.Config(
+        "api.app:create_app",
+        factory=True,
+        host=host,
+        port=port,
+        timeout_graceful_shutdown=5,
+        server_header=False,
+    )
+    # By hand: uvicorn takes a bare descriptor for a Unix socket, and leaves Nagle's delay on.
+    sockets = None if fd is None else [socket.socket(fileno=fd)]
+    uvicorn.Server(config).run(sockets=sockets)
+
+
+def worker(role: Annotated[Role, typer.Argument(help="What it does.")]) -> None:
+    """Run one worker of as many as you like, on HEFT_DATABASE_URL, HEFT_REDIS_URL and HEFT_ARTIFACTS_URL."""
+    os.execv(sys.executable, [sys.executable, "-P", "-m", "worker", role])
+
+
+def migrate(context: typer.Context) -> None:
+    """Bring the database's tables up to date."""
+    from cli.database import database_of
+    from migrations import upgrade
+
+    with database_of(target(context)) as url:
+        upgrade(url)
+    print("the database is up to date")
+
+
+def _say(sentence: str) -> None:
+    print(sentence, flush=True)
+
+
+def _greet(url: str, key: str, home: Path) -> None:
+    _say(f"""
+  HEFT is running
+
+    address   {url}      (documentation: {url}/docs)
+    key       {key}
+    data      {home}
+
+    export OPENAI_BASE_URL={url}/v1 OPENAI_API_KEY={key}
+
+  Ctrl-C stops it.
+""")

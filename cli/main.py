@@ -1,0 +1,71 @@
+"""The `heft` command. It does NOT do the work: what a command needs is imported when it is called, so that
+`heft --help` is quick."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from typer.core import TyperGroup
+
+from cli.commands import files, jobs, keys, models, predict, service
+from cli.errors import CommandError
+from cli.home import Home, default_home
+from cli.options import Target
+
+
+class _Group(TyperGroup):
+    """Turns a CommandError, wherever it came from, into one line and exit code 1."""
+
+    def invoke(self, ctx: Any) -> Any:
+        try:
+            return super().invoke(ctx)
+        except CommandError as error:
+            print(f"heft: {error}", file=sys.stderr)
+            raise typer.Exit(1) from None
+
+
+app = typer.Typer(cls=_Group, no_args_is_help=True, pretty_exceptions_enable=False)
+
+
+@app.callback()
+def heft(
+    context: typer.Context,
+    home: Annotated[
+        Path | None,
+        typer.Option(
+            envvar="HEFT_HOME", help="Where this machine's data is.", show_default=str(default_home())
+        ),
+    ] = None,
+    url: Annotated[
+        str | None,
+        typer.Option(envvar="HEFT_URL", help="The service.", show_default="the one that runs in the home"),
+    ] = None,
+    api_key: Annotated[
+        str | None,
+        typer.Option(envvar="HEFT_API_KEY", help="The key.", show_default="the first key of the home"),
+    ] = None,
+    database_url: Annotated[
+        str | None,
+        typer.Option(
+            envvar="HEFT_DATABASE_URL", help="A Postgres.", show_default="a private one in the home"
+        ),
+    ] = None,
+) -> None:
+    """Fine-tune language models coarse to fine (LoRA, then LoReFT) on your own machines."""
+    context.obj = Target(
+        home=Home.at(home or default_home()),
+        url=url or None,
+        api_key=api_key or None,
+        database_url=database_url or None,
+    )
+
+
+service.register(app)
+app.command()(predict.predict)
+app.add_typer(jobs.app, name="jobs")
+app.add_typer(files.app, name="files")
+app.add_typer(models.app, name="models")
+app.add_typer(keys.app, name="keys")
