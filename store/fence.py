@@ -33,6 +33,7 @@ class Claim:
     lease_seconds: float
     spec: TrainingSpec
     checkpoints: tuple[Checkpoint, ...]
+    validation: Mapping[str, Any] | None = None  #: the report on its files, once they are checked
 
     @property
     def resume_from(self) -> Checkpoint | None:

@@ -89,6 +89,7 @@ def claim(
         lease_seconds=lease_seconds,
         spec=TrainingSpec.model_validate(job.spec),
         checkpoints=tuple(checkpoints.resumable(session, job.id)) if purpose == "train" else (),
+        validation=job.validation,
     )
 
 

@@ -14,7 +14,6 @@ import os
 import shutil
 import signal
 import tempfile
-import threading
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -25,7 +24,7 @@ import tenacity
 from sqlalchemy.orm import Session
 
 from store import leases
-from store.database import SessionFactory, transaction
+from store.database import transaction
 from store.errors import Damaged, LostFence, Unavailable
 from store.fence import Claim
 from store.states import Purpose
@@ -41,8 +40,9 @@ T = TypeVar("T")
 #: How an attempt ends: a function of `store.leases`, its arguments filled in.
 Ending = Callable[[Session, Claim], Job]
 
-#: How long a worker that shall stop waits for a database that is away. Then the lease ends the attempt.
-_LAST_WORDS_SECONDS = 20.0
+#: How long a worker that shall stop waits for a database or a storage that is away. Then the lease ends the
+#: attempt.
+_LAST_WORDS_SECONDS = 10.0
 _RETRY_SECONDS = 2.0
 _OUT_OF_MEMORY = "most likely because memory ran out: a smaller batch_size or max_length needs less"
 
@@ -72,7 +72,27 @@ class Attempt:
 
     def write(self, do: Callable[[Session, Claim], T]) -> T:
         """One transaction under the fence, tried again while the database is away. Raises LostFence."""
-        return _write(self.context.sessions, self.claim, do, self.context.stopping)
+
+        def once() -> T:
+            with transaction(self.context.sessions) as session:
+                return do(session, self.claim)
+
+        return self.patiently(once)
+
+    def patiently(self, do: Callable[[], T]) -> T:
+        """Try again while database or storage are away: for ever, or a few seconds if the worker shall
+        stop."""
+        give_up = tenacity.stop_all(
+            tenacity.stop_when_event_set(self.context.stopping),
+            tenacity.stop_after_delay(_LAST_WORDS_SECONDS),
+        )
+        retrying = tenacity.Retrying(
+            retry=tenacity.retry_if_exception_type(Unavailable),
+            wait=tenacity.wait_fixed(_RETRY_SECONDS),
+            stop=give_up,
+            reraise=True,
+        )
+        return retrying(do)
 
     def check(self) -> None:
         """Raises Interrupted if the attempt shall end. For the moments in which no child is there to be
@@ -214,22 +234,3 @@ def _watch(context: Context, claim: Claim) -> Watch:
         stopping=context.stopping,
         limits=Limits.of(context.settings),
     )
-
-
-def _write(
-    sessions: SessionFactory, claim: Claim, do: Callable[[Session, Claim], T], stopping: threading.Event
-) -> T:
-    """Patient while the worker lives; a worker that shall stop tries for a few seconds more and then gives
-    up."""
-    give_up = tenacity.stop_all(
-        tenacity.stop_when_event_set(stopping), tenacity.stop_after_delay(_LAST_WORDS_SECONDS)
-    )
-    for attempt in tenacity.Retrying(
-        retry=tenacity.retry_if_exception_type(Unavailable),
-        wait=tenacity.wait_fixed(_RETRY_SECONDS),
-        stop=give_up,
-        reraise=True,
-    ):
-        with attempt, transaction(sessions) as session:
-            return do(session, claim)
-    raise AssertionError("Retrying either returns or raises")

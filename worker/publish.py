@@ -1,0 +1,110 @@
+"""What an attempt leaves in storage: checkpoints, the bundle, the table of losses. Files first, then the row.
+
+Everything lies under the attempt's own prefix, where no other attempt ever writes; the fenced row in
+Postgres is the commit point. It does NOT know trainers.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from store import ids, leases
+from store.artifacts import attempt_prefix
+from store.errors import Unavailable
+from store.files import NewFile
+from worker.attempt import Attempt
+from worker.history import FILE_NAME, History
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Stored:
+    """A directory in storage: {file: SHA-256} under its key."""
+
+    key: str
+    manifest: dict[str, str]
+
+
+class Publisher:
+    """Stores what one attempt makes, and commits its checkpoints."""
+
+    def __init__(self, attempt: Attempt, history: History) -> None:
+        self._attempt = attempt
+        self._history = history
+        self._artifacts = attempt.context.artifacts
+        self._prefix = attempt_prefix(attempt.claim.job_id, attempt.claim.attempt)
+        self._saved: set[tuple[int, str]] = set()
+
+    def checkpoint(self, data: Mapping[str, Any]) -> None:
+        """Store and commit the checkpoint that a CHECKPOINT_SAVED event names, with the history so far."""
+        path, step, kind = Path(data["path"]), data["step"], data["kind"]
+        if (step, kind) in self._saved:
+            return  # asked to stop right after it had saved: the same once more
+        key = f"{self._prefix}/checkpoints/{step}-{kind}"
+        try:
+            self._history.save(path / FILE_NAME)
+            manifest = self._store(key, path)
+            task = bundle_task(path / "bundle") if kind == "stage" else None
+        except FileNotFoundError:
+            # The engine keeps few; a slow storage may come too late for one that newer ones have replaced.
+            log.info("checkpoint %s is gone already", path.name)
+            self._delete(key)
+            return
+        removed = self._attempt.write(
+            partial(
+                leases.record_checkpoint,
+                step=step,
+                stage=data["stage"],
+                stage_index=data["stage_index"],
+                kind=kind,
+                storage_key=key,
+                manifest=manifest,
+                metrics=data.get("metrics"),
+                task=task,
+            )
+        )
+        self._saved.add((step, kind))
+        for old in removed:
+            self._delete(old)
+
+    def bundle(self, path: Path) -> Stored:
+        """Store the finished model."""
+        key = f"{self._prefix}/bundle"
+        return Stored(key=key, manifest=self._store(key, path))
+
+    def results(self) -> NewFile:
+        """Store the table of losses; its row is written with the job's end."""
+        path = self._attempt.folder / FILE_NAME
+        self._history.save(path)
+        key = f"{self._prefix}/results.csv"
+        sha256 = self._attempt.patiently(partial(self._artifacts.put_file, key, path))
+        return NewFile(
+            file_id=ids.new_file_id(),
+            filename="step_metrics.csv",
+            size=path.stat().st_size,
+            sha256=sha256,
+            storage_key=key,
+        )
+
+    def _store(self, key: str, path: Path) -> dict[str, str]:
+        store: Callable[[], dict[str, str]] = partial(self._artifacts.put_directory, key, path)
+        return self._attempt.patiently(store)
+
+    def _delete(self, key: str) -> None:
+        try:
+            self._artifacts.delete(key)
+        except Unavailable as fault:
+            log.info("left to the sweep: %s: %s", key, fault)
+
+
+def bundle_task(path: Path) -> dict[str, Any]:
+    """What a bundle was trained to answer, as its heft.json says."""
+    task: dict[str, Any] = json.loads((path / "heft.json").read_text())["task"]
+    return task
