@@ -1,0 +1,176 @@
+"""`heft demo`: a stack of its own, a real fine-tuning job over HTTP, and questions to what it learned.
+
+Everything goes through the command and the REST API, as a user would do it. The table says what came out.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shlex
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from rich.console import Console
+from rich.table import Table
+
+from cli.client import Client, Json
+from cli.errors import CommandError
+from cli.home import Home, make_private
+from cli.options import Target
+from cli.process import end, last_lines, spawn, wait_until
+from cli.render import duration
+from cli.supervise import Interrupted, interruptible
+from cli.up import RunningStack, running_stack
+from cli.watch import watch_job
+from heft_engine import samples
+
+MODEL = "smollm2-135m"
+SAMPLE = "passages"
+#: Rows of each split: enough to learn from, few enough for two cores.
+ROWS = {"train": 600, "validation": 100, "test": 200}
+LORA = {"n_epochs": 2}
+REFT = {"n_epochs": 2}
+QUESTIONS = 3
+_START_SECONDS = 180
+_STOP_SECONDS = 100
+
+
+def run_demo(target: Target, port: int) -> None:
+    """Raises CommandError with the job's own words when it does not succeed."""
+    console = Console(highlight=False, soft_wrap=True)
+    began = time.monotonic()
+    home = Home.at(target.home.path / "demo")
+    try:
+        with interruptible():
+            console.print(f"starting Postgres, Valkey, the API and the workers in {home.path} …")
+            with (
+                _own_stack(home, port) as stack,
+                Client(stack.url, home.key_file.read_text().strip()) as client,
+            ):
+                console.print(f"they answer at {stack.url}, after {duration(time.monotonic() - began)}\n")
+                request = _request(client, home, console)
+                job = client.post("/v1/fine_tuning/jobs", request)
+                console.print(f"job {job['id']}: HEFT on {MODEL}\n")
+                job = watch_job(client, job["id"], console)
+                if job["status"] != "succeeded":
+                    error = job.get("error") or {}
+                    raise CommandError(f"the job {job['status']}: {error.get('message', 'it says no more')}")
+                _show_results(client, job, console)
+                _ask(client, job, console)
+                _show_curl(stack, home, request, job, console)
+    except Interrupted:
+        raise CommandError("interrupted") from None
+    console.print(f"\nall of it took {duration(time.monotonic() - began)}")
+
+
+@contextmanager
+def _own_stack(home: Home, port: int) -> Iterator[RunningStack]:
+    """`heft up` in a home of its own, with nothing of this shell's settings."""
+    with home.own():  # raises when one runs there already
+        home.state_file.unlink(missing_ok=True)
+    make_private(home.logs)
+    log = home.logs / "up.log"
+    environment = {name: value for name, value in os.environ.items() if not name.startswith("HEFT_")}
+    process = spawn(
+        [sys.executable, "-P", "-m", "cli", "--home", home.path, "up", "--port", str(port)],
+        log=log,
+        environment=environment,
+        death_signal=signal.SIGTERM,
+    )
+    try:
+        yield _wait_for(home, process, log)
+    finally:
+        end(process, [(signal.SIGTERM, _STOP_SECONDS)])
+
+
+def _wait_for(home: Home, process: subprocess.Popen[bytes], log: Path) -> RunningStack:
+    def answers() -> bool:
+        if process.poll() is not None:
+            raise CommandError(f"the stack did not start:\n{last_lines(log)}")
+        return running_stack(home) is not None
+
+    wait_until(answers, seconds=_START_SECONDS)
+    stack = running_stack(home)
+    if stack is None:
+        raise CommandError(f"the stack did not answer in {_START_SECONDS} s; see {home.logs}")
+    return stack
+
+
+def _request(client: Client, home: Home, console: Console) -> Json:
+    files = {}
+    for split, field in (("train", "training"), ("validation", "validation"), ("test", "test")):
+        path = home.path / f"{SAMPLE}-{split}.jsonl"
+        rows = samples.generate(SAMPLE, split, ROWS[split], 0)
+        path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+        files[f"{field}_file"] = client.upload(path)["id"]
+        console.print(f"uploaded {path.name}, {len(rows)} rows: {files[f'{field}_file']}")
+    return {
+        "model": MODEL,
+        **files,
+        "suffix": "demo",
+        "seed": 0,
+        "method": {"type": "heft", "heft": {"lora": LORA, "reft": REFT}},
+    }
+
+
+def _show_results(client: Client, job: Json, console: Console) -> None:
+    evaluation = job["evaluation"]
+    seconds: dict[str, float] = {}
+    for event in client.everything(f"/v1/fine_tuning/jobs/{job['id']}/events"):
+        if event["data"].get("code") == "STAGE_COMPLETE":
+            stage = event["data"]["stage"]
+            seconds[stage] = seconds.get(stage, 0.0) + event["data"]["seconds"]
+    names = {"base": f"base ({MODEL})", "lora": "after LoRA", "reft": "after ReFT"}
+    table = Table(title=f"\n{evaluation['n']} held-out rows ({evaluation['split']})", title_justify="left")
+    for column in ("", "accuracy", "95 % interval", "correct", "training time"):
+        table.add_column(column)
+    for result in evaluation["results"]:
+        low, high = result["interval_95"]
+        spent = seconds.get(result["stage"])
+        table.add_row(
+            names.get(result["stage"], result["stage"]),
+            f"{100 * result['accuracy']:.1f} %",
+            f"{100 * low:.1f} … {100 * high:.1f} %",
+            f"{result['correct']}",
+            "" if spent is None else duration(spent),
+        )
+    console.print(table)
+
+
+def _ask(client: Client, job: Json, console: Console) -> None:
+    console.print("\nthree of the held-out questions, through /predict:\n")
+    for row in samples.generate(SAMPLE, "test", QUESTIONS, 0):
+        answer = client.post("/predict", _question(job, row))
+        said = f"{answer['answer']} ({answer['probability']:.2f})"
+        true = "yes" if row["answer"] else "no"
+        console.print(f"  {row['passage']}", markup=False)
+        console.print(f"  {row['question']}?  → {said}; the row says {true}\n", markup=False)
+
+
+def _question(job: Json, row: Json) -> Json:
+    return {"model": job["fine_tuned_model"], "question": row["question"], "passage": row["passage"]}
+
+
+def _show_curl(stack: RunningStack, home: Home, request: Json, job: Json, console: Console) -> None:
+    [row] = samples.generate(SAMPLE, "test", 1, 0)
+    header = '-H "Authorization: Bearer $KEY"'
+    as_json = f"{header} -H 'Content-Type: application/json'"
+    port = stack.url.rpartition(":")[2]
+    lines = [
+        f"heft --home {shlex.quote(str(home.path))} up --port {port} &",
+        f"KEY=$(cat {shlex.quote(str(home.key_file))})",
+        f"curl {stack.url}/v1/files {header} -F purpose=fine-tune "
+        f"-F file=@{shlex.quote(str(home.path / f'{SAMPLE}-train.jsonl'))}",
+        f"curl {stack.url}/v1/fine_tuning/jobs {as_json} -d {shlex.quote(json.dumps(request))}",
+        f"curl {stack.url}/v1/fine_tuning/jobs/{job['id']} {header}",
+        f"curl {stack.url}/predict {as_json} -d {shlex.quote(json.dumps(_question(job, row)))}",
+    ]
+    console.print("the same by hand:\n")
+    for line in lines:
+        console.print(f"  {line}", markup=False)
