@@ -94,6 +94,11 @@ class Attempt:
         )
         return retrying(do)
 
+    @property
+    def ending(self) -> bool:
+        """Whether it shall end: what the child says now are its last words."""
+        return self._watch.reason is not None
+
     def check(self) -> None:
         """Raises Interrupted if the attempt shall end. For the moments in which no child is there to be
         ended."""

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import logging
+import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import partial
@@ -22,6 +23,10 @@ from worker.attempt import Attempt
 from worker.history import FILE_NAME, History
 
 log = logging.getLogger(__name__)
+
+#: Stages may take seconds and save at the end of each epoch. So many seconds lie between two step checkpoints that
+#: are stored, unless a crash may cost less than that.
+_LEAST_SECONDS = 30.0
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -41,12 +46,16 @@ class Publisher:
         self._artifacts = attempt.context.artifacts
         self._prefix = attempt_prefix(attempt.claim.job_id, attempt.claim.attempt)
         self._saved: set[tuple[int, str]] = set()
+        self._least_seconds = min(_LEAST_SECONDS, attempt.context.settings.checkpoint_seconds)
+        self._next_step = time.monotonic() + self._least_seconds
 
     def checkpoint(self, data: Mapping[str, Any]) -> None:
         """Store and commit the checkpoint that a CHECKPOINT_SAVED event names, with the history so far."""
         path, step, kind = Path(data["path"]), data["step"], data["kind"]
         if (step, kind) in self._saved:
             return  # asked to stop right after it had saved: the same once more
+        if kind == "step" and time.monotonic() < self._next_step and not self._attempt.ending:
+            return
         key = f"{self._prefix}/checkpoints/{step}-{kind}"
         try:
             self._history.save(path / FILE_NAME)
@@ -71,6 +80,7 @@ class Publisher:
             )
         )
         self._saved.add((step, kind))
+        self._next_step = time.monotonic() + self._least_seconds
         for old in removed:
             self._delete(old)
 

@@ -21,8 +21,6 @@ from worker.history import History
 #: The least time between two METRICS events of a job.
 _METRICS_SECONDS = 1.0
 _LAST_WORDS = ("SUCCEEDED", "FAILED")
-#: What a job's `stage` shows from an event on; METRICS and STAGE_STARTED show the stage that they name.
-_STAGE_AFTER = {"STARTED": "evaluate", "MERGE_VERIFIED": "evaluate"}
 
 
 class Reporter:
@@ -56,7 +54,7 @@ class Reporter:
         else:
             self._record(
                 event,
-                stage=_stage_after(code, data),
+                stage=self._stage_after(code, data),
                 resolved=data.get("resolved"),
                 metrics=self._metrics(data, ("accuracy", "train_loss", "eval_loss", "eval_accuracy")),
             )
@@ -83,6 +81,16 @@ class Reporter:
                 **columns,
             )
         )
+
+    def _stage_after(self, code: str, data: Mapping[str, Any]) -> str | None:
+        """What the job's `stage` shows after this event; None: what it showed before."""
+        if code == "STAGE_STARTED":
+            return str(data["stage"])
+        if code == "EPOCH_COMPLETE":
+            stage = self._attempt.claim.spec.stages()[data["stage_index"]]
+            after = "merge" if stage.type == "lora" else "evaluate"
+            return after if data["epoch"] == stage.n_epochs else None
+        return "evaluate" if code in ("STARTED", "MERGE_VERIFIED") else None
 
     def _metrics(self, data: Mapping[str, Any], names: tuple[str, ...]) -> dict[str, Any] | None:
         """The latest numbers of the stage that `data` speaks of, as the job shows them; None if it has
@@ -130,11 +138,3 @@ def stage_label(spec: TrainingSpec, data: Mapping[str, Any]) -> str:
     stage: str = data["stage"]
     alone = sum(one.type == stage for one in spec.stages()) <= 1
     return stage if alone or "stage_index" not in data else f"{stage}-{data['stage_index'] + 1}"
-
-
-def _stage_after(code: str, data: Mapping[str, Any]) -> str | None:
-    if code == "STAGE_STARTED":
-        return str(data["stage"])
-    if code == "STAGE_COMPLETE":
-        return "merge" if data["stage"] == "lora" else "evaluate"
-    return _STAGE_AFTER.get(code)

@@ -1,0 +1,116 @@
+"""Training one job: fetch its files and its last checkpoint, run the engine, store what it leaves.
+
+Read from top to bottom it is the way of one attempt. It does NOT know leases, signals or retries: `attempt`
+does.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+from collections.abc import Mapping
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from store import leases
+from store.errors import Damaged
+from store.tables import Job
+from worker.attempt import Attempt, Ending, death_of, run_attempt
+from worker.context import Context
+from worker.history import FILE_NAME, History
+from worker.plan import LocalRun, run_file, train_config
+from worker.publish import Publisher, bundle_task
+from worker.reporting import Reporter
+from worker.rows import fetch_rows
+
+log = logging.getLogger(__name__)
+
+#: Faults that are nobody's mistake: tried again, as if the trainer had died.
+_TRANSIENT = frozenset({"hub_unavailable"})
+
+
+def run_job(context: Context, job_id: str) -> Job | None:
+    """Train this job if it waits for it. Returns the job as it then stands; None if there was nothing to
+    do."""
+    return run_attempt(context, job_id, "train", _train)
+
+
+def _train(attempt: Attempt) -> Ending:
+    rows = fetch_rows(attempt)
+    resume = _fetch_checkpoint(attempt)
+    run = LocalRun(
+        folder=attempt.folder,
+        train=rows["training_file"],
+        validation=rows.get("validation_file"),
+        test=rows.get("test_file"),
+        resume=resume,
+    )
+    history = History.load(resume / FILE_NAME) if resume else History()
+    publisher = Publisher(attempt, history)
+    reporter = Reporter(attempt, history, save_checkpoint=publisher.checkpoint)
+
+    attempt.check()
+    run.checkpoints.mkdir()
+    config = train_config(attempt.claim.spec, revision=_revision(attempt))
+    path = attempt.folder / "run.json"
+    path.write_text(json.dumps(run_file(config, run, attempt.context.settings)))
+    command = [*attempt.context.engine_command, "train", "--run-file", str(path), "--die-with-parent"]
+    ended = attempt.run_child(command, reporter.hear)
+
+    if ended.last_word is None:
+        return attempt.died(death_of(ended.code))
+    if ended.last_word["code"] == "FAILED":
+        return _failed(attempt, ended.last_word["data"]["error"])
+    return _succeeded(run, publisher, ended.last_word["data"])
+
+
+def _failed(attempt: Attempt, error: Mapping[str, Any]) -> Ending:
+    if error["code"] in _TRANSIENT:
+        return attempt.died(error)
+    return partial(leases.finish_failed, error=error)
+
+
+def _succeeded(run: LocalRun, publisher: Publisher, data: Mapping[str, Any]) -> Ending:
+    bundle = publisher.bundle(run.out)
+    return partial(
+        leases.finish_succeeded,
+        storage_key=bundle.key,
+        manifest=bundle.manifest,
+        task=bundle_task(run.out),
+        evaluation=data["evaluation"],
+        parity=data["parity"],
+        trained_tokens=data["trained_tokens"],
+        result_file=publisher.results(),
+    )
+
+
+def _fetch_checkpoint(attempt: Attempt) -> Path | None:
+    """The best checkpoint that is whole; None to begin at the beginning."""
+    for checkpoint in attempt.claim.checkpoints:
+        attempt.check()
+        path = attempt.folder / f"resume-{checkpoint.step}"
+        fetch = partial(
+            attempt.context.artifacts.fetch_directory, checkpoint.storage_key, path, checkpoint.manifest
+        )
+        try:
+            attempt.patiently(fetch)
+        except Damaged as fault:
+            log.error("checkpoint %s of %s is damaged: %s", checkpoint.id, attempt.claim.job_id, fault)
+            attempt.write(
+                partial(
+                    leases.record_event,
+                    code="WARNING",
+                    message=f"The checkpoint at step {checkpoint.step} is damaged; an earlier one is used.",
+                    data={"signature": "damaged_checkpoint", "checkpoint": checkpoint.id},
+                    level="warn",
+                )
+            )
+        else:
+            return path
+    return None
+
+
+def _revision(attempt: Attempt) -> str | None:
+    base = (attempt.claim.validation or {}).get("base_model") or {}
+    return base.get("revision") if base.get("source") == "hub" else None
