@@ -1,0 +1,80 @@
+"""The app: routers, error handlers, the middleware, and what is held from start to end.
+
+`uvicorn api.app:create_app --factory` serves it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+
+from fastapi import FastAPI
+
+from api.database import Database
+from api.deps import Services
+from api.errors import ErrorBody, add_handlers
+from api.middleware import Envelope
+from api.predict_client import PredictClient
+from api.routes import events, files, health, jobs, models, predict
+from store.artifacts import Artifacts
+from store.database import make_engine, session_factory
+from store.queue import Hints, make_celery
+from store.settings import StoreSettings
+from store.settings import settings as settings_of_process
+
+DESCRIPTION = """Fine-tune language models coarse to fine (LoRA, merge, then LoReFT) and ask them.
+
+Wire-compatible with OpenAI's fine-tuning API: the `openai` package works against it with `base_url` and
+`api_key` changed and nothing else."""
+
+#: Routes that read their body piece by piece, and count it themselves.
+STREAMED = frozenset({("POST", "/v1/files")})
+
+
+def create_app(settings: StoreSettings | None = None) -> FastAPI:
+    """The API on `settings`, or on those of this process's environment. Connects to nothing until asked."""
+    chosen = settings or settings_of_process()
+
+    @asynccontextmanager
+    async def lifespan(app: FastAPI) -> AsyncIterator[None]:
+        async with running(chosen) as services:
+            app.state.services = services
+            yield
+
+    app = FastAPI(
+        title="HEFT as a service",
+        version="1",
+        description=DESCRIPTION,
+        lifespan=lifespan,
+        redirect_slashes=False,
+        responses={"default": {"model": ErrorBody, "description": "OpenAI's error object"}},
+    )
+    add_handlers(app)
+    app.add_middleware(Envelope, streamed=STREAMED)
+    for module in (files, jobs, events, models, predict, health):
+        app.include_router(module.router)
+    return app
+
+
+@asynccontextmanager
+async def running(settings: StoreSettings) -> AsyncIterator[Services]:
+    """What the routes need, closed again at the end."""
+    engine = make_engine(settings.database_url)
+    database = Database(session_factory(engine))
+    celery = make_celery(settings.redis_url, name="heft-api")
+    hints = Hints(celery)
+    client = PredictClient(celery, settings.redis_url, timeout=settings.predict_timeout_seconds)
+    client.start()
+    try:
+        yield Services(
+            settings=settings,
+            database=database,
+            artifacts=Artifacts(settings.artifacts_url),
+            hints=hints,
+            predict=client,
+        )
+    finally:
+        await client.close()
+        hints.close()
+        database.close()
+        engine.dispose()

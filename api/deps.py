@@ -1,0 +1,78 @@
+"""What a route may ask for: who calls, the database, the bytes, the workers. `api.app` makes all of it."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from dataclasses import dataclass
+from typing import Annotated, Any
+
+from fastapi import Depends, Header, Query, Request, Security
+from fastapi.security import HTTPAuthorizationCredentials, HTTPBearer
+
+from api.database import Database
+from api.predict_client import PredictClient
+from store import keys
+from store.artifacts import Artifacts
+from store.errors import Unauthenticated
+from store.queue import Hints
+from store.settings import StoreSettings
+
+
+@dataclass(frozen=True, kw_only=True)
+class Services:
+    """What one API process holds for as long as it runs."""
+
+    settings: StoreSettings
+    database: Database
+    artifacts: Artifacts
+    hints: Hints
+    predict: PredictClient
+
+
+def services(request: Request) -> Services:
+    held = request.app.state.services
+    assert isinstance(held, Services)
+    return held
+
+
+Held = Annotated[Services, Depends(services)]
+
+
+def _database(held: Held) -> Database:
+    return held.database
+
+
+Db = Annotated[Database, Depends(_database)]
+
+_bearer = HTTPBearer(auto_error=False, description="An API key: `heft keys create` makes one.")
+
+
+async def authenticated(
+    db: Db, credentials: Annotated[HTTPAuthorizationCredentials | None, Security(_bearer)]
+) -> keys.Owner:
+    """Whose key it is. A dependency of routes: it runs before a byte of an upload is read."""
+    if credentials is None:
+        raise Unauthenticated("send an API key: Authorization: Bearer <key>")
+    return await db(keys.authenticate, credentials.credentials)
+
+
+Caller = Annotated[keys.Owner, Depends(authenticated)]
+
+IdempotencyKey = Annotated[
+    str | None,
+    Header(
+        alias="Idempotency-Key",
+        min_length=1,
+        max_length=255,
+        description="The same key and body make one thing.",
+    ),
+]
+
+Limit = Annotated[int, Query(ge=1, le=100, description="Items on a page.")]
+After = Annotated[str | None, Query(max_length=300, description="The last id of the page before this one.")]
+
+
+def body_hash(body: Any) -> str:
+    """SHA-256 of a JSON value, however its keys are ordered."""
+    return hashlib.sha256(json.dumps(body, sort_keys=True).encode()).hexdigest()

@@ -1,0 +1,179 @@
+"""The one map from what can go wrong to what the caller sees: OpenAI's error object with all four keys.
+
+It does NOT know routes. Domain errors come from `store.errors`, malformed requests from FastAPI, unknown
+paths from Starlette; whatever else is raised becomes a 500 in `api.middleware`, which shows nothing of it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from http import HTTPStatus
+from typing import Any
+
+from fastapi import FastAPI, Request
+from fastapi.exceptions import RequestValidationError
+from pydantic import BaseModel
+from starlette.exceptions import HTTPException
+from starlette.requests import ClientDisconnect
+from starlette.responses import JSONResponse
+
+from api.predict_client import Refused
+from store import errors
+
+STATUS: dict[type[errors.StoreError], int] = {
+    errors.InvalidRequest: 422,
+    errors.Unauthenticated: 401,
+    errors.Forbidden: 403,
+    errors.NotFound: 404,
+    errors.Conflict: 409,
+    errors.TooLarge: 413,
+    errors.RateLimited: 429,
+    errors.Unavailable: 503,
+}
+
+TYPES = {
+    401: "authentication_error",
+    403: "permission_error",
+    404: "not_found_error",
+    409: "conflict_error",
+    429: "rate_limit_error",
+}
+
+#: Codes for answers that no domain error stands behind.
+CODES = {
+    400: "invalid_request",
+    404: "not_found",
+    405: "method_not_allowed",
+    413: "too_large",
+    415: "unsupported_media_type",
+    422: "invalid_value",
+    500: "internal_error",
+    503: "unavailable",
+}
+
+#: pydantic's names for faults, where OpenAI has a name of its own.
+FAULT_CODES = {
+    "missing": "missing_required_parameter",
+    "extra_forbidden": "unknown_parameter",
+    "json_invalid": "invalid_json",
+}
+
+
+class ErrorDetail(BaseModel):
+    """What went wrong. `type` tells the caller's fault from the service's, `param` names the field."""
+
+    message: str
+    type: str
+    param: str | None
+    code: str | None
+
+
+class ErrorBody(BaseModel):
+    """The body of every answer that is not a success."""
+
+    error: ErrorDetail
+
+
+def error_response(
+    status: int,
+    message: str,
+    *,
+    param: str | None = None,
+    code: str | None = None,
+    headers: Mapping[str, str] | None = None,
+) -> JSONResponse:
+    """OpenAI's error shape, with the headers that the status calls for."""
+    kind = TYPES.get(status, "server_error" if status >= 500 else "invalid_request_error")
+    detail = ErrorDetail(message=message, type=kind, param=param, code=code or CODES.get(status))
+    answer = JSONResponse(ErrorBody(error=detail).model_dump(), status_code=status, headers=headers)
+    if status == 401:
+        answer.headers.setdefault("WWW-Authenticate", "Bearer")
+    if status == 409:
+        answer.headers["x-should-retry"] = "false"  # the openai package repeats a 409 otherwise
+    if status in (429, 503):
+        answer.headers.setdefault("Retry-After", "2")
+    return answer
+
+
+async def on_store_error(_: Request, fault: errors.StoreError) -> JSONResponse:
+    status = next((STATUS[kind] for kind in type(fault).__mro__ if kind in STATUS), 500)
+    headers = {}
+    if isinstance(fault, errors.RateLimited | errors.Unavailable):
+        headers["Retry-After"] = str(fault.retry_after)
+    return error_response(status, fault.message, param=fault.param, code=fault.code, headers=headers)
+
+
+async def on_http_error(request: Request, fault: HTTPException) -> JSONResponse:
+    messages = {
+        404: f"there is nothing at {request.method} {request.url.path}",
+        405: f"{request.method} is not allowed at {request.url.path}",
+    }
+    message = messages.get(fault.status_code, fault.detail or HTTPStatus(fault.status_code).phrase)
+    return error_response(fault.status_code, message, headers=fault.headers)
+
+
+async def on_invalid_request(request: Request, fault: RequestValidationError) -> JSONResponse:
+    faults = fault.errors()
+    first = faults[0]
+    if first["type"] == "json_invalid":
+        reason = first["ctx"]["error"]
+        return error_response(400, f"the body is not JSON: {reason}", code="invalid_json")
+    if isinstance(fault.body, bytes):
+        return error_response(415, "the body is read as JSON: send Content-Type: application/json")
+    param = _param(first, fault.body)
+    reasons = [_reason(other) for other in faults if _param(other, fault.body) == param]
+    message = "; ".join(dict.fromkeys(reasons))
+    code = FAULT_CODES.get(first["type"], "invalid_value")
+    return error_response(422, f"{param}: {message}" if param else message, param=param, code=code)
+
+
+async def on_refusal(_: Request, refusal: Refused) -> JSONResponse:
+    fault = refusal.fault
+    return error_response(fault["status"], fault["message"], param=fault["param"], code=fault["code"])
+
+
+async def on_disconnect(_: Request, __: ClientDisconnect) -> JSONResponse:
+    """Nobody reads this answer: the client went away while it was sending."""
+    return error_response(400, "the request ended before its body was complete")
+
+
+def add_handlers(app: FastAPI) -> None:
+    """Make every error answer of `app` one of the above."""
+    app.add_exception_handler(errors.StoreError, on_store_error)  # type: ignore[arg-type]
+    app.add_exception_handler(HTTPException, on_http_error)  # type: ignore[arg-type]
+    app.add_exception_handler(RequestValidationError, on_invalid_request)  # type: ignore[arg-type]
+    app.add_exception_handler(Refused, on_refusal)  # type: ignore[arg-type]
+    app.add_exception_handler(ClientDisconnect, on_disconnect)  # type: ignore[arg-type]
+
+
+def _reason(fault: Mapping[str, Any]) -> str:
+    if fault["type"] == "extra_forbidden":
+        return "there is no such field"
+    if fault["type"] in ("model_type", "model_attributes_type", "dict_type"):
+        return "this must be an object"
+    return str(fault["msg"]).removeprefix("Value error, ")
+
+
+def _param(fault: Mapping[str, Any], body: Any) -> str | None:
+    """The field at fault as a path, `method.heft.lora.rank`, without the labels that unions add."""
+    path = fault.get("ctx", {}).get("path")
+    if path is not None:
+        return str(path) or None
+    source, *parts = fault["loc"]
+    if source != "body":
+        return ".".join(str(part) for part in parts) or None
+    return ".".join(_steps(parts, body, missing=fault["type"] == "missing")) or None
+
+
+def _steps(parts: Sequence[str | int], body: Any, *, missing: bool) -> list[str]:
+    steps = []
+    for part in parts:
+        is_key = isinstance(body, dict) and part in body
+        is_index = isinstance(body, list) and isinstance(part, int) and part < len(body)
+        if is_key or is_index:
+            body = body[part]
+            steps.append(str(part))
+        # else: a union's label, not a part of the request
+    if missing:
+        steps.append(str(parts[-1]))
+    return steps

@@ -1,0 +1,148 @@
+"""Questions to the inference workers: out as a Celery task, back over one Redis list for this whole process.
+
+One listener serves every waiting request: 45 synchronous routes that each waited for their own reply delayed
+all others by 5 s. A request that nobody answers in time ends here, whatever became of its message.
+It does NOT know models or rows; see `store.queue` for the two messages.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import logging
+import time
+import uuid
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
+
+from celery import Celery
+from kombu.exceptions import OperationalError
+from redis.asyncio import Redis
+from redis.exceptions import RedisError
+
+from store.errors import Unavailable
+from store.queue import (
+    Intervention,
+    PredictedRow,
+    PredictFault,
+    PredictMessage,
+    PredictModel,
+    PredictReply,
+    Task,
+    redis_py_url,
+)
+
+log = logging.getLogger(__name__)
+
+#: How long the listener blocks before it asks again, and rests when the broker is away.
+_BLOCK_SECONDS = 5
+_REST_SECONDS = 0.5
+#: Publishing gives up after the broker's 3 s socket timeout; this is the thread's own end of patience.
+_PUBLISH_SECONDS = 4.0
+
+
+class Refused(Exception):
+    """A worker's refusal, as it is to be answered."""
+
+    def __init__(self, fault: PredictFault) -> None:
+        super().__init__(fault["message"])
+        self.fault = fault
+
+
+class PredictClient:
+    """Starts its listener in `start`, inside the event loop that will wait; `close` ends it."""
+
+    def __init__(self, celery: Celery, redis_url: str, *, timeout: float) -> None:
+        self._celery = celery
+        self._redis = Redis.from_url(redis_py_url(redis_url), socket_timeout=_BLOCK_SECONDS + 5)
+        self._timeout = timeout
+        self._reply_to = f"heft:predict:{uuid.uuid4().hex}"
+        self._waiting: dict[str, asyncio.Future[PredictReply]] = {}
+        self._publishers = ThreadPoolExecutor(8, thread_name_prefix="predict-publish")
+        self._listener: asyncio.Task[None] | None = None
+
+    def start(self) -> None:
+        self._listener = asyncio.create_task(self._listen(), name="predict-replies")
+
+    async def close(self) -> None:
+        if self._listener is not None:
+            self._listener.cancel()
+            await asyncio.wait([self._listener])
+        self._publishers.shutdown(wait=False, cancel_futures=True)
+        await self._redis.aclose()
+
+    async def ask(
+        self, model: PredictModel, inputs: list[dict[str, Any]], intervention: Intervention
+    ) -> list[PredictedRow]:
+        """The answers to `inputs`, in their order.
+
+        Raises Refused with the worker's reason, and Unavailable when no worker has answered in time.
+        """
+        request_id = uuid.uuid4().hex
+        message = PredictMessage(
+            request_id=request_id,
+            model=model,
+            inputs=inputs,
+            intervention=intervention,
+            deadline=time.time() + self._timeout,
+            reply_to=self._reply_to,
+        )
+        future = self._waiting[request_id] = asyncio.get_running_loop().create_future()
+        try:
+            async with asyncio.timeout(self._timeout):
+                await self._publish(message)
+                reply = await future
+        except TimeoutError as fault:
+            raise Unavailable(
+                "no worker has answered in time: the model is still loading, or every worker is busy",
+                retry_after=5,
+                code="model_not_ready",
+            ) from fault
+        finally:
+            del self._waiting[request_id]
+        if "error" in reply:
+            raise Refused(reply["error"])
+        answers: list[PredictedRow] = reply["ok"]["data"]
+        return answers
+
+    async def broker_answers(self) -> bool:
+        """Whether the broker answers a ping within 2 s."""
+        try:
+            async with asyncio.timeout(2):
+                await self._redis.ping()
+        except (RedisError, OSError):
+            return False
+        return True
+
+    async def _publish(self, message: PredictMessage) -> None:
+        loop = asyncio.get_running_loop()
+        sending = loop.run_in_executor(self._publishers, self._send, message)
+        try:
+            await asyncio.wait_for(sending, _PUBLISH_SECONDS)
+        except (OperationalError, OSError, TimeoutError) as fault:
+            raise Unavailable("the message broker does not answer") from fault
+
+    def _send(self, message: PredictMessage) -> None:
+        self._celery.send_task(Task.PREDICT.value, args=[message], retry=False)
+
+    async def _listen(self) -> None:
+        """Hands each reply to whoever waits for it; a reply that came too late has nobody and is dropped."""
+        while True:
+            try:
+                popped = await self._redis.blpop([self._reply_to], timeout=_BLOCK_SECONDS)
+            except (RedisError, OSError) as fault:
+                log.warning("the reply listener lost the broker: %s", fault)
+                await asyncio.sleep(_REST_SECONDS)
+                continue
+            if popped is not None:
+                self._resolve(popped[1])
+
+    def _resolve(self, payload: bytes | str) -> None:
+        try:
+            reply: PredictReply = json.loads(payload)
+            waiting = self._waiting.get(reply["request_id"])
+        except (ValueError, TypeError, KeyError):
+            log.error("a reply that is none: %.200r", payload)
+            return
+        if waiting is not None and not waiting.done():
+            waiting.set_result(reply)

@@ -1,0 +1,82 @@
+"""What happened to a job, as a list or as a stream that goes on until the job has ended."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections.abc import AsyncIterator, Sequence
+from typing import Annotated
+
+from fastapi import APIRouter, Header
+from fastapi.responses import Response
+from sqlalchemy.orm import Session
+from sse_starlette import EventSourceResponse, ServerSentEvent
+
+from api.database import Database
+from api.deps import After, Caller, Db, Limit
+from api.schemas.common import Listing
+from api.schemas.job_object import EventObject
+from store import jobs
+from store.errors import Unavailable
+from store.states import TERMINAL
+from store.tables import Event
+
+router = APIRouter(prefix="/v1/fine_tuning/jobs", tags=["Fine-tuning"])
+log = logging.getLogger(__name__)
+
+#: How often a stream looks for new events, and how many it takes at once.
+POLL_SECONDS = 0.5
+BATCH = 100
+#: Without an event for so long, a comment keeps proxies from closing the stream.
+HEARTBEAT_SECONDS = 15
+
+
+@router.get(
+    "/{job_id}/events",
+    response_model=Listing[EventObject],
+    responses={200: {"content": {"text/event-stream": {"schema": {"type": "string"}}}}},
+)
+async def list_events(
+    job_id: str,
+    caller: Caller,
+    db: Db,
+    after: After = None,
+    limit: Limit = 20,
+    stream: bool = False,
+    last_event_id: Annotated[int, Header(ge=0, lt=2**63)] = 0,
+) -> Response | Listing[EventObject]:
+    """Events, the latest first.
+
+    `stream=true`: server-sent events, the oldest first, from the one after `Last-Event-ID` on until the job
+    has ended. Each one's `id` is its number within the job.
+    """
+    if not stream:
+        page = await db(jobs.list_events, owner_id=caller.id, job_id=job_id, limit=limit, after=after)
+        return Listing.of([EventObject.of(event) for event in page.items], has_more=page.has_more)
+    await db(jobs.get, owner_id=caller.id, job_id=job_id)  # not found is an answer, not a broken stream
+    return EventSourceResponse(
+        _follow(db, owner_id=caller.id, job_id=job_id, seq=last_event_id), ping=HEARTBEAT_SECONDS
+    )
+
+
+async def _follow(db: Database, *, owner_id: str, job_id: str, seq: int) -> AsyncIterator[ServerSentEvent]:
+    """Each poll is a session of its own: a stream that is open for hours holds no connection."""
+    ended = False
+    while not ended:
+        try:
+            ended, events = await db(_next, owner_id=owner_id, job_id=job_id, seq=seq)
+        except Unavailable as fault:
+            log.warning("stream of %s waits for the database: %s", job_id, fault)
+            events = ()
+        for event in events:
+            seq = event.seq
+            yield ServerSentEvent(id=str(seq), data=EventObject.of(event).model_dump_json())
+        if not events and not ended:
+            await asyncio.sleep(POLL_SECONDS)
+
+
+def _next(session: Session, *, owner_id: str, job_id: str, seq: int) -> tuple[bool, Sequence[Event]]:
+    """Whether the stream ends with these events. The state is read first: what ended the job is in them."""
+    state = jobs.get(session, owner_id=owner_id, job_id=job_id).state
+    events = jobs.events_after(session, owner_id=owner_id, job_id=job_id, seq=seq, limit=BATCH)
+    return state in TERMINAL and len(events) < BATCH, events

@@ -1,0 +1,112 @@
+"""Fine-tuning jobs: create, read, and say what is wanted. Events as a stream are in `api.routes.events`."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from typing import Annotated
+
+from fastapi import APIRouter, Depends, Request
+from sqlalchemy.orm import Session
+
+from api.deps import After, Caller, Db, Held, IdempotencyKey, Limit, body_hash
+from api.schemas.common import Listing
+from api.schemas.job_object import CheckpointObject, JobObject
+from api.schemas.jobs import JobRequest
+from store import idempotency, jobs
+from store.ids import new_job_id
+from store.states import PURPOSES, JobState
+from store.tables import Job
+
+router = APIRouter(prefix="/v1/fine_tuning/jobs", tags=["Fine-tuning"])
+
+_FILTER = re.compile(r"metadata\[(.+)\]")
+
+
+def metadata_filter(request: Request) -> dict[str, str]:
+    """`?metadata[k]=v`, which FastAPI has no parameter for."""
+    return {
+        found[1]: value
+        for name, value in request.query_params.items()
+        if (found := _FILTER.fullmatch(name)) is not None
+    }
+
+
+@router.post("")
+async def create_job(
+    body: JobRequest, caller: Caller, db: Db, held: Held, idempotency_key: IdempotencyKey = None
+) -> JobObject:
+    """Start a job. It waits in `validating_files` until a worker has checked its rows line by line."""
+    job = await db(_create, owner_id=caller.id, body=body, idempotency_key=idempotency_key)
+    _hint(held, job)
+    return JobObject.of(job)
+
+
+def _create(session: Session, *, owner_id: str, body: JobRequest, idempotency_key: str | None) -> Job:
+    job_id = new_job_id()
+    if idempotency_key is not None:
+        reserved = idempotency.reserve(
+            session,
+            owner_id=owner_id,
+            key=idempotency_key,
+            body_hash=body_hash(body.as_sent()),
+            resource_id=job_id,
+        )
+        if not reserved.is_new:
+            return jobs.get(session, owner_id=owner_id, job_id=reserved.resource_id)
+    return jobs.create(session, owner_id=owner_id, spec=body.spec(), metadata=body.metadata, job_id=job_id)
+
+
+def _hint(held: Held, job: Job) -> None:
+    """Tell the workers after the commit. Never waits for the broker, which may be away: the job is safe."""
+    purpose = PURPOSES.get(JobState(job.state))
+    if purpose is not None:
+        held.hints.hint(job.id, purpose)
+
+
+@router.get("")
+async def list_jobs(
+    caller: Caller,
+    db: Db,
+    metadata: Annotated[Mapping[str, str], Depends(metadata_filter)],
+    after: After = None,
+    limit: Limit = 20,
+) -> Listing[JobObject]:
+    """Jobs, newest first. `metadata[key]=value` (any number of them) keeps those that have all of these."""
+    page = await db(jobs.list_page, owner_id=caller.id, limit=limit, after=after, metadata=metadata)
+    return Listing.of([JobObject.of(job) for job in page.items], has_more=page.has_more)
+
+
+@router.get("/{job_id}")
+async def retrieve_job(job_id: str, caller: Caller, db: Db) -> JobObject:
+    return JobObject.of(await db(jobs.get, owner_id=caller.id, job_id=job_id))
+
+
+@router.post("/{job_id}/cancel")
+async def cancel_job(job_id: str, caller: Caller, db: Db) -> JobObject:
+    """End a job. At once where nobody trains on it; a running one within seconds."""
+    return JobObject.of(await db(jobs.request_cancel, owner_id=caller.id, job_id=job_id))
+
+
+@router.post("/{job_id}/pause")
+async def pause_job(job_id: str, caller: Caller, db: Db) -> JobObject:
+    """Put a job aside. A running one writes a checkpoint first."""
+    return JobObject.of(await db(jobs.request_pause, owner_id=caller.id, job_id=job_id))
+
+
+@router.post("/{job_id}/resume")
+async def resume_job(job_id: str, caller: Caller, db: Db, held: Held) -> JobObject:
+    """Let a paused job go on from where it was."""
+    job = await db(jobs.resume, owner_id=caller.id, job_id=job_id)
+    _hint(held, job)
+    return JobObject.of(job)
+
+
+@router.get("/{job_id}/checkpoints")
+async def list_checkpoints(
+    job_id: str, caller: Caller, db: Db, after: After = None, limit: Limit = 10
+) -> Listing[CheckpointObject]:
+    """The ends of a job's stages, each a model that can be asked."""
+    page = await db(jobs.list_checkpoints, owner_id=caller.id, job_id=job_id, limit=limit, after=after)
+    items = [CheckpointObject.of(checkpoint) for checkpoint in page.items]
+    return Listing.of(items, has_more=page.has_more)

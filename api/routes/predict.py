@@ -1,0 +1,46 @@
+"""Questions to a model, answered by the inference workers. A waiting route holds no thread and no session."""
+
+from __future__ import annotations
+
+from fastapi import APIRouter
+
+from api.deps import Caller, Db, Held
+from api.schemas.predict import MAX_INPUTS, Answer, Prediction, Predictions, PredictRequest, Usage
+from store import models
+from store.errors import TooLarge
+from store.queue import Intervention, PredictModel
+
+router = APIRouter(tags=["Answers"])
+
+
+@router.post("/predict")
+@router.post("/v1/predict", include_in_schema=False)
+async def predict(body: PredictRequest, caller: Caller, db: Db, held: Held) -> Prediction | Predictions:
+    """Ask a fine-tuned model, a checkpoint or a base model one question, or up to 1,024 in `inputs`."""
+    rows = body.rows()
+    if len(rows) > MAX_INPUTS:
+        raise TooLarge(f"at most {MAX_INPUTS:,} inputs at a time", param="inputs")
+    model = await db(models.get, owner_id=caller.id, model_id=body.model)
+    answers = await held.predict.ask(
+        _addressed(model),
+        rows,
+        Intervention(enabled=body.intervention.enabled, scale=body.intervention.scale),
+    )
+    usage = Usage.of(
+        prompt=sum(answer["prompt_tokens"] for answer in answers),
+        completion=sum(answer["completion_tokens"] for answer in answers),
+    )
+    if body.inputs is None:
+        return Prediction(model=body.model, usage=usage, **Answer.of(answers[0]).model_dump())
+    return Predictions(model=body.model, usage=usage, data=[Answer.of(answer) for answer in answers])
+
+
+def _addressed(model: models.Model) -> PredictModel:
+    """The model as a worker finds it: it has no database at hand while it answers."""
+    return PredictModel(
+        id=model.id,
+        kind=model.kind,
+        base_model=model.base_model,
+        storage_key=model.storage_key,
+        manifest=dict(model.manifest) or None,
+    )

@@ -1,0 +1,48 @@
+"""Models, as OpenAI's API shows them, and archives of them."""
+
+from __future__ import annotations
+
+from typing import Any, Literal, Self
+
+from pydantic import BaseModel
+
+from api.schemas.common import Identified, seconds
+from store.models import Kind, Model
+
+#: Who owns the base models.
+SERVICE = "heft"
+
+
+class ModelObject(Identified):
+    """A base model (`kind` is `base`) or what a job left behind (`final`, `checkpoint`)."""
+
+    object: Literal["model"] = "model"
+    created: int
+    owned_by: str
+    kind: Kind
+    base_model: str
+    job_id: str | None
+    task: dict[str, Any] | None
+    info: dict[str, Any]
+
+    @classmethod
+    def of(cls, model: Model) -> Self:
+        return cls(
+            id=model.id,
+            created=seconds(model.created_at),
+            owned_by=model.owner_id or SERVICE,
+            kind=model.kind,
+            base_model=model.base_model,
+            job_id=model.job_id,
+            task=dict(model.task) or None,
+            info=dict(model.info),
+        )
+
+
+class ExportPending(BaseModel):
+    """The answer while a worker builds the archive: ask again after `Retry-After` seconds."""
+
+    object: Literal["model.export"] = "model.export"
+    model: str
+    format: str
+    status: str

@@ -1,0 +1,114 @@
+"""Questions to a model, one or many, and their answers."""
+
+from __future__ import annotations
+
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, Field, model_validator
+
+from api.schemas.common import RequestBody
+from store.queue import PredictedRow
+
+#: Rows in one request.
+MAX_INPUTS = 1_024
+
+
+class ChatMessage(RequestBody):
+    role: Literal["system", "developer", "user", "assistant"]
+    content: str
+
+
+class Question(RequestBody):
+    """What is asked: `question` (with a passage, with choices), `prompt` or `messages`, one of the three."""
+
+    question: Annotated[str, Field(min_length=1)] | None = None
+    passage: str | None = None
+    choices: Annotated[list[str], Field(min_length=2, max_length=100)] | None = None
+    prompt: Annotated[str, Field(min_length=1)] | None = None
+    messages: Annotated[list[ChatMessage], Field(min_length=1)] | None = None
+
+    @model_validator(mode="after")
+    def _one_form(self) -> Question:
+        asked = [name for name in ("question", "prompt", "messages") if getattr(self, name) is not None]
+        if len(asked) > 1:
+            raise ValueError(f"give one of question, prompt and messages, not {' and '.join(asked)}")
+        if self.question is None and (self.passage is not None or self.choices is not None):
+            raise ValueError("passage and choices belong to a question")
+        return self
+
+    @property
+    def is_asked(self) -> bool:
+        return not (self.question is None and self.prompt is None and self.messages is None)
+
+    def row(self) -> dict[str, Any]:
+        """The question as a row, as its user wrote it."""
+        return self.model_dump(include=set(Question.model_fields), exclude_none=True)
+
+
+class Intervention(RequestBody):
+    """Stage 2 for this request alone: switched off, or h + scale · (Φ(h) − h)."""
+
+    enabled: bool = True
+    scale: Annotated[float, Field(ge=-100, le=100)] = 1.0
+
+
+class PredictRequest(Question):
+    """One question beside `model`, or up to 1,024 in `inputs`."""
+
+    model: Annotated[str, Field(min_length=1, max_length=300)]
+    inputs: Annotated[list[Question], Field(min_length=1)] | None = None
+    intervention: Intervention = Intervention()
+
+    @model_validator(mode="after")
+    def _something_is_asked(self) -> PredictRequest:
+        if self.is_asked == (self.inputs is not None):
+            raise ValueError("give one question (question, prompt or messages), or many in inputs")
+        if not all(question.is_asked for question in self.inputs or ()):
+            raise ValueError("each of inputs needs a question, a prompt or messages")
+        return self
+
+    def rows(self) -> list[dict[str, Any]]:
+        return [self.row()] if self.inputs is None else [question.row() for question in self.inputs]
+
+
+class Usage(BaseModel):
+    prompt_tokens: int
+    completion_tokens: int
+    total_tokens: int
+
+    @classmethod
+    def of(cls, *, prompt: int, completion: int) -> Usage:
+        return cls(prompt_tokens=prompt, completion_tokens=completion, total_tokens=prompt + completion)
+
+
+class Answer(BaseModel):
+    """`probability` is that of the answer; both it and the labels' are null where text was generated."""
+
+    object: Literal["prediction"] = "prediction"
+    answer: str
+    probability: float | None
+    label_probabilities: dict[str, float] | None
+
+    @classmethod
+    def of(cls, row: PredictedRow) -> Answer:
+        return Answer(
+            answer=row["answer"],
+            probability=row["probability"],
+            label_probabilities=row["label_probabilities"],
+        )
+
+
+class Prediction(Answer):
+    """The answer to one question."""
+
+    model: str
+    usage: Usage
+
+
+class Predictions(BaseModel):
+    """The answers to `inputs`, in their order."""
+
+    object: Literal["list"] = "list"
+    model: str
+    data: list[Answer]
+    usage: Usage
