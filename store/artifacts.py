@@ -13,20 +13,23 @@ import json
 import re
 import shutil
 import tempfile
+import time
 from collections.abc import Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import suppress
 from pathlib import Path
 from typing import IO, cast
 
 import fsspec
 from fsspec.implementations.local import LocalFileSystem
 
-from store.errors import Damaged, InvalidRequest, Unavailable
-from store.storing import LocalUpload, RemoteUpload, Upload
+from store.errors import Damaged, InvalidRequest
+from store.storing import PART_BYTES, LocalUpload, RemoteUpload, Upload, storage_faults
 
 MANIFEST = "manifest.json"
+#: Under the root, local storage only: files that are still being written. No key can name it.
+_TEMPORARY = ".incomplete"
 _CHUNK = 1024 * 1024
-_SEGMENT = re.compile(r"[A-Za-z0-9_.@+=-][A-Za-z0-9_.@+= -]{0,254}")
+_SEGMENT = re.compile(r"[A-Za-z0-9_@+=-][A-Za-z0-9_.@+= -]{0,254}")
 
 
 def file_key(file_id: str) -> str:
@@ -61,8 +64,9 @@ class Artifacts:
         commit.
         """
         path = self._path(key)
-        with _faults(key):
-            return LocalUpload(Path(path)) if self._local else RemoteUpload(self._fs, path)
+        if self._local:
+            return LocalUpload(Path(path), Path(self._root) / _TEMPORARY)
+        return RemoteUpload(self._fs, path)
 
     def put_stream(self, key: str, chunks: Iterable[bytes]) -> str:
         """Store what `chunks` gives; returns its SHA-256 in hex. An error in the middle leaves nothing
@@ -75,8 +79,7 @@ class Artifacts:
         except BaseException:
             upload.abort()
             raise
-        with _faults(key):
-            return upload.commit()
+        return upload.commit()
 
     def put_file(self, key: str, path: Path) -> str:
         """Store a local file; returns its SHA-256 in hex."""
@@ -125,14 +128,14 @@ class Artifacts:
 
     def open(self, key: str) -> IO[bytes]:
         """A stored file to read and seek in. Raises Damaged when it is missing."""
-        with _faults(key):
-            return cast("IO[bytes]", self._fs.open(self._path(key), "rb"))
+        with storage_faults(key):
+            return cast("IO[bytes]", self._fs.open(self._path(key), "rb", block_size=PART_BYTES))
 
     def iter_bytes(self, key: str) -> Iterator[bytes]:
         """A stored file in pieces of at most 1 MiB. Raises Damaged when it is missing."""
         with self.open(key) as file:
             while True:
-                with _faults(key):
+                with storage_faults(key):
                     chunk = file.read(_CHUNK)
                 if not chunk:
                     return
@@ -140,17 +143,29 @@ class Artifacts:
 
     def children(self, prefix: str) -> list[str]:
         """The names directly under `prefix`, sorted; none when there is nothing."""
-        with _faults(prefix):
+        with storage_faults(prefix):
             try:
                 paths = self._fs.ls(self._path(prefix), detail=False)
             except FileNotFoundError:
                 return []
         return sorted(str(path).rstrip("/").rpartition("/")[2] for path in paths)
 
+    def delete_incomplete(self, *, older_than_seconds: float) -> None:
+        """Remove what uploads left that were killed in the middle. An object store's own lifecycle rules do
+        it there.
+        """
+        if not self._local:
+            return
+        for path in (Path(self._root) / _TEMPORARY).glob("*"):
+            # Another process may finish or clean up while this one looks.
+            with suppress(FileNotFoundError):
+                if time.time() - path.stat().st_mtime > older_than_seconds:
+                    path.unlink()
+
     def delete(self, prefix: str) -> None:
         """Remove a file, or all there is under a prefix. Nothing there: nothing to do."""
         path = self._path(prefix)
-        with _faults(prefix):
+        with storage_faults(prefix):
             try:
                 self._fs.rm(path, recursive=True)
             except FileNotFoundError:
@@ -172,16 +187,6 @@ class Artifacts:
 def _checked(key: str) -> str:
     """Refuse whatever could leave the root: keys are made of plain names between single slashes."""
     for segment in key.split("/"):
-        if segment in (".", "..") or not _SEGMENT.fullmatch(segment):
+        if not _SEGMENT.fullmatch(segment):
             raise InvalidRequest(f"not a storage key: {key!r}")
     return key
-
-
-@contextmanager
-def _faults(key: str) -> Iterator[None]:
-    try:
-        yield
-    except FileNotFoundError as error:
-        raise Damaged(f"{key} is missing in storage") from error
-    except OSError as error:
-        raise Unavailable(f"the artifact storage does not answer: {error.strerror or error}") from error

@@ -31,6 +31,17 @@ def resumable(session: Session, job_id: str) -> list[Checkpoint]:
     return list(session.scalars(query.order_by(*_NEWEST).limit(_KEPT)))
 
 
+def committed_key(session: Session, checkpoint: Checkpoint) -> str | None:
+    """Where the checkpoint of the same attempt, step and kind is stored, if there is one already."""
+    query = select(Checkpoint.storage_key).where(
+        Checkpoint.job_id == checkpoint.job_id,
+        Checkpoint.attempt == checkpoint.attempt,
+        Checkpoint.step == checkpoint.step,
+        Checkpoint.kind == checkpoint.kind,
+    )
+    return session.scalar(query)
+
+
 def add(session: Session, job: Job, checkpoint: Checkpoint, task: Mapping[str, Any]) -> Checkpoint:
     """Write the row; for a stage's end, also its model."""
     if checkpoint.kind == "stage":

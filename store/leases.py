@@ -172,6 +172,9 @@ def record_checkpoint(
         metrics=dict(metrics or {}),
     )
     job = write_held(session, claim, {"trainer_deaths": 0})  # the fence first: it locks the row
+    committed = checkpoints.committed_key(session, checkpoint)
+    if committed is not None:  # the same call again, or the same state saved again under another key
+        return [] if committed == storage_key else [storage_key]
     checkpoints.add(session, job, checkpoint, task or {})
     data = {"stage": stage, "stage_index": stage_index, "step": step, "checkpoint": checkpoint.id}
     if checkpoint.model_id is not None:

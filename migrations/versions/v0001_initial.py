@@ -1,4 +1,4 @@
-"""The first tables: keys, files, jobs with their attempts, events and checkpoints, models, exports, workers."""
+"""The first tables: keys, files, jobs with attempts, events and checkpoints, models, exports, workers."""
 
 from __future__ import annotations
 
@@ -15,12 +15,12 @@ depends_on = None
 
 _STATES = ("validating_files", "queued", "running", "paused", "succeeded", "failed", "cancelled")
 
-# Python's guards protect a job from this code; the trigger protects it from a bug in this code, from an older version
-# of it that still runs elsewhere, and from a hand at a psql prompt. A job that has ended has told its user so, a model
-# may stand on it: it never changes again. Compared is the whole row, so that a column added later is protected
-# without anyone's having to think of it. What may still change says nothing of how the job ended: trouble in
-# cleaning up, and when a message was last sent.
-_TERMINAL_GUARD = """
+# Python's guards protect a job from this code; the trigger protects it from a bug in this code, from an older
+# version of it that still runs elsewhere, and from a hand at a psql prompt. A job that has ended has told its
+# user so, a model may stand on it: it never changes again. Compared is the whole row, so that a column added
+# later is protected without anyone's having to think of it. What may still change says nothing of how the job
+# ended: trouble in cleaning up, and when a message was last sent.
+_TERMINAL_GUARD = """\
 CREATE FUNCTION refuse_change_of_ended_job() RETURNS trigger LANGUAGE plpgsql AS $$
 DECLARE free CONSTANT text[] := ARRAY['cleanup_error', 'hinted_at'];
 BEGIN
@@ -31,6 +31,7 @@ BEGIN
     RETURN NEW;
 END
 $$;
+
 CREATE TRIGGER jobs_terminal BEFORE UPDATE ON jobs FOR EACH ROW
     WHEN (OLD.state IN ('succeeded', 'failed', 'cancelled')) EXECUTE FUNCTION refuse_change_of_ended_job();
 """
@@ -103,7 +104,7 @@ def _create_keys_and_files() -> None:
         _time("purged_at"),
         sa.PrimaryKeyConstraint("id"),
     )
-    newest_first = ["owner_id", sa.text("created_at DESC"), sa.text("id DESC")]
+    newest_first: list[str | sa.TextClause] = ["owner_id", sa.text("created_at DESC"), sa.text("id DESC")]
     op.create_index("files_by_owner", "files", newest_first)
     op.create_table(
         "idempotency_keys",
@@ -153,7 +154,7 @@ def _create_jobs() -> None:
         sa.PrimaryKeyConstraint("id"),
         sa.CheckConstraint(sa.column("state").in_(_STATES), name="jobs_state"),
     )
-    newest_first = ["owner_id", sa.text("created_at DESC"), sa.text("id DESC")]
+    newest_first: list[str | sa.TextClause] = ["owner_id", sa.text("created_at DESC"), sa.text("id DESC")]
     op.create_index("jobs_by_owner", "jobs", newest_first)
     unfinished = sa.text("finished_at IS NULL")
     op.create_index("jobs_unfinished", "jobs", ["state", "lease_until"], postgresql_where=unfinished)
