@@ -1,0 +1,35 @@
+"""HEFT (arXiv 2509.09801) as a library: LoRA, merge, LoReFT; paths and a config go in, a bundle comes out.
+
+    from heft_engine import TrainConfig, train, load
+
+The heavy parts are imported when first asked for, so that `heft_engine.config` stays usable without torch.
+"""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+from heft_engine.config import TrainConfig
+
+if TYPE_CHECKING:
+    from heft_engine.bundle import Bundle
+    from heft_engine.predictor import Prediction, Predictor, load, load_base
+    from heft_engine.run import train
+
+__all__ = ["Bundle", "Prediction", "Predictor", "TrainConfig", "load", "load_base", "train"]
+
+_HOMES = {
+    "Bundle": "bundle",
+    "Prediction": "predictor",
+    "Predictor": "predictor",
+    "load": "predictor",
+    "load_base": "predictor",
+    "train": "run",
+}
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOMES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(import_module(f"{__name__}.{_HOMES[name]}"), name)

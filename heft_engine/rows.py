@@ -85,7 +85,7 @@ def infer_task(rows: Iterable[Row]) -> TaskType:
 
 
 def read_rows(path: Path, *, labels: Sequence[str] | None = None, need_answer: bool = True) -> list[Row]:
-    """All rows of a JSONL file. Raises RowError, with its line, for the first bad one; or if there is none."""
+    """All rows of a JSONL file. Raises RowError with the line of the first bad one, or if none is there."""
     rows = []
     for line, row in scan_rows(path, labels=labels, need_answer=need_answer):
         if isinstance(row, RowError):

@@ -1,0 +1,54 @@
+"""What differs between model families: the names of their parts, and how logits leave them.
+
+One table, closed: a family that is not in it is refused rather than half understood. It does NOT know weights.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+from heft_engine.errors import ModelError
+
+
+@dataclass(frozen=True, kw_only=True)
+class Family:
+    """Names inside one `…ForCausalLM`. `attention` are the projections LoRA adapts by default: query and value."""
+
+    backbone: str = "model"
+    embedding: str = "embed_tokens"
+    norm: str = "norm"
+    attention: tuple[str, ...] = ("q_proj", "v_proj")
+    #: The name under which a decoder layer takes its key/value cache.
+    cache_argument: str = "past_key_values"
+    #: Rotary embeddings differ between sliding and full layers (Gemma 3).
+    rotary_by_layer_type: bool = False
+
+
+FAMILIES: dict[str, Family] = {
+    "llama": Family(),
+    "mistral": Family(),
+    "qwen2": Family(),
+    "qwen3": Family(),
+    "gemma": Family(),
+    "gemma2": Family(),
+    "gemma3_text": Family(rotary_by_layer_type=True),
+    # One fused projection holds query, key and value.
+    "gpt_neox": Family(
+        backbone="gpt_neox",
+        embedding="embed_in",
+        norm="final_layer_norm",
+        attention=("query_key_value",),
+        cache_argument="layer_past",
+    ),
+}
+
+
+def family_of(config: Any) -> Family:
+    """The family of a transformers config. Raises ModelError naming those that are known."""
+    try:
+        return FAMILIES[config.model_type]
+    except KeyError:
+        known = ", ".join(sorted(FAMILIES))
+        message = f"model type {config.model_type!r} is not supported; supported are {known}"
+        raise ModelError(message, param="model", code="unsupported_model") from None

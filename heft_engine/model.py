@@ -1,0 +1,113 @@
+"""A base model as this engine runs it: packed batches in, hidden states and label scores out.
+
+The decoder layers are called one by one instead of through the family's `forward`, so that training, scoring and
+caching can each start and stop at a layer. Tests hold every family to its own `forward`.
+
+It does NOT know rows, tasks or how anything is trained.
+"""
+
+from __future__ import annotations
+
+from typing import Any, cast
+
+import torch
+from torch import Tensor, nn
+
+from heft_engine.families import family_of
+from heft_engine.interventions import Sites
+from heft_engine.packing import Batch, Layout
+
+
+class PackedLM:
+    """A causal language model with its interventions, over packed batches."""
+
+    def __init__(self, model: nn.Module) -> None:
+        self.model = model
+        self.config: Any = model.config
+        self.family = family_of(self.config)
+        self.backbone: Any = getattr(model, self.family.backbone)
+        self.layers: nn.ModuleList = self.backbone.layers
+        self.head: Any = cast(Any, model).get_output_embeddings()
+        self.sites = Sites(self.layers)
+
+    @property
+    def n_layers(self) -> int:
+        return len(self.layers)
+
+    @property
+    def hidden_size(self) -> int:
+        return int(self.config.hidden_size)
+
+    @property
+    def device(self) -> torch.device:
+        """Where token ids go: the embedding's device, which a model spread over several GPUs has first."""
+        return cast(torch.device, getattr(self.backbone, self.family.embedding).weight.device)
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return cast(torch.dtype, getattr(self.backbone, self.family.embedding).weight.dtype)
+
+    @property
+    def parameters(self) -> int:
+        return sum(parameter.numel() for parameter in self.model.parameters())
+
+    def hidden(self, batch: Batch) -> Tensor:
+        """The last hidden states, after the final norm: (T, hidden)."""
+        ids, positions = batch.input_ids.to(self.device)[None], batch.position_ids.to(self.device)[None]
+        states = self.embed(ids)
+        return self.finish(self.run_layers(states, positions, batch.layout, 0, self.n_layers))[0]
+
+    def embed(self, ids: Tensor) -> Tensor:
+        """Token ids (B, T) → embeddings (B, T, hidden), scaled as the family does it."""
+        return cast(Tensor, getattr(self.backbone, self.family.embedding)(ids))
+
+    def run_layers(
+        self, states: Tensor, positions: Tensor, layout: Layout | None, first: int, end: int, cache: Any = None
+    ) -> Tensor:
+        """Runs decoder layers first … end − 1 over states (B, T, hidden) at `positions` (B, T)."""
+        rotary: dict[str | None, Any] = {}
+        for index in range(first, end):
+            kind = self.config.layer_types[index] if self.family.rotary_by_layer_type else None
+            if kind not in rotary:
+                arguments = (states, positions) if kind is None else (states, positions, kind)
+                rotary[kind] = self.backbone.rotary_emb(*arguments)
+            options: dict[str, Any] = {self.family.cache_argument: cache} if cache is not None else {}
+            states = self.layers[index](
+                states,
+                attention_mask=None,
+                position_ids=positions,
+                position_embeddings=rotary[kind],
+                use_cache=cache is not None,
+                layout=layout,
+                **options,
+            )
+        return states
+
+    def finish(self, states: Tensor) -> Tensor:
+        """The final norm."""
+        return cast(Tensor, getattr(self.backbone, self.family.norm)(states))
+
+    def logits(self, hidden: Tensor) -> Tensor:
+        """Hidden states (n, hidden) → float32 logits (n, vocabulary), soft-capped where the family does so."""
+        return self._cap(cast(Tensor, self.head(hidden)).float())
+
+    def exact_logits(self, hidden: Tensor) -> Tensor:
+        """As `logits`, but multiplied in float32: through a bfloat16 head, 7 of 160 BoolQ rows tied exactly."""
+        return self._cap(hidden.float() @ self.head.weight.float().T + self._bias())
+
+    def label_logits(self, hidden: Tensor, tokens: Tensor) -> Tensor:
+        """Float32 logits of a few tokens: hidden (n, hidden), tokens (n, k) → (n, k).
+
+        Products and sums row by row, never one matrix product: a row's bits don't depend on n.
+        """
+        weights = self.head.weight[tokens].float()
+        bias = self._bias()
+        offset = bias[tokens] if isinstance(bias, Tensor) else bias
+        return self._cap((weights * hidden.float()[:, None, :]).sum(-1) + offset)
+
+    def _bias(self) -> Tensor | float:
+        return self.head.bias.float() if getattr(self.head, "bias", None) is not None else 0.0
+
+    def _cap(self, logits: Tensor) -> Tensor:
+        cap = getattr(self.config, "final_logit_softcapping", None)
+        return logits if cap is None else torch.tanh(logits / cap) * cap

@@ -1,0 +1,114 @@
+"""The one layout: rows end to end without padding.
+
+A packed row is a prompt and, behind it, branches: alternative answers that each continue the prompt and don't see
+one another. A training row has one branch, which makes it an ordinary causal sequence. The last token of a branch is
+never fed in: nothing is predicted from it.
+
+It does NOT know attention or models: `heft_engine.attention` reads the layout.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+import torch
+
+from heft_engine.encoding import Example, intervened_positions
+
+
+@dataclass(frozen=True, kw_only=True)
+class PackedRow:
+    """Where one row lies: `start` in the flat batch, then `prompt` tokens, then `branches` of these lengths."""
+
+    start: int
+    prompt: int
+    branches: tuple[int, ...]
+
+    @property
+    def length(self) -> int:
+        return self.prompt + sum(self.branches)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Layout:
+    """What attention and interventions need to know of a flat batch of T tokens."""
+
+    rows: tuple[PackedRow, ...]
+    #: s in h + s·(Φ(h) − h); 0 leaves interventions out altogether.
+    scale: float = 1.0
+
+    def intervened(self, first: int, last: int) -> list[int]:
+        """Flat indices of every intervened token, row by row."""
+        return [row.start + p for row in self.rows for p in intervened_positions(row.prompt, first, last)]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Batch:
+    """T tokens and what is read from them.
+
+    input_ids, position_ids: int64, shape (T,); positions restart with each row and are absolute inside it.
+    reads: for each example and answer, the flat positions whose logits predict that answer's tokens.
+    """
+
+    input_ids: torch.Tensor
+    position_ids: torch.Tensor
+    layout: Layout
+    reads: tuple[tuple[tuple[int, ...], ...], ...]
+    examples: tuple[Example, ...]
+
+    @property
+    def tokens(self) -> int:
+        return len(self.input_ids)
+
+    def supervised(self) -> tuple[list[int], list[int]]:
+        """Flat positions to read, and the token that each must predict, over all answers."""
+        positions = [p for example in self.reads for answer in example for p in answer]
+        targets = [token for example in self.examples for answer in example.answers for token in answer]
+        return positions, targets
+
+
+def packed_length(example: Example) -> int:
+    return len(example.prompt) + sum(max(0, len(answer) - 1) for answer in example.answers)
+
+
+def pack(examples: Sequence[Example], *, scale: float = 1.0) -> Batch:
+    """Lays examples end to end, all their answers as branches."""
+    ids: list[int] = []
+    positions: list[int] = []
+    rows: list[PackedRow] = []
+    reads: list[tuple[tuple[int, ...], ...]] = []
+    for example in examples:
+        start, prompt = len(ids), len(example.prompt)
+        ids += example.prompt
+        positions += range(prompt)
+        read: list[tuple[int, ...]] = []
+        for answer in example.answers:
+            at = len(ids)
+            fed = answer[:-1]
+            ids += fed
+            positions += range(prompt, prompt + len(fed))
+            read.append((start + prompt - 1, *range(at, at + len(fed))) if answer else ())
+        branches = tuple(len(answer) - 1 for answer in example.answers if len(answer) > 1)
+        rows.append(PackedRow(start=start, prompt=prompt, branches=branches))
+        reads.append(tuple(read))
+    return Batch(
+        input_ids=torch.tensor(ids, dtype=torch.long),
+        position_ids=torch.tensor(positions, dtype=torch.long),
+        layout=Layout(rows=tuple(rows), scale=scale),
+        reads=tuple(reads),
+        examples=tuple(examples),
+    )
+
+
+def micro_batches(examples: Sequence[Example], token_budget: int) -> Iterator[Sequence[Example]]:
+    """Cuts a step into runs of at most `token_budget` tokens, in order; a longer row goes alone."""
+    start, tokens = 0, 0
+    for end, example in enumerate(examples):
+        length = packed_length(example)
+        if end > start and tokens + length > token_budget:
+            yield examples[start:end]
+            start, tokens = end, 0
+        tokens += length
+    if start < len(examples):
+        yield examples[start:]

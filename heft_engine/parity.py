@@ -1,0 +1,105 @@
+"""Is the merged model the adapter that was trained? Measured on probe rows at every merge.
+
+Three figures, each the largest absolute difference of the logits at supervised tokens:
+    float32         adapter beside merged, both in float32 on the CPU: must stay below LIMIT, or the run fails
+    served_dtype    adapter beside merged in the dtype that is served
+    dtype_noise     the merged model in the served dtype beside itself in float32: what that dtype costs anyway
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from typing import Any, cast
+
+import torch
+from torch import Tensor, nn
+from transformers.initialization import no_init_weights
+
+from heft_engine import lora
+from heft_engine.config import LoraStage
+from heft_engine.encoding import Example
+from heft_engine.errors import TrainingError
+from heft_engine.lora import LoraAdapter
+from heft_engine.model import PackedLM
+from heft_engine.packing import pack
+
+LIMIT = 1e-3
+
+
+@dataclass(frozen=True, kw_only=True)
+class Parity:
+    """The record of one merge; `limit` is what `float32` was held to."""
+
+    float32: float
+    served_dtype: float
+    dtype_noise: float
+    dtype: str
+    limit: float
+    rows: int
+
+    def to_json(self) -> dict[str, Any]:
+        return asdict(self)
+
+
+@torch.inference_mode()
+def probe_logits(lm: PackedLM, examples: Sequence[Example]) -> Tensor:
+    """Float32 logits at the supervised tokens of probe rows, without interventions: (tokens, vocabulary), CPU."""
+    with lm.sites.absent():
+        batch = pack(examples)
+        hidden = lm.hidden(batch)
+        return lm.logits(hidden[batch.supervised()[0]]).float().cpu()
+
+
+def merge_and_verify(
+    lm: PackedLM, adapted: Any, stage: LoraStage, adapter: LoraAdapter, examples: Sequence[Example]
+) -> Parity:
+    """Detaches the trained adapter, merges it, and compares. Raises TrainingError (parity_broken) above LIMIT."""
+    with_adapter = probe_logits(lm, examples)
+    lora.detach(adapted)
+    exact = float32_copy(lm)
+    lora.merge(lm.model, adapter)
+    merged = probe_logits(lm, examples)
+
+    shadow = lora.attach(exact, stage, adapter.target_modules)
+    parameters = lora.trainable(shadow)
+    with torch.no_grad():
+        for module, (down, up) in adapter.factors.items():
+            parameters[f"{module}.lora_A.weight"].copy_(down)
+            parameters[f"{module}.lora_B.weight"].copy_(up)
+    exact_with_adapter = probe_logits(exact, examples)
+    lora.detach(shadow)
+    lora.merge(exact.model, adapter)
+    exact_merged = probe_logits(exact, examples)
+
+    parity = Parity(
+        float32=_difference(exact_with_adapter, exact_merged),
+        served_dtype=_difference(with_adapter, merged),
+        dtype_noise=_difference(merged, exact_merged),
+        dtype=str(lm.dtype).removeprefix("torch."),
+        limit=LIMIT,
+        rows=len(examples),
+    )
+    if not parity.float32 <= LIMIT:
+        message = (
+            f"the merged model is not the adapter that was trained: their float32 logits differ by "
+            f"{parity.float32:.2g}, allowed is {LIMIT:g}"
+        )
+        raise TrainingError(message, code="parity_broken")
+    return parity
+
+
+def float32_copy(lm: PackedLM) -> PackedLM:
+    """The same model in float32 on the CPU, without interventions; the original stays where it is."""
+    model = cast(Any, lm.model)
+    with no_init_weights():
+        copy: nn.Module = type(model)._from_config(
+            model.config, dtype=torch.float32, attn_implementation=model.config._attn_implementation
+        )
+    copy.load_state_dict({name: tensor.float().cpu() for name, tensor in model.state_dict().items()})
+    copy.requires_grad_(False)
+    return PackedLM(copy.eval())
+
+
+def _difference(a: Tensor, b: Tensor) -> float:
+    return float((a - b).abs().max())

@@ -1,0 +1,358 @@
+"""One run, from rows to bundle: the recipe's stages in order, each on the frozen result of those before it.
+
+A LoRA stage ends merged; a ReFT stage leaves an intervention in place that later stages train through. Paths and a
+config come in, a bundle comes out. It does NOT know HTTP, databases or users.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from heft_engine import lora, signatures
+from heft_engine.base_models import BaseModel, load_model, load_tokenizer, resolve
+from heft_engine.attention import IMPLEMENTATION
+from heft_engine.bundle import BaseRecord, Bundle, BundleInfo, Probe, package_versions, read_bundle, write_bundle
+from heft_engine.config import LoraStage, ReftStage, TrainConfig
+from heft_engine.devices import choose_device, choose_dtype, dtype_name
+from heft_engine.encoding import Encoder, Example, Task, tokenizer_hash
+from heft_engine.errors import ConfigError, RowError
+from heft_engine.evaluation import evaluate, mean_loss
+from heft_engine.events import Event, OnEvent
+from heft_engine.general_text import general_examples
+from heft_engine.lora import LoraAdapter
+from heft_engine.model import PackedLM
+from heft_engine.model_files import inspect, weights_hash
+from heft_engine.parity import float32_copy, merge_and_verify
+from heft_engine.resolve import resolve_max_length, resolve_stage
+from heft_engine.rows import Row, infer_task
+from heft_engine.run_state import CheckpointWriter, RunState, load_checkpoint
+from heft_engine.scoring import score
+from heft_engine.trainables import LoraTrainable, ReftTrainable
+from heft_engine.training import Hooks, Progress, StageRun, derived_seed
+
+PROBE_ROWS = 8
+_PROBE_CANDIDATES = 64
+
+
+def train(
+    config: TrainConfig,
+    train_rows: Sequence[Row],
+    eval_rows: Sequence[Row],
+    out_dir: Path,
+    on_event: OnEvent,
+    *,
+    test_rows: Sequence[Row] = (),
+    model_dir: Path | None = None,
+    cache_dir: Path | None = None,
+    allow_paths: bool = True,
+    device: str | None = None,
+    checkpoint_dir: Path | None = None,
+    checkpoint_seconds: float = 300.0,
+    resume: Path | None = None,
+    should_stop: Callable[[], bool] = lambda: False,
+) -> Bundle:
+    """Trains by the config and writes a bundle to `out_dir`.
+
+    `eval_rows` steer (early stopping) and `test_rows` only report. `resume` is a checkpoint directory of an earlier
+    run of the same config and rows. Raises EngineError: RowError, ConfigError, ModelError, TrainingError, or Stopped
+    after `should_stop` returned True and a checkpoint was written.
+    """
+    base = resolve(config.model, model_dir=model_dir, cache_dir=cache_dir, allow_paths=allow_paths)
+    run = _prepare(config, base, train_rows, eval_rows, test_rows, device or choose_device(), on_event)
+    writer = CheckpointWriter(directory=checkpoint_dir, seconds=checkpoint_seconds, on_event=on_event)
+    if resume is not None:
+        run.resume(resume)
+    return run.go(out_dir, writer, should_stop)
+
+
+def _prepare(
+    config: TrainConfig,
+    base: BaseModel,
+    train_rows: Sequence[Row],
+    eval_rows: Sequence[Row],
+    test_rows: Sequence[Row],
+    device: str,
+    on_event: OnEvent,
+) -> Run:
+    if not train_rows:
+        raise RowError("there are no training rows", param="training_file")
+    if config.early_stopping is not None and not eval_rows:
+        raise ConfigError("early stopping needs validation rows to watch", param="early_stopping")
+    model_info = inspect(base.path)
+    tokenizer = load_tokenizer(base.path)
+    task = Task.resolve(config.task, infer_task(train_rows))
+    max_length = resolve_max_length(config.max_length, model_info.max_position_embeddings)
+    encoder = Encoder(tokenizer, task, max_length)
+    lm = PackedLM(
+        load_model(base, dtype=choose_dtype(config.dtype, device), device=device, attention=IMPLEMENTATION)
+    )
+    stages = [
+        resolve_stage(
+            stage, lm.family, n_layers=lm.n_layers, hidden_size=lm.hidden_size, parameters=model_info.parameters
+        )
+        for stage in config.stages
+    ]
+    reported = test_rows or eval_rows
+    return Run(
+        config=config.model_copy(update={"stages": stages}),
+        base=base,
+        lm=lm,
+        encoder=encoder,
+        examples=_supervised(encoder, train_rows),
+        validation=_supervised(encoder, eval_rows),
+        reported=[example for row in reported for example in encoder.encode(row)],
+        split="test" if test_rows else "validation",
+        probe_row_source=list((eval_rows or train_rows)[:_PROBE_CANDIDATES]),
+        on_event=on_event,
+    )
+
+
+def _supervised(encoder: Encoder, rows: Sequence[Row]) -> list[Example]:
+    return [example.supervised() for row in rows for example in encoder.encode(row)]
+
+
+def _shortest(examples: Sequence[Example]) -> list[Example]:
+    """Probe rows: a few short ones, because they also run in float32 on the CPU."""
+    return sorted(examples[:_PROBE_CANDIDATES], key=lambda example: len(example.prompt))[:PROBE_ROWS]
+
+
+@dataclass(kw_only=True)
+class Run:
+    """A prepared run. `state` is what a checkpoint carries besides the stage in training."""
+
+    config: TrainConfig  #: its stages resolved
+    base: BaseModel
+    lm: PackedLM
+    encoder: Encoder
+    examples: list[Example]
+    validation: list[Example]
+    reported: list[Example]
+    split: str
+    probe_row_source: list[Row]
+    on_event: OnEvent
+    state: RunState = field(default_factory=RunState)
+    adapters: list[LoraAdapter] = field(default_factory=list)
+
+    def __post_init__(self) -> None:
+        self.probe = _shortest(self.examples)
+        self.general = [example.supervised() for example in general_examples(self.encoder)]
+        per_stage = [
+            stage.n_epochs * -(-len(self.examples) // stage.batch_size) for stage in self.config.stages
+        ]
+        self.first_steps = [sum(per_stage[:index]) for index in range(len(per_stage) + 1)]
+
+    @property
+    def total_steps(self) -> int:
+        return self.first_steps[-1]
+
+    def resume(self, checkpoint: Path) -> None:
+        """Rebuilds the state of a checkpoint: merges what was merged, hooks in what was left in place."""
+        restored = load_checkpoint(checkpoint, self.config)
+        self.state = restored.state
+        for adapter in restored.adapters:
+            lora.merge(self.lm.model, adapter)
+        self.adapters = restored.adapters
+        self.lm.sites.extend(stored.site(self.lm.hidden_size) for stored in restored.sites)
+
+    def go(self, out_dir: Path, writer: CheckpointWriter, should_stop: Callable[[], bool]) -> Bundle:
+        self._announce()
+        if not self.state.evaluations:
+            self.state.general_loss.append(mean_loss(self.lm, self.general))
+            self._evaluate("base", None)
+        for index in range(self.state.stage_index, len(self.config.stages)):
+            self._stage(index, writer, should_stop)
+        bundle = self.write(out_dir)
+        data = {
+            "bundle": str(out_dir),
+            "evaluation": bundle.info.evaluation,
+            "parity": {"merges": bundle.info.parity},
+            "trained_tokens": self.state.trained_tokens,
+        }
+        self._emit("SUCCEEDED", "The model is ready", **data)
+        return bundle
+
+    # -- a stage ----------------------------------------------------------------------------------------------------
+
+    def _stage(self, index: int, writer: CheckpointWriter, should_stop: Callable[[], bool]) -> None:
+        stage = self.config.stages[index]
+        began = time.monotonic()
+        sites_before = len(list(self.lm.sites))
+        torch.manual_seed(derived_seed(self.config.seed, index))
+        trainable: LoraTrainable | ReftTrainable
+        if isinstance(stage, LoraStage):
+            trainable = LoraTrainable.attach(self.lm, stage)
+        else:
+            trainable = ReftTrainable.attach(self.lm, stage)
+
+        def save(progress: Progress, tensors: Callable[[], dict[str, torch.Tensor]], due: bool) -> None:
+            run_step = self.first_steps[index] + progress.step
+            if writer.is_due(due):
+                state = self.state.inside(asdict(progress), sites_before)
+                sites = list(self.lm.sites)[:sites_before]
+                writer.step(state, run_step, self.config, tensors(), self.adapters, sites, stage.type)
+
+        run = StageRun(
+            lm=self.lm,
+            stage=stage,
+            index=index,
+            seed=self.config.seed,
+            trainable=trainable,
+            examples=self.examples,
+            validation=self.validation,
+            probe=self.probe,
+            early_stopping=self.config.early_stopping,
+            first_step=self.first_steps[index],
+            total_steps=self.total_steps,
+            hooks=Hooks(on_event=self.on_event, save=save, should_stop=should_stop),
+        )
+        self._emit_stage("STAGE_STARTED", f"Stage {index + 1} of {len(self.config.stages)}: {stage.type}", index)
+        if self.state.inside_stage is not None:
+            self.state.restore_stage(run)
+        run.run()
+        if isinstance(trainable, LoraTrainable):
+            assert isinstance(stage, LoraStage)
+            self._merge(index, stage, trainable)
+        else:
+            trainable.freeze()
+        progress = run.progress
+        self.state.trained_tokens += progress.tokens
+        self.state.stage_index, self.state.inside_stage = index + 1, None
+        self._evaluate(stage.type, index)
+        self.state.general_loss.append(mean_loss(self.lm, self.general))
+        self._emit_warnings(index, stage)
+        self._emit_stage(
+            "STAGE_COMPLETE",
+            f"Stage {index + 1} of {len(self.config.stages)} is complete",
+            index,
+            seconds=round(time.monotonic() - began, 3),
+            steps=progress.step,
+            tokens=progress.tokens,
+            general_loss=self.state.general_loss[-1],
+        )
+        writer.stage(self.state, self.first_steps[index + 1], self.config, self.write, stage.type, index)
+
+    def _merge(self, index: int, stage: LoraStage, trainable: LoraTrainable) -> None:
+        assert stage.target_modules != "auto"
+        adapter = lora.extract(trainable.adapted, stage, stage.target_modules, self.base.reference)
+        parity = merge_and_verify(self.lm, trainable.adapted, stage, adapter, self.probe)
+        self.adapters.append(adapter)
+        self.state.parity.append({"stage_index": index, **parity.to_json()})
+        message = f"Merged; float32 logits differ from the adapter's by {parity.float32:.1e}"
+        self._emit_stage("MERGE_VERIFIED", message, index, **parity.to_json())
+
+    def _evaluate(self, stage: str, index: int | None) -> None:
+        if not self.reported:
+            self.state.evaluations.append({"stage": stage, "stage_index": index})
+            return
+        result = evaluate(self.lm, self.encoder, self.reported).to_json()
+        record = {"stage": stage, "stage_index": index, **result}
+        self.state.evaluations.append(record)
+        low, high = result["interval_95"]
+        message = f"After {stage}: {result['accuracy']:.1%} of {result['n']} {self.split} rows ({low:.1%} to {high:.1%})"
+        self._emit("EVALUATION", message, split=self.split, **record)
+
+    def _emit_warnings(self, index: int, stage: LoraStage | ReftStage) -> None:
+        before, after = self.state.evaluations[-2:]
+        found = [
+            signatures.below_previous(stage, before.get("accuracy"), after.get("accuracy")),
+            signatures.forgetting(stage, self.state.general_loss[0], self.state.general_loss[-1]),
+        ]
+        for signature in filter(None, found):
+            data = {"signature": signature.name, "stage": stage.type, "stage_index": index}
+            self.on_event(Event(code="WARNING", message=signature.message, level="warn", data=data))
+
+    # -- what it leaves behind --------------------------------------------------------------------------------------
+
+    def write(self, out_dir: Path) -> Bundle:
+        """The bundle of the result so far, checked against training's own prompts and positions."""
+        rows = [(row, example) for row in self.probe_row_source for example in self.encoder.encode(row)]
+        chosen = sorted(rows, key=lambda pair: len(pair[1].prompt))[:PROBE_ROWS]
+        examples = [example for _, example in chosen]
+        totals = [scores.totals for scores in score(self.lm, examples)]
+        info = BundleInfo(
+            method=self.config.method,
+            stages=[stage.model_dump() for stage in self.config.stages[: self.state.stage_index]],
+            base_model=BaseRecord(
+                reference=self.base.reference,
+                source=self.base.source,
+                revision=self.base.revision,
+                model_type=self.lm.config.model_type,
+                weights_sha256=weights_hash(self.base.path),
+            ),
+            task=self.encoder.task.to_json(),
+            tokenizer_sha256=tokenizer_hash(self.encoder.tokenizer),
+            dtype=dtype_name(self.lm.dtype),
+            max_length=self.encoder.max_length,
+            seed=self.config.seed,
+            max_new_tokens=self._max_new_tokens(),
+            evaluation=self.evaluation(),
+            parity=self.state.parity,
+            probe_tolerance=self._probe_tolerance(examples, totals),
+            versions=package_versions(),
+        )
+        probe = Probe(examples=examples, scores=totals)
+        write_bundle(out_dir, info, self.adapters, list(self.lm.sites), self.encoder.tokenizer, probe)
+        bundle = read_bundle(out_dir)
+        signatures.check_positions(bundle, self.encoder, [row for row, _ in chosen])
+        return bundle
+
+    def evaluation(self) -> dict[str, Any] | None:
+        """The job's evaluation so far: None without rows to evaluate on."""
+        results = [record for record in self.state.evaluations if "accuracy" in record]
+        if not results:
+            return None
+        kept = ("stage", "stage_index", "accuracy", "correct", "interval_95")
+        return {
+            "n": results[0]["n"],
+            "metric": results[0]["metric"],
+            "split": self.split,
+            "held_out": self.split == "test",
+            "results": [{name: record[name] for name in kept} for record in results],
+            "general_loss": self.state.general_loss,
+        }
+
+    def _max_new_tokens(self) -> int:
+        longest = max(example.supervised_tokens for example in self.examples)
+        return min(max(64, longest), 1_024)
+
+    def _probe_tolerance(self, examples: list[Example], totals: list[tuple[float, ...]]) -> float:
+        """How far a probe score may lie elsewhere: four times what the dtype alone moves it, at least 1e-3."""
+        exact = float32_copy(self.lm)
+        exact.sites.extend(self.lm.sites)
+        pairs = zip(score(exact, examples), totals, strict=True)
+        noise = max(abs(a - b) for one, other in pairs for a, b in zip(one.totals, other, strict=True))
+        exact.sites.clear()
+        return max(1e-3, 4 * noise)
+
+    # -- what it says -----------------------------------------------------------------------------------------------
+
+    def _announce(self) -> None:
+        resolved = {
+            "stages": [stage.model_dump() for stage in self.config.stages],
+            "task": self.encoder.task.to_json(),
+            "dtype": dtype_name(self.lm.dtype),
+            "device": str(self.lm.device),
+            "max_length": self.encoder.max_length,
+            "base_model": {"source": self.base.source, "revision": self.base.revision},
+        }
+        self._emit(
+            "STARTED",
+            f"{self.config.method} on {self.config.model}: {len(self.examples)} rows, {self.total_steps} steps",
+            method=self.config.method,
+            resolved=resolved,
+            rows=len(self.examples),
+            truncated=sum(example.truncated for example in self.examples),
+            total_steps=self.total_steps,
+        )
+
+    def _emit_stage(self, code: Any, message: str, index: int, **data: Any) -> None:
+        self._emit(code, message, stage=self.config.stages[index].type, stage_index=index, **data)
+
+    def _emit(self, code: Any, message: str, **data: Any) -> None:
+        self.on_event(Event(code=code, message=message, data=data))

@@ -1,0 +1,69 @@
+"""The paper's failure signatures: what a run looks like when HEFT goes wrong, each with what to do about it.
+
+Divergence and "does not train" are seen inside the loop (heft_engine.training), a broken merge in heft_engine.parity;
+these are the ones that show at the end of a stage. It does NOT emit events.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from heft_engine.base_models import load_tokenizer
+from heft_engine.bundle import Bundle, check_tokenizer
+from heft_engine.config import LoraStage, ReftStage, parse_positions
+from heft_engine.encoding import Encoder, Task, intervened_positions
+from heft_engine.errors import TrainingError
+from heft_engine.rows import Row
+
+#: Nats per token of general text beyond which a stage is said to have forgotten.
+FORGETTING = 0.3
+
+
+@dataclass(frozen=True, kw_only=True)
+class Signature:
+    name: str
+    message: str
+
+
+def below_previous(
+    stage: LoraStage | ReftStage, before: float | None, after: float | None
+) -> Signature | None:
+    """A stage that ends below the one before it."""
+    if before is None or after is None or after >= before:
+        return None
+    message = (
+        f"Stage {stage.type} ends below the one before it: {after:.1%} after {before:.1%}. "
+        f"Lower {stage.type}.learning_rate, or train fewer epochs; on few rows this may be chance"
+    )
+    return Signature(name="stage_below_previous", message=message)
+
+
+def forgetting(stage: LoraStage | ReftStage, before: float, after: float) -> Signature | None:
+    """General text that the task never saw has become harder, compared with the base."""
+    if not after - before > FORGETTING:
+        return None
+    message = (
+        f"The model forgets: its loss on general text rose from {before:.2f} to {after:.2f} nats a token. "
+        f"Lower {stage.type}.learning_rate or {stage.type}.rank, or train fewer epochs"
+    )
+    return Signature(name="forgetting", message=message)
+
+
+def check_positions(bundle: Bundle, encoder: Encoder, rows: Sequence[Row]) -> None:
+    """Serving must see what training saw: same prompt tokens, same intervened positions.
+
+    Encodes rows anew with the tokenizer and the task that the bundle holds. Raises TrainingError (position_mismatch).
+    """
+    tokenizer = load_tokenizer(bundle.path / "tokenizer")
+    check_tokenizer(bundle.info, tokenizer)
+    served = Encoder(tokenizer, Task.from_json(bundle.info.task), bundle.info.max_length)
+    for row in rows:
+        for trained, asked in zip(encoder.encode(row), served.encode(row), strict=True):
+            if trained != asked:
+                raise TrainingError("serving would ask other tokens than training saw", code="position_mismatch")
+            for stored in bundle.interventions:
+                first, last = parse_positions(stored.positions)
+                positions = intervened_positions(len(asked.prompt), first, last)
+                if any(p >= len(trained.prompt) for p in positions):
+                    raise TrainingError("an intervened position lies outside the prompt", code="position_mismatch")

@@ -1,0 +1,101 @@
+"""What a stage trains, seen by the loop: LoRA's factors, or LoReFT's R, W and b. Attached here, taken off here.
+
+It does NOT know the loop, data or files.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from peft import PeftModel
+from torch import Tensor, nn
+
+from heft_engine import lora
+from heft_engine.config import LoraStage, ReftStage
+from heft_engine.interventions import LoreftIntervention, Site, check_rotation
+from heft_engine.model import PackedLM
+from heft_engine.resolve import stage_layers
+
+
+@dataclass(kw_only=True)
+class LoraTrainable:
+    """An adapter inside the model. Both factors may decay."""
+
+    adapted: PeftModel
+
+    @staticmethod
+    def attach(lm: PackedLM, stage: LoraStage) -> LoraTrainable:
+        assert stage.target_modules != "auto"
+        return LoraTrainable(adapted=lora.attach(lm, stage, stage.target_modules))
+
+    def parameters(self) -> dict[str, nn.Parameter]:
+        return lora.trainable(self.adapted)
+
+    def groups(self) -> tuple[list[nn.Parameter], list[nn.Parameter]]:
+        return list(self.parameters().values()), []
+
+    def buffers(self) -> dict[str, Tensor]:
+        return {}
+
+    def train(self, mode: bool) -> None:
+        # peft calls its dropout lora_dropout; every other module stays as the base has it, in eval().
+        for name, module in self.adapted.named_modules():
+            if name.endswith("lora_dropout.default"):
+                module.train(mode)
+
+    def check(self) -> None:
+        """LoRA has no constraint to keep."""
+
+
+@dataclass(kw_only=True)
+class ReftTrainable:
+    """The interventions of one stage, one for each layer, hooked into the model."""
+
+    sites: list[Site]
+
+    @staticmethod
+    def attach(lm: PackedLM, stage: ReftStage) -> ReftTrainable:
+        """Goes on with the interventions that stand at the same place with the same shape, adds the others."""
+        sites = []
+        for layer in stage_layers(stage):
+            fresh = LoreftIntervention(lm.hidden_size, stage.rank, stage.dropout).to(lm.device)
+            site = Site(layer=layer, positions=stage.positions, intervention=fresh)
+            standing = next((old for old in lm.sites if old.same_place(site)), None)
+            if standing is None:
+                lm.sites.add(site)
+                standing = site
+            standing.intervention.dropout.p = stage.dropout
+            standing.intervention.thaw()
+            sites.append(standing)
+        return ReftTrainable(sites=sites)
+
+    def parameters(self) -> dict[str, nn.Parameter]:
+        return {
+            f"{index}.{name}": parameter
+            for index, site in enumerate(self.sites)
+            for name, parameter in site.intervention.named_parameters()
+        }
+
+    def groups(self) -> tuple[list[nn.Parameter], list[nn.Parameter]]:
+        pairs = [site.intervention.parameter_groups() for site in self.sites]
+        return [p for decay, _ in pairs for p in decay], [p for _, plain in pairs for p in plain]
+
+    def buffers(self) -> dict[str, Tensor]:
+        return {
+            f"{index}.{name}": buffer
+            for index, site in enumerate(self.sites)
+            for name, buffer in site.intervention.named_buffers()
+        }
+
+    def train(self, mode: bool) -> None:
+        for site in self.sites:
+            site.intervention.dropout.train(mode)
+
+    def check(self) -> None:
+        for site in self.sites:
+            check_rotation(site.intervention)
+
+    def freeze(self) -> None:
+        for site in self.sites:
+            site.intervention.freeze()
+            site.intervention.dropout.eval()
