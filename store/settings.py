@@ -35,6 +35,8 @@ class StoreSettings(BaseSettings):
         default=15, gt=0
     )  #: how often the reconciler looks for lost hints and leases
     stall_seconds: float = Field(default=900, gt=0)  #: a trainer without progress for so long is ended
+    cancel_grace_seconds: float = Field(default=5, ge=0)  #: from SIGTERM to SIGKILL when a job is cancelled
+    checkpoint_grace_seconds: float = Field(default=30, ge=0)  #: the same for a pause, with a checkpoint
     checkpoint_seconds: float = Field(default=300, ge=0)  #: the most training a crash may cost; 0: every step
     max_trainer_deaths: int = 3  #: in a row without a new checkpoint: then the job fails
     max_lost_leases: int = 20

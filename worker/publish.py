@@ -24,8 +24,8 @@ from worker.history import FILE_NAME, History
 
 log = logging.getLogger(__name__)
 
-#: Stages may take seconds and save at the end of each epoch. So many seconds lie between two step checkpoints that
-#: are stored, unless a crash may cost less than that.
+#: Stages may take seconds and save at the end of each epoch. So many seconds lie between two step
+#: checkpoints that are stored, unless a crash may cost less than that.
 _LEAST_SECONDS = 30.0
 
 

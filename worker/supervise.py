@@ -47,8 +47,8 @@ class Limits:
     heartbeat: float
     stall: float
     #: From SIGTERM to SIGKILL. A stalled child gets SIGUSR1 instead, and the time to write its stacks.
-    cancel_grace: float = 5.0
-    checkpoint_grace: float = 30.0
+    cancel_grace: float
+    checkpoint_grace: float
     dump_grace: float = 2.0
 
     @classmethod
@@ -57,6 +57,8 @@ class Limits:
             control=settings.control_seconds,
             heartbeat=settings.heartbeat_seconds,
             stall=settings.stall_seconds,
+            cancel_grace=settings.cancel_grace_seconds,
+            checkpoint_grace=settings.checkpoint_grace_seconds,
         )
 
     def grace(self, reason: Reason) -> float:

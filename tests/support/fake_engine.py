@@ -6,7 +6,7 @@ Each line of that file is one act, {"do": …}:
   wait              until SIGTERM, then a checkpoint and exit 75
   stubborn          until SIGKILL: SIGTERM is ignored
   silent            until SIGKILL, saying nothing (SIGUSR1 writes the stacks)
-  die code          exit so without a word; `once` skips it after a resume
+  die code          exit so without a word (negative: by that signal); `once` skips it after a resume
   fail code message FAILED, exit 1
   straggle path     start a process that would live for ever, its pid into `path`
 A run that resumes skips every act up to the checkpoint's step.
@@ -41,7 +41,7 @@ def write_directory(path: Path, files: dict[str, str]) -> None:
         (path / name).parent.mkdir(parents=True, exist_ok=True)
         (path / name).write_text(text)
     manifest = {name: hashlib.sha256(text.encode()).hexdigest() for name, text in files.items()}
-    (path / "manifest.json").write_text(json.dumps({"files": manifest}))
+    (path / "manifest.json").write_text(json.dumps(manifest))
 
 
 class Play:
@@ -65,7 +65,7 @@ class Play:
         path = self.checkpoints / f"step-{self.step}-{os.getpid()}"
         files = {"state.json": json.dumps({"step": self.step})}
         if act.get("kind") == "stage":
-            files |= {"bundle/heft.json": json.dumps({"step": self.step})}
+            files |= {"bundle/heft.json": json.dumps({"task": {"type": "yes_no"}})}
         write_directory(path, files)
         kind = act.get("kind", "step")
         emit("CHECKPOINT_SAVED", **STAGE, step=self.step, kind=kind, path=str(path))
@@ -92,6 +92,8 @@ class Play:
 
     def die(self, act: dict[str, Any]) -> None:
         if not (act.get("once") and self.run["resume"]):
+            if act["code"] < 0:
+                os.kill(os.getpid(), -act["code"])
             os._exit(act["code"])
 
     def fail(self, act: dict[str, Any]) -> None:
@@ -117,7 +119,7 @@ def main() -> None:
         act = json.loads(line)
         if act.get("step", resumed_at + 1) > resumed_at:
             play.act(act)
-    write_directory(Path(run["out"]), {"heft.json": json.dumps({"steps": play.step})})
+    write_directory(Path(run["out"]), {"heft.json": json.dumps({"task": {"type": "yes_no"}})})
     evaluation = {"n": 2, "metric": "accuracy", "split": "validation", "results": []}
     emit("SUCCEEDED", bundle=run["out"], evaluation=evaluation, parity={"lora": 0.0}, trained_tokens=80)
 

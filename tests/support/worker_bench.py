@@ -1,0 +1,125 @@
+"""A worker without Celery on real database, storage and broker, and jobs that a stand-in engine plays."""
+
+from __future__ import annotations
+
+import json
+import sys
+import threading
+import time
+from collections.abc import Callable, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import psutil
+from sqlalchemy import select
+
+from store import files, ids, jobs, leases
+from store.artifacts import file_key
+from store.database import transaction
+from store.spec import TrainingSpec
+from store.tables import Attempt, Checkpoint, Event, Job
+from worker.context import Context
+from worker.run_job import run_job
+
+OWNER = "owner"
+FAKE_ENGINE = (sys.executable, str(Path(__file__).with_name("fake_engine.py")))
+Act = dict[str, Any]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Bench:
+    """A worker's context, and the hands of a user who makes jobs and looks at them."""
+
+    context: Context
+    pool: ThreadPoolExecutor
+
+    def queued(self, acts: Sequence[Act], **spec: Any) -> str:
+        """A job whose files are checked and whose rows are a script for the stand-in engine; its id."""
+        content = "".join(json.dumps(act) + "\n" for act in acts).encode()
+        job_id = self.created(content, **spec)
+        with transaction(self.context.sessions) as session:
+            claim = leases.claim(session, job_id=job_id, worker_id="prepare", purpose="prepare")
+            assert claim is not None
+            leases.finish_prepared(session, claim, report={"rows": 1})
+        return job_id
+
+    def created(self, content: bytes, **spec: Any) -> str:
+        """A job in `validating_files` whose training file has this content; its id."""
+        given = {"model": "tiny", "training_file": self.uploaded(content), "seed": 0, **spec}
+        with transaction(self.context.sessions) as session:
+            job = jobs.create(session, owner_id=OWNER, spec=TrainingSpec.model_validate(given))
+        return job.id
+
+    def uploaded(self, content: bytes) -> str:
+        """An uploaded file; its id."""
+        file_id = ids.new_file_id()
+        key = file_key(file_id)
+        sha256 = self.context.artifacts.put_stream(key, [content])
+        with transaction(self.context.sessions) as session:
+            files.create(
+                session,
+                owner_id=OWNER,
+                file_id=file_id,
+                filename="rows.jsonl",
+                purpose="fine-tune",
+                size=len(content),
+                sha256=sha256,
+                storage_key=key,
+            )
+        return file_id
+
+    def run(self, job_id: str, context: Context | None = None) -> Job:
+        """One attempt to its end; the job afterwards."""
+        run_job(context or self.context, job_id)
+        return self.job(job_id)
+
+    def start(self, job_id: str, context: Context | None = None) -> Future[Job | None]:
+        """One attempt in the background."""
+        return self.pool.submit(run_job, context or self.context, job_id)
+
+    def job(self, job_id: str) -> Job:
+        with transaction(self.context.sessions) as session:
+            return jobs.get(session, owner_id=OWNER, job_id=job_id)
+
+    def events(self, job_id: str) -> list[Event]:
+        with transaction(self.context.sessions) as session:
+            return jobs.events_after(session, owner_id=OWNER, job_id=job_id, seq=0, limit=1000)
+
+    def codes(self, job_id: str) -> list[str]:
+        return [event.data["code"] for event in self.events(job_id)]
+
+    def checkpoints(self, job_id: str) -> list[Checkpoint]:
+        with transaction(self.context.sessions) as session:
+            query = select(Checkpoint).where(Checkpoint.job_id == job_id).order_by(Checkpoint.created_at)
+            return list(session.scalars(query))
+
+    def outcomes(self, job_id: str) -> list[str | None]:
+        """How each training attempt ended."""
+        with transaction(self.context.sessions) as session:
+            query = select(Attempt).where(Attempt.job_id == job_id, Attempt.purpose == "train")
+            return [attempt.outcome for attempt in session.scalars(query.order_by(Attempt.number))]
+
+    def saw(self, job_id: str, code: str, times: int = 1) -> None:
+        """Wait until the job has that many events of this code."""
+        eventually(lambda: self.codes(job_id).count(code) >= times)
+
+    def with_settings(self, **changes: Any) -> Context:
+        return replace(self.context, settings=self.context.settings.model_copy(update=changes))
+
+
+def gone(pid: int) -> bool:
+    """Gone, or a zombie that its new parent has yet to reap."""
+    try:
+        return psutil.Process(pid).status() == psutil.STATUS_ZOMBIE
+    except psutil.NoSuchProcess:
+        return True
+
+
+def eventually(condition: Callable[[], object], seconds: float = 20.0) -> None:
+    """Wait until it holds."""
+    deadline = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < deadline, "it did not happen in time"
+        threading.Event().wait(0.02)
