@@ -16,6 +16,7 @@ from cli.errors import CommandError
 _READ_SECONDS = 120.0
 #: How long a service that is being started again may be away before a command gives up.
 _PATIENCE_SECONDS = 60.0
+_PAUSE_SECONDS = 1.0
 
 Json = dict[str, Any]
 
@@ -48,17 +49,17 @@ class Client:
     def get(self, path: str, params: Mapping[str, str | int] | None = None) -> Json:
         return self._json("GET", path, params=dict(params or {}))
 
-    def patient_get(self, path: str) -> Json:
+    def patient_get(self, path: str, params: Mapping[str, str | int] | None = None) -> Json:
         """`get` for watching: waits out a restart of the service."""
         deadline = time.monotonic() + _PATIENCE_SECONDS
         while True:
             try:
-                return self.get(path)
+                return self.get(path, params)
             except CommandError as error:
                 away = not isinstance(error, Refused) or error.status >= 500
                 if not away or time.monotonic() >= deadline:
                     raise
-            time.sleep(1)
+            time.sleep(_PAUSE_SECONDS)
 
     def post(self, path: str, body: Json | None = None) -> Json:
         return self._json("POST", path, json=body)

@@ -80,6 +80,7 @@ def up(
     Raises AlreadyRunning for a second one in the same home, CommandError for what does not start.
     """
     with home.own(), _listen(options.host, options.port) as listener:
+        home.state_file.unlink(missing_ok=True)
         home.prepare()
         supervisor = Supervisor(say)
         try:

@@ -49,14 +49,14 @@ def watch_job(client: Client, job_id: str, console: Console | None = None) -> Js
 def _new_events(client: Client, path: str, seen: set[str]) -> Iterator[Json]:
     """Events that were not seen yet, oldest first; the service lists the newest first."""
     new: list[Json] = []
-    after = ""
+    after: dict[str, str] = {}
     while True:
-        page = client.patient_get(f"{path}/events?limit=100{after}")
+        page = client.patient_get(f"{path}/events", {"limit": 100, **after})
         fresh = [event for event in page["data"] if event["id"] not in seen]
         new += fresh
         if not page["has_more"] or len(fresh) < len(page["data"]):
             break
-        after = f"&after={page['data'][-1]['id']}"
+        after = {"after": page["data"][-1]["id"]}
     seen.update(event["id"] for event in new)
     yield from reversed(new)
 

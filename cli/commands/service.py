@@ -56,6 +56,7 @@ def up(
         artifacts_url=artifacts_url or None,
         model_dir=model_dir,
     )
+    _say(f"starting in {chosen.home.path} …")
     try:
         with interruptible(), stack.up(chosen.home, options, _say) as (running, supervisor):
             _greet(running.url, chosen.api_key or stack.first_key(chosen.home), chosen.home.path)

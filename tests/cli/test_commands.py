@@ -1,0 +1,285 @@
+"""What the commands send and show, against a scripted service on loopback."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+import threading
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+from typing import Any
+
+import pytest
+from running_stack import heft
+from typer.testing import Result
+
+from cli.commands.jobs import job_body
+from cli.errors import CommandError
+
+
+@dataclass
+class Service:
+    """Answers each request with the next of what `answers` holds for it; the last one stays."""
+
+    url: str = ""
+    answers: dict[str, list[tuple[int, Any]]] = field(default_factory=dict)
+    bodies: list[tuple[str, Any]] = field(default_factory=list)
+
+    def run(self, *arguments: str) -> Result:
+        return heft("--url", self.url, "--api-key", "k", *arguments)
+
+    def on(self, request: str, *answers: tuple[int, Any]) -> None:
+        self.answers[request] = list(answers)
+
+
+@pytest.fixture
+def service() -> Iterator[Service]:
+    scripted = Service()
+
+    class Handler(BaseHTTPRequestHandler):
+        def answer(self) -> None:
+            body = self.rfile.read(int(self.headers.get("Content-Length", 0)))
+            request = f"{self.command} {self.path}"
+            is_json = self.headers.get("Content-Type") == "application/json"
+            scripted.bodies.append((request, json.loads(body) if is_json else body))
+            script = scripted.answers.get(request, [(500, f"nothing is scripted for {request}".encode())])
+            status, value = script.pop(0) if len(script) > 1 else script[0]
+            content = value if isinstance(value, bytes) else json.dumps(value).encode()
+            self.send_response(status)
+            self.send_header("Content-Length", str(len(content)))
+            self.send_header("Retry-After", "0")
+            self.end_headers()
+            self.wfile.write(content)
+
+        do_GET = do_POST = do_DELETE = answer
+
+        def log_message(self, format: str, *arguments: object) -> None:
+            pass
+
+    server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+    scripted.url = f"http://127.0.0.1:{server.server_address[1]}"
+    thread = threading.Thread(target=server.serve_forever, args=(0.01,))
+    thread.start()
+    yield scripted
+    server.shutdown()
+    thread.join()
+    server.server_close()
+
+
+def error(message: str) -> dict[str, Any]:
+    return {"error": {"message": message, "type": "server_error", "param": "model", "code": "x"}}
+
+
+@pytest.mark.parametrize(
+    ("method", "settings", "expected"),
+    [
+        ("heft", [], {"method": {"type": "heft"}}),
+        (
+            "heft",
+            ["lora.rank=8", "reft.layers=15", "reft.positions=f1+l1", "lora.learning_rate=auto"],
+            {
+                "method": {
+                    "type": "heft",
+                    "heft": {
+                        "lora": {"rank": 8, "learning_rate": "auto"},
+                        "reft": {"layers": 15, "positions": "f1+l1"},
+                    },
+                }
+            },
+        ),
+        ("lora", ["lora.rank=4"], {"method": {"type": "lora", "lora": {"rank": 4}}}),
+        (
+            "reft",
+            ["max_length=64", "early_stopping.patience=2"],
+            {"method": {"type": "reft"}, "max_length": 64, "early_stopping": {"patience": 2}},
+        ),
+    ],
+)
+def test_settings_go_where_the_api_has_them(method: str, settings: list[str], expected: Any) -> None:
+    assert job_body(model="m", method=method, settings=settings) == {"model": "m", **expected}
+
+
+def test_a_setting_without_a_value() -> None:
+    with pytest.raises(CommandError, match="NAME=VALUE"):
+        job_body(model="m", method="heft", settings=["lora.rank"])
+
+
+def job(status: str, **more: Any) -> tuple[int, dict[str, Any]]:
+    return 200, {"id": "ftjob-1", "status": status, "stage": None, "progress": None, "metrics": {}, **more}
+
+
+def events(*messages: str, start: int = 0) -> tuple[int, dict[str, Any]]:
+    data = [
+        {"id": f"e{number}", "type": "message", "level": "info", "message": message, "data": {}}
+        for number, message in enumerate(messages, start=start)
+    ]
+    return 200, {"data": data[::-1], "has_more": False}
+
+
+@pytest.fixture
+def quick(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("cli.watch._PERIOD_SECONDS", 0.01)
+    monkeypatch.setattr("cli.client._PAUSE_SECONDS", 0.01)
+
+
+@pytest.mark.usefixtures("quick")
+def test_create_and_watch(service: Service, tmp_path: Path) -> None:
+    rows = tmp_path / "rows.jsonl"
+    rows.write_text('{"question": "q", "answer": true}\n')
+    running = {
+        "stage": "lora",
+        "progress": {"percent": 50, "step": 1, "total_steps": 2, "eta_seconds": 70},
+        "metrics": {"lora": {"loss": 0.25}},
+    }
+    service.on("POST /v1/files", (200, {"id": "file-1"}))
+    service.on("POST /v1/fine_tuning/jobs", job("validating_files"))
+    service.on(
+        "GET /v1/fine_tuning/jobs/ftjob-1",
+        job("queued"),
+        job("running", **running),
+        (503, error("starting again")),
+        job("succeeded", fine_tuned_model="ft:m:o::1"),
+    )
+    service.on(
+        "GET /v1/fine_tuning/jobs/ftjob-1/events?limit=100",
+        events("one"),
+        events("one", "two"),
+        events("one", "two"),
+    )
+    result = service.run(
+        "jobs",
+        "create",
+        "--model",
+        "m",
+        "--training-file",
+        str(rows),
+        "--validation-file",
+        "file-2",
+        "--watch",
+    )
+    assert result.exit_code == 0, result.output
+    assert [line.strip() for line in result.stdout.splitlines() if line.strip()] == [
+        "ftjob-1",
+        "one",
+        "two",
+        "ft:m:o::1",
+    ]
+    [created] = [body for request, body in service.bodies if request == "POST /v1/fine_tuning/jobs"]
+    assert created["training_file"] == "file-1"
+    assert created["validation_file"] == "file-2"
+
+
+@pytest.mark.usefixtures("quick")
+def test_watching_a_failure_fails(service: Service) -> None:
+    service.on("GET /v1/fine_tuning/jobs/ftjob-1", job("failed", error={"message": "rows are bad"}))
+    service.on("GET /v1/fine_tuning/jobs/ftjob-1/events?limit=100", events("it failed"))
+    result = service.run("jobs", "get", "ftjob-1", "--watch")
+    assert result.exit_code == 1
+    assert result.stderr == "heft: ftjob-1 failed: rows are bad\n"
+
+
+@pytest.mark.parametrize("what", ["cancel", "pause", "resume"])
+def test_requests_to_a_job(service: Service, what: str) -> None:
+    service.on(f"POST /v1/fine_tuning/jobs/ftjob-1/{what}", job("running"))
+    assert service.run("jobs", what, "ftjob-1").stdout == "running\n"
+
+
+def test_lists_read_every_page(service: Service) -> None:
+    def page(*ids: str, more: bool) -> tuple[int, Any]:
+        data = [{"id": i, "filename": "f", "bytes": 1, "created_at": 0} for i in ids]
+        return 200, {"data": data, "has_more": more}
+
+    service.on("GET /v1/files?limit=100", page("file-1", "file-2", more=True))
+    service.on("GET /v1/files?limit=100&after=file-2", page("file-3", more=False))
+    lines = service.run("files", "list").stdout.splitlines()
+    assert [line.split()[0] for line in lines] == ["id", "file-1", "file-2", "file-3"]
+
+
+def test_export_waits_until_it_is_built(service: Service, tmp_path: Path) -> None:
+    service.on("GET /v1/models/ft%3Aa%2Fb%3A1/export?format=peft", (202, {}), (202, {}), (200, b"a tar"))
+    out = tmp_path / "model.tar"
+    result = service.run("models", "export", "ft:a/b:1", "--format", "peft", "--out", str(out))
+    assert result.exit_code == 0, result.output
+    assert out.read_bytes() == b"a tar"
+    assert list(tmp_path.iterdir()) == [out]
+
+
+def test_predict_one(service: Service) -> None:
+    service.on("POST /v1/predict", (200, {"answer": "yes", "probability": 0.91}))
+    result = service.run("predict", "m", "--question", "is it", "--passage", "It is.", "--no-intervention")
+    assert result.stdout == "yes  (0.910)\n"
+    assert service.bodies[-1][1] == {
+        "model": "m",
+        "question": "is it",
+        "passage": "It is.",
+        "intervention": {"enabled": False, "scale": 1.0},
+    }
+
+
+def test_predict_a_file(service: Service, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("cli.commands.predict._BATCH", 2)
+    rows = tmp_path / "rows.jsonl"
+    rows.write_text("".join(json.dumps({"question": f"q{n}", "answer": True}) + "\n" for n in range(3)))
+    service.on(
+        "POST /v1/predict",
+        (200, {"data": [{"answer": "yes"}, {"answer": "no"}]}),
+        (200, {"data": [{"answer": "yes"}]}),
+    )
+    result = service.run("predict", "m", "--file", str(rows))
+    assert [json.loads(line)["answer"] for line in result.stdout.splitlines()] == ["yes", "no", "yes"]
+    assert [body["inputs"] for _, body in service.bodies] == [
+        [{"question": "q0"}, {"question": "q1"}],
+        [{"question": "q2"}],
+    ]
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [("[1]\n", "line 1: not a JSON object"), ('{"question": "q"}\nnonsense\n', "line 2: not JSON")],
+)
+def test_predict_names_the_bad_line(service: Service, tmp_path: Path, content: str, message: str) -> None:
+    rows = tmp_path / "rows.jsonl"
+    rows.write_text(content)
+    result = service.run("predict", "m", "--file", str(rows))
+    assert result.exit_code == 1
+    assert message in result.stderr
+
+
+@pytest.mark.parametrize("arguments", [[], ["--question", "q", "--file", "f"]])
+def test_predict_wants_one_thing(service: Service, arguments: list[str]) -> None:
+    result = service.run("predict", "m", *arguments)
+    assert result.exit_code == 1
+    assert "--file" in result.stderr
+
+
+def test_refusals_are_one_line(service: Service) -> None:
+    service.on("POST /v1/predict", (404, error("no such model")))
+    result = service.run("predict", "m", "--question", "q")
+    assert result.exit_code == 1
+    assert result.stderr == "heft: no such model (model)\n"
+
+
+def test_answers_that_are_not_ours(service: Service) -> None:
+    service.on("GET /v1/models", (502, b"<html>"))
+    result = service.run("models", "list")
+    assert result.exit_code == 1
+    assert "502" in result.stderr
+
+
+def test_nobody_there() -> None:
+    result = heft("--url", "http://127.0.0.1:1", "--api-key", "k", "models", "list")
+    assert result.exit_code == 1
+    assert "does not answer" in result.stderr
+
+
+def test_help_is_quick_and_knows_no_torch() -> None:
+    code = (
+        "import sys; from typer.testing import CliRunner; from cli.main import app;"
+        "assert CliRunner().invoke(app, ['--help']).exit_code == 0;"
+        "print(*sorted({'torch', 'sqlalchemy', 'fastapi', 'httpx', 'pydantic'} & set(sys.modules)))"
+    )
+    loaded = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert loaded.stdout.strip() == ""

@@ -1,0 +1,152 @@
+"""`heft up` as a process: its children's deaths, its own, and the commands that speak to it."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import signal
+import socket
+import stat
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+
+import httpx
+import psutil
+import pytest
+from running_stack import HeftUp, heft, heft_up, start
+
+from cli.home import Home
+from cli.process import wait_until
+
+
+@pytest.fixture(scope="module")
+def stack_up() -> Iterator[HeftUp]:
+    """One that the tests which leave it as it was share."""
+    folder = Path(tempfile.mkdtemp(prefix="heft-test-", dir="/tmp"))
+    folder.chmod(0o711)
+    try:
+        with heft_up(Home.at(folder / "home")) as stack:
+            yield stack
+    finally:
+        shutil.rmtree(folder)
+
+
+def file_ids(stack: HeftUp) -> list[str]:
+    answer = httpx.get(f"{stack.record.url}/v1/files", headers={"Authorization": f"Bearer {stack.key}"})
+    return [file["id"] for file in answer.raise_for_status().json()["data"]]
+
+
+def upload(stack: HeftUp, folder: Path) -> str:
+    rows = folder / "rows.jsonl"
+    rows.write_text(json.dumps({"question": "is it so", "answer": True}) + "\n")
+    result = stack.run("files", "upload", str(rows))
+    assert result.exit_code == 0, result.output
+    return result.stdout.strip()
+
+
+def test_kill_of_the_owner_leaves_nothing_and_loses_nothing(home: Home, tmp_path: Path) -> None:
+    with heft_up(home) as stack:
+        uploaded, key = upload(stack, tmp_path), stack.key
+        stack.descendants()
+        stack.process.send_signal(signal.SIGKILL)
+        stack.process.wait()
+        assert stack.nothing_is_left()
+    with heft_up(home) as stack:
+        assert file_ids(stack) == [uploaded]
+        assert stack.key == key
+        stack.process.send_signal(signal.SIGINT)
+        output, errors = stack.process.communicate(timeout=100)
+        assert stack.process.returncode == 0
+        assert "address   http://127.0.0.1:" in output
+        assert key in output
+        assert errors == ""
+        assert stack.nothing_is_left()
+        assert not home.state_file.exists()
+
+
+def test_every_child_comes_back(stack_up: HeftUp) -> None:
+    for words in (["cli", "api"], ["worker", "prepare"], ["bin/postgres -D"], ["valkey-server"]):
+        [child] = stack_up.named(*words)
+        child.kill()
+
+        def is_back(words: list[str] = words, dead: psutil.Process = child) -> bool:
+            return any(found.pid != dead.pid for found in stack_up.named(*words)) and stack_up.is_ready()
+
+        assert wait_until(is_back, seconds=60), words
+
+
+def test_only_one_in_a_home(stack_up: HeftUp) -> None:
+    second = start(stack_up.home)
+    _, errors = second.communicate(timeout=60)
+    assert second.returncode == 1
+    assert "already running" in errors
+    assert stack_up.is_ready()
+
+
+def test_secrets_are_for_their_owner_alone(stack_up: HeftUp) -> None:
+    for path in (stack_up.home.key_file, stack_up.home.state_file):
+        assert stat.S_IMODE(path.stat().st_mode) == 0o600
+
+
+def test_files_command(stack_up: HeftUp, tmp_path: Path) -> None:
+    uploaded = upload(stack_up, tmp_path)
+    assert uploaded in stack_up.run("files", "list").stdout
+    assert stack_up.run("files", "delete", uploaded).exit_code == 0
+    assert uploaded not in stack_up.run("files", "list").stdout
+    missing = stack_up.run("files", "delete", uploaded)
+    assert missing.exit_code == 1
+    assert missing.stderr.startswith("heft: ")
+    assert stack_up.run("files", "upload", str(tmp_path / "absent")).exit_code == 1
+
+
+def test_keys_command(stack_up: HeftUp) -> None:
+    key = stack_up.run("keys", "create", "--owner", "ann", "--name", "laptop").stdout.strip()
+    key_id = key.split("_")[1]
+    assert stack_up.run("--api-key", key, "files", "list").exit_code == 0
+    assert "ann" in stack_up.run("keys", "list").stdout
+    assert stack_up.run("keys", "revoke", key_id).exit_code == 0
+    refused = stack_up.run("--api-key", key, "files", "list")
+    assert refused.exit_code == 1
+    assert "key" in refused.stderr
+
+
+def test_lists_and_refusals(stack_up: HeftUp) -> None:
+    for command in (["jobs", "list"], ["models", "list"], ["migrate"]):
+        assert stack_up.run(*command).exit_code == 0
+    for command in (["jobs", "get", "ftjob-none"], ["models", "delete", "ft:a/b:c"], ["jobs", "events", "x"]):
+        result = stack_up.run(*command)
+        assert result.exit_code == 1
+        assert result.stderr.startswith("heft: ")
+
+
+def test_a_given_key_is_known(home: Home) -> None:
+    with heft_up(home, HEFT_API_KEY="a key of my own") as stack:
+        answer = httpx.get(
+            f"{stack.record.url}/v1/models", headers={"Authorization": "Bearer a key of my own"}
+        )
+        assert answer.status_code == 200
+        assert not home.key_file.exists()
+        for child in stack.descendants():
+            assert "HEFT_API_KEY" not in child.environ()
+
+
+def test_a_busy_port_is_named(home: Home) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        port = listener.getsockname()[1]
+        result = heft("--home", str(home.path), "up", "--port", str(port))
+    assert result.exit_code == 1
+    assert f"127.0.0.1:{port}" in result.stderr
+    assert "HEFT_PORT" in result.stderr
+    assert not home.run.exists()
+
+
+def test_keys_without_a_running_stack(home: Home) -> None:
+    key = heft("--home", str(home.path), "keys", "create").stdout.strip()
+    assert key.split("_")[1] in heft("--home", str(home.path), "keys", "list").stdout
+
+
+def test_commands_say_what_to_start(home: Home) -> None:
+    result = heft("--home", str(home.path), "jobs", "list")
+    assert result.exit_code == 1
+    assert "heft up" in result.stderr
