@@ -56,7 +56,7 @@ class Publisher:
             return  # asked to stop right after it had saved: the same once more
         if kind == "step" and time.monotonic() < self._next_step and not self._attempt.ending:
             return
-        key = f"{self._prefix}/checkpoints/{step}-{kind}"
+        key = f"{self._prefix}/checkpoint-{step}-{kind}"
         try:
             self._history.save(path / FILE_NAME)
             manifest = self._store(key, path)

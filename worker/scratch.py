@@ -1,6 +1,7 @@
-"""A folder for the files of one worker process, gone when it ends; what a killed worker left goes with the
-next.
+"""A place for one worker process: a folder for its files, and a name that is its alone.
 
+Places are numbered folders, held by a lock that ends with the process, however it ends. So whoever holds a place
+knows that the worker that had it before is dead: its files can go, and what it held can be taken back at once.
 It does NOT know what is put there.
 """
 
@@ -8,37 +9,75 @@ from __future__ import annotations
 
 import fcntl
 import shutil
-import tempfile
+import uuid
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
+from itertools import count
 from pathlib import Path
+from typing import IO
 
-_PREFIX = "worker-"
 _LOCK = "lock"
+_IDENTITY = "identity"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Place:
+    """`worker_id` is the same for every holder of this place, one after the other, and nobody else's."""
+
+    worker_id: str
+    folder: Path
 
 
 @contextmanager
-def scratch_folder(root: Path) -> Iterator[Path]:
-    """An empty folder below `root` for this process alone. Its lock file tells the living from the dead."""
+def hold_place(root: Path, role: str) -> Iterator[Place]:
+    """Hold the first free place of this role below `root`, with an empty folder; waits for nobody."""
     root.mkdir(parents=True, exist_ok=True)
-    with (root / _LOCK).open("w") as all_workers:
-        fcntl.flock(all_workers, fcntl.LOCK_EX)
-        _remove_abandoned(root)
-        folder = Path(tempfile.mkdtemp(prefix=_PREFIX, dir=root))
-        mine = (folder / _LOCK).open("w")
-        fcntl.flock(mine, fcntl.LOCK_EX)
+    with (root / _LOCK).open("w") as choosing:
+        fcntl.flock(choosing, fcntl.LOCK_EX)
+        identity = _identity(root / _IDENTITY)
+        for abandoned in root.glob("*-*/"):
+            _clear_if_free(abandoned)
+        number, lock = _first_free(root, role)
+    place = root / f"{role}-{number}"
+    folder = place / "files"
+    folder.mkdir()
     try:
-        yield folder
+        yield Place(worker_id=f"{role}-{number}-{identity}", folder=folder)
     finally:
         shutil.rmtree(folder)
-        mine.close()
+        lock.close()
 
 
-def _remove_abandoned(root: Path) -> None:
-    for folder in root.glob(f"{_PREFIX}*"):
-        with (folder / _LOCK).open("a") as lock:
-            try:
-                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError:
-                continue  # its worker lives
-            shutil.rmtree(folder)
+def _identity(path: Path) -> str:
+    """Tells this root from those of other machines; made once."""
+    if not path.exists():
+        path.write_text(uuid.uuid4().hex[:12])
+    return path.read_text()
+
+
+def _clear_if_free(place: Path) -> None:
+    lock = _try_lock(place)
+    if lock is not None:
+        shutil.rmtree(place / "files", ignore_errors=True)
+        lock.close()
+
+
+def _first_free(root: Path, role: str) -> tuple[int, IO[str]]:
+    for number in count():
+        place = root / f"{role}-{number}"
+        place.mkdir(exist_ok=True)
+        lock = _try_lock(place)
+        if lock is not None:
+            return number, lock
+    raise AssertionError("numbers don't end")
+
+
+def _try_lock(place: Path) -> IO[str] | None:
+    lock = (place / _LOCK).open("w")
+    try:
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        lock.close()
+        return None
+    return lock

@@ -1,41 +1,63 @@
-"""Scratch folders: one for each living worker, and none of the dead."""
+"""Places: one for each living worker, with a name and a folder; nothing is left of the dead."""
 
 from __future__ import annotations
 
 import subprocess
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
-from worker.scratch import scratch_folder
+from worker.scratch import hold_place
 
 HOLD = """
 import sys, time
 from pathlib import Path
-from worker.scratch import scratch_folder
-with scratch_folder(Path(sys.argv[1])) as folder:
-    (folder / "rows.jsonl").write_text("{}")
-    print(folder, flush=True)
+from worker.scratch import hold_place
+with hold_place(Path(sys.argv[1]), "train") as place:
+    (place.folder / "rows.jsonl").write_text("{}")
+    print(place.worker_id, place.folder, flush=True)
     time.sleep(1000)
 """
 
 
-def test_it_goes_with_its_worker(tmp_path: Path) -> None:
-    with scratch_folder(tmp_path / "new" / "root") as folder:
-        (folder / "job").mkdir()
-        (folder / "job" / "rows.jsonl").write_text("{}")
-    assert not folder.exists()
-
-
-def test_the_next_worker_removes_what_a_killed_one_left_and_nothing_else(tmp_path: Path) -> None:
+@contextmanager
+def another_worker(root: Path) -> Iterator[tuple[subprocess.Popen[str], str, Path]]:
     with subprocess.Popen(
-        [sys.executable, "-c", HOLD, str(tmp_path)], stdout=subprocess.PIPE, text=True
-    ) as other:
-        assert other.stdout is not None
-        theirs = Path(other.stdout.readline().strip())
-        with scratch_folder(tmp_path) as mine:
-            assert (theirs / "rows.jsonl").exists()
-            assert mine != theirs
-        other.kill()
-        other.wait()
-        with scratch_folder(tmp_path):
-            assert not theirs.exists()
+        [sys.executable, "-c", HOLD, str(root)], stdout=subprocess.PIPE, text=True
+    ) as process:
+        assert process.stdout is not None
+        worker_id, folder = process.stdout.readline().split(maxsplit=1)
+        yield process, worker_id, Path(folder.strip())
+        process.kill()
+
+
+def test_a_folder_goes_with_its_worker(tmp_path: Path) -> None:
+    with hold_place(tmp_path / "new" / "root", "train") as place:
+        (place.folder / "job").mkdir()
+        (place.folder / "job" / "rows.jsonl").write_text("{}")
+    assert not place.folder.exists()
+
+
+def test_living_workers_have_places_of_their_own(tmp_path: Path) -> None:
+    with another_worker(tmp_path) as (_, their_id, their_folder), hold_place(tmp_path, "train") as mine:
+        assert mine.worker_id != their_id
+        assert mine.folder != their_folder
+        assert (their_folder / "rows.jsonl").exists()
+
+
+def test_whoever_follows_a_killed_worker_has_its_name_and_none_of_its_files(tmp_path: Path) -> None:
+    with another_worker(tmp_path) as (process, their_id, their_folder):
+        process.kill()
+        process.wait()
+        with hold_place(tmp_path, "inference") as other:
+            assert other.worker_id != their_id
+            assert not their_folder.exists(), "any worker clears up"
+        with hold_place(tmp_path, "train") as heir:
+            assert heir.worker_id == their_id
+            assert list(heir.folder.iterdir()) == []
+
+
+def test_names_of_two_machines_differ(tmp_path: Path) -> None:
+    with hold_place(tmp_path / "one", "train") as here, hold_place(tmp_path / "two", "train") as there:
+        assert here.worker_id != there.worker_id
