@@ -41,7 +41,11 @@ def packed_attention(
     With a layout: B = 1 and Q = K = T tokens of packed rows. Without one: Q = 1, the newest token of rows of equal
     length against all of its K cached tokens (decoding). Raises ValueError for anything else.
     """
-    unknown = [name for name in options.keys() - _IRRELEVANT if options[name] is not None and options[name] is not False]
+    unknown = [
+        name
+        for name in options.keys() - _IRRELEVANT
+        if options[name] is not None and options[name] is not False
+    ]
     if unknown or attention_mask is not None or dropout:
         raise ValueError(f"packed attention does not implement {sorted(unknown) or 'masks and dropout'}")
     groups = query.shape[1] // key.shape[1]
@@ -92,7 +96,9 @@ def _row(
     return outs
 
 
-def _attend(q: Tensor, k: Tensor, v: Tensor, scaling: float | None, window: int | None, softcap: float | None) -> Tensor:
+def _attend(
+    q: Tensor, k: Tensor, v: Tensor, scaling: float | None, window: int | None, softcap: float | None
+) -> Tensor:
     """Causal attention of the last Q of K tokens: query i stands at position K − Q + i."""
     queries, keys = q.shape[2], k.shape[2]
     windowed = window is not None and keys > window

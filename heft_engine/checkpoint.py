@@ -28,7 +28,10 @@ def save_state(directory: Path, values: dict[str, Any], tensors: dict[str, Tenso
     """Writes JSON values and tensors; the torch random state goes along under its own name."""
     directory.mkdir(parents=True, exist_ok=True)
     everything = {**tensors, "rng": torch.get_rng_state()}
-    save_file({name: tensor.detach().cpu().contiguous() for name, tensor in everything.items()}, directory / _TENSORS)
+    save_file(
+        {name: tensor.detach().cpu().contiguous() for name, tensor in everything.items()},
+        directory / _TENSORS,
+    )
     (directory / _VALUES).write_text(json.dumps(values, allow_nan=False))
 
 
@@ -68,7 +71,9 @@ def verify(directory: Path) -> None:
         for name, digest in hashes.items():
             with (directory / name).open("rb") as file:
                 if hashlib.file_digest(file, "sha256").hexdigest() != digest:
-                    raise BundleError(f"checkpoint {directory.name} is damaged: {name} is not what was written")
+                    raise BundleError(
+                        f"checkpoint {directory.name} is damaged: {name} is not what was written"
+                    )
     except (OSError, ValueError) as error:
         raise BundleError(f"checkpoint {directory.name} is incomplete: {error}") from error
 
@@ -76,5 +81,8 @@ def verify(directory: Path) -> None:
 def prune(parent: Path, keep: int) -> None:
     """Removes all but the newest `keep` sealed directories of a checkpoint folder, and unsealed leftovers."""
     sealed = sorted(p for p in parent.iterdir() if (p / MANIFEST).exists())
-    for path in [*sealed[:-keep], *(p for p in parent.iterdir() if p.is_dir() and not (p / MANIFEST).exists())]:
+    for path in [
+        *sealed[:-keep],
+        *(p for p in parent.iterdir() if p.is_dir() and not (p / MANIFEST).exists()),
+    ]:
         shutil.rmtree(path)

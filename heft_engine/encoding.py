@@ -123,7 +123,9 @@ def tokenizer_hash(tokenizer: PreTrainedTokenizerBase) -> str:
 class Encoder:
     """Turns rows into examples for one tokenizer, one task and one length."""
 
-    def __init__(self, tokenizer: PreTrainedTokenizerBase, task: Task, max_length: int = DEFAULT_MAX_LENGTH) -> None:
+    def __init__(
+        self, tokenizer: PreTrainedTokenizerBase, task: Task, max_length: int = DEFAULT_MAX_LENGTH
+    ) -> None:
         self.tokenizer = tokenizer
         self.task = task
         self.max_length = max_length
@@ -131,7 +133,9 @@ class Encoder:
         bos = tokenizer.bos_token_id
         self._bos: list[int] = [bos] if bos is not None and probe[:1] == [bos] else []
         if task.type == "text" and tokenizer.eos_token_id is None:
-            raise ConfigError("this model's tokenizer has no EOS token, which a text task needs", param="model")
+            raise ConfigError(
+                "this model's tokenizer has no EOS token, which a text task needs", param="model"
+            )
         self._fixed = self._answers(task.labels) if task.labels else None
 
     def encode(self, row: Row) -> list[Example]:
@@ -169,7 +173,9 @@ class Encoder:
     def _answers(self, labels: tuple[str, ...]) -> tuple[tuple[int, ...], ...]:
         answers = tuple(tuple(self.continuation(" " + label)) for label in labels)
         if len(set(answers)) != len(answers) or not all(answers):
-            raise RowError(f"this tokenizer can't tell these labels apart: {', '.join(labels)}", param="choices")
+            raise RowError(
+                f"this tokenizer can't tell these labels apart: {', '.join(labels)}", param="choices"
+            )
         return answers
 
     def _labelled(self, row: Row) -> Example:
@@ -195,7 +201,9 @@ class Encoder:
                     f"more than max_length {self.max_length}",
                     param="question",
                 )
-            offsets = self.tokenizer(passage, add_special_tokens=False, return_offsets_mapping=True)["offset_mapping"]
+            offsets = self.tokenizer(passage, add_special_tokens=False, return_offsets_mapping=True)[
+                "offset_mapping"
+            ]
             keep = max(0, len(offsets) - (len(ids) - budget))
             shorter = passage[: offsets[keep - 1][1]] if keep else ""
             passage = shorter if len(shorter) < len(passage) else passage[:-1]
@@ -235,7 +243,9 @@ class Encoder:
         answers = ((*self.continuation(answer), eos),) if answer is not None else ()
         length = len(prompt) + sum(map(len, answers))
         if length > self.max_length:
-            raise RowError(f"this row is {length} tokens long, more than max_length {self.max_length}", param=param)
+            raise RowError(
+                f"this row is {length} tokens long, more than max_length {self.max_length}", param=param
+            )
         labels = (answer,) if answer is not None else ()
         return Example(prompt=tuple(prompt), answers=answers, labels=labels, gold=0 if answers else None)
 
@@ -244,7 +254,9 @@ def _fill(template: str, fields: dict[str, str]) -> str:
     """Replaces {name} in one pass, so that braces inside a value stay what they are."""
     parts, rest = [], template
     while rest:
-        found = min(((rest.find("{" + name + "}"), name) for name in fields if "{" + name + "}" in rest), default=None)
+        found = min(
+            ((rest.find("{" + name + "}"), name) for name in fields if "{" + name + "}" in rest), default=None
+        )
         if found is None:
             parts.append(rest)
             break

@@ -15,7 +15,9 @@ from heft_engine.packing import pack
 
 
 @torch.inference_mode()
-def generate(lm: PackedLM, prompt: Example, *, eos: int, max_new_tokens: int, scale: float = 1.0) -> list[int]:
+def generate(
+    lm: PackedLM, prompt: Example, *, eos: int, max_new_tokens: int, scale: float = 1.0
+) -> list[int]:
     """The most likely continuation of a prompt, token by token, up to `eos` (left out) or `max_new_tokens`."""
     bare = Example(prompt=prompt.prompt, answers=(), labels=(), gold=None)
     batch = pack([bare], scale=scale)

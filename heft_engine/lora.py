@@ -89,7 +89,9 @@ def attach(lm: PackedLM, stage: LoraStage, modules: list[str]) -> PeftModel:
     try:
         adapted = get_peft_model(cast(Any, lm.model), config)
     except ValueError as error:
-        names = sorted({name.rsplit(".", 1)[-1] for name, part in lm.layers[0].named_modules() if _adaptable(part)})
+        names = sorted(
+            {name.rsplit(".", 1)[-1] for name, part in lm.layers[0].named_modules() if _adaptable(part)}
+        )
         message = f"no module of this model is named {', '.join(modules)}; it has {', '.join(names)}"
         raise ConfigError(message, param="lora.target_modules") from error
     return cast(PeftModel, adapted)
@@ -104,7 +106,9 @@ def trainable(adapted: PeftModel) -> dict[str, nn.Parameter]:
     }
 
 
-def extract(adapted: PeftModel, stage: LoraStage, modules: list[str], base_reference: str | None) -> LoraAdapter:
+def extract(
+    adapted: PeftModel, stage: LoraStage, modules: list[str], base_reference: str | None
+) -> LoraAdapter:
     """The adapter as it stands, copied to the CPU in float32."""
     parameters = {name: tensor.detach().float().cpu().clone() for name, tensor in trainable(adapted).items()}
     factors = {
@@ -138,7 +142,9 @@ def merge(model: nn.Module, adapter: LoraAdapter) -> None:
             raise BundleError(f"the adapter names {module}, which this base model does not have") from error
         delta = adapter.delta(module)
         if delta.shape != weight.shape:
-            raise BundleError(f"the adapter's {module} is {tuple(delta.shape)}, the base's {tuple(weight.shape)}")
+            raise BundleError(
+                f"the adapter's {module} is {tuple(delta.shape)}, the base's {tuple(weight.shape)}"
+            )
         weight.copy_((weight.float().cpu() + delta).to(weight.dtype))
 
 
@@ -153,7 +159,10 @@ def concatenate(adapters: list[LoraAdapter]) -> LoraAdapter:
         downs, ups = [], []
         for adapter in adapters:
             shapes = next(a.factors[module] for a in adapters if module in a.factors)
-            zero = (torch.zeros(adapter.rank, shapes[0].shape[1]), torch.zeros(shapes[1].shape[0], adapter.rank))
+            zero = (
+                torch.zeros(adapter.rank, shapes[0].shape[1]),
+                torch.zeros(shapes[1].shape[0], adapter.rank),
+            )
             down, up = adapter.factors.get(module, zero)
             downs.append(down)
             ups.append(adapter.scaling * up)

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from heft_engine.families import family_of
+from heft_engine.fixed_shapes import FixedShapes, calibrate
 from heft_engine.interventions import Sites
 from heft_engine.packing import Batch, Layout
 
@@ -29,6 +30,7 @@ class PackedLM:
         self.layers: nn.ModuleList = self.backbone.layers
         self.head: Any = cast(Any, model).get_output_embeddings()
         self.sites = Sites(self.layers)
+        self._fixed_shapes: tuple[int, FixedShapes] | None = None
 
     @property
     def n_layers(self) -> int:
@@ -51,6 +53,13 @@ class PackedLM:
     def parameters(self) -> int:
         return sum(parameter.numel() for parameter in self.model.parameters())
 
+    def fixed_shapes(self) -> FixedShapes:
+        """The mode in which a row's bits don't depend on its neighbours; measured once for a number of threads."""
+        threads = torch.get_num_threads()
+        if self._fixed_shapes is None or self._fixed_shapes[0] != threads:
+            self._fixed_shapes = (threads, calibrate(self.layers, self.device))
+        return self._fixed_shapes[1]
+
     def hidden(self, batch: Batch) -> Tensor:
         """The last hidden states, after the final norm: (T, hidden)."""
         ids, positions = batch.input_ids.to(self.device)[None], batch.position_ids.to(self.device)[None]
@@ -62,7 +71,13 @@ class PackedLM:
         return cast(Tensor, getattr(self.backbone, self.family.embedding)(ids))
 
     def run_layers(
-        self, states: Tensor, positions: Tensor, layout: Layout | None, first: int, end: int, cache: Any = None
+        self,
+        states: Tensor,
+        positions: Tensor,
+        layout: Layout | None,
+        first: int,
+        end: int,
+        cache: Any = None,
     ) -> Tensor:
         """Runs decoder layers first … end − 1 over states (B, T, hidden) at `positions` (B, T)."""
         rotary: dict[str | None, Any] = {}

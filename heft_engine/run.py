@@ -15,9 +15,17 @@ from typing import Any
 import torch
 
 from heft_engine import lora, signatures
-from heft_engine.base_models import BaseModel, load_model, load_tokenizer, resolve
 from heft_engine.attention import IMPLEMENTATION
-from heft_engine.bundle import BaseRecord, Bundle, BundleInfo, Probe, package_versions, read_bundle, write_bundle
+from heft_engine.base_models import BaseModel, load_model, load_tokenizer, resolve
+from heft_engine.bundle import (
+    BaseRecord,
+    Bundle,
+    BundleInfo,
+    Probe,
+    package_versions,
+    read_bundle,
+    write_bundle,
+)
 from heft_engine.config import LoraStage, ReftStage, TrainConfig
 from heft_engine.devices import choose_device, choose_dtype, dtype_name
 from heft_engine.encoding import Encoder, Example, Task, tokenizer_hash
@@ -94,7 +102,11 @@ def _prepare(
     )
     stages = [
         resolve_stage(
-            stage, lm.family, n_layers=lm.n_layers, hidden_size=lm.hidden_size, parameters=model_info.parameters
+            stage,
+            lm.family,
+            n_layers=lm.n_layers,
+            hidden_size=lm.hidden_size,
+            parameters=model_info.parameters,
         )
         for stage in config.stages
     ]
@@ -211,7 +223,9 @@ class Run:
             total_steps=self.total_steps,
             hooks=Hooks(on_event=self.on_event, save=save, should_stop=should_stop),
         )
-        self._emit_stage("STAGE_STARTED", f"Stage {index + 1} of {len(self.config.stages)}: {stage.type}", index)
+        self._emit_stage(
+            "STAGE_STARTED", f"Stage {index + 1} of {len(self.config.stages)}: {stage.type}", index
+        )
         if self.state.inside_stage is not None:
             self.state.restore_stage(run)
         run.run()

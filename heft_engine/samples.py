@@ -35,9 +35,13 @@ def generate(name: str, split: str, n: int | None = None, seed: int = 0) -> list
     Raises ConfigError for an unknown sample or split.
     """
     if name not in SAMPLES:
-        raise ConfigError(f"there is no sample {name!r}; there are {', '.join(SAMPLES)}", param="training_file")
+        raise ConfigError(
+            f"there is no sample {name!r}; there are {', '.join(SAMPLES)}", param="training_file"
+        )
     if split not in SPLITS:
-        raise ConfigError(f"sample {name!r} has no split {split!r}; it has {', '.join(SPLITS)}", param="training_file")
+        raise ConfigError(
+            f"sample {name!r} has no split {split!r}; it has {', '.join(SPLITS)}", param="training_file"
+        )
     sample = SAMPLES[name]
     # A string seeds the generator with its SHA-512: the same rows on every machine and Python.
     rows = sample.generate(split, random.Random(f"{name}/{split}/{seed}"))
@@ -47,8 +51,8 @@ def generate(name: str, split: str, n: int | None = None, seed: int = 0) -> list
 def _passages(split: Split, chance: random.Random) -> Iterator[dict[str, Any]]:
     """Pairs of rows with the same question, one answered yes and one no: the question alone says nothing.
 
-    In each passage a second place of the same kind is described as well, as often with the other answer as with
-    the same: the words of the passage alone say nothing either, only what is said of whom.
+    Each passage describes a second place too. Every other time it is of the same kind, with the other answer as
+    often as with the same: then the words alone say nothing either, only what is said of whom.
     """
     names = _names(split)
     seen: set[str] = set()
@@ -60,13 +64,19 @@ def _passages(split: Split, chance: random.Random) -> Iterator[dict[str, Any]]:
             continue
         seen.add(question)
         for answer in chance.sample([True, False], 2):
-            yield {"question": question.lower(), "passage": _passage(scene, name, names, answer, chance), "answer": answer}
+            yield {
+                "question": question.lower(),
+                "passage": _passage(scene, name, names, answer, chance),
+                "answer": answer,
+            }
 
 
 def _passage(scene: Scene, name: str, names: list[str], answer: bool, chance: random.Random) -> str:
     other = chance.choice([candidate for candidate in names if candidate != name])
     told = _statement(scene, name, answer, chance)
-    beside = _statement(scene, other, chance.random() < 0.5, chance)
+    beside = _statement(
+        scene if chance.random() < 0.5 else chance.choice(SCENES), other, chance.random() < 0.5, chance
+    )
     sentences = [told, beside]
     chance.shuffle(sentences)
     if chance.random() < 0.5:

@@ -51,7 +51,9 @@ def score(lm: PackedLM, examples: Sequence[Example], *, scale: float = 1.0) -> l
     results: list[Scores] = []
     for part in micro_batches(examples, TOKEN_BUDGET):
         batch = pack(part, scale=scale)
-        results += score_hidden(lm, batch, lm.hidden(batch))
+        with lm.fixed_shapes():
+            hidden = lm.hidden(batch)
+        results += score_hidden(lm, batch, hidden)
     return results
 
 
@@ -61,7 +63,11 @@ def score_hidden(lm: PackedLM, batch: Batch, hidden: Tensor) -> list[Scores]:
     results: list[Scores] = []
     for index, example in enumerate(batch.examples):
         reads = batch.reads[index]
-        totals = _single(lm, example, hidden[reads[0][0]]) if single[index] else _branches(lm, example, reads, hidden)
+        totals = (
+            _single(lm, example, hidden[reads[0][0]])
+            if single[index]
+            else _branches(lm, example, reads, hidden)
+        )
         means = tuple(total / len(answer) for total, answer in zip(totals, example.answers, strict=True))
         results.append(Scores(totals=totals, means=means))
     return results

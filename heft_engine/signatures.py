@@ -61,9 +61,13 @@ def check_positions(bundle: Bundle, encoder: Encoder, rows: Sequence[Row]) -> No
     for row in rows:
         for trained, asked in zip(encoder.encode(row), served.encode(row), strict=True):
             if trained != asked:
-                raise TrainingError("serving would ask other tokens than training saw", code="position_mismatch")
+                raise TrainingError(
+                    "serving would ask other tokens than training saw", code="position_mismatch"
+                )
             for stored in bundle.interventions:
                 first, last = parse_positions(stored.positions)
                 positions = intervened_positions(len(asked.prompt), first, last)
                 if any(p >= len(trained.prompt) for p in positions):
-                    raise TrainingError("an intervened position lies outside the prompt", code="position_mismatch")
+                    raise TrainingError(
+                        "an intervened position lies outside the prompt", code="position_mismatch"
+                    )

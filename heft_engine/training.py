@@ -102,7 +102,10 @@ class StageRun:
 
     def __post_init__(self) -> None:
         decay, plain = self.trainable.groups()
-        groups = [{"params": decay, "weight_decay": self.stage.weight_decay}, {"params": plain, "weight_decay": 0.0}]
+        groups = [
+            {"params": decay, "weight_decay": self.stage.weight_decay},
+            {"params": plain, "weight_decay": 0.0},
+        ]
         self.optimizer = torch.optim.AdamW(groups, lr=0.0, betas=BETAS, eps=EPSILON)
 
     @property
@@ -187,7 +190,9 @@ class StageRun:
             loss = mean_loss(self.lm, self.validation)
             data["eval_loss"] = loss if math.isfinite(loss) else None
             self._consider(loss)
-        self._emit("EPOCH_COMPLETE", f"Epoch {progress.epoch} of {self.stage.n_epochs}", epoch=progress.epoch, **data)
+        self._emit(
+            "EPOCH_COMPLETE", f"Epoch {progress.epoch} of {self.stage.n_epochs}", epoch=progress.epoch, **data
+        )
         self._save_or_stop(due=True)
 
     def _consider(self, loss: float) -> None:

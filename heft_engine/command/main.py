@@ -1,0 +1,128 @@
+"""Arguments of `python -m heft_engine`. Exit codes: 0 done, 1 refused or failed, 2 unusable arguments, 75 stopped."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+from heft_engine.errors import EngineError, Stopped
+
+STOPPED = 75  #: EX_TEMPFAIL: a checkpoint is there, try again
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Runs one command and returns its exit code; a refusal is one JSON line on stderr."""
+    options = parser().parse_args(arguments)
+    run: Callable[[argparse.Namespace], None] = options.run
+    try:
+        run(options)
+    except Stopped:
+        return STOPPED
+    except EngineError as error:
+        fault = {"code": error.code, "message": error.message, "param": error.param}
+        print(json.dumps({"error": fault}), file=sys.stderr)
+        return 1
+    return 0
+
+
+def parser() -> argparse.ArgumentParser:
+    top = argparse.ArgumentParser(
+        prog="python -m heft_engine", description="Fine-tune with HEFT, without the service"
+    )
+    commands = top.add_subparsers(required=True, metavar="command")
+    _add_train(commands.add_parser("train", help="train and write a bundle; one JSON event a line on stdout"))
+    for name, help_ in (
+        ("evaluate", "accuracy of a bundle on rows with answers"),
+        ("predict", "answers for rows on stdin, one JSON line each"),
+        ("export", "a bundle as merged weights, a peft adapter or pyreft's directory"),
+    ):
+        command = commands.add_parser(name, help=help_)
+        command.add_argument("--bundle", type=Path, required=True)
+        _add_places(command)
+        if name == "evaluate":
+            command.add_argument("--data", type=Path, required=True)
+            command.set_defaults(run=_evaluate)
+        elif name == "predict":
+            command.add_argument("--scale", type=float, default=1.0, help="0 leaves stage 2 out")
+            command.set_defaults(run=_predict)
+        else:
+            command.add_argument("--format", choices=["merged", "peft", "pyreft"], required=True)
+            command.add_argument("--out", type=Path, required=True)
+            command.set_defaults(run=_export)
+    check = commands.add_parser(
+        "gpu-check", help="a HEFT job on a random model of Llama-2-7B's shape, on a GPU"
+    )
+    check.set_defaults(run=_gpu_check)
+    return top
+
+
+def _add_train(command: argparse.ArgumentParser) -> None:
+    command.add_argument("--model", help="smollm2-135m, a directory, or a hub id org/name[@revision]")
+    command.add_argument("--train", type=Path, help="rows to train on, JSON lines")
+    command.add_argument("--eval", type=Path, help="validation rows: they steer")
+    command.add_argument("--test", type=Path, help="test rows: they only report")
+    command.add_argument(
+        "--method", default="heft", choices=["heft", "lora", "reft", "heft_reversed", "heft_interleaved"]
+    )
+    command.add_argument(
+        "--set",
+        action="append",
+        default=[],
+        metavar="NAME=VALUE",
+        help="lora.rank=8, reft.layers=15, max_length=512 …",
+    )
+    command.add_argument("--seed", type=int, default=0)
+    command.add_argument("--out", type=Path)
+    command.add_argument("--checkpoints", type=Path, help="a folder for checkpoints")
+    command.add_argument("--resume", type=Path, help="a checkpoint directory to go on from")
+    command.add_argument("--run-file", type=Path, help="a JSON file instead of all of the above")
+    command.add_argument(
+        "--die-with-parent", action="store_true", help="end when the starter ends (stdin is its pipe)"
+    )
+    _add_places(command)
+    command.set_defaults(run=_train)
+
+
+def _add_places(command: argparse.ArgumentParser) -> None:
+    command.add_argument("--model-dir", type=Path, help="a folder of base models, by name")
+    command.add_argument("--cache-dir", type=Path, help="where converted and downloaded models are kept")
+    command.add_argument("--device", help="cpu, cuda, auto; default: the GPU when there is one")
+
+
+# torch takes seconds to import: each command imports its own part.
+
+
+def _train(options: argparse.Namespace) -> None:
+    from heft_engine.command.train import run
+
+    run(options)
+
+
+def _evaluate(options: argparse.Namespace) -> None:
+    from heft_engine.command.ask import evaluate
+
+    evaluate(options)
+
+
+def _predict(options: argparse.Namespace) -> None:
+    from heft_engine.command.ask import predict
+
+    predict(options)
+
+
+def _export(options: argparse.Namespace) -> None:
+    from heft_engine.export import export
+
+    export(
+        options.bundle, options.format, options.out, model_dir=options.model_dir, cache_dir=options.cache_dir
+    )
+    print(json.dumps({"format": options.format, "out": str(options.out)}))
+
+
+def _gpu_check(options: argparse.Namespace) -> None:
+    from heft_engine.command.gpu_check import run
+
+    run()

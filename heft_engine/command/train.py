@@ -1,0 +1,153 @@
+"""`python -m heft_engine train`: by flags for a person, by a run file for the service's worker. One path behind both."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import signal
+import sys
+import threading
+from pathlib import Path
+from typing import Any
+
+from pydantic import BaseModel, ConfigDict, ValidationError
+
+from heft_engine.command.lifeline import die_with_parent, dump_stacks_on_signal
+from heft_engine.config import LoraStage, ReftStage, TrainConfig, recipe
+from heft_engine.errors import ConfigError, EngineError, Stopped
+from heft_engine.events import Event
+from heft_engine.rows import read_rows
+
+
+class RunFile(BaseModel):
+    """Everything a run needs, as the worker writes it. Paths are this machine's."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    config: TrainConfig
+    train: Path
+    eval: Path | None = None
+    test: Path | None = None
+    out: Path
+    checkpoint_dir: Path | None = None
+    resume: Path | None = None
+    checkpoint_seconds: float = 300.0
+    model_dir: Path | None = None
+    cache_dir: Path | None = None
+    device: str | None = None
+    #: Whether `config.model` may be any directory: a person's right, never a request's.
+    allow_paths: bool = False
+
+
+def run(options: argparse.Namespace) -> None:
+    """Trains; events go to stdout. SIGTERM and SIGINT end the run at its next step, with a checkpoint."""
+    if options.die_with_parent:
+        die_with_parent()
+    dump_stacks_on_signal()
+    stop = threading.Event()
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, lambda *_: stop.set())
+    try:
+        _train(_run_file(options), stop)
+    except Stopped:
+        raise
+    except EngineError as error:
+        fault = {"code": error.code, "message": error.message, "param": error.param}
+        _print(Event(code="FAILED", message=error.message, level="error", data={"error": fault}))
+        raise
+    except MemoryError as error:
+        _fail_out_of_memory(error)
+    except RuntimeError as error:
+        # torch says "out of memory" in several classes and words, on the CPU and on a GPU.
+        if "out of memory" not in str(error).lower() and "can't allocate memory" not in str(error).lower():
+            raise
+        _fail_out_of_memory(error)
+
+
+def _train(plan: RunFile, stop: threading.Event) -> None:
+    from heft_engine.run import train
+
+    labels = plan.config.task.labels
+    train(
+        plan.config,
+        read_rows(plan.train, labels=labels),
+        read_rows(plan.eval, labels=labels) if plan.eval else [],
+        plan.out,
+        _print,
+        test_rows=read_rows(plan.test, labels=labels) if plan.test else [],
+        model_dir=plan.model_dir,
+        cache_dir=plan.cache_dir,
+        allow_paths=plan.allow_paths,
+        device=plan.device,
+        checkpoint_dir=plan.checkpoint_dir,
+        checkpoint_seconds=plan.checkpoint_seconds,
+        resume=plan.resume,
+        should_stop=stop.is_set,
+    )
+
+
+def _run_file(options: argparse.Namespace) -> RunFile:
+    if options.run_file is not None:
+        return RunFile.model_validate_json(options.run_file.read_text())
+    missing = [name for name in ("model", "train", "out") if getattr(options, name) is None]
+    if missing:
+        raise ConfigError(f"--{missing[0]} is needed (or --run-file)", param=missing[0])
+    return RunFile(
+        config=configure(options.model, options.method, options.set, options.seed),
+        train=options.train,
+        eval=options.eval,
+        test=options.test,
+        out=options.out,
+        checkpoint_dir=options.checkpoints,
+        resume=options.resume,
+        model_dir=options.model_dir,
+        cache_dir=options.cache_dir,
+        device=options.device,
+        allow_paths=True,
+    )
+
+
+def configure(model: str, method: Any, settings: list[str], seed: int) -> TrainConfig:
+    """A config from `--set` lines. Raises ConfigError that names the setting at fault."""
+    groups: dict[str, dict[str, Any]] = {"lora": {}, "reft": {}, "task": {}, "early_stopping": {}, "": {}}
+    for setting in settings:
+        name, equals, value = setting.partition("=")
+        group, dot, field = name.rpartition(".")
+        if not equals or group not in groups:
+            raise ConfigError(
+                f"--set {setting}: write it as lora.rank=8, reft.layers=15 or max_length=512", param=name
+            )
+        groups[group][field] = _value(value)
+    top = groups.pop("")
+    for name in ("task", "early_stopping"):
+        if groups[name]:
+            top[name] = groups[name]
+    try:
+        stages = recipe(method, LoraStage(**groups["lora"]), ReftStage(**groups["reft"]))
+        return TrainConfig(model=model, method=method, stages=stages, seed=seed, **top)
+    except ValidationError as error:
+        first = error.errors()[0]
+        where = ".".join(str(part) for part in first["loc"])
+        raise ConfigError(f"--set {where}: {first['msg']}", param=where) from error
+
+
+def _value(text: str) -> Any:
+    try:
+        return json.loads(text)
+    except ValueError:
+        return text
+
+
+def _print(event: Event) -> None:
+    sys.stdout.write(event.to_json() + "\n")
+    sys.stdout.flush()
+
+
+def _fail_out_of_memory(error: Exception) -> None:
+    message = (
+        "the machine ran out of memory: lower max_length (rows this long fill a forward pass alone), choose a "
+        "smaller model, or give the worker more memory"
+    )
+    fault = {"code": "out_of_memory", "message": message, "param": "max_length"}
+    _print(Event(code="FAILED", message=message, level="error", data={"error": fault}))
+    raise EngineError(message, param="max_length", code="out_of_memory") from error
