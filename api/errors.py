@@ -151,6 +151,8 @@ def _reason(fault: Mapping[str, Any]) -> str:
         return "there is no such field"
     if fault["type"] in ("model_type", "model_attributes_type", "dict_type"):
         return "this must be an object"
+    if fault["type"] == "missing":
+        return "this is needed"
     return str(fault["msg"]).removeprefix("Value error, ")
 
 
@@ -174,6 +176,6 @@ def _steps(parts: Sequence[str | int], body: Any, *, missing: bool) -> list[str]
             body = body[part]
             steps.append(str(part))
         # else: a union's label, not a part of the request
-    if missing:
+    if missing and parts:
         steps.append(str(parts[-1]))
     return steps

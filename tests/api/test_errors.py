@@ -1,0 +1,226 @@
+"""Every refusal has OpenAI's shape, all four keys, a request id, and shows nothing of the inside."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager
+from typing import Any
+
+import httpx
+import pytest
+from fastapi import FastAPI
+
+from api.app import create_app
+from api.middleware import MAX_JSON_BYTES
+from store import errors
+from store.settings import StoreSettings
+
+JOBS = "/v1/fine_tuning/jobs"
+
+
+def error(answer: httpx.Response) -> dict[str, Any]:
+    """The error of an answer, once its shape is as promised."""
+    body = answer.json()
+    assert body.keys() == {"error"}
+    assert body["error"].keys() == {"message", "type", "param", "code"}
+    assert body["error"]["message"]
+    assert answer.headers["x-request-id"].startswith("req_")
+    assert answer.headers["content-type"] == "application/json"
+    return dict(body["error"])
+
+
+@pytest.mark.parametrize(
+    ("raised", "status", "kind", "headers"),
+    [
+        (errors.InvalidRequest("no", param="p"), 422, "invalid_request_error", {}),
+        (errors.Unauthenticated("no"), 401, "authentication_error", {"www-authenticate": "Bearer"}),
+        (errors.Forbidden("no"), 403, "permission_error", {}),
+        (errors.NotFound("no"), 404, "not_found_error", {}),
+        (errors.Conflict("no"), 409, "conflict_error", {"x-should-retry": "false"}),
+        (errors.TooLarge("no"), 413, "invalid_request_error", {}),
+        (errors.RateLimited("no", retry_after=7), 429, "rate_limit_error", {"retry-after": "7"}),
+        (errors.Unavailable("no", retry_after=9), 503, "server_error", {"retry-after": "9"}),
+        (errors.Damaged("no"), 500, "server_error", {}),
+    ],
+    ids=lambda value: type(value).__name__ if isinstance(value, Exception) else None,
+)
+def test_the_store_errors_have_one_map(
+    settings: StoreSettings,
+    serving: Callable[[FastAPI], AbstractContextManager[str]],
+    raised: errors.StoreError,
+    status: int,
+    kind: str,
+    headers: dict[str, str],
+) -> None:
+    app = create_app(settings)
+
+    @app.get("/raise")
+    async def route() -> None:
+        raise raised
+
+    with serving(app) as url:
+        answer = httpx.get(f"{url}/raise")
+    assert answer.status_code == status
+    assert error(answer) == {"message": "no", "type": kind, "param": raised.param, "code": raised.code}
+    assert headers.items() <= dict(answer.headers).items()
+
+
+def test_a_bug_shows_nothing_but_its_request_id(
+    settings: StoreSettings,
+    serving: Callable[[FastAPI], AbstractContextManager[str]],
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    app = create_app(settings)
+
+    @app.get("/bug")
+    async def bug() -> None:
+        raise RuntimeError("password=hunter2")
+
+    with serving(app) as url:
+        answer = httpx.get(f"{url}/bug")
+
+    assert (answer.status_code, error(answer)["type"]) == (500, "server_error")
+    assert "hunter2" not in answer.text
+    assert "Traceback" not in answer.text
+    request_id = answer.headers["x-request-id"]
+    assert request_id in error(answer)["message"]
+    assert any(request_id in record.message and record.exc_info for record in caplog.records)
+
+
+class TestKeys:
+    @pytest.mark.parametrize(
+        "headers",
+        [
+            {},
+            {"Authorization": "Bearer"},
+            {"Authorization": "Basic YTpi"},
+            {"Authorization": "Bearer heft_0123456789abcdef_nobody"},
+            {"Authorization": "Bearer \xff"},
+        ],
+    )
+    @pytest.mark.parametrize(
+        ("method", "path"),
+        [
+            ("GET", "/v1/files"),
+            ("POST", "/v1/files"),
+            ("GET", JOBS),
+            ("GET", "/v1/models"),
+            ("DELETE", "/v1/models/x"),
+            ("GET", f"{JOBS}/x/events?stream=true"),
+        ],
+    )
+    def test_no_answer_without_a_key(self, url: str, headers: dict[str, str], method: str, path: str) -> None:
+        raw = {name: value.encode("latin-1") for name, value in headers.items()}
+        answer = httpx.request(method, url + path, headers=raw)
+        assert (answer.status_code, error(answer)["type"]) == (401, "authentication_error")
+
+    @pytest.mark.parametrize("path", ["/healthz", "/readyz", "/docs", "/openapi.json"])
+    def test_these_need_none(self, url: str, path: str) -> None:
+        answer = httpx.get(url + path)
+        assert answer.status_code == 200
+        assert answer.headers["x-request-id"].startswith("req_")
+
+
+class TestPaths:
+    @pytest.mark.parametrize("path", ["/", "/v1", "/v1/nothing", "/v1/files/", f"{JOBS}/", "/v2/files"])
+    def test_an_unknown_path_is_404(self, client: httpx.Client, path: str) -> None:
+        answer = client.get(path)
+        assert answer.status_code == 404
+        assert error(answer)["type"] == "not_found_error"
+
+    @pytest.mark.parametrize(
+        ("method", "path"),
+        [("PUT", "/v1/files"), ("DELETE", JOBS), ("GET", "/predict"), ("PATCH", "/healthz")],
+    )
+    def test_a_method_that_is_not_allowed_is_405(self, client: httpx.Client, method: str, path: str) -> None:
+        answer = client.request(method, path)
+        assert answer.status_code == 405
+        assert answer.headers["allow"]
+        assert error(answer)["code"] == "method_not_allowed"
+
+    @pytest.mark.parametrize("path", ["/v1/files/a%00b", "/v1/models/%00", f"{JOBS}?after=%00"])
+    def test_a_nul_in_a_path_is_400(self, client: httpx.Client, path: str) -> None:
+        answer = client.get(path)
+        assert answer.status_code == 400
+        assert error(answer)["type"] == "invalid_request_error"
+
+    @pytest.mark.parametrize(
+        "path",
+        [
+            f"{JOBS}/..%2F..%2Fetc",
+            f"{JOBS}/" + "x" * 3_000,
+            "/v1/models/%2Fetc%2Fpasswd",
+            "/v1/models/..%2F..%2Fetc",
+            "/v1/files/%F0%9F%98%80",
+            "/v1/files/%ff",
+        ],
+    )
+    def test_a_path_is_no_id(self, client: httpx.Client, path: str) -> None:
+        answer = client.get(path)
+        assert answer.status_code == 404
+        assert error(answer)["type"] == "not_found_error"
+
+
+def post(client: httpx.Client, content: bytes | Iterator[bytes], **headers: str) -> httpx.Response:
+    return client.post(JOBS, content=content, headers={"Content-Type": "application/json"} | headers)
+
+
+class TestBodies:
+    @pytest.mark.parametrize(
+        "content", [b"{", b"nonsense", b'{"a": }', b"\xff\xfe{}", b"[" * 100_000, b'{"seed": ' + b"9" * 9_999]
+    )
+    def test_what_is_not_json_is_400(self, client: httpx.Client, content: bytes) -> None:
+        answer = post(client, content)
+        assert answer.status_code == 400
+        assert error(answer)["type"] == "invalid_request_error"
+
+    @pytest.mark.parametrize("content", [b"[]", b'"text"', b"3", b"null", b"", b"NaN"])
+    def test_what_is_no_object_is_422(self, client: httpx.Client, content: bytes) -> None:
+        answer = post(client, content)
+        assert answer.status_code == 422
+        assert error(answer)["type"] == "invalid_request_error"
+
+    @pytest.mark.parametrize("kind", ["text/plain", "application/x-www-form-urlencoded", "nonsense"])
+    def test_another_content_type_is_415(self, client: httpx.Client, kind: str) -> None:
+        answer = client.post(JOBS, content=b"{}", headers={"Content-Type": kind})
+        assert answer.status_code == 415
+        assert "application/json" in error(answer)["message"]
+
+    @pytest.mark.parametrize("path", [JOBS, "/v1/files", "/predict"])
+    @pytest.mark.parametrize("encoding", ["gzip", "br", "identity, gzip"])
+    def test_an_encoded_body_is_415(self, client: httpx.Client, path: str, encoding: str) -> None:
+        answer = client.post(path, content=b"{}", headers={"Content-Encoding": encoding})
+        assert (answer.status_code, error(answer)["code"]) == (415, "unsupported_media_type")
+
+    @pytest.mark.parametrize("path", [JOBS, "/predict", "/v1/nothing"])
+    def test_a_large_body_is_413(self, client: httpx.Client, path: str) -> None:
+        body = json.dumps({"model": "x" * MAX_JSON_BYTES}).encode()
+        answer = client.post(path, content=body, headers={"Content-Type": "application/json"})
+        assert (answer.status_code, error(answer)["code"]) == (413, "too_large")
+
+    def test_a_large_body_that_does_not_say_so_is_413(self, client: httpx.Client) -> None:
+        answer = post(client, (b"x" * 65_536 for _ in range(200)))
+        assert (answer.status_code, error(answer)["code"]) == (413, "too_large")
+
+    def test_the_largest_body_is_read(self, client: httpx.Client) -> None:
+        head, tail = b'{"model": "', b'"}'
+        answer = post(client, head + b"x" * (MAX_JSON_BYTES - len(head + tail)) + tail)
+        assert answer.status_code == 422
+
+    def test_an_unknown_field_is_named(self, client: httpx.Client) -> None:
+        fault = error(post(client, b'{"model": "m", "training_file": "sample:passages", "modl": 1}'))
+        assert (fault["param"], fault["code"]) == ("modl", "unknown_parameter")
+
+    def test_a_missing_field_is_named(self, client: httpx.Client) -> None:
+        fault = error(post(client, b'{"model": "m"}'))
+        assert (fault["param"], fault["code"]) == ("training_file", "missing_required_parameter")
+
+    def test_a_key_that_postgres_can_not_hold_is_refused(self, client: httpx.Client) -> None:
+        answer = post(client, b'{"model": "m", "training_file": "sample:p", "metadata": {"\\u0000": ""}}')
+        assert (answer.status_code, error(answer)["param"]) == (422, "metadata")
+
+    def test_one_setting_with_two_forms_names_the_setting(self, client: httpx.Client) -> None:
+        method = {"type": "heft", "heft": {"lora": {"target_modules": 3}}}
+        answer = client.post(JOBS, json={"model": "m", "training_file": "sample:p", "method": method})
+        assert error(answer)["param"] == "method.heft.lora.target_modules"
