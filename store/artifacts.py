@@ -76,10 +76,10 @@ class Artifacts:
         try:
             for chunk in chunks:
                 upload.write(chunk)
+            return upload.commit()
         except BaseException:
             upload.abort()
             raise
-        return upload.commit()
 
     def put_file(self, key: str, path: Path) -> str:
         """Store a local file; returns its SHA-256 in hex."""
@@ -128,8 +128,12 @@ class Artifacts:
 
     def open(self, key: str) -> IO[bytes]:
         """A stored file to read and seek in. Raises Damaged when it is missing."""
+        path = self._path(key)
         with storage_faults(key):
-            return cast("IO[bytes]", self._fs.open(self._path(key), "rb", block_size=PART_BYTES))
+            if self._local:
+                return Path(path).open("rb")
+            size = self._fs.info(path)["size"]  # asked for here: its file objects complain when they fail to
+            return cast("IO[bytes]", self._fs.open(path, "rb", block_size=PART_BYTES, size=size))
 
     def iter_bytes(self, key: str) -> Iterator[bytes]:
         """A stored file in pieces of at most 1 MiB. Raises Damaged when it is missing."""

@@ -62,11 +62,7 @@ def _given_up(session: Session) -> list[_Garbage]:
     return [
         *(_purged(File, row, row.storage_key) for row in files.purgeable(session, limit=_BATCH)),
         *(_purged(Checkpoint, row, row.storage_key) for row in session.scalars(old.limit(_BATCH))),
-        # The model of a checkpoint is a part of it; nobody resumes from the rest any more.
-        *(
-            _purged(FineTunedModel, row, row.storage_key.removesuffix("/bundle"))
-            for row in session.scalars(deleted.limit(_BATCH))
-        ),
+        *(_purged(FineTunedModel, row, _whole(row)) for row in session.scalars(deleted.limit(_BATCH))),
         *(_dropped(row) for row in session.scalars(archives.limit(_BATCH))),
     ]
 
@@ -75,6 +71,11 @@ def _purged(
     table: type[File] | type[Checkpoint] | type[FineTunedModel], row: Any, storage_key: str
 ) -> _Garbage:
     return _Garbage(storage_key=storage_key, gone=_set(table, table.id == row.id, {"purged_at": func.now()}))
+
+
+def _whole(model: FineTunedModel) -> str:
+    """The model of a checkpoint is a part of it, and nobody resumes from the rest any more."""
+    return model.storage_key.removesuffix("/bundle") if model.kind == "checkpoint" else model.storage_key
 
 
 def _dropped(archive: Export) -> _Garbage:

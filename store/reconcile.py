@@ -112,14 +112,14 @@ def _stale(session: Session, state: JobState, stale_seconds: float, limit: int) 
         or_(Job.not_before.is_(None), Job.not_before <= func.now()),
     )
     unheard = or_(Job.hinted_at.is_(None), Job.hinted_at <= func.now() - seconds(stale_seconds))
-    oldest = (
-        select(Job.id, Job.hinted_at).where(waiting).order_by(Job.created_at, Job.id).limit(limit).subquery()
-    )
+    oldest = select(Job.id).where(waiting).order_by(Job.created_at, Job.id).limit(limit)
+    in_order = list(session.scalars(oldest))
     statement = (
         update(Job)
-        .where(Job.id.in_(select(oldest.c.id)), waiting, unheard)
+        .where(Job.id.in_(in_order), waiting, unheard)
         .values(hinted_at=func.now())
         .returning(Job.id)
         .execution_options(synchronize_session=False)
     )
-    return [(job_id, PURPOSES[state]) for job_id in session.scalars(statement)]
+    hinted = set(session.scalars(statement))
+    return [(job_id, PURPOSES[state]) for job_id in in_order if job_id in hinted]

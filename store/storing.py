@@ -12,6 +12,14 @@ from typing import Any, Protocol
 
 from store.errors import Damaged, Unavailable
 
+try:
+    from botocore.exceptions import BotoCoreError
+except ImportError:  # without the extra `s3` there is no S3 that could fail
+
+    class BotoCoreError(Exception):  # type: ignore[no-redef]
+        pass
+
+
 #: One part of a multipart upload, held in memory. S3 takes 10,000 of them: 160 GB a file.
 PART_BYTES = 16 * 1024 * 1024
 
@@ -65,29 +73,43 @@ class LocalUpload:
 
 
 class RemoteUpload:
-    """An object appears when its (multipart) upload is completed; an aborted one never does."""
+    """An object appears when its put, or its multipart upload, is complete; an aborted one never does."""
 
     def __init__(self, fs: Any, path: str) -> None:
         self.size = 0
+        self._fs = fs
         self._path = path
         self._digest = hashlib.sha256()
-        with storage_faults(path):
-            self._file = fs.open(path, "wb", autocommit=False, block_size=PART_BYTES)
+        self._small = bytearray()  # one request is enough for what fits into one part
+        self._parts: Any = None
 
     def write(self, chunk: bytes) -> None:
-        with storage_faults(self._path):
-            self._file.write(chunk)
         self._digest.update(chunk)
         self.size += len(chunk)
+        if self._parts is None:
+            self._small += chunk
+            if len(self._small) < PART_BYTES:
+                return
+            chunk, self._small = bytes(self._small), bytearray()
+        with storage_faults(self._path):
+            if self._parts is None:
+                self._parts = self._fs.open(self._path, "wb", autocommit=False, block_size=PART_BYTES)
+            self._parts.write(chunk)
 
     def commit(self) -> str:
         with storage_faults(self._path):
-            self._file.close()
-            self._file.commit()
+            if self._parts is None:
+                self._fs.pipe_file(self._path, bytes(self._small))
+            else:
+                self._parts.close()
+                self._parts.commit()
         return self._digest.hexdigest()
 
     def abort(self) -> None:
-        self._file.discard()
+        with storage_faults(self._path):
+            if self._parts is not None:
+                self._parts.discard()
+                self._parts.closed = True  # or its destructor would try to upload the rest
 
 
 @contextmanager
@@ -99,6 +121,8 @@ def storage_faults(key: str) -> Iterator[None]:
         raise Damaged(f"{key} is missing in storage") from error
     except OSError as error:
         raise Unavailable(f"the artifact storage does not answer: {error.strerror or error}") from error
+    except BotoCoreError as error:  # its text may hold an address
+        raise Unavailable("the artifact storage does not answer") from error
 
 
 def _make_durable_folder(folder: Path) -> None:

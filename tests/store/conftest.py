@@ -1,4 +1,4 @@
-"""A small bench for the store's tests: one transaction per call, as the service does it, on a real Postgres."""
+"""A bench for the store's tests: one transaction per call, as the service does it, on a real Postgres."""
 
 from __future__ import annotations
 
@@ -104,10 +104,13 @@ class Bench:
 
     def expire(self, job_id: str) -> None:
         """Let the lease of a job lie an hour back: the database's clock can't be turned."""
-        self.sql("UPDATE jobs SET lease_until = now() - interval '1 hour' WHERE id = :id", id=job_id)
+        held = "id = :id AND lease_until IS NOT NULL"
+        self.sql(f"UPDATE jobs SET lease_until = now() - interval '1 hour' WHERE {held}", id=job_id)
 
     def events(self, job_id: str) -> list[Event]:
-        return self.do(jobs.events_after, owner_id=self.get(job_id).owner_id, job_id=job_id, seq=0, limit=1_000)
+        return self.do(
+            jobs.events_after, owner_id=self.get(job_id).owner_id, job_id=job_id, seq=0, limit=1_000
+        )
 
     def codes(self, job_id: str) -> list[str]:
         return [event.data["code"] for event in self.events(job_id)]

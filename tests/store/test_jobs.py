@@ -117,7 +117,10 @@ def test_events_are_listed_latest_first_and_streamed_in_order(bench) -> None:
     assert [event.seq for event in rest.items] == [1]
     assert not rest.has_more
     stream = bench.do(jobs.events_after, owner_id=OWNER, job_id=job_id, seq=1)
-    assert [(event.seq, event.data["code"]) for event in stream] == [(2, "VALIDATION_COMPLETE"), (3, "QUEUED")]
+    assert [(event.seq, event.data["code"]) for event in stream] == [
+        (2, "VALIDATION_COMPLETE"),
+        (3, "QUEUED"),
+    ]
     with pytest.raises(InvalidRequest) as refused:
         bench.do(jobs.list_events, owner_id=OWNER, job_id=job_id, after="ftevent-unknown")
     assert refused.value.param == "after"
