@@ -196,16 +196,22 @@ def test_a_key_that_could_leave_the_root_is_refused(artifacts: Artifacts, tmp_pa
             call()
 
 
-def test_a_storage_that_is_away_is_unavailable(s3: str, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.fixture
+def s3_away(s3: str, monkeypatch: pytest.MonkeyPatch) -> Iterator[Artifacts]:
+    """The same storage while nobody listens there."""
     monkeypatch.setenv("AWS_ENDPOINT_URL", "http://127.0.0.1:9")
     monkeypatch.setenv("AWS_MAX_ATTEMPTS", "1")
     S3FileSystem.clear_instance_cache()  # fsspec gives equal addresses the connection they had
-    away = Artifacts(f"s3://{_BUCKET}/away")
+    yield Artifacts(f"s3://{_BUCKET}/away")
+    S3FileSystem.clear_instance_cache()
+
+
+def test_a_storage_that_is_away_is_unavailable(s3_away: Artifacts) -> None:
     for call in (
-        lambda: away.put_stream("a", [b"x"]),
-        lambda: away.open("a").read(),
-        lambda: away.children("a"),
-        lambda: away.delete("a"),
+        lambda: s3_away.put_stream("a", [b"x"]),
+        lambda: s3_away.open("a").read(),
+        lambda: s3_away.children("a"),
+        lambda: s3_away.delete("a"),
     ):
         with pytest.raises(Unavailable):
             call()
