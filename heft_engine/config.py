@@ -154,7 +154,8 @@ class TrainConfig(Settings):
     method: MethodType = "recipe"
     task: TaskSettings = TaskSettings()
     seed: Annotated[int, Field(ge=0, le=2**31 - 1)] = 0
-    #: Tokens a row may have, prompt and answer together; the passage is shortened to fit. None: what the model takes, at most 2,048.
+    #: Tokens a row may have, prompt and answer together; the passage is shortened to fit.
+    #: None: what the model takes, at most 2,048.
     max_length: Annotated[int, Field(ge=16, le=1_048_576)] | None = None
     dtype: Dtype = "auto"
     early_stopping: EarlyStopping | None = None

@@ -13,7 +13,8 @@ from typing import Any, Literal
 
 Level = Literal["info", "warn", "error"]
 
-#: The codes an engine run may emit; the service adds VALIDATION_COMPLETE, QUEUED, PAUSED, RESUMED, RESTARTED, CANCELLED.
+#: The codes an engine run may emit; the service adds VALIDATION_COMPLETE, QUEUED, PAUSED, RESUMED, RESTARTED and
+#: CANCELLED.
 Code = Literal[
     "STARTED",  #: data: method, stages as resolved (learning rate, layers, modules), device, dtype, rows, total_steps
     "STAGE_STARTED",  #: data: stage, stage_index, total_steps, learning_rate, trained_parameters

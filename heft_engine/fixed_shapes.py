@@ -95,5 +95,5 @@ def _agree(module: nn.Linear, small: int, large: int) -> bool:
     generator = torch.Generator().manual_seed(0)
     rows = torch.randn(large, module.in_features, generator=generator).to(module.weight)
     whole = F.linear(rows, module.weight, module.bias)
-    parts = [_block(part, small, module.weight, module.bias) for part in rows.split(small)]
+    parts = [_block(part, small, module.weight, module.bias) for part in torch.split(rows, small)]
     return torch.equal(whole, torch.cat(parts))

@@ -47,14 +47,23 @@ class LoreftIntervention(nn.Module):
         super().__init__()
         if rank > hidden_size:
             raise ValueError(f"rank {rank} is more than the hidden size {hidden_size}")
-        self.rotate_layer = orthogonal(_Rotation(hidden_size, rank))
+        self.rotate_layer = cast(_Rotation, orthogonal(_Rotation(hidden_size, rank)))
         self.learned_source = nn.Linear(hidden_size, rank)
         self.dropout = nn.Dropout(dropout)
+
+    @property
+    def rotation(self) -> Tensor:
+        """Rᵀ, (hidden, rank). Computed anew at every access while it is trained."""
+        return cast(Tensor, self.rotate_layer.weight)
+
+    @property
+    def bias(self) -> nn.Parameter:
+        return self.learned_source.bias
 
     def forward(self, hidden: Tensor, scale: float = 1.0) -> Tensor:
         """h (…, hidden) in any float dtype → h + scale·(Φ(h) − h), in the same dtype."""
         h = hidden.float()
-        rotation = self.rotate_layer.weight
+        rotation = self.rotation
         edit = (self.learned_source(h) - h @ rotation) @ rotation.T
         if scale == 1.0:
             return cast(Tensor, self.dropout(h + edit)).to(hidden.dtype)
@@ -67,7 +76,7 @@ class LoreftIntervention(nn.Module):
     def parameter_groups(self) -> tuple[list[nn.Parameter], list[nn.Parameter]]:
         """(may decay, must not). R must not: its raw parameter keeps ±1 on the diagonal, and any decay zeroes R."""
         rotation = list(self.rotate_layer.parameters())
-        return [self.learned_source.weight], [cast(nn.Parameter, self.learned_source.bias), *rotation]
+        return [cast(nn.Parameter, self.learned_source.weight)], [self.bias, *rotation]
 
     def freeze(self) -> None:
         """Turns R into the plain matrix it is, as a bundle keeps it: served and evaluated R have the same bits."""
@@ -77,12 +86,12 @@ class LoreftIntervention(nn.Module):
 
     def thaw(self) -> None:
         """Makes the intervention trainable, from where it stands."""
-        rotation = self.rotate_layer.weight.detach().clone()
+        rotation = self.rotation.detach().clone()
         if not is_parametrized(self.rotate_layer):
             orthogonal(self.rotate_layer)
             # Assigning sets the raw parameter and `base` together. pyreft's own load writes R into `base` alone,
             # which trains to a matrix that is no rotation (‖RRᵀ − I‖ = 0.37, seen).
-            self.rotate_layer.weight = rotation
+            self.rotate_layer.weight = cast(nn.Parameter, rotation)
         self.requires_grad_(True)
 
     def raw_state(self) -> dict[str, Tensor]:
@@ -92,9 +101,9 @@ class LoreftIntervention(nn.Module):
     def baked_state(self) -> dict[str, Tensor]:
         """What is kept for ever: R as one plain matrix, under pyreft's names."""
         return {
-            "rotate_layer": self.rotate_layer.weight.detach().clone().contiguous(),
+            "rotate_layer": self.rotation.detach().clone().contiguous(),
             "weight": self.learned_source.weight.detach().clone(),
-            "bias": cast(Tensor, self.learned_source.bias).detach().clone(),
+            "bias": self.bias.detach().clone(),
         }
 
     def load_baked(self, state: dict[str, Tensor]) -> None:
@@ -105,14 +114,14 @@ class LoreftIntervention(nn.Module):
         self.freeze()
         with torch.no_grad():
             self.learned_source.weight.copy_(state["weight"])
-            cast(Tensor, self.learned_source.bias).copy_(state["bias"])
-            self.rotate_layer.weight.copy_(state["rotate_layer"])
+            self.bias.copy_(state["bias"])
+            self.rotation.copy_(state["rotate_layer"])
         check_rotation(self)
 
 
 def rotation_error(intervention: LoreftIntervention) -> float:
     """‖RRᵀ − I‖, Frobenius."""
-    rotation = intervention.rotate_layer.weight.detach()
+    rotation = intervention.rotation.detach()
     eye = torch.eye(rotation.shape[1], dtype=rotation.dtype, device=rotation.device)
     return float(torch.linalg.matrix_norm(rotation.T @ rotation - eye))
 
@@ -164,7 +173,7 @@ class Sites:
         return iter(self._sites)
 
     def add(self, site: Site) -> None:
-        """Hooks a site in. A hook acts only where a layout says which tokens are prompt tokens: prefill, not decoding."""
+        """Hooks a site in. It acts only where a layout names the prompt tokens: in prefill, not in decoding."""
 
         def hook(module: nn.Module, args: Any, kwargs: dict[str, Any], output: Any) -> Any:
             layout = kwargs.get("layout")

@@ -23,6 +23,7 @@ __all__ = ["Message", "Row", "RowKind", "infer_task", "parse_row", "read_rows", 
 RowKind = Literal["yes_no", "choice", "prompt", "messages"]
 MAX_LINE_BYTES = 8 * 1024**2
 MAX_CHOICES = 100
+_YES_NO = ("yes", "no")
 _TASKS: dict[RowKind, TaskType] = {
     "yes_no": "yes_no",
     "choice": "choice",
@@ -57,7 +58,7 @@ class Row:
 def parse_row(obj: Any, *, labels: Sequence[str] | None = None, need_answer: bool = True) -> Row:
     """One JSON object as a Row. A field that is null counts as absent; a blank passage as none.
 
-    `labels` are those of a `choice` task whose rows bring no choices of their own; None for a yes/no task.
+    `labels` are the task's, for rows that bring no choices of their own; ("yes", "no") makes it a yes/no row.
     `need_answer` False is for questions: an answer may be there and is checked, but need not.
     Raises RowError with `param` set to the field at fault.
     """
@@ -149,7 +150,7 @@ def _question_row(fields: dict[str, object], labels: Sequence[str] | None, need_
     question = text(fields.get("question"), "question")
     passage = text(fields["passage"], "passage", empty=True) if "passage" in fields else ""
     choices = _choices(fields["choices"]) if "choices" in fields else None
-    allowed = choices or (tuple(labels) if labels else None)
+    allowed = choices or (tuple(labels) if labels and tuple(labels) != _YES_NO else None)
     given = fields.get("answer")
     if given is None and need_answer:
         raise RowError("answer is missing", param="answer")
@@ -188,7 +189,7 @@ def _choice(value: object, allowed: tuple[str, ...], *, own: bool) -> str:
 def _yes_no(value: object) -> str:
     if isinstance(value, bool):
         return "yes" if value else "no"
-    if isinstance(value, str) and value.strip().lower() in ("yes", "no"):
+    if isinstance(value, str) and value.strip().lower() in _YES_NO:
         return value.strip().lower()
     shown = repr(value[:80]) if isinstance(value, str) else json_type(value)
     raise RowError(

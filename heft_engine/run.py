@@ -268,7 +268,8 @@ class Run:
         record = {"stage": stage, "stage_index": index, **result}
         self.state.evaluations.append(record)
         low, high = result["interval_95"]
-        message = f"After {stage}: {result['accuracy']:.1%} of {result['n']} {self.split} rows ({low:.1%} to {high:.1%})"
+        of = f"of {result['n']} {self.split} rows ({low:.1%} to {high:.1%})"
+        message = f"After {stage}: {result['accuracy']:.1%} {of}"
         self._emit("EVALUATION", message, split=self.split, **record)
 
     def _emit_warnings(self, index: int, stage: LoraStage | ReftStage) -> None:

@@ -51,8 +51,8 @@ def generate(name: str, split: str, n: int | None = None, seed: int = 0) -> list
 def _passages(split: Split, chance: random.Random) -> Iterator[dict[str, Any]]:
     """Pairs of rows with the same question, one answered yes and one no: the question alone says nothing.
 
-    Each passage describes a second place too. Every other time it is of the same kind, with the other answer as
-    often as with the same: then the words alone say nothing either, only what is said of whom.
+    Each passage describes a second place too. Every other time it is of the same kind, with the other answer
+    as often as with the same: then the words alone say nothing either, only what is said of whom.
     """
     names = _names(split)
     seen: set[str] = set()
@@ -97,7 +97,7 @@ def _names(split: Split) -> list[str]:
 
 SAMPLES: Mapping[str, Sample] = {
     "passages": Sample(
-        description="Yes/no questions about two invented places in a short passage; only the passage knows the answer.",
+        description="Yes/no questions about invented places; only the short passage knows the answer.",
         rows={"train": 800, "validation": 100, "test": 200},
         generate=_passages,
     ),

@@ -76,7 +76,8 @@ class Hooks:
     """What the loop asks of its owner: to publish, to save, and whether to go on."""
 
     on_event: OnEvent
-    save: Callable[[Progress, dict[str, Tensor], bool], None]  #: progress, tensors, whether it is due anyway
+    #: Progress, how to get the tensors, and whether a checkpoint is due whatever the clock says.
+    save: Callable[[Progress, Callable[[], dict[str, Tensor]], bool], None]
     should_stop: Callable[[], bool]
 
 

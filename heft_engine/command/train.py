@@ -1,4 +1,4 @@
-"""`python -m heft_engine train`: by flags for a person, by a run file for the service's worker. One path behind both."""
+"""`python -m heft_engine train`: by flags for a person, by a run file for the worker; one path behind both."""
 
 from __future__ import annotations
 
@@ -112,7 +112,7 @@ def configure(model: str, method: Any, settings: list[str], seed: int) -> TrainC
     groups: dict[str, dict[str, Any]] = {"lora": {}, "reft": {}, "task": {}, "early_stopping": {}, "": {}}
     for setting in settings:
         name, equals, value = setting.partition("=")
-        group, dot, field = name.rpartition(".")
+        group, _, field = name.rpartition(".")
         if not equals or group not in groups:
             raise ConfigError(
                 f"--set {setting}: write it as lora.rank=8, reft.layers=15 or max_length=512", param=name
