@@ -93,14 +93,19 @@ def finish_succeeded(
     return let_go(session, claim, JobState.SUCCEEDED, event, "succeeded", values)
 
 
-def finish_failed(session: Session, claim: Claim, *, error: Mapping[str, Any]) -> Job:
+def finish_failed(
+    session: Session, claim: Claim, *, error: Mapping[str, Any], report: Mapping[str, Any] | None = None
+) -> Job:
     """The job can't be done: `error` is {code, message, param} in words that say what to change. Never
-    retried.
+    retried. `report`: what the check of its files found, if that is why.
     """
     job = lock(session, claim)
     if job.cancel_requested_at is not None:
         return let_go(session, claim, JobState.CANCELLED, cancelled(), "cancelled")
-    return let_go(session, claim, JobState.FAILED, failed(error), "failed", {"error": dict(error)})
+    values: dict[str, Any] = {"error": dict(error)}
+    if report is not None:
+        values["validation"] = dict(report)
+    return let_go(session, claim, JobState.FAILED, failed(error), "failed", values)
 
 
 def finish_cancelled(session: Session, claim: Claim) -> Job:

@@ -44,6 +44,8 @@ Ending = Callable[[Session, Claim], Job]
 #: attempt.
 _LAST_WORDS_SECONDS = 10.0
 _RETRY_SECONDS = 2.0
+#: Faults that are nobody's mistake: tried again, as if the child had died.
+_TRANSIENT = frozenset({"hub_unavailable"})
 _OUT_OF_MEMORY = "most likely because memory ran out: a smaller batch_size or max_length needs less"
 
 
@@ -215,6 +217,11 @@ def death_of(code: int) -> dict[str, Any]:
         return error_of("out_of_memory", f"The training process was killed, {_OUT_OF_MEMORY}.")
     how = f"signal {-code}" if code < 0 else f"exit code {code}"
     return error_of("trainer_died", f"The training process ended without a word ({how}).")
+
+
+def failed(attempt: Attempt, error: Mapping[str, Any]) -> Ending:
+    """The ending for a child that said what was wrong."""
+    return attempt.died(error) if error["code"] in _TRANSIENT else partial(leases.finish_failed, error=error)
 
 
 def _claim(context: Context, job_id: str, purpose: Purpose) -> Claim | None:

@@ -6,6 +6,7 @@ It does NOT read files or rows: paths go in, a JSON value comes out.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -60,6 +61,20 @@ def run_file(config: TrainConfig, run: LocalRun, settings: StoreSettings) -> dic
         "checkpoint_dir": str(run.checkpoints),
         "resume": _text(run.resume),
         "checkpoint_seconds": settings.checkpoint_seconds,
+        "model_dir": _text(settings.model_dir),
+        "cache_dir": _text(settings.cache_dir),
+    }
+
+
+def check_file(
+    spec: TrainingSpec, files: Mapping[str, str], out: Path, settings: StoreSettings
+) -> dict[str, Any]:
+    """What `python -m heft_engine check --run-file` reads. `files`: a path or a reference for each field."""
+    return {
+        "config": train_config(spec, revision=None).model_dump(mode="json"),
+        "files": dict(files),
+        "out": str(out),
+        "limits": {"max_rows": settings.max_rows, "max_line_bytes": settings.max_line_bytes},
         "model_dir": _text(settings.model_dir),
         "cache_dir": _text(settings.cache_dir),
     }

@@ -16,7 +16,7 @@ from typing import Any
 from store import leases
 from store.errors import Damaged
 from store.tables import Job
-from worker.attempt import Attempt, Ending, death_of, run_attempt
+from worker.attempt import Attempt, Ending, death_of, failed, run_attempt
 from worker.context import Context
 from worker.history import FILE_NAME, History
 from worker.plan import LocalRun, run_file, train_config
@@ -25,9 +25,6 @@ from worker.reporting import Reporter
 from worker.rows import fetch_rows
 
 log = logging.getLogger(__name__)
-
-#: Faults that are nobody's mistake: tried again, as if the trainer had died.
-_TRANSIENT = frozenset({"hub_unavailable"})
 
 
 def run_job(context: Context, job_id: str) -> Job | None:
@@ -61,14 +58,8 @@ def _train(attempt: Attempt) -> Ending:
     if ended.last_word is None:
         return attempt.died(death_of(ended.code))
     if ended.last_word["code"] == "FAILED":
-        return _failed(attempt, ended.last_word["data"]["error"])
+        return failed(attempt, ended.last_word["data"]["error"])
     return _succeeded(run, publisher, ended.last_word["data"])
-
-
-def _failed(attempt: Attempt, error: Mapping[str, Any]) -> Ending:
-    if error["code"] in _TRANSIENT:
-        return attempt.died(error)
-    return partial(leases.finish_failed, error=error)
 
 
 def _succeeded(run: LocalRun, publisher: Publisher, data: Mapping[str, Any]) -> Ending:

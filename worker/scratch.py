@@ -1,8 +1,8 @@
 """A place for one worker process: a folder for its files, and a name that is its alone.
 
-Places are numbered folders, held by a lock that ends with the process, however it ends. So whoever holds a place
-knows that the worker that had it before is dead: its files can go, and what it held can be taken back at once.
-It does NOT know what is put there.
+Places are numbered folders, held by a lock that ends with the process, however it ends. So whoever holds a
+place knows that the worker that had it before is dead: its files can go, and what it held can be taken back
+at once. It does NOT know what is put there.
 """
 
 from __future__ import annotations
@@ -51,9 +51,11 @@ def hold_place(root: Path, role: str) -> Iterator[Place]:
 
 def _identity(path: Path) -> str:
     """Tells this root from those of other machines; made once."""
-    if not path.exists():
-        path.write_text(uuid.uuid4().hex[:12])
-    return path.read_text()
+    known = path.read_text() if path.exists() else ""
+    if not known:
+        known = uuid.uuid4().hex[:12]
+        path.write_text(known)
+    return known
 
 
 def _clear_if_free(place: Path) -> None:

@@ -1,0 +1,91 @@
+"""`python -m worker train|prepare|inference`: one worker process, until SIGTERM or SIGINT."""
+
+from __future__ import annotations
+
+import argparse
+import logging
+import tempfile
+import threading
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
+
+from celery import Celery
+
+from store.artifacts import Artifacts
+from store.database import make_engine, session_factory
+from store.queue import Hints, make_celery
+from store.settings import StoreSettings, settings
+from worker import tasks
+from worker.background import Chore, chores
+from worker.celery_app import Role, run_worker, worker_app
+from worker.context import Context
+from worker.presence import offer_base_models, present
+from worker.scratch import hold_place
+from worker.sweep import sweeping
+
+_OFFER_SECONDS = 3_600.0
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(prog="python -m worker", description=__doc__)
+    parser.add_argument("role", type=Role, choices=list(Role))
+    parser.add_argument("--log-level", default="INFO", choices=["DEBUG", "INFO", "WARNING", "ERROR"])
+    options = parser.parse_args()
+    logging.basicConfig(level=options.log_level, format="%(asctime)s %(levelname)s %(name)s: %(message)s")
+    with _context(options.role, settings()) as context, ExitStack() as stack:
+        app = worker_app(context.settings.redis_url, options.role)
+        _register(app, options.role, context, stack)
+        stack.enter_context(present(context, options.role))
+        stack.enter_context(chores(_chores(options.role, context)))
+        run_worker(
+            app,
+            options.role,
+            worker_id=context.worker_id,
+            stopping=context.stopping,
+            log_level=options.log_level,
+        )
+
+
+@contextmanager
+def _context(role: Role, values: StoreSettings) -> Iterator[Context]:
+    root = (values.cache_dir or Path(tempfile.gettempdir()) / "heft") / "workers"
+    engine = make_engine(values.database_url)
+    hints = Hints(make_celery(values.redis_url))
+    with hold_place(root, role) as place:
+        yield Context(
+            worker_id=place.worker_id,
+            settings=values,
+            sessions=session_factory(engine),
+            artifacts=Artifacts(values.artifacts_url),
+            hints=hints,
+            scratch=place.folder,
+            stopping=threading.Event(),
+        )
+    hints.close()
+    engine.dispose()
+
+
+def _register(app: Celery, role: Role, context: Context, stack: ExitStack) -> None:
+    """The role's tasks. The inference worker alone loads torch into its own process."""
+    if role is Role.TRAIN:
+        tasks.register_training(app, context)
+    elif role is Role.PREPARE:
+        tasks.register_preparing(app, context)
+    else:
+        from worker.predict import Inference
+
+        inference = Inference(context)
+        stack.callback(inference.close)
+        tasks.register_inference(app, inference.answer)
+
+
+def _chores(role: Role, context: Context) -> list[Chore]:
+    todo = sweeping(context)
+    if role is Role.TRAIN:
+        todo.append(Chore(name="offers", seconds=_OFFER_SECONDS, do=lambda: offer_base_models(context)))
+    return todo
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,129 @@
+"""Archives of models: fetch the bundle, have the engine write the wanted format, store it as one tar.
+
+It does NOT know formats: the engine does. Nobody's job waits for this; a lost attempt is made again.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import shutil
+import tarfile
+import tempfile
+from functools import partial
+from pathlib import Path
+from typing import IO, Any, cast
+
+from store import exports
+from store.artifacts import Artifacts, export_key
+from store.database import transaction
+from store.errors import Damaged, LostFence, Unavailable
+from store.exports import ExportClaim
+from store.fence import Wishes
+from worker.attempt import error_of
+from worker.child import Child, child_environment
+from worker.context import Context
+from worker.supervise import Limits, Watch
+
+log = logging.getLogger(__name__)
+
+
+class ExportFailed(Exception):
+    """It can't be made. `error` is {code, message, param}."""
+
+    def __init__(self, error: dict[str, Any]) -> None:
+        super().__init__(error["message"])
+        self.error = error
+
+
+def build_export(context: Context, model_id: str, export_format: str) -> None:
+    """Build this archive if it is waited for."""
+    if context.stopping.is_set():
+        return
+    with transaction(context.sessions) as session:
+        claim = exports.claim(
+            session,
+            model_id=model_id,
+            format=export_format,
+            lease_seconds=context.settings.lease_seconds,
+        )
+    if claim is None:
+        return
+    folder = Path(tempfile.mkdtemp(prefix="export-", dir=context.scratch))
+    renew = partial(_renew, context, claim)
+    try:
+        limits = Limits.of(context.settings)
+        with Watch(renew=renew, wishes=renew, stopping=context.stopping, limits=limits) as watch:
+            _build(context, claim, folder, watch)
+    except (LostFence, Unavailable) as fault:
+        log.warning("%s of %s is left to the next attempt: %s", export_format, model_id, fault)
+    finally:
+        shutil.rmtree(folder)
+
+
+def _build(context: Context, claim: ExportClaim, folder: Path, watch: Watch) -> None:
+    try:
+        made = _make(context, claim, folder, watch)
+    except ExportFailed as fault:
+        with transaction(context.sessions) as session:
+            exports.fail(session, claim, error=fault.error)
+        return
+    name = claim.model.id.rpartition(":")[2]
+    key = export_key(claim.model.job_id or "", name, claim.format, claim.attempt)
+    size = _store_tar(context.artifacts, key, made, f"{name}-{claim.format}")
+    with transaction(context.sessions) as session:
+        exports.finish(session, claim, storage_key=key, size=size)
+
+
+def _make(context: Context, claim: ExportClaim, folder: Path, watch: Watch) -> Path:
+    """The directory to archive. Raises ExportFailed; LostFence when it shall not be finished."""
+    bundle, out = folder / "bundle", folder / "out"
+    try:
+        context.artifacts.fetch_directory(claim.model.storage_key or "", bundle, claim.model.manifest)
+    except Damaged as fault:
+        raise ExportFailed(error_of("storage_damaged", f"A stored file can't be used: {fault}.")) from fault
+    if claim.format == "bundle":
+        return bundle
+    command = [*context.engine_command, "export", "--bundle", str(bundle), "--format", claim.format]
+    command += ["--out", str(out), "--die-with-parent"]
+    for option, path in (
+        ("--model-dir", context.settings.model_dir),
+        ("--cache-dir", context.settings.cache_dir),
+    ):
+        command += [option, str(path)] if path is not None else []
+    child = Child(command, env=child_environment(os.environ), cwd=folder)
+    error = error_of("export_failed", "The export ended without a word; the worker's log says more.")
+    try:
+        watch.guard(child)
+        for event in child.lines():
+            if event.get("code") == "FAILED":
+                error = event["data"]["error"]
+    finally:
+        watch.let_go()
+        child.kill()
+        code = child.wait()
+    if watch.reason is not None:
+        raise LostFence(f"the export of {claim.model.id} shall end: {watch.reason}")
+    if code != 0:
+        raise ExportFailed(error)
+    return out
+
+
+def _store_tar(artifacts: Artifacts, key: str, directory: Path, name: str) -> int:
+    """Store a directory as one tar without a second copy on this machine; returns its size in bytes."""
+    upload = artifacts.upload(key)
+    try:
+        # A stream is only ever written to; typeshed asks for a whole file.
+        with tarfile.open(fileobj=cast(IO[bytes], upload), mode="w|") as tar:
+            tar.add(directory, arcname=name)
+    except BaseException:
+        upload.abort()
+        raise
+    upload.commit()
+    return upload.size
+
+
+def _renew(context: Context, claim: ExportClaim) -> Wishes:
+    with transaction(context.sessions) as session:
+        exports.heartbeat(session, claim)
+    return Wishes(cancel=False, pause=False)

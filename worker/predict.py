@@ -1,0 +1,193 @@
+"""The inference side: a question comes in with the address of a model, an answer goes out.
+
+It does NOT know owners, jobs or the database: the API has checked what may be asked, and the message says it
+all.
+"""
+
+from __future__ import annotations
+
+import gc
+import json
+import logging
+import shutil
+import tempfile
+import time
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, cast
+
+import psutil
+import torch
+from redis import Redis
+from redis.exceptions import RedisError
+
+import heft_engine
+from heft_engine.config import TaskType
+from heft_engine.errors import EngineError, ModelError, RowError
+from heft_engine.predictor import Predictor
+from heft_engine.rows import Row, infer_task, parse_row
+from store.artifacts import Artifacts
+from store.errors import StoreError, Unavailable
+from store.queue import (
+    REPLY_SECONDS,
+    PredictedRow,
+    PredictedRows,
+    PredictFault,
+    PredictMessage,
+    PredictModel,
+    PredictReply,
+    redis_py_url,
+)
+from worker.context import Context
+from worker.shelf import Shelf
+
+log = logging.getLogger(__name__)
+
+_REPLY_TIMEOUT_SECONDS = 3.0
+
+
+class Expired(Exception):
+    """Nobody waits for this answer any more."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Loader:
+    """Brings a model from storage, or a base model from this machine, into memory."""
+
+    artifacts: Artifacts
+    scratch: Path
+    model_dir: Path | None
+    cache_dir: Path | None
+
+    def bundle(self, model: PredictModel) -> Predictor:
+        """Raises BundleError, ModelError, Damaged or Unavailable."""
+        folder = Path(tempfile.mkdtemp(prefix="bundle-", dir=self.scratch))
+        try:
+            path = folder / "bundle"
+            self.artifacts.fetch_directory(model["storage_key"] or "", path, model["manifest"] or {})
+            return heft_engine.load(
+                path, model_dir=self.model_dir, cache_dir=self.cache_dir, allow_paths=False
+            )
+        finally:
+            shutil.rmtree(folder)
+
+    def base(self, reference: str, task: TaskType) -> Predictor:
+        """Raises ModelError."""
+        return heft_engine.load_base(
+            reference, task=task, model_dir=self.model_dir, cache_dir=self.cache_dir, allow_paths=False
+        )
+
+
+class Inference:
+    """Answers requests, each from whatever thread it comes on."""
+
+    def __init__(self, context: Context) -> None:
+        settings = context.settings
+        self._loader = Loader(
+            artifacts=context.artifacts,
+            scratch=context.scratch,
+            model_dir=settings.model_dir,
+            cache_dir=settings.cache_dir,
+        )
+        self._redis = Redis.from_url(
+            redis_py_url(settings.redis_url),
+            socket_timeout=_REPLY_TIMEOUT_SECONDS,
+            socket_connect_timeout=_REPLY_TIMEOUT_SECONDS,
+        )
+        self.shelf: Shelf[Predictor] = Shelf(
+            settings.memory_budget_bytes or three_quarters_of_memory(),
+            out_of_memory=(MemoryError, torch.OutOfMemoryError),
+            put_away=_give_memory_back,
+        )
+
+    def close(self) -> None:
+        self.shelf.close()
+        self._redis.close()
+
+    def answer(self, message: PredictMessage) -> None:
+        """Answer, or say why not; a request whose deadline has passed is dropped."""
+        request_id = message["request_id"]
+        try:
+            ok = PredictedRows(data=self._predict(message))
+        except Expired:
+            log.info("request %s has expired", request_id)
+        except (EngineError, StoreError) as fault:
+            self._reply(message, PredictReply(request_id=request_id, error=fault_of(fault)))
+        except Exception:
+            error = PredictFault(status=500, code="internal_error", message="the worker failed", param=None)
+            self._reply(message, PredictReply(request_id=request_id, error=error))
+            raise
+        else:
+            self._reply(message, PredictReply(request_id=request_id, ok=ok))
+
+    def _predict(self, message: PredictMessage) -> list[PredictedRow]:
+        _check_deadline(message)
+        model, intervention = message["model"], message["intervention"]
+
+        def ask(predictor: Predictor) -> list[PredictedRow]:
+            _check_deadline(message)
+            labels = predictor.task.labels if predictor.task.type == "choice" else None
+            rows = parse_inputs(message["inputs"], labels)
+            answers = predictor.predict(rows, enabled=intervention["enabled"], scale=intervention["scale"])
+            return [cast(PredictedRow, asdict(answer)) for answer in answers]
+
+        if model["kind"] != "base":
+            return self.shelf.ask(model["id"], lambda: self._loader.bundle(model), ask)
+        task = infer_task(parse_inputs(message["inputs"], None))
+        reference = model["base_model"]
+        return self.shelf.ask(f"{reference}:{task}", lambda: self._loader.base(reference, task), ask)
+
+    def _reply(self, message: PredictMessage, reply: PredictReply) -> None:
+        payload = json.dumps(reply, allow_nan=False)
+        try:
+            with self._redis.pipeline() as pipe:
+                pipe.rpush(message["reply_to"], payload)
+                pipe.expire(message["reply_to"], REPLY_SECONDS)
+                pipe.execute()
+        except RedisError as fault:
+            log.warning("no answer to %s: the broker is away: %s", message["request_id"], fault)
+
+
+def parse_inputs(inputs: Sequence[dict[str, Any]], labels: Sequence[str] | None) -> list[Row]:
+    """The questions as rows. Raises RowError whose `param` names the input, if there are several, and its
+    field."""
+    rows = []
+    for index, given in enumerate(inputs):
+        try:
+            rows.append(parse_row(given, labels=labels, need_answer=False))
+        except RowError as fault:
+            if len(inputs) == 1:
+                raise
+            param = f"inputs[{index}].{fault.param}" if fault.param else f"inputs[{index}]"
+            raise RowError(f"input {index}: {fault.message}", param=param) from fault
+    return rows
+
+
+def fault_of(fault: EngineError | StoreError) -> PredictFault:
+    """How a fault is answered: the caller's own as 4xx, ours as 5xx."""
+    if isinstance(fault, RowError):
+        return PredictFault(status=422, code="invalid_value", message=fault.message, param=fault.param)
+    if isinstance(fault, ModelError):
+        return PredictFault(status=404, code=fault.code, message=fault.message, param="model")
+    status = 503 if isinstance(fault, Unavailable) else 500
+    return PredictFault(status=status, code=fault.code or "internal_error", message=fault.message, param=None)
+
+
+def three_quarters_of_memory() -> int:
+    """Bytes: of the GPU's memory if there is one, else of the machine's."""
+    if torch.cuda.is_available():
+        return int(torch.cuda.get_device_properties(0).total_memory * 3 // 4)
+    return int(psutil.virtual_memory().total * 3 // 4)
+
+
+def _give_memory_back() -> None:
+    """To the other processes on the machine and on the GPU."""
+    gc.collect()
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
+
+
+def _check_deadline(message: PredictMessage) -> None:
+    if time.time() > message["deadline"]:
+        raise Expired

@@ -1,0 +1,66 @@
+"""Checking a job's files before it is queued: fetch them, have the engine judge them, keep the report.
+
+The engine runs in a child: it loads tokenizers and reads data sets from the hub, and this process holds no
+torch. It does NOT know what a good row is.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from store import leases
+from store.states import JobState
+from store.tables import Job
+from worker.attempt import Attempt, Ending, death_of, failed, run_attempt
+from worker.context import Context
+from worker.plan import check_file
+from worker.rows import FIELDS, fetch_uploaded, put_rows
+
+_LAST_WORDS = ("CHECKED", "FAILED")
+
+
+def prepare_job(context: Context, job_id: str) -> Job | None:
+    """Check this job's files if it waits for that. Returns the job as it then stands; None if there was
+    nothing."""
+    job = run_attempt(context, job_id, "prepare", _check)
+    if job is not None and job.state == JobState.QUEUED:
+        context.hints.hint(job.id, "train")
+    return job
+
+
+def _check(attempt: Attempt) -> Ending:
+    spec = attempt.claim.spec
+    references = {field: reference for field in FIELDS if (reference := getattr(spec, field))}
+    uploaded = fetch_uploaded(attempt)
+    files = references | {field: str(path) for field, path in uploaded.items()}
+    path = attempt.folder / "check.json"
+    path.write_text(json.dumps(check_file(spec, files, attempt.folder, attempt.context.settings)))
+    command = [*attempt.context.engine_command, "check", "--run-file", str(path), "--die-with-parent"]
+    ended = attempt.run_child(command, lambda event: event["code"] in _LAST_WORDS)
+
+    if ended.last_word is None:
+        return attempt.died(death_of(ended.code))
+    data = ended.last_word["data"]
+    if ended.last_word["code"] == "FAILED":
+        return failed(attempt, data["error"])
+    report = _report(data, references)
+    if data["error"] is not None:
+        return partial(leases.finish_failed, error=data["error"], report=report)
+    for field in references.keys() - uploaded.keys():
+        report["files"][field]["sha256"] = put_rows(attempt, Path(data["files"][field]))
+    return partial(leases.finish_prepared, report=report)
+
+
+def _report(data: Mapping[str, Any], references: Mapping[str, str]) -> dict[str, Any]:
+    """What the job keeps of the check: the engine's report, the base model, and what each file was asked for
+    as."""
+    validation, base = data["validation"], data["base_model"]
+    files = {
+        field: {"reference": references[field], **counts} for field, counts in validation["files"].items()
+    }
+    known = {name: base[name] for name in ("reference", "source", "revision")}
+    return {**validation, "files": files, "base_model": known}

@@ -1,0 +1,43 @@
+"""The reconciler's legs: every worker looks now and then for what was lost, and sends it on its way again.
+
+What is lost and what is to be done about it is decided in `store.reconcile`, one process at a time; what
+nobody needs any more is deleted by `store.garbage`. It does NOT run jobs.
+"""
+
+from __future__ import annotations
+
+from store import exports, garbage, reconcile
+from store.database import transaction
+from worker.background import Chore
+from worker.context import Context
+
+_GARBAGE_SECONDS = 120.0
+
+
+def sweep(context: Context) -> None:
+    """Take back what lost workers held; send hints for what waits unheard. Raises Unavailable."""
+    settings = context.settings
+    with transaction(context.sessions) as session:
+        waiting = reconcile.sweep(
+            session,
+            lease_seconds=settings.lease_seconds,
+            grace_seconds=settings.lease_grace_seconds,
+            stale_seconds=settings.sweep_seconds,
+            max_lost_leases=settings.max_lost_leases,
+        )
+        archives = exports.waiting(session)
+    for job_id, purpose in waiting:
+        context.hints.hint(job_id, purpose)
+    for model_id, export_format in archives:
+        context.hints.export(model_id, export_format)
+
+
+def sweeping(context: Context) -> list[Chore]:
+    return [
+        Chore(name="sweep", seconds=context.settings.sweep_seconds, do=lambda: sweep(context)),
+        Chore(
+            name="garbage",
+            seconds=_GARBAGE_SECONDS,
+            do=lambda: garbage.collect(context.sessions, context.artifacts),
+        ),
+    ]
