@@ -78,9 +78,9 @@ def verify(directory: Path) -> None:
         raise BundleError(f"checkpoint {directory.name} is incomplete: {error}") from error
 
 
-def prune(parent: Path, keep: int) -> None:
-    """Removes all but the newest `keep` sealed directories of a checkpoint folder, and unsealed leftovers."""
-    sealed = sorted(p for p in parent.iterdir() if (p / MANIFEST).exists())
+def prune(parent: Path, keep: int, pattern: str = "*") -> None:
+    """Removes all but the newest `keep` sealed directories whose names fit `pattern`, and unsealed leftovers."""
+    sealed = sorted(p for p in parent.glob(pattern) if (p / MANIFEST).exists())
     for path in [
         *sealed[:-keep],
         *(p for p in parent.iterdir() if p.is_dir() and not (p / MANIFEST).exists()),

@@ -31,7 +31,8 @@ from heft_engine.training import Progress
 if TYPE_CHECKING:
     from heft_engine.training import StageRun
 
-#: Local directories that are kept: the newest and, should it be damaged, the one before.
+#: Local directories inside stages that are kept: the newest and, should it be damaged, the one before. The ends
+#: of stages stay, they are few and models in their own right.
 KEEP = 2
 
 
@@ -117,16 +118,18 @@ class CheckpointWriter:
     def _path(self, run_step: int, kind: str) -> Path:
         assert self.directory is not None
         # "step" sorts behind "stage", but the end of a stage comes after its last step.
-        order = "1" if kind == "stage" else "0"
-        path = self.directory / f"{run_step:08d}-{order}-{kind}"
-        path.mkdir(parents=True, exist_ok=True)
+        order = f"{run_step:08d}-1" if kind == "stage" else f"{run_step:08d}-0"
+        # The last step of an epoch may be saved twice, and whoever reads the first must not see it change.
+        number = sum(1 for _ in self.directory.glob(f"{order}-*"))
+        path = self.directory / f"{order}-{number}-{kind}"
+        path.mkdir(parents=True)
         return path
 
     def _seal(self, path: Path, run_step: int, kind: str, stage: str, index: int) -> None:
         seal(path)
         self.last = time.monotonic()
         assert self.directory is not None
-        prune(self.directory, KEEP)
+        prune(self.directory, KEEP, "*-step")
         data = {"stage": stage, "stage_index": index, "step": run_step, "kind": kind, "path": str(path)}
         self.on_event(Event(code="CHECKPOINT_SAVED", message=f"Checkpoint at step {run_step}", data=data))
 

@@ -95,9 +95,8 @@ def _make(context: Context, claim: ExportClaim, folder: Path, watch: Watch) -> P
     error = error_of("export_failed", "The export ended without a word; the worker's log says more.")
     try:
         watch.guard(child)
-        for event in child.lines():
-            if event.get("code") == "FAILED":
-                error = event["data"]["error"]
+        for outcome in child.lines():
+            error = outcome.get("error", error)
     finally:
         watch.let_go()
         child.kill()

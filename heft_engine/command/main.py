@@ -22,10 +22,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except Stopped:
         return STOPPED
     except EngineError as error:
-        fault = {"code": error.code, "message": error.message, "param": error.param}
-        print(json.dumps({"error": fault}), file=sys.stderr)
+        print(_fault(error), file=sys.stderr)
         return 1
     return 0
+
+
+def _fault(error: EngineError) -> str:
+    return json.dumps({"error": {"code": error.code, "message": error.message, "param": error.param}})
 
 
 def parser() -> argparse.ArgumentParser:
@@ -51,6 +54,9 @@ def parser() -> argparse.ArgumentParser:
         else:
             command.add_argument("--format", choices=["merged", "peft", "pyreft"], required=True)
             command.add_argument("--out", type=Path, required=True)
+            command.add_argument(
+                "--die-with-parent", action="store_true", help="end when the starter ends (stdin is its pipe)"
+            )
             command.set_defaults(run=_export)
     check = commands.add_parser(
         "gpu-check", help="a HEFT job on a random model of Llama-2-7B's shape, on a GPU"
@@ -114,11 +120,17 @@ def _predict(options: argparse.Namespace) -> None:
 
 
 def _export(options: argparse.Namespace) -> None:
+    from heft_engine.command.lifeline import die_with_parent
     from heft_engine.export import export
 
-    export(
-        options.bundle, options.format, options.out, model_dir=options.model_dir, cache_dir=options.cache_dir
-    )
+    if options.die_with_parent:
+        die_with_parent()
+    places = {"model_dir": options.model_dir, "cache_dir": options.cache_dir}
+    try:
+        export(options.bundle, options.format, options.out, **places)
+    except EngineError as error:
+        print(_fault(error), flush=True)  # to whoever reads the outcome; main says it on stderr
+        raise
     print(json.dumps({"format": options.format, "out": str(options.out)}))
 
 
