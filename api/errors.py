@@ -18,6 +18,7 @@ from starlette.requests import ClientDisconnect
 from starlette.responses import JSONResponse
 
 from api.predict_client import Refused
+from api.schemas.common import dotted
 from store import errors
 
 STATUS: dict[type[errors.StoreError], int] = {
@@ -163,19 +164,19 @@ def _param(fault: Mapping[str, Any], body: Any) -> str | None:
         return str(path) or None
     source, *parts = fault["loc"]
     if source != "body":
-        return ".".join(str(part) for part in parts) or None
-    return ".".join(_steps(parts, body, missing=fault["type"] == "missing")) or None
+        return dotted(parts) or None
+    return dotted(_steps(parts, body, missing=fault["type"] == "missing")) or None
 
 
-def _steps(parts: Sequence[str | int], body: Any, *, missing: bool) -> list[str]:
-    steps = []
+def _steps(parts: Sequence[str | int], body: Any, *, missing: bool) -> list[str | int]:
+    steps: list[str | int] = []
     for part in parts:
         is_key = isinstance(body, dict) and part in body
         is_index = isinstance(body, list) and isinstance(part, int) and part < len(body)
         if is_key or is_index:
             body = body[part]
-            steps.append(str(part))
+            steps.append(part)
         # else: a union's label, not a part of the request
     if missing and parts:
-        steps.append(str(parts[-1]))
+        steps.append(parts[-1])
     return steps

@@ -34,18 +34,24 @@ class RequestBody(BaseModel):
         return body
 
 
+def dotted(steps: Sequence[str | int]) -> str:
+    """A place in a body as callers write it: `method.recipe.stages[0].rank`."""
+    path = "".join(f"[{step}]" if isinstance(step, int) else f".{step}" for step in steps)
+    return path.removeprefix(".")
+
+
 def find_unstorable(body: Any) -> tuple[str, str] | None:
     """The path of the first value that can't be stored and the reason, or None. Any depth: no recursion."""
-    waiting: list[tuple[str, Any]] = [("", body)]
+    waiting: list[tuple[tuple[str | int, ...], Any]] = [((), body)]
     while waiting:
-        path, value = waiting.pop()
+        steps, value = waiting.pop()
         if isinstance(value, dict):
-            waiting += [(path, key) for key in value]
-            waiting += [(f"{path}.{key}".lstrip("."), part) for key, part in value.items()]
+            waiting += [((*steps, key), part) for key, part in value.items()]
+            waiting += [(steps, key) for key in value]  # looked at first: no path has a key that is at fault
         elif isinstance(value, list):
-            waiting += [(f"{path}.{index}".lstrip("."), part) for index, part in enumerate(value)]
+            waiting += [((*steps, index), part) for index, part in enumerate(value)]
         elif (reason := _why_unstorable(value)) is not None:
-            return path.encode(errors="replace").decode().replace("\0", "?"), reason
+            return dotted(steps), reason
     return None
 
 

@@ -158,11 +158,11 @@ class TestCreate:
                 {"method": {"type": "heft", "heft": {"reft": {"positions": "x"}}}},
                 "method.heft.reft.positions",
             ),
-            ({"method": {"type": "reft", "reft": {"layers": [-1]}}}, "method.reft.layers.0"),
+            ({"method": {"type": "reft", "reft": {"layers": [-1]}}}, "method.reft.layers[0]"),
             ({"method": {"type": "recipe"}}, "method"),
             (
                 {"method": {"type": "recipe", "recipe": {"stages": [{"type": "lora", "alpha": 0}]}}},
-                "method.recipe.stages.0.alpha",
+                "method.recipe.stages[0].alpha",
             ),
             ({"method": {"type": "heft"}, "hyperparameters": {"n_epochs": 2}}, None),
             ({"hyperparameters": {"n_epochs": 0}}, "hyperparameters.n_epochs"),
