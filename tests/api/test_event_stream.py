@@ -1,0 +1,133 @@
+"""Events as a stream: replayed from the database, followed live, ended with the job."""
+
+from __future__ import annotations
+
+import json
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
+
+import httpx
+import pytest
+from fastapi import FastAPI
+
+from api.app import create_app
+from api.routes import events as routes
+from store import leases
+from store.database import SessionFactory, transaction
+from store.settings import StoreSettings
+
+JOBS = "/v1/fine_tuning/jobs"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Sent:
+    seq: int
+    code: str
+
+
+def create(client: httpx.Client) -> str:
+    answer = client.post(JOBS, json={"model": "smollm2-135m", "training_file": "sample:passages"})
+    return str(answer.json()["id"])
+
+
+def read(lines: Iterator[str]) -> Iterator[Sent]:
+    """The events of a stream as they come; the comments that keep it alive are left out."""
+    seq = 0
+    for line in lines:
+        if line.startswith("id: "):
+            seq = int(line.removeprefix("id: "))
+        elif line.startswith("data: "):
+            event = json.loads(line.removeprefix("data: "))
+            assert event["object"] == "fine_tuning.job.event"
+            yield Sent(seq=seq, code=event["data"]["code"])
+
+
+def follow(client: httpx.Client, job_id: str, **headers: str) -> list[Sent]:
+    """The whole stream, until the server ends it."""
+    with client.stream("GET", f"{JOBS}/{job_id}/events?stream=true", headers=headers) as answer:
+        assert answer.headers["content-type"].startswith("text/event-stream")
+        return list(read(answer.iter_lines()))
+
+
+def test_what_was_is_replayed_and_the_stream_ends_with_the_job(client: httpx.Client) -> None:
+    job_id = create(client)
+    for wish in ("pause", "resume", "cancel"):
+        client.post(f"{JOBS}/{job_id}/{wish}")
+
+    sent = follow(client, job_id)
+
+    assert [event.seq for event in sent] == [1, 2, 3, 4]
+    assert [event.code for event in sent] == ["CREATED", "PAUSED", "RESUMED", "CANCELLED"]
+
+
+@pytest.mark.parametrize("seen", range(5))
+def test_a_reader_that_comes_back_misses_nothing(client: httpx.Client, seen: int) -> None:
+    job_id = create(client)
+    for wish in ("pause", "resume", "cancel"):
+        client.post(f"{JOBS}/{job_id}/{wish}")
+    sent = follow(client, job_id, **{"Last-Event-ID": str(seen)})
+    assert [event.seq for event in sent] == list(range(seen + 1, 5))
+
+
+def test_more_events_than_one_batch_come_in_order(client: httpx.Client, sessions: SessionFactory) -> None:
+    job_id = create(client)
+    with transaction(sessions) as session:
+        claim = leases.claim(session, job_id=job_id, worker_id="w", purpose="prepare")
+        assert claim is not None
+        for number in range(2 * routes.BATCH):
+            leases.record_event(session, claim, code="WARNING", message=f"row {number}")
+    client.post(f"{JOBS}/{job_id}/cancel")
+    assert [event.seq for event in follow(client, job_id)] == list(range(1, 2 * routes.BATCH + 3))
+
+
+def test_a_live_reader_sees_each_event_as_it_comes(client: httpx.Client) -> None:
+    job_id = create(client)
+    with client.stream("GET", f"{JOBS}/{job_id}/events?stream=true") as answer:
+        sent = read(answer.iter_lines())
+        assert next(sent).code == "CREATED"
+        other = httpx.Client(base_url=client.base_url, headers=client.headers)
+        with other:
+            other.post(f"{JOBS}/{job_id}/pause")
+            assert next(sent) == Sent(seq=2, code="PAUSED")
+            other.post(f"{JOBS}/{job_id}/cancel")
+            assert list(sent) == [Sent(seq=3, code="CANCELLED")]
+
+
+def test_twenty_readers_hold_no_connection(client: httpx.Client) -> None:
+    """More readers than the pool has connections, and the API goes on answering beside them."""
+    job_id = create(client)
+    done: list[list[Sent]] = []
+    limits = httpx.Limits(max_connections=40)
+    with httpx.Client(base_url=client.base_url, headers=client.headers, limits=limits, timeout=20) as readers:
+        threads = [threading.Thread(target=lambda: done.append(follow(readers, job_id))) for _ in range(25)]
+        for thread in threads:
+            thread.start()
+        assert client.get(f"{JOBS}/{job_id}").status_code == 200
+        client.post(f"{JOBS}/{job_id}/cancel")
+        for thread in threads:
+            thread.join()
+    assert [[event.code for event in sent] for sent in done] == [["CREATED", "CANCELLED"]] * 25
+
+
+def test_a_silent_stream_is_kept_alive(
+    settings: StoreSettings,
+    serving: Callable[[FastAPI], AbstractContextManager[str]],
+    client: httpx.Client,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(routes, "HEARTBEAT_SECONDS", 0.05)
+    job_id = create(client)
+    with (
+        serving(create_app(settings)) as url,
+        client.stream("GET", f"{url}{JOBS}/{job_id}/events?stream=true") as answer,
+    ):
+        lines = answer.iter_lines()
+        assert any(line.startswith(": ping") for line in lines)
+
+
+@pytest.mark.parametrize("last", ["-1", "x", str(2**64)])
+def test_a_place_that_can_not_be_is_refused(client: httpx.Client, last: str) -> None:
+    answer = client.get(f"{JOBS}/{create(client)}/events?stream=true", headers={"Last-Event-ID": last})
+    assert (answer.status_code, answer.json()["error"]["param"]) == (422, "last-event-id")
