@@ -64,7 +64,7 @@ class LoreftIntervention(nn.Module):
         """h (…, hidden) in any float dtype → h + scale·(Φ(h) − h), in the same dtype."""
         h = hidden.float()
         rotation = self.rotation
-        edit = (self.learned_source(h) - h @ rotation) @ rotation.T
+        edit: Tensor = (self.learned_source(h) - h @ rotation) @ rotation.T
         if scale == 1.0:
             return cast(Tensor, self.dropout(h + edit)).to(hidden.dtype)
         return (h + scale * edit).to(hidden.dtype)
