@@ -1,4 +1,7 @@
-"""`python -m heft_engine train|evaluate|predict|export|gpu-check`: the engine from a shell. See heft_engine.command."""
+"""The engine from a shell: `python -m heft_engine train|evaluate|predict|export|import-pyreft|gpu-check`.
+
+See heft_engine.command.
+"""
 
 import sys
 

@@ -72,14 +72,14 @@ def train(
     after `should_stop` returned True and a checkpoint was written.
     """
     base = resolve(config.model, model_dir=model_dir, cache_dir=cache_dir, allow_paths=allow_paths)
-    run = _prepare(config, base, train_rows, eval_rows, test_rows, device or choose_device(), on_event)
+    run = prepare(config, base, train_rows, eval_rows, test_rows, device or choose_device(), on_event)
     writer = CheckpointWriter(directory=checkpoint_dir, seconds=checkpoint_seconds, on_event=on_event)
     if resume is not None:
         run.resume(resume)
     return run.go(out_dir, writer, should_stop)
 
 
-def _prepare(
+def prepare(
     config: TrainConfig,
     base: BaseModel,
     train_rows: Sequence[Row],
@@ -88,6 +88,7 @@ def _prepare(
     device: str,
     on_event: OnEvent,
 ) -> Run:
+    """Resolves a config against its base and rows: everything loaded, nothing trained. Raises as `train` does."""
     if not train_rows:
         raise RowError("there are no training rows", param="training_file")
     if config.early_stopping is not None and not eval_rows:

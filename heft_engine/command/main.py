@@ -58,6 +58,11 @@ def parser() -> argparse.ArgumentParser:
                 "--die-with-parent", action="store_true", help="end when the starter ends (stdin is its pipe)"
             )
             command.set_defaults(run=_export)
+    _add_import_pyreft(
+        commands.add_parser(
+            "import-pyreft", help="a bundle from an intervention that pyreft trained and saved"
+        )
+    )
     check = commands.add_parser(
         "gpu-check", help="a HEFT job on a random model of Llama-2-7B's shape, on a GPU"
     )
@@ -90,6 +95,29 @@ def _add_train(command: argparse.ArgumentParser) -> None:
     )
     _add_places(command)
     command.set_defaults(run=_train)
+
+
+def _add_import_pyreft(command: argparse.ArgumentParser) -> None:
+    command.add_argument(
+        "--directory", type=Path, required=True, help="what pyreft's save() wrote; it is unpickled"
+    )
+    command.add_argument("--model", required=True, help="the base it was trained on, as for train")
+    command.add_argument("--rows", type=Path, required=True, help="a few rows of the task with their answers")
+    command.add_argument("--out", type=Path, required=True)
+    command.add_argument(
+        "--positions",
+        action="append",
+        help="l1, f1+l1, …; repeated, one for each intervention. Default: as an export of this engine says",
+    )
+    command.add_argument(
+        "--set",
+        action="append",
+        default=[],
+        metavar="NAME=VALUE",
+        help="task.template=…, max_length=512, dtype=…",
+    )
+    _add_places(command)
+    command.set_defaults(run=_import_pyreft)
 
 
 def _add_places(command: argparse.ArgumentParser) -> None:
@@ -132,6 +160,12 @@ def _export(options: argparse.Namespace) -> None:
         print(_fault(error), flush=True)  # to whoever reads the outcome; main says it on stderr
         raise
     print(json.dumps({"format": options.format, "out": str(options.out)}))
+
+
+def _import_pyreft(options: argparse.Namespace) -> None:
+    from heft_engine.command.import_pyreft import run
+
+    run(options)
 
 
 def _gpu_check(options: argparse.Namespace) -> None:
