@@ -16,6 +16,7 @@ import tempfile
 import time
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import suppress
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import IO, cast
 
@@ -32,9 +33,12 @@ _CHUNK = 1024 * 1024
 _SEGMENT = re.compile(r"[A-Za-z0-9_@+=-][A-Za-z0-9_.@+= -]{0,254}")
 
 
+FILES = "files"
+
+
 def file_key(file_id: str) -> str:
     """Where an uploaded file's bytes are."""
-    return f"files/{file_id}"
+    return f"{FILES}/{file_id}"
 
 
 def attempt_prefix(job_id: str, attempt: int) -> str:
@@ -153,6 +157,12 @@ class Artifacts:
             except FileNotFoundError:
                 return []
         return sorted(str(path).rstrip("/").rpartition("/")[2] for path in paths)
+
+    def age_seconds(self, key: str) -> float:
+        """How long ago a file was stored, by this machine's clock. Raises Damaged when it is missing."""
+        with storage_faults(key):
+            stored_at: datetime = self._fs.modified(self._path(key))
+        return (datetime.now(UTC) - stored_at).total_seconds()
 
     def delete_incomplete(self, *, older_than_seconds: float) -> None:
         """Remove what uploads left that were killed in the middle. An object store's own lifecycle rules do

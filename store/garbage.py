@@ -7,6 +7,7 @@ same time.
 
 from __future__ import annotations
 
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any
 
@@ -14,9 +15,10 @@ from sqlalchemy import ColumnElement, Update, func, select, update
 from sqlalchemy.orm import Session
 
 from store import files
-from store.artifacts import Artifacts, attempt_prefix
+from store.artifacts import FILES, Artifacts, attempt_prefix, file_key
 from store.clock import seconds
 from store.database import SessionFactory, transaction
+from store.errors import Damaged
 from store.tables import Attempt, Checkpoint, Export, File, FineTunedModel, Job
 
 _BATCH = 100
@@ -44,6 +46,23 @@ def collect(factory: SessionFactory, artifacts: Artifacts, *, quiet_seconds: flo
     for job_id, number in attempts:
         _sweep_attempt(factory, artifacts, job_id, number)
     artifacts.delete_incomplete(older_than_seconds=quiet_seconds)
+
+
+def collect_uploads(
+    factory: SessionFactory, artifacts: Artifacts, *, quiet_seconds: float = 86_400.0
+) -> None:
+    """Delete uploads that no row names: the API ended between their bytes and their row. It lists every file,
+    so once an hour is often enough. Raises Unavailable.
+    """
+    stored = artifacts.children(FILES)
+    for start in range(0, len(stored), _BATCH):
+        names = stored[start : start + _BATCH]
+        with transaction(factory) as session:
+            known = set(session.scalars(select(File.id).where(File.id.in_(names))))
+        for key in (file_key(name) for name in names if name not in known):
+            with suppress(Damaged):  # another process was quicker
+                if artifacts.age_seconds(key) > quiet_seconds:
+                    artifacts.delete(key)
 
 
 def _given_up(session: Session) -> list[_Garbage]:

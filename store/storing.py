@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import os
-import tempfile
+import secrets
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -48,8 +48,9 @@ class LocalUpload:
         self._digest = hashlib.sha256()
         with storage_faults(path.name):
             _make_durable_folder(temporary)
-            descriptor, self._temporary = tempfile.mkstemp(dir=temporary)
-        self._file = os.fdopen(descriptor, "wb")
+            # Not mkstemp: another user's process (the API's, the worker's) may have to read what this one wrote.
+            self._temporary = temporary / secrets.token_hex(16)
+            self._file = self._temporary.open("xb")
 
     def write(self, chunk: bytes) -> None:
         with storage_faults(self._path.name):
@@ -69,7 +70,7 @@ class LocalUpload:
 
     def abort(self) -> None:
         self._file.close()
-        Path(self._temporary).unlink(missing_ok=True)
+        self._temporary.unlink(missing_ok=True)
 
 
 class RemoteUpload:

@@ -12,6 +12,7 @@ from worker.background import Chore
 from worker.context import Context
 
 _GARBAGE_SECONDS = 120.0
+_UPLOADS_SECONDS = 3600.0
 
 
 def sweep(context: Context) -> None:
@@ -39,5 +40,10 @@ def sweeping(context: Context) -> list[Chore]:
             name="garbage",
             seconds=_GARBAGE_SECONDS,
             do=lambda: garbage.collect(context.sessions, context.artifacts),
+        ),
+        Chore(
+            name="uploads",
+            seconds=_UPLOADS_SECONDS,
+            do=lambda: garbage.collect_uploads(context.sessions, context.artifacts),
         ),
     ]

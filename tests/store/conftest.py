@@ -6,16 +6,18 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from typing import Any, Concatenate, ParamSpec, TypeVar
 
+import psycopg
 import pytest
 from sqlalchemy import text
 from sqlalchemy.orm import Session
 
+from cli.embedded_postgres import database_url
 from store import files, ids, jobs, leases
 from store.database import SessionFactory, make_engine, session_factory, transaction
 from store.fence import Claim
 from store.spec import TrainingSpec
 from store.states import JobState
-from store.tables import Attempt, Event, Job
+from store.tables import Attempt, Base, Event, Job
 
 P = ParamSpec("P")
 R = TypeVar("R")
@@ -138,8 +140,21 @@ class Bench:
         return file_id
 
 
-@pytest.fixture
-def bench(database_url: str) -> Iterator[Bench]:
-    engine = make_engine(database_url)
-    yield Bench(session_factory(engine))
+@pytest.fixture(scope="session")
+def _factory(stack: Any, _template: str) -> Iterator[SessionFactory]:
+    """One migrated database for all of the store's tests: a copy for each would take longer than the tests."""
+    with psycopg.connect(
+        host=str(stack.postgres_socket_folder), user="app", dbname="postgres", autocommit=True
+    ) as connection:
+        connection.execute(f"CREATE DATABASE heft_store TEMPLATE {_template}")
+    engine = make_engine(database_url(stack.postgres_socket_folder, "heft_store"))
+    yield session_factory(engine)
     engine.dispose()
+
+
+@pytest.fixture
+def bench(_factory: SessionFactory) -> Iterator[Bench]:
+    yield Bench(_factory)
+    with transaction(_factory) as session:
+        for table in reversed(Base.metadata.sorted_tables):
+            session.execute(table.delete())

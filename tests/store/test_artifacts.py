@@ -78,6 +78,7 @@ def test_what_is_put_is_what_is_read(artifacts: Artifacts, tmp_path: Path) -> No
     artifacts.fetch_file("files/a", tmp_path / "copy", sha256(data))
     assert (tmp_path / "copy").read_bytes() == data
     assert artifacts.children("files") == ["a", "b"]
+    assert -1 < artifacts.age_seconds("files/a") < 120
 
 
 def test_a_file_of_several_parts_is_whole(artifacts: Artifacts) -> None:

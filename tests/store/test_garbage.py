@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import time
 from pathlib import Path
 
 import pytest
@@ -125,6 +127,18 @@ def test_what_a_running_attempt_writes_is_left_alone(bench, artifacts: Artifacts
     put(artifacts, f"jobs/{claim.job_id}/{claim.attempt}/step-1/state.bin")
     garbage.collect(bench.factory, artifacts, quiet_seconds=0)
     assert len(stored(artifacts_url)) == 1
+
+
+def test_an_upload_that_got_no_row_goes_after_a_day(bench, artifacts: Artifacts, artifacts_url: str) -> None:
+    known = bench.file()
+    put(artifacts, f"files/{known}", "files/file-without-row")
+    garbage.collect_uploads(bench.factory, artifacts)
+    assert len(stored(artifacts_url)) == 2
+    yesterday = time.time() - 86_401
+    for path in (Path(artifacts_url.removeprefix("file://")) / "files").iterdir():
+        os.utime(path, (yesterday, yesterday))
+    garbage.collect_uploads(bench.factory, artifacts)
+    assert stored(artifacts_url) == {f"files/{known}"}
 
 
 def test_a_row_is_not_forgotten_before_its_bytes_are_gone(bench, artifacts: Artifacts, monkeypatch) -> None:
