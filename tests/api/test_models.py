@@ -1,0 +1,159 @@
+"""Models over HTTP: ids with colons and slashes, owners, and archives that a worker has yet to build."""
+
+from __future__ import annotations
+
+from urllib.parse import quote
+
+import httpx
+import pytest
+from kombu import Connection
+
+from store import exports, leases, models
+from store.artifacts import Artifacts
+from store.database import SessionFactory, transaction
+from store.settings import StoreSettings
+
+MODELS = "/v1/models"
+
+
+def path(model_id: str) -> str:
+    """As the openai package writes it: the slash escaped, the colon not."""
+    return f"{MODELS}/{quote(model_id, safe=':')}"
+
+
+@pytest.fixture
+def base(sessions: SessionFactory) -> str:
+    """A base model with a slash in its name, as a worker offers it."""
+    with transaction(sessions) as session:
+        models.offer_base(session, model_id="org/tiny", source="hub", info={"n_layers": 4})
+    return "org/tiny"
+
+
+@pytest.fixture
+def trained(client: httpx.Client, sessions: SessionFactory, base: str) -> str:
+    """The model that a finished job left behind."""
+    body = {"model": base, "training_file": "sample:passages", "suffix": "boolq"}
+    job_id = client.post("/v1/fine_tuning/jobs", json=body).json()["id"]
+    with transaction(sessions) as session:
+        prepare = leases.claim(session, job_id=job_id, worker_id="w", purpose="prepare")
+        assert prepare is not None
+        leases.finish_prepared(session, prepare, report={})
+        train = leases.claim(session, job_id=job_id, worker_id="w", purpose="train")
+        assert train is not None
+        leases.finish_succeeded(
+            session,
+            train,
+            storage_key=f"jobs/{job_id}/{train.attempt}/bundle",
+            manifest={"heft.json": "0" * 64},
+            task={"type": "yes_no"},
+            evaluation={"n": 10, "metric": "accuracy", "split": "test", "results": []},
+            parity={"merge": 1e-6},
+            trained_tokens=123,
+        )
+    job = client.get(f"/v1/fine_tuning/jobs/{job_id}").json()
+    assert (job["status"], job["trained_tokens"], job["evaluation"]["n"]) == ("succeeded", 123, 10)
+    return str(job["fine_tuned_model"])
+
+
+def test_the_list_holds_base_models_and_ones_own(
+    client: httpx.Client, stranger: httpx.Client, base: str, trained: str
+) -> None:
+    listed = client.get(MODELS).json()
+    assert (listed["object"], listed["has_more"]) == ("list", False)
+    assert {trained, base} <= {model["id"] for model in listed["data"]}
+    theirs = {model["id"] for model in stranger.get(MODELS).json()["data"]}
+    assert base in theirs
+    assert trained not in theirs
+
+
+def test_a_model_is_found_by_its_id(client: httpx.Client, owner: str, base: str, trained: str) -> None:
+    model = client.get(path(trained)).json()
+    assert model["id"] == trained
+    assert (model["object"], model["owned_by"], model["base_model"]) == ("model", owner, base)
+    assert (model["kind"], model["task"]) == ("final", {"type": "yes_no"})
+
+    assert client.get(path(base)).json()["owned_by"] == "heft"
+    assert client.get(f"{MODELS}/{base}").json()["info"] == {"n_layers": 4}
+
+
+def test_a_strangers_model_is_not_found(stranger: httpx.Client, trained: str) -> None:
+    for answer in (
+        stranger.get(path(trained)),
+        stranger.delete(path(trained)),
+        stranger.get(f"{path(trained)}/export"),
+        stranger.post("/predict", json={"model": trained, "question": "?"}),
+    ):
+        assert (answer.status_code, answer.json()["error"]["code"]) == (404, "model_not_found")
+
+
+def test_one_deletes_ones_own_and_no_base(client: httpx.Client, base: str, trained: str) -> None:
+    assert client.delete(path(trained)).json() == {"id": trained, "object": "model", "deleted": True}
+    assert client.get(path(trained)).status_code == 404
+
+    refused = client.delete(path(base))
+    assert (refused.status_code, refused.json()["error"]["type"]) == (403, "permission_error")
+    assert client.get(path(base)).status_code == 200
+
+
+class TestExport:
+    def test_it_is_built_when_asked_for_and_then_streamed(
+        self, client: httpx.Client, sessions: SessionFactory, settings: StoreSettings, trained: str
+    ) -> None:
+        pending = client.get(f"{path(trained)}/export?format=peft")
+
+        assert (pending.status_code, pending.headers["retry-after"]) == (202, "2")
+        assert pending.json() == {
+            "object": "model.export",
+            "model": trained,
+            "format": "peft",
+            "status": "pending",
+        }
+        with Connection(settings.redis_url) as broker, broker.SimpleQueue("export", no_ack=True) as queue:
+            assert queue.get(timeout=10).payload[0] == [trained, "peft"]
+
+        tar = b"tar" * 200_000
+        with transaction(sessions) as session:
+            claim = exports.claim(session, model_id=trained, format="peft")
+            assert claim is not None
+        assert client.get(f"{path(trained)}/export?format=peft").json()["status"] == "building"
+        Artifacts(settings.artifacts_url).put_stream("exports/x.tar", [tar])
+        with transaction(sessions) as session:
+            exports.finish(session, claim, storage_key="exports/x.tar", size=len(tar))
+
+        ready = client.get(f"{path(trained)}/export?format=peft")
+        assert ready.status_code == 200
+        assert ready.content == tar
+        assert ready.headers["content-type"] == "application/x-tar"
+        assert ready.headers["content-disposition"].endswith('-peft.tar"')
+
+    def test_one_that_can_not_be_built_says_why(
+        self, client: httpx.Client, sessions: SessionFactory, trained: str
+    ) -> None:
+        client.get(f"{path(trained)}/export?format=pyreft")
+        error = {"code": "no_reft", "message": "This model has no intervention.", "param": "format"}
+        with transaction(sessions) as session:
+            claim = exports.claim(session, model_id=trained, format="pyreft")
+            assert claim is not None
+            exports.fail(session, claim, error=error)
+        answer = client.get(f"{path(trained)}/export?format=pyreft")
+        assert answer.status_code == 409
+        assert answer.json()["error"] == error | {"type": "conflict_error"}
+
+    def test_bytes_that_are_gone_are_no_broken_answer(
+        self, client: httpx.Client, sessions: SessionFactory, trained: str
+    ) -> None:
+        client.get(f"{path(trained)}/export")
+        with transaction(sessions) as session:
+            claim = exports.claim(session, model_id=trained, format="bundle")
+            assert claim is not None
+            exports.finish(session, claim, storage_key="exports/gone.tar", size=3)
+        answer = client.get(f"{path(trained)}/export")
+        assert (answer.status_code, answer.json()["error"]["code"]) == (500, "artifact_damaged")
+
+    @pytest.mark.parametrize("query", ["format=zip", "format="])
+    def test_an_unknown_format_is_refused(self, client: httpx.Client, trained: str, query: str) -> None:
+        answer = client.get(f"{path(trained)}/export?{query}")
+        assert (answer.status_code, answer.json()["error"]["param"]) == (422, "format")
+
+    def test_a_base_model_is_not_exported(self, client: httpx.Client, base: str) -> None:
+        assert client.get(f"{path(base)}/export").status_code == 422

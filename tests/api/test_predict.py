@@ -1,0 +1,254 @@
+"""Questions over HTTP, with a stand-in worker that takes real messages from a real broker and answers on it."""
+
+from __future__ import annotations
+
+import json
+import queue
+import threading
+import time
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
+
+import httpx
+import pytest
+import redis
+from kombu import Connection
+
+from store import models
+from store.database import SessionFactory, transaction
+from store.queue import PredictMessage, redis_py_url
+from store.settings import StoreSettings
+
+MODEL = "tiny"
+QUESTION = {"model": MODEL, "question": "is the sky blue", "passage": "The sky is blue."}
+Behaviour = Callable[[PredictMessage], dict[str, Any] | None]
+
+
+def answered(message: PredictMessage) -> dict[str, Any]:
+    """What a worker says: yes to everything, at one token a word."""
+    rows = [
+        {
+            "answer": "yes",
+            "probability": 0.75,
+            "label_probabilities": {"yes": 0.75, "no": 0.25},
+            "prompt_tokens": len(str(given.get("question")).split()),
+            "completion_tokens": 1,
+        }
+        for given in message["inputs"]
+    ]
+    return {"ok": {"data": rows}}
+
+
+class StandIn:
+    """An inference worker in a thread. `behaviour` gives the reply to a message, or None for silence."""
+
+    def __init__(self, redis_url: str) -> None:
+        self.behaviour: Behaviour = answered
+        self.heard: list[PredictMessage] = []
+        self._url = redis_url
+        self._ended = threading.Event()
+        self._thread = threading.Thread(target=self._work)
+
+    def __enter__(self) -> StandIn:
+        self._thread.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._ended.set()
+        self._thread.join()
+
+    def _work(self) -> None:
+        client = redis.Redis.from_url(redis_py_url(self._url))
+        with client, Connection(self._url) as broker, broker.SimpleQueue("predict", no_ack=True) as waiting:
+            while not self._ended.is_set():
+                try:
+                    message: PredictMessage = waiting.get(timeout=0.05).payload[0][0]
+                except queue.Empty:
+                    continue
+                self.heard.append(message)
+                reply = self.behaviour(message)
+                if reply is not None:
+                    client.rpush(
+                        message["reply_to"], json.dumps({"request_id": message["request_id"]} | reply)
+                    )
+
+
+@pytest.fixture(scope="module")
+def stand_in(settings: StoreSettings, sessions: SessionFactory) -> Iterator[StandIn]:
+    with transaction(sessions) as session:
+        models.offer_base(session, model_id=MODEL, source="directory", info={})
+    with StandIn(settings.redis_url) as stand_in:
+        yield stand_in
+
+
+@pytest.fixture
+def worker(stand_in: StandIn) -> StandIn:
+    """A worker that has heard nothing yet and answers everything."""
+    stand_in.heard.clear()
+    stand_in.behaviour = answered
+    return stand_in
+
+
+@pytest.mark.parametrize("path", ["/predict", "/v1/predict"])
+def test_one_question(client: httpx.Client, worker: StandIn, path: str) -> None:
+    answer = client.post(path, json=QUESTION)
+    assert answer.status_code == 200
+    assert answer.json() == {
+        "object": "prediction",
+        "model": MODEL,
+        "answer": "yes",
+        "probability": 0.75,
+        "label_probabilities": {"yes": 0.75, "no": 0.25},
+        "usage": {"prompt_tokens": 4, "completion_tokens": 1, "total_tokens": 5},
+    }
+
+
+def test_the_message_tells_the_worker_all(client: httpx.Client, worker: StandIn) -> None:
+    before = time.time()
+    client.post("/predict", json=QUESTION | {"intervention": {"enabled": False}})
+    (message,) = worker.heard
+    assert message["model"] == {
+        "id": MODEL,
+        "kind": "base",
+        "base_model": MODEL,
+        "storage_key": None,
+        "manifest": None,
+    }
+    assert message["inputs"] == [{"question": QUESTION["question"], "passage": QUESTION["passage"]}]
+    assert message["intervention"] == {"enabled": False, "scale": 1.0}
+    assert before < message["deadline"] < time.time() + 2
+
+
+@pytest.mark.parametrize(
+    "asked",
+    [
+        {"question": "which", "choices": ["a", "b"]},
+        {"prompt": "Once upon"},
+        {"messages": [{"role": "user", "content": "hello"}]},
+    ],
+)
+def test_every_form_of_a_question_reaches_the_worker_as_it_was_written(
+    client: httpx.Client, worker: StandIn, asked: dict[str, Any]
+) -> None:
+    assert client.post("/predict", json={"model": MODEL, **asked}).status_code == 200
+    assert worker.heard[0]["inputs"] == [asked]
+
+
+def test_many_questions_are_answered_in_order(client: httpx.Client, worker: StandIn) -> None:
+    def numbered(message: PredictMessage) -> dict[str, Any]:
+        reply = answered(message)
+        for row, given in zip(reply["ok"]["data"], message["inputs"], strict=True):
+            row["answer"] = given["question"]
+        return reply
+
+    worker.behaviour = numbered
+    inputs = [{"question": str(number)} for number in range(1_024)]
+    answer = client.post("/predict", json={"model": MODEL, "inputs": inputs}).json()
+    assert (answer["object"], answer["model"]) == ("list", MODEL)
+    assert [row["answer"] for row in answer["data"]] == [given["question"] for given in inputs]
+    assert answer["usage"] == {"prompt_tokens": 1_024, "completion_tokens": 1_024, "total_tokens": 2_048}
+
+
+def test_replies_find_their_own_request(client: httpx.Client, worker: StandIn) -> None:
+    """Sixty at once, answered in pairs and each pair the wrong way round."""
+    held: list[PredictMessage] = []
+
+    def in_reverse(message: PredictMessage) -> dict[str, Any] | None:
+        held.append(message)
+        if len(held) % 2:
+            return None
+        first = held[-2]
+        with redis.Redis.from_url(redis_py_url(worker._url)) as connection:
+            for waiting in (message, first):
+                reply = answered(waiting)
+                reply["ok"]["data"][0]["answer"] = waiting["inputs"][0]["question"]
+                connection.rpush(
+                    waiting["reply_to"], json.dumps({"request_id": waiting["request_id"]} | reply)
+                )
+        return None
+
+    worker.behaviour = in_reverse
+    with ThreadPoolExecutor(60) as threads:
+        answers = list(
+            threads.map(
+                lambda number: client.post("/predict", json={"model": MODEL, "question": f"q{number}"}),
+                range(60),
+            )
+        )
+    assert [answer.json()["answer"] for answer in answers] == [f"q{number}" for number in range(60)]
+
+
+def test_a_workers_refusal_is_passed_on(client: httpx.Client, worker: StandIn) -> None:
+    fault = {"status": 422, "code": "invalid_value", "message": "no choices", "param": "choices"}
+    worker.behaviour = lambda _: {"error": fault}
+    answer = client.post("/predict", json=QUESTION)
+    assert answer.status_code == 422
+    assert answer.json()["error"] == {
+        "message": "no choices",
+        "type": "invalid_request_error",
+        "param": "choices",
+        "code": "invalid_value",
+    }
+
+
+def test_a_model_that_is_not_loaded_in_time_is_503(client: httpx.Client, worker: StandIn) -> None:
+    worker.behaviour = lambda _: None
+    started = time.monotonic()
+    answer = client.post("/predict", json=QUESTION)
+    assert 2 <= time.monotonic() - started < 4
+    assert (answer.status_code, answer.headers["retry-after"]) == (503, "5")
+    assert answer.json()["error"]["code"] == "model_not_ready"
+
+
+def test_late_and_broken_replies_harm_nobody(client: httpx.Client, worker: StandIn) -> None:
+    client.post("/predict", json=QUESTION)
+    reply_to = worker.heard[0]["reply_to"]
+    with redis.Redis.from_url(redis_py_url(worker._url)) as connection:
+        late = json.dumps({"request_id": worker.heard[0]["request_id"]} | answered(worker.heard[0]))
+        for payload in (late, b"\xff", b"[]", b"3", b"{}", b'{"request_id": []}'):
+            connection.rpush(reply_to, payload)
+    assert client.post("/predict", json=QUESTION).json()["answer"] == "yes"
+
+
+@pytest.mark.parametrize(
+    ("body", "status", "param"),
+    [
+        ({"question": "q"}, 422, "model"),
+        ({"model": MODEL}, 422, None),
+        ({"model": MODEL, "question": ""}, 422, "question"),
+        ({"model": MODEL, "question": "q", "prompt": "p"}, 422, None),
+        ({"model": MODEL, "question": "q", "inputs": [{"question": "q"}]}, 422, None),
+        ({"model": MODEL, "prompt": "p", "passage": "p"}, 422, None),
+        ({"model": MODEL, "question": "q", "choices": ["one"]}, 422, "choices"),
+        ({"model": MODEL, "inputs": []}, 422, "inputs"),
+        ({"model": MODEL, "inputs": [{"question": "q"}, {}]}, 422, None),
+        ({"model": MODEL, "inputs": [{"question": "q", "answer": "yes"}]}, 422, "inputs[0].answer"),
+        ({"model": MODEL, "inputs": [{"question": "q"}] * 1_025}, 413, "inputs"),
+        ({"model": MODEL, "question": "\0"}, 422, "question"),
+        ({"model": MODEL, "question": "q", "intervention": {"scale": "big"}}, 422, "intervention.scale"),
+        ({"model": MODEL, "question": "q", "intervention": {"scal": 1}}, 422, "intervention.scal"),
+        ({"model": MODEL, "messages": [{"role": "robot", "content": ""}]}, 422, "messages[0].role"),
+        ({"model": "nobody/knows", "question": "q"}, 404, "model"),
+        ({"model": "../../etc", "question": "q"}, 404, "model"),
+        ({"model": "ft:tiny:other::12345678", "question": "q"}, 404, "model"),
+    ],
+)
+def test_what_can_not_be_asked_is_refused(
+    client: httpx.Client, worker: StandIn, body: dict[str, Any], status: int, param: str | None
+) -> None:
+    answer = client.post("/predict", json=body)
+    assert (answer.status_code, answer.json()["error"]["param"]) == (status, param)
+    assert worker.heard == []
+
+
+def test_waiting_questions_hold_up_nobody_else(client: httpx.Client, worker: StandIn) -> None:
+    """Sixty requests that nobody answers, and the others are served as if they were not there."""
+    worker.behaviour = lambda _: None
+    with ThreadPoolExecutor(60) as threads:
+        waiting = [threads.submit(client.post, "/predict", json=QUESTION) for _ in range(60)]
+        while len(worker.heard) < 60:
+            started = time.monotonic()
+            assert client.get("/v1/models").status_code == 200
+            assert time.monotonic() - started < 1
+        assert {future.result().status_code for future in waiting} == {503}
