@@ -19,6 +19,8 @@ from cli.embedded import EmbeddedStack
 from cli.embedded_postgres import database_url as address
 from cli.home import Home
 
+pytest_plugins = ["tiny_models"]  # tests/support: tiny_llama_dir, make_tiny_model
+
 _TEMPLATE = "heft_template"
 _numbers = itertools.count()
 
