@@ -7,6 +7,7 @@ a function that swallows `sliding_window` or `softcap` is wrong by 0.4 to 2.0 in
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -58,42 +59,31 @@ def packed_attention(
         start = max(0, end - sliding_window) if sliding_window else 0
         out = _attend(query, key[:, :, start:], value[:, :, start:], scaling, None, softcap)
         return out.transpose(1, 2), None
-    outs: list[Tensor] = []
-    for row in layout.rows:
-        outs += _row(row, query, key, value, scaling, sliding_window, softcap)
+    # One split a tensor, never a slice a row: the gradient of a slice is a tensor of zeros as long as the batch.
+    lengths = [length for row in layout.rows for length in _segments(row)]
+    parts = zip(query.split(lengths, 2), key.split(lengths, 2), value.split(lengths, 2), strict=True)
+    outs = [out for row in layout.rows for out in _row(row, parts, scaling, sliding_window, softcap)]
     return torch.cat([out.transpose(1, 2) for out in outs], dim=1), None
+
+
+def _segments(row: PackedRow) -> list[int]:
+    """A row with one branch is one causal sequence; several branches stand apart from their prompt."""
+    return [row.length] if len(row.branches) < 2 else [row.prompt, *row.branches]
 
 
 def _row(
     row: PackedRow,
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
+    parts: Iterator[tuple[Tensor, Tensor, Tensor]],
     scaling: float | None,
     window: int | None,
     softcap: float | None,
-) -> list[Tensor]:
-    start, stem = row.start, row.start + row.prompt
-    if len(row.branches) == 1:
-        stem += row.branches[0]
-    q, k, v = (part[:, :, start:stem] for part in (query, key, value))
-    outs = [_attend(q, k, v, scaling, window, softcap)]
-    if len(row.branches) > 1:
-        at = stem
-        for length in row.branches:
-            own = slice(at, at + length)
-            outs.append(
-                _attend(
-                    query[:, :, own],
-                    torch.cat([k, key[:, :, own]], dim=2),
-                    torch.cat([v, value[:, :, own]], dim=2),
-                    scaling,
-                    window,
-                    softcap,
-                )
-            )
-            at += length
-    return outs
+) -> Iterator[Tensor]:
+    query, prompt_key, prompt_value = next(parts)
+    yield _attend(query, prompt_key, prompt_value, scaling, window, softcap)
+    for _ in _segments(row)[1:]:
+        query, key, value = next(parts)
+        key, value = torch.cat([prompt_key, key], dim=2), torch.cat([prompt_value, value], dim=2)
+        yield _attend(query, key, value, scaling, window, softcap)
 
 
 def _attend(

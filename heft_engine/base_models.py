@@ -28,7 +28,7 @@ from platformdirs import user_cache_path
 
 from heft_engine import smollm2
 from heft_engine.errors import ModelError
-from heft_engine.model_files import UNSUPPORTED, inspect, read_config, read_tokenizer_config
+from heft_engine.model_files import UNSUPPORTED, ModelInfo, inspect, read_config, read_tokenizer_config
 
 ALIASES = (smollm2.ALIAS,)
 _NAME = r"[A-Za-z0-9][A-Za-z0-9._-]*"
@@ -99,6 +99,14 @@ def available(model_dir: Path | None) -> list[str]:
     return names
 
 
+def describe(name: str, *, model_dir: Path | None) -> tuple[str, str | None, ModelInfo]:
+    """Source, revision and facts of a name from `available`, without converting or loading anything."""
+    if name in ALIASES:
+        return "alias", smollm2.version(), smollm2.INFO
+    base = _resolve_directory(name, model_dir)
+    return base.source, base.revision, inspect(base.path)
+
+
 def load_tokenizer(path: Path) -> transformers.PreTrainedTokenizerBase:
     """The tokenizer of a model directory, with its chat template. Raises ModelError."""
     read_tokenizer_config(path)
@@ -111,12 +119,12 @@ def load_tokenizer(path: Path) -> transformers.PreTrainedTokenizerBase:
 
 
 def load_model(
-    base: BaseModel, *, dtype: torch.dtype, device: str | torch.device = "cpu", attention: str = "sdpa"
+    base: BaseModel, *, dtype: torch.dtype, device: str | torch.device = "cpu", attention: str | None = None
 ) -> transformers.PreTrainedModel:
     """The frozen base in eval mode: no parameter asks for a gradient.
 
     `device` "auto" spreads the layers over all GPUs with accelerate; `attention` is a name that transformers
-    knows or that was registered with its AttentionInterface. Raises ModelError if a weight is missing.
+    knows or that was registered with its AttentionInterface; None is the family's own. Raises ModelError if a weight is missing.
     """
     config = read_config(base.path)
     model_class = transformers.MODEL_FOR_CAUSAL_LM_MAPPING[type(config)]

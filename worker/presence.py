@@ -9,11 +9,9 @@ from __future__ import annotations
 import logging
 import os
 import socket
-import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from importlib.metadata import version
-from pathlib import Path
 
 import tenacity
 
@@ -71,10 +69,10 @@ def offer_base_models(context: Context) -> None:
     """Find this machine's base models, in a child since that takes torch, and make them known. Raises
     Unavailable."""
     settings = context.settings
-    command = [sys.executable, "-P", "-m", "worker.base_models"]
+    command = [*context.engine_command, "models", "--die-with-parent"]
     for option, path in (("--model-dir", settings.model_dir), ("--cache-dir", settings.cache_dir)):
         command += [option, str(path)] if path is not None else []
-    child = Child(command, env=child_environment(os.environ), cwd=Path.cwd())
+    child = Child(command, env=child_environment(os.environ), cwd=context.scratch)
     for found in child.lines():
         with transaction(context.sessions) as session:
             models.offer_base(
