@@ -123,8 +123,9 @@ def load_model(
 ) -> transformers.PreTrainedModel:
     """The frozen base in eval mode: no parameter asks for a gradient.
 
-    `device` "auto" spreads the layers over all GPUs with accelerate; `attention` is a name that transformers
-    knows or that was registered with its AttentionInterface; None is the family's own. Raises ModelError if a weight is missing.
+    `device` "auto" spreads the layers over all GPUs with accelerate. `attention` is a name that transformers
+    knows or that was registered with its AttentionInterface; None is the family's own.
+    Raises ModelError if a weight is missing.
     """
     config = read_config(base.path)
     model_class = transformers.MODEL_FOR_CAUSAL_LM_MAPPING[type(config)]

@@ -19,6 +19,7 @@ from pathlib import Path, PurePosixPath
 from typing import Any
 
 import transformers
+from huggingface_hub.errors import StrictDataclassError
 from safetensors import SafetensorError, safe_open
 
 from heft_engine.errors import ModelError
@@ -74,9 +75,17 @@ def read_config(path: Path) -> transformers.PreTrainedConfig:
     declared = {field.name for field in fields(config_class) if field.init} - common | _LEGACY_FIELDS
     try:
         return config_class(**{name: value for name, value in raw.items() if name in declared})
-    except (TypeError, ValueError, AttributeError, KeyError, ZeroDivisionError) as error:
+    except (
+        StrictDataclassError,
+        ArithmeticError,
+        AttributeError,
+        LookupError,
+        TypeError,
+        ValueError,
+    ) as error:
         raise ModelError(
-            f"config.json of {path.name} is no valid {model_type} configuration: {error}", code=UNSUPPORTED
+            f"config.json of {path.name} is no valid {model_type} configuration: {error.__cause__ or error}",
+            code=UNSUPPORTED,
         ) from error
 
 
