@@ -6,7 +6,7 @@ import argparse
 import logging
 import tempfile
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
@@ -19,7 +19,7 @@ from store.settings import StoreSettings, settings
 from worker import tasks
 from worker.background import Chore, chores
 from worker.celery_app import Role, run_worker, worker_app
-from worker.context import Context
+from worker.context import ENGINE, Context
 from worker.presence import offer_base_models, present
 from worker.scratch import hold_place
 from worker.sweep import sweeping
@@ -32,23 +32,24 @@ def main() -> None:
     parser.add_argument("role", type=Role, choices=list(Role))
     parser.add_argument("--log-level", default="INFO", choices=["DEBUG", "INFO", "WARNING", "ERROR"])
     options = parser.parse_args()
-    logging.basicConfig(level=options.log_level, format="%(asctime)s %(levelname)s %(name)s: %(message)s")
-    with _context(options.role, settings()) as context, ExitStack() as stack:
-        app = worker_app(context.settings.redis_url, options.role)
-        _register(app, options.role, context, stack)
-        stack.enter_context(present(context, options.role))
-        stack.enter_context(chores(_chores(options.role, context)))
-        run_worker(
-            app,
-            options.role,
-            worker_id=context.worker_id,
-            stopping=context.stopping,
-            log_level=options.log_level,
-        )
+    run(options.role, settings(), log_level=options.log_level)
+
+
+def run(
+    role: Role, values: StoreSettings, *, log_level: str = "INFO", engine_command: Sequence[str] = ENGINE
+) -> None:
+    """Be a worker of this role until SIGTERM or SIGINT."""
+    logging.basicConfig(level=log_level, format="%(asctime)s %(levelname)s %(name)s: %(message)s")
+    with _context(role, values, engine_command) as context, ExitStack() as stack:
+        app = worker_app(values.redis_url, role)
+        _register(app, role, context, stack)
+        stack.enter_context(present(context, role))
+        stack.enter_context(chores(_chores(role, context)))
+        run_worker(app, role, worker_id=context.worker_id, stopping=context.stopping, log_level=log_level)
 
 
 @contextmanager
-def _context(role: Role, values: StoreSettings) -> Iterator[Context]:
+def _context(role: Role, values: StoreSettings, engine_command: Sequence[str]) -> Iterator[Context]:
     root = (values.cache_dir or Path(tempfile.gettempdir()) / "heft") / "workers"
     engine = make_engine(values.database_url)
     hints = Hints(make_celery(values.redis_url))
@@ -61,6 +62,7 @@ def _context(role: Role, values: StoreSettings) -> Iterator[Context]:
             hints=hints,
             scratch=place.folder,
             stopping=threading.Event(),
+            engine_command=engine_command,
         )
     hints.close()
     engine.dispose()
@@ -83,7 +85,8 @@ def _register(app: Celery, role: Role, context: Context, stack: ExitStack) -> No
 def _chores(role: Role, context: Context) -> list[Chore]:
     todo = sweeping(context)
     if role is Role.TRAIN:
-        todo.append(Chore(name="offers", seconds=_OFFER_SECONDS, do=lambda: offer_base_models(context)))
+        offers = Chore(name="offers", seconds=_OFFER_SECONDS, do=lambda: offer_base_models(context))
+        todo.append(offers)
     return todo
 
 

@@ -59,6 +59,6 @@ def run_worker(app: Celery, role: Role, *, worker_id: str, stopping: threading.E
 
     signals.worker_shutting_down.connect(shutting_down, weak=False)
     queues = ",".join(task.queue for task in POOLS[role].tasks)
-    command = f"worker --pool threads --queues {queues} --hostname {worker_id} --loglevel {log_level}"
+    command = f"--quiet worker --pool threads --queues {queues} --hostname {worker_id} --loglevel {log_level}"
     # Workers need not know each other: Postgres says who is there.
     app.worker_main([*command.split(), "--without-mingle", "--without-gossip", "--without-heartbeat"])

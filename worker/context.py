@@ -14,6 +14,9 @@ from store.database import SessionFactory
 from store.queue import Hints
 from store.settings import StoreSettings
 
+#: -P: what lies in a job's folder is never imported.
+ENGINE = (sys.executable, "-P", "-m", "heft_engine")
+
 
 @dataclass(frozen=True, kw_only=True)
 class Context:
@@ -27,4 +30,4 @@ class Context:
     scratch: Path
     stopping: threading.Event
     #: How a child of the engine is started; tests put a stand-in here.
-    engine_command: Sequence[str] = (sys.executable, "-m", "heft_engine")
+    engine_command: Sequence[str] = ENGINE

@@ -54,15 +54,17 @@ def parser() -> argparse.ArgumentParser:
         else:
             command.add_argument("--format", choices=["merged", "peft", "pyreft"], required=True)
             command.add_argument("--out", type=Path, required=True)
-            command.add_argument(
-                "--die-with-parent", action="store_true", help="end when the starter ends (stdin is its pipe)"
-            )
+            _add_lifeline(command)
             command.set_defaults(run=_export)
     _add_import_pyreft(
         commands.add_parser(
             "import-pyreft", help="a bundle from an intervention that pyreft trained and saved"
         )
     )
+    models = commands.add_parser("models", help="the base models on this machine, one JSON line each")
+    _add_lifeline(models)
+    _add_places(models)
+    models.set_defaults(run=_models)
     check = commands.add_parser(
         "gpu-check", help="a HEFT job on a random model of Llama-2-7B's shape, on a GPU"
     )
@@ -90,9 +92,7 @@ def _add_train(command: argparse.ArgumentParser) -> None:
     command.add_argument("--checkpoints", type=Path, help="a folder for checkpoints")
     command.add_argument("--resume", type=Path, help="a checkpoint directory to go on from")
     command.add_argument("--run-file", type=Path, help="a JSON file instead of all of the above")
-    command.add_argument(
-        "--die-with-parent", action="store_true", help="end when the starter ends (stdin is its pipe)"
-    )
+    _add_lifeline(command)
     _add_places(command)
     command.set_defaults(run=_train)
 
@@ -118,6 +118,12 @@ def _add_import_pyreft(command: argparse.ArgumentParser) -> None:
     )
     _add_places(command)
     command.set_defaults(run=_import_pyreft)
+
+
+def _add_lifeline(command: argparse.ArgumentParser) -> None:
+    command.add_argument(
+        "--die-with-parent", action="store_true", help="end when the starter ends (stdin is its pipe)"
+    )
 
 
 def _add_places(command: argparse.ArgumentParser) -> None:
@@ -165,6 +171,15 @@ def _export(options: argparse.Namespace) -> None:
 def _import_pyreft(options: argparse.Namespace) -> None:
     from heft_engine.command.import_pyreft import run
 
+    run(options)
+
+
+def _models(options: argparse.Namespace) -> None:
+    from heft_engine.command.lifeline import die_with_parent
+    from heft_engine.command.models import run
+
+    if options.die_with_parent:
+        die_with_parent()
     run(options)
 
 

@@ -1,0 +1,114 @@
+"""Worker processes as they are started on a machine: Celery, signals, kill -9, and what is left behind."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import psutil
+import pytest
+import worker_bench
+from sqlalchemy import select
+from worker_bench import FAKE_ENGINE, Bench, eventually
+
+from store.database import transaction
+from store.states import JobState
+from store.tables import Worker
+
+FAKE_WORKER = Path(worker_bench.__file__).with_name("fake_worker.py")
+STEPS = [{"do": "metrics", "step": 1}, {"do": "metrics", "step": 2}]
+StartWorker = Callable[[str], subprocess.Popen[bytes]]
+
+
+@pytest.fixture
+def start_worker(bench: Bench, tmp_path: Path) -> Iterator[StartWorker]:
+    """Starts a worker of a role on the bench's database, and waits until it is known; ends it with the test."""
+    processes: list[subprocess.Popen[bytes]] = []
+    settings = bench.context.settings.model_copy(
+        update={"sweep_seconds": 0.3, "cache_dir": tmp_path / "cache"}
+    )
+    names = ("database_url", "redis_url", "artifacts_url", "cache_dir", "sweep_seconds", "lease_seconds")
+    names += ("heartbeat_seconds", "control_seconds", "checkpoint_seconds", "death_pause_seconds")
+    environment = {f"HEFT_{name.upper()}": str(getattr(settings, name)) for name in names}
+
+    def start(role: str) -> subprocess.Popen[bytes]:
+        process = subprocess.Popen(
+            [sys.executable, "-P", str(FAKE_WORKER), role],
+            env=os.environ | environment | {"PYTHONPATH": str(FAKE_WORKER.parent)},
+        )
+        processes.append(process)
+        eventually(lambda: any(row.info["pid"] == process.pid for row in _workers(bench)))
+        return process
+
+    yield start
+    for process in processes:
+        process.kill()
+        process.wait()
+    eventually(lambda: not _trainers())
+
+
+def test_a_message_brings_a_job_to_its_end_and_sigterm_ends_the_worker(
+    bench: Bench, start_worker: StartWorker, tmp_path: Path
+) -> None:
+    worker = start_worker("train")
+    job_id = bench.queued([*STEPS, {"do": "checkpoint", "kind": "stage", "step": 3}])
+    bench.context.hints.hint(job_id, "train")
+    eventually(lambda: bench.job(job_id).state == JobState.SUCCEEDED)
+    worker.send_signal(signal.SIGTERM)
+    assert worker.wait(20) == 0
+    assert _workers(bench) == []
+    assert not list((tmp_path / "cache" / "workers").glob("*/files"))
+
+
+def test_a_lost_message_costs_seconds(bench: Bench, start_worker: StartWorker) -> None:
+    start_worker("train")
+    job_id = bench.queued(STEPS)
+    eventually(lambda: bench.job(job_id).state == JobState.SUCCEEDED)
+    assert bench.outcomes(job_id) == ["succeeded"]
+
+
+def test_kill_9_of_the_worker_ends_its_trainer_and_its_successor_goes_on(
+    bench: Bench, start_worker: StartWorker
+) -> None:
+    worker = start_worker("train")
+    job_id = bench.queued([*STEPS, {"do": "checkpoint", "step": 2}, {"do": "wait", "step": 2}])
+    bench.saw(job_id, "CHECKPOINT_SAVED")
+    (trainer,) = _trainers()
+    worker.kill()
+    worker.wait()
+    trainer.wait(10)
+    start_worker("train")
+    eventually(lambda: bench.job(job_id).state == JobState.SUCCEEDED)
+    assert bench.outcomes(job_id) == ["lease_lost", "succeeded"]
+    assert bench.codes(job_id).count("CHECKPOINT_SAVED") == 1, "it went on from there"
+
+
+def test_sigterm_in_the_middle_of_a_job_leaves_it_queued_with_a_checkpoint(
+    bench: Bench, start_worker: StartWorker
+) -> None:
+    worker = start_worker("train")
+    job_id = bench.queued([*STEPS, {"do": "wait", "step": 2}])
+    bench.saw(job_id, "METRICS")
+    worker.send_signal(signal.SIGTERM)
+    assert worker.wait(20) == 0
+    assert bench.job(job_id).state == JobState.QUEUED
+    assert bench.outcomes(job_id) == ["released"]
+    assert [checkpoint.step for checkpoint in bench.checkpoints(job_id)] == [2]
+
+
+def _trainers() -> list[psutil.Process]:
+    found = []
+    for process in psutil.process_iter(["cmdline"]):
+        command = process.info["cmdline"] or []
+        if FAKE_ENGINE[1] in command and process.status() != psutil.STATUS_ZOMBIE:
+            found.append(process)
+    return found
+
+
+def _workers(bench: Bench) -> list[Worker]:
+    with transaction(bench.context.sessions) as session:
+        return list(session.scalars(select(Worker)))
