@@ -127,13 +127,17 @@ class PredictClient:
 
     async def _listen(self) -> None:
         """Hands each reply to whoever waits for it; a reply that came too late has nobody and is dropped."""
+        is_away = False
         while True:
             try:
                 popped = await self._redis.blpop([self._reply_to], timeout=_BLOCK_SECONDS)
             except (RedisError, OSError) as fault:
-                log.warning("the reply listener lost the broker: %s", fault)
+                if not is_away:
+                    log.warning("the reply listener lost the broker and goes on trying: %s", fault)
+                is_away = True
                 await asyncio.sleep(_REST_SECONDS)
                 continue
+            is_away = False
             if popped is not None:
                 self._resolve(popped[1])
 

@@ -1,0 +1,167 @@
+"""A broker or a database that is away, or worse, frozen: quick refusals, nothing lost, and well again by itself."""
+
+from __future__ import annotations
+
+import signal
+import socket
+import time
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import AbstractContextManager, contextmanager, suppress
+from pathlib import Path
+from typing import Any
+
+import httpx
+import psutil
+import psycopg
+import pytest
+from fastapi import FastAPI
+
+from api.app import create_app
+from store import models
+from store.database import SessionFactory, transaction
+from store.settings import StoreSettings
+
+JOBS = "/v1/fine_tuning/jobs"
+JOB = {"model": "smollm2-135m", "training_file": "sample:passages"}
+QUESTION = {"model": "tiny", "question": "is it so"}
+Serving = Callable[[FastAPI], AbstractContextManager[str]]
+
+
+@pytest.fixture(autouse=True)
+def _tiny(sessions: SessionFactory) -> None:
+    with transaction(sessions) as session:
+        models.offer_base(session, model_id="tiny", source="directory", info={})
+
+
+@pytest.fixture
+def silent_socket(tmp_path: Path) -> Iterator[Path]:
+    """A server that takes every connection and never says a word."""
+    path = tmp_path / "silent"
+    with socket.socket(socket.AF_UNIX) as server:
+        server.bind(str(path))
+        server.listen(100)
+        yield path
+
+
+@contextmanager
+def timed(at_most: float) -> Iterator[None]:
+    started = time.monotonic()
+    yield
+    assert time.monotonic() - started < at_most
+
+
+class TestBroker:
+    @pytest.fixture(params=["absent", "frozen"])
+    def url(
+        self,
+        request: pytest.FixtureRequest,
+        settings: StoreSettings,
+        serving: Serving,
+        silent_socket: Path,
+        tmp_path: Path,
+    ) -> Iterator[str]:
+        path = silent_socket if request.param == "frozen" else tmp_path / "absent"
+        address = f"redis+socket://{path}?virtual_host=0"
+        away = settings.model_copy(update={"redis_url": address, "predict_timeout_seconds": 30})
+        with serving(create_app(away)) as url:
+            yield url
+
+    def test_jobs_are_taken_and_questions_refused(self, url: str, client: httpx.Client) -> None:
+        for _ in range(3):
+            with timed(1):
+                assert client.post(url + JOBS, json=JOB).status_code == 200
+        assert len(client.get(JOBS).json()["data"]) == 3
+
+        with timed(5):
+            answer = client.post(f"{url}/predict", json=QUESTION)
+        assert (answer.status_code, answer.json()["error"]["code"]) == (503, "unavailable")
+        assert answer.headers["retry-after"]
+
+        with timed(5):
+            answer = client.get(f"{url}/readyz")
+        assert (answer.status_code, answer.json()["error"]["message"]) == (
+            503,
+            "the message broker does not answer",
+        )
+        with timed(1):
+            assert client.get(f"{url}/healthz").status_code == 200
+
+
+class TestDatabase:
+    @pytest.fixture(params=["absent", "frozen"])
+    def url(
+        self,
+        request: pytest.FixtureRequest,
+        settings: StoreSettings,
+        serving: Serving,
+        tmp_path: Path,
+        stack: Any,
+        client: httpx.Client,
+    ) -> Iterator[str]:
+        """The API without its Postgres, which was there for long enough to give `client` a key."""
+        if request.param == "absent":
+            away = settings.model_copy(
+                update={"database_url": f"postgresql+psycopg://app@/postgres?host={tmp_path}"}
+            )
+            with serving(create_app(away)) as url:
+                yield url
+        else:
+            with serving(create_app(settings)) as url:
+                assert httpx.get(f"{url}/readyz").status_code == 200
+                with frozen_postgres(stack.postgres_socket_folder):
+                    yield url
+
+    def test_every_route_that_needs_it_refuses_in_time(self, url: str, client: httpx.Client) -> None:
+        requests: list[tuple[str, str, dict[str, Any]]] = [
+            ("GET", "/readyz", {}),
+            ("GET", "/v1/files", {}),
+            ("POST", "/v1/files", {"files": {"file": ("x", b"{}")}, "data": {"purpose": "fine-tune"}}),
+            ("GET", JOBS, {}),
+            ("POST", JOBS, {"json": JOB}),
+            ("GET", f"{JOBS}/x/events?stream=true", {}),
+            ("GET", "/v1/models", {}),
+            ("POST", "/predict", {"json": QUESTION}),
+        ] * 4  # more than the threads that wait for the database
+
+        def ask(request: tuple[str, str, dict[str, Any]]) -> httpx.Response:
+            method, path, options = request
+            with timed(5):
+                return client.request(method, url + path, **options)
+
+        with ThreadPoolExecutor(len(requests)) as threads:
+            waiting = [threads.submit(ask, request) for request in requests]
+            with timed(1):
+                assert httpx.get(f"{url}/healthz").status_code == 200
+            for future in waiting:
+                answer = future.result()
+                assert (answer.status_code, answer.json()["error"]["type"]) == (503, "server_error")
+                assert int(answer.headers["retry-after"]) > 0
+
+
+def test_after_a_frozen_database_everything_goes_on(
+    client: httpx.Client, stack: Any, new_files: Callable[[], set[Path]]
+) -> None:
+    """What was refused was not done later behind the caller's back."""
+    with frozen_postgres(stack.postgres_socket_folder):
+        assert client.post(JOBS, json=JOB).status_code == 503
+    assert client.post(JOBS, json=JOB).status_code == 200
+    assert len(client.get(JOBS).json()["data"]) == 1
+
+
+@contextmanager
+def frozen_postgres(socket_folder: Path) -> Iterator[None]:
+    """Stop every process of the server, as a machine does that has run out of everything."""
+    with psycopg.connect(host=str(socket_folder), user="app", dbname="postgres") as connection:
+        server = psutil.Process(connection.info.backend_pid).parent()
+    assert server is not None
+    processes = [server, *server.children(recursive=True)]
+    try:
+        for process in processes:
+            with suppress(psutil.NoSuchProcess):
+                process.send_signal(signal.SIGSTOP)
+        yield
+    finally:
+        for process in processes:
+            with suppress(psutil.NoSuchProcess):  # the connection that asked for the pid has ended
+                process.send_signal(signal.SIGCONT)
