@@ -25,6 +25,8 @@ Code = Literal[
     "MERGE_VERIFIED",  #: data: the parity record of this merge
     "EVALUATION",  #: data: stage ("base", "lora", "reft"), accuracy, correct, n, interval_95, split
     "WARNING",  #: data: signature (a name), and what to do in the message
+    "CHECKING",  #: of `check`. data: rows read so far
+    "CHECKED",  #: of `check`. data: report, made (paths of rows written for references), error (or None)
     "SUCCEEDED",  #: data: bundle (path), evaluation, parity
     "FAILED",  #: data: error {code, message, param}
 ]

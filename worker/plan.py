@@ -74,7 +74,8 @@ def check_file(
         "config": train_config(spec, revision=None).model_dump(mode="json"),
         "files": dict(files),
         "out": str(out),
-        "limits": {"max_rows": settings.max_rows, "max_line_bytes": settings.max_line_bytes},
+        "max_rows": settings.max_rows,
+        "max_line_bytes": settings.max_line_bytes,
         "model_dir": _text(settings.model_dir),
         "cache_dir": _text(settings.cache_dir),
     }

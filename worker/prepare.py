@@ -7,10 +7,8 @@ torch. It does NOT know what a good row is.
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
 from functools import partial
 from pathlib import Path
-from typing import Any
 
 from store import leases
 from store.states import JobState
@@ -47,20 +45,11 @@ def _check(attempt: Attempt) -> Ending:
     data = ended.last_word["data"]
     if ended.last_word["code"] == "FAILED":
         return failed(attempt, data["error"])
-    report = _report(data, references)
+    report = data["report"]
+    for field, reference in references.items():
+        report["files"][field]["reference"] = reference
     if data["error"] is not None:
         return partial(leases.finish_failed, error=data["error"], report=report)
-    for field in references.keys() - uploaded.keys():
-        report["files"][field]["sha256"] = put_rows(attempt, Path(data["files"][field]))
+    for field, made in data["made"].items():
+        report["files"][field]["sha256"] = put_rows(attempt, Path(made))
     return partial(leases.finish_prepared, report=report)
-
-
-def _report(data: Mapping[str, Any], references: Mapping[str, str]) -> dict[str, Any]:
-    """What the job keeps of the check: the engine's report, the base model, and what each file was asked for
-    as."""
-    validation, base = data["validation"], data["base_model"]
-    files = {
-        field: {"reference": references[field], **counts} for field, counts in validation["files"].items()
-    }
-    known = {name: base[name] for name in ("reference", "source", "revision")}
-    return {**validation, "files": files, "base_model": known}

@@ -61,14 +61,20 @@ def parser() -> argparse.ArgumentParser:
             "import-pyreft", help="a bundle from an intervention that pyreft trained and saved"
         )
     )
+    check = commands.add_parser(
+        "check", help="a run's model, settings and files, judged before it is trained"
+    )
+    check.add_argument("--run-file", type=Path, required=True, help="see heft_engine.command.check.CheckFile")
+    _add_lifeline(check)
+    check.set_defaults(run=_check)
     models = commands.add_parser("models", help="the base models on this machine, one JSON line each")
     _add_lifeline(models)
     _add_places(models)
     models.set_defaults(run=_models)
-    check = commands.add_parser(
+    gpu_check = commands.add_parser(
         "gpu-check", help="a HEFT job on a random model of Llama-2-7B's shape, on a GPU"
     )
-    check.set_defaults(run=_gpu_check)
+    gpu_check.set_defaults(run=_gpu_check)
     return top
 
 
@@ -170,6 +176,12 @@ def _export(options: argparse.Namespace) -> None:
 
 def _import_pyreft(options: argparse.Namespace) -> None:
     from heft_engine.command.import_pyreft import run
+
+    run(options)
+
+
+def _check(options: argparse.Namespace) -> None:
+    from heft_engine.command.check import run
 
     run(options)
 

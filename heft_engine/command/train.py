@@ -5,7 +5,6 @@ from __future__ import annotations
 import argparse
 import json
 import signal
-import sys
 import threading
 from pathlib import Path
 from typing import Any
@@ -13,9 +12,9 @@ from typing import Any
 from pydantic import BaseModel, ConfigDict, ValidationError
 
 from heft_engine.command.lifeline import die_with_parent, dump_stacks_on_signal
+from heft_engine.command.telling import print_event, telling_faults
 from heft_engine.config import LoraStage, ReftStage, TrainConfig, recipe
-from heft_engine.errors import ConfigError, EngineError, Stopped
-from heft_engine.events import Event
+from heft_engine.errors import ConfigError
 from heft_engine.rows import read_rows
 
 
@@ -47,21 +46,8 @@ def run(options: argparse.Namespace) -> None:
     stop = threading.Event()
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, lambda *_: stop.set())
-    try:
+    with telling_faults():
         _train(_run_file(options), stop)
-    except Stopped:
-        raise
-    except EngineError as error:
-        fault = {"code": error.code, "message": error.message, "param": error.param}
-        _print(Event(code="FAILED", message=error.message, level="error", data={"error": fault}))
-        raise
-    except MemoryError as error:
-        _fail_out_of_memory(error)
-    except RuntimeError as error:
-        # torch says "out of memory" in several classes and words, on the CPU and on a GPU.
-        if "out of memory" not in str(error).lower() and "can't allocate memory" not in str(error).lower():
-            raise
-        _fail_out_of_memory(error)
 
 
 def _train(plan: RunFile, stop: threading.Event) -> None:
@@ -73,7 +59,7 @@ def _train(plan: RunFile, stop: threading.Event) -> None:
         read_rows(plan.train, labels=labels),
         read_rows(plan.eval, labels=labels) if plan.eval else [],
         plan.out,
-        _print,
+        print_event,
         test_rows=read_rows(plan.test, labels=labels) if plan.test else [],
         model_dir=plan.model_dir,
         cache_dir=plan.cache_dir,
@@ -136,18 +122,3 @@ def _value(text: str) -> Any:
         return json.loads(text)
     except ValueError:
         return text
-
-
-def _print(event: Event) -> None:
-    sys.stdout.write(event.to_json() + "\n")
-    sys.stdout.flush()
-
-
-def _fail_out_of_memory(error: Exception) -> None:
-    message = (
-        "the machine ran out of memory: lower max_length (rows this long fill a forward pass alone), choose a "
-        "smaller model, or give the worker more memory"
-    )
-    fault = {"code": "out_of_memory", "message": message, "param": "max_length"}
-    _print(Event(code="FAILED", message=message, level="error", data={"error": fault}))
-    raise EngineError(message, param="max_length", code="out_of_memory") from error
