@@ -39,7 +39,7 @@ def watch_job(client: Client, job_id: str, console: Console | None = None) -> Js
             for event in _new_events(client, path, seen):
                 if event["type"] == "message":
                     colour = _COLOURS.get(event["level"])
-                    console.print(event["message"], style=colour, markup=False)
+                    console.print(event["message"], style=colour, markup=False, soft_wrap=True)
             _update(progress, bar, job)
             if job["status"] in _AT_REST:
                 return job

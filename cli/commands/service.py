@@ -85,12 +85,14 @@ def api(
 
     import uvicorn
 
+    # No access log: one that watches a job would fill the disk with it.
     config = uvicorn.Config(
         "api.app:create_app",
         factory=True,
         host=host,
         port=port,
         timeout_graceful_shutdown=5,
+        access_log=False,
         server_header=False,
     )
     # By hand: uvicorn takes a bare descriptor for a Unix socket, and leaves Nagle's delay on.
