@@ -112,6 +112,7 @@ async def list_files(
     order: Literal["asc", "desc"] = "desc",
     purpose: Annotated[str | None, Query(max_length=64)] = None,
 ) -> Listing[FileObject]:
+    """Files, newest first unless `order=asc`."""
     page = await db(
         files.list_page, owner_id=caller.id, limit=limit, after=after, order=order, purpose=purpose
     )
@@ -120,6 +121,7 @@ async def list_files(
 
 @router.get("/{file_id}")
 async def retrieve_file(file_id: str, caller: Caller, db: Db) -> FileObject:
+    """What is known of a file; its bytes are at `/content`."""
     return FileObject.of(await db(files.get, owner_id=caller.id, file_id=file_id))
 
 

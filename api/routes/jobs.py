@@ -79,6 +79,7 @@ async def list_jobs(
 
 @router.get("/{job_id}")
 async def retrieve_job(job_id: str, caller: Caller, db: Db) -> JobObject:
+    """A job: where it stands, how far it is, and at the end what came of it."""
     return JobObject.of(await db(jobs.get, owner_id=caller.id, job_id=job_id))
 
 

@@ -50,6 +50,7 @@ async def export_model(
 
 @router.get("/{model_id:path}")
 async def retrieve_model(model_id: str, caller: Caller, db: Db) -> ModelObject:
+    """A base model, a fine-tuned one, or a checkpoint."""
     return ModelObject.of(await db(models.get, owner_id=caller.id, model_id=model_id))
 
 

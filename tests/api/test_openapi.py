@@ -1,0 +1,85 @@
+"""The description at /openapi.json: every route is there, and says what it takes, what it gives and how it fails."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import httpx
+import pytest
+from openapi_spec_validator import validate
+
+
+@pytest.fixture(scope="module")
+def described(url: str) -> dict[str, Any]:
+    return dict(httpx.get(f"{url}/openapi.json").json())
+
+
+def operations(described: dict[str, Any]) -> dict[str, dict[str, Any]]:
+    return {
+        f"{method.upper()} {path}": operation
+        for path, methods in described["paths"].items()
+        for method, operation in methods.items()
+    }
+
+
+def test_it_is_valid(described: dict[str, Any]) -> None:
+    validate(described)
+
+
+def test_every_route_of_the_contract_is_there(described: dict[str, Any]) -> None:
+    jobs = "/v1/fine_tuning/jobs"
+    assert set(operations(described)) == {
+        "POST /v1/files",
+        "GET /v1/files",
+        "GET /v1/files/{file_id}",
+        "DELETE /v1/files/{file_id}",
+        "GET /v1/files/{file_id}/content",
+        f"POST {jobs}",
+        f"GET {jobs}",
+        f"GET {jobs}/{{job_id}}",
+        f"POST {jobs}/{{job_id}}/cancel",
+        f"POST {jobs}/{{job_id}}/pause",
+        f"POST {jobs}/{{job_id}}/resume",
+        f"GET {jobs}/{{job_id}}/events",
+        f"GET {jobs}/{{job_id}}/checkpoints",
+        "GET /v1/models",
+        "GET /v1/models/{model_id}",
+        "DELETE /v1/models/{model_id}",
+        "GET /v1/models/{model_id}/export",
+        "POST /predict",
+        "GET /healthz",
+        "GET /readyz",
+    }
+
+
+def test_each_says_how_it_fails_in_openais_shape(described: dict[str, Any]) -> None:
+    for operation in operations(described).values():
+        shape = operation["responses"]["default"]["content"]["application/json"]["schema"]
+        assert shape == {"$ref": "#/components/schemas/ErrorBody"}
+        assert "422" not in operation["responses"]  # FastAPI's own shape, which never leaves
+    assert set(described["components"]["schemas"]["ErrorDetail"]["required"]) == {
+        "message",
+        "type",
+        "param",
+        "code",
+    }
+    assert "HTTPValidationError" not in described["components"]["schemas"]
+
+
+def test_all_but_health_take_a_key(described: dict[str, Any]) -> None:
+    for name, operation in operations(described).items():
+        assert bool(operation.get("security")) == (not name.endswith(("/healthz", "/readyz"))), name
+
+
+def test_the_body_of_a_job_names_every_setting(described: dict[str, Any]) -> None:
+    schemas = described["components"]["schemas"]
+    assert {"model", "training_file", "method", "task", "seed", "suffix"} <= schemas["JobRequest"][
+        "properties"
+    ].keys()
+    assert schemas["JobRequest"]["required"] == ["model", "training_file"]
+    assert {"rank", "layers", "positions", "learning_rate"} <= schemas["ReftStage"]["properties"].keys()
+
+
+def test_each_route_has_a_sentence(described: dict[str, Any]) -> None:
+    for name, operation in operations(described).items():
+        assert operation.get("description"), name

@@ -1,0 +1,78 @@
+"""The API as a process: quick to start, small, without torch, and gone when it is told to go."""
+
+from __future__ import annotations
+
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import httpx
+import psutil
+import pytest
+
+from store.settings import StoreSettings
+
+MAX_START_SECONDS = 2.0
+MAX_BYTES = 200 * 1024**2
+
+
+@dataclass(frozen=True, kw_only=True)
+class Served:
+    process: subprocess.Popen[bytes]
+    url: str
+    started_in: float  #: processor seconds until /healthz answered
+
+
+@pytest.fixture
+def served(settings: StoreSettings) -> Iterator[Served]:
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    command = ["uvicorn", "api.app:create_app", "--factory", "--port", str(port), "--log-level", "warning"]
+    process = subprocess.Popen(
+        [sys.executable, "-m", *command],
+        env={
+            "PATH": os.environ["PATH"],
+            "HEFT_DATABASE_URL": settings.database_url,
+            "HEFT_REDIS_URL": settings.redis_url,
+            "HEFT_ARTIFACTS_URL": settings.artifacts_url,
+        },
+    )
+    url = f"http://127.0.0.1:{port}"
+    try:
+        while True:
+            try:
+                assert httpx.get(f"{url}/healthz", timeout=1).json() == {"status": "ok"}
+                break
+            except httpx.TransportError:
+                assert process.poll() is None
+                time.sleep(0.02)
+        used = psutil.Process(process.pid).cpu_times()
+        yield Served(process=process, url=url, started_in=used.user + used.system)
+    finally:
+        process.kill()
+        process.wait()
+
+
+def test_it_starts_quickly_and_stays_small(served: Served) -> None:
+    # Processor time: what the clock on the wall shows depends on who else is at work on this machine.
+    assert served.started_in < MAX_START_SECONDS
+    for path in ("/readyz", "/openapi.json", "/docs"):
+        assert httpx.get(served.url + path, timeout=20).status_code == 200
+    assert psutil.Process(served.process.pid).memory_info().rss < MAX_BYTES
+
+
+def test_it_ends_when_told_to(served: Served) -> None:
+    served.process.send_signal(signal.SIGTERM)
+    assert served.process.wait(15) in (0, -signal.SIGTERM)
+
+
+def test_nothing_that_it_imports_imports_torch() -> None:
+    code = "import sys, api.app; print(*sorted({name.partition('.')[0] for name in sys.modules}))"
+    output = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
+    assert not {"torch", "transformers", "peft", "numpy", "datasets", "pandas"} & set(output.split())
