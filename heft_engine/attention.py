@@ -8,16 +8,19 @@ a function that swallows `sliding_window` or `softcap` is wrong by 0.4 to 2.0 in
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import Any
+from typing import Any, cast
 
 import torch
 import torch.nn.functional as F  # noqa: N812
 from torch import Tensor
 from transformers import AttentionInterface, AttentionMaskInterface
 
-from heft_engine.packing import Layout, PackedRow
+from heft_engine.packing import Layout, PackedRow, Past
 
 IMPLEMENTATION = "heft_packed"
+
+#: Query, key and value of one segment after another.
+Parts = Iterator[tuple[Tensor, Tensor, Tensor]]
 
 #: What decoder layers pass along and attention has no use for.
 _IRRELEVANT = frozenset({"position_ids", "use_cache", "past_key_values", "layer_past", "cache_position"})
@@ -49,31 +52,37 @@ def packed_attention(
     ]
     if unknown or attention_mask is not None or dropout:
         raise ValueError(f"packed attention does not implement {sorted(unknown) or 'masks and dropout'}")
-    groups = query.shape[1] // key.shape[1]
-    if groups > 1:
-        key, value = key.repeat_interleave(groups, dim=1), value.repeat_interleave(groups, dim=1)
     if layout is None:
         if query.shape[2] != 1:
             raise ValueError("without a layout, packed attention takes one new token a row")
-        end = key.shape[2]
-        start = max(0, end - sliding_window) if sliding_window else 0
-        out = _attend(query, key[:, :, start:], value[:, :, start:], scaling, None, softcap)
-        return out.transpose(1, 2), None
+        return _attend(query, key, value, scaling, sliding_window, softcap).transpose(1, 2), None
     # One split a tensor, never a slice a row: the gradient of a slice is a tensor of zeros as long as the batch.
     lengths = [length for row in layout.rows for length in _segments(row)]
-    parts = zip(query.split(lengths, 2), key.split(lengths, 2), value.split(lengths, 2), strict=True)
+    parts: Parts = zip(*(torch.split(each, lengths, 2) for each in (query, key, value)), strict=True)
+    if layout.past is not None:
+        parts = _continue(parts, layout.past, cast(int, module.layer_idx))
     outs = [out for row in layout.rows for out in _row(row, parts, scaling, sliding_window, softcap)]
     return torch.cat([out.transpose(1, 2) for out in outs], dim=1), None
 
 
+def _continue(parts: Parts, past: Past, layer: int) -> Parts:
+    """Every row's own keys and values behind those that its past holds. Such rows have one branch at most."""
+    for index, (query, key, value) in enumerate(parts):
+        past.leave(layer, index, key, value)
+        before = past.before(layer, index)
+        if before is not None:
+            key, value = torch.cat([before[0], key], dim=2), torch.cat([before[1], value], dim=2)
+        yield query, key, value
+
+
 def _segments(row: PackedRow) -> list[int]:
     """A row with one branch is one causal sequence; several branches stand apart from their prompt."""
-    return [row.length] if len(row.branches) < 2 else [row.prompt, *row.branches]
+    return [row.length] if len(row.branches) < 2 else [row.prompt - row.skipped, *row.branches]
 
 
 def _row(
     row: PackedRow,
-    parts: Iterator[tuple[Tensor, Tensor, Tensor]],
+    parts: Parts,
     scaling: float | None,
     window: int | None,
     softcap: float | None,
@@ -90,17 +99,35 @@ def _attend(
     q: Tensor, k: Tensor, v: Tensor, scaling: float | None, window: int | None, softcap: float | None
 ) -> Tensor:
     """Causal attention of the last Q of K tokens: query i stands at position K − Q + i."""
-    queries, keys = q.shape[2], k.shape[2]
-    windowed = window is not None and keys > window
-    mask: Tensor | None = None
-    if windowed or (queries not in (1, keys)) or (softcap is not None and queries > 1):
-        position = torch.arange(keys - queries, keys, device=q.device)[:, None]
-        past = torch.arange(keys, device=q.device)[None, :]
-        mask = past <= position
-        if windowed:
-            mask &= past > position - window  # type: ignore[operator]
+    queries, keys, groups = q.shape[2], k.shape[2], q.shape[1] // k.shape[1]
+    if queries == 1:
+        # One token sees all that is left of it. The query heads of a group stand as so many queries of one head,
+        # so that keys and values need not be repeated.
+        seen = slice(max(0, keys - window) if window else 0, keys)
+        grouped = q.reshape(q.shape[0], k.shape[1], groups, q.shape[3])
+        return _kernel(grouped, k[:, :, seen], v[:, :, seen], scaling, softcap, None, False).reshape(q.shape)
+    if groups > 1:
+        k, v = k.repeat_interleave(groups, dim=1), v.repeat_interleave(groups, dim=1)
+    if queries == keys and (window is None or keys <= window) and softcap is None:
+        return _kernel(q, k, v, scaling, softcap, None, True)
+    position = torch.arange(keys - queries, keys, device=q.device)[:, None]
+    past = torch.arange(keys, device=q.device)[None, :]
+    mask = past <= position
+    if window is not None:
+        mask &= past > position - window
+    return _kernel(q, k, v, scaling, softcap, mask, False)
+
+
+def _kernel(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    scaling: float | None,
+    softcap: float | None,
+    mask: Tensor | None,
+    causal: bool,
+) -> Tensor:
     if softcap is None:
-        causal = mask is None and queries > 1
         return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=causal, scale=scaling)
     scale = scaling if scaling is not None else q.shape[-1] ** -0.5
     scores = torch.tanh((q @ k.transpose(-1, -2)) * scale / softcap) * softcap

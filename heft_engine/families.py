@@ -23,6 +23,8 @@ class Family:
     cache_argument: str = "past_key_values"
     #: Rotary embeddings differ between sliding and full layers (Gemma 3).
     rotary_by_layer_type: bool = False
+    #: Whether `num_key_value_heads` counts; otherwise every query head has keys and values of its own.
+    grouped_heads: bool = True
 
 
 FAMILIES: dict[str, Family] = {
@@ -40,6 +42,7 @@ FAMILIES: dict[str, Family] = {
         norm="final_layer_norm",
         attention=("query_key_value",),
         cache_argument="layer_past",
+        grouped_heads=False,
     ),
 }
 

@@ -137,7 +137,7 @@ def check_rotation(intervention: LoreftIntervention) -> None:
         raise TrainingError(message, code="rotation_collapsed")
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True, kw_only=True, eq=False)
 class Site:
     """One intervention at the output of one decoder layer (0-based), at the prompt tokens of `positions`."""
 
@@ -168,6 +168,7 @@ class Sites:
         self._layers = layers
         self._sites: list[Site] = []
         self._handles: list[Any] = []
+        self._muted: tuple[Site, ...] = ()
 
     def __iter__(self) -> Iterator[Site]:
         return iter(self._sites)
@@ -177,7 +178,7 @@ class Sites:
 
         def hook(module: nn.Module, args: Any, kwargs: dict[str, Any], output: Any) -> Any:
             layout = kwargs.get("layout")
-            return output if layout is None else site.apply(output, layout)
+            return output if layout is None or site in self._muted else site.apply(output, layout)
 
         self._sites.append(site)
         self._handles.append(self._layers[site.layer].register_forward_hook(hook, with_kwargs=True))
@@ -187,14 +188,14 @@ class Sites:
             self.add(site)
 
     @contextmanager
-    def absent(self) -> Iterator[None]:
-        """Takes all interventions off for a while (parity checks of a merge look at the weights alone)."""
-        kept = list(self._sites)
-        self.clear()
+    def muted(self, sites: Iterable[Site] | None = None) -> Iterator[None]:
+        """Leaves some interventions out for a while, all by default."""
+        before = self._muted
+        self._muted = tuple(self._sites if sites is None else sites)
         try:
             yield
         finally:
-            self.extend(kept)
+            self._muted = before
 
     def clear(self) -> None:
         for handle in self._handles:

@@ -11,23 +11,43 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from typing import Protocol
 
 import torch
+from torch import Tensor
 
 from heft_engine.encoding import Example, intervened_positions
 
 
 @dataclass(frozen=True, kw_only=True)
 class PackedRow:
-    """Where one row lies: `start` in the flat batch, then `prompt` tokens, then `branches` of these lengths."""
+    """Where one row lies: `start` in the flat batch, then `prompt` tokens, then `branches` of these lengths.
+
+    Of a row that continues a cache, the first `skipped` prompt tokens are not in the batch: attention finds their
+    keys and values in the layout's `past`, and positions go on counting from the row's true start. Of a row that
+    only fills a cache, the last `missing` prompt tokens are not in the batch.
+    """
 
     start: int
     prompt: int
     branches: tuple[int, ...]
+    skipped: int = 0
+    missing: int = 0
 
     @property
     def length(self) -> int:
-        return self.prompt + sum(self.branches)
+        """Tokens in the batch."""
+        return self.prompt - self.skipped - self.missing + sum(self.branches)
+
+
+class Past(Protocol):
+    """Keys and values that stand left of a batch's tokens, or that a batch leaves behind."""
+
+    def before(self, layer: int, row: int) -> tuple[Tensor, Tensor] | None:
+        """What row `row` attends to before its own tokens, or None: (1, kv_heads, skipped, head_dim) each."""
+
+    def leave(self, layer: int, row: int, keys: Tensor, values: Tensor) -> None:
+        """Shown every row's own keys and values, (1, kv_heads, length, head_dim) each, rotated."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -37,10 +57,16 @@ class Layout:
     rows: tuple[PackedRow, ...]
     #: s in h + s·(Φ(h) − h); 0 leaves interventions out altogether.
     scale: float = 1.0
+    past: Past | None = None
 
     def intervened(self, first: int, last: int) -> list[int]:
         """Flat indices of every intervened token, row by row."""
-        return [row.start + p for row in self.rows for p in intervened_positions(row.prompt, first, last)]
+        return [
+            row.start + position - row.skipped
+            for row in self.rows
+            for position in intervened_positions(row.prompt, first, last)
+            if row.skipped <= position < row.prompt - row.missing
+        ]
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -45,7 +45,7 @@ class Parity:
 @torch.inference_mode()
 def probe_logits(lm: PackedLM, examples: Sequence[Example]) -> Tensor:
     """Float32 logits at the supervised tokens of probe rows, without interventions: (tokens, vocabulary), CPU."""
-    with lm.sites.absent():
+    with lm.sites.muted():
         batch = pack(examples)
         hidden = lm.hidden(batch)
         return lm.logits(hidden[batch.supervised()[0]]).float().cpu()

@@ -41,6 +41,8 @@ from heft_engine.resolve import resolve_max_length, resolve_stage
 from heft_engine.rows import Row, infer_task
 from heft_engine.run_state import CheckpointWriter, RunState, load_checkpoint
 from heft_engine.scoring import score
+from heft_engine.sources import CacheBudget, CachePlan, plan_cache
+from heft_engine.suffix_cache import Boundary
 from heft_engine.trainables import LoraTrainable, ReftTrainable
 from heft_engine.training import Hooks, Progress, StageRun, derived_seed
 
@@ -64,6 +66,7 @@ def train(
     checkpoint_seconds: float = 300.0,
     resume: Path | None = None,
     should_stop: Callable[[], bool] = lambda: False,
+    cache: CacheBudget | None = None,
 ) -> Bundle:
     """Trains by the config and writes a bundle to `out_dir`.
 
@@ -71,8 +74,9 @@ def train(
     run of the same config and rows. Raises EngineError: RowError, ConfigError, ModelError, TrainingError, or Stopped
     after `should_stop` returned True and a checkpoint was written.
     """
+    cache = cache or CacheBudget(directory=out_dir.parent)
     base = resolve(config.model, model_dir=model_dir, cache_dir=cache_dir, allow_paths=allow_paths)
-    run = prepare(config, base, train_rows, eval_rows, test_rows, device or choose_device(), on_event)
+    run = prepare(config, base, train_rows, eval_rows, test_rows, device or choose_device(), on_event, cache)
     writer = CheckpointWriter(directory=checkpoint_dir, seconds=checkpoint_seconds, on_event=on_event)
     if resume is not None:
         run.resume(resume)
@@ -87,6 +91,7 @@ def prepare(
     test_rows: Sequence[Row],
     device: str,
     on_event: OnEvent,
+    cache: CacheBudget,
 ) -> Run:
     """Resolves a config against its base and rows: everything loaded, nothing trained. Raises as `train` does."""
     if not train_rows:
@@ -123,6 +128,7 @@ def prepare(
         split="test" if test_rows else "validation",
         probe_row_source=list((eval_rows or train_rows)[:_PROBE_CANDIDATES]),
         on_event=on_event,
+        cache=cache,
     )
 
 
@@ -149,6 +155,7 @@ class Run:
     split: str
     probe_row_source: list[Row]
     on_event: OnEvent
+    cache: CacheBudget
     state: RunState = field(default_factory=RunState)
     adapters: list[LoraAdapter] = field(default_factory=list)
 
@@ -203,6 +210,17 @@ class Run:
         else:
             trainable = ReftTrainable.attach(self.lm, stage)
 
+        boundary = trainable.boundary()
+        caches = self._plan_caches(boundary)
+        self._emit_stage(
+            "STAGE_STARTED",
+            f"Stage {index + 1} of {len(self.config.stages)}: {stage.type}",
+            index,
+            learning_rate=stage.learning_rate,
+            trained_parameters=sum(p.numel() for p in trainable.parameters().values()),
+            cache=asdict(caches[0]),
+        )
+
         def save(progress: Progress, tensors: Callable[[], dict[str, torch.Tensor]], due: bool) -> None:
             run_step = self.first_steps[index] + progress.step
             if writer.is_due(due):
@@ -217,16 +235,18 @@ class Run:
             seed=self.config.seed,
             trainable=trainable,
             examples=self.examples,
+            source=caches[0].open(self.lm, boundary, self.examples, self._cache_file("training")),
             validation=self.validation,
+            validation_source=caches[1].open(
+                self.lm, boundary, self.validation, self._cache_file("validation")
+            ),
             probe=self.probe,
             early_stopping=self.config.early_stopping,
             first_step=self.first_steps[index],
             total_steps=self.total_steps,
             hooks=Hooks(on_event=self.on_event, save=save, should_stop=should_stop),
         )
-        self._emit_stage(
-            "STAGE_STARTED", f"Stage {index + 1} of {len(self.config.stages)}: {stage.type}", index
-        )
+        run.progress.cache, run.progress.validation_cache = asdict(caches[0]), asdict(caches[1])
         if self.state.inside_stage is not None:
             self.state.restore_stage(run)
         run.run()
@@ -251,6 +271,17 @@ class Run:
             general_loss=self.state.general_loss[-1],
         )
         writer.stage(self.state, self.first_steps[index + 1], self.config, self.write, stage.type, index)
+
+    def _plan_caches(self, boundary: Boundary) -> tuple[CachePlan, CachePlan]:
+        """For training and validation rows: as a checkpoint says, else by the budget, training rows first."""
+        if self.state.inside_stage is not None:
+            progress = self.state.inside_stage["progress"]
+            return CachePlan(**progress["cache"]), CachePlan(**progress["validation_cache"])
+        training = plan_cache(self.lm, boundary, self.examples, self.cache)
+        return training, plan_cache(self.lm, boundary, self.validation, self.cache.less(training))
+
+    def _cache_file(self, name: str) -> Path | None:
+        return self.cache.directory / f"{name}.cache" if self.cache.directory is not None else None
 
     def _merge(self, index: int, stage: LoraStage, trainable: LoraTrainable) -> None:
         assert stage.target_modules != "auto"

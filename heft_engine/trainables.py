@@ -15,6 +15,7 @@ from heft_engine.config import LoraStage, ReftStage
 from heft_engine.interventions import LoreftIntervention, Site, check_rotation
 from heft_engine.model import PackedLM
 from heft_engine.resolve import stage_layers
+from heft_engine.suffix_cache import Boundary
 
 
 @dataclass(kw_only=True)
@@ -22,11 +23,13 @@ class LoraTrainable:
     """An adapter inside the model. Both factors may decay."""
 
     adapted: PeftModel
+    layers: list[int]
 
     @staticmethod
     def attach(lm: PackedLM, stage: LoraStage) -> LoraTrainable:
         assert stage.target_modules != "auto"
-        return LoraTrainable(adapted=lora.attach(lm, stage, stage.target_modules))
+        layers = stage.layers or list(range(lm.n_layers))
+        return LoraTrainable(adapted=lora.attach(lm, stage, stage.target_modules), layers=layers)
 
     def parameters(self) -> dict[str, nn.Parameter]:
         return lora.trainable(self.adapted)
@@ -46,12 +49,16 @@ class LoraTrainable:
     def check(self) -> None:
         """LoRA has no constraint to keep."""
 
+    def boundary(self) -> Boundary:
+        return Boundary(layer=min(self.layers))
+
 
 @dataclass(kw_only=True)
 class ReftTrainable:
     """The interventions of one stage, one for each layer, hooked into the model."""
 
     sites: list[Site]
+    boundary_sites: list[Site]
 
     @staticmethod
     def attach(lm: PackedLM, stage: ReftStage) -> ReftTrainable:
@@ -67,7 +74,7 @@ class ReftTrainable:
             standing.intervention.dropout.p = stage.dropout
             standing.intervention.thaw()
             sites.append(standing)
-        return ReftTrainable(sites=sites)
+        return ReftTrainable(sites=sites, boundary_sites=_from_first(sites, list(lm.sites)))
 
     def parameters(self) -> dict[str, nn.Parameter]:
         return {
@@ -95,7 +102,19 @@ class ReftTrainable:
         for site in self.sites:
             check_rotation(site.intervention)
 
+    def boundary(self) -> Boundary:
+        layer = min(site.layer for site in self.sites)
+        positions = tuple(site.positions for site in self.sites)
+        return Boundary(layer=layer + 1, sites=tuple(self.boundary_sites), positions=positions)
+
     def freeze(self) -> None:
         for site in self.sites:
             site.intervention.freeze()
             site.intervention.dropout.eval()
+
+
+def _from_first(trained: list[Site], standing: list[Site]) -> list[Site]:
+    """What acts at the lowest trained layer from the first trained intervention on, in the order of acting."""
+    layer = min(site.layer for site in trained)
+    here = [site for site in standing if site.layer == layer]
+    return here[min(here.index(site) for site in trained if site.layer == layer) :]

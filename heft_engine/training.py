@@ -23,10 +23,10 @@ from torch import Tensor, nn
 from heft_engine.config import EarlyStopping, LoraStage, ReftStage
 from heft_engine.encoding import Example
 from heft_engine.errors import Stopped, TrainingError
-from heft_engine.evaluation import mean_loss, supervised_loss
 from heft_engine.events import Event, OnEvent
 from heft_engine.model import PackedLM
-from heft_engine.packing import micro_batches, pack, packed_length
+from heft_engine.packing import pack, packed_length
+from heft_engine.sources import Source, cut, mean_source_loss
 
 BETAS, EPSILON = (0.9, 0.999), 1e-8
 #: Tokens of one forward and backward pass. Bits of the gradient's sum depend on it, so checkpoints carry it.
@@ -69,6 +69,9 @@ class Progress:
     bad_epochs: int = 0
     token_budget: int = TOKEN_BUDGET
     finished: bool = False
+    #: How the stage's rows and the validation rows are cached: decided at the stage's start, because it moves bits.
+    cache: dict[str, Any] | None = None
+    validation_cache: dict[str, Any] | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -91,7 +94,9 @@ class StageRun:
     seed: int
     trainable: Trainable
     examples: Sequence[Example]
+    source: Source  #: of the examples' losses
     validation: Sequence[Example]
+    validation_source: Source
     probe: Sequence[Example]
     early_stopping: EarlyStopping | None
     first_step: int  #: optimiser steps of the run before this stage
@@ -120,7 +125,7 @@ class StageRun:
         while self.progress.epoch < self.stage.n_epochs and not self.progress.finished:
             order = self._order(self.progress.epoch)
             for start in range(self._done_in_epoch(), len(order), self.stage.batch_size):
-                self._step([self.examples[i] for i in order[start : start + self.stage.batch_size]])
+                self._step(order[start : start + self.stage.batch_size])
                 if self.progress.step == min(TRAINS_AFTER, self.stage.n_epochs * self.steps_per_epoch):
                     self._check_trains()
                 self._save_or_stop()
@@ -131,15 +136,15 @@ class StageRun:
 
     # -- one step ---------------------------------------------------------------------------------------------------
 
-    def _step(self, rows: Sequence[Example]) -> None:
+    def _step(self, rows: Sequence[int]) -> None:
         began = time.monotonic()
         progress = self.progress
-        count = sum(row.supervised_tokens for row in rows)
+        count = sum(self.examples[row].supervised_tokens for row in rows)
         self.trainable.train(True)
         self.optimizer.zero_grad(set_to_none=True)
         total = 0.0
-        for part in micro_batches(rows, progress.token_budget):
-            loss, _ = supervised_loss(self.lm, part)
+        for part in cut(self.source, rows, progress.token_budget):
+            loss = self.source.loss(part)
             (loss / count).backward()  # type: ignore[no-untyped-call]
             total += float(loss.detach())
         self.trainable.train(False)
@@ -153,7 +158,7 @@ class StageRun:
         torch.nn.utils.clip_grad_norm_(parameters, self.stage.max_grad_norm)
         self.optimizer.step()
         progress.step += 1
-        progress.tokens += sum(map(packed_length, rows))
+        progress.tokens += sum(packed_length(self.examples[row]) for row in rows)
         progress.epoch_loss += total
         progress.epoch_tokens += count
         progress.seconds += time.monotonic() - began
@@ -188,7 +193,7 @@ class StageRun:
         progress.epoch += 1
         progress.epoch_loss, progress.epoch_tokens = 0.0, 0
         if self.validation:
-            loss = mean_loss(self.lm, self.validation)
+            loss = mean_source_loss(self.validation_source, self.validation, progress.token_budget)
             data["eval_loss"] = loss if math.isfinite(loss) else None
             self._consider(loss)
         self._emit(

@@ -1,0 +1,224 @@
+"""What never changes while a stage trains, computed once: layers below the lowest trained one, for every token, and
+the layers above it for every token left of the first intervened position (attention is causal).
+
+So each row goes through the frozen model once, and an epoch runs only what is left: the suffix from the first
+intervened token on, through the upper layers, against cached keys and values. It is the same mathematics; tests hold
+every rung of the ladder to the plain computation.
+
+    keys_values     suffix states at the lowest trained layer; keys and values of the layers above, left of the suffix
+    states          every token's state at the lowest trained layer; the layers above run again each step, without
+                    gradient left of the suffix
+    nothing         the whole model runs each step (heft_engine.sources.PlainSource)
+
+Rows lie one behind the other in one flat tensor, in memory or mapped from a file. It does NOT know losses or
+optimisers.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from heft_engine.config import parse_positions
+from heft_engine.encoding import Example, intervened_positions
+from heft_engine.interventions import Site
+from heft_engine.model import PackedLM
+from heft_engine.packing import Layout, PackedRow, micro_batches, pack, packed_length
+
+Rung = Literal["keys_values", "states", "nothing"]
+#: Tokens of one prefill pass. The same cut gives the same bits when the cache is built again.
+TOKEN_BUDGET = 4_096
+
+
+@dataclass(frozen=True, kw_only=True)
+class Boundary:
+    """Where training begins: `layer` is the first decoder layer that runs each step; `sites` act on its input.
+
+    LoReFT at layer L: layer L + 1, with the stage's interventions at L as sites. LoRA from layer l on: layer l.
+    """
+
+    layer: int
+    sites: tuple[Site, ...] = ()
+    #: Of every trained site, so that the first intervened token of a row is known; none for LoRA.
+    positions: tuple[str, ...] = ()
+
+    def first_token(self, prompt: int) -> int:
+        """The first token of a prompt that training can change, or that is read: left of it all is constant."""
+        if not self.positions:
+            return 0
+        found = [p for spec in self.positions for p in intervened_positions(prompt, *parse_positions(spec))]
+        return min([prompt - 1, *found])
+
+
+@dataclass(frozen=True, kw_only=True)
+class CachedRow:
+    """Views into the cache. states: (tokens, hidden). keys_values: (layers, 2, kv_heads, skipped, head_dim)."""
+
+    example: Example
+    skipped: int
+    states: Tensor
+    keys_values: Tensor | None
+
+
+class SuffixCache:
+    """The frozen part of every row, on one rung."""
+
+    def __init__(
+        self,
+        lm: PackedLM,
+        boundary: Boundary,
+        examples: Sequence[Example],
+        rung: Rung,
+        file: Path | None = None,
+    ) -> None:
+        """Runs the prefill. `file` maps the cache from disk instead of holding it in memory."""
+        self.lm = lm
+        self.boundary = boundary
+        self.rung: Rung = rung
+        size = size_of(lm, boundary, examples, rung) // lm.dtype.itemsize
+        self._flat = (
+            torch.empty(size, dtype=lm.dtype)
+            if file is None
+            else torch.from_file(str(file), shared=True, size=size, dtype=lm.dtype)
+        )
+        self._used = 0
+        self.rows: list[CachedRow] = []
+        with torch.no_grad():
+            for part in micro_batches(examples, TOKEN_BUDGET):
+                self._prefill(part)
+
+    def _prefill(self, examples: Sequence[Example]) -> None:
+        lm, boundary = self.lm, self.boundary
+        batch = pack(examples)
+        ids, positions = batch.input_ids.to(lm.device)[None], batch.position_ids.to(lm.device)[None]
+        with lm.sites.muted(boundary.sites):
+            states = lm.run_layers(lm.embed(ids), positions, batch.layout, 0, boundary.layer)
+        skipped = [boundary.first_token(len(example.prompt)) for example in examples]
+        kept = None
+        if self.rung == "keys_values":
+            kept = left_keys_values(lm, boundary.layer, states[0], batch.layout, skipped)
+        for index, (example, row) in enumerate(zip(examples, batch.layout.rows, strict=True)):
+            first = skipped[index] if kept is not None else 0
+            own = self._store(states[0, row.start + first : row.start + row.length])
+            past = self._store(kept[index]) if kept is not None else None
+            self.rows.append(CachedRow(example=example, skipped=skipped[index], states=own, keys_values=past))
+
+    def _store(self, tensor: Tensor) -> Tensor:
+        view = self._flat[self._used : self._used + tensor.numel()].view(tensor.shape)
+        self._used += tensor.numel()
+        return view.copy_(tensor)
+
+    def suffix(self, indices: Sequence[int]) -> tuple[Tensor, Tensor, Layout]:
+        """The suffixes of some rows as one batch: states (1, T, hidden), positions (1, T), layout with their past."""
+        rows = [self.rows[index] for index in indices]
+        device = self.lm.device
+        if self.rung == "keys_values":
+            states = [row.states for row in rows]
+            past = [row.keys_values.to(device) for row in rows if row.keys_values is not None]
+        else:
+            states = [row.states[row.skipped :] for row in rows]
+            past = self._left(rows) if any(row.skipped for row in rows) else []
+        packed, start, positions = [], 0, []
+        for row, own in zip(rows, states, strict=True):
+            prompt = len(row.example.prompt)
+            length = len(own)
+            branches = (length - (prompt - row.skipped),) if length > prompt - row.skipped else ()
+            packed.append(PackedRow(start=start, prompt=prompt, branches=branches, skipped=row.skipped))
+            positions.append(torch.arange(row.skipped, row.skipped + length))
+            start += length
+        layout = Layout(rows=tuple(packed), past=Prefix(self.boundary.layer, past) if past else None)
+        return torch.cat(states).to(device)[None], torch.cat(positions).to(device)[None], layout
+
+    @torch.no_grad()
+    def _left(self, rows: Sequence[CachedRow]) -> list[Tensor]:
+        """On the states rung: keys and values left of the suffixes, computed for this step alone."""
+        packed, start, positions = [], 0, []
+        for row in rows:
+            prompt = len(row.example.prompt)
+            packed.append(PackedRow(start=start, prompt=prompt, branches=(), missing=prompt - row.skipped))
+            positions.append(torch.arange(row.skipped))
+            start += row.skipped
+        states = torch.cat([row.states[: row.skipped] for row in rows]).to(self.lm.device)
+        layout = Layout(rows=tuple(packed))
+        return left_keys_values(self.lm, self.boundary.layer, states, layout, [row.skipped for row in rows])
+
+
+class Prefix:
+    """A `Past` that gives stored keys and values: one tensor (layers, 2, kv_heads, skipped, head_dim) a row."""
+
+    def __init__(self, first_layer: int, rows: Sequence[Tensor]) -> None:
+        self._first_layer = first_layer
+        self._rows = rows
+
+    def before(self, layer: int, row: int) -> tuple[Tensor, Tensor] | None:
+        keys, values = self._rows[row][layer - self._first_layer]
+        return (keys[None], values[None]) if keys.shape[1] else None
+
+    def leave(self, layer: int, row: int, keys: Tensor, values: Tensor) -> None:
+        """Nothing stands right of a suffix."""
+
+
+class Collector:
+    """A `Past` that keeps each row's first `lengths[row]` keys and values and gives nothing."""
+
+    def __init__(self, first_layer: int, lengths: Sequence[int]) -> None:
+        self._first_layer = first_layer
+        self._lengths = lengths
+        self._kept: list[list[Tensor]] = [[] for _ in lengths]
+
+    def before(self, layer: int, row: int) -> tuple[Tensor, Tensor] | None:
+        return None
+
+    def leave(self, layer: int, row: int, keys: Tensor, values: Tensor) -> None:
+        end = self._lengths[row]
+        self._kept[row].append(torch.stack([keys[0, :, :end], values[0, :, :end]]))
+
+    def rows(self) -> list[Tensor]:
+        """(layers, 2, kv_heads, length, head_dim) a row."""
+        return [torch.stack(layers) for layers in self._kept]
+
+
+def left_keys_values(
+    lm: PackedLM, layer: int, states: Tensor, layout: Layout, lengths: Sequence[int]
+) -> list[Tensor]:
+    """Keys and values of the layers from `layer` on, of each row's first `lengths` tokens; states: (T, hidden)."""
+    if layer == lm.n_layers:
+        kv_heads, head_dim = kv_shape(lm)
+        return [states.new_empty(0, 2, kv_heads, length, head_dim) for length in lengths]
+    collector = Collector(layer, lengths)
+    offsets = [torch.arange(row.length) for row in layout.rows]
+    positions = torch.cat(offsets).to(states.device)[None]
+    collecting = Layout(rows=layout.rows, scale=layout.scale, past=collector)
+    lm.run_layers(states[None], positions, collecting, layer, lm.n_layers)
+    return collector.rows()
+
+
+def kv_shape(lm: PackedLM) -> tuple[int, int]:
+    """Key/value heads and their dimension."""
+    heads = int(lm.config.num_attention_heads)
+    if not lm.family.grouped_heads:
+        return heads, lm.hidden_size // heads
+    head_dim = getattr(lm.config, "head_dim", None) or lm.hidden_size // heads
+    return int(lm.config.num_key_value_heads or heads), int(head_dim)
+
+
+def size_of(lm: PackedLM, boundary: Boundary, examples: Sequence[Example], rung: Rung) -> int:
+    """Bytes that a rung takes for these rows."""
+    return sum(_row_sizes(lm, boundary, examples, rung)) * lm.dtype.itemsize
+
+
+def _row_sizes(lm: PackedLM, boundary: Boundary, examples: Sequence[Example], rung: Rung) -> Iterator[int]:
+    kv_heads, head_dim = kv_shape(lm)
+    a_token = 2 * kv_heads * head_dim * (lm.n_layers - boundary.layer)
+    for example in examples:
+        length = packed_length(example)
+        if rung == "states":
+            yield length * lm.hidden_size
+        elif rung == "keys_values":
+            left = boundary.first_token(len(example.prompt))
+            yield (length - left) * lm.hidden_size + left * a_token
