@@ -1,4 +1,4 @@
-"""A stand-in for `python -m heft_engine`: it knows no base models, and `train` plays the script that stands in the training file.
+"""A stand-in for `python -m heft_engine`: `train` plays the script that stands in the training file.
 
 Each line of that file is one act, {"do": …}:
   metrics step      a METRICS event            checkpoint step   a checkpoint on disk and its event
@@ -9,7 +9,8 @@ Each line of that file is one act, {"do": …}:
   die code          exit so without a word (negative: by that signal); `once` skips it after a resume
   fail code message FAILED, exit 1
   straggle path     start a process that would live for ever, its pid into `path`
-A run that resumes skips every act up to the checkpoint's step.
+A run that resumes skips every act up to the checkpoint's step. `check` plays the acts with "when": "checked" and is
+content; `models` knows none.
 """
 
 from __future__ import annotations
@@ -105,6 +106,17 @@ class Play:
         Path(act["path"]).write_text(str(straggler.pid))
 
 
+def check(order: dict[str, Any]) -> None:
+    """Play the acts that are marked `"when": "checked"`; all rows are fine then."""
+    play = Play({"checkpoint_dir": order["out"], "resume": None})
+    for line in Path(order["files"]["training_file"]).read_text().splitlines():
+        act = json.loads(line)
+        if act.get("when") == "checked":
+            play.act(act)
+    report = {"files": {field: {"rows": 1} for field in order["files"]}, "faults": [], "base_model": {}}
+    emit("CHECKED", report=report, made={}, error=None)
+
+
 def main() -> None:
     if "models" in sys.argv:
         return
@@ -113,13 +125,16 @@ def main() -> None:
     signal.signal(signal.SIGTERM, lambda *_: STOP.set())
     faulthandler.register(signal.SIGUSR1)
     run = json.loads(Path(sys.argv[sys.argv.index("--run-file") + 1]).read_text())
+    if sys.argv[1] == "check":
+        check(run)
+        return
     play = Play(run)
     resumed_at = play.step
     emit("STARTED", method="lora", resolved={"learning_rate": 0.001, "device": "cpu"}, rows=1, total_steps=10)
     emit("STAGE_STARTED", **STAGE, total_steps=10)
     for line in Path(run["train"]).read_text().splitlines():
         act = json.loads(line)
-        if act.get("step", resumed_at + 1) > resumed_at:
+        if "when" not in act and act.get("step", resumed_at + 1) > resumed_at:
             play.act(act)
     write_directory(Path(run["out"]), {"heft.json": json.dumps({"task": {"type": "yes_no"}})})
     evaluation = {"n": 2, "metric": "accuracy", "split": "validation", "results": []}

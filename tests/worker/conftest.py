@@ -59,3 +59,11 @@ def bench(
         stopping.set()
     hints.close()
     assert list(scratch.iterdir()) == []
+
+
+@pytest.fixture
+def sent(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, ...]]:
+    """The hints that were sent, instead of a broker."""
+    hints: list[tuple[str, ...]] = []
+    monkeypatch.setattr(bench.context.hints, "send", lambda task, *args: hints.append((task, *args)))
+    return hints
