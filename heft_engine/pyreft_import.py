@@ -15,6 +15,7 @@ from heft_engine.devices import choose_device
 from heft_engine.pyreft_format import read_pyreft
 from heft_engine.rows import Row
 from heft_engine.run import prepare
+from heft_engine.sources import CacheBudget
 
 
 def import_pyreft(
@@ -39,7 +40,7 @@ def import_pyreft(
     stages = reft_stages(sites)
     base = resolve(config.model, model_dir=model_dir, cache_dir=cache_dir, allow_paths=allow_paths)
     config = config.model_copy(update={"stages": stages, "method": "recipe"})
-    run = prepare(config, base, rows, (), (), device or choose_device(), on_event=lambda event: None)
+    run = prepare(config, base, rows, (), (), device or choose_device(), lambda event: None, CacheBudget())
     run.lm.sites.extend(stored.site(run.lm.hidden_size) for stored in sites)
     run.state.stage_index = len(stages)
     return run.write(out_dir)
