@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 import threading
+import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from typing import Any
+
+import pytest
+from sqlalchemy.orm import Session
 
 from store import files, idempotency, ids, jobs, leases, reconcile
 from store.database import transaction
@@ -29,6 +33,13 @@ def together(*calls: Callable[[], Any]) -> list[Any]:
 
     with ThreadPoolExecutor(len(calls)) as pool:
         return [future.result(30) for future in [pool.submit(run, call) for call in calls]]
+
+
+def until(condition: Callable[[], bool]) -> None:
+    deadline = time.monotonic() + 10
+    while not condition():
+        assert time.monotonic() < deadline
+        time.sleep(0.005)
 
 
 def test_of_eight_workers_one_gets_the_job(bench) -> None:
@@ -143,17 +154,41 @@ def test_eight_equal_requests_make_one_job(bench) -> None:
     assert len(bench.sql("SELECT 1 FROM jobs")) == 3
 
 
-def test_a_file_is_deleted_before_or_after_a_job_is_made_on_it(bench) -> None:
-    for _ in range(8):
-        file_id = bench.file()
+def create_on(file_id: str) -> Callable[[Session, Any], Any]:
+    def create(session: Session, bench: Any) -> Any:
         spec = bench.spec.model_copy(update={"training_file": file_id})
-        made, _ = together(
-            lambda s=spec: bench.do(jobs.create, owner_id=OWNER, spec=s),
-            lambda f=file_id: bench.do(files.delete, owner_id=OWNER, file_id=f),
-        )
-        purgeable = [file.id for file in bench.do(files.purgeable)]
-        # Either the job was refused, or its bytes stay.
-        assert isinstance(made, InvalidRequest) == (file_id in purgeable)
+        return jobs.create(session, owner_id=OWNER, spec=spec)
+
+    return create
+
+
+def blocked(bench: Any) -> bool:
+    return bool(bench.sql("SELECT 1 FROM pg_stat_activity WHERE wait_event_type = 'Lock'"))
+
+
+def test_a_file_waits_with_its_deletion_for_the_job_that_is_being_made_on_it(bench) -> None:
+    file_id = bench.file()
+    with ThreadPoolExecutor(1) as pool:
+        with transaction(bench.factory) as session:
+            create_on(file_id)(session, bench)
+            deletion = pool.submit(bench.do, files.delete, owner_id=OWNER, file_id=file_id)
+            until(lambda: deletion.done() or blocked(bench))
+            assert not deletion.done()
+        deletion.result(10)
+    assert bench.do(files.purgeable) == []  # the job needs the bytes
+
+
+def test_a_job_waits_for_the_deletion_of_its_file_and_is_refused(bench) -> None:
+    file_id = bench.file()
+    with ThreadPoolExecutor(1) as pool:
+        with transaction(bench.factory) as session:
+            files.delete(session, owner_id=OWNER, file_id=file_id)
+            creation = pool.submit(bench.do, create_on(file_id), bench)
+            until(lambda: creation.done() or blocked(bench))
+            assert not creation.done()
+        with pytest.raises(InvalidRequest):
+            creation.result(10)
+    assert bench.sql("SELECT 1 FROM jobs") == []
 
 
 def test_jobs_on_the_same_files_do_not_deadlock(bench) -> None:

@@ -14,6 +14,8 @@ from store import jobs, leases, reconcile
 from store.errors import Conflict, LostFence
 from store.fence import Claim
 from store.states import TERMINAL, TRANSITIONS, JobState, sources
+from store.tables import Job
+from store.transitions import NewEvent, move
 
 OWNER = "team"
 DEAD = {"code": "trainer_died", "message": "The training process ended without a word.", "param": None}
@@ -48,6 +50,19 @@ def test_the_table_of_transitions_is_closed() -> None:
     assert {state for state, targets in TRANSITIONS.items() if not targets} == TERMINAL
     assert sources(JobState.RUNNING) == [JobState.QUEUED]
     assert set(sources(JobState.CANCELLED)) == set(JobState) - TERMINAL
+
+
+@pytest.mark.parametrize("state", sorted(JobState))
+def test_a_job_moves_along_the_table_and_no_other_way(bench, state: JobState) -> None:
+    for target in JobState:
+        job = bench.in_state(state)
+        event = NewEvent(code="RESTARTED", message="moved")
+        moved = bench.do(move, Job.id == job.id, target, event)
+        assert (moved is not None) == (target in TRANSITIONS[state])
+        after = bench.get(job.id)
+        assert after.state == (target if moved else state)
+        assert after.event_seq == job.event_seq + (moved is not None)
+        assert (after.finished_at is not None) == (after.state in TERMINAL)
 
 
 class Life:
