@@ -5,7 +5,8 @@ product of 160 rows and one of 4,096 rows differ in the last bit, and 16 of 40 p
 with their neighbours. Inside one shape, though, every row of a product is summed alike wherever it stands. So scoring
 cuts each product over T tokens into blocks of two fixed heights, padded with zeros: LARGE ones for throughput and SMALL
 ones for the rest. The large height is the smallest that is seen to give the small one's bits for every weight shape of
-the model on this machine; where none does, small blocks do all the work.
+the model's layers on this machine; where none does, and for every other weight (the head, interventions), small
+blocks do the work.
 
 It does NOT know models beyond their linear layers.
 """
@@ -29,12 +30,18 @@ PAD_ABOVE = 0.3
 
 
 class FixedShapes(TorchFunctionMode):
-    """While active in a thread, every linear layer multiplies blocks of `small` or `large` rows."""
+    """While active in a thread, every linear layer multiplies blocks of `small` or `large` rows.
 
-    def __init__(self, small: int, large: int | None) -> None:
+    `calibrated`: the shapes and dtypes of the weights for which `large` was seen to give the bits of `small`.
+    """
+
+    def __init__(
+        self, small: int, large: int | None, calibrated: frozenset[tuple[Any, ...]] = frozenset()
+    ) -> None:
         super().__init__()
         self.small = small
         self.large = large
+        self.calibrated = calibrated
 
     def __torch_function__(
         self,
@@ -50,19 +57,16 @@ class FixedShapes(TorchFunctionMode):
     def linear(self, x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
         """x (…, T, in) → (…, T, out), as F.linear."""
         flat = x.reshape(-1, x.shape[-1])
-        blocks = [
-            _block(flat[start : start + height], height, weight, bias)
-            for start, height in self.plan(len(flat))
-        ]
+        plan = self.plan(len(flat), self.large if (*weight.shape, weight.dtype) in self.calibrated else None)
+        blocks = [_block(flat[start : start + height], height, weight, bias) for start, height in plan]
         joined = blocks[0] if len(blocks) == 1 else torch.cat(blocks)
         return joined.reshape(*x.shape[:-1], weight.shape[0])
 
-    def plan(self, rows: int) -> list[tuple[int, int]]:
+    def plan(self, rows: int, large: int | None) -> list[tuple[int, int]]:
         """(start, height) of the blocks that cover so many rows; the last one may reach beyond them."""
         blocks, start = [], 0
         while rows - start > 0:
-            large = self.large is not None and rows - start > PAD_ABOVE * self.large
-            height = self.large if large and self.large is not None else self.small
+            height = large if large is not None and rows - start > PAD_ABOVE * large else self.small
             blocks.append((start, height))
             start += height
         return blocks
@@ -87,7 +91,7 @@ def calibrate(layers: Iterable[nn.Module], device: torch.device) -> FixedShapes:
         (height for height in LARGE_CANDIDATES if all(_agree(m, small, height) for m in shapes.values())),
         None,
     )
-    return FixedShapes(small, large)
+    return FixedShapes(small, large, frozenset(shapes))
 
 
 def _agree(module: nn.Linear, small: int, large: int) -> bool:

@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from typing import Any, cast
 
 import torch
+import torch.nn.functional as F  # noqa: N812
 from torch import Tensor, nn
 from torch.nn.utils.parametrizations import orthogonal
 from torch.nn.utils.parametrize import is_parametrized, remove_parametrizations
@@ -64,7 +65,8 @@ class LoreftIntervention(nn.Module):
         """h (…, hidden) in any float dtype → h + scale·(Φ(h) − h), in the same dtype."""
         h = hidden.float()
         rotation = self.rotation
-        edit: Tensor = (self.learned_source(h) - h @ rotation) @ rotation.T
+        # As linear layers, so that scoring cuts these products into its fixed shapes too.
+        edit = F.linear(self.learned_source(h) - F.linear(h, rotation.T), rotation)
         if scale == 1.0:
             return cast(Tensor, self.dropout(h + edit)).to(hidden.dtype)
         return (h + scale * edit).to(hidden.dtype)
