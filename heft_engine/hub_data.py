@@ -1,7 +1,8 @@
 """Rows from a dataset on the Hugging Face hub: `hub:<org>/<name>[:<config>][:<split>]`.
 
-A dataset's card may name files anywhere, on this machine or on another, and readers that unpickle. So the
-dataset is described first, and read only if its files are JSON, CSV or Parquet of that very repository.
+A dataset's card may name files anywhere, on this machine or on another (`datasets` asked such an address before
+it refused), and readers that unpickle. So the card is judged first, then the files that are to be read: JSON, CSV
+or Parquet of that very repository.
 It does NOT know the hub's address and token: the hub's own libraries take them from HF_ENDPOINT and HF_TOKEN.
 """
 
@@ -9,12 +10,12 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Iterator, Mapping
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import Any
 
 import datasets
-from datasets.exceptions import DatasetBuildError, DatasetNotFoundError, FileNotFoundDatasetsError
-from huggingface_hub import HfApi
+from datasets.exceptions import DatasetBuildError, DatasetNotFoundError
+from huggingface_hub import DatasetCard, DatasetInfo, HfApi
 from huggingface_hub.errors import (
     GatedRepoError,
     HTTPError,
@@ -62,15 +63,19 @@ def load_hub_rows(reference: str, split: str, *, cache_dir: Path | None = None) 
 
 def _load(repository: str, config: str | None, split: str, cache_dir: Path | None) -> datasets.Dataset:
     try:
+        hub = HfApi()
+        # Asked here because `datasets` says of a gated repository that it does not exist.
+        hub.auth_check(repository, repo_type="dataset")
+        info = hub.dataset_info(repository)
+        _refuse_untrusted_card(repository, info, hub)
         # A pinned revision also keeps `datasets` from asking a second server for a converted copy.
-        commit = HfApi().dataset_info(repository).sha
         builder = datasets.load_dataset_builder(
             f"hf://datasets/{repository}",
             config,
-            revision=commit,
+            revision=info.sha,
             cache_dir=str(cache_dir / "datasets") if cache_dir else None,
         )
-        _refuse_untrusted(repository, builder)
+        _refuse_untrusted_files(repository, builder)
         builder.download_and_prepare()
         return builder.as_dataset(split=split)
     except GatedRepoError as error:
@@ -82,12 +87,33 @@ def _load(repository: str, config: str | None, split: str, cache_dir: Path | Non
         raise HubDataError(
             f"the hub can't be reached for {repository}: {error}", code="hub_unavailable"
         ) from error
-    except (FileNotFoundDatasetsError, DatasetBuildError, ValueError, RuntimeError) as error:
+    except (FileNotFoundError, DatasetBuildError, ValueError, RuntimeError) as error:
         # Among these: a config or a split that is not there, with the names of those that are.
-        raise HubDataError(f"{repository} can't be read: {error}") from error
+        raise HubDataError(f"{repository} can't be read: {str(error)[:500]}") from error
 
 
-def _refuse_untrusted(repository: str, builder: datasets.DatasetBuilder) -> None:
+def _refuse_untrusted_card(repository: str, info: DatasetInfo, hub: HfApi) -> None:
+    names = {sibling.rfilename for sibling in info.siblings or ()}
+    if ".huggingface.yaml" in names:
+        raise HubDataError(f"{repository} has a .huggingface.yaml, which is not supported")
+    if "README.md" not in names:
+        return
+    path = hub.hf_hub_download(repository, "README.md", repo_type="dataset", revision=info.sha)
+    card = DatasetCard.load(path, ignore_metadata_errors=True).data.to_dict()
+    for text in _strings(card.get("configs")):
+        if "://" in text or text.startswith(("/", "~")) or ".." in PurePosixPath(text).parts:
+            raise HubDataError(f"{repository} names a file outside itself: {text}")
+
+
+def _strings(value: object) -> Iterator[str]:
+    if isinstance(value, str):
+        yield value
+    elif isinstance(value, Mapping | list):
+        for item in value.values() if isinstance(value, Mapping) else value:
+            yield from _strings(item)
+
+
+def _refuse_untrusted_files(repository: str, builder: datasets.DatasetBuilder) -> None:
     if type(builder).__module__ not in _READERS:
         raise HubDataError(f"{repository} holds other files than JSON, CSV or Parquet")
     own = f"hf://datasets/{repository}@"
