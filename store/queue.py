@@ -139,8 +139,7 @@ def redis_py_url(redis_url: str) -> str:
         return redis_url
     parts = urlsplit(redis_url)
     database = parse_qs(parts.query).get("virtual_host", ["0"])[0].lstrip("/")
-    credentials = f"{parts.netloc}@" if parts.netloc else ""
-    return f"unix://{credentials}{parts.path}?db={database}"
+    return f"unix://{parts.netloc}{parts.path}?db={database}"
 
 
 class Hints:
