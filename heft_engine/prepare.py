@@ -81,9 +81,9 @@ def prepare(
     if config.early_stopping is not None and "validation_file" not in files:
         raise ConfigError("early stopping needs a validation_file to watch", param="early_stopping")
     made = {
-        name: _write(rows, places.out / f"{name}.jsonl")
+        name: path
         for name, reference in files.items()
-        if (rows := _referenced(name, reference, places.cache_dir)) is not None
+        if (path := materialise(name, reference, places)) is not None
     }
     paths = {name: Path(reference) for name, reference in files.items()} | made
     report = check_files(
@@ -97,6 +97,12 @@ def prepare(
         on_progress=on_progress,
     )
     return Prepared(base=base, info=info, report=report, made=made)
+
+
+def materialise(name: FileField, reference: str, places: Places) -> Path | None:
+    """The rows behind `hub:…` or `sample:…` as a file in `places.out`; None for a path. Raises EngineError."""
+    rows = _referenced(name, reference, places.cache_dir)
+    return _write(rows, places.out / f"{name}.jsonl") if rows is not None else None
 
 
 def _referenced(name: FileField, reference: str, cache_dir: Path | None) -> Iterable[dict[str, Any]] | None:

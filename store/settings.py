@@ -48,6 +48,10 @@ class StoreSettings(BaseSettings):
     max_line_bytes: int = 8 * 1024**2
     max_rows: int = 5_000_000
     predict_timeout_seconds: float = 30
+    cache_memory_bytes: int | None = Field(
+        default=None, ge=0
+    )  #: of a training stage; None: a quarter of what is free
+    cache_disk_bytes: int = Field(default=0, ge=0)  #: the same, in files beside the job's; 0: none
     memory_budget_bytes: int = 0  #: what one worker may hold in models; 0: three quarters of the machine
 
 

@@ -63,6 +63,8 @@ def run_file(config: TrainConfig, run: LocalRun, settings: StoreSettings) -> dic
         "checkpoint_seconds": settings.checkpoint_seconds,
         "model_dir": _text(settings.model_dir),
         "cache_dir": _text(settings.cache_dir),
+        "cache_memory_bytes": settings.cache_memory_bytes,
+        "cache_disk_bytes": settings.cache_disk_bytes,
     }
 
 

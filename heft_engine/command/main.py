@@ -80,9 +80,11 @@ def parser() -> argparse.ArgumentParser:
 
 def _add_train(command: argparse.ArgumentParser) -> None:
     command.add_argument("--model", help="smollm2-135m, a directory, or a hub id org/name[@revision]")
-    command.add_argument("--train", type=Path, help="rows to train on, JSON lines")
-    command.add_argument("--eval", type=Path, help="validation rows: they steer")
-    command.add_argument("--test", type=Path, help="test rows: they only report")
+    command.add_argument(
+        "--train", help="rows to train on: a file of JSON lines, hub:google/boolq:train or sample:passages"
+    )
+    command.add_argument("--eval", help="validation rows: they steer")
+    command.add_argument("--test", help="test rows: they only report")
     command.add_argument(
         "--method", default="heft", choices=["heft", "lora", "reft", "heft_reversed", "heft_interleaved"]
     )

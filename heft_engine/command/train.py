@@ -15,6 +15,7 @@ from heft_engine.command.lifeline import die_with_parent, dump_stacks_on_signal
 from heft_engine.command.telling import print_event, telling_faults
 from heft_engine.config import LoraStage, ReftStage, TrainConfig, recipe
 from heft_engine.errors import ConfigError
+from heft_engine.report import FileField
 from heft_engine.rows import read_rows
 
 
@@ -34,6 +35,9 @@ class RunFile(BaseModel):
     model_dir: Path | None = None
     cache_dir: Path | None = None
     device: str | None = None
+    #: What a stage's cache may take; None is a quarter of the memory that is free when the stage starts.
+    cache_memory_bytes: int | None = None
+    cache_disk_bytes: int = 0
     #: Whether `config.model` may be any directory: a person's right, never a request's.
     allow_paths: bool = False
 
@@ -52,6 +56,7 @@ def run(options: argparse.Namespace) -> None:
 
 def _train(plan: RunFile, stop: threading.Event) -> None:
     from heft_engine.run import train
+    from heft_engine.sources import CacheBudget
 
     labels = plan.config.task.labels
     train(
@@ -69,6 +74,9 @@ def _train(plan: RunFile, stop: threading.Event) -> None:
         checkpoint_seconds=plan.checkpoint_seconds,
         resume=plan.resume,
         should_stop=stop.is_set,
+        cache=CacheBudget(
+            memory=plan.cache_memory_bytes, disk=plan.cache_disk_bytes, directory=plan.out.parent
+        ),
     )
 
 
@@ -80,9 +88,9 @@ def _run_file(options: argparse.Namespace) -> RunFile:
         raise ConfigError(f"--{missing[0]} is needed (or --run-file)", param=missing[0])
     return RunFile(
         config=configure(options.model, options.method, options.set, options.seed),
-        train=options.train,
-        eval=options.eval,
-        test=options.test,
+        train=_rows(options, "training_file", options.train),
+        eval=_rows(options, "validation_file", options.eval) if options.eval else None,
+        test=_rows(options, "test_file", options.test) if options.test else None,
         out=options.out,
         checkpoint_dir=options.checkpoints,
         resume=options.resume,
@@ -91,6 +99,19 @@ def _run_file(options: argparse.Namespace) -> RunFile:
         device=options.device,
         allow_paths=True,
     )
+
+
+def _rows(options: argparse.Namespace, field: FileField, reference: str) -> Path:
+    """A path as it is; the rows of `hub:…` and `sample:…` are written beside the bundle first."""
+    if not reference.startswith(("hub:", "sample:")):
+        return Path(reference)
+    from heft_engine.prepare import Places, materialise
+
+    folder: Path = options.out.parent / f"{options.out.name}-rows"
+    folder.mkdir(parents=True, exist_ok=True)
+    path = materialise(field, reference, Places(out=folder, cache_dir=options.cache_dir))
+    assert path is not None
+    return path
 
 
 def configure(model: str, method: Any, settings: list[str], seed: int) -> TrainConfig:
