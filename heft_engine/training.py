@@ -252,7 +252,11 @@ class StageRun:
             raise Stopped("stopped at a checkpoint, as asked")
 
     def _tensors(self) -> dict[str, Tensor]:
-        """All that the stage continues from: raw parameters, Adam's state, the best parameters so far."""
+        """All that the stage continues from: raw parameters, Adam's state, the best parameters so far.
+
+        Raises TrainingError instead of letting a checkpoint keep a broken constraint.
+        """
+        self.trainable.check()
         tensors = {f"buffer/{name}": tensor for name, tensor in self.trainable.buffers().items()}
         if self.before is not None:
             tensors["before"] = self.before
