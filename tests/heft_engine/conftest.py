@@ -1,0 +1,17 @@
+"""Tiny random models, made once a session; one thread, because tiny products only lose by more."""
+
+from collections.abc import Iterator
+
+import pytest
+import torch
+from tiny_models import make_tiny_model, tiny_llama_dir
+
+__all__ = ["make_tiny_model", "tiny_llama_dir"]
+
+
+@pytest.fixture(autouse=True, scope="module")
+def _one_thread() -> Iterator[None]:
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)

@@ -1,0 +1,113 @@
+"""The engine's own runs on tiny models and few rows, float32 on one thread."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from heft_engine.base_models import resolve_path
+from heft_engine.bundle import Bundle
+from heft_engine.config import ReftStage, Stage, TrainConfig
+from heft_engine.encoding import Encoder, Example
+from heft_engine.events import Event
+from heft_engine.interventions import LoreftIntervention, Site
+from heft_engine.model import PackedLM
+from heft_engine.rows import Row, parse_row
+from heft_engine.run import Run, prepare
+from heft_engine.run_state import CheckpointWriter
+from heft_engine.sources import CacheBudget
+from heft_engine.training import derived_seed
+
+SEED = 3
+#: Prompts of 2 to 29 tokens: shorter than `f4+l3` asks for, and longer than the tiny models' windows.
+_PROMPTS = (
+    "a",
+    "b?",
+    "is it",
+    "the import system of the language",
+    "x y z " * 4,
+    "what do you say of it? " * 3,
+)
+_ANSWERS = (" true", " it is false", "no", " in the module")
+
+
+def text_rows(count: int = 16) -> list[Row]:
+    """Prompts of very different lengths with completions of a few tokens."""
+    return [
+        parse_row(
+            {
+                "prompt": _PROMPTS[i % len(_PROMPTS)] + str(i),
+                "completion": _ANSWERS[i % len(_ANSWERS)],
+            }
+        )
+        for i in range(count)
+    ]
+
+
+def yes_no_rows(count: int = 12) -> list[Row]:
+    """One supervised token a row."""
+    colours = ("red", "blue", "green")
+    return [
+        parse_row(
+            {
+                "passage": f"The box {'of number ' * (i % 4)}{i} is {colours[i % 3]}.",
+                "question": f"is box {i} red?",
+                "answer": "yes" if i % 3 == 0 else "no",
+            }
+        )
+        for i in range(count)
+    ]
+
+
+def reft(**settings: Any) -> ReftStage:
+    """A ReFT stage with pyreft's schedule (linear from the first step), quick enough for a tiny model."""
+    defaults = {"layers": [2], "n_epochs": 5, "batch_size": 4, "learning_rate": 1e-2, "warmup_ratio": 0.0}
+    return ReftStage.model_validate(defaults | settings)
+
+
+def prepared(
+    path: Path, stages: Sequence[Stage], rows: Sequence[Row], on_event: Callable[[Event], None], **config: Any
+) -> Run:
+    """A run of these stages with everything loaded."""
+    settings = TrainConfig(model=str(path), stages=list(stages), dtype="float32", seed=SEED, **config)
+    return prepare(settings, resolve_path(path), rows, (), (), "cpu", on_event, CacheBudget())
+
+
+def go(run: Run, out: Path) -> Bundle:
+    return run.go(out, CheckpointWriter(directory=None, seconds=0, on_event=run.on_event), lambda: False)
+
+
+def put_interventions(lm: PackedLM, stage: ReftStage) -> list[LoreftIntervention]:
+    """Fresh interventions where the stage will look for standing ones: it goes on with them, raw weights and all."""
+    torch.manual_seed(SEED)
+    assert stage.layers != "auto"
+    fresh = [LoreftIntervention(lm.hidden_size, stage.rank) for _ in stage.layers]
+    lm.sites.extend(
+        Site(layer=layer, positions=stage.positions, intervention=one)
+        for layer, one in zip(stage.layers, fresh, strict=True)
+    )
+    return fresh
+
+
+def step_losses(events: Sequence[Event]) -> list[float]:
+    return [event.data["loss"] for event in events if event.code == "METRICS"]
+
+
+def steps_of(run: Run) -> list[list[Example]]:
+    """The rows of the first stage's steps: their order is a function of seed, stage and epoch alone."""
+    stage = run.config.stages[0]
+    steps = []
+    for epoch in range(stage.n_epochs):
+        generator = torch.Generator().manual_seed(derived_seed(SEED, 0, epoch))
+        order = torch.randperm(len(run.examples), generator=generator).tolist()
+        size = stage.batch_size
+        steps += [[run.examples[i] for i in order[at : at + size]] for at in range(0, len(order), size)]
+    return steps
+
+
+def questions(encoder: Encoder, rows: Sequence[Row]) -> list[Example]:
+    """Rows as serving asks them: with every label as an answer."""
+    return [encoder.question(row) for row in rows]
