@@ -34,11 +34,19 @@ _SEGMENT = re.compile(r"[A-Za-z0-9_@+=-][A-Za-z0-9_.@+= -]{0,254}")
 
 
 FILES = "files"
+PREPARED = "prepared"
 
 
 def file_key(file_id: str) -> str:
     """Where an uploaded file's bytes are."""
     return f"{FILES}/{file_id}"
+
+
+def prepared_key(job_id: str, sha256: str) -> str:
+    """Where rows are that were made for a job out of a data set of the hub or a sample: by what they are, so
+    that all attempts at checking it write the same.
+    """
+    return f"{PREPARED}/{job_id}/{sha256}"
 
 
 def attempt_prefix(job_id: str, attempt: int) -> str:

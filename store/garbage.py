@@ -15,7 +15,7 @@ from sqlalchemy import ColumnElement, Update, func, select, update
 from sqlalchemy.orm import Session
 
 from store import files
-from store.artifacts import FILES, Artifacts, attempt_prefix, file_key
+from store.artifacts import FILES, PREPARED, Artifacts, attempt_prefix, file_key
 from store.clock import seconds
 from store.database import SessionFactory, transaction
 from store.errors import Damaged
@@ -63,6 +63,17 @@ def collect_uploads(
             with suppress(Damaged):  # another process was quicker
                 if artifacts.age_seconds(key) > quiet_seconds:
                     artifacts.delete(key)
+
+
+def collect_prepared(factory: SessionFactory, artifacts: Artifacts) -> None:
+    """Delete the rows that were made for jobs which have ended. Raises Unavailable."""
+    stored = artifacts.children(PREPARED)
+    for start in range(0, len(stored), _BATCH):
+        names = stored[start : start + _BATCH]
+        with transaction(factory) as session:
+            ended = session.scalars(select(Job.id).where(Job.id.in_(names), Job.finished_at.is_not(None)))
+        for job_id in ended:
+            artifacts.delete(f"{PREPARED}/{job_id}")
 
 
 def _given_up(session: Session) -> list[_Garbage]:

@@ -12,15 +12,11 @@ from functools import partial
 from pathlib import Path
 
 from store import files
+from store.artifacts import prepared_key
 from worker.attempt import Attempt
 
 #: The job's fields that name rows.
 FIELDS = ("training_file", "validation_file", "test_file")
-
-
-def prepared_prefix(job_id: str) -> str:
-    """Where the rows are that `prepare` made for a job; they go when it has ended."""
-    return f"prepared/{job_id}"
 
 
 def put_rows(attempt: Attempt, path: Path) -> str:
@@ -28,7 +24,7 @@ def put_rows(attempt: Attempt, path: Path) -> str:
     clash."""
     with path.open("rb") as file:
         sha256 = hashlib.file_digest(file, "sha256").hexdigest()
-    key = f"{prepared_prefix(attempt.claim.job_id)}/{sha256}"
+    key = prepared_key(attempt.claim.job_id, sha256)
     return attempt.patiently(partial(attempt.context.artifacts.put_file, key, path))
 
 
@@ -48,7 +44,7 @@ def fetch_rows(attempt: Attempt) -> dict[str, Path]:
     for field in FIELDS:
         if getattr(attempt.claim.spec, field) and field not in paths:
             sha256 = report["files"][field]["sha256"]
-            paths[field] = _fetch(attempt, field, f"{prepared_prefix(attempt.claim.job_id)}/{sha256}", sha256)
+            paths[field] = _fetch(attempt, field, prepared_key(attempt.claim.job_id, sha256), sha256)
     return paths
 
 

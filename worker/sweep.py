@@ -12,6 +12,7 @@ from worker.background import Chore
 from worker.context import Context
 
 _GARBAGE_SECONDS = 120.0
+_LISTING_SECONDS = 3_600.0
 _UPLOADS_SECONDS = 3600.0
 
 
@@ -33,6 +34,12 @@ def sweep(context: Context) -> None:
         context.hints.export(model_id, export_format)
 
 
+def collect_listed(context: Context) -> None:
+    """Delete what only a listing of the storage can find. Raises Unavailable."""
+    garbage.collect_uploads(context.sessions, context.artifacts)
+    garbage.collect_prepared(context.sessions, context.artifacts)
+
+
 def sweeping(context: Context) -> list[Chore]:
     return [
         Chore(name="sweep", seconds=context.settings.sweep_seconds, do=lambda: sweep(context)),
@@ -41,9 +48,5 @@ def sweeping(context: Context) -> list[Chore]:
             seconds=_GARBAGE_SECONDS,
             do=lambda: garbage.collect(context.sessions, context.artifacts),
         ),
-        Chore(
-            name="uploads",
-            seconds=_UPLOADS_SECONDS,
-            do=lambda: garbage.collect_uploads(context.sessions, context.artifacts),
-        ),
+        Chore(name="listed garbage", seconds=_LISTING_SECONDS, do=lambda: collect_listed(context)),
     ]

@@ -141,6 +141,16 @@ def test_an_upload_that_got_no_row_goes_after_a_day(bench, artifacts: Artifacts,
     assert stored(artifacts_url) == {f"files/{known}"}
 
 
+def test_rows_made_for_a_job_go_when_it_has_ended(bench, artifacts: Artifacts, artifacts_url: str) -> None:
+    claim = bench.running()
+    put(artifacts, f"prepared/{claim.job_id}/{SHA}")
+    garbage.collect_prepared(bench.factory, artifacts)
+    assert stored(artifacts_url) == {f"prepared/{claim.job_id}/{SHA}"}
+    bench.do(leases.finish_cancelled, claim)
+    garbage.collect_prepared(bench.factory, artifacts)
+    assert stored(artifacts_url) == set()
+
+
 def test_a_row_is_not_forgotten_before_its_bytes_are_gone(bench, artifacts: Artifacts, monkeypatch) -> None:
     file_id = bench.file()
     bench.do(files.delete, owner_id=OWNER, file_id=file_id)
