@@ -71,7 +71,8 @@ def collect_prepared(factory: SessionFactory, artifacts: Artifacts) -> None:
     for start in range(0, len(stored), _BATCH):
         names = stored[start : start + _BATCH]
         with transaction(factory) as session:
-            ended = session.scalars(select(Job.id).where(Job.id.in_(names), Job.finished_at.is_not(None)))
+            query = select(Job.id).where(Job.id.in_(names), Job.finished_at.is_not(None))
+            ended = list(session.scalars(query))
         for job_id in ended:
             artifacts.delete(f"{PREPARED}/{job_id}")
 
