@@ -211,6 +211,17 @@ def test_late_and_broken_replies_harm_nobody(client: httpx.Client, worker: Stand
     assert client.post("/predict", json=QUESTION).json()["answer"] == "yes"
 
 
+def test_lost_connections_to_the_broker_are_made_again(client: httpx.Client, worker: StandIn) -> None:
+    """As after a restart of the broker: all that the API holds are gone, and the next question is answered."""
+    assert client.post("/predict", json=QUESTION).status_code == 200
+    with redis.Redis.from_url(redis_py_url(worker._url)) as connection:
+        for held in connection.client_list():
+            if held["cmd"] != "brpop":  # what the stand-in waits with
+                connection.execute_command("CLIENT", "KILL", "ID", held["id"], "SKIPME", "yes")
+    for _ in range(3):
+        assert client.post("/predict", json=QUESTION).status_code == 200
+
+
 @pytest.mark.parametrize(
     ("body", "status", "param"),
     [

@@ -67,9 +67,14 @@ def test_it_starts_quickly_and_stays_small(served: Served) -> None:
     assert psutil.Process(served.process.pid).memory_info().rss < MAX_BYTES
 
 
-def test_it_ends_when_told_to(served: Served) -> None:
-    served.process.send_signal(signal.SIGTERM)
-    assert served.process.wait(15) in (0, -signal.SIGTERM)
+def test_it_ends_when_told_to_although_somebody_listens(served: Served, client: httpx.Client) -> None:
+    jobs = f"{served.url}/v1/fine_tuning/jobs"
+    job = client.post(jobs, json={"model": "smollm2-135m", "training_file": "sample:passages"}).json()
+    with client.stream("GET", f"{jobs}/{job['id']}/events?stream=true") as answer:
+        lines = answer.iter_lines()
+        next(lines)
+        served.process.send_signal(signal.SIGTERM)
+        assert served.process.wait(15) in (0, -signal.SIGTERM)
 
 
 def test_nothing_that_it_imports_imports_torch() -> None:

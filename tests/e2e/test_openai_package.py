@@ -1,0 +1,292 @@
+"""The unmodified openai package against the whole service: API, workers, Postgres, Valkey, a model that trains."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import httpx
+import openai
+import pytest
+from openai.types.fine_tuning import FineTuningJob
+from running_stack import HeftUp, heft_up
+
+from cli.home import Home
+from cli.process import wait_until
+
+MODEL = "tiny"
+YES_NO = [
+    {"question": f"is {number} an even number", "passage": "Numbers.", "answer": number % 2 == 0}
+    for number in range(24)
+]
+CHAT = [
+    {
+        "messages": [
+            {"role": "system", "content": "You count."},
+            {"role": "user", "content": f"After {number}?"},
+            {"role": "assistant", "content": f"{number + 1}"},
+        ]
+    }
+    for number in range(16)
+]
+
+
+@pytest.fixture(scope="module")
+def service(make_tiny_model: Callable[[str], Path]) -> Iterator[HeftUp]:
+    """`heft up` with one base model in its folder: a tiny random Llama."""
+    folder = Path(tempfile.mkdtemp(prefix="heft-test-", dir="/tmp"))
+    folder.chmod(0o711)
+    models = folder / "models"
+    models.mkdir()
+    shutil.copytree(make_tiny_model("llama"), models / MODEL)
+    try:
+        with heft_up(Home.at(folder / "home"), HEFT_MODEL_DIR=str(models), OMP_NUM_THREADS="1") as service:
+            yield service
+    finally:
+        shutil.rmtree(folder)
+
+
+@pytest.fixture(scope="module")
+def client(service: HeftUp) -> Iterator[openai.OpenAI]:
+    with openai.OpenAI(base_url=f"{service.record.url}/v1", api_key=service.key) as client:
+        yield client
+
+
+def jsonl(rows: list[dict[str, Any]]) -> bytes:
+    return "".join(json.dumps(row) + "\n" for row in rows).encode()
+
+
+def upload(client: openai.OpenAI, rows: list[dict[str, Any]]) -> str:
+    return client.files.create(file=("rows.jsonl", jsonl(rows)), purpose="fine-tune").id
+
+
+def small(**settings: Any) -> dict[str, Any]:
+    """A job of seconds, asked for with HEFT's own settings."""
+    stage = {"n_epochs": 1, "batch_size": 8, "rank": 2}
+    heft = {"lora": stage, "reft": {**stage, "layers": [2]}}
+    return {"method": {"type": "heft", "heft": heft}, "extra_body": {"max_length": 64, **settings}}
+
+
+def until(client: openai.OpenAI, job_id: str, *statuses: str) -> FineTuningJob:
+    """The job, once it is in one of these states."""
+    jobs = client.fine_tuning.jobs
+    assert wait_until(lambda: jobs.retrieve(job_id).status in statuses, seconds=150), jobs.retrieve(job_id)
+    return jobs.retrieve(job_id)
+
+
+class TestFiles:
+    def test_from_create_to_delete(self, client: openai.OpenAI) -> None:
+        content = jsonl(YES_NO)
+        created = client.files.create(file=("boolq.jsonl", content), purpose="fine-tune")
+        assert (created.object, created.filename, created.bytes) == ("file", "boolq.jsonl", len(content))
+
+        assert client.files.wait_for_processing(created.id) == created
+        assert client.files.retrieve(created.id) == created
+        assert client.files.content(created.id).read() == content
+
+        deleted = client.files.delete(created.id)
+        assert (deleted.id, deleted.deleted) == (created.id, True)
+        with pytest.raises(openai.NotFoundError):
+            client.files.retrieve(created.id)
+
+    def test_pages_are_turned_by_the_package(self, client: openai.OpenAI) -> None:
+        ids = [upload(client, YES_NO) for _ in range(5)]
+        assert [file.id for file in client.files.list(limit=2, order="desc")][:5] == ids[::-1]
+        first = client.files.list(limit=2)
+        assert first.has_next_page()
+        assert first.get_next_page().data[0].id == ids[2]
+
+
+class TestJobs:
+    def test_pause_resume_cancel(self, client: openai.OpenAI) -> None:
+        jobs = client.fine_tuning.jobs
+        job = jobs.create(
+            model=MODEL, training_file=upload(client, YES_NO), metadata={"run": "wishes"}, **small()
+        )
+        assert job.status == "validating_files"
+        assert isinstance(job.seed, int)
+
+        jobs.pause(job.id)
+        until(client, job.id, "paused")
+        jobs.resume(job.id)
+        jobs.cancel(job.id)
+        assert until(client, job.id, "cancelled").finished_at is not None
+
+        codes = [event.data["code"] for event in jobs.list_events(job.id, limit=2)]  # type: ignore[index]
+        assert (codes[0], codes[-1]) == ("CANCELLED", "CREATED")
+        assert {"PAUSED", "RESUMED"} <= set(codes)
+        with pytest.raises(openai.ConflictError) as refusal:
+            jobs.cancel(job.id)
+        assert refusal.value.code == "job_ended"
+
+    def test_lists_turn_pages_and_filter(self, client: openai.OpenAI) -> None:
+        jobs = client.fine_tuning.jobs
+        file_id = upload(client, YES_NO)
+        ids = [
+            jobs.create(model=MODEL, training_file=file_id, metadata={"run": "list"}, **small()).id
+            for _ in range(2)
+        ]
+        for job_id in ids:
+            jobs.cancel(job_id)
+        assert [job.id for job in jobs.list(limit=1, metadata={"run": "list"})] == ids[::-1]
+
+    def test_a_bad_row_fails_the_job_and_is_named(self, client: openai.OpenAI) -> None:
+        rows = [*YES_NO, {"question": "is it", "passage": "", "answer": "perhaps"}]
+        job = client.fine_tuning.jobs.create(model=MODEL, training_file=upload(client, rows))
+        failed = until(client, job.id, "failed", "succeeded")
+        assert failed.status == "failed"
+        assert failed.error is not None
+        assert failed.error.code == "invalid_training_file"
+        assert f"line {len(rows)}" in failed.error.message
+
+
+class TestErrors:
+    def test_not_found(self, client: openai.OpenAI) -> None:
+        with pytest.raises(openai.NotFoundError):
+            client.fine_tuning.jobs.retrieve("ftjob-none")
+        with pytest.raises(openai.NotFoundError):
+            client.fine_tuning.jobs.checkpoints.list("ftjob-none")
+        with pytest.raises(openai.NotFoundError):
+            client.models.retrieve("ft:nobody/knows:it")
+
+    def test_what_can_not_be(self, client: openai.OpenAI) -> None:
+        method: Any = {"type": "lora", "lora": {"rank": 0}}
+        with pytest.raises(openai.UnprocessableEntityError) as refusal:
+            client.fine_tuning.jobs.create(model=MODEL, training_file="sample:passages", method=method)
+        assert refusal.value.param == "method.lora.rank"
+        assert refusal.value.type == "invalid_request_error"
+        with pytest.raises(openai.BadRequestError):
+            client.post("/fine_tuning/jobs", content=b"{", cast_to=FineTuningJob)
+
+    def test_a_wrong_key(self, service: HeftUp) -> None:
+        with (
+            openai.OpenAI(base_url=f"{service.record.url}/v1", api_key="sk-wrong") as stranger,
+            pytest.raises(openai.AuthenticationError) as refusal,
+        ):
+            stranger.models.list()
+        assert refusal.value.code == "invalid_api_key"
+
+    def test_a_base_model_can_not_be_deleted(self, client: openai.OpenAI) -> None:
+        with pytest.raises(openai.PermissionDeniedError):
+            client.models.delete(MODEL)
+
+    def test_each_carries_its_request_id(self, client: openai.OpenAI) -> None:
+        with pytest.raises(openai.NotFoundError) as refusal:
+            client.files.retrieve("file-none")
+        assert refusal.value.request_id is not None
+        assert client.models.list()._request_id is not None
+
+
+@pytest.fixture(scope="module")
+def job(client: openai.OpenAI) -> FineTuningJob:
+    created = client.fine_tuning.jobs.create(
+        model=MODEL,
+        training_file=upload(client, YES_NO),
+        suffix="even",
+        seed=3,
+        **small(test_file=upload(client, YES_NO[:8]), task={"type": "yes_no"}),
+    )
+    job = until(client, created.id, "succeeded", "failed", "cancelled")
+    assert job.status == "succeeded", job.error
+    return job
+
+
+class TestATrainedModel:
+    def test_the_job_shows_what_came_of_it(self, client: openai.OpenAI, job: FineTuningJob) -> None:
+        extra = job.model_extra
+        assert extra is not None
+        assert (job.model, job.seed) == (MODEL, 3)
+        assert job.trained_tokens is not None
+        assert job.trained_tokens > 2 * len(YES_NO)
+        assert [result["stage"] for result in extra["evaluation"]["results"]] == ["base", "lora", "reft"]
+        assert (extra["evaluation"]["split"], extra["evaluation"]["n"]) == ("test", 8)
+        assert extra["parity"]
+        assert job.method is not None
+        heft = job.method.model_extra["heft"]  # type: ignore[index]
+        assert heft["reft"]["layers"] == [2]
+        assert isinstance(heft["lora"]["learning_rate"], float)  # "auto" is replaced by what was chosen
+        (results,) = job.result_files
+        assert client.files.retrieve(results).purpose == "fine-tune-results"
+        assert b"loss" in client.files.content(results).read().splitlines()[0]
+
+    def test_models_and_checkpoints(self, client: openai.OpenAI, service: HeftUp, job: FineTuningJob) -> None:
+        name = job.fine_tuned_model
+        assert name is not None
+        assert {MODEL, name} <= {model.id for model in client.models.list()}
+        assert client.models.retrieve(name).owned_by == job.organization_id
+
+        checkpoints = client.fine_tuning.jobs.checkpoints.list(job.id, limit=1)
+        stages = {item.fine_tuned_model_checkpoint: item.step_number for item in checkpoints}
+        assert set(stages) == {f"{name}:ckpt-lora", f"{name}:ckpt-reft"}
+        assert stages[f"{name}:ckpt-lora"] < stages[f"{name}:ckpt-reft"]
+
+        asked = [{"question": row["question"], "passage": row["passage"]} for row in YES_NO[:3]]
+        headers = {"Authorization": f"Bearer {service.key}"}
+        for model in (name, f"{name}:ckpt-lora", MODEL):
+            answer = httpx.post(
+                f"{service.record.url}/predict",
+                json={"model": model, "inputs": asked},
+                headers=headers,
+                timeout=60,
+            )
+            assert answer.status_code == 200, answer.text
+            for row in answer.json()["data"]:
+                assert row["answer"] in ("yes", "no")
+                assert sum(row["label_probabilities"].values()) == pytest.approx(1, abs=1e-6)
+
+        assert client.models.delete(name).deleted
+        with pytest.raises(openai.NotFoundError):
+            client.models.retrieve(name)
+
+
+#: A script as an OpenAI user has it today; the address and the key come from the package's own variables.
+SCRIPT = """
+import time
+from openai import OpenAI
+
+client = OpenAI()
+training = client.files.create(file=open("train.jsonl", "rb"), purpose="fine-tune")
+client.files.wait_for_processing(training.id, poll_interval=0.1)
+job = client.fine_tuning.jobs.create(training_file=training.id, model="gpt-4o-mini-2024-07-18"METHOD)
+while job.status not in ("succeeded", "failed", "cancelled"):
+    time.sleep(0.2)
+    job = client.fine_tuning.jobs.retrieve(job.id)
+for event in client.fine_tuning.jobs.list_events(fine_tuning_job_id=job.id, limit=10):
+    print(event.level, event.message)
+print(job.status, job.error, job.fine_tuned_model, job.hyperparameters.n_epochs, job.trained_tokens)
+print(len(client.fine_tuning.jobs.checkpoints.list(job.id).data), "checkpoints")
+"""
+
+
+@pytest.mark.parametrize(
+    "method",
+    ["", ', method={"type": "supervised", "supervised": {"hyperparameters": {"n_epochs": 1}}}'],
+    ids=["no method", "supervised"],
+)
+def test_a_script_of_today_runs_as_it_is(service: HeftUp, tmp_path: Path, method: str) -> None:
+    (tmp_path / "train.jsonl").write_bytes(jsonl(CHAT))
+    script = SCRIPT.replace("METHOD", method).replace("gpt-4o-mini-2024-07-18", MODEL)
+    environment = {"OPENAI_BASE_URL": f"{service.record.url}/v1", "OPENAI_API_KEY": service.key}
+    result = subprocess.run(
+        [sys.executable, "-c", script],
+        cwd=tmp_path,
+        env={"PATH": os.environ["PATH"], **environment},
+        capture_output=True,
+        text=True,
+        timeout=200,
+        check=True,
+    )
+    *events, ended, checkpoints = result.stdout.splitlines()
+    status, error, model, n_epochs, tokens = ended.split()
+    assert (status, error, n_epochs) == ("succeeded", "None", "1" if method else "3"), result.stdout
+    assert model.startswith(f"ft:{MODEL}:")
+    assert int(tokens) > 0
+    assert len(events) > 10
+    assert checkpoints == "2 checkpoints"
