@@ -32,9 +32,11 @@ from __future__ import annotations
 
 import hashlib
 import json
+import string
 from dataclasses import asdict, dataclass, replace
 from typing import Any, cast
 
+from jinja2 import TemplateError
 from transformers import PreTrainedTokenizerBase
 
 from heft_engine.config import TaskSettings, TaskType
@@ -211,12 +213,11 @@ class Encoder:
         return tuple(ids), truncated
 
     def _render(self, row: Row, passage: str, labels: tuple[str, ...]) -> list[int]:
-        template = self.task.template
         choices = "\n".join(f"- {label}" for label in labels) if self.task.type == "choice" else ""
-        for name, value in (("{passage}", passage), ("{choices}", choices)):
-            if not value:
-                template = template.replace(name + "\n", "")
-        question = (row.question or "").strip().rstrip("?").rstrip() + "?"
+        absent = {name for name, value in (("{passage}", passage), ("{choices}", choices)) if not value}
+        lines = self.task.template.split("\n")
+        template = "\n".join(line for line in lines if line.strip() not in absent)
+        question = (row.question or "").strip().rstrip("?" + string.whitespace) + "?"
         fields = {"passage": passage, "choices": choices, "question": question}
         return self._bos + self.text(_fill(template, fields))
 
@@ -230,12 +231,18 @@ class Encoder:
     def _conversation(self, turns: tuple[Message, ...], answer: str | None) -> Example:
         if self.task.type != "text":
             raise RowError(f"this row has messages, the task is {self.task.type}", param="messages")
-        text = self.tokenizer.apply_chat_template(
-            [{"role": turn.role, "content": turn.content} for turn in turns],
-            chat_template=self.tokenizer.chat_template or PLAIN_CHAT,
-            add_generation_prompt=True,
-            tokenize=False,
-        )
+        try:
+            text = self.tokenizer.apply_chat_template(
+                [{"role": turn.role, "content": turn.content} for turn in turns],
+                chat_template=self.tokenizer.chat_template or PLAIN_CHAT,
+                add_generation_prompt=True,
+                tokenize=False,
+            )
+        except TemplateError as error:
+            # Many templates know no system turn, or insist on user and assistant in turns.
+            raise RowError(
+                f"this model's chat template refuses the conversation: {error}", param="messages"
+            ) from error
         return self._free(self.text(cast(str, text)), answer, "messages")
 
     def _free(self, prompt: list[int], answer: str | None, param: str) -> Example:
