@@ -12,6 +12,7 @@ from heft_engine.base_models import resolve
 from heft_engine.bundle import Bundle, StoredSite
 from heft_engine.config import ReftStage, TrainConfig
 from heft_engine.devices import choose_device
+from heft_engine.outcome import write_outcome
 from heft_engine.pyreft_format import read_pyreft
 from heft_engine.rows import Row
 from heft_engine.run import prepare
@@ -43,7 +44,7 @@ def import_pyreft(
     run = prepare(config, base, rows, (), (), device or choose_device(), lambda event: None, CacheBudget())
     run.lm.sites.extend(stored.site(run.lm.hidden_size) for stored in sites)
     run.state.stage_index = len(stages)
-    return run.write(out_dir)
+    return write_outcome(run, out_dir)
 
 
 def reft_stages(sites: Sequence[StoredSite]) -> list[ReftStage]:

@@ -17,35 +17,28 @@ import torch
 from heft_engine import lora, signatures
 from heft_engine.attention import IMPLEMENTATION
 from heft_engine.base_models import BaseModel, load_model, load_tokenizer, resolve
-from heft_engine.bundle import (
-    BaseRecord,
-    Bundle,
-    BundleInfo,
-    Probe,
-    package_versions,
-    read_bundle,
-    write_bundle,
-)
+from heft_engine.bundle import Bundle, Probe
 from heft_engine.config import LoraStage, ReftStage, TrainConfig
 from heft_engine.devices import choose_device, choose_dtype, dtype_name
-from heft_engine.encoding import Encoder, Example, Task, tokenizer_hash
+from heft_engine.encoding import Encoder, Example, Task
 from heft_engine.errors import ConfigError, RowError
 from heft_engine.evaluation import evaluate, mean_loss
 from heft_engine.events import Event, OnEvent
 from heft_engine.general_text import general_examples
 from heft_engine.lora import LoraAdapter
 from heft_engine.model import PackedLM
-from heft_engine.model_files import inspect, weights_hash
-from heft_engine.parity import float32_copy, merge_and_verify
+from heft_engine.model_files import inspect
+from heft_engine.outcome import write_outcome
+from heft_engine.parity import merge_and_verify
 from heft_engine.resolve import resolve_max_length, resolve_stage
 from heft_engine.rows import Row, infer_task
 from heft_engine.run_state import CheckpointWriter, RunState, load_checkpoint
-from heft_engine.scoring import score
 from heft_engine.sources import CacheBudget, CachePlan, plan_cache
 from heft_engine.suffix_cache import Boundary
 from heft_engine.trainables import LoraTrainable, ReftTrainable
 from heft_engine.training import Hooks, Progress, StageRun, derived_seed
 
+#: Probe rows are a few short ones, because they also run in float32 on the CPU.
 PROBE_ROWS = 8
 _PROBE_CANDIDATES = 64
 
@@ -136,9 +129,8 @@ def _supervised(encoder: Encoder, rows: Sequence[Row]) -> list[Example]:
     return [example.supervised() for row in rows for example in encoder.encode(row)]
 
 
-def _shortest(examples: Sequence[Example]) -> list[Example]:
-    """Probe rows: a few short ones, because they also run in float32 on the CPU."""
-    return sorted(examples[:_PROBE_CANDIDATES], key=lambda example: len(example.prompt))[:PROBE_ROWS]
+def _prompt_length(example: Example) -> int:
+    return len(example.prompt)
 
 
 @dataclass(kw_only=True)
@@ -157,10 +149,15 @@ class Run:
     on_event: OnEvent
     cache: CacheBudget
     state: RunState = field(default_factory=RunState)
+    probed: tuple[int, Probe, float] | None = (
+        None  #: after which stage, the probe rows' scores, their tolerance
+    )
     adapters: list[LoraAdapter] = field(default_factory=list)
 
     def __post_init__(self) -> None:
-        self.probe = _shortest(self.examples)
+        self.probe = sorted(self.examples[:_PROBE_CANDIDATES], key=_prompt_length)[:PROBE_ROWS]
+        rows = [(row, example) for row in self.probe_row_source for example in self.encoder.encode(row)]
+        self.probe_rows = sorted(rows, key=lambda pair: _prompt_length(pair[1]))[:PROBE_ROWS]
         self.general = [example.supervised() for example in general_examples(self.encoder)]
         per_stage = [
             stage.n_epochs * -(-len(self.examples) // stage.batch_size) for stage in self.config.stages
@@ -187,7 +184,7 @@ class Run:
             self._evaluate("base", None)
         for index in range(self.state.stage_index, len(self.config.stages)):
             self._stage(index, writer, should_stop)
-        bundle = self.write(out_dir)
+        bundle = write_outcome(self, out_dir)
         data = {
             "bundle": str(out_dir),
             "evaluation": bundle.info.evaluation,
@@ -270,7 +267,14 @@ class Run:
             tokens=progress.tokens,
             general_loss=self.state.general_loss[-1],
         )
-        writer.stage(self.state, self.first_steps[index + 1], self.config, self.write, stage.type, index)
+        writer.stage(
+            self.state,
+            self.first_steps[index + 1],
+            self.config,
+            lambda path: write_outcome(self, path),
+            stage.type,
+            index,
+        )
 
     def _plan_caches(self, boundary: Boundary) -> tuple[CachePlan, CachePlan]:
         """For training and validation rows: as a checkpoint says, else by the budget, training rows first."""
@@ -313,69 +317,6 @@ class Run:
         for signature in filter(None, found):
             data = {"signature": signature.name, "stage": stage.type, "stage_index": index}
             self.on_event(Event(code="WARNING", message=signature.message, level="warn", data=data))
-
-    # -- what it leaves behind --------------------------------------------------------------------------------------
-
-    def write(self, out_dir: Path) -> Bundle:
-        """The bundle of the result so far, checked against training's own prompts and positions."""
-        rows = [(row, example) for row in self.probe_row_source for example in self.encoder.encode(row)]
-        chosen = sorted(rows, key=lambda pair: len(pair[1].prompt))[:PROBE_ROWS]
-        examples = [example for _, example in chosen]
-        totals = [scores.totals for scores in score(self.lm, examples)]
-        info = BundleInfo(
-            method=self.config.method,
-            stages=[stage.model_dump() for stage in self.config.stages[: self.state.stage_index]],
-            base_model=BaseRecord(
-                reference=self.base.reference,
-                source=self.base.source,
-                revision=self.base.revision,
-                model_type=self.lm.config.model_type,
-                weights_sha256=weights_hash(self.base.path),
-            ),
-            task=self.encoder.task.to_json(),
-            tokenizer_sha256=tokenizer_hash(self.encoder.tokenizer),
-            dtype=dtype_name(self.lm.dtype),
-            max_length=self.encoder.max_length,
-            seed=self.config.seed,
-            max_new_tokens=self._max_new_tokens(),
-            evaluation=self.evaluation(),
-            parity=self.state.parity,
-            probe_tolerance=self._probe_tolerance(examples, totals),
-            versions=package_versions(),
-        )
-        probe = Probe(examples=examples, scores=totals)
-        write_bundle(out_dir, info, self.adapters, list(self.lm.sites), self.encoder.tokenizer, probe)
-        bundle = read_bundle(out_dir)
-        signatures.check_positions(bundle, self.encoder, [row for row, _ in chosen])
-        return bundle
-
-    def evaluation(self) -> dict[str, Any] | None:
-        """The job's evaluation so far: None without rows to evaluate on."""
-        results = [record for record in self.state.evaluations if "accuracy" in record]
-        if not results:
-            return None
-        kept = ("stage", "stage_index", "accuracy", "correct", "interval_95")
-        return {
-            "n": results[0]["n"],
-            "metric": results[0]["metric"],
-            "split": self.split,
-            "held_out": self.split == "test",
-            "results": [{name: record[name] for name in kept} for record in results],
-            "general_loss": self.state.general_loss,
-        }
-
-    def _max_new_tokens(self) -> int:
-        longest = max(example.supervised_tokens for example in self.examples)
-        return min(max(64, longest), 1_024)
-
-    def _probe_tolerance(self, examples: list[Example], totals: list[tuple[float, ...]]) -> float:
-        """How far a probe score may lie elsewhere: four times what the dtype alone moves it, at least 1e-3."""
-        exact = float32_copy(self.lm)
-        exact.sites.extend(self.lm.sites)
-        pairs = zip(score(exact, examples), totals, strict=True)
-        noise = max(abs(a - b) for one, other in pairs for a, b in zip(one.totals, other, strict=True))
-        exact.sites.clear()
-        return max(1e-3, 4 * noise)
 
     # -- what it says -----------------------------------------------------------------------------------------------
 

@@ -1,0 +1,103 @@
+"""What a run leaves behind: its bundle, with probe rows, evaluation and parity, checked against training itself.
+
+It does NOT train, and it does not decide where bundles go.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from heft_engine import signatures
+from heft_engine.bundle import (
+    BaseRecord,
+    Bundle,
+    BundleInfo,
+    Probe,
+    package_versions,
+    read_bundle,
+    write_bundle,
+)
+from heft_engine.devices import dtype_name
+from heft_engine.encoding import tokenizer_hash
+from heft_engine.model import PackedLM
+from heft_engine.model_files import weights_hash
+from heft_engine.parity import float32_copy
+from heft_engine.scoring import score
+
+if TYPE_CHECKING:
+    from heft_engine.run import Run
+
+#: A text task's answers may be as long as the longest that was trained on, within these bounds (tokens).
+LEAST_NEW_TOKENS, MOST_NEW_TOKENS = 64, 1_024
+
+
+def write_outcome(run: Run, out_dir: Path) -> Bundle:
+    """The bundle of the result so far. Raises TrainingError when serving would see other prompts than training."""
+    probe, tolerance = _probe(run)
+    info = BundleInfo(
+        method=run.config.method,
+        stages=[stage.model_dump() for stage in run.config.stages[: run.state.stage_index]],
+        base_model=BaseRecord(
+            reference=run.base.reference,
+            source=run.base.source,
+            revision=run.base.revision,
+            model_type=run.lm.config.model_type,
+            weights_sha256=weights_hash(run.base.path),
+        ),
+        task=run.encoder.task.to_json(),
+        tokenizer_sha256=tokenizer_hash(run.encoder.tokenizer),
+        dtype=dtype_name(run.lm.dtype),
+        max_length=run.encoder.max_length,
+        seed=run.config.seed,
+        max_new_tokens=_max_new_tokens(run),
+        evaluation=evaluation(run),
+        parity=run.state.parity,
+        probe_tolerance=tolerance,
+        versions=package_versions(),
+    )
+    write_bundle(out_dir, info, run.adapters, list(run.lm.sites), run.encoder.tokenizer, probe)
+    bundle = read_bundle(out_dir)
+    signatures.check_positions(bundle, run.encoder, [row for row, _ in run.probe_rows])
+    return bundle
+
+
+def evaluation(run: Run) -> dict[str, Any] | None:
+    """The job's evaluation so far: None without rows to evaluate on."""
+    results = [record for record in run.state.evaluations if "accuracy" in record]
+    if not results:
+        return None
+    kept = ("stage", "stage_index", "accuracy", "correct", "interval_95")
+    return {
+        "n": results[0]["n"],
+        "metric": results[0]["metric"],
+        "split": run.split,
+        "held_out": run.split == "test",
+        "results": [{name: record[name] for name in kept} for record in results],
+        "general_loss": run.state.general_loss,
+    }
+
+
+def _probe(run: Run) -> tuple[Probe, float]:
+    """The probe rows' scores and their tolerance, computed once a stage: its checkpoint and the end both write them."""
+    if run.probed is None or run.probed[0] != run.state.stage_index:
+        examples = [example for _, example in run.probe_rows]
+        totals = [scores.totals for scores in score(run.lm, examples)]
+        probe = Probe(examples=examples, scores=totals)
+        run.probed = (run.state.stage_index, probe, _tolerance(run.lm, probe))
+    return run.probed[1], run.probed[2]
+
+
+def _tolerance(lm: PackedLM, probe: Probe) -> float:
+    """How far a probe score may lie elsewhere: four times what the dtype alone moves it, at least 1e-3."""
+    exact = float32_copy(lm)
+    exact.sites.extend(lm.sites)
+    pairs = zip(score(exact, probe.examples), probe.scores, strict=True)
+    noise = max(abs(a - b) for one, other in pairs for a, b in zip(one.totals, other, strict=True))
+    exact.sites.clear()
+    return max(1e-3, 4 * noise)
+
+
+def _max_new_tokens(run: Run) -> int:
+    longest = max(example.supervised_tokens for example in run.examples)
+    return min(max(LEAST_NEW_TOKENS, longest), MOST_NEW_TOKENS)
