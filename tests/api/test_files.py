@@ -46,6 +46,12 @@ def test_a_file_goes_in_and_comes_out_as_it_was(client: httpx.Client) -> None:
     assert answer.headers["content-length"] == str(len(content))
 
 
+@pytest.mark.parametrize("name", ["zeilen ü 行.jsonl", 'a "b".jsonl', "a;b.jsonl", "../../etc/passwd"])
+def test_a_file_keeps_its_name(client: httpx.Client, name: str) -> None:
+    created = upload(client, files={"file": (name, ROW)}).json()
+    assert created["filename"] in (name, name.replace('"', "%22"))  # as httpx escapes a quote
+
+
 def test_a_deleted_file_is_gone_at_once_and_its_bytes_wait_for_the_sweep(
     client: httpx.Client, new_files: NewFiles
 ) -> None:

@@ -67,6 +67,26 @@ def test_it_starts_quickly_and_stays_small(served: Served) -> None:
     assert psutil.Process(served.process.pid).memory_info().rss < MAX_BYTES
 
 
+def test_a_large_file_is_never_whole_in_memory(served: Served, client: httpx.Client) -> None:
+    """100 MB in and out, and the process is hardly larger than before."""
+    pieces, piece = 100, b"x" * 1_000_000
+
+    def form() -> Iterator[bytes]:
+        yield b'--b\r\nContent-Disposition: form-data; name="purpose"\r\n\r\nfine-tune\r\n'
+        yield b'--b\r\nContent-Disposition: form-data; name="file"; filename="rows.jsonl"\r\n\r\n'
+        yield from (piece for _ in range(pieces))
+        yield b"\r\n--b--\r\n"
+
+    process = psutil.Process(served.process.pid)
+    before = process.memory_info().rss
+    headers = {"Content-Type": "multipart/form-data; boundary=b"}
+    created = client.post(f"{served.url}/v1/files", content=form(), headers=headers).json()
+    assert created["bytes"] == pieces * len(piece)
+    with client.stream("GET", f"{served.url}/v1/files/{created['id']}/content") as answer:
+        assert sum(len(chunk) for chunk in answer.iter_bytes()) == created["bytes"]
+    assert process.memory_info().rss - before < 40 * 1024**2
+
+
 def test_it_ends_when_told_to_although_somebody_listens(served: Served, client: httpx.Client) -> None:
     jobs = f"{served.url}/v1/fine_tuning/jobs"
     job = client.post(jobs, json={"model": "smollm2-135m", "training_file": "sample:passages"}).json()
