@@ -167,17 +167,17 @@ def concatenate(adapters: list[LoraAdapter]) -> LoraAdapter:
             downs.append(down)
             ups.append(adapter.scaling * up)
         factors[module] = (torch.cat(downs), torch.cat(ups, dim=1))
-    targets = sorted({name for adapter in adapters for name in adapter.target_modules})
-    layers = [adapter.layers for adapter in adapters]
-    together = None if None in layers else sorted({i for some in layers for i in some or []})
+    first = adapters[0]
+    alike = all((a.target_modules, a.layers) == (first.target_modules, first.layers) for a in adapters)
+    # Full names where the stages differ: peft would look for every target in every layer.
     return LoraAdapter(
         factors=factors,
         scaling=1.0,
         rank=rank,
         alpha=float(rank),
-        target_modules=targets,
-        layers=together,
-        base_reference=adapters[0].base_reference,
+        target_modules=first.target_modules if alike else modules,
+        layers=first.layers if alike else None,
+        base_reference=first.base_reference,
     )
 
 
