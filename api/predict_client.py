@@ -72,13 +72,12 @@ class PredictClient:
         await self._redis.aclose()
 
     async def ask(
-        self, model: PredictModel, inputs: list[dict[str, Any]], intervention: Intervention
+        self, request_id: str, model: PredictModel, inputs: list[dict[str, Any]], intervention: Intervention
     ) -> list[PredictedRow]:
-        """The answers to `inputs`, in their order.
+        """The answers to `inputs`, in their order. `request_id` is no other request's.
 
         Raises Refused with the worker's reason, and Unavailable when no worker has answered in time.
         """
-        request_id = uuid.uuid4().hex
         message = PredictMessage(
             request_id=request_id,
             model=model,

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from fastapi import APIRouter
+from fastapi import APIRouter, Request
 
 from api.deps import Caller, Db, Held
 from api.schemas.predict import MAX_INPUTS, Answer, Prediction, Predictions, PredictRequest, Usage
@@ -15,13 +15,16 @@ router = APIRouter(tags=["Answers"])
 
 @router.post("/predict")
 @router.post("/v1/predict", include_in_schema=False)
-async def predict(body: PredictRequest, caller: Caller, db: Db, held: Held) -> Prediction | Predictions:
+async def predict(
+    request: Request, body: PredictRequest, caller: Caller, db: Db, held: Held
+) -> Prediction | Predictions:
     """Ask a fine-tuned model, a checkpoint or a base model one question, or up to 1,024 in `inputs`."""
     rows = body.rows()
     if len(rows) > MAX_INPUTS:
         raise TooLarge(f"at most {MAX_INPUTS:,} inputs at a time", param="inputs")
     model = await db(models.get, owner_id=caller.id, model_id=body.model)
     answers = await held.predict.ask(
+        request.state.request_id,
         _addressed(model),
         rows,
         Intervention(enabled=body.intervention.enabled, scale=body.intervention.scale),

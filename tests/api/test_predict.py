@@ -3,17 +3,15 @@
 from __future__ import annotations
 
 import json
-import queue
-import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import httpx
 import pytest
 import redis
-from kombu import Connection
+from stand_in_worker import StandIn, answered
 
 from store import models
 from store.database import SessionFactory, transaction
@@ -22,56 +20,6 @@ from store.settings import StoreSettings
 
 MODEL = "tiny"
 QUESTION = {"model": MODEL, "question": "is the sky blue", "passage": "The sky is blue."}
-Behaviour = Callable[[PredictMessage], dict[str, Any] | None]
-
-
-def answered(message: PredictMessage) -> dict[str, Any]:
-    """What a worker says: yes to everything, at one token a word."""
-    rows = [
-        {
-            "answer": "yes",
-            "probability": 0.75,
-            "label_probabilities": {"yes": 0.75, "no": 0.25},
-            "prompt_tokens": len(str(given.get("question")).split()),
-            "completion_tokens": 1,
-        }
-        for given in message["inputs"]
-    ]
-    return {"ok": {"data": rows}}
-
-
-class StandIn:
-    """An inference worker in a thread. `behaviour` gives the reply to a message, or None for silence."""
-
-    def __init__(self, redis_url: str) -> None:
-        self.behaviour: Behaviour = answered
-        self.heard: list[PredictMessage] = []
-        self._url = redis_url
-        self._ended = threading.Event()
-        self._thread = threading.Thread(target=self._work)
-
-    def __enter__(self) -> StandIn:
-        self._thread.start()
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self._ended.set()
-        self._thread.join()
-
-    def _work(self) -> None:
-        client = redis.Redis.from_url(redis_py_url(self._url))
-        with client, Connection(self._url) as broker, broker.SimpleQueue("predict", no_ack=True) as waiting:
-            while not self._ended.is_set():
-                try:
-                    message: PredictMessage = waiting.get(timeout=0.05).payload[0][0]
-                except queue.Empty:
-                    continue
-                self.heard.append(message)
-                reply = self.behaviour(message)
-                if reply is not None:
-                    client.rpush(
-                        message["reply_to"], json.dumps({"request_id": message["request_id"]} | reply)
-                    )
 
 
 @pytest.fixture(scope="module")
@@ -106,8 +54,9 @@ def test_one_question(client: httpx.Client, worker: StandIn, path: str) -> None:
 
 def test_the_message_tells_the_worker_all(client: httpx.Client, worker: StandIn) -> None:
     before = time.time()
-    client.post("/predict", json=QUESTION | {"intervention": {"enabled": False}})
+    answer = client.post("/predict", json=QUESTION | {"intervention": {"enabled": False}})
     (message,) = worker.heard
+    assert message["request_id"] == answer.headers["x-request-id"]
     assert message["model"] == {
         "id": MODEL,
         "kind": "base",
@@ -159,7 +108,7 @@ def test_replies_find_their_own_request(client: httpx.Client, worker: StandIn) -
         if len(held) % 2:
             return None
         first = held[-2]
-        with redis.Redis.from_url(redis_py_url(worker._url)) as connection:
+        with redis.Redis.from_url(redis_py_url(worker.url)) as connection:
             for waiting in (message, first):
                 reply = answered(waiting)
                 reply["ok"]["data"][0]["answer"] = waiting["inputs"][0]["question"]
@@ -204,7 +153,7 @@ def test_a_model_that_is_not_loaded_in_time_is_503(client: httpx.Client, worker:
 def test_late_and_broken_replies_harm_nobody(client: httpx.Client, worker: StandIn) -> None:
     client.post("/predict", json=QUESTION)
     reply_to = worker.heard[0]["reply_to"]
-    with redis.Redis.from_url(redis_py_url(worker._url)) as connection:
+    with redis.Redis.from_url(redis_py_url(worker.url)) as connection:
         late = json.dumps({"request_id": worker.heard[0]["request_id"]} | answered(worker.heard[0]))
         for payload in (late, b"\xff", b"[]", b"3", b"{}", b'{"request_id": []}'):
             connection.rpush(reply_to, payload)
@@ -214,7 +163,7 @@ def test_late_and_broken_replies_harm_nobody(client: httpx.Client, worker: Stand
 def test_lost_connections_to_the_broker_are_made_again(client: httpx.Client, worker: StandIn) -> None:
     """As after a restart of the broker: all that the API holds are gone, and the next question is answered."""
     assert client.post("/predict", json=QUESTION).status_code == 200
-    with redis.Redis.from_url(redis_py_url(worker._url)) as connection:
+    with redis.Redis.from_url(redis_py_url(worker.url)) as connection:
         for held in connection.client_list():
             if held["cmd"] != "brpop":  # what the stand-in waits with
                 connection.execute_command("CLIENT", "KILL", "ID", held["id"], "SKIPME", "yes")
