@@ -1,0 +1,94 @@
+"""One measurement in a process of its own, so that its peak memory is its own: one JSON line on stdout."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import resource
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from benchmarks import ours, peers, rows
+from heft_engine.config import LoraStage, ReftStage
+from heft_engine.devices import choose_dtype
+from heft_engine.packing import packed_length
+from heft_engine.resolve import auto_layer
+
+KINDS = ("stage1-ours", "stage1-peer", "stage2-ours", "stage2-states", "stage2-peer", "job-ours", "job-peer")
+
+
+def matrix_rate(dtype: torch.dtype, seconds: float = 1.0) -> float:
+    """Floating-point operations a second of a large square product, here and now."""
+    a = torch.randn(4_096, 4_096).to(dtype)
+    a @ a
+    began, count = time.perf_counter(), 0
+    while time.perf_counter() - began < seconds:
+        a @ a
+        count += 1
+    return float(2 * 4_096**3 * count / (time.perf_counter() - began))
+
+
+def measure(options: argparse.Namespace) -> dict[str, Any]:
+    base = rows.base_model(options.model)
+    found = rows.examples(base, options.data, options.rows)
+    dtype = choose_dtype("auto", "cpu")
+    lora = LoraStage(
+        n_epochs=options.epochs,
+        batch_size=options.batch_size,
+        learning_rate=5e-4,
+        rank=options.rank * 2,
+        target_modules=["q_proj", "v_proj"],
+    )
+    reft = ReftStage(
+        n_epochs=options.epochs, batch_size=options.batch_size, learning_rate=2e-3, rank=options.rank
+    )
+    rate = matrix_rate(dtype)
+    kind = options.kind
+    stages: list[dict[str, Any]] = []
+    if kind.endswith("-peer"):
+        model = peers.load(base.path, dtype)
+        reft = reft.model_copy(
+            update={"layers": [options.layer or auto_layer(model.config.num_hidden_layers)]}
+        )
+        if not kind.startswith("stage2"):
+            model, result = peers.train_lora(model, base.path, lora, found)
+            stages.append(result)
+        if not kind.startswith("stage1"):
+            stages.append(peers.train_reft(model, base.path, reft, found))
+    else:
+        lm = rows.packed_model(base)
+        reft = reft.model_copy(update={"layers": [options.layer or auto_layer(lm.n_layers)]})
+        if not kind.startswith("stage2"):
+            stages.append(ours.train(lm, lora, found))
+        if not kind.startswith("stage1"):
+            stages.append(ours.train(lm, reft, found, "states" if kind.endswith("states") else "keys_values"))
+    return {
+        "kind": kind,
+        "stages": stages,
+        "tokens": sum(map(packed_length, found)),
+        "rows": len(found),
+        "dtype": str(dtype).removeprefix("torch."),
+        "threads": torch.get_num_threads(),
+        "matrix_rate": rate,
+        "peak_bytes": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1_024,
+    }
+
+
+def parser() -> argparse.ArgumentParser:
+    top = argparse.ArgumentParser(prog="python -m benchmarks.measure", description=__doc__)
+    top.add_argument("kind", choices=KINDS)
+    top.add_argument("--model", default="smollm2-135m")
+    top.add_argument("--data", type=Path, help="rows, JSON lines; default: the sample `passages`")
+    top.add_argument("--rows", type=int, default=64)
+    top.add_argument("--epochs", type=int, default=1)
+    top.add_argument("--batch-size", type=int, default=8)
+    top.add_argument("--rank", type=int, default=4, help="of LoReFT; LoRA's is twice that")
+    top.add_argument("--layer", type=int)
+    return top
+
+
+if __name__ == "__main__":
+    print(json.dumps(measure(parser().parse_args())))
