@@ -10,6 +10,7 @@ from dataclasses import dataclass
 
 import httpx
 import pytest
+from api_calls import JOBS, create
 from fastapi import FastAPI
 
 from api.app import create_app
@@ -18,18 +19,11 @@ from store import leases
 from store.database import SessionFactory, transaction
 from store.settings import StoreSettings
 
-JOBS = "/v1/fine_tuning/jobs"
-
 
 @dataclass(frozen=True, kw_only=True)
 class Sent:
     seq: int
     code: str
-
-
-def create(client: httpx.Client) -> str:
-    answer = client.post(JOBS, json={"model": "smollm2-135m", "training_file": "sample:passages"})
-    return str(answer.json()["id"])
 
 
 def read(lines: Iterator[str]) -> Iterator[Sent]:
@@ -52,7 +46,7 @@ def follow(client: httpx.Client, job_id: str, **headers: str) -> list[Sent]:
 
 
 def test_what_was_is_replayed_and_the_stream_ends_with_the_job(client: httpx.Client) -> None:
-    job_id = create(client)
+    job_id = create(client)["id"]
     for wish in ("pause", "resume", "cancel"):
         client.post(f"{JOBS}/{job_id}/{wish}")
 
@@ -64,7 +58,7 @@ def test_what_was_is_replayed_and_the_stream_ends_with_the_job(client: httpx.Cli
 
 @pytest.mark.parametrize("seen", range(5))
 def test_a_reader_that_comes_back_misses_nothing(client: httpx.Client, seen: int) -> None:
-    job_id = create(client)
+    job_id = create(client)["id"]
     for wish in ("pause", "resume", "cancel"):
         client.post(f"{JOBS}/{job_id}/{wish}")
     sent = follow(client, job_id, **{"Last-Event-ID": str(seen)})
@@ -72,7 +66,7 @@ def test_a_reader_that_comes_back_misses_nothing(client: httpx.Client, seen: int
 
 
 def test_more_events_than_one_batch_come_in_order(client: httpx.Client, sessions: SessionFactory) -> None:
-    job_id = create(client)
+    job_id = create(client)["id"]
     with transaction(sessions) as session:
         claim = leases.claim(session, job_id=job_id, worker_id="w", purpose="prepare")
         assert claim is not None
@@ -83,7 +77,7 @@ def test_more_events_than_one_batch_come_in_order(client: httpx.Client, sessions
 
 
 def test_a_live_reader_sees_each_event_as_it_comes(client: httpx.Client) -> None:
-    job_id = create(client)
+    job_id = create(client)["id"]
     with client.stream("GET", f"{JOBS}/{job_id}/events?stream=true") as answer:
         sent = read(answer.iter_lines())
         assert next(sent).code == "CREATED"
@@ -97,7 +91,7 @@ def test_a_live_reader_sees_each_event_as_it_comes(client: httpx.Client) -> None
 
 def test_twenty_readers_hold_no_connection(client: httpx.Client) -> None:
     """More readers than the pool has connections, and the API goes on answering beside them."""
-    job_id = create(client)
+    job_id = create(client)["id"]
     done: list[list[Sent]] = []
     limits = httpx.Limits(max_connections=40)
     with httpx.Client(base_url=client.base_url, headers=client.headers, limits=limits, timeout=20) as readers:
@@ -118,7 +112,7 @@ def test_a_silent_stream_is_kept_alive(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setattr(routes, "HEARTBEAT_SECONDS", 0.05)
-    job_id = create(client)
+    job_id = create(client)["id"]
     with (
         serving(create_app(settings)) as url,
         client.stream("GET", f"{url}{JOBS}/{job_id}/events?stream=true") as answer,
@@ -129,5 +123,5 @@ def test_a_silent_stream_is_kept_alive(
 
 @pytest.mark.parametrize("last", ["-1", "x", str(2**64)])
 def test_a_place_that_can_not_be_is_refused(client: httpx.Client, last: str) -> None:
-    answer = client.get(f"{JOBS}/{create(client)}/events?stream=true", headers={"Last-Event-ID": last})
+    answer = client.get(f"{JOBS}/{create(client)['id']}/events?stream=true", headers={"Last-Event-ID": last})
     assert (answer.status_code, answer.json()["error"]["param"]) == (422, "last-event-id")

@@ -15,6 +15,7 @@ import httpx
 import psutil
 import psycopg
 import pytest
+from api_calls import JOBS, MINIMAL
 from fastapi import FastAPI
 
 from api.app import create_app
@@ -22,8 +23,6 @@ from store import models
 from store.database import SessionFactory, transaction
 from store.settings import StoreSettings
 
-JOBS = "/v1/fine_tuning/jobs"
-JOB = {"model": "smollm2-135m", "training_file": "sample:passages"}
 QUESTION = {"model": "tiny", "question": "is it so"}
 Serving = Callable[[FastAPI], AbstractContextManager[str]]
 
@@ -70,7 +69,7 @@ class TestBroker:
     def test_jobs_are_taken_and_questions_refused(self, url: str, client: httpx.Client) -> None:
         for _ in range(3):
             with timed(1):
-                assert client.post(url + JOBS, json=JOB).status_code == 200
+                assert client.post(url + JOBS, json=MINIMAL).status_code == 200
         assert len(client.get(JOBS).json()["data"]) == 3
 
         with timed(5):
@@ -118,7 +117,7 @@ class TestDatabase:
             ("GET", "/v1/files", {}),
             ("POST", "/v1/files", {"files": {"file": ("x", b"{}")}, "data": {"purpose": "fine-tune"}}),
             ("GET", JOBS, {}),
-            ("POST", JOBS, {"json": JOB}),
+            ("POST", JOBS, {"json": MINIMAL}),
             ("GET", f"{JOBS}/x/events?stream=true", {}),
             ("GET", "/v1/models", {}),
             ("POST", "/predict", {"json": QUESTION}),
@@ -144,8 +143,8 @@ def test_after_a_frozen_database_everything_goes_on(
 ) -> None:
     """What was refused was not done later behind the caller's back."""
     with frozen_postgres(stack.postgres_socket_folder):
-        assert client.post(JOBS, json=JOB).status_code == 503
-    assert client.post(JOBS, json=JOB).status_code == 200
+        assert client.post(JOBS, json=MINIMAL).status_code == 503
+    assert client.post(JOBS, json=MINIMAL).status_code == 200
     assert len(client.get(JOBS).json()["data"]) == 1
 
 

@@ -9,11 +9,13 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 import httpx
 import psutil
 import pytest
+from api_calls import JOBS, create
 
 from store.settings import StoreSettings
 
@@ -28,8 +30,8 @@ class Served:
     started_in: float  #: processor seconds until /healthz answered
 
 
-@pytest.fixture
-def served(settings: StoreSettings) -> Iterator[Served]:
+@contextmanager
+def serving_process(settings: StoreSettings) -> Iterator[Served]:
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
@@ -57,6 +59,12 @@ def served(settings: StoreSettings) -> Iterator[Served]:
     finally:
         process.kill()
         process.wait()
+
+
+@pytest.fixture(scope="module")
+def served(settings: StoreSettings) -> Iterator[Served]:
+    with serving_process(settings) as served:
+        yield served
 
 
 def test_it_starts_quickly_and_stays_small(served: Served) -> None:
@@ -87,10 +95,14 @@ def test_a_large_file_is_never_whole_in_memory(served: Served, client: httpx.Cli
     assert process.memory_info().rss - before < 40 * 1024**2
 
 
-def test_it_ends_when_told_to_although_somebody_listens(served: Served, client: httpx.Client) -> None:
-    jobs = f"{served.url}/v1/fine_tuning/jobs"
-    job = client.post(jobs, json={"model": "smollm2-135m", "training_file": "sample:passages"}).json()
-    with client.stream("GET", f"{jobs}/{job['id']}/events?stream=true") as answer:
+def test_it_ends_when_told_to_although_somebody_listens(
+    settings: StoreSettings, client: httpx.Client
+) -> None:
+    job_id = create(client)["id"]
+    with (
+        serving_process(settings) as served,
+        client.stream("GET", f"{served.url}{JOBS}/{job_id}/events?stream=true") as answer,
+    ):
         lines = answer.iter_lines()
         next(lines)
         served.process.send_signal(signal.SIGTERM)
