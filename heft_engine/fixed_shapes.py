@@ -8,7 +8,10 @@ ones for the rest. The large height is the smallest that is seen to give the sma
 the model's layers on this machine; where none does, and for every other weight (the head, interventions), small
 blocks do the work.
 
-It does NOT know models beyond their linear layers.
+Activations have the same trouble on a CPU: float32 SiLU and tanh-GELU round differently in vector code and in the
+scalar code for what is left at the end of a thread's share. They run on few whole rows at a time.
+
+It does NOT know models beyond their linear layers and activations.
 """
 
 from __future__ import annotations
@@ -27,6 +30,9 @@ SMALL_ELSEWHERE = 256
 LARGE_CANDIDATES = (512, 768, 1_024, 1_536, 2_048, 3_072)
 #: A remainder above this share of a large block is padded to one: large blocks run three to four times as fast a row.
 PAD_ABOVE = 0.3
+#: Elements that torch gives to one thread whole, and a multiple of every vector loop's stride.
+_ONE_THREAD = 16_384
+_STRIDE = 64
 
 
 class FixedShapes(TorchFunctionMode):
@@ -50,9 +56,11 @@ class FixedShapes(TorchFunctionMode):
         args: tuple[Any, ...] = (),
         kwargs: dict[str, Any] | None = None,
     ) -> Any:
-        if func is not F.linear:
-            return func(*args, **(kwargs or {}))
-        return self.linear(*args, **(kwargs or {}))
+        if func is F.linear:
+            return self.linear(*args, **(kwargs or {}))
+        if func in (F.silu, F.gelu) and args[0].device.type == "cpu":
+            return _by_rows(func, *args, **(kwargs or {}))
+        return func(*args, **(kwargs or {}))
 
     def linear(self, x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
         """x (…, T, in) → (…, T, out), as F.linear."""
@@ -76,6 +84,14 @@ def _block(rows: Tensor, height: int, weight: Tensor, bias: Tensor | None) -> Te
     if len(rows) == height:
         return F.linear(rows, weight, bias)
     return F.linear(F.pad(rows, (0, 0, 0, height - len(rows))), weight, bias)[: len(rows)]
+
+
+def _by_rows(func: Callable[..., Tensor], x: Tensor, **options: Any) -> Tensor:
+    """An activation of x (…, T, width), whole rows at a time; rows of an odd width one by one."""
+    width = x.shape[-1]
+    height = max(1, _ONE_THREAD // width) if width % _STRIDE == 0 else 1
+    parts = [func(part, **options) for part in torch.split(x.reshape(-1, width), height)]
+    return torch.cat(parts).reshape(x.shape)
 
 
 @torch.inference_mode()

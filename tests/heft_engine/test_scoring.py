@@ -1,0 +1,184 @@
+"""Scores: what they are, and that a row's bits don't depend on what it is scored with."""
+
+from __future__ import annotations
+
+import math
+import random
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+from transformers import AutoModelForCausalLM
+
+from heft_engine import fixed_shapes, scoring
+from heft_engine.attention import IMPLEMENTATION
+from heft_engine.base_models import load_model, resolve_path
+from heft_engine.encoding import Example
+from heft_engine.fixed_shapes import LARGE_CANDIDATES, PAD_ABOVE, FixedShapes, calibrate
+from heft_engine.interventions import LoreftIntervention, Site
+from heft_engine.model import PackedLM
+from heft_engine.scoring import Scores, score
+
+MakeModel = Callable[[str], Path]
+
+
+def packed(path: Path, dtype: torch.dtype = torch.float32) -> PackedLM:
+    """With an intervention at the last prompt token: one row alone gives it a product of one row."""
+    lm = PackedLM(load_model(resolve_path(path), dtype=dtype, attention=IMPLEMENTATION))
+    torch.manual_seed(0)
+    intervention = LoreftIntervention(lm.hidden_size, 4)
+    intervention.freeze()
+    lm.sites.add(Site(layer=1, positions="l1", intervention=intervention.eval()))
+    return lm
+
+
+def questions(n: int) -> list[Example]:
+    """Prompts of 2 to 90 tokens, single labels and longer choices mixed."""
+    chance = random.Random(0)
+    examples = []
+    for index in range(n):
+        prompt = tuple(chance.randrange(5, 600) for _ in range(chance.randint(2, 90)))
+        choices = ((7,), (8,)) if index % 3 else ((7, 9, 11), (8,), (30, 31) * 9)
+        labels = tuple(map(str, range(len(choices))))
+        examples.append(Example(prompt=prompt, answers=choices, labels=labels, gold=0))
+    return examples
+
+
+def totals(lm: PackedLM, examples: list[Example]) -> list[tuple[float, ...]]:
+    return [one.totals for one in score(lm, examples)]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("threads", [1, 3])
+@pytest.mark.parametrize("family", ["llama", "gemma2", "gpt_neox"])
+def test_a_rows_bits_do_not_depend_on_its_neighbours(
+    make_tiny_model: MakeModel, family: str, threads: int, dtype: torch.dtype
+) -> None:
+    """Alone, with all others, in another order, in another number. Three threads cut work at odd places."""
+    torch.set_num_threads(threads)
+    lm, examples = packed(make_tiny_model(family), dtype), questions(24)
+    alone = [totals(lm, [example])[0] for example in examples]
+    assert len(set(alone)) == len(examples)
+    assert totals(lm, examples) == alone
+    assert totals(lm, examples[::-1]) == alone[::-1]
+    assert totals(lm, examples[3:20]) == alone[3:20]
+    assert totals(lm, examples * 3) == alone * 3
+
+
+def test_many_passes_say_what_one_says(tiny_llama_dir: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    lm, examples = packed(tiny_llama_dir), questions(30)
+    whole = totals(lm, examples)
+    monkeypatch.setattr(scoring, "TOKEN_BUDGET", 100)
+    assert totals(lm, examples) == whole
+    assert totals(lm, []) == []
+
+
+def test_totals_are_the_summed_log_probabilities_of_the_models_own_forward(tiny_llama_dir: Path) -> None:
+    lm = packed(tiny_llama_dir)
+    lm.sites.clear()
+    model = AutoModelForCausalLM.from_pretrained(tiny_llama_dir, attn_implementation="eager")
+
+    def log_probability(prompt: tuple[int, ...], answer: tuple[int, ...]) -> float:
+        with torch.inference_mode():
+            logits = model(torch.tensor([[*prompt, *answer]])).logits[0].log_softmax(-1)
+        return sum(float(logits[len(prompt) - 1 + i, token]) for i, token in enumerate(answer))
+
+    for example, one in zip(questions(9), score(lm, questions(9)), strict=True):
+        exact = [log_probability(example.prompt, answer) for answer in example.answers]
+        if max(map(len, example.answers)) == 1:  # up to a constant
+            offset = one.totals[0] - exact[0]
+            exact = [value + offset for value in exact]
+        assert one.totals == pytest.approx(exact, abs=1e-4)
+        lengths = map(len, example.answers)
+        assert one.means == tuple(total / n for total, n in zip(one.totals, lengths, strict=True))
+
+
+def test_the_summed_probability_decides_and_the_first_of_equals() -> None:
+    # By the mean the second would win.
+    assert Scores(totals=(-2.0, -3.0), means=(-2.0, -1.0)).best == 0
+    assert Scores(totals=(-3.0, -1.0, -1.0), means=(-3.0, -1.0, -1.0)).best == 1
+
+
+def test_probabilities_are_a_softmax_that_survives_any_size() -> None:
+    shared = Scores(totals=(-1.0, -2.0, -4.0), means=()).probabilities
+    weights = [math.exp(-1), math.exp(-2), math.exp(-4)]
+    assert shared == pytest.approx([w / sum(weights) for w in weights])
+    assert Scores(totals=(-5_000.0, -5_000.0), means=()).probabilities == (0.5, 0.5)
+    assert Scores(totals=(0.0, -5_000.0), means=()).probabilities == (1.0, 0.0)
+
+
+# -- fixed shapes
+
+
+@pytest.mark.parametrize("large", [None, 512, 1_024])
+def test_a_plan_covers_every_row_once(large: int | None) -> None:
+    mode = FixedShapes(32, large)
+    for rows in [*range(1, 200), 511, 512, 513, 700, 1_024, 3_000, 4_096]:
+        blocks = mode.plan(rows, large)
+        assert [start for start, _ in blocks] == [sum(h for _, h in blocks[:i]) for i in range(len(blocks))]
+        start, height = blocks[-1]
+        assert start < rows <= start + height
+        assert {height for _, height in blocks} <= {32, large}
+        padded = start + height - rows
+        assert padded < (32 if height == 32 else (1 - PAD_ABOVE) * height)
+    assert mode.plan(0, large) == []
+
+
+def test_products_in_blocks_are_the_same_products() -> None:
+    torch.manual_seed(0)
+    layer = nn.Linear(48, 64)
+    shape = (64, 48, torch.float32)
+    for mode in (FixedShapes(32, 512, frozenset({shape})), FixedShapes(32, 512), FixedShapes(32, None)):
+        for rows in (1, 31, 32, 33, 200, 700):
+            x = torch.randn(2, rows, 48)
+            with mode:
+                blocks = layer(x)
+            torch.testing.assert_close(blocks, layer(x), atol=1e-5, rtol=0)
+            with mode:
+                assert torch.equal(layer(x[1:, -1:]), blocks[1:, -1:])
+
+
+@pytest.mark.parametrize("activation", [F.silu, lambda x: F.gelu(x, approximate="tanh")])
+@pytest.mark.parametrize("width", [64, 100, 1_536])
+def test_an_activations_bits_do_not_depend_on_where_a_row_lies(activation: Any, width: int) -> None:
+    torch.set_num_threads(3)
+    torch.manual_seed(0)
+    x = torch.randn(1, 300, width)
+    with FixedShapes(32, None):
+        together = activation(x)
+        alone = torch.cat([activation(x[:, i : i + 1]) for i in range(300)], dim=1)
+        assert torch.equal(together[:, 7:], activation(x[:, 7:]))
+    assert torch.equal(together, alone)
+    torch.testing.assert_close(together, activation(x))
+
+
+@pytest.mark.parametrize(("first_that_agrees", "chosen"), [(512, 512), (800, 1_024), (9_999, None)])
+def test_calibration_takes_the_smallest_large_block_with_the_small_ones_bits(
+    tiny_llama_dir: Path, monkeypatch: pytest.MonkeyPatch, first_that_agrees: int, chosen: int | None
+) -> None:
+    asked = []
+
+    def agree(module: nn.Linear, small: int, large: int) -> bool:
+        asked.append((tuple(module.weight.shape), large))
+        return large >= first_that_agrees or module.out_features != 64
+
+    monkeypatch.setattr(fixed_shapes, "_agree", agree)
+    lm = packed(tiny_llama_dir)
+    mode = calibrate(lm.layers, lm.device)
+    assert (mode.small, mode.large) == (32, chosen)
+    # q and o, k and v, gate and up, down: one product each.
+    shapes = {(32, 32), (16, 32), (64, 32), (32, 64)}
+    assert mode.calibrated == {(*shape, torch.float32) for shape in shapes}
+    assert {large for _, large in asked} <= set(LARGE_CANDIDATES)
+
+
+def test_calibration_is_made_anew_for_another_number_of_threads(tiny_llama_dir: Path) -> None:
+    lm = packed(tiny_llama_dir)
+    first = lm.fixed_shapes()
+    assert lm.fixed_shapes() is first
+    torch.set_num_threads(2)
+    assert lm.fixed_shapes() is not first
