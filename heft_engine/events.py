@@ -25,6 +25,7 @@ Code = Literal[
     "MERGE_VERIFIED",  #: data: the parity record of this merge
     "EVALUATION",  #: data: stage ("base", "lora", "reft"), accuracy, correct, n, interval_95, split
     "WARNING",  #: data: signature (a name), and what to do in the message
+    "WORKING",  #: at most every half minute of computing, for whoever watches whether a run still moves. No data
     "CHECKING",  #: of `check`. data: rows read so far
     "CHECKED",  #: of `check`. data: report, made (paths of rows written for references), error (or None)
     "SUCCEEDED",  #: data: bundle (path), evaluation, parity
@@ -59,3 +60,17 @@ class Event:
 
 
 OnEvent = Callable[[Event], None]
+
+
+class Pulse:
+    """Called with every forward pass, says WORKING at most every `seconds`."""
+
+    def __init__(self, on_event: OnEvent, seconds: float = 30.0) -> None:
+        self._on_event = on_event
+        self._seconds = seconds
+        self._next = time.monotonic() + seconds
+
+    def __call__(self) -> None:
+        if time.monotonic() >= self._next:
+            self._next = time.monotonic() + self._seconds
+            self._on_event(Event(code="WORKING", message="Computing"))

@@ -8,6 +8,7 @@ It does NOT know rows, tasks or how anything is trained.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any, cast
 
 import torch
@@ -30,6 +31,8 @@ class PackedLM:
         self.layers: nn.ModuleList = self.backbone.layers
         self.head: Any = cast(Any, model).get_output_embeddings()
         self.sites = Sites(self.layers)
+        #: Called with every pass through layers: long evaluations and prefills show in it that they move.
+        self.on_forward: Callable[[], None] = lambda: None
         self._fixed_shapes: tuple[int, FixedShapes] | None = None
 
     @property
@@ -80,6 +83,7 @@ class PackedLM:
         cache: Any = None,
     ) -> Tensor:
         """Runs decoder layers first … end − 1 over states (B, T, hidden) at `positions` (B, T)."""
+        self.on_forward()
         rotary: dict[str | None, Any] = {}
         for index in range(first, end):
             kind = self.config.layer_types[index] if self.family.rotary_by_layer_type else None

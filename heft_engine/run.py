@@ -23,7 +23,7 @@ from heft_engine.devices import choose_device, choose_dtype, dtype_name
 from heft_engine.encoding import Encoder, Example, Task
 from heft_engine.errors import ConfigError, RowError
 from heft_engine.evaluation import evaluate, mean_loss
-from heft_engine.events import Event, OnEvent
+from heft_engine.events import Event, OnEvent, Pulse
 from heft_engine.general_text import general_examples
 from heft_engine.lora import LoraAdapter
 from heft_engine.model import PackedLM
@@ -155,6 +155,7 @@ class Run:
     adapters: list[LoraAdapter] = field(default_factory=list)
 
     def __post_init__(self) -> None:
+        self.lm.on_forward = Pulse(self.on_event)
         self.probe = sorted(self.examples[:_PROBE_CANDIDATES], key=_prompt_length)[:PROBE_ROWS]
         rows = [(row, example) for row in self.probe_row_source for example in self.encoder.encode(row)]
         self.probe_rows = sorted(rows, key=lambda pair: _prompt_length(pair[1]))[:PROBE_ROWS]

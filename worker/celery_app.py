@@ -10,11 +10,13 @@ It does NOT know what the tasks do (worker.tasks), nor anything of jobs.
 from __future__ import annotations
 
 import threading
+import warnings
 from dataclasses import dataclass
 from enum import StrEnum
 from typing import Any
 
 from celery import Celery, signals
+from celery.exceptions import SecurityWarning
 
 from store.queue import Task, make_celery
 
@@ -57,6 +59,8 @@ def run_worker(app: Celery, role: Role, *, worker_id: str, stopping: threading.E
     def shutting_down(**_: Any) -> None:
         stopping.set()
 
+    # Celery warns of root because of pickle; these workers accept JSON alone, and containers run as root.
+    warnings.filterwarnings("ignore", category=SecurityWarning)
     signals.worker_shutting_down.connect(shutting_down, weak=False)
     queues = ",".join(task.queue for task in POOLS[role].tasks)
     command = f"--quiet worker --pool threads --queues {queues} --hostname {worker_id} --loglevel {log_level}"

@@ -61,6 +61,7 @@ class Child:
     def __init__(self, argv: Sequence[str], *, env: Mapping[str, str], cwd: Path) -> None:
         #: monotonic time of its last sign of life on stdout; the stall watchdog reads it from another thread
         self.last_line_at = time.monotonic()
+        self.has_spoken = False
         self._process = subprocess.Popen(
             argv,
             env=dict(env),
@@ -114,7 +115,7 @@ class Child:
         assert self._process.stdout is not None
         with self._process.stdout as stdout:
             for line in stdout:
-                self.last_line_at = time.monotonic()
+                self.last_line_at, self.has_spoken = time.monotonic(), True
                 try:
                     value = json.loads(line)
                 except ValueError:

@@ -47,6 +47,8 @@ class Reporter:
         code, data = event["code"], event["data"]
         if code in _LAST_WORDS:
             return True
+        if code == "WORKING":
+            return False  # its arrival was the news: see worker.supervise
         if code == "METRICS":
             self._hear_metrics(event)
         elif code == "CHECKPOINT_SAVED":

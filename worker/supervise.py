@@ -38,6 +38,10 @@ class Reason(StrEnum):
 _GRAVITY = list(Reason)
 
 
+#: A child that has yet to say a word may be downloading its model: it gets so many times the patience.
+_FIRST_WORD = 4
+
+
 @dataclass(frozen=True, kw_only=True)
 class Limits:
     """Seconds between two looks at what is wanted, between two renewals of the lease, and without a sign of
@@ -150,7 +154,10 @@ class Watch:
 
     def _stalls(self) -> bool:
         child = self._child
-        return child is not None and time.monotonic() - child.last_line_at > self._limits.stall
+        if child is None:
+            return False
+        patience = self._limits.stall * (1 if child.has_spoken else _FIRST_WORD)
+        return time.monotonic() - child.last_line_at > patience
 
     def _end(self, reason: Reason) -> None:
         with self._lock:
