@@ -19,6 +19,8 @@ from running_stack import HeftUp, heft, heft_up, start
 from cli.home import Home
 from cli.process import wait_until
 
+GIVEN_KEY = "a key of my own"
+
 
 @pytest.fixture(scope="module")
 def stack_up() -> Iterator[HeftUp]:
@@ -26,7 +28,7 @@ def stack_up() -> Iterator[HeftUp]:
     folder = Path(tempfile.mkdtemp(prefix="heft-test-", dir="/tmp"))
     folder.chmod(0o711)
     try:
-        with heft_up(Home.at(folder / "home")) as stack:
+        with heft_up(Home.at(folder / "home"), HEFT_API_KEY=GIVEN_KEY) as stack:
             yield stack
     finally:
         shutil.rmtree(folder)
@@ -48,6 +50,8 @@ def upload(stack: HeftUp, folder: Path) -> str:
 def test_kill_of_the_owner_leaves_nothing_and_loses_nothing(home: Home, tmp_path: Path) -> None:
     with heft_up(home) as stack:
         uploaded, key = upload(stack, tmp_path), stack.key
+        for secret in (home.key_file, home.state_file):
+            assert stat.S_IMODE(secret.stat().st_mode) == 0o600
         stack.descendants()
         stack.process.send_signal(signal.SIGKILL)
         stack.process.wait()
@@ -84,11 +88,6 @@ def test_only_one_in_a_home(stack_up: HeftUp) -> None:
     assert stack_up.is_ready()
 
 
-def test_secrets_are_for_their_owner_alone(stack_up: HeftUp) -> None:
-    for path in (stack_up.home.key_file, stack_up.home.state_file):
-        assert stat.S_IMODE(path.stat().st_mode) == 0o600
-
-
 def test_files_command(stack_up: HeftUp, tmp_path: Path) -> None:
     uploaded = upload(stack_up, tmp_path)
     assert uploaded in stack_up.run("files", "list").stdout
@@ -120,15 +119,11 @@ def test_lists_and_refusals(stack_up: HeftUp) -> None:
         assert result.stderr.startswith("heft: ")
 
 
-def test_a_given_key_is_known(home: Home) -> None:
-    with heft_up(home, HEFT_API_KEY="a key of my own") as stack:
-        answer = httpx.get(
-            f"{stack.record.url}/v1/models", headers={"Authorization": "Bearer a key of my own"}
-        )
-        assert answer.status_code == 200
-        assert not home.key_file.exists()
-        for child in stack.descendants():
-            assert "HEFT_API_KEY" not in child.environ()
+def test_a_given_key_is_known_and_kept_nowhere(stack_up: HeftUp) -> None:
+    answer = httpx.get(f"{stack_up.record.url}/v1/models", headers={"Authorization": f"Bearer {GIVEN_KEY}"})
+    assert answer.status_code == 200
+    assert not stack_up.home.key_file.exists()
+    assert all("HEFT_API_KEY" not in child.environ() for child in stack_up.named("-m"))
 
 
 def test_a_busy_port_is_named(home: Home) -> None:

@@ -21,8 +21,9 @@ from cli.up import RunningStack, running_stack
 class HeftUp:
     """A running `heft up`. `with heft_up(home) as stack`: ready when the body runs, gone after it."""
 
-    def __init__(self, home: Home, process: subprocess.Popen[str]) -> None:
+    def __init__(self, home: Home, process: subprocess.Popen[str], given_key: str | None) -> None:
         self.home = home
+        self._given_key = given_key
         self.process = process
         #: everything it has started, and what those have started, since the last look
         self.seen: dict[int, psutil.Process] = {}
@@ -35,7 +36,7 @@ class HeftUp:
 
     @property
     def key(self) -> str:
-        return self.home.key_file.read_text().strip()
+        return self._given_key or self.home.key_file.read_text().strip()
 
     def is_ready(self) -> bool:
         try:
@@ -59,7 +60,7 @@ class HeftUp:
 
     def run(self, *arguments: str) -> Result:
         """Another `heft` command for this home, in this process."""
-        return heft("--home", str(self.home.path), *arguments)
+        return heft("--home", str(self.home.path), "--api-key", self.key, *arguments)
 
 
 def heft(*arguments: str) -> Result:
@@ -85,7 +86,7 @@ def start(home: Home, *options: str, **environment: str) -> subprocess.Popen[str
 def heft_up(home: Home, *options: str, **environment: str) -> Iterator[HeftUp]:
     home.state_file.unlink(missing_ok=True)  # one that was killed has left its own
     process = start(home, *options, **environment)
-    stack = HeftUp(home, process)
+    stack = HeftUp(home, process, environment.get("HEFT_API_KEY"))
     try:
         wait_until(lambda: process.poll() is not None or running_stack(home) is not None, seconds=120)
         if process.poll() is not None:
