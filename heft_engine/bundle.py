@@ -21,12 +21,14 @@ from typing import Any
 import torch
 from pydantic import BaseModel as Schema
 from pydantic import ConfigDict, ValidationError
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
+from heft_engine.config import parse_positions
 from heft_engine.encoding import Example, tokenizer_hash
-from heft_engine.errors import BundleError
+from heft_engine.errors import BundleError, TrainingError
 from heft_engine.interventions import LoreftIntervention, Site
 from heft_engine.lora import LoraAdapter
 
@@ -85,11 +87,14 @@ class StoredSite:
     state: dict[str, Tensor]
 
     def site(self, hidden_size: int) -> Site:
-        """The intervention, frozen. Raises BundleError when it does not fit hidden states of this size."""
+        """The intervention, frozen. Raises BundleError when it does not fit such hidden states, or is damaged."""
         if self.state["rotate_layer"].shape != (hidden_size, self.rank):
             raise BundleError(f"the intervention at layer {self.layer} is not for hidden size {hidden_size}")
         intervention = LoreftIntervention(hidden_size, self.rank)
-        intervention.load_baked(self.state)
+        try:
+            intervention.load_baked(self.state)
+        except (TrainingError, RuntimeError) as error:
+            raise BundleError(f"the intervention at layer {self.layer} is damaged: {error}") from error
         return Site(layer=self.layer, positions=self.positions, intervention=intervention.eval())
 
 
@@ -148,9 +153,19 @@ def read_bundle(path: Path) -> Bundle:
     if info.format != FORMAT:
         raise BundleError(f"this bundle has format {info.format}; this version reads format {FORMAT}")
     adapters, interventions = read_stages(path)
-    kinds = [stage["type"] for stage in info.stages]
-    if len(adapters) != kinds.count("lora") or (not interventions and "reft" in kinds):
-        raise BundleError(f"this bundle should hold {kinds.count('lora')} adapters and has {len(adapters)}")
+    loras = [stage for stage in info.stages if stage["type"] == "lora"]
+    # Stages that go on with an intervention share it.
+    places = {
+        (layer, stage["positions"], stage["rank"])
+        for stage in info.stages
+        if stage["type"] == "reft"
+        for layer in stage["layers"]
+    }
+    if len(adapters) != len(loras) or len(interventions) != len(places):
+        raise BundleError(
+            f"this bundle should hold {len(loras)} adapters and {len(places)} interventions; "
+            f"it has {len(adapters)} and {len(interventions)}"
+        )
     probe = _read_probe(path / "probe.safetensors")
     return Bundle(path=path, info=info, adapters=adapters, interventions=interventions, probe=probe)
 
@@ -193,8 +208,11 @@ def _read_site(path: Path) -> StoredSite:
             raise BundleError(f"interventions of kind {record['kind']!r} are not known")
         state = load_file(path / "intervention.safetensors")
         layer, positions, rank = int(record["layer"]), str(record["positions"]), int(record["rank"])
+        parse_positions(positions)
+        if missing := {"rotate_layer", "weight", "bias"} - state.keys():
+            raise BundleError(f"the intervention in {path.name} has no {', '.join(sorted(missing))}")
         return StoredSite(layer=layer, positions=positions, rank=rank, state=state)
-    except (OSError, KeyError, ValueError) as error:
+    except (OSError, KeyError, ValueError, SafetensorError) as error:
         raise BundleError(f"the intervention in {path.name} can't be read: {error}") from error
 
 
@@ -225,5 +243,5 @@ def _read_probe(path: Path) -> Probe:
             examples.append(Example(prompt=prompt, answers=branches, labels=labels, gold=None))
             totals.append(tuple(next(scores) for _ in range(count)))
         return Probe(examples=examples, scores=totals)
-    except (OSError, KeyError, ValueError, RuntimeError, StopIteration) as error:
+    except (OSError, KeyError, ValueError, RuntimeError, StopIteration, SafetensorError) as error:
         raise BundleError(f"the bundle's probe rows can't be read: {error}") from error

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
@@ -39,7 +40,7 @@ def load_state(directory: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
     """What `save_state` wrote. The random state is among the tensors: restore it last."""
     try:
         return json.loads((directory / _VALUES).read_text()), load_file(directory / _TENSORS)
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, SafetensorError) as error:
         raise BundleError(f"checkpoint {directory.name} can't be read: {error}") from error
 
 

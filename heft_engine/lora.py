@@ -13,6 +13,7 @@ from typing import Any, cast
 
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
@@ -76,7 +77,7 @@ class LoraAdapter:
                 layers=config.get("layers_to_transform"),
                 base_reference=config.get("base_model_name_or_path"),
             )
-        except (OSError, KeyError, ValueError) as error:
+        except (OSError, KeyError, ValueError, SafetensorError) as error:
             raise BundleError(f"the adapter in {directory.name} can't be read: {error}") from error
 
 
@@ -85,15 +86,15 @@ def attach(lm: PackedLM, stage: LoraStage, modules: list[str]) -> PeftModel:
 
     Raises ConfigError for modules that this model does not have.
     """
+    linear = [name for name, part in lm.model.named_modules() if _adaptable(name, part)]
+    # peft is content when one of several names is found, and adapts a head that is tied to the embedding.
+    missing = [module for module in modules if not any(f".{name}".endswith(f".{module}") for name in linear)]
+    if missing:
+        known = ", ".join(sorted({name.rsplit(".", 1)[-1] for name in linear}))
+        message = f"no module in this model's layers is named {', '.join(missing)}; they have {known}"
+        raise ConfigError(message, param="lora.target_modules")
     config = _peft_config(stage.rank, stage.alpha, stage.dropout, modules, stage.layers)
-    try:
-        adapted = get_peft_model(cast(Any, lm.model), config)
-    except ValueError as error:
-        names = sorted(
-            {name.rsplit(".", 1)[-1] for name, part in lm.layers[0].named_modules() if _adaptable(part)}
-        )
-        message = f"no module of this model is named {', '.join(modules)}; it has {', '.join(names)}"
-        raise ConfigError(message, param="lora.target_modules") from error
+    adapted = get_peft_model(cast(Any, lm.model), config)
     return cast(PeftModel, adapted)
 
 
@@ -195,5 +196,5 @@ def _peft_config(
     )
 
 
-def _adaptable(module: nn.Module) -> bool:
-    return isinstance(module, nn.Linear)
+def _adaptable(name: str, module: nn.Module) -> bool:
+    return isinstance(module, nn.Linear) and ".layers." in name

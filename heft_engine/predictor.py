@@ -145,8 +145,8 @@ def assemble(
     """The merged model with its interventions, in the dtype it was trained in unless told otherwise."""
     record = bundle.info.base_model
     reference = record.reference
-    if record.source == "hub" and record.revision and "@" not in reference:
-        reference = f"{reference}@{record.revision}"
+    if record.source == "hub" and record.revision:
+        reference = f"{reference.partition('@')[0]}@{record.revision}"  # the commit, where a branch was named
     base = resolve(reference, model_dir=model_dir, cache_dir=cache_dir, allow_paths=allow_paths)
     if weights_hash(base.path) != record.weights_sha256:
         raise BundleError(f"{record.reference} is not the base this model was trained on: its weights differ")
@@ -157,7 +157,10 @@ def assemble(
     lm = PackedLM(model)
     for adapter in bundle.adapters:
         lora.merge(lm.model, adapter)
-    lm.sites.extend(stored.site(lm.hidden_size) for stored in bundle.interventions)
+    for stored in bundle.interventions:
+        if not 0 <= stored.layer < lm.n_layers:
+            raise BundleError(f"the bundle's intervention at layer {stored.layer} is for a deeper model")
+        lm.sites.add(stored.site(lm.hidden_size))
     return lm
 
 
