@@ -62,6 +62,7 @@ def merge_and_verify(
     merged = probe_logits(lm, examples)
 
     shadow = lora.attach(exact, stage, adapter.target_modules)
+    shadow.eval()  # peft makes an adapter with its dropout on
     parameters = lora.trainable(shadow)
     with torch.no_grad():
         for module, (down, up) in adapter.factors.items():

@@ -120,6 +120,14 @@ def test_the_parity_record_holds_a_merge_to_its_limit(tiny_llama_dir: Path, dtyp
         assert record.float32 < record.dtype_noise < 1
 
 
+def test_dropout_has_no_part_in_the_comparison(tiny_llama_dir: Path) -> None:
+    lm = packed(tiny_llama_dir)
+    stage = auto(lm, dropout=0.5)
+    adapted, adapter = trained(lm, stage)
+    adapted.eval()  # as training leaves it
+    assert 0 < merge_and_verify(lm, adapted, stage, adapter, probes()).float32 < 1e-4
+
+
 def test_a_merge_that_is_not_the_adapter_fails_the_run(
     tiny_llama_dir: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
