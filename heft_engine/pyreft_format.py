@@ -30,7 +30,7 @@ from torch import Tensor
 
 from heft_engine.bundle import Bundle, StoredSite
 from heft_engine.config import parse_positions
-from heft_engine.errors import BundleError, TrainingError
+from heft_engine.errors import BundleError
 
 _LOREFT = "pyreft.interventions.LoreftIntervention"
 #: pyvene's RepresentationConfig, in its order: a saved representation is a plain list.
@@ -177,7 +177,7 @@ def _site(path: Path, layer: int, positions: str) -> StoredSite:
     site = StoredSite(layer=layer, positions=positions, rank=rank, state=state)
     try:
         site.site(hidden_size)
-    except TrainingError as error:
+    except BundleError as error:
         raise BundleError(f"{path.name} holds no rotation: {error.message}") from error
     return site
 
