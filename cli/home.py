@@ -14,6 +14,7 @@ from __future__ import annotations
 import hashlib
 import os
 import pwd
+import re
 import stat
 import uuid
 from collections.abc import Iterator
@@ -27,8 +28,9 @@ from cli.process import User, locked
 #: Postgres refuses to run as root, and its user must be able to walk to its files; root's home is closed.
 SYSTEM_HOME = Path("/var/lib/heft")
 
-#: A socket's path ends at 107 bytes; `/postgres/.s.PGSQL.5432` is added to the run directory.
-_RUN_DIRECTORY_BYTES = 80
+#: A path that reads the same inside a URL, whoever takes that apart, and leaves room for a socket's name: a
+#: socket's path ends at 107 bytes, and `/postgres/.s.PGSQL.5432` is added to the run directory.
+_URL_PATH = re.compile(rb"[A-Za-z0-9/._-]{1,80}")
 
 
 def default_home() -> Path:
@@ -143,9 +145,9 @@ class Home:
 
     @property
     def run(self) -> Path:
-        """Where the sockets go: inside, unless too long for a socket or closed to the server's user."""
+        """Where the sockets go: inside, unless no socket's URL could say so or the server's user can't go there."""
         inside = self.path / "run"
-        if len(os.fsencode(inside)) <= _RUN_DIRECTORY_BYTES and can_walk_to(self.path, server_user()):
+        if _URL_PATH.fullmatch(os.fsencode(inside)) and can_walk_to(self.path, server_user()):
             return inside
         digest = hashlib.sha256(os.fsencode(self.path.resolve())).hexdigest()[:12]
         return Path(f"/tmp/heft-{os.geteuid()}-{digest}")

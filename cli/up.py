@@ -52,6 +52,7 @@ class RunningStack:
     redis_url: str
     artifacts_url: str
     model_dir: str
+    cache_dir: str
 
     def environment(self) -> dict[str, str]:
         """The service's settings, as `store.settings` reads them."""
@@ -60,6 +61,7 @@ class RunningStack:
             "HEFT_REDIS_URL": self.redis_url,
             "HEFT_ARTIFACTS_URL": self.artifacts_url,
             "HEFT_MODEL_DIR": self.model_dir,
+            "HEFT_CACHE_DIR": self.cache_dir,
         }
 
 
@@ -79,6 +81,8 @@ def up(
 
     Raises AlreadyRunning for a second one in the same home, CommandError for what does not start.
     """
+    if options.model_dir is not None and not options.model_dir.is_dir():
+        raise CommandError(f"HEFT_MODEL_DIR: {options.model_dir} is no folder")
     with home.own(), _listen(options.host, options.port) as listener:
         home.state_file.unlink(missing_ok=True)
         home.prepare()
@@ -107,11 +111,17 @@ def _start(home: Home, options: UpOptions, supervisor: Supervisor, listener: soc
         url=f"http://{f'[{host}]' if ':' in host else host}:{port}",
         database_url=database_url,
         redis_url=redis_url,
-        artifacts_url=options.artifacts_url or home.artifacts.as_uri(),
+        artifacts_url=options.artifacts_url or f"file://{home.artifacts}",
         model_dir=str((options.model_dir or home.models).absolute()),
+        cache_dir=os.environ.get("HEFT_CACHE_DIR") or str(home.cache),
     )
     _prepare_database(home, options, database_url)
-    environment = _environment(home) | stack.environment() | {"HEFT_HOST": host, "HEFT_PORT": str(port)}
+    # The key is the caller's, not the service's.
+    inherited = {
+        name: value for name, value in os.environ.items() if name not in ("HEFT_API_KEY", "HEFT_URL")
+    }
+    environment = inherited | stack.environment() | {"HEFT_HOST": host, "HEFT_PORT": str(port)}
+    environment["PYTHONUNBUFFERED"] = "1"
     api = Program(
         name="API",
         command=[sys.executable, "-P", "-m", "cli", "api", "--fd", str(listener.fileno())],
@@ -133,13 +143,6 @@ def _start(home: Home, options: UpOptions, supervisor: Supervisor, listener: soc
         )
     _wait_until_ready(supervisor, api, stack.url)
     return stack
-
-
-def _environment(home: Home) -> dict[str, str]:
-    inherited = {
-        name: value for name, value in os.environ.items() if name not in ("HEFT_API_KEY", "HEFT_URL")
-    }
-    return {"HEFT_CACHE_DIR": str(home.cache), **inherited, "PYTHONUNBUFFERED": "1"}
 
 
 def _prepare_database(home: Home, options: UpOptions, database_url: str) -> None:

@@ -105,7 +105,7 @@ def artifacts_url(tmp_path: Path) -> str:
     """An empty place for bytes."""
     folder = tmp_path / "artifacts"
     folder.mkdir()
-    return folder.as_uri()
+    return f"file://{folder}"
 
 
 def _administer(stack: Stack, statement: sql.Composable) -> None:

@@ -10,7 +10,10 @@ from typing import Annotated
 
 import typer
 
+from cli.errors import CommandError
 from cli.options import target
+
+_ADDRESSES = ("HEFT_DATABASE_URL", "HEFT_REDIS_URL", "HEFT_ARTIFACTS_URL")
 
 
 class Role(StrEnum):
@@ -76,6 +79,7 @@ def demo(
 
 
 def api(
+    context: typer.Context,
     host: Host = "127.0.0.1",
     port: Port = 8000,
     fd: Annotated[int | None, typer.Option(hidden=True, help="A socket that listens already.")] = None,
@@ -85,6 +89,7 @@ def api(
 
     import uvicorn
 
+    os.environ.update(_addresses(context))
     # No access log: one that watches a job would fill the disk with it.
     config = uvicorn.Config(
         "api.app:create_app",
@@ -100,9 +105,10 @@ def api(
     uvicorn.Server(config).run(sockets=sockets)
 
 
-def worker(role: Annotated[Role, typer.Argument(help="What it does.")]) -> None:
+def worker(context: typer.Context, role: Annotated[Role, typer.Argument(help="What it does.")]) -> None:
     """Run one worker of as many as you like, on HEFT_DATABASE_URL, HEFT_REDIS_URL and HEFT_ARTIFACTS_URL."""
-    os.execv(sys.executable, [sys.executable, "-P", "-m", "worker", role])
+    command = [sys.executable, "-P", "-m", "worker", role]
+    os.execve(sys.executable, command, {**os.environ, **_addresses(context)})
 
 
 def migrate(context: typer.Context) -> None:
@@ -113,6 +119,18 @@ def migrate(context: typer.Context) -> None:
     with database_of(target(context)) as url:
         upgrade(url)
     print("the database is up to date")
+
+
+def _addresses(context: typer.Context) -> dict[str, str]:
+    """What the environment lacks of the service's settings, from the stack that runs in the home."""
+    from cli.up import running_stack
+
+    if all(os.environ.get(name) for name in _ADDRESSES):
+        return {}
+    stack = running_stack(target(context).home)
+    if stack is None:
+        raise CommandError(f"set {', '.join(_ADDRESSES)}, or start `heft up` on this machine")
+    return {name: value for name, value in stack.environment().items() if not os.environ.get(name)}
 
 
 def _say(sentence: str) -> None:

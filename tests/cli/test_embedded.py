@@ -145,8 +145,9 @@ def test_a_killed_initdb_is_no_cluster(home: Home, start_owner: StartOwner) -> N
         assert not partial.exists()
 
 
-def test_a_deep_home_has_short_sockets(folder: Path) -> None:
-    home = Home.at(folder / "/".join(["deep" * 10] * 5))
+@pytest.mark.parametrize("name", ["/".join(["deep" * 10] * 5), "ä name % of #1"])
+def test_a_home_that_no_socket_can_name(folder: Path, name: str) -> None:
+    home = Home.at(folder / name)
     with EmbeddedStack(home):
         write(home)
         assert len(os.fsencode(home.run)) < 80

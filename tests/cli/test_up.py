@@ -141,7 +141,14 @@ def test_keys_without_a_running_stack(home: Home) -> None:
     assert key.split("_")[1] in heft("--home", str(home.path), "keys", "list").stdout
 
 
-def test_commands_say_what_to_start(home: Home) -> None:
-    result = heft("--home", str(home.path), "jobs", "list")
+@pytest.mark.parametrize("command", [["jobs", "list"], ["api"], ["worker", "train"]])
+def test_commands_say_what_to_start(home: Home, command: list[str]) -> None:
+    result = heft("--home", str(home.path), *command)
     assert result.exit_code == 1
     assert "heft up" in result.stderr
+
+
+def test_a_folder_of_models_that_is_none_is_named(home: Home) -> None:
+    result = heft("--home", str(home.path), "up", "--model-dir", "/nowhere")
+    assert result.exit_code == 1
+    assert "/nowhere" in result.stderr
