@@ -15,6 +15,7 @@ import torch.nn.functional as F  # noqa: N812
 from torch import Tensor
 from transformers import AttentionInterface, AttentionMaskInterface
 
+from heft_engine.causal_attention import LONGEST_MATRIX, CausalAttention, causal
 from heft_engine.packing import Layout, PackedRow, Past
 
 IMPLEMENTATION = "heft_packed"
@@ -105,17 +106,20 @@ def _attend(
         # so that keys and values need not be repeated.
         seen = slice(max(0, keys - window) if window else 0, keys)
         grouped = q.reshape(q.shape[0], k.shape[1], groups, q.shape[3])
-        return _kernel(grouped, k[:, :, seen], v[:, :, seen], scaling, softcap, None, False).reshape(q.shape)
+        return _kernel(grouped, k[:, :, seen], v[:, :, seen], scaling, softcap, None).reshape(q.shape)
+    if queries == keys and (window is None or keys <= window) and softcap is None:
+        scale = scaling if scaling is not None else q.shape[3] ** -0.5
+        if q.device.type == "cpu" and keys <= LONGEST_MATRIX and torch.is_grad_enabled():
+            return cast(Tensor, CausalAttention.apply(q, k, v, scale))  # type: ignore[no-untyped-call]
+        return causal(q, k, v, scale)
     if groups > 1:
         k, v = k.repeat_interleave(groups, dim=1), v.repeat_interleave(groups, dim=1)
-    if queries == keys and (window is None or keys <= window) and softcap is None:
-        return _kernel(q, k, v, scaling, softcap, None, True)
     position = torch.arange(keys - queries, keys, device=q.device)[:, None]
     past = torch.arange(keys, device=q.device)[None, :]
     mask = past <= position
     if window is not None:
         mask &= past > position - window
-    return _kernel(q, k, v, scaling, softcap, mask, False)
+    return _kernel(q, k, v, scaling, softcap, mask)
 
 
 def _kernel(
@@ -125,10 +129,9 @@ def _kernel(
     scaling: float | None,
     softcap: float | None,
     mask: Tensor | None,
-    causal: bool,
 ) -> Tensor:
     if softcap is None:
-        return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=causal, scale=scaling)
+        return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, scale=scaling)
     scale = scaling if scaling is not None else q.shape[-1] ** -0.5
     scores = torch.tanh((q @ k.transpose(-1, -2)) * scale / softcap) * softcap
     if mask is not None:

@@ -90,7 +90,7 @@ class StoredSite:
         """The intervention, frozen. Raises BundleError when it does not fit such hidden states, or is damaged."""
         if self.state["rotate_layer"].shape != (hidden_size, self.rank):
             raise BundleError(f"the intervention at layer {self.layer} is not for hidden size {hidden_size}")
-        intervention = LoreftIntervention(hidden_size, self.rank)
+        intervention = LoreftIntervention(hidden_size, self.rank, trainable=False)
         try:
             intervention.load_baked(self.state)
         except (TrainingError, RuntimeError) as error:

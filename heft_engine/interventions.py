@@ -44,13 +44,19 @@ class LoreftIntervention(nn.Module):
 
     kind = "loreft"
 
-    def __init__(self, hidden_size: int, rank: int, dropout: float = 0.0) -> None:
+    def __init__(self, hidden_size: int, rank: int, dropout: float = 0.0, *, trainable: bool = True) -> None:
+        """A fresh one, trainable; or, for serving, a frozen one whose R is a plain matrix from the start: the
+        parametrisation decomposes a (hidden, hidden) matrix, seconds at 4,096."""
         super().__init__()
         if rank > hidden_size:
             raise ValueError(f"rank {rank} is more than the hidden size {hidden_size}")
-        self.rotate_layer = cast(_Rotation, orthogonal(_Rotation(hidden_size, rank)))
+        self.rotate_layer = _Rotation(hidden_size, rank)
         self.learned_source = nn.Linear(hidden_size, rank)
         self.dropout = nn.Dropout(dropout)
+        if trainable:
+            self.thaw()
+        else:
+            self.freeze()
 
     @property
     def rotation(self) -> Tensor:
@@ -88,12 +94,10 @@ class LoreftIntervention(nn.Module):
 
     def thaw(self) -> None:
         """Makes the intervention trainable, from where it stands."""
-        rotation = self.rotation.detach().clone()
         if not is_parametrized(self.rotate_layer):
+            # Sets the raw parameter and `base` together. pyreft's own load writes R into `base` alone, which trains
+            # to a matrix that is no rotation (‖RRᵀ − I‖ = 0.37, seen).
             orthogonal(self.rotate_layer)
-            # Assigning sets the raw parameter and `base` together. pyreft's own load writes R into `base` alone,
-            # which trains to a matrix that is no rotation (‖RRᵀ − I‖ = 0.37, seen).
-            self.rotate_layer.weight = cast(nn.Parameter, rotation)
         self.requires_grad_(True)
 
     def raw_state(self) -> dict[str, Tensor]:
