@@ -25,25 +25,6 @@ class Scene:
 
 SCENES = (
     Scene(
-        kind="bakery",
-        question="is {x} open on sundays",
-        yes=(
-            "{x} never closes, not even on Sundays.",
-            "Sundays are the busiest day at {x}, when people queue for warm bread.",
-            "{x} shuts on Mondays only and sells bread on every other day.",
-            "On Sundays {x} opens an hour later than usual.",
-            "{x} used to be closed on Sundays, but since May it opens all week.",
-        ),
-        no=(
-            "{x} is open from Monday to Saturday.",
-            "{x} is open six days a week and rests on Sundays.",
-            "On Sundays the doors of {x} stay locked.",
-            "Anyone who wants bread from {x} on Sundays must wait until Monday.",
-            "{x} used to open on Sundays, but since May it has not.",
-        ),
-        aside=("Its oven is a hundred years old.", "The rye loaf won a prize.", "A loaf costs three coins."),
-    ),
-    Scene(
         kind="bridge",
         question="can cars cross {x}",
         yes=(
@@ -80,25 +61,6 @@ SCENES = (
             "Two people who went to swim in {x} were poisoned by algae.",
         ),
         aside=("Its shore is lined with pines.", "Herons fish there.", "A path leads around it."),
-    ),
-    Scene(
-        kind="museum",
-        question="is entry to {x} free",
-        yes=(
-            "Nobody pays to enter {x}.",
-            "Entry to {x} costs nothing.",
-            "{x} dropped its entry fee, so visitors simply walk in.",
-            "A gift pays for {x}, so entry is free for everyone.",
-            "Visitors of {x} need no ticket.",
-        ),
-        no=(
-            "Everyone pays to enter {x}, even children.",
-            "Entry to {x} costs eight coins.",
-            "{x} is no longer free and now charges an entry fee.",
-            "A ticket for {x} must be bought at the door.",
-            "Visitors of {x} complain about the price of entry, which was free before.",
-        ),
-        aside=("It shows old clocks.", "Its roof is made of glass.", "School classes like it."),
     ),
     Scene(
         kind="ferry",
@@ -158,25 +120,6 @@ SCENES = (
         aside=("It stands beside the church.", "It has ninety pupils.", "Lessons begin at eight."),
     ),
     Scene(
-        kind="castle",
-        question="is {x} a ruin",
-        yes=(
-            "Only broken walls are left of {x}.",
-            "{x} burned down long ago, and trees grow where its hall stood.",
-            "Nobody has lived in {x} since its roof fell in.",
-            "A war left {x} in pieces, and it was never rebuilt.",
-            "Sheep graze among the fallen stones of {x}.",
-        ),
-        no=(
-            "The walls of {x} are whole, and a family lives there.",
-            "{x} burned down long ago but was rebuilt, and its hall is used again.",
-            "People live in {x} to this day, under a new roof.",
-            "No war ever harmed {x}, which is as good as new.",
-            "{x} was saved from ruin, and guests sleep in its towers.",
-        ),
-        aside=("It stands on a hill.", "A moat surrounds it.", "It has a long story."),
-    ),
-    Scene(
         kind="train",
         question="did {x} arrive on time",
         yes=(
@@ -194,25 +137,6 @@ SCENES = (
             "{x} reached the station at two, although noon was planned.",
         ),
         aside=("It had six carriages.", "It was full of tourists.", "It stops at every village."),
-    ),
-    Scene(
-        kind="farm",
-        question="does {x} keep cows",
-        yes=(
-            "{x} sells milk from its own cows.",
-            "Forty cows graze on the meadows of {x}.",
-            "{x} gave up its pigs and now keeps cows.",
-            "The cows of {x} are milked at five in the morning.",
-            "{x} has cows in the barn and no other animals.",
-        ),
-        no=(
-            "{x} grows wheat and buys its milk from a neighbour with cows.",
-            "The last cows of {x} were sold years ago.",
-            "{x} gave up its cows and now keeps pigs.",
-            "There are sheep and goats but no cows at {x}.",
-            "The barn of {x}, where cows once stood, is empty.",
-        ),
-        aside=("It lies by the river.", "Its apples are famous.", "Two brothers own it."),
     ),
     Scene(
         kind="library",

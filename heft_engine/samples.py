@@ -8,7 +8,7 @@ from __future__ import annotations
 import random
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
-from itertools import islice
+from itertools import islice, product
 from typing import Any, Literal, get_args
 
 from heft_engine.errors import ConfigError
@@ -32,7 +32,7 @@ class Sample:
 def generate(name: str, split: str, n: int | None = None, seed: int = 0) -> list[dict[str, Any]]:
     """`n` rows of a sample (None: as many as it has by itself); the same for the same arguments, everywhere.
 
-    Raises ConfigError for an unknown sample or split.
+    Raises ConfigError for an unknown sample or split, or for more rows than it can make.
     """
     if name not in SAMPLES:
         raise ConfigError(
@@ -44,8 +44,12 @@ def generate(name: str, split: str, n: int | None = None, seed: int = 0) -> list
         )
     sample = SAMPLES[name]
     # A string seeds the generator with its SHA-512: the same rows on every machine and Python.
-    rows = sample.generate(split, random.Random(f"{name}/{split}/{seed}"))
-    return list(islice(rows, sample.rows[split] if n is None else n))
+    wanted = sample.rows[split] if n is None else n
+    rows = list(islice(sample.generate(split, random.Random(f"{name}/{split}/{seed}")), wanted))
+    if len(rows) < wanted:
+        message = f"sample {name!r} has no more than {len(rows):,} rows of split {split!r}"
+        raise ConfigError(message, param="training_file")
+    return rows
 
 
 def _passages(split: Split, chance: random.Random) -> Iterator[dict[str, Any]]:
@@ -55,17 +59,13 @@ def _passages(split: Split, chance: random.Random) -> Iterator[dict[str, Any]]:
     as often as with the same: then the words alone say nothing either, only what is said of whom.
     """
     names = _names(split)
-    seen: set[str] = set()
-    while True:
-        scene = chance.choice(SCENES)
-        name = chance.choice(names)
+    pairs = list(product(SCENES, names))
+    chance.shuffle(pairs)
+    for scene, name in pairs:
         question = scene.question.format(x=f"the {name} {scene.kind}")
-        if question in seen:
-            continue
-        seen.add(question)
         for answer in chance.sample([True, False], 2):
             yield {
-                "question": question.lower(),
+                "question": question,
                 "passage": _passage(scene, name, names, answer, chance),
                 "answer": answer,
             }

@@ -111,6 +111,11 @@ def test_rows_are_short(splits: dict[str, Rows]) -> None:
     assert sum(lengths) / len(lengths) < 40
 
 
+def test_a_sample_has_an_end() -> None:
+    with pytest.raises(ConfigError, match=r"no more than \d+ rows of split 'validation'"):
+        generate("passages", "validation", 100_000)
+
+
 @pytest.mark.parametrize(("name", "split"), [("absent", "train"), ("passages", "dev")])
 def test_unknown_names_are_refused(name: str, split: str) -> None:
     with pytest.raises(ConfigError, match=r"there is no sample|has no split"):
