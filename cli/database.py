@@ -19,8 +19,7 @@ def database_of(target: Target) -> Iterator[str]:
         return
     home = target.home
     try:
-        with home.own():
-            home.prepare()
+        with home.occupied():
             postgres = Postgres(home)
             try:
                 postgres.start()

@@ -1,26 +1,25 @@
 """Postgres and Valkey of one machine, started together for one home and ending with their owner.
 
-It does NOT know what they are used for: addresses come out, nothing else.
+`heft up` starts the same two servers among its other processes; this is for whoever needs nothing but them.
 """
 
 from __future__ import annotations
 
-import sys
-from types import TracebackType
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
 
 from cli.embedded_postgres import Postgres
 from cli.embedded_valkey import Valkey
-from cli.errors import CommandError
 from cli.home import Home
 
 
+@dataclass(frozen=True, kw_only=True)
 class EmbeddedStack:
-    """`with EmbeddedStack(Home.at(path)) as stack: stack.database_url, stack.redis_url`."""
+    """Two servers that answer."""
 
-    def __init__(self, home: Home, *, durable: bool = True) -> None:
-        self.home = home
-        self.postgres = Postgres(home, durable=durable)
-        self.valkey = Valkey(home)
+    postgres: Postgres
+    valkey: Valkey
 
     @property
     def database_url(self) -> str:
@@ -30,27 +29,16 @@ class EmbeddedStack:
     def redis_url(self) -> str:
         return self.valkey.url
 
-    def start(self) -> None:
-        """Both servers answer when this returns. Raises AlreadyRunning or CommandError."""
-        if sys.platform != "linux":
-            raise CommandError("the embedded servers need Linux: set HEFT_DATABASE_URL and HEFT_REDIS_URL")
-        self.home.prepare()
+
+@contextmanager
+def embedded_stack(home: Home, *, durable: bool = True) -> Iterator[EmbeddedStack]:
+    """Both servers, for as long as the body runs. Raises AlreadyRunning or CommandError."""
+    with home.occupied():
+        stack = EmbeddedStack(postgres=Postgres(home, durable=durable), valkey=Valkey(home))
         try:
-            self.valkey.start()
-            self.postgres.start()
-        except BaseException:
-            self.stop()
-            raise
-
-    def stop(self) -> None:
-        self.postgres.stop()
-        self.valkey.stop()
-
-    def __enter__(self) -> EmbeddedStack:
-        self.start()
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self.stop()
+            stack.valkey.start()
+            stack.postgres.start()
+            yield stack
+        finally:
+            stack.postgres.stop()
+            stack.valkey.stop()

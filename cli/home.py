@@ -15,7 +15,9 @@ import hashlib
 import os
 import pwd
 import re
+import shutil
 import stat
+import sys
 import uuid
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -102,7 +104,7 @@ def make_home(path: Path) -> None:
 
 @dataclass(frozen=True, kw_only=True)
 class Home:
-    """One HEFT_HOME. Paths only; `prepare` makes the folders."""
+    """One HEFT_HOME. Paths only; `occupied` makes the folders."""
 
     path: Path
 
@@ -152,7 +154,27 @@ class Home:
         digest = hashlib.sha256(os.fsencode(self.path.resolve())).hexdigest()[:12]
         return Path(f"/tmp/heft-{os.geteuid()}-{digest}")
 
-    def prepare(self) -> None:
+    @contextmanager
+    def own(self) -> Iterator[None]:
+        """One running stack for each home. Raises AlreadyRunning."""
+        make_home(self.path)
+        busy = f"a stack is already running in {self.path}; stop it first, or set HEFT_HOME to another folder"
+        with locked(self.path / "heft.lock", wait_seconds=0, busy=busy):
+            yield
+
+    @contextmanager
+    def occupied(self) -> Iterator[None]:
+        """`own` with every folder made, and no socket left behind. Only here may servers be started."""
+        if sys.platform != "linux":
+            raise CommandError("this needs Linux; run `heft api` and `heft worker` on servers of your own instead")
+        with self.own():
+            self._prepare()
+            try:
+                yield
+            finally:
+                shutil.rmtree(self.run)
+
+    def _prepare(self) -> None:
         """Make every folder, private to us; the server's user gets a way to its own."""
         user = server_user()
         make_home(self.path)
@@ -175,11 +197,3 @@ class Home:
                 f"Postgres runs as `nobody` when started by root, who cannot enter {self.postgres}: "
                 f"open the folders above it (chmod o+x), or set HEFT_HOME to a folder such as {SYSTEM_HOME}"
             )
-
-    @contextmanager
-    def own(self) -> Iterator[None]:
-        """One running stack for each home. Raises AlreadyRunning."""
-        make_home(self.path)
-        busy = f"a stack is already running in {self.path}; stop it first, or set HEFT_HOME to another folder"
-        with locked(self.path / "heft.lock", wait_seconds=0, busy=busy):
-            yield

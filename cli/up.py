@@ -83,9 +83,8 @@ def up(
     """
     if options.model_dir is not None and not options.model_dir.is_dir():
         raise CommandError(f"HEFT_MODEL_DIR: {options.model_dir} is no folder")
-    with home.own(), _listen(options.host, options.port) as listener:
+    with home.occupied(), _listen(options.host, options.port) as listener:
         home.state_file.unlink(missing_ok=True)
-        home.prepare()
         supervisor = Supervisor(say)
         try:
             stack = _start(home, options, supervisor, listener)

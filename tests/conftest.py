@@ -15,7 +15,7 @@ import pytest
 import redis
 from psycopg import sql
 
-from cli.embedded import EmbeddedStack
+from cli.embedded import embedded_stack
 from cli.embedded_postgres import database_url as address
 from cli.home import Home
 
@@ -42,7 +42,7 @@ def stack() -> Iterator[Stack]:
     if os.geteuid() == 0:
         folder.chmod(0o711)
     try:
-        with EmbeddedStack(Home.at(folder / "home"), durable=False) as embedded:
+        with embedded_stack(Home.at(folder / "home"), durable=False) as embedded:
             yield Stack(
                 database_url=embedded.database_url,
                 redis_url=embedded.redis_url,

@@ -15,7 +15,9 @@ import redis
 from stack_owner import INSTALLATION_IS_OPEN, NOBODY, StartOwner, is_ready, nothing_is_left, servers_on
 
 import cli.home
-from cli.embedded import EmbeddedStack
+from cli.embedded import embedded_stack
+from cli.embedded_postgres import Postgres
+from cli.embedded_valkey import Valkey
 from cli.errors import AlreadyRunning, CommandError
 from cli.home import Home
 from cli.process import wait_until
@@ -47,7 +49,7 @@ def assert_kept(home: Home) -> None:
 
 
 def test_starts_stops_and_keeps_its_data(home: Home) -> None:
-    with EmbeddedStack(home) as stack:
+    with embedded_stack(home) as stack:
         write(home)
         assert stack.database_url.startswith("postgresql+psycopg://app@/postgres?host=/")
         assert stack.redis_url.startswith("redis+socket:///")
@@ -58,12 +60,12 @@ def test_starts_stops_and_keeps_its_data(home: Home) -> None:
             assert client.config_get("port") == {"port": "0"}
             assert client.config_get("maxmemory-policy") == {"maxmemory-policy": "noeviction"}
     assert nothing_is_left(home)
-    with EmbeddedStack(home):
+    with embedded_stack(home):
         assert_kept(home)
 
 
 def test_folders_are_closed_to_others(home: Home) -> None:
-    with EmbeddedStack(home) as stack:
+    with embedded_stack(home) as stack:
         for private in (home.artifacts, home.logs, home.valkey, home.postgres, stack.postgres.socket_folder):
             assert stat.S_IMODE(private.stat().st_mode) == 0o700, private
 
@@ -75,12 +77,12 @@ def test_kill_of_the_owner_takes_the_servers_along(home: Home, start_owner: Star
     owner.kill()
     owner.wait()
     assert nothing_is_left(home)
-    with EmbeddedStack(home):
+    with embedded_stack(home):
         assert_kept(home)
 
 
 def test_kill_of_the_servers_loses_nothing(home: Home) -> None:
-    with EmbeddedStack(home) as stack:
+    with embedded_stack(home) as stack:
         write(home)
         with connect(home) as connection:
             connection.execute("SELECT 1")
@@ -108,18 +110,16 @@ def test_six_starters_at_once_make_one_stack(home: Home, start_owner: StartOwner
 def test_a_server_that_runs_is_never_started_twice(home: Home, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("cli.embedded_postgres._FORMER_SERVER_SECONDS", 0)
     monkeypatch.setattr("cli.embedded_valkey._FORMER_SERVER_SECONDS", 0)
-    with EmbeddedStack(home):
+    with embedded_stack(home):
         before = servers_on(home)
-        second = EmbeddedStack(home)
-        with pytest.raises(AlreadyRunning):
-            second.postgres.start()
-        with pytest.raises(AlreadyRunning):
-            second.valkey.start()
+        for server in (Postgres(home), Valkey(home)):
+            with pytest.raises(AlreadyRunning):
+                server.start()
         assert servers_on(home) == before
 
 
 def test_a_pid_file_that_names_somebody_else_is_stale(home: Home) -> None:
-    with EmbeddedStack(home) as stack:
+    with embedded_stack(home) as stack:
         write(home)
         assert stack.postgres.process is not None
         stack.postgres.process.send_signal(signal.SIGKILL)
@@ -139,7 +139,7 @@ def test_a_killed_initdb_is_no_cluster(home: Home, start_owner: StartOwner) -> N
     owner.kill()
     owner.wait()
     assert not (partial.parent / "data").exists()
-    with EmbeddedStack(home):
+    with embedded_stack(home):
         write(home)
         assert_kept(home)
         assert not partial.exists()
@@ -148,19 +148,19 @@ def test_a_killed_initdb_is_no_cluster(home: Home, start_owner: StartOwner) -> N
 @pytest.mark.parametrize("name", ["/".join(["deep" * 10] * 5), "ä name % of #1"])
 def test_a_home_that_no_socket_can_name(folder: Path, name: str) -> None:
     home = Home.at(folder / name)
-    with EmbeddedStack(home):
+    with embedded_stack(home):
         write(home)
         assert len(os.fsencode(home.run)) < 80
         assert home.run.parent == Path("/tmp")
-    shutil.rmtree(home.run)
+    assert not home.run.exists()
 
 
 def test_data_of_another_major_version_is_named(home: Home) -> None:
-    with EmbeddedStack(home) as stack:
+    with embedded_stack(home) as stack:
         data = stack.postgres.data
     (data / "PG_VERSION").write_text("12\n")
-    with pytest.raises(CommandError, match="made by Postgres 12"):
-        EmbeddedStack(home).start()
+    with pytest.raises(CommandError, match="made by Postgres 12"), embedded_stack(home):
+        pass
     assert nothing_is_left(home)
 
 
@@ -170,15 +170,12 @@ def test_root_with_a_closed_home(folder: Path, monkeypatch: pytest.MonkeyPatch) 
     closed = folder / "closed"
     closed.mkdir(mode=0o700)
     home = Home.at(closed / "home")
-    try:
-        with EmbeddedStack(home):
-            write(home)
-        with EmbeddedStack(home) as stack:
-            assert_kept(home)
-            assert stack.postgres.data.parent.parent == folder / "system"
-        assert stat.S_IMODE(closed.stat().st_mode) == 0o700
-    finally:
-        shutil.rmtree(home.run, ignore_errors=True)
+    with embedded_stack(home):
+        write(home)
+    with embedded_stack(home) as stack:
+        assert_kept(home)
+        assert stack.postgres.data.parent.parent == folder / "system"
+    assert stat.S_IMODE(closed.stat().st_mode) == 0o700
 
 
 @needs_root

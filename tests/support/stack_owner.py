@@ -26,13 +26,13 @@ _OWNER = """
 import os, sys
 from pathlib import Path
 import psycopg
-from cli.embedded import EmbeddedStack
+from cli.embedded import embedded_stack
 from cli.home import Home
 if sys.argv[2:]:
     os.setgroups([])
     os.setgid(int(sys.argv[3]))
     os.setuid(int(sys.argv[2]))
-with Home.at(Path(sys.argv[1])).own(), EmbeddedStack(Home.at(Path(sys.argv[1]))):
+with embedded_stack(Home.at(Path(sys.argv[1]))):
     print("ready", flush=True)
     sys.stdin.read()
 """
