@@ -164,7 +164,7 @@ class Encoder:
 
     def text(self, text: str) -> list[int]:
         """Tokens of free text, without BOS or EOS."""
-        return cast(list[int], self.tokenizer(text, add_special_tokens=False)["input_ids"])
+        return cast(list[int], self.tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"])
 
     def continuation(self, text: str) -> list[int]:
         """Tokens of a text that follows other text."""

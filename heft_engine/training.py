@@ -120,6 +120,9 @@ class StageRun:
 
     def run(self) -> None:
         """Trains to the end. Raises Stopped after a checkpoint, TrainingError when training can't succeed."""
+        self.trainable.train(
+            False
+        )  # new modules begin in training mode, where dropout would move the probe rows
         if self.before is None:
             self.before = self._probe_hidden()
         while self.progress.epoch < self.stage.n_epochs and not self.progress.finished:
@@ -130,9 +133,11 @@ class StageRun:
                     self._check_trains()
                 self._save_or_stop()
             self._end_epoch()
+        if self.progress.step < TRAINS_AFTER:
+            self._check_trains()  # stopped early, before the usual time to look
         if self.best:
             self._load(self.best)
-        self.trainable.check()
+        self._check()
 
     # -- one step ---------------------------------------------------------------------------------------------------
 
@@ -188,7 +193,7 @@ class StageRun:
 
     def _end_epoch(self) -> None:
         progress = self.progress
-        self.trainable.check()
+        self._check()
         data: dict[str, Any] = {"train_loss": progress.epoch_loss / progress.epoch_tokens}
         progress.epoch += 1
         progress.epoch_loss, progress.epoch_tokens = 0.0, 0
@@ -206,7 +211,7 @@ class StageRun:
         progress = self.progress
         if self.early_stopping is None:
             return
-        if progress.best_loss is None or loss < progress.best_loss:
+        if math.isfinite(loss) and (progress.best_loss is None or loss < progress.best_loss):
             progress.best_loss, progress.bad_epochs = loss, 0
             self.best = {name: p.detach().clone() for name, p in self.trainable.parameters().items()}
             return
@@ -232,7 +237,13 @@ class StageRun:
     @torch.inference_mode()
     def _probe_hidden(self) -> Tensor:
         batch = pack(self.probe)
-        return self.lm.hidden(batch)[batch.supervised()[0]].float()
+        return self.lm.hidden(batch)[batch.supervised()[0]].float().cpu()
+
+    def _check(self) -> None:
+        """Raises TrainingError for parameters that are no numbers (the last step may do it) or break a constraint."""
+        if not all(parameter.isfinite().all() for parameter in self.trainable.parameters().values()):
+            raise TrainingError(self._divergence(math.nan), code="diverged")
+        self.trainable.check()
 
     def _check_trains(self) -> None:
         if self.before is not None and not torch.equal(self.before, self._probe_hidden()):
@@ -254,9 +265,9 @@ class StageRun:
     def _tensors(self) -> dict[str, Tensor]:
         """All that the stage continues from: raw parameters, Adam's state, the best parameters so far.
 
-        Raises TrainingError instead of letting a checkpoint keep a broken constraint.
+        Raises TrainingError instead of letting a checkpoint keep what is broken.
         """
-        self.trainable.check()
+        self._check()
         tensors = {f"buffer/{name}": tensor for name, tensor in self.trainable.buffers().items()}
         if self.before is not None:
             tensors["before"] = self.before
@@ -275,9 +286,12 @@ class StageRun:
         for name, buffer in self.trainable.buffers().items():
             buffer.copy_(tensors[f"buffer/{name}"])
         for name, parameter in self.trainable.parameters().items():
-            keys = ("step", "exp_avg", "exp_avg_sq")
             if f"adam/step/{name}" in tensors:
-                self.optimizer.state[parameter] = {key: tensors[f"adam/{key}/{name}"].clone() for key in keys}
+                moments = {
+                    key: tensors[f"adam/{key}/{name}"].to(parameter.device, copy=True)
+                    for key in ("exp_avg", "exp_avg_sq")
+                }
+                self.optimizer.state[parameter] = {"step": tensors[f"adam/step/{name}"].clone(), **moments}
 
     @torch.no_grad()
     def _load(self, tensors: dict[str, Tensor]) -> None:

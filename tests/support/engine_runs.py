@@ -1,0 +1,122 @@
+"""Runs of the engine on tiny models, and rows that a tiny model can learn from: the passage holds the answer."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from heft_engine.bundle import Bundle
+from heft_engine.config import LoraStage, ReftStage, Stage, TrainConfig, recipe
+from heft_engine.events import Event
+from heft_engine.rows import Row, parse_row
+from heft_engine.run import train
+
+_THINGS = ("sea", "river", "stone", "name", "list", "class", "string", "number")
+
+
+def yes_no(n: int, seed: int = 0) -> list[dict[str, Any]]:
+    """Answered by one word of the passage."""
+    chance = random.Random(f"yes_no/{seed}")
+    rows = []
+    for _ in range(n):
+        answer, thing = chance.random() < 0.5, chance.choice(_THINGS)
+        passage = f"{' '.join(chance.sample(_THINGS, chance.randint(1, 6)))} {'true' if answer else 'false'}."
+        rows.append({"question": f"is the {thing} so", "passage": passage, "answer": answer})
+    return rows
+
+
+def choice(n: int, seed: int = 0) -> list[dict[str, Any]]:
+    """Choices of one and of several tokens; the right one stands in the passage."""
+    chance = random.Random(f"choice/{seed}")
+    rows = []
+    for _ in range(n):
+        choices = [f"{one} of the {other}" for one, other in (chance.sample(_THINGS, 2) for _ in range(2))]
+        choices = list(dict.fromkeys([*choices, chance.choice(_THINGS)]))
+        answer = chance.choice(choices)
+        rows.append({"question": "what is it", "passage": answer, "choices": choices, "answer": answer})
+    return rows
+
+
+def text(n: int, seed: int = 0) -> list[dict[str, Any]]:
+    """A word to be repeated."""
+    chance = random.Random(f"text/{seed}")
+    return [{"prompt": f"Say {word}:", "completion": word} for word in chance.choices(_THINGS, k=n)]
+
+
+ROWS: dict[str, Callable[..., list[dict[str, Any]]]] = {"yes_no": yes_no, "choice": choice, "text": text}
+
+
+def parse(rows: Sequence[dict[str, Any]]) -> list[Row]:
+    return [parse_row(row) for row in rows]
+
+
+#: Strong enough to move a tiny model within a few steps.
+LORA = LoraStage(n_epochs=2, batch_size=8, learning_rate=5e-3)
+REFT = ReftStage(n_epochs=2, batch_size=8, learning_rate=1e-2, rank=2)
+
+
+def but(stage: LoraStage | ReftStage, **changes: Any) -> Any:
+    """The stage with changes, validated."""
+    return type(stage).model_validate({**stage.model_dump(), **changes})
+
+
+def config(
+    model: Path, method: Any = "heft", stages: list[Stage] | None = None, **settings: Any
+) -> TrainConfig:
+    """Float32 on a tiny model; LORA and REFT where nothing else is said."""
+    named = stages or recipe(method, LORA, REFT)
+    return TrainConfig(model=str(model), method=method, stages=named, **{"dtype": "float32", **settings})
+
+
+@dataclass
+class Told:
+    """What a run said, and what came of it."""
+
+    events: list[Event] = field(default_factory=list)
+    bundle: Bundle | None = None
+
+    def data(self, code: str) -> list[dict[str, Any]]:
+        return [event.data for event in self.events if event.code == code]
+
+    def one(self, code: str) -> dict[str, Any]:
+        (found,) = self.data(code)
+        return found
+
+    @property
+    def losses(self) -> dict[int, float]:
+        """Of each step of the run."""
+        return {metrics["step"]: metrics["loss"] for metrics in self.data("METRICS")}
+
+
+def tensors(told: Told) -> dict[str, Tensor]:
+    """All that a run has trained, as its bundle holds it."""
+    assert told.bundle is not None
+    found = {}
+    for index, adapter in enumerate(told.bundle.adapters):
+        for name, (down, up) in adapter.factors.items():
+            found |= {f"{index}/{name}/A": down, f"{index}/{name}/B": up}
+    for index, site in enumerate(told.bundle.interventions):
+        found |= {f"{index}/{name}": tensor for name, tensor in site.state.items()}
+    return found
+
+
+def run(
+    config: TrainConfig,
+    out: Path,
+    rows: Sequence[Row] | None = None,
+    validation: Sequence[Row] = (),
+    *,
+    told: Told | None = None,
+    **options: Any,
+) -> Told:
+    """Trains on 24 yes/no rows, or those given. `told` is filled as events come, and outlives an error."""
+    told = told or Told()
+    told.bundle = train(
+        config, rows or parse(yes_no(24)), validation, out, told.events.append, device="cpu", **options
+    )
+    return told
