@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from store import ids, leases
-from store.artifacts import attempt_prefix
+from store.artifacts import MANIFEST, attempt_prefix
 from store.errors import Unavailable
 from store.files import NewFile
 from worker.attempt import Attempt
@@ -57,15 +57,13 @@ class Publisher:
         if kind == "step" and time.monotonic() < self._next_step and not self._attempt.ending:
             return
         key = f"{self._prefix}/checkpoint-{step}-{kind}"
-        try:
-            self._history.save(path / FILE_NAME)
-            manifest = self._store(key, path)
-            task = bundle_task(path / "bundle") if kind == "stage" else None
-        except FileNotFoundError:
+        manifest = self._store_checkpoint(key, path)
+        if manifest is None:
             # The engine keeps few; a slow storage may come too late for one that newer ones have replaced.
             log.info("checkpoint %s is gone already", path.name)
             self._delete(key)
             return
+        task = bundle_task(path / "bundle") if kind == "stage" else None
         removed = self._attempt.write(
             partial(
                 leases.record_checkpoint,
@@ -91,17 +89,35 @@ class Publisher:
 
     def results(self) -> NewFile:
         """Store the table of losses; its row is written with the job's end."""
-        path = self._attempt.folder / FILE_NAME
-        self._history.save(path)
         key = f"{self._prefix}/results.csv"
-        sha256 = self._attempt.patiently(partial(self._artifacts.put_file, key, path))
+        sha256 = self._attempt.patiently(partial(self._store_history, key))
         return NewFile(
             file_id=ids.new_file_id(),
             filename="step_metrics.csv",
-            size=path.stat().st_size,
+            size=(self._attempt.folder / FILE_NAME).stat().st_size,
             sha256=sha256,
             storage_key=key,
         )
+
+    def _store_checkpoint(self, key: str, path: Path) -> dict[str, str] | None:
+        """Its files and the history; None if it is not, or no longer, the whole checkpoint that it says it is.
+
+        The directory is the engine's: nothing is written there, and it may go at any moment.
+        """
+        try:
+            sealed: dict[str, str] = json.loads((path / MANIFEST).read_text())
+            manifest = self._store(key, path)
+        except FileNotFoundError:
+            return None
+        if not sealed.items() <= manifest.items():
+            return None
+        history_key = f"{key}/{FILE_NAME}"
+        return manifest | {FILE_NAME: self._attempt.patiently(partial(self._store_history, history_key))}
+
+    def _store_history(self, key: str) -> str:
+        path = self._attempt.folder / FILE_NAME
+        self._history.save(path)
+        return self._artifacts.put_file(key, path)
 
     def _store(self, key: str, path: Path) -> dict[str, str]:
         store: Callable[[], dict[str, str]] = partial(self._artifacts.put_directory, key, path)

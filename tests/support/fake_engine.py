@@ -1,13 +1,14 @@
 """A stand-in for `python -m heft_engine`: `train` plays the script that stands in the training file.
 
 Each line of that file is one act, {"do": …}:
-  metrics step      a METRICS event            checkpoint step   a checkpoint on disk and its event
+  metrics step      a METRICS event            checkpoint step   a checkpoint and its event
   eval accuracy     an EVALUATION event        say text          a line that is no event
   wait              until SIGTERM, then a checkpoint and exit 75
   stubborn          until SIGKILL: SIGTERM is ignored
   silent            until SIGKILL, saying nothing (SIGUSR1 writes the stacks)
   die code          exit so without a word (negative: by that signal); `once` skips it after a resume
   fail code message FAILED, exit 1
+  (checkpoint with spoil: "remove" or "cut" is gone, or lacks a file, before its event)
   straggle path     start a process that would live for ever, its pid into `path`
 A run that resumes skips every act up to the checkpoint's step. `check` plays the acts with "when": "checked" and is
 content; `models` knows none.
@@ -20,6 +21,7 @@ import faulthandler
 import hashlib
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -68,6 +70,10 @@ class Play:
         if act.get("kind") == "stage":
             files |= {"bundle/heft.json": json.dumps({"task": {"type": "yes_no"}})}
         write_directory(path, files)
+        if act.get("spoil") == "remove":
+            shutil.rmtree(path)
+        elif act.get("spoil") == "cut":
+            (path / "state.json").unlink()
         kind = act.get("kind", "step")
         emit("CHECKPOINT_SAVED", **STAGE, step=self.step, kind=kind, path=str(path))
 

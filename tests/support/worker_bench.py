@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import csv
+import io
 import json
 import sys
 import threading
@@ -95,6 +97,15 @@ class Bench:
             query = select(Checkpoint).where(Checkpoint.job_id == job_id).order_by(Checkpoint.created_at)
             return list(session.scalars(query))
 
+    def results(self, job: Job) -> list[dict[str, str]]:
+        """The table that the job left as its result file."""
+        assert job.result_file_id is not None
+        with transaction(self.context.sessions) as session:
+            row = files.get(session, owner_id=OWNER, file_id=job.result_file_id)
+        content = b"".join(self.context.artifacts.iter_bytes(row.storage_key))
+        assert len(content) == row.bytes
+        return list(csv.DictReader(io.StringIO(content.decode())))
+
     def outcomes(self, job_id: str) -> list[str | None]:
         """How each training attempt ended."""
         with transaction(self.context.sessions) as session:
@@ -117,7 +128,7 @@ def gone(pid: int) -> bool:
         return True
 
 
-def eventually(condition: Callable[[], object], seconds: float = 20.0) -> None:
+def eventually(condition: Callable[[], object], seconds: float = 60.0) -> None:
     """Wait until it holds."""
     deadline = time.monotonic() + seconds
     while not condition():

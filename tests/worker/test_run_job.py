@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import csv
-import io
 from dataclasses import replace
 from pathlib import Path
 
@@ -11,7 +9,7 @@ import psutil
 import pytest
 from worker_bench import FAKE_ENGINE, OWNER, Bench, eventually, gone
 
-from store import files, jobs, leases, reconcile
+from store import jobs, leases, reconcile
 from store.database import transaction
 from store.states import JobState
 from store.tables import Job
@@ -52,12 +50,7 @@ def test_every_step_is_in_the_result_file(bench: Bench) -> None:
     metrics = [event for event in bench.events(job_id) if event.type == "metrics"]
     assert len(metrics) < 10, "events are throttled"
     assert metrics[-1].data["step"] == 10
-    assert job.result_file_id is not None
-    with transaction(bench.context.sessions) as session:
-        row = files.get(session, owner_id=OWNER, file_id=job.result_file_id)
-    content = b"".join(bench.context.artifacts.iter_bytes(row.storage_key))
-    assert len(content) == row.bytes
-    table = list(csv.DictReader(io.StringIO(content.decode())))
+    table = bench.results(job)
     assert [(line["stage"], line["accuracy"]) for line in table[:1]] == [("base", "0.5")]
     assert [float(line["train_loss"]) for line in table[1:]] == [1 / step for step in range(1, 11)]
 
@@ -252,8 +245,17 @@ def _wish(bench: Bench, job_id: str, wish: object) -> None:
 
 
 def _steps_of_results(bench: Bench, job: Job) -> list[int]:
-    assert job.result_file_id is not None
-    with transaction(bench.context.sessions) as session:
-        row = files.get(session, owner_id=OWNER, file_id=job.result_file_id)
-    content = b"".join(bench.context.artifacts.iter_bytes(row.storage_key)).decode()
-    return [int(line["step"]) for line in csv.DictReader(io.StringIO(content))]
+    return [int(line["step"]) for line in bench.results(job)]
+
+
+def test_a_checkpoint_that_is_gone_or_not_whole_is_not_committed(bench: Bench) -> None:
+    job_id = bench.queued(
+        [
+            *STEPS,
+            {"do": "checkpoint", "step": 2, "spoil": "remove"},
+            {"do": "checkpoint", "step": 3, "spoil": "cut"},
+            {"do": "checkpoint", "step": 4},
+        ]
+    )
+    assert bench.run(job_id).state == JobState.SUCCEEDED
+    assert [checkpoint.step for checkpoint in bench.checkpoints(job_id)] == [4]
