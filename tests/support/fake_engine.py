@@ -19,6 +19,7 @@ from __future__ import annotations
 import ctypes
 import faulthandler
 import hashlib
+import itertools
 import json
 import os
 import shutil
@@ -112,6 +113,17 @@ class Play:
         Path(act["path"]).write_text(str(straggler.pid))
 
 
+def export(arguments: list[str]) -> None:
+    """Write one file, in the format's name; `pyreft` is refused."""
+    options = dict(itertools.pairwise(arguments))
+    if options["--format"] == "pyreft":
+        print(json.dumps({"error": {"code": "invalid_config", "message": "no intervention", "param": None}}))
+        sys.exit(1)
+    out = Path(options["--out"])
+    out.mkdir()
+    (out / "weights").write_text((Path(options["--bundle"]) / "heft.json").read_text() + options["--format"])
+
+
 def check(order: dict[str, Any]) -> None:
     """Play the acts that are marked `"when": "checked"`; all rows are fine then."""
     play = Play({"checkpoint_dir": order["out"], "resume": None})
@@ -130,6 +142,9 @@ def main() -> None:
     threading.Thread(target=lambda: sys.stdin.read() or os._exit(9), daemon=True).start()
     signal.signal(signal.SIGTERM, lambda *_: STOP.set())
     faulthandler.register(signal.SIGUSR1)
+    if sys.argv[1] == "export":
+        export(sys.argv[2:])
+        return
     run = json.loads(Path(sys.argv[sys.argv.index("--run-file") + 1]).read_text())
     if sys.argv[1] == "check":
         check(run)

@@ -1,10 +1,8 @@
-"""The worker with the real engine on a tiny model: a job from its files to its archives and answers."""
+"""The worker with the real engine on a tiny model: a job from its files to its model."""
 
 from __future__ import annotations
 
-import io
 import json
-import tarfile
 from dataclasses import replace
 from pathlib import Path
 
@@ -15,12 +13,10 @@ import heft_engine
 from heft_engine.config import LoraStage, TrainConfig
 from heft_engine.events import Event
 from heft_engine.rows import parse_row
-from store import exports, jobs, models
+from store import jobs
 from store.database import transaction
 from store.states import JobState
-from store.tables import Export
 from worker.context import ENGINE, Context
-from worker.export import build_export
 from worker.prepare import prepare_job
 from worker.run_job import run_job
 
@@ -35,7 +31,7 @@ def real(bench: Bench, tiny_llama_dir: Path) -> Context:
     return replace(bench.with_settings(model_dir=tiny_llama_dir.parent), engine_command=ENGINE)
 
 
-def test_a_job_from_its_files_to_its_model_and_archives(bench: Bench, real: Context) -> None:
+def test_a_job_from_its_files_to_its_model(bench: Bench, real: Context) -> None:
     content = "".join(json.dumps(row) + "\n" for row in ROWS).encode()
     method = {"type": "heft", "heft": HEFT}
     job_id = bench.created(content, model="llama", method=method, test_file="sample:passages:test")
@@ -52,12 +48,6 @@ def test_a_job_from_its_files_to_its_model_and_archives(bench: Bench, real: Cont
     ]
     assert set(job.metrics) == {"base", "lora", "reft"}
     assert "stages" in job.resolved
-
-    assert job.fine_tuned_model is not None
-    names = _archive(bench, real, job.fine_tuned_model, "bundle")
-    assert any(name.endswith("/heft.json") for name in names)
-    names = _archive(bench, real, job.fine_tuned_model, "peft")
-    assert any(name.endswith("/adapter_model.safetensors") for name in names)
 
 
 def test_paused_and_resumed_a_job_has_the_losses_of_the_library(
@@ -89,20 +79,3 @@ def test_paused_and_resumed_a_job_has_the_losses_of_the_library(
     assert job.state == JobState.SUCCEEDED, job.error
     table = [line for line in bench.results(job) if line["train_loss"]]
     assert [(int(line["step"]), float(line["train_loss"])) for line in table] == losses
-
-
-def _archive(bench: Bench, context: Context, model_id: str, export_format: str) -> list[str]:
-    """The names in a model's archive, built by the worker."""
-    with transaction(context.sessions) as session:
-        exports.request(session, owner_id=OWNER, model_id=model_id, format=export_format)
-        assert models.get(session, owner_id=OWNER, model_id=model_id).storage_key
-    build_export(context, model_id, export_format)
-    with transaction(context.sessions) as session:
-        export = session.get(Export, (model_id, export_format))
-    assert export is not None
-    assert (export.state, export.error) == ("ready", None)
-    assert export.storage_key is not None
-    content = b"".join(context.artifacts.iter_bytes(export.storage_key))
-    assert len(content) == export.bytes
-    with tarfile.open(fileobj=io.BytesIO(content)) as tar:
-        return tar.getnames()
