@@ -79,11 +79,13 @@ def verify(directory: Path) -> None:
         raise BundleError(f"checkpoint {directory.name} is incomplete: {error}") from error
 
 
-def prune(parent: Path, keep: int, pattern: str = "*") -> None:
-    """Removes all but the newest `keep` sealed directories whose names fit `pattern`, and unsealed leftovers."""
-    sealed = sorted(p for p in parent.glob(pattern) if (p / MANIFEST).exists())
-    for path in [
-        *sealed[:-keep],
-        *(p for p in parent.iterdir() if p.is_dir() and not (p / MANIFEST).exists()),
-    ]:
+def prune(parent: Path, keep: int, *, kept: str, ours: str) -> None:
+    """Removes all but the `keep` last sealed directories whose names fit `kept`, and unsealed leftovers among `ours`.
+
+    Nothing else in the folder is touched: it may be anybody's. A resumed run may write lower steps than are there.
+    """
+    sealed = [path for path in parent.glob(kept) if (path / MANIFEST).exists()]
+    sealed.sort(key=lambda path: ((path / MANIFEST).stat().st_mtime_ns, path.name))
+    leftovers = [path for path in parent.glob(ours) if path.is_dir() and not (path / MANIFEST).exists()]
+    for path in [*sealed[:-keep], *leftovers]:
         shutil.rmtree(path)

@@ -32,7 +32,7 @@ from heft_engine.outcome import write_outcome
 from heft_engine.parity import merge_and_verify
 from heft_engine.resolve import resolve_max_length, resolve_stage
 from heft_engine.rows import Row, infer_task
-from heft_engine.run_state import CheckpointWriter, RunState, load_checkpoint
+from heft_engine.run_state import CheckpointWriter, RunState, load_checkpoint, rows_hash
 from heft_engine.sources import CacheBudget, CachePlan, plan_cache
 from heft_engine.suffix_cache import Boundary
 from heft_engine.trainables import LoraTrainable, ReftTrainable
@@ -148,13 +148,14 @@ class Run:
     probe_row_source: list[Row]
     on_event: OnEvent
     cache: CacheBudget
-    state: RunState = field(default_factory=RunState)
+    state: RunState = field(init=False)
     probed: tuple[int, Probe, float] | None = (
         None  #: after which stage, the probe rows' scores, their tolerance
     )
     adapters: list[LoraAdapter] = field(default_factory=list)
 
     def __post_init__(self) -> None:
+        self.state = RunState(rows_sha256=rows_hash(self.examples))
         self.lm.on_forward = Pulse(self.on_event)
         self.probe = sorted(self.examples[:_PROBE_CANDIDATES], key=_prompt_length)[:PROBE_ROWS]
         rows = [(row, example) for row in self.probe_row_source for example in self.encoder.encode(row)]
@@ -171,7 +172,7 @@ class Run:
 
     def resume(self, checkpoint: Path) -> None:
         """Rebuilds the state of a checkpoint: merges what was merged, hooks in what was left in place."""
-        restored = load_checkpoint(checkpoint, self.config)
+        restored = load_checkpoint(checkpoint, self.config, self.state.rows_sha256)
         self.state = restored.state
         for adapter in restored.adapters:
             lora.merge(self.lm.model, adapter)

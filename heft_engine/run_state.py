@@ -10,8 +10,11 @@ It does NOT know how a stage is trained.
 
 from __future__ import annotations
 
+import hashlib
+import itertools
 import time
-from collections.abc import Callable
+from array import array
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -22,6 +25,7 @@ from torch import Tensor
 from heft_engine.bundle import StoredSite, read_stages, write_stages
 from heft_engine.checkpoint import load_state, prune, save_state, seal, verify
 from heft_engine.config import TrainConfig
+from heft_engine.encoding import Example
 from heft_engine.errors import BundleError
 from heft_engine.events import Event, OnEvent
 from heft_engine.interventions import Site
@@ -34,12 +38,14 @@ if TYPE_CHECKING:
 #: Local directories inside stages that are kept: the newest and, should it be damaged, the one before. The ends
 #: of stages stay, they are few and models in their own right.
 KEEP = 2
+_STEPS, _ANY = "????????-0-*-step", "????????-[01]-*-st*"
 
 
 @dataclass(kw_only=True)
 class RunState:
     """Where a run stands between steps; JSON values only, but for the tensors of the stage in training."""
 
+    rows_sha256: str  #: of the training examples: a checkpoint of other rows would go on without a word
     stage_index: int = 0
     evaluations: list[dict[str, Any]] = field(default_factory=list)
     parity: list[dict[str, Any]] = field(default_factory=list)
@@ -117,11 +123,11 @@ class CheckpointWriter:
 
     def _path(self, run_step: int, kind: str) -> Path:
         assert self.directory is not None
-        # "step" sorts behind "stage", but the end of a stage comes after its last step.
-        order = f"{run_step:08d}-1" if kind == "stage" else f"{run_step:08d}-0"
-        # The last step of an epoch may be saved twice, and whoever reads the first must not see it change.
-        number = sum(1 for _ in self.directory.glob(f"{order}-*"))
-        path = self.directory / f"{order}-{number}-{kind}"
+        # "step" sorts behind "stage", but the end of a stage comes after its last step. The last step of an epoch
+        # may be saved twice, and whoever reads the first must not see it change.
+        order = 1 if kind == "stage" else 0
+        names = (f"{run_step:08d}-{order}-{number}-{kind}" for number in itertools.count())
+        path = next(path for name in names if not (path := self.directory / name).exists())
         path.mkdir(parents=True)
         return path
 
@@ -129,17 +135,28 @@ class CheckpointWriter:
         seal(path)
         self.last = time.monotonic()
         assert self.directory is not None
-        prune(self.directory, KEEP, "*-step")
+        prune(self.directory, KEEP, kept=_STEPS, ours=_ANY)
         data = {"stage": stage, "stage_index": index, "step": run_step, "kind": kind, "path": str(path)}
         self.on_event(Event(code="CHECKPOINT_SAVED", message=f"Checkpoint at step {run_step}", data=data))
 
 
-def load_checkpoint(path: Path, config: TrainConfig) -> Restored:
-    """Reads and verifies a checkpoint of a run of this very config. Raises BundleError otherwise."""
+def rows_hash(examples: Sequence[Example]) -> str:
+    """SHA-256 over the examples' tokens."""
+    total = hashlib.sha256()
+    for example in examples:
+        for tokens in (example.prompt, *example.answers):
+            total.update(array("q", [len(tokens), *tokens]).tobytes())
+    return total.hexdigest()
+
+
+def load_checkpoint(path: Path, config: TrainConfig, rows_sha256: str) -> Restored:
+    """Reads and verifies a checkpoint of a run of this very config and rows. Raises BundleError otherwise."""
     verify(path)
     values, tensors = load_state(path)
     if values.pop("config") != config.model_dump():
         raise BundleError("this checkpoint belongs to a run with other settings")
+    if values["rows_sha256"] != rows_sha256:
+        raise BundleError("this checkpoint belongs to a run with other training rows")
     inside = values["inside_stage"]
     adapters, sites = read_stages(path / ("bundle" if inside is None else "stages"))
     # Bits of a matrix product may depend on how it was cut: go on with as many threads as began.
