@@ -151,6 +151,7 @@ def library_losses(models: Path, folder: Path) -> list[float]:
     return [event["data"]["loss"] for event in told if event["code"] == "METRICS"]
 
 
+@pytest.mark.timeout(420)
 def test_a_job_outlives_the_kill_of_its_trainer_its_worker_and_the_whole_stack(
     places: tuple[Home, Path],
 ) -> None:
