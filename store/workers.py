@@ -29,6 +29,16 @@ def heartbeat(session: Session, *, worker_id: str) -> None:
     )
 
 
+def note(session: Session, *, worker_id: str, changes: Mapping[str, Any]) -> None:
+    """Add to what a worker says of itself in `info`, or change it."""
+    session.execute(
+        update(Worker)
+        .where(Worker.id == worker_id)
+        .values(info=Worker.info.concat(dict(changes)))
+        .execution_options(synchronize_session=False)
+    )
+
+
 def forget(session: Session, *, worker_id: str) -> None:
     """A worker that ends in good order takes its row with it."""
     session.execute(delete(Worker).where(Worker.id == worker_id).execution_options(synchronize_session=False))

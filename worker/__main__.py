@@ -21,6 +21,7 @@ from worker.background import Chore, chores
 from worker.celery_app import Role, run_worker, worker_app
 from worker.context import ENGINE, Context
 from worker.presence import offer_base_models, present
+from worker.room import giving_room, own_device
 from worker.scratch import hold_place
 from worker.sweep import sweeping
 
@@ -42,9 +43,9 @@ def run(
     logging.basicConfig(level=log_level, format="%(asctime)s %(levelname)s %(name)s: %(message)s")
     with _context(role, values, engine_command) as context, ExitStack() as stack:
         app = worker_app(values.redis_url, role)
-        _register(app, role, context, stack)
+        own_chores = _register(app, role, context, stack)
         stack.enter_context(present(context, role))
-        stack.enter_context(chores(_chores(role, context)))
+        stack.enter_context(chores([*sweeping(context), *own_chores]))
         run_worker(app, role, worker_id=context.worker_id, stopping=context.stopping, log_level=log_level)
 
 
@@ -62,32 +63,27 @@ def _context(role: Role, values: StoreSettings, engine_command: Sequence[str]) -
             hints=hints,
             scratch=place.folder,
             stopping=threading.Event(),
+            device=own_device(),
             engine_command=engine_command,
         )
     hints.close()
     engine.dispose()
 
 
-def _register(app: Celery, role: Role, context: Context, stack: ExitStack) -> None:
-    """The role's tasks. The inference worker alone loads torch into its own process."""
+def _register(app: Celery, role: Role, context: Context, stack: ExitStack) -> list[Chore]:
+    """The role's tasks and chores. The inference worker alone loads torch into its own process."""
     if role is Role.TRAIN:
         tasks.register_training(app, context)
-    elif role is Role.PREPARE:
+        return [Chore(name="offers", seconds=_OFFER_SECONDS, do=lambda: offer_base_models(context))]
+    if role is Role.PREPARE:
         tasks.register_preparing(app, context)
-    else:
-        from worker.predict import Inference
+        return []
+    from worker.predict import Inference
 
-        inference = Inference(context)
-        stack.callback(inference.close)
-        tasks.register_inference(app, inference.answer)
-
-
-def _chores(role: Role, context: Context) -> list[Chore]:
-    todo = sweeping(context)
-    if role is Role.TRAIN:
-        offers = Chore(name="offers", seconds=_OFFER_SECONDS, do=lambda: offer_base_models(context))
-        todo.append(offers)
-    return todo
+    inference = Inference(context)
+    stack.callback(inference.close)
+    tasks.register_inference(app, inference.answer)
+    return giving_room(context, inference.shelf.make_room)
 
 
 if __name__ == "__main__":

@@ -29,5 +29,7 @@ class Context:
     hints: Hints
     scratch: Path
     stopping: threading.Event
+    #: Names the GPUs that this process shares with others (worker.room); None without a GPU.
+    device: str | None = None
     #: How a child of the engine is started; tests put a stand-in here.
     engine_command: Sequence[str] = ENGINE

@@ -52,7 +52,14 @@ def present(context: Context, role: Role) -> Iterator[None]:
 
 
 def _enter(context: Context, role: Role) -> None:
-    info = {"host": socket.gethostname(), "pid": os.getpid(), "version": version("heft-service")}
+    info = {
+        "host": socket.gethostname(),
+        "pid": os.getpid(),
+        "version": version("heft-service"),
+        "device": context.device,
+        "asks_for_room": None,
+        "gave_room_to": [],
+    }
     with transaction(context.sessions) as session:
         workers.register(session, worker_id=context.worker_id, role=role, info=info)
         reconcile.take_back_from(

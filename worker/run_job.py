@@ -22,6 +22,7 @@ from worker.history import FILE_NAME, History
 from worker.plan import LocalRun, run_file, train_config
 from worker.publish import Publisher, bundle_task
 from worker.reporting import Reporter
+from worker.room import room
 from worker.rows import fetch_rows
 
 log = logging.getLogger(__name__)
@@ -53,7 +54,8 @@ def _train(attempt: Attempt) -> Ending:
     path = attempt.folder / "run.json"
     path.write_text(json.dumps(run_file(config, run, attempt.context.settings)))
     command = [*attempt.context.engine_command, "train", "--run-file", str(path), "--die-with-parent"]
-    ended = attempt.run_child(command, reporter.hear)
+    with room(attempt.context, f"{attempt.claim.job_id}/{attempt.claim.attempt}"):
+        ended = attempt.run_child(command, reporter.hear)
 
     if ended.last_word is None:
         return attempt.died(death_of(ended.code))
