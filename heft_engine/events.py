@@ -17,11 +17,11 @@ Level = Literal["info", "warn", "error"]
 #: CANCELLED.
 Code = Literal[
     "STARTED",  #: data: method, stages as resolved (learning rate, layers, modules), device, dtype, rows, total_steps
-    "STAGE_STARTED",  #: data: stage, stage_index, total_steps, learning_rate, trained_parameters
+    "STAGE_STARTED",  #: data: stage, stage_index, learning_rate, trained_parameters, cache
     "METRICS",  #: data: stage, stage_index, step, epoch, loss, learning_rate, tokens, seconds; total_steps of the run
-    "EPOCH_COMPLETE",  #: data: stage, stage_index, epoch, train_loss; eval_loss and eval_accuracy with validation rows
+    "EPOCH_COMPLETE",  #: data: stage, stage_index, epoch, train_loss; eval_loss with validation rows
     "CHECKPOINT_SAVED",  #: data: stage, stage_index, step, path (a complete directory, manifest written last)
-    "STAGE_COMPLETE",  #: data: stage, stage_index, seconds, steps, train_loss
+    "STAGE_COMPLETE",  #: data: stage, stage_index, seconds, steps, tokens, general_loss
     "MERGE_VERIFIED",  #: data: the parity record of this merge
     "EVALUATION",  #: data: stage ("base", "lora", "reft"), accuracy, correct, n, interval_95, split
     "WARNING",  #: data: signature (a name), and what to do in the message

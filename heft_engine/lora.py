@@ -81,11 +81,8 @@ class LoraAdapter:
             raise BundleError(f"the adapter in {directory.name} can't be read: {error}") from error
 
 
-def attach(lm: PackedLM, stage: LoraStage, modules: list[str]) -> PeftModel:
-    """Puts a trainable adapter into the model, in place; factors are float32, the base stays frozen.
-
-    Raises ConfigError for modules that this model does not have.
-    """
+def check_modules(lm: PackedLM, modules: list[str]) -> None:
+    """Raises ConfigError naming the modules that this model's layers do not have, and those they have."""
     linear = [name for name, part in lm.model.named_modules() if _adaptable(name, part)]
     # peft is content when one of several names is found, and adapts a head that is tied to the embedding.
     missing = [module for module in modules if not any(f".{name}".endswith(f".{module}") for name in linear)]
@@ -93,6 +90,14 @@ def attach(lm: PackedLM, stage: LoraStage, modules: list[str]) -> PeftModel:
         known = ", ".join(sorted({name.rsplit(".", 1)[-1] for name in linear}))
         message = f"no module in this model's layers is named {', '.join(missing)}; they have {known}"
         raise ConfigError(message, param="lora.target_modules")
+
+
+def attach(lm: PackedLM, stage: LoraStage, modules: list[str]) -> PeftModel:
+    """Puts a trainable adapter into the model, in place; factors are float32, the base stays frozen.
+
+    Raises ConfigError for modules that this model does not have.
+    """
+    check_modules(lm, modules)
     config = _peft_config(stage.rank, stage.alpha, stage.dropout, modules, stage.layers)
     adapted = get_peft_model(cast(Any, lm.model), config)
     return cast(PeftModel, adapted)

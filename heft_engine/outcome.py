@@ -58,7 +58,7 @@ def write_outcome(run: Run, out_dir: Path) -> Bundle:
     )
     write_bundle(out_dir, info, run.adapters, list(run.lm.sites), run.encoder.tokenizer, probe)
     bundle = read_bundle(out_dir)
-    signatures.check_positions(bundle, run.encoder, [row for row, _ in run.probe_rows])
+    signatures.check_positions(bundle, run.encoder, [row for row, _ in run.probe_rows], run.lm.sites)
     return bundle
 
 

@@ -61,12 +61,14 @@ def train(
     should_stop: Callable[[], bool] = lambda: False,
     cache: CacheBudget | None = None,
 ) -> Bundle:
-    """Trains by the config and writes a bundle to `out_dir`.
+    """Trains by the config and writes a bundle to `out_dir`, a new or empty directory.
 
     `eval_rows` steer (early stopping) and `test_rows` only report. `resume` is a checkpoint directory of an earlier
     run of the same config and rows. Raises EngineError: RowError, ConfigError, ModelError, TrainingError, or Stopped
     after `should_stop` returned True and a checkpoint was written.
     """
+    if out_dir.exists() and any(out_dir.iterdir()):
+        raise ConfigError(f"{out_dir} is not empty: a bundle needs a directory of its own", param="out")
     cache = cache or CacheBudget(directory=out_dir.parent)
     base = resolve(config.model, model_dir=model_dir, cache_dir=cache_dir, allow_paths=allow_paths)
     run = prepare(config, base, train_rows, eval_rows, test_rows, device or choose_device(), on_event, cache)
@@ -109,6 +111,9 @@ def prepare(
         )
         for stage in config.stages
     ]
+    for stage in stages:
+        if isinstance(stage, LoraStage) and stage.target_modules != "auto":
+            lora.check_modules(lm, stage.target_modules)
     reported = test_rows or eval_rows
     return Run(
         config=config.model_copy(update={"stages": stages}),

@@ -6,14 +6,15 @@ these are the ones that show at the end of a stage. It does NOT emit events.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 from heft_engine.base_models import load_tokenizer
 from heft_engine.bundle import Bundle, check_tokenizer
 from heft_engine.config import LoraStage, ReftStage, parse_positions
-from heft_engine.encoding import Encoder, Task, intervened_positions
+from heft_engine.encoding import Encoder, Example, Task, intervened_positions
 from heft_engine.errors import TrainingError
+from heft_engine.interventions import Site
 from heft_engine.rows import Row
 
 #: Nats per token of general text beyond which a stage is said to have forgotten.
@@ -50,24 +51,30 @@ def forgetting(stage: LoraStage | ReftStage, before: float, after: float) -> Sig
     return Signature(name="forgetting", message=message)
 
 
-def check_positions(bundle: Bundle, encoder: Encoder, rows: Sequence[Row]) -> None:
-    """Serving must see what training saw: same prompt tokens, same intervened positions.
+def check_positions(bundle: Bundle, encoder: Encoder, rows: Sequence[Row], sites: Iterable[Site]) -> None:
+    """Serving must see what training saw: the same prompt tokens, the same interventions at the same positions.
 
-    Encodes rows anew with the tokenizer and the task that the bundle holds. Raises TrainingError (position_mismatch).
+    Encodes rows anew with the tokenizer and the task that the bundle holds, and compares with the encoder and the
+    interventions of training. Raises TrainingError (position_mismatch).
     """
     tokenizer = load_tokenizer(bundle.path / "tokenizer")
     check_tokenizer(bundle.info, tokenizer)
     served = Encoder(tokenizer, Task.from_json(bundle.info.task), bundle.info.max_length)
+    stood = [(site.layer, site.positions) for site in sites]
+    stored = [(site.layer, site.positions) for site in bundle.interventions]
     for row in rows:
         for trained, asked in zip(encoder.encode(row), served.encode(row), strict=True):
             if trained != asked:
                 raise TrainingError(
                     "serving would ask other tokens than training saw", code="position_mismatch"
                 )
-            for stored in bundle.interventions:
-                first, last = parse_positions(stored.positions)
-                positions = intervened_positions(len(asked.prompt), first, last)
-                if any(p >= len(trained.prompt) for p in positions):
-                    raise TrainingError(
-                        "an intervened position lies outside the prompt", code="position_mismatch"
-                    )
+            if _places(stood, trained) != _places(stored, asked):
+                raise TrainingError(
+                    "serving would intervene at other positions than training did", code="position_mismatch"
+                )
+
+
+def _places(sites: list[tuple[int, str]], example: Example) -> list[tuple[int, list[int]]]:
+    """Layer and intervened tokens of each site, for one prompt."""
+    prompt = len(example.prompt)
+    return [(layer, intervened_positions(prompt, *parse_positions(spec))) for layer, spec in sites]
