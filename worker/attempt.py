@@ -15,6 +15,7 @@ import shutil
 import signal
 import tempfile
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -114,17 +115,15 @@ class Attempt:
         it.
         """
         self.check()
-        child = Child(argv, env=child_environment(os.environ), cwd=self.folder)
         last_word: Mapping[str, Any] | None = None
-        try:
-            self._watch.guard(child)
+        with (
+            Child(argv, env=child_environment(os.environ), cwd=self.folder) as child,
+            self._watch.guarding(child),
+        ):
             for event in child.lines():
                 # Once cancelled, nothing that it still says is written.
                 if self._watch.reason not in (Reason.CANCELLED, Reason.LOST) and hear(event):
                     last_word = event
-        finally:
-            self._watch.let_go()
-            child.kill()
             code = child.wait()
         log.info("child %d of %s ended: %d", child.pid, self.claim.job_id, code)
         if last_word is None:
@@ -181,9 +180,19 @@ def run_attempt(
         log.error("attempt %d at %s could not be ended, its lease will: %s", claim.attempt, job_id, fault)
         return None
     finally:
-        shutil.rmtree(folder)
+        _clean_up(context, claim, folder)
     log.info("attempt %d at %s ended: the job is %s", claim.attempt, job_id, job.state)
     return job
+
+
+def _clean_up(context: Context, claim: Claim, folder: Path) -> None:
+    """Trouble here is noted beside the job's end, which it does not change."""
+    try:
+        shutil.rmtree(folder)
+    except OSError as fault:
+        log.exception("files of %s stay behind", claim.job_id)
+        with suppress(Unavailable), transaction(context.sessions) as session:
+            leases.record_cleanup_error(session, claim, f"files stay behind: {fault}")
 
 
 def _do(attempt: Attempt, work: Callable[[Attempt], Ending]) -> Ending:

@@ -9,6 +9,7 @@ It does NOT know what the tasks do (worker.tasks), nor anything of jobs.
 
 from __future__ import annotations
 
+import logging
 import threading
 import warnings
 from dataclasses import dataclass
@@ -61,6 +62,9 @@ def run_worker(app: Celery, role: Role, *, worker_id: str, stopping: threading.E
 
     # Celery warns of root because of pickle; these workers accept JSON alone, and containers run as root.
     warnings.filterwarnings("ignore", category=SecurityWarning)
+    # Celery tells of each task when it comes and when it goes: two lines a question would flood the log.
+    for name in ("celery.worker.strategy", "celery.app.trace"):
+        logging.getLogger(name).setLevel(logging.WARNING)
     signals.worker_shutting_down.connect(shutting_down, weak=False)
     queues = ",".join(task.queue for task in POOLS[role].tasks)
     command = f"--quiet worker --pool threads --queues {queues} --hostname {worker_id} --loglevel {log_level}"

@@ -19,6 +19,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
+from types import TracebackType
 from typing import Any
 
 log = logging.getLogger(__name__)
@@ -55,7 +56,8 @@ def child_environment(environment: Mapping[str, str]) -> dict[str, str]:
 class Child:
     """A process in its own group whose stdout is one JSON object a line. stderr is the worker's own log.
 
-    Its stdin is a pipe that only this process holds: end-of-file there means that the worker is gone.
+    Its stdin is a pipe that only this process holds: end-of-file there means that the worker is gone. As a
+    context manager: killed if the body fails, and gone in any case afterwards.
     """
 
     def __init__(self, argv: Sequence[str], *, env: Mapping[str, str], cwd: Path) -> None:
@@ -78,13 +80,24 @@ class Child:
         self._ender = threading.Thread(target=self._end_stragglers, name=f"end-{self.pid}", daemon=True)
         self._ender.start()
 
+    def __enter__(self) -> Child:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if kind is not None:
+            self.kill()
+        self.wait()
+
     def lines(self) -> Iterator[dict[str, Any]]:
         """Every JSON object it wrote, in order, until it has ended. Other output is logged and left out."""
         while (line := self._lines.get()) is not None:
             yield line
 
     def wait(self) -> int:
-        """Its exit code; negative: the signal that ended it. Nothing of its group is left after this."""
+        """Its exit code, when it has ended; negative: the signal that did it. Nothing of its group is
+        left."""
         self._ender.join()
         self._reader.join()
         with self._reap_lock:

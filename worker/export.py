@@ -91,15 +91,11 @@ def _make(context: Context, claim: ExportClaim, folder: Path, watch: Watch) -> P
         ("--cache-dir", context.settings.cache_dir),
     ):
         command += [option, str(path)] if path is not None else []
-    child = Child(command, env=child_environment(os.environ), cwd=folder)
     error = error_of("export_failed", "The export ended without a word; the worker's log says more.")
-    try:
-        watch.guard(child)
+    environment = child_environment(os.environ)
+    with Child(command, env=environment, cwd=folder) as child, watch.guarding(child):
         for outcome in child.lines():
             error = outcome.get("error", error)
-    finally:
-        watch.let_go()
-        child.kill()
         code = child.wait()
     if watch.reason is not None:
         raise LostFence(f"the export of {claim.model.id} shall end: {watch.reason}")

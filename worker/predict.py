@@ -19,6 +19,7 @@ from typing import Any, cast
 
 import psutil
 import torch
+import transformers
 from redis import Redis
 from redis.exceptions import RedisError
 
@@ -84,6 +85,7 @@ class Inference:
 
     def __init__(self, context: Context) -> None:
         settings = context.settings
+        transformers.utils.logging.disable_progress_bar()  # the log is no terminal
         self._loader = Loader(
             artifacts=context.artifacts,
             scratch=context.scratch,

@@ -79,14 +79,13 @@ def offer_base_models(context: Context) -> None:
     command = [*context.engine_command, "models", "--die-with-parent"]
     for option, path in (("--model-dir", settings.model_dir), ("--cache-dir", settings.cache_dir)):
         command += [option, str(path)] if path is not None else []
-    child = Child(command, env=child_environment(os.environ), cwd=context.scratch)
-    for found in child.lines():
-        with transaction(context.sessions) as session:
-            models.offer_base(
-                session,
-                model_id=found["id"],
-                source=found["source"],
-                revision=found["revision"],
-                info=found["info"],
-            )
-    child.wait()
+    with Child(command, env=child_environment(os.environ), cwd=context.scratch) as child:
+        for found in child.lines():
+            with transaction(context.sessions) as session:
+                models.offer_base(
+                    session,
+                    model_id=found["id"],
+                    source=found["source"],
+                    revision=found["revision"],
+                    info=found["info"],
+                )

@@ -100,7 +100,8 @@ class Publisher:
         )
 
     def _store_checkpoint(self, key: str, path: Path) -> dict[str, str] | None:
-        """Its files and the history; None if it is not, or no longer, the whole checkpoint that it says it is.
+        """Its files and the history; None if it is not, or no longer, the whole checkpoint that it says it
+        is.
 
         The directory is the engine's: nothing is written there, and it may go at any moment.
         """

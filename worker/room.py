@@ -1,9 +1,9 @@
 """One GPU may have to train and to answer: who is about to train asks those who answer there for room.
 
-Both sides speak through their workers' rows: the trainer notes its request, the inference worker those that it
-has heard. Without a GPU nobody asks: a machine's memory is swapped and shared by its system.
-It does NOT measure memory: the inference side puts away every model that nobody is asking just then, once for
-each request, and may load them again when they are asked for.
+Both sides speak through their workers' rows: the trainer notes its request, the inference worker those that
+it has heard. Without a GPU nobody asks: a machine's memory is swapped and shared by its system. It does NOT
+measure memory: the inference side puts away every model that nobody is asking just then, once for each
+request, and may load them again when they are asked for.
 """
 
 from __future__ import annotations

@@ -11,7 +11,8 @@ from __future__ import annotations
 import logging
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from enum import StrEnum
 from types import TracebackType
@@ -106,17 +107,18 @@ class Watch:
         self._over.set()
         self._thread.join()
 
-    def guard(self, child: Child) -> None:
-        """From now on `child` is ended when the attempt shall end; at once if that is so already."""
+    @contextmanager
+    def guarding(self, child: Child) -> Iterator[None]:
+        """While the body runs, `child` is ended when the attempt shall end; at once if that is so already."""
         with self._lock:
             self._child = child
             if self.reason is not None:
                 self._begin_to_end(child, self.reason)
-
-    def let_go(self) -> None:
-        """The child has ended; the lease is still renewed."""
-        with self._lock:
-            self._child, self._kill_at = None, float("inf")
+        try:
+            yield
+        finally:
+            with self._lock:
+                self._child, self._kill_at = None, float("inf")
 
     def _run(self) -> None:
         renew_at = 0.0
