@@ -90,18 +90,6 @@ def test_what_is_no_matter_of_rows_fails_the_job_too(bench: Bench) -> None:
     assert job.error == {"code": "model_not_found", "message": "there is no model 'x'", "param": None}
 
 
-def test_rows_of_a_sample_are_kept_for_the_trainer(bench: Bench, real: Context) -> None:
-    job_id = bench.created(_lines([GOOD]), model="llama", validation_file="sample:passages")
-    job = prepare_job(real, job_id)
-    assert job is not None
-    assert job.state == JobState.QUEUED
-    assert job.validation is not None
-    kept = job.validation["files"]["validation_file"]
-    assert (kept["reference"], kept["rows"]) == ("sample:passages", 100)
-    content = b"".join(real.artifacts.iter_bytes(f"prepared/{job_id}/{kept['sha256']}"))
-    assert content.count(b"\n") == 100
-
-
 def _prepared(bench: Bench, job_id: str) -> Job:
     prepare_job(bench.context, job_id)
     return bench.job(job_id)

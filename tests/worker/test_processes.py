@@ -30,7 +30,8 @@ StartWorker = Callable[[str], subprocess.Popen[bytes]]
 
 @pytest.fixture
 def start_worker(bench: Bench, tmp_path: Path) -> Iterator[StartWorker]:
-    """Starts a worker of a role on the bench's database, and waits until it is known; ends it with the test."""
+    """Starts a worker of a role on the bench's database, and waits until it is known; ends it with the
+    test."""
     processes: list[subprocess.Popen[bytes]] = []
     settings = bench.context.settings.model_copy(
         update={"sweep_seconds": 0.3, "cache_dir": tmp_path / "cache"}

@@ -35,7 +35,12 @@ def test_a_job_from_its_files_to_its_model(bench: Bench, real: Context) -> None:
     content = "".join(json.dumps(row) + "\n" for row in ROWS).encode()
     method = {"type": "heft", "heft": HEFT}
     job_id = bench.created(content, model="llama", method=method, test_file="sample:passages:test")
-    assert prepare_job(real, job_id) is not None
+    prepared = prepare_job(real, job_id)
+    assert prepared is not None
+    assert prepared.validation is not None
+    kept = prepared.validation["files"]["test_file"]
+    assert (kept["reference"], kept["rows"]) == ("sample:passages:test", 200)
+    assert real.artifacts.children(f"prepared/{job_id}") == [kept["sha256"]]
     run_job(real, job_id)
     job = bench.job(job_id)
     assert job.state == JobState.SUCCEEDED, job.error

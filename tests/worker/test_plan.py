@@ -1,0 +1,86 @@
+"""What a user asked for, as the engine runs it."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from heft_engine.command.check import CheckFile
+from heft_engine.command.train import RunFile
+from store.settings import StoreSettings
+from store.spec import TrainingSpec
+from worker.plan import LocalRun, check_file, run_file, train_config
+
+
+def spec(**fields: Any) -> TrainingSpec:
+    return TrainingSpec.model_validate({"model": "org/base", "training_file": "file-1", "seed": 7, **fields})
+
+
+@pytest.fixture
+def settings() -> StoreSettings:
+    return StoreSettings(database_url="d", redis_url="r", artifacts_url="a", model_dir=Path("/models"))
+
+
+def test_nothing_of_what_was_asked_is_lost() -> None:
+    asked = spec(
+        method={"type": "heft_reversed", "heft_reversed": {"lora": {"rank": 2}, "reft": {"layers": [3]}}},
+        task={"type": "choice", "labels": ["a", "b"]},
+        early_stopping={"patience": 3},
+        max_length=256,
+        dtype="float32",
+    )
+    config = train_config(asked, revision=None)
+    assert (config.model, config.method, config.seed) == ("org/base", "heft_reversed", 7)
+    assert (config.max_length, config.dtype, config.early_stopping) == (256, "float32", asked.early_stopping)
+    assert config.stages == asked.stages()
+    assert [stage.type for stage in config.stages] == ["reft", "lora"]
+    assert config.task == asked.task
+
+
+def test_openais_hyperparameters_go_to_every_stage() -> None:
+    hyperparameters = {"n_epochs": 5, "batch_size": 4, "learning_rate_multiplier": 2}
+    asked = spec(method={"type": "supervised", "supervised": {"hyperparameters": hyperparameters}})
+    config = train_config(asked, revision=None)
+    assert config.method == "heft"
+    assert [(s.n_epochs, s.batch_size, s.learning_rate_multiplier) for s in config.stages] == [(5, 4, 2)] * 2
+
+
+@pytest.mark.parametrize(
+    ("model", "revision", "pinned"),
+    [
+        ("org/base", "abc123", "org/base@abc123"),
+        ("org/base@v1", "abc123", "org/base@v1"),
+        ("org/base", None, "org/base"),
+        ("smollm2-135m", "0.1.2", "smollm2-135m"),
+    ],
+)
+def test_a_hub_model_is_pinned_to_the_revision_it_was_checked_with(
+    model: str, revision: str | None, pinned: str
+) -> None:
+    assert train_config(spec(model=model), revision=revision).model == pinned
+
+
+def test_the_engine_reads_the_run_file(settings: StoreSettings, tmp_path: Path) -> None:
+    run = LocalRun(
+        folder=tmp_path, train=tmp_path / "t", validation=tmp_path / "v", test=None, resume=tmp_path / "r"
+    )
+    config = train_config(spec(), revision=None)
+    read = RunFile.model_validate(run_file(config, run, settings))
+    assert read.config == config
+    assert (read.train, read.eval, read.test) == (run.train, run.validation, None)
+    assert (read.out, read.checkpoint_dir, read.resume) == (run.out, run.checkpoints, run.resume)
+    assert (read.checkpoint_seconds, read.model_dir, read.cache_dir) == (300, Path("/models"), None)
+    assert not read.allow_paths
+
+
+def test_the_engine_reads_the_check_file(settings: StoreSettings, tmp_path: Path) -> None:
+    files = {"training_file": "/rows.jsonl", "test_file": "hub:org/data:test"}
+    read = CheckFile.model_validate(check_file(spec(), files, tmp_path, settings))
+    assert read.files == files
+    assert (read.out, read.max_rows, read.max_line_bytes) == (
+        tmp_path,
+        settings.max_rows,
+        settings.max_line_bytes,
+    )
