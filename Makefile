@@ -23,6 +23,9 @@ demo: install
 serve: install
 	$(BIN)/heft up
 
+# Test processes share the cores: torch's threads sleep while they wait for each other.
+test test-slow: export OMP_WAIT_POLICY = PASSIVE
+
 # The fast suite: real Postgres, real Valkey, tiny models.
 test: install
 	$(BIN)/python -m pytest -m "not slow"

@@ -42,6 +42,11 @@ PASSED_ON_PREFIXES = (
 PROXIES = {"http_proxy", "https_proxy", "no_proxy", "ssl_cert_file", "requests_ca_bundle"}
 
 
+#: torch's threads sleep while they wait for each other. Spinning, two busy processes on two cores were several times
+#: slower than one after the other.
+POLITE = {"OMP_WAIT_POLICY": "PASSIVE"}
+
+
 def child_environment(environment: Mapping[str, str]) -> dict[str, str]:
     """The few variables that a child gets, out of the worker's own."""
     passed = {
@@ -50,7 +55,7 @@ def child_environment(environment: Mapping[str, str]) -> dict[str, str]:
         if name in PASSED_ON or name.startswith(PASSED_ON_PREFIXES) or name.lower() in PROXIES
     }
     quiet = {"TQDM_DISABLE": "1", "HF_HUB_DISABLE_PROGRESS_BARS": "1", "TOKENIZERS_PARALLELISM": "false"}
-    return passed | quiet | {"PYTHONUNBUFFERED": "1"}
+    return POLITE | passed | quiet | {"PYTHONUNBUFFERED": "1"}
 
 
 class Child:
