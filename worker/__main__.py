@@ -4,13 +4,12 @@ from __future__ import annotations
 
 import argparse
 import logging
-import tempfile
 import threading
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
-from pathlib import Path
 
 from celery import Celery
+from platformdirs import user_cache_path
 
 from store.artifacts import Artifacts
 from store.database import make_engine, session_factory
@@ -51,7 +50,7 @@ def run(
 
 @contextmanager
 def _context(role: Role, values: StoreSettings, engine_command: Sequence[str]) -> Iterator[Context]:
-    root = (values.cache_dir or Path(tempfile.gettempdir()) / "heft") / "workers"
+    root = (values.cache_dir or user_cache_path("heft")) / "workers"
     engine = make_engine(values.database_url)
     hints = Hints(make_celery(values.redis_url))
     with hold_place(root, role) as place:

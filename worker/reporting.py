@@ -18,8 +18,10 @@ from store.spec import TrainingSpec
 from worker.attempt import Attempt
 from worker.history import History
 
-#: The least time between two METRICS events of a job.
-_METRICS_SECONDS = 1.0
+#: Seconds between two METRICS events of a job: at least, and at most unless its steps take longer.
+_METRICS_SECONDS = (1.0, 10.0)
+#: In between: so many in a run, evenly over its steps.
+_METRICS_EVENTS = 500
 _LAST_WORDS = ("SUCCEEDED", "FAILED")
 
 
@@ -39,7 +41,7 @@ class Reporter:
         self._save_checkpoint = save_checkpoint
         self._latest: dict[str, dict[str, Any]] = {}
         self._pace = Pace()
-        self._next_metrics = 0.0
+        self._told: tuple[float, int] | None = None  # when the last METRICS event was written, and its step
 
     def hear(self, event: dict[str, Any]) -> bool:
         """Write down what is worth it; True for the last word, which is for `run_job` to act on."""
@@ -66,10 +68,16 @@ class Reporter:
         data = event["data"]
         progress = self._pace.progress(data)
         metrics = self._metrics(data, ("step", "epoch", "loss", "learning_rate", "tokens", "seconds"))
-        if time.monotonic() < self._next_metrics and data["step"] < data["total_steps"]:
-            return
-        self._record(event, stage=data["stage"], progress=progress, metrics=metrics)
-        self._next_metrics = time.monotonic() + _METRICS_SECONDS
+        if self._is_worth_telling(data["step"], data["total_steps"]):
+            self._record(event, stage=data["stage"], progress=progress, metrics=metrics)
+            self._told = (time.monotonic(), data["step"])
+
+    def _is_worth_telling(self, step: int, total: int) -> bool:
+        if self._told is None or step >= total:
+            return True
+        at_least, at_most = _METRICS_SECONDS
+        since = time.monotonic() - self._told[0]
+        return since >= at_most or (since >= at_least and step - self._told[1] >= total / _METRICS_EVENTS)
 
     def _record(self, event: Mapping[str, Any], **columns: Any) -> None:
         self._attempt.write(

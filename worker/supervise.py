@@ -121,6 +121,13 @@ class Watch:
                 self._child, self._kill_at = None, float("inf")
 
     def _run(self) -> None:
+        try:
+            self._watch()
+        except Exception:
+            log.exception("the watch has failed: nobody renews the lease or hears a cancel any more")
+            self._end(Reason.LOST)
+
+    def _watch(self) -> None:
         renew_at = 0.0
         while not self._over.wait(self._pause()):
             now = time.monotonic()
