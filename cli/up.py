@@ -121,6 +121,8 @@ def _start(home: Home, options: UpOptions, supervisor: Supervisor, listener: soc
     }
     environment = inherited | stack.environment() | {"HEFT_HOST": host, "HEFT_PORT": str(port)}
     environment["PYTHONUNBUFFERED"] = "1"
+    # Several processes share this machine's cores: torch's threads sleep while they wait for each other.
+    environment.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     api = Program(
         name="API",
         command=[sys.executable, "-P", "-m", "cli", "api", "--fd", str(listener.fileno())],

@@ -97,7 +97,11 @@ def float32_copy(lm: PackedLM) -> PackedLM:
         copy: nn.Module = type(model)._from_config(
             model.config, dtype=torch.float32, attn_implementation=model.config._attn_implementation
         )
-    copy.load_state_dict({name: tensor.float().cpu() for name, tensor in model.state_dict().items()})
+    source = model.state_dict()
+    with torch.no_grad():
+        # Tensor by tensor: a second float32 model would not fit beside the first of 7 billion parameters.
+        for name, tensor in copy.state_dict().items():
+            tensor.copy_(source[name])
     copy.requires_grad_(False)
     return PackedLM(copy.eval())
 

@@ -55,12 +55,15 @@ def take_back_from(session: Session, *, worker_id: str, max_lost_leases: int = 2
 
 
 def _may_take_over(session: Session, lease_seconds: float) -> bool:
-    """Note this sweep; False for one lease after an outage."""
-    lease = seconds(lease_seconds)
+    """Note this sweep; False for one lease after an outage.
+
+    A gap of half a lease counts as one: leases that ran out in it may belong to workers that live.
+    """
+    lease, outage = seconds(lease_seconds), seconds(lease_seconds / 2)
     first = {"id": _ROW, "swept_at": func.now(), "takeover_after": func.now()}
     statement = insert(Reconciler).values(first)
     after_gap = case(
-        (Reconciler.swept_at < func.now() - lease, func.now() + lease), else_=Reconciler.takeover_after
+        (Reconciler.swept_at < func.now() - outage, func.now() + lease), else_=Reconciler.takeover_after
     )
     statement = statement.on_conflict_do_update(
         index_elements=[Reconciler.id], set_={"swept_at": func.now(), "takeover_after": after_gap}

@@ -117,8 +117,8 @@ class TrainingSpec(Settings):
     early_stopping: EarlyStopping | None = None
     max_length: Annotated[int, Field(ge=16, le=1_048_576)] | None = None
     dtype: Dtype = "auto"
-    #: Start after an equal stage 1 of an earlier job, where there is one.
-    reuse: bool = True
+    #: Whether to start after an equal stage 1 of an earlier job: every job trains all of its stages so far.
+    reuse: Literal[False] = False
 
     @field_validator("model")
     @classmethod

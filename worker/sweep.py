@@ -13,7 +13,6 @@ from worker.context import Context
 
 _GARBAGE_SECONDS = 120.0
 _LISTING_SECONDS = 3_600.0
-_UPLOADS_SECONDS = 3600.0
 
 
 def sweep(context: Context) -> None:
