@@ -78,10 +78,10 @@ def _line(pair: Pair) -> str:
     )
     peak = [max(run["peak_bytes"] for run in side) / 1e9 for side in (pair.ours, pair.theirs)]
     spread = f"{min(pair.ratios):.1f}–{max(pair.ratios):.1f}"
-    stage1 = pair.title.startswith("stage 1")
+    shown = f"{share:.0%}" if pair.title.startswith("stage 1") else "–"
     return (
         f"| {pair.title} | {pair.ours[0]['rows']} | {ours:.2f} | {theirs:.2f} | **{ratio:.1f}** ({spread}) "
-        f"| {whole:.1f} | {tokens / ours:.0f} | {f'{share:.0%}' if stage1 else '–'} | {peak[0]:.2f} GB | {peak[1]:.2f} GB |"
+        f"| {whole:.1f} | {tokens / ours:.0f} | {shown} | {peak[0]:.2f} GB | {peak[1]:.2f} GB |"
     )
 
 
