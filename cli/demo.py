@@ -32,10 +32,10 @@ from heft_engine import samples
 
 MODEL = "smollm2-135m"
 SAMPLE = "passages"
-#: Rows of each split: enough to learn from, few enough for two cores.
+#: Rows of each split and settings of each stage: enough to learn from, little enough for two cores.
 ROWS = {"train": 600, "validation": 100, "test": 200}
-LORA = {"n_epochs": 2}
-REFT = {"n_epochs": 2}
+LORA = {"n_epochs": 2, "batch_size": 8, "learning_rate": 1e-3}
+REFT = {"n_epochs": 2, "batch_size": 8}
 QUESTIONS = 3
 _START_SECONDS = 180
 _STOP_SECONDS = 100
