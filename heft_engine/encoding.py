@@ -78,6 +78,11 @@ class Task:
         labels = YES_NO_LABELS if kind == "yes_no" else tuple(settings.labels) if settings.labels else None
         return Task(type=kind, template=template, labels=labels)
 
+    @property
+    def row_labels(self) -> tuple[str, ...] | None:
+        """What `heft_engine.rows` must know to read rows of this task: the labels of a `choice` task."""
+        return self.labels if self.type == "choice" else None
+
     def to_json(self) -> dict[str, Any]:
         return asdict(self)
 

@@ -10,7 +10,7 @@ from dataclasses import asdict
 from heft_engine.errors import RowError
 from heft_engine.evaluation import evaluate as evaluate_examples
 from heft_engine.predictor import Predictor, load
-from heft_engine.rows import parse_row, read_rows
+from heft_engine.rows import Row, parse_row, read_rows
 
 #: Rows answered together; enough to fill a forward pass.
 BATCH = 64
@@ -19,10 +19,11 @@ BATCH = 64
 def evaluate(options: argparse.Namespace) -> None:
     """Prints {"accuracy", "correct", "interval_95", "metric", "n"} as one JSON line."""
     predictor = _load(options)
-    rows = read_rows(options.data, labels=predictor.task.labels)
+    try:
+        rows = read_rows(options.data, labels=predictor.task.row_labels)
+    except OSError as error:
+        raise RowError(f"{options.data} can't be read: {error.strerror}", param="data") from error
     examples = [example for row in rows for example in predictor.encoder.encode(row)]
-    if not examples:
-        raise RowError(f"{options.data.name} has no rows", param="data")
     result = evaluate_examples(predictor.lm, predictor.encoder, examples)
     print(json.dumps(result.to_json(), sort_keys=True))
 
@@ -30,21 +31,24 @@ def evaluate(options: argparse.Namespace) -> None:
 def predict(options: argparse.Namespace) -> None:
     """Rows on stdin, one JSON object a line; answers on stdout, one JSON line each, in order."""
     predictor = _load(options)
-    waiting = []
+    waiting: list[Row] = []
     for number, line in enumerate(sys.stdin, 1):
         if not line.strip():
             continue
         try:
-            waiting.append(parse_row(json.loads(line), labels=predictor.task.labels, need_answer=False))
+            given = json.loads(line)
+            waiting.append(parse_row(given, labels=predictor.task.row_labels, need_answer=False))
         except ValueError as error:
             raise RowError(f"line {number} is not JSON: {error}", line=number) from error
+        except RowError as error:
+            raise RowError(f"line {number}: {error.message}", param=error.param, line=number) from error
         if len(waiting) == BATCH:
             _answer(predictor, waiting, options.scale)
             waiting = []
     _answer(predictor, waiting, options.scale)
 
 
-def _answer(predictor: Predictor, rows: list, scale: float) -> None:  # type: ignore[type-arg]
+def _answer(predictor: Predictor, rows: list[Row], scale: float) -> None:
     for prediction in predictor.predict(rows, scale=scale):
         print(json.dumps(asdict(prediction)), flush=True)
 

@@ -7,16 +7,28 @@ import json
 import signal
 import threading
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from pydantic import BaseModel, ConfigDict, ValidationError
 
 from heft_engine.command.lifeline import die_with_parent, dump_stacks_on_signal
 from heft_engine.command.telling import print_event, telling_faults
-from heft_engine.config import LoraStage, ReftStage, TrainConfig, recipe
-from heft_engine.errors import ConfigError
+from heft_engine.config import (
+    EarlyStopping,
+    LoraStage,
+    MethodType,
+    ReftStage,
+    TaskSettings,
+    TrainConfig,
+    recipe,
+)
+from heft_engine.errors import ConfigError, RowError
 from heft_engine.report import FileField
-from heft_engine.rows import read_rows
+from heft_engine.rows import Row, read_rows
+
+S = TypeVar("S", bound=BaseModel)
+#: Settings that `--set` leaves to flags of their own.
+_FLAGS = ("model", "method", "stages", "seed", "task", "early_stopping")
 
 
 class RunFile(BaseModel):
@@ -61,11 +73,11 @@ def _train(plan: RunFile, stop: threading.Event) -> None:
     labels = plan.config.task.labels
     train(
         plan.config,
-        read_rows(plan.train, labels=labels),
-        read_rows(plan.eval, labels=labels) if plan.eval else [],
+        _read("training_file", plan.train, labels),
+        _read("validation_file", plan.eval, labels),
         plan.out,
         print_event,
-        test_rows=read_rows(plan.test, labels=labels) if plan.test else [],
+        test_rows=_read("test_file", plan.test, labels),
         model_dir=plan.model_dir,
         cache_dir=plan.cache_dir,
         allow_paths=plan.allow_paths,
@@ -80,9 +92,19 @@ def _train(plan: RunFile, stop: threading.Event) -> None:
     )
 
 
+def _read(field: FileField, path: Path | None, labels: list[str] | None) -> list[Row]:
+    """The rows of a file, none without one. Raises RowError."""
+    if path is None:
+        return []
+    try:
+        return read_rows(path, labels=labels)
+    except OSError as error:
+        raise RowError(f"{path} can't be read: {error.strerror}", param=field) from error
+
+
 def _run_file(options: argparse.Namespace) -> RunFile:
     if options.run_file is not None:
-        return RunFile.model_validate_json(options.run_file.read_text())
+        return _read_run_file(options.run_file)
     missing = [name for name in ("model", "train", "out") if getattr(options, name) is None]
     if missing:
         raise ConfigError(f"--{missing[0]} is needed (or --run-file)", param=missing[0])
@@ -101,6 +123,17 @@ def _run_file(options: argparse.Namespace) -> RunFile:
     )
 
 
+def _read_run_file(path: Path) -> RunFile:
+    try:
+        return RunFile.model_validate_json(path.read_bytes())
+    except OSError as error:
+        raise ConfigError(f"the run file can't be read: {error}", param="run_file") from error
+    except ValidationError as error:
+        first = error.errors()[0]
+        where = ".".join(map(str, first["loc"])) or "run_file"
+        raise ConfigError(f"the run file's {where}: {first['msg']}", param=where) from error
+
+
 def _rows(options: argparse.Namespace, field: FileField, reference: str) -> Path:
     """A path as it is; the rows of `hub:…` and `sample:…` are written beside the bundle first."""
     if not reference.startswith(("hub:", "sample:")):
@@ -114,28 +147,44 @@ def _rows(options: argparse.Namespace, field: FileField, reference: str) -> Path
     return path
 
 
-def configure(model: str, method: Any, settings: list[str], seed: int) -> TrainConfig:
+def configure(model: str, method: MethodType, settings: list[str], seed: int) -> TrainConfig:
     """A config from `--set` lines. Raises ConfigError that names the setting at fault."""
-    groups: dict[str, dict[str, Any]] = {"lora": {}, "reft": {}, "task": {}, "early_stopping": {}, "": {}}
+    groups: dict[str, dict[str, Any]] = {name: {} for name in ("lora", "reft", "task", "early_stopping", "")}
     for setting in settings:
         name, equals, value = setting.partition("=")
         group, _, field = name.rpartition(".")
-        if not equals or group not in groups:
+        if not equals or group not in groups or name in _FLAGS:
             raise ConfigError(
                 f"--set {setting}: write it as lora.rank=8, reft.layers=15 or max_length=512", param=name
             )
         groups[group][field] = _value(value)
-    top = groups.pop("")
-    for name in ("task", "early_stopping"):
-        if groups[name]:
-            top[name] = groups[name]
+    for kind in {"lora", "reft"} - {stage.type for stage in recipe(method)}:
+        for field in groups[kind]:
+            raise ConfigError(
+                f"--set {kind}.{field}: method {method} has no {kind} stage", param=f"{kind}.{field}"
+            )
+    lora, reft = _made(LoraStage, groups["lora"], "lora."), _made(ReftStage, groups["reft"], "reft.")
+    whole = {
+        "model": model,
+        "method": method,
+        "stages": recipe(method, lora, reft),
+        "seed": seed,
+        **groups[""],
+    }
+    whole["task"] = _made(TaskSettings, groups["task"], "task.")
+    if groups["early_stopping"]:
+        whole["early_stopping"] = _made(EarlyStopping, groups["early_stopping"], "early_stopping.")
+    return _made(TrainConfig, whole, "")
+
+
+def _made(kind: type[S], values: dict[str, Any], prefix: str) -> S:
     try:
-        stages = recipe(method, LoraStage(**groups["lora"]), ReftStage(**groups["reft"]))
-        return TrainConfig(model=model, method=method, stages=stages, seed=seed, **top)
+        return kind(**values)
     except ValidationError as error:
         first = error.errors()[0]
-        where = ".".join(str(part) for part in first["loc"])
-        raise ConfigError(f"--set {where}: {first['msg']}", param=where) from error
+        where = prefix + str(first["loc"][0]) if first["loc"] else prefix.rstrip(".")
+        known = f"; there are {', '.join(kind.model_fields)}" if first["type"] == "extra_forbidden" else ""
+        raise ConfigError(f"--set {where}: {first['msg']}{known}", param=where) from error
 
 
 def _value(text: str) -> Any:

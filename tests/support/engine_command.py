@@ -1,0 +1,37 @@
+"""The engine's command line in this process: its exit code, and what it prints."""
+
+from __future__ import annotations
+
+import json
+import signal
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from heft_engine.command.main import main
+
+Printed = dict[str, Any]
+Command = Callable[..., tuple[int, list[Printed], str]]
+
+
+@pytest.fixture
+def command(capfd: pytest.CaptureFixture[str]) -> Iterator[Command]:
+    """`command("train", …)` → exit code, the JSON lines on stdout, what is on stderr. Signals are left as they were."""
+    kept = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}
+
+    def run(*arguments: Any) -> tuple[int, list[Printed], str]:
+        capfd.readouterr()
+        code = main([str(argument) for argument in arguments])
+        out, err = capfd.readouterr()
+        return code, [json.loads(line) for line in out.splitlines()], err
+
+    yield run
+    for number, handler in kept.items():
+        signal.signal(number, handler)
+
+
+def write_rows(path: Path, rows: list[dict[str, Any]]) -> Path:
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return path
