@@ -166,7 +166,9 @@ class Home:
     def occupied(self) -> Iterator[None]:
         """`own` with every folder made, and no socket left behind. Only here may servers be started."""
         if sys.platform != "linux":
-            raise CommandError("this needs Linux; run `heft api` and `heft worker` on servers of your own instead")
+            raise CommandError(
+                "this needs Linux; run `heft api` and `heft worker` on servers of your own instead"
+            )
         with self.own():
             self._prepare()
             try:

@@ -121,6 +121,9 @@ def _start(home: Home, options: UpOptions, supervisor: Supervisor, listener: soc
     }
     environment = inherited | stack.environment() | {"HEFT_HOST": host, "HEFT_PORT": str(port)}
     environment["PYTHONUNBUFFERED"] = "1"
+    # The workers share the cores. Threads that spin while they wait for one that has no core took 5 times as
+    # long a training step as threads that sleep (two cores, with other processes at work).
+    environment.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     # Several processes share this machine's cores: torch's threads sleep while they wait for each other.
     environment.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     api = Program(

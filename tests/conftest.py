@@ -21,6 +21,9 @@ from cli.home import Home
 
 pytest_plugins = ["tiny_models"]  # tests/support: tiny_llama_dir, make_tiny_model
 
+# Before torch is loaded: on busy cores, threads that spin while they wait make every step several times as long.
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+
 _TEMPLATE = "heft_template"
 _numbers = itertools.count()
 
