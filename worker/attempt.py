@@ -80,11 +80,20 @@ class Attempt:
             with transaction(self.context.sessions) as session:
                 return do(session, self.claim)
 
-        return self.patiently(once)
+        return self._patiently(once)
 
     def patiently(self, do: Callable[[], T]) -> T:
-        """Try again while database or storage are away: for ever, or a few seconds if the worker shall
-        stop."""
+        """Try again while the storage is away: for ever, or a few seconds if the worker shall stop. Raises
+        Interrupted once the job is cancelled or lost: a storage that is full would hold its end up for good."""
+
+        def once() -> T:
+            if self._watch.reason in (Reason.CANCELLED, Reason.LOST):
+                raise Interrupted(self._watch.reason)
+            return do()
+
+        return self._patiently(once)
+
+    def _patiently(self, do: Callable[[], T]) -> T:
         give_up = tenacity.stop_all(
             tenacity.stop_when_event_set(self.context.stopping),
             tenacity.stop_after_delay(_LAST_WORDS_SECONDS),

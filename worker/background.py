@@ -49,5 +49,8 @@ def _run(chore: Chore, over: threading.Event) -> None:
             chore.do()
         except StoreError as fault:
             log.warning("%s: %s", chore.name, fault)
+        except Exception:
+            # A chore that ended would be missed only when its work was: it tries again at its next turn.
+            log.exception("%s failed", chore.name)
         if over.wait(chore.seconds):
             return

@@ -112,6 +112,7 @@ class Inference:
         request_id = message["request_id"]
         try:
             ok = PredictedRows(data=self._predict(message))
+            _check_numbers(ok)
         except Expired:
             log.info("request %s has expired", request_id)
         except (EngineError, StoreError) as fault:
@@ -188,6 +189,11 @@ def _give_memory_back() -> None:
     gc.collect()
     if torch.cuda.is_available():
         torch.cuda.empty_cache()
+
+
+def _check_numbers(rows: PredictedRows) -> None:
+    """Raises ValueError for a score that is no number: it has no place in JSON, and the caller waits."""
+    json.dumps(rows, allow_nan=False)
 
 
 def _check_deadline(message: PredictMessage) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from dataclasses import replace
 from pathlib import Path
 
@@ -11,6 +12,7 @@ from worker_bench import FAKE_ENGINE, OWNER, Bench, eventually, gone
 
 from store import jobs, leases, reconcile
 from store.database import transaction
+from store.errors import Unavailable
 from store.states import JobState
 from store.tables import Job
 
@@ -259,3 +261,21 @@ def test_a_checkpoint_that_is_gone_or_not_whole_is_not_committed(bench: Bench) -
     )
     assert bench.run(job_id).state == JobState.SUCCEEDED
     assert [checkpoint.step for checkpoint in bench.checkpoints(job_id)] == [4]
+
+
+def test_cancel_ends_a_job_whose_checkpoint_finds_no_storage(
+    bench: Bench, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tried = threading.Event()
+
+    def full(*_: object) -> dict[str, str]:
+        tried.set()
+        raise Unavailable("no space left")
+
+    monkeypatch.setattr(bench.context.artifacts, "put_directory", full)
+    job_id = bench.queued([*STEPS, {"do": "checkpoint", "step": 1, "kind": "stage"}, {"do": "wait"}])
+    attempt = bench.start(job_id)
+    assert tried.wait(30)
+    _wish(bench, job_id, jobs.request_cancel)
+    attempt.result(20)
+    assert bench.job(job_id).state == JobState.CANCELLED
