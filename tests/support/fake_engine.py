@@ -140,7 +140,6 @@ def main() -> None:
         return
     ctypes.CDLL(None).prctl(1, signal.SIGKILL)
     threading.Thread(target=lambda: sys.stdin.read() or os._exit(9), daemon=True).start()
-    signal.signal(signal.SIGTERM, lambda *_: STOP.set())
     faulthandler.register(signal.SIGUSR1)
     if sys.argv[1] == "export":
         export(sys.argv[2:])
@@ -149,6 +148,7 @@ def main() -> None:
     if sys.argv[1] == "check":
         check(run)
         return
+    signal.signal(signal.SIGTERM, lambda *_: STOP.set())
     play = Play(run)
     resumed_at = play.step
     emit("STARTED", method="lora", resolved={"learning_rate": 0.001, "device": "cpu"}, rows=1, total_steps=10)

@@ -53,7 +53,7 @@ def start_worker(bench: Bench, tmp_path: Path) -> Iterator[StartWorker]:
     for process in processes:
         process.kill()
         process.wait()
-    eventually(lambda: not _trainers())
+    eventually(lambda: not _trainers(tmp_path))
 
 
 def test_a_message_brings_a_job_to_its_end_and_sigterm_ends_the_worker(
@@ -77,12 +77,12 @@ def test_a_lost_message_costs_seconds(bench: Bench, start_worker: StartWorker) -
 
 
 def test_kill_9_of_the_worker_ends_its_trainer_and_its_successor_goes_on(
-    bench: Bench, start_worker: StartWorker
+    bench: Bench, start_worker: StartWorker, tmp_path: Path
 ) -> None:
     worker = start_worker("train")
     job_id = bench.queued([*STEPS, {"do": "checkpoint", "step": 2}, {"do": "wait", "step": 2}])
     bench.saw(job_id, "CHECKPOINT_SAVED")
-    (trainer,) = _trainers()
+    (trainer,) = _trainers(tmp_path)
     worker.kill()
     worker.wait()
     trainer.wait(10)
@@ -127,11 +127,13 @@ def test_a_question_on_the_queue_is_answered_on_the_list_it_names(
     assert worker.wait(30) == 0
 
 
-def _trainers() -> list[psutil.Process]:
+def _trainers(folder: Path) -> list[psutil.Process]:
+    """The stand-in engines that this test's workers have started."""
     found = []
     for process in psutil.process_iter(["cmdline"]):
         command = process.info["cmdline"] or []
-        if FAKE_ENGINE[1] in command and process.status() != psutil.STATUS_ZOMBIE:
+        of_this_test = any(word.startswith(str(folder)) for word in command)
+        if FAKE_ENGINE[1] in command and of_this_test and process.status() != psutil.STATUS_ZOMBIE:
             found.append(process)
     return found
 
