@@ -11,6 +11,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
+from uuid import uuid4
 
 import torch
 
@@ -292,7 +293,11 @@ class Run:
         return training, plan_cache(self.lm, boundary, self.validation, self.cache.less(training))
 
     def _cache_file(self, name: str) -> Path | None:
-        return self.cache.directory / f"{name}.cache" if self.cache.directory is not None else None
+        if self.cache.directory is None:
+            return None
+        self.cache.directory.mkdir(parents=True, exist_ok=True)
+        # Two runs may share the folder.
+        return self.cache.directory / f"{name}-{uuid4().hex}.cache"
 
     def _merge(self, index: int, stage: LoraStage, trainable: LoraTrainable) -> None:
         assert stage.target_modules != "auto"

@@ -140,3 +140,13 @@ def test_metrics_count_on(tiny_llama_dir: Path, tmp_path: Path) -> None:
     assert [(m["stage"], m["stage_index"]) for m in metrics] == [("lora", 0)] * 6 + [("reft", 1)] * 6
     for stage in (metrics[:6], metrics[6:]):
         assert all(a["tokens"] < b["tokens"] and a["seconds"] <= b["seconds"] for a, b in pairwise(stage))
+
+
+def test_a_cache_on_disk_leaves_nothing_behind(tiny_llama_dir: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "to be made"
+    budget = CacheBudget(memory=0, disk=10**9, directory=folder)
+    on_disk = run(config(tiny_llama_dir, "reft"), tmp_path / "disk", None, VALIDATION, cache=budget)
+    in_memory = run(config(tiny_llama_dir, "reft"), tmp_path / "memory", None, VALIDATION)
+    assert on_disk.one("STAGE_STARTED")["cache"]["on_disk"]
+    assert on_disk.losses == in_memory.losses
+    assert list(folder.iterdir()) == []
