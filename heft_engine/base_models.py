@@ -114,7 +114,7 @@ def load_tokenizer(path: Path) -> transformers.PreTrainedTokenizerBase:
         return transformers.AutoTokenizer.from_pretrained(
             path, local_files_only=True, trust_remote_code=False
         )
-    except (OSError, ValueError, ImportError) as error:
+    except Exception as error:  # what is wrong with a tokenizer.json, `tokenizers` says by a bare Exception
         raise ModelError(f"the tokenizer of {path.name} can't be read: {error}", code=UNSUPPORTED) from error
 
 

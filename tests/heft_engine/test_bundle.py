@@ -18,7 +18,7 @@ from tiny_models import save_tiny_model
 from torch import Tensor
 
 from heft_engine.bundle import read_bundle
-from heft_engine.errors import BundleError, RowError
+from heft_engine.errors import BundleError, ModelError, RowError
 from heft_engine.generation import generate
 from heft_engine.predictor import Predictor, load, load_base
 from heft_engine.rows import parse_row
@@ -201,6 +201,13 @@ def test_another_tokenizer_is_refused(bundle: Path) -> None:
     file = bundle / "tokenizer" / "tokenizer_config.json"
     edit_json(file, eos_token="<|im_end|>")
     refused(bundle, "tokenizer is not the one its model was trained with")
+
+
+def test_a_cut_tokenizer_is_refused(bundle: Path) -> None:
+    file = bundle / "tokenizer" / "tokenizer.json"
+    file.write_bytes(file.read_bytes()[:-20])
+    with pytest.raises(ModelError, match="the tokenizer of tokenizer can't be read"):
+        load(bundle, device="cpu")
 
 
 @pytest.mark.parametrize(
