@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 from tiny_models import save_tokenizer
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
+from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
 from transformers import AutoTokenizer, PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
 from heft_engine.config import TaskSettings, TaskType
@@ -30,10 +30,13 @@ def bpe(tmp_path_factory: pytest.TempPathFactory) -> PreTrainedTokenizerBase:
 
 @pytest.fixture(scope="module")
 def pieces() -> PreTrainedTokenizerBase:
-    """SentencePiece's kind, as Llama 2 has it: a space in front of the first word, and a BOS."""
+    """SentencePiece's kind, as Llama 2 has it: a space is put in front of every text, and a BOS before that."""
     tokenizer = Tokenizer(models.BPE(unk_token="<unk>"))
-    tokenizer.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme="first")
-    tokenizer.decoder = decoders.Metaspace()
+    tokenizer.normalizer = normalizers.Sequence([normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")])
+    tokenizer.pre_tokenizer = pre_tokenizers.Split("▁", "merged_with_next")
+    tokenizer.decoder = decoders.Sequence(
+        [decoders.Replace("▁", " "), decoders.Fuse(), decoders.Strip(" ", 1, 0)]
+    )
     trainer = trainers.BpeTrainer(
         vocab_size=200,
         special_tokens=["<unk>", "<s>", "</s>"],

@@ -19,7 +19,8 @@ from heft_engine.errors import ConfigError
 from heft_engine.evaluation import mean_loss
 from heft_engine.model import PackedLM
 from heft_engine.predictor import load
-from heft_engine.sources import CacheBudget
+from heft_engine.sources import CacheBudget, PlainSource
+from heft_engine.trainables import ReftTrainable
 
 VALIDATION = parse(yes_no(16, seed=1))
 
@@ -58,14 +59,29 @@ def test_how_a_step_is_cut_changes_nothing_but_rounding(
     assert cut.losses != whole.losses
 
 
-def test_a_step_s_loss_is_the_mean_over_its_supervised_tokens(tiny_llama_dir: Path, tmp_path: Path) -> None:
-    """Before anything has changed it is the loss of the base on these rows."""
+def test_a_step_s_loss_and_gradient_are_means_over_its_supervised_tokens(
+    tiny_llama_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Before anything has changed: those of the base with a fresh intervention."""
     rows = parse([{"prompt": "Say", "completion": "sea " * n} for n in (1, 2, 5, 20)])
-    told = run(config(tiny_llama_dir, "lora"), tmp_path / "out", rows)
-    base = PackedLM(load_model(resolve_path(tiny_llama_dir), dtype=torch.float32, attention=IMPLEMENTATION))
+    steps: list[list[torch.Tensor]] = []
+    monkeypatch.setattr(
+        torch.nn.utils, "clip_grad_norm_", lambda ps, limit: steps.append([p.grad.clone() for p in ps])
+    )
+    stage = but(REFT, layers=[1])
+    told = run(config(tiny_llama_dir, "reft", [stage]), tmp_path / "out", rows)
+
+    lm = PackedLM(load_model(resolve_path(tiny_llama_dir), dtype=torch.float32, attention=IMPLEMENTATION))
     encoder = load(tmp_path / "out").encoder
     examples = [example.supervised() for row in rows for example in encoder.encode(row)]
-    assert told.losses[1] == pytest.approx(mean_loss(base, examples), abs=1e-5)
+    torch.manual_seed(training.derived_seed(0, 0))
+    trainable = ReftTrainable.attach(lm, stage)
+    mean = PlainSource(lm=lm, examples=examples).loss(range(4)) / sum(e.supervised_tokens for e in examples)
+    mean.backward()
+    assert told.losses[1] == pytest.approx(float(mean.detach()), abs=1e-5)
+    expected = [parameter.grad for group in trainable.groups() for parameter in group]
+    for gradient, own in zip(steps[0], expected, strict=True):
+        torch.testing.assert_close(gradient, own, atol=1e-6, rtol=1e-4)
 
 
 @pytest.mark.parametrize(
