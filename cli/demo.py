@@ -54,6 +54,7 @@ def run_demo(target: Target, port: int) -> None:
                 Client(stack.url, home.key_file.read_text().strip()) as client,
             ):
                 console.print(f"they answer at {stack.url}, after {duration(time.monotonic() - began)}\n")
+                _cancel_unfinished(client)
                 request = _request(client, home, console)
                 job = client.post("/v1/fine_tuning/jobs", request)
                 console.print(f"job {job['id']}: HEFT on {MODEL}\n")
@@ -100,6 +101,13 @@ def _wait_for(home: Home, process: subprocess.Popen[bytes], log: Path) -> Runnin
     if stack is None:
         raise CommandError(f"the stack did not answer in {_START_SECONDS} s; see {home.logs}")
     return stack
+
+
+def _cancel_unfinished(client: Client) -> None:
+    """A demo that was interrupted left its job, which would go on first."""
+    for job in client.everything("/v1/fine_tuning/jobs"):
+        if job["finished_at"] is None:
+            client.post(f"/v1/fine_tuning/jobs/{job['id']}/cancel")
 
 
 def _request(client: Client, home: Home, console: Console) -> Json:

@@ -73,6 +73,8 @@ def _die_with_parent(death_signal: signal.Signals) -> Callable[[], None]:
     parent = os.getpid()
 
     def in_child() -> None:
+        # A mask of our own starter's would keep the death signal, and any other, from ever arriving.
+        signal.pthread_sigmask(signal.SIG_SETMASK, ())
         libc.prctl(_PR_SET_PDEATHSIG, int(death_signal))
         if os.getppid() != parent:  # it died before the line above could matter
             os._exit(1)

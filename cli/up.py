@@ -115,17 +115,7 @@ def _start(home: Home, options: UpOptions, supervisor: Supervisor, listener: soc
         cache_dir=os.environ.get("HEFT_CACHE_DIR") or str(home.cache),
     )
     _prepare_database(home, options, database_url)
-    # The key is the caller's, not the service's.
-    inherited = {
-        name: value for name, value in os.environ.items() if name not in ("HEFT_API_KEY", "HEFT_URL")
-    }
-    environment = inherited | stack.environment() | {"HEFT_HOST": host, "HEFT_PORT": str(port)}
-    environment["PYTHONUNBUFFERED"] = "1"
-    # The workers share the cores. Threads that spin while they wait for one that has no core took 5 times as
-    # long a training step as threads that sleep (two cores, with other processes at work).
-    environment.setdefault("OMP_WAIT_POLICY", "PASSIVE")
-    # Several processes share this machine's cores: torch's threads sleep while they wait for each other.
-    environment.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+    environment = _environment(stack) | {"HEFT_HOST": host, "HEFT_PORT": str(port)}
     api = Program(
         name="API",
         command=[sys.executable, "-P", "-m", "cli", "api", "--fd", str(listener.fileno())],
@@ -136,17 +126,30 @@ def _start(home: Home, options: UpOptions, supervisor: Supervisor, listener: soc
     )
     supervisor.start(api)
     for role, name in _WORKERS.items():
+        command = [sys.executable, "-P", "-m", "worker", role]
+        log = home.logs / f"worker-{role}.log"
         supervisor.start(
             Program(
                 name=name,
-                command=[sys.executable, "-P", "-m", "worker", role],
+                command=command,
                 environment=environment,
-                log=home.logs / f"worker-{role}.log",
+                log=log,
                 stop_seconds=_WORKER_STOP_SECONDS,
             )
         )
     _wait_until_ready(supervisor, api, stack.url)
     return stack
+
+
+def _environment(stack: RunningStack) -> dict[str, str]:
+    """What the service's own processes see: this shell's settings and the stack's, but no caller's key."""
+    inherited = {
+        name: value for name, value in os.environ.items() if name not in ("HEFT_API_KEY", "HEFT_URL")
+    }
+    # The workers share the cores. Threads that spin while they wait for one that has no core took 5 times as
+    # long a training step as threads that sleep (two cores, with other processes at work).
+    shared_cores = {"OMP_WAIT_POLICY": "PASSIVE"}
+    return shared_cores | inherited | stack.environment() | {"PYTHONUNBUFFERED": "1"}
 
 
 def _prepare_database(home: Home, options: UpOptions, database_url: str) -> None:

@@ -136,3 +136,18 @@ def _group_and_state(path: Path) -> tuple[int, bool]:
     except (FileNotFoundError, ProcessLookupError):
         return 0, False
     return int(fields[2]), fields[0] != "Z"
+
+
+def test_a_blocked_signal_of_ours_reaches_the_child(tmp_path: Path) -> None:
+    helper = program(tmp_path, STAYS)
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
+    try:
+        helper.start()
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+    assert wait_until(lambda: is_there(helper), seconds=20)
+    process = helper.process
+    assert process is not None
+    helper.ask_to_stop()
+    helper.stop()
+    assert process.returncode == -signal.SIGTERM
