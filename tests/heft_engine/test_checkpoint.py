@@ -207,6 +207,7 @@ def test_a_manifest_names_every_file_and_is_written_last(
     assert set(json.loads((tmp_path / MANIFEST).read_text())) == {"deep/er/file", "top"}
     # Both files and the manifest's content are on the disk before the manifest has its name.
     assert synced == [False, False, False, True]
+    assert {path.name for path in tmp_path.iterdir()} == {"deep", "top", MANIFEST}
 
 
 def test_a_stop_without_a_checkpoint_folder_still_stops(tiny_llama_dir: Path, tmp_path: Path) -> None:

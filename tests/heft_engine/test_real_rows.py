@@ -9,9 +9,14 @@ from typing import Any
 import pytest
 
 from heft_engine import TrainConfig, load, train
+from heft_engine import run as run_module
 from heft_engine.config import LoraStage, ReftStage
+from heft_engine.encoding import Encoder, Example
+from heft_engine.evaluation import Evaluation, evaluate
 from heft_engine.events import Event
+from heft_engine.model import PackedLM
 from heft_engine.rows import Row, read_rows
+from heft_engine.scoring import Scores, score
 
 DATA = Path(os.environ.get("HEFT_TEST_DATA") or Path(__file__).parents[3] / "shared" / "data")
 
@@ -36,7 +41,16 @@ def trained(folder: Path, config: dict[str, Any], training: list[Row], test: lis
     return told[-1].data
 
 
-def test_boolq_answers_have_the_bits_of_the_evaluation_alone_and_together(tmp_path: Path) -> None:
+def test_boolq_answers_have_the_bits_of_the_evaluation_alone_and_together(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    evaluated: list[list[Scores]] = []
+
+    def recording(lm: PackedLM, encoder: Encoder, examples: list[Example]) -> Evaluation:
+        evaluated.append(score(lm, examples))
+        return evaluate(lm, encoder, examples)
+
+    monkeypatch.setattr(run_module, "evaluate", recording)
     test = rows("boolq/dev.jsonl", 60)
     stages = [LoraStage(n_epochs=1), ReftStage(n_epochs=1)]
     done = trained(tmp_path / "bundle", {"stages": stages}, rows("boolq/train.jsonl", 200), test)
@@ -44,6 +58,8 @@ def test_boolq_answers_have_the_bits_of_the_evaluation_alone_and_together(tmp_pa
     together = predictor.predict(test)
     assert [predictor.predict([row])[0] for row in test] == together
     assert predictor.predict(test[::-1])[::-1] == together
+    examples = [predictor.encoder.question(row) for row in test]
+    assert [score(predictor.lm, [example])[0] for example in examples] == evaluated[-1]
     right = sum(one.answer == row.answer for one, row in zip(together, test, strict=True))
     assert right == done["evaluation"]["results"][-1]["correct"]
 

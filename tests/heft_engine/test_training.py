@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 from itertools import pairwise
 from pathlib import Path
@@ -37,6 +38,23 @@ def test_the_same_seed_gives_the_same_losses_and_another_seed_others(
     assert list(one.losses) == list(range(1, 13))
     assert all(torch.equal(a, b) for a, b in zip(tensors(one).values(), tensors(again).values(), strict=True))
     assert not set(one.losses.values()) & set(other.losses.values())
+
+
+def test_every_epoch_has_every_row_once_in_an_order_of_its_own(
+    tiny_llama_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    steps: list[list[int]] = []
+
+    def recording(source: Any, indices: Any, budget: int) -> list[list[int]]:
+        steps.append(list(indices))
+        return sources.cut(source, indices, budget)
+
+    monkeypatch.setattr(training, "cut", recording)
+    run(config(tiny_llama_dir, "heft"), tmp_path / "out", parse(yes_no(20)))
+    assert [len(step) for step in steps] == [8, 8, 4] * 4
+    epochs = [tuple(itertools.chain(*steps[i : i + 3])) for i in range(0, 12, 3)]
+    assert all(sorted(epoch) == list(range(20)) for epoch in epochs)
+    assert len({*epochs, tuple(range(20))}) == 5
 
 
 @pytest.mark.parametrize("method", ["lora", "reft"])
