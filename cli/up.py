@@ -148,7 +148,7 @@ def _environment(stack: RunningStack) -> dict[str, str]:
     }
     # The workers share the cores. Threads that spin while they wait for one that has no core took 5 times as
     # long a training step as threads that sleep (two cores, with other processes at work).
-    shared_cores = {"OMP_WAIT_POLICY": "PASSIVE"}
+    shared_cores = {"GOMP_SPINCOUNT": "30000"}
     return shared_cores | inherited | stack.environment() | {"PYTHONUNBUFFERED": "1"}
 
 
