@@ -117,8 +117,9 @@ class TrainingSpec(Settings):
     early_stopping: EarlyStopping | None = None
     max_length: Annotated[int, Field(ge=16, le=1_048_576)] | None = None
     dtype: Dtype = "auto"
-    #: Whether to start after an equal stage 1 of an earlier job: every job trains all of its stages so far.
-    reuse: Literal[False] = False
+    #: Whether to start after an equal stage 1 of an earlier job. Every job trains all of its stages so far, and the
+    #: API takes false alone; what is stored stays readable whatever the API takes.
+    reuse: bool = False
 
     @field_validator("model")
     @classmethod

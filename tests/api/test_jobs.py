@@ -6,11 +6,12 @@ import re
 
 import httpx
 import pytest
-from api_calls import JOBS, create, hint, refusal, running
+from api_calls import JOBS, MINIMAL, create, hint, refusal, running
 
 from store import jobs, leases
 from store.database import SessionFactory, transaction
 from store.settings import StoreSettings
+from store.spec import TrainingSpec
 
 
 class TestLists:
@@ -40,6 +41,16 @@ class TestLists:
     @pytest.mark.parametrize(("query", "param"), [("limit=101", "limit"), ("after=ftjob-none", "after")])
     def test_a_list_that_can_not_be_is_refused(self, client: httpx.Client, query: str, param: str) -> None:
         assert refusal(client.get(f"{JOBS}?{query}")) == (422, param)
+
+    def test_a_setting_that_is_stored_stays_readable_when_it_is_no_longer_taken(
+        self, client: httpx.Client, sessions: SessionFactory, owner: str
+    ) -> None:
+        assert refusal(client.post(JOBS, json=MINIMAL | {"reuse": True})) == (422, "reuse")
+        with transaction(sessions) as session:
+            spec = TrainingSpec(**MINIMAL, seed=1, reuse=True)
+            stored = jobs.create(session, owner_id=owner, spec=spec)
+
+        assert stored.id in [job["id"] for job in client.get(JOBS).json()["data"]]
 
 
 class TestOwners:
