@@ -167,8 +167,8 @@ def test_a_job_outlives_the_kill_of_its_trainer_its_worker_and_the_whole_stack(
     )
     with heft_up(home, **quick) as stack, client(stack) as api:
         rows = upload(api)
-        straight = ended(api, create(api, 8, training_file=rows))
-        job_id = create(api, 8, training_file=rows)
+        straight = ended(api, create(api, 24, training_file=rows))
+        job_id = create(api, 24, training_file=rows)
         for words in (("heft_engine", "train", "--run-file"), ("-m worker", "train")):
             passed = progress(api, job_id)
             wait_until(lambda before=passed: progress(api, job_id) >= before + 2, seconds=SECONDS)

@@ -40,7 +40,10 @@ CASES: dict[str, Callable[[Path], TrainConfig]] = {
         ),
     ),
     "early stopping": lambda model: config(
-        model, "heft", stages("heft", n_epochs=9), early_stopping=EarlyStopping(patience=1)
+        model,
+        "heft",
+        stages("heft", n_epochs=9, learning_rate=0.05),
+        early_stopping=EarlyStopping(patience=1),
     ),
 }
 

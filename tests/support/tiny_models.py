@@ -7,7 +7,6 @@ torch is imported inside the functions, so that tests of the API can be collecte
 from __future__ import annotations
 
 import json
-import pydoc_data.topics
 from collections.abc import Callable
 from functools import cache
 from pathlib import Path
@@ -17,6 +16,8 @@ import pytest
 
 FAMILIES = ("llama", "mistral", "qwen2", "qwen3", "gemma", "gemma2", "gemma3_text", "gpt_neox")
 VOCAB_SIZE = 600
+#: Text that is the same wherever the tests run: Python's own documentation changes with its version.
+ENGLISH = (Path(__file__).parents[2] / "LICENSE").read_text()
 CHAT_TEMPLATE = (
     "{% for message in messages %}<|im_start|>{{ message['role'] }}\n{{ message['content'] }}<|im_end|>\n"
     "{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
@@ -83,13 +84,12 @@ def _tokenizer_json() -> str:
         initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
         show_progress=False,
     )
-    topics = list(pydoc_data.topics.topics.values())[:8]
     words = [
         "Question: is it so?\nAnswer: yes",
         "Question: is it so?\nAnswer: no",
         " true false user assistant",
     ]
-    tokenizer.train_from_iterator([*topics, *(words * 400)], trainer)
+    tokenizer.train_from_iterator([ENGLISH, *(words * 400)], trainer)
     return tokenizer.to_str()
 
 
