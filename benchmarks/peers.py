@@ -99,7 +99,7 @@ def train_reft(model: Any, path: Path, stage: ReftStage, rows: Sequence[Example]
             "component": "block_output",
             "low_rank_dimension": stage.rank,
             "intervention": pyreft.LoreftIntervention(
-                embed_dim=model.config.hidden_size, low_rank_dimension=stage.rank, dtype=torch.float32
+                embed_dim=model.config.hidden_size, low_rank_dimension=stage.rank, dtype=model.dtype
             ),
         }
         for layer in stage.layers
@@ -142,7 +142,7 @@ def _arguments(folder: str, stage: LoraStage | ReftStage) -> TrainingArguments:
         per_device_train_batch_size=stage.batch_size,
         num_train_epochs=stage.n_epochs,
         learning_rate=float(stage.learning_rate),
-        warmup_ratio=stage.warmup_ratio,
+        warmup_steps=stage.warmup_ratio,  # below 1: a share of all steps
         lr_scheduler_type=stage.scheduler,
         logging_steps=1,
         save_strategy="no",

@@ -16,7 +16,8 @@ from torch import Tensor
 from transformers import AttentionInterface, AttentionMaskInterface
 
 from heft_engine.causal_attention import LONGEST_MATRIX, CausalAttention, causal
-from heft_engine.packing import Layout, PackedRow, Past
+from heft_engine.packing import Collector, Layout, PackedRow
+from heft_engine.suffix_attention import suffix_attention
 
 IMPLEMENTATION = "heft_packed"
 
@@ -57,22 +58,24 @@ def packed_attention(
         if query.shape[2] != 1:
             raise ValueError("without a layout, packed attention takes one new token a row")
         return _attend(query, key, value, scaling, sliding_window, softcap).transpose(1, 2), None
+    if layout.prefix is not None:
+        layer = cast(int, module.layer_idx)
+        return suffix_attention(
+            query, key, value, layout.prefix, layer, scaling, sliding_window, softcap
+        ), None
     # One split a tensor, never a slice a row: the gradient of a slice is a tensor of zeros as long as the batch.
     lengths = [length for row in layout.rows for length in _segments(row)]
     parts: Parts = zip(*(torch.split(each, lengths, 2) for each in (query, key, value)), strict=True)
-    if layout.past is not None:
-        parts = _continue(parts, layout.past, cast(int, module.layer_idx))
+    if layout.collector is not None:
+        parts = _shown(parts, layout.collector, cast(int, module.layer_idx))
     outs = [out for row in layout.rows for out in _row(row, parts, scaling, sliding_window, softcap)]
     return torch.cat([out.transpose(1, 2) for out in outs], dim=1), None
 
 
-def _continue(parts: Parts, past: Past, layer: int) -> Parts:
-    """Every row's own keys and values behind those that its past holds. Such rows have one branch at most."""
+def _shown(parts: Parts, collector: Collector, layer: int) -> Parts:
+    """Shows every row's own keys and values to who keeps them. Such rows have one branch at most."""
     for index, (query, key, value) in enumerate(parts):
-        past.leave(layer, index, key, value)
-        before = past.before(layer, index)
-        if before is not None:
-            key, value = torch.cat([before[0], key], dim=2), torch.cat([before[1], value], dim=2)
+        collector.leave(layer, index, key, value)
         yield query, key, value
 
 

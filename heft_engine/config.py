@@ -159,6 +159,8 @@ class TrainConfig(Settings):
     max_length: Annotated[int, Field(ge=16, le=1_048_576)] | None = None
     dtype: Dtype = "auto"
     early_stopping: EarlyStopping | None = None
+    #: Whether decoder layers are compiled while stage 1 trains; "auto": on a CPU, where the stage is long enough.
+    compile: bool | Auto = "auto"
 
 
 def recipe(method: MethodType, lora: LoraStage | None = None, reft: ReftStage | None = None) -> list[Stage]:

@@ -11,7 +11,6 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 import torch
-import torch.nn.functional as F  # noqa: N812
 from scipy.stats import binomtest
 
 from heft_engine.encoding import Encoder, Example
@@ -19,6 +18,7 @@ from heft_engine.generation import generate
 from heft_engine.model import PackedLM
 from heft_engine.packing import micro_batches, pack
 from heft_engine.scoring import TOKEN_BUDGET, score
+from heft_engine.supervised import cross_entropy
 
 #: Answers to text prompts are generated up to this many tokens beyond the right one's length.
 EXTRA_NEW_TOKENS = 8
@@ -66,8 +66,7 @@ def supervised_loss(lm: PackedLM, examples: Sequence[Example]) -> tuple[torch.Te
     positions, targets = batch.supervised()
     hidden = lm.hidden(batch)
     at = torch.tensor(positions, device=hidden.device)
-    logits = lm.logits(hidden[at])
-    return F.cross_entropy(logits, torch.tensor(targets, device=logits.device), reduction="sum"), len(targets)
+    return cross_entropy(lm, hidden[at], targets), len(targets)
 
 
 @torch.inference_mode()

@@ -13,6 +13,7 @@ from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from heft_engine.families import family_of
 from heft_engine.fixed_shapes import FixedShapes, calibrate
@@ -33,6 +34,8 @@ class PackedLM:
         self.sites = Sites(self.layers)
         #: Called with every pass through layers: long evaluations and prefills show in it that they move.
         self.on_forward: Callable[[], None] = lambda: None
+        #: Whether layers keep their input alone and run again for their gradient.
+        self.checkpointing = False
         self._fixed_shapes: tuple[int, FixedShapes] | None = None
 
     @property
@@ -91,16 +94,19 @@ class PackedLM:
                 arguments = (states, positions) if kind is None else (states, positions, kind)
                 rotary[kind] = self.backbone.rotary_emb(*arguments)
             options: dict[str, Any] = {self.family.cache_argument: cache} if cache is not None else {}
-            states = self.layers[index](
-                states,
-                attention_mask=None,
-                position_ids=positions,
-                position_embeddings=rotary[kind],
-                use_cache=cache is not None,
-                layout=layout,
-                **options,
-            )
+            options |= {
+                "attention_mask": None,
+                "position_ids": positions,
+                "position_embeddings": rotary[kind],
+            }
+            options |= {"use_cache": cache is not None, "layout": layout}
+            states = self._run_layer(index, states, options)
         return states
+
+    def _run_layer(self, index: int, states: Tensor, options: dict[str, Any]) -> Tensor:
+        if self.checkpointing and torch.is_grad_enabled():
+            return cast(Tensor, checkpoint(self.layers[index], states, use_reentrant=False, **options))
+        return cast(Tensor, self.layers[index](states, **options))
 
     def finish(self, states: Tensor) -> Tensor:
         """The final norm."""

@@ -11,12 +11,15 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from typing import TYPE_CHECKING, Protocol
 
 import torch
 from torch import Tensor
 
 from heft_engine.encoding import Example, intervened_positions
+
+if TYPE_CHECKING:
+    from heft_engine.suffix_attention import Prefix
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -24,7 +27,7 @@ class PackedRow:
     """Where one row lies: `start` in the flat batch, then `prompt` tokens, then `branches` of these lengths.
 
     Of a row that continues a cache, the first `skipped` prompt tokens are not in the batch: attention finds their
-    keys and values in the layout's `past`, and positions go on counting from the row's true start. Of a row that
+    keys and values in the layout's `prefix`, and positions go on counting from the row's true start. Of a row that
     only fills a cache, the last `missing` prompt tokens are not in the batch.
     """
 
@@ -40,11 +43,8 @@ class PackedRow:
         return self.prompt - self.skipped - self.missing + sum(self.branches)
 
 
-class Past(Protocol):
-    """Keys and values that stand left of a batch's tokens, or that a batch leaves behind."""
-
-    def before(self, layer: int, row: int) -> tuple[Tensor, Tensor] | None:
-        """What row `row` attends to before its own tokens, or None: (1, kv_heads, skipped, head_dim) each."""
+class Collector(Protocol):
+    """Keeps keys and values that a batch leaves behind."""
 
     def leave(self, layer: int, row: int, keys: Tensor, values: Tensor) -> None:
         """Shown every row's own keys and values, (1, kv_heads, length, head_dim) each, rotated."""
@@ -57,7 +57,9 @@ class Layout:
     rows: tuple[PackedRow, ...]
     #: s in h + s·(Φ(h) − h); 0 leaves interventions out altogether.
     scale: float = 1.0
-    past: Past | None = None
+    #: Keys and values left of the rows, all of which have one branch at most.
+    prefix: Prefix | None = None
+    collector: Collector | None = None
 
     def intervened(self, first: int, last: int) -> list[int]:
         """Flat indices of every intervened token, row by row."""

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 from uuid import uuid4
@@ -27,6 +27,7 @@ from heft_engine.evaluation import evaluate, mean_loss
 from heft_engine.events import Event, OnEvent, Pulse
 from heft_engine.general_text import general_examples
 from heft_engine.lora import LoraAdapter
+from heft_engine.memory import peak
 from heft_engine.model import PackedLM
 from heft_engine.model_files import inspect
 from heft_engine.outcome import write_outcome
@@ -34,8 +35,8 @@ from heft_engine.parity import merge_and_verify
 from heft_engine.resolve import resolve_max_length, resolve_stage
 from heft_engine.rows import Row, infer_task
 from heft_engine.run_state import CheckpointWriter, RunState, load_checkpoint, rows_hash
-from heft_engine.sources import CacheBudget, CachePlan, plan_cache
-from heft_engine.suffix_cache import Boundary
+from heft_engine.sources import CacheBudget
+from heft_engine.stage_plan import Planner, StagePlan
 from heft_engine.trainables import LoraTrainable, ReftTrainable
 from heft_engine.training import Hooks, Progress, StageRun, derived_seed
 
@@ -61,11 +62,13 @@ def train(
     resume: Path | None = None,
     should_stop: Callable[[], bool] = lambda: False,
     cache: CacheBudget | None = None,
+    memory_bytes: int | None = None,
 ) -> Bundle:
     """Trains by the config and writes a bundle to `out_dir`, a new or empty directory.
 
     `eval_rows` steer (early stopping) and `test_rows` only report. `resume` is a checkpoint directory of an earlier
-    run of the same config and rows. Raises EngineError: RowError, ConfigError, ModelError, TrainingError, or Stopped
+    run of the same config and rows. `memory_bytes`: what a stage may take beyond what the process holds; None is what
+    is free. Raises EngineError: RowError, ConfigError, ModelError, TrainingError, or Stopped
     after `should_stop` returned True and a checkpoint was written.
     """
     if out_dir.exists() and any(out_dir.iterdir()):
@@ -73,6 +76,7 @@ def train(
     cache = cache or CacheBudget(directory=out_dir.parent)
     base = resolve(config.model, model_dir=model_dir, cache_dir=cache_dir, allow_paths=allow_paths)
     run = prepare(config, base, train_rows, eval_rows, test_rows, device or choose_device(), on_event, cache)
+    run.cache_dir, run.memory_bytes = cache_dir, memory_bytes
     writer = CheckpointWriter(directory=checkpoint_dir, seconds=checkpoint_seconds, on_event=on_event)
     if resume is not None:
         run.resume(resume)
@@ -159,6 +163,8 @@ class Run:
         None  #: after which stage, the probe rows' scores, their tolerance
     )
     adapters: list[LoraAdapter] = field(default_factory=list)
+    cache_dir: Path | None = None
+    memory_bytes: int | None = None
 
     def __post_init__(self) -> None:
         self.state = RunState(rows_sha256=rows_hash(self.examples))
@@ -215,16 +221,59 @@ class Run:
         else:
             trainable = ReftTrainable.attach(self.lm, stage)
 
-        boundary = trainable.boundary()
-        caches = self._plan_caches(boundary)
-        self._emit_stage(
-            "STAGE_STARTED",
-            f"Stage {index + 1} of {len(self.config.stages)}: {stage.type}",
-            index,
-            learning_rate=stage.learning_rate,
-            trained_parameters=sum(p.numel() for p in trainable.parameters().values()),
-            cache=asdict(caches[0]),
+        planner = Planner(
+            lm=self.lm,
+            stage=stage,
+            index=index,
+            seed=self.config.seed,
+            trainable=trainable,
+            boundary=trainable.boundary(),
+            examples=self.examples,
+            validation=self.validation,
+            budget=self.cache,
+            compile=self.config.compile,
+            cache_dir=self.cache_dir,
+            room=self.memory_bytes,
         )
+        inside = self.state.inside_stage
+        earlier = Progress(**inside["progress"]) if inside is not None else None
+        with peak(self.lm.device) as most:
+            with planner.planned(earlier) as plan:
+                self._tell_plan(index, stage, trainable, plan)
+                progress = self._train(index, stage, trainable, plan, sites_before, writer, should_stop)
+            self._end_stage(index, stage, trainable, progress)
+            memory_bytes = most()
+        self._emit_warnings(index, stage)
+        self._emit_stage(
+            "STAGE_COMPLETE",
+            f"Stage {index + 1} of {len(self.config.stages)} is complete",
+            index,
+            seconds=round(time.monotonic() - began, 3),
+            steps=progress.step,
+            tokens=progress.tokens,
+            general_loss=self.state.general_loss[-1],
+            memory_bytes=memory_bytes,
+        )
+        writer.stage(
+            self.state,
+            self.first_steps[index + 1],
+            self.config,
+            lambda path: write_outcome(self, path),
+            stage.type,
+            index,
+        )
+
+    def _train(
+        self,
+        index: int,
+        stage: LoraStage | ReftStage,
+        trainable: LoraTrainable | ReftTrainable,
+        plan: StagePlan,
+        sites_before: int,
+        writer: CheckpointWriter,
+        should_stop: Callable[[], bool],
+    ) -> Progress:
+        boundary = trainable.boundary()
 
         def save(progress: Progress, tensors: Callable[[], dict[str, torch.Tensor]], due: bool) -> None:
             run_step = self.first_steps[index] + progress.step
@@ -240,9 +289,9 @@ class Run:
             seed=self.config.seed,
             trainable=trainable,
             examples=self.examples,
-            source=caches[0].open(self.lm, boundary, self.examples, self._cache_file("training")),
+            source=plan.cache.open(self.lm, boundary, self.examples, self._cache_file("training")),
             validation=self.validation,
-            validation_source=caches[1].open(
+            validation_source=plan.validation_cache.open(
                 self.lm, boundary, self.validation, self._cache_file("validation")
             ),
             probe=self.probe,
@@ -251,46 +300,56 @@ class Run:
             total_steps=self.total_steps,
             hooks=Hooks(on_event=self.on_event, save=save, should_stop=should_stop),
         )
-        run.progress.cache, run.progress.validation_cache = asdict(caches[0]), asdict(caches[1])
+        run.progress = replace(
+            run.progress,
+            cache=asdict(plan.cache),
+            validation_cache=asdict(plan.validation_cache),
+            **plan.of_progress,
+        )
         if self.state.inside_stage is not None:
             self.state.restore_stage(run)
         run.run()
+        return run.progress
+
+    def _end_stage(
+        self,
+        index: int,
+        stage: LoraStage | ReftStage,
+        trainable: LoraTrainable | ReftTrainable,
+        progress: Progress,
+    ) -> None:
+        """Merges or freezes what was trained, and measures it."""
         if isinstance(trainable, LoraTrainable):
             assert isinstance(stage, LoraStage)
             self._merge(index, stage, trainable)
         else:
             trainable.freeze()
-        progress = run.progress
         self.state.trained_tokens += progress.tokens
         self.state.stage_index, self.state.inside_stage = index + 1, None
         self._evaluate(stage.type, index)
         self.state.general_loss.append(mean_loss(self.lm, self.general))
-        self._emit_warnings(index, stage)
-        self._emit_stage(
-            "STAGE_COMPLETE",
-            f"Stage {index + 1} of {len(self.config.stages)} is complete",
-            index,
-            seconds=round(time.monotonic() - began, 3),
-            steps=progress.step,
-            tokens=progress.tokens,
-            general_loss=self.state.general_loss[-1],
-        )
-        writer.stage(
-            self.state,
-            self.first_steps[index + 1],
-            self.config,
-            lambda path: write_outcome(self, path),
-            stage.type,
-            index,
-        )
 
-    def _plan_caches(self, boundary: Boundary) -> tuple[CachePlan, CachePlan]:
-        """For training and validation rows: as a checkpoint says, else by the budget, training rows first."""
-        if self.state.inside_stage is not None:
-            progress = self.state.inside_stage["progress"]
-            return CachePlan(**progress["cache"]), CachePlan(**progress["validation_cache"])
-        training = plan_cache(self.lm, boundary, self.examples, self.cache)
-        return training, plan_cache(self.lm, boundary, self.validation, self.cache.less(training))
+    def _tell_plan(
+        self,
+        index: int,
+        stage: LoraStage | ReftStage,
+        trainable: LoraTrainable | ReftTrainable,
+        plan: StagePlan,
+    ) -> None:
+        self._emit_stage(
+            "STAGE_STARTED",
+            f"Stage {index + 1} of {len(self.config.stages)}: {stage.type}",
+            index,
+            learning_rate=stage.learning_rate,
+            trained_parameters=sum(p.numel() for p in trainable.parameters().values()),
+            cache=asdict(plan.cache),
+            memory_bytes=plan.memory_bytes,
+            **plan.of_progress,
+        )
+        if plan.compile_failure is not None:
+            message = f"Layers could not be compiled and run as they are, slower: {plan.compile_failure}"
+            data = {"signature": "not_compiled", "stage": stage.type, "stage_index": index}
+            self.on_event(Event(code="WARNING", message=message, level="warn", data=data))
 
     def _cache_file(self, name: str) -> Path | None:
         if self.cache.directory is None:

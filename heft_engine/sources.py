@@ -7,14 +7,13 @@ know optimisers or events.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Protocol
 
 import psutil
 import torch
-import torch.nn.functional as F  # noqa: N812
 from torch import Tensor
 
 from heft_engine.encoding import Example
@@ -22,12 +21,24 @@ from heft_engine.evaluation import supervised_loss
 from heft_engine.model import PackedLM
 from heft_engine.packing import packed_length
 from heft_engine.suffix_cache import Boundary, Rung, SuffixCache, size_of
+from heft_engine.supervised import cross_entropy
+
+#: Kept tokens, keys and values alone, that weigh as much in a pass as one that runs.
+KEPT_TOKENS = 4
+
+
+def pass_tokens(rung: Rung, example: Example, skipped: int) -> int:
+    """Tokens that a row weighs in a pass, `skipped` of which are kept on the highest rung."""
+    if rung != "keys_values":
+        return packed_length(example)
+    # What is kept of a row is copied beside the others' for the pass: it counts, though it costs little.
+    return packed_length(example) - skipped + skipped // KEPT_TOKENS
 
 
 class Source(Protocol):
     """Rows that losses can be computed of, by index."""
 
-    def tokens(self, index: int) -> int: ...  #: that one pass over the row runs
+    def tokens(self, index: int) -> int: ...  #: of a pass's budget that the row takes
     def loss(self, indices: Sequence[int]) -> Tensor: ...  #: summed over the rows' supervised tokens
 
 
@@ -53,7 +64,7 @@ class CachedSource:
 
     def tokens(self, index: int) -> int:
         row = self.cache.rows[index]
-        return packed_length(row.example) - (row.skipped if self.cache.rung == "keys_values" else 0)
+        return pass_tokens(self.cache.rung, row.example, row.skipped)
 
     def loss(self, indices: Sequence[int]) -> Tensor:
         cache, lm = self.cache, self.cache.lm
@@ -69,8 +80,7 @@ class CachedSource:
             reads += range(at, at + len(example.answers[0]))
             targets += example.answers[0]
         hidden = lm.finish(states)[0, torch.tensor(reads, device=states.device)]
-        logits = lm.logits(hidden)
-        return F.cross_entropy(logits, torch.tensor(targets, device=logits.device), reduction="sum")
+        return cross_entropy(lm, hidden, targets)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -144,10 +154,15 @@ def mean_source_loss(source: Source, examples: Sequence[Example], token_budget: 
 
 def cut(source: Source, indices: Sequence[int], token_budget: int) -> list[list[int]]:
     """Runs of indices of at most `token_budget` tokens, in order; a longer row goes alone."""
+    return cut_by(source.tokens, indices, token_budget)
+
+
+def cut_by(tokens_of: Callable[[int], int], indices: Sequence[int], token_budget: int) -> list[list[int]]:
+    """As `cut`, by what each index weighs."""
     parts: list[list[int]] = []
     room = 0
     for index in indices:
-        tokens = source.tokens(index)
+        tokens = tokens_of(index)
         if not parts or tokens > room:
             parts.append([])
             room = token_budget

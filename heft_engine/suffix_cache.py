@@ -29,6 +29,7 @@ from heft_engine.encoding import Example, intervened_positions
 from heft_engine.interventions import Site
 from heft_engine.model import PackedLM
 from heft_engine.packing import Layout, PackedRow, micro_batches, pack, packed_length
+from heft_engine.suffix_attention import Prefix
 
 Rung = Literal["keys_values", "states", "nothing"]
 #: Tokens of one prefill pass. The same cut gives the same bits when the cache is built again.
@@ -114,15 +115,15 @@ class SuffixCache:
         return view.copy_(tensor)
 
     def suffix(self, indices: Sequence[int]) -> tuple[Tensor, Tensor, Layout]:
-        """The suffixes of some rows as one batch: states (1, T, hidden), positions (1, T), layout with their past."""
+        """The suffixes of some rows as one batch: states (1, T, hidden), positions (1, T), layout with prefix."""
         rows = [self.rows[index] for index in indices]
         device = self.lm.device
         if self.rung == "keys_values":
             states = [row.states for row in rows]
-            past = [row.keys_values.to(device) for row in rows if row.keys_values is not None]
+            kept = [row.keys_values for row in rows if row.keys_values is not None]
         else:
             states = [row.states[row.skipped :] for row in rows]
-            past = self._left(rows) if any(row.skipped for row in rows) else []
+            kept = self._left(rows) if any(row.skipped for row in rows) else []
         packed, start, positions = [], 0, []
         for row, own in zip(rows, states, strict=True):
             prompt = len(row.example.prompt)
@@ -131,7 +132,9 @@ class SuffixCache:
             packed.append(PackedRow(start=start, prompt=prompt, branches=branches, skipped=row.skipped))
             positions.append(torch.arange(row.skipped, row.skipped + length))
             start += length
-        layout = Layout(rows=tuple(packed), past=Prefix(self.boundary.layer, past) if past else None)
+        suffixes = tuple(packed)
+        prefix = Prefix.of(self.boundary.layer, kept, suffixes, device) if kept else None
+        layout = Layout(rows=suffixes, prefix=prefix)
         return torch.cat(states).to(device)[None], torch.cat(positions).to(device)[None], layout
 
     @torch.no_grad()
@@ -148,31 +151,13 @@ class SuffixCache:
         return left_keys_values(self.lm, self.boundary.layer, states, layout, [row.skipped for row in rows])
 
 
-class Prefix:
-    """A `Past` that gives stored keys and values: one tensor (layers, 2, kv_heads, skipped, head_dim) a row."""
-
-    def __init__(self, first_layer: int, rows: Sequence[Tensor]) -> None:
-        self._first_layer = first_layer
-        self._rows = rows
-
-    def before(self, layer: int, row: int) -> tuple[Tensor, Tensor] | None:
-        keys, values = self._rows[row][layer - self._first_layer]
-        return (keys[None], values[None]) if keys.shape[1] else None
-
-    def leave(self, layer: int, row: int, keys: Tensor, values: Tensor) -> None:
-        """Nothing stands right of a suffix."""
-
-
-class Collector:
-    """A `Past` that keeps each row's first `lengths[row]` keys and values and gives nothing."""
+class FirstTokens:
+    """A `Collector` of each row's first `lengths[row]` keys and values."""
 
     def __init__(self, first_layer: int, lengths: Sequence[int]) -> None:
         self._first_layer = first_layer
         self._lengths = lengths
         self._kept: list[list[Tensor]] = [[] for _ in lengths]
-
-    def before(self, layer: int, row: int) -> tuple[Tensor, Tensor] | None:
-        return None
 
     def leave(self, layer: int, row: int, keys: Tensor, values: Tensor) -> None:
         end = self._lengths[row]
@@ -190,10 +175,10 @@ def left_keys_values(
     if layer == lm.n_layers:
         kv_heads, head_dim = kv_shape(lm)
         return [states.new_empty(0, 2, kv_heads, length, head_dim) for length in lengths]
-    collector = Collector(layer, lengths)
+    collector = FirstTokens(layer, lengths)
     offsets = [torch.arange(row.length) for row in layout.rows]
     positions = torch.cat(offsets).to(states.device)[None]
-    collecting = Layout(rows=layout.rows, scale=layout.scale, past=collector)
+    collecting = Layout(rows=layout.rows, scale=layout.scale, collector=collector)
     lm.run_layers(states[None], positions, collecting, layer, lm.n_layers)
     return collector.rows()
 

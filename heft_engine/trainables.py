@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from peft import PeftModel
 from torch import Tensor, nn
 
-from heft_engine import lora
+from heft_engine import lora, lora_linear
 from heft_engine.config import LoraStage, ReftStage
 from heft_engine.interventions import LoreftIntervention, Site, check_rotation
 from heft_engine.model import PackedLM
@@ -29,7 +29,9 @@ class LoraTrainable:
     def attach(lm: PackedLM, stage: LoraStage) -> LoraTrainable:
         assert stage.target_modules != "auto"
         layers = stage.layers or list(range(lm.n_layers))
-        return LoraTrainable(adapted=lora.attach(lm, stage, stage.target_modules), layers=layers)
+        adapted = lora.attach(lm, stage, stage.target_modules)
+        lora_linear.speed_up(adapted)
+        return LoraTrainable(adapted=adapted, layers=layers)
 
     def parameters(self) -> dict[str, nn.Parameter]:
         return lora.trainable(self.adapted)

@@ -29,8 +29,9 @@ from heft_engine.packing import pack, packed_length
 from heft_engine.sources import Source, cut, mean_source_loss
 
 BETAS, EPSILON = (0.9, 0.999), 1e-8
-#: Tokens of one forward and backward pass. Bits of the gradient's sum depend on it, so checkpoints carry it.
-TOKEN_BUDGET = 4_096
+#: Tokens of one forward and backward pass, at most: larger ones are no quicker. Bits of the gradient's sum depend on
+#: it, so checkpoints carry it.
+TOKEN_BUDGET = 2_048
 #: After so many steps (or at the end of a shorter stage) the stage must have changed what the model says.
 TRAINS_AFTER = 20
 #: A loss this many times the lowest running mean, and above 1 nat more, is called divergence.
@@ -40,6 +41,12 @@ DIVERGED = 2.0
 def derived_seed(*parts: int) -> int:
     """A seed of its own for each stage, epoch and purpose, the same on every machine."""
     return int.from_bytes(hashlib.sha256(repr(parts).encode()).digest()[:4], "big")
+
+
+def epoch_order(seed: int, stage_index: int, epoch: int, rows: int) -> list[int]:
+    """An epoch's order of rows: a function of seed, stage and epoch alone, so that resuming needs no state."""
+    generator = torch.Generator().manual_seed(derived_seed(seed, stage_index, epoch))
+    return [int(i) for i in torch.randperm(rows, generator=generator)]
 
 
 class Trainable(Protocol):
@@ -67,7 +74,10 @@ class Progress:
     warned: bool = False
     best_loss: float | None = None
     bad_epochs: int = 0
+    #: How passes run: decided at the stage's start, because it moves bits.
     token_budget: int = TOKEN_BUDGET
+    compiled: bool = False
+    checkpointing: bool = False
     finished: bool = False
     #: How the stage's rows and the validation rows are cached: decided at the stage's start, because it moves bits.
     cache: dict[str, Any] | None = None
@@ -182,9 +192,7 @@ class StageRun:
         return left if self.stage.scheduler == "linear" else 1.0
 
     def _order(self, epoch: int) -> list[int]:
-        """The epoch's order of rows: a function of seed, stage and epoch alone, so that resuming needs no state."""
-        generator = torch.Generator().manual_seed(derived_seed(self.seed, self.index, epoch))
-        return [int(i) for i in torch.randperm(len(self.examples), generator=generator)]
+        return epoch_order(self.seed, self.index, epoch, len(self.examples))
 
     def _done_in_epoch(self) -> int:
         return (self.progress.step - self.progress.epoch * self.steps_per_epoch) * self.stage.batch_size

@@ -1,0 +1,181 @@
+"""How much memory a stage will take, known before it starts, and how its passes are cut to fit.
+
+What a pass keeps for its gradient is measured on a few made-up tokens, so it holds for every family, dtype and kind of
+stage, and then counted out for the rows as they will be packed. `batch_size` is no matter of memory here: a step is cut
+into passes that fit. What must fit is the longest row; when it does not, layers are computed twice (gradient
+checkpointing); when even that does not help, the stage fails before it starts and says which length would fit.
+
+It does NOT know stages beyond their parameters, nor files.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
+from pathlib import Path
+
+import psutil
+import torch
+from torch import Tensor
+
+from heft_engine.encoding import Example
+from heft_engine.errors import TrainingError
+from heft_engine.model import PackedLM
+from heft_engine.sources import PlainSource
+from heft_engine.supervised import CHUNK
+
+#: Allocators and libraries take more than tensors: measured beside what stages took.
+OVERHEAD = 1.15
+_PROBES = ((64,), (32, 32), (128,))
+_SMALLEST_LENGTH = 64
+
+
+@dataclass(frozen=True, kw_only=True)
+class Footprint:
+    """Bytes that a forward pass keeps for its gradient: fixed + per_token · Σn + per_square · Σn² over its rows."""
+
+    fixed: float
+    per_token: float
+    per_square: float
+
+    def of(self, lengths: Sequence[int]) -> float:
+        squares = sum(length**2 for length in lengths)
+        return self.fixed + self.per_token * sum(lengths) + self.per_square * squares
+
+    def longest(self, room: float) -> int:
+        """The longest row whose pass takes at most `room` bytes; 0 when none does."""
+        low, high = 0, 1 << 20
+        while low < high:
+            middle = (low + high + 1) // 2
+            low, high = (middle, high) if self.of([middle]) <= room else (low, middle - 1)
+        return low
+
+
+def footprint(lm: PackedLM) -> Footprint:
+    """Measured on passes of 64 to 128 made-up tokens with whatever is trainable in the model now."""
+    one, two, long = (_kept(lm, lengths) for lengths in _PROBES)
+    # one − two: the same tokens, squares 4,096 and 2,048. long: twice the tokens, squares 16,384.
+    per_square = max(0.0, (one - two) / 2_048)
+    per_token = max(0.0, (long - one - per_square * (16_384 - 4_096)) / 64)
+    return Footprint(
+        fixed=max(0.0, one - 64 * per_token - 4_096 * per_square), per_token=per_token, per_square=per_square
+    )
+
+
+def _kept(lm: PackedLM, lengths: Sequence[int]) -> int:
+    """Bytes of all storages that a pass over rows of these lengths keeps, the model's own weights left out."""
+    own = {tensor.untyped_storage().data_ptr() for tensor in lm.model.state_dict().values()}
+    sizes: dict[int, int] = {}
+    held: list[Tensor] = []
+
+    def pack(tensor: Tensor) -> Tensor:
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() not in own and storage.data_ptr() not in sizes:
+            sizes[storage.data_ptr()] = storage.nbytes()
+            held.append(tensor)  # so that no address is given out twice
+        return tensor
+
+    examples = [Example(prompt=(1,) * n, answers=((1,),), labels=("",), gold=0) for n in lengths]
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        PlainSource(lm=lm, examples=examples).loss(range(len(examples)))
+    return sum(sizes.values())
+
+
+def head_bytes(lm: PackedLM) -> int:
+    """Of the logits in memory at a time: in the model's dtype, in float32, their softmax and two gradients."""
+    return CHUNK * int(lm.config.vocab_size) * (4 * 4 + 2 * lm.dtype.itemsize)
+
+
+def pass_bytes(lm: PackedLM, tokens: int) -> int:
+    """Of a pass without a gradient over so many tokens: the widest layer's intermediate results."""
+    wide = int(getattr(lm.config, "intermediate_size", 4 * lm.hidden_size))
+    return tokens * (8 * lm.hidden_size + 4 * wide) * lm.dtype.itemsize
+
+
+@dataclass(frozen=True, kw_only=True)
+class Fit:
+    """How a stage's passes are cut. `bytes`: of the largest pass, what it keeps."""
+
+    token_budget: int
+    checkpointing: bool
+    bytes: int
+
+
+def fit(
+    room: float,
+    most: int,
+    largest: Callable[[Footprint, int], float],
+    longest_row: int,
+    measured: Callable[[bool], Footprint],
+    kind: str,
+) -> Fit:
+    """The largest token budget of at most `most` whose passes fit into `room` bytes.
+
+    largest(footprint, budget): bytes of the stage's largest pass. measured(checkpointing): the footprint.
+    Raises TrainingError (out_of_memory) when the longest row does not fit alone.
+    """
+    for checkpointing in (False, True):
+        found, budget = measured(checkpointing), most
+        while True:
+            needed = largest(found, budget)
+            if needed <= room:
+                return Fit(token_budget=budget, checkpointing=checkpointing, bytes=int(needed))
+            if budget <= longest_row:
+                break
+            budget = max(budget // 2, 1)
+    length = found.longest(room)
+    advice = (
+        f"max_length {length} would fit"
+        if length >= _SMALLEST_LENGTH
+        else "no useful length fits: take a smaller model or a machine with more memory"
+    )
+    message = (
+        f"stage {kind} needs {needed / 1e9:.2g} GB for a row of {longest_row} tokens and {max(0.0, room) / 1e9:.2g} GB "
+        f"are free for it; {advice}. batch_size does not matter: a step is cut into passes that fit"
+    )
+    raise TrainingError(message, param="max_length", code="out_of_memory")
+
+
+def resident_bytes(device: torch.device) -> int:
+    """What this process holds now, where it computes."""
+    if device.type == "cuda":
+        return torch.cuda.memory_allocated(device)
+    return int(psutil.Process().memory_info().rss)
+
+
+def free_bytes(device: torch.device) -> int:
+    """What this process may still take, where it computes: also inside a container with a limit."""
+    if device.type == "cuda":
+        free, _ = torch.cuda.mem_get_info(device)
+        return free + torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+    free = int(psutil.virtual_memory().available)
+    with suppress(OSError, ValueError):  # no control groups, or no limit ("max")
+        limit = int(Path("/sys/fs/cgroup/memory.max").read_text())
+        free = min(free, limit - int(Path("/sys/fs/cgroup/memory.current").read_text()))
+    return free
+
+
+@contextmanager
+def peak(device: torch.device) -> Iterator[Callable[[], int | None]]:
+    """Yields a function that tells the most this process has held since; None where the system does not say."""
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)
+        yield lambda: torch.cuda.max_memory_allocated(device)
+        return
+    with suppress(OSError):
+        Path("/proc/self/clear_refs").write_text("5")  # sets VmHWM back to what is resident now
+    yield _highest_resident
+
+
+def _highest_resident() -> int | None:
+    with suppress(OSError):
+        for line in Path("/proc/self/status").read_text().splitlines():
+            if line.startswith("VmHWM:"):
+                return int(line.split()[1]) * 1_024
+    return None
+
+
+def gradient_bytes(parameters: Sequence[Tensor]) -> int:
+    """Of the gradients and Adam's two moments."""
+    return 3 * sum(parameter.numel() * parameter.element_size() for parameter in parameters)

@@ -1,0 +1,182 @@
+"""How a stage will run on this machine: on which rung of the cache, compiled or not, in passes of which size, and how
+much memory that takes. Decided before the stage starts, kept in its checkpoints, because all of it moves bits.
+
+It does NOT train.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from heft_engine import memory
+from heft_engine.compiled import compiled_layers, pays
+from heft_engine.config import Auto, LoraStage, ReftStage
+from heft_engine.encoding import Example
+from heft_engine.memory import Fit, Footprint
+from heft_engine.model import PackedLM
+from heft_engine.packing import packed_length
+from heft_engine.scoring import TOKEN_BUDGET as SCORING_BUDGET
+from heft_engine.sources import CacheBudget, CachePlan, PlainSource, cut_by, pass_tokens, plan_cache
+from heft_engine.suffix_cache import Boundary, kv_shape
+from heft_engine.training import TOKEN_BUDGET, Progress, Trainable, epoch_order
+
+
+@dataclass(frozen=True, kw_only=True)
+class StagePlan:
+    """cache, validation_cache: the rungs. memory_bytes: the most that the process will hold while the stage runs."""
+
+    cache: CachePlan
+    validation_cache: CachePlan
+    compiled: bool
+    compile_failure: str | None
+    token_budget: int
+    checkpointing: bool
+    memory_bytes: int
+
+    @property
+    def of_progress(self) -> dict[str, Any]:
+        """What checkpoints carry, by the names of `training.Progress`."""
+        return {name: getattr(self, name) for name in ("token_budget", "compiled", "checkpointing")}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Planner:
+    """What a plan is made from. `room`: bytes the process may take beyond what it holds; None: what is free."""
+
+    lm: PackedLM
+    stage: LoraStage | ReftStage
+    index: int
+    seed: int
+    trainable: Trainable
+    boundary: Boundary
+    examples: Sequence[Example]
+    validation: Sequence[Example]
+    budget: CacheBudget
+    compile: bool | Auto
+    cache_dir: Path | None
+    room: int | None = None
+
+    @contextmanager
+    def planned(self, earlier: Progress | None) -> Iterator[StagePlan]:
+        """The plan, in force inside. `earlier`: the progress in a checkpoint, whose decisions stand.
+
+        Raises TrainingError (out_of_memory) for a stage that can't fit.
+        """
+        caches = self._caches(earlier)
+        with ExitStack() as stack:
+            compiled, failure = self._compile(stack, caches[0], earlier)
+            if earlier is None:
+                fitted = self._fit(caches)
+            else:
+                fitted = Fit(token_budget=earlier.token_budget, checkpointing=earlier.checkpointing, bytes=0)
+            stack.callback(setattr, self.lm, "checkpointing", False)
+            self.lm.checkpointing = fitted.checkpointing
+            yield StagePlan(
+                cache=caches[0],
+                validation_cache=caches[1],
+                compiled=compiled,
+                compile_failure=failure,
+                token_budget=fitted.token_budget,
+                checkpointing=fitted.checkpointing,
+                memory_bytes=self._total(caches, fitted),
+            )
+
+    def _caches(self, earlier: Progress | None) -> tuple[CachePlan, CachePlan]:
+        """Of training and validation rows: as the checkpoint says, else by the budget, training rows first."""
+        if earlier is not None:
+            return CachePlan(**earlier.cache or {}), CachePlan(**earlier.validation_cache or {})
+        training = plan_cache(self.lm, self.boundary, self.examples, self.budget)
+        return training, plan_cache(self.lm, self.boundary, self.validation, self.budget.less(training))
+
+    # -- compiling --------------------------------------------------------------------------------------------------
+
+    def _compile(
+        self, stack: ExitStack, cache: CachePlan, earlier: Progress | None
+    ) -> tuple[bool, str | None]:
+        """Whether layers run compiled, and what went wrong if they should and can't."""
+        tokens = self.stage.n_epochs * sum(map(packed_length, self.examples))
+        wanted = pays(self.lm, tokens) if self.compile == "auto" else self.compile
+        if not (earlier.compiled if earlier is not None else wanted and cache.rung == "nothing"):
+            return False, None
+        failure = stack.enter_context(
+            compiled_layers(self.lm, self.boundary.layer, self._try_out, self.cache_dir)
+        )
+        return failure is None, None if failure is None else f"{type(failure).__name__}: {failure}"[:300]
+
+    def _try_out(self) -> None:
+        """A pass over two short rows that leaves no trace."""
+        short = sorted(self.examples, key=packed_length)[:2]
+        with torch.random.fork_rng():
+            PlainSource(lm=self.lm, examples=short).loss(range(len(short))).backward()  # type: ignore[no-untyped-call]
+        for parameter in self.trainable.parameters().values():
+            parameter.grad = None
+
+    # -- memory -----------------------------------------------------------------------------------------------------
+
+    def _fit(self, caches: tuple[CachePlan, CachePlan]) -> Fit:
+        room = self.room if self.room is not None else memory.free_bytes(self.lm.device)
+        room -= self._standing(caches) + memory.head_bytes(self.lm)
+        longest = max(map(packed_length, self.examples))
+        orders = [
+            epoch_order(self.seed, self.index, epoch, len(self.examples))
+            for epoch in range(self.stage.n_epochs)
+        ]
+
+        def largest(found: Footprint, budget: int) -> float:
+            size = self.stage.batch_size
+            steps = (order[start : start + size] for order in orders for start in range(0, len(order), size))
+            parts = {tuple(part) for step in steps for part in cut_by(self._weight(caches[0]), step, budget)}
+            return max(self._pass_bytes(found, caches[0], part) for part in parts)
+
+        return memory.fit(room, TOKEN_BUDGET, largest, longest, self._footprint, self.stage.type)
+
+    def _footprint(self, checkpointing: bool) -> Footprint:
+        self.lm.checkpointing = checkpointing
+        try:
+            with torch.random.fork_rng():
+                return memory.footprint(self.lm)
+        finally:
+            self.lm.checkpointing = False
+
+    def _weight(self, cache: CachePlan) -> Any:
+        return lambda index: pass_tokens(cache.rung, self.examples[index], self._skipped(cache, index))
+
+    def _skipped(self, cache: CachePlan, index: int) -> int:
+        """Tokens of a row that run without a gradient."""
+        if cache.rung == "nothing":
+            return 0
+        return self.boundary.first_token(len(self.examples[index].prompt))
+
+    def _pass_bytes(self, found: Footprint, cache: CachePlan, part: Sequence[int]) -> float:
+        rows = [self.examples[index] for index in part]
+        skipped = [self._skipped(cache, index) for index in part]
+        with_gradient = [packed_length(row) - left for row, left in zip(rows, skipped, strict=True)]
+        total = found.of(with_gradient)
+        if cache.rung != "nothing":
+            kv_heads, width = kv_shape(self.lm)
+            a_token = 2 * kv_heads * width * (self.lm.n_layers - self.boundary.layer) * self.lm.dtype.itemsize
+            copies = 1 if cache.rung == "keys_values" else 2
+            total += copies * len(part) * max(skipped) * a_token
+        if cache.rung == "states":
+            total += memory.pass_bytes(self.lm, sum(skipped))
+        return total
+
+    def _standing(self, caches: tuple[CachePlan, CachePlan]) -> int:
+        """What stays for the whole stage: caches in memory, gradients, Adam's state."""
+        cached = sum(cache.bytes for cache in caches if not cache.on_disk)
+        return cached + memory.gradient_bytes(list(self.trainable.parameters().values()))
+
+    def _total(self, caches: tuple[CachePlan, CachePlan], fitted: Fit) -> int:
+        lm = self.lm
+        training = fitted.bytes + memory.head_bytes(lm)
+        scoring = memory.pass_bytes(lm, SCORING_BUDGET)
+        # The merge is held to a copy of the model in float32, which always lies on the CPU.
+        merging = 4 * lm.parameters if isinstance(self.stage, LoraStage) and lm.device.type == "cpu" else 0
+        most = max(training, scoring, merging)
+        return memory.resident_bytes(lm.device) + int(memory.OVERHEAD * (self._standing(caches) + most))
