@@ -12,7 +12,7 @@ from typing import Any
 import torch
 
 from benchmarks import ours, peers, rows
-from heft_engine.config import LoraStage, ReftStage
+from heft_engine.config import Auto, LoraStage, ReftStage
 from heft_engine.devices import choose_dtype
 from heft_engine.packing import packed_length
 from heft_engine.resolve import auto_layer
@@ -62,7 +62,8 @@ def measure(options: argparse.Namespace) -> dict[str, Any]:
         lm = rows.packed_model(base)
         reft = reft.model_copy(update={"layers": [options.layer or auto_layer(lm.n_layers)]})
         if not kind.startswith("stage2"):
-            stages.append(ours.train(lm, lora, found))
+            compiled: bool | Auto = "auto" if options.compile == "auto" else options.compile == "yes"
+            stages.append(ours.train(lm, lora, found, compiled=compiled))
         if not kind.startswith("stage1"):
             stages.append(ours.train(lm, reft, found, "states" if kind.endswith("states") else "keys_values"))
     return {
@@ -87,6 +88,7 @@ def parser() -> argparse.ArgumentParser:
     top.add_argument("--batch-size", type=int, default=8)
     top.add_argument("--rank", type=int, default=4, help="of LoReFT; LoRA's is twice that")
     top.add_argument("--layer", type=int)
+    top.add_argument("--compile", default="auto", choices=["auto", "yes", "no"], help="our stage 1")
     return top
 
 

@@ -50,7 +50,7 @@ class _Clock(TrainerCallback):  # type: ignore[misc]
 
     def result(self) -> dict[str, Any]:
         epochs = [b - a for a, b in zip(self.marks, self.marks[1:], strict=False)]
-        return {"prefill": 0.0, "epochs": epochs, "losses": self.losses, "cache_bytes": 0}
+        return {"preparing": 0.0, "prefill": 0.0, "epochs": epochs, "losses": self.losses, "cache_bytes": 0}
 
 
 def train_lora(

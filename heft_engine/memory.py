@@ -10,6 +10,7 @@ It does NOT know stages beyond their parameters, nor files.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
@@ -19,6 +20,7 @@ import psutil
 import torch
 from torch import Tensor
 
+from heft_engine.causal_attention import LONGEST_MATRIX, STEP
 from heft_engine.encoding import Example
 from heft_engine.errors import TrainingError
 from heft_engine.model import PackedLM
@@ -33,14 +35,18 @@ _SMALLEST_LENGTH = 64
 
 @dataclass(frozen=True, kw_only=True)
 class Footprint:
-    """Bytes that a forward pass keeps for its gradient: fixed + per_token · Σn + per_square · Σn² over its rows."""
+    """Bytes that a forward pass keeps for its gradient: fixed + per_token · Σn + per_square · Σn² over its rows.
+
+    Attention's weights are the squares: of rows padded to STEP, and not of rows longer than `longest_square`.
+    """
 
     fixed: float
     per_token: float
     per_square: float
+    longest_square: float = math.inf
 
     def of(self, lengths: Sequence[int]) -> float:
-        squares = sum(length**2 for length in lengths)
+        squares = sum(_padded(length) ** 2 for length in lengths if length <= self.longest_square)
         return self.fixed + self.per_token * sum(lengths) + self.per_square * squares
 
     def longest(self, room: float) -> int:
@@ -52,14 +58,24 @@ class Footprint:
         return low
 
 
+def _padded(length: int) -> int:
+    return -(-length // STEP) * STEP
+
+
 def footprint(lm: PackedLM) -> Footprint:
     """Measured on passes of 64 to 128 made-up tokens with whatever is trainable in the model now."""
     one, two, long = (_kept(lm, lengths) for lengths in _PROBES)
     # one − two: the same tokens, squares 4,096 and 2,048. long: twice the tokens, squares 16,384.
     per_square = max(0.0, (one - two) / 2_048)
     per_token = max(0.0, (long - one - per_square * (16_384 - 4_096)) / 64)
+    # With soft caps or windows, rows of every length have their weights kept.
+    names = ("attn_logit_softcapping", "sliding_window")
+    always = any(getattr(lm.config, name, None) is not None for name in names)
     return Footprint(
-        fixed=max(0.0, one - 64 * per_token - 4_096 * per_square), per_token=per_token, per_square=per_square
+        fixed=max(0.0, one - 64 * per_token - 4_096 * per_square),
+        per_token=per_token,
+        per_square=per_square,
+        longest_square=math.inf if always else LONGEST_MATRIX,
     )
 
 

@@ -61,6 +61,8 @@ class Planner:
     compile: bool | Auto
     cache_dir: Path | None
     room: int | None = None
+    #: Of training and validation rows, when it is known already; None chooses by the budget, training rows first.
+    caches: tuple[CachePlan, CachePlan] | None = None
 
     @contextmanager
     def planned(self, earlier: Progress | None) -> Iterator[StagePlan]:
@@ -88,7 +90,8 @@ class Planner:
             )
 
     def _caches(self, earlier: Progress | None) -> tuple[CachePlan, CachePlan]:
-        """Of training and validation rows: as the checkpoint says, else by the budget, training rows first."""
+        if self.caches is not None:
+            return self.caches
         if earlier is not None:
             return CachePlan(**earlier.cache or {}), CachePlan(**earlier.validation_cache or {})
         training = plan_cache(self.lm, self.boundary, self.examples, self.budget)

@@ -31,7 +31,7 @@ from heft_engine.sources import Source, cut, mean_source_loss
 BETAS, EPSILON = (0.9, 0.999), 1e-8
 #: Tokens of one forward and backward pass, at most: larger ones are no quicker. Bits of the gradient's sum depend on
 #: it, so checkpoints carry it.
-TOKEN_BUDGET = 2_048
+TOKEN_BUDGET = 1_536
 #: After so many steps (or at the end of a shorter stage) the stage must have changed what the model says.
 TRAINS_AFTER = 20
 #: A loss this many times the lowest running mean, and above 1 nat more, is called divergence.

@@ -1,0 +1,134 @@
+"""Thirty steps on every rung of the cache, and however the passes run, give the losses of the plain computation."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from engine_runs import LORA, REFT, but
+
+from heft_engine import compiled
+from heft_engine.attention import IMPLEMENTATION
+from heft_engine.base_models import load_model, resolve_path
+from heft_engine.config import LoraStage, ReftStage
+from heft_engine.encoding import Example
+from heft_engine.model import PackedLM
+from heft_engine.sources import CacheBudget, CachePlan, PlainSource
+from heft_engine.stage_plan import Planner
+from heft_engine.suffix_cache import Rung
+from heft_engine.trainables import LoraTrainable, ReftTrainable
+from heft_engine.training import Hooks, Progress, StageRun
+
+MakeModel = Callable[[str], Path]
+KINDS: dict[str, Any] = {
+    "layer 2, l1": {"layers": [2], "positions": "l1"},
+    "layers 0 and 2, l1": {"layers": [0, 2], "positions": "l1"},
+    "layer 1, l3": {"layers": [1], "positions": "l3"},
+    "layers 1 and 3, f1+l1": {"layers": [1, 3], "positions": "f1+l1"},
+}
+
+
+def examples() -> list[Example]:
+    """Prompts of 1 to 60 tokens, answers of 1 to 7."""
+    chance = random.Random(5)
+    made = []
+    for number in range(12):
+        prompt, answer = chance.choice((1, 2, 9, 30, 60)) + number % 3, 1 + number % 4 * 2
+        ids = [chance.randrange(5, 600) for _ in range(prompt + answer)]
+        made.append(Example(prompt=tuple(ids[:prompt]), answers=(tuple(ids[prompt:]),), labels=("",), gold=0))
+    return made
+
+
+def losses(path: Path, stage: LoraStage | ReftStage, rung: Rung = "nothing", **changes: Any) -> list[float]:
+    """Of 30 steps in float32."""
+    lm = PackedLM(load_model(resolve_path(path), dtype=torch.float32, attention=IMPLEMENTATION))
+    torch.manual_seed(0)
+    trainable: LoraTrainable | ReftTrainable = (
+        LoraTrainable.attach(lm, stage) if isinstance(stage, LoraStage) else ReftTrainable.attach(lm, stage)
+    )
+    rows, boundary = examples(), trainable.boundary()
+    planner = Planner(
+        lm=lm,
+        stage=stage,
+        index=0,
+        seed=0,
+        trainable=trainable,
+        boundary=boundary,
+        examples=rows,
+        validation=[],
+        budget=CacheBudget(),
+        compile=changes.pop("compile", False),
+        cache_dir=changes.pop("cache_dir", None),
+    )
+    rungs = CachePlan(rung=rung, on_disk=False, bytes=0), CachePlan(rung="nothing", on_disk=False, bytes=0)
+    planner = replace(planner, caches=rungs)
+    found: list[float] = []
+    with planner.planned(None) as plan:
+        assert plan.cache.rung == rung
+        assert plan.compile_failure is None
+        lm.checkpointing = changes.pop("checkpointing", False)
+        run = StageRun(
+            lm=lm,
+            stage=stage,
+            index=0,
+            seed=0,
+            trainable=trainable,
+            examples=rows,
+            source=plan.cache.open(lm, boundary, rows, None),
+            validation=[],
+            validation_source=PlainSource(lm=lm, examples=[]),
+            probe=rows[:3],
+            early_stopping=None,
+            first_step=0,
+            total_steps=30,
+            hooks=Hooks(
+                on_event=lambda event: found.append(event.data["loss"]) if event.code == "METRICS" else None,
+                save=lambda *_: None,
+                should_stop=lambda: False,
+            ),
+            progress=replace(Progress(), **changes),
+        )
+        run.run()
+    assert len(found) == 30
+    return found
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_every_rung_trains_alike(make_tiny_model: MakeModel, kind: str) -> None:
+    stage = but(REFT, **KINDS[kind], n_epochs=10, batch_size=4, learning_rate=1e-2, rank=3)
+    for family in ("llama", "gemma2"):
+        path = make_tiny_model(family)
+        plain = losses(path, stage)
+        rungs: list[Rung] = ["states"] if "f1" in kind else ["states", "keys_values"]
+        for rung in rungs:
+            assert losses(path, stage, rung) == pytest.approx(plain, rel=1e-5)
+        assert sum(plain[-3:]) < sum(plain[:3]), "it learns"
+
+
+def lora(path: Path, **changes: Any) -> list[float]:
+    return losses(
+        path, but(LORA, n_epochs=10, batch_size=4, target_modules=["q_proj", "v_proj"]), "nothing", **changes
+    )
+
+
+def test_passes_of_any_size_and_layers_that_run_twice_train_alike(tiny_llama_dir: Path) -> None:
+    plain = lora(tiny_llama_dir)
+    assert lora(tiny_llama_dir, token_budget=40) == pytest.approx(plain, rel=1e-5)
+    assert lora(tiny_llama_dir, checkpointing=True) == pytest.approx(plain, rel=1e-5)
+
+
+@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor")  # the compiler looks at its inputs
+@pytest.mark.skipif(not compiled.can_compile(), reason="there is no C++ compiler")
+def test_compiled_layers_train_alike_and_score_as_they_are(
+    tiny_llama_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delenv("TORCHINDUCTOR_CACHE_DIR", raising=False)
+    assert lora(tiny_llama_dir, compile=True, cache_dir=tmp_path) == pytest.approx(
+        lora(tiny_llama_dir), rel=1e-4
+    )
+    assert list((tmp_path / "compiled").rglob("*.so")), "machine code was made, in its own place"

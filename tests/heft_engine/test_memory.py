@@ -1,0 +1,160 @@
+"""What a stage takes is known before it starts, and passes are cut to what there is."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+import torch.nn.functional as F
+from engine_runs import LORA, REFT, but, config, parse, run, yes_no
+
+from heft_engine import compiled, memory, supervised
+from heft_engine.attention import IMPLEMENTATION
+from heft_engine.base_models import load_model, resolve_path
+from heft_engine.encoding import Example
+from heft_engine.errors import TrainingError
+from heft_engine.memory import Fit, Footprint
+from heft_engine.model import PackedLM
+from heft_engine.sources import PlainSource
+from heft_engine.trainables import LoraTrainable
+
+FOUND = Footprint(fixed=1_000, per_token=100, per_square=2)
+
+
+def packed(path: Path) -> PackedLM:
+    return PackedLM(load_model(resolve_path(path), dtype=torch.float32, attention=IMPLEMENTATION))
+
+
+def kept(lm: PackedLM, lengths: list[int]) -> int:
+    """Bytes of the storages that a pass really keeps."""
+    held: dict[int, torch.Tensor] = {}
+    own = {tensor.untyped_storage().data_ptr() for tensor in lm.model.state_dict().values()}
+
+    def pack(tensor: torch.Tensor) -> torch.Tensor:
+        if tensor.untyped_storage().data_ptr() not in own:
+            held[tensor.untyped_storage().data_ptr()] = tensor
+        return tensor
+
+    rows = [Example(prompt=(7,) * n, answers=((9,),), labels=("",), gold=0) for n in lengths]
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        PlainSource(lm=lm, examples=rows).loss(range(len(rows)))
+    return sum(tensor.untyped_storage().nbytes() for tensor in held.values())
+
+
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_a_pass_keeps_what_was_foretold(tiny_llama_dir: Path, checkpointing: bool) -> None:
+    """From passes of 128 tokens at most to rows of 400."""
+    lm = packed(tiny_llama_dir)
+    LoraTrainable.attach(lm, but(LORA, target_modules=["q_proj", "v_proj"]))
+    lm.checkpointing = checkpointing
+    found = memory.footprint(lm)
+    for lengths in ([400], [300, 100, 50], [64] * 6):
+        assert found.of(lengths) == pytest.approx(kept(lm, lengths), rel=0.1)
+
+
+def test_layers_that_run_twice_keep_less(tiny_llama_dir: Path) -> None:
+    lm = packed(tiny_llama_dir)
+    LoraTrainable.attach(lm, but(LORA, target_modules=["q_proj", "v_proj"]))
+    usual = kept(lm, [200])
+    lm.checkpointing = True
+    assert kept(lm, [200]) < usual / 5
+
+
+def test_the_largest_pass_that_fits_is_taken() -> None:
+    def fit(room: float, frugal: float = 10.0) -> Fit:
+        less = Footprint(fixed=0, per_token=frugal, per_square=0)
+        return memory.fit(
+            room,
+            1_024,
+            lambda found, budget: found.of([100] * max(1, budget // 100)),
+            100,
+            lambda checkpointing: less if checkpointing else FOUND,
+            "lora",
+        )
+
+    assert fit(1e9) == Fit(token_budget=1_024, checkpointing=False, bytes=1_000 + 100_000 + 2 * 10 * 128**2)
+    halved = fit(200_000)
+    assert (halved.token_budget, halved.checkpointing) == (256, False)
+    assert fit(20_000) == Fit(token_budget=1_024, checkpointing=True, bytes=10_000)
+    with pytest.raises(
+        TrainingError, match=r"max_length 80 would fit\. batch_size does not matter"
+    ) as failed:
+        fit(8_000, frugal=100.0)
+    assert (failed.value.code, failed.value.param) == ("out_of_memory", "max_length")
+    with pytest.raises(TrainingError, match="a smaller model or a machine with more memory"):
+        fit(10.0, frugal=100.0)
+
+
+def test_a_run_cuts_its_passes_to_what_it_may_take(tiny_llama_dir: Path, tmp_path: Path) -> None:
+    rows = parse(yes_no(16))
+    whole = run(config(tiny_llama_dir, "lora"), tmp_path / "whole", rows)
+    plan = whole.data("STAGE_STARTED")[0]
+    assert plan["memory_bytes"] > 0
+    assert not plan["checkpointing"]
+    assert whole.data("STAGE_COMPLETE")[0]["memory_bytes"] > 0
+
+    room = 5_000_000
+    tight = run(config(tiny_llama_dir, "lora"), tmp_path / "tight", rows, memory_bytes=room)
+    assert tight.data("STAGE_STARTED")[0]["token_budget"] < plan["token_budget"]
+    assert list(tight.losses.values()) == pytest.approx(list(whole.losses.values()), rel=1e-5)
+
+    with pytest.raises(TrainingError, match="stage lora needs"):
+        run(config(tiny_llama_dir, "lora"), tmp_path / "none", rows, memory_bytes=1_000_000)
+
+
+def test_what_a_compiler_raises_costs_speed_alone(
+    tiny_llama_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def broken(*_: object, **__: object) -> None:
+        raise RuntimeError("no such header")
+
+    settings = config(tiny_llama_dir, "heft")
+    plain = run(settings, tmp_path / "plain")
+    monkeypatch.setattr(torch, "compile", lambda *_, **__: broken)
+    told = run(settings.model_copy(update={"compile": True}), tmp_path / "out")
+    (warning,) = [event for event in told.events if event.data.get("signature") == "not_compiled"]
+    assert "no such header" in warning.message
+    assert [plan["compiled"] for plan in told.data("STAGE_STARTED")] == [False, False]
+    assert told.losses == plain.losses
+
+
+def test_only_long_stages_are_compiled(tiny_llama_dir: Path) -> None:
+    lm = packed(tiny_llama_dir)
+    enough = int(compiled.WORTH / 4 / lm.parameters) + 1
+    assert compiled.pays(lm, enough) == compiled.can_compile()
+    assert not compiled.pays(lm, enough // 2)
+
+
+def test_the_loss_of_many_tokens_is_the_sum_of_its_chunks(
+    tiny_llama_dir: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    lm = packed(tiny_llama_dir)
+    torch.manual_seed(0)
+    hidden = torch.randn(50, lm.hidden_size)
+    targets = torch.randint(0, 600, (50,)).tolist()
+
+    def of(chunk: int) -> tuple[torch.Tensor, torch.Tensor]:
+        monkeypatch.setattr(supervised, "CHUNK", chunk)
+        own = hidden.clone().requires_grad_()
+        loss = supervised.cross_entropy(lm, own, targets)
+        (loss / 50).backward()  # type: ignore[no-untyped-call]
+        assert own.grad is not None
+        return loss.detach(), own.grad
+
+    own = hidden.clone().requires_grad_()
+    plain = F.cross_entropy(lm.logits(own), torch.tensor(targets), reduction="sum")
+    (plain / 50).backward()  # type: ignore[no-untyped-call]
+    for chunk in (7, 50, 256):
+        loss, gradient = of(chunk)
+        torch.testing.assert_close(loss, plain.detach())
+        torch.testing.assert_close(gradient, own.grad)
+    with torch.no_grad():
+        torch.testing.assert_close(supervised.cross_entropy(lm, hidden, targets), plain.detach())
+
+
+def test_a_reft_stage_foretells_its_cache(tiny_llama_dir: Path, tmp_path: Path) -> None:
+    told = run(config(tiny_llama_dir, "reft", [but(REFT)]), tmp_path / "out")
+    plan = told.one("STAGE_STARTED")
+    assert plan["cache"]["rung"] == "keys_values"
+    assert plan["memory_bytes"] > plan["cache"]["bytes"]
