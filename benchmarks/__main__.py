@@ -1,4 +1,7 @@
-"""Ours against Trainer + peft and pyreft's trainer, alternating in one go; writes benchmarks/RESULTS.md and plots.
+"""Ours against Trainer + peft and pyreft's trainer, in turn, and how our own cost grows; writes RESULTS.md and plots.
+
+    python -m benchmarks --data boolq/train.jsonl                 everything: an hour and more
+    python -m benchmarks --data boolq/train.jsonl --parts stage1  one part; RESULTS.md is made from all parts so far
 
 Every measurement is a process of its own (benchmarks.measure). Machines are noisy: read the ratios, not the seconds.
 """
@@ -7,77 +10,99 @@ from __future__ import annotations
 
 import argparse
 import json
-import statistics
+import shlex
 import subprocess
 import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from benchmarks.report import Pair, write
+from benchmarks.report import write
 
 HERE = Path(__file__).parent
+PARTS_FOLDER = HERE / "results"
+
+#: Of each comparison: what it is called, our kind, theirs, rows, epochs, repetitions, and settings of our own.
+PAIRS: dict[str, tuple[str, str, str, int, int, int, dict[str, str]]] = {
+    "stage1": ("stage 1, an epoch", "stage1-ours", "stage1-peer", 128, 1, 3, {"compile": "no"}),
+    "stage1-compiled": (
+        "stage 1, an epoch, layers compiled",
+        "stage1-ours",
+        "stage1-peer",
+        128,
+        1,
+        3,
+        {"compile": "yes"},
+    ),
+    "stage2": ("stage 2, 3 epochs", "stage2-ours", "stage2-peer", 64, 3, 3, {}),
+    "stage2-states": ("stage 2, 3 epochs, states alone", "stage2-states", "stage2-peer", 64, 3, 3, {}),
+    "job-3-3": ("whole job, 3 + 3 epochs", "job-ours", "job-peer", 64, 3, 2, {}),
+    "job-20-20": ("whole job, 20 + 20 epochs", "job-ours", "job-peer", 24, 20, 1, {}),
+}
+#: Of each growth: our kind, what grows, through which values, and what stays.
+GROWTHS: dict[str, tuple[str, str, list[int], dict[str, Any]]] = {
+    "growth-rows-stage1": ("stage1-ours", "rows", [16, 32, 64, 128], {"compile": "no"}),
+    "growth-rows-stage2": ("stage2-ours", "rows", [16, 32, 64, 128], {"epochs": 3}),
+    "growth-length-stage1": ("stage1-ours", "length", [64, 256, 1_024], {"rows": 16, "compile": "no"}),
+    "growth-length-stage2": ("stage2-ours", "length", [64, 256, 1_024], {"rows": 16, "epochs": 3}),
+    "growth-layer": ("stage2-ours", "layer", [5, 15, 25], {"rows": 32, "epochs": 3}),
+    "growth-rank-stage1": ("stage1-ours", "rank", [4, 16, 64], {"rows": 32, "compile": "no"}),
+    "growth-rank-stage2": ("stage2-ours", "rank", [4, 16, 64], {"rows": 32, "epochs": 3}),
+}
+SINGLE = ("losses", "reuse")
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    options = parser().parse_args(arguments)
-    pairs = [
-        _pair(options, "stage 1, an epoch", "stage1", rows=options.stage1_rows, epochs=1),
-        _pair(options, "stage 2, an epoch after the prefill", "stage2", rows=options.stage2_rows, epochs=3),
-        _pair(
-            options,
-            "stage 2, an epoch, states alone",
-            "stage2",
-            rows=options.stage2_rows,
-            epochs=3,
-            ours="states",
-        ),
-        _pair(options, "whole job, 3 + 3 epochs", "job", rows=options.job_rows, epochs=3),
-    ]
-    command = "python -m benchmarks " + " ".join(arguments if arguments is not None else sys.argv[1:])
-    growth = {
-        "rows": _growth(options, "rows", [16, 32, 64, 128]),
-        "layer": _growth(options, "layer", [5, 15, 25]),
-        "rank": _growth(options, "rank", [4, 16, 64]),
-    }
-    write(HERE, command, pairs, growth)
-    print((HERE / "RESULTS.md").read_text())
+    given = list(arguments if arguments is not None else sys.argv[1:])
+    options = parser().parse_args(given)
+    PARTS_FOLDER.mkdir(exist_ok=True)
+    for part in options.parts:
+        result = {"command": shlex.join(["python", "-m", "benchmarks", *given]), **_run(options, part)}
+        (PARTS_FOLDER / f"{part}.json").write_text(json.dumps(result, indent=1))
+        write(HERE, PARTS_FOLDER)
+        print(f"{part}: done", file=sys.stderr)
 
 
 def parser() -> argparse.ArgumentParser:
-    top = argparse.ArgumentParser(prog="python -m benchmarks", description=__doc__)
+    names = [*PAIRS, *SINGLE, *GROWTHS]
+    top = argparse.ArgumentParser(
+        prog="python -m benchmarks", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     top.add_argument("--model", default="smollm2-135m")
     top.add_argument("--data", help="rows, JSON lines; default: the sample `passages`")
-    top.add_argument("--repeat", type=int, default=3, help="measurements of each side")
-    top.add_argument("--stage1-rows", type=int, default=128)
-    top.add_argument("--stage2-rows", type=int, default=64)
-    top.add_argument("--job-rows", type=int, default=64)
+    top.add_argument("--repeat", type=int, help="measurements of each side; default: one to three")
+    top.add_argument("--scale", type=float, default=1.0, help="times the rows: less for a quick look")
+    top.add_argument("--parts", nargs="+", choices=names, default=names)
     return top
 
 
-def _pair(
-    options: argparse.Namespace, title: str, kind: str, *, rows: int, epochs: int, ours: str = "ours"
-) -> Pair:
-    """Ours and theirs in turn."""
-    a, b = [], []
-    for _ in range(options.repeat):
-        a.append(_measure(options, f"{kind}-{ours}", rows=rows, epochs=epochs))
-        b.append(_measure(options, f"{kind}-peer", rows=rows, epochs=epochs))
-        print(f"{title}: {len(a)} of {options.repeat}", file=sys.stderr)
-    return Pair(title=title, ours=a, theirs=b)
+def _run(options: argparse.Namespace, part: str) -> dict[str, Any]:
+    if part in SINGLE:
+        return {"kind": part, "result": _measure(options, part, rows=_scaled(options, 24))}
+    if part in GROWTHS:
+        kind, name, values, fixed = GROWTHS[part]
+        fixed = {"rows": 64, **fixed}
+        points = []
+        for value in values:
+            settings = {**fixed, name: value}
+            settings["rows"] = _scaled(options, settings["rows"])
+            points.append([settings[name], _measure(options, kind, **settings)])
+        return {"kind": "growth", "what": kind, "name": name, "points": points}
+    title, mine, theirs, rows, epochs, repeat, own = PAIRS[part]
+    rows, runs = _scaled(options, rows), options.repeat or repeat
+    ours, peers = [], []
+    for _ in range(runs):  # in turn, so that a slow hour of the machine falls on both
+        ours.append(_measure(options, mine, rows=rows, epochs=epochs, **own))
+        peers.append(_measure(options, theirs, rows=rows, epochs=epochs))
+        print(f"{title}: {len(ours)} of {runs}", file=sys.stderr)
+    return {"kind": "pair", "title": title, "ours": ours, "theirs": peers}
 
 
-def _growth(options: argparse.Namespace, name: str, values: list[int]) -> dict[int, float]:
-    """Seconds of an epoch of our stage 2 (median over the epochs) as one setting grows."""
-    seconds = {}
-    for value in values:
-        settings = {"rows": options.stage2_rows, "epochs": 3, name: value}
-        epochs = _measure(options, "stage2-ours", **settings)["stages"][0]["epochs"]
-        seconds[value] = statistics.median(epochs)
-    return seconds
+def _scaled(options: argparse.Namespace, rows: int) -> int:
+    return max(8, round(rows * options.scale))
 
 
-def _measure(options: argparse.Namespace, kind: str, **settings: int) -> dict[str, Any]:
+def _measure(options: argparse.Namespace, kind: str, **settings: Any) -> dict[str, Any]:
     command = [sys.executable, "-m", "benchmarks.measure", kind, "--model", options.model]
     command += ["--data", options.data] if options.data else []
     for name, value in settings.items():

@@ -10,14 +10,29 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from transformers import AutoConfig
 
-from benchmarks import ours, peers, rows
+from benchmarks import ours, peers, rows, sameness
+from heft_engine.base_models import BaseModel
 from heft_engine.config import Auto, LoraStage, ReftStage
 from heft_engine.devices import choose_dtype
 from heft_engine.packing import packed_length
 from heft_engine.resolve import auto_layer
+from heft_engine.suffix_cache import Rung
 
-KINDS = ("stage1-ours", "stage1-peer", "stage2-ours", "stage2-states", "stage2-peer", "job-ours", "job-peer")
+KINDS = (
+    "stage1-ours",
+    "stage1-peer",
+    "stage2-ours",
+    "stage2-states",
+    "stage2-plain",
+    "stage2-peer",
+    "job-ours",
+    "job-peer",
+    "losses",
+    "reuse",
+)
+RUNGS: dict[str, Rung] = {"stage2-states": "states", "stage2-plain": "nothing"}
 
 
 def matrix_rate(dtype: torch.dtype, seconds: float = 1.0) -> float:
@@ -31,9 +46,13 @@ def matrix_rate(dtype: torch.dtype, seconds: float = 1.0) -> float:
     return float(2 * 4_096**3 * count / (time.perf_counter() - began))
 
 
+def base_layers(base: BaseModel) -> int:
+    return int(AutoConfig.from_pretrained(base.path).num_hidden_layers)
+
+
 def measure(options: argparse.Namespace) -> dict[str, Any]:
     base = rows.base_model(options.model)
-    found = rows.examples(base, options.data, options.rows)
+    found = rows.examples(base, options.data, options.rows, options.length)
     dtype = choose_dtype("auto", "cpu")
     lora = LoraStage(
         n_epochs=options.epochs,
@@ -43,16 +62,21 @@ def measure(options: argparse.Namespace) -> dict[str, Any]:
         target_modules=["q_proj", "v_proj"],
     )
     reft = ReftStage(
-        n_epochs=options.epochs, batch_size=options.batch_size, learning_rate=2e-3, rank=options.rank
+        n_epochs=options.epochs,
+        batch_size=options.batch_size,
+        learning_rate=2e-3,
+        rank=options.rank,
+        layers=[options.layer or auto_layer(base_layers(base))],
     )
-    rate = matrix_rate(dtype)
+    if options.kind == "losses":
+        return sameness.losses(base, lora, reft, found)
+    if options.kind == "reuse":
+        return sameness.reuse(options.model, lora, reft, rows.read(options.data, options.rows))
+    rates = [matrix_rate(dtype)]
     kind = options.kind
     stages: list[dict[str, Any]] = []
     if kind.endswith("-peer"):
         model = peers.load(base.path, dtype)
-        reft = reft.model_copy(
-            update={"layers": [options.layer or auto_layer(model.config.num_hidden_layers)]}
-        )
         if not kind.startswith("stage2"):
             model, result = peers.train_lora(model, base.path, lora, found)
             stages.append(result)
@@ -60,12 +84,12 @@ def measure(options: argparse.Namespace) -> dict[str, Any]:
             stages.append(peers.train_reft(model, base.path, reft, found))
     else:
         lm = rows.packed_model(base)
-        reft = reft.model_copy(update={"layers": [options.layer or auto_layer(lm.n_layers)]})
         if not kind.startswith("stage2"):
             compiled: bool | Auto = "auto" if options.compile == "auto" else options.compile == "yes"
             stages.append(ours.train(lm, lora, found, compiled=compiled))
         if not kind.startswith("stage1"):
-            stages.append(ours.train(lm, reft, found, "states" if kind.endswith("states") else "keys_values"))
+            stages.append(ours.train(lm, reft, found, RUNGS.get(kind, "keys_values")))
+    rates.append(matrix_rate(dtype))
     return {
         "kind": kind,
         "stages": stages,
@@ -73,7 +97,7 @@ def measure(options: argparse.Namespace) -> dict[str, Any]:
         "rows": len(found),
         "dtype": str(dtype).removeprefix("torch."),
         "threads": torch.get_num_threads(),
-        "matrix_rate": rate,
+        "matrix_rate": sum(rates) / 2,
         "peak_bytes": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1_024,
     }
 
@@ -88,6 +112,7 @@ def parser() -> argparse.ArgumentParser:
     top.add_argument("--batch-size", type=int, default=8)
     top.add_argument("--rank", type=int, default=4, help="of LoReFT; LoRA's is twice that")
     top.add_argument("--layer", type=int)
+    top.add_argument("--length", type=int, help="tokens of every prompt; default: as it is")
     top.add_argument("--compile", default="auto", choices=["auto", "yes", "no"], help="our stage 1")
     return top
 

@@ -1,9 +1,9 @@
-"""Measurements into a table and plots. It does NOT measure."""
+"""Measurements into RESULTS.md and plots, from the files that the parts left. It does NOT measure."""
 
 from __future__ import annotations
 
+import json
 import statistics
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -15,99 +15,138 @@ import matplotlib.pyplot as plt
 #: SmolLM2-135M without its embeddings: what a token's arithmetic is counted by.
 NON_EMBEDDING = 106_203_456
 
+_HEAD = """# Results
 
-@dataclass(frozen=True, kw_only=True)
-class Pair:
-    """The same work, measured in turn."""
+Written by
 
-    title: str
-    ours: list[dict[str, Any]]
-    theirs: list[dict[str, Any]]
+    {command}
 
-    @property
-    def ratios(self) -> list[float]:
-        return [_seconds(b) / _seconds(a) for a, b in zip(self.ours, self.theirs, strict=True)]
+on {threads} threads, {dtype}. Ours and theirs run in turn, each in a process of its own; ratios are theirs over ours,
+pair by pair: median (lowest to highest). Machines are noisy: the ratios say more than the seconds. Theirs is
+`transformers.Trainer` + peft at its defaults for stage 1 and pyreft's trainer for stage 2 (with the subclass that makes
+it run on transformers 5), on the same rows, batch of 8, dtype, ranks and learning rates.
 
-    @property
-    def with_prefill(self) -> list[float]:
-        return [_total(b) / _total(a) for a, b in zip(self.ours, self.theirs, strict=True)]
+| column | |
+| --- | --- |
+| epoch | seconds of one epoch (the median over epochs), without what comes before the first |
+| before | ours alone: planning, compiling, and the prefill of the cache |
+| epoch ratio / whole ratio | of an epoch; of everything, `before` included |
+| of the matrix rate | 4 · non-embedding parameters · tokens / seconds, over a large product's rate in that process |
+| peak | of the whole process, GB |
+"""
 
 
-def write(folder: Path, command: str, pairs: list[Pair], growth: dict[str, dict[int, float]]) -> None:
-    """RESULTS.md with the command on top, and one picture for each growth."""
-    first = pairs[0].ours[0]
-    lines = [
-        "# Results",
-        "",
-        f"    {command}",
-        "",
-        f"{first['threads']} threads, {first['dtype']}; the matrix rate is measured beside each run. Medians; the",
-        "ratio is taken pair by pair, theirs over ours, with its range.",
-        "",
-        "| work | rows | ours, s | theirs, s | ratio | with the prefill | tokens/s | of the matrix rate "
-        "| peak, ours | peak, theirs |",
-        "| --- | --- | --- | --- | --- | --- | --- | --- | --- | --- |",
-    ]
-    lines += [_line(pair) for pair in pairs]
-    lines += [
-        "",
-        "## Losses",
-        "",
-        "The same rows in other orders, so the losses are alike and not equal:",
-        "",
-    ]
-    for pair in pairs:
-        mine, other = (_losses(side[0]) for side in (pair.ours, pair.theirs))
-        lines.append(f"- {pair.title}: mean of the last epoch {mine:.4f} beside {other:.4f}")
-    lines += ["", "## How an epoch of stage 2 grows", ""]
-    for name, seconds in growth.items():
-        picture = f"stage2-{name}.png"
-        _plot(folder / picture, name, seconds)
-        values = ", ".join(f"{value}: {spent:.2f} s" for value, spent in seconds.items())
-        lines += [f"By {name}: {values}.", "", f"![{name}]({picture})", ""]
+def write(folder: Path, parts: Path) -> None:
+    """RESULTS.md from every part's file in `parts`, and one picture for each growth."""
+    found = {path.stem: json.loads(path.read_text()) for path in sorted(parts.glob("*.json"))}
+    pairs = [part for part in found.values() if part["kind"] == "pair"]
+    growths = {name: part for name, part in found.items() if part["kind"] == "growth"}
+    commands = sorted({part["command"] for part in found.values()})
+    first = next((run for part in pairs for run in part["ours"]), {"threads": "?", "dtype": "?"})
+    lines = [_HEAD.format(command="\n    ".join(commands), threads=first["threads"], dtype=first["dtype"])]
+    if pairs:
+        lines += _pairs(pairs)
+    if "losses" in found:
+        lines += _losses(found["losses"]["result"])
+    if "reuse" in found:
+        lines += _reuse(found["reuse"]["result"])
+    if growths:
+        lines += ["", "## How our cost grows", "", "Seconds of an epoch."]
+        lines += [line for name, part in growths.items() for line in _growth(folder, name, part)]
     (folder / "RESULTS.md").write_text("\n".join(lines) + "\n")
 
 
-def _line(pair: Pair) -> str:
-    ours, theirs = statistics.median(map(_seconds, pair.ours)), statistics.median(map(_seconds, pair.theirs))
-    ratio, whole = statistics.median(pair.ratios), statistics.median(pair.with_prefill)
-    tokens = pair.ours[0]["tokens"]
-    # Forward and backward of a frozen base cost 4 operations a parameter and token; cached stages skip most of them.
-    share = statistics.median(
-        4 * NON_EMBEDDING * run["tokens"] / _seconds(run) / run["matrix_rate"] for run in pair.ours
-    )
-    peak = [max(run["peak_bytes"] for run in side) / 1e9 for side in (pair.ours, pair.theirs)]
-    spread = f"{min(pair.ratios):.1f}–{max(pair.ratios):.1f}"
-    shown = f"{share:.0%}" if pair.title.startswith("stage 1") else "–"
+def _pairs(pairs: list[dict[str, Any]]) -> list[str]:
+    return [
+        "| work | rows | epoch, ours | before | epoch, theirs | epoch ratio | whole ratio | tokens/s, ours "
+        "| of the matrix rate: ours, theirs | peak: ours, theirs |",
+        "| --- | --- | --- | --- | --- | --- | --- | --- | --- | --- |",
+        *map(_line, pairs),
+    ]
+
+
+def _line(pair: dict[str, Any]) -> str:
+    ours, theirs = pair["ours"], pair["theirs"]
+    mine, other = (statistics.median(map(_epoch, side)) for side in (ours, theirs))
+    first = ours[0]
+    before = statistics.median(sum(s["preparing"] + s["prefill"] for s in run["stages"]) for run in ours)
+    whole_run = len(first["stages"]) > 1
+    shares = " , ".join("–" if _skips(first) else f"{_share(side):.0%}" for side in (ours, theirs))
+    peaks = ", ".join(f"{max(run['peak_bytes'] for run in side) / 1e9:.2f}" for side in (ours, theirs))
+    epochs = "–" if whole_run else _ratio(ours, theirs, _epoch)
     return (
-        f"| {pair.title} | {pair.ours[0]['rows']} | {ours:.2f} | {theirs:.2f} | **{ratio:.1f}** ({spread}) "
-        f"| {whole:.1f} | {tokens / ours:.0f} | {shown} | {peak[0]:.2f} GB | {peak[1]:.2f} GB |"
+        f"| {pair['title']} | {first['rows']} | {mine:.2f} | {before:.1f} | {other:.2f} | {epochs} "
+        f"| {_ratio(ours, theirs, _total)} | {first['tokens'] / mine:.0f} | {shares} | {peaks} |"
     )
 
 
-def _seconds(run: dict[str, Any]) -> float:
-    """An epoch (the median over epochs) of one stage; of a whole job, everything."""
-    if len(run["stages"]) > 1:
-        return _total(run)
-    return float(statistics.median(run["stages"][0]["epochs"]))
+def _ratio(ours: list[dict[str, Any]], theirs: list[dict[str, Any]], seconds: Any) -> str:
+    ratios = [seconds(b) / seconds(a) for a, b in zip(ours, theirs, strict=True)]
+    middle = f"**{statistics.median(ratios):.1f}**"
+    return middle if len(ratios) == 1 else f"{middle} ({min(ratios):.1f} to {max(ratios):.1f})"
+
+
+def _skips(run: dict[str, Any]) -> bool:
+    """Whether cached work is left out, so that arithmetic by tokens means nothing."""
+    return any(stage.get("rung", "nothing") != "nothing" for stage in run["stages"])
+
+
+def _share(side: list[dict[str, Any]]) -> float:
+    return statistics.median(
+        4 * NON_EMBEDDING * run["tokens"] / _epoch(run) / run["matrix_rate"] for run in side
+    )
+
+
+def _epoch(run: dict[str, Any]) -> float:
+    """Of all stages: the median over each one's epochs."""
+    return float(sum(statistics.median(stage["epochs"]) for stage in run["stages"]))
 
 
 def _total(run: dict[str, Any]) -> float:
-    return float(sum(stage["prefill"] + sum(stage["epochs"]) for stage in run["stages"]))
+    return float(sum(s["preparing"] + s["prefill"] + sum(s["epochs"]) for s in run["stages"]))
 
 
-def _losses(run: dict[str, Any]) -> float:
-    stage = run["stages"][-1]
-    last = len(stage["losses"]) // max(1, len(stage["epochs"]))
-    return float(statistics.mean(stage["losses"][-last:]))
+def _losses(result: dict[str, Any]) -> list[str]:
+    names = [name for name in result["float32"] if name != "steps"]
+    lines = [
+        "",
+        "## The same losses",
+        "",
+        f"Of {result['float32']['steps']} steps: the largest relative difference to the plain computation (the whole "
+        "model every step, nothing cached, nothing compiled), in one process.",
+        "",
+        "| | float32 | bfloat16 |",
+        "| --- | --- | --- |",
+    ]
+    return lines + [
+        f"| {name} | {result['float32'][name]:.1e} | {result['bfloat16'][name]:.1e} |" for name in names
+    ]
 
 
-def _plot(path: Path, name: str, seconds: dict[int, float]) -> None:
+def _reuse(result: dict[str, Any]) -> list[str]:
+    first, second = result["jobs"]
+    return [
+        "",
+        "## A second job with the same stage 1",
+        "",
+        f"Another rank in stage 2. First job: {first['seconds']:.1f} s, {first['lora_steps']} LoRA steps and "
+        f"{first['reft_steps']} LoReFT steps. Second job: {second['seconds']:.1f} s, {second['lora_steps']} and "
+        f"{second['reft_steps']}.",
+    ]
+
+
+def _growth(folder: Path, name: str, part: dict[str, Any]) -> list[str]:
+    seconds = {value: _epoch(run) for value, run in part["points"]}
+    picture = f"{name}.png"
     figure, axes = plt.subplots(figsize=(5, 3))
     axes.plot(list(seconds), list(seconds.values()), marker="o")
-    axes.set_xlabel(name)
+    axes.set_xlabel(part["name"])
     axes.set_ylabel("seconds an epoch")
     axes.set_ylim(bottom=0)
     figure.tight_layout()
-    figure.savefig(path, dpi=100)
+    figure.savefig(folder / picture, dpi=100)
     plt.close(figure)
+    values = ", ".join(f"{value}: {spent:.2f}" for value, spent in seconds.items())
+    rows = part["points"][0][1]["rows"]
+    of = "" if part["name"] == "rows" else f" ({rows} rows)"
+    return ["", f"**{part['what']}, by {part['name']}**{of}. {values}.", "", f"![{name}]({picture})"]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 from heft_engine import samples
@@ -12,7 +13,7 @@ from heft_engine.config import TaskSettings
 from heft_engine.devices import choose_dtype
 from heft_engine.encoding import Encoder, Example, Task
 from heft_engine.model import PackedLM
-from heft_engine.rows import infer_task, parse_row
+from heft_engine.rows import Row, infer_task, parse_row
 
 
 def base_model(reference: str) -> BaseModel:
@@ -26,8 +27,7 @@ def packed_model(base: BaseModel) -> PackedLM:
     )
 
 
-def examples(base: BaseModel, data: Path | None, count: int) -> list[Example]:
-    """The first `count` rows of a file of JSON lines (or of the generated sample), supervised."""
+def read(data: Path | None, count: int) -> list[Row]:
     if data is None:
         found = list(samples.generate("passages", "train"))[:count]
     else:
@@ -35,5 +35,21 @@ def examples(base: BaseModel, data: Path | None, count: int) -> list[Example]:
     rows = [parse_row(row) for row in found]
     if len(rows) < count:
         raise SystemExit(f"{count} rows are needed, there are {len(rows)}")
+    return rows
+
+
+def examples(base: BaseModel, data: Path | None, count: int, length: int | None = None) -> list[Example]:
+    """The first `count` rows of a file of JSON lines (or of the generated sample), supervised.
+
+    `length`: every prompt gets so many tokens, cut, or filled from the front with those of other rows.
+    """
+    rows = read(data, count)
     encoder = Encoder(load_tokenizer(base.path), Task.resolve(TaskSettings(), infer_task(rows)))
-    return [example.supervised() for row in rows for example in encoder.encode(row)]
+    found_examples = [example.supervised() for row in rows for example in encoder.encode(row)]
+    if length is None:
+        return found_examples
+    pool = [token for example in found_examples for token in example.prompt] * (1 + length // 64)
+    return [
+        replace(example, prompt=(*pool[37 * i : 37 * i + length], *example.prompt)[-length:])
+        for i, example in enumerate(found_examples)
+    ]
