@@ -136,7 +136,7 @@ class Reuse:
         if index == 0:
             run.tell_evaluation(run.state.evaluations[0], reused=True)
         where = {"stage": stage.type, "stage_index": index, "step": step, "total_steps": run.total_steps}
-        message = f"Stage {index + 1} of {len(run.config.stages)}: {stage.type}, as an equal one ended before"
+        message = f"Stage {index + 1} of {len(run.config.stages)}: {stage.type}, taken from an equal stage"
         data = {**where, "epoch": stage.n_epochs, "key": self.key(index)}
         run.on_event(Event(code="STAGE_REUSED", message=message, data=data))
         run.tell_evaluation(run.state.evaluations[-1], reused=True, step=step)
