@@ -8,7 +8,7 @@ Each line of that file is one act, {"do": …}:
   silent            until SIGKILL, saying nothing (SIGUSR1 writes the stacks)
   die code          exit so without a word (negative: by that signal); `once` skips it after a resume
   fail code message FAILED, exit 1
-  (checkpoint with spoil: "remove" or "cut" is gone, or lacks a file, before its event)
+  (checkpoint with spoil: "remove", "cut" or "change" is gone, lacks a file, or has another, before its event)
   (checkpoint with key: what its stage's end may be kept under)
   ask keys          STAGE_KEYS, and a STAGE_REUSED for each that is brought
   told field=value  exit 3 unless the run file says so
@@ -78,6 +78,8 @@ class Play:
             shutil.rmtree(path)
         elif act.get("spoil") == "cut":
             (path / "state.json").unlink()
+        elif act.get("spoil") == "change":
+            (path / "state.json").write_text("{}")
         kind = act.get("kind", "step")
         key = {"key": act["key"]} if "key" in act else {}
         stage = STAGE | {"stage_index": act.get("stage_index", 0)}

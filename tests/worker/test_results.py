@@ -121,7 +121,7 @@ def test_what_is_larger_than_the_budget_is_not_kept(bench: Bench) -> None:
     assert kept(bench) == []
 
 
-@pytest.mark.parametrize("spoil", ["remove", "cut"])
+@pytest.mark.parametrize("spoil", ["remove", "cut", "change"])
 def test_the_end_of_a_stage_that_is_not_whole_is_not_kept(bench: Bench, spoil: str) -> None:
     job_id = bench.queued([end_of_stage(4, KEYS[0], spoil=spoil)])
     assert bench.run(job_id).state == JobState.SUCCEEDED
