@@ -5,9 +5,9 @@ of the stage and of all stages before it, the seed, this package's own code and 
 resolved, so "auto" and what it stands for are the same. Rows that do not train count too, for what is kept carries
 their scores; so no run is told a figure of other rows.
 
-Left out is what moves rounding alone: the number of threads, the model of processor or GPU, and what free memory decides
-(the cache's rung, the size of passes; with dropout, which masks are drawn). A result that another machine made is as
-good as a checkpoint from there.
+Left out is what moves rounding alone: the number of threads, the model of processor or GPU, and what free memory
+decides (the cache's rung, the size of passes; with dropout, which masks are drawn). A result that another machine made
+is as good as a checkpoint from there.
 
 It does NOT know where results are kept: that is a StageStore.
 """
@@ -40,7 +40,7 @@ if TYPE_CHECKING:
     from heft_engine.run import Run
 
 
-#: Settings that count as what they came to, or not at all (the method's name); a new one counts unless it is named here.
+#: Settings that count as what they came to, or not at all (the method's name). A new one counts unless it is here.
 _ELSEWHERE = {"model", "method", "stages", "task", "max_length", "dtype"}
 
 
