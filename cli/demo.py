@@ -123,6 +123,7 @@ def _request(client: Client, home: Home, console: Console) -> Json:
         **files,
         "suffix": "demo",
         "seed": 0,
+        "reuse": False,  # a second demo trains too
         "method": {"type": "heft", "heft": {"lora": LORA, "reft": REFT}},
     }
 

@@ -20,7 +20,11 @@ Code = Literal[
     "STAGE_STARTED",  #: data: stage, stage_index, learning_rate, trained_parameters, cache
     "METRICS",  #: data: stage, stage_index, step, epoch, loss, learning_rate, tokens, seconds; total_steps of the run
     "EPOCH_COMPLETE",  #: data: stage, stage_index, epoch, train_loss; eval_loss with validation rows
-    "CHECKPOINT_SAVED",  #: data: stage, stage_index, step, path (a complete directory, manifest written last)
+    "STAGE_KEYS",  #: data: keys of what the stages will end with, in order; see heft_engine.command.asked
+    "STAGE_REUSED",  #: in place of training. data: stage, stage_index, step (its last), total_steps, epoch, key
+    #: data: stage, stage_index, step, kind, path (a complete directory, manifest written last); key, if later runs may
+    #: go on from it
+    "CHECKPOINT_SAVED",
     "STAGE_COMPLETE",  #: data: stage, stage_index, seconds, steps, tokens, general_loss
     "MERGE_VERIFIED",  #: data: the parity record of this merge
     "EVALUATION",  #: data: stage ("base", "lora", "reft"), accuracy, correct, n, interval_95, split

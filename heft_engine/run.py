@@ -33,6 +33,7 @@ from heft_engine.model_files import inspect
 from heft_engine.outcome import write_outcome
 from heft_engine.parity import merge_and_verify
 from heft_engine.resolve import resolve_max_length, resolve_stage
+from heft_engine.reuse import Reuse, StageStore
 from heft_engine.rows import Row, infer_task
 from heft_engine.run_state import CheckpointWriter, RunState, load_checkpoint, rows_hash
 from heft_engine.sources import CacheBudget
@@ -63,13 +64,15 @@ def train(
     should_stop: Callable[[], bool] = lambda: False,
     cache: CacheBudget | None = None,
     memory_bytes: int | None = None,
+    results: StageStore | None = None,
 ) -> Bundle:
     """Trains by the config and writes a bundle to `out_dir`, a new or empty directory.
 
     `eval_rows` steer (early stopping) and `test_rows` only report. `resume` is a checkpoint directory of an earlier
     run of the same config and rows. `memory_bytes`: what a stage may take beyond what the process holds; None is what
-    is free. Raises EngineError: RowError, ConfigError, ModelError, TrainingError, or Stopped
-    after `should_stop` returned True and a checkpoint was written.
+    is free. `results` holds what stages of earlier runs ended with: a run that begins starts after the longest prefix
+    of its stages that is there, and every run adds its own. Raises EngineError: RowError, ConfigError, ModelError,
+    TrainingError, or Stopped after `should_stop` returned True and a checkpoint was written.
     """
     if out_dir.exists() and any(out_dir.iterdir()):
         raise ConfigError(f"{out_dir} is not empty: a bundle needs a directory of its own", param="out")
@@ -80,6 +83,7 @@ def train(
     writer = CheckpointWriter(directory=checkpoint_dir, seconds=checkpoint_seconds, on_event=on_event)
     if resume is not None:
         run.resume(resume)
+    run.reuse = Reuse(run, results) if results is not None else None
     return run.go(out_dir, writer, should_stop)
 
 
@@ -165,6 +169,7 @@ class Run:
     adapters: list[LoraAdapter] = field(default_factory=list)
     cache_dir: Path | None = None
     memory_bytes: int | None = None
+    reuse: Reuse | None = None
 
     def __post_init__(self) -> None:
         self.state = RunState(rows_sha256=rows_hash(self.examples))
@@ -193,12 +198,14 @@ class Run:
 
     def go(self, out_dir: Path, writer: CheckpointWriter, should_stop: Callable[[], bool]) -> Bundle:
         self._announce()
+        if self.reuse is not None:
+            self.reuse.take(writer)
         if not self.state.evaluations:
             self.state.general_loss.append(mean_loss(self.lm, self.general))
             self._evaluate("base", None)
         for index in range(self.state.stage_index, len(self.config.stages)):
             self._stage(index, writer, should_stop)
-        bundle = write_outcome(self, out_dir)
+        bundle = self.outcome(out_dir)
         data = {
             "bundle": str(out_dir),
             "evaluation": bundle.info.evaluation,
@@ -243,7 +250,7 @@ class Run:
                 progress = self._train(index, stage, trainable, plan, sites_before, writer, should_stop)
             self._end_stage(index, stage, trainable, progress)
             memory_bytes = most()
-        self._emit_warnings(index, stage)
+        self.tell_warnings(index, stage)
         self._emit_stage(
             "STAGE_COMPLETE",
             f"Stage {index + 1} of {len(self.config.stages)} is complete",
@@ -254,14 +261,18 @@ class Run:
             general_loss=self.state.general_loss[-1],
             memory_bytes=memory_bytes,
         )
-        writer.stage(
-            self.state,
-            self.first_steps[index + 1],
-            self.config,
-            lambda path: write_outcome(self, path),
-            stage.type,
-            index,
-        )
+        self.save_stage(writer, index, self.reuse.key(index) if self.reuse is not None else None)
+        if self.reuse is not None:
+            self.reuse.keep(index)
+
+    def save_stage(self, writer: CheckpointWriter, index: int, key: str | None = None) -> None:
+        """Writes the checkpoint of a stage's end. `key`: what later runs may find it by."""
+        kind, step = self.config.stages[index].type, self.first_steps[index + 1]
+        writer.stage(self.state, step, self.config, self.outcome, kind, index, key)
+
+    def outcome(self, path: Path) -> Bundle:
+        """Writes the bundle of the result so far."""
+        return write_outcome(self, path)
 
     def _train(
         self,
@@ -374,12 +385,18 @@ class Run:
         result = evaluate(self.lm, self.encoder, self.reported).to_json()
         record = {"stage": stage, "stage_index": index, **result}
         self.state.evaluations.append(record)
-        low, high = result["interval_95"]
-        of = f"of {result['n']} {self.split} rows ({low:.1%} to {high:.1%})"
-        message = f"After {stage}: {result['accuracy']:.1%} {of}"
-        self._emit("EVALUATION", message, split=self.split, **record)
+        self.tell_evaluation(record)
 
-    def _emit_warnings(self, index: int, stage: LoraStage | ReftStage) -> None:
+    def tell_evaluation(self, record: dict[str, Any], **more: Any) -> None:
+        """Says what was measured after a stage; nothing without rows to measure on."""
+        if "accuracy" not in record:
+            return
+        low, high = record["interval_95"]
+        of = f"of {record['n']} {self.split} rows ({low:.1%} to {high:.1%})"
+        message = f"After {record['stage']}: {record['accuracy']:.1%} {of}"
+        self._emit("EVALUATION", message, split=self.split, **record, **more)
+
+    def tell_warnings(self, index: int, stage: LoraStage | ReftStage) -> None:
         before, after = self.state.evaluations[-2:]
         found = [
             signatures.below_previous(stage, before.get("accuracy"), after.get("accuracy")),

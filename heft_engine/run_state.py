@@ -46,6 +46,8 @@ class RunState:
     """Where a run stands between steps; JSON values only, but for the tensors of the stage in training."""
 
     rows_sha256: str  #: of the training examples: a checkpoint of other rows would go on without a word
+    #: Of what the stages will end with (heft_engine.reuse), as known when the run began; none if it reuses nothing.
+    keys: list[str] = field(default_factory=list)
     stage_index: int = 0
     evaluations: list[dict[str, Any]] = field(default_factory=list)
     parity: list[dict[str, Any]] = field(default_factory=list)
@@ -111,15 +113,14 @@ class CheckpointWriter:
         write_bundle: Callable[[Path], Any],
         stage: str,
         index: int,
+        key: str | None,
     ) -> None:
-        """At the end of a stage: also a bundle that can be asked."""
+        """At the end of a stage: also a bundle that can be asked. `key`: what later runs may find it by."""
         if self.directory is None:
             return
         path = self._path(run_step, "stage")
-        values = {name: value for name, value in asdict(state).items() if name != "tensors"}
-        save_state(path, {**values, "config": config.model_dump()}, {})
-        write_bundle(path / "bundle")
-        self._seal(path, run_step, "stage", stage, index)
+        write_stage(path, state, config, write_bundle)
+        self._seal(path, run_step, "stage", stage, index, key)
 
     def _path(self, run_step: int, kind: str) -> Path:
         assert self.directory is not None
@@ -131,13 +132,25 @@ class CheckpointWriter:
         path.mkdir(parents=True)
         return path
 
-    def _seal(self, path: Path, run_step: int, kind: str, stage: str, index: int) -> None:
+    def _seal(
+        self, path: Path, run_step: int, kind: str, stage: str, index: int, key: str | None = None
+    ) -> None:
         seal(path)
         self.last = time.monotonic()
         assert self.directory is not None
         prune(self.directory, KEEP, kept=_STEPS, ours=_ANY)
         data = {"stage": stage, "stage_index": index, "step": run_step, "kind": kind, "path": str(path)}
+        data |= {"key": key} if key is not None else {}
         self.on_event(Event(code="CHECKPOINT_SAVED", message=f"Checkpoint at step {run_step}", data=data))
+
+
+def write_stage(
+    path: Path, state: RunState, config: TrainConfig, write_bundle: Callable[[Path], Any]
+) -> None:
+    """The end of a stage: where the run stands, and its bundle. The directory is still to be sealed."""
+    values = {name: value for name, value in asdict(state).items() if name != "tensors"}
+    save_state(path, {**values, "config": config.model_dump()}, {})
+    write_bundle(path / "bundle")
 
 
 def rows_hash(examples: Sequence[Example]) -> str:

@@ -1,8 +1,8 @@
 """Deletes bytes that nothing needs any more. Rows say which; no row is forgotten before its bytes are gone.
 
-Three kinds: what a row gave up (a deleted file or model, an old checkpoint), what an attempt left that died
-before its row, and uploads that were cut off. Deleting twice is harmless, so two processes may do this at the
-same time.
+Three kinds: what a row gave up (a deleted file or model, an old checkpoint or stage's result), what an attempt
+left that died before its row, and uploads that were cut off. Deleting twice is harmless, so two processes may
+do this at the same time.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any
 
-from sqlalchemy import ColumnElement, Update, func, select, update
+from sqlalchemy import ColumnElement, Delete, Update, delete, func, select, update
 from sqlalchemy.orm import Session
 
 from store import files
@@ -19,7 +19,7 @@ from store.artifacts import FILES, PREPARED, Artifacts, attempt_prefix, file_key
 from store.clock import seconds
 from store.database import SessionFactory, transaction
 from store.errors import Damaged
-from store.tables import Attempt, Checkpoint, Export, File, FineTunedModel, Job
+from store.tables import Attempt, Checkpoint, Export, File, FineTunedModel, Job, StageResult
 
 _BATCH = 100
 
@@ -27,7 +27,7 @@ _BATCH = 100
 @dataclass(frozen=True, kw_only=True)
 class _Garbage:
     storage_key: str
-    gone: Update  #: what to write when the bytes are
+    gone: Update | Delete  #: what to write when the bytes are
 
 
 def collect(factory: SessionFactory, artifacts: Artifacts, *, quiet_seconds: float = 600.0) -> None:
@@ -90,11 +90,13 @@ def _given_up(session: Session) -> list[_Garbage]:
         .join(FineTunedModel, FineTunedModel.id == Export.model_id)
         .where(FineTunedModel.deleted_at.is_not(None), Export.storage_key.is_not(None))
     )
+    results = select(StageResult).where(StageResult.removed_at.is_not(None))
     return [
         *(_purged(File, row, row.storage_key) for row in files.purgeable(session, limit=_BATCH)),
         *(_purged(Checkpoint, row, row.storage_key) for row in session.scalars(old.limit(_BATCH))),
         *(_purged(FineTunedModel, row, _whole(row)) for row in session.scalars(deleted.limit(_BATCH))),
         *(_dropped(row) for row in session.scalars(archives.limit(_BATCH))),
+        *(_forgotten(row) for row in session.scalars(results.limit(_BATCH))),
     ]
 
 
@@ -113,6 +115,11 @@ def _dropped(archive: Export) -> _Garbage:
     assert archive.storage_key is not None
     where = Export.storage_key == archive.storage_key
     return _Garbage(storage_key=archive.storage_key, gone=_set(Export, where, {"storage_key": None}))
+
+
+def _forgotten(result: StageResult) -> _Garbage:
+    this = delete(StageResult).where(StageResult.storage_key == result.storage_key)
+    return _Garbage(storage_key=result.storage_key, gone=this.execution_options(synchronize_session=False))
 
 
 def _ended_attempts(session: Session, quiet_seconds: float) -> list[tuple[str, int]]:
@@ -144,7 +151,8 @@ def _needed(session: Session, job_id: str) -> list[str]:
         FineTunedModel.job_id == job_id, FineTunedModel.purged_at.is_(None)
     )
     results = select(File.storage_key).join(Job, Job.result_file_id == File.id).where(Job.id == job_id)
-    return [key for query in (checkpoints, models, results) for key in session.scalars(query)]
+    stages = select(StageResult.storage_key).where(StageResult.job_id == job_id)
+    return [key for query in (checkpoints, models, results, stages) for key in session.scalars(query)]
 
 
 def _set(table: type[Any], where: ColumnElement[bool], values: dict[str, Any]) -> Update:

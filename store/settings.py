@@ -52,6 +52,10 @@ class StoreSettings(BaseSettings):
         default=None, ge=0
     )  #: of a training stage; None: a quarter of what is free
     cache_disk_bytes: int = Field(default=0, ge=0)  #: the same, in files beside the job's; 0: none
+    reuse_days: float = Field(
+        default=30, ge=0
+    )  #: what a stage ended with is kept so long after its last use, for equal stages of later jobs; 0: not at all
+    reuse_bytes: int = Field(default=20 * 1024**3, ge=0)  #: of all that is kept so
     memory_budget_bytes: int = 0  #: what one worker may hold in models; 0: three quarters of the machine
 
 

@@ -117,9 +117,8 @@ class TrainingSpec(Settings):
     early_stopping: EarlyStopping | None = None
     max_length: Annotated[int, Field(ge=16, le=1_048_576)] | None = None
     dtype: Dtype = "auto"
-    #: Whether to start after an equal stage 1 of an earlier job. Every job trains all of its stages so far, and the
-    #: API takes false alone; what is stored stays readable whatever the API takes.
-    reuse: bool = False
+    #: Whether to start after stages that an equal job of this owner has trained, and to leave this job's own to others.
+    reuse: bool = True
 
     @field_validator("model")
     @classmethod

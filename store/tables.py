@@ -224,6 +224,24 @@ class FineTunedModel(Base):
     )
 
 
+class StageResult(Base):
+    """What a stage ended with, for later jobs of the same owner (store.stage_results)."""
+
+    __tablename__ = "stage_results"
+
+    storage_key: Mapped[str] = mapped_column(primary_key=True)
+    owner_id: Mapped[str]
+    key: Mapped[str]  #: SHA-256 of everything that went into it (heft_engine.reuse)
+    job_id: Mapped[str] = mapped_column(ForeignKey("jobs.id"), index=True)  #: whose attempt stored it
+    manifest: Mapped[dict[str, Any]]  #: {file: sha256}
+    bytes: Mapped[int]
+    created_at: Mapped[datetime] = _now()
+    last_used_at: Mapped[datetime] = _now()
+    removed_at: Mapped[datetime | None]  #: given up; the row goes after its bytes
+
+    __table_args__ = (Index("stage_results_by_key", "owner_id", "key"),)
+
+
 class Export(Base):
     """An archive of a model in one format, built by a worker when first asked for."""
 

@@ -34,6 +34,16 @@ class LocalRun:
     def checkpoints(self) -> Path:
         return self.folder / "checkpoints"
 
+    @property
+    def results(self) -> Path:
+        """Where the engine finds what stages of earlier jobs ended with, once it has asked."""
+        return self.folder / "results"
+
+
+def reuses(spec: TrainingSpec, settings: StoreSettings) -> bool:
+    """Whether stages of earlier jobs are used, and this job's kept: its user and the operator both decide."""
+    return spec.reuse and settings.reuse_days > 0 and settings.reuse_bytes > 0
+
 
 def train_config(spec: TrainingSpec, *, revision: str | None) -> TrainConfig:
     """The engine's settings. A hub model is pinned to the `revision` that its files were checked with."""
@@ -50,7 +60,9 @@ def train_config(spec: TrainingSpec, *, revision: str | None) -> TrainConfig:
     )
 
 
-def run_file(config: TrainConfig, run: LocalRun, settings: StoreSettings) -> dict[str, Any]:
+def run_file(
+    config: TrainConfig, run: LocalRun, settings: StoreSettings, *, reuse: bool = False
+) -> dict[str, Any]:
     """What `python -m heft_engine train --run-file` reads."""
     return {
         "config": config.model_dump(mode="json"),
@@ -65,6 +77,8 @@ def run_file(config: TrainConfig, run: LocalRun, settings: StoreSettings) -> dic
         "cache_dir": _text(settings.cache_dir),
         "cache_memory_bytes": settings.cache_memory_bytes,
         "cache_disk_bytes": settings.cache_disk_bytes,
+        "results": str(run.results) if reuse else None,
+        "results_on_request": reuse,
     }
 
 

@@ -27,7 +27,7 @@ _LAST_WORDS = ("SUCCEEDED", "FAILED")
 
 class Reporter:
     """Hears the events of one attempt, in order. `save_checkpoint` makes the one that an event's data names
-    durable."""
+    durable; `bring_results` answers the engine that asks what stages of earlier jobs ended with."""
 
     def __init__(
         self,
@@ -35,10 +35,12 @@ class Reporter:
         history: History,
         *,
         save_checkpoint: Callable[[Mapping[str, Any]], None],
+        bring_results: Callable[[Mapping[str, Any]], None],
     ) -> None:
         self._attempt = attempt
         self._history = history
         self._save_checkpoint = save_checkpoint
+        self._bring_results = bring_results
         self._latest: dict[str, dict[str, Any]] = {}
         self._pace = Pace()
         self._told: tuple[float, int] | None = None  # when the last METRICS event was written, and its step
@@ -55,6 +57,11 @@ class Reporter:
             self._hear_metrics(event)
         elif code == "CHECKPOINT_SAVED":
             self._save_checkpoint(data)
+        elif code == "STAGE_KEYS":
+            self._bring_results(data)
+        elif code == "STAGE_REUSED":
+            # A pace of its own: no step took the time since the last event.
+            self._record(event, stage=data["stage"], progress=Pace().progress(data))
         else:
             self._record(
                 event,

@@ -19,9 +19,10 @@ from store.tables import Job
 from worker.attempt import Attempt, Ending, death_of, failed, run_attempt
 from worker.context import Context
 from worker.history import FILE_NAME, History
-from worker.plan import LocalRun, run_file, train_config
+from worker.plan import LocalRun, reuses, run_file, train_config
 from worker.publish import Publisher, bundle_task
 from worker.reporting import Reporter
+from worker.results import Results
 from worker.room import room
 from worker.rows import fetch_rows
 
@@ -46,13 +47,22 @@ def _train(attempt: Attempt) -> Ending:
     )
     history = History.load(resume / FILE_NAME) if resume else History()
     publisher = Publisher(attempt, history)
-    reporter = Reporter(attempt, history, save_checkpoint=publisher.checkpoint)
+    results = Results(attempt, run.results)
+
+    def save_checkpoint(data: Mapping[str, Any]) -> None:
+        publisher.checkpoint(data)
+        results.keep(data)
+
+    reporter = Reporter(attempt, history, save_checkpoint=save_checkpoint, bring_results=results.bring)
 
     attempt.check()
     run.checkpoints.mkdir()
+    run.results.mkdir()
     config = train_config(attempt.claim.spec, revision=_revision(attempt))
     path = attempt.folder / "run.json"
-    path.write_text(json.dumps(run_file(config, run, attempt.context.settings)))
+    settings = attempt.context.settings
+    reuse = reuses(attempt.claim.spec, settings)
+    path.write_text(json.dumps(run_file(config, run, settings, reuse=reuse)))
     command = [*attempt.context.engine_command, "train", "--run-file", str(path), "--die-with-parent"]
     with room(attempt.context, f"{attempt.claim.job_id}/{attempt.claim.attempt}"):
         ended = attempt.run_child(command, reporter.hear)

@@ -6,7 +6,7 @@ nobody needs any more is deleted by `store.garbage`. It does NOT run jobs.
 
 from __future__ import annotations
 
-from store import exports, garbage, reconcile
+from store import exports, garbage, reconcile, stage_results
 from store.database import transaction
 from worker.background import Chore
 from worker.context import Context
@@ -33,6 +33,14 @@ def sweep(context: Context) -> None:
         context.hints.export(model_id, export_format)
 
 
+def collect(context: Context) -> None:
+    """Delete what rows have given up or attempts have left. Raises Unavailable."""
+    settings = context.settings
+    with transaction(context.sessions) as session:
+        stage_results.expire(session, days=settings.reuse_days, max_bytes=settings.reuse_bytes)
+    garbage.collect(context.sessions, context.artifacts)
+
+
 def collect_listed(context: Context) -> None:
     """Delete what only a listing of the storage can find. Raises Unavailable."""
     garbage.collect_uploads(context.sessions, context.artifacts)
@@ -42,10 +50,6 @@ def collect_listed(context: Context) -> None:
 def sweeping(context: Context) -> list[Chore]:
     return [
         Chore(name="sweep", seconds=context.settings.sweep_seconds, do=lambda: sweep(context)),
-        Chore(
-            name="garbage",
-            seconds=_GARBAGE_SECONDS,
-            do=lambda: garbage.collect(context.sessions, context.artifacts),
-        ),
+        Chore(name="garbage", seconds=_GARBAGE_SECONDS, do=lambda: collect(context)),
         Chore(name="listed garbage", seconds=_LISTING_SECONDS, do=lambda: collect_listed(context)),
     ]

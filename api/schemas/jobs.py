@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import secrets
-from typing import Annotated, Any, Literal, Self
+from typing import Annotated, Any, Self
 
 from pydantic import Field, model_validator
 
@@ -24,7 +24,6 @@ class JobRequest(RequestBody, TrainingSpec):
     a null is as good as an absent field, since OpenAI's callers send both."""
 
     seed: Annotated[int, Field(ge=0, le=2**31 - 1)] = Field(default_factory=_random_seed)
-    reuse: Literal[False] = False
     metadata: Metadata = Field(default_factory=dict)
     #: OpenAI's older place for them; the same as `method.supervised.hyperparameters`.
     hyperparameters: Hyperparameters | None = None

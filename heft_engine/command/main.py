@@ -99,6 +99,12 @@ def _add_train(command: argparse.ArgumentParser) -> None:
     command.add_argument("--out", type=Path)
     command.add_argument("--checkpoints", type=Path, help="a folder for checkpoints")
     command.add_argument("--resume", type=Path, help="a checkpoint directory to go on from")
+    command.add_argument(
+        "--no-reuse",
+        dest="reuse",
+        action="store_false",
+        help="train every stage, even one that an equal run has trained before; and keep none for later runs",
+    )
     command.add_argument("--run-file", type=Path, help="a JSON file instead of all of the above")
     _add_lifeline(command)
     _add_places(command)

@@ -7,10 +7,12 @@ import json
 import signal
 import threading
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
+from platformdirs import user_cache_path
 from pydantic import BaseModel, ConfigDict, ValidationError
 
+from heft_engine.command.asked import AskedStages
 from heft_engine.command.lifeline import die_with_parent, dump_stacks_on_signal
 from heft_engine.command.telling import print_event, telling_faults
 from heft_engine.config import (
@@ -25,6 +27,9 @@ from heft_engine.config import (
 from heft_engine.errors import ConfigError, RowError
 from heft_engine.report import FileField
 from heft_engine.rows import Row, read_rows
+
+if TYPE_CHECKING:
+    from heft_engine.reuse import StageStore
 
 S = TypeVar("S", bound=BaseModel)
 #: Settings that `--set` leaves to flags of their own.
@@ -50,6 +55,10 @@ class RunFile(BaseModel):
     #: What a stage's cache may take; None is a quarter of the memory that is free when the stage starts.
     cache_memory_bytes: int | None = None
     cache_disk_bytes: int = 0
+    #: A folder of what stages of earlier runs ended with; None: nothing is reused or kept.
+    results: Path | None = None
+    #: Whether the starter brings them there when it is asked, and keeps new ones: see heft_engine.command.asked.
+    results_on_request: bool = False
     #: Whether `config.model` may be any directory: a person's right, never a request's.
     allow_paths: bool = False
 
@@ -89,7 +98,18 @@ def _train(plan: RunFile, stop: threading.Event) -> None:
         cache=CacheBudget(
             memory=plan.cache_memory_bytes, disk=plan.cache_disk_bytes, directory=plan.out.parent
         ),
+        results=_results(plan, stop),
     )
+
+
+def _results(plan: RunFile, stop: threading.Event) -> StageStore | None:
+    from heft_engine.stage_store import LocalStages
+
+    if plan.results is None:
+        return None
+    if plan.results_on_request:
+        return AskedStages(directory=plan.results, on_event=print_event, should_stop=stop.is_set)
+    return LocalStages(directory=plan.results)
 
 
 def _read(field: FileField, path: Path | None, labels: list[str] | None) -> list[Row]:
@@ -119,6 +139,7 @@ def _run_file(options: argparse.Namespace) -> RunFile:
         model_dir=options.model_dir,
         cache_dir=options.cache_dir,
         device=options.device,
+        results=(options.cache_dir or user_cache_path("heft")) / "stages" if options.reuse else None,
         allow_paths=True,
     )
 

@@ -11,7 +11,6 @@ from api_calls import JOBS, MINIMAL, create, hint, refusal, running
 from store import jobs, leases
 from store.database import SessionFactory, transaction
 from store.settings import StoreSettings
-from store.spec import TrainingSpec
 
 
 class TestLists:
@@ -42,15 +41,18 @@ class TestLists:
     def test_a_list_that_can_not_be_is_refused(self, client: httpx.Client, query: str, param: str) -> None:
         assert refusal(client.get(f"{JOBS}?{query}")) == (422, param)
 
-    def test_a_setting_that_is_stored_stays_readable_when_it_is_no_longer_taken(
-        self, client: httpx.Client, sessions: SessionFactory, owner: str
+    @pytest.mark.parametrize(
+        ("given", "shown"), [({}, True), ({"reuse": True}, True), ({"reuse": False}, False)]
+    )
+    def test_equal_stages_are_reused_unless_a_job_says_no(
+        self, client: httpx.Client, given: dict[str, bool], shown: bool
     ) -> None:
-        assert refusal(client.post(JOBS, json=MINIMAL | {"reuse": True})) == (422, "reuse")
-        with transaction(sessions) as session:
-            spec = TrainingSpec(**MINIMAL, seed=1, reuse=True)
-            stored = jobs.create(session, owner_id=owner, spec=spec)
+        job = create(client, **given)
+        assert job["reuse"] is shown
+        assert client.get(f"{JOBS}/{job['id']}").json()["reuse"] is shown
 
-        assert stored.id in [job["id"] for job in client.get(JOBS).json()["data"]]
+    def test_reuse_is_yes_or_no(self, client: httpx.Client) -> None:
+        assert refusal(client.post(JOBS, json=MINIMAL | {"reuse": "lora"})) == (422, "reuse")
 
 
 class TestOwners:

@@ -133,7 +133,7 @@ def library_losses(models: Path, folder: Path) -> list[float]:
     """The losses of the same run by `python -m heft_engine train`."""
     (folder / "rows.jsonl").write_text(jsonl(ROWS))
     command = [sys.executable, "-m", "heft_engine", "train", "--model", str(models / MODEL), "--seed", "3"]
-    command += ["--train", str(folder / "rows.jsonl"), "--out", str(folder / "out")]
+    command += ["--train", str(folder / "rows.jsonl"), "--out", str(folder / "out"), "--no-reuse"]
     settings = {"dtype": "float32", "max_length": 128}
     settings |= {
         f"{kind}.{name}": value for kind, block in stages(2).items() for name, value in block.items()
@@ -168,7 +168,7 @@ def test_a_job_outlives_the_kill_of_its_trainer_its_worker_and_the_whole_stack(
     with heft_up(home, **quick) as stack, client(stack) as api:
         rows = upload(api)
         straight = ended(api, create(api, 24, training_file=rows))
-        job_id = create(api, 24, training_file=rows)
+        job_id = create(api, 24, training_file=rows, reuse=False)
         for words in (("heft_engine", "train", "--run-file"), ("-m worker", "train")):
             passed = progress(api, job_id)
             wait_until(lambda before=passed: progress(api, job_id) >= before + 2, seconds=SECONDS)

@@ -17,7 +17,7 @@ def test_a_new_job_waits_for_its_files_to_be_checked(bench) -> None:
     assert job.state == JobState.VALIDATING_FILES
     assert job.metadata_ == {"run": "7"}
     assert job.spec["training_file"] == "sample:passages"
-    assert job.spec["reuse"] is False
+    assert job.spec["reuse"] is True
     assert job.created_at is not None
     assert bench.codes(job.id) == ["CREATED"]
 

@@ -46,6 +46,12 @@ def test_what_is_stored_is_read_back_equal() -> None:
     assert TrainingSpec.model_validate(one.model_dump(mode="json")) == one
 
 
+@pytest.mark.parametrize(("stored", "read"), [({}, True), ({"reuse": True}, True), ({"reuse": False}, False)])
+def test_jobs_of_every_age_say_whether_they_reuse(stored: dict[str, bool], read: bool) -> None:
+    older = spec().model_dump(mode="json", exclude={"reuse"}) | stored
+    assert TrainingSpec.model_validate(older).reuse is read
+
+
 @pytest.mark.parametrize(
     "model", ["/etc", "../up", "~/m", "a/b/c", "http://x/y", "a#b", "a\x00", ".hidden", "a/..b"]
 )

@@ -17,8 +17,12 @@ Command = Callable[..., tuple[int, list[Printed], str]]
 
 
 @pytest.fixture
-def command(capfd: pytest.CaptureFixture[str]) -> Iterator[Command]:
+def command(
+    capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> Iterator[Command]:
     """`command("train", …)` → exit code, the JSON lines on stdout, what is on stderr. Signals are left as they were."""
+    # Stages that earlier tests have trained would be reused.
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "user-cache"))
     kept = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}
 
     def run(*arguments: Any) -> tuple[int, list[Printed], str]:

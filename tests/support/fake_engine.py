@@ -8,7 +8,10 @@ Each line of that file is one act, {"do": …}:
   silent            until SIGKILL, saying nothing (SIGUSR1 writes the stacks)
   die code          exit so without a word (negative: by that signal); `once` skips it after a resume
   fail code message FAILED, exit 1
-  (checkpoint with spoil: "remove" or "cut" is gone, or lacks a file, before its event)
+  (checkpoint with spoil: "remove", "cut" or "change" is gone, lacks a file, or has another, before its event)
+  (checkpoint with key: what its stage's end may be kept under)
+  ask keys          STAGE_KEYS, and a STAGE_REUSED for each that is brought
+  told field=value  exit 3 unless the run file says so
   straggle path     start a process that would live for ever, its pid into `path`
 A run that resumes skips every act up to the checkpoint's step. `check` plays the acts with "when": "checked" and is
 content; `models` knows none.
@@ -75,8 +78,30 @@ class Play:
             shutil.rmtree(path)
         elif act.get("spoil") == "cut":
             (path / "state.json").unlink()
+        elif act.get("spoil") == "change":
+            (path / "state.json").write_text("{}")
         kind = act.get("kind", "step")
-        emit("CHECKPOINT_SAVED", **STAGE, step=self.step, kind=kind, path=str(path))
+        key = {"key": act["key"]} if "key" in act else {}
+        stage = STAGE | {"stage_index": act.get("stage_index", 0)}
+        emit("CHECKPOINT_SAVED", **stage, step=self.step, kind=kind, path=str(path), **key)
+
+    def ask(self, act: dict[str, Any]) -> None:
+        folder = Path(self.run["results"])
+        emit("STAGE_KEYS", keys=act["keys"])
+        while not (folder / "answered").exists():
+            threading.Event().wait(0.02)
+        assert {path.name for path in folder.iterdir()} <= {"answered", *act["keys"]}
+        for index, key in enumerate(key for key in act["keys"] if (folder / key).exists()):
+            self.step = json.loads((folder / key / "state.json").read_text())["step"]
+            emit(
+                "STAGE_REUSED",
+                stage="lora",
+                stage_index=index,
+                step=self.step,
+                total_steps=10,
+                epoch=1,
+                key=key,
+            )
 
     def eval(self, act: dict[str, Any]) -> None:
         emit("EVALUATION", stage="base", accuracy=act["accuracy"], correct=1, n=2, interval_95=[0, 1])
@@ -107,6 +132,10 @@ class Play:
     def fail(self, act: dict[str, Any]) -> None:
         emit("FAILED", error={"code": act["code"], "message": act["message"], "param": None})
         sys.exit(1)
+
+    def told(self, act: dict[str, Any]) -> None:
+        if any(self.run[name] != value for name, value in act.items() if name != "do"):
+            os._exit(3)
 
     def straggle(self, act: dict[str, Any]) -> None:
         straggler = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(1000)"])

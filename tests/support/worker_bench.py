@@ -36,6 +36,7 @@ class Bench:
 
     context: Context
     pool: ThreadPoolExecutor
+    owner: str = OWNER  #: who makes the jobs and looks at them
 
     def queued(self, acts: Sequence[Act], **spec: Any) -> str:
         """A job whose files are checked and whose rows are a script for the stand-in engine; its id."""
@@ -51,7 +52,7 @@ class Bench:
         """A job in `validating_files` whose training file has this content; its id."""
         given = {"model": "tiny", "training_file": self.uploaded(content), "seed": 0, **spec}
         with transaction(self.context.sessions) as session:
-            job = jobs.create(session, owner_id=OWNER, spec=TrainingSpec.model_validate(given))
+            job = jobs.create(session, owner_id=self.owner, spec=TrainingSpec.model_validate(given))
         return job.id
 
     def uploaded(self, content: bytes) -> str:
@@ -62,7 +63,7 @@ class Bench:
         with transaction(self.context.sessions) as session:
             files.create(
                 session,
-                owner_id=OWNER,
+                owner_id=self.owner,
                 file_id=file_id,
                 filename="rows.jsonl",
                 purpose="fine-tune",
@@ -83,11 +84,11 @@ class Bench:
 
     def job(self, job_id: str) -> Job:
         with transaction(self.context.sessions) as session:
-            return jobs.get(session, owner_id=OWNER, job_id=job_id)
+            return jobs.get(session, owner_id=self.owner, job_id=job_id)
 
     def events(self, job_id: str) -> list[Event]:
         with transaction(self.context.sessions) as session:
-            return jobs.events_after(session, owner_id=OWNER, job_id=job_id, seq=0, limit=1000)
+            return jobs.events_after(session, owner_id=self.owner, job_id=job_id, seq=0, limit=1000)
 
     def codes(self, job_id: str) -> list[str]:
         return [event.data["code"] for event in self.events(job_id)]
@@ -101,7 +102,7 @@ class Bench:
         """The table that the job left as its result file."""
         assert job.result_file_id is not None
         with transaction(self.context.sessions) as session:
-            row = files.get(session, owner_id=OWNER, file_id=job.result_file_id)
+            row = files.get(session, owner_id=self.owner, file_id=job.result_file_id)
         content = b"".join(self.context.artifacts.iter_bytes(row.storage_key))
         assert len(content) == row.bytes
         return list(csv.DictReader(io.StringIO(content.decode())))

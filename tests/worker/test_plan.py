@@ -11,7 +11,7 @@ from heft_engine.command.check import CheckFile
 from heft_engine.command.train import RunFile
 from store.settings import StoreSettings
 from store.spec import TrainingSpec
-from worker.plan import LocalRun, check_file, run_file, train_config
+from worker.plan import LocalRun, check_file, reuses, run_file, train_config
 
 
 def spec(**fields: Any) -> TrainingSpec:
@@ -73,6 +73,24 @@ def test_the_engine_reads_the_run_file(settings: StoreSettings, tmp_path: Path) 
     assert (read.out, read.checkpoint_dir, read.resume) == (run.out, run.checkpoints, run.resume)
     assert (read.checkpoint_seconds, read.model_dir, read.cache_dir) == (300, Path("/models"), None)
     assert not read.allow_paths
+    assert (read.results, read.results_on_request) == (None, False)
+    read = RunFile.model_validate(run_file(config, run, settings, reuse=True))
+    assert (read.results, read.results_on_request) == (run.results, True)
+
+
+@pytest.mark.parametrize(
+    ("asked", "operator", "answer"),
+    [
+        ({}, {}, True),
+        ({"reuse": False}, {}, False),
+        ({}, {"reuse_days": 0}, False),
+        ({}, {"reuse_bytes": 0}, False),
+    ],
+)
+def test_a_job_reuses_if_its_user_and_the_operator_want_it(
+    settings: StoreSettings, asked: dict[str, Any], operator: dict[str, Any], answer: bool
+) -> None:
+    assert reuses(spec(**asked), settings.model_copy(update=operator)) is answer
 
 
 def test_the_engine_reads_the_check_file(settings: StoreSettings, tmp_path: Path) -> None:

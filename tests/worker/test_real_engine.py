@@ -2,20 +2,24 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
+from sqlalchemy import select
 from worker_bench import OWNER, Bench
 
 import heft_engine
-from heft_engine.config import LoraStage, TrainConfig
+from heft_engine.config import LoraStage, ReftStage, TrainConfig
 from heft_engine.events import Event
 from heft_engine.rows import parse_row
-from store import jobs
+from store import jobs, models, stage_results
 from store.database import transaction
 from store.states import JobState
+from store.tables import Job, StageResult
 from worker.context import ENGINE, Context
 from worker.prepare import prepare_job
 from worker.run_job import run_job
@@ -84,3 +88,80 @@ def test_paused_and_resumed_a_job_has_the_losses_of_the_library(
     assert job.state == JobState.SUCCEEDED, job.error
     table = [line for line in bench.results(job) if line["train_loss"]]
     assert [(int(line["step"]), float(line["train_loss"])) for line in table] == losses
+
+
+def queued(bench: Bench, **reft: Any) -> str:
+    """A HEFT job that reports on its own rows."""
+    test_file = bench.uploaded("".join(json.dumps(row) + "\n" for row in ROWS).encode())
+    method = {"type": "heft", "heft": HEFT | {"reft": HEFT["reft"] | reft}}
+    return bench.queued(ROWS, model="llama", method=method, dtype="float32", test_file=test_file)
+
+
+def test_a_sweep_pays_for_its_first_stage_once(
+    bench: Bench, real: Context, tiny_llama_dir: Path, tmp_path: Path
+) -> None:
+    first = bench.run(queued(bench), real)
+    assert trained_stages(bench, first) == {"lora", "reft"}
+    second = bench.run(queued(bench, rank=3), real)
+    assert trained_stages(bench, second) == {"reft"}
+
+    stages = [LoraStage(**HEFT["lora"]), ReftStage(**HEFT["reft"], rank=3)]
+    config = TrainConfig(model="llama", stages=stages, method="heft", dtype="float32")
+    rows = [parse_row(row) for row in ROWS]
+    plain = heft_engine.train(
+        config,
+        rows,
+        [],
+        tmp_path / "plain",
+        lambda _: None,
+        test_rows=rows,
+        model_dir=tiny_llama_dir.parent,
+    )
+    files = [
+        plain.path / name for name in ("lora/adapter_model.safetensors", "reft/intervention.safetensors")
+    ]
+    hashes = [hashlib.sha256(file.read_bytes()).hexdigest() for file in files]
+    assert learned(bench, second) == hashes, "as if it had trained both"
+    assert second.evaluation == plain.info.evaluation
+    told = [line for line in bench.results(second) if line["accuracy"]]
+    assert [(line["stage"], line["step"]) for line in told] == [("base", "0"), ("lora", "12"), ("reft", "24")]
+    assert first.trained_tokens is not None
+    assert second.trained_tokens == first.trained_tokens // 2, "those of its own stage"
+    models_of = [(one.step, str(one.model_id)[-9:]) for one in bench.checkpoints(second.id) if one.model_id]
+    assert models_of == [(12, "ckpt-lora"), (24, "ckpt-reft")]
+
+
+@pytest.mark.slow
+def test_a_job_that_reused_a_stage_is_paused_and_goes_on(bench: Bench, real: Context) -> None:
+    straight = bench.run(queued(bench, n_epochs=30), real)
+    with transaction(real.sessions) as session:
+        # What the job ends with would be reused too.
+        _, last = session.scalars(select(StageResult).order_by(StageResult.created_at))
+        stage_results.forget(session, storage_key=last.storage_key)
+    job_id = queued(bench, n_epochs=30)
+    attempt = bench.start(job_id, real)
+    bench.saw(job_id, "STAGE_REUSED")
+    with transaction(real.sessions) as session:
+        jobs.request_pause(session, owner_id=OWNER, job_id=job_id)
+    attempt.result(60)
+    assert bench.job(job_id).state == JobState.PAUSED
+    with transaction(real.sessions) as session:
+        jobs.resume(session, owner_id=OWNER, job_id=job_id)
+    job = bench.run(job_id, real)
+    assert job.state == JobState.SUCCEEDED, job.error
+    assert bench.codes(job_id).count("STAGE_REUSED") == 1
+    assert trained_stages(bench, job) == {"reft"}
+    assert learned(bench, job) == learned(bench, straight)
+
+
+def trained_stages(bench: Bench, job: Job) -> set[str]:
+    return {line["stage"] for line in bench.results(job) if line["train_loss"]}
+
+
+def learned(bench: Bench, job: Job) -> list[str]:
+    """The hashes of the adapter and of the intervention of the job's model."""
+    with transaction(bench.context.sessions) as session:
+        model = models.get(session, owner_id=OWNER, model_id=str(job.fine_tuned_model))
+    return [
+        model.manifest[name] for name in ("lora/adapter_model.safetensors", "reft/intervention.safetensors")
+    ]
