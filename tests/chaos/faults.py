@@ -89,6 +89,9 @@ class Injector:
             what = do()
             self.faults[name] += bool(what.get("done", True))
             self.log.write("fault", name=name, **what)
+            if name == "kill up":
+                # All of it starts anew; a fault in the middle of that is as good as none.
+                self.stack.wait_until_ready()
             self._pause(self.random.uniform(0.1, 1.0))
 
     def _pause(self, seconds: float) -> None:

@@ -154,8 +154,9 @@ def test_an_end_that_changed(later: dict[str, Any]) -> None:
 
 
 def bundle(weights: bytes) -> tuple[dict[str, bytes], dict[str, str]]:
-    manifest = {WEIGHTS: hashlib.sha256(weights).hexdigest()}
-    return {WEIGHTS: weights, "manifest.json": json.dumps(manifest).encode()}, manifest
+    files = {WEIGHTS: weights, "manifest.json": b""}
+    files["manifest.json"] = json.dumps({WEIGHTS: hashlib.sha256(weights).hexdigest()}).encode()
+    return files, {name: hashlib.sha256(content).hexdigest() for name, content in files.items()}
 
 
 def test_served_weights() -> None:

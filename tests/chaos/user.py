@@ -183,5 +183,6 @@ def fetch_model(client: Client, model_id: str, until: float) -> dict[str, bytes]
 
 
 def manifest_of(files: dict[str, bytes]) -> dict[str, str]:
-    found: dict[str, str] = json.loads(files["manifest.json"])
+    """What a bundle says of itself; the engine's own leaves that to the service."""
+    found: dict[str, str] = json.loads(files.get("manifest.json", b"{}"))
     return found

@@ -176,11 +176,11 @@ def served(expect: dict[str, Any], files: dict[str, bytes], manifest: dict[str, 
     """5: a model as it was downloaded: what its own manifest and its row say, and what it had to come to."""
     told = manifest_of(files)
     hashes = {name: hashlib.sha256(content).hexdigest() for name, content in files.items()}
-    wrong = [
-        f"{name} is not what was stored" for name, sha256 in manifest.items() if hashes.get(name) != sha256
+    wrong = [f"{name} is not what was stored" for name in manifest if hashes.get(name) != manifest[name]]
+    wrong += [
+        f"{name} differs from the bundle's own manifest" for name in told if hashes.get(name) != told[name]
     ]
-    wrong += [f"{name} is not in its manifest" for name in hashes.keys() - told.keys() - {"manifest.json"}]
-    wrong += [f"{name} differs from its manifest" for name in told if hashes.get(name) != told[name]]
+    wrong += [f"{name} was never stored" for name in hashes.keys() - manifest.keys()]
     if "salt" in expect and files[WEIGHTS] != trained(expect["salt"], expect["seed"], expect["steps"]):
         wrong.append("the weights are not those of an uninterrupted run")
     return wrong
