@@ -23,7 +23,7 @@ from store.fence import Wishes
 from worker.attempt import error_of
 from worker.child import Child, child_environment
 from worker.context import Context
-from worker.supervise import Limits, Watch
+from worker.supervise import Limits, Reason, Watch
 
 log = logging.getLogger(__name__)
 
@@ -97,6 +97,9 @@ def _make(context: Context, claim: ExportClaim, folder: Path, watch: Watch) -> P
         for outcome in child.lines():
             error = outcome.get("error", error)
         code = child.wait()
+    if watch.reason is Reason.SHUTDOWN:
+        with transaction(context.sessions) as session:
+            exports.release(session, claim)
     if watch.reason is not None:
         raise LostFence(f"the export of {claim.model.id} shall end: {watch.reason}")
     if code != 0:

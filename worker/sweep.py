@@ -6,7 +6,7 @@ nobody needs any more is deleted by `store.garbage`. It does NOT run jobs.
 
 from __future__ import annotations
 
-from store import exports, garbage, reconcile
+from store import exports, garbage, idempotency, reconcile
 from store.database import transaction
 from worker.background import Chore
 from worker.context import Context
@@ -34,8 +34,11 @@ def sweep(context: Context) -> None:
 
 
 def collect_listed(context: Context) -> None:
-    """Delete what only a listing of the storage can find. Raises Unavailable."""
+    """Delete what only a listing of the storage can find, and keys of requests long past. Raises Unavailable."""
+    with transaction(context.sessions) as session:
+        idempotency.forget_old(session)
     garbage.collect_uploads(context.sessions, context.artifacts)
+    garbage.collect_archives(context.sessions, context.artifacts)
     garbage.collect_prepared(context.sessions, context.artifacts)
 
 
