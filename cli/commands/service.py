@@ -89,7 +89,11 @@ def api(
 
     import uvicorn
 
+    from store import logs
+    from store.settings import settings
+
     os.environ.update(_addresses(context))
+    logs.configure(settings().log_format)
     # No access log: one that watches a job would fill the disk with it.
     config = uvicorn.Config(
         "api.app:create_app",
@@ -98,6 +102,7 @@ def api(
         port=port,
         timeout_graceful_shutdown=5,
         access_log=False,
+        log_config=None,
         server_header=False,
     )
     # By hand: uvicorn takes a bare descriptor for a Unix socket, and leaves Nagle's delay on.
