@@ -6,7 +6,7 @@ nobody needs any more is deleted by `store.garbage`. It does NOT run jobs.
 
 from __future__ import annotations
 
-from store import exports, garbage, idempotency, reconcile
+from store import exports, garbage, idempotency, reconcile, workers
 from store.database import transaction
 from worker.background import Chore
 from worker.context import Context
@@ -25,6 +25,8 @@ def sweep(context: Context) -> None:
             grace_seconds=settings.lease_grace_seconds,
             stale_seconds=settings.sweep_seconds,
             max_lost_leases=settings.max_lost_leases,
+            # Enough for everyone who may be idle; hints that nobody hears would pile up for hours.
+            limit=1 + 2 * len(workers.list_workers(session)),
         )
         archives = exports.waiting(session)
     for job_id, purpose in waiting:

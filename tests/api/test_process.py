@@ -120,7 +120,16 @@ def test_its_log_names_requests_and_jobs_and_keeps_secrets(
     row = b'{"question": "a row that nobody else may read", "answer": true}'
     with log.open("wb") as errors, socket.create_server(("127.0.0.1", 0)) as listener:
         process = subprocess.Popen(
-            [sys.executable, "-m", "cli", "--home", str(tmp_path / "home"), "api", "--fd", str(listener.fileno())],
+            [
+                sys.executable,
+                "-m",
+                "cli",
+                "--home",
+                str(tmp_path / "home"),
+                "api",
+                "--fd",
+                str(listener.fileno()),
+            ],
             env={
                 "PATH": os.environ["PATH"],
                 "HEFT_DATABASE_URL": with_password,

@@ -161,3 +161,18 @@ def test_what_a_worker_logs_of_an_attempt_names_job_and_attempt(
     ]
     assert any("not an event" in message for message in of_attempt), "heard by another thread"
     assert {line["job_id"] for line in lines if line["logger"] == "worker.attempt"} == {job_id}
+
+
+def test_hints_that_come_too_late_hold_nobody_up(
+    bench: Bench, start_worker: StartWorker, redis_url: str
+) -> None:
+    """Many are left when workers have trained for hours, and Celery drops one a second."""
+    ended = bench.run(bench.queued(STEPS))
+    for _ in range(40):
+        bench.context.hints.hint(ended.id, "train")
+    with Redis.from_url(redis_py_url(redis_url)) as broker:
+        eventually(lambda: broker.llen("train") == 40)
+        job_id = bench.queued(STEPS)
+        start_worker("train", env={"HEFT_SWEEP_SECONDS": "1000"})
+        eventually(lambda: bench.job(job_id).state == JobState.SUCCEEDED)
+        assert broker.llen("train") > 20
