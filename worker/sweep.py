@@ -19,16 +19,17 @@ def sweep(context: Context) -> None:
     """Take back what lost workers held; send hints for what waits unheard. Raises Unavailable."""
     settings = context.settings
     with transaction(context.sessions) as session:
+        # Enough for everyone who may be idle; hints that nobody hears would pile up for hours.
+        limit = 1 + 2 * len(workers.list_workers(session))
         waiting = reconcile.sweep(
             session,
             lease_seconds=settings.lease_seconds,
             grace_seconds=settings.lease_grace_seconds,
             stale_seconds=settings.sweep_seconds,
             max_lost_leases=settings.max_lost_leases,
-            # Enough for everyone who may be idle; hints that nobody hears would pile up for hours.
-            limit=1 + 2 * len(workers.list_workers(session)),
+            limit=limit,
         )
-        archives = exports.waiting(session)
+        archives = exports.waiting(session, limit=limit)
     for job_id, purpose in waiting:
         context.hints.hint(job_id, purpose)
     for model_id, export_format in archives:

@@ -1,9 +1,9 @@
-"""The Celery tasks of each role: names on one side, functions on the other.
+"""The Celery tasks of each role: names on one side, functions on the other. They do NOT do the work.
 
-A hint whose job is done already stands for the job that has waited longest. There are many such: while all workers
-train, the reconciler goes on hinting. The first job after them would otherwise wait until they are dropped, which
-Celery does one a second.
-They do NOT do anything themselves."""
+A hint whose job or archive is done already stands for the one that has waited longest. There are many such hints:
+while all workers train, the reconciler goes on hinting. The first job behind them would wait until all are dropped,
+which Celery does one a second.
+"""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from collections.abc import Callable
 
 from celery import Celery
 
-from store import leases
+from store import exports, leases
 from store.database import transaction
 from store.logs import bound
 from store.queue import PredictMessage, Task
@@ -46,10 +46,20 @@ def register_preparing(app: Celery, context: Context) -> None:
 
     def export(model_id: str, export_format: str) -> None:
         with bound(model_id=model_id):
-            build_export(context, model_id, export_format)
+            found = build_export(context, model_id, export_format)
+        if not found and not context.stopping.is_set():
+            _longest_waiting_export(context)
 
     app.task(prepare, name=Task.PREPARE.value)
     app.task(export, name=Task.EXPORT.value)
+
+
+def _longest_waiting_export(context: Context) -> None:
+    with transaction(context.sessions) as session:
+        waiting = exports.waiting(session, limit=1)
+    for model_id, export_format in waiting:
+        with bound(model_id=model_id):
+            build_export(context, model_id, export_format)
 
 
 def _one_job(context: Context, purpose: Purpose, hinted: str, work: Work) -> None:

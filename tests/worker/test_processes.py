@@ -17,12 +17,13 @@ import pytest
 import worker_bench
 from redis import Redis
 from sqlalchemy import select
-from worker_bench import FAKE_ENGINE, Bench, eventually
+from worker_bench import FAKE_ENGINE, OWNER, Bench, eventually
 
+from store import exports
 from store.database import transaction
 from store.queue import Intervention, PredictMessage, PredictModel, Task, make_celery, redis_py_url
 from store.states import JobState
-from store.tables import Worker
+from store.tables import Export, Worker
 
 FAKE_WORKER = Path(worker_bench.__file__).with_name("fake_worker.py")
 STEPS = [{"do": "metrics", "step": 1}, {"do": "metrics", "step": 2}]
@@ -176,3 +177,26 @@ def test_hints_that_come_too_late_hold_nobody_up(
         start_worker("train", env={"HEFT_SWEEP_SECONDS": "1000"})
         eventually(lambda: bench.job(job_id).state == JobState.SUCCEEDED)
         assert broker.llen("train") > 20
+
+
+def test_hints_for_archives_that_come_too_late_hold_nobody_up(
+    bench: Bench, start_worker: StartWorker, redis_url: str
+) -> None:
+    """Everybody who waits for one asks again and again."""
+    models = [bench.run(bench.queued(STEPS)).fine_tuned_model for _ in range(3)]
+    with transaction(bench.context.sessions) as session:
+        for model_id in models:
+            assert model_id is not None
+            exports.request(session, owner_id=OWNER, model_id=model_id, format="bundle")
+    for _ in range(20):
+        bench.context.hints.export(str(models[0]), "bundle")
+
+    def ready() -> bool:
+        with transaction(bench.context.sessions) as session:
+            return all(export.state == "ready" for export in session.scalars(select(Export)))
+
+    with Redis.from_url(redis_py_url(redis_url)) as broker:
+        eventually(lambda: broker.llen("export") == 20)
+        start_worker("prepare", env={"HEFT_SWEEP_SECONDS": "1000"})
+        eventually(ready)
+        assert broker.llen("export") > 10
