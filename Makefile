@@ -3,7 +3,7 @@ SHELL := /bin/bash
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: install demo serve test test-slow chaos chaos-summary check bench gpu-check clean
+.PHONY: install demo serve test test-slow chaos chaos-resume chaos-summary check bench gpu-check clean
 
 # Of `make chaos`: how many kills, and the seed of their schedule.
 N ?= 100
@@ -41,6 +41,10 @@ test-slow: install
 # Kills, freezes and cuts the real stack, and judges. Parts with different seeds add up in tests/chaos/results.
 chaos: install
 	$(BIN)/python tests/chaos/campaign.py --kills $(N) --seed $(SEED)
+
+# Interrupted runs of the engine against straight ones, and damaged checkpoints.
+chaos-resume: install
+	$(BIN)/python tests/chaos/resume.py
 
 # All parts so far, into docs/reliability.md.
 chaos-summary: install
