@@ -3,7 +3,7 @@ SHELL := /bin/bash
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: install demo serve test test-slow chaos chaos-resume chaos-summary check bench gpu-check clean
+.PHONY: install demo serve test test-slow chaos chaos-resume chaos-figures chaos-summary check bench gpu-check clean
 
 # Of `make chaos`: how many kills, and the seed of their schedule.
 N ?= 100
@@ -45,6 +45,10 @@ chaos: install
 # Interrupted runs of the engine against straight ones, and damaged checkpoints.
 chaos-resume: install
 	$(BIN)/python tests/chaos/resume.py
+
+# How long things take when something has died or is away, with the service's own settings: ten minutes.
+chaos-figures: install
+	$(BIN)/python tests/chaos/figures.py
 
 # All parts so far, into docs/reliability.md.
 chaos-summary: install

@@ -178,7 +178,7 @@ class Injector:
         if not workers:
             return {"done": False}
         worker = self.random.choice(workers)
-        with _stopped([worker]):
+        with stopped([worker]):
             self._pause(LEASE * self.random.uniform(1.5, 2.5))
         return {"pid": worker.pid}
 
@@ -194,7 +194,7 @@ class Injector:
 
     def _freeze_trainer(self) -> dict[str, Any]:
         trainers = self.stack.look().get("engine", [])
-        with _stopped(trainers):
+        with stopped(trainers):
             self._pause(self.random.uniform(1, 4))
         return {"done": bool(trainers)}
 
@@ -207,7 +207,7 @@ class Injector:
 
     def _freeze_server(self, name: str, seconds: float) -> dict[str, Any]:
         processes = self.stack.servers(name)
-        with _stopped(processes):
+        with stopped(processes):
             self._pause(seconds)
         return {"done": bool(processes), "seconds": seconds}
 
@@ -314,7 +314,7 @@ def damage(random: Random, path: Path) -> str:
     return f"{path.name} bit at {place}"
 
 
-class _stopped:
+class stopped:
     """SIGSTOP for as long as the body runs."""
 
     def __init__(self, processes: list[psutil.Process]) -> None:
