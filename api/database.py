@@ -17,6 +17,7 @@ from sqlalchemy.orm import Session, sessionmaker
 
 from store.database import transaction
 from store.errors import Unavailable
+from store.logs import in_context
 
 P = ParamSpec("P")
 T = TypeVar("T")
@@ -46,7 +47,7 @@ class Database:
                 return result
 
         try:
-            waiting = asyncio.get_running_loop().run_in_executor(self._threads, run)
+            waiting = asyncio.get_running_loop().run_in_executor(self._threads, in_context(run))
             return await asyncio.wait_for(waiting, self._deadline)
         except TimeoutError as fault:
             raise Unavailable("the database does not answer; nothing was changed") from fault

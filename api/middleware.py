@@ -16,6 +16,7 @@ from starlette.responses import JSONResponse
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from api.errors import error_response
+from store.logs import bound
 
 log = logging.getLogger(__name__)
 
@@ -50,9 +51,11 @@ class Envelope:
             await refusal(scope, receive, send_with_id)
             return
         try:
-            await self.app(scope, receive if streamed else _counted(receive), send_with_id)
+            with bound(request_id=request_id):
+                await self.app(scope, receive if streamed else _counted(receive), send_with_id)
         except Exception:
-            log.exception("%s: %s %s failed", request_id, scope["method"], scope["path"])
+            with bound(request_id=request_id):
+                log.exception("%s %s failed", scope["method"], scope["path"])
             if started:
                 raise  # half an answer is out: only a broken connection can say so
             message = f"the service made a mistake; its log says more under {request_id}"

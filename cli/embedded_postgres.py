@@ -12,16 +12,19 @@ import os
 import shutil
 import signal
 import subprocess
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import psycopg
 
-from cli.errors import CommandError
+from cli.errors import AlreadyRunning, CommandError
 from cli.home import Home, can_walk_to, make_private, server_user
-from cli.process import end, last_lines, locked, runs_on, spawn, wait_until
+from cli.process import end, last_lines, locked, parent_of, runs_on, spawn, wait_until
 
 _ENVIRONMENT = {"LC_ALL": "C", "TZ": "UTC", "PATH": "/usr/bin:/bin"}
-_FORMER_SERVER_SECONDS = 30
+#: A server whose owner was killed shuts down by itself; by force after so long, which takes a moment.
+_FORMER_SERVER_SECONDS, _FORCED_SECONDS = 15, 15
 #: Recovery after a crash reads the write-ahead log again; far longer than any healthy start.
 _START_SECONDS = 120
 #: Fast shutdown; immediate shutdown, which recovers at the next start.
@@ -60,10 +63,7 @@ class Postgres:
 
         Raises AlreadyRunning while another server, or what is left of one, holds this data.
         """
-        busy = f"another Postgres holds {self.data}"
-        with locked(
-            self._home.path / "postgres.lock", wait_seconds=_FORMER_SERVER_SECONDS, busy=busy
-        ) as lock:
+        with self._data_locked() as lock:
             binaries = usable_binaries(self._home.postgres)
             if not self.data.exists():
                 self._create_cluster(binaries, lock)
@@ -92,6 +92,38 @@ class Postgres:
         if self.process is not None:
             end(self.process, _END)
             self.process = None
+
+    @contextmanager
+    def _data_locked(self) -> Iterator[int]:
+        path, busy = self._home.path / "postgres.lock", f"another Postgres holds {self.data}"
+        try:
+            with locked(path, wait_seconds=_FORMER_SERVER_SECONDS, busy=busy):
+                pass
+        except AlreadyRunning:
+            if not self._force_orphan():
+                raise
+        with locked(path, wait_seconds=_FORCED_SECONDS, busy=busy) as lock:
+            yield lock
+
+    def _force_orphan(self) -> bool:
+        """Immediate shutdown for a server that outlived its owner; False if there is none.
+
+        Asked for a fast shutdown while it recovers from a crash, Postgres 18.6 recovers and then waits for ever. The
+        home is ours, so whoever holds its lock and is no child of ours has no owner any more.
+        """
+        pid = self._former_pid()
+        if pid is None or parent_of(pid) == os.getpid():
+            return False
+        os.kill(pid, signal.SIGQUIT)
+        return True
+
+    def _former_pid(self) -> int | None:
+        """The live server that the pid file names."""
+        try:
+            first = (self.data / "postmaster.pid").read_text().partition("\n")[0].strip()
+        except FileNotFoundError:
+            return None
+        return int(first) if first.isdigit() and runs_on(int(first), self.data) else None
 
     def _create_cluster(self, binaries: Path, lock: int) -> None:
         # Under another name until it is whole: a killed initdb must never be taken for a cluster.
@@ -134,9 +166,9 @@ class Postgres:
         pid_file = self.data / "postmaster.pid"
         if not pid_file.exists():
             return
-        first, _, rest = pid_file.read_text().partition("\n")
-        if first.strip().isdigit() and runs_on(int(first), self.data):
-            raise CommandError(f"Postgres {first} runs on {self.data}, started by somebody else")
+        if (pid := self._former_pid()) is not None:
+            raise CommandError(f"Postgres {pid} runs on {self.data}, started by somebody else")
+        _, _, rest = pid_file.read_text().partition("\n")
         pid_file.write_text(f"{_NO_PROCESS}\n{rest}")
 
     def _wait_until_it_answers(self, process: subprocess.Popen[bytes]) -> None:

@@ -116,6 +116,16 @@ def runs_on(pid: int, directory: Path) -> bool:
     return os.fsencode(directory) in command.split(b"\0")
 
 
+def parent_of(pid: int) -> int | None:
+    """The parent of a process; None when it is gone."""
+    try:
+        status = Path(f"/proc/{pid}/stat").read_text()
+    except (FileNotFoundError, ProcessLookupError):
+        return None
+    # After the command's name, which may hold anything: state, parent.
+    return int(status.rpartition(")")[2].split()[1])
+
+
 @contextmanager
 def locked(path: Path, *, wait_seconds: float, busy: str) -> Iterator[int]:
     """Hold an exclusive flock on `path`; gives its descriptor. AlreadyRunning with `busy` after the wait.

@@ -35,6 +35,7 @@ _SEGMENT = re.compile(r"[A-Za-z0-9_@+=-][A-Za-z0-9_.@+= -]{0,254}")
 
 FILES = "files"
 PREPARED = "prepared"
+EXPORTS = "exports"
 
 
 def file_key(file_id: str) -> str:
@@ -58,7 +59,7 @@ def export_key(job_id: str, name: str, format: str, attempt: int) -> str:
     """Where one attempt at an archive of a job's model puts it. `name`: the part of the model's id that is
     its own.
     """
-    return f"exports/{job_id}/{name}-{format}-{attempt}.tar"
+    return f"{EXPORTS}/{job_id}/{name}-{format}-{attempt}.tar"
 
 
 class Artifacts:

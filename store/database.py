@@ -34,6 +34,7 @@ def make_engine(url: str, *, pool_size: int = 10) -> Engine:
     return create_engine(
         url,
         pool_pre_ping=True,
+        hide_parameters=True,  # an error's text goes into logs, and values are users' data
         pool_size=pool_size,
         max_overflow=pool_size,
         pool_timeout=_POOL_SECONDS,

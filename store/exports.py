@@ -9,7 +9,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Literal, get_args
 
-from sqlalchemy import ColumnElement, and_, func, or_, select, update
+from sqlalchemy import ColumnElement, and_, case, func, or_, select, update
 from sqlalchemy.dialects.postgresql import insert
 from sqlalchemy.orm import Session
 
@@ -20,7 +20,10 @@ from store.models import Model
 from store.tables import Export
 
 Format = Literal["bundle", "merged", "peft", "pyreft"]
-MAX_ATTEMPTS = 3
+#: So many lost workers in a row and the archive fails: it may be what ends them.
+MAX_LOSSES = 3
+#: A failure is told for so long; whoever asks later has it tried again.
+_FAILED_SECONDS = 600.0
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -34,7 +37,8 @@ class ExportClaim:
 
 
 def request(session: Session, *, owner_id: str, model_id: str, format: str) -> Export:
-    """The archive's row: `pending` (made now or before), `building`, `ready` or `failed` (which is final).
+    """The archive's row: `pending` (made now or before), `building`, `ready` or `failed` (for ten minutes, then it is
+    tried again).
 
     Raises NotFound for another owner's or a deleted model, InvalidRequest for a base model or an unknown
     format.
@@ -45,6 +49,13 @@ def request(session: Session, *, owner_id: str, model_id: str, format: str) -> E
         raise InvalidRequest("a base model is not exported: take it from where it came from", param="model")
     row = {"model_id": model_id, "format": format, "state": "pending"}
     session.execute(insert(Export).values(row).on_conflict_do_nothing())
+    told = and_(Export.state == "failed", Export.failed_at < func.now() - seconds(_FAILED_SECONDS))
+    session.execute(
+        update(Export)
+        .where(_this(model_id, format), told)
+        .values(state="pending", losses=0, error=None, failed_at=None)
+        .execution_options(synchronize_session=False)
+    )
     return session.scalars(select(Export).where(_this(model_id, format))).one()
 
 
@@ -54,8 +65,13 @@ def claim(session: Session, *, model_id: str, format: str, lease_seconds: float 
     """
     statement = (
         update(Export)
-        .where(_this(model_id, format), _waiting(), Export.attempt < MAX_ATTEMPTS)
-        .values(state="building", attempt=Export.attempt + 1, lease_until=func.now() + seconds(lease_seconds))
+        .where(_this(model_id, format), _waiting(), _losses() < MAX_LOSSES)
+        .values(
+            state="building",
+            attempt=Export.attempt + 1,
+            losses=_losses(),
+            lease_until=func.now() + seconds(lease_seconds),
+        )
         .returning(Export)
         .execution_options(synchronize_session=False)
     )
@@ -76,9 +92,14 @@ def finish(session: Session, claim: ExportClaim, *, storage_key: str, size: int)
     _write(session, claim, {"state": "ready", "lease_until": None, "storage_key": storage_key, "bytes": size})
 
 
+def release(session: Session, claim: ExportClaim) -> None:
+    """Its worker was asked to stop: it waits for another, and nobody was lost. Raises LostFence."""
+    _write(session, claim, {"state": "pending", "lease_until": None})
+
+
 def fail(session: Session, claim: ExportClaim, *, error: Mapping[str, Any]) -> None:
     """It can't be built: `error` is {code, message, param}. Raises LostFence."""
-    _write(session, claim, {"state": "failed", "lease_until": None, "error": dict(error)})
+    _write(session, claim, {"state": "failed", "lease_until": None, **_failure(error)})
 
 
 def waiting(session: Session, *, limit: int = 50) -> list[tuple[str, str]]:
@@ -90,8 +111,8 @@ def waiting(session: Session, *, limit: int = 50) -> list[tuple[str, str]]:
     }
     session.execute(
         update(Export)
-        .where(_waiting(), Export.attempt >= MAX_ATTEMPTS)
-        .values(state="failed", lease_until=None, error=error)
+        .where(_waiting(), _losses() >= MAX_LOSSES)
+        .values(state="failed", lease_until=None, losses=_losses(), **_failure(error))
         .execution_options(synchronize_session=False)
     )
     query = select(Export.model_id, Export.format).where(_waiting()).order_by(Export.created_at).limit(limit)
@@ -103,8 +124,20 @@ def _this(model_id: str, format: str) -> ColumnElement[bool]:
 
 
 def _waiting() -> ColumnElement[bool]:
-    lost = and_(Export.state == "building", Export.lease_until < func.now())
-    return or_(Export.state == "pending", lost)
+    return or_(Export.state == "pending", _lost())
+
+
+def _lost() -> ColumnElement[bool]:
+    return and_(Export.state == "building", Export.lease_until < func.now())
+
+
+def _losses() -> ColumnElement[int]:
+    """With the one that a waiting archive has just suffered, if it has."""
+    return Export.losses + case((_lost(), 1), else_=0)
+
+
+def _failure(error: Mapping[str, Any]) -> dict[str, Any]:
+    return {"error": dict(error), "failed_at": func.now()}
 
 
 def _write(session: Session, claim: ExportClaim, values: Mapping[str, Any]) -> None:

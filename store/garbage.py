@@ -15,7 +15,7 @@ from sqlalchemy import ColumnElement, Delete, Update, delete, func, select, upda
 from sqlalchemy.orm import Session
 
 from store import files
-from store.artifacts import FILES, PREPARED, Artifacts, attempt_prefix, file_key
+from store.artifacts import EXPORTS, FILES, PREPARED, Artifacts, attempt_prefix, file_key
 from store.clock import seconds
 from store.database import SessionFactory, transaction
 from store.errors import Damaged
@@ -59,10 +59,18 @@ def collect_uploads(
         names = stored[start : start + _BATCH]
         with transaction(factory) as session:
             known = set(session.scalars(select(File.id).where(File.id.in_(names))))
-        for key in (file_key(name) for name in names if name not in known):
-            with suppress(Damaged):  # another process was quicker
-                if artifacts.age_seconds(key) > quiet_seconds:
-                    artifacts.delete(key)
+        _delete_old(artifacts, [file_key(name) for name in names if name not in known], quiet_seconds)
+
+
+def collect_archives(
+    factory: SessionFactory, artifacts: Artifacts, *, quiet_seconds: float = 86_400.0
+) -> None:
+    """Delete archives whose worker was lost before it could write their row. Raises Unavailable."""
+    for job_id in artifacts.children(EXPORTS):
+        keys = [f"{EXPORTS}/{job_id}/{name}" for name in artifacts.children(f"{EXPORTS}/{job_id}")]
+        with transaction(factory) as session:
+            known = set(session.scalars(select(Export.storage_key).where(Export.storage_key.in_(keys))))
+        _delete_old(artifacts, [key for key in keys if key not in known], quiet_seconds)
 
 
 def collect_prepared(factory: SessionFactory, artifacts: Artifacts) -> None:
@@ -75,6 +83,13 @@ def collect_prepared(factory: SessionFactory, artifacts: Artifacts) -> None:
             ended = list(session.scalars(query))
         for job_id in ended:
             artifacts.delete(f"{PREPARED}/{job_id}")
+
+
+def _delete_old(artifacts: Artifacts, keys: list[str], quiet_seconds: float) -> None:
+    for key in keys:
+        with suppress(Damaged):  # another process was quicker
+            if artifacts.age_seconds(key) > quiet_seconds:
+                artifacts.delete(key)
 
 
 def _given_up(session: Session) -> list[_Garbage]:

@@ -2,16 +2,18 @@
 
 The reservation is made in the transaction that makes the thing. A second request with the same key waits in
 the INSERT until that transaction has ended: committed, it gets the same thing; rolled back, it makes its own.
+A key is remembered for a week, longer than anything repeats a request; then it is as good as new.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 
-from sqlalchemy import select
+from sqlalchemy import delete, func, select
 from sqlalchemy.dialects.postgresql import insert
 from sqlalchemy.orm import Session
 
+from store.clock import seconds
 from store.errors import Conflict
 from store.tables import IdempotencyKey
 
@@ -45,3 +47,9 @@ def reserve(session: Session, *, owner_id: str, key: str, body_hash: str, resour
             code="idempotency_key_reused",
         )
     return Reservation(resource_id=used.resource_id, is_new=False)
+
+
+def forget_old(session: Session, *, after_seconds: float = 7 * 86_400.0) -> None:
+    """Drop the keys that nobody will send again."""
+    old = IdempotencyKey.created_at < func.now() - seconds(after_seconds)
+    session.execute(delete(IdempotencyKey).where(old).execution_options(synchronize_session=False))

@@ -12,7 +12,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any, Literal
 
-from sqlalchemy import and_, func, or_, select
+from sqlalchemy import ColumnElement, and_, func, or_, select
 from sqlalchemy.orm import Session
 
 from store import checkpoints, ids
@@ -44,6 +44,7 @@ __all__ = [
     "finish_prepared",
     "finish_succeeded",
     "heartbeat",
+    "longest_waiting",
     "record_checkpoint",
     "record_cleanup_error",
     "record_event",
@@ -51,6 +52,12 @@ __all__ = [
     "trainer_died",
     "wishes",
 ]
+
+
+def longest_waiting(session: Session, *, purpose: Purpose) -> str | None:
+    """The id of the job that has waited longest to be claimed for `purpose`; None when nobody waits."""
+    query = select(Job.id).where(_is_waiting(purpose)).order_by(Job.created_at, Job.id).limit(1)
+    return session.scalar(query)
 
 
 def claim(
@@ -61,12 +68,7 @@ def claim(
     An expired lease is not taken over here: the reconciler takes it back first, so that one place counts it,
     carries out a cancel, and waits after an outage of the database.
     """
-    guard = and_(
-        Job.id == job_id,
-        Job.state == WAITING[purpose],
-        Job.lease_until.is_(None),
-        or_(Job.not_before.is_(None), Job.not_before <= func.now()),
-    )
+    guard = and_(Job.id == job_id, _is_waiting(purpose))
     values = {
         "state": HELD[purpose],
         "attempt": Job.attempt + 1,
@@ -182,6 +184,14 @@ def record_checkpoint(
     message = f"Checkpoint saved at step {step}."
     append(session, claim.job_id, NewEvent(code="CHECKPOINT_SAVED", message=message, data=data))
     return checkpoints.remove_old(session, claim.job_id)
+
+
+def _is_waiting(purpose: Purpose) -> ColumnElement[bool]:
+    return and_(
+        Job.state == WAITING[purpose],
+        Job.lease_until.is_(None),
+        or_(Job.not_before.is_(None), Job.not_before <= func.now()),
+    )
 
 
 def _wishes(job: Job) -> Wishes:

@@ -8,6 +8,8 @@ from pathlib import Path
 from pydantic import Field
 from pydantic_settings import BaseSettings, SettingsConfigDict
 
+from store.logs import LogFormat
+
 
 class StoreSettings(BaseSettings):
     """Where things are and how patient the service is. `heft up` fills the three addresses for a single
@@ -48,6 +50,7 @@ class StoreSettings(BaseSettings):
     max_line_bytes: int = 8 * 1024**2
     max_rows: int = 5_000_000
     predict_timeout_seconds: float = 30
+    log_format: LogFormat = "text"  #: json: one object a line
     cache_memory_bytes: int | None = Field(
         default=None, ge=0
     )  #: of a training stage; None: a quarter of what is free

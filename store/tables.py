@@ -250,12 +250,14 @@ class Export(Base):
     model_id: Mapped[str] = mapped_column(ForeignKey("models.id"), primary_key=True)
     format: Mapped[str] = mapped_column(primary_key=True)  #: bundle, merged, peft or pyreft
     state: Mapped[str]  #: pending, building, ready or failed
-    attempt: Mapped[int] = mapped_column(server_default=text("0"))
+    attempt: Mapped[int] = mapped_column(server_default=text("0"))  #: the fencing token
+    losses: Mapped[int] = mapped_column(server_default=text("0"))  #: workers that were lost over it
     lease_until: Mapped[datetime | None]
     storage_key: Mapped[str | None]
     bytes: Mapped[int | None]
     error: Mapped[dict[str, Any] | None]
     created_at: Mapped[datetime] = _now()
+    failed_at: Mapped[datetime | None]
 
 
 class Reconciler(Base):
@@ -289,4 +291,4 @@ class IdempotencyKey(Base):
     key: Mapped[str] = mapped_column(primary_key=True)
     body_hash: Mapped[str]
     resource_id: Mapped[str]
-    created_at: Mapped[datetime] = _now()
+    created_at: Mapped[datetime] = mapped_column(server_default=func.now(), index=True)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import logging
 import threading
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
@@ -11,6 +10,7 @@ from contextlib import ExitStack, contextmanager
 from celery import Celery
 from platformdirs import user_cache_path
 
+from store import logs
 from store.artifacts import Artifacts
 from store.database import make_engine, session_factory
 from store.queue import Hints, make_celery
@@ -39,7 +39,7 @@ def run(
     role: Role, values: StoreSettings, *, log_level: str = "INFO", engine_command: Sequence[str] = ENGINE
 ) -> None:
     """Be a worker of this role until SIGTERM or SIGINT."""
-    logging.basicConfig(level=log_level, format="%(asctime)s %(levelname)s %(name)s: %(message)s")
+    logs.configure(values.log_format, level=log_level)
     with _context(role, values, engine_command) as context, ExitStack() as stack:
         app = worker_app(values.redis_url, role)
         own_chores = _register(app, role, context, stack)

@@ -28,6 +28,7 @@ from store import leases
 from store.database import transaction
 from store.errors import Damaged, LostFence, Unavailable
 from store.fence import Claim
+from store.logs import bound
 from store.states import Purpose
 from store.tables import Job
 from worker.child import Child, child_environment
@@ -178,7 +179,7 @@ def run_attempt(
     log.info("attempt %d at %s (%s) begins", claim.attempt, job_id, purpose)
     folder = Path(tempfile.mkdtemp(prefix=f"{job_id}-", dir=context.scratch))
     try:
-        with _watch(context, claim) as watch:
+        with bound(attempt=claim.attempt), _watch(context, claim) as watch:
             attempt = Attempt(context, claim, folder, watch)
             ending = _do(attempt, work)
             job = attempt.write(ending)

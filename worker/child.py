@@ -22,6 +22,8 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any
 
+from store.logs import in_context
+
 log = logging.getLogger(__name__)
 
 #: What a child may see of the worker's environment: paths, locale, hub access, proxies, devices and thread
@@ -81,7 +83,7 @@ class Child:
         self.pid = self._process.pid
         self._reap_lock = threading.Lock()
         self._lines: queue.SimpleQueue[dict[str, Any] | None] = queue.SimpleQueue()
-        self._reader = threading.Thread(target=self._read, name=f"read-{self.pid}", daemon=True)
+        self._reader = threading.Thread(target=in_context(self._read), name=f"read-{self.pid}", daemon=True)
         self._reader.start()
         self._ender = threading.Thread(target=self._end_stragglers, name=f"end-{self.pid}", daemon=True)
         self._ender.start()

@@ -23,7 +23,7 @@ from store.fence import Wishes
 from worker.attempt import error_of
 from worker.child import Child, child_environment
 from worker.context import Context
-from worker.supervise import Limits, Watch
+from worker.supervise import Limits, Reason, Watch
 
 log = logging.getLogger(__name__)
 
@@ -36,10 +36,10 @@ class ExportFailed(Exception):
         self.error = error
 
 
-def build_export(context: Context, model_id: str, export_format: str) -> None:
-    """Build this archive if it is waited for."""
+def build_export(context: Context, model_id: str, export_format: str) -> bool:
+    """Build this archive if it is waited for; False if it is not, or not any more."""
     if context.stopping.is_set():
-        return
+        return False
     with transaction(context.sessions) as session:
         claim = exports.claim(
             session,
@@ -48,7 +48,7 @@ def build_export(context: Context, model_id: str, export_format: str) -> None:
             lease_seconds=context.settings.lease_seconds,
         )
     if claim is None:
-        return
+        return False
     folder = Path(tempfile.mkdtemp(prefix="export-", dir=context.scratch))
     renew = partial(_renew, context, claim)
     try:
@@ -59,6 +59,7 @@ def build_export(context: Context, model_id: str, export_format: str) -> None:
         log.warning("%s of %s is left to the next attempt: %s", export_format, model_id, fault)
     finally:
         shutil.rmtree(folder)
+    return True
 
 
 def _build(context: Context, claim: ExportClaim, folder: Path, watch: Watch) -> None:
@@ -97,6 +98,9 @@ def _make(context: Context, claim: ExportClaim, folder: Path, watch: Watch) -> P
         for outcome in child.lines():
             error = outcome.get("error", error)
         code = child.wait()
+    if watch.reason is Reason.SHUTDOWN:
+        with transaction(context.sessions) as session:
+            exports.release(session, claim)
     if watch.reason is not None:
         raise LostFence(f"the export of {claim.model.id} shall end: {watch.reason}")
     if code != 0:

@@ -19,6 +19,7 @@ from types import TracebackType
 
 from store.errors import LostFence, Unavailable
 from store.leases import Wishes
+from store.logs import in_context
 from store.settings import StoreSettings
 from worker.child import Child
 
@@ -95,7 +96,7 @@ class Watch:
         self._child: Child | None = None
         self._kill_at = float("inf")
         self._over = threading.Event()
-        self._thread = threading.Thread(target=self._run, name="watch", daemon=True)
+        self._thread = threading.Thread(target=in_context(self._run), name="watch", daemon=True)
 
     def __enter__(self) -> Watch:
         self._thread.start()

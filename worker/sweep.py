@@ -6,7 +6,7 @@ nobody needs any more is deleted by `store.garbage`. It does NOT run jobs.
 
 from __future__ import annotations
 
-from store import exports, garbage, reconcile, stage_results
+from store import exports, garbage, idempotency, reconcile, stage_results, workers
 from store.database import transaction
 from worker.background import Chore
 from worker.context import Context
@@ -19,14 +19,17 @@ def sweep(context: Context) -> None:
     """Take back what lost workers held; send hints for what waits unheard. Raises Unavailable."""
     settings = context.settings
     with transaction(context.sessions) as session:
+        # Enough for everyone who may be idle; hints that nobody hears would pile up for hours.
+        limit = 1 + 2 * len(workers.list_workers(session))
         waiting = reconcile.sweep(
             session,
             lease_seconds=settings.lease_seconds,
             grace_seconds=settings.lease_grace_seconds,
             stale_seconds=settings.sweep_seconds,
             max_lost_leases=settings.max_lost_leases,
+            limit=limit,
         )
-        archives = exports.waiting(session)
+        archives = exports.waiting(session, limit=limit)
     for job_id, purpose in waiting:
         context.hints.hint(job_id, purpose)
     for model_id, export_format in archives:
@@ -42,8 +45,11 @@ def collect(context: Context) -> None:
 
 
 def collect_listed(context: Context) -> None:
-    """Delete what only a listing of the storage can find. Raises Unavailable."""
+    """Delete what only a listing of the storage can find, and keys of requests long past. Raises Unavailable."""
+    with transaction(context.sessions) as session:
+        idempotency.forget_old(session)
     garbage.collect_uploads(context.sessions, context.artifacts)
+    garbage.collect_archives(context.sessions, context.artifacts)
     garbage.collect_prepared(context.sessions, context.artifacts)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import re
 from collections.abc import Mapping
 from typing import Annotated
@@ -15,8 +16,11 @@ from api.schemas.job_object import CheckpointObject, JobObject
 from api.schemas.jobs import JobRequest
 from store import idempotency, jobs
 from store.ids import new_job_id
+from store.logs import bound
 from store.states import PURPOSES, JobState
 from store.tables import Job
+
+log = logging.getLogger(__name__)
 
 router = APIRouter(prefix="/v1/fine_tuning/jobs", tags=["Fine-tuning"])
 
@@ -38,6 +42,8 @@ async def create_job(
 ) -> JobObject:
     """Start a job. It waits in `validating_files` until a worker has checked its rows line by line."""
     job = await db(_create, owner_id=caller.id, body=body, idempotency_key=idempotency_key)
+    with bound(job_id=job.id):
+        log.info("accepted from %s", caller.id)
     _hint(held, job)
     return JobObject.of(job)
 

@@ -27,7 +27,7 @@ Port = Annotated[int, typer.Option(envvar="HEFT_PORT", help="Port to listen on; 
 
 
 def register(app: typer.Typer) -> None:
-    for command in (up, demo, api, worker, migrate):
+    for command in (up, demo, api, worker, migrate, doctor):
         app.command()(command)
 
 
@@ -89,7 +89,11 @@ def api(
 
     import uvicorn
 
+    from store import logs
+    from store.settings import settings
+
     os.environ.update(_addresses(context))
+    logs.configure(settings().log_format)
     # No access log: one that watches a job would fill the disk with it.
     config = uvicorn.Config(
         "api.app:create_app",
@@ -98,6 +102,7 @@ def api(
         port=port,
         timeout_graceful_shutdown=5,
         access_log=False,
+        log_config=None,
         server_header=False,
     )
     # By hand: uvicorn takes a bare descriptor for a Unix socket, and leaves Nagle's delay on.
@@ -121,11 +126,44 @@ def migrate(context: typer.Context) -> None:
     print("the database is up to date")
 
 
+def doctor(
+    context: typer.Context,
+    as_json: Annotated[bool, typer.Option("--json", help="For programs.")] = False,
+) -> None:
+    """Look at every part of the service and say what to do about what is wrong; exit code 1 if anything is."""
+    from dataclasses import asdict
+
+    from cli import render
+    from cli.doctor import examine
+    from cli.findings import State
+    from cli.up import running_stack
+    from store.settings import StoreSettings
+
+    names = {name.lower().removeprefix("heft_"): value for name, value in _addresses(context).items()}
+    chosen = target(context)
+    stack = running_stack(chosen.home)
+    url = chosen.url or (stack.url if stack is not None and not _own_servers() else None)
+    findings = list(examine(StoreSettings(**names), url))  # type: ignore[arg-type]
+    well = all(finding.state is not State.WRONG for finding in findings)
+    if as_json:
+        render.as_json({"ok": well, "checks": [asdict(finding) for finding in findings]})
+    else:
+        render.table(["", "what", "found"], [(one.state, one.name, one.found) for one in findings])
+        for one in findings:
+            if one.advice:
+                print(f"\n{one.name}: {one.advice}")
+    raise typer.Exit(0 if well else 1)
+
+
+def _own_servers() -> bool:
+    return all(os.environ.get(name) for name in _ADDRESSES)
+
+
 def _addresses(context: typer.Context) -> dict[str, str]:
     """What the environment lacks of the service's settings, from the stack that runs in the home."""
     from cli.up import running_stack
 
-    if all(os.environ.get(name) for name in _ADDRESSES):
+    if _own_servers():
         return {}
     stack = running_stack(target(context).home)
     if stack is None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import signal
 import socket
@@ -11,11 +12,12 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from pathlib import Path
 
 import httpx
 import psutil
 import pytest
-from api_calls import JOBS, create
+from api_calls import JOBS, MINIMAL, create
 
 from store.settings import StoreSettings
 
@@ -107,6 +109,50 @@ def test_it_ends_when_told_to_although_somebody_listens(
         next(lines)
         served.process.send_signal(signal.SIGTERM)
         assert served.process.wait(15) in (0, -signal.SIGTERM)
+
+
+def test_its_log_names_requests_and_jobs_and_keeps_secrets(
+    settings: StoreSettings, client: httpx.Client, tmp_path: Path
+) -> None:
+    """As `heft api` runs it, with passwords in its addresses, and a broker that is away."""
+    log = tmp_path / "log"
+    with_password = settings.database_url.replace("app@", "app:hunter2@")
+    row = b'{"question": "a row that nobody else may read", "answer": true}'
+    with log.open("wb") as errors, socket.create_server(("127.0.0.1", 0)) as listener:
+        process = subprocess.Popen(
+            [
+                sys.executable,
+                "-m",
+                "cli",
+                "--home",
+                str(tmp_path / "home"),
+                "api",
+                "--fd",
+                str(listener.fileno()),
+            ],
+            env={
+                "PATH": os.environ["PATH"],
+                "HEFT_DATABASE_URL": with_password,
+                "HEFT_REDIS_URL": "redis://:hunter2@127.0.0.1:9/0",
+                "HEFT_ARTIFACTS_URL": settings.artifacts_url,
+                "HEFT_LOG_FORMAT": "json",
+            },
+            pass_fds=[listener.fileno()],
+            stderr=errors,
+        )
+        url = f"http://127.0.0.1:{listener.getsockname()[1]}"
+        answer = client.post(f"{url}{JOBS}", json=MINIMAL)
+        files = {"file": ("x.jsonl", row)}
+        assert client.post(f"{url}/v1/files", files=files, data={"purpose": "fine-tune"}).status_code == 200
+        process.terminate()
+        process.wait(20)
+    lines = [json.loads(line) for line in log.read_text().splitlines()]
+    accepted = next(line for line in lines if line.get("job_id") == answer.json()["id"])
+    assert accepted["request_id"] == answer.headers["x-request-id"]
+    told = log.read_text()
+    assert "broker" in told, "it says that its broker is away"
+    for secret in ("hunter2", client.headers["authorization"].removeprefix("Bearer "), "nobody else"):
+        assert secret not in told
 
 
 def test_nothing_that_it_imports_imports_torch() -> None:

@@ -9,6 +9,7 @@ import signal
 import stat
 from pathlib import Path
 
+import psutil
 import psycopg
 import pytest
 import redis
@@ -105,6 +106,25 @@ def test_six_starters_at_once_make_one_stack(home: Home, start_owner: StartOwner
         if not won:
             assert "AlreadyRunning" in starter.communicate()[1]
     assert len(servers_on(home)) == 2
+
+
+def test_an_owner_killed_while_postgres_recovers(
+    home: Home, start_owner: StartOwner, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Asked to shut down in the middle of its recovery, the server recovers, and then stays for ever."""
+    monkeypatch.setattr("cli.embedded_postgres._FORMER_SERVER_SECONDS", 1)
+    owner = start_owner(home)
+    assert is_ready(owner)
+    write(home)
+    pid = int((home.postgres / "data" / "postmaster.pid").read_text().split()[0])
+    server = psutil.Process(pid)
+    log = home.logs / "postgres.log"
+    next(child for child in server.children() if "background writer" in child.cmdline()[0]).kill()
+    assert wait_until(lambda: "terminated by signal 9" in log.read_text(), seconds=20)
+    owner.kill()
+    owner.wait()
+    with embedded_stack(home):
+        assert_kept(home)
 
 
 def test_a_server_that_runs_is_never_started_twice(home: Home, monkeypatch: pytest.MonkeyPatch) -> None:

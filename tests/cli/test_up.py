@@ -152,3 +152,16 @@ def test_a_folder_of_models_that_is_none_is_named(home: Home) -> None:
     result = heft("--home", str(home.path), "up", "--model-dir", "/nowhere")
     assert result.exit_code == 1
     assert "/nowhere" in result.stderr
+
+
+def test_a_doctor_finds_a_running_stack_well(stack_up: HeftUp) -> None:
+    def told() -> list[tuple[str, str]]:
+        checks = json.loads(stack_up.run("doctor", "--json").stdout)["checks"]
+        return [(check["name"], check["found"]) for check in checks if check["state"] == "wrong"]
+
+    assert wait_until(lambda: told() == [], seconds=60), told()
+    assert stack_up.run("doctor").exit_code == 0
+
+
+def test_a_doctor_finds_a_stack_that_was_killed(home: Home) -> None:
+    assert heft("--home", str(home.path), "doctor").exit_code == 1

@@ -62,7 +62,7 @@ def test_a_lost_builder_is_replaced_and_can_write_nothing(bench, model_id: str) 
 
 def test_an_archive_that_loses_every_builder_fails(bench, model_id: str) -> None:
     ask(bench, model_id)
-    for _ in range(exports.MAX_ATTEMPTS):
+    for _ in range(exports.MAX_LOSSES):
         assert claim(bench, model_id) is not None
         expire(bench)
     assert claim(bench, model_id) is None
@@ -71,7 +71,31 @@ def test_an_archive_that_loses_every_builder_fails(bench, model_id: str) -> None
     assert (failed.state, failed.error["code"]) == ("failed", "worker_lost")
 
 
-def test_a_failure_is_final(bench, model_id: str) -> None:
+def test_a_worker_that_is_asked_to_stop_costs_nothing(bench, model_id: str) -> None:
+    ask(bench, model_id)
+    for _ in range(exports.MAX_LOSSES + 1):
+        released = claim(bench, model_id)
+        bench.do(exports.release, released)
+        with pytest.raises(LostFence):
+            bench.do(exports.finish, released, storage_key="exports/b.tar", size=1)
+    assert claim(bench, model_id).attempt == exports.MAX_LOSSES + 2
+
+
+def test_an_archive_that_failed_may_be_asked_for_again(bench, model_id: str) -> None:
+    ask(bench, model_id)
+    for _ in range(exports.MAX_LOSSES):
+        claim(bench, model_id)
+        expire(bench)
+    bench.do(exports.waiting)
+    assert ask(bench, model_id).state == "failed"
+    bench.sql("UPDATE exports SET failed_at = now() - interval '11 minutes'")
+    again = ask(bench, model_id)
+    assert (again.state, again.error) == ("pending", None)
+    bench.do(exports.finish, claim(bench, model_id), storage_key="exports/a.tar", size=10)
+    assert ask(bench, model_id).state == "ready"
+
+
+def test_a_failure_is_told(bench, model_id: str) -> None:
     ask(bench, model_id, "pyreft")
     error = {"code": "no_intervention", "message": "This model has no ReFT stage.", "param": "format"}
     bench.do(exports.fail, claim(bench, model_id, "pyreft"), error=error)

@@ -141,6 +141,23 @@ def test_an_upload_that_got_no_row_goes_after_a_day(bench, artifacts: Artifacts,
     assert stored(artifacts_url) == {f"files/{known}"}
 
 
+def test_an_archive_that_got_no_row_goes_after_a_day(bench, artifacts: Artifacts, artifacts_url: str) -> None:
+    model_id = bench.succeed(bench.running()).fine_tuned_model
+    bench.do(exports.request, owner_id=OWNER, model_id=model_id, format="merged")
+    claim = bench.do(exports.claim, model_id=model_id, format="merged")
+    bench.do(exports.finish, claim, storage_key="exports/job/mine.tar", size=1)
+    put(artifacts, "exports/job/mine.tar", "exports/job/lost.tar")
+    garbage.collect_archives(bench.factory, artifacts)
+    assert "exports/job/lost.tar" in stored(artifacts_url)
+    yesterday = time.time() - 90_000
+    for name in ("mine", "lost"):
+        os.utime(
+            Path(artifacts_url.removeprefix("file://")) / f"exports/job/{name}.tar", (yesterday, yesterday)
+        )
+    garbage.collect_archives(bench.factory, artifacts)
+    assert stored(artifacts_url) == {"exports/job/mine.tar"}
+
+
 def test_rows_made_for_a_job_go_when_it_has_ended(bench, artifacts: Artifacts, artifacts_url: str) -> None:
     claim = bench.running()
     put(artifacts, f"prepared/{claim.job_id}/{SHA}")

@@ -57,6 +57,18 @@ def test_only_a_waiting_job_is_claimed(bench, state: JobState, purpose: str) -> 
         assert bench.get(job.id).attempt == job.attempt
 
 
+def test_the_job_that_has_waited_longest(bench) -> None:
+    assert bench.do(leases.longest_waiting, purpose="train") is None
+    first, second = bench.queued(), bench.queued()
+    bench.sql("UPDATE jobs SET created_at = now() - interval '1 minute' WHERE id = :id", id=first.id)
+    assert bench.do(leases.longest_waiting, purpose="train") == first.id
+    bench.sql("UPDATE jobs SET not_before = now() + interval '1 minute' WHERE id = :id", id=first.id)
+    assert bench.do(leases.longest_waiting, purpose="train") == second.id
+    bench.claim(second.id)
+    assert bench.do(leases.longest_waiting, purpose="train") is None
+    assert bench.do(leases.longest_waiting, purpose="prepare") is None
+
+
 def test_files_being_checked_are_not_checked_twice(bench) -> None:
     claim = bench.claim(bench.job().id)
     assert bench.do(leases.claim, job_id=claim.job_id, worker_id="other", purpose="prepare") is None

@@ -10,22 +10,24 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import psutil
 import pytest
 import worker_bench
 from redis import Redis
 from sqlalchemy import select
-from worker_bench import FAKE_ENGINE, Bench, eventually
+from worker_bench import FAKE_ENGINE, OWNER, Bench, eventually
 
+from store import exports
 from store.database import transaction
 from store.queue import Intervention, PredictMessage, PredictModel, Task, make_celery, redis_py_url
 from store.states import JobState
-from store.tables import Worker
+from store.tables import Export, Worker
 
 FAKE_WORKER = Path(worker_bench.__file__).with_name("fake_worker.py")
 STEPS = [{"do": "metrics", "step": 1}, {"do": "metrics", "step": 2}]
-StartWorker = Callable[[str], subprocess.Popen[bytes]]
+StartWorker = Callable[..., subprocess.Popen[bytes]]
 
 
 @pytest.fixture
@@ -40,10 +42,11 @@ def start_worker(bench: Bench, tmp_path: Path) -> Iterator[StartWorker]:
     names += ("heartbeat_seconds", "control_seconds", "checkpoint_seconds", "death_pause_seconds")
     environment = {f"HEFT_{name.upper()}": str(getattr(settings, name)) for name in names}
 
-    def start(role: str) -> subprocess.Popen[bytes]:
+    def start(role: str, **more: Any) -> subprocess.Popen[bytes]:
         process = subprocess.Popen(
             [sys.executable, "-P", str(FAKE_WORKER), role],
-            env=os.environ | environment | {"PYTHONPATH": str(FAKE_WORKER.parent)},
+            env=os.environ | environment | {"PYTHONPATH": str(FAKE_WORKER.parent)} | more.pop("env", {}),
+            **more,
         )
         processes.append(process)
         eventually(lambda: any(row.info["pid"] == process.pid for row in _workers(bench)))
@@ -141,3 +144,59 @@ def _trainers(folder: Path) -> list[psutil.Process]:
 def _workers(bench: Bench) -> list[Worker]:
     with transaction(bench.context.sessions) as session:
         return list(session.scalars(select(Worker)))
+
+
+def test_what_a_worker_logs_of_an_attempt_names_job_and_attempt(
+    bench: Bench, start_worker: StartWorker, tmp_path: Path
+) -> None:
+    with (tmp_path / "log").open("wb") as log:
+        worker = start_worker("train", env={"HEFT_LOG_FORMAT": "json"}, stderr=log)
+    job_id = bench.queued([*STEPS, {"do": "say", "text": "not an event"}])
+    bench.context.hints.hint(job_id, "train")
+    eventually(lambda: bench.job(job_id).state == JobState.SUCCEEDED)
+    worker.send_signal(signal.SIGTERM)
+    assert worker.wait(20) == 0
+    lines = [json.loads(line) for line in (tmp_path / "log").read_text().splitlines()]
+    of_attempt = [
+        line["message"] for line in lines if (line.get("job_id"), line.get("attempt")) == (job_id, 2)
+    ]
+    assert any("not an event" in message for message in of_attempt), "heard by another thread"
+    assert {line["job_id"] for line in lines if line["logger"] == "worker.attempt"} == {job_id}
+
+
+def test_hints_that_come_too_late_hold_nobody_up(
+    bench: Bench, start_worker: StartWorker, redis_url: str
+) -> None:
+    """Many are left when workers have trained for hours, and Celery drops one a second."""
+    ended = bench.run(bench.queued(STEPS))
+    for _ in range(40):
+        bench.context.hints.hint(ended.id, "train")
+    with Redis.from_url(redis_py_url(redis_url)) as broker:
+        eventually(lambda: broker.llen("train") == 40)
+        job_id = bench.queued(STEPS)
+        start_worker("train", env={"HEFT_SWEEP_SECONDS": "1000"})
+        eventually(lambda: bench.job(job_id).state == JobState.SUCCEEDED)
+        assert broker.llen("train") > 20
+
+
+def test_hints_for_archives_that_come_too_late_hold_nobody_up(
+    bench: Bench, start_worker: StartWorker, redis_url: str
+) -> None:
+    """Everybody who waits for one asks again and again."""
+    models = [bench.run(bench.queued(STEPS)).fine_tuned_model for _ in range(3)]
+    with transaction(bench.context.sessions) as session:
+        for model_id in models:
+            assert model_id is not None
+            exports.request(session, owner_id=OWNER, model_id=model_id, format="bundle")
+    for _ in range(20):
+        bench.context.hints.export(str(models[0]), "bundle")
+
+    def ready() -> bool:
+        with transaction(bench.context.sessions) as session:
+            return all(export.state == "ready" for export in session.scalars(select(Export)))
+
+    with Redis.from_url(redis_py_url(redis_url)) as broker:
+        eventually(lambda: broker.llen("export") == 20)
+        start_worker("prepare", env={"HEFT_SWEEP_SECONDS": "1000"})
+        eventually(ready)
+        assert broker.llen("export") > 10

@@ -1,0 +1,248 @@
+"""The stack under attack: `heft up` on patience of seconds, its processes by what they are, and what is left of it.
+
+It does NOT decide what is done to them.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import httpx
+import psutil
+import redis
+
+from cli.embedded_postgres import database_url
+from cli.errors import CommandError
+from cli.home import Home
+from cli.process import locked, spawn, wait_until
+from store.artifacts import Artifacts
+
+HERE = Path(__file__).parent
+ROLES = ("train", "train-2", "prepare")
+#: Seconds. What takes a minute in production takes two seconds here, all in proportion.
+PATIENCE = {
+    "HEFT_LEASE_SECONDS": "2.5",
+    "HEFT_LEASE_GRACE_SECONDS": "0.3",
+    "HEFT_HEARTBEAT_SECONDS": "0.4",
+    "HEFT_CONTROL_SECONDS": "0.15",
+    "HEFT_SWEEP_SECONDS": "0.5",
+    "HEFT_STALL_SECONDS": "20",
+    "HEFT_CANCEL_GRACE_SECONDS": "1",
+    "HEFT_CHECKPOINT_GRACE_SECONDS": "3",
+    "HEFT_CHECKPOINT_SECONDS": "0.1",
+    "HEFT_DEATH_PAUSE_SECONDS": "0.1",
+    "HEFT_MAX_LOST_LEASES": "200",
+    "HEFT_MAX_TRAINER_DEATHS": "5",
+}
+LEASE = float(PATIENCE["HEFT_LEASE_SECONDS"])
+STORAGE_MB = 96
+
+
+class ChaosStack:
+    """Call everything from the main thread: children are started there."""
+
+    def __init__(self, *, patience: dict[str, str] | None = None) -> None:
+        self.folder = Path(tempfile.mkdtemp(prefix="heft-chaos-", dir="/tmp"))
+        self.folder.chmod(0o711)
+        self.home = Home.at(self.folder / "home")
+        self.control = self.folder / "control"
+        (self.control / "proxy").mkdir(parents=True)
+        self.port = _free_port()
+        self.url = f"http://127.0.0.1:{self.port}"
+        self.key = "heft_chaos_" + os.urandom(16).hex()
+        self._patience = PATIENCE if patience is None else patience
+        self._owner: subprocess.Popen[bytes] | None = None
+        self._proxy: subprocess.Popen[bytes] | None = None
+        #: Everything that was ever seen below an owner.
+        self.seen: dict[tuple[int, float], psutil.Process] = {}
+        self.starts = 0
+        self.has_small_storage = self._mount_storage()
+
+    @property
+    def database_url(self) -> str:
+        """Past the proxy."""
+        return database_url(self.home.run / "postgres")
+
+    @property
+    def artifacts(self) -> Artifacts:
+        return Artifacts(f"file://{self.home.artifacts}")
+
+    def redis(self) -> redis.Redis:
+        return redis.Redis(unix_socket_path=str(self.home.run / "valkey" / "socket"), socket_timeout=2)
+
+    def start(self) -> None:
+        """Start it if it does not run; returns at once."""
+        if self._proxy is None or self._proxy.poll() is not None:
+            self._proxy = self._spawn(
+                "pg_proxy.py",
+                self.control / "proxy",
+                self.home.run / "postgres",
+                self.control / "commit.armed",
+            )
+        if self._owner is None or self._owner.poll() is not None:
+            self._owner = self._spawn("owner.py", self.control, self.home.path, self.port)
+            self.starts += 1
+
+    def ready(self) -> bool:
+        try:
+            return httpx.get(f"{self.url}/readyz", timeout=5, trust_env=False).status_code == 200
+        except httpx.TransportError:
+            return False
+
+    def wait_until_ready(self, seconds: float = 120) -> None:
+        def ready() -> bool:
+            self.start()
+            return self.ready()
+
+        if not wait_until(ready, seconds=seconds):
+            raise AssertionError(f"the stack did not become ready:\n{self.logs()}")
+
+    def owner(self) -> psutil.Process | None:
+        return None if self._owner is None else _process(self._owner.pid)
+
+    def look(self) -> dict[str, list[psutil.Process]]:
+        """Its processes now, by what they are: up, api, train, train-2, prepare, engine, postgres, valkey, other."""
+        found: dict[str, list[psutil.Process]] = {}
+        owner = self.owner()
+        if owner is None:
+            return found
+        try:
+            below = owner.children(recursive=True)
+        except psutil.Error:
+            return found
+        for process in [owner, *below]:
+            try:
+                command = process.cmdline()
+                self.seen[process.pid, process.create_time()] = process
+            except psutil.Error:
+                continue
+            if command:
+                found.setdefault(_kind(command), []).append(process)
+        return found
+
+    def servers(self, name: str) -> list[psutil.Process]:
+        """A server with the processes it has started."""
+        found: list[psutil.Process] = []
+        for process in self.look().get(name, []):
+            found.append(process)
+            try:
+                found += process.children(recursive=True)
+            except psutil.Error:
+                continue
+        return found
+
+    def stop(self) -> int | None:
+        """SIGTERM, as an operator does it; its exit status, or None when it had to be killed."""
+        assert self._owner is not None
+        self.look()
+        self._owner.terminate()
+        try:
+            return self._owner.wait(90)
+        except subprocess.TimeoutExpired:
+            self._owner.kill()
+            self._owner.wait()
+            return None
+
+    def left_behind(self) -> list[str]:
+        """Processes, locks and temporary files that should be gone once it has stopped."""
+        _, alive = psutil.wait_procs(list(self.seen.values()), timeout=15)
+        left = [f"process {process.pid}: {_command(process)}" for process in alive]
+        left += [str(path) for path in (self.home.cache / "workers").glob("*/files")]
+        left += [str(path) for path in (self.home.artifacts / ".incomplete").glob("*")]
+        left += [str(path) for path in (self.home.run, self.home.state_file) if path.exists()]
+        left += [str(path) for path in self.home.path.rglob("*.partial")]
+        locks = [self.home.path / name for name in ("heft.lock", "postgres.lock", "valkey.lock")]
+        for lock in [*locks, *(self.home.cache / "workers").glob("*/lock")]:
+            try:
+                with locked(lock, wait_seconds=5, busy="held"):
+                    pass
+            except CommandError as error:
+                left.append(f"lock {lock}: {error}")
+        return left
+
+    def close(self) -> None:
+        """Leave nothing, whatever state it is in."""
+        for process in (self._owner, self._proxy):
+            if process is not None and process.poll() is None:
+                process.kill()
+                process.wait()
+        _, alive = psutil.wait_procs(list(self.seen.values()), timeout=15)
+        for process in alive:
+            process.kill()
+        if self.has_small_storage:
+            subprocess.run(["umount", "--lazy", str(self.home.artifacts)], check=True)
+        shutil.rmtree(self.folder, ignore_errors=True)
+
+    def logs(self) -> str:
+        """The end of every log."""
+        parts = []
+        for path in [*sorted(self.home.logs.glob("*.log")), *sorted(self.folder.glob("*.log"))]:
+            lines = path.read_text(errors="replace").splitlines()[-25:]
+            parts.append(f"--- {path.name}\n" + "\n".join(lines))
+        return "\n".join(parts)
+
+    def _spawn(self, script: str, *arguments: Any) -> subprocess.Popen[bytes]:
+        inherited = {name: value for name, value in os.environ.items() if not name.startswith("HEFT_")}
+        own = {
+            "HEFT_API_KEY": self.key,
+            "HEFT_MODEL_DIR": str(self.folder / "models"),
+            "OMP_NUM_THREADS": "1",
+            **self._patience,
+        }
+        (self.folder / "models").mkdir(exist_ok=True)
+        return spawn(
+            [sys.executable, "-P", HERE / script, *arguments],
+            log=self.folder / f"{script.removesuffix('.py')}.log",
+            environment=inherited | own,
+            death_signal=signal.SIGKILL,
+        )
+
+    def _mount_storage(self) -> bool:
+        """A small disk of its own for the storage, where this user may mount one."""
+        self.home.path.mkdir(mode=0o711)
+        self.home.path.chmod(0o711)
+        self.home.artifacts.mkdir(mode=0o700)
+        if os.geteuid() != 0 or shutil.which("mount") is None:
+            return False
+        command = ["mount", "-t", "tmpfs", "-o", f"size={STORAGE_MB}m,mode=0700", "tmpfs"]
+        return subprocess.run([*command, str(self.home.artifacts)], capture_output=True).returncode == 0
+
+
+def _kind(command: list[str]) -> str:
+    text = " ".join(command)
+    if "owner.py" in text:
+        return "up"
+    if "launch.py" in text:
+        place = next(index for index, word in enumerate(command) if word.endswith("launch.py"))
+        return command[place + 2]
+    if "bin/postgres" in command[0]:
+        return "postgres"
+    return "valkey" if "valkey-server" in command[0] else "other"
+
+
+def _command(process: psutil.Process) -> str:
+    try:
+        return " ".join(process.cmdline())
+    except psutil.Error:
+        return "gone"
+
+
+def _process(pid: int) -> psutil.Process | None:
+    try:
+        return psutil.Process(pid)
+    except psutil.NoSuchProcess:
+        return None
+
+
+def _free_port() -> int:
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        port: int = listener.getsockname()[1]
+        return port

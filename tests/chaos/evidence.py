@@ -1,0 +1,47 @@
+"""The client's own log, JSON lines: every request it sent, every answer or none, everything it saw, every fault.
+
+It is what the verdict goes by; nothing in it comes from the service's own books. It does NOT judge.
+"""
+
+from __future__ import annotations
+
+import itertools
+import json
+import threading
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+Entry = dict[str, Any]
+
+
+class Evidence:
+    """Appends; safe from many threads. `entries()` reads it all back from the file."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self._file = path.open("a")
+        self._lock = threading.Lock()
+        self._numbers = itertools.count(1)
+        self._started = time.monotonic()
+
+    def write(self, kind: str, **what: Any) -> int:
+        """Returns the entry's number."""
+        with self._lock:
+            number = next(self._numbers)
+            entry = {"n": number, "t": round(time.monotonic() - self._started, 3), "kind": kind, **what}
+            self._file.write(json.dumps(entry) + "\n")
+            self._file.flush()
+        return number
+
+    def entries(self) -> list[Entry]:
+        return list(read(self.path))
+
+    def close(self) -> None:
+        self._file.close()
+
+
+def read(path: Path) -> Iterator[Entry]:
+    for line in path.read_text().splitlines():
+        yield json.loads(line)

@@ -1,0 +1,219 @@
+"""How long things take when something is away or has died: `make chaos-figures`.
+
+Measured on a running stack with the service's own settings for leases and sweeps (a minute, not the campaign's
+seconds) unless `--quick` is given. One line of JSON is added to `--results`. It does NOT judge: docs/reliability.md
+says what was promised.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import statistics
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from random import Random
+from typing import Any
+
+import psutil
+from chaos_stack import PATIENCE, ROLES, ChaosStack
+from evidence import Evidence
+from faults import stopped
+from rows import stand_in_job
+from user import ENDED, JOBS, Client
+
+from cli.process import wait_until
+
+RESULTS = Path(__file__).parent / "results" / "figures.jsonl"
+_POSTS = 200
+_PATIENT = 300.0
+
+
+class Bench:
+    """A stack, and one user of it."""
+
+    def __init__(self, patience: dict[str, str]) -> None:
+        self.stack = ChaosStack(patience=patience)
+        self.log = Evidence(self.stack.folder / "client.jsonl")
+        self.client = Client(self.stack.url, self.stack.key, self.log)
+        self.random = Random(1)
+        self.count = 0
+
+    def until(self) -> float:
+        return time.monotonic() + _PATIENT
+
+    def body(self, **changes: Any) -> dict[str, Any]:
+        """A job of many slow steps, its rows uploaded."""
+        self.count += 1
+        wanted = stand_in_job(self.random, f"figure-{self.count}")
+        rows = {**json.loads(wanted.rows)["stand_in"], "dies": False, "steps": 2_000, "step_seconds": 0.1}
+        content = json.dumps({"stand_in": rows | changes}).encode()
+        answer = self.client.insist(
+            "POST",
+            "/v1/files",
+            until=self.until(),
+            data={"purpose": "fine-tune"},
+            files={"file": ("r", content)},
+        )
+        return {**wanted.body, "training_file": answer.json()["id"]}
+
+    def running(self) -> str:
+        """A job that trains and has saved a checkpoint."""
+        answer = self.client.insist("POST", JOBS, until=self.until(), json=self.body())
+        job_id = str(answer.json()["id"])
+        self.wait(lambda: self.step(job_id) > 4)
+        return job_id
+
+    def step(self, job_id: str) -> int:
+        return int(self.client.look(job_id, self.until())["progress"].get("step") or 0)
+
+    def attempts(self, job_id: str) -> int:
+        answer = self.client.insist(
+            "GET", f"{JOBS}/{job_id}/events", until=self.until(), params={"limit": 100}
+        )
+        return sum(event["data"]["code"] == "STARTED" for event in answer.json()["data"])
+
+    def cancel(self, job_id: str) -> None:
+        self.client.insist("POST", f"{JOBS}/{job_id}/cancel", until=self.until())
+        self.wait(lambda: self.client.look(job_id, self.until())["status"] in ENDED)
+
+    def wait(self, condition: Callable[[], bool]) -> float:
+        """Seconds until it held."""
+        started = time.monotonic()
+        if not wait_until(condition, seconds=_PATIENT):
+            raise AssertionError("it did not happen in time")
+        return time.monotonic() - started
+
+    def close(self) -> None:
+        self.client.close()
+        self.log.close()
+        self.stack.close()
+
+
+def death_of_worker(bench: Bench, *, machine: bool) -> float:
+    """Seconds from a worker's death until its job trains again. `machine`: it does not come back, so that the lease
+    has to run out and another takes over; else it is started again and takes back its own.
+    """
+    job_id = bench.running()
+    before = bench.attempts(job_id)
+    found = bench.stack.look()
+    [trainer] = found["engine"]
+    holder = next(
+        process for role in ROLES for process in found.get(role, []) if trainer.ppid() == process.pid
+    )
+    if machine:
+        # As good as gone: it neither works nor writes, and what stands in for it finds its name taken.
+        holder.suspend()
+    trainer.kill()
+    if not machine:
+        holder.kill()
+    seconds = bench.wait(lambda: bench.attempts(job_id) > before)
+    if machine:
+        holder.resume()
+    bench.cancel(job_id)
+    return seconds
+
+
+def cancel_of_running(bench: Bench) -> float:
+    """Seconds from the request until no process of the job is left."""
+    job_id = bench.running()
+    processes = bench.stack.look()["engine"]
+    started = time.monotonic()
+    bench.client.insist("POST", f"{JOBS}/{job_id}/cancel", until=bench.until())
+    psutil.wait_procs(processes, timeout=_PATIENT)
+    seconds = time.monotonic() - started
+    bench.wait(lambda: bench.client.look(job_id, bench.until())["status"] in ENDED)
+    return seconds
+
+
+def posts_without_broker(bench: Bench, *, frozen: bool) -> dict[str, Any]:
+    """POST of a job, `_POSTS` times, while the broker is killed again and again, or frozen."""
+    body = bench.body(steps=6)
+    answers, seconds = [], []
+    servers = bench.stack.servers("valkey")
+    with stopped(servers if frozen else []):
+        for _ in range(_POSTS):
+            if not frozen:
+                for server in bench.stack.look().get("valkey", []):
+                    server.kill()
+            started = time.monotonic()
+            answer = bench.client.once("POST", JOBS, json=body)
+            seconds.append(time.monotonic() - started)
+            answers.append(0 if answer is None else answer.status_code)
+    for job in bench.client.insist("GET", JOBS, until=bench.until(), params={"limit": 100}).json()["data"]:
+        if job["status"] not in ENDED:
+            bench.client.insist("POST", f"{JOBS}/{job['id']}/cancel", until=bench.until())
+    return {
+        "answered": sum(status == 200 for status in answers) / _POSTS,
+        "p50_ms": round(1000 * statistics.median(seconds), 1),
+        "p99_ms": round(1000 * statistics.quantiles(seconds, n=100)[98], 1),
+    }
+
+
+def api_without_postgres(bench: Bench, seconds: float) -> dict[str, Any]:
+    """What the API answers while every process of Postgres stands still, and how soon afterwards it is well."""
+    body = bench.body(steps=6)
+    statuses: dict[str, int] = {}
+    slowest = 0.0
+    with stopped(bench.stack.servers("postgres")):
+        deadline = time.monotonic() + seconds
+        while time.monotonic() < deadline:
+            for method, path, options in (("GET", JOBS, {}), ("POST", JOBS, {"json": body})):
+                started = time.monotonic()
+                answer = bench.client.once(method, path, **options)
+                slowest = max(slowest, time.monotonic() - started)
+                told = "none" if answer is None else f"{answer.status_code}"
+                told += " with Retry-After" if answer is not None and "retry-after" in answer.headers else ""
+                statuses[told] = statuses.get(told, 0) + 1
+
+    def well() -> bool:
+        answer = bench.client.once("GET", JOBS)
+        return answer is not None and answer.status_code == 200
+
+    return {"answers": statuses, "slowest_s": round(slowest, 2), "well_after_s": round(bench.wait(well), 2)}
+
+
+def measure(*, quick: bool, repeats: int) -> dict[str, Any]:
+    own = {"HEFT_CHECKPOINT_SECONDS": "0.5"}
+    bench = Bench(PATIENCE if quick else own)
+    try:
+        bench.stack.wait_until_ready()
+        return {
+            "settings": "of the campaign" if quick else "the service's own",
+            "lease_s": float(PATIENCE["HEFT_LEASE_SECONDS"]) if quick else 60.0,
+            "worker_killed_running_again_s": _several(repeats, lambda: death_of_worker(bench, machine=False)),
+            "worker_gone_running_again_s": _several(repeats, lambda: death_of_worker(bench, machine=True)),
+            "cancel_processes_gone_s": _several(repeats, lambda: cancel_of_running(bench)),
+            "posts_broker_frozen": posts_without_broker(bench, frozen=True),
+            "posts_broker_killed": posts_without_broker(bench, frozen=False),
+            "postgres_frozen": api_without_postgres(bench, 10.0 if quick else 30.0),
+        }
+    finally:
+        bench.close()
+
+
+def _several(repeats: int, once: Callable[[], float]) -> dict[str, float]:
+    seconds = [once() for _ in range(repeats)]
+    return {"n": repeats, "median": round(statistics.median(seconds), 1), "longest": round(max(seconds), 1)}
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--quick", action="store_true", help="with the campaign's short leases")
+    parser.add_argument("--repeats", type=int, default=5)
+    parser.add_argument("--results", type=Path, default=RESULTS)
+    options = parser.parse_args()
+    found = measure(quick=options.quick, repeats=options.repeats)
+    options.results.parent.mkdir(parents=True, exist_ok=True)
+    with options.results.open("a") as file:
+        file.write(json.dumps(found) + "\n")
+    print(json.dumps(found, indent=1))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

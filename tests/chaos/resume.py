@@ -1,0 +1,200 @@
+"""Interrupted runs of the real engine against straight ones, and damaged checkpoints: `make chaos-resume`.
+
+For each seed a tiny model is trained straight through, and then again with an interruption at a random step of each
+stage: asked to stop (it writes a checkpoint and goes), or cut off without a word (it goes on from the last one). In
+float32 on a CPU the weights must be equal to the last bit; in bfloat16 the losses are compared. Then bits are turned
+and files cut in copies of a checkpoint: neither the engine nor the service's storage may give any of them back.
+
+One line of JSON is added to `--results`; the exit code is 1 if anything was not as it must be.
+"""
+
+from __future__ import annotations
+
+import argparse
+import itertools
+import json
+import os
+import shutil
+import sys
+import tempfile
+from pathlib import Path
+from random import Random
+from typing import Any
+
+sys.path.append(str(Path(__file__).parents[1] / "support"))
+
+import torch
+from engine_runs import LORA, REFT, Told, but, config, parse, run, tensors, yes_no
+from faults import damage
+from tiny_models import save_tiny_model
+
+from heft_engine.checkpoint import MANIFEST, verify
+from heft_engine.config import TrainConfig, recipe
+from heft_engine.errors import BundleError, Stopped
+from store.artifacts import Artifacts
+from store.errors import Damaged
+
+RESULTS = Path(__file__).parent / "results" / "resume.jsonl"
+VALIDATION = parse(yes_no(8, seed=1))
+STAGES = ("lora", "reft")
+#: bfloat16 has 8 bits of mantissa.
+_ROUNDING = 2.0**-8
+
+
+class Cut(BaseException):
+    """In place of a SIGKILL: nothing in the engine catches it."""
+
+
+def settings(model: Path, seed: int, dtype: str) -> TrainConfig:
+    """Dropout, so that the random state matters; two epochs a stage, so that the order of the rows does."""
+    stages = recipe("heft", but(LORA, dropout=0.1), but(REFT, dropout=0.1))
+    return config(model, "heft", stages, seed=seed, dtype=dtype)
+
+
+def straight(plan: TrainConfig, folder: Path) -> Told:
+    return run(plan, folder / "straight", None, VALIDATION)
+
+
+def interrupted(plan: TrainConfig, folder: Path, step: int, *, softly: bool) -> Told:
+    """The last of two attempts: the first ended at this step of the run."""
+    told, checkpoints = Told(), folder / "checkpoints"
+
+    def heard(event: Any) -> None:
+        list.append(told.events, event)
+        if not softly and event.code == "METRICS" and event.data["step"] == step:
+            raise Cut
+
+    told.events = _Listening(heard)
+    try:
+        run(
+            plan, folder / "out", None, VALIDATION, told=told, checkpoint_dir=checkpoints,
+            checkpoint_seconds=1e9 if softly else 0.0,
+            should_stop=lambda: softly and max(told.losses, default=0) >= step,
+        )  # fmt: skip
+    except (Cut, Stopped):
+        pass
+    else:
+        raise AssertionError(f"it was not interrupted at step {step}")
+    saved = [Path(data["path"]) for data in told.data("CHECKPOINT_SAVED")]
+    torch.manual_seed(step)  # another process has random numbers of its own
+    return run(
+        plan,
+        folder / "out",
+        None,
+        VALIDATION,
+        checkpoint_dir=checkpoints,
+        resume=saved[-1] if saved else None,
+    )
+
+
+class _Listening(list[Any]):
+    def __init__(self, heard: Any) -> None:
+        super().__init__()
+        self.append = heard  # type: ignore[method-assign]
+
+
+def compare(model: Path, seeds: int) -> dict[str, Any]:
+    """Runs that differ by a bit, of each stage; there must be none."""
+    differ = dict.fromkeys(STAGES, 0)
+    for seed in range(seeds):
+        with tempfile.TemporaryDirectory() as name:
+            folder = Path(name)
+            plan = settings(model, seed, "float32")
+            whole = straight(plan, folder)
+            for index, stage in enumerate(STAGES):
+                random = Random(f"{seed}/{stage}")
+                half = len(whole.losses) // 2
+                step = index * half + random.randint(1, half - 1)
+                again = interrupted(plan, folder / stage, step, softly=random.random() < 0.5)
+                differ[stage] += not _equal(whole, again)
+    return differ
+
+
+def compare_bfloat16(model: Path, seeds: int) -> float:
+    """The largest difference of a step's loss, as a share of it."""
+    largest = 0.0
+    for seed in range(seeds):
+        with tempfile.TemporaryDirectory() as name:
+            folder = Path(name)
+            plan = settings(model, seed, "bfloat16")
+            whole = straight(plan, folder)
+            step = Random(seed).randint(1, len(whole.losses) - 1)
+            again = interrupted(plan, folder / "again", step, softly=True)
+            differences = (abs(again.losses[n] / whole.losses[n] - 1) for n in again.losses)
+            largest = max(largest, *differences, 0.0)
+    return largest
+
+
+def _equal(one: Told, other: Told) -> bool:
+    mine, theirs = tensors(one), tensors(other)
+    return mine.keys() == theirs.keys() and all(torch.equal(mine[name], theirs[name]) for name in mine)
+
+
+def damaged(model: Path, count: int) -> dict[str, int]:
+    """Damaged checkpoints that were taken for whole: by the engine, and by the storage."""
+    random, loaded = Random(count), {"engine": 0, "storage": 0}
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        told = run(settings(model, 0, "float32"), folder / "out", checkpoint_dir=folder / "checkpoints")
+        sound = Path(told.data("CHECKPOINT_SAVED")[-1]["path"])
+        verify(sound)
+        artifacts = Artifacts(folder.as_uri())
+        manifest = artifacts.put_directory("stored", sound)
+        names = sorted(manifest)
+        for number in range(count):
+            hurt = names[number % len(names)]
+            copy = Path(shutil.copytree(sound, folder / "copy"))
+            damage(random, copy / hurt)
+            loaded["engine"] += _passes(lambda copy=copy: verify(copy), BundleError)
+            os.replace(copy / hurt, folder / "stored" / hurt)
+            loaded["storage"] += _passes(
+                lambda: artifacts.fetch_directory("stored", folder / "fetched", manifest), Damaged
+            )
+            shutil.copy(sound / hurt, folder / "stored" / hurt)
+            shutil.rmtree(copy)
+        artifacts.fetch_directory("stored", folder / "whole", manifest)
+        assert MANIFEST in names
+    return loaded
+
+
+def _passes(do: Any, refusal: type[Exception]) -> bool:
+    try:
+        do()
+    except refusal:
+        return False
+    return True
+
+
+def measure(*, seeds: int, bfloat16_seeds: int, damages: int) -> dict[str, Any]:
+    with tempfile.TemporaryDirectory() as name:
+        model = save_tiny_model(Path(name) / "tiny")
+        return {
+            "seeds": seeds,
+            "differ": compare(model, seeds),
+            "bfloat16_seeds": bfloat16_seeds,
+            "bfloat16_largest_difference": compare_bfloat16(model, bfloat16_seeds),
+            "damaged": damages,
+            "damaged_loaded": damaged(model, damages),
+        }
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--seeds", type=int, default=50)
+    parser.add_argument("--bfloat16-seeds", type=int, default=10)
+    parser.add_argument("--damages", type=int, default=200)
+    parser.add_argument("--results", type=Path, default=RESULTS)
+    options = parser.parse_args()
+    found = measure(seeds=options.seeds, bfloat16_seeds=options.bfloat16_seeds, damages=options.damages)
+    options.results.parent.mkdir(parents=True, exist_ok=True)
+    with options.results.open("a") as file:
+        file.write(json.dumps(found) + "\n")
+    print(json.dumps(found, indent=1))
+    bad = any(itertools.chain(found["differ"].values(), found["damaged_loaded"].values()))
+    return int(bad or found["bfloat16_largest_difference"] > _ROUNDING)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,146 @@
+"""Sums up all results so far and writes them into docs/reliability.md, between its two marks: `make chaos-summary`.
+
+It does NOT leave anything out: a part in which something was violated is counted with the rest, and listed.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+RESULTS = Path(__file__).parent / "results"
+PAGE = Path(__file__).parents[2] / "docs" / "reliability.md"
+BEGIN, END = "<!-- results: written by `make chaos-summary` -->", "<!-- end of results -->"
+
+Result = dict[str, Any]
+
+
+def read(path: Path) -> list[Result]:
+    return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+
+
+def added(results: list[Result], name: str) -> Counter[str]:
+    total: Counter[str] = Counter()
+    for result in results:
+        total.update(result[name])
+    return total
+
+
+def campaigns(results: list[Result]) -> list[str]:
+    if not results:
+        return ["No campaign has been run yet."]
+    kills, jobs = added(results, "kills"), added(results, "jobs")
+    hours = sum(result["seconds"] for result in results) / 3600
+    rows = [
+        ("parts, hours", f"{len(results)}, {hours:.1f}"),
+        ("kills", f"{kills.total():,}: " + _listed(kills)),
+        ("of these at named points", f"{added(results, 'points').total():,}"),
+        ("other faults", _listed(_others(added(results, "faults")))),
+        ("requests; unanswered; refused with 503", _requests(results)),
+        ("jobs accepted, all ended", f"{jobs.total():,}: " + _listed(jobs)),
+        ("attempts at them", f"{sum(result['attempts'] for result in results):,}"),
+        (
+            "resumed past a damaged checkpoint",
+            f"{sum(result['resumed_after_damage'] for result in results):,}",
+        ),
+        ("models compared byte for byte", f"{sum(result['models_checked'] for result in results):,}"),
+        ("violations", f"{sum(len(found) for result in results for found in result['violations'].values())}"),
+    ]
+    return [
+        "| campaign | |",
+        "| --- | --- |",
+        *(f"| {name} | {value} |" for name, value in rows),
+        *_violations(results),
+    ]
+
+
+def _others(faults: Counter[str]) -> Counter[str]:
+    return Counter({name: count for name, count in faults.items() if not name.startswith("kill ") and count})
+
+
+def _requests(results: list[Result]) -> str:
+    return "; ".join(
+        f"{sum(result[name] for result in results):,}" for name in ("requests", "unanswered", "refused_503")
+    )
+
+
+def _listed(counts: Counter[str]) -> str:
+    return ", ".join(f"{name} {count:,}" for name, count in counts.most_common())
+
+
+def _violations(results: list[Result]) -> list[str]:
+    lines = []
+    for result in results:
+        for name, found in result["violations"].items():
+            lines += [f"- {result['commit']}, seed {result['seed']}: {name}: {one}" for one in found]
+    return ["", "What was violated:", "", *lines] if lines else []
+
+
+def resumes(results: list[Result]) -> list[str]:
+    if not results:
+        return []
+    last = results[-1]
+    rows = [
+        (
+            f"interrupted in {stage}, {last['seeds']} seeds: runs that differ by a bit",
+            last["differ"][stage],
+        )
+        for stage in last["differ"]
+    ]
+    rows += [
+        (
+            f"bfloat16, {last['bfloat16_seeds']} seeds: largest difference of a loss",
+            f"{last['bfloat16_largest_difference']:.1e}",
+        ),
+        (f"damaged checkpoints taken for whole, of {last['damaged']}", sum(last["damaged_loaded"].values())),
+    ]
+    return ["", "| resume | |", "| --- | --- |", *(f"| {name} | {value} |" for name, value in rows)]
+
+
+def figures(results: list[Result]) -> list[str]:
+    lines: list[str] = []
+    for last in {result["settings"]: result for result in results}.values():
+        lines += [
+            "",
+            f"| with settings {last['settings']} (lease {last['lease_s']:g} s) | |",
+            "| --- | --- |",
+        ]
+        for name, told in (
+            ("worker_killed_running_again_s", "worker killed and started again: its job trains again"),
+            ("worker_gone_running_again_s", "worker gone for good: its job trains again elsewhere"),
+            ("cancel_processes_gone_s", "cancel of a running job: its processes are gone"),
+        ):
+            found = last[name]
+            lines.append(f"| {told} | {found['median']} s; longest of {found['n']}: {found['longest']} s |")
+        for name, told in (("posts_broker_frozen", "frozen"), ("posts_broker_killed", "killed")):
+            found = last[name]
+            lines.append(
+                f"| POST while the broker is {told} | {found['answered']:.0%} answered, p99 {found['p99_ms']} ms |"
+            )
+        frozen = last["postgres_frozen"]
+        answers = ", ".join(f"{count} × {status}" for status, count in frozen["answers"].items())
+        lines.append(
+            f"| while Postgres is frozen | {answers}, within {frozen['slowest_s']} s; "
+            f"well {frozen['well_after_s']} s after |"
+        )
+    return lines
+
+
+def main() -> int:
+    lines = [
+        *campaigns(read(RESULTS / "campaigns.jsonl")),
+        *resumes(read(RESULTS / "resume.jsonl")),
+        *figures(read(RESULTS / "figures.jsonl")),
+    ]
+    page = PAGE.read_text()
+    before, after = page.split(BEGIN)[0], page.split(END)[1]
+    PAGE.write_text("\n".join([before.rstrip("\n"), "", BEGIN, "", *lines, "", END]) + after)
+    print("\n".join(lines))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
