@@ -99,7 +99,7 @@ def _run(options: argparse.Namespace, part: str) -> dict[str, Any]:
 
 
 def _scaled(options: argparse.Namespace, rows: int) -> int:
-    return max(8, round(rows * options.scale))
+    return max(8, int(rows * options.scale))
 
 
 def _measure(options: argparse.Namespace, kind: str, **settings: Any) -> dict[str, Any]:

@@ -92,9 +92,8 @@ def _skips(run: dict[str, Any]) -> bool:
 
 
 def _share(side: list[dict[str, Any]]) -> float:
-    return statistics.median(
-        4 * NON_EMBEDDING * run["tokens"] / _epoch(run) / run["matrix_rate"] for run in side
-    )
+    shares = (4 * NON_EMBEDDING * run["tokens"] / _epoch(run) / run["matrix_rate"] for run in side)
+    return float(statistics.median(shares))
 
 
 def _epoch(run: dict[str, Any]) -> float:
