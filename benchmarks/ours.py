@@ -101,7 +101,6 @@ def _run(
     on_event: Callable[[Event], None],
 ) -> None:
     StageRun(
-        lm=lm,
         stage=stage,
         index=0,
         seed=0,
@@ -110,7 +109,6 @@ def _run(
         source=source,
         validation=[],
         validation_source=PlainSource(lm=lm, examples=[]),
-        probe=rows[:4],
         early_stopping=None,
         first_step=0,
         total_steps=stage.n_epochs * -(-len(rows) // stage.batch_size),

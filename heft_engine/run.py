@@ -294,7 +294,6 @@ class Run:
                 writer.step(state, run_step, self.config, tensors(), self.adapters, sites, stage.type)
 
         run = StageRun(
-            lm=self.lm,
             stage=stage,
             index=index,
             seed=self.config.seed,
@@ -305,7 +304,6 @@ class Run:
             validation_source=plan.validation_cache.open(
                 self.lm, boundary, self.validation, self._cache_file("validation")
             ),
-            probe=self.probe,
             early_stopping=self.config.early_stopping,
             first_step=self.first_steps[index],
             total_steps=self.total_steps,

@@ -19,7 +19,7 @@ from torch import Tensor
 from heft_engine.encoding import Example
 from heft_engine.evaluation import supervised_loss
 from heft_engine.model import PackedLM
-from heft_engine.packing import packed_length
+from heft_engine.packing import pack, packed_length
 from heft_engine.suffix_cache import Boundary, Rung, SuffixCache, size_of
 from heft_engine.supervised import cross_entropy
 
@@ -39,6 +39,9 @@ class Source(Protocol):
     """Rows that losses can be computed of, by index."""
 
     def tokens(self, index: int) -> int: ...  #: of a pass's budget that the row takes
+    def hidden(
+        self, indices: Sequence[int]
+    ) -> Tensor: ...  #: last states that predict the rows' supervised tokens
     def loss(self, indices: Sequence[int]) -> Tensor: ...  #: summed over the rows' supervised tokens
 
 
@@ -51,6 +54,10 @@ class PlainSource:
 
     def tokens(self, index: int) -> int:
         return packed_length(self.examples[index])
+
+    def hidden(self, indices: Sequence[int]) -> Tensor:
+        batch = pack([self.examples[index] for index in indices])
+        return self.lm.hidden(batch)[batch.supervised()[0]]
 
     def loss(self, indices: Sequence[int]) -> Tensor:
         return supervised_loss(self.lm, [self.examples[index] for index in indices])[0]
@@ -67,20 +74,21 @@ class CachedSource:
         return pass_tokens(self.cache.rung, row.example, row.skipped)
 
     def loss(self, indices: Sequence[int]) -> Tensor:
+        targets = [token for index in indices for token in self.cache.rows[index].example.answers[0]]
+        return cross_entropy(self.cache.lm, self.hidden(indices), targets)
+
+    def hidden(self, indices: Sequence[int]) -> Tensor:
         cache, lm = self.cache, self.cache.lm
         states, positions, layout = cache.suffix(indices)
         for site in cache.boundary.sites:
             states = site.apply(states, layout)
         states = lm.run_layers(states, positions, layout, cache.boundary.layer, lm.n_layers)
         reads: list[int] = []
-        targets: list[int] = []
         for row, index in zip(layout.rows, indices, strict=True):
             example = cache.rows[index].example
             at = row.start + row.prompt - row.skipped - 1
             reads += range(at, at + len(example.answers[0]))
-            targets += example.answers[0]
-        hidden = lm.finish(states)[0, torch.tensor(reads, device=states.device)]
-        return cross_entropy(lm, hidden, targets)
+        return lm.finish(states)[0, torch.tensor(reads, device=states.device)]
 
 
 @dataclass(frozen=True, kw_only=True)

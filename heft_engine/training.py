@@ -24,8 +24,7 @@ from heft_engine.config import EarlyStopping, LoraStage, ReftStage
 from heft_engine.encoding import Example
 from heft_engine.errors import Stopped, TrainingError
 from heft_engine.events import Event, OnEvent
-from heft_engine.model import PackedLM
-from heft_engine.packing import pack, packed_length
+from heft_engine.packing import packed_length
 from heft_engine.sources import Source, cut, mean_source_loss
 
 BETAS, EPSILON = (0.9, 0.999), 1e-8
@@ -34,6 +33,8 @@ BETAS, EPSILON = (0.9, 0.999), 1e-8
 TOKEN_BUDGET = 1_536
 #: After so many steps (or at the end of a shorter stage) the stage must have changed what the model says.
 TRAINS_AFTER = 20
+#: That is looked for in this many rows, the shortest of so many.
+_PROBE_ROWS, _PROBE_CANDIDATES = 4, 64
 #: A loss this many times the lowest running mean, and above 1 nat more, is called divergence.
 DIVERGED = 2.0
 
@@ -98,7 +99,6 @@ class Hooks:
 class StageRun:
     """One stage's training. `examples` and `evaluation` hold their right answers alone."""
 
-    lm: PackedLM
     stage: LoraStage | ReftStage
     index: int
     seed: int
@@ -107,7 +107,6 @@ class StageRun:
     source: Source  #: of the examples' losses
     validation: Sequence[Example]
     validation_source: Source
-    probe: Sequence[Example]
     early_stopping: EarlyStopping | None
     first_step: int  #: optimiser steps of the run before this stage
     total_steps: int  #: of the whole run
@@ -244,8 +243,10 @@ class StageRun:
 
     @torch.inference_mode()
     def _probe_hidden(self) -> Tensor:
-        batch = pack(self.probe)
-        return self.lm.hidden(batch)[batch.supervised()[0]].float().cpu()
+        """What the model says of a few short rows, through the cache: whole rows would take longer than steps."""
+        first = range(min(len(self.examples), _PROBE_CANDIDATES))
+        shortest = sorted(first, key=lambda index: packed_length(self.examples[index]))[:_PROBE_ROWS]
+        return self.source.hidden(shortest).float().cpu()
 
     def _check(self) -> None:
         """Raises TrainingError for parameters that are no numbers (the last step may do it) or break a constraint."""

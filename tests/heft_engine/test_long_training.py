@@ -73,7 +73,6 @@ def losses(path: Path, stage: LoraStage | ReftStage, rung: Rung = "nothing", **c
         assert plan.compile_failure is None
         lm.checkpointing = changes.pop("checkpointing", False)
         run = StageRun(
-            lm=lm,
             stage=stage,
             index=0,
             seed=0,
@@ -82,7 +81,6 @@ def losses(path: Path, stage: LoraStage | ReftStage, rung: Rung = "nothing", **c
             source=plan.cache.open(lm, boundary, rows, None),
             validation=[],
             validation_source=PlainSource(lm=lm, examples=[]),
-            probe=rows[:3],
             early_stopping=None,
             first_step=0,
             total_steps=30,
