@@ -36,8 +36,8 @@ PAIRS: dict[str, tuple[str, str, str, int, int, int, dict[str, str]]] = {
     ),
     "stage2": ("stage 2, 3 epochs", "stage2-ours", "stage2-peer", 64, 3, 3, {}),
     "stage2-states": ("stage 2, 3 epochs, states alone", "stage2-states", "stage2-peer", 64, 3, 3, {}),
-    "job-3-3": ("whole job, 3 + 3 epochs", "job-ours", "job-peer", 64, 3, 2, {}),
-    "job-20-20": ("whole job, 20 + 20 epochs", "job-ours", "job-peer", 24, 20, 1, {}),
+    "job-3-3": ("whole job, 3 + 3 epochs", "job-ours", "job-peer", 64, 3, 1, {}),
+    "job-20-20": ("whole job, 20 + 20 epochs", "job-ours", "job-peer", 16, 20, 1, {}),
 }
 #: Of each growth: our kind, what grows, through which values, and what stays.
 GROWTHS: dict[str, tuple[str, str, list[int], dict[str, Any]]] = {

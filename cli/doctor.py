@@ -34,7 +34,7 @@ _TROUBLES = {
     ),
     "trainer_dies": (
         "its trainer has died {number:.0f} times since its last checkpoint",
-        "the job's events say how; out of memory: a smaller batch_size or max_length",
+        "the job's events say how; out of memory: a smaller max_length",
     ),
     "workers_lost": (
         "its worker was lost {number:.0f} times",

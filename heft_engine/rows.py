@@ -85,10 +85,17 @@ def infer_task(rows: Iterable[Row]) -> TaskType:
     return _TASKS[kinds[0]]
 
 
-def read_rows(path: Path, *, labels: Sequence[str] | None = None, need_answer: bool = True) -> list[Row]:
+def read_rows(
+    path: Path,
+    *,
+    labels: Sequence[str] | None = None,
+    need_answer: bool = True,
+    max_line_bytes: int = MAX_LINE_BYTES,
+) -> list[Row]:
     """All rows of a JSONL file. Raises RowError with the line of the first bad one, or if none is there."""
     rows = []
-    for line, row in scan_rows(path, labels=labels, need_answer=need_answer):
+    scan = scan_rows(path, labels=labels, need_answer=need_answer, max_line_bytes=max_line_bytes)
+    for line, row in scan:
         if isinstance(row, RowError):
             raise RowError(f"line {line}: {row.message}", param=row.param, line=line)
         rows.append(row)

@@ -55,6 +55,9 @@ class StoreSettings(BaseSettings):
         default=None, ge=0
     )  #: of a training stage; None: a quarter of what is free
     cache_disk_bytes: int = Field(default=0, ge=0)  #: the same, in files beside the job's; 0: none
+    train_memory_bytes: int | None = Field(
+        default=None, ge=0
+    )  #: that a stage may take beyond what its process holds; None: what is free
     reuse_days: float = Field(
         default=30, ge=0
     )  #: what a stage ended with is kept so long after its last use, for equal stages of later jobs; 0: not at all

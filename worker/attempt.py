@@ -48,7 +48,7 @@ _LAST_WORDS_SECONDS = 10.0
 _RETRY_SECONDS = 2.0
 #: Faults that are nobody's mistake: tried again, as if the child had died.
 _TRANSIENT = frozenset({"hub_unavailable"})
-_OUT_OF_MEMORY = "most likely because memory ran out: a smaller batch_size or max_length needs less"
+_OUT_OF_MEMORY = "most likely because memory ran out: a smaller max_length needs less"
 
 
 class Interrupted(Exception):

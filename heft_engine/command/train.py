@@ -26,7 +26,7 @@ from heft_engine.config import (
 )
 from heft_engine.errors import ConfigError, RowError
 from heft_engine.report import FileField
-from heft_engine.rows import Row, read_rows
+from heft_engine.rows import MAX_LINE_BYTES, Row, read_rows
 
 if TYPE_CHECKING:
     from heft_engine.reuse import StageStore
@@ -55,6 +55,9 @@ class RunFile(BaseModel):
     #: What a stage's cache may take; None is a quarter of the memory that is free when the stage starts.
     cache_memory_bytes: int | None = None
     cache_disk_bytes: int = 0
+    #: That a stage may take beyond what this process holds; None is what is free.
+    memory_bytes: int | None = None
+    max_line_bytes: int = MAX_LINE_BYTES
     #: A folder of what stages of earlier runs ended with; None: nothing is reused or kept.
     results: Path | None = None
     #: Whether the starter brings them there when it is asked, and keeps new ones: see heft_engine.command.asked.
@@ -79,14 +82,13 @@ def _train(plan: RunFile, stop: threading.Event) -> None:
     from heft_engine.run import train
     from heft_engine.sources import CacheBudget
 
-    labels = plan.config.task.labels
     train(
         plan.config,
-        _read("training_file", plan.train, labels),
-        _read("validation_file", plan.eval, labels),
+        _read("training_file", plan.train, plan),
+        _read("validation_file", plan.eval, plan),
         plan.out,
         print_event,
-        test_rows=_read("test_file", plan.test, labels),
+        test_rows=_read("test_file", plan.test, plan),
         model_dir=plan.model_dir,
         cache_dir=plan.cache_dir,
         allow_paths=plan.allow_paths,
@@ -98,6 +100,7 @@ def _train(plan: RunFile, stop: threading.Event) -> None:
         cache=CacheBudget(
             memory=plan.cache_memory_bytes, disk=plan.cache_disk_bytes, directory=plan.out.parent
         ),
+        memory_bytes=plan.memory_bytes,
         results=_results(plan, stop),
     )
 
@@ -112,12 +115,12 @@ def _results(plan: RunFile, stop: threading.Event) -> StageStore | None:
     return LocalStages(directory=plan.results)
 
 
-def _read(field: FileField, path: Path | None, labels: list[str] | None) -> list[Row]:
+def _read(field: FileField, path: Path | None, plan: RunFile) -> list[Row]:
     """The rows of a file, none without one. Raises RowError."""
     if path is None:
         return []
     try:
-        return read_rows(path, labels=labels)
+        return read_rows(path, labels=plan.config.task.labels, max_line_bytes=plan.max_line_bytes)
     except OSError as error:
         raise RowError(f"{path} can't be read: {error.strerror}", param=field) from error
 
