@@ -49,7 +49,7 @@ GROWTHS: dict[str, tuple[str, str, list[int], dict[str, Any]]] = {
     "growth-rank-stage1": ("stage1-ours", "rank", [4, 16, 64], {"rows": 32, "compile": "no"}),
     "growth-rank-stage2": ("stage2-ours", "rank", [4, 16, 64], {"rows": 32, "epochs": 3}),
 }
-SINGLE = ("losses", "reuse")
+SINGLE = ("losses", "reuse", "profile")
 
 
 def main(arguments: Sequence[str] | None = None) -> None:

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from transformers import AutoConfig
 
-from benchmarks import ours, peers, rows, sameness
+from benchmarks import ours, rows, sameness, where
 from heft_engine.base_models import BaseModel
 from heft_engine.config import Auto, LoraStage, ReftStage
 from heft_engine.devices import choose_dtype
@@ -31,6 +31,7 @@ KINDS = (
     "job-peer",
     "losses",
     "reuse",
+    "profile",
 )
 RUNGS: dict[str, Rung] = {"stage2-states": "states", "stage2-plain": "nothing"}
 
@@ -72,10 +73,14 @@ def measure(options: argparse.Namespace) -> dict[str, Any]:
         return sameness.losses(base, lora, reft, found)
     if options.kind == "reuse":
         return sameness.reuse(options.model, lora, reft, rows.read(options.data, options.rows))
+    if options.kind == "profile":
+        return where.shares(base, lora, found)
     rates = [matrix_rate(dtype)]
     kind = options.kind
     stages: list[dict[str, Any]] = []
     if kind.endswith("-peer"):
+        from benchmarks import peers  # not beside ours: what it imports would count as our memory
+
         model = peers.load(base.path, dtype)
         if not kind.startswith("stage2"):
             model, result = peers.train_lora(model, base.path, lora, found)

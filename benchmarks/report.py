@@ -50,6 +50,8 @@ def write(folder: Path, parts: Path) -> None:
         lines += _losses(found["losses"]["result"])
     if "reuse" in found:
         lines += _reuse(found["reuse"]["result"])
+    if "profile" in found:
+        lines += _profile(found["profile"]["result"])
     if growths:
         lines += ["", "## How our cost grows", "", "Seconds of an epoch."]
         lines += [line for name, part in growths.items() for line in _growth(folder, name, part)]
@@ -131,6 +133,23 @@ def _reuse(result: dict[str, Any]) -> list[str]:
         f"Another rank in stage 2. First job: {first['seconds']:.1f} s, {first['lora_steps']} LoRA steps and "
         f"{first['reft_steps']} LoReFT steps. Second job: {second['seconds']:.1f} s, {second['lora_steps']} and "
         f"{second['reft_steps']}.",
+    ]
+
+
+def _profile(result: dict[str, Any]) -> list[str]:
+    ways = [name for name in ("as they are", "compiled") if name in result]
+    parts = [name for name in result[ways[0]] if name != "milliseconds"]
+    whole = " | ".join(f"{result[way]['milliseconds']:.0f} ms" for way in ways)
+    return [
+        "",
+        "## Where a step of stage 1 spends its time",
+        "",
+        f"{result['tokens']} tokens, by torch's profiler.",
+        "",
+        f"| | layers {' | layers '.join(ways)} |",
+        "| --- |" + " --- |" * len(ways),
+        f"| whole step | {whole} |",
+        *(f"| {name} | {' | '.join(f'{result[way][name]:.0f} %' for way in ways)} |" for name in parts),
     ]
 
 
