@@ -27,8 +27,8 @@ from heft_engine.model import PackedLM
 from heft_engine.sources import PlainSource
 from heft_engine.supervised import CHUNK
 
-#: Allocators and libraries take more than tensors, the more so the longer passes of ever new sizes go on: chosen so that
-#: estimates were within a quarter of what stages of 1 to 20 epochs took (benchmarks/results).
+#: Allocators and libraries take more than tensors, the more so the longer passes of ever new sizes go on: chosen so
+#: that estimates were within a quarter of what stages of 1 to 20 epochs took (benchmarks/results).
 OVERHEAD = 1.3
 _PROBES = ((64,), (32, 32), (128,))
 _SMALLEST_LENGTH = 64

@@ -124,7 +124,7 @@ class Planner:
 
     def _fit(self, caches: tuple[CachePlan, CachePlan]) -> Fit:
         room = self.room if self.room is not None else memory.free_bytes(self.lm.device)
-        room -= self._standing(caches) + memory.head_bytes(self.lm)
+        room = int(room / memory.OVERHEAD) - self._standing(caches) - memory.head_bytes(self.lm)
         longest = max(map(packed_length, self.examples))
         orders = [
             epoch_order(self.seed, self.index, epoch, len(self.examples))
