@@ -130,9 +130,9 @@ def _reuse(result: dict[str, Any]) -> list[str]:
         "",
         "## A second job with the same stage 1",
         "",
-        f"Another rank in stage 2. First job: {first['seconds']:.1f} s, {first['lora_steps']} LoRA steps and "
-        f"{first['reft_steps']} LoReFT steps. Second job: {second['seconds']:.1f} s, {second['lora_steps']} and "
-        f"{second['reft_steps']}.",
+        f"Another rank in stage 2. From the start of the run to that of stage 2 the first job took "
+        f"{first['stage1_seconds']:.1f} s ({first['lora_steps']} LoRA steps, then {first['reft_steps']} of LoReFT), "
+        f"the second {second['stage1_seconds']:.1f} s ({second['lora_steps']} and {second['reft_steps']}).",
     ]
 
 

@@ -56,24 +56,29 @@ def _difference(losses: list[float], plain: list[float]) -> float:
 
 
 def reuse(model: str, lora: LoraStage, reft: ReftStage, rows: Sequence[Row]) -> dict[str, Any]:
-    """Two jobs with the same stage 1, the second with another rank in stage 2: seconds, and LoRA steps that ran."""
+    """Two jobs with the same stage 1, the second with another rank in stage 2.
+
+    Of each: the seconds from its start to that of stage 2, and the steps that ran.
+    """
     jobs = []
     with tempfile.TemporaryDirectory() as folder:
         for number, rank in enumerate((reft.rank, reft.rank * 2)):
             steps: list[str] = []
+            marks: dict[str, float] = {}
 
-            def listen(event: Event, steps: list[str] = steps) -> None:
+            def listen(event: Event, steps: list[str] = steps, marks: dict[str, float] = marks) -> None:
                 if event.code == "METRICS":
                     steps.append(event.data["stage"])
+                elif event.code in ("STARTED", "STAGE_STARTED"):
+                    marks[event.data.get("stage", "")] = time.perf_counter()
 
             stages = [lora, reft.model_copy(update={"rank": rank})]
             config = TrainConfig(model=model, stages=stages, method="heft")
-            began = time.perf_counter()
             out = Path(folder) / str(number)
             train(config, rows, [], out, listen, results=LocalStages(directory=Path(folder) / "stages"))
             jobs.append(
                 {
-                    "seconds": time.perf_counter() - began,
+                    "stage1_seconds": marks["reft"] - marks[""],
                     "lora_steps": steps.count("lora"),
                     "reft_steps": steps.count("reft"),
                 }
