@@ -43,12 +43,13 @@ def in_context(do: Callable[[], Any]) -> Callable[[], Any]:
 def configure(log_format: LogFormat, *, level: str | int = "INFO") -> None:
     """Have the whole process log to stderr. Replaces what was configured before."""
     handler = logging.StreamHandler()
-    handler.addFilter(_add_ids)
+    handler.addFilter(add_ids)
     handler.setFormatter(_Json() if log_format == "json" else _Text())
     logging.basicConfig(level=level, handlers=[handler], force=True)
 
 
-def _add_ids(record: logging.LogRecord) -> bool:
+def add_ids(record: logging.LogRecord) -> bool:
+    """A handler's filter: the record gets the ids that are bound, as `ids`."""
     record.ids = _BOUND.get({})  # where it is logged, not where it is formatted
     return True
 

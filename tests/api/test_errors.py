@@ -14,6 +14,7 @@ from fastapi import FastAPI
 from api.app import create_app
 from api.middleware import MAX_JSON_BYTES
 from store import errors
+from store.logs import add_ids
 from store.settings import StoreSettings
 
 JOBS = "/v1/fine_tuning/jobs"
@@ -70,8 +71,10 @@ def test_a_bug_shows_nothing_but_its_request_id(
     settings: StoreSettings,
     serving: Callable[[FastAPI], AbstractContextManager[str]],
     caplog: pytest.LogCaptureFixture,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     app = create_app(settings)
+    monkeypatch.setattr(caplog.handler, "filters", [add_ids])
 
     @app.get("/bug")
     async def bug() -> None:
@@ -85,7 +88,8 @@ def test_a_bug_shows_nothing_but_its_request_id(
     assert "Traceback" not in answer.text
     request_id = answer.headers["x-request-id"]
     assert request_id in error(answer)["message"]
-    assert any(request_id in record.message and record.exc_info for record in caplog.records)
+    told = [record for record in caplog.records if record.exc_info]
+    assert [record.__dict__["ids"] for record in told] == [{"request_id": request_id}]
 
 
 class TestKeys:

@@ -115,7 +115,7 @@ def test_three_deaths_without_a_new_checkpoint_end_the_job(bench: Bench) -> None
     job = bench.job(job_id)
     assert job.error is not None
     assert job.error["code"] == "out_of_memory"
-    assert "batch_size" in job.error["message"]
+    assert "max_length" in job.error["message"]
     assert bench.outcomes(job_id) == ["trainer_died"] * 3
 
 
