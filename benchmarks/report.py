@@ -167,4 +167,7 @@ def _growth(folder: Path, name: str, part: dict[str, Any]) -> list[str]:
     values = ", ".join(f"{value}: {spent:.2f}" for value, spent in seconds.items())
     rows = part["points"][0][1]["rows"]
     of = "" if part["name"] == "rows" else f" ({rows} rows)"
+    of += (
+        " LoRA's rank is twice the number" if (part["what"], part["name"]) == ("stage1-ours", "rank") else ""
+    )
     return ["", f"**{part['what']}, by {part['name']}**{of}. {values}.", "", f"![{name}]({picture})"]
