@@ -51,7 +51,7 @@ class CausalAttention(torch.autograd.Function):
         weights = weights.view(kv_heads, -1, size)
         stacked = torch.bmm(weights, values)
         ctx.save_for_backward(queries, keys, values, weights, stacked)
-        ctx.scale, ctx.tokens = scale, tokens
+        ctx.scale = scale
         return stacked.view(1, heads, size, width)[:, :, :tokens]
 
     @staticmethod

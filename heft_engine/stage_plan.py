@@ -27,6 +27,11 @@ from heft_engine.suffix_cache import Boundary, kv_shape
 from heft_engine.training import TOKEN_BUDGET, Progress, Trainable, epoch_order
 
 
+#: The largest pass is looked for in the first epochs, up to so many rows: a thousand epochs would take as long as some
+#: stages to count out, and hardly hold a larger one.
+COUNTED_ROWS = 200_000
+
+
 @dataclass(frozen=True, kw_only=True)
 class StagePlan:
     """cache, validation_cache: the rungs. memory_bytes: the most that the process will hold while the stage runs."""
@@ -126,10 +131,8 @@ class Planner:
         room = self.room if self.room is not None else memory.free_bytes(self.lm.device)
         room = int(room / memory.OVERHEAD) - self._standing(caches) - memory.head_bytes(self.lm)
         longest = max(map(packed_length, self.examples))
-        orders = [
-            epoch_order(self.seed, self.index, epoch, len(self.examples))
-            for epoch in range(self.stage.n_epochs)
-        ]
+        epochs = min(self.stage.n_epochs, max(1, COUNTED_ROWS // len(self.examples)))
+        orders = [epoch_order(self.seed, self.index, epoch, len(self.examples)) for epoch in range(epochs)]
 
         def largest(found: Footprint, budget: int) -> float:
             size = self.stage.batch_size

@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from engine_runs import LORA, REFT, but, config, parse, run, yes_no
 
-from heft_engine import compiled, memory, supervised
+from heft_engine import compiled, memory, stage_plan, supervised, training
 from heft_engine.attention import IMPLEMENTATION
 from heft_engine.base_models import load_model, resolve_path
 from heft_engine.encoding import Example
@@ -158,3 +158,18 @@ def test_a_reft_stage_foretells_its_cache(tiny_llama_dir: Path, tmp_path: Path) 
     plan = told.one("STAGE_STARTED")
     assert plan["cache"]["rung"] == "keys_values"
     assert plan["memory_bytes"] > plan["cache"]["bytes"]
+
+
+def test_many_epochs_are_not_all_counted_out(
+    tiny_llama_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    counted: list[int] = []
+
+    def counting(seed: int, index: int, epoch: int, rows: int) -> list[int]:
+        counted.append(epoch)
+        return training.epoch_order(seed, index, epoch, rows)
+
+    monkeypatch.setattr(stage_plan, "epoch_order", counting)
+    monkeypatch.setattr(stage_plan, "COUNTED_ROWS", 40)
+    run(config(tiny_llama_dir, "lora", [but(LORA, n_epochs=5)]), tmp_path / "out", parse(yes_no(16)))
+    assert counted == [0, 1]
