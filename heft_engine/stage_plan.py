@@ -26,7 +26,6 @@ from heft_engine.sources import CacheBudget, CachePlan, PlainSource, cut_by, pas
 from heft_engine.suffix_cache import Boundary, kv_shape
 from heft_engine.training import TOKEN_BUDGET, Progress, Trainable, epoch_order
 
-
 #: The largest pass is looked for in the first epochs, up to so many rows: a thousand epochs would take as long as some
 #: stages to count out, and hardly hold a larger one.
 COUNTED_ROWS = 200_000
