@@ -7,6 +7,7 @@ It does NOT know models, tokenizers or files: whether layer 40 exists is for the
 
 from __future__ import annotations
 
+import math
 import re
 from typing import Annotated, Any, Literal
 
@@ -16,6 +17,7 @@ Auto = Literal["auto"]
 Scheduler = Literal["linear", "cosine", "constant"]
 TaskType = Literal["yes_no", "choice", "text"]
 Dtype = Literal["auto", "float32", "bfloat16"]
+LoraInit = Literal["default", "pissa", "pissa_niter_4", "pissa_niter_16", "olora"]
 MethodType = Literal["heft", "lora", "reft", "heft_reversed", "heft_interleaved", "recipe"]
 
 MAX_LAYER = 1_000
@@ -69,7 +71,10 @@ Layer = Annotated[int, Field(ge=0, le=MAX_LAYER)]
 
 
 class LoraStage(StageSettings):
-    """Stage 1: ΔW = (alpha/rank)·B·A on the target projections (arXiv 2106.09685), merged when the stage ends."""
+    """Stage 1: ΔW = (alpha/rank)·B·A on the target projections (arXiv 2106.09685), merged when the stage ends.
+
+    Variants by peft's names; each ends as LoRA or DoRA on the weights that the stage found.
+    """
 
     type: Literal["lora"] = "lora"
     rank: Annotated[int, Field(ge=1, le=1_024)] = 8
@@ -78,11 +83,33 @@ class LoraStage(StageSettings):
     target_modules: Annotated[list[str], Field(min_length=1, max_length=64)] | Auto = "auto"
     #: The layers that get an adapter; None is all of them.
     layers: Annotated[list[Layer], Field(min_length=1, max_length=MAX_LAYER)] | None = None
+    #: Rank-stabilised: ΔW = (alpha/√rank)·B·A (arXiv 2312.03732).
+    use_rslora: bool = False
+    #: A trained magnitude for each row beside the low-rank direction (DoRA, arXiv 2402.09353).
+    use_dora: bool = False
+    #: Where A and B begin: "default" at ΔW = 0 with random A; "pissa" at the weight's largest singular values
+    #: (arXiv 2404.02948; "pissa_niter_4" finds them by a faster randomised method); "olora" at its QR decomposition
+    #: (arXiv 2406.01775). The weight keeps the rest, so the model begins as it was.
+    init: LoraInit = "default"
+
+    @property
+    def scaling(self) -> float:
+        """What B·A is multiplied with."""
+        return self.alpha / (math.sqrt(self.rank) if self.use_rslora else self.rank)
 
     @field_validator("layers", mode="before")
     @classmethod
     def _one_layer(cls, value: Any) -> Any:
         return [value] if isinstance(value, int) and not isinstance(value, bool) else value
+
+    @model_validator(mode="after")
+    def _no_dropout_of_the_model(self) -> LoraStage:
+        if self.init != "default" and self.dropout > 0:
+            message = (
+                "dropout must be 0 with init pissa or olora: it would drop the weight's own largest part"
+            )
+            raise ValueError(message)
+        return self
 
 
 class ReftStage(StageSettings):

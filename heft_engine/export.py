@@ -11,12 +11,14 @@ It does NOT know training.
 from __future__ import annotations
 
 import shutil
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal
 
 from heft_engine.bundle import Bundle, read_bundle
 from heft_engine.errors import ConfigError
-from heft_engine.lora import concatenate
+from heft_engine.lora import weight_of
+from heft_engine.lora_joined import concatenate, needs_base
 from heft_engine.predictor import assemble, check_probe
 from heft_engine.pyreft_format import write_pyreft
 
@@ -49,9 +51,17 @@ def export(
     if format == "merged":
         _merged(bundle, out_dir, model_dir=model_dir, cache_dir=cache_dir, allow_paths=allow_paths)
     elif format == "peft":
-        concatenate(bundle.adapters).save(out_dir)
+        _peft(bundle, out_dir, model_dir=model_dir, cache_dir=cache_dir, allow_paths=allow_paths)
     else:
         write_pyreft(bundle, out_dir)
+
+
+def _peft(bundle: Bundle, out_dir: Path, **places: Any) -> None:
+    if not needs_base(bundle.adapters):
+        concatenate(bundle.adapters).save(out_dir)
+        return
+    base = assemble(replace(bundle, adapters=[], interventions=[]), device="cpu", **places).model
+    concatenate(bundle.adapters, lambda module: weight_of(base, module)).save(out_dir)
 
 
 def _merged(bundle: Bundle, out_dir: Path, **places: Any) -> None:

@@ -6,6 +6,9 @@ matrices take. Here the factors are rounded to the model's dtype for the product
 part is added in place; the factors themselves, their gradients' sums and Adam's state stay float32. In a float32 model
 the arithmetic is peft's.
 
+PiSSA's and OLoRA's frozen half is part of the two factors (heft_engine.lora_variants.widened); DoRA scales the rows of
+the product: y = (m/‖V‖) ⊙ x·Vᵀ + b, V = W + s·BA, its norm without a gradient (arXiv 2402.09353, eq. 11).
+
 It does NOT know layers, models or training.
 """
 
@@ -19,6 +22,9 @@ import torch.nn.functional as F  # noqa: N812
 from peft import PeftModel
 from peft.tuners.lora import Linear
 from torch import Tensor
+
+from heft_engine.lora import initial_of
+from heft_engine.lora_variants import row_norms, widened
 
 
 class LoraProduct(torch.autograd.Function):
@@ -53,7 +59,10 @@ class LoraProduct(torch.autograd.Function):
 
 
 def speed_up(adapted: PeftModel) -> None:
-    """Gives every adapted linear layer without dropout the product above, until the adapter is taken out again."""
+    """Gives every adapted linear layer without dropout the product above, until the adapter is taken out again.
+
+    Layers with dropout keep peft's (they have no frozen half: heft_engine.config refuses it).
+    """
     for module in adapted.modules():
         if isinstance(module, Linear) and not _drops(module):
             module.forward = MethodType(_forward, module)
@@ -65,6 +74,22 @@ def _drops(module: Linear) -> bool:
 
 def _forward(module: Any, x: Tensor) -> Tensor:
     base, name = module.base_layer, module.active_adapters[0]
-    down, up = module.lora_A[name].weight, module.lora_B[name].weight
-    product: Tensor = LoraProduct.apply(x, base.weight, base.bias, down, up, module.scaling[name])  # type: ignore[no-untyped-call]
+    down, up, scaling = module.lora_A[name].weight, module.lora_B[name].weight, module.scaling[name]
+    begun = initial_of(module)
+    if begun is not None:
+        down, up = widened((down, up), begun)
+    if name not in module.lora_magnitude_vector:
+        return _product(x, base.weight, base.bias, down, up, scaling)
+    with torch.no_grad():
+        norms = row_norms(torch.addmm(base.weight.float(), up, down, alpha=scaling))
+    # In float32: bfloat16 has nothing between 1 and 1.0078, and magnitudes move by less than that.
+    factor: Tensor = module.lora_magnitude_vector[name].weight / norms
+    scaled = _product(x, base.weight, None, down, up, scaling) * factor
+    return (scaled if base.bias is None else scaled + base.bias).to(x.dtype)
+
+
+def _product(
+    x: Tensor, weight: Tensor, bias: Tensor | None, down: Tensor, up: Tensor, scaling: float
+) -> Tensor:
+    product: Tensor = LoraProduct.apply(x, weight, bias, down, up, scaling)  # type: ignore[no-untyped-call]
     return product

@@ -56,20 +56,14 @@ def merge_and_verify(
 ) -> Parity:
     """Detaches the trained adapter, merges it, and compares. Raises TrainingError (parity_broken) above LIMIT."""
     with_adapter = probe_logits(lm, examples)
+    raw = {name: tensor.detach().clone() for name, tensor in lora.trainable(adapted).items()}
+    begun = {name: tensor.clone() for name, tensor in lora.initial(adapted).items()}
     lora.detach(adapted)
     exact = float32_copy(lm)
+    exact_with_adapter = _as_peft_has_it(exact, stage, adapter.target_modules, raw, begun, examples)
+    _restore(exact, lm, adapter)
     lora.merge(lm.model, adapter)
     merged = probe_logits(lm, examples)
-
-    shadow = lora.attach(exact, stage, adapter.target_modules)
-    shadow.eval()  # peft makes an adapter with its dropout on
-    parameters = lora.trainable(shadow)
-    with torch.no_grad():
-        for module, (down, up) in adapter.factors.items():
-            parameters[f"{module}.lora_A.weight"].copy_(down)
-            parameters[f"{module}.lora_B.weight"].copy_(up)
-    exact_with_adapter = probe_logits(exact, examples)
-    lora.detach(shadow)
     lora.merge(exact.model, adapter)
     exact_merged = probe_logits(exact, examples)
 
@@ -88,6 +82,39 @@ def merge_and_verify(
         )
         raise TrainingError(message, code="parity_broken")
     return parity
+
+
+def _as_peft_has_it(
+    exact: PackedLM,
+    stage: LoraStage,
+    modules: list[str],
+    raw: dict[str, Tensor],
+    begun: dict[str, Tensor],
+    examples: Sequence[Example],
+) -> Tensor:
+    """The probe rows' logits by the raw parameters and peft's own forward pass, none of this engine's conversions.
+
+    PiSSA and OLoRA: on W − s·B₀A₀, which is left behind in `exact`.
+    """
+    shadow = lora.attach(exact, stage.model_copy(update={"init": "default"}), modules)
+    shadow.eval()  # peft makes an adapter with its dropout on
+    with torch.no_grad():
+        for name, parameter in lora.trainable(shadow).items():
+            parameter.copy_(raw[name])
+        for name, down in begun.items():
+            module = name.removesuffix(".lora_A")
+            if module != name:
+                layer = cast(Any, exact.model.get_submodule(module)).base_layer
+                layer.weight.sub_((stage.scaling * begun[f"{module}.lora_B"] @ down).to(layer.weight.device))
+    logits = probe_logits(exact, examples)
+    lora.detach(shadow)
+    return logits
+
+
+@torch.no_grad()
+def _restore(exact: PackedLM, lm: PackedLM, adapter: LoraAdapter) -> None:
+    for module in adapter.factors:
+        lora.weight_of(exact.model, module).copy_(lora.weight_of(lm.model, module))
 
 
 def float32_copy(lm: PackedLM) -> PackedLM:

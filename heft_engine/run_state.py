@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
+from pydantic import ValidationError
 from torch import Tensor
 
 from heft_engine.bundle import StoredSite, read_stages, write_stages
@@ -166,7 +167,7 @@ def load_checkpoint(path: Path, config: TrainConfig, rows_sha256: str) -> Restor
     """Reads and verifies a checkpoint of a run of this very config and rows. Raises BundleError otherwise."""
     verify(path)
     values, tensors = load_state(path)
-    if values.pop("config") != config.model_dump():
+    if not _same_settings(values.pop("config"), config):
         raise BundleError("this checkpoint belongs to a run with other settings")
     if values["rows_sha256"] != rows_sha256:
         raise BundleError("this checkpoint belongs to a run with other training rows")
@@ -175,3 +176,11 @@ def load_checkpoint(path: Path, config: TrainConfig, rows_sha256: str) -> Restor
     # Bits of a matrix product may depend on how it was cut: go on with as many threads as began.
     torch.set_num_threads(values["threads"])
     return Restored(state=RunState(**values, tensors=tensors), adapters=adapters, sites=sites)
+
+
+def _same_settings(stored: dict[str, Any], config: TrainConfig) -> bool:
+    """Compared as settings, not as JSON: an older version's checkpoint does not name what has been added since."""
+    try:
+        return TrainConfig.model_validate(stored) == config
+    except ValidationError:
+        return False

@@ -20,7 +20,7 @@ from heft_engine.suffix_cache import Boundary
 
 @dataclass(kw_only=True)
 class LoraTrainable:
-    """An adapter inside the model. Both factors may decay."""
+    """An adapter inside the model. Both factors may decay; DoRA's magnitudes would take the weights along."""
 
     adapted: PeftModel
     layers: list[int]
@@ -37,10 +37,12 @@ class LoraTrainable:
         return lora.trainable(self.adapted)
 
     def groups(self) -> tuple[list[nn.Parameter], list[nn.Parameter]]:
-        return list(self.parameters().values()), []
+        named = self.parameters().items()
+        decay = [parameter for name, parameter in named if not lora.is_magnitude(name)]
+        return decay, [parameter for name, parameter in named if lora.is_magnitude(name)]
 
     def buffers(self) -> dict[str, Tensor]:
-        return {}
+        return lora.initial(self.adapted)
 
     def train(self, mode: bool) -> None:
         # peft calls its dropout lora_dropout; every other module stays as the base has it, in eval().

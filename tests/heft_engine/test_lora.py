@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import random
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -11,15 +10,13 @@ from typing import Any
 import pytest
 import torch
 from peft import PeftModel
+from probe_models import bits, packed, probes, same
 from tiny_models import FAMILIES
-from torch import Tensor
 from transformers import AutoModelForCausalLM
 
-from heft_engine import lora, parity
+from heft_engine import lora, lora_joined, parity
 from heft_engine.attention import IMPLEMENTATION
-from heft_engine.base_models import load_model, resolve_path
 from heft_engine.config import LoraStage
-from heft_engine.encoding import Example
 from heft_engine.errors import BundleError, ConfigError, TrainingError
 from heft_engine.lora import LoraAdapter
 from heft_engine.model import PackedLM
@@ -27,16 +24,6 @@ from heft_engine.parity import merge_and_verify, probe_logits
 from heft_engine.resolve import resolve_stage
 
 MakeModel = Callable[[str], Path]
-
-
-def packed(path: Path, dtype: torch.dtype = torch.float32) -> PackedLM:
-    return PackedLM(load_model(resolve_path(path), dtype=dtype, attention=IMPLEMENTATION))
-
-
-def probes() -> list[Example]:
-    chance = random.Random(0)
-    rows = [tuple(chance.randrange(5, 600) for _ in range(n)) for n in (5, 20, 40)]
-    return [Example(prompt=row, answers=((7, 9),), labels=("",), gold=0) for row in rows]
 
 
 def trained(lm: PackedLM, stage: LoraStage, seed: int = 0) -> tuple[Any, LoraAdapter]:
@@ -48,14 +35,6 @@ def trained(lm: PackedLM, stage: LoraStage, seed: int = 0) -> tuple[Any, LoraAda
         for parameter in lora.trainable(adapted).values():
             parameter.copy_(torch.randn(parameter.shape, generator=generator) * 0.1)
     return adapted, lora.extract(adapted, stage, stage.target_modules, "tiny")
-
-
-def bits(lm: PackedLM) -> dict[str, Tensor]:
-    return {name: tensor.clone() for name, tensor in lm.model.state_dict().items()}
-
-
-def same(one: dict[str, Tensor], other: dict[str, Tensor]) -> bool:
-    return one.keys() == other.keys() and all(torch.equal(one[name], other[name]) for name in one)
 
 
 def auto(lm: PackedLM, **settings: Any) -> LoraStage:
@@ -168,7 +147,7 @@ def test_what_is_saved_is_what_peft_reads(tiny_llama_dir: Path, tmp_path: Path) 
     for seed, stage in enumerate([*stages, stages[0]]):
         lm = packed(tiny_llama_dir)
         adapters.append(trained(lm, stage, seed)[1])
-    joined = lora.concatenate(adapters)
+    joined = lora_joined.concatenate(adapters)
     assert (joined.rank, joined.scaling) == (24, 1.0)
     merged = packed(tiny_llama_dir)
     for adapter in adapters:

@@ -39,6 +39,11 @@ CASES: dict[str, Callable[[Path], TrainConfig]] = {
             but(REFT, **DROPOUT, positions="f1+l1", layers=[0, 2]),
         ),
     ),
+    "variants": lambda model: config(
+        model,
+        "recipe",
+        [but(LORA, use_dora=True, init="pissa_niter_4"), but(LORA, use_dora=True, **DROPOUT), REFT],
+    ),
     "early stopping": lambda model: config(
         model,
         "heft",

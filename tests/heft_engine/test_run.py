@@ -4,13 +4,13 @@ from __future__ import annotations
 
 from itertools import pairwise
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import pytest
 from engine_runs import LORA, REFT, ROWS, but, config, parse, run
 
 from heft_engine import run as run_module
-from heft_engine.config import TaskSettings
+from heft_engine.config import MethodType, TaskSettings
 from heft_engine.encoding import Encoder, Example
 from heft_engine.evaluation import Evaluation, evaluate
 from heft_engine.generation import generate
@@ -22,6 +22,14 @@ from heft_engine.scoring import score
 QUICK = {"n_epochs": 1, "batch_size": 6}
 #: Of four: an intervention, trained further by the third stage, and adapters of different layers.
 FOUR = [but(REFT, layers=[0]), LORA, but(REFT, layers=[0], n_epochs=1), but(LORA, layers=[3])]
+#: Every variant of stage 1, each on what the one before it left.
+VARIANTS = [
+    but(LORA, use_rslora=True, init="olora"),
+    but(LORA, use_dora=True, learning_rate=2e-2),
+    but(LORA, init="pissa"),
+    but(LORA, use_dora=True, init="pissa_niter_4"),
+    REFT,
+]
 STAGES = {
     "heft": [LORA, REFT],
     "lora": [LORA],
@@ -29,6 +37,7 @@ STAGES = {
     "heft_reversed": [REFT, LORA],
     "heft_interleaved": [LORA, REFT, LORA, REFT],
     "recipe": FOUR,
+    "variants": VARIANTS,
 }
 
 
@@ -56,6 +65,7 @@ def test_every_method_trains_every_task_and_its_bundle_answers_with_the_same_bit
     monkeypatch.setattr(run_module, "evaluate", recording)
     rows, test = parse(ROWS[kind](12)), parse(ROWS[kind](9, seed=2))
     stages = [but(stage, **QUICK) for stage in STAGES[method]]
+    method = method if method in get_args(MethodType) else "recipe"
     told = run(config(tiny_llama_dir, method, stages), tmp_path / "out", rows, test_rows=test)
 
     assert told.bundle is not None

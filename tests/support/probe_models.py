@@ -1,0 +1,32 @@
+"""Packed models of a directory, a few rows to probe them with, and their weights' bits."""
+
+from __future__ import annotations
+
+import random
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from heft_engine.attention import IMPLEMENTATION
+from heft_engine.base_models import load_model, resolve_path
+from heft_engine.encoding import Example
+from heft_engine.model import PackedLM
+
+
+def packed(path: Path, dtype: torch.dtype = torch.float32) -> PackedLM:
+    return PackedLM(load_model(resolve_path(path), dtype=dtype, attention=IMPLEMENTATION))
+
+
+def probes() -> list[Example]:
+    chance = random.Random(0)
+    rows = [tuple(chance.randrange(5, 600) for _ in range(n)) for n in (5, 20, 40)]
+    return [Example(prompt=row, answers=((7, 9),), labels=("",), gold=0) for row in rows]
+
+
+def bits(lm: PackedLM) -> dict[str, Tensor]:
+    return {name: tensor.clone() for name, tensor in lm.model.state_dict().items()}
+
+
+def same(one: dict[str, Tensor], other: dict[str, Tensor]) -> bool:
+    return one.keys() == other.keys() and all(torch.equal(one[name], other[name]) for name in one)
