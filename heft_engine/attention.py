@@ -44,8 +44,7 @@ def packed_attention(
 ) -> tuple[Tensor, None]:
     """query (B, heads, Q, head_dim), key and value (B, kv_heads, K, head_dim) → (B, Q, heads, head_dim).
 
-    With a layout: B = 1 and Q = K = T tokens of packed rows. Without one: Q = 1, the newest token of rows of equal
-    length against all of its K cached tokens (decoding). Raises ValueError for anything else.
+    B = 1 and Q = K = T tokens of packed rows, which `layout` describes. Raises ValueError for anything else.
     """
     unknown = [
         name
@@ -55,9 +54,10 @@ def packed_attention(
     if unknown or attention_mask is not None or dropout:
         raise ValueError(f"packed attention does not implement {sorted(unknown) or 'masks and dropout'}")
     if layout is None:
-        if query.shape[2] != 1:
-            raise ValueError("without a layout, packed attention takes one new token a row")
-        return _attend(query, key, value, scaling, sliding_window, softcap).transpose(1, 2), None
+        raise ValueError("packed attention needs a layout")
+    if layout.decoding is not None:
+        layer = cast(int, module.layer_idx)
+        return layout.decoding.attend(layer, query, key, value, scaling, sliding_window, softcap), None
     if layout.prefix is not None:
         layer = cast(int, module.layer_idx)
         return suffix_attention(

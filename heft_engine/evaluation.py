@@ -51,12 +51,13 @@ def evaluate(lm: PackedLM, encoder: Encoder, examples: Sequence[Example]) -> Eva
         scores = score(lm, examples)
         right = [one.best == example.gold for one, example in zip(scores, examples, strict=True)]
         return Evaluation.of(right, "accuracy")
-    right = []
-    for example in examples:
-        eos = example.answers[0][-1]
-        budget = len(example.answers[0]) + EXTRA_NEW_TOKENS
-        tokens = generate(lm, example, eos=eos, max_new_tokens=budget)
-        right.append(str(encoder.tokenizer.decode(tokens)).strip() == example.labels[0].strip())
+    budgets = [len(example.answers[0]) + EXTRA_NEW_TOKENS for example in examples]
+    eos = encoder.tokenizer.eos_token_id
+    written = generate(lm, examples, eos=eos, max_new_tokens=budgets)
+    right = [
+        str(encoder.tokenizer.decode(tokens)).strip() == example.labels[0].strip()
+        for tokens, example in zip(written, examples, strict=True)
+    ]
     return Evaluation.of(right, "exact_match")
 
 

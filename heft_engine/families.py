@@ -19,8 +19,6 @@ class Family:
     embedding: str = "embed_tokens"
     norm: str = "norm"
     attention: tuple[str, ...] = ("q_proj", "v_proj")
-    #: The name under which a decoder layer takes its key/value cache.
-    cache_argument: str = "past_key_values"
     #: Rotary embeddings differ between sliding and full layers (Gemma 3).
     rotary_by_layer_type: bool = False
     #: Whether `num_key_value_heads` counts; otherwise every query head has keys and values of its own.
@@ -41,7 +39,6 @@ FAMILIES: dict[str, Family] = {
         embedding="embed_in",
         norm="final_layer_norm",
         attention=("query_key_value",),
-        cache_argument="layer_past",
         grouped_heads=False,
     ),
 }

@@ -1,38 +1,40 @@
-"""Greedy answers for text tasks: a packed prefill with the intervention, then plain decoding on the cache.
+"""Greedy answers to many prompts at once, as tokens: what evaluation compares and tests hold to the plain model.
 
-The intervention acts on prompt tokens alone, so a decoded token costs what it costs the plain model. It does NOT know
-rows or tokenizers.
+It does NOT know rows or tokenizers; text is written by `heft_engine.serving.writing`, on the same batch.
 """
 
 from __future__ import annotations
 
-import torch
-from transformers import DynamicCache
+from collections.abc import Sequence
 
 from heft_engine.encoding import Example
 from heft_engine.model import PackedLM
-from heft_engine.packing import pack
+from heft_engine.serving.admission import DecodeQueue
+from heft_engine.serving.decoding import DecodeBatch, DecodeRequest
+
+#: What keys and values of the sequences that are written at a time may hold; a longer sequence is written alone.
+BUDGET_BYTES = 1024**3
 
 
-@torch.inference_mode()
 def generate(
-    lm: PackedLM, prompt: Example, *, eos: int, max_new_tokens: int, scale: float = 1.0
-) -> list[int]:
-    """The most likely continuation of a prompt, token by token, up to `eos` (left out) or `max_new_tokens`."""
-    bare = Example(prompt=prompt.prompt, answers=(), labels=(), gold=None)
-    batch = pack([bare], scale=scale)
-    # A cache made from the config is cut to the window and can't be continued; this one keeps every token.
-    cache = DynamicCache()
-    states = lm.embed(batch.input_ids.to(lm.device)[None])
-    positions = batch.position_ids.to(lm.device)[None]
-    states = lm.run_layers(states, positions, batch.layout, 0, lm.n_layers, cache)
-    tokens: list[int] = []
-    while len(tokens) < max_new_tokens:
-        token = int(lm.logits(lm.finish(states[:, -1:])[0])[0].argmax())
-        if token == eos:
-            break
-        tokens.append(token)
-        positions = torch.tensor([[len(prompt.prompt) + len(tokens) - 1]], device=lm.device)
-        states = lm.embed(torch.tensor([[token]], device=lm.device))
-        states = lm.run_layers(states, positions, None, 0, lm.n_layers, cache)
-    return tokens
+    lm: PackedLM, prompts: Sequence[Example], *, eos: int, max_new_tokens: Sequence[int], scale: float = 1.0
+) -> list[list[int]]:
+    """The most likely continuation of each prompt, up to `eos` (left out) or its own number of tokens."""
+    written: list[list[int]] = [[] for _ in prompts]
+    requests = [
+        DecodeRequest(id=index, prompt=prompt.prompt, max_tokens=budget, scale=scale)
+        for index, (prompt, budget) in enumerate(zip(prompts, max_new_tokens, strict=True))
+        if budget > 0
+    ]
+    batch = DecodeBatch(lm, budget_bytes=BUDGET_BYTES)
+    longest = max((batch.bytes_for(request) for request in requests), default=0)
+    queue = DecodeQueue(DecodeBatch(lm, budget_bytes=max(BUDGET_BYTES, longest)))
+    queue.add(requests)
+    while queue.is_busy:
+        for new in queue.turn():
+            index, token = int(str(new.id)), new.choice.token
+            if token != eos:
+                written[index].append(token)
+            if token == eos or len(written[index]) == max_new_tokens[index]:
+                queue.drop(index)
+    return written

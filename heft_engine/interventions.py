@@ -67,13 +67,16 @@ class LoreftIntervention(nn.Module):
     def bias(self) -> nn.Parameter:
         return self.learned_source.bias
 
-    def forward(self, hidden: Tensor, scale: float = 1.0) -> Tensor:
-        """h (…, hidden) in any float dtype → h + scale·(Φ(h) − h), in the same dtype."""
+    def forward(self, hidden: Tensor, scale: float | Tensor = 1.0) -> Tensor:
+        """h (…, hidden) in any float dtype → h + scale·(Φ(h) − h), in the same dtype.
+
+        `scale` may be a tensor (…, 1) of one for each h.
+        """
         h = hidden.float()
         rotation = self.rotation
         # As linear layers, so that scoring cuts these products into its fixed shapes too.
         edit = F.linear(self.learned_source(h) - F.linear(h, rotation.T), rotation)
-        if scale == 1.0:
+        if not isinstance(scale, Tensor) and scale == 1.0:
             return cast(Tensor, self.dropout(h + edit)).to(hidden.dtype)
         return (h + scale * edit).to(hidden.dtype)
 
@@ -153,18 +156,27 @@ class Site:
 
     def apply(self, hidden: Tensor, layout: Layout) -> Tensor:
         """hidden (1, T, hidden) → the same with the intervened tokens edited."""
-        indices = layout.intervened(*parse_positions(self.positions))
-        if not indices or layout.scale == 0:
+        by_row = layout.intervened_by_row(*parse_positions(self.positions))
+        scales = layout.scales or (layout.scale,) * len(by_row)
+        scale_at = {index: s for indices, s in zip(by_row, scales, strict=True) if s for index in indices}
+        if not scale_at:
             return hidden
-        at = torch.tensor(indices, device=hidden.device)
+        at = torch.tensor(list(scale_at), device=hidden.device)
         self.intervention.to(hidden.device)
-        edited = self.intervention(hidden[0, at], layout.scale)
+        edited = self.intervention(hidden[0, at], _scale(list(scale_at.values()), hidden.device))
         return hidden.index_copy(1, at, edited[None])
 
     def same_place(self, other: Site) -> bool:
         """Whether a later stage goes on with this intervention instead of adding one."""
         mine = (self.layer, self.positions, self.intervention.kind, self.intervention.rank)
         return mine == (other.layer, other.positions, other.intervention.kind, other.intervention.rank)
+
+
+def _scale(scales: list[float], device: torch.device) -> float | Tensor:
+    """One number where they are all alike, else (n, 1)."""
+    if len(set(scales)) == 1:
+        return scales[0]
+    return torch.tensor(scales, device=device)[:, None]
 
 
 class Sites:

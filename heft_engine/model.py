@@ -83,7 +83,6 @@ class PackedLM:
         layout: Layout | None,
         first: int,
         end: int,
-        cache: Any = None,
     ) -> Tensor:
         """Runs decoder layers first … end − 1 over states (B, T, hidden) at `positions` (B, T)."""
         self.on_forward()
@@ -93,13 +92,13 @@ class PackedLM:
             if kind not in rotary:
                 arguments = (states, positions) if kind is None else (states, positions, kind)
                 rotary[kind] = self.backbone.rotary_emb(*arguments)
-            options: dict[str, Any] = {self.family.cache_argument: cache} if cache is not None else {}
-            options |= {
+            options: dict[str, Any] = {
                 "attention_mask": None,
                 "position_ids": positions,
                 "position_embeddings": rotary[kind],
+                "use_cache": False,
+                "layout": layout,
             }
-            options |= {"use_cache": cache is not None, "layout": layout}
             states = self._run_layer(index, states, options)
         return states
 

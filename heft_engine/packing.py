@@ -50,6 +50,25 @@ class Collector(Protocol):
         """Shown every row's own keys and values, (1, kv_heads, length, head_dim) each, rotated."""
 
 
+class Decoding(Protocol):
+    """Attends one new token a row to all that is kept of the row."""
+
+    def attend(
+        self,
+        layer: int,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        scaling: float | None,
+        window: int | None,
+        softcap: float | None,
+    ) -> Tensor:
+        """query (1, heads, rows, head_dim), key and value (1, kv_heads, rows, head_dim), rotated.
+
+        Returns (1, rows, heads, head_dim).
+        """
+
+
 @dataclass(frozen=True, kw_only=True)
 class Layout:
     """What attention and interventions need to know of a flat batch of T tokens."""
@@ -57,15 +76,28 @@ class Layout:
     rows: tuple[PackedRow, ...]
     #: s in h + s·(Φ(h) − h); 0 leaves interventions out altogether.
     scale: float = 1.0
+    #: A scale for each row, in place of `scale`.
+    scales: tuple[float, ...] | None = None
     #: Keys and values left of the rows, all of which have one branch at most.
     prefix: Prefix | None = None
     collector: Collector | None = None
+    #: Every row is one token that comes after its prompt.
+    decoding: Decoding | None = None
 
     def intervened(self, first: int, last: int) -> list[int]:
         """Flat indices of every intervened token, row by row."""
+        return [index for indices in self.intervened_by_row(first, last) for index in indices]
+
+    def intervened_by_row(self, first: int, last: int) -> list[list[int]]:
+        """The same, a list for each row."""
+        return [self._intervened(row, first, last) for row in self.rows]
+
+    @staticmethod
+    def _intervened(row: PackedRow, first: int, last: int) -> list[int]:
+        if row.skipped >= row.prompt:
+            return []
         return [
             row.start + position - row.skipped
-            for row in self.rows
             for position in intervened_positions(row.prompt, first, last)
             if row.skipped <= position < row.prompt - row.missing
         ]

@@ -20,12 +20,15 @@ from heft_engine.config import TaskSettings, TaskType
 from heft_engine.devices import choose_device, choose_dtype
 from heft_engine.encoding import Encoder, Example, Task
 from heft_engine.errors import BundleError
-from heft_engine.generation import generate
 from heft_engine.model import PackedLM
 from heft_engine.model_files import inspect, weights_hash
 from heft_engine.resolve import resolve_max_length
 from heft_engine.rows import Row
 from heft_engine.scoring import score
+from heft_engine.serving.writing import Piece, TextWriter, WriteRequest
+
+#: What keys and values of texts that are being written may hold, unless told otherwise.
+KEY_VALUE_BYTES = 1024**3
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -42,10 +45,19 @@ class Prediction:
 class Predictor:
     """A model in memory that answers rows. Safe to call from several threads; one forward pass at a time."""
 
-    def __init__(self, lm: PackedLM, encoder: Encoder, max_new_tokens: int) -> None:
+    def __init__(
+        self,
+        lm: PackedLM,
+        encoder: Encoder,
+        max_new_tokens: int,
+        *,
+        key_value_bytes: int = KEY_VALUE_BYTES,
+    ) -> None:
         self.lm = lm
         self.encoder = encoder
         self.max_new_tokens = max_new_tokens
+        #: Texts that are being written, for all who ask: `predict` and whoever submits to it and calls `turn`.
+        self.writer = TextWriter(lm, encoder.tokenizer, budget_bytes=key_value_bytes)
         self._lock = threading.Lock()
 
     @property
@@ -54,9 +66,15 @@ class Predictor:
 
     @property
     def memory_bytes(self) -> int:
-        """What its parameters hold."""
+        """What its parameters hold, and the texts that are being written."""
         parts = [self.lm.model, *(site.intervention for site in self.lm.sites)]
-        return sum(p.numel() * p.element_size() for part in parts for p in part.parameters())
+        own = sum(p.numel() * p.element_size() for part in parts for p in part.parameters())
+        return own + self.writer.memory_bytes
+
+    def turn(self) -> None:
+        """One pass for all texts that are being written."""
+        with self._lock:
+            self.writer.turn()
 
     def predict(self, rows: Sequence[Row], *, enabled: bool = True, scale: float = 1.0) -> list[Prediction]:
         """Answers in the rows' order. `enabled` False or `scale` 0 leaves stage 2 out; h + scale·(Φ(h) − h) otherwise.
@@ -65,9 +83,9 @@ class Predictor:
         """
         examples = [self.encoder.question(row) for row in rows]
         scale = scale if enabled else 0.0
+        if self.task.type == "text":
+            return self._write(examples, scale)
         with self._lock:
-            if self.task.type == "text":
-                return [self._write(example, scale) for example in examples]
             scores = score(self.lm, examples, scale=scale)
         predictions = []
         for example, one in zip(examples, scores, strict=True):
@@ -83,16 +101,53 @@ class Predictor:
             predictions.append(prediction)
         return predictions
 
-    def _write(self, example: Example, scale: float) -> Prediction:
-        eos = self.encoder.tokenizer.eos_token_id
-        budget = min(self.max_new_tokens, self.encoder.max_length - len(example.prompt))
-        tokens = generate(self.lm, example, eos=eos, max_new_tokens=budget, scale=scale)
+    def _write(self, examples: Sequence[Example], scale: float) -> list[Prediction]:
+        texts = [_Text(example) for example in examples]
+        try:
+            for text in texts:
+                tokens = min(self.max_new_tokens, self.encoder.max_length - len(text.example.prompt))
+                if tokens < 1:
+                    text.is_whole = True
+                    continue
+                request = WriteRequest(id=text, prompt=text.example.prompt, max_tokens=tokens, scale=scale)
+                self.writer.submit(request, text.hear)
+            while not all(text.is_whole for text in texts):
+                self.turn()
+        finally:
+            for text in texts:
+                if not text.is_whole:
+                    self.writer.cancel(text)
+        return [text.prediction() for text in texts]
+
+
+class _Text:
+    """One text as it is heard."""
+
+    def __init__(self, example: Example) -> None:
+        self.example = example
+        self.is_whole = False
+        self._pieces: list[str] = []
+        self._tokens = 0
+        self._fault: Exception | None = None
+
+    def hear(self, piece: Piece | Exception) -> None:
+        if isinstance(piece, Exception):
+            self._fault = piece
+        else:
+            self._pieces.append(piece.text)
+            self._tokens = piece.written
+        self.is_whole = isinstance(piece, Exception) or piece.finish is not None
+
+    def prediction(self) -> Prediction:
+        """Raises what went wrong."""
+        if self._fault is not None:
+            raise self._fault
         return Prediction(
-            answer=str(self.encoder.tokenizer.decode(tokens, skip_special_tokens=True)),
+            answer="".join(self._pieces),
             probability=None,
             label_probabilities=None,
-            prompt_tokens=len(example.prompt),
-            completion_tokens=len(tokens),
+            prompt_tokens=len(self.example.prompt),
+            completion_tokens=self._tokens,
         )
 
 

@@ -128,18 +128,19 @@ def test_decoding_on_the_cache_says_what_recomputation_says(make_tiny_model: Mak
     path = make_tiny_model(family)
     lm, model = packed(path), own(path)
     prompt = example(WINDOW + 5)
-    assert generate(lm, prompt, eos=-1, max_new_tokens=24) == greedy(
-        lambda answer: own_logits(model, prompt.prompt, (*answer, 0))[-1]
-    )
+    assert generate(lm, [prompt], eos=-1, max_new_tokens=[24]) == [
+        greedy(lambda answer: own_logits(model, prompt.prompt, (*answer, 0))[-1])
+    ]
     lm.sites.add(Site(layer=1, positions="f1+l1", intervention=intervention(lm.hidden_size)))
 
     def recompute(answer: tuple[int, ...]) -> Tensor:
         row = Example(prompt=prompt.prompt, answers=((*answer, 0),), labels=("",), gold=0)
         return packed_logits(lm, [row])[0][0][-1]
 
-    edited = generate(lm, prompt, eos=-1, max_new_tokens=24)
+    (edited,) = generate(lm, [prompt], eos=-1, max_new_tokens=[24])
     assert edited == greedy(recompute)
-    assert generate(lm, prompt, eos=edited[5], max_new_tokens=24) == edited[: edited.index(edited[5])]
+    (shorter,) = generate(lm, [prompt], eos=edited[5], max_new_tokens=[24])
+    assert shorter == edited[: edited.index(edited[5])]
 
 
 def greedy(logits: Callable[[tuple[int, ...]], Tensor]) -> list[int]:
@@ -191,7 +192,7 @@ def test_scale_goes_from_the_plain_model_to_the_edited_one(tiny_llama_dir: Path)
         ("head_mask", {"head_mask": torch.ones(1)}),
         ("masks and dropout", {"dropout": 0.1}),
         ("masks and dropout", {"attention_mask": torch.ones(1)}),
-        ("one new token", {}),
+        ("needs a layout", {}),
     ],
 )
 def test_what_attention_does_not_implement_it_refuses(what: str, options: dict[str, Any]) -> None:
