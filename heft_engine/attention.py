@@ -16,7 +16,7 @@ from torch import Tensor
 from transformers import AttentionInterface, AttentionMaskInterface
 
 from heft_engine.causal_attention import LONGEST_MATRIX, CausalAttention, causal
-from heft_engine.packing import Collector, Layout, PackedRow
+from heft_engine.packing import Layout, PackedRow
 from heft_engine.suffix_attention import suffix_attention
 
 IMPLEMENTATION = "heft_packed"
@@ -66,17 +66,13 @@ def packed_attention(
     # One split a tensor, never a slice a row: the gradient of a slice is a tensor of zeros as long as the batch.
     lengths = [length for row in layout.rows for length in _segments(row)]
     parts: Parts = zip(*(torch.split(each, lengths, 2) for each in (query, key, value)), strict=True)
-    if layout.collector is not None:
-        parts = _shown(parts, layout.collector, cast(int, module.layer_idx))
-    outs = [out for row in layout.rows for out in _row(row, parts, scaling, sliding_window, softcap)]
+    layer = cast(int, getattr(module, "layer_idx", -1))
+    outs = [
+        out
+        for index in range(len(layout.rows))
+        for out in _row(index, layer, layout, parts, scaling, sliding_window, softcap)
+    ]
     return torch.cat([out.transpose(1, 2) for out in outs], dim=1), None
-
-
-def _shown(parts: Parts, collector: Collector, layer: int) -> Parts:
-    """Shows every row's own keys and values to who keeps them. Such rows have one branch at most."""
-    for index, (query, key, value) in enumerate(parts):
-        collector.leave(layer, index, key, value)
-        yield query, key, value
 
 
 def _segments(row: PackedRow) -> list[int]:
@@ -85,13 +81,22 @@ def _segments(row: PackedRow) -> list[int]:
 
 
 def _row(
-    row: PackedRow,
+    index: int,
+    layer: int,
+    layout: Layout,
     parts: Parts,
     scaling: float | None,
     window: int | None,
     softcap: float | None,
 ) -> Iterator[Tensor]:
+    row = layout.rows[index]
     query, prompt_key, prompt_value = next(parts)
+    if layout.collector is not None:
+        layout.collector.leave(layer, index, prompt_key, prompt_value)
+    if layout.kept is not None and (kept := layout.kept[index]) is not None:
+        left_key, left_value = kept.keys_values(layer)
+        prompt_key = torch.cat([left_key, prompt_key], dim=2)
+        prompt_value = torch.cat([left_value, prompt_value], dim=2)
     yield _attend(query, prompt_key, prompt_value, scaling, window, softcap)
     for _ in _segments(row)[1:]:
         query, key, value = next(parts)

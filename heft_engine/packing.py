@@ -47,7 +47,31 @@ class Collector(Protocol):
     """Keeps keys and values that a batch leaves behind."""
 
     def leave(self, layer: int, row: int, keys: Tensor, values: Tensor) -> None:
-        """Shown every row's own keys and values, (1, kv_heads, length, head_dim) each, rotated."""
+        """Shown every row's own keys and values, (1, kv_heads, length, head_dim) each, rotated.
+
+        Of a row with several branches, those of its prompt.
+        """
+
+
+class Kept(Protocol):
+    """Keys and values left of a row's first token in the batch, of every layer."""
+
+    @property
+    def length(self) -> int:
+        """Tokens."""
+
+    def keys_values(self, layer: int) -> tuple[Tensor, Tensor]:
+        """(1, kv_heads, length, head_dim) each, rotated."""
+
+
+class RowAdapter(Protocol):
+    """What one row's model adds to the base that all rows share: see `heft_engine.serving.adapters`."""
+
+    def linear(self, module: str, x: Tensor, y: Tensor, bias: Tensor | None) -> None:
+        """Turns one linear layer's y (n, out) for x (n, in) into the adapted one's, in place."""
+
+    def intervene(self, layer: int, hidden: Tensor, row: PackedRow, scale: float) -> None:
+        """Edits one layer's output (row.length, hidden) at the row's intervened tokens, in place."""
 
 
 class Decoding(Protocol):
@@ -81,6 +105,10 @@ class Layout:
     #: Keys and values left of the rows, all of which have one branch at most.
     prefix: Prefix | None = None
     collector: Collector | None = None
+    #: For each row that continues a cache of its own, what is left of it.
+    kept: tuple[Kept | None, ...] | None = None
+    #: For each row, what its model adds to the base; None where that is nothing.
+    adapters: tuple[RowAdapter | None, ...] | None = None
     #: Every row is one token that comes after its prompt.
     decoding: Decoding | None = None
 
@@ -132,25 +160,26 @@ def packed_length(example: Example) -> int:
     return len(example.prompt) + sum(max(0, len(answer) - 1) for answer in example.answers)
 
 
-def pack(examples: Sequence[Example], *, scale: float = 1.0) -> Batch:
-    """Lays examples end to end, all their answers as branches."""
+def pack(examples: Sequence[Example], *, scale: float = 1.0, skipped: Sequence[int] | None = None) -> Batch:
+    """Lays examples end to end, all their answers as branches. The first `skipped[i]` prompt tokens are left out."""
     ids: list[int] = []
     positions: list[int] = []
     rows: list[PackedRow] = []
     reads: list[tuple[tuple[int, ...], ...]] = []
-    for example in examples:
+    for example, left_out in zip(examples, skipped or (0,) * len(examples), strict=True):
         start, prompt = len(ids), len(example.prompt)
-        ids += example.prompt
-        positions += range(prompt)
+        ids += example.prompt[left_out:]
+        positions += range(left_out, prompt)
+        end = start + prompt - left_out
         read: list[tuple[int, ...]] = []
         for answer in example.answers:
             at = len(ids)
             fed = answer[:-1]
             ids += fed
             positions += range(prompt, prompt + len(fed))
-            read.append((start + prompt - 1, *range(at, at + len(fed))) if answer else ())
+            read.append((end - 1, *range(at, at + len(fed))) if answer else ())
         branches = tuple(len(answer) - 1 for answer in example.answers if len(answer) > 1)
-        rows.append(PackedRow(start=start, prompt=prompt, branches=branches))
+        rows.append(PackedRow(start=start, prompt=prompt, branches=branches, skipped=left_out))
         reads.append(tuple(read))
     return Batch(
         input_ids=torch.tensor(ids, dtype=torch.long),

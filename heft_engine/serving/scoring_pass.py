@@ -1,0 +1,78 @@
+"""One forward pass over rows of several requests, each with its own scale, adapter and kept prefix.
+
+The rows' scores are those of `heft_engine.scoring`, to the bit where nothing is kept. It does NOT know who asks.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+from heft_engine.encoding import Example
+from heft_engine.model import PackedLM
+from heft_engine.packing import RowAdapter, pack
+from heft_engine.scoring import Scores, score_hidden
+from heft_engine.serving.prefix_cache import KeptPrefix, PrefixCache, Room
+
+
+@dataclass(frozen=True, kw_only=True)
+class ScoringRow:
+    """An example as one row of a pass. `hashes`: see `prefix_cache.chain`; empty where nothing may be kept."""
+
+    example: Example
+    scale: float = 1.0
+    adapter: RowAdapter | None = None
+    scope: object = None
+    hashes: Sequence[bytes] = ()
+    kept: KeptPrefix | None = None
+
+
+@torch.inference_mode()
+def score_rows(lm: PackedLM, rows: Sequence[ScoringRow], cache: PrefixCache | None = None) -> list[Scores]:
+    """Scores of every row, in order, and what the rows leave for others in `cache`."""
+    kept = tuple(row.kept for row in rows)
+    skipped = [prefix.length if prefix is not None else 0 for prefix in kept]
+    batch = pack([row.example for row in rows], skipped=skipped)
+    leaving = (
+        _Leaving(cache, rows, lm.n_layers) if cache is not None and any(r.hashes for r in rows) else None
+    )
+    adapters = tuple(row.adapter for row in rows)
+    layout = replace(
+        batch.layout,
+        scales=tuple(row.scale for row in rows),
+        kept=kept if any(skipped) else None,
+        adapters=adapters if any(adapter is not None for adapter in adapters) else None,
+        collector=leaving,
+    )
+    with lm.fixed_shapes():
+        hidden = lm.hidden(replace(batch, layout=layout))
+    if leaving is not None:
+        leaving.close()
+    return score_hidden(lm, batch, hidden)
+
+
+class _Leaving:
+    """Puts each row's keys and values into the cache. See `packing.Collector`."""
+
+    def __init__(self, cache: PrefixCache, rows: Sequence[ScoringRow], layers: int) -> None:
+        self._cache = cache
+        self._rows = rows
+        self._layers = layers
+        self._rooms: dict[int, Room | None] = {}
+
+    def leave(self, layer: int, row: int, keys: Tensor, values: Tensor) -> None:
+        if row not in self._rooms:
+            asked = self._rows[row]
+            hashes = asked.hashes
+            self._rooms[row] = self._cache.room(asked.scope, hashes, asked.kept, keys, self._layers)
+        room = self._rooms[row]
+        if room is not None:
+            room.leave(layer, keys, values)
+
+    def close(self) -> None:
+        for room in self._rooms.values():
+            if room is not None:
+                room.close()
