@@ -5,9 +5,15 @@ from __future__ import annotations
 import argparse
 import json
 import sys
+from collections.abc import Sequence
 from dataclasses import asdict
 
+import numpy as np
+
+from heft_engine.calibration import Labelled, expected_calibration_error, negative_log_likelihood
+from heft_engine.encoding import Example
 from heft_engine.errors import RowError
+from heft_engine.evaluation import Evaluation
 from heft_engine.evaluation import evaluate as evaluate_examples
 from heft_engine.predictor import Predictor, load
 from heft_engine.rows import Row, parse_row, read_rows
@@ -17,7 +23,8 @@ BATCH = 64
 
 
 def evaluate(options: argparse.Namespace) -> None:
-    """Prints {"accuracy", "correct", "interval_95", "metric", "n"} as one JSON line."""
+    """Prints {"accuracy", "correct", "interval_95", "metric", "n"} as one JSON line; for labels also what their
+    probabilities are worth at the bundle's temperature: "ece", "nll" and "temperature"."""
     predictor = _load(options)
     try:
         rows = read_rows(options.data, labels=predictor.task.row_labels)
@@ -25,7 +32,19 @@ def evaluate(options: argparse.Namespace) -> None:
         raise RowError(f"{options.data} can't be read: {error.strerror}", param="data") from error
     examples = [example for row in rows for example in predictor.encoder.encode(row)]
     result = evaluate_examples(predictor.lm, predictor.encoder, examples)
-    print(json.dumps(result.to_json(), sort_keys=True))
+    print(json.dumps({**result.to_json(), **_trust(predictor, result, examples)}, sort_keys=True))
+
+
+def _trust(predictor: Predictor, result: Evaluation, examples: Sequence[Example]) -> dict[str, float]:
+    rows = Labelled.of(result.scores, [example.gold for example in examples]) if result.scores else None
+    if not rows:
+        return {}
+    at = np.full(len(rows), predictor.temperature)
+    return {
+        "ece": expected_calibration_error(rows, at),
+        "nll": negative_log_likelihood(rows, at),
+        "temperature": predictor.temperature,
+    }
 
 
 def predict(options: argparse.Namespace) -> None:
