@@ -12,7 +12,7 @@ import numpy as np
 
 from heft_engine.calibration import Labelled, expected_calibration_error, negative_log_likelihood
 from heft_engine.encoding import Example
-from heft_engine.errors import RowError
+from heft_engine.errors import ConfigError, RowError
 from heft_engine.evaluation import Evaluation
 from heft_engine.evaluation import evaluate as evaluate_examples
 from heft_engine.predictor import Predictor, load
@@ -48,8 +48,11 @@ def _trust(predictor: Predictor, result: Evaluation, examples: Sequence[Example]
 
 
 def predict(options: argparse.Namespace) -> None:
-    """Rows on stdin, one JSON object a line; answers on stdout, one JSON line each, in order."""
+    """Rows on stdin, one JSON object a line; answers on stdout, one JSON line each, in order. Below the probability
+    `abstain_below` an answer is null and `abstained` true."""
     predictor = _load(options)
+    if options.abstain_below is not None and predictor.task.type == "text":
+        raise ConfigError("generated text has no probability to abstain below", param="abstain_below")
     waiting: list[Row] = []
     for number, line in enumerate(sys.stdin, 1):
         if not line.strip():
@@ -62,14 +65,17 @@ def predict(options: argparse.Namespace) -> None:
         except RowError as error:
             raise RowError(f"line {number}: {error.message}", param=error.param, line=number) from error
         if len(waiting) == BATCH:
-            _answer(predictor, waiting, options.scale)
+            _answer(predictor, waiting, options)
             waiting = []
-    _answer(predictor, waiting, options.scale)
+    _answer(predictor, waiting, options)
 
 
-def _answer(predictor: Predictor, rows: list[Row], scale: float) -> None:
-    for prediction in predictor.predict(rows, scale=scale):
-        print(json.dumps(asdict(prediction)), flush=True)
+def _answer(predictor: Predictor, rows: list[Row], options: argparse.Namespace) -> None:
+    for prediction in predictor.predict(rows, scale=options.scale):
+        probability, least = prediction.probability, options.abstain_below
+        abstained = least is not None and probability is not None and probability < least
+        answer = {"answer": None if abstained else prediction.answer, "abstained": abstained}
+        print(json.dumps({**asdict(prediction), **answer}), flush=True)
 
 
 def _load(options: argparse.Namespace) -> Predictor:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import math
 import shutil
@@ -234,3 +235,22 @@ def test_the_command_says_what_probabilities_are_worth(once: Once, tmp_path: Pat
     chosen = [one.label_probabilities[g] for one, g in zip(predictions, gold, strict=True)]  # type: ignore[index]
     assert printed[0]["nll"] == pytest.approx(-np.log(chosen).mean())
     assert 0 <= printed[0]["ece"] <= 1
+
+
+def test_the_command_withholds_what_is_not_probable_enough(
+    once: Once, tmp_path: Path, command: Command, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    lines = write_rows(tmp_path / "rows.jsonl", VALIDATION).read_text()
+
+    def ask(*options: str) -> list[dict[str, Any]]:
+        monkeypatch.setattr("sys.stdin", io.StringIO(lines))
+        code, answers, _ = command("predict", "--bundle", once.out, "--device", "cpu", *options)
+        assert code == 0
+        return answers
+
+    all_of_them = ask()
+    middle = sorted(one["probability"] for one in all_of_them)[15]
+    for one, other in zip(ask("--abstain-below", str(middle)), all_of_them, strict=True):
+        unsure = other["probability"] < middle
+        assert one == other | {"answer": None if unsure else other["answer"], "abstained": unsure}
+    assert not any(one["abstained"] for one in all_of_them)
