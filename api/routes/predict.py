@@ -5,6 +5,7 @@ from __future__ import annotations
 from fastapi import APIRouter, Request
 
 from api.deps import Caller, Db, Held
+from api.disconnects import while_connected
 from api.schemas.predict import MAX_INPUTS, Answer, Prediction, Predictions, PredictRequest, Usage
 from store import models
 from store.errors import InvalidRequest, TooLarge
@@ -28,13 +29,11 @@ async def predict(
         raise TooLarge(f"at most {MAX_INPUTS:,} inputs at a time", param="inputs")
     if body.abstain_below is not None and body.asks_for_text:
         raise InvalidRequest("generated text has no probability to abstain below", param="abstain_below")
-    model = await db(models.get, owner_id=caller.id, model_id=body.model)
-    answers = await held.predict.ask(
-        request.state.request_id,
-        _addressed(model),
-        rows,
-        Intervention(enabled=body.intervention.enabled, scale=body.intervention.scale),
-    )
+    intervention = Intervention(enabled=body.intervention.enabled, scale=body.intervention.scale)
+    with held.admission.admit(len(rows)):
+        model = await db(models.get, owner_id=caller.id, model_id=body.model)
+        asking = held.predict.ask(request.state.request_id, addressed(model, caller.id), rows, intervention)
+        answers = await while_connected(request, asking)
     usage = Usage.of(
         prompt=sum(answer["prompt_tokens"] for answer in answers),
         completion=sum(answer["completion_tokens"] for answer in answers),
@@ -45,10 +44,11 @@ async def predict(
     return Predictions(model=body.model, usage=usage, data=shown)
 
 
-def _addressed(model: models.Model) -> PredictModel:
+def addressed(model: models.Model, owner_id: str) -> PredictModel:
     """The model as a worker finds it: it has no database at hand while it answers."""
     return PredictModel(
         id=model.id,
+        owner=owner_id,
         kind=model.kind,
         base_model=model.base_model,
         storage_key=model.storage_key,

@@ -53,13 +53,14 @@ def test_one_question(client: httpx.Client, worker: StandIn, path: str) -> None:
     }
 
 
-def test_the_message_tells_the_worker_all(client: httpx.Client, worker: StandIn) -> None:
+def test_the_message_tells_the_worker_all(client: httpx.Client, worker: StandIn, owner: str) -> None:
     before = time.time()
     answer = client.post("/predict", json=QUESTION | {"intervention": {"enabled": False}})
     (message,) = worker.heard
     assert message["request_id"] == answer.headers["x-request-id"]
     assert message["model"] == {
         "id": MODEL,
+        "owner": owner,
         "kind": "base",
         "base_model": MODEL,
         "storage_key": None,
@@ -67,7 +68,7 @@ def test_the_message_tells_the_worker_all(client: httpx.Client, worker: StandIn)
     }
     assert message["inputs"] == [{"question": QUESTION["question"], "passage": QUESTION["passage"]}]
     assert message["intervention"] == {"enabled": False, "scale": 1.0}
-    assert before < message["deadline"] < time.time() + 2
+    assert before < message["sent_at"] == message["deadline"] - 2 < time.time()
 
 
 @pytest.mark.parametrize(
