@@ -10,6 +10,7 @@ from contextlib import asynccontextmanager
 
 from fastapi import FastAPI
 
+from api.admission import Admission, QueueDepth
 from api.database import Database
 from api.deps import Services
 from api.errors import ErrorBody, add_handlers
@@ -18,7 +19,7 @@ from api.predict_client import PredictClient
 from api.routes import events, files, health, jobs, models, predict
 from store.artifacts import Artifacts
 from store.database import make_engine, session_factory
-from store.queue import Hints, make_celery
+from store.queue import Hints, Task, make_celery
 from store.settings import StoreSettings
 from store.settings import settings as settings_of_process
 
@@ -65,6 +66,13 @@ async def running(settings: StoreSettings) -> AsyncIterator[Services]:
     hints = Hints(celery)
     client = PredictClient(celery, settings.redis_url, timeout=settings.predict_timeout_seconds)
     client.start()
+    depth = QueueDepth(client.redis, Task.PREDICT.queue)
+    admission = Admission(
+        max_waiting=settings.predict_max_waiting,
+        max_queued=settings.predict_max_queued,
+        timeout=settings.predict_timeout_seconds,
+        queued=depth,
+    )
     try:
         yield Services(
             settings=settings,
@@ -72,8 +80,10 @@ async def running(settings: StoreSettings) -> AsyncIterator[Services]:
             artifacts=Artifacts(settings.artifacts_url),
             hints=hints,
             predict=client,
+            admission=admission,
         )
     finally:
+        await depth.close()
         await client.close()
         hints.close()
         database.close()

@@ -10,6 +10,7 @@ from typing import Annotated, Any
 from fastapi import Depends, Header, Query, Request, Security
 from fastapi.security import HTTPAuthorizationCredentials, HTTPBearer
 
+from api.admission import Admission
 from api.database import Database
 from api.predict_client import PredictClient
 from store import keys
@@ -28,6 +29,7 @@ class Services:
     artifacts: Artifacts
     hints: Hints
     predict: PredictClient
+    admission: Admission
 
 
 def services(request: Request) -> Services:

@@ -22,6 +22,7 @@ from redis.exceptions import RedisError
 
 from store.errors import Unavailable
 from store.queue import (
+    CANCELLED_SECONDS,
     Intervention,
     PredictedRow,
     PredictFault,
@@ -29,6 +30,7 @@ from store.queue import (
     PredictModel,
     PredictReply,
     Task,
+    cancelled_key,
     redis_py_url,
 )
 
@@ -39,6 +41,7 @@ _BLOCK_SECONDS = 5
 _REST_SECONDS = 0.5
 #: Publishing gives up after the broker's 3 s socket timeout; this is the thread's own end of patience.
 _PUBLISH_SECONDS = 4.0
+_CANCEL_SECONDS = 1.0
 
 
 class Refused(Exception):
@@ -54,7 +57,7 @@ class PredictClient:
 
     def __init__(self, celery: Celery, redis_url: str, *, timeout: float) -> None:
         self._celery = celery
-        self._redis = Redis.from_url(redis_py_url(redis_url), socket_timeout=_BLOCK_SECONDS + 5)
+        self.redis = Redis.from_url(redis_py_url(redis_url), socket_timeout=_BLOCK_SECONDS + 5)
         self._timeout = timeout
         self._reply_to = f"heft:predict:{uuid.uuid4().hex}"
         self._waiting: dict[str, asyncio.Future[PredictReply]] = {}
@@ -69,23 +72,42 @@ class PredictClient:
             self._listener.cancel()
             await asyncio.wait([self._listener])
         self._publishers.shutdown(wait=False, cancel_futures=True)
-        await self._redis.aclose()
+        await self.redis.aclose()
 
     async def ask(
         self, request_id: str, model: PredictModel, inputs: list[dict[str, Any]], intervention: Intervention
     ) -> list[PredictedRow]:
         """The answers to `inputs`, in their order. `request_id` is no other request's.
 
-        Raises Refused with the worker's reason, and Unavailable when no worker has answered in time.
+        Raises Refused with the worker's reason, and Unavailable when no worker has answered in time. Cancelled, it
+        tells the workers.
         """
+        now = time.time()
         message = PredictMessage(
             request_id=request_id,
             model=model,
             inputs=inputs,
             intervention=intervention,
-            deadline=time.time() + self._timeout,
+            sent_at=now,
+            deadline=now + self._timeout,
             reply_to=self._reply_to,
         )
+        try:
+            return await self._answers(message)
+        except asyncio.CancelledError:
+            await self.cancel(request_id)
+            raise
+
+    async def cancel(self, request_id: str) -> None:
+        """Tell the workers that nobody waits for this request any more. A broker that is away is no fault."""
+        try:
+            async with asyncio.timeout(_CANCEL_SECONDS):
+                await self.redis.set(cancelled_key(request_id), 1, ex=CANCELLED_SECONDS)
+        except (RedisError, OSError, TimeoutError) as fault:
+            log.info("%s is not known to be cancelled: %s", request_id, fault)
+
+    async def _answers(self, message: PredictMessage) -> list[PredictedRow]:
+        request_id = message["request_id"]
         future = self._waiting[request_id] = asyncio.get_running_loop().create_future()
         try:
             async with asyncio.timeout(self._timeout):
@@ -108,7 +130,7 @@ class PredictClient:
         """Whether the broker answers a ping within 2 s."""
         try:
             async with asyncio.timeout(2):
-                await self._redis.ping()
+                await self.redis.ping()
         except (RedisError, OSError):
             return False
         return True
@@ -129,7 +151,7 @@ class PredictClient:
         is_away = False
         while True:
             try:
-                popped = await self._redis.blpop([self._reply_to], timeout=_BLOCK_SECONDS)
+                popped = await self.redis.blpop([self._reply_to], timeout=_BLOCK_SECONDS)
             except (RedisError, OSError) as fault:
                 if not is_away:
                     log.warning("the reply listener lost the broker and goes on trying: %s", fault)

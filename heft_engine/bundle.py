@@ -20,7 +20,7 @@ from typing import Any
 
 import torch
 from pydantic import BaseModel as Schema
-from pydantic import ConfigDict, ValidationError
+from pydantic import ConfigDict, Field, ValidationError
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
@@ -63,6 +63,9 @@ class BundleInfo(Schema):
     max_length: int
     seed: int
     max_new_tokens: int = 64  #: text tasks: how far an answer may go by default
+    #: Probabilities are softmax(totals / temperature); 1 where no validation rows could say (heft_engine.calibration).
+    temperature: float = Field(default=1.0, gt=0, allow_inf_nan=False)
+    calibration: dict[str, Any] | None = None
     evaluation: dict[str, Any] | None = None
     parity: list[dict[str, Any]] = []
     probe_tolerance: float = 0.0

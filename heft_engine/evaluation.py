@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
 import torch
@@ -17,7 +17,7 @@ from heft_engine.encoding import Encoder, Example
 from heft_engine.generation import generate
 from heft_engine.model import PackedLM
 from heft_engine.packing import micro_batches, pack
-from heft_engine.scoring import TOKEN_BUDGET, score
+from heft_engine.scoring import TOKEN_BUDGET, Scores, score
 from heft_engine.supervised import cross_entropy
 
 #: Answers to text prompts are generated up to this many tokens beyond the right one's length.
@@ -26,23 +26,36 @@ EXTRA_NEW_TOKENS = 8
 
 @dataclass(frozen=True, kw_only=True)
 class Evaluation:
-    """n rows, how many were right, and accuracy's 95 % Wilson score interval."""
+    """n rows, how many were right, and accuracy's 95 % Wilson score interval.
+
+    scores: the rows' own, in order, where labels were scored; not part of the record.
+    """
 
     n: int
     correct: int
     accuracy: float
     interval_95: tuple[float, float]
     metric: str
+    scores: tuple[Scores, ...] = field(default=(), repr=False)
 
     @staticmethod
-    def of(right: Sequence[bool], metric: str) -> Evaluation:
+    def of(right: Sequence[bool], metric: str, scores: Sequence[Scores] = ()) -> Evaluation:
         n, correct = len(right), sum(right)
         interval = binomtest(correct, n).proportion_ci(0.95, method="wilson")
         low, high = float(interval.low), float(interval.high)
-        return Evaluation(n=n, correct=correct, accuracy=correct / n, interval_95=(low, high), metric=metric)
+        return Evaluation(
+            n=n,
+            correct=correct,
+            accuracy=correct / n,
+            interval_95=(low, high),
+            metric=metric,
+            scores=tuple(scores),
+        )
 
     def to_json(self) -> dict[str, Any]:
-        return {**asdict(self), "interval_95": list(self.interval_95)}
+        record = {**asdict(replace(self, scores=())), "interval_95": list(self.interval_95)}
+        del record["scores"]
+        return record
 
 
 def evaluate(lm: PackedLM, encoder: Encoder, examples: Sequence[Example]) -> Evaluation:
@@ -50,7 +63,7 @@ def evaluate(lm: PackedLM, encoder: Encoder, examples: Sequence[Example]) -> Eva
     if encoder.task.type != "text":
         scores = score(lm, examples)
         right = [one.best == example.gold for one, example in zip(scores, examples, strict=True)]
-        return Evaluation.of(right, "accuracy")
+        return Evaluation.of(right, "accuracy", scores)
     budgets = [len(example.answers[0]) + EXTRA_NEW_TOKENS for example in examples]
     eos = encoder.tokenizer.eos_token_id
     written = generate(lm, examples, eos=eos, max_new_tokens=budgets)

@@ -5,7 +5,9 @@ It does NOT train, and it does not decide where bundles go.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
+from random import Random
 from typing import TYPE_CHECKING, Any
 
 from heft_engine import signatures
@@ -18,12 +20,13 @@ from heft_engine.bundle import (
     read_bundle,
     write_bundle,
 )
+from heft_engine.calibration import MOST_ROWS, Calibration, Labelled, calibrate
 from heft_engine.devices import dtype_name
-from heft_engine.encoding import tokenizer_hash
+from heft_engine.encoding import Example, tokenizer_hash
 from heft_engine.model import PackedLM
 from heft_engine.model_files import weights_hash
 from heft_engine.parity import float32_copy
-from heft_engine.scoring import score
+from heft_engine.scoring import Scores, score
 
 if TYPE_CHECKING:
     from heft_engine.run import Run
@@ -35,6 +38,7 @@ LEAST_NEW_TOKENS, MOST_NEW_TOKENS = 64, 1_024
 def write_outcome(run: Run, out_dir: Path) -> Bundle:
     """The bundle of the result so far. Raises TrainingError when serving would see other prompts than training."""
     probe, tolerance = _probe(run)
+    calibrated = calibration(run)
     info = BundleInfo(
         method=run.config.method,
         stages=[stage.model_dump() for stage in run.config.stages[: run.state.stage_index]],
@@ -51,6 +55,8 @@ def write_outcome(run: Run, out_dir: Path) -> Bundle:
         max_length=run.encoder.max_length,
         seed=run.config.seed,
         max_new_tokens=_max_new_tokens(run),
+        temperature=calibrated.temperature if calibrated is not None else 1.0,
+        calibration=calibrated.to_json() if calibrated is not None else None,
         evaluation=evaluation(run),
         parity=run.state.parity,
         probe_tolerance=tolerance,
@@ -67,6 +73,7 @@ def evaluation(run: Run) -> dict[str, Any] | None:
     results = [record for record in run.state.evaluations if "accuracy" in record]
     if not results:
         return None
+    calibrated = calibration(run)
     kept = ("stage", "stage_index", "accuracy", "correct", "interval_95")
     return {
         "n": results[0]["n"],
@@ -74,8 +81,34 @@ def evaluation(run: Run) -> dict[str, Any] | None:
         "split": run.split,
         "held_out": run.split == "test",
         "results": [{name: record[name] for name in kept} for record in results],
+        "calibration": calibrated.to_json() if calibrated is not None else None,
         "general_loss": run.state.general_loss,
     }
+
+
+def calibration(run: Run) -> Calibration | None:
+    """The result's temperature, computed once a stage: its checkpoint is a model that can be asked, as the end is.
+
+    None for text, and without rows to measure on.
+    """
+    if run.encoder.task.type == "text" or not run.reported:
+        return None
+    index = run.state.stage_index
+    if run.calibrated is None or run.calibrated[0] != index:
+        if run.scored is None or run.scored[0] != index:
+            run.scored = (index, tuple(score(run.lm, run.reported)))
+        reported = _labelled(run.scored[1], run.reported)
+        if run.split == "validation":
+            found = calibrate(reported, None, run.split)
+        else:
+            chosen = Random(run.config.seed).sample(run.questions, min(MOST_ROWS, len(run.questions)))
+            found = calibrate(_labelled(score(run.lm, chosen), chosen), reported, run.split)
+        run.calibrated = (index, found)
+    return run.calibrated[1]
+
+
+def _labelled(scores: Sequence[Scores], examples: Sequence[Example]) -> Labelled:
+    return Labelled.of(scores, [example.gold for example in examples])
 
 
 def _probe(run: Run) -> tuple[Probe, float]:

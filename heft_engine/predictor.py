@@ -33,7 +33,8 @@ KEY_VALUE_BYTES = 1024**3
 
 @dataclass(frozen=True, kw_only=True)
 class Prediction:
-    """One answer. Probabilities are softmax over the labels' float32 log-probabilities; None for generated text."""
+    """One answer. Probabilities are softmax over the labels' float32 log-probabilities, divided by the temperature
+    that the model was calibrated with; None for generated text."""
 
     answer: str
     probability: float | None
@@ -52,10 +53,12 @@ class Predictor:
         max_new_tokens: int,
         *,
         key_value_bytes: int = KEY_VALUE_BYTES,
+        temperature: float = 1.0,
     ) -> None:
         self.lm = lm
         self.encoder = encoder
         self.max_new_tokens = max_new_tokens
+        self.temperature = temperature
         #: Texts that are being written, for all who ask: `predict` and whoever submits to it and calls `turn`.
         self.writer = TextWriter(lm, encoder.tokenizer, budget_bytes=key_value_bytes)
         self._lock = threading.Lock()
@@ -89,7 +92,7 @@ class Predictor:
             scores = score(self.lm, examples, scale=scale)
         predictions = []
         for example, one in zip(examples, scores, strict=True):
-            probabilities = dict(zip(example.labels, one.probabilities, strict=True))
+            probabilities = dict(zip(example.labels, one.probabilities_at(self.temperature), strict=True))
             answer = example.labels[one.best]
             prediction = Prediction(
                 answer=answer,
@@ -167,7 +170,7 @@ def load(
     check_tokenizer(bundle.info, tokenizer)
     check_probe(bundle, lm)
     encoder = Encoder(tokenizer, Task.from_json(bundle.info.task), bundle.info.max_length)
-    return Predictor(lm, encoder, bundle.info.max_new_tokens)
+    return Predictor(lm, encoder, bundle.info.max_new_tokens, temperature=bundle.info.temperature)
 
 
 def load_base(

@@ -27,6 +27,7 @@ from safetensors import SafetensorError
 
 from heft_engine import lora
 from heft_engine.bundle import Bundle, package_versions, read_bundle
+from heft_engine.calibration import Calibration
 from heft_engine.checkpoint import load_state
 from heft_engine.devices import dtype_name
 from heft_engine.encoding import Example, tokenizer_hash
@@ -132,6 +133,8 @@ class Reuse:
         run.lm.sites.clear()
         run.lm.sites.extend(result.sites)
         run.probed = (index + 1, result.bundle.probe, result.bundle.info.probe_tolerance)
+        record = result.bundle.info.calibration
+        run.calibrated = (index + 1, Calibration(**record) if record is not None else None)
         step = run.first_steps[index + 1]
         if index == 0:
             run.tell_evaluation(run.state.evaluations[0], reused=True)
@@ -162,7 +165,7 @@ def stage_keys(run: Run) -> list[str]:
         "settings": settings,
         "split": run.split,
         "training": examples_hash(run.examples),
-        "validation": examples_hash(run.validation),
+        "validation": examples_hash(run.questions),
         "reported": examples_hash(run.reported),
         "probes": examples_hash([*run.probe, *(example for _, example in run.probe_rows)]),
         "general": examples_hash(run.general),

@@ -19,6 +19,7 @@ from heft_engine import lora, signatures
 from heft_engine.attention import IMPLEMENTATION
 from heft_engine.base_models import BaseModel, load_model, load_tokenizer, resolve
 from heft_engine.bundle import Bundle, Probe
+from heft_engine.calibration import Calibration
 from heft_engine.config import LoraStage, ReftStage, TrainConfig
 from heft_engine.devices import choose_device, choose_dtype, dtype_name
 from heft_engine.encoding import Encoder, Example, Task
@@ -36,6 +37,7 @@ from heft_engine.resolve import resolve_max_length, resolve_stage
 from heft_engine.reuse import Reuse, StageStore
 from heft_engine.rows import Row, infer_task
 from heft_engine.run_state import CheckpointWriter, RunState, load_checkpoint, rows_hash
+from heft_engine.scoring import Scores
 from heft_engine.sources import CacheBudget
 from heft_engine.stage_plan import Planner, StagePlan
 from heft_engine.trainables import LoraTrainable, ReftTrainable
@@ -131,6 +133,7 @@ def prepare(
         encoder=encoder,
         examples=_supervised(encoder, train_rows),
         validation=_supervised(encoder, eval_rows),
+        questions=[example for row in eval_rows for example in encoder.encode(row)],
         reported=[example for row in reported for example in encoder.encode(row)],
         split="test" if test_rows else "validation",
         probe_row_source=list((eval_rows or train_rows)[:_PROBE_CANDIDATES]),
@@ -157,6 +160,7 @@ class Run:
     encoder: Encoder
     examples: list[Example]
     validation: list[Example]
+    questions: list[Example]  #: the validation rows with every label
     reported: list[Example]
     split: str
     probe_row_source: list[Row]
@@ -166,6 +170,8 @@ class Run:
     probed: tuple[int, Probe, float] | None = (
         None  #: after which stage, the probe rows' scores, their tolerance
     )
+    scored: tuple[int, tuple[Scores, ...]] | None = None  #: after which stage, the reported rows' scores
+    calibrated: tuple[int, Calibration | None] | None = None  #: after which stage, what came of it
     adapters: list[LoraAdapter] = field(default_factory=list)
     cache_dir: Path | None = None
     memory_bytes: int | None = None
@@ -380,8 +386,9 @@ class Run:
         if not self.reported:
             self.state.evaluations.append({"stage": stage, "stage_index": index})
             return
-        result = evaluate(self.lm, self.encoder, self.reported).to_json()
-        record = {"stage": stage, "stage_index": index, **result}
+        result = evaluate(self.lm, self.encoder, self.reported)
+        self.scored = (self.state.stage_index, result.scores)
+        record = {"stage": stage, "stage_index": index, **result.to_json()}
         self.state.evaluations.append(record)
         self.tell_evaluation(record)
 

@@ -40,8 +40,12 @@ class Scores:
     @property
     def probabilities(self) -> tuple[float, ...]:
         """Softmax over the totals: how the answers share the probability that falls on any of them."""
+        return self.probabilities_at(1.0)
+
+    def probabilities_at(self, temperature: float) -> tuple[float, ...]:
+        """Softmax over totals / temperature (heft_engine.calibration)."""
         top = max(self.totals)
-        weights = [math.exp(total - top) for total in self.totals]
+        weights = [math.exp((total - top) / temperature) for total in self.totals]
         return tuple(weight / sum(weights) for weight in weights)
 
 

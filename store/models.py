@@ -5,7 +5,7 @@ It does NOT load models, nor touch their bytes.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
 from datetime import datetime
 from typing import Any, Literal
@@ -79,6 +79,14 @@ def for_worker(session: Session, *, model_id: str) -> Model:
     if base is not None:
         return _base(base)
     raise _no_model(model_id)
+
+
+def present(session: Session, *, model_ids: Collection[str]) -> set[str]:
+    """Those of these fine-tuned models and checkpoints that are there and not deleted."""
+    query = select(FineTunedModel.id).where(
+        FineTunedModel.id.in_(model_ids), FineTunedModel.deleted_at.is_(None)
+    )
+    return set(session.scalars(query))
 
 
 def delete(session: Session, *, owner_id: str, model_id: str) -> None:

@@ -29,6 +29,13 @@ Purpose = Literal["prepare", "train"]
 
 #: How long a list of answers outlives its last answer when the API process that reads it is gone.
 REPLY_SECONDS = 60
+#: How long a cancelled request is known as such; no message waits longer.
+CANCELLED_SECONDS = 600
+
+
+def cancelled_key(request_id: str) -> str:
+    """The Redis key that is there when nobody waits for this request any more."""
+    return f"heft:cancelled:{request_id}"
 
 
 class Task(StrEnum):
@@ -45,9 +52,10 @@ class Task(StrEnum):
 
 class PredictModel(TypedDict):
     """Which weights answer: a `base` model by its id, or a `final` or `checkpoint` bundle by its key in
-    storage."""
+    storage. `owner` is who asks: what a worker keeps of one owner's prompts serves no other."""
 
     id: str
+    owner: str
     kind: Literal["base", "final", "checkpoint"]
     base_model: str
     storage_key: str | None  #: None for a base model
@@ -60,13 +68,14 @@ class Intervention(TypedDict):
 
 
 class PredictMessage(TypedDict):
-    """One request. `inputs` are rows as the user wrote them; `deadline` is unix time, after which nobody
-    waits."""
+    """One request. `inputs` are rows as the user wrote them; `sent_at` and `deadline` are unix time: when it was
+    sent, and after which nobody waits."""
 
     request_id: str
     model: PredictModel
     inputs: list[dict[str, Any]]
     intervention: Intervention
+    sent_at: float
     deadline: float
     reply_to: str
 

@@ -50,6 +50,12 @@ class StoreSettings(BaseSettings):
     max_line_bytes: int = 8 * 1024**2
     max_rows: int = 5_000_000
     predict_timeout_seconds: float = 30
+    predict_max_waiting: int = Field(
+        default=4_096, gt=0
+    )  #: inputs that wait in one API process for their answers; more are refused with 429
+    predict_max_queued: int = Field(
+        default=2_000, gt=0
+    )  #: requests that wait in the broker for a worker; more are refused with 503
     log_format: LogFormat = "text"  #: json: one object a line
     cache_memory_bytes: int | None = Field(
         default=None, ge=0

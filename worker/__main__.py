@@ -19,6 +19,7 @@ from worker import tasks
 from worker.background import Chore, chores
 from worker.celery_app import Role, run_worker, worker_app
 from worker.context import ENGINE, Context
+from worker.forgetting import forgetting
 from worker.presence import offer_base_models, present
 from worker.room import giving_room, own_device
 from worker.scratch import hold_place
@@ -82,7 +83,7 @@ def _register(app: Celery, role: Role, context: Context, stack: ExitStack) -> li
     inference = Inference(context)
     stack.callback(inference.close)
     tasks.register_inference(app, inference.answer)
-    return giving_room(context, inference.shelf.make_room)
+    return [*giving_room(context, inference.shelf.make_room), *forgetting(context, inference)]
 
 
 if __name__ == "__main__":

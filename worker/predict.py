@@ -40,6 +40,7 @@ from store.queue import (
     PredictReply,
     redis_py_url,
 )
+from worker.cancelled import Cancelled
 from worker.context import Context
 from worker.shelf import Shelf
 
@@ -48,8 +49,8 @@ log = logging.getLogger(__name__)
 _REPLY_TIMEOUT_SECONDS = 3.0
 
 
-class Expired(Exception):
-    """Nobody waits for this answer any more."""
+class NobodyWaits(Exception):
+    """The request's time is over, or its client has gone."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -97,6 +98,7 @@ class Inference:
             socket_timeout=_REPLY_TIMEOUT_SECONDS,
             socket_connect_timeout=_REPLY_TIMEOUT_SECONDS,
         )
+        self._cancelled = Cancelled(self._redis)
         self.shelf: Shelf[Predictor] = Shelf(
             settings.memory_budget_bytes or three_quarters_of_memory(),
             out_of_memory=(MemoryError, torch.OutOfMemoryError),
@@ -108,13 +110,25 @@ class Inference:
         self._redis.close()
 
     def answer(self, message: PredictMessage) -> None:
-        """Answer, or say why not; a request whose deadline has passed is dropped."""
+        """Answer, or say why not; a request that nobody waits for any more is dropped."""
+        with self._cancelled.waiting(message["request_id"], sent_at=message["sent_at"]):
+            self._answer(message)
+
+    def fine_tuned(self) -> list[str]:
+        """The ids of the fine-tuned models in memory."""
+        return [name for name in self.shelf.names if isinstance(name, str)]
+
+    def forget(self, model_id: str) -> None:
+        """Put a model away, after the answers that are under way."""
+        self.shelf.forget(model_id)
+
+    def _answer(self, message: PredictMessage) -> None:
         request_id = message["request_id"]
         try:
             ok = PredictedRows(data=self._predict(message))
             _check_numbers(ok)
-        except Expired:
-            log.info("request %s has expired", request_id)
+        except NobodyWaits:
+            log.info("nobody waits for %s any more", request_id)
         except (EngineError, StoreError) as fault:
             self._reply(message, PredictReply(request_id=request_id, error=fault_of(fault)))
         except Exception:
@@ -125,11 +139,11 @@ class Inference:
             self._reply(message, PredictReply(request_id=request_id, ok=ok))
 
     def _predict(self, message: PredictMessage) -> list[PredictedRow]:
-        _check_deadline(message)
+        self._check_somebody_waits(message)
         model, intervention = message["model"], message["intervention"]
 
         def ask(predictor: Predictor) -> list[PredictedRow]:
-            _check_deadline(message)
+            self._check_somebody_waits(message)
             labels = predictor.task.labels if predictor.task.type == "choice" else None
             rows = parse_inputs(message["inputs"], labels)
             answers = predictor.predict(rows, enabled=intervention["enabled"], scale=intervention["scale"])
@@ -139,7 +153,12 @@ class Inference:
             return self.shelf.ask(model["id"], lambda: self._loader.bundle(model), ask)
         task = infer_task(parse_inputs(message["inputs"], None))
         reference = model["base_model"]
-        return self.shelf.ask(f"{reference}:{task}", lambda: self._loader.base(reference, task), ask)
+        return self.shelf.ask((reference, task), lambda: self._loader.base(reference, task), ask)
+
+    def _check_somebody_waits(self, message: PredictMessage) -> None:
+        """Raises NobodyWaits."""
+        if time.time() > message["deadline"] or self._cancelled.is_cancelled(message["request_id"]):
+            raise NobodyWaits
 
     def _reply(self, message: PredictMessage, reply: PredictReply) -> None:
         payload = json.dumps(reply, allow_nan=False)
@@ -194,8 +213,3 @@ def _give_memory_back() -> None:
 def _check_numbers(rows: PredictedRows) -> None:
     """Raises ValueError for a score that is no number: it has no place in JSON, and the caller waits."""
     json.dumps(rows, allow_nan=False)
-
-
-def _check_deadline(message: PredictMessage) -> None:
-    if time.time() > message["deadline"]:
-        raise Expired

@@ -31,6 +31,7 @@ class _Resident(Generic[M]):
 
     def __init__(self, name: Hashable, load: Callable[[], M]) -> None:
         self.users = 0
+        self.forgotten = False
         self.used_at = time.monotonic()
         self.thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix=f"model-{name}")
         self.loaded = self.thread.submit(load)
@@ -86,6 +87,22 @@ class Shelf(Generic[M]):
         with self._lock:
             self._put_away(0)
 
+    def forget(self, name: Hashable) -> None:
+        """Put one away, after the answers that are under way."""
+        with self._lock:
+            resident = self._residents.get(name)
+            if resident is None:
+                return
+            resident.forgotten = True
+            if resident.is_idle:
+                self._remove(name)
+
+    @property
+    def names(self) -> list[Hashable]:
+        """Of the models on it, and of those on their way."""
+        with self._lock:
+            return list(self._residents)
+
     def close(self) -> None:
         """Put everything away, after the answers that are under way."""
         with self._lock:
@@ -111,7 +128,8 @@ class Shelf(Generic[M]):
         with self._lock:
             resident.users -= 1
             resident.used_at = time.monotonic()
-            if resident.loaded.exception() is not None and self._residents.get(name) is resident:
+            is_over = resident.loaded.exception() is not None or (resident.forgotten and resident.is_idle)
+            if is_over and self._residents.get(name) is resident:
                 self._remove(name)
             self._put_away(self._budget)
 

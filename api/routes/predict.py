@@ -5,9 +5,10 @@ from __future__ import annotations
 from fastapi import APIRouter, Request
 
 from api.deps import Caller, Db, Held
+from api.disconnects import while_connected
 from api.schemas.predict import MAX_INPUTS, Answer, Prediction, Predictions, PredictRequest, Usage
 from store import models
-from store.errors import TooLarge
+from store.errors import InvalidRequest, TooLarge
 from store.queue import Intervention, PredictModel
 
 router = APIRouter(tags=["Answers"])
@@ -18,30 +19,36 @@ router = APIRouter(tags=["Answers"])
 async def predict(
     request: Request, body: PredictRequest, caller: Caller, db: Db, held: Held
 ) -> Prediction | Predictions:
-    """Ask a fine-tuned model, a checkpoint or a base model one question, or up to 1,024 in `inputs`."""
+    """Ask a fine-tuned model, a checkpoint or a base model one question, or up to 1,024 in `inputs`.
+
+    Probabilities are calibrated where the model's job had validation rows. With `abstain_below` an answer that is less
+    probable is null, and `abstained` true. Too many inputs waiting at once: 429 or 503, with `Retry-After`.
+    """
     rows = body.rows()
     if len(rows) > MAX_INPUTS:
         raise TooLarge(f"at most {MAX_INPUTS:,} inputs at a time", param="inputs")
-    model = await db(models.get, owner_id=caller.id, model_id=body.model)
-    answers = await held.predict.ask(
-        request.state.request_id,
-        _addressed(model),
-        rows,
-        Intervention(enabled=body.intervention.enabled, scale=body.intervention.scale),
-    )
+    if body.abstain_below is not None and body.asks_for_text:
+        raise InvalidRequest("generated text has no probability to abstain below", param="abstain_below")
+    intervention = Intervention(enabled=body.intervention.enabled, scale=body.intervention.scale)
+    with held.admission.admit(len(rows)):
+        model = await db(models.get, owner_id=caller.id, model_id=body.model)
+        asking = held.predict.ask(request.state.request_id, addressed(model, caller.id), rows, intervention)
+        answers = await while_connected(request, asking)
     usage = Usage.of(
         prompt=sum(answer["prompt_tokens"] for answer in answers),
         completion=sum(answer["completion_tokens"] for answer in answers),
     )
+    shown = [Answer.of(answer, abstain_below=body.abstain_below) for answer in answers]
     if body.inputs is None:
-        return Prediction(model=body.model, usage=usage, **Answer.of(answers[0]).model_dump())
-    return Predictions(model=body.model, usage=usage, data=[Answer.of(answer) for answer in answers])
+        return Prediction(model=body.model, usage=usage, **shown[0].model_dump())
+    return Predictions(model=body.model, usage=usage, data=shown)
 
 
-def _addressed(model: models.Model) -> PredictModel:
+def addressed(model: models.Model, owner_id: str) -> PredictModel:
     """The model as a worker finds it: it has no database at hand while it answers."""
     return PredictModel(
         id=model.id,
+        owner=owner_id,
         kind=model.kind,
         base_model=model.base_model,
         storage_key=model.storage_key,

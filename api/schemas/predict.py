@@ -53,11 +53,13 @@ class Intervention(RequestBody):
 
 
 class PredictRequest(Question):
-    """One question beside `model`, or up to 1,024 in `inputs`."""
+    """One question beside `model`, or up to 1,024 in `inputs`. An answer whose probability is below `abstain_below`
+    is withheld."""
 
     model: Annotated[str, Field(min_length=1, max_length=300)]
     inputs: Annotated[list[Question], Field(min_length=1)] | None = None
     intervention: Intervention = Intervention()
+    abstain_below: Annotated[float, Field(ge=0, le=1)] | None = None
 
     @model_validator(mode="after")
     def _something_is_asked(self) -> PredictRequest:
@@ -69,6 +71,11 @@ class PredictRequest(Question):
 
     def rows(self) -> list[dict[str, Any]]:
         return [self.row()] if self.inputs is None else [question.row() for question in self.inputs]
+
+    @property
+    def asks_for_text(self) -> bool:
+        """Whether any answer will be generated, and so have no probability."""
+        return any(question.question is None for question in self.inputs or [self])
 
 
 class Usage(BaseModel):
@@ -82,18 +89,23 @@ class Usage(BaseModel):
 
 
 class Answer(BaseModel):
-    """`probability` is that of the answer; both it and the labels' are null where text was generated."""
+    """`probability` is that of the likeliest label, which is the answer. Where it is below the request's
+    `abstain_below`, `answer` is null and `abstained` true. Probabilities are null where text was generated."""
 
     object: Literal["prediction"] = "prediction"
-    answer: str
+    answer: str | None
+    abstained: bool
     probability: float | None
     label_probabilities: dict[str, float] | None
 
     @classmethod
-    def of(cls, row: PredictedRow) -> Answer:
+    def of(cls, row: PredictedRow, *, abstain_below: float | None = None) -> Answer:
+        probability = row["probability"]
+        abstained = abstain_below is not None and probability is not None and probability < abstain_below
         return Answer(
-            answer=row["answer"],
-            probability=row["probability"],
+            answer=None if abstained else row["answer"],
+            abstained=abstained,
+            probability=probability,
             label_probabilities=row["label_probabilities"],
         )
 

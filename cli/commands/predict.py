@@ -28,9 +28,14 @@ def predict(
     file: Annotated[Path | None, typer.Option(help="A JSONL file of rows; answers go to stdout.")] = None,
     intervention: Annotated[bool, typer.Option(help="Stage 2 on or off.")] = True,
     scale: Annotated[float, typer.Option(help="How strongly stage 2 acts; 1 is as trained.")] = 1.0,
+    abstain_below: Annotated[
+        float | None, typer.Option(min=0, max=1, help="Withhold answers that are less probable.")
+    ] = None,
 ) -> None:
     """Ask a model."""
     asked: dict[str, Any] = {"model": model, "intervention": {"enabled": intervention, "scale": scale}}
+    if abstain_below is not None:
+        asked["abstain_below"] = abstain_below
     one = {"question": question, "passage": passage, "prompt": prompt}
     one = {name: value for name, value in one.items() if value is not None}
     if bool(one) == (file is not None):
@@ -38,13 +43,21 @@ def predict(
     with target(context).client() as client:
         if file is None:
             answer = client.post("/v1/predict", asked | one)
-            sure = "" if answer["probability"] is None else f"  ({answer['probability']:.3f})"
-            print(f"{answer['answer']}{sure}")
+            print(_one_line(answer))
             return
         rows = _rows(file)
         while batch := list(islice(rows, _BATCH)):
             for answer in client.post("/v1/predict", asked | {"inputs": batch})["data"]:
                 print(json.dumps(answer, ensure_ascii=False))
+
+
+def _one_line(answer: dict[str, Any]) -> str:
+    if answer.get("abstained"):
+        labels: dict[str, float] = answer["label_probabilities"]
+        likeliest = max(labels, key=lambda label: labels[label])
+        return f"abstains  ({likeliest}: {labels[likeliest]:.3f})"
+    sure = "" if answer["probability"] is None else f"  ({answer['probability']:.3f})"
+    return f"{answer['answer']}{sure}"
 
 
 def _rows(path: Path) -> Iterator[dict[str, Any]]:

@@ -50,6 +50,9 @@ def parser() -> argparse.ArgumentParser:
             command.set_defaults(run=_evaluate)
         elif name == "predict":
             command.add_argument("--scale", type=float, default=1.0, help="0 leaves stage 2 out")
+            command.add_argument(
+                "--abstain-below", type=_probability, help="less probable answers are null (0 to 1)"
+            )
             command.set_defaults(run=_predict)
         else:
             command.add_argument("--format", choices=["merged", "peft", "pyreft"], required=True)
@@ -76,6 +79,13 @@ def parser() -> argparse.ArgumentParser:
     )
     gpu_check.set_defaults(run=_gpu_check)
     return top
+
+
+def _probability(text: str) -> float:
+    value = float(text)
+    if not 0 <= value <= 1:
+        raise argparse.ArgumentTypeError("between 0 and 1")
+    return value
 
 
 def _add_train(command: argparse.ArgumentParser) -> None:

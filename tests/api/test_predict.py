@@ -46,19 +46,21 @@ def test_one_question(client: httpx.Client, worker: StandIn, path: str) -> None:
         "object": "prediction",
         "model": MODEL,
         "answer": "yes",
+        "abstained": False,
         "probability": 0.75,
         "label_probabilities": {"yes": 0.75, "no": 0.25},
         "usage": {"prompt_tokens": 4, "completion_tokens": 1, "total_tokens": 5},
     }
 
 
-def test_the_message_tells_the_worker_all(client: httpx.Client, worker: StandIn) -> None:
+def test_the_message_tells_the_worker_all(client: httpx.Client, worker: StandIn, owner: str) -> None:
     before = time.time()
     answer = client.post("/predict", json=QUESTION | {"intervention": {"enabled": False}})
     (message,) = worker.heard
     assert message["request_id"] == answer.headers["x-request-id"]
     assert message["model"] == {
         "id": MODEL,
+        "owner": owner,
         "kind": "base",
         "base_model": MODEL,
         "storage_key": None,
@@ -66,7 +68,7 @@ def test_the_message_tells_the_worker_all(client: httpx.Client, worker: StandIn)
     }
     assert message["inputs"] == [{"question": QUESTION["question"], "passage": QUESTION["passage"]}]
     assert message["intervention"] == {"enabled": False, "scale": 1.0}
-    assert before < message["deadline"] < time.time() + 2
+    assert before < message["sent_at"] == message["deadline"] - 2 < time.time()
 
 
 @pytest.mark.parametrize(
@@ -97,6 +99,25 @@ def test_many_questions_are_answered_in_order(client: httpx.Client, worker: Stan
     assert (answer["object"], answer["model"]) == ("list", MODEL)
     assert [row["answer"] for row in answer["data"]] == [given["question"] for given in inputs]
     assert answer["usage"] == {"prompt_tokens": 1_024, "completion_tokens": 1_024, "total_tokens": 2_048}
+
+
+def test_an_answer_that_is_less_probable_than_asked_for_is_withheld(
+    client: httpx.Client, worker: StandIn
+) -> None:
+    def ask(abstain_below: float) -> dict[str, Any]:
+        answer = client.post("/predict", json=QUESTION | {"abstain_below": abstain_below})
+        assert answer.status_code == 200
+        return dict(answer.json())
+
+    withheld, given = ask(0.76), ask(0.75)
+    assert (withheld["answer"], withheld["abstained"]) == (None, True)
+    assert (given["answer"], given["abstained"]) == ("yes", False)
+    assert withheld["probability"] == given["probability"] == 0.75
+    assert withheld["label_probabilities"] == given["label_probabilities"]
+    many = client.post(
+        "/predict", json={"model": MODEL, "inputs": [{"question": "q"}] * 2, "abstain_below": 1}
+    )
+    assert [(row["answer"], row["abstained"]) for row in many.json()["data"]] == [(None, True)] * 2
 
 
 def test_replies_find_their_own_request(client: httpx.Client, worker: StandIn) -> None:
@@ -188,6 +209,9 @@ def test_lost_connections_to_the_broker_are_made_again(client: httpx.Client, wor
         ({"model": MODEL, "question": "\0"}, 422, "question"),
         ({"model": MODEL, "question": "q", "intervention": {"scale": "big"}}, 422, "intervention.scale"),
         ({"model": MODEL, "question": "q", "intervention": {"scal": 1}}, 422, "intervention.scal"),
+        ({"model": MODEL, "question": "q", "abstain_below": 1.5}, 422, "abstain_below"),
+        ({"model": MODEL, "prompt": "p", "abstain_below": 0.5}, 422, "abstain_below"),
+        ({"model": MODEL, "inputs": [{"prompt": "p"}], "abstain_below": 0.5}, 422, "abstain_below"),
         ({"model": MODEL, "messages": [{"role": "robot", "content": ""}]}, 422, "messages[0].role"),
         ({"model": "nobody/knows", "question": "q"}, 404, "model"),
         ({"model": "../../etc", "question": "q"}, 404, "model"),

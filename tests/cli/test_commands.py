@@ -219,6 +219,16 @@ def test_predict_one(service: Service) -> None:
     }
 
 
+def test_predict_that_may_abstain(service: Service) -> None:
+    shared = {"yes": 0.4, "no": 0.6}
+    withheld = {"answer": None, "abstained": True, "probability": 0.6, "label_probabilities": shared}
+    service.on("POST /v1/predict", (200, withheld))
+    result = service.run("predict", "m", "--question", "is it", "--abstain-below", "0.7")
+    assert result.output == "abstains  (no: 0.600)\n"
+    assert service.bodies[0][1]["abstain_below"] == 0.7
+    assert service.run("predict", "m", "--question", "is it", "--abstain-below", "1.1").exit_code == 2
+
+
 def test_predict_a_file(service: Service, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("cli.commands.predict._BATCH", 2)
     rows = tmp_path / "rows.jsonl"

@@ -64,3 +64,15 @@ def test_a_base_model_offered_again_is_updated(bench) -> None:
     )
     [model] = bench.do(models.list_models, owner_id=OWNER)
     assert model.info == {"n_layers": 31}
+
+
+def test_which_of_some_models_are_there(bench) -> None:
+    claim = bench.running()
+    bench.checkpoint(claim, 10, "stage")
+    final = bench.succeed(claim).fine_tuned_model
+    checkpoint = f"{final}:ckpt-lora"
+    asked = [final, checkpoint, "ft:unknown"]
+    assert bench.do(models.present, model_ids=asked) == {final, checkpoint}
+    bench.do(models.delete, owner_id=OWNER, model_id=final)
+    assert bench.do(models.present, model_ids=asked) == {checkpoint}
+    assert bench.do(models.present, model_ids=[]) == set()

@@ -17,7 +17,8 @@ from worker_bench import Bench
 import heft_engine
 from heft_engine.config import LoraStage, ReftStage, TrainConfig
 from heft_engine.rows import parse_row
-from store.queue import PredictMessage, PredictModel, PredictReply, redis_py_url
+from store.queue import PredictMessage, PredictModel, PredictReply, cancelled_key, redis_py_url
+from worker.forgetting import forget_deleted
 from worker.predict import Inference
 
 ROWS = [
@@ -53,11 +54,16 @@ def model(bench: Bench, bundle: Path) -> PredictModel:
     """The bundle as a message addresses it."""
     manifest = bench.context.artifacts.put_directory("jobs/j/1/bundle", bundle)
     return PredictModel(
-        id="ft:llama:o::1", kind="final", base_model="llama", storage_key="jobs/j/1/bundle", manifest=manifest
+        id="ft:llama:o::1",
+        owner="o",
+        kind="final",
+        base_model="llama",
+        storage_key="jobs/j/1/bundle",
+        manifest=manifest,
     )
 
 
-BASE = PredictModel(id="llama", kind="base", base_model="llama", storage_key=None, manifest=None)
+BASE = PredictModel(id="llama", owner="o", kind="base", base_model="llama", storage_key=None, manifest=None)
 
 
 def ask(
@@ -69,6 +75,7 @@ def ask(
         "model": model,
         "inputs": inputs,
         "intervention": {"enabled": True, "scale": 1.0},
+        "sent_at": time.time(),
         "deadline": time.time() + 60,
         "reply_to": "replies",
         **changes,  # type: ignore[typeddict-item]
@@ -123,6 +130,26 @@ def test_a_base_model_answers_any_task(bench: Bench, inference: Inference) -> No
 
 def test_an_expired_request_is_dropped(bench: Bench, inference: Inference, model: PredictModel) -> None:
     assert ask(bench, inference, model, QUESTIONS, deadline=time.time() - 1) is None
+
+
+def test_a_cancelled_request_is_dropped(bench: Bench, inference: Inference, model: PredictModel) -> None:
+    with Redis.from_url(redis_py_url(bench.context.settings.redis_url)) as redis:
+        redis.set(cancelled_key("r-1"), 1)
+    waited = {"sent_at": time.time() - 1}
+    assert ask(bench, inference, model, QUESTIONS, **waited) is None
+    assert ask(bench, inference, model, QUESTIONS, request_id="r-2", **waited) is not None
+
+
+def test_a_deleted_model_is_forgotten_and_others_are_not(
+    bench: Bench, inference: Inference, model: PredictModel
+) -> None:
+    ask(bench, inference, model, QUESTIONS[:1])
+    ask(bench, inference, BASE, QUESTIONS[:1])
+    assert inference.fine_tuned() == [model["id"]]
+    held = inference.shelf.memory_bytes
+    forget_deleted(bench.context, inference)  # the database has never heard of it
+    assert inference.fine_tuned() == []
+    assert 0 < inference.shelf.memory_bytes < held
 
 
 def test_a_bad_question_is_the_callers_fault(bench: Bench, inference: Inference, model: PredictModel) -> None:

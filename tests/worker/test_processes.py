@@ -115,9 +115,12 @@ def test_a_question_on_the_queue_is_answered_on_the_list_it_names(
     worker = start_worker("inference")
     message = PredictMessage(
         request_id="r-1",
-        model=PredictModel(id="llama", kind="base", base_model="llama", storage_key=None, manifest=None),
+        model=PredictModel(
+            id="llama", owner="o", kind="base", base_model="llama", storage_key=None, manifest=None
+        ),
         inputs=[{"question": "is it so"}],
         intervention=Intervention(enabled=True, scale=1.0),
+        sent_at=time.time(),
         deadline=time.time() + 100,
         reply_to="replies",
     )

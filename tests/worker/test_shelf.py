@@ -128,3 +128,24 @@ def test_memory_is_given_back_after_a_model_has_left(library: Library) -> None:
     ask(shelf, library, "a")
     eventually(lambda: told == [1])
     shelf.close()
+
+
+def test_a_forgotten_model_goes_when_its_last_answer_is_out(shelf: Shelf[Weights], library: Library) -> None:
+    entered, leave = threading.Event(), threading.Event()
+
+    def slow(weights: Weights) -> str:
+        entered.set()
+        assert leave.wait(10)
+        return weights.name
+
+    ask(shelf, library, "idle")
+    with ThreadPoolExecutor(1) as threads:
+        answer = threads.submit(shelf.ask, "busy", library.loader("busy"), slow)
+        assert entered.wait(10)
+        for name in ("idle", "busy", "unknown"):
+            shelf.forget(name)
+        assert shelf.names == ["busy"]
+        leave.set()
+        assert answer.result(10) == "busy"
+    assert shelf.names == []
+    assert shelf.memory_bytes == 0
