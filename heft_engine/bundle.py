@@ -26,11 +26,12 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
-from heft_engine.config import parse_positions
+from heft_engine.config import InterventionKind, parse_positions
 from heft_engine.encoding import Example, tokenizer_hash
 from heft_engine.errors import BundleError, TrainingError
-from heft_engine.interventions import LoreftIntervention, Site
+from heft_engine.interventions import Site
 from heft_engine.lora import LoraAdapter
+from heft_engine.reft_kinds import KINDS
 
 FORMAT = 1
 _PACKAGES = ("torch", "transformers", "peft", "tokenizers", "safetensors")
@@ -82,18 +83,21 @@ class Probe:
 
 @dataclass(frozen=True, kw_only=True)
 class StoredSite:
-    """An intervention on disk: where it sits, and R, W, b as plain matrices."""
+    """An intervention on disk: where it sits, and R, W, b (or what its kind has of them) as plain matrices."""
 
     layer: int
     positions: str
     rank: int
     state: dict[str, Tensor]
+    kind: InterventionKind = "loreft"
 
     def site(self, hidden_size: int) -> Site:
         """The intervention, frozen. Raises BundleError when it does not fit such hidden states, or is damaged."""
-        if self.state["rotate_layer"].shape != (hidden_size, self.rank):
+        kind = KINDS[self.kind]
+        shapes = {name: tuple(tensor.shape) for name, tensor in self.state.items()}
+        if shapes != kind.shapes(hidden_size, self.rank):
             raise BundleError(f"the intervention at layer {self.layer} is not for hidden size {hidden_size}")
-        intervention = LoreftIntervention(hidden_size, self.rank, trainable=False)
+        intervention = kind(hidden_size, self.rank, trainable=False)
         try:
             intervention.load_baked(self.state)
         except (TrainingError, RuntimeError) as error:
@@ -159,7 +163,7 @@ def read_bundle(path: Path) -> Bundle:
     loras = [stage for stage in info.stages if stage["type"] == "lora"]
     # Stages that go on with an intervention share it.
     places = {
-        (layer, stage["positions"], stage["rank"])
+        (layer, stage["positions"], stage["rank"], stage.get("kind"))
         for stage in info.stages
         if stage["type"] == "reft"
         for layer in stage["layers"]
@@ -207,14 +211,15 @@ def _write_site(path: Path, site: Site) -> None:
 def _read_site(path: Path) -> StoredSite:
     try:
         record = json.loads((path / "intervention.json").read_text())
-        if record["kind"] != LoreftIntervention.kind:
+        kind = KINDS.get(record["kind"])
+        if kind is None:
             raise BundleError(f"interventions of kind {record['kind']!r} are not known")
         state = load_file(path / "intervention.safetensors")
         layer, positions, rank = int(record["layer"]), str(record["positions"]), int(record["rank"])
         parse_positions(positions)
-        if missing := {"rotate_layer", "weight", "bias"} - state.keys():
+        if missing := kind.shapes(1, 1).keys() - state.keys():
             raise BundleError(f"the intervention in {path.name} has no {', '.join(sorted(missing))}")
-        return StoredSite(layer=layer, positions=positions, rank=rank, state=state)
+        return StoredSite(layer=layer, positions=positions, rank=rank, state=state, kind=kind.kind)
     except (OSError, KeyError, ValueError, SafetensorError) as error:
         raise BundleError(f"the intervention in {path.name} can't be read: {error}") from error
 

@@ -18,6 +18,7 @@ Scheduler = Literal["linear", "cosine", "constant"]
 TaskType = Literal["yes_no", "choice", "text"]
 Dtype = Literal["auto", "float32", "bfloat16"]
 LoraInit = Literal["default", "pissa", "pissa_niter_4", "pissa_niter_16", "olora"]
+InterventionKind = Literal["loreft", "direft", "consreft", "lobireft", "noreft", "nodireft"]
 MethodType = Literal["heft", "lora", "reft", "heft_reversed", "heft_interleaved", "recipe"]
 
 MAX_LAYER = 1_000
@@ -113,14 +114,17 @@ class LoraStage(StageSettings):
 
 
 class ReftStage(StageSettings):
-    """Stage 2: LoReFT, Φ(h) = h + Rᵀ(Wh + b − Rh) (arXiv 2404.03592), on the frozen result of what came before."""
+    """Stage 2: ReFT, as LoReFT Φ(h) = h + Rᵀ(Wh + b − Rh) (arXiv 2404.03592), on the frozen result of what came before.
+
+    The other kinds, by pyreft's names, are written down in heft_engine.reft_kinds.
+    """
 
     type: Literal["reft"] = "reft"
     #: "auto" is the paper's relative depth, layer 15 of 32: round(15/32 · n_layers).
     layers: Annotated[list[Layer], Field(min_length=1, max_length=MAX_LAYER)] | Auto = "auto"
     rank: Annotated[int, Field(ge=1, le=1_024)] = 4
     positions: str = "l1"
-    kind: Literal["loreft"] = "loreft"
+    kind: InterventionKind = "loreft"
 
     @field_validator("layers", mode="before")
     @classmethod

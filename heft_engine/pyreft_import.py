@@ -48,16 +48,25 @@ def import_pyreft(
 
 
 def reft_stages(sites: Sequence[StoredSite]) -> list[ReftStage]:
-    """The stages that would have left these interventions: one for each run of equal rank and positions."""
+    """The stages that would have left these interventions: one for each run of equal rank, positions and kind."""
     runs: list[list[StoredSite]] = []
     for site in sites:
         last = runs[-1] if runs else []
-        joins = last and (last[0].rank, last[0].positions) == (site.rank, site.positions)
+        joins = last and (last[0].rank, last[0].positions, last[0].kind) == (
+            site.rank,
+            site.positions,
+            site.kind,
+        )
         if joins and site.layer not in [other.layer for other in last]:
             last.append(site)
         else:
             runs.append([site])
     return [
-        ReftStage(layers=sorted(s.layer for s in run), rank=run[0].rank, positions=run[0].positions)
+        ReftStage(
+            layers=sorted(s.layer for s in run),
+            rank=run[0].rank,
+            positions=run[0].positions,
+            kind=run[0].kind,
+        )
         for run in runs
     ]

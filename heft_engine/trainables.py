@@ -1,4 +1,4 @@
-"""What a stage trains, seen by the loop: LoRA's factors, or LoReFT's R, W and b. Attached here, taken off here.
+"""What a stage trains, seen by the loop: LoRA's factors, or ReFT's R, W and b. Attached here, taken off here.
 
 It does NOT know the loop, data or files.
 """
@@ -12,8 +12,9 @@ from torch import Tensor, nn
 
 from heft_engine import lora, lora_linear
 from heft_engine.config import LoraStage, ReftStage
-from heft_engine.interventions import LoreftIntervention, Site, check_rotation
+from heft_engine.interventions import Site
 from heft_engine.model import PackedLM
+from heft_engine.reft_kinds import KINDS
 from heft_engine.resolve import stage_layers
 from heft_engine.suffix_cache import Boundary
 
@@ -69,7 +70,7 @@ class ReftTrainable:
         """Goes on with the interventions that stand at the same place with the same shape, adds the others."""
         sites = []
         for layer in stage_layers(stage):
-            fresh = LoreftIntervention(lm.hidden_size, stage.rank, stage.dropout).to(lm.device)
+            fresh = KINDS[stage.kind](lm.hidden_size, stage.rank, stage.dropout).to(lm.device)
             site = Site(layer=layer, positions=stage.positions, intervention=fresh)
             standing = next((old for old in lm.sites if old.same_place(site)), None)
             if standing is None:
@@ -104,7 +105,7 @@ class ReftTrainable:
 
     def check(self) -> None:
         for site in self.sites:
-            check_rotation(site.intervention)
+            site.intervention.check()
 
     def boundary(self) -> Boundary:
         layer = min(site.layer for site in self.sites)

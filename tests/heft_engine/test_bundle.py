@@ -182,7 +182,9 @@ def test_a_changed_adapter_fails_the_probe(bundle: Path) -> None:
         ({"rank": 3}, "is not for hidden size 32"),
         ({"positions": "f1"}, "not the model that was trained"),
         ({"positions": "middle"}, "can't be read: positions are written"),
-        ({"kind": "direft"}, "'direft' are not known"),
+        ({"kind": "os.system"}, "'os.system' are not known"),
+        ({"kind": "direft"}, "not the model that was trained"),
+        ({"kind": "noreft"}, "has no proj_layer"),
     ],
 )
 def test_a_changed_place_is_refused(bundle: Path, changes: dict[str, Any], match: str) -> None:

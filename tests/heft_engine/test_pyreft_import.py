@@ -151,7 +151,10 @@ def _tensors(change: Callable[[dict[str, Any]], Any]) -> Callable[[Path], None]:
 @pytest.mark.parametrize(
     ("damage", "message"),
     [
-        (_edit(intervention_types=["<class 'pyreft.interventions.DireftIntervention'>"] * 2), "DireftInterv"),
+        (
+            _edit(intervention_types=["<class 'pyreft.interventions.NoreftIntervention'>"] * 2),
+            "hold proj_layer",
+        ),
         (_edit(intervention_types=["<class 'os.system'>"] * 2), "kind os.system"),
         (_edit(representations=[]), "names no interventions"),
         (_edit(representations=7), "not pyvene's"),

@@ -42,7 +42,9 @@ CASES: dict[str, Callable[[Path], TrainConfig]] = {
     "variants": lambda model: config(
         model,
         "recipe",
-        [but(LORA, use_dora=True, init="pissa_niter_4"), but(LORA, use_dora=True, **DROPOUT), REFT],
+        [but(LORA, use_dora=True, init="pissa_niter_4"), but(LORA, use_dora=True, **DROPOUT)]
+        # The last goes on with the first one's intervention.
+        + [but(REFT, kind=kind, n_epochs=1) for kind in ("direft", "noreft", "direft")],
     ),
     "early stopping": lambda model: config(
         model,

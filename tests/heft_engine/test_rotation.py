@@ -13,7 +13,7 @@ from torch import Tensor
 from heft_engine.checkpoint import MANIFEST
 from heft_engine.errors import Stopped, TrainingError
 from heft_engine.events import Event
-from heft_engine.interventions import LoreftIntervention, check_rotation, rotation_error
+from heft_engine.interventions import LoreftIntervention, rotation_error
 from heft_engine.run import Run
 from heft_engine.run_state import CheckpointWriter
 
@@ -68,7 +68,7 @@ def test_weight_decay_on_everything_makes_R_zero_and_is_noticed(intervention: Lo
     hidden = torch.randn(5, HIDDEN)
     assert torch.equal(intervention(hidden), hidden)
     with pytest.raises(TrainingError, match="collapsed") as refusal:
-        check_rotation(intervention)
+        intervention.check()
     assert refusal.value.code == "rotation_collapsed"
 
 

@@ -10,7 +10,7 @@ import pytest
 from engine_runs import LORA, REFT, ROWS, but, config, parse, run
 
 from heft_engine import run as run_module
-from heft_engine.config import MethodType, TaskSettings
+from heft_engine.config import InterventionKind, MethodType, TaskSettings
 from heft_engine.encoding import Encoder, Example
 from heft_engine.evaluation import Evaluation, evaluate
 from heft_engine.generation import generate
@@ -30,6 +30,8 @@ VARIANTS = [
     but(LORA, use_dora=True, init="pissa_niter_4"),
     REFT,
 ]
+#: Every kind of stage 2 beside LoReFT, at several layers.
+KINDS = [but(REFT, kind=kind, layers=[at % 4]) for at, kind in enumerate(get_args(InterventionKind)[1:])]
 STAGES = {
     "heft": [LORA, REFT],
     "lora": [LORA],
@@ -38,6 +40,7 @@ STAGES = {
     "heft_interleaved": [LORA, REFT, LORA, REFT],
     "recipe": FOUR,
     "variants": VARIANTS,
+    "kinds": KINDS,
 }
 
 

@@ -34,15 +34,25 @@ def plain(path: Path, dtype: torch.dtype = torch.float32) -> transformers.PreTra
     return model.eval()
 
 
-def reft_model(model: transformers.PreTrainedModel, layers: Sequence[int], rank: int) -> pyreft.ReftModel:
-    """A trainable LoReFT model, as pyreft's README builds one."""
+def own_class(kind: str) -> Any:
+    """pyreft's class of that kind."""
+    return getattr(pyreft, f"{kind.capitalize()}Intervention")
+
+
+def reft_model(
+    model: transformers.PreTrainedModel, layers: Sequence[int], rank: int, kind: str = "loreft"
+) -> pyreft.ReftModel:
+    """A trainable ReFT model, as pyreft's README builds one."""
     representations = [
         {
             "layer": layer,
             "component": "block_output",
             "low_rank_dimension": rank,
-            "intervention": pyreft.LoreftIntervention(
-                embed_dim=model.config.hidden_size, low_rank_dimension=rank, dtype=torch.float32
+            "intervention": own_class(kind)(
+                embed_dim=model.config.hidden_size,
+                low_rank_dimension=rank,
+                dtype=torch.float32,
+                add_bias=False,
             ),
         }
         for layer in layers

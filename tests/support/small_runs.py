@@ -13,8 +13,9 @@ from heft_engine.bundle import Bundle
 from heft_engine.config import ReftStage, Stage, TrainConfig
 from heft_engine.encoding import Encoder, Example
 from heft_engine.events import Event
-from heft_engine.interventions import LoreftIntervention, Site
+from heft_engine.interventions import Intervention, Site
 from heft_engine.model import PackedLM
+from heft_engine.reft_kinds import KINDS
 from heft_engine.rows import Row, parse_row
 from heft_engine.run import Run, prepare
 from heft_engine.run_state import CheckpointWriter
@@ -80,11 +81,11 @@ def go(run: Run, out: Path) -> Bundle:
     return run.go(out, CheckpointWriter(directory=None, seconds=0, on_event=run.on_event), lambda: False)
 
 
-def put_interventions(lm: PackedLM, stage: ReftStage) -> list[LoreftIntervention]:
+def put_interventions(lm: PackedLM, stage: ReftStage) -> list[Intervention]:
     """Fresh interventions where the stage will look for standing ones: it goes on with them, raw weights and all."""
     torch.manual_seed(SEED)
     assert stage.layers != "auto"
-    fresh = [LoreftIntervention(lm.hidden_size, stage.rank) for _ in stage.layers]
+    fresh = [KINDS[stage.kind](lm.hidden_size, stage.rank) for _ in stage.layers]
     lm.sites.extend(
         Site(layer=layer, positions=stage.positions, intervention=one)
         for layer, one in zip(stage.layers, fresh, strict=True)
