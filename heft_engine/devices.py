@@ -30,3 +30,10 @@ def _cpu_has_bfloat16() -> bool:
 
 def dtype_name(dtype: torch.dtype) -> str:
     return str(dtype).removeprefix("torch.")
+
+
+def dtype_of(name: str) -> torch.dtype:
+    """The dtype that `dtype_name` wrote."""
+    found = getattr(torch, name)
+    assert isinstance(found, torch.dtype)
+    return found

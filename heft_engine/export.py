@@ -21,6 +21,7 @@ from heft_engine.lora import weight_of
 from heft_engine.lora_joined import concatenate, needs_base
 from heft_engine.predictor import assemble, check_probe
 from heft_engine.pyreft_format import write_pyreft
+from heft_engine.serving.batcher import Weights
 
 Format = Literal["merged", "peft", "pyreft"]
 
@@ -66,7 +67,7 @@ def _peft(bundle: Bundle, out_dir: Path, **places: Any) -> None:
 
 def _merged(bundle: Bundle, out_dir: Path, **places: Any) -> None:
     lm = assemble(bundle, device="cpu", **places)
-    check_probe(bundle, lm)
+    check_probe(bundle, Weights(lm=lm, sites=tuple(lm.sites)))
     model: Any = lm.model
     lm.sites.clear()
     # This engine's attention means nothing to others.

@@ -3,20 +3,21 @@
 Matrix libraries choose the order of a product's sums by its shape: on this project's reference machine a bfloat16
 product of 160 rows and one of 4,096 rows differ in the last bit, and 16 of 40 packed questions changed their scores
 with their neighbours. Inside one shape, though, every row of a product is summed alike wherever it stands. So scoring
-cuts each product over T tokens into blocks of two fixed heights, padded with zeros: LARGE ones for throughput and SMALL
-ones for the rest. The large height is the smallest that is seen to give the small one's bits for every weight shape of
-the model's layers on this machine; where none does, and for every other weight (the head, interventions), small
-blocks do the work.
+cuts each product over T tokens into blocks of fixed heights, padded with zeros: SMALL ones, and larger ones that were
+seen to give the small ones' bits with weights of that shape on this machine. Which of them cover T rows in the least
+time was measured too; since all have the same bits, that choice changes nothing else. Weights of other shapes (the
+head, interventions) get small blocks.
 
 Activations have the same trouble on a CPU: float32 SiLU and tanh-GELU round differently in vector code and in the
-scalar code for what is left at the end of a thread's share. They run on few whole rows at a time.
+scalar code for what is left at the end of a thread's share. They run on shares that leave nothing.
 
 It does NOT know models beyond their linear layers and activations.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+import time
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 import torch
@@ -27,27 +28,29 @@ from torch.overrides import TorchFunctionMode
 #: A small block's rows. A GPU pays by the launch, a CPU by the row.
 SMALL = {"cpu": 32}
 SMALL_ELSEWHERE = 256
-LARGE_CANDIDATES = (512, 768, 1_024, 1_536, 2_048, 3_072)
-#: A remainder above this share of a large block is padded to one: large blocks run three to four times as fast a row.
-PAD_ABOVE = 0.3
-#: Elements that torch gives to one thread whole, and a multiple of every vector loop's stride.
-_ONE_THREAD = 16_384
+LARGE_CANDIDATES = (64, 128, 256, 384, 512, 768, 1_024, 1_280, 1_536, 2_048, 3_072)
+#: Elements that torch gives to one thread whole, at least, and a multiple of every vector loop's stride.
+_GRAIN = 32_768
 _STRIDE = 64
+_ONE_THREAD = _GRAIN // 2
+
+#: Of one shape of weights: seconds that a product of each height takes.
+Heights = dict[int, float]
+#: Rows and columns of a weight, and its dtype.
+Shape = tuple[Any, ...]
 
 
 class FixedShapes(TorchFunctionMode):
-    """While active in a thread, every linear layer multiplies blocks of `small` or `large` rows.
+    """While active in a thread, every linear layer multiplies blocks of fixed heights.
 
-    `calibrated`: the shapes and dtypes of the weights for which `large` was seen to give the bits of `small`.
+    `larger`: for shapes of weights, the heights that were seen to give the bits of `small`, and `small` itself.
     """
 
-    def __init__(
-        self, small: int, large: int | None, calibrated: frozenset[tuple[Any, ...]] = frozenset()
-    ) -> None:
+    def __init__(self, small: int, larger: Mapping[Shape, Heights] | None = None) -> None:
         super().__init__()
         self.small = small
-        self.large = large
-        self.calibrated = calibrated
+        self.larger = larger or {}
+        self._plans: dict[tuple[Shape, int], tuple[int, ...]] = {}
 
     def __torch_function__(
         self,
@@ -65,19 +68,40 @@ class FixedShapes(TorchFunctionMode):
     def linear(self, x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
         """x (…, T, in) → (…, T, out), as F.linear."""
         flat = x.reshape(-1, x.shape[-1])
-        plan = self.plan(len(flat), self.large if (*weight.shape, weight.dtype) in self.calibrated else None)
-        blocks = [_block(flat[start : start + height], height, weight, bias) for start, height in plan]
+        blocks, start = [], 0
+        for height in self.plan((*weight.shape, weight.dtype), len(flat)):
+            blocks.append(_block(flat[start : start + height], height, weight, bias))
+            start += height
         joined = blocks[0] if len(blocks) == 1 else torch.cat(blocks)
         return joined.reshape(*x.shape[:-1], weight.shape[0])
 
-    def plan(self, rows: int, large: int | None) -> list[tuple[int, int]]:
-        """(start, height) of the blocks that cover so many rows; the last one may reach beyond them."""
-        blocks, start = [], 0
-        while rows - start > 0:
-            height = large if large is not None and rows - start > PAD_ABOVE * large else self.small
-            blocks.append((start, height))
-            start += height
-        return blocks
+    def plan(self, shape: Shape, rows: int) -> tuple[int, ...]:
+        """Heights of the blocks that cover so many rows, one after another; the last one may reach beyond them."""
+        smalls = -(-rows // self.small)
+        heights = self.larger.get(shape)
+        if heights is None or smalls < 2:
+            return (self.small,) * smalls
+        if (shape, smalls) not in self._plans:
+            self._plans[shape, smalls] = _quickest(heights, self.small, smalls)
+        return self._plans[shape, smalls]
+
+
+def _quickest(heights: Heights, small: int, smalls: int) -> tuple[int, ...]:
+    """The blocks that cover `smalls` times `small` rows in the least time, the tallest first."""
+    best: list[tuple[float, int]] = [(0.0, 0)]  # to cover so many: the time, and the last block
+    for covered in range(1, smalls + 1):
+        best.append(
+            min(
+                (best[max(0, covered - height // small)][0] + seconds, height)
+                for height, seconds in heights.items()
+            )
+        )
+    plan = []
+    left = smalls
+    while left > 0:
+        plan.append(best[left][1])
+        left -= best[left][1] // small
+    return tuple(sorted(plan, reverse=True))
 
 
 def _block(rows: Tensor, height: int, weight: Tensor, bias: Tensor | None) -> Tensor:
@@ -87,33 +111,57 @@ def _block(rows: Tensor, height: int, weight: Tensor, bias: Tensor | None) -> Te
 
 
 def _by_rows(func: Callable[..., Tensor], x: Tensor, **options: Any) -> Tensor:
-    """An activation of x (…, T, width), whole rows at a time; rows of an odd width one by one."""
+    """An activation of x (…, T, width) whose threads' shares are whole strides; rows of an odd width one by one."""
     width = x.shape[-1]
+    flat, threads = x.reshape(-1, width), torch.get_num_threads()
+    even = len(flat) - len(flat) % threads
+    if width % _STRIDE == 0 and even * width >= threads * _GRAIN:
+        # Every thread gets the same number of whole rows.
+        parts = [func(flat[:even], **options)]
+        flat = flat[even:]
+    else:
+        parts = []
     height = max(1, _ONE_THREAD // width) if width % _STRIDE == 0 else 1
-    parts = [func(part, **options) for part in torch.split(x.reshape(-1, width), height)]
-    return torch.cat(parts).reshape(x.shape)
+    parts += [func(part, **options) for part in torch.split(flat, height) if len(part)]
+    return (parts[0] if len(parts) == 1 else torch.cat(parts)).reshape(x.shape)
 
 
 @torch.inference_mode()
 def calibrate(layers: Iterable[nn.Module], device: torch.device) -> FixedShapes:
     """The block heights for a model's linear layers on this machine, with its present number of threads."""
     small = SMALL.get(device.type, SMALL_ELSEWHERE)
-    shapes: dict[tuple[Any, ...], nn.Linear] = {}
+    modules: dict[Shape, nn.Linear] = {}
     for layer in layers:
         for module in layer.modules():
             if isinstance(module, nn.Linear) and module.weight.device == device:
-                shapes.setdefault((*module.weight.shape, module.weight.dtype), module)
-    large = next(
-        (height for height in LARGE_CANDIDATES if all(_agree(m, small, height) for m in shapes.values())),
-        None,
-    )
-    return FixedShapes(small, large, frozenset(shapes))
+                modules.setdefault((*module.weight.shape, module.weight.dtype), module)
+    return FixedShapes(small, {shape: _heights(module, small) for shape, module in modules.items()})
 
 
-def _agree(module: nn.Linear, small: int, large: int) -> bool:
-    """Whether one product of `large` rows has the bits of products of `small` rows."""
+def _heights(module: nn.Linear, small: int) -> Heights:
+    """Which heights give the bits of products of `small` rows, and how long they take."""
+    weight, bias = module.weight, module.bias
     generator = torch.Generator().manual_seed(0)
-    rows = torch.randn(large, module.in_features, generator=generator).to(module.weight)
-    whole = F.linear(rows, module.weight, module.bias)
-    parts = [_block(part, small, module.weight, module.bias) for part in torch.split(rows, small)]
-    return torch.equal(whole, torch.cat(parts))
+    rows = torch.randn(max(LARGE_CANDIDATES), module.in_features, generator=generator).to(weight)
+    exact = torch.cat([F.linear(part, weight, bias) for part in torch.split(rows, small)])
+    heights = {small: _seconds(rows[:small], weight, bias)}
+    for height in LARGE_CANDIDATES:
+        if height % small == 0 and height > small and _agree(rows[:height], weight, bias, exact[:height]):
+            heights[height] = _seconds(rows[:height], weight, bias)
+    return heights
+
+
+def _agree(rows: Tensor, weight: Tensor, bias: Tensor | None, exact: Tensor) -> bool:
+    return torch.equal(F.linear(rows, weight, bias), exact)
+
+
+def _seconds(rows: Tensor, weight: Tensor, bias: Tensor | None) -> float:
+    """The least of a few products' times."""
+    times = []
+    for _ in range(3):
+        began = time.perf_counter()
+        F.linear(rows, weight, bias)
+        if rows.is_cuda:
+            torch.cuda.synchronize(rows.device)
+        times.append(time.perf_counter() - began)
+    return min(times)

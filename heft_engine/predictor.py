@@ -6,15 +6,16 @@ Template, labels, lengths and tokenizer come from the bundle and from nowhere el
 from __future__ import annotations
 
 import threading
-from collections.abc import Sequence
-from dataclasses import dataclass
+import weakref
+from collections.abc import Callable, Hashable, Iterator, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
 
 from heft_engine import lora
 from heft_engine.attention import IMPLEMENTATION
-from heft_engine.base_models import load_model, load_tokenizer, resolve
+from heft_engine.base_models import BaseModel, load_model, load_tokenizer, resolve
 from heft_engine.bundle import Bundle, check_tokenizer, read_bundle
 from heft_engine.config import TaskSettings, TaskType
 from heft_engine.devices import choose_device, choose_dtype
@@ -22,13 +23,18 @@ from heft_engine.encoding import Encoder, Example, Task
 from heft_engine.errors import BundleError
 from heft_engine.model import PackedLM
 from heft_engine.model_files import inspect, weights_hash
+from heft_engine.packing import micro_batches
 from heft_engine.resolve import resolve_max_length
 from heft_engine.rows import Row
-from heft_engine.scoring import score
-from heft_engine.serving.writing import Piece, TextWriter, WriteRequest
+from heft_engine.scoring import TOKEN_BUDGET, Scores
+from heft_engine.serving.batcher import Batcher, Cancelled, Weights
+from heft_engine.serving.scoring_pass import ScoringRow, score_rows
+from heft_engine.serving.writing import Listener, Piece, TextWriter, WriteRequest
 
 #: What keys and values of texts that are being written may hold, unless told otherwise.
 KEY_VALUE_BYTES = 1024**3
+#: Between two looks whether a text is still wanted.
+_LOOK_SECONDS = 0.25
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -44,24 +50,39 @@ class Prediction:
 
 
 class Predictor:
-    """A model in memory that answers rows. Safe to call from several threads; one forward pass at a time."""
+    """A model in memory that answers rows. Safe to call from several threads: whoever asks at the same time shares
+    forward passes.
+
+    `weights` may be a merged model's own or an unmerged one's on a shared base. `batcher` and `writer` may serve other
+    predictors too; by default each has its own.
+    """
 
     def __init__(
         self,
-        lm: PackedLM,
+        weights: Weights,
         encoder: Encoder,
         max_new_tokens: int,
         *,
-        key_value_bytes: int = KEY_VALUE_BYTES,
         temperature: float = 1.0,
+        batcher: Batcher | None = None,
+        writer: TextWriter | None = None,
+        key_value_bytes: int = KEY_VALUE_BYTES,
+        prefix_bytes: int = 0,
     ) -> None:
-        self.lm = lm
+        self.weights = weights
         self.encoder = encoder
         self.max_new_tokens = max_new_tokens
         self.temperature = temperature
-        #: Texts that are being written, for all who ask: `predict` and whoever submits to it and calls `turn`.
-        self.writer = TextWriter(lm, encoder.tokenizer, budget_bytes=key_value_bytes)
-        self._lock = threading.Lock()
+        #: Texts that are being written, for all who ask.
+        self.writer = writer or TextWriter(weights.lm, encoder.tokenizer, budget_bytes=key_value_bytes)
+        if batcher is None:
+            batcher = Batcher(prefix_bytes=prefix_bytes)
+            weakref.finalize(self, batcher.close)
+        self.batcher = batcher
+
+    @property
+    def lm(self) -> PackedLM:
+        return self.weights.lm
 
     @property
     def task(self) -> Task:
@@ -74,52 +95,71 @@ class Predictor:
         own = sum(p.numel() * p.element_size() for part in parts for p in part.parameters())
         return own + self.writer.memory_bytes
 
-    def turn(self) -> None:
-        """One pass for all texts that are being written."""
-        with self._lock:
-            self.writer.turn()
-
-    def predict(self, rows: Sequence[Row], *, enabled: bool = True, scale: float = 1.0) -> list[Prediction]:
+    def predict(
+        self,
+        rows: Sequence[Row],
+        *,
+        enabled: bool = True,
+        scale: float = 1.0,
+        owner: Hashable = None,
+        is_wanted: Callable[[], bool] = lambda: True,
+    ) -> list[Prediction]:
         """Answers in the rows' order. `enabled` False or `scale` 0 leaves stage 2 out; h + scale·(Φ(h) − h) otherwise.
 
-        Raises RowError for a row that does not fit the task or the length.
+        `owner`: whose prompts' beginnings may be kept for one another. `is_wanted` is asked now and then; when it says
+        no, the rest is left. Raises RowError for a row that does not fit the task or the length, Cancelled when it is
+        not wanted any more.
         """
         examples = [self.encoder.question(row) for row in rows]
         scale = scale if enabled else 0.0
         if self.task.type == "text":
-            return self._write(examples, scale)
-        with self._lock:
-            scores = score(self.lm, examples, scale=scale)
-        predictions = []
-        for example, one in zip(examples, scores, strict=True):
-            probabilities = dict(zip(example.labels, one.probabilities_at(self.temperature), strict=True))
-            answer = example.labels[one.best]
-            prediction = Prediction(
-                answer=answer,
-                probability=probabilities[answer],
-                label_probabilities=probabilities,
-                prompt_tokens=len(example.prompt),
-                completion_tokens=0,
-            )
-            predictions.append(prediction)
-        return predictions
+            return self._write(examples, scale, is_wanted)
+        scores = self.batcher.submit(
+            self.weights, examples, scale=scale, owner=owner, is_wanted=is_wanted
+        ).result()
+        return [self._labelled(example, one) for example, one in zip(examples, scores, strict=True)]
 
-    def _write(self, examples: Sequence[Example], scale: float) -> list[Prediction]:
+    def _labelled(self, example: Example, scores: Scores) -> Prediction:
+        probabilities = dict(zip(example.labels, scores.probabilities_at(self.temperature), strict=True))
+        answer = example.labels[scores.best]
+        return Prediction(
+            answer=answer,
+            probability=probabilities[answer],
+            label_probabilities=probabilities,
+            prompt_tokens=len(example.prompt),
+            completion_tokens=0,
+        )
+
+    def write(self, request: WriteRequest, listener: Listener) -> None:
+        """Has a text written, beside the others; `listener` hears its pieces, on the passes' thread."""
+        self.writer.submit(replace(request, adapter=self.weights.adapter), listener)
+        self.batcher.keep_at(self.writer)
+
+    def cancel(self, request_id: Hashable) -> None:
+        """Lets a text go; its listener hears no more."""
+        self.writer.cancel(request_id)
+        self.batcher.keep_at(self.writer)
+
+    def _write(
+        self, examples: Sequence[Example], scale: float, is_wanted: Callable[[], bool]
+    ) -> list[Prediction]:
         texts = [_Text(example) for example in examples]
         try:
             for text in texts:
                 tokens = min(self.max_new_tokens, self.encoder.max_length - len(text.example.prompt))
                 if tokens < 1:
-                    text.is_whole = True
+                    text.is_whole.set()
                     continue
                 request = WriteRequest(id=text, prompt=text.example.prompt, max_tokens=tokens, scale=scale)
-                self.writer.submit(request, text.hear)
-            while not all(text.is_whole for text in texts):
-                self.turn()
+                self.write(request, text.hear)
+            for text in texts:
+                while not text.is_whole.wait(_LOOK_SECONDS):
+                    if not is_wanted():
+                        raise Cancelled
         finally:
             for text in texts:
-                if not text.is_whole:
-                    self.writer.cancel(text)
+                if not text.is_whole.is_set():
+                    self.cancel(text)
         return [text.prediction() for text in texts]
 
 
@@ -128,7 +168,7 @@ class _Text:
 
     def __init__(self, example: Example) -> None:
         self.example = example
-        self.is_whole = False
+        self.is_whole = threading.Event()
         self._pieces: list[str] = []
         self._tokens = 0
         self._fault: Exception | None = None
@@ -139,7 +179,8 @@ class _Text:
         else:
             self._pieces.append(piece.text)
             self._tokens = piece.written
-        self.is_whole = isinstance(piece, Exception) or piece.finish is not None
+        if isinstance(piece, Exception) or piece.finish is not None:
+            self.is_whole.set()
 
     def prediction(self) -> Prediction:
         """Raises what went wrong."""
@@ -161,16 +202,27 @@ def load(
     cache_dir: Path | None = None,
     allow_paths: bool = True,
     device: str | None = None,
+    prefix_bytes: int = 0,
 ) -> Predictor:
-    """A bundle's model, ready to answer. Raises BundleError when it is damaged, when the base is another one, or
-    when the probe rows don't get the scores that training saw; ModelError when the base can't be had."""
+    """A bundle's model, ready to answer.
+
+    `prefix_bytes`: what beginnings of prompts may hold that are kept for whoever repeats them; scores then agree to
+    rounding, and without to the bit. Raises BundleError when the bundle is damaged, when the base is another one, or
+    when the probe rows don't get the scores that training saw; ModelError when the base can't be had.
+    """
     bundle = read_bundle(Path(bundle_dir))
     lm = assemble(bundle, model_dir=model_dir, cache_dir=cache_dir, allow_paths=allow_paths, device=device)
     tokenizer = load_tokenizer(bundle.path / "tokenizer")
     check_tokenizer(bundle.info, tokenizer)
-    check_probe(bundle, lm)
+    check_probe(bundle, Weights(lm=lm, sites=tuple(lm.sites)))
     encoder = Encoder(tokenizer, Task.from_json(bundle.info.task), bundle.info.max_length)
-    return Predictor(lm, encoder, bundle.info.max_new_tokens, temperature=bundle.info.temperature)
+    return Predictor(
+        Weights(lm=lm, sites=tuple(lm.sites), scope="merged"),
+        encoder,
+        bundle.info.max_new_tokens,
+        temperature=bundle.info.temperature,
+        prefix_bytes=prefix_bytes,
+    )
 
 
 def load_base(
@@ -181,6 +233,7 @@ def load_base(
     cache_dir: Path | None = None,
     allow_paths: bool = True,
     device: str | None = None,
+    prefix_bytes: int = 0,
 ) -> Predictor:
     """A base model as it is, asked with a task's default template. Raises ModelError."""
     base = resolve(reference, model_dir=model_dir, cache_dir=cache_dir, allow_paths=allow_paths)
@@ -188,7 +241,8 @@ def load_base(
     model = load_model(base, dtype=choose_dtype("auto", where), device=where, attention=IMPLEMENTATION)
     length = resolve_max_length(None, inspect(base.path).max_position_embeddings)
     encoder = Encoder(load_tokenizer(base.path), Task.resolve(TaskSettings(), task), length)
-    return Predictor(PackedLM(model), encoder, max_new_tokens=64)
+    weights = Weights(lm=PackedLM(model), scope="base")
+    return Predictor(weights, encoder, max_new_tokens=64, prefix_bytes=prefix_bytes)
 
 
 def assemble(
@@ -199,15 +253,12 @@ def assemble(
     allow_paths: bool = True,
     device: str | None = None,
     dtype: torch.dtype | None = None,
+    base: BaseModel | None = None,
 ) -> PackedLM:
-    """The merged model with its interventions, in the dtype it was trained in unless told otherwise."""
-    record = bundle.info.base_model
-    reference = record.reference
-    if record.source == "hub" and record.revision:
-        reference = f"{reference.partition('@')[0]}@{record.revision}"  # the commit, where a branch was named
-    base = resolve(reference, model_dir=model_dir, cache_dir=cache_dir, allow_paths=allow_paths)
-    if weights_hash(base.path) != record.weights_sha256:
-        raise BundleError(f"{record.reference} is not the base this model was trained on: its weights differ")
+    """The merged model with its interventions, in the dtype it was trained in unless told otherwise. `base`: the
+    bundle's, where it has been looked up."""
+    if base is None:
+        base = base_of(bundle, model_dir=model_dir, cache_dir=cache_dir, allow_paths=allow_paths)
     where = device or choose_device()
     model = load_model(
         base, dtype=dtype or getattr(torch, bundle.info.dtype), device=where, attention=IMPLEMENTATION
@@ -222,14 +273,35 @@ def assemble(
     return lm
 
 
-def check_probe(bundle: Bundle, lm: PackedLM) -> None:
+def base_of(
+    bundle: Bundle, *, model_dir: Path | None, cache_dir: Path | None, allow_paths: bool
+) -> BaseModel:
+    """The very base that a bundle was trained on. Raises BundleError when its weights differ, ModelError."""
+    record = bundle.info.base_model
+    reference = record.reference
+    if record.source == "hub" and record.revision:
+        reference = f"{reference.partition('@')[0]}@{record.revision}"  # the commit, where a branch was named
+    base = resolve(reference, model_dir=model_dir, cache_dir=cache_dir, allow_paths=allow_paths)
+    if weights_hash(base.path) != record.weights_sha256:
+        raise BundleError(f"{record.reference} is not the base this model was trained on: its weights differ")
+    return base
+
+
+def check_probe(bundle: Bundle, weights: Weights) -> None:
     """Raises BundleError when a probe row's score lies outside the tolerance stated in the bundle."""
-    for index, (scores, expected) in enumerate(
-        zip(score(lm, bundle.probe.examples), bundle.probe.scores, strict=True)
-    ):
+    rows = [ScoringRow(example=example, adapter=weights.adapter) for example in bundle.probe.examples]
+    found = [scores for part in _passes(rows) for scores in score_rows(weights.lm, part)]
+    for index, (scores, expected) in enumerate(zip(found, bundle.probe.scores, strict=True)):
         worst = max(abs(a - b) for a, b in zip(scores.totals, expected, strict=True))
         if not worst <= bundle.info.probe_tolerance:
             raise BundleError(
                 f"probe row {index} scores {worst:.3g} away from what training saw (tolerance "
                 f"{bundle.info.probe_tolerance:.3g}): this is not the model that was trained"
             )
+
+
+def _passes(rows: Sequence[ScoringRow]) -> Iterator[Sequence[ScoringRow]]:
+    start = 0
+    for part in micro_batches([row.example for row in rows], TOKEN_BUDGET):
+        yield rows[start : start + len(part)]
+        start += len(part)

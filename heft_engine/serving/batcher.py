@@ -44,12 +44,13 @@ class Cancelled(Exception):
 class Weights:
     """What a pass runs with: a model's layers, and what one fine-tuned model adds to them, if they are shared.
 
-    scope: says whose keys and values may be found by whom; None keeps nothing.
+    sites: its interventions, wherever they act.
+    scope: names the weights, as far as keys and values depend on them; None keeps nothing of them.
     """
 
     lm: PackedLM
-    adapter: RowAdapter | None
-    sites: tuple[Site, ...]
+    adapter: RowAdapter | None = None
+    sites: tuple[Site, ...] = ()
     scope: Hashable = None
 
 
@@ -88,6 +89,7 @@ class _Row:
 class _Request:
     weights: Weights
     scale: float
+    owner: Hashable
     is_wanted: Callable[[], bool]
     future: Future[list[Scores]]
     arrived: float = field(default_factory=time.monotonic)
@@ -144,13 +146,15 @@ class Batcher:
         examples: Sequence[Example],
         *,
         scale: float = 1.0,
+        owner: Hashable = None,
         is_wanted: Callable[[], bool] = lambda: True,
     ) -> Future[list[Scores]]:
         """The scores of `examples`, in order, as soon as a pass has had room for each.
 
+        `owner`: what is kept of one owner's prompts is found by no other.
         `is_wanted` is asked before each pass; once it says no, the rest is left and the future raises Cancelled.
         """
-        request = _Request(weights=weights, scale=scale, is_wanted=is_wanted, future=Future())
+        request = _Request(weights=weights, scale=scale, owner=owner, is_wanted=is_wanted, future=Future())
         request.waiting = [self._row(request, index, example) for index, example in enumerate(examples)]
         request.rows = len(request.waiting)
         if not request.rows:
@@ -180,24 +184,20 @@ class Batcher:
             self._changed.notify()
         return future.result()
 
-    def attend(self, turns: Turns) -> None:
-        """Gives other work its turns, from now on. Call `wake` when it has become busy."""
+    def keep_at(self, turns: Turns) -> None:
+        """Gives other work its turns, between scoring passes, until it is not busy any more."""
         with self._changed:
             self._begin()
-            self._turns.append(turns)
-
-    def leave(self, turns: Turns) -> None:
-        with self._changed:
-            if turns in self._turns:
-                self._turns.remove(turns)
-
-    def wake(self) -> None:
-        with self._changed:
+            if turns not in self._turns:
+                self._turns.append(turns)
             self._changed.notify()
 
-    def forget(self, is_gone: Callable[[Hashable], bool]) -> None:
-        """Drops what is kept of every scope that is gone."""
-        self.run(lambda: self._cache.forget([scope for scope in self._cache.scopes if is_gone(scope)]))
+    def forget(self, scope: Hashable) -> None:
+        """Drops all that is kept of some weights, whoever asked."""
+        with self._changed:
+            if self._thread is None or self._closed:
+                return
+        self.run(lambda: self._cache.forget(scope))
 
     def close(self) -> None:
         """Ends after the pass that runs; who still waits is told Cancelled."""
@@ -219,7 +219,7 @@ class Batcher:
         weights, hashes = request.weights, list[bytes]()
         if weights.scope is not None and self._cache.budget_bytes:
             end, depends = reach(weights.sites, len(example.prompt), request.scale)
-            hashes = chain((weights.scope, depends), example.prompt, end)
+            hashes = chain((request.owner, weights.scope, depends), example.prompt, end)
         return _Row(request, index, example, hashes, packed_length(example))
 
     def _loop(self) -> None:
@@ -250,7 +250,8 @@ class Batcher:
             call()
 
     def _busy_turns(self) -> list[Turns]:
-        return [turns for turns in self._turns if turns.is_busy]
+        self._turns = [turns for turns in self._turns if turns.is_busy]
+        return list(self._turns)
 
     def _gather_more(self) -> None:
         """Those who shared the last pass have their answers since a moment, and may ask again at once."""

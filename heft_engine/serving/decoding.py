@@ -19,7 +19,7 @@ from torch import Tensor
 
 from heft_engine.encoding import Example
 from heft_engine.model import PackedLM
-from heft_engine.packing import Layout, PackedRow, micro_batches, pack
+from heft_engine.packing import Layout, PackedRow, RowAdapter, micro_batches, pack
 from heft_engine.scoring import TOKEN_BUDGET
 from heft_engine.serving.decoding_attention import DecodingStep
 from heft_engine.serving.key_values import KeyValues, Slot
@@ -38,6 +38,8 @@ class DecodeRequest:
     max_tokens: int
     sampling: Sampling = GREEDY
     scale: float = 1.0
+    #: What the sequence's own model adds to the base.
+    adapter: RowAdapter | None = None
 
     @property
     def kept_tokens(self) -> int:
@@ -139,6 +141,7 @@ class DecodeBatch:
         layout = Layout(
             rows=tuple(sequence.row(start) for start, sequence in enumerate(sequences)),
             decoding=DecodingStep(chunks),
+            adapters=_adapters(sequences),
         )
         device = self._lm.device
         ids = torch.tensor([[sequence.newest for sequence in sequences]], device=device)
@@ -163,6 +166,7 @@ class DecodeBatch:
             batch.layout,
             scales=tuple(sequence.request.scale for sequence in sequences),
             collector=_IntoSlots([sequence.slot for sequence in sequences]),
+            adapters=_adapters(sequences),
         )
         ends = [row.start + row.prompt - 1 for row in layout.rows]
         device = self._lm.device
@@ -195,6 +199,11 @@ def _chosen(sequences: Sequence[_Sequence], logits: Tensor) -> list[NewToken]:
         sequence.written += 1
         tokens.append(NewToken(id=sequence.request.id, choice=choice))
     return tokens
+
+
+def _adapters(sequences: Sequence[_Sequence]) -> tuple[RowAdapter | None, ...] | None:
+    adapters = tuple(sequence.request.adapter for sequence in sequences)
+    return adapters if any(adapter is not None for adapter in adapters) else None
 
 
 def _bare(prompt: tuple[int, ...]) -> Example:

@@ -154,15 +154,10 @@ class PrefixCache:
         self.held_bytes += span.nbytes
         self._make_room(0, standing=span)
 
-    def forget(self, scopes: Iterable[Hashable]) -> None:
-        """Drops everything of some scopes: their model is gone."""
-        gone = set(scopes)
-        for span in reversed([span for span in self._used if span.scope in gone]):
+    def forget(self, scope: Hashable) -> None:
+        """Drops all that was left under a scope: its model is gone."""
+        for span in reversed([span for span in self._used if span.scope == scope]):
             self._drop(span)
-
-    @property
-    def scopes(self) -> set[Hashable]:
-        return {span.scope for span in self._used}
 
     def _make_room(self, size: int, *, standing: _Span | None) -> None:
         for span in list(self._used):

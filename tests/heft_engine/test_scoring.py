@@ -11,14 +11,14 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from torch import nn
+from torch import Tensor, nn
 from transformers import AutoModelForCausalLM
 
 from heft_engine import fixed_shapes, scoring
 from heft_engine.attention import IMPLEMENTATION
 from heft_engine.base_models import load_model, resolve_path
 from heft_engine.encoding import Example
-from heft_engine.fixed_shapes import LARGE_CANDIDATES, PAD_ABOVE, FixedShapes, calibrate
+from heft_engine.fixed_shapes import LARGE_CANDIDATES, FixedShapes, calibrate
 from heft_engine.interventions import LoreftIntervention, Site
 from heft_engine.model import PackedLM
 from heft_engine.scoring import Scores, score
@@ -114,25 +114,29 @@ def test_probabilities_are_a_softmax_that_survives_any_size() -> None:
 # -- fixed shapes
 
 
-@pytest.mark.parametrize("large", [None, 512, 1_024])
-def test_a_plan_covers_every_row_once(large: int | None) -> None:
-    mode = FixedShapes(32, large)
+SHAPE = (64, 48, torch.float32)
+
+
+@pytest.mark.parametrize("heights", [None, {32: 1.0, 512: 4.0}, {32: 1.0, 64: 1.5, 1_024: 8.0}])
+def test_a_plan_covers_every_row_in_the_least_time(heights: dict[int, float] | None) -> None:
+    mode = FixedShapes(32, {SHAPE: heights} if heights else None)
     for rows in [*range(1, 200), 511, 512, 513, 700, 1_024, 3_000, 4_096]:
-        blocks = mode.plan(rows, large)
-        assert [start for start, _ in blocks] == [sum(h for _, h in blocks[:i]) for i in range(len(blocks))]
-        start, height = blocks[-1]
-        assert start < rows <= start + height
-        assert {height for _, height in blocks} <= {32, large}
-        padded = start + height - rows
-        assert padded < (32 if height == 32 else (1 - PAD_ABOVE) * height)
-    assert mode.plan(0, large) == []
+        plan = mode.plan(SHAPE, rows)
+        assert sum(plan[:-1]) < rows <= sum(plan)
+        assert set(plan) <= set(heights or {32: 0})
+        seconds = sum((heights or {32: 1.0})[height] for height in plan)
+        assert seconds <= -(-rows // 32)
+        if heights and 512 in heights:
+            wholes, left = divmod(-(-rows // 32), 16)
+            assert seconds == min(4.0 * wholes + left, 4.0 * (wholes + 1))
+    assert mode.plan(SHAPE, 0) == ()
+    assert mode.plan((1, 2, torch.float32), 100) == (32,) * 4
 
 
 def test_products_in_blocks_are_the_same_products() -> None:
     torch.manual_seed(0)
     layer = nn.Linear(48, 64)
-    shape = (64, 48, torch.float32)
-    for mode in (FixedShapes(32, 512, frozenset({shape})), FixedShapes(32, 512), FixedShapes(32, None)):
+    for mode in (FixedShapes(32, {SHAPE: {32: 1.0, 512: 2.0}}), FixedShapes(32)):
         for rows in (1, 31, 32, 33, 200, 700):
             x = torch.randn(2, rows, 48)
             with mode:
@@ -148,7 +152,7 @@ def test_an_activations_bits_do_not_depend_on_where_a_row_lies(activation: Any, 
     torch.set_num_threads(3)
     torch.manual_seed(0)
     x = torch.randn(1, 300, width)
-    with FixedShapes(32, None):
+    with FixedShapes(32):
         together = activation(x)
         alone = torch.cat([activation(x[:, i : i + 1]) for i in range(300)], dim=1)
         assert torch.equal(together[:, 7:], activation(x[:, 7:]))
@@ -156,24 +160,23 @@ def test_an_activations_bits_do_not_depend_on_where_a_row_lies(activation: Any, 
     torch.testing.assert_close(together, activation(x))
 
 
-@pytest.mark.parametrize(("first_that_agrees", "chosen"), [(512, 512), (800, 1_024), (9_999, None)])
-def test_calibration_takes_the_smallest_large_block_with_the_small_ones_bits(
-    tiny_llama_dir: Path, monkeypatch: pytest.MonkeyPatch, first_that_agrees: int, chosen: int | None
+@pytest.mark.parametrize("least", [64, 800, 9_999])
+def test_calibration_takes_the_heights_that_have_the_small_blocks_bits(
+    tiny_llama_dir: Path, monkeypatch: pytest.MonkeyPatch, least: int
 ) -> None:
-    asked = []
-
-    def agree(module: nn.Linear, small: int, large: int) -> bool:
-        asked.append((tuple(module.weight.shape), large))
-        return large >= first_that_agrees or module.out_features != 64
+    def agree(rows: Tensor, weight: Tensor, bias: Tensor | None, exact: Tensor) -> bool:
+        assert exact.shape == (len(rows), len(weight))
+        return len(rows) >= least or weight.shape[0] != 64
 
     monkeypatch.setattr(fixed_shapes, "_agree", agree)
     lm = packed(tiny_llama_dir)
     mode = calibrate(lm.layers, lm.device)
-    assert (mode.small, mode.large) == (32, chosen)
     # q and o, k and v, gate and up, down: one product each.
-    shapes = {(32, 32), (16, 32), (64, 32), (32, 64)}
-    assert mode.calibrated == {(*shape, torch.float32) for shape in shapes}
-    assert {large for _, large in asked} <= set(LARGE_CANDIDATES)
+    assert mode.larger.keys() == {(*s, torch.float32) for s in [(32, 32), (16, 32), (64, 32), (32, 64)]}
+    for shape, heights in mode.larger.items():
+        taken = [height for height in LARGE_CANDIDATES if height >= least or shape[0] != 64]
+        assert list(heights) == [32, *taken]
+        assert all(seconds > 0 for seconds in heights.values())
 
 
 def test_calibration_is_made_anew_for_another_number_of_threads(tiny_llama_dir: Path) -> None:

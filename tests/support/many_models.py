@@ -1,0 +1,112 @@
+"""Made-up fine-tuned models of one base: adapters of many ranks, DoRA among them, and interventions."""
+
+from __future__ import annotations
+
+import random
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from heft_engine import lora
+from heft_engine.bundle import StoredSite
+from heft_engine.config import InterventionKind
+from heft_engine.encoding import Example
+from heft_engine.lora import LoraAdapter
+from heft_engine.lora_variants import row_norms
+from heft_engine.model import PackedLM
+from heft_engine.reft_kinds import KINDS
+from heft_engine.serving.adapters import UnmergedModel
+from heft_engine.serving.batcher import Weights
+from heft_engine.serving.copies import copy_sharing
+
+
+@dataclass(frozen=True)
+class Made:
+    adapters: list[LoraAdapter]
+    sites: list[StoredSite]
+
+
+def adapter(
+    lm: PackedLM, rank: int, seed: int, *, dora: bool = False, suffixes: tuple[str, ...]
+) -> LoraAdapter:
+    generator = torch.Generator().manual_seed(seed)
+    names = [name for name, _ in lm.model.named_modules() if name.endswith(suffixes)]
+    factors, magnitudes = {}, {}
+    for name in names:
+        weight = lora.weight_of(lm.model, name)
+        down = torch.randn(rank, weight.shape[1], generator=generator) * 0.1
+        up = torch.randn(weight.shape[0], rank, generator=generator) * 0.1
+        factors[name] = (down, up)
+        norms = row_norms(weight.float())
+        magnitudes[name] = norms * (1 + 0.2 * torch.rand(norms.shape, generator=generator))
+    return LoraAdapter(
+        factors=factors,
+        scaling=2.0,
+        rank=rank,
+        alpha=2.0 * rank,
+        target_modules=list(suffixes),
+        layers=None,
+        magnitudes=magnitudes if dora else None,
+    )
+
+
+def site(
+    lm: PackedLM, layer: int, positions: str, seed: int, kind: InterventionKind = "loreft", rank: int = 2
+) -> StoredSite:
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        intervention = KINDS[kind](lm.hidden_size, rank)
+        with torch.no_grad():
+            for name, parameter in intervention.named_parameters():
+                if "rotate" not in name:  # any other matrix there is no rotation
+                    parameter.add_(torch.randn_like(parameter))
+        state: dict[str, Tensor] = intervention.baked_state()
+    return StoredSite(layer=layer, positions=positions, rank=rank, state=state, kind=kind)
+
+
+def models(lm: PackedLM, *, suffixes: tuple[str, ...], biased: bool = False) -> list[Made]:
+    """Ranks mixed, two stages, DoRA first and last, no adapter, no intervention, several of them."""
+
+    def lo(rank: int, seed: int, *, dora: bool = False) -> LoraAdapter:
+        return adapter(lm, rank, seed, dora=dora, suffixes=suffixes)
+
+    return [
+        Made([lo(2, 1)], [site(lm, 1, "l1", 11)]),
+        Made([lo(4, 2), lo(1, 3)], [site(lm, 2, "f1+l2", 12), site(lm, 0, "l1", 13, "noreft")]),
+        Made([lo(3, 4, dora=True)], []),
+        Made([lo(2, 5, dora=True), lo(2, 6), lo(2, 7, dora=True)], [site(lm, 3, "l1", 14, "direft")]),
+        Made([], [site(lm, 1, "l3", 15)]),
+        Made([lo(1, 8)], [site(lm, 1, "f2", 16)]),
+    ]
+
+
+def merged(lm: PackedLM, made: Made) -> Weights:
+    """The model as it is merged, on a copy of the base."""
+    touched = {module for each in made.adapters for module in each.factors}
+    own = PackedLM(copy_sharing(lm.model, touched))
+    for each in made.adapters:
+        lora.merge(own.model, each)
+    for stored in made.sites:
+        own.sites.add(stored.site(own.hidden_size))
+    return Weights(lm=own, sites=tuple(own.sites), scope="merged")
+
+
+def unmerged(lm: PackedLM, made: Made, scope: str = "shared") -> Weights:
+    """The model as what it adds to `lm`, whose rows heed adapters."""
+    added = UnmergedModel(lm, made.adapters, made.sites)
+    return Weights(lm=lm, adapter=added, sites=tuple(added.sites), scope=scope)
+
+
+def examples(n: int, seed: int = 0, *, prefix: tuple[int, ...] = (), longest: int = 60) -> list[Example]:
+    """Some with single-token answers, some with several that branch."""
+    chance = random.Random(f"examples/{seed}")
+    found = []
+    for index in range(n):
+        prompt = (*prefix, *(chance.randrange(5, 600) for _ in range(chance.randint(4, longest))))
+        answers: tuple[tuple[int, ...], ...] = ((7,), (9,))
+        if index % 3 == 2:
+            answers = ((7, 9, 11), (12,), (9, 8))
+        labels = tuple(str(answer) for answer in answers)
+        found.append(Example(prompt=prompt, answers=answers, labels=labels, gold=None))
+    return found
