@@ -5,6 +5,7 @@ Template, labels, lengths and tokenizer come from the bundle and from nowhere el
 
 from __future__ import annotations
 
+import itertools
 import threading
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -62,6 +63,7 @@ class Predictor:
         #: Texts that are being written, for all who ask: `predict` and whoever submits to it and calls `turn`.
         self.writer = TextWriter(lm, encoder.tokenizer, budget_bytes=key_value_bytes)
         self._lock = threading.Lock()
+        self._calls = itertools.count()
 
     @property
     def task(self) -> Task:
@@ -106,20 +108,23 @@ class Predictor:
 
     def _write(self, examples: Sequence[Example], scale: float) -> list[Prediction]:
         texts = [_Text(example) for example in examples]
+        call, requests = next(self._calls), []  # several calls write on one batch
+        for index, text in enumerate(texts):
+            tokens = min(self.max_new_tokens, self.encoder.max_length - len(text.example.prompt))
+            if tokens < 1:
+                text.is_whole = True
+            else:
+                prompt = text.example.prompt
+                name = (call, index)
+                requests.append(WriteRequest(id=name, prompt=prompt, max_tokens=tokens, scale=scale))
+        self.writer.submit(requests, lambda name, piece: texts[name[1]].hear(piece))
         try:
-            for text in texts:
-                tokens = min(self.max_new_tokens, self.encoder.max_length - len(text.example.prompt))
-                if tokens < 1:
-                    text.is_whole = True
-                    continue
-                request = WriteRequest(id=text, prompt=text.example.prompt, max_tokens=tokens, scale=scale)
-                self.writer.submit(request, text.hear)
             while not all(text.is_whole for text in texts):
                 self.turn()
         finally:
-            for text in texts:
+            for index, text in enumerate(texts):
                 if not text.is_whole:
-                    self.writer.cancel(text)
+                    self.writer.cancel((call, index))
         return [text.prediction() for text in texts]
 
 
@@ -161,6 +166,7 @@ def load(
     cache_dir: Path | None = None,
     allow_paths: bool = True,
     device: str | None = None,
+    key_value_bytes: int = KEY_VALUE_BYTES,
 ) -> Predictor:
     """A bundle's model, ready to answer. Raises BundleError when it is damaged, when the base is another one, or
     when the probe rows don't get the scores that training saw; ModelError when the base can't be had."""
@@ -170,7 +176,13 @@ def load(
     check_tokenizer(bundle.info, tokenizer)
     check_probe(bundle, lm)
     encoder = Encoder(tokenizer, Task.from_json(bundle.info.task), bundle.info.max_length)
-    return Predictor(lm, encoder, bundle.info.max_new_tokens, temperature=bundle.info.temperature)
+    return Predictor(
+        lm,
+        encoder,
+        bundle.info.max_new_tokens,
+        temperature=bundle.info.temperature,
+        key_value_bytes=key_value_bytes,
+    )
 
 
 def load_base(
@@ -181,6 +193,7 @@ def load_base(
     cache_dir: Path | None = None,
     allow_paths: bool = True,
     device: str | None = None,
+    key_value_bytes: int = KEY_VALUE_BYTES,
 ) -> Predictor:
     """A base model as it is, asked with a task's default template. Raises ModelError."""
     base = resolve(reference, model_dir=model_dir, cache_dir=cache_dir, allow_paths=allow_paths)
@@ -188,7 +201,7 @@ def load_base(
     model = load_model(base, dtype=choose_dtype("auto", where), device=where, attention=IMPLEMENTATION)
     length = resolve_max_length(None, inspect(base.path).max_position_embeddings)
     encoder = Encoder(load_tokenizer(base.path), Task.resolve(TaskSettings(), task), length)
-    return Predictor(PackedLM(model), encoder, max_new_tokens=64)
+    return Predictor(PackedLM(model), encoder, max_new_tokens=64, key_value_bytes=key_value_bytes)
 
 
 def assemble(

@@ -56,6 +56,10 @@ class StoreSettings(BaseSettings):
     predict_max_queued: int = Field(
         default=2_000, gt=0
     )  #: requests that wait in the broker for a worker; more are refused with 503
+    generate_timeout_seconds: float = Field(default=120, gt=0)  #: for the whole of a completion
+    generate_memory_bytes: int = Field(
+        default=1024**3, gt=0
+    )  #: what a model's keys and values may hold on a worker while it writes; what has no room waits
     log_format: LogFormat = "text"  #: json: one object a line
     cache_memory_bytes: int | None = Field(
         default=None, ge=0

@@ -61,6 +61,7 @@ class Loader:
     scratch: Path
     model_dir: Path | None
     cache_dir: Path | None
+    key_value_bytes: int
 
     def bundle(self, model: PredictModel) -> Predictor:
         """Raises BundleError, ModelError, Damaged or Unavailable."""
@@ -69,7 +70,11 @@ class Loader:
             path = folder / "bundle"
             self.artifacts.fetch_directory(model["storage_key"] or "", path, model["manifest"] or {})
             return heft_engine.load(
-                path, model_dir=self.model_dir, cache_dir=self.cache_dir, allow_paths=False
+                path,
+                model_dir=self.model_dir,
+                cache_dir=self.cache_dir,
+                allow_paths=False,
+                key_value_bytes=self.key_value_bytes,
             )
         finally:
             shutil.rmtree(folder)
@@ -77,7 +82,12 @@ class Loader:
     def base(self, reference: str, task: TaskType) -> Predictor:
         """Raises ModelError."""
         return heft_engine.load_base(
-            reference, task=task, model_dir=self.model_dir, cache_dir=self.cache_dir, allow_paths=False
+            reference,
+            task=task,
+            model_dir=self.model_dir,
+            cache_dir=self.cache_dir,
+            allow_paths=False,
+            key_value_bytes=self.key_value_bytes,
         )
 
 
@@ -87,18 +97,19 @@ class Inference:
     def __init__(self, context: Context) -> None:
         settings = context.settings
         transformers.utils.logging.disable_progress_bar()  # the log is no terminal
-        self._loader = Loader(
+        self.loader = Loader(
             artifacts=context.artifacts,
             scratch=context.scratch,
             model_dir=settings.model_dir,
             cache_dir=settings.cache_dir,
+            key_value_bytes=settings.generate_memory_bytes,
         )
-        self._redis = Redis.from_url(
+        self.redis = Redis.from_url(
             redis_py_url(settings.redis_url),
             socket_timeout=_REPLY_TIMEOUT_SECONDS,
             socket_connect_timeout=_REPLY_TIMEOUT_SECONDS,
         )
-        self._cancelled = Cancelled(self._redis)
+        self._cancelled = Cancelled(self.redis)
         self.shelf: Shelf[Predictor] = Shelf(
             settings.memory_budget_bytes or three_quarters_of_memory(),
             out_of_memory=(MemoryError, torch.OutOfMemoryError),
@@ -107,7 +118,7 @@ class Inference:
 
     def close(self) -> None:
         self.shelf.close()
-        self._redis.close()
+        self.redis.close()
 
     def answer(self, message: PredictMessage) -> None:
         """Answer, or say why not; a request that nobody waits for any more is dropped."""
@@ -150,10 +161,10 @@ class Inference:
             return [cast(PredictedRow, asdict(answer)) for answer in answers]
 
         if model["kind"] != "base":
-            return self.shelf.ask(model["id"], lambda: self._loader.bundle(model), ask)
+            return self.shelf.ask(model["id"], lambda: self.loader.bundle(model), ask)
         task = infer_task(parse_inputs(message["inputs"], None))
         reference = model["base_model"]
-        return self.shelf.ask((reference, task), lambda: self._loader.base(reference, task), ask)
+        return self.shelf.ask((reference, task), lambda: self.loader.base(reference, task), ask)
 
     def _check_somebody_waits(self, message: PredictMessage) -> None:
         """Raises NobodyWaits."""
@@ -163,7 +174,7 @@ class Inference:
     def _reply(self, message: PredictMessage, reply: PredictReply) -> None:
         payload = json.dumps(reply, allow_nan=False)
         try:
-            with self._redis.pipeline() as pipe:
+            with self.redis.pipeline() as pipe:
                 pipe.rpush(message["reply_to"], payload)
                 pipe.expire(message["reply_to"], REPLY_SECONDS)
                 pipe.execute()

@@ -10,8 +10,9 @@ from __future__ import annotations
 import logging
 import threading
 import time
-from collections.abc import Callable, Hashable
+from collections.abc import Callable, Hashable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from typing import Generic, Protocol, TypeVar
 
 log = logging.getLogger(__name__)
@@ -26,7 +27,7 @@ M = TypeVar("M", bound=Holds)
 T = TypeVar("T")
 
 
-class _Resident(Generic[M]):
+class Resident(Generic[M]):
     """A model on the shelf, or on its way there."""
 
     def __init__(self, name: Hashable, load: Callable[[], M]) -> None:
@@ -35,6 +36,8 @@ class _Resident(Generic[M]):
         self.used_at = time.monotonic()
         self.thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix=f"model-{name}")
         self.loaded = self.thread.submit(load)
+        self._lock = threading.Lock()
+        self._is_busy = self._is_wanted = False
 
     @property
     def memory_bytes(self) -> int:
@@ -47,6 +50,29 @@ class _Resident(Generic[M]):
 
     def ask(self, work: Callable[[M], T]) -> T:
         return self.thread.submit(lambda: work(self.loaded.result())).result()
+
+    def keep_at(self, work: Callable[[M], bool]) -> None:
+        """Has `work` done over and over until it returns False, with room for other questions after each time.
+
+        While it goes on, another call only makes sure that it is done once more. There is one such work for a model.
+        """
+        with self._lock:
+            self._is_wanted = True
+            if not self._is_busy:
+                self._is_busy = True
+                self.thread.submit(self._once, work)
+
+    def _once(self, work: Callable[[M], bool]) -> None:
+        self._is_wanted = False
+        try:
+            goes_on = work(self.loaded.result())
+        except Exception:
+            log.exception("a model's work failed")
+            goes_on = False
+        with self._lock:
+            self._is_busy = goes_on or self._is_wanted
+            if self._is_busy:
+                self.thread.submit(self._once, work)
 
 
 class Shelf(Generic[M]):
@@ -64,7 +90,7 @@ class Shelf(Generic[M]):
         self._out_of_memory = out_of_memory
         self._after_putting_away = put_away
         self._lock = threading.Lock()
-        self._residents: dict[Hashable, _Resident[M]] = {}
+        self._residents: dict[Hashable, Resident[M]] = {}
 
     def ask(self, name: Hashable, load: Callable[[], M], work: Callable[[M], T]) -> T:
         """What `work` makes of the model called `name`, which is loaded if it is not there.
@@ -72,13 +98,19 @@ class Shelf(Generic[M]):
         Raises what `load` or `work` raise; a model that could not be loaded is tried again with the next
         request.
         """
+        with self.hold(name, load) as resident:
+            return resident.ask(work)
+
+    @contextmanager
+    def hold(self, name: Hashable, load: Callable[[], M]) -> Iterator[Resident[M]]:
+        """The same, to ask more than once: it stays on the shelf meanwhile."""
         with self._lock:
             resident = self._residents.get(name)
             if resident is None:
-                resident = self._residents[name] = _Resident(name, lambda: self._load(load))
+                resident = self._residents[name] = Resident(name, lambda: self._load(load))
             resident.users += 1
         try:
-            return resident.ask(work)
+            yield resident
         finally:
             self._leave(name, resident)
 
@@ -124,7 +156,7 @@ class Shelf(Generic[M]):
         self.make_room()
         return load()
 
-    def _leave(self, name: Hashable, resident: _Resident[M]) -> None:
+    def _leave(self, name: Hashable, resident: Resident[M]) -> None:
         with self._lock:
             resident.users -= 1
             resident.used_at = time.monotonic()

@@ -1,0 +1,174 @@
+"""Text for requests from the queue: each joins those that its model is writing already, and is told piece by piece.
+
+The model's own thread writes (one pass at a time for all its texts, between other questions); the thread that Celery
+gives a request waits for its pieces and sends them on, those of a few hundredths of a second together. A request whose
+client has gone leaves the batch. It does NOT know owners, jobs or OpenAI's shapes.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import queue
+import time
+from collections.abc import Iterator
+
+from redis import Redis
+from redis.exceptions import RedisError
+
+from heft_engine.errors import EngineError
+from heft_engine.predictor import Predictor
+from heft_engine.serving.writing import Piece
+from store.errors import StoreError
+from store.generation import (
+    GeneratedPart,
+    GeneratedToken,
+    GeneratedUsage,
+    GenerateMessage,
+    GenerateReply,
+    TopToken,
+)
+from store.queue import REPLY_SECONDS, PredictFault
+from worker.cancelled import LOOK_SECONDS, Cancelled
+from worker.predict import Loader, fault_of
+from worker.shelf import Resident, Shelf
+from worker.texts import Heard, Texts, begin
+
+log = logging.getLogger(__name__)
+
+#: Pieces of a stream that come within so long of the last ones go out together.
+TOGETHER_SECONDS = 0.03
+
+
+class NobodyWaits(Exception):
+    """The request's time is over, or its client has gone."""
+
+
+class Generation:
+    """Writes for each request from whatever thread it comes on."""
+
+    def __init__(self, shelf: Shelf[Predictor], loader: Loader, redis: Redis) -> None:
+        self._shelf = shelf
+        self._loader = loader
+        self._redis = redis
+        self._cancelled = Cancelled(redis)
+
+    def answer(self, message: GenerateMessage) -> None:
+        """Write, or say why not; what nobody waits for any more is dropped."""
+        request_id = message["request_id"]
+        try:
+            with self._cancelled.waiting(request_id, sent_at=message["sent_at"]):
+                self._answer(message)
+        except NobodyWaits:
+            log.info("nobody waits for %s any more", request_id)
+        except (EngineError, StoreError) as fault:
+            self._reply(message, GenerateReply(request_id=request_id, error=fault_of(fault)))
+        except Exception:
+            error = PredictFault(status=500, code="internal_error", message="the worker failed", param=None)
+            self._reply(message, GenerateReply(request_id=request_id, error=error))
+            raise
+
+    def _answer(self, message: GenerateMessage) -> None:
+        self._check_somebody_waits(message)
+        model = message["model"]
+        if model["kind"] == "base":
+            reference = model["base_model"]
+            holding = self._shelf.hold(f"{reference}:text", lambda: self._loader.base(reference, "text"))
+        else:
+            holding = self._shelf.hold(model["id"], lambda: self._loader.bundle(model))
+        with holding as resident:
+            texts = resident.ask(lambda predictor: begin(predictor, message))
+            resident.keep_at(_turn)
+            unfinished = set(range(texts.count))
+            try:
+                for reply in self._replies(message, texts, unfinished):
+                    self._reply(message, reply)
+            finally:
+                _let_go(resident, texts, unfinished)
+
+    def _replies(
+        self, message: GenerateMessage, texts: Texts, unfinished: set[int]
+    ) -> Iterator[GenerateReply]:
+        """All of a request's, the last with `done`. Raises what ended a text."""
+        whole: dict[int, GeneratedPart] = {}
+        written = dict.fromkeys(range(texts.count), 0)
+        while unfinished:
+            parts = whole if not message["stream"] else {}
+            for index, piece in self._next(message, texts.heard):
+                if isinstance(piece, Exception):
+                    raise piece
+                _add(parts, index, piece)
+                written[index] = piece.written
+                if piece.finish is not None:
+                    unfinished.discard(index)
+            reply = GenerateReply(
+                request_id=texts.request_id, chunk=[parts[index] for index in sorted(parts)]
+            )
+            if not unfinished:
+                reply["done"] = GeneratedUsage(
+                    prompt_tokens=texts.prompt_tokens, completion_tokens=sum(written.values())
+                )
+            if message["stream"] or not unfinished:
+                yield reply
+                if unfinished:
+                    time.sleep(TOGETHER_SECONDS)
+
+    def _next(self, message: GenerateMessage, heard: queue.SimpleQueue[Heard]) -> Iterator[Heard]:
+        """Waits for a piece, then takes all that are there. Raises NobodyWaits."""
+        while True:
+            self._check_somebody_waits(message)
+            try:
+                yield heard.get(timeout=LOOK_SECONDS)
+                break
+            except queue.Empty:
+                continue
+        while True:
+            try:
+                yield heard.get_nowait()
+            except queue.Empty:
+                return
+
+    def _check_somebody_waits(self, message: GenerateMessage) -> None:
+        if time.time() > message["deadline"] or self._cancelled.is_cancelled(message["request_id"]):
+            raise NobodyWaits
+
+    def _reply(self, message: GenerateMessage, reply: GenerateReply) -> None:
+        payload = json.dumps(reply, allow_nan=False)
+        try:
+            with self._redis.pipeline() as pipe:
+                pipe.rpush(message["reply_to"], payload)
+                pipe.expire(message["reply_to"], REPLY_SECONDS)
+                pipe.execute()
+        except RedisError as fault:
+            log.warning("no answer to %s: the broker is away: %s", message["request_id"], fault)
+
+
+def _turn(predictor: Predictor) -> bool:
+    try:
+        predictor.turn()
+    except Exception:
+        log.exception("a pass failed; all whose text it was have been told")
+    return predictor.writer.is_busy
+
+
+def _let_go(resident: Resident[Predictor], texts: Texts, unfinished: set[int]) -> None:
+    writer = resident.loaded.result().writer
+    for index in unfinished:
+        writer.cancel((texts.request_id, index))
+    if unfinished:
+        resident.keep_at(_turn)
+
+
+def _add(parts: dict[int, GeneratedPart], index: int, piece: Piece) -> None:
+    part = parts.setdefault(index, GeneratedPart(index=index, text="", tokens=[], finish_reason=None))
+    part["text"] += piece.text
+    part["tokens"] += [
+        GeneratedToken(
+            bytes=list(token.spelling),
+            logprob=token.logprob,
+            top=[TopToken(bytes=list(spelling), logprob=value) for spelling, value in token.top],
+            offset=token.offset,
+        )
+        for token in piece.tokens
+    ]
+    part["finish_reason"] = piece.finish
