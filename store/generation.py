@@ -76,7 +76,7 @@ class GeneratedUsage(TypedDict):
 
 
 class GenerateReply(TypedDict):
-    """Pushed as JSON to `reply_to`: any number with a `chunk`; the last has `done` (perhaps a chunk, too) or `error`."""
+    """Pushed as JSON to `reply_to`: any number with a `chunk`; the last has `done` (perhaps with one) or `error`."""
 
     request_id: str
     chunk: NotRequired[list[GeneratedPart]]
