@@ -74,6 +74,12 @@ async def running(settings: StoreSettings) -> AsyncIterator[Services]:
         timeout=settings.predict_timeout_seconds,
         queued=depth,
     )
+    text_admission = Admission(
+        max_waiting=settings.generate_max_waiting,
+        max_queued=settings.predict_max_queued,
+        timeout=settings.generate_timeout_seconds,
+        queued=depth,
+    )
     try:
         yield Services(
             settings=settings,
@@ -83,6 +89,7 @@ async def running(settings: StoreSettings) -> AsyncIterator[Services]:
             predict=client,
             admission=admission,
             texts=TextClient(client, timeout=settings.generate_timeout_seconds),
+            text_admission=text_admission,
         )
     finally:
         await depth.close()

@@ -17,7 +17,7 @@ from store.queue import Intervention, PredictModel, Task
 
 
 class Replies:
-    """What comes back for one request. `close` it in any case."""
+    """What comes back for one request, which is sent when the first reply is waited for. `close` it then."""
 
     def __init__(self, client: PredictClient, message: GenerateMessage, timeout: float) -> None:
         self._client = client
@@ -26,10 +26,9 @@ class Replies:
         self._ends_at = asyncio.get_running_loop().time() + timeout
         self._arrived: asyncio.Queue[GenerateReply] = asyncio.Queue()
         self._is_sent = self._is_over = False
-        client.streams[message["request_id"]] = self._arrived.put_nowait
 
     async def next(self) -> GenerateReply | None:
-        """The next reply; None after the last. Sends the request if that has not been done.
+        """The next reply; None after the last.
 
         Raises Refused with the worker's reason, and Unavailable when the time is over.
         """
@@ -39,6 +38,7 @@ class Replies:
             async with asyncio.timeout_at(self._ends_at):
                 if not self._is_sent:
                     self._is_sent = True
+                    self._client.streams[self._message["request_id"]] = self._arrived.put_nowait
                     await self._client.publish(Task.GENERATE, self._message)
                 reply = await self._arrived.get()
         except TimeoutError as fault:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import AsyncIterator, Callable, Iterable
+from contextlib import ExitStack
 
 from pydantic import BaseModel
 from sse_starlette import EventSourceResponse, ServerSentEvent
@@ -25,22 +26,26 @@ HEARTBEAT_SECONDS = 15
 
 
 class TextStream(EventSourceResponse):
-    """`first` has been waited for already, so that a refusal before it is an answer with its own status."""
+    """`first` has been waited for already, so that a refusal before it is an answer with its own status. `until_end` is
+    closed with the stream."""
 
     def __init__(
         self,
         replies: Replies,
         first: GenerateReply | None,
         chunks: Callable[[GenerateReply], Iterable[BaseModel]],
+        until_end: ExitStack,
     ) -> None:
         super().__init__(_events(replies, first, chunks), ping=HEARTBEAT_SECONDS, sep="\n")
         self._replies = replies
+        self._until_end = until_end
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        try:
-            await super().__call__(scope, receive, send)
-        finally:
-            await self._replies.close()
+        with self._until_end:
+            try:
+                await super().__call__(scope, receive, send)
+            finally:
+                await self._replies.close()
 
 
 async def _events(

@@ -57,6 +57,9 @@ class StoreSettings(BaseSettings):
         default=2_000, gt=0
     )  #: requests that wait in the broker for a worker; more are refused with 503
     generate_timeout_seconds: float = Field(default=120, gt=0)  #: for the whole of a completion
+    generate_max_waiting: int = Field(
+        default=256, gt=0
+    )  #: texts that one API process waits for at a time; more are refused with 429
     generate_memory_bytes: int = Field(
         default=1024**3, gt=0
     )  #: what a model's keys and values may hold on a worker while it writes; what has no room waits

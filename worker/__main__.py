@@ -83,7 +83,7 @@ def _register(app: Celery, role: Role, context: Context, stack: ExitStack) -> li
 
     inference = Inference(context)
     stack.callback(inference.close)
-    generation = Generation(inference.shelf, inference.loader, inference.redis)
+    generation = Generation(inference)
     tasks.register_inference(app, inference.answer, generation.answer)
     return [*giving_room(context, inference.shelf.make_room), *forgetting(context, inference)]
 

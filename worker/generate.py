@@ -13,7 +13,6 @@ import queue
 import time
 from collections.abc import Iterator
 
-from redis import Redis
 from redis.exceptions import RedisError
 
 from heft_engine.errors import EngineError
@@ -29,9 +28,9 @@ from store.generation import (
     TopToken,
 )
 from store.queue import REPLY_SECONDS, PredictFault
-from worker.cancelled import LOOK_SECONDS, Cancelled
-from worker.predict import Loader, fault_of
-from worker.shelf import Resident, Shelf
+from worker.cancelled import LOOK_SECONDS
+from worker.predict import Inference, NobodyWaits, check_somebody_waits, fault_of
+from worker.shelf import Resident
 from worker.texts import Heard, Texts, begin
 
 log = logging.getLogger(__name__)
@@ -40,18 +39,14 @@ log = logging.getLogger(__name__)
 TOGETHER_SECONDS = 0.03
 
 
-class NobodyWaits(Exception):
-    """The request's time is over, or its client has gone."""
-
-
 class Generation:
-    """Writes for each request from whatever thread it comes on."""
+    """Writes for each request from whatever thread it comes on, with the models that `inference` holds."""
 
-    def __init__(self, shelf: Shelf[Predictor], loader: Loader, redis: Redis) -> None:
-        self._shelf = shelf
-        self._loader = loader
-        self._redis = redis
-        self._cancelled = Cancelled(redis)
+    def __init__(self, inference: Inference) -> None:
+        self._shelf = inference.shelf
+        self._loader = inference.loader
+        self._redis = inference.redis
+        self._cancelled = inference.cancelled
 
     def answer(self, message: GenerateMessage) -> None:
         """Write, or say why not; what nobody waits for any more is dropped."""
@@ -73,7 +68,7 @@ class Generation:
         model = message["model"]
         if model["kind"] == "base":
             reference = model["base_model"]
-            holding = self._shelf.hold(f"{reference}:text", lambda: self._loader.base(reference, "text"))
+            holding = self._shelf.hold((reference, "text"), lambda: self._loader.base(reference, "text"))
         else:
             holding = self._shelf.hold(model["id"], lambda: self._loader.bundle(model))
         with holding as resident:
@@ -129,8 +124,7 @@ class Generation:
                 return
 
     def _check_somebody_waits(self, message: GenerateMessage) -> None:
-        if time.time() > message["deadline"] or self._cancelled.is_cancelled(message["request_id"]):
-            raise NobodyWaits
+        check_somebody_waits(self._cancelled, message["request_id"], message["deadline"])
 
     def _reply(self, message: GenerateMessage, reply: GenerateReply) -> None:
         payload = json.dumps(reply, allow_nan=False)

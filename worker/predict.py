@@ -109,7 +109,7 @@ class Inference:
             socket_timeout=_REPLY_TIMEOUT_SECONDS,
             socket_connect_timeout=_REPLY_TIMEOUT_SECONDS,
         )
-        self._cancelled = Cancelled(self.redis)
+        self.cancelled = Cancelled(self.redis)
         self.shelf: Shelf[Predictor] = Shelf(
             settings.memory_budget_bytes or three_quarters_of_memory(),
             out_of_memory=(MemoryError, torch.OutOfMemoryError),
@@ -122,7 +122,7 @@ class Inference:
 
     def answer(self, message: PredictMessage) -> None:
         """Answer, or say why not; a request that nobody waits for any more is dropped."""
-        with self._cancelled.waiting(message["request_id"], sent_at=message["sent_at"]):
+        with self.cancelled.waiting(message["request_id"], sent_at=message["sent_at"]):
             self._answer(message)
 
     def fine_tuned(self) -> list[str]:
@@ -168,8 +168,7 @@ class Inference:
 
     def _check_somebody_waits(self, message: PredictMessage) -> None:
         """Raises NobodyWaits."""
-        if time.time() > message["deadline"] or self._cancelled.is_cancelled(message["request_id"]):
-            raise NobodyWaits
+        check_somebody_waits(self.cancelled, message["request_id"], message["deadline"])
 
     def _reply(self, message: PredictMessage, reply: PredictReply) -> None:
         payload = json.dumps(reply, allow_nan=False)
@@ -180,6 +179,12 @@ class Inference:
                 pipe.execute()
         except RedisError as fault:
             log.warning("no answer to %s: the broker is away: %s", message["request_id"], fault)
+
+
+def check_somebody_waits(cancelled: Cancelled, request_id: str, deadline: float) -> None:
+    """Raises NobodyWaits."""
+    if time.time() > deadline or cancelled.is_cancelled(request_id):
+        raise NobodyWaits
 
 
 def parse_inputs(inputs: Sequence[dict[str, Any]], labels: Sequence[str] | None) -> list[Row]:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterable, Iterator
+from contextlib import ExitStack
+from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
@@ -11,6 +13,7 @@ from fastapi import APIRouter, Request
 from fastapi.responses import Response
 from pydantic import BaseModel
 
+from api.admission import Admission
 from api.deps import Caller, Db, Held, Services
 from api.disconnects import while_connected
 from api.reply_streams import Replies
@@ -62,10 +65,10 @@ async def complete(
         if "done" in reply and body.includes_usage:
             yield completion(choices=[], usage=_usage(reply["done"]))
 
-    replies = _asked(request, body, model, caller.id, held)
+    asked = _asked(request, body, model, caller.id, held)
     if body.stream:
-        return await _stream(request, replies, chunks)
-    parts, usage = await _whole(request, replies)
+        return await _stream(asked, chunks)
+    parts, usage = await _whole(asked)
     return completion(choices=choices(parts), usage=usage)
 
 
@@ -90,17 +93,27 @@ async def chat(
         if "done" in reply and body.includes_usage:
             yield chunk(choices=[], usage=_usage(reply["done"]))
 
-    replies = _asked(request, body, model, caller.id, held)
+    asked = _asked(request, body, model, caller.id, held)
     if body.stream:
-        return await _stream(request, replies, chunks)
-    parts, usage = await _whole(request, replies)
+        return await _stream(asked, chunks)
+    parts, usage = await _whole(asked)
     choices = [ChatChoice.of(part, with_logprobs=bool(body.logprobs)) for part in parts]
     return ChatCompletion(choices=choices, usage=usage, **head)
 
 
+@dataclass(frozen=True, kw_only=True)
+class _Asked:
+    """A request for `texts` texts, admitted and sent when it is waited for."""
+
+    request: Request
+    admission: Admission
+    texts: int
+    replies: Replies
+
+
 def _asked(
     request: Request, body: WriteRequestBody, model: models.Model, owner_id: str, held: Services
-) -> Replies:
+) -> _Asked:
     """Raises InvalidRequest for a model that does not write text."""
     task = model.task.get("type")
     if task not in (None, "text"):
@@ -108,33 +121,37 @@ def _asked(
             f"{model.id} answers {task} questions, with probabilities: ask it through POST /predict",
             param="model",
         )
-    return held.texts.ask(
+    inputs = body.inputs()
+    replies = held.texts.ask(
         request.state.request_id,
         addressed(model, owner_id),
-        body.inputs(),
+        inputs,
         n=body.n or 1,
         wish=body.wish(),
         stream=bool(body.stream),
         intervention=Intervention(enabled=body.intervention.enabled, scale=body.intervention.scale),
     )
+    texts = len(inputs) * (body.n or 1)
+    return _Asked(request=request, admission=held.text_admission, texts=texts, replies=replies)
 
 
-async def _stream(
-    request: Request, replies: Replies, chunks: Callable[[GenerateReply], Iterable[BaseModel]]
-) -> Response:
-    try:
-        first = await while_connected(request, replies.next())
-    except BaseException:
-        await replies.close()
-        raise
-    return TextStream(replies, first, chunks)
+async def _stream(asked: _Asked, chunks: Callable[[GenerateReply], Iterable[BaseModel]]) -> Response:
+    with ExitStack() as until_end:
+        until_end.enter_context(asked.admission.admit(asked.texts))
+        try:
+            first = await while_connected(asked.request, asked.replies.next())
+        except BaseException:
+            await asked.replies.close()
+            raise
+        return TextStream(asked.replies, first, chunks, until_end.pop_all())
 
 
-async def _whole(request: Request, replies: Replies) -> tuple[list[GeneratedPart], Usage]:
-    try:
-        reply = await while_connected(request, replies.next())
-    finally:
-        await replies.close()
+async def _whole(asked: _Asked) -> tuple[list[GeneratedPart], Usage]:
+    with asked.admission.admit(asked.texts):
+        try:
+            reply = await while_connected(asked.request, asked.replies.next())
+        finally:
+            await asked.replies.close()
     assert reply is not None
     return reply["chunk"], _usage(reply["done"])
 

@@ -22,7 +22,7 @@ from worker.generate import Generation
 from worker.predict import Inference
 from worker.shelf import Shelf
 
-BASE = PredictModel(id="llama", kind="base", base_model="llama", storage_key=None, manifest=None)
+BASE = PredictModel(id="llama", owner="o", kind="base", base_model="llama", storage_key=None, manifest=None)
 WISH = Wish(
     max_tokens=12,
     temperature=1.0,
@@ -50,7 +50,7 @@ class Asker:
     def __init__(self, bench: Bench, inference: Inference) -> None:
         self.bench = bench
         self.shelf: Shelf[Predictor] = inference.shelf
-        self.generation = Generation(inference.shelf, inference.loader, inference.redis)
+        self.generation = Generation(inference)
         self.redis: Any = Redis.from_url(redis_py_url(bench.context.settings.redis_url))
 
     def begin(self, request_id: str, **changes: Any) -> Future[None]:
@@ -83,7 +83,7 @@ class Asker:
 
     @property
     def weights(self) -> int:
-        with self.shelf.hold("llama:text", lambda: pytest.fail("not loaded")) as resident:
+        with self.shelf.hold(("llama", "text"), lambda: pytest.fail("not loaded")) as resident:
             return sum(p.numel() * p.element_size() for p in resident.loaded.result().lm.model.parameters())
 
 
@@ -180,7 +180,7 @@ def test_a_pass_that_fails_is_answered(asker: Asker, bench: Bench, monkeypatch: 
     def fail(_: Predictor) -> None:
         raise MemoryError
 
-    with asker.shelf.hold("llama:text", lambda: pytest.fail("not loaded")) as resident:
+    with asker.shelf.hold(("llama", "text"), lambda: pytest.fail("not loaded")) as resident:
         lm = resident.loaded.result().lm
     with monkeypatch.context() as patch:
         patch.setattr(lm, "finish", fail)
