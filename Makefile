@@ -3,7 +3,7 @@ SHELL := /bin/bash
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: install demo serve test test-slow chaos chaos-resume chaos-figures chaos-summary check bench gpu-check clean
+.PHONY: install demo serve test test-slow chaos chaos-resume chaos-figures chaos-summary check bench bench-serve gpu-check clean
 
 # Of `make chaos`: how many kills, and the seed of their schedule.
 N ?= 100
@@ -62,6 +62,10 @@ check: install
 
 bench: install
 	$(BIN)/python -m benchmarks
+
+# DATA= yes/no rows with passages, JSON lines.
+bench-serve: install
+	$(BIN)/python -m benchmarks.serving --data $(DATA)
 
 gpu-check: install
 	$(BIN)/python -m heft_engine gpu-check

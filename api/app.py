@@ -16,7 +16,8 @@ from api.deps import Services
 from api.errors import ErrorBody, add_handlers
 from api.middleware import Envelope
 from api.predict_client import PredictClient
-from api.routes import events, files, health, jobs, models, predict
+from api.reply_streams import TextClient
+from api.routes import completions, events, files, health, jobs, models, predict
 from store.artifacts import Artifacts
 from store.database import make_engine, session_factory
 from store.queue import Hints, Task, make_celery
@@ -52,7 +53,7 @@ def create_app(settings: StoreSettings | None = None) -> FastAPI:
     )
     add_handlers(app)
     app.add_middleware(Envelope, streamed=STREAMED)
-    for module in (files, jobs, events, models, predict, health):
+    for module in (files, jobs, events, models, predict, completions, health):
         app.include_router(module.router)
     return app
 
@@ -73,6 +74,12 @@ async def running(settings: StoreSettings) -> AsyncIterator[Services]:
         timeout=settings.predict_timeout_seconds,
         queued=depth,
     )
+    text_admission = Admission(
+        max_waiting=settings.generate_max_waiting,
+        max_queued=settings.predict_max_queued,
+        timeout=settings.generate_timeout_seconds,
+        queued=depth,
+    )
     try:
         yield Services(
             settings=settings,
@@ -81,6 +88,8 @@ async def running(settings: StoreSettings) -> AsyncIterator[Services]:
             hints=hints,
             predict=client,
             admission=admission,
+            texts=TextClient(client, timeout=settings.generate_timeout_seconds),
+            text_admission=text_admission,
         )
     finally:
         await depth.close()

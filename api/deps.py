@@ -13,6 +13,7 @@ from fastapi.security import HTTPAuthorizationCredentials, HTTPBearer
 from api.admission import Admission
 from api.database import Database
 from api.predict_client import PredictClient
+from api.reply_streams import TextClient
 from store import keys
 from store.artifacts import Artifacts
 from store.errors import Unauthenticated
@@ -30,6 +31,8 @@ class Services:
     hints: Hints
     predict: PredictClient
     admission: Admission
+    texts: TextClient
+    text_admission: Admission  #: its own: texts take as many seconds as other answers milliseconds
 
 
 def services(request: Request) -> Services:

@@ -12,6 +12,7 @@ import json
 import logging
 import time
 import uuid
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
@@ -21,6 +22,7 @@ from redis.asyncio import Redis
 from redis.exceptions import RedisError
 
 from store.errors import Unavailable
+from store.generation import GenerateMessage, GenerateReply
 from store.queue import (
     CANCELLED_SECONDS,
     Intervention,
@@ -59,8 +61,10 @@ class PredictClient:
         self._celery = celery
         self.redis = Redis.from_url(redis_py_url(redis_url), socket_timeout=_BLOCK_SECONDS + 5)
         self._timeout = timeout
-        self._reply_to = f"heft:predict:{uuid.uuid4().hex}"
+        self.reply_to = f"heft:predict:{uuid.uuid4().hex}"
         self._waiting: dict[str, asyncio.Future[PredictReply]] = {}
+        #: Who takes the replies to requests that get several (api.reply_streams).
+        self.streams: dict[str, Callable[[GenerateReply], None]] = {}
         self._publishers = ThreadPoolExecutor(8, thread_name_prefix="predict-publish")
         self._listener: asyncio.Task[None] | None = None
 
@@ -90,7 +94,7 @@ class PredictClient:
             intervention=intervention,
             sent_at=now,
             deadline=now + self._timeout,
-            reply_to=self._reply_to,
+            reply_to=self.reply_to,
         )
         try:
             return await self._answers(message)
@@ -111,7 +115,7 @@ class PredictClient:
         future = self._waiting[request_id] = asyncio.get_running_loop().create_future()
         try:
             async with asyncio.timeout(self._timeout):
-                await self._publish(message)
+                await self.publish(Task.PREDICT, message)
                 reply = await future
         except TimeoutError as fault:
             raise Unavailable(
@@ -135,23 +139,24 @@ class PredictClient:
             return False
         return True
 
-    async def _publish(self, message: PredictMessage) -> None:
+    async def publish(self, task: Task, message: PredictMessage | GenerateMessage) -> None:
+        """Raises Unavailable when the broker does not take it."""
         loop = asyncio.get_running_loop()
-        sending = loop.run_in_executor(self._publishers, self._send, message)
+        sending = loop.run_in_executor(self._publishers, self._send, task, message)
         try:
             await asyncio.wait_for(sending, _PUBLISH_SECONDS)
         except (OperationalError, OSError, TimeoutError) as fault:
             raise Unavailable("the message broker does not answer") from fault
 
-    def _send(self, message: PredictMessage) -> None:
-        self._celery.send_task(Task.PREDICT.value, args=[message], retry=False)
+    def _send(self, task: Task, message: PredictMessage | GenerateMessage) -> None:
+        self._celery.send_task(task.value, args=[message], retry=False)
 
     async def _listen(self) -> None:
         """Hands each reply to whoever waits for it; a reply that came too late has nobody and is dropped."""
         is_away = False
         while True:
             try:
-                popped = await self.redis.blpop([self._reply_to], timeout=_BLOCK_SECONDS)
+                popped = await self.redis.blpop([self.reply_to], timeout=_BLOCK_SECONDS)
             except (RedisError, OSError) as fault:
                 if not is_away:
                     log.warning("the reply listener lost the broker and goes on trying: %s", fault)
@@ -164,10 +169,13 @@ class PredictClient:
 
     def _resolve(self, payload: bytes | str) -> None:
         try:
-            reply: PredictReply = json.loads(payload)
-            waiting = self._waiting.get(reply["request_id"])
+            reply = json.loads(payload)
+            stream = self.streams.get(reply["request_id"])
+            waiting: asyncio.Future[PredictReply] | None = self._waiting.get(reply["request_id"])
         except (ValueError, TypeError, KeyError):
             log.error("a reply that is none: %.200r", payload)
             return
+        if stream is not None:
+            stream(reply)
         if waiting is not None and not waiting.done():
             waiting.set_result(reply)

@@ -80,7 +80,7 @@ def broker(settings: StoreSettings) -> Finding:
             socket_connect_timeout=_ANSWER_SECONDS,
             retry=Retry(NoBackoff(), 0),
         ) as client:
-            waiting = sum(int(client.llen(task.queue)) for task in Task)
+            waiting = sum(int(client.llen(name)) for name in {task.queue for task in Task})
     except redis.RedisError as error:
         advice = "start Redis or Valkey; jobs wait in the database meanwhile, and none is lost"
         return wrong("broker", f"it does not answer ({type(error).__name__})", advice)

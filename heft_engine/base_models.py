@@ -8,6 +8,7 @@ It does NOT know what the model is for: adapters, interventions and prompts come
 from __future__ import annotations
 
 import re
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -118,29 +119,35 @@ def load_tokenizer(path: Path) -> transformers.PreTrainedTokenizerBase:
         raise ModelError(f"the tokenizer of {path.name} can't be read: {error}", code=UNSUPPORTED) from error
 
 
+#: transformers changes torch's default dtype for all threads while it loads: two loads at once would each restore the
+#: other's, and leave it changed for good.
+_LOADING = threading.Lock()
+
+
 def load_model(
     base: BaseModel, *, dtype: torch.dtype, device: str | torch.device = "cpu", attention: str | None = None
 ) -> transformers.PreTrainedModel:
     """The frozen base in eval mode: no parameter asks for a gradient.
 
     `device` "auto" spreads the layers over all GPUs with accelerate. `attention` is a name that transformers
-    knows or that was registered with its AttentionInterface; None is the family's own.
-    Raises ModelError if a weight is missing.
+    knows or that was registered with its AttentionInterface; None is the family's own. No other thread may make
+    tensors of the default dtype meanwhile. Raises ModelError if a weight is missing.
     """
     config = read_config(base.path)
     model_class = transformers.MODEL_FOR_CAUSAL_LM_MAPPING[type(config)]
     try:
-        model, report = model_class.from_pretrained(
-            base.path,
-            config=config,
-            dtype=dtype,
-            attn_implementation=attention,
-            device_map="auto" if device == "auto" else {"": device},
-            use_safetensors=True,
-            local_files_only=True,
-            trust_remote_code=False,
-            output_loading_info=True,
-        )
+        with _LOADING:
+            model, report = model_class.from_pretrained(
+                base.path,
+                config=config,
+                dtype=dtype,
+                attn_implementation=attention,
+                device_map="auto" if device == "auto" else {"": device},
+                use_safetensors=True,
+                local_files_only=True,
+                trust_remote_code=False,
+                output_loading_info=True,
+            )
     except RuntimeError as error:
         raise ModelError(f"{base.reference} can't be loaded: {error}", code=UNSUPPORTED) from error
     # transformers fills what is missing with random numbers and a warning.

@@ -167,6 +167,10 @@ class Encoder:
             raise RowError(f"this is a {row.kind} row, the task is {self.task.type}", param="question")
         return self._labelled(row)
 
+    def raw(self, text: str) -> Example:
+        """Bare text to go on from, without the task's template. Raises RowError like `encode`."""
+        return self._free(self._bos + self.text(text), None, "prompt")
+
     def text(self, text: str) -> list[int]:
         """Tokens of free text, without BOS or EOS."""
         return cast(list[int], self.tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"])

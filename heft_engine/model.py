@@ -80,7 +80,7 @@ class PackedLM:
         self,
         states: Tensor,
         positions: Tensor,
-        layout: Layout | None,
+        layout: Layout,
         first: int,
         end: int,
     ) -> Tensor:

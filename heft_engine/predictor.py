@@ -5,6 +5,7 @@ Template, labels, lengths and tokenizer come from the bundle and from nowhere el
 
 from __future__ import annotations
 
+import itertools
 import threading
 import weakref
 from collections.abc import Callable, Hashable, Iterator, Sequence
@@ -35,6 +36,7 @@ from heft_engine.serving.writing import Listener, Piece, TextWriter, WriteReques
 KEY_VALUE_BYTES = 1024**3
 #: Between two looks whether a text is still wanted.
 _LOOK_SECONDS = 0.25
+_CALLS = itertools.count()
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -130,9 +132,13 @@ class Predictor:
             completion_tokens=0,
         )
 
-    def write(self, request: WriteRequest, listener: Listener) -> None:
-        """Has a text written, beside the others; `listener` hears its pieces, on the passes' thread."""
-        self.writer.submit(replace(request, adapter=self.weights.adapter), listener)
+    def write(self, requests: Sequence[WriteRequest], listener: Listener) -> None:
+        """Has texts written, beside the others; `listener` hears their pieces, on the passes' thread.
+
+        Raises RowError when one would never have room.
+        """
+        adapter = self.weights.adapter
+        self.writer.submit([replace(request, adapter=adapter) for request in requests], listener)
         self.batcher.keep_at(self.writer)
 
     def cancel(self, request_id: Hashable) -> None:
@@ -144,22 +150,25 @@ class Predictor:
         self, examples: Sequence[Example], scale: float, is_wanted: Callable[[], bool]
     ) -> list[Prediction]:
         texts = [_Text(example) for example in examples]
+        call, requests = next(_CALLS), []  # several calls write on one batch
+        for index, text in enumerate(texts):
+            tokens = min(self.max_new_tokens, self.encoder.max_length - len(text.example.prompt))
+            if tokens < 1:
+                text.is_whole.set()
+            else:
+                prompt = text.example.prompt
+                name = (call, index)
+                requests.append(WriteRequest(id=name, prompt=prompt, max_tokens=tokens, scale=scale))
+        self.write(requests, lambda name, piece: texts[name[1]].hear(piece))
         try:
-            for text in texts:
-                tokens = min(self.max_new_tokens, self.encoder.max_length - len(text.example.prompt))
-                if tokens < 1:
-                    text.is_whole.set()
-                    continue
-                request = WriteRequest(id=text, prompt=text.example.prompt, max_tokens=tokens, scale=scale)
-                self.write(request, text.hear)
             for text in texts:
                 while not text.is_whole.wait(_LOOK_SECONDS):
                     if not is_wanted():
                         raise Cancelled
         finally:
-            for text in texts:
+            for index, text in enumerate(texts):
                 if not text.is_whole.is_set():
-                    self.cancel(text)
+                    self.cancel((call, index))
         return [text.prediction() for text in texts]
 
 
@@ -203,6 +212,7 @@ def load(
     allow_paths: bool = True,
     device: str | None = None,
     prefix_bytes: int = 0,
+    key_value_bytes: int = KEY_VALUE_BYTES,
 ) -> Predictor:
     """A bundle's model, ready to answer.
 
@@ -222,6 +232,7 @@ def load(
         bundle.info.max_new_tokens,
         temperature=bundle.info.temperature,
         prefix_bytes=prefix_bytes,
+        key_value_bytes=key_value_bytes,
     )
 
 
@@ -234,6 +245,7 @@ def load_base(
     allow_paths: bool = True,
     device: str | None = None,
     prefix_bytes: int = 0,
+    key_value_bytes: int = KEY_VALUE_BYTES,
 ) -> Predictor:
     """A base model as it is, asked with a task's default template. Raises ModelError."""
     base = resolve(reference, model_dir=model_dir, cache_dir=cache_dir, allow_paths=allow_paths)
@@ -242,7 +254,9 @@ def load_base(
     length = resolve_max_length(None, inspect(base.path).max_position_embeddings)
     encoder = Encoder(load_tokenizer(base.path), Task.resolve(TaskSettings(), task), length)
     weights = Weights(lm=PackedLM(model), scope="base")
-    return Predictor(weights, encoder, max_new_tokens=64, prefix_bytes=prefix_bytes)
+    return Predictor(
+        weights, encoder, max_new_tokens=64, prefix_bytes=prefix_bytes, key_value_bytes=key_value_bytes
+    )
 
 
 def assemble(

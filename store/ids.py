@@ -30,6 +30,14 @@ def new_checkpoint_id() -> str:
     return _new("ftckpt-")
 
 
+def new_completion_id() -> str:
+    return _new("cmpl-")
+
+
+def new_chat_completion_id() -> str:
+    return _new("chatcmpl-")
+
+
 def model_id(*, base: str, owner_id: str, suffix: str | None, job_id: str) -> str:
     """`ft:<base>:<owner>:<suffix>:<short id>`. A job's model has one name, known before it exists, so that
     the models of its checkpoints can be named after it.

@@ -43,11 +43,12 @@ class Task(StrEnum):
     TRAIN = "heft.train"  #: args: job id. Claim it and train.
     EXPORT = "heft.export"  #: args: model id, format. Build that archive.
     PREDICT = "heft.predict"  #: args: one PredictMessage.
+    GENERATE = "heft.generate"  #: args: one GenerateMessage (store.generation).
 
     @property
     def queue(self) -> str:
-        """The queue that carries it: `prepare`, `train`, `export` or `predict`."""
-        return self.value.removeprefix("heft.")
+        """The queue that carries it: `prepare`, `train`, `export` or `predict`, which has all that asks a model."""
+        return "predict" if self is Task.GENERATE else self.value.removeprefix("heft.")
 
 
 class PredictModel(TypedDict):

@@ -4,11 +4,14 @@ from __future__ import annotations
 
 from functools import lru_cache
 from pathlib import Path
+from typing import Literal
 
 from pydantic import Field
 from pydantic_settings import BaseSettings, SettingsConfigDict
 
 from store.logs import LogFormat
+
+Hold = Literal["auto", "merged", "shared"]
 
 
 class StoreSettings(BaseSettings):
@@ -56,6 +59,13 @@ class StoreSettings(BaseSettings):
     predict_max_queued: int = Field(
         default=2_000, gt=0
     )  #: requests that wait in the broker for a worker; more are refused with 503
+    generate_timeout_seconds: float = Field(default=120, gt=0)  #: for the whole of a completion
+    generate_max_waiting: int = Field(
+        default=256, gt=0
+    )  #: texts that one API process waits for at a time; more are refused with 429
+    generate_memory_bytes: int = Field(
+        default=1024**3, gt=0
+    )  #: what a model's keys and values may hold on a worker while it writes; what has no room waits
     log_format: LogFormat = "text"  #: json: one object a line
     cache_memory_bytes: int | None = Field(
         default=None, ge=0
@@ -69,6 +79,12 @@ class StoreSettings(BaseSettings):
     )  #: what a stage ended with is kept so long after its last use, for equal stages of later jobs; 0: not at all
     reuse_bytes: int = Field(default=20 * 1024**3, ge=0)  #: of all that is kept so
     memory_budget_bytes: int = 0  #: what one worker may hold in models; 0: three quarters of the machine
+    prefix_cache_bytes: int = Field(
+        default=512 * 1024**2, ge=0
+    )  #: of that, what beginnings of prompts may hold that are kept for whoever repeats them; 0: scores have equal bits
+    hold_models: Hold = (
+        "auto"  #: how a worker holds fine-tuned models: merged, shared, or as they are asked for
+    )
 
 
 @lru_cache(maxsize=1)

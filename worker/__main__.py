@@ -78,12 +78,14 @@ def _register(app: Celery, role: Role, context: Context, stack: ExitStack) -> li
     if role is Role.PREPARE:
         tasks.register_preparing(app, context)
         return []
+    from worker.generate import Generation
     from worker.predict import Inference
 
     inference = Inference(context)
     stack.callback(inference.close)
-    tasks.register_inference(app, inference.answer)
-    return [*giving_room(context, inference.shelf.make_room), *forgetting(context, inference)]
+    generation = Generation(inference)
+    tasks.register_inference(app, inference.answer, generation.answer)
+    return [*giving_room(context, inference.pool.make_room), *forgetting(context, inference)]
 
 
 if __name__ == "__main__":

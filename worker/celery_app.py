@@ -25,7 +25,7 @@ from store.queue import Task, make_celery
 class Role(StrEnum):
     TRAIN = "train"  #: Trains one job at a time, in a child process.
     PREPARE = "prepare"  #: Checks files before a job is queued, and builds exports.
-    INFERENCE = "inference"  #: Holds models and answers /predict.
+    INFERENCE = "inference"  #: Holds models, answers /predict and writes text.
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -38,7 +38,7 @@ class Pool:
 POOLS = {
     Role.TRAIN: Pool(tasks=(Task.TRAIN,), threads=1, prefetch=False),
     Role.PREPARE: Pool(tasks=(Task.PREPARE, Task.EXPORT), threads=2, prefetch=False),
-    Role.INFERENCE: Pool(tasks=(Task.PREDICT,), threads=64, prefetch=True),
+    Role.INFERENCE: Pool(tasks=(Task.PREDICT, Task.GENERATE), threads=64, prefetch=True),
 }
 
 
@@ -66,7 +66,7 @@ def run_worker(app: Celery, role: Role, *, worker_id: str, stopping: threading.E
     for name in ("celery.worker.strategy", "celery.app.trace"):
         logging.getLogger(name).setLevel(logging.WARNING)
     signals.worker_shutting_down.connect(shutting_down, weak=False)
-    queues = ",".join(task.queue for task in POOLS[role].tasks)
+    queues = ",".join(sorted({task.queue for task in POOLS[role].tasks}))
     command = f"--quiet worker --pool threads --queues {queues} --hostname {worker_id} --loglevel {log_level}"
     # Workers need not know each other: Postgres says who is there.
     app.worker_main([*command.split(), "--without-mingle", "--without-gossip", "--without-heartbeat"])

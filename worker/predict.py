@@ -12,8 +12,9 @@ import logging
 import shutil
 import tempfile
 import time
-from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any, cast
 
@@ -23,12 +24,13 @@ import transformers
 from redis import Redis
 from redis.exceptions import RedisError
 
-import heft_engine
 from heft_engine.config import TaskType
 from heft_engine.errors import EngineError, ModelError, RowError
 from heft_engine.predictor import Predictor
 from heft_engine.rows import Row, infer_task, parse_row
-from store.artifacts import Artifacts
+from heft_engine.serving import batcher as batching
+from heft_engine.serving.batcher import Batcher
+from heft_engine.serving.pool import ModelPool
 from store.errors import StoreError, Unavailable
 from store.queue import (
     REPLY_SECONDS,
@@ -42,7 +44,6 @@ from store.queue import (
 )
 from worker.cancelled import Cancelled
 from worker.context import Context
-from worker.shelf import Shelf
 
 log = logging.getLogger(__name__)
 
@@ -53,74 +54,69 @@ class NobodyWaits(Exception):
     """The request's time is over, or its client has gone."""
 
 
-@dataclass(frozen=True, kw_only=True)
-class Loader:
-    """Brings a model from storage, or a base model from this machine, into memory."""
-
-    artifacts: Artifacts
-    scratch: Path
-    model_dir: Path | None
-    cache_dir: Path | None
-
-    def bundle(self, model: PredictModel) -> Predictor:
-        """Raises BundleError, ModelError, Damaged or Unavailable."""
-        folder = Path(tempfile.mkdtemp(prefix="bundle-", dir=self.scratch))
-        try:
-            path = folder / "bundle"
-            self.artifacts.fetch_directory(model["storage_key"] or "", path, model["manifest"] or {})
-            return heft_engine.load(
-                path, model_dir=self.model_dir, cache_dir=self.cache_dir, allow_paths=False
-            )
-        finally:
-            shutil.rmtree(folder)
-
-    def base(self, reference: str, task: TaskType) -> Predictor:
-        """Raises ModelError."""
-        return heft_engine.load_base(
-            reference, task=task, model_dir=self.model_dir, cache_dir=self.cache_dir, allow_paths=False
-        )
-
-
 class Inference:
-    """Answers requests, each from whatever thread it comes on."""
+    """Answers requests, each from whatever thread it comes on; those that come together share forward passes."""
 
     def __init__(self, context: Context) -> None:
         settings = context.settings
         transformers.utils.logging.disable_progress_bar()  # the log is no terminal
-        self._loader = Loader(
-            artifacts=context.artifacts,
-            scratch=context.scratch,
-            model_dir=settings.model_dir,
-            cache_dir=settings.cache_dir,
-        )
-        self._redis = Redis.from_url(
+        self._artifacts = context.artifacts
+        self._scratch = context.scratch
+        self.redis = Redis.from_url(
             redis_py_url(settings.redis_url),
             socket_timeout=_REPLY_TIMEOUT_SECONDS,
             socket_connect_timeout=_REPLY_TIMEOUT_SECONDS,
         )
-        self._cancelled = Cancelled(self._redis)
-        self.shelf: Shelf[Predictor] = Shelf(
-            settings.memory_budget_bytes or three_quarters_of_memory(),
+        self.cancelled = Cancelled(self.redis)
+        self.batcher = Batcher(prefix_bytes=settings.prefix_cache_bytes)
+        self.pool = ModelPool(
+            budget_bytes=settings.memory_budget_bytes or three_quarters_of_memory(),
+            batcher=self.batcher,
+            hold=settings.hold_models,
+            model_dir=settings.model_dir,
+            cache_dir=settings.cache_dir,
+            allow_paths=False,
+            key_value_bytes=settings.generate_memory_bytes,
             out_of_memory=(MemoryError, torch.OutOfMemoryError),
             put_away=_give_memory_back,
         )
 
     def close(self) -> None:
-        self.shelf.close()
-        self._redis.close()
+        self.pool.close()
+        self.redis.close()
+
+    def holding(self, model: PredictModel, task: TaskType | None) -> AbstractContextManager[Predictor]:
+        """The model in memory, for as long as it is asked. `task`: how a base model is asked.
+
+        Raises BundleError, ModelError, Damaged or Unavailable.
+        """
+        if model["kind"] != "base":
+            return self.pool.model(model["id"], lambda: self._fetched(model))
+        return self.pool.base(model["base_model"], task or "yes_no")
+
+    @contextmanager
+    def _fetched(self, model: PredictModel) -> Iterator[Path]:
+        """A model's bundle from storage, for as long as it is read."""
+        folder = Path(tempfile.mkdtemp(prefix="bundle-", dir=self._scratch))
+        try:
+            path = folder / "bundle"
+            self._artifacts.fetch_directory(model["storage_key"] or "", path, model["manifest"] or {})
+            yield path
+        finally:
+            shutil.rmtree(folder)
 
     def answer(self, message: PredictMessage) -> None:
         """Answer, or say why not; a request that nobody waits for any more is dropped."""
-        with self._cancelled.waiting(message["request_id"], sent_at=message["sent_at"]):
+        with self.cancelled.waiting(message["request_id"], sent_at=message["sent_at"]):
             self._answer(message)
 
     def fine_tuned(self) -> list[str]:
         """The ids of the fine-tuned models in memory."""
-        return [name for name in self.shelf.names if isinstance(name, str)]
+        return self.pool.names
 
     def forget(self, model_id: str) -> None:
         """Put a model away, after the answers that are under way."""
-        self.shelf.forget(model_id)
+        self.pool.forget(model_id)
 
     def _answer(self, message: PredictMessage) -> None:
         request_id = message["request_id"]
@@ -141,34 +137,50 @@ class Inference:
     def _predict(self, message: PredictMessage) -> list[PredictedRow]:
         self._check_somebody_waits(message)
         model, intervention = message["model"], message["intervention"]
-
-        def ask(predictor: Predictor) -> list[PredictedRow]:
+        task = infer_task(parse_inputs(message["inputs"], None)) if model["kind"] == "base" else None
+        with self.holding(model, task) as predictor:
             self._check_somebody_waits(message)
             labels = predictor.task.labels if predictor.task.type == "choice" else None
             rows = parse_inputs(message["inputs"], labels)
-            answers = predictor.predict(rows, enabled=intervention["enabled"], scale=intervention["scale"])
-            return [cast(PredictedRow, asdict(answer)) for answer in answers]
+            try:
+                answers = predictor.predict(
+                    rows,
+                    enabled=intervention["enabled"],
+                    scale=intervention["scale"],
+                    owner=model["owner"],
+                    is_wanted=lambda: self._is_waited_for(message),
+                )
+            except batching.Cancelled as left:
+                raise NobodyWaits from left
+        return [cast(PredictedRow, asdict(answer)) for answer in answers]
 
-        if model["kind"] != "base":
-            return self.shelf.ask(model["id"], lambda: self._loader.bundle(model), ask)
-        task = infer_task(parse_inputs(message["inputs"], None))
-        reference = model["base_model"]
-        return self.shelf.ask((reference, task), lambda: self._loader.base(reference, task), ask)
+    def _is_waited_for(self, message: PredictMessage) -> bool:
+        return is_waited_for(self.cancelled, message["request_id"], message["deadline"])
 
     def _check_somebody_waits(self, message: PredictMessage) -> None:
         """Raises NobodyWaits."""
-        if time.time() > message["deadline"] or self._cancelled.is_cancelled(message["request_id"]):
-            raise NobodyWaits
+        check_somebody_waits(self.cancelled, message["request_id"], message["deadline"])
 
     def _reply(self, message: PredictMessage, reply: PredictReply) -> None:
         payload = json.dumps(reply, allow_nan=False)
         try:
-            with self._redis.pipeline() as pipe:
+            with self.redis.pipeline() as pipe:
                 pipe.rpush(message["reply_to"], payload)
                 pipe.expire(message["reply_to"], REPLY_SECONDS)
                 pipe.execute()
         except RedisError as fault:
             log.warning("no answer to %s: the broker is away: %s", message["request_id"], fault)
+
+
+def is_waited_for(cancelled: Cancelled, request_id: str, deadline: float) -> bool:
+    """Whether its time is not over and its client still there."""
+    return time.time() <= deadline and not cancelled.is_cancelled(request_id)
+
+
+def check_somebody_waits(cancelled: Cancelled, request_id: str, deadline: float) -> None:
+    """Raises NobodyWaits."""
+    if not is_waited_for(cancelled, request_id, deadline):
+        raise NobodyWaits
 
 
 def parse_inputs(inputs: Sequence[dict[str, Any]], labels: Sequence[str] | None) -> list[Row]:

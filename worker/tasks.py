@@ -13,6 +13,7 @@ from celery import Celery
 
 from store import exports, leases
 from store.database import transaction
+from store.generation import GenerateMessage
 from store.logs import bound
 from store.queue import PredictMessage, Task
 from store.states import Purpose
@@ -25,12 +26,19 @@ from worker.run_job import run_job
 Work = Callable[[Context, str], Job | None]
 
 
-def register_inference(app: Celery, answer: Callable[[PredictMessage], None]) -> None:
+def register_inference(
+    app: Celery, answer: Callable[[PredictMessage], None], write: Callable[[GenerateMessage], None]
+) -> None:
     def predict(message: PredictMessage) -> None:
         with bound(request_id=message["request_id"]):
             answer(message)
 
+    def generate(message: GenerateMessage) -> None:
+        with bound(request_id=message["request_id"]):
+            write(message)
+
     app.task(predict, name=Task.PREDICT.value)
+    app.task(generate, name=Task.GENERATE.value)
 
 
 def register_training(app: Celery, context: Context) -> None:

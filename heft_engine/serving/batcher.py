@@ -227,13 +227,15 @@ class Batcher:
             with self._changed:
                 while not (self._closed or self._requests or self._calls or self._busy_turns()):
                     self._changed.wait()
-                if self._closed:
+                if self._is_over():
                     break
                 calls, self._calls = self._calls, []
                 turns = self._busy_turns()
                 self._gather_more()
             for call in calls:
                 call()
+            if self._is_over():
+                break
             self._score()
             for each in turns:
                 try:
@@ -248,6 +250,9 @@ class Batcher:
             request.fail(Cancelled())
         for call in calls:
             call()
+
+    def _is_over(self) -> bool:
+        return self._closed
 
     def _busy_turns(self) -> list[Turns]:
         self._turns = [turns for turns in self._turns if turns.is_busy]

@@ -93,6 +93,7 @@ class ModelPool:
         allow_paths: bool = True,
         device: str | None = None,
         key_value_bytes: int = KEY_VALUE_BYTES,
+        out_of_memory: tuple[type[BaseException], ...] = (MemoryError,),
         put_away: Callable[[], None] = lambda: None,
     ) -> None:
         self._budget = budget_bytes
@@ -103,10 +104,13 @@ class ModelPool:
         self._allow_paths = allow_paths
         self._device = device or choose_device()
         self._key_value_bytes = key_value_bytes
+        self._out_of_memory = out_of_memory
         self._after_putting_away = put_away
         self._lock = threading.RLock()
         self._entries: dict[Hashable, _Entry] = {}
-        self._bases: dict[Hashable, Future[Base]] = {}
+        self._bases: dict[Hashable, Base] = {}
+        # One model at a time, and a base between passes: transformers changes torch's default dtype while it loads.
+        self._loading = threading.Lock()
         self._changes = ThreadPoolExecutor(1, thread_name_prefix="hold-otherwise")
 
     @contextmanager
@@ -168,7 +172,7 @@ class ModelPool:
                 if held is not None and held.kind != "base":
                     count, size = counts[held.kind]
                     counts[held.kind] = (count + 1, size + held.memory_bytes)
-            bases = self._loaded_bases()
+            bases = list(self._bases.values())
         counts["base"] = (len(bases), sum(base.memory_bytes for base in bases))
         return counts
 
@@ -190,9 +194,17 @@ class ModelPool:
 
     def _bring(self, entry: _Entry) -> None:
         try:
-            entry.held.set_result(entry.load())
+            entry.held.set_result(self._loaded(entry))
         except BaseException as fault:  # noqa: BLE001 - whoever waits for it is told, this caller among them
             entry.held.set_exception(fault)
+
+    def _loaded(self, entry: _Entry) -> _Held:
+        try:
+            return entry.load()
+        except self._out_of_memory:
+            log.warning("no memory for another model: all idle ones are put away")
+        self.make_room()
+        return entry.load()
 
     def _leave(self, name: Hashable, entry: _Entry) -> None:
         with self._lock:
@@ -211,7 +223,8 @@ class ModelPool:
                 bundle, model_dir=self._model_dir, cache_dir=self._cache_dir, allow_paths=self._allow_paths
             )
             key = key_of(base_model, dtype_of(bundle.info.dtype))
-            with self._standing_on(key, base_model) as base:
+            with self._loading:
+                base = self._base(key, base_model)
                 return self._held(name, bundle, base, key, kind or self._kind(name, key))
 
     def _held(self, name: str, bundle: Bundle, base: Base, key: Hashable, kind: Kind) -> _Held:
@@ -221,7 +234,9 @@ class ModelPool:
                 return _Held(predictor=predictor, kind=kind, base=key, memory_bytes=size)
             except BundleError as fault:
                 log.warning("%s is held merged: unmerged, %s", name, fault)
-                self._entries[name].only_merged = True
+                with self._lock:
+                    if (entry := self._entries.get(name)) is not None:
+                        entry.only_merged = True
         predictor, size = base.merged(bundle, (name, "merged"))
         return _Held(predictor=predictor, kind="merged", base=key, memory_bytes=size)
 
@@ -230,37 +245,31 @@ class ModelPool:
             reference, model_dir=self._model_dir, cache_dir=self._cache_dir, allow_paths=self._allow_paths
         )
         key = key_of(base_model, choose_dtype("auto", self._device))
-        with self._standing_on(key, base_model) as base:
-            predictor = base.plain(task, (reference, "base"))
+        with self._loading:
+            predictor = self._base(key, base_model).plain(task, (reference, "base"))
             return _Held(predictor=predictor, kind="base", base=key, memory_bytes=0)
 
-    @contextmanager
-    def _standing_on(self, key: Hashable, model: BaseModel) -> Iterator[Base]:
-        """The base, loaded by whoever asks first."""
+    def _base(self, key: Hashable, model: BaseModel) -> Base:
+        """Loaded if it is not there. One at a time."""
         with self._lock:
-            future = self._bases.get(key)
-            is_new = future is None
-            if future is None:
-                future = self._bases[key] = Future()
-                self._put_away(self._budget - size_on_disk(model.path))
-        if is_new:
-            try:
-                future.set_result(self._new_base(key, model))
-            except BaseException as fault:  # noqa: BLE001 - whoever waits for it is told
-                with self._lock:
-                    del self._bases[key]
-                future.set_exception(fault)
-        yield future.result()
-
-    def _new_base(self, key: Hashable, model: BaseModel) -> Base:
+            base = self._bases.get(key)
+            if base is not None:
+                return base
+            self._put_away(self._budget - size_on_disk(model.path))
         assert isinstance(key, tuple)
-        return Base(
-            model,
-            dtype=key[-1],
-            device=self._device,
-            batcher=self._batcher,
-            key_value_bytes=self._key_value_bytes,
+        dtype = key[-1]
+        base = self._batcher.run(
+            lambda: Base(
+                model,
+                dtype=dtype,
+                device=self._device,
+                batcher=self._batcher,
+                key_value_bytes=self._key_value_bytes,
+            )
         )
+        with self._lock:
+            self._bases[key] = base
+        return base
 
     def _kind(self, name: str, key: Hashable) -> Kind:
         """How a model that is being loaded shall be held."""
@@ -328,12 +337,8 @@ class ModelPool:
 
     def _held_bytes(self) -> int:
         models = sum(entry.memory_bytes for entry in self._entries.values())
-        bases = sum(base.memory_bytes + base.written_bytes for base in self._loaded_bases())
+        bases = sum(base.memory_bytes + base.written_bytes for base in self._bases.values())
         return models + bases + self._batcher.prefix_bytes
-
-    def _loaded_bases(self) -> list[Base]:
-        futures = list(self._bases.values())
-        return [future.result() for future in futures if future.done() and future.exception() is None]
 
     def _put_away(self, budget: int) -> None:
         """Until what is held fits into `budget`, or everybody is being asked."""

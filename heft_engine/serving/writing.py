@@ -52,8 +52,8 @@ class Piece:
     written: int = 0
 
 
-#: Told every piece; or, once and last, why there will be no more.
-Listener = Callable[[Piece | Exception], None]
+#: Told a request's id and its next piece; or, once and last, why there will be no more.
+Listener = Callable[[Any, Piece | Exception], None]
 
 
 class _Writer:
@@ -141,21 +141,23 @@ class TextWriter:
         """What keys and values hold."""
         return self._batch.allocated_bytes
 
-    def submit(self, request: WriteRequest, listener: Listener) -> None:
-        """Takes a request in; its text goes to `listener`, called by whoever takes turns.
+    def submit(self, requests: Sequence[WriteRequest], listener: Listener) -> None:
+        """Takes requests in; their text goes to `listener`, called by whoever takes turns.
 
-        Raises RowError when its keys and values would never have room.
+        Raises RowError, and takes none, when the keys and values of one would never have room.
         """
-        needed = self._batch.bytes_for(request)
-        if needed > self._batch.budget_bytes:
-            raise RowError(
-                f"{request.kept_tokens} tokens need {needed:,} bytes of keys and values, and there are "
-                f"{self._batch.budget_bytes:,}: ask for fewer max_tokens",
-                param="max_tokens",
-            )
-        writer = _Writer(request, listener, self._tokenizer, _ends(self._lm, self._tokenizer))
+        for request in requests:
+            needed = self._batch.bytes_for(request)
+            if needed > self._batch.budget_bytes:
+                raise RowError(
+                    f"{request.kept_tokens} tokens need {needed:,} bytes of keys and values, and there are "
+                    f"{self._batch.budget_bytes:,}: ask for fewer max_tokens",
+                    param="max_tokens",
+                )
+        ends = _ends(self._lm, self._tokenizer)
+        writers = [_Writer(request, listener, self._tokenizer, ends) for request in requests]
         with self._lock:
-            self._arrived.append(writer)
+            self._arrived += writers
 
     def cancel(self, request_id: Hashable) -> None:
         """Lets a text go before the next pass; its listener hears no more. One that has ended is none."""
@@ -171,7 +173,7 @@ class TextWriter:
         except Exception as fault:
             for writer in list(self._writers.values()):
                 self._let_go(writer.request.id)
-                writer.listener(fault)
+                writer.listener(writer.request.id, fault)
             raise
 
     def _take_in(self) -> None:
@@ -190,7 +192,7 @@ class TextWriter:
         if piece.finish is not None:
             self._let_go(new.id)
         if piece.text or piece.tokens or piece.finish is not None:
-            writer.listener(piece)
+            writer.listener(new.id, piece)
 
     def _let_go(self, request_id: Hashable) -> None:
         self._queue.drop(request_id)

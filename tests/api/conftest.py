@@ -38,6 +38,7 @@ def settings(stack: Any, _template: str, tmp_path_factory: pytest.TempPathFactor
             redis_url=stack.redis_url,
             artifacts_url=tmp_path_factory.mktemp("artifacts").as_uri(),
             predict_timeout_seconds=2,
+            generate_timeout_seconds=2,
             max_file_bytes=1024 * 1024,
         )
         connection.execute(sql.SQL("DROP DATABASE {} WITH (FORCE)").format(name))

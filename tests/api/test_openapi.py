@@ -47,6 +47,8 @@ def test_every_route_of_the_contract_is_there(described: dict[str, Any]) -> None
         "DELETE /v1/models/{model_id}",
         "GET /v1/models/{model_id}/export",
         "POST /predict",
+        "POST /v1/completions",
+        "POST /v1/chat/completions",
         "GET /healthz",
         "GET /readyz",
     }

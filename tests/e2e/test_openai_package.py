@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 import os
 import shutil
@@ -246,6 +247,128 @@ class TestATrainedModel:
             client.models.retrieve(name)
 
 
+TURNS: Any = [{"role": "system", "content": "You count."}, {"role": "user", "content": "After 3?"}]
+
+
+class TestText:
+    """Written by the base model: of random weights, but the same words at every greedy asking."""
+
+    @pytest.fixture(autouse=True)
+    def _offered(self, client: openai.OpenAI) -> None:
+        assert wait_until(lambda: MODEL in {model.id for model in client.models.list()}, seconds=60)
+
+    def test_a_completion_whole_and_streamed(self, client: openai.OpenAI) -> None:
+        asked: Any = {"model": MODEL, "prompt": "Once upon a time", "max_tokens": 12, "temperature": 0}
+        whole = client.completions.create(**asked)
+        assert (whole.object, whole.model, whole.id[:5]) == ("text_completion", MODEL, "cmpl-")
+        (choice,) = whole.choices
+        assert (choice.index, choice.finish_reason, choice.logprobs) == (0, "length", None)
+        assert choice.text
+        assert whole.usage is not None
+        assert whole.usage.completion_tokens == 12
+        assert whole.usage.total_tokens == whole.usage.prompt_tokens + 12
+
+        chunks = list(client.completions.create(**asked, stream=True))
+        assert "".join(chunk.choices[0].text for chunk in chunks) == choice.text
+        assert [chunk.choices[0].finish_reason for chunk in chunks][-1] == "length"
+        assert {chunk.id for chunk in chunks} == {chunks[0].id}
+        assert not any(chunk.usage for chunk in chunks)
+
+    def test_several_texts_with_logprobs_and_a_seed(self, client: openai.OpenAI) -> None:
+        asked: Any = {"model": MODEL, "max_tokens": 6, "seed": 7, "n": 2, "logprobs": 3}
+        both = client.completions.create(prompt=["Once", "Twice"], **asked)
+        assert [choice.index for choice in both.choices] == [0, 1, 2, 3]
+        assert both.choices[0].text != both.choices[1].text
+        for choice in both.choices:
+            logprobs = choice.logprobs
+            assert logprobs is not None
+            assert logprobs.tokens is not None
+            assert logprobs.top_logprobs is not None
+            assert logprobs.text_offset is not None
+            assert len(logprobs.tokens) == len(logprobs.top_logprobs) == 6
+            assert logprobs.text_offset[0] == 0
+            assert all(3 <= len(top) <= 4 for top in logprobs.top_logprobs)
+        again = client.completions.create(prompt="Once", **asked)
+        assert [choice.text for choice in again.choices] == [choice.text for choice in both.choices[:2]]
+
+    def test_a_chat_whole_and_streamed(self, client: openai.OpenAI) -> None:
+        asked: Any = {"model": MODEL, "messages": TURNS, "max_tokens": 10, "temperature": 0, "logprobs": True}
+        whole = client.chat.completions.create(**asked, top_logprobs=2)
+        assert (whole.object, whole.id[:9]) == ("chat.completion", "chatcmpl-")
+        (choice,) = whole.choices
+        assert choice.message.role == "assistant"
+        assert choice.message.content
+        assert choice.logprobs is not None
+        tokens = choice.logprobs.content
+        assert tokens is not None
+        assert b"".join(bytes(token.bytes or []) for token in tokens).decode() == choice.message.content
+        assert all(token.logprob <= token.top_logprobs[0].logprob for token in tokens)
+
+        options: Any = {"stream": True, "stream_options": {"include_usage": True}}
+        *chunks, last = client.chat.completions.create(**asked, **options)
+        assert (last.choices, last.usage) == ([], whole.usage)
+        assert chunks[0].choices[0].delta.role == "assistant"
+        told = "".join(chunk.choices[0].delta.content or "" for chunk in chunks)
+        assert (told, chunks[-1].choices[0].finish_reason) == (choice.message.content, "length")
+
+        # The answer goes back as it came, and the conversation goes on.
+        turns = [*TURNS, choice.message, {"role": "user", "content": "And then?"}]
+        assert client.chat.completions.create(**{**asked, "messages": turns}).choices[0].message.content
+
+    def test_a_stop_string_ends_a_text_and_is_not_told(self, client: openai.OpenAI) -> None:
+        asked: Any = {"model": MODEL, "prompt": "Once upon a time", "max_tokens": 12, "temperature": 0}
+        text = client.completions.create(**asked).choices[0].text
+        stop = text[len(text) // 2 : len(text) // 2 + 3]
+        for stream in (False, True):
+            made = client.completions.create(**asked, stop=[stop, "never"], stream=stream)
+            chunks: Any = made if stream else [made]
+            choices = [chunk.choices[0] for chunk in chunks]
+            assert "".join(choice.text for choice in choices) == text[: text.index(stop)]
+            assert choices[-1].finish_reason == "stop"
+
+    def test_two_streams_at_once_interleave(self, service: HeftUp) -> None:
+        """Through the package's own async client; neither waits for the other's end."""
+        order: list[int] = []
+
+        async def read(client: openai.AsyncOpenAI, number: int) -> str:
+            prompt = "Once upon a time" * (number + 1)
+            stream = await client.completions.create(
+                model=MODEL, prompt=prompt, max_tokens=200, temperature=0, stream=True
+            )
+            text = ""
+            async for chunk in stream:
+                order.append(number)
+                text += chunk.choices[0].text
+            return text
+
+        async def both() -> list[str]:
+            url = f"{service.record.url}/v1"
+            async with openai.AsyncOpenAI(base_url=url, api_key=service.key) as client:
+                return await asyncio.gather(read(client, 0), read(client, 1))
+
+        assert all(asyncio.run(both()))
+        assert order.index(1) < len(order) - order[::-1].index(0) - 1
+        assert order.index(0) < len(order) - order[::-1].index(1) - 1
+
+    def test_what_can_not_be_is_refused_by_name(self, client: openai.OpenAI) -> None:
+        with pytest.raises(openai.UnprocessableEntityError) as refusal:
+            client.completions.create(model=MODEL, prompt="Once", max_tokens=10_000)
+        assert refusal.value.param == "max_tokens"
+        with pytest.raises(openai.UnprocessableEntityError) as refusal:
+            client.completions.create(model=MODEL, prompt="Once", echo=True)
+        assert refusal.value.param == "echo"
+        with pytest.raises(openai.NotFoundError):
+            client.chat.completions.create(model="ft:nobody/knows:it", messages=TURNS)
+
+    def test_a_model_that_answers_questions_says_where(
+        self, client: openai.OpenAI, job: FineTuningJob
+    ) -> None:
+        assert job.fine_tuned_model is not None
+        with pytest.raises(openai.UnprocessableEntityError, match="/predict") as refusal:
+            client.chat.completions.create(model=f"{job.fine_tuned_model}:ckpt-lora", messages=TURNS)
+        assert refusal.value.param == "model"
+
+
 #: A script as an OpenAI user has it today; the address and the key come from the package's own variables.
 SCRIPT = """
 import time
@@ -258,6 +381,10 @@ job = client.fine_tuning.jobs.create(training_file=training.id, model="gpt-4o-mi
 while job.status not in ("succeeded", "failed", "cancelled"):
     time.sleep(0.2)
     job = client.fine_tuning.jobs.retrieve(job.id)
+answer = client.chat.completions.create(
+    model=job.fine_tuned_model, messages=[{"role": "user", "content": "After 3?"}], max_completion_tokens=8
+)
+assert answer.choices[0].finish_reason in ("stop", "length"), answer
 for event in client.fine_tuning.jobs.list_events(fine_tuning_job_id=job.id, limit=10):
     print(event.level, event.message)
 print(job.status, job.error, job.fine_tuned_model, job.hyperparameters.n_epochs, job.trained_tokens)

@@ -146,10 +146,10 @@ def test_a_deleted_model_is_forgotten_and_others_are_not(
     ask(bench, inference, model, QUESTIONS[:1])
     ask(bench, inference, BASE, QUESTIONS[:1])
     assert inference.fine_tuned() == [model["id"]]
-    held = inference.shelf.memory_bytes
+    held = inference.pool.memory_bytes
     forget_deleted(bench.context, inference)  # the database has never heard of it
     assert inference.fine_tuned() == []
-    assert 0 < inference.shelf.memory_bytes < held
+    assert 0 < inference.pool.memory_bytes < held
 
 
 def test_a_bad_question_is_the_callers_fault(bench: Bench, inference: Inference, model: PredictModel) -> None:

@@ -1,0 +1,53 @@
+"""See the package. Each part writes its results beside the others', and SERVING.md from all of them."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import shlex
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+from benchmarks.serving import http, library, report
+
+FOLDER = Path(__file__).parent / "results"
+PARTS: dict[str, Callable[[argparse.Namespace], dict[str, Any]]] = {
+    "distinct": lambda options: library.one_model(options, 1),
+    "passages": lambda options: library.one_model(options, 5),
+    "models": library.many_models,
+    "http": http.over_http,
+    "overload": http.overload,
+}
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    given = list(arguments if arguments is not None else sys.argv[1:])
+    options = parser().parse_args(given)
+    FOLDER.mkdir(exist_ok=True)
+    for part in options.parts:
+        command = shlex.join(["python", "-m", "benchmarks.serving", *given])
+        result = {"command": command, **PARTS[part](options)}
+        (FOLDER / f"{part}.json").write_text(json.dumps(result, indent=1))
+        report.write(FOLDER)
+        print(f"{part}: done", file=sys.stderr)
+
+
+def parser() -> argparse.ArgumentParser:
+    top = argparse.ArgumentParser(prog="python -m benchmarks.serving", description=__doc__)
+    top.add_argument("--model", default="smollm2-135m")
+    top.add_argument("--data", type=Path, required=True, help="yes/no rows, JSON lines")
+    top.add_argument("--rows", type=int, default=60)
+    top.add_argument("--repeat", type=int, default=3)
+    top.add_argument("--models", type=int, nargs="+", default=[1, 10, 100, 1_000])
+    top.add_argument("--compared", type=int, default=20, help="models held merged as well, for comparison")
+    top.add_argument("--clients", type=int, nargs="+", default=[1, 8, 64])
+    top.add_argument("--seconds", type=float, default=600, help="of the overload")
+    quick = [part for part in PARTS if part != "overload"]
+    top.add_argument("--parts", nargs="+", choices=list(PARTS), default=quick)
+    return top
+
+
+if __name__ == "__main__":
+    main()

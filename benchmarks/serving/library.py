@@ -1,0 +1,175 @@
+"""The library's part: one model on distinct rows and on repeated passages, and many models on one base."""
+
+from __future__ import annotations
+
+import argparse
+import gc
+import statistics
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from typing import Any
+
+import psutil
+import torch
+
+from benchmarks import rows
+from benchmarks.measure import matrix_rate
+from benchmarks.peers import load
+from benchmarks.serving import made
+from benchmarks.serving.peers import Plain, Pyreft
+from heft_engine.base_models import load_tokenizer
+from heft_engine.config import TaskSettings
+from heft_engine.encoding import Encoder, Example, Task
+from heft_engine.model import PackedLM
+from heft_engine.packing import packed_length
+from heft_engine.rows import infer_task
+from heft_engine.scoring import Scores
+from heft_engine.serving.adapters import adapt_rows
+from heft_engine.serving.batcher import Batcher, Weights
+
+PREFIX_BYTES = 512 * 1024**2
+
+
+def seconds(work: Callable[[], object]) -> float:
+    began = time.perf_counter()
+    work()
+    return time.perf_counter() - began
+
+
+def questions(options: argparse.Namespace, base: Any, count: int, per_passage: int = 1) -> list[Example]:
+    """`count` rows; of `per_passage` that follow one another all get the first one's passage."""
+    found = rows.read(options.data, count)
+    encoder = Encoder(load_tokenizer(base.path), Task.resolve(TaskSettings(), infer_task(found)))
+    first = [found[index // per_passage * per_passage] for index in range(count)]
+    return [
+        encoder.question(replace(row, passage=other.passage)) for row, other in zip(found, first, strict=True)
+    ]
+
+
+def scored(
+    batcher: Batcher, weights: Weights, examples: Sequence[Example], scale: float = 1.0
+) -> list[Scores]:
+    return batcher.submit(weights, examples, scale=scale).result()
+
+
+def one_model(options: argparse.Namespace, per_passage: int) -> dict[str, Any]:
+    """Rows a second of ours, pyreft's generate and plain transformers, in turn; what the intervention costs."""
+    base = rows.base_model(options.model)
+    lm = rows.packed_model(base)
+    weights = made.merged(lm, 1)
+    examples = questions(options, base, options.rows, per_passage)
+    tokens = sum(map(packed_length, examples))
+    model = load(base.path, lm.dtype)
+    peers = {"transformers": Plain(model).answer}
+    pyreft = Pyreft(load(base.path, lm.dtype), base.path).answer
+    peers["pyreft"] = pyreft
+    for peer in peers.values():
+        peer(examples[:2])
+    scored(Batcher(), weights, examples[:8])
+    times: dict[str, list[float]] = {name: [] for name in ("ours", "off", *peers)}
+    rates = []
+    for _ in range(options.repeat):
+        batcher = Batcher(prefix_bytes=PREFIX_BYTES if per_passage > 1 else 0)
+        times["ours"].append(seconds(lambda b=batcher: scored(b, weights, examples)))  # type: ignore[misc]
+        batcher.close()
+        batcher = Batcher(prefix_bytes=PREFIX_BYTES if per_passage > 1 else 0)
+        times["off"].append(seconds(lambda b=batcher: scored(b, weights, examples, 0.0)))  # type: ignore[misc]
+        batcher.close()
+        rates.append(matrix_rate(lm.dtype))
+        for name, peer in peers.items():
+            times[name].append(seconds(lambda p=peer: p(examples)))  # type: ignore[misc]
+    parameters = sum(p.numel() for layer in lm.layers for p in layer.parameters())
+    ours = statistics.median(times["ours"])
+    ratios = {name: [t / o for t, o in zip(times[name], times["ours"], strict=True)] for name in peers}
+    return {
+        "kind": "one-model",
+        "rows": len(examples),
+        "per_passage": per_passage,
+        "tokens": tokens,
+        "rows_per_second": {name: len(examples) / statistics.median(found) for name, found in times.items()},
+        "ratios": ratios,
+        "intervention": [on / off - 1 for on, off in zip(times["ours"], times["off"], strict=True)],
+        "share": 2 * parameters * tokens / ours / statistics.median(rates),
+        "matrix_rate": statistics.median(rates),
+        "threads": torch.get_num_threads(),
+    }
+
+
+def many_models(options: argparse.Namespace) -> dict[str, Any]:
+    """Requests spread over 1, 10, 100 and 1,000 models of one base, against one model; what they hold; whether every
+    answer is the one that its model gives alone."""
+    base = rows.base_model(options.model)
+    lm = rows.packed_model(base)
+    adapt_rows(lm)
+    examples = questions(options, base, options.rows)
+    merged = made.merged(lm, 0)
+    batcher = Batcher(prefix_bytes=0)
+    scored(batcher, merged, examples[:8])
+    gc.collect()
+    before = psutil.Process().memory_info().rss
+    held = [made.unmerged(lm, seed) for seed in range(max(options.models))]
+    gc.collect()
+    memory = psutil.Process().memory_info().rss - before
+    own = sum(weights.adapter.memory_bytes for weights in held)  # type: ignore[union-attr]
+    results: dict[str, Any] = {}
+    for count in options.models:
+        results[str(count)] = {"spread": [], "alone": []}
+    for _ in range(options.repeat):
+        for count in options.models:
+            spread = [held[(index * 7) % count] for index in range(len(examples))]
+            results[str(count)]["spread"].append(seconds(lambda s=spread: _each(batcher, s, examples)))  # type: ignore[misc]
+            results[str(count)]["alone"].append(seconds(lambda: scored(batcher, merged, examples)))
+    together = _each(
+        batcher, [held[index % len(held)] for index in range(len(held))], _many(examples, len(held))
+    )
+    differing = sum(
+        scored(batcher, weights, [example])[0] != scores
+        for weights, example, scores in zip(held, _many(examples, len(held)), together, strict=True)
+    )
+    apart = _apart(batcher, lm, held[: options.compared], examples)
+    batcher.close()
+    return {
+        "kind": "many-models",
+        "rows": len(examples),
+        "models": results,
+        "memory_bytes": memory,
+        "adapter_bytes": own,
+        "differing": differing,
+        "compared": len(held),
+        "apart": apart,
+        "threads": torch.get_num_threads(),
+    }
+
+
+def _many(examples: Sequence[Example], count: int) -> list[Example]:
+    return [examples[index % len(examples)] for index in range(count)]
+
+
+def _each(batcher: Batcher, weights: Sequence[Weights], examples: Sequence[Example]) -> list[Scores]:
+    """A request for each row, all at once."""
+    futures = [batcher.submit(w, [e]) for w, e in zip(weights, examples, strict=True)]
+    return [future.result()[0] for future in futures]
+
+
+def _apart(
+    batcher: Batcher, lm: PackedLM, held: Sequence[Weights], examples: Sequence[Example]
+) -> dict[str, float]:
+    """Of some models, unmerged against merged: the largest and the usual difference of a row's label margin, beside
+    the spread of the margins."""
+    differences, margins, changed = [], [], 0
+    for seed, weights in enumerate(held):
+        some = [examples[(seed + i) % len(examples)] for i in range(4)]
+        merged = scored(batcher, made.merged(lm, seed), some)
+        for one, other in zip(scored(batcher, weights, some), merged, strict=True):
+            margin = [scores.totals[0] - scores.totals[1] for scores in (one, other)]
+            differences.append(abs(margin[0] - margin[1]))
+            margins.append(margin[1])
+            changed += one.best != other.best
+    return {
+        "rows": len(differences),
+        "largest": max(differences),
+        "median": statistics.median(differences),
+        "spread": statistics.stdev(margins),
+        "answers_changed": changed,
+    }

@@ -1,0 +1,290 @@
+"""OpenAI's text endpoints over HTTP, with a stand-in worker on a real broker that says what each test wants."""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Callable, Iterator
+from typing import Any, cast
+
+import httpx
+import pytest
+import redis
+from stand_in_worker import StandIn
+
+from cli.process import wait_until
+from store import models
+from store.database import SessionFactory, transaction
+from store.generation import GeneratedPart, GeneratedToken, GenerateMessage
+from store.queue import cancelled_key, redis_py_url
+from store.settings import StoreSettings
+
+MODEL = "tiny"
+COMPLETION = {"model": MODEL, "prompt": "Once"}
+CHAT = {"model": MODEL, "messages": [{"role": "user", "content": "Hello"}]}
+PATHS = {"/v1/completions": COMPLETION, "/v1/chat/completions": CHAT}
+DONE = {"done": {"prompt_tokens": 3, "completion_tokens": 2}}
+FAULT = {"status": 422, "code": "invalid_value", "message": "too long", "param": "max_tokens"}
+
+
+@pytest.fixture(scope="module")
+def worker(settings: StoreSettings, sessions: SessionFactory) -> Iterator[StandIn]:
+    with transaction(sessions) as session:
+        models.offer_base(session, model_id=MODEL, source="directory", info={})
+    with StandIn(settings.redis_url) as stand_in:
+        yield stand_in
+
+
+@pytest.fixture
+def says(worker: StandIn) -> Callable[..., list[GenerateMessage]]:
+    """`says(reply, …)`: what the worker answers from now on; returns what it will have heard."""
+    worker.heard.clear()
+
+    def says(*replies: dict[str, Any]) -> list[GenerateMessage]:
+        def behaviour(message: Any) -> None:
+            with redis.Redis.from_url(redis_py_url(worker.url)) as connection:
+                for reply in replies:
+                    payload = json.dumps({"request_id": message["request_id"]} | reply)
+                    connection.rpush(message["reply_to"], payload)
+
+        worker.behaviour = behaviour
+        return cast(list[GenerateMessage], worker.heard)
+
+    return says
+
+
+def token(text: bytes, offset: int, *top: bytes) -> GeneratedToken:
+    likely: Any = [{"bytes": list(other), "logprob": -0.25} for other in top]
+    return {"bytes": list(text), "logprob": -0.5, "top": likely, "offset": offset}
+
+
+def part(text: str, *, index: int = 0, finish: Any = None, tokens: Any = ()) -> GeneratedPart:
+    return {"index": index, "text": text, "tokens": list(tokens), "finish_reason": finish}
+
+
+def events(answer: httpx.Response) -> list[Any]:
+    lines = [line.removeprefix("data: ") for line in answer.text.split("\n") if line.startswith("data: ")]
+    return [line if line == "[DONE]" else json.loads(line) for line in lines]
+
+
+def test_a_completion_in_openais_shape(client: httpx.Client, says: Any) -> None:
+    euro = [token(b"a", 0, b"b"), token(b"\xe2", 1), token(b"\x82\xac", 1)]
+    says({"chunk": [part("a€", finish="stop", tokens=euro)]} | DONE)
+    before = int(time.time())
+    answer = client.post("/v1/completions", json=COMPLETION | {"logprobs": 1}).json()
+    assert before <= answer.pop("created") <= time.time()
+    assert answer.pop("id").startswith("cmpl-")
+    assert answer == {
+        "object": "text_completion",
+        "model": MODEL,
+        "choices": [
+            {
+                "text": "a€",
+                "index": 0,
+                "finish_reason": "stop",
+                "logprobs": {
+                    "tokens": ["a", "bytes:\\xe2", "bytes:\\x82\\xac"],
+                    "token_logprobs": [-0.5, -0.5, -0.5],
+                    "top_logprobs": [
+                        {"b": -0.25, "a": -0.5},
+                        {"bytes:\\xe2": -0.5},
+                        {"bytes:\\x82\\xac": -0.5},
+                    ],
+                    "text_offset": [0, 1, 1],
+                },
+            }
+        ],
+        "usage": {"prompt_tokens": 3, "completion_tokens": 2, "total_tokens": 5},
+    }
+
+
+def test_a_chat_in_openais_shape(client: httpx.Client, says: Any) -> None:
+    says({"chunk": [part("Hi", finish="length", tokens=[token(b"Hi", 0, b"Ho")])]} | DONE)
+    body = CHAT | {"logprobs": True, "top_logprobs": 1}
+    answer = client.post("/v1/chat/completions", json=body).json()
+    assert answer["object"] == "chat.completion"
+    assert answer["id"].startswith("chatcmpl-")
+    top = [{"token": "Ho", "logprob": -0.25, "bytes": [72, 111]}]
+    content = [{"token": "Hi", "logprob": -0.5, "bytes": [72, 105], "top_logprobs": top}]
+    assert answer["choices"] == [
+        {
+            "index": 0,
+            "message": {"role": "assistant", "content": "Hi", "refusal": None},
+            "logprobs": {"content": content, "refusal": None},
+            "finish_reason": "length",
+        }
+    ]
+
+
+def test_a_stream_in_openais_shape(client: httpx.Client, says: Any) -> None:
+    says({"chunk": [part("Hi")]}, {"chunk": [part("", finish="stop")]} | DONE)
+    body = CHAT | {"stream": True, "stream_options": {"include_usage": True}}
+    answer = client.post("/v1/chat/completions", json=body)
+    assert answer.headers["content-type"].startswith("text/event-stream")
+    *chunks, last, end = events(answer)
+    assert end == "[DONE]"
+    assert (last["choices"], last["usage"]["total_tokens"]) == ([], 5)
+    assert len({(chunk["id"], chunk["created"]) for chunk in [*chunks, last]}) == 1
+    assert all(chunk["usage"] is None for chunk in chunks)
+    shown = [chunk["choices"][0] for chunk in chunks]
+    common = {"index": 0, "logprobs": None, "finish_reason": None}
+    assert shown == [
+        {**common, "delta": {"role": "assistant", "content": ""}},
+        {**common, "delta": {"content": "Hi"}},
+        {**common, "delta": {}, "finish_reason": "stop"},
+    ]
+    *chunks, end = events(client.post("/v1/completions", json=COMPLETION | {"stream": True}))
+    assert [chunk["choices"][0]["text"] for chunk in chunks] == ["Hi", ""]
+    assert all("usage" not in chunk for chunk in chunks)
+
+
+def test_the_message_tells_the_worker_all(client: httpx.Client, says: Any) -> None:
+    heard = says({"chunk": [part("x", finish="stop")]} | DONE)
+    settings: dict[str, Any] = {
+        "max_tokens": 7,
+        "temperature": 0.5,
+        "top_p": 0.9,
+        "seed": -3,
+        "presence_penalty": 1,
+        "frequency_penalty": -1,
+        "logit_bias": {"5": -100},
+        "stop": "\n",
+        "n": 2,
+    }
+    own = {"intervention": {"enabled": True, "scale": 0.5}, "user": "u", "logprobs": 0, "suffix": None}
+    answer = client.post("/v1/completions", json=COMPLETION | settings | own | {"prompt": ["a", "b"]})
+    (message,) = heard
+    assert message["request_id"] == answer.headers["x-request-id"]
+    assert message["inputs"] == [{"prompt": "a"}, {"prompt": "b"}]
+    assert (message["n"], message["stream"]) == (2, False)
+    wish = {name: value for name, value in settings.items() if name != "n"}
+    assert message["wish"] == {**wish, "stop": ["\n"], "top_logprobs": 0}
+    assert message["intervention"] == {"enabled": True, "scale": 0.5}
+    assert message["sent_at"] + 2 == pytest.approx(message["deadline"])
+
+    client.post("/v1/completions", json=COMPLETION)
+    client.post("/v1/chat/completions", json=CHAT)
+    plain = {"temperature": 1.0, "top_p": 1.0, "seed": None, "stop": [], "logit_bias": {}}
+    assert plain.items() <= heard[1]["wish"].items()
+    assert (heard[1]["wish"]["max_tokens"], heard[2]["wish"]["max_tokens"]) == (16, None)
+    assert heard[2]["inputs"] == [{"messages": CHAT["messages"]}]
+
+
+@pytest.mark.parametrize("path", PATHS)
+@pytest.mark.parametrize("stream", [False, True])
+def test_a_refusal_has_its_own_status(client: httpx.Client, says: Any, path: str, stream: bool) -> None:
+    says({"error": FAULT})
+    answer = client.post(path, json=PATHS[path] | {"stream": stream})
+    assert answer.status_code == 422
+    assert answer.json()["error"]["param"] == "max_tokens"
+    says()
+    answer = client.post(path, json=PATHS[path] | {"stream": stream})
+    assert (answer.status_code, answer.headers["retry-after"]) == (503, "5")
+    assert answer.json()["error"]["code"] == "model_not_ready"
+
+
+def test_a_fault_under_way_is_an_event_in_the_services_shape(client: httpx.Client, says: Any) -> None:
+    says({"chunk": [part("Hi")]}, {"error": FAULT | {"status": 500, "code": "internal_error"}})
+    first, fault = events(client.post("/v1/completions", json=COMPLETION | {"stream": True}))
+    assert first["choices"][0]["text"] == "Hi"
+    assert fault == {
+        "error": {
+            "message": "too long",
+            "type": "server_error",
+            "param": "max_tokens",
+            "code": "internal_error",
+        }
+    }
+    says({"chunk": [part("Hi")]})
+    _, fault = events(client.post("/v1/completions", json=COMPLETION | {"stream": True}))
+    assert fault["error"]["code"] == "model_not_ready"
+
+
+@pytest.mark.parametrize("path", PATHS)
+@pytest.mark.parametrize("stream", [False, True])
+def test_a_client_that_goes_away_is_marked(
+    client: httpx.Client, says: Any, worker: StandIn, path: str, stream: bool
+) -> None:
+    """Before the first piece, and in the middle of a stream."""
+    heard = says({"chunk": [part("Hi")]}) if stream else says()
+    if stream:
+        with client.stream("POST", path, json=PATHS[path] | {"stream": True}) as answer:
+            assert next(answer.iter_lines()).startswith("data: ")
+    else:
+        with pytest.raises(httpx.ReadTimeout):
+            client.post(path, json=PATHS[path], timeout=0.3)
+    with redis.Redis.from_url(redis_py_url(worker.url)) as connection:
+        assert wait_until(lambda: len(heard) == 1, seconds=5)
+        key = cancelled_key(heard[0]["request_id"])
+        assert wait_until(lambda: connection.exists(key) == 1, seconds=1.5), "sooner than the time limit"
+        assert 0 < cast(int, connection.ttl(key)) <= 600
+
+
+def test_an_answer_that_is_whole_is_not_cancelled(client: httpx.Client, says: Any, worker: StandIn) -> None:
+    heard = says({"chunk": [part("x", finish="stop")]} | DONE)
+    for stream in (False, True):
+        client.post("/v1/completions", json=COMPLETION | {"stream": stream})
+    with redis.Redis.from_url(redis_py_url(worker.url)) as connection:
+        assert not any(connection.exists(cancelled_key(message["request_id"])) for message in heard)
+
+
+@pytest.mark.parametrize(
+    ("path", "changes", "param"),
+    [
+        ("/v1/completions", {"prompt": [1, 2]}, "prompt"),
+        ("/v1/completions", {"prompt": []}, "prompt"),
+        ("/v1/completions", {"prompt": ["a"] * 65, "n": 2}, "prompt"),
+        ("/v1/completions", {"echo": True}, "echo"),
+        ("/v1/completions", {"suffix": "end"}, "suffix"),
+        ("/v1/completions", {"best_of": 3}, "best_of"),
+        ("/v1/completions", {"logprobs": 6}, "logprobs"),
+        ("/v1/completions", {"n": 9}, "n"),
+        ("/v1/completions", {"max_tokens": 0}, "max_tokens"),
+        ("/v1/completions", {"stop": ["a", "b", "c", "d", "e"]}, "stop"),
+        ("/v1/completions", {"stop": ""}, "stop"),
+        ("/v1/completions", {"temperature": 3}, "temperature"),
+        ("/v1/completions", {"stream_options": {"include_usage": True}}, "stream_options"),
+        ("/v1/completions", {"strange": 1}, "strange"),
+        ("/v1/chat/completions", {"tools": [{"type": "function"}]}, "tools"),
+        ("/v1/chat/completions", {"response_format": {"type": "json_object"}}, "response_format.type"),
+        ("/v1/chat/completions", {"max_tokens": 1, "max_completion_tokens": 1}, "max_tokens"),
+        ("/v1/chat/completions", {"top_logprobs": 2}, "top_logprobs"),
+        ("/v1/chat/completions", {"logprobs": True, "top_logprobs": 21}, "top_logprobs"),
+        ("/v1/chat/completions", {"messages": []}, "messages"),
+        ("/v1/chat/completions", {"messages": [{"role": "tool", "content": "x"}]}, "messages[0].role"),
+        (
+            "/v1/chat/completions",
+            {"messages": [{"role": "user", "content": "x", "name": "me"}]},
+            "messages[0].name",
+        ),
+    ],
+)
+def test_a_field_that_can_not_be_done_is_refused_by_name(
+    client: httpx.Client, path: str, changes: dict[str, Any], param: str
+) -> None:
+    answer = client.post(path, json=PATHS[path] | changes)
+    assert answer.status_code == 422
+    assert answer.json()["error"]["param"] == param
+
+
+def test_what_asks_for_nothing_is_accepted(client: httpx.Client, says: Any) -> None:
+    """Values by which clients say that they want nothing special; an answer that is sent back as it came."""
+    says({"chunk": [part("x", finish="stop")]} | DONE)
+    nothing = {"echo": False, "suffix": None, "best_of": 1, "stream": False, "metadata": {}, "store": False}
+    assert client.post("/v1/completions", json=COMPLETION | nothing).status_code == 200
+    turns = [
+        {"role": "developer", "content": [{"type": "text", "text": "Be brief."}]},
+        *CHAT["messages"],
+        {"role": "assistant", "content": "Hi", "refusal": None, "tool_calls": None},
+        {"role": "user", "content": "Again"},
+    ]
+    nothing = {"tools": None, "tool_choice": "none", "response_format": {"type": "text"}, "logprobs": False}
+    assert client.post("/v1/chat/completions", json={"model": MODEL, "messages": turns} | nothing).is_success
+
+
+@pytest.mark.parametrize("path", PATHS)
+def test_models_are_looked_up_first(client: httpx.Client, says: Any, path: str) -> None:
+    heard = says()
+    answer = client.post(path, json=PATHS[path] | {"model": "ft:none"})
+    assert (answer.status_code, answer.json()["error"]["code"]) == (404, "model_not_found")
+    assert heard == []
