@@ -14,9 +14,12 @@ from api.admission import Admission, QueueDepth
 from api.database import Database
 from api.deps import Services
 from api.errors import ErrorBody, add_handlers
+from api.metrics import ApiMetrics
 from api.middleware import Envelope
 from api.predict_client import PredictClient
 from api.routes import events, files, health, jobs, models, predict
+from api.routes import metrics as metrics_route
+from api.scrape import Scrape
 from store.artifacts import Artifacts
 from store.database import make_engine, session_factory
 from store.queue import Hints, Task, make_celery
@@ -35,10 +38,11 @@ STREAMED = frozenset({("POST", "/v1/files")})
 def create_app(settings: StoreSettings | None = None) -> FastAPI:
     """The API on `settings`, or on those of this process's environment. Connects to nothing until asked."""
     chosen = settings or settings_of_process()
+    metrics = ApiMetrics()
 
     @asynccontextmanager
     async def lifespan(app: FastAPI) -> AsyncIterator[None]:
-        async with running(chosen) as services:
+        async with running(chosen, metrics) as services:
             app.state.services = services
             yield
 
@@ -51,14 +55,14 @@ def create_app(settings: StoreSettings | None = None) -> FastAPI:
         responses={"default": {"model": ErrorBody, "description": "OpenAI's error object"}},
     )
     add_handlers(app)
-    app.add_middleware(Envelope, streamed=STREAMED)
-    for module in (files, jobs, events, models, predict, health):
+    app.add_middleware(Envelope, streamed=STREAMED, metrics=metrics)
+    for module in (files, jobs, events, models, predict, health, metrics_route):
         app.include_router(module.router)
     return app
 
 
 @asynccontextmanager
-async def running(settings: StoreSettings) -> AsyncIterator[Services]:
+async def running(settings: StoreSettings, metrics: ApiMetrics) -> AsyncIterator[Services]:
     """What the routes need, closed again at the end."""
     engine = make_engine(settings.database_url)
     database = Database(session_factory(engine))
@@ -73,6 +77,7 @@ async def running(settings: StoreSettings) -> AsyncIterator[Services]:
         timeout=settings.predict_timeout_seconds,
         queued=depth,
     )
+    metrics.watch_waiting(lambda: admission.waiting)
     try:
         yield Services(
             settings=settings,
@@ -81,6 +86,7 @@ async def running(settings: StoreSettings) -> AsyncIterator[Services]:
             hints=hints,
             predict=client,
             admission=admission,
+            scrape=Scrape(metrics.registry, database, client.redis),
         )
     finally:
         await depth.close()

@@ -13,6 +13,7 @@ from fastapi.security import HTTPAuthorizationCredentials, HTTPBearer
 from api.admission import Admission
 from api.database import Database
 from api.predict_client import PredictClient
+from api.scrape import Scrape
 from store import keys
 from store.artifacts import Artifacts
 from store.errors import Unauthenticated
@@ -30,6 +31,7 @@ class Services:
     hints: Hints
     predict: PredictClient
     admission: Admission
+    scrape: Scrape
 
 
 def services(request: Request) -> Services:
@@ -47,11 +49,11 @@ def _database(held: Held) -> Database:
 
 Db = Annotated[Database, Depends(_database)]
 
-_bearer = HTTPBearer(auto_error=False, description="An API key: `heft keys create` makes one.")
+bearer = HTTPBearer(auto_error=False, description="An API key: `heft keys create` makes one.")
 
 
 async def authenticated(
-    db: Db, credentials: Annotated[HTTPAuthorizationCredentials | None, Security(_bearer)]
+    db: Db, credentials: Annotated[HTTPAuthorizationCredentials | None, Security(bearer)]
 ) -> keys.Owner:
     """Whose key it is. A dependency of routes: it runs before a byte of an upload is read."""
     if credentials is None:

@@ -42,6 +42,7 @@ from store.queue import (
 )
 from worker.cancelled import Cancelled
 from worker.context import Context
+from worker.metrics import InferenceMetrics
 from worker.shelf import Shelf
 
 log = logging.getLogger(__name__)
@@ -84,7 +85,8 @@ class Loader:
 class Inference:
     """Answers requests, each from whatever thread it comes on."""
 
-    def __init__(self, context: Context) -> None:
+    def __init__(self, context: Context, metrics: InferenceMetrics) -> None:
+        self._metrics = metrics
         settings = context.settings
         transformers.utils.logging.disable_progress_bar()  # the log is no terminal
         self._loader = Loader(
@@ -112,11 +114,19 @@ class Inference:
     def answer(self, message: PredictMessage) -> None:
         """Answer, or say why not; a request that nobody waits for any more is dropped."""
         with self._cancelled.waiting(message["request_id"], sent_at=message["sent_at"]):
+            began = time.perf_counter()
             self._answer(message)
+            self._metrics.answered(time.perf_counter() - began)
+
+    def count_models(self) -> None:
+        """Tell the metrics what is in memory."""
+        for kind, names in (("merged", str), ("base", tuple)):
+            sizes = [size for name, size in self.shelf.held.items() if isinstance(name, names)]
+            self._metrics.held(kind, len(sizes), sum(sizes))
 
     def fine_tuned(self) -> list[str]:
         """The ids of the fine-tuned models in memory."""
-        return [name for name in self.shelf.names if isinstance(name, str)]
+        return [name for name in self.shelf.held if isinstance(name, str)]
 
     def forget(self, model_id: str) -> None:
         """Put a model away, after the answers that are under way."""
@@ -128,6 +138,7 @@ class Inference:
             ok = PredictedRows(data=self._predict(message))
             _check_numbers(ok)
         except NobodyWaits:
+            self._metrics.dropped()
             log.info("nobody waits for %s any more", request_id)
         except (EngineError, StoreError) as fault:
             self._reply(message, PredictReply(request_id=request_id, error=fault_of(fault)))
@@ -144,9 +155,13 @@ class Inference:
 
         def ask(predictor: Predictor) -> list[PredictedRow]:
             self._check_somebody_waits(message)
+            self._metrics.queued(time.time() - message["sent_at"])
             labels = predictor.task.labels if predictor.task.type == "choice" else None
             rows = parse_inputs(message["inputs"], labels)
+            began = time.perf_counter()
             answers = predictor.predict(rows, enabled=intervention["enabled"], scale=intervention["scale"])
+            tokens = sum(answer.prompt_tokens + answer.completion_tokens for answer in answers)
+            self._metrics.observe_batch(len(rows), tokens, time.perf_counter() - began)
             return [cast(PredictedRow, asdict(answer)) for answer in answers]
 
         if model["kind"] != "base":

@@ -98,10 +98,10 @@ class Shelf(Generic[M]):
                 self._remove(name)
 
     @property
-    def names(self) -> list[Hashable]:
-        """Of the models on it, and of those on their way."""
+    def held(self) -> dict[Hashable, int]:
+        """{name: bytes} of the models on it; those on their way hold none yet."""
         with self._lock:
-            return list(self._residents)
+            return {name: resident.memory_bytes for name, resident in self._residents.items()}
 
     def close(self) -> None:
         """Put everything away, after the answers that are under way."""

@@ -49,6 +49,7 @@ def test_every_route_of_the_contract_is_there(described: dict[str, Any]) -> None
         "POST /predict",
         "GET /healthz",
         "GET /readyz",
+        "GET /metrics",
     }
 
 

@@ -144,8 +144,8 @@ def test_a_forgotten_model_goes_when_its_last_answer_is_out(shelf: Shelf[Weights
         assert entered.wait(10)
         for name in ("idle", "busy", "unknown"):
             shelf.forget(name)
-        assert shelf.names == ["busy"]
+        assert list(shelf.held) == ["busy"]
         leave.set()
         assert answer.result(10) == "busy"
-    assert shelf.names == []
+    assert shelf.held == {}
     assert shelf.memory_bytes == 0
