@@ -69,6 +69,7 @@ class Bulk:
             return await self._patiently(block)
 
     async def _patiently(self, block: Sequence[Line]) -> list[Json]:
+        in_vain = 0
         while True:
             try:
                 answer = await self._http.post(
@@ -84,7 +85,9 @@ class Bulk:
             if answer.status_code not in _BUSY:
                 raise CommandError(_refusal(answer, block))
             await self._rest(message_of(answer), _retry_after(answer))
-            if _took_too_long(answer) and len(block) > 1:
+            in_vain += _took_too_long(answer)
+            # The first time, the model may only have been on its way.
+            if in_vain > 1 and len(block) > 1:
                 half = len(block) // 2
                 return [*await self._patiently(block[:half]), *await self._patiently(block[half:])]
 

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 from prometheus_client import CollectorRegistry
 from redis import Redis
 from worker_bench import Bench
 
+from api.metrics import ApiMetrics
 from store.errors import Unavailable
 from store.queue import METRICS_SECONDS, metrics_key, redis_py_url
 from worker.metrics import InferenceMetrics, Publisher, worker_registry
@@ -68,3 +70,11 @@ def test_a_broker_that_is_away_is_tried_again_later(bench: Bench, registry: Coll
     with pytest.raises(Unavailable):
         publisher.publish()
     publisher.close()
+
+
+def test_every_metric_is_in_the_documentation(registry: CollectorRegistry) -> None:
+    InferenceMetrics(registry)
+    page = (Path(__file__).parents[2] / "docs" / "metrics.md").read_text()
+    for family in [*registry.collect(), *ApiMetrics().registry.collect()]:
+        name = f"{family.name}_total" if family.type == "counter" else family.name
+        assert f"`{name}`" in page or name.startswith("process_"), name
