@@ -20,6 +20,7 @@ from kombu.exceptions import OperationalError
 from redis.asyncio import Redis
 from redis.exceptions import RedisError
 
+from api.endings import end
 from store.errors import Unavailable
 from store.queue import (
     CANCELLED_SECONDS,
@@ -69,8 +70,7 @@ class PredictClient:
 
     async def close(self) -> None:
         if self._listener is not None:
-            self._listener.cancel()
-            await asyncio.wait([self._listener])
+            await end(self._listener)
         self._publishers.shutdown(wait=False, cancel_futures=True)
         await self.redis.aclose()
 

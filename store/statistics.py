@@ -36,7 +36,7 @@ def jobs(session: Session) -> JobStatistics:
     age = func.extract("epoch", func.now() - func.min(Job.created_at))
     ages = session.execute(
         select(Job.state, age)
-        .where(Job.state.in_(waiting), Job.lease_until.is_(None))
+        .where(Job.state.in_(waiting), or_(Job.lease_until.is_(None), Job.lease_until < func.now()))
         .where(or_(Job.not_before.is_(None), Job.not_before <= func.now()))
         .group_by(Job.state)
     ).all()
