@@ -18,6 +18,7 @@ from redis.asyncio import Redis
 from redis.exceptions import RedisError
 from starlette.requests import ClientDisconnect
 
+from api.endings import end
 from store.errors import RateLimited, Unavailable
 
 log = logging.getLogger(__name__)
@@ -139,8 +140,7 @@ class QueueDepth:
         return self._messages if time.monotonic() - self._at < _STALE_SECONDS else 0
 
     async def close(self) -> None:
-        self._sampler.cancel()
-        await asyncio.wait([self._sampler])
+        await end(self._sampler)
 
     async def _sample(self) -> None:
         while True:

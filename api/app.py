@@ -14,10 +14,13 @@ from api.admission import Admission, QueueDepth
 from api.database import Database
 from api.deps import Services
 from api.errors import ErrorBody, add_handlers
+from api.metrics import ApiMetrics
 from api.middleware import Envelope
 from api.predict_client import PredictClient
 from api.reply_streams import TextClient
 from api.routes import completions, events, files, health, jobs, models, predict
+from api.routes import metrics as metrics_route
+from api.scrape import Scrape
 from store.artifacts import Artifacts
 from store.database import make_engine, session_factory
 from store.queue import Hints, Task, make_celery
@@ -36,10 +39,11 @@ STREAMED = frozenset({("POST", "/v1/files")})
 def create_app(settings: StoreSettings | None = None) -> FastAPI:
     """The API on `settings`, or on those of this process's environment. Connects to nothing until asked."""
     chosen = settings or settings_of_process()
+    metrics = ApiMetrics()
 
     @asynccontextmanager
     async def lifespan(app: FastAPI) -> AsyncIterator[None]:
-        async with running(chosen) as services:
+        async with running(chosen, metrics) as services:
             app.state.services = services
             yield
 
@@ -52,14 +56,14 @@ def create_app(settings: StoreSettings | None = None) -> FastAPI:
         responses={"default": {"model": ErrorBody, "description": "OpenAI's error object"}},
     )
     add_handlers(app)
-    app.add_middleware(Envelope, streamed=STREAMED)
-    for module in (files, jobs, events, models, predict, completions, health):
+    app.add_middleware(Envelope, streamed=STREAMED, metrics=metrics)
+    for module in (files, jobs, events, models, predict, completions, health, metrics_route):
         app.include_router(module.router)
     return app
 
 
 @asynccontextmanager
-async def running(settings: StoreSettings) -> AsyncIterator[Services]:
+async def running(settings: StoreSettings, metrics: ApiMetrics) -> AsyncIterator[Services]:
     """What the routes need, closed again at the end."""
     engine = make_engine(settings.database_url)
     database = Database(session_factory(engine))
@@ -80,6 +84,7 @@ async def running(settings: StoreSettings) -> AsyncIterator[Services]:
         timeout=settings.generate_timeout_seconds,
         queued=depth,
     )
+    metrics.watch_waiting(lambda: admission.waiting)
     try:
         yield Services(
             settings=settings,
@@ -90,6 +95,7 @@ async def running(settings: StoreSettings) -> AsyncIterator[Services]:
             admission=admission,
             texts=TextClient(client, timeout=settings.generate_timeout_seconds),
             text_admission=text_admission,
+            scrape=Scrape(metrics.registry, database, client.redis),
         )
     finally:
         await depth.close()

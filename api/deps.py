@@ -14,6 +14,7 @@ from api.admission import Admission
 from api.database import Database
 from api.predict_client import PredictClient
 from api.reply_streams import TextClient
+from api.scrape import Scrape
 from store import keys
 from store.artifacts import Artifacts
 from store.errors import Unauthenticated
@@ -33,6 +34,7 @@ class Services:
     admission: Admission
     texts: TextClient
     text_admission: Admission  #: its own: texts take as many seconds as other answers milliseconds
+    scrape: Scrape
 
 
 def services(request: Request) -> Services:
@@ -50,11 +52,11 @@ def _database(held: Held) -> Database:
 
 Db = Annotated[Database, Depends(_database)]
 
-_bearer = HTTPBearer(auto_error=False, description="An API key: `heft keys create` makes one.")
+bearer = HTTPBearer(auto_error=False, description="An API key: `heft keys create` makes one.")
 
 
 async def authenticated(
-    db: Db, credentials: Annotated[HTTPAuthorizationCredentials | None, Security(_bearer)]
+    db: Db, credentials: Annotated[HTTPAuthorizationCredentials | None, Security(bearer)]
 ) -> keys.Owner:
     """Whose key it is. A dependency of routes: it runs before a byte of an upload is read."""
     if credentials is None:

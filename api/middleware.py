@@ -1,13 +1,14 @@
 """The outermost layer, plain ASGI: what holds for every request and every answer, whatever happens inside.
 
-Each answer gets an `x-request-id`, the answer to a bug included. Bodies are counted while they are read, and
-a request that is too large, encoded or aimed at a path with a NUL ends here.
+Each is counted, and each answer gets an `x-request-id`, the answer to a bug included. Bodies are counted while
+they are read, and a request that is too large, encoded or aimed at a path with a NUL ends here.
 It does NOT know keys: authentication is a dependency of the routes.
 """
 
 from __future__ import annotations
 
 import logging
+import time
 import uuid
 
 from starlette.datastructures import Headers, MutableHeaders
@@ -16,6 +17,7 @@ from starlette.responses import JSONResponse
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from api.errors import error_response
+from api.metrics import ApiMetrics
 from store.logs import bound
 
 log = logging.getLogger(__name__)
@@ -26,14 +28,30 @@ MAX_JSON_BYTES = 8 * 1024**2
 class Envelope:
     """`streamed`: the (method, path) pairs that read their body piece by piece and count it themselves."""
 
-    def __init__(self, app: ASGIApp, *, streamed: frozenset[tuple[str, str]]) -> None:
+    def __init__(self, app: ASGIApp, *, streamed: frozenset[tuple[str, str]], metrics: ApiMetrics) -> None:
         self.app = app
         self.streamed = streamed
+        self.metrics = metrics
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
             await self.app(scope, receive, send)
             return
+        status, began = 0, time.perf_counter()
+
+        async def watched_send(message: Message) -> None:
+            nonlocal status
+            if message["type"] == "http.response.start":
+                status = message["status"]
+            await send(message)
+
+        with self.metrics.in_flight.track_inprogress():
+            try:
+                await self._answer(scope, receive, watched_send)
+            finally:
+                self.metrics.answered(scope, status, time.perf_counter() - began)
+
+    async def _answer(self, scope: Scope, receive: Receive, send: Send) -> None:
         request_id = f"req_{uuid.uuid4().hex}"
         scope.setdefault("state", {})["request_id"] = request_id
         started = False

@@ -21,6 +21,7 @@ from kombu.exceptions import OperationalError
 from redis.asyncio import Redis
 from redis.exceptions import RedisError
 
+from api.endings import end
 from store.errors import Unavailable
 from store.generation import GenerateMessage, GenerateReply
 from store.queue import (
@@ -73,8 +74,7 @@ class PredictClient:
 
     async def close(self) -> None:
         if self._listener is not None:
-            self._listener.cancel()
-            await asyncio.wait([self._listener])
+            await end(self._listener)
         self._publishers.shutdown(wait=False, cancel_futures=True)
         await self.redis.aclose()
 

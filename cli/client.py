@@ -34,17 +34,22 @@ class Client:
 
     def __init__(self, url: str, key: str) -> None:
         self.url = url.rstrip("/").removesuffix("/v1")
-        self._http = httpx.Client(
-            base_url=self.url,
-            headers={"Authorization": f"Bearer {key}"},
-            timeout=httpx.Timeout(_READ_SECONDS, connect=10),
-        )
+        self._headers = {"Authorization": f"Bearer {key}"}
+        self._timeout = httpx.Timeout(_READ_SECONDS, connect=10)
+        self._http = httpx.Client(base_url=self.url, headers=self._headers, timeout=self._timeout)
 
     def __enter__(self) -> Client:
         return self
 
     def __exit__(self, *_: object) -> None:
         self._http.close()
+
+    def asynchronous(self, connections: int) -> httpx.AsyncClient:
+        """The same service for several requests at once. Its faults are httpx's own."""
+        limits = httpx.Limits(max_connections=connections, max_keepalive_connections=connections)
+        return httpx.AsyncClient(
+            base_url=self.url, headers=self._headers, timeout=self._timeout, limits=limits
+        )
 
     def get(self, path: str, params: Mapping[str, str | int] | None = None) -> Json:
         return self._json("GET", path, params=dict(params or {}))
@@ -109,7 +114,7 @@ class Client:
             with self._http.stream(method, path, **request) as answer:
                 if answer.is_error:
                     answer.read()
-                    raise Refused(_message(answer), status=answer.status_code)
+                    raise Refused(message_of(answer), status=answer.status_code)
                 yield answer
         except httpx.TransportError as error:
             raise CommandError(f"{self.url} does not answer ({error}); is `heft up` running?") from None
@@ -126,7 +131,8 @@ def _opened(path: Path) -> Iterator[Any]:
         raise CommandError(f"cannot read {path}: {error.strerror}") from None
 
 
-def _message(answer: httpx.Response) -> str:
+def message_of(answer: httpx.Response) -> str:
+    """What an error answer says, in one line."""
     try:
         error = answer.json()["error"]
         field = f" ({error['param']})" if error.get("param") else ""

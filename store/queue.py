@@ -51,6 +51,15 @@ class Task(StrEnum):
         return "predict" if self is Task.GENERATE else self.value.removeprefix("heft.")
 
 
+#: A worker's metrics in Redis, in Prometheus's text format; they expire when it has put none there for so long.
+METRICS_PREFIX = "heft:metrics:"
+METRICS_SECONDS = 60
+
+
+def metrics_key(worker_id: str) -> str:
+    return f"{METRICS_PREFIX}{worker_id}"
+
+
 class PredictModel(TypedDict):
     """Which weights answer: a `base` model by its id, or a `final` or `checkpoint` bundle by its key in
     storage. `owner` is who asks: what a worker keeps of one owner's prompts serves no other."""

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import argparse
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 
 from celery import Celery
 from platformdirs import user_cache_path
+from prometheus_client import CollectorRegistry
 
 from store import logs
 from store.artifacts import Artifacts
@@ -20,6 +21,7 @@ from worker.background import Chore, chores
 from worker.celery_app import Role, run_worker, worker_app
 from worker.context import ENGINE, Context
 from worker.forgetting import forgetting
+from worker.metrics import InferenceMetrics, Publisher, worker_registry
 from worker.presence import offer_base_models, present
 from worker.room import giving_room, own_device
 from worker.scratch import hold_place
@@ -72,20 +74,37 @@ def _context(role: Role, values: StoreSettings, engine_command: Sequence[str]) -
 
 def _register(app: Celery, role: Role, context: Context, stack: ExitStack) -> list[Chore]:
     """The role's tasks and chores. The inference worker alone loads torch into its own process."""
+    registry = worker_registry(role)
     if role is Role.TRAIN:
         tasks.register_training(app, context)
-        return [Chore(name="offers", seconds=_OFFER_SECONDS, do=lambda: offer_base_models(context))]
+        offers = Chore(name="offers", seconds=_OFFER_SECONDS, do=lambda: offer_base_models(context))
+        return [offers, *_published(context, stack, registry)]
     if role is Role.PREPARE:
         tasks.register_preparing(app, context)
-        return []
+        return _published(context, stack, registry)
     from worker.generate import Generation
     from worker.predict import Inference
 
-    inference = Inference(context)
+    inference = Inference(context, InferenceMetrics(registry))
     stack.callback(inference.close)
     generation = Generation(inference)
     tasks.register_inference(app, inference.answer, generation.answer)
-    return [*giving_room(context, inference.pool.make_room), *forgetting(context, inference)]
+    return [
+        *giving_room(context, inference.pool.make_room),
+        *forgetting(context, inference),
+        *_published(context, stack, registry, inference.count_models),
+    ]
+
+
+def _published(
+    context: Context,
+    stack: ExitStack,
+    registry: CollectorRegistry,
+    refresh: Callable[[], None] = lambda: None,
+) -> list[Chore]:
+    publisher = Publisher(context, registry, refresh)
+    stack.callback(publisher.close)
+    return publisher.chores
 
 
 if __name__ == "__main__":

@@ -44,6 +44,7 @@ from store.queue import (
 )
 from worker.cancelled import Cancelled
 from worker.context import Context
+from worker.metrics import InferenceMetrics
 
 log = logging.getLogger(__name__)
 
@@ -57,7 +58,8 @@ class NobodyWaits(Exception):
 class Inference:
     """Answers requests, each from whatever thread it comes on; those that come together share forward passes."""
 
-    def __init__(self, context: Context) -> None:
+    def __init__(self, context: Context, metrics: InferenceMetrics) -> None:
+        self._metrics = metrics
         settings = context.settings
         transformers.utils.logging.disable_progress_bar()  # the log is no terminal
         self._artifacts = context.artifacts
@@ -68,7 +70,7 @@ class Inference:
             socket_connect_timeout=_REPLY_TIMEOUT_SECONDS,
         )
         self.cancelled = Cancelled(self.redis)
-        self.batcher = Batcher(prefix_bytes=settings.prefix_cache_bytes)
+        self.batcher = Batcher(prefix_bytes=settings.prefix_cache_bytes, observer=metrics)
         self.pool = ModelPool(
             budget_bytes=settings.memory_budget_bytes or three_quarters_of_memory(),
             batcher=self.batcher,
@@ -108,7 +110,14 @@ class Inference:
     def answer(self, message: PredictMessage) -> None:
         """Answer, or say why not; a request that nobody waits for any more is dropped."""
         with self.cancelled.waiting(message["request_id"], sent_at=message["sent_at"]):
+            began = time.perf_counter()
             self._answer(message)
+            self._metrics.answered(time.perf_counter() - began)
+
+    def count_models(self) -> None:
+        """Tell the metrics what is in memory."""
+        for kind, (count, size) in self.pool.kinds().items():
+            self._metrics.held(kind, count, size)
 
     def fine_tuned(self) -> list[str]:
         """The ids of the fine-tuned models in memory."""
@@ -124,6 +133,7 @@ class Inference:
             ok = PredictedRows(data=self._predict(message))
             _check_numbers(ok)
         except NobodyWaits:
+            self._metrics.dropped()
             log.info("nobody waits for %s any more", request_id)
         except (EngineError, StoreError) as fault:
             self._reply(message, PredictReply(request_id=request_id, error=fault_of(fault)))
@@ -140,6 +150,7 @@ class Inference:
         task = infer_task(parse_inputs(message["inputs"], None)) if model["kind"] == "base" else None
         with self.holding(model, task) as predictor:
             self._check_somebody_waits(message)
+            self._metrics.queued(time.time() - message["sent_at"])
             labels = predictor.task.labels if predictor.task.type == "choice" else None
             rows = parse_inputs(message["inputs"], labels)
             try:

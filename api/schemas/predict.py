@@ -59,7 +59,9 @@ class PredictRequest(Question):
     model: Annotated[str, Field(min_length=1, max_length=300)]
     inputs: Annotated[list[Question], Field(min_length=1)] | None = None
     intervention: Intervention = Intervention()
-    abstain_below: Annotated[float, Field(ge=0, le=1)] | None = None
+    abstain_below: (
+        Annotated[float, Field(ge=0, le=1, description="Less probable answers are withheld.")] | None
+    ) = None
 
     @model_validator(mode="after")
     def _something_is_asked(self) -> PredictRequest:

@@ -3,13 +3,18 @@
 from __future__ import annotations
 
 import argparse
+import hashlib
 import json
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import ExitStack
 from dataclasses import asdict
+from itertools import islice
+from typing import Any
 
 import numpy as np
 
+from heft_engine.answers_file import Answers, Input, resumed
 from heft_engine.calibration import Labelled, expected_calibration_error, negative_log_likelihood
 from heft_engine.encoding import Example
 from heft_engine.errors import ConfigError, RowError
@@ -48,34 +53,65 @@ def _trust(predictor: Predictor, result: Evaluation, examples: Sequence[Example]
 
 
 def predict(options: argparse.Namespace) -> None:
-    """Rows on stdin, one JSON object a line; answers on stdout, one JSON line each, in order. Below the probability
-    `abstain_below` an answer is null and `abstained` true."""
+    """Rows on stdin or in a file, one JSON object a line; answers on stdout or in a file, one JSON line each, in order.
+
+    A file of answers that was begun before is gone on with. Below the probability `abstain_below` an answer is null and
+    `abstained` true.
+    """
+    if options.out is not None and options.file is None:
+        raise ConfigError("--out is for the answers to a file of rows (--file)", param="out")
     predictor = _load(options)
     if options.abstain_below is not None and predictor.task.type == "text":
         raise ConfigError("generated text has no probability to abstain below", param="abstain_below")
-    waiting: list[Row] = []
-    for number, line in enumerate(sys.stdin, 1):
+    try:
+        with ExitStack() as stack:
+            lines = sys.stdin
+            if options.file is not None:
+                lines = stack.enter_context(options.file.open(encoding="utf-8-sig", newline="\n"))
+            answers = Answers(sys.stdout.buffer, 0)
+            if options.out is not None:
+                given = Input.of(options.file)
+                answers = stack.enter_context(resumed(options.out, given, _asked(options)))
+            rows = islice(_rows(predictor, lines), answers.done, None)
+            while batch := list(islice(rows, BATCH)):
+                answers.write(_answers(predictor, batch, options))
+    except OSError as error:
+        raise ConfigError(f"{error.filename}: {error.strerror}", param="file") from error
+
+
+def _asked(options: argparse.Namespace) -> dict[str, Any]:
+    """What decides the answers besides the rows."""
+    record = (options.bundle / "heft.json").read_bytes()
+    return {
+        "bundle_sha256": hashlib.sha256(record).hexdigest(),
+        "scale": options.scale,
+        "abstain_below": options.abstain_below,
+    }
+
+
+def _rows(predictor: Predictor, lines: Iterable[str]) -> Iterator[Row]:
+    for number, line in enumerate(lines, 1):
         if not line.strip():
             continue
         try:
-            given = json.loads(line)
-            waiting.append(parse_row(given, labels=predictor.task.row_labels, need_answer=False))
+            row = parse_row(json.loads(line), labels=predictor.task.row_labels, need_answer=False)
         except ValueError as error:
             raise RowError(f"line {number} is not JSON: {error}", line=number) from error
         except RowError as error:
             raise RowError(f"line {number}: {error.message}", param=error.param, line=number) from error
-        if len(waiting) == BATCH:
-            _answer(predictor, waiting, options)
-            waiting = []
-    _answer(predictor, waiting, options)
+        yield row
 
 
-def _answer(predictor: Predictor, rows: list[Row], options: argparse.Namespace) -> None:
+def _answers(
+    predictor: Predictor, rows: Sequence[Row], options: argparse.Namespace
+) -> list[Mapping[str, Any]]:
+    found: list[Mapping[str, Any]] = []
     for prediction in predictor.predict(rows, scale=options.scale):
         probability, least = prediction.probability, options.abstain_below
         abstained = least is not None and probability is not None and probability < least
         answer = {"answer": None if abstained else prediction.answer, "abstained": abstained}
-        print(json.dumps({**asdict(prediction), **answer}), flush=True)
+        found.append({**asdict(prediction), **answer})
+    return found
 
 
 def _load(options: argparse.Namespace) -> Predictor:

@@ -39,7 +39,7 @@ def parser() -> argparse.ArgumentParser:
     _add_train(commands.add_parser("train", help="train and write a bundle; one JSON event a line on stdout"))
     for name, help_ in (
         ("evaluate", "accuracy of a bundle on rows with answers"),
-        ("predict", "answers for rows on stdin, one JSON line each"),
+        ("predict", "answers for rows on stdin or in a file, one JSON line each"),
         ("export", "a bundle as merged weights, a peft adapter or pyreft's directory"),
     ):
         command = commands.add_parser(name, help=help_)
@@ -49,6 +49,12 @@ def parser() -> argparse.ArgumentParser:
             command.add_argument("--data", type=Path, required=True)
             command.set_defaults(run=_evaluate)
         elif name == "predict":
+            command.add_argument("--file", type=Path, help="rows, one JSON object a line; default: stdin")
+            command.add_argument(
+                "--out",
+                type=Path,
+                help="where a file's answers go; begun before, it goes on. Default: stdout",
+            )
             command.add_argument("--scale", type=float, default=1.0, help="0 leaves stage 2 out")
             command.add_argument(
                 "--abstain-below", type=_probability, help="less probable answers are null (0 to 1)"

@@ -51,6 +51,7 @@ def test_every_route_of_the_contract_is_there(described: dict[str, Any]) -> None
         "POST /v1/chat/completions",
         "GET /healthz",
         "GET /readyz",
+        "GET /metrics",
     }
 
 

@@ -229,8 +229,7 @@ def test_predict_that_may_abstain(service: Service) -> None:
     assert service.run("predict", "m", "--question", "is it", "--abstain-below", "1.1").exit_code == 2
 
 
-def test_predict_a_file(service: Service, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("cli.commands.predict._BATCH", 2)
+def test_predict_a_file(service: Service, tmp_path: Path) -> None:
     rows = tmp_path / "rows.jsonl"
     rows.write_text("".join(json.dumps({"question": f"q{n}", "answer": True}) + "\n" for n in range(3)))
     service.on(
@@ -238,7 +237,7 @@ def test_predict_a_file(service: Service, tmp_path: Path, monkeypatch: pytest.Mo
         (200, {"data": [{"answer": "yes"}, {"answer": "no"}]}),
         (200, {"data": [{"answer": "yes"}]}),
     )
-    result = service.run("predict", "m", "--file", str(rows))
+    result = service.run("predict", "m", "--file", str(rows), "--batch", "2", "--requests", "1")
     assert [json.loads(line)["answer"] for line in result.stdout.splitlines()] == ["yes", "no", "yes"]
     assert [body["inputs"] for _, body in service.bodies] == [
         [{"question": "q0"}, {"question": "q1"}],

@@ -254,3 +254,17 @@ def test_the_command_withholds_what_is_not_probable_enough(
         unsure = other["probability"] < middle
         assert one == other | {"answer": None if unsure else other["answer"], "abstained": unsure}
     assert not any(one["abstained"] for one in all_of_them)
+
+
+def test_the_command_goes_on_with_a_file_of_answers(once: Once, tmp_path: Path, command: Command) -> None:
+    rows, out = write_rows(tmp_path / "rows.jsonl", VALIDATION), tmp_path / "answers.jsonl"
+    flags = ["predict", "--bundle", once.out, "--device", "cpu", "--file", rows, "--out", out]
+    assert command(*flags)[:2] == (0, [])
+    whole = out.read_text()
+    lines = whole.splitlines(keepends=True)
+    out.write_text("".join(lines[:11]) + lines[11][:5])
+    assert command(*flags)[0] == 0
+    assert out.read_text() == whole
+    code, _, err = command(*flags, "--scale", "0.5")
+    assert code == 1
+    assert json.loads(err.splitlines()[-1])["error"]["param"] == "out"

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from prometheus_client import CollectorRegistry
 from redis import Redis
 from worker_bench import Bench
 
@@ -18,6 +19,7 @@ from heft_engine.predictor import Predictor
 from store.generation import GenerateMessage, GenerateReply, Wish
 from store.queue import PredictModel, cancelled_key, redis_py_url
 from worker.generate import Generation
+from worker.metrics import InferenceMetrics
 from worker.predict import Inference
 
 BASE = PredictModel(id="llama", owner="o", kind="base", base_model="llama", storage_key=None, manifest=None)
@@ -37,7 +39,8 @@ PROMPT = [{"prompt": "Once upon a time"}]
 
 @pytest.fixture
 def inference(bench: Bench, tiny_llama_dir: Path) -> Iterator[Inference]:
-    inference = Inference(bench.with_settings(model_dir=tiny_llama_dir.parent))
+    context = bench.with_settings(model_dir=tiny_llama_dir.parent)
+    inference = Inference(context, InferenceMetrics(CollectorRegistry()))
     yield inference
     inference.close()
 

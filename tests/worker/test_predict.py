@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from prometheus_client import CollectorRegistry
 from redis import Redis
 from worker_bench import Bench
 
@@ -19,6 +20,7 @@ from heft_engine.config import LoraStage, ReftStage, TrainConfig
 from heft_engine.rows import parse_row
 from store.queue import PredictMessage, PredictModel, PredictReply, cancelled_key, redis_py_url
 from worker.forgetting import forget_deleted
+from worker.metrics import InferenceMetrics
 from worker.predict import Inference
 
 ROWS = [
@@ -44,7 +46,7 @@ def bundle(tiny_llama_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> Pa
 @pytest.fixture
 def inference(bench: Bench, tiny_llama_dir: Path) -> Iterator[Inference]:
     context = bench.with_settings(model_dir=tiny_llama_dir.parent)
-    inference = Inference(context)
+    inference = Inference(context, InferenceMetrics(CollectorRegistry()))
     yield inference
     inference.close()
 
@@ -147,6 +149,7 @@ def test_a_deleted_model_is_forgotten_and_others_are_not(
     ask(bench, inference, BASE, QUESTIONS[:1])
     assert inference.fine_tuned() == [model["id"]]
     held = inference.pool.memory_bytes
+    inference.count_models()
     forget_deleted(bench.context, inference)  # the database has never heard of it
     assert inference.fine_tuned() == []
     assert 0 < inference.pool.memory_bytes < held

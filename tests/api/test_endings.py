@@ -1,0 +1,34 @@
+"""Tasks that forget a cancellation end all the same."""
+
+from __future__ import annotations
+
+import asyncio
+
+import pytest
+
+from api import endings
+
+
+def test_a_task_that_forgets_its_first_cancellation_is_told_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As Python 3.11's wait_for does, when its work is done in the same moment."""
+    monkeypatch.setattr(endings, "_AGAIN_SECONDS", 0.01)
+    told = 0
+
+    async def forgetful() -> None:
+        nonlocal told
+        while True:
+            try:
+                await asyncio.sleep(100)
+            except asyncio.CancelledError:
+                told += 1
+                if told == 3:
+                    raise
+
+    async def run() -> None:
+        task, done = asyncio.create_task(forgetful()), asyncio.create_task(asyncio.sleep(0))
+        await asyncio.sleep(0)
+        await asyncio.wait_for(endings.end(task, done), 10)
+        assert task.cancelled()
+
+    asyncio.run(run())
+    assert told == 3
