@@ -38,6 +38,8 @@ Hold = Literal["auto", "merged", "shared"]
 HOT, COOL = 0.25, 0.05
 #: Requests of the last minute on a base before shares mean anything.
 ENOUGH = 16
+#: Between two looks at the shares of one base.
+CONSIDER_SECONDS = 1.0
 
 #: Gives the folder of a bundle, for as long as it is read.
 Fetch = Callable[[], AbstractContextManager[Path]]
@@ -65,14 +67,11 @@ class _Entry:
     forgotten: bool = False
     #: Its probe rows did not agree unmerged.
     only_merged: bool = False
+    memory_bytes: int = 0
 
     @property
     def now(self) -> _Held | None:
         return self.held.result() if self.held.done() and self.held.exception() is None else None
-
-    @property
-    def memory_bytes(self) -> int:
-        return self.now.memory_bytes if self.now is not None else 0
 
     @property
     def is_idle(self) -> bool:
@@ -108,6 +107,7 @@ class ModelPool:
         self._after_putting_away = put_away
         self._lock = threading.RLock()
         self._entries: dict[Hashable, _Entry] = {}
+        self._considered: dict[Hashable, float] = {}
         self._bases: dict[Hashable, Base] = {}
         # One model at a time, and a base between passes: transformers changes torch's default dtype while it loads.
         self._loading = threading.Lock()
@@ -194,7 +194,9 @@ class ModelPool:
 
     def _bring(self, entry: _Entry) -> None:
         try:
-            entry.held.set_result(self._loaded(entry))
+            held = self._loaded(entry)
+            entry.memory_bytes = held.memory_bytes
+            entry.held.set_result(held)
         except BaseException as fault:  # noqa: BLE001 - whoever waits for it is told, this caller among them
             entry.held.set_exception(fault)
 
@@ -214,7 +216,7 @@ class ModelPool:
             if self._entries.get(name) is entry and (failed or (entry.forgotten and entry.is_idle)):
                 self._remove(name)
             self._put_away(self._budget)
-            self._reconsider(name, entry)
+            self._reconsider(entry)
 
     def _load(self, name: str, fetch: Fetch, kind: Kind | None = None) -> _Held:
         with fetch() as path:
@@ -289,21 +291,27 @@ class ModelPool:
                 others += entry.demand.now
         return own, others
 
-    def _reconsider(self, name: Hashable, entry: _Entry) -> None:
-        """Has a model held otherwise, in the background, when its requests ask for it."""
+    def _reconsider(self, entry: _Entry) -> None:
+        """Has the models of a base held otherwise, in the background, when their requests ask for it."""
         held = entry.now
-        if self._hold != "auto" or held is None or held.kind == "base" or entry.is_changing:
+        if self._hold != "auto" or held is None or held.kind == "base":
             return
-        own, others = self._shares(name, held.base)
-        if own + others < ENOUGH:
+        if time.monotonic() < self._considered.get(held.base, 0.0) + CONSIDER_SECONDS:
             return
-        share = own / (own + others)
-        if held.kind == "shared" and share >= HOT:
-            self._change(name, entry, "merged")
-        for other, cooled in self._entries.items():
-            is_cool = cooled.now is not None and cooled.now.base == held.base and cooled.now.kind == "merged"
-            if is_cool and cooled.demand.now < COOL * (own + others) and not cooled.only_merged:
-                self._change(other, cooled, "shared")
+        self._considered[held.base] = time.monotonic()
+        found = [
+            (name, other, other.now.kind, other.demand.now)
+            for name, other in self._entries.items()
+            if other.now is not None and other.now.base == held.base
+        ]
+        total = sum(demand for *_, demand in found)
+        if total < ENOUGH:
+            return
+        for name, other, kind, demand in found:
+            if kind == "shared" and demand >= HOT * total:
+                self._change(name, other, "merged")
+            if kind == "merged" and demand < COOL * total and not other.only_merged:
+                self._change(name, other, "shared")
 
     def _change(self, name: Hashable, entry: _Entry, kind: Kind) -> None:
         if entry.is_changing or entry.fetch is None:
@@ -330,6 +338,7 @@ class ModelPool:
             entry.is_changing = False
             if future is not None and self._entries.get(name) is entry:
                 entry.held = future
+                entry.memory_bytes = future.result().memory_bytes
                 self._batcher_forget(before.result())
             if entry.forgotten and entry.is_idle and self._entries.get(name) is entry:
                 self._remove(name)
@@ -342,12 +351,13 @@ class ModelPool:
 
     def _put_away(self, budget: int) -> None:
         """Until what is held fits into `budget`, or everybody is being asked."""
-        longest_unused = sorted(self._entries, key=lambda name: self._entries[name].used_at)
-        for name in longest_unused:
-            if self._held_bytes() <= budget:
-                return
+        if self._held_bytes() <= budget:
+            return
+        for name in sorted(self._entries, key=lambda name: self._entries[name].used_at):
             if self._entries[name].is_idle:
                 self._remove(name)
+                if self._held_bytes() <= budget:
+                    return
 
     def _remove(self, name: Hashable) -> None:
         log.info("put away: %s", name)
