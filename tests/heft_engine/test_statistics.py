@@ -156,7 +156,7 @@ def test_more_seeds_never_have_less_power(effect: float) -> None:
     powers = [
         power(effect, noise(0.03, row=0.01, residual=0.1, rows=1_000), seeds) for seeds in range(2, 200)
     ]
-    assert np.all(np.diff(powers) > -1e-3)
+    assert np.all(np.diff(powers) > -5e-3)
 
 
 def test_no_number_of_seeds_makes_up_for_few_rows() -> None:
