@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import base64
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
 from numpy.typing import NDArray
 
-Rows = NDArray[np.bool_]
+from heft_engine.row_outcomes import Rows
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -59,13 +58,3 @@ def paired(a: Arm, b: Arm) -> tuple[list[int], NDArray[np.float64] | None]:
     if len(kinds) > 1:
         raise ValueError("measured on different rows")
     return shared, np.stack([one.right.astype(float) - other.right for one, other in pairs])
-
-
-def pack_rows(right: Sequence[bool]) -> str:
-    """Right and wrong, eight rows a byte, as text: 3,270 rows are 548 letters."""
-    return base64.b64encode(np.packbits(np.asarray(right, dtype=bool)).tobytes()).decode()
-
-
-def unpack_rows(text: str, rows: int) -> Rows:
-    """What `pack_rows` made of so many rows."""
-    return np.unpackbits(np.frombuffer(base64.b64decode(text), dtype=np.uint8), count=rows).astype(bool)

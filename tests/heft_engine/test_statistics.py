@@ -12,9 +12,10 @@ from statsmodels.stats.contingency_tables import mcnemar
 from statsmodels.stats.multitest import multipletests
 from statsmodels.stats.power import TTestPower
 
+from heft_engine.row_outcomes import pack_rows, unpack_rows
 from heft_engine.statistics import Arm, Outcome, accuracy_of, compare_methods, compare_models, judge
 from heft_engine.statistics.intervals import half_width, p_value, row_variance, seed_variance
-from heft_engine.statistics.outcomes import pack_rows, paired, unpack_rows
+from heft_engine.statistics.outcomes import paired
 from heft_engine.statistics.power import Noise, power, rows_needed, seeds_needed
 
 
@@ -197,6 +198,8 @@ def test_an_arm_that_is_always_right_is_not_certain() -> None:
 def test_rows_survive_being_packed() -> None:
     right = [True, False, True] * 7
     assert unpack_rows(pack_rows(right), 21).tolist() == right
+    with pytest.raises(ValueError, match="don't hold 25 rows"):
+        unpack_rows(pack_rows(right), 25)
 
 
 def test_pairs_are_of_the_same_rows() -> None:
