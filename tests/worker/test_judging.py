@@ -4,18 +4,23 @@ from __future__ import annotations
 
 import json
 import sys
+from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
+import pytest
 from worker_bench import OWNER, Act, Bench, eventually
 
 from heft_engine.row_outcomes import pack_rows
 from store import leases, studies
 from store.database import transaction
+from store.spec import Method
 from store.states import JobState
 from store.study_spec import StudySpec
 from store.study_tables import Outcome, Study
 from worker.context import ENGINE
 from worker.judging import judge_studies
+from worker.prepare import prepare_job
 
 
 def study_of(bench: Bench, acts: list[Act], **changes: Any) -> Study:
@@ -103,3 +108,40 @@ def test_a_study_that_can_not_be_judged_waits(bench: Bench) -> None:
     judge_studies(bench.context, ENGINE)
     assert read(bench, study).verdict is not None
     assert read(bench, study).finished_at is None
+
+
+@pytest.mark.slow
+def test_a_study_with_the_real_engine_trains_what_its_arms_share_once(
+    bench: Bench, tiny_llama_dir: Path
+) -> None:
+    real = replace(bench.with_settings(model_dir=tiny_llama_dir.parent), engine_command=ENGINE)
+    rows = [{"question": f"is {n} even", "passage": f"It is {n}.", "answer": n % 2 == 0} for n in range(48)]
+    file = bench.uploaded("".join(json.dumps(row) + "\n" for row in rows).encode())
+    epochs = {"n_epochs": 2, "batch_size": 8}
+    spec = StudySpec(
+        name="ranks",
+        model="llama",
+        training_file=file,
+        test_file=file,
+        seeds=[1],
+        method=Method.model_validate({"type": "heft", "heft": {"lora": epochs, "reft": epochs}}),
+        grid={"reft.rank": [1, 2, 4]},
+    )
+    with transaction(bench.context.sessions) as session:
+        study = studies.create(session, owner_id=OWNER, spec=spec)
+    ids = [run.job.id for run in runs(bench, study)]
+    for job_id in ids:
+        prepare_job(real, job_id)
+    for job_id in ids:
+        assert bench.run(job_id, real).state == JobState.SUCCEEDED
+    assert ["STAGE_REUSED" in bench.codes(job_id) for job_id in ids] == [False, True, True]
+    judge_studies(real)
+    found = read(bench, study)
+    assert found.verdict is not None
+    assert [len(arm["per_seed"]) for arm in found.verdict["arms"]] == [1, 1, 1]
+    sentences = [one["sentence"] for one in found.verdict["comparisons"]]
+    assert len(sentences) == 3
+    assert all(text.startswith("With one seed in common only models can be compared") for text in sentences)
+    costs = [run.outcome.costs for run in runs(bench, study) if run.outcome is not None]
+    assert [cost[0].get("reused", False) for cost in costs] == [False, True, True]
+    assert len({cost[0]["flops"] for cost in costs}) == 1
