@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 from heft_engine.arithmetic import RowTokens, Shape, StageWork, stage_flops
@@ -37,10 +38,13 @@ def shape_of(lm: PackedLM) -> Shape:
 def cost_of(
     run: Run, index: int, trainable: LoraTrainable | ReftTrainable, progress: Progress, seconds: float
 ) -> dict[str, Any]:
-    """A stage that has been trained, before it is merged: its arithmetic is that of the tokens it went through."""
+    """A stage that has been trained, before it is merged: its arithmetic is that of the tokens it went through.
+
+    `flops_once` of `flops` are the same however many epochs there are.
+    """
     stage, boundary = run.config.stages[index], trainable.boundary()
     trained = sum(parameter.numel() for parameter in trainable.parameters().values())
-    rows = [_tokens(example, boundary) for example in run.examples]
+    rows, shape = [_tokens(example, boundary) for example in run.examples], shape_of(run.lm)
     work = StageWork(
         rung=(progress.cache or {"rung": "nothing"})["rung"],
         first_layer=boundary.layer,
@@ -54,7 +58,9 @@ def cost_of(
         "trained_parameters": trained,
         "tokens": progress.tokens,
         "seconds": round(seconds, 3),
-        "flops": stage_flops(shape_of(run.lm), rows, work),
+        "epochs": work.epochs,
+        "flops": stage_flops(shape, rows, work),
+        "flops_once": stage_flops(shape, rows, replace(work, epochs=0)),
     }
 
 

@@ -50,9 +50,15 @@ def of_study(session: Session, *, owner_id: str, spec: StudySpec) -> dict[str, A
     arms = plan(spec, base_facts(session, spec.model))
     model, rows = _model(session, spec.model), _rows(session, owner_id, spec)
     shown = [_of_arm(arm, model, rows) for arm in arms]
+    by_name = {one["name"]: one for one in shown}
+    for arm in arms:
+        if arm.like is not None:
+            by_name[arm.name] |= {"flops": by_name[arm.like]["flops"], "stages": [f"as much as {arm.like}"]}
     runs = [(arm, seed) for seed in spec.seeds for arm in arms]
+    likened = len(spec.seeds) * sum(by_name[arm.name]["flops"] or 0 for arm in arms if arm.like)
     known = model is not None and rows is not None
-    flops = _with_reuse(runs, model, rows) if model is not None and rows is not None else None
+    chosen = [run for run in runs if run[0].like is None]
+    flops = likened + _with_reuse(chosen, model, rows) if model is not None and rows is not None else None
     weights = model.parameters if model is not None else 0
     adapters = sum(one["trained_parameters"] or 0 for one in shown) * len(spec.seeds)
     return {

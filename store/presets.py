@@ -13,6 +13,7 @@ from store.errors import InvalidRequest
 
 Preset = Literal[
     "paper_table",  #: LoRA alone, ReFT alone, HEFT short, HEFT long: the paper's table
+    "equal_compute",  #: HEFT, and each stage alone for as much arithmetic as HEFT has taken
     "order",  #: coarse to fine, fine to coarse, and in turns, at the same number of epochs
     "layer_rank",  #: where stage 2 acts, and how wide it is
     "stage1_variants",  #: what stage 1 trains, and where it begins
@@ -49,6 +50,8 @@ def arms(preset: Preset, *, scale: float, layers: int | None) -> Arms:
     match preset:
         case "paper_table":
             return _paper_table(long, short)
+        case "equal_compute":
+            return _equal_compute(short)
         case "order":
             return _order(short)
         case "layer_rank":
@@ -71,6 +74,20 @@ def _paper_table(long: int, short: int) -> Arms:
         (f"ReFT alone {long}", {"type": "reft", "reft": {"n_epochs": long}}),
         (f"HEFT {short}+{short}", _heft(short, short)),
         (f"HEFT {long}+{long}", _heft(long, long)),
+    ]
+
+
+def likened(preset: Preset | None, names: list[str]) -> dict[str, str]:
+    """Arms whose epochs are chosen once it is known what another has taken, and which that is (store.matching)."""
+    return dict.fromkeys(names[1:], names[0]) if preset == "equal_compute" else {}
+
+
+def _equal_compute(short: int) -> Arms:
+    alone: dict[str, Any] = {"n_epochs": 1}  #: until it is known how many
+    return [
+        (f"HEFT {short}+{short}", _heft(short, short)),
+        ("LoRA alone", {"type": "lora", "lora": alone}),
+        ("ReFT alone", {"type": "reft", "reft": alone}),
     ]
 
 

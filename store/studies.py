@@ -68,19 +68,20 @@ def create(
     )
     session.add(study)
     session.flush()
-    runs = [(arm, seed) for seed in spec.seeds for arm in arms]
+    runs = [(arm, seed) for seed in spec.seeds for arm in arms if arm.like is None]
     for place, (arm, seed) in enumerate(runs):
-        _create_job(session, study, place, arm, seed)
+        create_job(session, study, place, arm, seed)
     message = f"Created study {study.id}: {len(arms)} arms with {len(spec.seeds)} seeds, {len(runs)} jobs."
     append_event(session, study.id, "CREATED", message, {"arms": len(arms), "jobs": len(runs)})
     return get(session, owner_id=owner_id, study_id=study.id)
 
 
 def _planned(arm: PlannedArm) -> dict[str, Any]:
-    return {"name": arm.name, "method": arm.spec.method.model_dump(mode="json", exclude_none=True)}
+    method = arm.spec.method.model_dump(mode="json", exclude_none=True)
+    return {"name": arm.name, "method": method, "like": arm.like}
 
 
-def _create_job(session: Session, study: Study, place: int, arm: PlannedArm, seed: int) -> None:
+def create_job(session: Session, study: Study, place: int, arm: PlannedArm, seed: int) -> None:
     spec = arm.with_seed(seed)
     labels = {"study": study.id, "arm": arm.name}
     job = jobs.create(session, owner_id=study.owner_id, spec=spec, metadata=labels)

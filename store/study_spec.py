@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import random
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from math import prod
 from typing import Annotated, Any
 
@@ -114,6 +114,8 @@ class BaseFacts:
 class PlannedArm:
     name: str
     spec: TrainingSpec  #: with the first seed
+    #: The arm whose arithmetic it shall take; its epochs are chosen, and its jobs made, when that is known.
+    like: str | None = None
 
     def with_seed(self, seed: int) -> TrainingSpec:
         return self.spec.model_copy(update={"seed": seed})
@@ -125,6 +127,8 @@ def plan(spec: StudySpec, base: BaseFacts | None = None) -> list[PlannedArm]:
         PlannedArm(name=name, spec=_training_spec(spec, changes, where))
         for name, changes, where in _arms(spec, base)
     ]
+    like = presets.likened(spec.preset, [arm.name for arm in arms])
+    arms = [replace(arm, like=like.get(arm.name)) for arm in arms]
     _check_names([arm.name for arm in arms], spec)
     if len(arms) * len(spec.seeds) > MAX_JOBS:
         message = f"{len(arms)} arms with {len(spec.seeds)} seeds are more than {MAX_JOBS} jobs"

@@ -13,6 +13,7 @@ from typing import Any
 from sqlalchemy import exists, func, select, update
 from sqlalchemy.orm import Session
 
+from store import matching
 from store.states import TERMINAL, JobState
 from store.studies import Run, append_event, write
 from store.study_tables import Study, StudyJob
@@ -72,7 +73,7 @@ def record(session: Session, study_id: str, runs: Sequence[Run], verdict: Mappin
         if run.job.id not in told:
             _tell(session, study_id, run)
     write(session, study_id, verdict=dict(verdict))
-    if len(ended) == len(runs):
+    if not matching.follow_up(session, study, runs) and len(ended) == len(runs):
         _finish(session, study, runs, verdict)
     return True
 

@@ -42,7 +42,9 @@ def create(
     test_file: FileOption = None,
     preset: Annotated[
         str | None,
-        typer.Option(help="paper_table, order, layer_rank, stage1_variants or stage2_variants."),
+        typer.Option(
+            help="paper_table, equal_compute, order, layer_rank, stage1_variants or stage2_variants."
+        ),
     ] = None,
     epochs_scale: Annotated[float | None, typer.Option(help="Of a preset's epochs.")] = None,
     arm: Annotated[

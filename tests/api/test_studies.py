@@ -168,3 +168,16 @@ def test_the_papers_run_is_estimated_and_not_started(client: httpx.Client) -> No
     assert estimate["arms"][0]["trained_parameters"] == 4_194_304
     assert client.get(STUDIES).json()["data"] == []
     assert client.get(JOBS).json()["data"] == []
+
+
+def test_arms_of_equal_arithmetic_are_estimated_at_the_same(client: httpx.Client) -> None:
+    asked = {"name": "equal", "preset": "equal_compute", "dry_run": True, "seeds": [1, 2]}
+    asked |= {
+        "model": "meta-llama/Llama-2-7b-hf",
+        "training_file": "hub:google/boolq:train",
+        "test_file": "sample:passages",
+    }
+    estimate = client.post(STUDIES, json=asked).json()
+    (flops,) = {arm["flops"] for arm in estimate["arms"]}
+    assert estimate["flops"] == pytest.approx(6 * flops)
+    assert estimate["arms"][1]["stages"] == ["as much as HEFT 3+3"]

@@ -121,6 +121,9 @@ def test_a_run_says_what_it_cost_and_what_was_right(tiny_llama_dir: Path, tmp_pa
     assert [cost["flops"] for cost in succeeded["costs"]] == [stage["flops"] for stage in completed]
     assert [cost["tokens"] for cost in succeeded["costs"]] == [stage["tokens"] for stage in completed]
     assert all(cost["seconds"] > 0 and "reused" not in cost for cost in succeeded["costs"])
+    assert [cost["epochs"] for cost in succeeded["costs"]] == [LORA.n_epochs, REFT.n_epochs]
+    lora, reft = succeeded["costs"]
+    assert lora["flops_once"] == 0 < reft["flops_once"] < reft["flops"]
     found = succeeded["outcomes"]
     evaluated = first.data("EVALUATION")
     assert all("right" not in data for data in evaluated)

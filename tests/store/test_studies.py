@@ -57,8 +57,8 @@ def status(bench, study: Study) -> str:
     return studies.status_of(study, bench.do(studies.states_of, [study.id])[study.id])
 
 
-def succeed(bench, claim: Any, right: str = "8A==") -> None:
-    outcomes = {"n": 4, "rows_sha256": "x", "results": [{"stage": "lora", "stage_index": 0, "right": right}]}
+def succeed(bench, claim: Any, costs: Any = ()) -> None:
+    outcomes = {"n": 4, "rows_sha256": "x", "results": [{"stage": "lora", "stage_index": 0, "right": "8A=="}]}
     bench.do(
         leases.finish_succeeded,
         claim,
@@ -66,7 +66,7 @@ def succeed(bench, claim: Any, right: str = "8A==") -> None:
         manifest={},
         task={"type": "yes_no"},
         outcomes=outcomes,
-        costs=[{"stage": "lora", "flops": 5}],
+        costs=costs,
     )
 
 
@@ -272,3 +272,59 @@ def test_a_study_whose_jobs_are_all_put_aside_is_paused(bench) -> None:
     for job_id in prepared(bench, study):
         bench.do(jobs.request_pause, owner_id=OWNER, job_id=job_id)
     assert status(bench, study) == "paused"
+
+
+# -- arms of equal arithmetic -----------------------------------------------------------------------------------------
+
+COSTS = [
+    {"stage": "lora", "stage_index": 0, "epochs": 3.0, "flops": 3_000, "flops_once": 0},
+    {"stage": "reft", "stage_index": 1, "epochs": 3.0, "flops": 430, "flops_once": 400},
+]
+
+
+def equal_compute(bench) -> Study:
+    return create(bench, grid=None, preset="equal_compute")
+
+
+def end_reference(bench, study: Study, **outcome: Any) -> None:
+    succeed(bench, bench.claim(prepared(bench, study)[0]), **outcome)
+    bench.do(verdicts.record, study.id, runs(bench, study), VERDICT)
+
+
+def test_arms_of_equal_arithmetic_follow_the_first_run(bench) -> None:
+    study = equal_compute(bench)
+    assert [(run.arm, run.seed) for run in runs(bench, study)] == [("HEFT 3+3", 1), ("HEFT 3+3", 2)]
+    end_reference(bench, study, costs=COSTS)
+    new = runs(bench, study)[2:]
+    assert [(run.arm, run.seed) for run in new] == [
+        ("LoRA alone", 1), ("ReFT alone", 1), ("LoRA alone", 2), ("ReFT alone", 2),
+    ]  # fmt: skip
+    lora, reft = (run.job.spec["method"] for run in new[:2])
+    assert lora["lora"]["n_epochs"] == 3  # 3,430 of 1,000 each
+    assert reft["reft"]["n_epochs"] == 303  # 3,430 less 400, of 10 each
+    study = bench.do(studies.get, owner_id=OWNER, study_id=study.id)
+    assert [arm["like"] for arm in study.spec["planned"]] == [None] * 3
+    assert study.spec["planned"][2]["method"]["reft"]["n_epochs"] == 303
+    assert study.finished_at is None
+    bench.do(verdicts.record, study.id, runs(bench, study), VERDICT)
+    assert len(runs(bench, study)) == 6  # made once
+
+
+def test_without_a_run_to_follow_the_study_ends(bench) -> None:
+    study = equal_compute(bench)
+    for job_id in prepared(bench, study):
+        bench.do(leases.finish_failed, bench.claim(job_id), error=BOOM)
+    bench.do(verdicts.record, study.id, runs(bench, study), VERDICT)
+    assert status(bench, study) == "failed"
+    page = bench.do(studies.list_events, owner_id=OWNER, study_id=study.id)
+    assert "NOT_MATCHED" in [event.data["code"] for event in page.items]
+
+
+def test_a_cancelled_study_makes_no_more_jobs(bench) -> None:
+    study = equal_compute(bench)
+    one, _ = prepared(bench, study)
+    succeed(bench, bench.claim(one), costs=COSTS)
+    bench.do(studies.request_cancel, owner_id=OWNER, study_id=study.id)
+    bench.do(verdicts.record, study.id, runs(bench, study), VERDICT)
+    assert len(runs(bench, study)) == 2
+    assert status(bench, study) == "cancelled"
