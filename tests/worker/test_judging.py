@@ -91,7 +91,7 @@ def test_a_study_is_judged_by_the_real_statistics(bench: Bench) -> None:
     study = study_of(bench, [{"do": "metrics", "step": 4}, left(30, 31)])
     for run in runs(bench, study):
         assert bench.run(run.job.id).state == JobState.SUCCEEDED
-        judge_studies(bench.context, ENGINE)
+    judge_studies(bench.context, ENGINE)
     found = read(bench, study)
     assert found.finished_at is not None
     assert found.verdict is not None
@@ -111,6 +111,7 @@ def test_a_study_that_can_not_be_judged_waits(bench: Bench) -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(900)
 def test_a_study_with_the_real_engine_trains_what_its_arms_share_once(
     bench: Bench, tiny_llama_dir: Path
 ) -> None:
