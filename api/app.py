@@ -18,7 +18,7 @@ from api.metrics import ApiMetrics
 from api.middleware import Envelope
 from api.predict_client import PredictClient
 from api.reply_streams import TextClient
-from api.routes import completions, events, files, health, jobs, models, predict
+from api.routes import completions, events, files, health, jobs, models, predict, studies
 from api.routes import metrics as metrics_route
 from api.scrape import Scrape
 from store.artifacts import Artifacts
@@ -57,7 +57,7 @@ def create_app(settings: StoreSettings | None = None) -> FastAPI:
     )
     add_handlers(app)
     app.add_middleware(Envelope, streamed=STREAMED, metrics=metrics)
-    for module in (files, jobs, events, models, predict, completions, health, metrics_route):
+    for module in (files, jobs, events, studies, models, predict, completions, health, metrics_route):
         app.include_router(module.router)
     return app
 

@@ -10,7 +10,7 @@ from typing import Annotated, Any
 import typer
 from typer.core import TyperGroup
 
-from cli.commands import files, jobs, keys, models, predict, service
+from cli.commands import files, jobs, keys, models, predict, service, studies
 from cli.errors import CommandError
 from cli.home import Home, default_home
 from cli.options import Target
@@ -66,6 +66,7 @@ def heft(
 service.register(app)
 app.command()(predict.predict)
 app.add_typer(jobs.app, name="jobs")
+app.add_typer(studies.app, name="studies")
 app.add_typer(files.app, name="files")
 app.add_typer(models.app, name="models")
 app.add_typer(keys.app, name="keys")

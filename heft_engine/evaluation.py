@@ -17,6 +17,7 @@ from heft_engine.encoding import Encoder, Example
 from heft_engine.generation import generate
 from heft_engine.model import PackedLM
 from heft_engine.packing import micro_batches, pack
+from heft_engine.row_outcomes import pack_rows
 from heft_engine.scoring import TOKEN_BUDGET, Scores, score
 from heft_engine.supervised import cross_entropy
 
@@ -36,6 +37,7 @@ class Evaluation:
     accuracy: float
     interval_95: tuple[float, float]
     metric: str
+    right: str  #: row by row (heft_engine.row_outcomes)
     scores: tuple[Scores, ...] = field(default=(), repr=False)
 
     @staticmethod
@@ -49,12 +51,14 @@ class Evaluation:
             accuracy=correct / n,
             interval_95=(low, high),
             metric=metric,
+            right=pack_rows(right),
             scores=tuple(scores),
         )
 
     def to_json(self) -> dict[str, Any]:
+        """For people: without the single rows."""
         record = {**asdict(replace(self, scores=())), "interval_95": list(self.interval_95)}
-        del record["scores"]
+        del record["scores"], record["right"]
         return record
 
 

@@ -25,14 +25,14 @@ Code = Literal[
     #: data: stage, stage_index, step, kind, path (a complete directory, manifest written last); key, if later runs may
     #: go on from it
     "CHECKPOINT_SAVED",
-    "STAGE_COMPLETE",  #: data: stage, stage_index, seconds, steps, tokens, general_loss
+    "STAGE_COMPLETE",  #: data: stage, stage_index, seconds, steps, tokens, general_loss, flops
     "MERGE_VERIFIED",  #: data: the parity record of this merge
     "EVALUATION",  #: data: stage ("base", "lora", "reft"), accuracy, correct, n, interval_95, split
     "WARNING",  #: data: signature (a name), and what to do in the message
     "WORKING",  #: at most every half minute of computing, for whoever watches whether a run still moves. No data
     "CHECKING",  #: of `check`. data: rows read so far
     "CHECKED",  #: of `check`. data: report, made (paths of rows written for references), error (or None)
-    "SUCCEEDED",  #: data: bundle (path), evaluation, parity
+    "SUCCEEDED",  #: data: bundle (path), evaluation, parity, costs and outcomes (heft_engine.costs)
     "FAILED",  #: data: error {code, message, param}
 ]
 

@@ -127,6 +127,7 @@ class Reuse:
     def _stand_behind(self, index: int, result: _Result, writer: CheckpointWriter) -> None:
         run, stage = self._run, self._run.config.stages[index]
         run.state = result.state
+        run.state.costs = [{**cost, "reused": True} for cost in result.state.costs]
         run.adapters = [
             replace(adapter, base_reference=run.base.reference) for adapter in result.bundle.adapters
         ]

@@ -21,6 +21,7 @@ from heft_engine.base_models import BaseModel, load_model, load_tokenizer, resol
 from heft_engine.bundle import Bundle, Probe
 from heft_engine.calibration import Calibration
 from heft_engine.config import LoraStage, ReftStage, TrainConfig
+from heft_engine.costs import cost_of, outcomes
 from heft_engine.devices import choose_device, choose_dtype, dtype_name
 from heft_engine.encoding import Encoder, Example, Task
 from heft_engine.errors import ConfigError, RowError
@@ -217,6 +218,8 @@ class Run:
             "evaluation": bundle.info.evaluation,
             "parity": {"merges": bundle.info.parity},
             "trained_tokens": self.state.trained_tokens,
+            "costs": self.state.costs,
+            "outcomes": outcomes(self),
         }
         self._emit("SUCCEEDED", "The model is ready", **data)
         return bundle
@@ -254,6 +257,8 @@ class Run:
             with planner.planned(earlier) as plan:
                 self._tell_plan(index, stage, trainable, plan)
                 progress = self._train(index, stage, trainable, plan, sites_before, writer, should_stop)
+            seconds = time.monotonic() - began + (earlier.seconds if earlier is not None else 0)
+            self.state.costs.append(cost_of(self, index, trainable, progress, seconds))
             self._end_stage(index, stage, trainable, progress)
             memory_bytes = most()
         self.tell_warnings(index, stage)
@@ -266,6 +271,7 @@ class Run:
             tokens=progress.tokens,
             general_loss=self.state.general_loss[-1],
             memory_bytes=memory_bytes,
+            flops=self.state.costs[-1]["flops"],
         )
         self.save_stage(writer, index, self.reuse.key(index) if self.reuse is not None else None)
         if self.reuse is not None:
@@ -388,7 +394,7 @@ class Run:
             return
         result = evaluate(self.lm, self.encoder, self.reported)
         self.scored = (self.state.stage_index, result.scores)
-        record = {"stage": stage, "stage_index": index, **result.to_json()}
+        record = {"stage": stage, "stage_index": index, **result.to_json(), "right": result.right}
         self.state.evaluations.append(record)
         self.tell_evaluation(record)
 
@@ -399,7 +405,8 @@ class Run:
         low, high = record["interval_95"]
         of = f"of {record['n']} {self.split} rows ({low:.1%} to {high:.1%})"
         message = f"After {record['stage']}: {record['accuracy']:.1%} {of}"
-        self._emit("EVALUATION", message, split=self.split, **record, **more)
+        shown = {name: value for name, value in record.items() if name != "right"}
+        self._emit("EVALUATION", message, split=self.split, **shown, **more)
 
     def tell_warnings(self, index: int, stage: LoraStage | ReftStage) -> None:
         before, after = self.state.evaluations[-2:]

@@ -54,6 +54,9 @@ class RunState:
     parity: list[dict[str, Any]] = field(default_factory=list)
     general_loss: list[float] = field(default_factory=list)
     trained_tokens: int = 0
+    costs: list[dict[str, Any]] = field(
+        default_factory=list
+    )  #: of each stage that has ended (heft_engine.costs)
     threads: int = field(default_factory=torch.get_num_threads)
     inside_stage: dict[str, Any] | None = None  #: the stage's Progress, when one is in training
     tensors: dict[str, Tensor] = field(default_factory=dict, repr=False)

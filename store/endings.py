@@ -8,7 +8,7 @@ LostFence.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from sqlalchemy import func, update
@@ -19,6 +19,7 @@ from store.clock import seconds
 from store.fence import Claim, honour, let_go, lock, write_held
 from store.files import NewFile
 from store.states import WAITING, JobState
+from store.study_tables import Outcome
 from store.tables import FineTunedModel, Job
 from store.transitions import NewEvent, cancelled, failed, paused
 
@@ -53,10 +54,12 @@ def finish_succeeded(
     parity: Mapping[str, Any] | None = None,
     trained_tokens: int | None = None,
     result_file: NewFile | None = None,
+    outcomes: Mapping[str, Any] | None = None,
+    costs: Sequence[Mapping[str, Any]] = (),
 ) -> Job:
     """End state, model row, result file and last event in one transaction. The model's files are durable
-    under `storage_key`. Returns the job: `succeeded`, or `cancelled` if that was asked for first. Raises
-    LostFence.
+    under `storage_key`. `outcomes` and `costs` serve comparisons with other jobs. Returns the job: `succeeded`,
+    or `cancelled` if that was asked for first. Raises LostFence.
     """
     job = lock(session, claim)
     if job.cancel_requested_at is not None:
@@ -78,6 +81,13 @@ def finish_succeeded(
     )
     if result_file is not None:
         files.create_result(session, owner_id=claim.owner_id, file=result_file)
+    session.add(
+        Outcome(
+            job_id=claim.job_id,
+            outcomes=dict(outcomes) if outcomes is not None else None,
+            costs=[dict(cost) for cost in costs],
+        )
+    )
     values = {
         "fine_tuned_model": model_id,
         "evaluation": dict(evaluation) if evaluation is not None else None,

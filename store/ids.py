@@ -22,6 +22,14 @@ def new_job_id() -> str:
     return _new("ftjob-")
 
 
+def new_study_id() -> str:
+    return _new("study_")
+
+
+def new_study_event_id() -> str:
+    return _new("studyevent_")
+
+
 def new_event_id() -> str:
     return _new("ftevent-")
 

@@ -30,6 +30,7 @@ from store.endings import (
 from store.fence import Claim, Wishes, fence, lost, write_held
 from store.spec import TrainingSpec
 from store.states import HELD, WAITING, Purpose
+from store.study_order import is_free
 from store.tables import Attempt, Checkpoint, Job
 from store.transitions import EventType, Level, NewEvent, append, write
 
@@ -48,6 +49,7 @@ __all__ = [
     "record_checkpoint",
     "record_cleanup_error",
     "record_event",
+    "record_stage_passed",
     "release",
     "trainer_died",
     "wishes",
@@ -186,11 +188,17 @@ def record_checkpoint(
     return checkpoints.remove_old(session, claim.job_id)
 
 
+def record_stage_passed(session: Session, claim: Claim, *, stages: int) -> None:
+    """So many stages of this job have ended, and what they ended with is there for others. Raises LostFence."""
+    write_held(session, claim, {"stages_passed": func.greatest(Job.stages_passed, stages)})
+
+
 def _is_waiting(purpose: Purpose) -> ColumnElement[bool]:
     return and_(
         Job.state == WAITING[purpose],
         Job.lease_until.is_(None),
         or_(Job.not_before.is_(None), Job.not_before <= func.now()),
+        *([is_free()] if purpose == "train" else []),
     )
 
 

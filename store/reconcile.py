@@ -14,6 +14,7 @@ from sqlalchemy.orm import Session
 
 from store.clock import seconds
 from store.states import HELD, PURPOSES, WAITING, JobState, Purpose
+from store.study_order import is_free
 from store.tables import Job, Reconciler
 from store.transitions import NewEvent, cancelled, close_attempt, failed, move, paused
 
@@ -113,6 +114,7 @@ def _stale(session: Session, state: JobState, stale_seconds: float, limit: int) 
         Job.state == state,
         Job.lease_until.is_(None),
         or_(Job.not_before.is_(None), Job.not_before <= func.now()),
+        *([is_free()] if PURPOSES[state] == "train" else []),
     )
     unheard = or_(Job.hinted_at.is_(None), Job.hinted_at <= func.now() - seconds(stale_seconds))
     oldest = select(Job.id).where(waiting).order_by(Job.created_at, Job.id).limit(limit)

@@ -97,6 +97,9 @@ class Job(Base):
     trainer_deaths: Mapped[int] = mapped_column(server_default=text("0"))  #: since the last new checkpoint
     lost_leases: Mapped[int] = mapped_column(server_default=text("0"))
     paused_from: Mapped[str | None]  #: where resume goes back to
+    stages_passed: Mapped[int] = mapped_column(
+        server_default=text("0")
+    )  #: stages whose results are there for other jobs
 
     # What its user wants of it now.
     cancel_requested_at: Mapped[datetime | None]

@@ -21,6 +21,7 @@ from worker.background import Chore, chores
 from worker.celery_app import Role, run_worker, worker_app
 from worker.context import ENGINE, Context
 from worker.forgetting import forgetting
+from worker.judging import judging
 from worker.metrics import InferenceMetrics, Publisher, worker_registry
 from worker.presence import offer_base_models, present
 from worker.room import giving_room, own_device
@@ -81,7 +82,7 @@ def _register(app: Celery, role: Role, context: Context, stack: ExitStack) -> li
         return [offers, *_published(context, stack, registry)]
     if role is Role.PREPARE:
         tasks.register_preparing(app, context)
-        return _published(context, stack, registry)
+        return [*judging(context), *_published(context, stack, registry)]
     from worker.generate import Generation
     from worker.predict import Inference
 

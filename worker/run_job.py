@@ -52,6 +52,8 @@ def _train(attempt: Attempt) -> Ending:
     def save_checkpoint(data: Mapping[str, Any]) -> None:
         publisher.checkpoint(data)
         results.keep(data)
+        if data["kind"] == "stage":
+            attempt.write(partial(leases.record_stage_passed, stages=data["stage_index"] + 1))
 
     reporter = Reporter(attempt, history, save_checkpoint=save_checkpoint, bring_results=results.bring)
 
@@ -85,6 +87,8 @@ def _succeeded(run: LocalRun, publisher: Publisher, data: Mapping[str, Any]) -> 
         parity=data["parity"],
         trained_tokens=data["trained_tokens"],
         result_file=publisher.results(),
+        outcomes=data.get("outcomes"),
+        costs=data.get("costs", ()),
     )
 
 

@@ -49,7 +49,7 @@ def create(
             ("test_file", test_file),
         ):
             if reference is not None:
-                body[name] = _file_id(client, reference)
+                body[name] = file_id(client, reference)
         body |= {name: value for name, value in (("suffix", suffix), ("seed", seed)) if value is not None}
         job = client.post(_JOBS, body)
         print(job["id"], flush=True)
@@ -126,14 +126,14 @@ def job_body(*, model: str, method: str, settings: list[str]) -> dict[str, Any]:
         *folders, leaf = name.split(".")
         for folder in folders:
             place = place.setdefault(folder, {})
-        place[leaf] = _value(text)
+        place[leaf] = setting_value(text)
     if block:
         # The methods of one stage hold its settings without the stage's name.
         body["method"][method] = block.get(method, block) if method in ("lora", "reft") else block
     return body
 
 
-def _value(text: str) -> Any:
+def setting_value(text: str) -> Any:
     """JSON where it is JSON, else the text itself: `auto`, `f1+l1`."""
     try:
         return json.loads(text)
@@ -141,7 +141,7 @@ def _value(text: str) -> Any:
         return text
 
 
-def _file_id(client: Client, reference: str) -> str:
+def file_id(client: Client, reference: str) -> str:
     if reference.startswith(("file-", "hub:", "sample:")) and not Path(reference).exists():
         return reference
     return str(client.upload(Path(reference))["id"])

@@ -80,6 +80,9 @@ def parser() -> argparse.ArgumentParser:
     _add_lifeline(models)
     _add_places(models)
     models.set_defaults(run=_models)
+    judge = commands.add_parser("judge", help="which differences between arms of several runs are real")
+    judge.add_argument("--run-file", type=Path, required=True, help="see heft_engine.command.judge.Question")
+    judge.set_defaults(run=_judge)
     gpu_check = commands.add_parser(
         "gpu-check", help="a HEFT job on a random model of Llama-2-7B's shape, on a GPU"
     )
@@ -216,6 +219,12 @@ def _models(options: argparse.Namespace) -> None:
 
     if options.die_with_parent:
         die_with_parent()
+    run(options)
+
+
+def _judge(options: argparse.Namespace) -> None:
+    from heft_engine.command.judge import run
+
     run(options)
 
 

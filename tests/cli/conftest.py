@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 import stack_owner
+from scripted_service import Service, scripted_service
 from stack_owner import StartOwner
 
 from cli.home import Home
@@ -41,3 +42,9 @@ def start_owner() -> Iterator[StartOwner]:
     yield start
     for process in started:
         process.communicate(timeout=60)  # stdin ends: it stops its servers
+
+
+@pytest.fixture
+def service() -> Iterator[Service]:
+    with scripted_service() as service:
+        yield service

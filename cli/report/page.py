@@ -1,0 +1,55 @@
+"""A study as one HTML page that needs nothing beside it: no scripts, no fonts, plots inside. It does NOT draw."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from html import escape
+
+from cli.report.data import Report
+from cli.report.plots import plots
+from cli.report.words import (
+    ABOUT_ARMS,
+    ABOUT_METHODS,
+    ABOUT_MODELS,
+    ARM_COLUMNS,
+    MODEL_COLUMNS,
+    arm_rows,
+    measured_on,
+    model_rows,
+)
+
+_STYLE = """
+body { font: 15px/1.5 system-ui, sans-serif; color: #1d2428; max-width: 62rem; margin: 2rem auto; padding: 0 1rem; }
+table { border-collapse: collapse; font-size: 13px; margin: 1rem 0; }
+th, td { text-align: left; padding: .3rem .7rem .3rem 0; border-bottom: 1px solid #d8dde0; vertical-align: top; }
+p.note, figcaption { color: #5f6b73; font-size: 13px; max-width: 46rem; }
+figure { margin: 1.5rem 0; } svg { max-width: 100%; height: auto; }
+"""
+
+
+def page(report: Report) -> str:
+    study = report.study
+    where = f"{study['model']}, trained on {study['training_file']}, measured on {measured_on(study)}"
+    seeds = ", ".join(map(str, study["seeds"]))
+    sentences = "".join(f"<li>{escape(one['sentence'])}</li>" for one in study["comparisons"])
+    figures = "".join(
+        f"<figure>{svg}<figcaption>{escape(text)}</figcaption></figure>" for text, svg in plots(report)
+    )
+    return f"""<!doctype html>
+<html lang="en"><head><meta charset="utf-8"><title>{escape(study["name"])}</title><style>{_STYLE}</style></head><body>
+<h1>{escape(study["name"])}</h1>
+<p>{escape(study["id"])}: {escape(study["status"])}. {escape(where)}, seeds {escape(seeds)}.</p>
+<h2>Arms</h2>{_table(ARM_COLUMNS, arm_rows(report.arms))}<p class="note">{escape(ABOUT_ARMS)}</p>
+<h2>Verdict</h2><p class="note">{escape(ABOUT_METHODS)}</p>
+<ul>{sentences or "<li>Nothing to compare yet.</li>"}</ul>
+{figures}
+<h2>Single models</h2><p class="note">{escape(ABOUT_MODELS)}</p>
+{_table(MODEL_COLUMNS, model_rows(study["comparisons"]))}
+</body></html>
+"""
+
+
+def _table(columns: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    head = "".join(f"<th>{escape(column)}</th>" for column in columns)
+    body = "".join("<tr>" + "".join(f"<td>{escape(cell)}</td>" for cell in row) + "</tr>" for row in rows)
+    return f"<table><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table>"

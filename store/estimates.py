@@ -1,0 +1,149 @@
+"""What a study would take, before any of it is run: arithmetic, memory and disk, roughly, with what was assumed.
+
+Arithmetic is heft_engine.arithmetic's, on assumed rows. It does NOT read files or models.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from contextlib import suppress
+from dataclasses import dataclass
+from typing import Any
+
+from sqlalchemy.orm import Session
+
+from heft_engine.arithmetic import RowTokens, Shape, StageWork, stage_flops
+from heft_engine.config import LoraStage, ReftStage, Stage
+from store import files, models
+from store.errors import NotFound
+from store.studies import base_facts
+from store.study_order import prefix_keys
+from store.study_spec import PlannedArm, StudySpec, plan
+
+#: Llama-2-7B and BoolQ's training rows: the paper's own run can be estimated where no worker has seen them.
+_LLAMA = {"n_layers": 32, "hidden_size": 4_096, "parameters": 6_738_415_616, "vocab_size": 32_000}
+_KNOWN_MODELS = {"meta-llama/Llama-2-7b-hf": _LLAMA}
+_KNOWN_ROWS = {"hub:google/boolq:train": 9_427}
+_ROW_TOKENS = 150
+_BYTES_A_TOKEN = 5.0
+_ASSUMED = (
+    "rows of 150 tokens, as BoolQ's are on average (SmolLM2's tokenizer)",
+    "an uploaded file holds one token for 5 bytes of JSON (BoolQ 4.6, SST-2 6.9)",
+    "ReFT on cached keys and values; stages that arms share are trained once",
+    "memory_bytes: weights in bfloat16 on the GPU, activations come on top; host_memory_bytes: the float32 copy that"
+    " merges are checked with",
+    "disk_bytes: the base model in bfloat16, and adapters in float32, three times for each job",
+)
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Model:
+    shape: Shape
+    hidden: int
+    parameters: int
+
+
+def of_study(session: Session, *, owner_id: str, spec: StudySpec) -> dict[str, Any]:
+    """Raises InvalidRequest as `studies.create` does."""
+    spec = spec.completed()
+    assert spec.model is not None
+    arms = plan(spec, base_facts(session, spec.model))
+    model, rows = _model(session, spec.model), _rows(session, owner_id, spec)
+    shown = [_of_arm(arm, model, rows) for arm in arms]
+    by_name = {one["name"]: one for one in shown}
+    for arm in arms:
+        if arm.like is not None:
+            by_name[arm.name] |= {"flops": by_name[arm.like]["flops"], "stages": [f"as much as {arm.like}"]}
+    runs = [(arm, seed) for seed in spec.seeds for arm in arms]
+    likened = len(spec.seeds) * sum(by_name[arm.name]["flops"] or 0 for arm in arms if arm.like)
+    known = model is not None and rows is not None
+    chosen = [run for run in runs if run[0].like is None]
+    flops = likened + _with_reuse(chosen, model, rows) if model is not None and rows is not None else None
+    weights = model.parameters if model is not None else 0
+    adapters = sum(one["trained_parameters"] or 0 for one in shown) * len(spec.seeds)
+    return {
+        "arms": shown,
+        "jobs": len(runs),
+        "flops": flops,
+        "memory_bytes": 2 * weights or None,
+        "host_memory_bytes": 4 * weights or None,
+        "disk_bytes": 2 * weights + 3 * 4 * adapters if model is not None else None,
+        "assumptions": [*_ASSUMED]
+        if known
+        else ["the sizes of the model or of the training file are not known"],
+    }
+
+
+def _of_arm(arm: PlannedArm, model: _Model | None, rows: int | None) -> dict[str, Any]:
+    stages = arm.spec.stages()
+    known = model is not None and rows is not None
+    return {
+        "name": arm.name,
+        "stages": [f"{stage.type} × {stage.n_epochs}" for stage in stages],
+        "flops": sum(_flops(stage, model, rows) for stage in stages) if known and model and rows else None,
+        "trained_parameters": sum(_trained(stage, model) for stage in stages) if model is not None else None,
+    }
+
+
+def _with_reuse(runs: list[tuple[PlannedArm, int]], model: _Model, rows: int) -> float:
+    """Stages that begin several jobs alike are counted once."""
+    seen: set[str] = set()
+    total = 0.0
+    for arm, seed in runs:
+        spec = arm.with_seed(seed)
+        keys: Sequence[str | None] = prefix_keys("", spec) or [None] * len(spec.stages())
+        for stage, key in zip(spec.stages(), keys, strict=True):
+            if key is None or key not in seen:
+                total += _flops(stage, model, rows)
+            seen |= {key} if key is not None else set()
+    return total
+
+
+def _flops(stage: Stage, model: _Model, rows: int) -> float:
+    row = RowTokens(total=_ROW_TOKENS, suffix=_ROW_TOKENS, supervised=1)
+    if isinstance(stage, LoraStage):
+        first = min(stage.layers) if stage.layers else 0
+        work = StageWork(
+            rung="nothing", first_layer=first, epochs=stage.n_epochs, adapter=_trained(stage, model)
+        )
+    else:
+        row = RowTokens(total=_ROW_TOKENS, suffix=1, supervised=1)
+        layer = min(_reft_layers(stage, model)) + 1
+        work = StageWork(rung="keys_values", first_layer=layer, epochs=stage.n_epochs)
+    return float(rows * stage_flops(model.shape, [row], work))
+
+
+def _trained(stage: Stage, model: _Model) -> int:
+    """LoRA on query and value projections, both as wide as the model; LoReFT's R, W and b."""
+    if isinstance(stage, LoraStage):
+        layers = len(stage.layers) if stage.layers else model.shape.layers
+        return layers * 2 * 2 * model.hidden * stage.rank
+    return len(_reft_layers(stage, model)) * (2 * model.hidden + 1) * stage.rank
+
+
+def _reft_layers(stage: ReftStage, model: _Model) -> list[int]:
+    return stage.layers if isinstance(stage.layers, list) else [round(15 / 32 * model.shape.layers)]
+
+
+def _model(session: Session, name: str) -> _Model | None:
+    info: dict[str, Any] | None = _KNOWN_MODELS.get(name)
+    with suppress(NotFound):
+        info = dict(models.get(session, owner_id="", model_id=name).info) or info
+    if info is None or not {"n_layers", "hidden_size", "parameters", "vocab_size"} <= info.keys():
+        return None
+    head = int(info["vocab_size"]) * int(info["hidden_size"])
+    shape = Shape(
+        layers=int(info["n_layers"]),
+        layer=(int(info["parameters"]) - head) // int(info["n_layers"]),
+        head=head,
+        width=int(info["hidden_size"]),
+    )
+    return _Model(shape=shape, hidden=int(info["hidden_size"]), parameters=int(info["parameters"]))
+
+
+def _rows(session: Session, owner_id: str, spec: StudySpec) -> int | None:
+    reference = spec.training_file or ""
+    if not reference.startswith("file-"):
+        return _KNOWN_ROWS.get(reference)
+    size = files.for_job(session, owner_id=owner_id, file_id=reference).bytes
+    return max(1, round(size / _BYTES_A_TOKEN / _ROW_TOKENS))

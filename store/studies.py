@@ -1,0 +1,227 @@
+"""The user's side of studies: create, read, cancel. Every arm with every seed is an ordinary job (store.jobs).
+
+Every function takes the owner, and another owner's study is not found. Nothing here sends a message: the caller does,
+after its transaction is committed. It does NOT judge: see verdicts.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from contextlib import suppress
+from dataclasses import dataclass
+from typing import Any
+
+from sqlalchemy import func, select, update
+from sqlalchemy.orm import Session
+
+from store import ids, jobs, models
+from store.clock import seconds
+from store.errors import Conflict, NotFound
+from store.page import Page, cursor_of, fetch_page
+from store.spec import MODEL_REFERENCE
+from store.states import TERMINAL, JobState
+from store.study_order import prefix_keys
+from store.study_spec import BaseFacts, PlannedArm, StudySpec, plan
+from store.study_tables import Outcome, Study, StudyEvent, StudyJob, StudyPrefix
+from store.tables import Job
+
+
+@dataclass(frozen=True, kw_only=True)
+class Run:
+    """One job of a study, and what it left for comparisons."""
+
+    arm: str
+    seed: int
+    job: Job
+    outcome: Outcome | None
+
+
+def base_facts(session: Session, model: str | None) -> BaseFacts | None:
+    """What a worker has told of this base model, if any has."""
+    if model is None or not MODEL_REFERENCE.fullmatch(model):
+        return None
+    with suppress(NotFound):
+        info = models.get(session, owner_id="", model_id=model).info
+        if "n_layers" in info and "hidden_size" in info:
+            return BaseFacts(n_layers=int(info["n_layers"]), hidden_size=int(info["hidden_size"]))
+    return None
+
+
+def create(
+    session: Session,
+    *,
+    owner_id: str,
+    spec: StudySpec,
+    metadata: Mapping[str, str] | None = None,
+    study_id: str | None = None,
+) -> Study:
+    """A new study with all its jobs, seed by seed. Raises InvalidRequest naming the field that can't be: nothing is
+    queued then. After the commit, hint every job's id with "prepare".
+    """
+    spec = spec.completed()
+    arms = plan(spec, base_facts(session, spec.model))
+    study = Study(
+        id=study_id or ids.new_study_id(),
+        owner_id=owner_id,
+        spec={**spec.model_dump(mode="json"), "planned": [_planned(arm) for arm in arms]},
+        metadata_=dict(metadata or {}),
+    )
+    session.add(study)
+    session.flush()
+    runs = [(arm, seed) for seed in spec.seeds for arm in arms if arm.like is None]
+    for place, (arm, seed) in enumerate(runs):
+        create_job(session, study, place, arm, seed)
+    message = f"Created study {study.id}: {len(arms)} arms with {len(spec.seeds)} seeds, {len(runs)} jobs."
+    append_event(session, study.id, "CREATED", message, {"arms": len(arms), "jobs": len(runs)})
+    return get(session, owner_id=owner_id, study_id=study.id)
+
+
+def _planned(arm: PlannedArm) -> dict[str, Any]:
+    method = arm.spec.method.model_dump(mode="json", exclude_none=True)
+    return {"name": arm.name, "method": method, "like": arm.like}
+
+
+def create_job(session: Session, study: Study, place: int, arm: PlannedArm, seed: int) -> None:
+    spec = arm.with_seed(seed)
+    labels = {"study": study.id, "arm": arm.name}
+    job = jobs.create(session, owner_id=study.owner_id, spec=spec, metadata=labels)
+    # One transaction has one time; the queue takes jobs in the order of theirs.
+    later = func.now() + seconds(place * 1e-6)
+    session.execute(
+        update(Job)
+        .where(Job.id == job.id)
+        .values(created_at=later)
+        .execution_options(synchronize_session=False)
+    )
+    session.add(StudyJob(job_id=job.id, study_id=study.id, place=place, arm=arm.name, seed=seed))
+    for length, key in enumerate(prefix_keys(study.id, spec), 1):
+        session.add(StudyPrefix(job_id=job.id, length=length, key=key, place=place))
+    session.flush()
+
+
+def get(session: Session, *, owner_id: str, study_id: str) -> Study:
+    """Raises NotFound, for another owner's study too."""
+    study = session.scalar(select(Study).where(Study.id == study_id, Study.owner_id == owner_id))
+    if study is None:
+        raise NotFound(f"no study {study_id!r}", param="study_id", code="study_not_found")
+    return study
+
+
+def list_page(session: Session, *, owner_id: str, limit: int = 20, after: str | None = None) -> Page[Study]:
+    """This owner's studies, newest first. Raises InvalidRequest (param `after`) for an unknown cursor."""
+    place = select(Study.created_at, Study.id).where(Study.id == after, Study.owner_id == owner_id)
+    return fetch_page(
+        session,
+        select(Study).where(Study.owner_id == owner_id),
+        by=(Study.created_at, Study.id),
+        cursor=cursor_of(session, place, after),
+        limit=limit,
+    )
+
+
+def runs_of(session: Session, study_id: str) -> list[Run]:
+    """All jobs of a study in its order, with what those that have succeeded left."""
+    query = (
+        select(StudyJob, Job, Outcome)
+        .join(Job, Job.id == StudyJob.job_id)
+        .outerjoin(Outcome, Outcome.job_id == StudyJob.job_id)
+        .where(StudyJob.study_id == study_id)
+        .order_by(StudyJob.place)
+    )
+    return [
+        Run(arm=one.arm, seed=one.seed, job=job, outcome=left) for one, job, left in session.execute(query)
+    ]
+
+
+def states_of(session: Session, study_ids: Sequence[str]) -> dict[str, list[JobState]]:
+    """The states of each study's jobs."""
+    query = select(StudyJob.study_id, Job.state).join(Job, Job.id == StudyJob.job_id)
+    found: dict[str, list[JobState]] = {study_id: [] for study_id in study_ids}
+    for study_id, state in session.execute(query.where(StudyJob.study_id.in_(study_ids))):
+        found[study_id].append(JobState(state))
+    return found
+
+
+def status_of(study: Study, states: Sequence[JobState]) -> str:
+    """What the states of its jobs come to. The end comes with the last verdict: whoever sees it finds all numbers.
+
+    One failed arm fails no study: it has failed when no job at all has succeeded.
+    """
+    waiting = {JobState.VALIDATING_FILES, JobState.QUEUED}
+    left = [state for state in states if state not in TERMINAL]
+    if left:
+        if all(state == JobState.PAUSED for state in left):
+            return "paused"
+        return "queued" if all(state in waiting for state in states) else "running"
+    if study.finished_at is None:
+        return "running"
+    if study.cancel_requested_at is not None:
+        return "cancelled"
+    return "succeeded" if JobState.SUCCEEDED in states else "failed"
+
+
+def request_cancel(session: Session, *, owner_id: str, study_id: str) -> Study:
+    """Cancel every job that has not ended; asking again is fine. Raises NotFound; Conflict when the study has ended."""
+    study = session.scalar(
+        select(Study).where(Study.id == study_id, Study.owner_id == owner_id).with_for_update()
+    )
+    if study is None:
+        return get(session, owner_id=owner_id, study_id=study_id)
+    if study.finished_at is not None:
+        raise Conflict("the study has already ended", code="study_ended")
+    for run in runs_of(session, study_id):
+        with suppress(Conflict):  # it has ended by itself
+            jobs.request_cancel(session, owner_id=owner_id, job_id=run.job.id)
+    if study.cancel_requested_at is None:
+        write(session, study_id, cancel_requested_at=func.now())
+        append_event(session, study_id, "CANCELLING", "Cancelling every job that has not ended.")
+    session.expire(study)
+    return get(session, owner_id=owner_id, study_id=study_id)
+
+
+def write(session: Session, study_id: str, **values: Any) -> None:
+    """Change a study whose row this transaction has locked."""
+    session.execute(
+        update(Study).where(Study.id == study_id).values(values).execution_options(synchronize_session=False)
+    )
+
+
+def append_event(
+    session: Session,
+    study_id: str,
+    code: str,
+    message: str,
+    data: Mapping[str, Any] | None = None,
+    level: str = "info",
+) -> None:
+    """Number and add an event; the study's row orders them."""
+    statement = (
+        update(Study)
+        .where(Study.id == study_id)
+        .values(event_seq=Study.event_seq + 1)
+        .returning(Study.event_seq)
+        .execution_options(synchronize_session=False)
+    )
+    seq = session.execute(statement).scalar_one()
+    session.add(
+        StudyEvent(
+            study_id=study_id,
+            seq=seq,
+            id=ids.new_study_event_id(),
+            level=level,
+            message=message,
+            data={**(data or {}), "code": code},
+        )
+    )
+    session.flush()
+
+
+def list_events(
+    session: Session, *, owner_id: str, study_id: str, limit: int = 20, after: str | None = None
+) -> Page[StudyEvent]:
+    """A study's events, the latest first. Raises NotFound; InvalidRequest (param `after`) for an unknown cursor."""
+    get(session, owner_id=owner_id, study_id=study_id)
+    place = select(StudyEvent.seq).where(StudyEvent.study_id == study_id, StudyEvent.id == after)
+    query = select(StudyEvent).where(StudyEvent.study_id == study_id)
+    cursor = cursor_of(session, place, after)
+    return fetch_page(session, query, by=(StudyEvent.seq,), cursor=cursor, limit=limit)

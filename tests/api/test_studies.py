@@ -1,0 +1,183 @@
+"""Studies over HTTP: asked for, shown, refused, cancelled, and estimated."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import httpx
+import pytest
+from api_calls import JOBS, refusal
+
+from store import leases, studies, verdicts
+from store.database import SessionFactory, transaction
+
+STUDIES = "/v1/studies"
+BODY: dict[str, Any] = {
+    "name": "ranks",
+    "model": "smollm2-135m",
+    "training_file": "sample:passages",
+    "test_file": "sample:passages:test",
+    "seeds": [1, 2],
+    "arms": [{"name": "heft"}, {"name": "rank 2", "set": {"reft.rank": 2}}],
+}
+
+
+def create(client: httpx.Client, **changes: Any) -> dict[str, Any]:
+    answer = client.post(STUDIES, json={**BODY, **changes})
+    assert answer.status_code == 200, answer.text
+    return answer.json()
+
+
+def end_all(sessions: SessionFactory, study_id: str) -> None:
+    """Play the workers: every job ends with one right row more than the one before it, and the study is judged."""
+    with transaction(sessions) as session:
+        runs = studies.runs_of(session, study_id)
+    for number, run in enumerate(runs):
+        with transaction(sessions) as session:
+            claim = leases.claim(session, job_id=run.job.id, worker_id="w", purpose="prepare")
+            assert claim is not None
+            leases.finish_prepared(session, claim, report={})
+        with transaction(sessions) as session:
+            claim = leases.claim(session, job_id=run.job.id, worker_id="w", purpose="train")
+            assert claim is not None
+            packed = ["AA==", "gA==", "wA==", "4A=="][number]
+            stage = {"stage": "reft", "stage_index": 1}
+            outcomes = {"n": 4, "rows_sha256": "x", "results": [{**stage, "right": packed}]}
+            cost = {**stage, "flops": 10 + number, "seconds": 2.5, "trained_parameters": 7, "tokens": 5}
+            leases.finish_succeeded(
+                session, claim, storage_key="k", manifest={}, task={}, outcomes=outcomes, costs=[cost, cost]
+            )
+    verdict = {
+        "arms": [
+            {
+                "name": "heft",
+                "seeds": [1, 2],
+                "accuracy": 0.25,
+                "interval_95": [0.1, 0.4],
+                "missing_seeds": [],
+            }
+        ],
+        "comparisons": [{"a": "heft", "b": "rank 2", "separable": False, "sentence": "Not told apart."}],
+    }
+    with transaction(sessions) as session:
+        verdicts.record(session, study_id, studies.runs_of(session, study_id), verdict)
+
+
+def test_a_study_is_made_of_ordinary_jobs(client: httpx.Client) -> None:
+    study = create(client, metadata={"for": "the paper"})
+    assert study["id"].startswith("study_")
+    assert (study["object"], study["status"], study["comparisons"]) == ("study", "queued", [])
+    assert [arm["name"] for arm in study["arms"]] == ["heft", "rank 2"]
+    assert study["jobs"] == {"validating_files": 4}
+    assert study["metadata"] == {"for": "the paper"}
+    job = client.get(f"{JOBS}/{study['arms'][1]['jobs'][0]['id']}").json()
+    assert (job["seed"], job["method"]["heft"]["reft"]["rank"]) == (1, 2)
+    assert job["metadata"] == {"study": study["id"], "arm": "rank 2"}
+    assert client.get(f"{STUDIES}/{study['id']}").json() == study
+    listed = client.get(STUDIES).json()["data"]
+    assert [one["id"] for one in listed] == [study["id"]]
+    assert "arms" not in listed[0]
+
+
+def test_a_study_that_has_ended_shows_its_verdict(client: httpx.Client, sessions: SessionFactory) -> None:
+    study_id = create(client)["id"]
+    end_all(sessions, study_id)
+    study = client.get(f"{STUDIES}/{study_id}").json()
+    assert study["status"] == "succeeded"
+    assert study["finished_at"] is not None
+    heft = study["arms"][0]
+    assert (heft["accuracy"], heft["interval_95"]) == (0.25, [0.1, 0.4])
+    assert (heft["flops"], heft["seconds"], heft["trained_parameters"]) == (22.0, 5.0, 14)
+    assert all(job["fine_tuned_model"].startswith("ft:") for job in heft["jobs"])
+    assert study["comparisons"][0]["sentence"] == "Not told apart."
+    events = client.get(f"{STUDIES}/{study_id}/events").json()["data"]
+    assert [event["data"]["code"] for event in events] == [
+        "SUCCEEDED", "COMPARISON", "JOB_ENDED", "JOB_ENDED", "JOB_ENDED", "JOB_ENDED", "CREATED",
+    ]  # fmt: skip
+    assert refusal(client.post(f"{STUDIES}/{study_id}/cancel"))[0] == 409
+
+
+def test_the_same_request_makes_one_study(client: httpx.Client) -> None:
+    headers = {"Idempotency-Key": "once"}
+    first = client.post(STUDIES, json=BODY, headers=headers).json()
+    assert client.post(STUDIES, json=BODY, headers=headers).json()["id"] == first["id"]
+    assert client.post(STUDIES, json={**BODY, "name": "other"}, headers=headers).status_code == 409
+    assert len(client.get(STUDIES).json()["data"]) == 1
+
+
+def test_a_study_is_cancelled_with_its_jobs(client: httpx.Client) -> None:
+    study_id = create(client)["id"]
+    study = client.post(f"{STUDIES}/{study_id}/cancel").json()
+    assert study["jobs"] == {"cancelled": 4}
+
+
+def test_another_owners_study_is_not_there(client: httpx.Client, stranger: httpx.Client) -> None:
+    study_id = create(client)["id"]
+    for answer in (
+        stranger.get(f"{STUDIES}/{study_id}"),
+        stranger.post(f"{STUDIES}/{study_id}/cancel"),
+        stranger.get(f"{STUDIES}/{study_id}/events"),
+    ):
+        assert answer.status_code == 404
+
+
+@pytest.mark.parametrize(
+    ("param", "changes"),
+    [
+        ("grid", {"arms": None, "grid": {}}),
+        (
+            "grid",
+            {"arms": None, "grid": {"lora.rank": list(range(1, 101)), "reft.rank": list(range(1, 101))}},
+        ),
+        ("arms[1].set.reft.rank", {"arms": [{"name": "a"}, {"name": "b", "set": {"reft.rank": -1}}]}),
+        (
+            "arms[0].method.heft.lora.rank",
+            {"arms": [{"name": "a", "method": {"heft": {"lora": {"rank": 0}}}}]},
+        ),
+        ("preset", {"arms": None, "preset": "everything"}),
+        ("preset", {"arms": None, "preset": "layer_rank", "model": "org/never-seen"}),
+        ("training_file", {"training_file": "file-nowhere"}),
+        ("test_file", {"test_file": None}),
+        ("budgets", {"budgets": 3}),
+        ("seeds[1]", {"seeds": [1, -1]}),
+    ],
+)
+def test_what_can_not_be_is_refused_by_its_name(
+    client: httpx.Client, param: str, changes: dict[str, Any]
+) -> None:
+    assert refusal(client.post(STUDIES, json=BODY | changes)) == (422, param)
+    assert client.get(JOBS).json()["data"] == []
+
+
+def test_the_papers_run_is_estimated_and_not_started(client: httpx.Client) -> None:
+    answer = client.post(
+        STUDIES, json={"name": "paper", "preset": "paper_table", "dry_run": True, "seeds": [1]}
+    )
+    estimate = answer.json()
+    assert [arm["name"] for arm in estimate["arms"]] == [
+        "LoRA alone 20", "ReFT alone 20", "HEFT 3+3", "HEFT 20+20",
+    ]  # fmt: skip
+    # 4 operations for each of 6.6e9 weights and 9,427 · 150 tokens, 20 times; attention on top.
+    lora, reft, _, both = (arm["flops"] for arm in estimate["arms"])
+    assert lora == pytest.approx(20 * 4 * 6.6e9 * 9_427 * 150, rel=0.05)
+    assert reft < lora / 10
+    assert both == pytest.approx(lora + reft)
+    # HEFT 20+20 goes on from LoRA alone.
+    assert estimate["flops"] == pytest.approx(sum(arm["flops"] for arm in estimate["arms"]) - lora)
+    assert estimate["memory_bytes"] == pytest.approx(13.5e9, rel=0.01)
+    assert estimate["arms"][0]["trained_parameters"] == 4_194_304
+    assert client.get(STUDIES).json()["data"] == []
+    assert client.get(JOBS).json()["data"] == []
+
+
+def test_arms_of_equal_arithmetic_are_estimated_at_the_same(client: httpx.Client) -> None:
+    asked = {"name": "equal", "preset": "equal_compute", "dry_run": True, "seeds": [1, 2]}
+    asked |= {
+        "model": "meta-llama/Llama-2-7b-hf",
+        "training_file": "hub:google/boolq:train",
+        "test_file": "sample:passages",
+    }
+    estimate = client.post(STUDIES, json=asked).json()
+    (flops,) = {arm["flops"] for arm in estimate["arms"]}
+    assert estimate["flops"] == pytest.approx(6 * flops)
+    assert estimate["arms"][1]["stages"] == ["as much as HEFT 3+3"]

@@ -1,0 +1,198 @@
+"""`heft studies`: what is sent, what is shown, and the reports."""
+
+from __future__ import annotations
+
+import json
+import re
+from html.parser import HTMLParser
+from pathlib import Path
+from typing import Any
+from xml.etree import ElementTree
+
+import pytest
+
+from cli.commands.studies import arm_body, grid_body, numbers
+from cli.errors import CommandError
+from cli.report.data import Report, layer_and_rank, losses
+from cli.report.page import page
+from cli.report.plots import against_compute, curves, layer_rank_map
+from cli.report.words import flops, markdown
+
+SENTENCE = "HEFT 3+3 is 1.2 points above LoRA <alone>, 95 % interval −0.4 to 2.8: not separable with 3 seeds."
+
+
+def an_arm(name: str, layer: int = 1, rank: int = 2, accuracy: float | None = 0.8) -> dict[str, Any]:
+    known = accuracy is not None
+    return {
+        "name": name,
+        "method": {"type": "heft", "heft": {"lora": {}, "reft": {"layers": [layer], "rank": rank}}},
+        "jobs": [{"id": f"ftjob-{name}", "seed": 1, "status": "succeeded" if known else "failed"}],
+        "accuracy": accuracy,
+        "interval_95": [accuracy - 0.05, accuracy + 0.05] if accuracy is not None else None,
+        "per_seed": [{"seed": 1, "accuracy": accuracy}, {"seed": 2, "accuracy": accuracy}] if known else [],
+        "flops": 3.21e12 * layer if known else None,
+        "seconds": 61.0 if known else None,
+        "trained_parameters": 1_234 if known else None,
+    }
+
+
+def a_report(*arms: dict[str, Any], **changes: Any) -> Report:
+    model = {"seed": 1, "only_a": 9, "only_b": 4, "difference": 0.012, "interval_95": [-0.01, 0.03],
+             "p_value": 0.27, "p_adjusted": 0.54}  # fmt: skip
+    study = {
+        "id": "study_1",
+        "object": "study",
+        "name": "table | <b>of</b> $3",
+        "status": "succeeded",
+        "model": "smollm2-135m",
+        "training_file": "file-a",
+        "validation_file": None,
+        "test_file": "file-b",
+        "seeds": [1, 2],
+        "arms": list(arms),
+        "comparisons": [{"a": "a", "b": "b", "sentence": SENTENCE, "models": [model]}],
+    }
+    return Report(
+        study=study | changes, curves={arm["name"]: [(1, 2.0), (2, 1.0)] for arm in arms if arm["accuracy"]}
+    )
+
+
+class Tags(HTMLParser):
+    """Every tag and attribute of a page."""
+
+    def __init__(self, text: str) -> None:
+        super().__init__()
+        self.seen: list[tuple[str, dict[str, str | None]]] = []
+        self.feed(text)
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.seen.append((tag, dict(attrs)))
+
+
+def test_arms_and_grids_are_written_as_jobs_are() -> None:
+    assert arm_body("narrow: heft reft.rank=2 max_length=64") == {
+        "name": "narrow",
+        "method": {"type": "heft", "heft": {"reft": {"rank": 2}}},
+        "set": {"max_length": 64},
+    }
+    assert arm_body("LoRA alone: lora lora.n_epochs=20")["method"] == {
+        "type": "lora",
+        "lora": {"n_epochs": 20},
+    }
+    assert grid_body(["reft.layers=10,15", 'reft.positions=["l1","f1+l1"]']) == {
+        "reft.layers": [10, 15],
+        "reft.positions": ["l1", "f1+l1"],
+    }
+    assert numbers("1,2,3") == [1, 2, 3]
+    for fault in (
+        lambda: arm_body("no colon"),
+        lambda: arm_body("a:"),
+        lambda: grid_body(["x"]),
+        lambda: numbers("x"),
+    ):
+        with pytest.raises(CommandError):
+            fault()
+
+
+def test_a_table_of_losses_becomes_a_short_curve() -> None:
+    table = (
+        "step,stage,train_loss\n"
+        + "".join(f"{step},lora,{step}.0\n" for step in range(1, 401))
+        + "400,lora,\n"
+    )
+    found = losses(table)
+    assert len(found) == 200
+    assert found[0] == (2, 1.5)
+    assert losses("step,stage,train_loss\n") == []
+
+
+def test_markdown_has_every_number_and_no_markup_of_the_users() -> None:
+    text = markdown(a_report(an_arm("a|b"), an_arm("gone", accuracy=None)))
+    assert "# table \\| \\<b\\>of\\</b\\> $3" in text
+    assert "| a\\|b | 80.0 % | 75.0 to 85.0 % | 1: 80.0 %, 2: 80.0 % | 3.21 TFLOP | 1:01 | 1,234 |" in text
+    assert "| gone |  |  | 1: failed |  |  |  |" in text
+    assert "- HEFT 3+3 is 1.2 points above LoRA \\<alone\\>" in text
+    assert "| a | b | 1 | 9 | 4 | +1.2 | −1.0 to +3.0 | 0.270 | 0.540 |" in text
+
+
+def test_the_page_needs_nothing_beside_it() -> None:
+    text = page(a_report(*(an_arm(f"{layer} {rank}", layer, rank) for layer in (1, 2) for rank in (2, 4))))
+    tags = Tags(text).seen
+    assert [tag for tag, _ in tags].count("svg") == 3
+    assert not {"script", "link", "img", "iframe"} & {tag for tag, _ in tags}
+    loaded = [
+        value for _, attrs in tags for name, value in attrs.items() if name in ("src", "xlink:href", "href")
+    ]
+    assert all((value or "").startswith(("#", "data:")) for value in loaded)
+    assert "<b>of" not in text
+    assert "LoRA &lt;alone&gt;" in text
+
+
+def test_plots_show_the_arms() -> None:
+    arms = [an_arm(f"{layer} {rank}", layer, rank, 0.5 + layer / 10) for layer in (1, 2) for rank in (2, 4)]
+    for svg in (against_compute(arms), layer_rank_map(arms), curves(a_report(*arms))):
+        assert svg is not None
+        ElementTree.fromstring(re.sub(r"xlink:href", "href", svg))  # well-formed
+    shown = against_compute(arms)
+    assert shown is not None
+    assert shown == against_compute(arms)
+    assert "2 4" in shown
+    cells = layer_rank_map(arms)
+    assert cells is not None
+    assert cells.count("60.0") >= 2
+
+
+def test_there_is_no_plot_without_numbers() -> None:
+    gone = an_arm("gone", accuracy=None)
+    assert against_compute([gone]) is None
+    assert layer_rank_map([gone]) is None
+    assert layer_rank_map([an_arm("a", 1, 2), an_arm("b", 2, 2)]) is None  # one rank is no map
+    assert curves(a_report(gone)) is None
+    assert layer_and_rank({"method": {"type": "lora", "lora": {}}}) is None
+
+
+@pytest.mark.parametrize(
+    ("value", "text"), [(3.2e15, "3.2 PFLOP"), (5e9, "5 GFLOP"), (12.0, "12 FLOP"), (None, "")]
+)
+def test_arithmetic_is_readable(value: float | None, text: str) -> None:
+    assert flops(value) == text
+
+
+def test_the_command_sends_a_study_and_writes_its_report(service: Any, tmp_path: Path) -> None:
+    study = a_report(an_arm("a")).study
+    service.on("POST /v1/studies", (200, study))
+    run = service.run(
+        *("studies", "create", "--name", "ranks", "--model", "m", "--training-file", "file-a"),
+        *("--test-file", "file-b", "--grid", "reft.rank=2,4", "--set", "lora.rank=2", "--seeds", "1"),
+    )
+    assert run.exit_code == 0, run.output
+    assert run.stdout.strip() == "study_1"
+    assert service.bodies[-1][1] == {
+        "name": "ranks",
+        "model": "m",
+        "seeds": [1],
+        "dry_run": False,
+        "method": {"type": "heft", "heft": {"lora": {"rank": 2}}},
+        "grid": {"reft.rank": [2, 4]},
+        "training_file": "file-a",
+        "test_file": "file-b",
+    }
+
+    service.on("GET /v1/studies/study_1", (200, study))
+    service.on("GET /v1/fine_tuning/jobs/ftjob-a", (200, {"result_files": ["file-r"]}))
+    service.on("GET /v1/files/file-r/content", (200, b"step,train_loss\n1,2.0\n2,1.0\n"))
+    for name in ("report.html", "report.json", "report.md"):
+        run = service.run("studies", "report", "study_1", "--out", str(tmp_path / name))
+        assert run.exit_code == 0, run.output
+    assert json.loads((tmp_path / "report.json").read_text())["curves"] == {"a": [[1, 2.0], [2, 1.0]]}
+    assert (tmp_path / "report.html").read_text().startswith("<!doctype html>")
+    assert (tmp_path / "report.md").read_text().startswith("# table")
+
+
+def test_watching_a_study_tells_what_happens_and_how_it_ends(service: Any) -> None:
+    events = [{"id": "2", "message": "The study has ended."}, {"id": "1", "message": "Created."}]
+    service.on("GET /v1/studies/study_1", (200, {"status": "failed"}))
+    service.on("GET /v1/studies/study_1/events?limit=100", (200, {"data": events, "has_more": False}))
+    run = service.run("studies", "watch", "study_1")
+    assert run.exit_code == 1
+    assert run.stdout.splitlines() == ["Created.", "The study has ended."]
