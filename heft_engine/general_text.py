@@ -13,6 +13,8 @@ from heft_engine.errors import ConfigError
 
 PIECES = 8
 PIECE_TOKENS = 256
+#: Supervised tokens that a piece must have.
+LEAST_HALF = 4
 
 
 def general_examples(encoder: Encoder, text: str | None = None) -> list[Example]:
@@ -27,9 +29,9 @@ def general_examples(encoder: Encoder, text: str | None = None) -> list[Example]
     examples = []
     for index in range(PIECES):
         # Eight characters a token is more than any tokenizer makes of English.
-        ids = encoder.text(text[index * stride : index * stride + 8 * size])[:size]
+        ids = encoder.text(text[index * stride : index * stride + min(8 * size, stride)])[:size]
         half = len(ids) // 2
-        if half == 0:
+        if half < LEAST_HALF:
             raise ConfigError(f"the text is too short to be cut into {PIECES} pieces", param="general")
         examples.append(Example(prompt=tuple(ids[:half]), answers=(tuple(ids[half:]),), labels=("",), gold=0))
     return examples

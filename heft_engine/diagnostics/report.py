@@ -207,5 +207,5 @@ def _stage_two(bundle: Bundle, lm: PackedLM) -> tuple[ReftStage, int]:
         if stage["type"] == "reft":
             return ReftStage.model_validate(stage), derived_seed(bundle.info.seed, index)
     rate = auto_learning_rate("reft", lm.parameters)
-    stage = ReftStage(layers=[auto_layer(lm.n_layers)], learning_rate=rate)
-    return stage, derived_seed(bundle.info.seed, len(bundle.info.stages))
+    default = ReftStage(layers=[auto_layer(lm.n_layers)], learning_rate=rate)
+    return default, derived_seed(bundle.info.seed, len(bundle.info.stages))

@@ -102,8 +102,8 @@ def dense(matrix: GaussNewton) -> Tensor:
     [
         ("llama", "yes_no", "loreft", "l1"),
         ("llama", "text", "loreft", "f1+l1"),
-        ("gemma2", "yes_no", "noreft", "l2"),
-        ("gpt_neox", "text", "direft", "l1"),
+        pytest.param("gemma2", "yes_no", "noreft", "l2", marks=pytest.mark.slow),
+        pytest.param("gpt_neox", "text", "direft", "l1", marks=pytest.mark.slow),
     ],
 )
 def test_the_eigenvalues_are_those_of_a_dense_gauss_newton_matrix(
