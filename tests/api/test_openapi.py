@@ -42,6 +42,7 @@ def test_every_route_of_the_contract_is_there(described: dict[str, Any]) -> None
         f"POST {jobs}/{{job_id}}/resume",
         f"GET {jobs}/{{job_id}}/events",
         f"GET {jobs}/{{job_id}}/checkpoints",
+        f"GET {jobs}/{{job_id}}/diagnostics",
         "GET /v1/models",
         "GET /v1/models/{model_id}",
         "DELETE /v1/models/{model_id}",
