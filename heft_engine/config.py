@@ -71,6 +71,13 @@ class StageSettings(Settings):
 Layer = Annotated[int, Field(ge=0, le=MAX_LAYER)]
 
 
+class MergeSettings(Settings):
+    """What happens to an adapter's change between its training and its merge."""
+
+    #: Scales the singular values of intruder dimensions (arXiv 2410.21228); None leaves the change as it was trained.
+    intruder_scale: Annotated[float, Field(ge=0, le=1)] | None = None
+
+
 class LoraStage(StageSettings):
     """Stage 1: ΔW = (alpha/rank)·B·A on the target projections (arXiv 2106.09685), merged when the stage ends.
 
@@ -92,6 +99,7 @@ class LoraStage(StageSettings):
     #: (arXiv 2404.02948; "pissa_niter_4" finds them by a faster randomised method); "olora" at its QR decomposition
     #: (arXiv 2406.01775). The weight keeps the rest, so the model begins as it was.
     init: LoraInit = "default"
+    merge: MergeSettings = MergeSettings()
 
     @property
     def scaling(self) -> float:

@@ -20,6 +20,7 @@ from heft_engine import lora
 from heft_engine.config import LoraStage
 from heft_engine.encoding import Example
 from heft_engine.errors import TrainingError
+from heft_engine.intruders import repaired
 from heft_engine.lora import LoraAdapter
 from heft_engine.model import PackedLM
 from heft_engine.packing import pack
@@ -82,6 +83,26 @@ def merge_and_verify(
         )
         raise TrainingError(message, code="parity_broken")
     return parity
+
+
+def merge_stage(
+    lm: PackedLM, adapted: Any, stage: LoraStage, adapter: LoraAdapter, examples: Sequence[Example]
+) -> tuple[LoraAdapter, dict[str, Any]]:
+    """Merges what a stage has trained, its intruder dimensions scaled if the stage says so (after the comparison, which
+    is of what was trained). Returns what was merged, and the record. Raises TrainingError (parity_broken).
+    """
+    scale = stage.merge.intruder_scale
+    if scale is None:
+        return adapter, merge_and_verify(lm, adapted, stage, adapter, examples).to_json()
+    with torch.no_grad():
+        found = {module: lora.weight_of(lm.model, module).clone() for module in adapter.factors}
+    parity = merge_and_verify(lm, adapted, stage, adapter, examples)
+    adapter, count = repaired(adapter, found.__getitem__, scale)
+    with torch.no_grad():
+        for module, weight in found.items():
+            lora.weight_of(lm.model, module).copy_(weight)
+    lora.merge(lm.model, adapter)
+    return adapter, {**parity.to_json(), "intruder_scale": scale, "intruders": count}
 
 
 def _as_peft_has_it(

@@ -33,7 +33,7 @@ from heft_engine.memory import peak
 from heft_engine.model import PackedLM
 from heft_engine.model_files import inspect
 from heft_engine.outcome import write_outcome
-from heft_engine.parity import merge_and_verify
+from heft_engine.parity import merge_stage
 from heft_engine.resolve import resolve_max_length, resolve_stage
 from heft_engine.reuse import Reuse, StageStore
 from heft_engine.rows import Row, infer_task
@@ -382,11 +382,11 @@ class Run:
     def _merge(self, index: int, stage: LoraStage, trainable: LoraTrainable) -> None:
         assert stage.target_modules != "auto"
         adapter = lora.extract(trainable.adapted, stage, stage.target_modules, self.base.reference)
-        parity = merge_and_verify(self.lm, trainable.adapted, stage, adapter, self.probe)
+        adapter, record = merge_stage(self.lm, trainable.adapted, stage, adapter, self.probe)
         self.adapters.append(adapter)
-        self.state.parity.append({"stage_index": index, **parity.to_json()})
-        message = f"Merged; float32 logits differ from the adapter's by {parity.float32:.1e}"
-        self._emit_stage("MERGE_VERIFIED", message, index, **parity.to_json())
+        self.state.parity.append({"stage_index": index, **record})
+        message = f"Merged; float32 logits differ from the adapter's by {record['float32']:.1e}"
+        self._emit_stage("MERGE_VERIFIED", message, index, **record)
 
     def _evaluate(self, stage: str, index: int | None) -> None:
         if not self.reported:

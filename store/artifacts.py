@@ -55,11 +55,11 @@ def attempt_prefix(job_id: str, attempt: int) -> str:
     return f"jobs/{job_id}/{attempt}"
 
 
-def export_key(job_id: str, name: str, format: str, attempt: int) -> str:
+def export_key(job_id: str, name: str, format: str, attempt: int, *, suffix: str = "tar") -> str:
     """Where one attempt at an archive of a job's model puts it. `name`: the part of the model's id that is
     its own.
     """
-    return f"{EXPORTS}/{job_id}/{name}-{format}-{attempt}.tar"
+    return f"{EXPORTS}/{job_id}/{name}-{format}-{attempt}.{suffix}"
 
 
 class Artifacts:

@@ -13,13 +13,15 @@ from sqlalchemy import ColumnElement, and_, case, func, or_, select, update
 from sqlalchemy.dialects.postgresql import insert
 from sqlalchemy.orm import Session
 
-from store import models
+from store import jobs, models
 from store.clock import seconds
-from store.errors import InvalidRequest, LostFence
+from store.errors import Conflict, InvalidRequest, LostFence
 from store.models import Model
 from store.tables import Export
 
 Format = Literal["bundle", "merged", "peft", "pyreft"]
+#: What is asked for through the job: the diagnostics of its model, built by a worker as archives are.
+DIAGNOSTICS = "diagnostics"
 #: So many lost workers in a row and the archive fails: it may be what ends them.
 MAX_LOSSES = 3
 #: A failure is told for so long; whoever asks later has it tried again.
@@ -45,6 +47,24 @@ def request(session: Session, *, owner_id: str, model_id: str, format: str) -> E
     """
     if format not in get_args(Format):
         raise InvalidRequest(f"a format is one of {', '.join(get_args(Format))}", param="format")
+    return _request(session, owner_id=owner_id, model_id=model_id, format=format)
+
+
+def request_diagnostics(session: Session, *, owner_id: str, job_id: str) -> Export:
+    """The row of a job's diagnostics, in the states of an archive.
+
+    Raises NotFound; Conflict for a job that has left no model (yet).
+    """
+    job = jobs.get(session, owner_id=owner_id, job_id=job_id)
+    if job.fine_tuned_model is None:
+        message = (
+            f"this job is {job.state}: diagnostics are of the model that a job leaves when it has succeeded"
+        )
+        raise Conflict(message, code="job_has_no_model")
+    return _request(session, owner_id=owner_id, model_id=job.fine_tuned_model, format=DIAGNOSTICS)
+
+
+def _request(session: Session, *, owner_id: str, model_id: str, format: str) -> Export:
     if models.get(session, owner_id=owner_id, model_id=model_id).kind == "base":
         raise InvalidRequest("a base model is not exported: take it from where it came from", param="model")
     row = {"model_id": model_id, "format": format, "state": "pending"}

@@ -251,7 +251,7 @@ class Export(Base):
     __tablename__ = "exports"
 
     model_id: Mapped[str] = mapped_column(ForeignKey("models.id"), primary_key=True)
-    format: Mapped[str] = mapped_column(primary_key=True)  #: bundle, merged, peft or pyreft
+    format: Mapped[str] = mapped_column(primary_key=True)  #: bundle, merged, peft, pyreft; diagnostics
     state: Mapped[str]  #: pending, building, ready or failed
     attempt: Mapped[int] = mapped_column(server_default=text("0"))  #: the fencing token
     losses: Mapped[int] = mapped_column(server_default=text("0"))  #: workers that were lost over it

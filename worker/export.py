@@ -1,4 +1,5 @@
-"""Archives of models: fetch the bundle, have the engine write the wanted format, store it as one tar.
+"""Archives of models: fetch the bundle, have the engine write the wanted format, store it as one tar. Diagnostics are
+made in the same way, and stored as one JSON file.
 
 It does NOT know formats: the engine does. Nobody's job waits for this; a lost attempt is made again.
 """
@@ -17,9 +18,10 @@ from typing import IO, Any, cast
 from store import exports
 from store.artifacts import Artifacts, export_key
 from store.database import transaction
-from store.errors import Damaged, LostFence, Unavailable
-from store.exports import ExportClaim
+from store.errors import Damaged, LostFence, NotFound, Unavailable
+from store.exports import DIAGNOSTICS, ExportClaim
 from store.fence import Wishes
+from worker import diagnostics
 from worker.attempt import error_of
 from worker.child import Child, child_environment
 from worker.context import Context
@@ -69,9 +71,15 @@ def _build(context: Context, claim: ExportClaim, folder: Path, watch: Watch) -> 
         with transaction(context.sessions) as session:
             exports.fail(session, claim, error=fault.error)
         return
-    name = claim.model.id.rpartition(":")[2]
-    key = export_key(claim.model.job_id or "", name, claim.format, claim.attempt)
-    size = _store_tar(context.artifacts, key, made, f"{name}-{claim.format}")
+    name, job_id = claim.model.id.rpartition(":")[2], claim.model.job_id or ""
+    if claim.format == DIAGNOSTICS:
+        key = export_key(job_id, name, claim.format, claim.attempt, suffix="json")
+        joined = diagnostics.join(made, folder / "joined.json")
+        context.artifacts.put_file(key, joined)
+        size = joined.stat().st_size
+    else:
+        key = export_key(job_id, name, claim.format, claim.attempt)
+        size = _store_tar(context.artifacts, key, made, f"{name}-{claim.format}")
     with transaction(context.sessions) as session:
         exports.finish(session, claim, storage_key=key, size=size)
 
@@ -85,8 +93,19 @@ def _make(context: Context, claim: ExportClaim, folder: Path, watch: Watch) -> P
         raise ExportFailed(error_of("storage_damaged", f"A stored file can't be used: {fault}.")) from fault
     if claim.format == "bundle":
         return bundle
-    command = [*context.engine_command, "export", "--bundle", str(bundle), "--format", claim.format]
-    command += ["--out", str(out), "--die-with-parent"]
+    if claim.format == DIAGNOSTICS:
+        command = ["diagnose", "--data", str(_fetch_rows(context, claim, folder))]
+    else:
+        command = ["export", "--format", claim.format]
+    command = [
+        *context.engine_command,
+        *command,
+        "--bundle",
+        str(bundle),
+        "--out",
+        str(out),
+        "--die-with-parent",
+    ]
     for option, path in (
         ("--model-dir", context.settings.model_dir),
         ("--cache-dir", context.settings.cache_dir),
@@ -106,6 +125,18 @@ def _make(context: Context, claim: ExportClaim, folder: Path, watch: Watch) -> P
     if code != 0:
         raise ExportFailed(error)
     return out
+
+
+def _fetch_rows(context: Context, claim: ExportClaim, folder: Path) -> Path:
+    try:
+        with transaction(context.sessions) as session:
+            key, sha256 = diagnostics.rows_of(session, claim.model.job_id or "")
+        context.artifacts.fetch_file(key, folder / "rows.jsonl", sha256)
+    except NotFound as fault:
+        raise ExportFailed(error_of("file_not_found", "The job's rows have been deleted.")) from fault
+    except Damaged as fault:
+        raise ExportFailed(error_of("storage_damaged", f"A stored file can't be used: {fault}.")) from fault
+    return folder / "rows.jsonl"
 
 
 def _store_tar(artifacts: Artifacts, key: str, directory: Path, name: str) -> int:

@@ -5,16 +5,20 @@ from __future__ import annotations
 import logging
 import re
 from collections.abc import Mapping
-from typing import Annotated
+from typing import Annotated, Any
 
 from fastapi import APIRouter, Depends, Request
+from fastapi.responses import JSONResponse, Response
 from sqlalchemy.orm import Session
 
 from api.deps import After, Caller, Db, Held, IdempotencyKey, Limit, body_hash
 from api.schemas.common import Listing
+from api.schemas.diagnostics import Diagnostics, DiagnosticsPending
 from api.schemas.job_object import CheckpointObject, JobObject
 from api.schemas.jobs import JobRequest
-from store import idempotency, jobs
+from api.streams import stored
+from store import exports, idempotency, jobs
+from store.errors import Conflict
 from store.ids import new_job_id
 from store.logs import bound
 from store.states import PURPOSES, JobState
@@ -23,6 +27,14 @@ from store.tables import Job
 log = logging.getLogger(__name__)
 
 router = APIRouter(prefix="/v1/fine_tuning/jobs", tags=["Fine-tuning"])
+
+_DIAGNOSTICS_RESPONSES: dict[int | str, dict[str, Any]] = {
+    200: {"model": Diagnostics},
+    202: {
+        "model": DiagnosticsPending,
+        "description": "A worker computes it: ask again after Retry-After seconds",
+    },
+}
 
 _FILTER = re.compile(r"metadata\[(.+)\]")
 
@@ -117,3 +129,20 @@ async def list_checkpoints(
     page = await db(jobs.list_checkpoints, owner_id=caller.id, job_id=job_id, limit=limit, after=after)
     items = [CheckpointObject.of(checkpoint) for checkpoint in page.items]
     return Listing.of(items, has_more=page.has_more)
+
+
+@router.get("/{job_id}/diagnostics", responses=_DIAGNOSTICS_RESPONSES, response_class=Response)
+async def job_diagnostics(job_id: str, caller: Caller, db: Db, held: Held) -> Response:
+    """What the job's stages did to weights, representations and curvature, and what was forgotten, with plots.
+
+    A worker computes it when it is first asked for.
+    """
+    export = await db(exports.request_diagnostics, owner_id=caller.id, job_id=job_id)
+    if export.state == "failed":
+        error = export.error or {}
+        raise Conflict(error["message"], param=error["param"], code=error["code"])
+    if export.storage_key is None:
+        held.hints.export(export.model_id, export.format)
+        pending = DiagnosticsPending(job=job_id, status=export.state)
+        return JSONResponse(pending.model_dump(), status_code=202, headers={"Retry-After": "5"})
+    return await stored(held.artifacts, export.storage_key, media_type="application/json", size=export.bytes)

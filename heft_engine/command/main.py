@@ -76,6 +76,9 @@ def parser() -> argparse.ArgumentParser:
     check.add_argument("--run-file", type=Path, required=True, help="see heft_engine.command.check.CheckFile")
     _add_lifeline(check)
     check.set_defaults(run=_check)
+    _add_diagnose(
+        commands.add_parser("diagnose", help="what a bundle's stages did to weights, states and curvature")
+    )
     models = commands.add_parser("models", help="the base models on this machine, one JSON line each")
     _add_lifeline(models)
     _add_places(models)
@@ -153,6 +156,24 @@ def _add_import_pyreft(command: argparse.ArgumentParser) -> None:
     command.set_defaults(run=_import_pyreft)
 
 
+def _add_diagnose(command: argparse.ArgumentParser) -> None:
+    command.add_argument("--bundle", type=Path, required=True)
+    command.add_argument("--data", type=Path, required=True, help="rows of the task with their answers")
+    command.add_argument(
+        "--out", type=Path, required=True, help="a new folder for diagnostics.json and plots"
+    )
+    command.add_argument(
+        "--part", action="append", dest="parts", metavar="NAME", help="repeated; default: all of them"
+    )
+    command.add_argument("--rows", type=int, default=256, help="rows of representations")
+    command.add_argument("--curvature-rows", type=int, default=64, help="rows of curvature and descent")
+    command.add_argument("--target", type=float, help="steps to this loss; default: the lowest both reach")
+    command.add_argument("--general", type=Path, help="a text to measure forgetting on")
+    _add_lifeline(command)
+    _add_places(command)
+    command.set_defaults(run=_diagnose)
+
+
 def _add_lifeline(command: argparse.ArgumentParser) -> None:
     command.add_argument(
         "--die-with-parent", action="store_true", help="end when the starter ends (stdin is its pipe)"
@@ -209,6 +230,12 @@ def _import_pyreft(options: argparse.Namespace) -> None:
 
 def _check(options: argparse.Namespace) -> None:
     from heft_engine.command.check import run
+
+    run(options)
+
+
+def _diagnose(options: argparse.Namespace) -> None:
+    from heft_engine.command.diagnose import run
 
     run(options)
 

@@ -157,3 +157,48 @@ class TestExport:
 
     def test_a_base_model_is_not_exported(self, client: httpx.Client, base: str) -> None:
         assert client.get(f"{path(base)}/export").status_code == 422
+
+
+class TestDiagnostics:
+    """Through the job; computed by a worker as archives are."""
+
+    def test_they_are_computed_when_asked_for_and_then_told(
+        self,
+        client: httpx.Client,
+        stranger: httpx.Client,
+        sessions: SessionFactory,
+        settings: StoreSettings,
+        trained: str,
+    ) -> None:
+        job_id = client.get(path(trained)).json()["job_id"]
+        address = f"/v1/fine_tuning/jobs/{job_id}/diagnostics"
+        pending = client.get(address)
+        assert (pending.status_code, pending.headers["retry-after"]) == (202, "5")
+        assert pending.json() == {
+            "object": "fine_tuning.job.diagnostics",
+            "job": job_id,
+            "status": "pending",
+        }
+        with Connection(settings.redis_url) as broker, broker.SimpleQueue("export", no_ack=True) as queue:
+            # Hints of other tests' models may stand before it.
+            while queue.get(timeout=10).payload[0] != [trained, "diagnostics"]:
+                pass
+        assert stranger.get(address).status_code == 404
+
+        report = b'{"object": "fine_tuning.job.diagnostics", "plots": {}}'
+        Artifacts(settings.artifacts_url).put_stream("exports/d.json", [report])
+        with transaction(sessions) as session:
+            claim = exports.claim(session, model_id=trained, format="diagnostics")
+            assert claim is not None
+            exports.finish(session, claim, storage_key="exports/d.json", size=len(report))
+        ready = client.get(address)
+        assert (ready.status_code, ready.content) == (200, report)
+        assert ready.headers["content-type"] == "application/json"
+        refused = client.get(f"{path(trained)}/export?format=diagnostics")
+        assert (refused.status_code, refused.json()["error"]["param"]) == (422, "format")
+
+    def test_a_job_without_a_model_has_none(self, client: httpx.Client, base: str) -> None:
+        body = {"model": base, "training_file": "sample:passages"}
+        job_id = client.post("/v1/fine_tuning/jobs", json=body).json()["id"]
+        answer = client.get(f"/v1/fine_tuning/jobs/{job_id}/diagnostics")
+        assert (answer.status_code, answer.json()["error"]["code"]) == (409, "job_has_no_model")

@@ -47,6 +47,7 @@ def test_every_route_of_the_contract_is_there(described: dict[str, Any]) -> None
         "GET /v1/studies/{study_id}",
         "POST /v1/studies/{study_id}/cancel",
         "GET /v1/studies/{study_id}/events",
+        f"GET {jobs}/{{job_id}}/diagnostics",
         "GET /v1/models",
         "GET /v1/models/{model_id}",
         "DELETE /v1/models/{model_id}",
