@@ -30,7 +30,7 @@ PATIENCE = 0.75
 #: A rate counts once it was observed for so long (seconds) over so many rows, until it has faded in a long rest.
 _SURE_SECONDS, _SURE_ROWS, _FADED_SECONDS = 5.0, 16.0, 1.0
 _MEMORY_SECONDS = 30.0
-_MOST_RETRY_SECONDS = 60
+_MOST_RETRY_SECONDS, _UNSURE_RETRY_SECONDS = 30, 2
 _BROKER_RETRY_SECONDS = 5
 
 _SAMPLE_SECONDS = 0.25
@@ -66,6 +66,7 @@ class Admission:
         self._answered = 0.0
         self._busy_seconds = 0.0
         self._sure = False
+        self._next_turn = -math.inf  #: when the next one who is refused may come back, if nobody left early
 
     @contextmanager
     def admit(self, rows: int) -> Iterator[None]:
@@ -107,11 +108,19 @@ class Admission:
             limit = min(limit, max(LEAST_WAITING, int(rate * self._timeout * PATIENCE)))
         excess = self.waiting + rows - limit
         if self.waiting and excess > 0:
-            seconds = 2.0 if rate is None else min(excess, self.waiting) / max(rate, 1e-3)
             raise RateLimited(
                 f"{self.waiting:,} inputs are waiting already: {rows:,} more would not be answered in time",
-                retry_after=math.ceil(min(max(seconds, 1.0), _MOST_RETRY_SECONDS)),
+                retry_after=self._retry_after(rows, excess, rate),
             )
+
+    def _retry_after(self, rows: int, excess: int, rate: float | None) -> int:
+        """Seconds until there is room, also for those who were sent away before: all at once, most would be again."""
+        if rate is None:
+            return _UNSURE_RETRY_SECONDS
+        pace = max(rate, 1e-3)
+        turn = max(self._at + min(excess, self.waiting) / pace, self._next_turn)
+        self._next_turn = min(turn + rows / pace, self._at + _MOST_RETRY_SECONDS)
+        return math.ceil(min(max(turn - self._at, 1.0), _MOST_RETRY_SECONDS))
 
     def _advance(self) -> None:
         """Time passes: what was observed fades, and time in which somebody waited counts."""

@@ -131,6 +131,9 @@ def test_no_more_may_wait_than_the_observed_rate_answers_in_time() -> None:
         with pytest.raises(RateLimited) as refused:
             door.admit(100).__enter__()
         assert 7 <= refused.value.retry_after <= 9, "75 rows too many, at ten a second"
+        with pytest.raises(RateLimited) as another:
+            door.admit(100).__enter__()
+        assert 16 <= another.value.retry_after <= 19, "and the 100 before it"
         with door.admit(20):
             assert door.waiting == 220
     assert door.waiting == 0
