@@ -44,12 +44,19 @@ class FixedShapes(TorchFunctionMode):
     """While active in a thread, every linear layer multiplies blocks of fixed heights.
 
     `larger`: for shapes of weights, the heights that were seen to give the bits of `small`, and `small` itself.
+    `fewer`: the numbers of rows below `small` of which the same was seen; they need no padding.
     """
 
-    def __init__(self, small: int, larger: Mapping[Shape, Heights] | None = None) -> None:
+    def __init__(
+        self,
+        small: int,
+        larger: Mapping[Shape, Heights] | None = None,
+        fewer: Mapping[Shape, frozenset[int]] | None = None,
+    ) -> None:
         super().__init__()
         self.small = small
         self.larger = larger or {}
+        self.fewer = fewer or {}
         self._plans: dict[tuple[Shape, int], tuple[int, ...]] = {}
 
     def __torch_function__(
@@ -77,6 +84,8 @@ class FixedShapes(TorchFunctionMode):
 
     def plan(self, shape: Shape, rows: int) -> tuple[int, ...]:
         """Heights of the blocks that cover so many rows, one after another; the last one may reach beyond them."""
+        if rows < self.small and rows in self.fewer.get(shape, ()):
+            return (rows,)
         smalls = -(-rows // self.small)
         heights = self.larger.get(shape)
         if heights is None or smalls < 2:
@@ -135,7 +144,18 @@ def calibrate(layers: Iterable[nn.Module], device: torch.device) -> FixedShapes:
         for module in layer.modules():
             if isinstance(module, nn.Linear) and module.weight.device == device:
                 modules.setdefault((*module.weight.shape, module.weight.dtype), module)
-    return FixedShapes(small, {shape: _heights(module, small) for shape, module in modules.items()})
+    larger = {shape: _heights(module, small) for shape, module in modules.items()}
+    return FixedShapes(small, larger, {shape: _fewer(module, small) for shape, module in modules.items()})
+
+
+def _fewer(module: nn.Linear, small: int) -> frozenset[int]:
+    """The numbers of rows below `small` whose product has the bits of one of `small` rows: texts are written in
+    passes of a few rows."""
+    weight, bias = module.weight, module.bias
+    generator = torch.Generator().manual_seed(0)
+    rows = torch.randn(small, module.in_features, generator=generator).to(weight)
+    exact = F.linear(rows, weight, bias)
+    return frozenset(n for n in range(1, small) if _agree(rows[:n], weight, bias, exact[:n]))
 
 
 def _heights(module: nn.Linear, small: int) -> Heights:

@@ -133,6 +133,19 @@ def test_a_plan_covers_every_row_in_the_least_time(heights: dict[int, float] | N
     assert mode.plan((1, 2, torch.float32), 100) == (32,) * 4
 
 
+def test_few_rows_need_no_padding_where_that_was_seen_to_change_nothing() -> None:
+    mode = FixedShapes(32, {SHAPE: {32: 1.0}}, {SHAPE: frozenset({3, 31})})
+    assert [mode.plan(SHAPE, rows) for rows in (3, 4, 31, 32, 35)] == [(3,), (32,), (31,), (32,), (32, 32)]
+    torch.manual_seed(1)
+    for dtype in (torch.bfloat16, torch.float32):
+        layer = nn.Linear(192, 64, bias=False, dtype=dtype).requires_grad_(False)
+        measured = calibrate([layer], torch.device("cpu"))
+        rows = torch.randn(32, 192, dtype=dtype)
+        whole = layer(rows)
+        for few in measured.fewer[64, 192, dtype]:
+            assert torch.equal(layer(rows[:few]), whole[:few])
+
+
 def test_products_in_blocks_are_the_same_products() -> None:
     torch.manual_seed(0)
     layer = nn.Linear(48, 64)
