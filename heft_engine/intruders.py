@@ -27,8 +27,13 @@ EPSILON = 0.5
 
 @dataclass(frozen=True, kw_only=True)
 class Intruders:
-    """Of one matrix: σ, u (out, k) and vᵀ (k, in) of its intruders, and the largest |cosine| of every one looked at."""
+    """Of one matrix: σ, u (out, k) and vᵀ (k, in) of its intruders, and the largest |cosine| of every one looked at.
 
+    `before` and `after` are all singular values of the original and of the tuned weight.
+    """
+
+    before: Tensor
+    after: Tensor
     values: Tensor
     left: Tensor
     right: Tensor
@@ -45,11 +50,13 @@ class Intruders:
 
 def find(original: Tensor, tuned: Tensor, top: int = TOP, epsilon: float = EPSILON) -> Intruders:
     """The intruder dimensions of `tuned` (out, in), float32 on the CPU."""
-    own, _, _ = torch.linalg.svd(original.float().cpu(), full_matrices=False)
+    own, before, _ = torch.linalg.svd(original.float().cpu(), full_matrices=False)
     left, values, right = torch.linalg.svd(tuned.float().cpu(), full_matrices=False)
     cosines = (left[:, :top].T @ own).abs().amax(dim=1)
     at = torch.nonzero(cosines < epsilon)[:, 0]
-    return Intruders(values=values[at], left=left[:, at], right=right[at], cosines=cosines)
+    return Intruders(
+        before=before, after=values, values=values[at], left=left[:, at], right=right[at], cosines=cosines
+    )
 
 
 def repaired(

@@ -15,7 +15,6 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from heft_engine.intruders import EPSILON, TOP, Intruders, find
@@ -49,15 +48,14 @@ def _module(module: str, adapters: Sequence[LoraAdapter], original: Tensor) -> d
     return {
         "module": module,
         "shape": list(original.shape),
-        "before": _spectrum(original),
-        "after": _spectrum(weight),
+        "before": _spectrum(found[0][1].before),
+        "after": _spectrum(found[-1][1].after),
         "relative_change": float((weight - original).norm() / original.norm()),
         "stages": [_intruders(index, one, weight) for index, one in found],
     }
 
 
-def _spectrum(weight: Tensor) -> dict[str, Any]:
-    values = torch.linalg.svdvals(weight)
+def _spectrum(values: Tensor) -> dict[str, Any]:
     stable_rank = float(values.square().sum() / values[0].square())
     return {"singular_values": _rounded(values[:TOLD]), "stable_rank": stable_rank}
 
