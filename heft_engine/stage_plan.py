@@ -18,11 +18,12 @@ from heft_engine import memory
 from heft_engine.compiled import compiled_layers, pays
 from heft_engine.config import Auto, LoraStage, ReftStage
 from heft_engine.encoding import Example
+from heft_engine.lean_layers import lean_layers
 from heft_engine.memory import Fit, Footprint
 from heft_engine.model import PackedLM
 from heft_engine.packing import packed_length
 from heft_engine.scoring import TOKEN_BUDGET as SCORING_BUDGET
-from heft_engine.sources import CacheBudget, CachePlan, PlainSource, cut_by, pass_tokens, plan_cache
+from heft_engine.sources import CacheBudget, CachePlan, PlainSource, cut_by, fill, pass_tokens, plan_cache
 from heft_engine.suffix_cache import Boundary, kv_shape
 from heft_engine.training import TOKEN_BUDGET, Progress, Trainable, epoch_order
 
@@ -77,10 +78,9 @@ class Planner:
         caches = self._caches(earlier)
         with ExitStack() as stack:
             compiled, failure = self._compile(stack, caches[0], earlier)
-            if earlier is None:
-                fitted = self._fit(caches)
-            else:
-                fitted = Fit(token_budget=earlier.token_budget, checkpointing=earlier.checkpointing, bytes=0)
+            if not compiled:
+                stack.enter_context(lean_layers(self.lm))
+            fitted = self._fit(caches) if earlier is None else self._as_before(caches[0], earlier)
             stack.callback(setattr, self.lm, "checkpointing", False)
             self.lm.checkpointing = fitted.checkpointing
             yield StagePlan(
@@ -130,16 +130,26 @@ class Planner:
         room = self.room if self.room is not None else memory.free_bytes(self.lm.device)
         room = int(room / memory.OVERHEAD) - self._standing(caches) - memory.head_bytes(self.lm)
         longest = max(map(packed_length, self.examples))
-        epochs = min(self.stage.n_epochs, max(1, COUNTED_ROWS // len(self.examples)))
-        orders = [epoch_order(self.seed, self.index, epoch, len(self.examples)) for epoch in range(epochs)]
 
         def largest(found: Footprint, budget: int) -> float:
-            size = self.stage.batch_size
-            steps = (order[start : start + size] for order in orders for start in range(0, len(order), size))
-            parts = {tuple(part) for step in steps for part in cut_by(self._weight(caches[0]), step, budget)}
-            return max(self._pass_bytes(found, caches[0], part) for part in parts)
+            return self._largest_pass(found, caches[0], budget)
 
         return memory.fit(room, TOKEN_BUDGET, largest, longest, self._footprint, self.stage.type)
+
+    def _as_before(self, cache: CachePlan, earlier: Progress) -> Fit:
+        """The passes of a checkpoint, whatever is free by now: another cut would round otherwise."""
+        found = self._footprint(earlier.checkpointing)
+        needed = self._largest_pass(found, cache, earlier.token_budget)
+        return Fit(token_budget=earlier.token_budget, checkpointing=earlier.checkpointing, bytes=int(needed))
+
+    def _largest_pass(self, found: Footprint, cache: CachePlan, budget: int) -> float:
+        """Bytes that the largest pass keeps."""
+        rows, size = len(self.examples), self.stage.batch_size
+        epochs = min(self.stage.n_epochs, max(1, COUNTED_ROWS // rows))
+        orders = (epoch_order(self.seed, self.index, epoch, rows) for epoch in range(epochs))
+        steps = (order[start : start + size] for order in orders for start in range(0, rows, size))
+        parts = {tuple(part) for step in steps for part in cut_by(self._weight(cache), step, budget)}
+        return max(self._pass_bytes(found, cache, part) for part in parts)
 
     def _footprint(self, checkpointing: bool) -> Footprint:
         self.lm.checkpointing = checkpointing
@@ -162,6 +172,9 @@ class Planner:
         rows = [self.examples[index] for index in part]
         skipped = [self._skipped(cache, index) for index in part]
         with_gradient = [packed_length(row) - left for row, left in zip(rows, skipped, strict=True)]
+        if cache.rung == "nothing":
+            tokens = sum(with_gradient)
+            with_gradient.append(fill(self.lm, tokens) - tokens)
         total = found.of(with_gradient)
         if cache.rung != "nothing":
             kv_heads, width = kv_shape(self.lm)
