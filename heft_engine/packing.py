@@ -163,8 +163,13 @@ def packed_length(example: Example) -> int:
     return len(example.prompt) + sum(max(0, len(answer) - 1) for answer in example.answers)
 
 
+def fill(device: torch.device, tokens: int) -> int:
+    """The tokens that a pass of so many runs: on a CPU it is filled up to one of few lengths."""
+    return filled_length(tokens) if device.type == "cpu" else tokens
+
+
 def filled_length(tokens: int) -> int:
-    """The tokens that a pass of so many is filled up to: one of eight lengths to a power of two, of more in long ones.
+    """The next of the lengths that passes have: eight to a power of two, more in long ones.
 
     On a CPU the library makes machine code for every new length of a pass, 13 MB for SmolLM2, and keeps it in the
     midst of the memory that the next pass needs: passes of ever new lengths took half a gigabyte in forty steps.

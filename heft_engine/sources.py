@@ -19,7 +19,7 @@ from torch import Tensor
 from heft_engine.encoding import Example
 from heft_engine.evaluation import supervised_loss
 from heft_engine.model import PackedLM
-from heft_engine.packing import filled_length, pack, packed_length
+from heft_engine.packing import fill, pack, packed_length
 from heft_engine.suffix_cache import Boundary, Rung, SuffixCache, size_of
 from heft_engine.supervised import cross_entropy
 
@@ -33,11 +33,6 @@ def pass_tokens(rung: Rung, example: Example, skipped: int) -> int:
         return packed_length(example)
     # What is kept of a row is copied beside the others' for the pass: it counts, though it costs little.
     return packed_length(example) - skipped + skipped // KEPT_TOKENS
-
-
-def fill(lm: PackedLM, tokens: int) -> int:
-    """The tokens that a pass of so many runs."""
-    return filled_length(tokens) if lm.device.type == "cpu" else tokens
 
 
 class Source(Protocol):
@@ -66,7 +61,7 @@ class PlainSource:
 
     def loss(self, indices: Sequence[int]) -> Tensor:
         rows = [self.examples[index] for index in indices]
-        return supervised_loss(self.lm, rows, fill(self.lm, sum(map(packed_length, rows))))[0]
+        return supervised_loss(self.lm, rows, fill(self.lm.device, sum(map(packed_length, rows))))[0]
 
 
 @dataclass(frozen=True, kw_only=True)

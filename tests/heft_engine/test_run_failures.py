@@ -25,9 +25,11 @@ def test_a_stage_that_ends_below_the_one_before_is_named(
 ) -> None:
     results = iter([5, 8, 6])  # base, lora, reft
 
-    def scripted(*_: Any) -> Evaluation:
-        right = next(results)
-        return Evaluation.of([i < right for i in range(10)], "accuracy")
+    measured = run_module.evaluate
+
+    def scripted(*arguments: Any) -> Evaluation:
+        right, scores = next(results), measured(*arguments).scores
+        return Evaluation.of([i < right for i in range(10)], "accuracy", scores)
 
     monkeypatch.setattr(run_module, "evaluate", scripted)
     told = run(config(tiny_llama_dir), tmp_path / "out", None, parse(ROWS["yes_no"](10)))
