@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from heft_engine.model import PackedLM
 
+Forward = Callable[[Tensor], Tensor]
 #: What a gated activation is recognised by: every family that has all four multiplies them in the same way.
 _GATED = ("gate_proj", "up_proj", "down_proj", "act_fn")
 
@@ -95,7 +96,7 @@ def lean_layers(lm: PackedLM) -> Iterator[None]:
             module.__dict__.pop("forward", None)
 
 
-def _lean(module: nn.Module) -> Callable[..., Tensor] | None:
+def _lean(module: nn.Module) -> Forward | None:
     plain = module.forward
     if all(hasattr(module, name) for name in _GATED):
         return _where_it_is_kept(plain, lambda x: _gated(module, x))
@@ -111,7 +112,7 @@ def _lean(module: nn.Module) -> Callable[..., Tensor] | None:
     )
 
 
-def _where_it_is_kept(plain: Callable[[Tensor], Tensor], lean: Callable[[Tensor], Tensor]) -> Any:
+def _where_it_is_kept(plain: Forward, lean: Forward) -> Forward:
     def forward(x: Tensor) -> Tensor:
         return lean(x) if x.requires_grad and torch.is_grad_enabled() else plain(x)
 
