@@ -174,7 +174,7 @@ def test_many_epochs_are_not_all_counted_out(
     monkeypatch.setattr(stage_plan, "epoch_order", counting)
     monkeypatch.setattr(stage_plan, "COUNTED_ROWS", 40)
     run(config(tiny_llama_dir, "lora", [but(LORA, n_epochs=5)]), tmp_path / "out", parse(yes_no(16)))
-    assert counted == [0, 1]
+    assert set(counted) == {0, 1}
 
 
 def test_a_resumed_stage_is_estimated_by_the_passes_of_its_checkpoint(
