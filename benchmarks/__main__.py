@@ -17,6 +17,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from benchmarks.foretold import CASES
 from benchmarks.report import write
 
 HERE = Path(__file__).parent
@@ -50,6 +51,7 @@ GROWTHS: dict[str, tuple[str, str, list[int], dict[str, Any]]] = {
     "growth-rank-stage2": ("stage2-ours", "rank", [4, 16, 64], {"rows": 32, "epochs": 3}),
 }
 SINGLE = ("losses", "reuse", "profile")
+MEMORY = "memory"
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -64,7 +66,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
 
 def parser() -> argparse.ArgumentParser:
-    names = [*PAIRS, *SINGLE, *GROWTHS]
+    names = [*PAIRS, *SINGLE, MEMORY, *GROWTHS]
     top = argparse.ArgumentParser(
         prog="python -m benchmarks", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
@@ -79,6 +81,8 @@ def parser() -> argparse.ArgumentParser:
 def _run(options: argparse.Namespace, part: str) -> dict[str, Any]:
     if part in SINGLE:
         return {"kind": part, "result": _measure(options, part, rows=_scaled(options, 24))}
+    if part == MEMORY:
+        return {"kind": MEMORY, "cases": {name: _memory(options, case) for name, case in CASES.items()}}
     if part in GROWTHS:
         kind, name, values, fixed = GROWTHS[part]
         fixed = {"rows": 64, **fixed}
@@ -96,6 +100,13 @@ def _run(options: argparse.Namespace, part: str) -> dict[str, Any]:
         peers.append(_measure(options, theirs, rows=rows, epochs=epochs))
         print(f"{title}: {len(ours)} of {runs}", file=sys.stderr)
     return {"kind": "pair", "title": title, "ours": ours, "theirs": peers}
+
+
+def _memory(options: argparse.Namespace, case: dict[str, Any]) -> list[dict[str, Any]]:
+    settings = {"rows": 16, "compile": "no", **case}
+    stages: list[dict[str, Any]] = _measure(options, MEMORY, **settings)["stages"]
+    print(f"{case}: {stages}", file=sys.stderr)
+    return stages
 
 
 def _scaled(options: argparse.Namespace, rows: int) -> int:

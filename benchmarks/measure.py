@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from transformers import AutoConfig
 
-from benchmarks import ours, rows, sameness, where
+from benchmarks import foretold, ours, rows, sameness, where
 from heft_engine.base_models import BaseModel
 from heft_engine.config import Auto, LoraStage, ReftStage
 from heft_engine.devices import choose_dtype
@@ -32,7 +32,9 @@ KINDS = (
     "losses",
     "reuse",
     "profile",
+    "memory",
 )
+COMPILE: dict[str, bool | Auto] = {"auto": "auto", "yes": True, "no": False}
 RUNGS: dict[str, Rung] = {"stage2-states": "states", "stage2-plain": "nothing"}
 
 
@@ -71,6 +73,10 @@ def measure(options: argparse.Namespace) -> dict[str, Any]:
     )
     if options.kind == "losses":
         return sameness.losses(base, lora, reft, found)
+    if options.kind == "memory":
+        settings = {"max_length": options.length, "compile": COMPILE[options.compile]}
+        found_rows = rows.read(options.data, options.rows)
+        return {"stages": foretold.job(options.model, [lora, reft], found_rows, settings, options.rung)}
     if options.kind == "reuse":
         return sameness.reuse(options.model, lora, reft, rows.read(options.data, options.rows))
     if options.kind == "profile":
@@ -90,8 +96,7 @@ def measure(options: argparse.Namespace) -> dict[str, Any]:
     else:
         lm = rows.packed_model(base)
         if not kind.startswith("stage2"):
-            compiled: bool | Auto = "auto" if options.compile == "auto" else options.compile == "yes"
-            stages.append(ours.train(lm, lora, found, compiled=compiled))
+            stages.append(ours.train(lm, lora, found, compiled=COMPILE[options.compile]))
         if not kind.startswith("stage1"):
             stages.append(ours.train(lm, reft, found, RUNGS.get(kind, "keys_values")))
     rates.append(matrix_rate(dtype))
@@ -118,7 +123,8 @@ def parser() -> argparse.ArgumentParser:
     top.add_argument("--rank", type=int, default=4, help="of LoReFT; LoRA's is twice that")
     top.add_argument("--layer", type=int)
     top.add_argument("--length", type=int, help="tokens of every prompt; default: as it is")
-    top.add_argument("--compile", default="auto", choices=["auto", "yes", "no"], help="our stage 1")
+    top.add_argument("--compile", default="auto", choices=COMPILE, help="our stage 1")
+    top.add_argument("--rung", default="keys_values", choices=foretold.BYTES_A_ROW, help="of `memory`")
     return top
 
 

@@ -52,6 +52,8 @@ def write(folder: Path, parts: Path) -> None:
         lines += _reuse(found["reuse"]["result"])
     if "profile" in found:
         lines += _profile(found["profile"]["result"])
+    if "memory" in found:
+        lines += _memory(found["memory"]["cases"])
     if growths:
         lines += ["", "## How our cost grows", "", "Seconds of an epoch."]
         lines += [line for name, part in growths.items() for line in _growth(folder, name, part)]
@@ -150,6 +152,25 @@ def _profile(result: dict[str, Any]) -> list[str]:
         "| --- |" + " --- |" * len(ways),
         f"| whole step | {whole} |",
         *(f"| {name} | {' | '.join(f'{result[way][name]:.0f} %' for way in ways)} |" for name in parts),
+    ]
+
+
+def _memory(cases: dict[str, list[dict[str, Any]]]) -> list[str]:
+    lines = [
+        "",
+        "## What a stage was to take, and took",
+        "",
+        "Whole runs of 16 rows (8 of the longest): the process's memory in GB, as estimated when the stage began and "
+        "as it was at most.",
+        "",
+        "| | stage | cache | estimated | held | ratio |",
+        "| --- | --- | --- | --- | --- | --- |",
+    ]
+    return lines + [
+        f"| {name} | {one['type']} | {one['rung']} | {one['estimated'] / 1e9:.2f} | {one['held'] / 1e9:.2f} "
+        f"| {one['estimated'] / one['held']:.2f} |"
+        for name, stages in cases.items()
+        for one in stages
     ]
 
 

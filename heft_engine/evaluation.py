@@ -78,9 +78,14 @@ def evaluate(lm: PackedLM, encoder: Encoder, examples: Sequence[Example]) -> Eva
     return Evaluation.of(right, "exact_match")
 
 
-def supervised_loss(lm: PackedLM, examples: Sequence[Example]) -> tuple[torch.Tensor, int]:
-    """Sum of the cross-entropy over all supervised tokens of packed examples, and their number."""
-    batch = pack(examples)
+def supervised_loss(
+    lm: PackedLM, examples: Sequence[Example], length: int | None = None
+) -> tuple[torch.Tensor, int]:
+    """Sum of the cross-entropy over all supervised tokens of packed examples, and their number.
+
+    `length`: the tokens that the pass is filled up to.
+    """
+    batch = pack(examples, length=length)
     positions, targets = batch.supervised()
     hidden = lm.hidden(batch)
     at = torch.tensor(positions, device=hidden.device)

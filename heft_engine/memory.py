@@ -10,6 +10,7 @@ It does NOT know stages beyond their parameters, nor files.
 
 from __future__ import annotations
 
+import ctypes
 import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
@@ -27,9 +28,10 @@ from heft_engine.model import PackedLM
 from heft_engine.sources import PlainSource
 from heft_engine.supervised import CHUNK
 
-#: Allocators and libraries take more than tensors, the more so the longer passes of ever new sizes go on: chosen so
-#: that estimates were within a quarter of what stages of 1 to 20 epochs took (benchmarks/results).
-OVERHEAD = 1.3
+#: Of what a pass keeps: its own results on the way, and the holes between them.
+OVERHEAD = 1.35
+#: Machine code that oneDNN makes for the products of one length of pass, and for as many shapes as it keeps.
+_CODE_OF_A_LENGTH, _MOST_CODE = 16_000_000, 230_000_000
 _PROBES = ((64,), (32, 32), (128,))
 _SMALLEST_LENGTH = 64
 
@@ -99,9 +101,17 @@ def _kept(lm: PackedLM, lengths: Sequence[int]) -> int:
     return sum(sizes.values())
 
 
-def head_bytes(lm: PackedLM) -> int:
-    """Of the logits in memory at a time: in the model's dtype, in float32, their softmax and two gradients."""
-    return CHUNK * int(lm.config.vocab_size) * (4 * 4 + 2 * lm.dtype.itemsize)
+def head_bytes(lm: PackedLM, tokens: int) -> int:
+    """Of the logits in memory at a time, of a pass with so many supervised tokens: in the model's dtype, in float32,
+    their softmax and two gradients."""
+    return min(CHUNK, tokens) * int(lm.config.vocab_size) * (4 * 4 + 2 * lm.dtype.itemsize)
+
+
+def code_bytes(lm: PackedLM, lengths: int) -> int:
+    """Of machine code for passes of so many lengths. For float32 another library has one for all of them."""
+    if lm.device.type != "cpu" or lm.dtype == torch.float32:
+        return 0
+    return min(_MOST_CODE, lengths * _CODE_OF_A_LENGTH)
 
 
 def pass_bytes(lm: PackedLM, tokens: int) -> int:
@@ -152,6 +162,12 @@ def fit(
         f"are free for it; {advice}. batch_size does not matter: a step is cut into passes that fit"
     )
     raise TrainingError(message, param="max_length", code="out_of_memory")
+
+
+def give_back() -> None:
+    """Hands the heap's free pages back to the system, where the C library can: stages leave holes."""
+    with suppress(OSError, AttributeError):
+        ctypes.CDLL(None).malloc_trim(0)
 
 
 def resident_bytes(device: torch.device) -> int:

@@ -8,6 +8,7 @@ It does NOT know rows, tasks or how anything is trained.
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable
 from typing import Any, cast
 
@@ -19,6 +20,11 @@ from heft_engine.families import family_of
 from heft_engine.fixed_shapes import FixedShapes, calibrate
 from heft_engine.interventions import Sites
 from heft_engine.packing import Batch, Layout
+
+#: On a CPU every shape of a matrix product has machine code of its own, 0.9 MB of it, of which oneDNN keeps the last
+#: 1,024 otherwise: as much memory as a pass takes, for shapes that mostly don't come again. It reads this at its first
+#: product.
+os.environ.setdefault("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "256")
 
 
 class PackedLM:

@@ -21,6 +21,9 @@ from heft_engine.encoding import Example, intervened_positions
 if TYPE_CHECKING:
     from heft_engine.suffix_attention import Prefix
 
+#: The shortest and longest step between the lengths that passes are filled up to.
+_STEPS = (16, 64)
+
 
 @dataclass(frozen=True, kw_only=True)
 class PackedRow:
@@ -160,8 +163,33 @@ def packed_length(example: Example) -> int:
     return len(example.prompt) + sum(max(0, len(answer) - 1) for answer in example.answers)
 
 
-def pack(examples: Sequence[Example], *, scale: float = 1.0, skipped: Sequence[int] | None = None) -> Batch:
-    """Lays examples end to end, all their answers as branches. The first `skipped[i]` prompt tokens are left out."""
+def fill(device: torch.device, tokens: int) -> int:
+    """The tokens that a pass of so many runs: on a CPU it is filled up to one of few lengths."""
+    return filled_length(tokens) if device.type == "cpu" else tokens
+
+
+def filled_length(tokens: int) -> int:
+    """The next of the lengths that passes have: eight to a power of two, more in long ones.
+
+    On a CPU the library makes machine code for every new length of a pass, 13 MB for SmolLM2, and keeps it in the
+    midst of the memory that the next pass needs: passes of ever new lengths took half a gigabyte in forty steps.
+    """
+    octave = 1 << max(0, tokens.bit_length() - 1)
+    step = max(_STEPS[0], min(_STEPS[1], octave // 8), octave // 32)
+    return -(-tokens // step) * step
+
+
+def pack(
+    examples: Sequence[Example],
+    *,
+    scale: float = 1.0,
+    skipped: Sequence[int] | None = None,
+    length: int | None = None,
+) -> Batch:
+    """Lays examples end to end, all their answers as branches. The first `skipped[i]` prompt tokens are left out.
+
+    `length`: a row that nobody reads fills the batch up to so many tokens.
+    """
     ids: list[int] = []
     positions: list[int] = []
     rows: list[PackedRow] = []
@@ -181,6 +209,11 @@ def pack(examples: Sequence[Example], *, scale: float = 1.0, skipped: Sequence[i
         branches = tuple(len(answer) - 1 for answer in example.answers if len(answer) > 1)
         rows.append(PackedRow(start=start, prompt=prompt, branches=branches, skipped=left_out))
         reads.append(tuple(read))
+    if length is not None and len(ids) < length:
+        filler = length - len(ids)
+        rows.append(PackedRow(start=len(ids), prompt=filler, branches=()))
+        ids += [0] * filler
+        positions += range(filler)
     return Batch(
         input_ids=torch.tensor(ids, dtype=torch.long),
         position_ids=torch.tensor(positions, dtype=torch.long),

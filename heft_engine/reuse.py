@@ -36,6 +36,7 @@ from heft_engine.events import Event
 from heft_engine.interventions import Site
 from heft_engine.model_files import weights_hash
 from heft_engine.run_state import CheckpointWriter, RunState, rows_hash, write_stage
+from heft_engine.telling import tell_evaluation, tell_warnings
 
 if TYPE_CHECKING:
     from heft_engine.run import Run
@@ -138,13 +139,13 @@ class Reuse:
         run.calibrated = (index + 1, Calibration(**record) if record is not None else None)
         step = run.first_steps[index + 1]
         if index == 0:
-            run.tell_evaluation(run.state.evaluations[0], reused=True)
+            tell_evaluation(run, run.state.evaluations[0], reused=True)
         where = {"stage": stage.type, "stage_index": index, "step": step, "total_steps": run.total_steps}
         message = f"Stage {index + 1} of {len(run.config.stages)}: {stage.type}, taken from an equal stage"
         data = {**where, "epoch": stage.n_epochs, "key": self.key(index)}
         run.on_event(Event(code="STAGE_REUSED", message=message, data=data))
-        run.tell_evaluation(run.state.evaluations[-1], reused=True, step=step)
-        run.tell_warnings(index, stage)
+        tell_evaluation(run, run.state.evaluations[-1], reused=True, step=step)
+        tell_warnings(run, index)
         run.save_stage(writer, index)
 
 

@@ -8,45 +8,42 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
-from uuid import uuid4
 
 import torch
 
-from heft_engine import lora, signatures
-from heft_engine.attention import IMPLEMENTATION
-from heft_engine.base_models import BaseModel, load_model, load_tokenizer, resolve
+from heft_engine import lora
+from heft_engine.base_models import BaseModel, resolve
 from heft_engine.bundle import Bundle, Probe
 from heft_engine.calibration import Calibration
 from heft_engine.config import LoraStage, ReftStage, TrainConfig
 from heft_engine.costs import cost_of, outcomes
-from heft_engine.devices import choose_device, choose_dtype, dtype_name
-from heft_engine.encoding import Encoder, Example, Task
-from heft_engine.errors import ConfigError, RowError
+from heft_engine.devices import choose_device
+from heft_engine.encoding import Encoder, Example
+from heft_engine.errors import ConfigError
 from heft_engine.evaluation import evaluate, mean_loss
 from heft_engine.events import Event, OnEvent, Pulse
 from heft_engine.general_text import general_examples
+from heft_engine.loading import PROBE_CANDIDATES, load
 from heft_engine.lora import LoraAdapter
 from heft_engine.memory import peak
 from heft_engine.model import PackedLM
-from heft_engine.model_files import inspect
 from heft_engine.outcome import write_outcome
 from heft_engine.parity import merge_stage
-from heft_engine.resolve import resolve_max_length, resolve_stage
 from heft_engine.reuse import Reuse, StageStore
-from heft_engine.rows import Row, infer_task
+from heft_engine.rows import Row
 from heft_engine.run_state import CheckpointWriter, RunState, load_checkpoint, rows_hash
 from heft_engine.scoring import Scores
 from heft_engine.sources import CacheBudget
-from heft_engine.stage_plan import Planner, StagePlan
-from heft_engine.trainables import LoraTrainable, ReftTrainable
-from heft_engine.training import Hooks, Progress, StageRun, derived_seed
+from heft_engine.stage_training import planner_of, train_stage
+from heft_engine.telling import announce, tell_evaluation, tell_plan, tell_warnings
+from heft_engine.trainables import LoraTrainable, ReftTrainable, attach
+from heft_engine.training import Progress, derived_seed
 
 #: Probe rows are a few short ones, because they also run in float32 on the CPU.
 PROBE_ROWS = 8
-_PROBE_CANDIDATES = 64
 
 
 def train(
@@ -101,50 +98,8 @@ def prepare(
     cache: CacheBudget,
 ) -> Run:
     """Resolves a config against its base and rows: everything loaded, nothing trained. Raises as `train` does."""
-    if not train_rows:
-        raise RowError("there are no training rows", param="training_file")
-    if config.early_stopping is not None and not eval_rows:
-        raise ConfigError("early stopping needs validation rows to watch", param="early_stopping")
-    model_info = inspect(base.path)
-    tokenizer = load_tokenizer(base.path)
-    task = Task.resolve(config.task, infer_task(train_rows))
-    max_length = resolve_max_length(config.max_length, model_info.max_position_embeddings)
-    encoder = Encoder(tokenizer, task, max_length)
-    lm = PackedLM(
-        load_model(base, dtype=choose_dtype(config.dtype, device), device=device, attention=IMPLEMENTATION)
-    )
-    stages = [
-        resolve_stage(
-            stage,
-            lm.family,
-            n_layers=lm.n_layers,
-            hidden_size=lm.hidden_size,
-            parameters=model_info.parameters,
-        )
-        for stage in config.stages
-    ]
-    for stage in stages:
-        if isinstance(stage, LoraStage) and stage.target_modules != "auto":
-            lora.check_modules(lm, stage.target_modules)
-    reported = test_rows or eval_rows
-    return Run(
-        config=config.model_copy(update={"stages": stages}),
-        base=base,
-        lm=lm,
-        encoder=encoder,
-        examples=_supervised(encoder, train_rows),
-        validation=_supervised(encoder, eval_rows),
-        questions=[example for row in eval_rows for example in encoder.encode(row)],
-        reported=[example for row in reported for example in encoder.encode(row)],
-        split="test" if test_rows else "validation",
-        probe_row_source=list((eval_rows or train_rows)[:_PROBE_CANDIDATES]),
-        on_event=on_event,
-        cache=cache,
-    )
-
-
-def _supervised(encoder: Encoder, rows: Sequence[Row]) -> list[Example]:
-    return [example.supervised() for row in rows for example in encoder.encode(row)]
+    loaded = load(config, base, train_rows, eval_rows, test_rows, device)
+    return Run(**vars(loaded), on_event=on_event, cache=cache)
 
 
 def _prompt_length(example: Example) -> int:
@@ -181,7 +136,7 @@ class Run:
     def __post_init__(self) -> None:
         self.state = RunState(rows_sha256=rows_hash(self.examples))
         self.lm.on_forward = Pulse(self.on_event)
-        self.probe = sorted(self.examples[:_PROBE_CANDIDATES], key=_prompt_length)[:PROBE_ROWS]
+        self.probe = sorted(self.examples[:PROBE_CANDIDATES], key=_prompt_length)[:PROBE_ROWS]
         rows = [(row, example) for row in self.probe_row_source for example in self.encoder.encode(row)]
         self.probe_rows = sorted(rows, key=lambda pair: _prompt_length(pair[1]))[:PROBE_ROWS]
         self.general = [example.supervised() for example in general_examples(self.encoder)]
@@ -204,7 +159,7 @@ class Run:
         self.lm.sites.extend(stored.site(self.lm.hidden_size) for stored in restored.sites)
 
     def go(self, out_dir: Path, writer: CheckpointWriter, should_stop: Callable[[], bool]) -> Bundle:
-        self._announce()
+        announce(self)
         if self.reuse is not None:
             self.reuse.take(writer)
         if not self.state.evaluations:
@@ -221,7 +176,7 @@ class Run:
             "costs": self.state.costs,
             "outcomes": outcomes(self),
         }
-        self._emit("SUCCEEDED", "The model is ready", **data)
+        self.emit("SUCCEEDED", "The model is ready", **data)
         return bundle
 
     # -- a stage ----------------------------------------------------------------------------------------------------
@@ -231,38 +186,19 @@ class Run:
         began = time.monotonic()
         sites_before = len(list(self.lm.sites))
         torch.manual_seed(derived_seed(self.config.seed, index))
-        trainable: LoraTrainable | ReftTrainable
-        if isinstance(stage, LoraStage):
-            trainable = LoraTrainable.attach(self.lm, stage)
-        else:
-            trainable = ReftTrainable.attach(self.lm, stage)
-
-        planner = Planner(
-            lm=self.lm,
-            stage=stage,
-            index=index,
-            seed=self.config.seed,
-            trainable=trainable,
-            boundary=trainable.boundary(),
-            examples=self.examples,
-            validation=self.validation,
-            budget=self.cache,
-            compile=self.config.compile,
-            cache_dir=self.cache_dir,
-            room=self.memory_bytes,
-        )
+        trainable = attach(self.lm, stage)
         inside = self.state.inside_stage
         earlier = Progress(**inside["progress"]) if inside is not None else None
         with peak(self.lm.device) as most:
-            with planner.planned(earlier) as plan:
-                self._tell_plan(index, stage, trainable, plan)
-                progress = self._train(index, stage, trainable, plan, sites_before, writer, should_stop)
+            with planner_of(self, index, trainable).planned(earlier) as plan:
+                tell_plan(self, index, trainable, plan)
+                progress = train_stage(self, index, trainable, plan, sites_before, writer, should_stop)
             seconds = time.monotonic() - began + (earlier.seconds if earlier is not None else 0)
             self.state.costs.append(cost_of(self, index, trainable, progress, seconds))
             self._end_stage(index, stage, trainable, progress)
             memory_bytes = most()
-        self.tell_warnings(index, stage)
-        self._emit_stage(
+        tell_warnings(self, index)
+        self.emit_stage(
             "STAGE_COMPLETE",
             f"Stage {index + 1} of {len(self.config.stages)} is complete",
             index,
@@ -286,52 +222,6 @@ class Run:
         """Writes the bundle of the result so far."""
         return write_outcome(self, path)
 
-    def _train(
-        self,
-        index: int,
-        stage: LoraStage | ReftStage,
-        trainable: LoraTrainable | ReftTrainable,
-        plan: StagePlan,
-        sites_before: int,
-        writer: CheckpointWriter,
-        should_stop: Callable[[], bool],
-    ) -> Progress:
-        boundary = trainable.boundary()
-
-        def save(progress: Progress, tensors: Callable[[], dict[str, torch.Tensor]], due: bool) -> None:
-            run_step = self.first_steps[index] + progress.step
-            if writer.is_due(due):
-                state = self.state.inside(asdict(progress), sites_before)
-                sites = list(self.lm.sites)[:sites_before]
-                writer.step(state, run_step, self.config, tensors(), self.adapters, sites, stage.type)
-
-        run = StageRun(
-            stage=stage,
-            index=index,
-            seed=self.config.seed,
-            trainable=trainable,
-            examples=self.examples,
-            source=plan.cache.open(self.lm, boundary, self.examples, self._cache_file("training")),
-            validation=self.validation,
-            validation_source=plan.validation_cache.open(
-                self.lm, boundary, self.validation, self._cache_file("validation")
-            ),
-            early_stopping=self.config.early_stopping,
-            first_step=self.first_steps[index],
-            total_steps=self.total_steps,
-            hooks=Hooks(on_event=self.on_event, save=save, should_stop=should_stop),
-        )
-        run.progress = replace(
-            run.progress,
-            cache=asdict(plan.cache),
-            validation_cache=asdict(plan.validation_cache),
-            **plan.of_progress,
-        )
-        if self.state.inside_stage is not None:
-            self.state.restore_stage(run)
-        run.run()
-        return run.progress
-
     def _end_stage(
         self,
         index: int,
@@ -350,35 +240,6 @@ class Run:
         self._evaluate(stage.type, index)
         self.state.general_loss.append(mean_loss(self.lm, self.general))
 
-    def _tell_plan(
-        self,
-        index: int,
-        stage: LoraStage | ReftStage,
-        trainable: LoraTrainable | ReftTrainable,
-        plan: StagePlan,
-    ) -> None:
-        self._emit_stage(
-            "STAGE_STARTED",
-            f"Stage {index + 1} of {len(self.config.stages)}: {stage.type}",
-            index,
-            learning_rate=stage.learning_rate,
-            trained_parameters=sum(p.numel() for p in trainable.parameters().values()),
-            cache=asdict(plan.cache),
-            memory_bytes=plan.memory_bytes,
-            **plan.of_progress,
-        )
-        if plan.compile_failure is not None:
-            message = f"Layers could not be compiled and run as they are, slower: {plan.compile_failure}"
-            data = {"signature": "not_compiled", "stage": stage.type, "stage_index": index}
-            self.on_event(Event(code="WARNING", message=message, level="warn", data=data))
-
-    def _cache_file(self, name: str) -> Path | None:
-        if self.cache.directory is None:
-            return None
-        self.cache.directory.mkdir(parents=True, exist_ok=True)
-        # Two runs may share the folder.
-        return self.cache.directory / f"{name}-{uuid4().hex}.cache"
-
     def _merge(self, index: int, stage: LoraStage, trainable: LoraTrainable) -> None:
         assert stage.target_modules != "auto"
         adapter = lora.extract(trainable.adapted, stage, stage.target_modules, self.base.reference)
@@ -386,7 +247,7 @@ class Run:
         self.adapters.append(adapter)
         self.state.parity.append({"stage_index": index, **record})
         message = f"Merged; float32 logits differ from the adapter's by {record['float32']:.1e}"
-        self._emit_stage("MERGE_VERIFIED", message, index, **record)
+        self.emit_stage("MERGE_VERIFIED", message, index, **record)
 
     def _evaluate(self, stage: str, index: int | None) -> None:
         if not self.reported:
@@ -396,51 +257,10 @@ class Run:
         self.scored = (self.state.stage_index, result.scores)
         record = {"stage": stage, "stage_index": index, **result.to_json(), "right": result.right}
         self.state.evaluations.append(record)
-        self.tell_evaluation(record)
+        tell_evaluation(self, record)
 
-    def tell_evaluation(self, record: dict[str, Any], **more: Any) -> None:
-        """Says what was measured after a stage; nothing without rows to measure on."""
-        if "accuracy" not in record:
-            return
-        low, high = record["interval_95"]
-        of = f"of {record['n']} {self.split} rows ({low:.1%} to {high:.1%})"
-        message = f"After {record['stage']}: {record['accuracy']:.1%} {of}"
-        shown = {name: value for name, value in record.items() if name != "right"}
-        self._emit("EVALUATION", message, split=self.split, **shown, **more)
+    def emit_stage(self, code: Any, message: str, index: int, **data: Any) -> None:
+        self.emit(code, message, stage=self.config.stages[index].type, stage_index=index, **data)
 
-    def tell_warnings(self, index: int, stage: LoraStage | ReftStage) -> None:
-        before, after = self.state.evaluations[-2:]
-        found = [
-            signatures.below_previous(stage, before.get("accuracy"), after.get("accuracy")),
-            signatures.forgetting(stage, self.state.general_loss[0], self.state.general_loss[-1]),
-        ]
-        for signature in filter(None, found):
-            data = {"signature": signature.name, "stage": stage.type, "stage_index": index}
-            self.on_event(Event(code="WARNING", message=signature.message, level="warn", data=data))
-
-    # -- what it says -----------------------------------------------------------------------------------------------
-
-    def _announce(self) -> None:
-        resolved = {
-            "stages": [stage.model_dump() for stage in self.config.stages],
-            "task": self.encoder.task.to_json(),
-            "dtype": dtype_name(self.lm.dtype),
-            "device": str(self.lm.device),
-            "max_length": self.encoder.max_length,
-            "base_model": {"source": self.base.source, "revision": self.base.revision},
-        }
-        self._emit(
-            "STARTED",
-            f"{self.config.method} on {self.config.model}: {len(self.examples)} rows, {self.total_steps} steps",
-            method=self.config.method,
-            resolved=resolved,
-            rows=len(self.examples),
-            truncated=sum(example.truncated for example in self.examples),
-            total_steps=self.total_steps,
-        )
-
-    def _emit_stage(self, code: Any, message: str, index: int, **data: Any) -> None:
-        self._emit(code, message, stage=self.config.stages[index].type, stage_index=index, **data)
-
-    def _emit(self, code: Any, message: str, **data: Any) -> None:
+    def emit(self, code: Any, message: str, **data: Any) -> None:
         self.on_event(Event(code=code, message=message, data=data))

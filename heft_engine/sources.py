@@ -19,7 +19,7 @@ from torch import Tensor
 from heft_engine.encoding import Example
 from heft_engine.evaluation import supervised_loss
 from heft_engine.model import PackedLM
-from heft_engine.packing import pack, packed_length
+from heft_engine.packing import fill, pack, packed_length
 from heft_engine.suffix_cache import Boundary, Rung, SuffixCache, size_of
 from heft_engine.supervised import cross_entropy
 
@@ -60,7 +60,8 @@ class PlainSource:
         return self.lm.hidden(batch)[batch.supervised()[0]]
 
     def loss(self, indices: Sequence[int]) -> Tensor:
-        return supervised_loss(self.lm, [self.examples[index] for index in indices])[0]
+        rows = [self.examples[index] for index in indices]
+        return supervised_loss(self.lm, rows, fill(self.lm.device, sum(map(packed_length, rows))))[0]
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -18,9 +18,10 @@ from heft_engine import memory
 from heft_engine.compiled import compiled_layers, pays
 from heft_engine.config import Auto, LoraStage, ReftStage
 from heft_engine.encoding import Example
+from heft_engine.lean_layers import lean_layers
 from heft_engine.memory import Fit, Footprint
 from heft_engine.model import PackedLM
-from heft_engine.packing import packed_length
+from heft_engine.packing import fill, packed_length
 from heft_engine.scoring import TOKEN_BUDGET as SCORING_BUDGET
 from heft_engine.sources import CacheBudget, CachePlan, PlainSource, cut_by, pass_tokens, plan_cache
 from heft_engine.suffix_cache import Boundary, kv_shape
@@ -74,13 +75,14 @@ class Planner:
 
         Raises TrainingError (out_of_memory) for a stage that can't fit.
         """
+        memory.give_back()
         caches = self._caches(earlier)
         with ExitStack() as stack:
+            stack.callback(memory.give_back)
             compiled, failure = self._compile(stack, caches[0], earlier)
-            if earlier is None:
-                fitted = self._fit(caches)
-            else:
-                fitted = Fit(token_budget=earlier.token_budget, checkpointing=earlier.checkpointing, bytes=0)
+            if not compiled:
+                stack.enter_context(lean_layers(self.lm))
+            fitted = self._fit(caches) if earlier is None else self._as_before(caches[0], earlier)
             stack.callback(setattr, self.lm, "checkpointing", False)
             self.lm.checkpointing = fitted.checkpointing
             yield StagePlan(
@@ -128,18 +130,40 @@ class Planner:
 
     def _fit(self, caches: tuple[CachePlan, CachePlan]) -> Fit:
         room = self.room if self.room is not None else memory.free_bytes(self.lm.device)
-        room = int(room / memory.OVERHEAD) - self._standing(caches) - memory.head_bytes(self.lm)
+        room = int((room - self._standing(caches)) / memory.OVERHEAD) - self._head()
         longest = max(map(packed_length, self.examples))
-        epochs = min(self.stage.n_epochs, max(1, COUNTED_ROWS // len(self.examples)))
-        orders = [epoch_order(self.seed, self.index, epoch, len(self.examples)) for epoch in range(epochs)]
 
         def largest(found: Footprint, budget: int) -> float:
-            size = self.stage.batch_size
-            steps = (order[start : start + size] for order in orders for start in range(0, len(order), size))
-            parts = {tuple(part) for step in steps for part in cut_by(self._weight(caches[0]), step, budget)}
-            return max(self._pass_bytes(found, caches[0], part) for part in parts)
+            return max(self._pass_bytes(found, caches[0], part) for part in self._parts(caches[0], budget))
 
         return memory.fit(room, TOKEN_BUDGET, largest, longest, self._footprint, self.stage.type)
+
+    def _as_before(self, cache: CachePlan, earlier: Progress) -> Fit:
+        """The passes of a checkpoint, whatever is free by now: another cut would round otherwise."""
+        found = self._footprint(earlier.checkpointing)
+        parts = self._parts(cache, earlier.token_budget)
+        needed = max(self._pass_bytes(found, cache, part) for part in parts)
+        return Fit(token_budget=earlier.token_budget, checkpointing=earlier.checkpointing, bytes=int(needed))
+
+    def _parts(self, cache: CachePlan, budget: int) -> set[tuple[int, ...]]:
+        """The rows of every pass."""
+        rows, size = len(self.examples), self.stage.batch_size
+        epochs = min(self.stage.n_epochs, max(1, COUNTED_ROWS // rows))
+        orders = (epoch_order(self.seed, self.index, epoch, rows) for epoch in range(epochs))
+        steps = (order[start : start + size] for order in orders for start in range(0, rows, size))
+        return {tuple(part) for step in steps for part in cut_by(self._weight(cache), step, budget)}
+
+    def _lengths(self, cache: CachePlan, parts: set[tuple[int, ...]]) -> int:
+        """How many lengths passes have, with a gradient and without."""
+        skipped = [sum(self._skipped(cache, index) for index in part) for part in parts]
+        tokens = [sum(packed_length(self.examples[index]) for index in part) for part in parts]
+        with_gradient = {whole - left for whole, left in zip(tokens, skipped, strict=True)}
+        if cache.rung == "keys_values":
+            return len(with_gradient)
+        device = self.lm.device
+        if cache.rung == "states":
+            return len(with_gradient) + len({fill(device, left) for left in skipped})
+        return len({fill(device, whole) for whole in tokens})
 
     def _footprint(self, checkpointing: bool) -> Footprint:
         self.lm.checkpointing = checkpointing
@@ -162,6 +186,9 @@ class Planner:
         rows = [self.examples[index] for index in part]
         skipped = [self._skipped(cache, index) for index in part]
         with_gradient = [packed_length(row) - left for row, left in zip(rows, skipped, strict=True)]
+        if cache.rung == "nothing":
+            tokens = sum(with_gradient)
+            with_gradient.append(fill(self.lm.device, tokens) - tokens)
         total = found.of(with_gradient)
         if cache.rung != "nothing":
             kv_heads, width = kv_shape(self.lm)
@@ -172,6 +199,11 @@ class Planner:
             total += memory.pass_bytes(self.lm, sum(skipped))
         return total
 
+    def _head(self) -> int:
+        """Of logits, in a step of the rows with the longest answers."""
+        supervised = sorted(example.supervised_tokens for example in self.examples)
+        return memory.head_bytes(self.lm, sum(supervised[-self.stage.batch_size :]))
+
     def _standing(self, caches: tuple[CachePlan, CachePlan]) -> int:
         """What stays for the whole stage: caches in memory, gradients, Adam's state."""
         cached = sum(cache.bytes for cache in caches if not cache.on_disk)
@@ -179,9 +211,11 @@ class Planner:
 
     def _total(self, caches: tuple[CachePlan, CachePlan], fitted: Fit) -> int:
         lm = self.lm
-        training = fitted.bytes + memory.head_bytes(lm)
+        parts = self._parts(caches[0], fitted.token_budget)
+        code = memory.code_bytes(lm, self._lengths(caches[0], parts))
+        training = fitted.bytes + self._head()
         scoring = memory.pass_bytes(lm, SCORING_BUDGET)
         # The merge is held to a copy of the model in float32, which always lies on the CPU.
         merging = 4 * lm.parameters if isinstance(self.stage, LoraStage) and lm.device.type == "cpu" else 0
-        most = max(training, scoring, merging)
-        return memory.resident_bytes(lm.device) + int(memory.OVERHEAD * (self._standing(caches) + most))
+        most = max(int(memory.OVERHEAD * training), scoring, merging)
+        return memory.resident_bytes(lm.device) + self._standing(caches) + code + most

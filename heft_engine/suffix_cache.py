@@ -28,7 +28,7 @@ from heft_engine.config import parse_positions
 from heft_engine.encoding import Example, intervened_positions
 from heft_engine.interventions import Site
 from heft_engine.model import PackedLM
-from heft_engine.packing import Layout, PackedRow, micro_batches, pack, packed_length
+from heft_engine.packing import Layout, PackedRow, fill, micro_batches, pack, packed_length
 from heft_engine.suffix_attention import Prefix
 
 Rung = Literal["keys_values", "states", "nothing"]
@@ -140,15 +140,19 @@ class SuffixCache:
     @torch.no_grad()
     def _left(self, rows: Sequence[CachedRow]) -> list[Tensor]:
         """On the states rung: keys and values left of the suffixes, computed for this step alone."""
-        packed, start, positions = [], 0, []
+        packed, start = [], 0
         for row in rows:
             prompt = len(row.example.prompt)
             packed.append(PackedRow(start=start, prompt=prompt, branches=(), missing=prompt - row.skipped))
-            positions.append(torch.arange(row.skipped))
             start += row.skipped
-        states = torch.cat([row.states[: row.skipped] for row in rows]).to(self.lm.device)
+        filler = fill(self.lm.device, start) - start
+        if filler:
+            packed.append(PackedRow(start=start, prompt=filler, branches=()))
+        empty = self._flat.new_zeros(filler, self.lm.hidden_size)
+        states = torch.cat([*(row.states[: row.skipped] for row in rows), empty]).to(self.lm.device)
+        lengths = [row.skipped for row in rows] + [0] * (len(packed) - len(rows))
         layout = Layout(rows=tuple(packed))
-        return left_keys_values(self.lm, self.boundary.layer, states, layout, [row.skipped for row in rows])
+        return left_keys_values(self.lm, self.boundary.layer, states, layout, lengths)[: len(rows)]
 
 
 class FirstTokens:

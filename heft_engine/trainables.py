@@ -118,6 +118,13 @@ class ReftTrainable:
             site.intervention.dropout.eval()
 
 
+def attach(lm: PackedLM, stage: LoraStage | ReftStage) -> LoraTrainable | ReftTrainable:
+    """What a stage trains, put into the model."""
+    return (
+        LoraTrainable.attach(lm, stage) if isinstance(stage, LoraStage) else ReftTrainable.attach(lm, stage)
+    )
+
+
 def _from_first(trained: list[Site], standing: list[Site]) -> list[Site]:
     """What acts at the lowest trained layer from the first trained intervention on, in the order of acting."""
     layer = min(site.layer for site in trained)

@@ -4,27 +4,26 @@ from __future__ import annotations
 
 import random
 from collections.abc import Callable
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from engine_runs import LORA, REFT, but
+from tiny_models import FAMILIES
 
 from heft_engine import compiled
 from heft_engine.attention import IMPLEMENTATION
 from heft_engine.base_models import load_model, resolve_path
 from heft_engine.config import LoraStage, ReftStage
 from heft_engine.encoding import Example
+from heft_engine.events import Event
 from heft_engine.model import PackedLM
-from heft_engine.sources import CacheBudget, CachePlan, PlainSource
-from heft_engine.stage_plan import Planner
+from heft_engine.single_stage import single_stage
 from heft_engine.suffix_cache import Rung
-from heft_engine.trainables import LoraTrainable, ReftTrainable
-from heft_engine.training import Hooks, Progress, StageRun
 
 MakeModel = Callable[[str], Path]
+OTHERS = [family for family in FAMILIES if family != "llama"]
 KINDS: dict[str, Any] = {
     "layer 2, l1": {"layers": [2], "positions": "l1"},
     "layers 0 and 2, l1": {"layers": [0, 2], "positions": "l1"},
@@ -47,51 +46,19 @@ def examples() -> list[Example]:
 def losses(path: Path, stage: LoraStage | ReftStage, rung: Rung = "nothing", **changes: Any) -> list[float]:
     """Of 30 steps in float32."""
     lm = PackedLM(load_model(resolve_path(path), dtype=torch.float32, attention=IMPLEMENTATION))
-    torch.manual_seed(0)
-    trainable: LoraTrainable | ReftTrainable = (
-        LoraTrainable.attach(lm, stage) if isinstance(stage, LoraStage) else ReftTrainable.attach(lm, stage)
-    )
-    rows, boundary = examples(), trainable.boundary()
-    planner = Planner(
-        lm=lm,
-        stage=stage,
-        index=0,
-        seed=0,
-        trainable=trainable,
-        boundary=boundary,
-        examples=rows,
-        validation=[],
-        budget=CacheBudget(),
-        compile=changes.pop("compile", False),
-        cache_dir=changes.pop("cache_dir", None),
-    )
-    rungs = CachePlan(rung=rung, on_disk=False, bytes=0), CachePlan(rung="nothing", on_disk=False, bytes=0)
-    planner = replace(planner, caches=rungs)
     found: list[float] = []
-    with planner.planned(None) as plan:
-        assert plan.cache.rung == rung
-        assert plan.compile_failure is None
+
+    def listen(event: Event) -> None:
+        if event.code == "METRICS":
+            found.append(event.data["loss"])
+
+    compile, cache_dir = changes.pop("compile", False), changes.pop("cache_dir", None)
+    with single_stage(
+        lm, stage, examples(), listen, rung=rung, compile=compile, cache_dir=cache_dir
+    ) as single:
+        assert (single.plan.cache.rung, single.plan.compiled) == (rung, compile)
         lm.checkpointing = changes.pop("checkpointing", False)
-        run = StageRun(
-            stage=stage,
-            index=0,
-            seed=0,
-            trainable=trainable,
-            examples=rows,
-            source=plan.cache.open(lm, boundary, rows, None),
-            validation=[],
-            validation_source=PlainSource(lm=lm, examples=[]),
-            early_stopping=None,
-            first_step=0,
-            total_steps=30,
-            hooks=Hooks(
-                on_event=lambda event: found.append(event.data["loss"]) if event.code == "METRICS" else None,
-                save=lambda *_: None,
-                should_stop=lambda: False,
-            ),
-            progress=replace(Progress(), **changes),
-        )
-        run.run()
+        single.train(single.source(), **changes)
     assert len(found) == 30
     return found
 
@@ -109,9 +76,9 @@ def test_every_rung_trains_alike(make_tiny_model: MakeModel, kind: str) -> None:
 
 
 def lora(path: Path, **changes: Any) -> list[float]:
-    return losses(
-        path, but(LORA, n_epochs=10, batch_size=4, target_modules=["q_proj", "v_proj"]), "nothing", **changes
-    )
+    lm = PackedLM(load_model(resolve_path(path), dtype=torch.float32, attention=IMPLEMENTATION))
+    stage = but(LORA, n_epochs=10, batch_size=4, target_modules=list(lm.family.attention))
+    return losses(path, stage, "nothing", **changes)
 
 
 def test_passes_of_any_size_and_layers_that_run_twice_train_alike(tiny_llama_dir: Path) -> None:
@@ -122,11 +89,13 @@ def test_passes_of_any_size_and_layers_that_run_twice_train_alike(tiny_llama_dir
 
 @pytest.mark.filterwarnings("ignore")  # of the compiler's own
 @pytest.mark.skipif(not compiled.can_compile(), reason="there is no C++ compiler")
-def test_compiled_layers_train_alike_and_score_as_they_are(
-    tiny_llama_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize(
+    "family", ["llama", *(pytest.param(name, marks=pytest.mark.slow) for name in OTHERS)]
+)
+def test_compiled_layers_train_alike(
+    make_tiny_model: MakeModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, family: str
 ) -> None:
     monkeypatch.delenv("TORCHINDUCTOR_CACHE_DIR", raising=False)
-    assert lora(tiny_llama_dir, compile=True, cache_dir=tmp_path) == pytest.approx(
-        lora(tiny_llama_dir), rel=1e-4
-    )
+    path = make_tiny_model(family)
+    assert lora(path, compile=True, cache_dir=tmp_path) == pytest.approx(lora(path), rel=1e-5)
     assert list((tmp_path / "compiled").rglob("*.so")), "machine code was made, in its own place"

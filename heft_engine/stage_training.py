@@ -1,0 +1,95 @@
+"""One stage of a run in training: its planner, the loop, its checkpoints.
+
+It does NOT know what becomes of a stage that has ended.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import asdict, replace
+from pathlib import Path
+from typing import TYPE_CHECKING
+from uuid import uuid4
+
+from torch import Tensor
+
+from heft_engine.run_state import CheckpointWriter
+from heft_engine.sources import CacheBudget
+from heft_engine.stage_plan import Planner, StagePlan
+from heft_engine.trainables import LoraTrainable, ReftTrainable
+from heft_engine.training import Hooks, Progress, StageRun
+
+if TYPE_CHECKING:
+    from heft_engine.run import Run
+
+
+def planner_of(run: Run, index: int, trainable: LoraTrainable | ReftTrainable) -> Planner:
+    return Planner(
+        lm=run.lm,
+        stage=run.config.stages[index],
+        index=index,
+        seed=run.config.seed,
+        trainable=trainable,
+        boundary=trainable.boundary(),
+        examples=run.examples,
+        validation=run.validation,
+        budget=run.cache,
+        compile=run.config.compile,
+        cache_dir=run.cache_dir,
+        room=run.memory_bytes,
+    )
+
+
+def train_stage(
+    run: Run,
+    index: int,
+    trainable: LoraTrainable | ReftTrainable,
+    plan: StagePlan,
+    sites_before: int,
+    writer: CheckpointWriter,
+    should_stop: Callable[[], bool],
+) -> Progress:
+    """Trains to the end, from the run's checkpoint if that lies inside the stage."""
+    stage, boundary = run.config.stages[index], trainable.boundary()
+
+    def save(progress: Progress, tensors: Callable[[], dict[str, Tensor]], due: bool) -> None:
+        run_step = run.first_steps[index] + progress.step
+        if writer.is_due(due):
+            state = run.state.inside(asdict(progress), sites_before)
+            sites = list(run.lm.sites)[:sites_before]
+            writer.step(state, run_step, run.config, tensors(), run.adapters, sites, stage.type)
+
+    loop = StageRun(
+        stage=stage,
+        index=index,
+        seed=run.config.seed,
+        trainable=trainable,
+        examples=run.examples,
+        source=plan.cache.open(run.lm, boundary, run.examples, _cache_file(run.cache, "training")),
+        validation=run.validation,
+        validation_source=plan.validation_cache.open(
+            run.lm, boundary, run.validation, _cache_file(run.cache, "validation")
+        ),
+        early_stopping=run.config.early_stopping,
+        first_step=run.first_steps[index],
+        total_steps=run.total_steps,
+        hooks=Hooks(on_event=run.on_event, save=save, should_stop=should_stop),
+    )
+    loop.progress = replace(
+        loop.progress,
+        cache=asdict(plan.cache),
+        validation_cache=asdict(plan.validation_cache),
+        **plan.of_progress,
+    )
+    if run.state.inside_stage is not None:
+        run.state.restore_stage(loop)
+    loop.run()
+    return loop.progress
+
+
+def _cache_file(cache: CacheBudget, name: str) -> Path | None:
+    if cache.directory is None:
+        return None
+    cache.directory.mkdir(parents=True, exist_ok=True)
+    # Two runs may share the folder.
+    return cache.directory / f"{name}-{uuid4().hex}.cache"
