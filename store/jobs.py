@@ -6,18 +6,29 @@ does, after its transaction is committed.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from typing import Any
 
-from sqlalchemy import ColumnElement, and_, func, select
+from sqlalchemy import ARRAY, ColumnElement, Text, and_, cast, func, insert, select, update
 from sqlalchemy.orm import Session
 
 from store import files, ids
+from store.clock import seconds
 from store.errors import Conflict, NotFound
 from store.page import Page, cursor_of, fetch_page
 from store.spec import TrainingSpec
 from store.states import PURPOSES, TERMINAL, JobState
 from store.tables import Checkpoint, Event, Job
-from store.transitions import NewEvent, append, cancelled, close_attempt, move, paused, write
+from store.transitions import (
+    NewEvent,
+    append,
+    cancelled,
+    close_attempt,
+    first_event,
+    move,
+    paused,
+    write,
+)
 
 _FILE_FIELDS = ("training_file", "validation_file", "test_file")
 #: Nobody trains on these: cancel and pause are carried out at once.
@@ -54,12 +65,46 @@ def create(
     )
     session.add(job)
     session.flush()
-    append(
-        session,
-        job.id,
-        NewEvent(code="CREATED", message=f"Created fine-tuning job {job.id}; its files wait to be checked."),
-    )
+    append(session, job.id, _created(job.id))
     return get(session, owner_id=owner_id, job_id=job.id)
+
+
+def create_all(
+    session: Session, *, owner_id: str, wanted: Sequence[tuple[TrainingSpec, Mapping[str, str]]]
+) -> list[str]:
+    """As `create`, many jobs of the same files in a few statements; their ids. They queue in this order."""
+    for field in _FILE_FIELDS:
+        uploaded = {value for spec, _ in wanted if (value := getattr(spec, field)) is not None}
+        references = [(field, value) for value in sorted(uploaded) if value.startswith("file-")]
+        files.lock_for_job(session, owner_id=owner_id, references=references)
+    rows: list[dict[str, Any]] = [
+        {
+            "id": ids.new_job_id(),
+            "owner_id": owner_id,
+            "state": JobState.VALIDATING_FILES,
+            "spec": spec.model_dump(mode="json"),
+            "metadata_": dict(metadata),
+            "event_seq": 1,
+        }
+        for spec, metadata in wanted
+    ]
+    session.execute(insert(Job), rows)
+    session.execute(insert(Event), [first_event(row["id"], _created(row["id"])) for row in rows])
+    # One transaction has one time; the queue takes jobs in the order of theirs.
+    made = [row["id"] for row in rows]
+    place = func.array_position(cast(made, ARRAY(Text)), Job.id)
+    in_order = update(Job).where(Job.id.in_(made))
+    later = func.now() + place * seconds(1e-6)
+    session.execute(
+        in_order.values(hinted_at=func.now(), created_at=later).execution_options(synchronize_session=False)
+    )
+    return made
+
+
+def _created(job_id: str) -> NewEvent:
+    return NewEvent(
+        code="CREATED", message=f"Created fine-tuning job {job_id}; its files wait to be checked."
+    )
 
 
 def get(session: Session, *, owner_id: str, job_id: str) -> Job:

@@ -14,7 +14,7 @@ from sqlalchemy.orm import Session
 
 from store.errors import InvalidRequest
 from store.states import TERMINAL, JobState
-from store.studies import Run, append_event, create_job, write
+from store.studies import Run, append_event, create_jobs, write
 from store.study_spec import PlannedArm, StudySpec, plan
 from store.study_tables import Study
 
@@ -50,8 +50,7 @@ def _create(session: Session, study: Study, measured: Sequence[Mapping[str, Any]
     spec = StudySpec.model_validate(values)
     arms = [_with_epochs(arm, measured) if arm.like else arm for arm in plan(spec)]
     new = [arm for arm in arms if arm.like]
-    for at, (arm, seed) in enumerate(((arm, seed) for seed in spec.seeds for arm in new), place):
-        create_job(session, study, at, arm, seed)
+    create_jobs(session, study, [(arm, seed) for seed in spec.seeds for arm in new], first=place)
     planned = [
         {"name": arm.name, "method": arm.spec.method.model_dump(mode="json", exclude_none=True), "like": None}
         for arm in arms

@@ -15,7 +15,6 @@ from sqlalchemy import func, select, update
 from sqlalchemy.orm import Session
 
 from store import ids, jobs, models
-from store.clock import seconds
 from store.errors import Conflict, NotFound
 from store.page import Page, cursor_of, fetch_page
 from store.spec import MODEL_REFERENCE
@@ -69,8 +68,7 @@ def create(
     session.add(study)
     session.flush()
     runs = [(arm, seed) for seed in spec.seeds for arm in arms if arm.like is None]
-    for place, (arm, seed) in enumerate(runs):
-        create_job(session, study, place, arm, seed)
+    create_jobs(session, study, runs)
     message = f"Created study {study.id}: {len(arms)} arms with {len(spec.seeds)} seeds, {len(runs)} jobs."
     append_event(session, study.id, "CREATED", message, {"arms": len(arms), "jobs": len(runs)})
     return get(session, owner_id=owner_id, study_id=study.id)
@@ -81,21 +79,17 @@ def _planned(arm: PlannedArm) -> dict[str, Any]:
     return {"name": arm.name, "method": method, "like": arm.like}
 
 
-def create_job(session: Session, study: Study, place: int, arm: PlannedArm, seed: int) -> None:
-    spec = arm.with_seed(seed)
-    labels = {"study": study.id, "arm": arm.name}
-    job = jobs.create(session, owner_id=study.owner_id, spec=spec, metadata=labels)
-    # One transaction has one time; the queue takes jobs in the order of theirs.
-    later = func.now() + seconds(place * 1e-6)
-    session.execute(
-        update(Job)
-        .where(Job.id == job.id)
-        .values(created_at=later)
-        .execution_options(synchronize_session=False)
-    )
-    session.add(StudyJob(job_id=job.id, study_id=study.id, place=place, arm=arm.name, seed=seed))
-    for length, key in enumerate(prefix_keys(study.id, spec), 1):
-        session.add(StudyPrefix(job_id=job.id, length=length, key=key, place=place))
+def create_jobs(
+    session: Session, study: Study, runs: Sequence[tuple[PlannedArm, int]], *, first: int = 0
+) -> None:
+    """Add a job for each arm and seed, in the places from `first` on. Raises InvalidRequest as jobs.create does."""
+    specs = [(arm.name, arm.with_seed(seed)) for arm, seed in runs]
+    wanted = [(spec, {"study": study.id, "arm": name}) for name, spec in specs]
+    job_ids = jobs.create_all(session, owner_id=study.owner_id, wanted=wanted)
+    for place, (job_id, (name, spec)) in enumerate(zip(job_ids, specs, strict=True), first):
+        session.add(StudyJob(job_id=job_id, study_id=study.id, place=place, arm=name, seed=spec.seed))
+        for length, key in enumerate(prefix_keys(study.id, spec), 1):
+            session.add(StudyPrefix(job_id=job_id, length=length, key=key, place=place))
     session.flush()
 
 

@@ -19,7 +19,8 @@ from store import presets
 from store.errors import InvalidRequest
 from store.spec import Method, TrainingSpec
 
-MAX_ARMS, MAX_SEEDS, MAX_JOBS = 200, 50, 500
+#: Jobs: they are made in one transaction, while their user waits.
+MAX_ARMS, MAX_SEEDS, MAX_JOBS = 200, 50, 300
 _JOB_SETTINGS = ("max_length", "dtype", "early_stopping")
 
 Name = Annotated[str, Field(min_length=1, max_length=100)]

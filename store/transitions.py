@@ -94,6 +94,20 @@ def _append(session: Session, job: Job, event: NewEvent) -> None:
     session.flush()
 
 
+def first_event(job_id: str, event: NewEvent) -> dict[str, Any]:
+    """The row of event 1 of a job that is made with `event_seq` 1: nobody else can see it yet."""
+    return {
+        "job_id": job_id,
+        "seq": 1,
+        "id": ids.new_event_id(),
+        "attempt": 0,
+        "level": event.level,
+        "type": event.type,
+        "message": event.message,
+        "data": {**event.data, "code": event.code},
+    }
+
+
 def close_attempt(session: Session, job_id: str, number: int, outcome: str) -> None:
     """Note how an attempt ended. One that has ended already keeps its outcome."""
     session.execute(

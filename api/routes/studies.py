@@ -10,7 +10,9 @@ from sqlalchemy.orm import Session
 from api.deps import After, Caller, Db, Held, IdempotencyKey, Limit, body_hash
 from api.schemas.common import Listing
 from api.schemas.studies import Estimate, StudyEventObject, StudyObject, StudyRequest, StudySummary
-from store import estimates, idempotency, studies
+from store import estimates, files, idempotency, studies
+from store.artifacts import Artifacts
+from store.errors import InvalidRequest
 from store.ids import new_study_id
 from store.page import Page
 from store.states import PURPOSES, JobState
@@ -18,6 +20,9 @@ from store.studies import Run
 from store.study_tables import Study
 
 log = logging.getLogger(__name__)
+
+#: On fewer rows an arm's interval is wider than 40 points. Files beyond so many bytes are taken to have more.
+_LEAST_ROWS, _SMALL_BYTES = 20, 256 * 1024
 
 router = APIRouter(prefix="/v1/studies", tags=["Studies"])
 
@@ -29,7 +34,9 @@ async def create_study(
     """Start a study: a job for every arm with every seed. `dry_run` says what it would take instead."""
     if body.dry_run:
         return Estimate.model_validate(await db(estimates.of_study, owner_id=caller.id, spec=body.spec()))
-    study, runs = await db(_create, owner_id=caller.id, body=body, idempotency_key=idempotency_key)
+    study, runs = await db(
+        _create, owner_id=caller.id, body=body, idempotency_key=idempotency_key, artifacts=held.artifacts
+    )
     log.info("accepted %s from %s, %d jobs", study.id, caller.id, len(runs))
     for run in runs:
         purpose = PURPOSES.get(JobState(run.job.state))
@@ -39,7 +46,7 @@ async def create_study(
 
 
 def _create(
-    session: Session, *, owner_id: str, body: StudyRequest, idempotency_key: str | None
+    session: Session, *, owner_id: str, body: StudyRequest, idempotency_key: str | None, artifacts: Artifacts
 ) -> tuple[Study, list[Run]]:
     study_id = new_study_id()
     if idempotency_key is not None:
@@ -52,10 +59,28 @@ def _create(
         )
         if not reserved.is_new:
             return _read(session, owner_id=owner_id, study_id=reserved.resource_id)
+    _check_rows(session, artifacts, owner_id, "test_file" if body.test_file else "validation_file", body)
     study = studies.create(
         session, owner_id=owner_id, spec=body.spec(), metadata=body.metadata, study_id=study_id
     )
     return study, studies.runs_of(session, study.id)
+
+
+def _check_rows(
+    session: Session, artifacts: Artifacts, owner_id: str, field: str, body: StudyRequest
+) -> None:
+    """Refuse an uploaded file of so few rows that nothing could be told apart on it. Only small ones are read."""
+    reference = getattr(body, field)
+    if reference is None or not reference.startswith("file-"):
+        return
+    files.lock_for_job(session, owner_id=owner_id, references=[(field, reference)])
+    file = files.get(session, owner_id=owner_id, file_id=reference)
+    if file.bytes > _SMALL_BYTES:
+        return
+    content = b"".join(artifacts.iter_bytes(file.storage_key))
+    rows = sum(bool(line.strip()) for line in content.splitlines())
+    if rows < _LEAST_ROWS:
+        raise InvalidRequest(f"{rows} rows tell no methods apart: give {_LEAST_ROWS} or more", param=field)
 
 
 def _read(session: Session, *, owner_id: str, study_id: str) -> tuple[Study, list[Run]]:

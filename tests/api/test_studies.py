@@ -149,6 +149,22 @@ def test_what_can_not_be_is_refused_by_its_name(
     assert client.get(JOBS).json()["data"] == []
 
 
+def test_too_few_rows_to_tell_anything_are_refused(client: httpx.Client) -> None:
+    row = b'{"question": "is it so", "answer": true}\n'
+    few, enough = (
+        client.post(
+            "/v1/files", files={"file": ("rows.jsonl", row * n)}, data={"purpose": "fine-tune"}
+        ).json()["id"]
+        for n in (19, 20)
+    )
+    assert refusal(client.post(STUDIES, json={**BODY, "test_file": few})) == (422, "test_file")
+    assert refusal(client.post(STUDIES, json={**BODY, "test_file": None, "validation_file": few})) == (
+        422,
+        "validation_file",
+    )
+    assert create(client, test_file=enough)["test_file"] == enough
+
+
 def test_the_papers_run_is_estimated_and_not_started(client: httpx.Client) -> None:
     answer = client.post(
         STUDIES, json={"name": "paper", "preset": "paper_table", "dry_run": True, "seeds": [1]}
