@@ -92,7 +92,9 @@ def _forgetting(figure: Figure, part: dict[str, Any]) -> None:
 def _spectra(axes: Axes, part: dict[str, Any]) -> None:
     for side, colour in (("before", _BEFORE), ("after", _AFTER)):
         if side in part:
-            values = [value for value in part[side]["singular_values"] if value > 0]
+            found = part[side]["singular_values"]
+            # Centred rows have one that is rounding alone.
+            values = [value for value in found if value > 1e-9 * found[0]]
             axes.semilogy(range(1, len(values) + 1), values, color=colour, label=side)
     axes.set(xlabel="index", ylabel="singular value")
     axes.legend()

@@ -3,7 +3,7 @@
     spectrum         singular values of X
     effective rank   exp(−Σ pᵢ ln pᵢ), pᵢ = σᵢ/Σσ (Roy and Vetterli, "The effective rank", EUSIPCO 2007)
     CKA              ‖YᵀX‖²_F / (‖XᵀX‖_F·‖YᵀY‖_F), 1 for the same up to rotation and scale (Kornblith et al., arXiv
-                     1905.00414, eq. 4). With fewer rows than dimensions any two are alike: compare like with like
+                     1905.00414, eq. 4). Biased towards 1 where there are fewer rows than dimensions
     separability     how well a linear map tells the labels apart on rows it was not fitted on (linear probes, Alain
                      and Bengio, arXiv 1610.01644): ridge regression onto the labels in FOLDS folds, accuracy with its
                      95 % Wilson interval; and Fisher's tr(S_between)/tr(S_within), which needs no fit
