@@ -45,8 +45,8 @@ class Stack:
 
 
 @contextmanager
-def heft_up(**settings: str) -> Iterator[Stack]:
-    """`heft up` in a folder of its own. Passages are not kept: every row is computed, as in the library."""
+def heft_up(model: str, **settings: str) -> Iterator[Stack]:
+    """`heft up` in a folder of its own, until the body ends; `model` can be asked when it begins."""
     environment = {name: value for name, value in os.environ.items() if not name.startswith("HEFT_")}
     with tempfile.TemporaryDirectory() as folder:
         command = [sys.executable, "-m", "cli", "--home", folder, "up", "--port", "0"]
@@ -54,7 +54,7 @@ def heft_up(**settings: str) -> Iterator[Stack]:
         home = Home(path=Path(folder))
         try:
             end = time.monotonic() + 120
-            while not _is_ready(home):
+            while not _is_ready(home, model):
                 if time.monotonic() > end or process.poll() is not None:
                     raise SystemExit("heft up did not come up")
                 time.sleep(0.2)
@@ -66,14 +66,19 @@ def heft_up(**settings: str) -> Iterator[Stack]:
             process.wait(60)
 
 
-def _is_ready(home: Home) -> bool:
+def _is_ready(home: Home, model: str) -> bool:
     record = running_stack(home)
     if record is None or not home.key_file.exists():
         return False
+    question = {"model": model, "question": "is it ready"}
+    headers = {"authorization": f"Bearer {home.key_file.read_text().strip()}"}
     try:
-        return httpx.get(f"{record.url}/readyz", timeout=5, trust_env=False).status_code == 200
+        answer = httpx.post(
+            f"{record.url}/predict", json=question, headers=headers, timeout=60, trust_env=False
+        )
     except httpx.TransportError:
         return False
+    return answer.status_code == 200
 
 
 def load(stack: Stack, options: argparse.Namespace, **given: Any) -> dict[str, Any]:
@@ -95,7 +100,7 @@ def over_http(options: argparse.Namespace) -> dict[str, Any]:
     scored(batcher, weights, examples[:8])
     found: dict[str, Any] = {str(clients): {"latencies": [], "ratios": []} for clients in options.clients}
     single, library = [], []
-    with heft_up(HEFT_PREFIX_CACHE_BYTES="0") as stack:
+    with heft_up(options.model, HEFT_PREFIX_CACHE_BYTES="0") as stack:
         load(stack, options, clients=8, requests=options.rows)
         for _ in range(options.repeat):
             library.append(seconds(lambda: scored(batcher, weights, examples)))
@@ -126,7 +131,7 @@ def over_http(options: argparse.Namespace) -> dict[str, Any]:
 
 def overload(options: argparse.Namespace) -> dict[str, Any]:
     """Twice as many requests as can be answered, for minutes."""
-    with heft_up() as stack:
+    with heft_up(options.model) as stack:
         load(stack, options, clients=8, requests=options.rows)
         measured = load(stack, options, clients=64, requests=4 * options.rows)
         capacity = 4 * options.rows / measured["seconds"]
