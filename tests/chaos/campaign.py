@@ -14,6 +14,7 @@ import subprocess
 import sys
 import threading
 import time
+import traceback
 from collections import Counter
 from datetime import UTC, datetime
 from pathlib import Path
@@ -31,6 +32,10 @@ from store.database import make_engine, session_factory
 
 HERE = Path(__file__).parent
 RESULTS = HERE / "results" / "campaigns.jsonl"
+#: What a campaign that broke off has to tell of its end.
+_NOT_JUDGED: dict[str, Any] = {
+    "jobs": {}, "attempts": 0, "outcomes": {}, "resumed_after_damage": 0, "models_checked": 0,
+}  # fmt: skip
 
 
 def run(
@@ -40,25 +45,24 @@ def run(
     started = time.monotonic()
     stack = ChaosStack()
     log = Evidence(stack.folder / "client.jsonl")
+    injector = Injector(stack, log, seed, others=others)
     try:
-        if real_share > 0:
-            _add_real_model(stack.folder / "models" / "tiny")
-        stack.wait_until_ready()
-        injector = Injector(stack, log, seed, others=others)
-        _attack(stack, log, injector, kills=kills, seed=seed, users=users, real_share=real_share)
-        found = _judge(stack, log)
-        entries = log.entries()
+        try:
+            if real_share > 0:
+                _add_real_model(stack.folder / "models" / "tiny")
+            stack.wait_until_ready()
+            _attack(stack, log, injector, kills=kills, seed=seed, users=users, real_share=real_share)
+            found = _judge(stack, log)
+        except Exception as reason:
+            # What could not be judged counts as violated, and its kills are told with the rest.
+            traceback.print_exc()
+            found = {**_NOT_JUDGED, "violations": {"aborted": [_in_words(reason)]}}
         return {
             "at": datetime.now(UTC).isoformat(timespec="seconds"),
             "commit": _commit(),
             "seed": seed,
             "seconds": round(time.monotonic() - started),
-            "kills": dict(injector.kills),
-            "faults": dict(injector.faults),
-            "points": _points(stack),
-            "requests": sum(entry["kind"] == "request" for entry in entries),
-            "unanswered": sum(entry["kind"] == "no_answer" for entry in entries),
-            "refused_503": sum(entry["kind"] == "answer" and entry["status"] == 503 for entry in entries),
+            **_what_was_done(stack, log, injector),
             **found,
         }
     finally:
@@ -68,6 +72,23 @@ def run(
             for path in [log.path, *stack.folder.glob("*.log"), *stack.home.logs.glob("*.log")]:
                 shutil.copy(path, keep)
         stack.close()
+
+
+def _what_was_done(stack: ChaosStack, log: Evidence, injector: Injector) -> dict[str, Any]:
+    entries = log.entries()
+    return {
+        "kills": dict(injector.kills),
+        "faults": dict(injector.faults),
+        "points": _points(stack),
+        "requests": sum(entry["kind"] == "request" for entry in entries),
+        "unanswered": sum(entry["kind"] == "no_answer" for entry in entries),
+        "refused_503": sum(entry["kind"] == "answer" and entry["status"] == 503 for entry in entries),
+    }
+
+
+def _in_words(reason: Exception) -> str:
+    first = str(reason).partition("\n")[0]
+    return f"{type(reason).__name__}: {first}"[:300]
 
 
 def _attack(
