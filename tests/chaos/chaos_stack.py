@@ -34,7 +34,7 @@ PATIENCE = {
     "HEFT_HEARTBEAT_SECONDS": "0.4",
     "HEFT_CONTROL_SECONDS": "0.15",
     "HEFT_SWEEP_SECONDS": "0.5",
-    "HEFT_STALL_SECONDS": "20",
+    "HEFT_STALL_SECONDS": "120",  # a crowded machine is no stalled trainer; nothing here freezes one for so long
     "HEFT_CANCEL_GRACE_SECONDS": "1",
     "HEFT_CHECKPOINT_GRACE_SECONDS": "3",
     "HEFT_CHECKPOINT_SECONDS": "0.1",

@@ -20,7 +20,7 @@ from typing import Any
 import psutil
 from chaos_stack import PATIENCE, ROLES, ChaosStack
 from evidence import Evidence
-from faults import stopped
+from frozen import stopped
 from rows import stand_in_job
 from user import ENDED, JOBS, Client
 

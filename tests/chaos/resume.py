@@ -24,8 +24,8 @@ from typing import Any
 sys.path.append(str(Path(__file__).parents[1] / "support"))
 
 import torch
+from damage import damage
 from engine_runs import LORA, REFT, Told, but, config, parse, run, tensors, yes_no
-from faults import damage
 from tiny_models import save_tiny_model
 
 from heft_engine.checkpoint import MANIFEST, verify

@@ -7,6 +7,8 @@ from dataclasses import dataclass
 from random import Random
 from typing import Any
 
+from stand_in import BAD
+
 _STAGE = {"n_epochs": 1, "batch_size": 8, "rank": 2}
 
 
@@ -26,11 +28,19 @@ def stand_in_job(random: Random, name: str) -> Wanted:
         "step_seconds": random.choice((0.05, 0.1, 0.2)),
         "salt": name,
         "dies": random.random() < 0.04,
+        "bad": random.random() < 0.03,
     }
     return Wanted(
         rows=json.dumps({"stand_in": rows}).encode() + b"\n",
         body={"model": "tiny", "seed": seed},
-        expect={"salt": name, "seed": seed, "steps": steps, "dies": rows["dies"]},
+        expect={
+            "salt": name,
+            "seed": seed,
+            "steps": steps,
+            "dies": rows["dies"],
+            "bad": rows["bad"],
+            "code": BAD,
+        },
     )
 
 

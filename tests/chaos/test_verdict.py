@@ -12,8 +12,8 @@ from typing import Any
 
 import pytest
 import verdict
+from damage import damage
 from evidence import Evidence
-from faults import damage
 from stand_in import WEIGHTS, trained
 from user import JOBS
 
@@ -106,11 +106,6 @@ def test_an_end_too_few_another_or_too_many(log: Client, found: str) -> None:
 def test_a_lost_job() -> None:
     log = Client().create().look("succeeded").log
     assert "is not there" in verdict.one_end(log, books(jobs={}))[0]
-
-
-def test_a_failure_for_no_good_reason() -> None:
-    failed = {JOB: {"id": JOB, "state": "failed", "error": {"code": "internal_error"}, "event_seq": 4}}
-    assert "without a cause" in verdict.one_end(Client().create().look("failed").log, books(jobs=failed))[0]
 
 
 def test_two_models_two_successes_or_none() -> None:

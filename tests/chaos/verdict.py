@@ -7,7 +7,8 @@
     5  what is served is what the manifest says, and what the job had to come to
     6  nothing is left: no process, lock or temporary file (`ChaosStack.left_behind`)
 
-Each function returns the violations it found, in words. It does NOT repair or excuse anything.
+Each function returns the violations it found, in words. It does NOT repair or excuse anything. Whether a job had a
+cause to fail is judged in `causes`, where its attempts had to go on from in `resumed`.
 """
 
 from __future__ import annotations
@@ -28,8 +29,6 @@ from store.artifacts import Artifacts
 from store.errors import Damaged
 
 Row = dict[str, Any]
-#: Ends as failed that a job may honestly come to under such treatment.
-HONEST = {"out_of_memory", "trainer_died", "stalled", "worker_lost", "storage_damaged"}
 #: Events that only the attempt which holds the job may write.
 _HELD = {
     "STARTED",
@@ -109,8 +108,6 @@ def one_end(log: list[Entry], books: Books) -> list[str]:
             wrong.append(f"{job_id} was accepted and is not there")
         elif len(ends) != 1 or row["state"] not in ends:
             wrong.append(f"{job_id} was seen to end as {sorted(ends)}; the books say {row['state']}")
-        elif row["state"] == "failed" and row["error"]["code"] not in HONEST:
-            wrong.append(f"{job_id} failed without a cause: {row['error']}")
     wrong += [f"a user gave up: {entry['reason']}" for entry in log if entry["kind"] == "gave_up"]
     return wrong
 
