@@ -44,8 +44,8 @@ def stand_in_job(random: Random, name: str) -> Wanted:
     )
 
 
-def real_job(name: str) -> Wanted:
-    """Equal for all: every one of them must end with the same weights."""
+def real_job(random: Random) -> Wanted:
+    """Equal for all: every one of them must end with the same weights, whether it reuses what others have trained."""
     rows = [
         {"question": f"is {number} larger than {number * 7 % 24}", "answer": number > number * 7 % 24}
         for number in range(24)
@@ -53,6 +53,13 @@ def real_job(name: str) -> Wanted:
     method = {"type": "heft", "heft": {"lora": _STAGE, "reft": {**_STAGE, "layers": [2]}}}
     return Wanted(
         rows="".join(json.dumps(row) + "\n" for row in rows).encode(),
-        body={"model": "tiny", "seed": 3, "method": method, "dtype": "float32", "max_length": 64},
+        body={
+            "model": "tiny",
+            "seed": 3,
+            "method": method,
+            "dtype": "float32",
+            "max_length": 64,
+            "reuse": random.random() < 0.3,
+        },
         expect={"real": True},
     )

@@ -78,6 +78,7 @@ def books(state: str = "succeeded", **changes: Any) -> verdict.Books:
         "checkpoints": [],
         "models": [model],
         "files": [],
+        "stage_results": [],
     }
     return verdict.Books(**(sound | changes))
 

@@ -51,6 +51,7 @@ class Books:
     checkpoints: list[Row]
     models: list[Row]
     files: list[Row]
+    stage_results: list[Row]
 
     @classmethod
     def read(cls, url: str) -> Books:
@@ -68,6 +69,7 @@ class Books:
                 checkpoints=table("checkpoints", "job_id, attempt, step"),
                 models=table("models", "id"),
                 files=table("files", "id"),
+                stage_results=table("stage_results", "storage_key"),
             )
 
 
@@ -190,10 +192,12 @@ def stored(books: Books, artifacts: Artifacts) -> list[str]:
         if row["purged_at"] is None:
             known.add(row["storage_key"])
             wrong += _differs(artifacts, row["storage_key"], row["sha256"])
-    for model in books.models:
-        for name, sha256 in model["manifest"].items():
-            wrong += _differs(artifacts, f"{model['storage_key']}/{name}", sha256)
-    prefixes = [row["storage_key"] for row in [*books.models, *books.checkpoints] if row["purged_at"] is None]
+    kept = [row for row in books.stage_results if row["removed_at"] is None]
+    for row in [*books.models, *kept]:
+        for name, sha256 in row["manifest"].items():
+            wrong += _differs(artifacts, f"{row['storage_key']}/{name}", sha256)
+    not_purged = [row for row in [*books.models, *books.checkpoints] if row["purged_at"] is None]
+    prefixes = [row["storage_key"] for row in [*not_purged, *books.stage_results]]
     for key in _keys(artifacts):
         if key not in known and not any(key.startswith(f"{prefix}/") for prefix in prefixes):
             wrong.append(f"{key} is stored and no row names it")
