@@ -8,17 +8,15 @@ Parts with different seeds add up (`summary.py`).
 from __future__ import annotations
 
 import argparse
-import json
 import shutil
-import subprocess
 import sys
 import threading
 import time
 import traceback
-from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
+import ledger
 from chaos_stack import ChaosStack
 from evidence import Evidence
 from faults import Injector
@@ -28,7 +26,7 @@ from user import User
 from cli.process import wait_until
 
 HERE = Path(__file__).parent
-RESULTS = HERE / "results" / "campaigns.jsonl"
+RESULTS = ledger.FOLDER / "campaigns.jsonl"
 #: What a campaign that broke off has to tell of its end.
 _NOT_JUDGED: dict[str, Any] = {
     "jobs": {}, "attempts": 0, "outcomes": {}, "resumed_after_damage": 0, "models_checked": 0,
@@ -55,8 +53,7 @@ def run(
             traceback.print_exc()
             found = {**_NOT_JUDGED, "violations": {"aborted": [_in_words(reason)]}}
         return {
-            "at": datetime.now(UTC).isoformat(timespec="seconds"),
-            "commit": _commit(),
+            **ledger.stamp(),
             "seed": seed,
             "seconds": round(time.monotonic() - started),
             **_what_was_done(stack, log, injector),
@@ -129,11 +126,6 @@ def _add_real_model(path: Path) -> None:
     save_tiny_model(path)
 
 
-def _commit() -> str:
-    command = ["git", "-C", str(HERE), "describe", "--always", "--dirty"]
-    return subprocess.run(command, capture_output=True, text=True).stdout.strip()
-
-
 def main() -> int:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
@@ -156,10 +148,7 @@ def main() -> int:
         others=options.others,
         keep=options.keep,
     )
-    options.results.parent.mkdir(parents=True, exist_ok=True)
-    with options.results.open("a") as file:
-        file.write(json.dumps(result) + "\n")
-    print(json.dumps(result, indent=1))
+    ledger.add(options.results, result)
     return 1 if result["violations"] else 0
 
 

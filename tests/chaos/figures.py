@@ -17,6 +17,7 @@ from pathlib import Path
 from random import Random
 from typing import Any
 
+import ledger
 import psutil
 from chaos_stack import PATIENCE, ROLES, ChaosStack
 from evidence import Evidence
@@ -26,7 +27,7 @@ from user import ENDED, JOBS, Client
 
 from cli.process import wait_until
 
-RESULTS = Path(__file__).parent / "results" / "figures.jsonl"
+RESULTS = ledger.FOLDER / "figures.jsonl"
 _POSTS = 200
 _PATIENT = 300.0
 
@@ -181,6 +182,7 @@ def measure(*, quick: bool, repeats: int) -> dict[str, Any]:
     try:
         bench.stack.wait_until_ready()
         return {
+            **ledger.stamp(),
             "settings": "of the campaign" if quick else "the service's own",
             "lease_s": float(PATIENCE["HEFT_LEASE_SECONDS"]) if quick else 60.0,
             "worker_killed_running_again_s": _several(repeats, lambda: death_of_worker(bench, machine=False)),
@@ -208,10 +210,7 @@ def main() -> int:
     parser.add_argument("--results", type=Path, default=RESULTS)
     options = parser.parse_args()
     found = measure(quick=options.quick, repeats=options.repeats)
-    options.results.parent.mkdir(parents=True, exist_ok=True)
-    with options.results.open("a") as file:
-        file.write(json.dumps(found) + "\n")
-    print(json.dumps(found, indent=1))
+    ledger.add(options.results, found)
     return 0
 
 

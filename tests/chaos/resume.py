@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import argparse
 import itertools
-import json
 import os
 import shutil
 import sys
@@ -23,6 +22,7 @@ from typing import Any
 
 sys.path.append(str(Path(__file__).parents[1] / "support"))
 
+import ledger
 import torch
 from damage import damage
 from engine_runs import LORA, REFT, Told, but, config, parse, run, tensors, yes_no
@@ -34,7 +34,7 @@ from heft_engine.errors import BundleError, Stopped
 from store.artifacts import Artifacts
 from store.errors import Damaged
 
-RESULTS = Path(__file__).parent / "results" / "resume.jsonl"
+RESULTS = ledger.FOLDER / "resume.jsonl"
 VALIDATION = parse(yes_no(8, seed=1))
 STAGES = ("lora", "reft")
 #: bfloat16 has 8 bits of mantissa.
@@ -169,6 +169,7 @@ def measure(*, seeds: int, bfloat16_seeds: int, damages: int) -> dict[str, Any]:
     with tempfile.TemporaryDirectory() as name:
         model = save_tiny_model(Path(name) / "tiny")
         return {
+            **ledger.stamp(),
             "seeds": seeds,
             "differ": compare(model, seeds),
             "bfloat16_seeds": bfloat16_seeds,
@@ -188,10 +189,7 @@ def main() -> int:
     parser.add_argument("--results", type=Path, default=RESULTS)
     options = parser.parse_args()
     found = measure(seeds=options.seeds, bfloat16_seeds=options.bfloat16_seeds, damages=options.damages)
-    options.results.parent.mkdir(parents=True, exist_ok=True)
-    with options.results.open("a") as file:
-        file.write(json.dumps(found) + "\n")
-    print(json.dumps(found, indent=1))
+    ledger.add(options.results, found)
     bad = any(itertools.chain(found["differ"].values(), found["damaged_loaded"].values()))
     return int(bad or found["bfloat16_largest_difference"] > _ROUNDING)
 
