@@ -149,6 +149,18 @@ def test_an_end_that_changed(later: dict[str, Any]) -> None:
     assert "changed after its end" in verdict.ends_never_change(log)[0]
 
 
+def test_an_answer_that_was_overtaken_shows_the_job_as_it_was() -> None:
+    client = Client().create()
+    asked = next(client.numbers)
+    client.log.append({"kind": "request", "n": asked, "method": "GET", "path": f"{JOBS}/{JOB}", "key": None})
+    client.look("succeeded")
+    late = {"kind": "answer", "n": next(client.numbers), "to": asked, "status": 200, "body": shown("running")}
+    client.log.append({**late, "retry_after": None})
+    assert verdict.ends_never_change(client.log) == []
+    client.look("running")
+    assert "changed after its end" in verdict.ends_never_change(client.log)[0]
+
+
 def bundle(weights: bytes) -> tuple[dict[str, bytes], dict[str, str]]:
     files = {WEIGHTS: weights, "manifest.json": b""}
     files["manifest.json"] = json.dumps({WEIGHTS: hashlib.sha256(weights).hexdigest()}).encode()
