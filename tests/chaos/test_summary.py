@@ -41,3 +41,27 @@ def test_parts_add_up_in_the_page(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     ):
         assert told in text
     assert text.count("| violations |") == 1
+
+
+def test_figures_measured_apart_stand_together_and_the_newest_counts() -> None:
+    settings = {"settings": "of the service", "lease_s": 60.0}
+    posts = {"answered": 1.0, "p99_ms": 300.0}
+    lines = summary.figures(
+        [
+            {**settings, "posts_broker_frozen": {**posts, "p99_ms": 900.0}},
+            {**settings, "cancel_processes_gone_s": {"n": 5, "median": 1.0, "longest": 2.0}},
+            {**settings, "posts_broker_frozen": posts},
+        ]
+    )
+    assert lines[1] == "| with settings of the service (lease 60 s) | |"
+    assert lines[3:] == [
+        "| cancel of a running job: its processes are gone | 1.0 s; longest of 5: 2.0 s |",
+        "| POST while the broker is frozen | 100% answered, p99 300.0 ms |",
+    ]
+
+
+def test_of_many_violations_of_a_kind_the_first_are_listed_and_the_rest_counted() -> None:
+    found = summary.campaigns([part(1, violations={"stored": [f"file {n}" for n in range(10)]})])
+    assert "| violations | 10 |" in found
+    assert found[-1] == "- abc, seed 1: stored: 7 more"
+    assert sum(line.startswith("- abc") for line in found) == 4
