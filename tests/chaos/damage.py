@@ -44,8 +44,10 @@ def damage_checkpoint(stack: ChaosStack, random: Random) -> dict[str, Any]:
     def met() -> bool:
         stack.start()
         for trainer in stack.look().get("engine", []):
-            done.update(_damage_under(stack, random, trainer, how_many))
-            if done["done"]:
+            found = _damage_under(stack, random, trainer, how_many)
+            if found["done"]:
+                done.clear()
+                done.update(found)
                 return True
         return False
 
