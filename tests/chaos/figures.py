@@ -49,7 +49,13 @@ class Bench:
         """A job of many slow steps, its rows uploaded."""
         self.count += 1
         wanted = stand_in_job(self.random, f"figure-{self.count}")
-        rows = {**json.loads(wanted.rows)["stand_in"], "dies": False, "steps": 2_000, "step_seconds": 0.1}
+        rows = {
+            **json.loads(wanted.rows)["stand_in"],
+            "dies": False,
+            "bad": False,
+            "steps": 2_000,
+            "step_seconds": 0.1,
+        }
         content = json.dumps({"stand_in": rows | changes}).encode()
         answer = self.client.insist(
             "POST",
