@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import argparse
 import shutil
+import signal
 import sys
 import threading
 import time
@@ -48,7 +49,7 @@ def run(
             stack.wait_until_ready()
             _attack(stack, log, injector, kills=kills, seed=seed, users=users, real_share=real_share)
             found = judge(stack, log)
-        except Exception as reason:  # noqa: BLE001
+        except (Exception, KeyboardInterrupt) as reason:  # noqa: BLE001
             # What could not be judged counts as violated, and its kills are told with the rest.
             traceback.print_exc()
             found = {**_NOT_JUDGED, "violations": {"aborted": [_in_words(reason)]}}
@@ -80,7 +81,7 @@ def _what_was_done(stack: ChaosStack, log: Evidence, injector: Injector) -> dict
     }
 
 
-def _in_words(reason: Exception) -> str:
+def _in_words(reason: BaseException) -> str:
     first = str(reason).partition("\n")[0]
     return f"{type(reason).__name__}: {first}"[:300]
 
@@ -140,6 +141,7 @@ def main() -> int:
     parser.add_argument("--keep", type=Path, help="a folder for the client's log and the service's logs")
     parser.add_argument("--others", type=float, default=0.5, help="faults that are no kill, for each kill")
     options = parser.parse_args()
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # whoever ends it gets what there is
     result = run(
         kills=options.kills,
         seed=options.seed,

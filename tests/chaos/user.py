@@ -116,6 +116,10 @@ class User(threading.Thread):
                 self._one_job()
         except GaveUp as reason:
             self._log.write("gave_up", user=self.name, reason=str(reason))
+        except Exception as reason:
+            # An answer that it did not expect; on its own thread nobody else would learn of it.
+            self._log.write("gave_up", user=self.name, reason=repr(reason))
+            raise
         finally:
             self._client.close()
 
