@@ -17,7 +17,8 @@ PAGE = Path(__file__).parents[2] / "docs" / "reliability.md"
 BEGIN, END = "<!-- results: written by `make chaos-summary` -->", "<!-- end of results -->"
 
 #: Of one kind in one part; the rest is counted.
-_LISTED = 3
+_LISTED = 1
+_WORDS = 150
 
 Result = dict[str, Any]
 
@@ -44,13 +45,14 @@ def campaigns(results: list[Result]) -> list[str]:
         ("of these at named points", f"{added(results, 'points').total():,}"),
         ("other faults", _listed(_others(added(results, "faults")))),
         ("requests; unanswered; refused with 503", _requests(results)),
-        ("jobs accepted, all ended", f"{jobs.total():,}: " + _listed(jobs)),
+        ("jobs accepted, as they were seen last", f"{jobs.total():,}: " + _listed(jobs)),
         ("attempts at them", f"{sum(result['attempts'] for result in results):,}"),
         (
             "resumed past a damaged checkpoint",
             f"{sum(result['resumed_after_damage'] for result in results):,}",
         ),
         ("models compared byte for byte", f"{sum(result['models_checked'] for result in results):,}"),
+        ("parts in which nothing was violated", _clean(results)),
         ("violations", f"{sum(len(found) for result in results for found in result['violations'].values())}"),
     ]
     return [
@@ -79,14 +81,20 @@ def _violations(results: list[Result]) -> list[str]:
     lines = []
     for result in results:
         for name, found in result["violations"].items():
-            lines += [
-                f"- {result['commit']}, seed {result['seed']}: {name}: {one}" for one in found[:_LISTED]
-            ]
+            place = f"- {result['commit']}, seed {result['seed']}: {name}: "
+            lines += [place + _short(one) for one in found[:_LISTED]]
             if len(found) > _LISTED:
-                lines.append(
-                    f"- {result['commit']}, seed {result['seed']}: {name}: {len(found) - _LISTED} more"
-                )
+                lines.append(f"{place}{len(found) - _LISTED} more")
     return ["", "What was violated:", "", *lines] if lines else []
+
+
+def _short(text: str) -> str:
+    return text if len(text) <= _WORDS else text[:_WORDS] + "…"
+
+
+def _clean(results: list[Result]) -> str:
+    clean = [result for result in results if not result["violations"]]
+    return f"{len(clean)}, with {added(clean, 'kills').total():,} kills"
 
 
 def resumes(results: list[Result]) -> list[str]:
