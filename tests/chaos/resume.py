@@ -93,10 +93,10 @@ class _Listening(list[Any]):
         self.append = heard  # type: ignore[method-assign]
 
 
-def compare(model: Path, seeds: int) -> dict[str, Any]:
+def compare(model: Path, seeds: range) -> dict[str, Any]:
     """Runs that differ by a bit, of each stage; there must be none."""
     differ = dict.fromkeys(STAGES, 0)
-    for seed in range(seeds):
+    for seed in seeds:
         with tempfile.TemporaryDirectory() as name:
             folder = Path(name)
             plan = settings(model, seed, "float32")
@@ -165,12 +165,12 @@ def _passes(do: Any, refusal: type[Exception]) -> bool:
     return True
 
 
-def measure(*, seeds: int, bfloat16_seeds: int, damages: int) -> dict[str, Any]:
+def measure(*, seeds: range, bfloat16_seeds: int, damages: int) -> dict[str, Any]:
     with tempfile.TemporaryDirectory() as name:
         model = save_tiny_model(Path(name) / "tiny")
         return {
             **ledger.stamp(),
-            "seeds": seeds,
+            "seeds": len(seeds),
             "differ": compare(model, seeds),
             "bfloat16_seeds": bfloat16_seeds,
             "bfloat16_largest_difference": compare_bfloat16(model, bfloat16_seeds),
@@ -184,11 +184,13 @@ def main() -> int:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--seeds", type=int, default=50)
+    parser.add_argument("--first", type=int, default=0, help="seed; parts of one commit add up")
     parser.add_argument("--bfloat16-seeds", type=int, default=10)
     parser.add_argument("--damages", type=int, default=200)
     parser.add_argument("--results", type=Path, default=RESULTS)
     options = parser.parse_args()
-    found = measure(seeds=options.seeds, bfloat16_seeds=options.bfloat16_seeds, damages=options.damages)
+    seeds = range(options.first, options.first + options.seeds)
+    found = measure(seeds=seeds, bfloat16_seeds=options.bfloat16_seeds, damages=options.damages)
     ledger.add(options.results, found)
     bad = any(itertools.chain(found["differ"].values(), found["damaged_loaded"].values()))
     return int(bad or found["bfloat16_largest_difference"] > _ROUNDING)

@@ -100,20 +100,17 @@ def _clean(results: list[Result]) -> str:
 def resumes(results: list[Result]) -> list[str]:
     if not results:
         return []
-    last = results[-1]
+    # Of the newest commit, all parts together.
+    parts = [result for result in results if result.get("commit") == results[-1].get("commit")]
+    differ, seeds = added(parts, "differ"), sum(part["seeds"] for part in parts)
+    stages = parts[0]["differ"]
+    loaded, tried = added(parts, "damaged_loaded"), sum(part["damaged"] for part in parts)
+    bfloat16 = sum(part["bfloat16_seeds"] for part in parts)
+    largest = max(part["bfloat16_largest_difference"] for part in parts)
     rows = [
-        (
-            f"interrupted in {stage}, {last['seeds']} seeds: runs that differ by a bit",
-            last["differ"][stage],
-        )
-        for stage in last["differ"]
-    ]
-    rows += [
-        (
-            f"bfloat16, {last['bfloat16_seeds']} seeds: largest difference of a loss",
-            f"{last['bfloat16_largest_difference']:.1e}",
-        ),
-        (f"damaged checkpoints taken for whole, of {last['damaged']}", sum(last["damaged_loaded"].values())),
+        *((f"interrupted in {one}, {seeds} seeds: runs that differ by a bit", differ[one]) for one in stages),
+        (f"bfloat16, {bfloat16} seeds: largest difference of a loss", f"{largest:.1e}"),
+        (f"damaged checkpoints taken for whole, of {tried}", loaded.total()),
     ]
     return ["", "| resume | |", "| --- | --- |", *(f"| {name} | {value} |" for name, value in rows)]
 

@@ -67,3 +67,17 @@ def test_of_many_violations_of_a_kind_the_first_is_told_and_the_rest_counted() -
     assert found[-1] == "- abc, seed 1: stored: 9 more"
     assert len(found[-2]) < 200
     assert sum(line.startswith("- abc") for line in found) == 2
+
+
+def test_resumes_of_the_newest_commit_add_up() -> None:
+    part = {
+        "commit": "b", "seeds": 25, "differ": {"lora": 0, "reft": 1}, "bfloat16_seeds": 5,
+        "bfloat16_largest_difference": 0.0, "damaged": 100, "damaged_loaded": {"engine": 0, "storage": 2},
+    }  # fmt: skip
+    lines = summary.resumes([{**part, "commit": "a", "differ": {"lora": 9, "reft": 9}}, part, part])
+    assert lines[3:] == [
+        "| interrupted in lora, 50 seeds: runs that differ by a bit | 0 |",
+        "| interrupted in reft, 50 seeds: runs that differ by a bit | 2 |",
+        "| bfloat16, 10 seeds: largest difference of a loss | 0.0e+00 |",
+        "| damaged checkpoints taken for whole, of 200 | 4 |",
+    ]
