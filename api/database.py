@@ -2,7 +2,7 @@
 
 A frozen Postgres is not a closed connection: psycopg waits for as long as the kernel lets it, whatever
 timeouts it was given. So nobody waits for the thread longer than the deadline, and a transaction that nobody
-waits for any more rolls back.
+waits for any more rolls back, unless its COMMIT is on its way already: then the caller is told that nobody knows.
 """
 
 from __future__ import annotations
@@ -23,6 +23,36 @@ P = ParamSpec("P")
 T = TypeVar("T")
 
 
+_UNKNOWN = (
+    "the database does not answer, and may or may not have done what was asked: look, or send the request again with "
+    "the same Idempotency-Key"
+)
+
+
+class _Fate:
+    """Whether a transaction still has somebody who waits for it when it comes to its COMMIT: asked once, under a
+    lock."""
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._decided: bool | None = None
+
+    def may_commit(self) -> bool:
+        with self._lock:
+            self._decided = self._decided is None
+            return self._decided
+
+    def is_committing(self) -> bool:
+        """For whoever stops waiting: if it is not by now, it never will."""
+        self.abandon()
+        return bool(self._decided)
+
+    def abandon(self) -> None:
+        with self._lock:
+            if self._decided is None:
+                self._decided = False
+
+
 class Database:
     """`await database(jobs.get, job_id=…)` runs `jobs.get(session, job_id=…)` and commits.
 
@@ -37,12 +67,12 @@ class Database:
     async def __call__(
         self, work: Callable[Concatenate[Session, P], T], *args: P.args, **kwargs: P.kwargs
     ) -> T:
-        abandoned = threading.Event()
+        fate = _Fate()
 
         def run() -> T:
             with transaction(self._sessions) as session:
                 result = work(session, *args, **kwargs)
-                if abandoned.is_set():
+                if not fate.may_commit():
                     raise Unavailable("answered too late")  # rolls back: its caller was told that it failed
                 return result
 
@@ -50,9 +80,10 @@ class Database:
             waiting = asyncio.get_running_loop().run_in_executor(self._threads, in_context(run))
             return await asyncio.wait_for(waiting, self._deadline)
         except TimeoutError as fault:
-            raise Unavailable("the database does not answer; nothing was changed") from fault
+            told = _UNKNOWN if fate.is_committing() else "the database does not answer; nothing was changed"
+            raise Unavailable(told) from fault
         finally:
-            abandoned.set()
+            fate.abandon()
 
     def close(self) -> None:
         """Wait for no one: what is still running rolls back or has been committed."""

@@ -10,7 +10,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
-from sqlalchemy import Engine, create_engine, event, exc
+import psycopg
+from sqlalchemy import Engine, ExceptionContext, create_engine, event, exc
 from sqlalchemy.orm import Session, sessionmaker
 
 from store.errors import Unavailable
@@ -22,6 +23,9 @@ _LOCK_MS = 3_000
 #: An owner of a transaction that went to sleep in it must not hold its locks for ever.
 _IDLE_MS = 30_000
 
+#: SQLSTATE's class of values that can't be: "invalid input syntax for type integer: …".
+_DATA_ERRORS = "22"
+
 SessionFactory = sessionmaker[Session]
 
 
@@ -31,7 +35,7 @@ def make_engine(url: str, *, pool_size: int = 10) -> Engine:
     These limits are the server's and the kernel's; a server that is frozen (not gone) can hold a socket for
     longer, so that routes need a deadline of their own.
     """
-    return create_engine(
+    engine = create_engine(
         url,
         pool_pre_ping=True,
         hide_parameters=True,  # an error's text goes into logs, and values are users' data
@@ -49,6 +53,25 @@ def make_engine(url: str, *, pool_size: int = 10) -> Engine:
             f" -c idle_in_transaction_session_timeout={_IDLE_MS} -c timezone=UTC",
         },
     )
+    event.listen(engine, "handle_error", _without_values)
+    return engine
+
+
+def _without_values(context: ExceptionContext) -> None:
+    """Postgres tells the whole row that broke a constraint, and the value that it could not read: users' data.
+
+    What stays is the first line of what it says; `diag` of the original keeps the rest, for programs.
+    """
+    fault = context.original_exception
+    if not isinstance(fault, psycopg.Error) or context.sqlalchemy_exception is None:
+        return
+    told = fault.diag.message_primary
+    if told is None:
+        return  # not the server's words: the connection's
+    if (fault.sqlstate or "").startswith(_DATA_ERRORS):
+        told = told.partition(":")[0]
+    fault.args = (told,)
+    context.sqlalchemy_exception.args = (f"({type(fault).__name__}) {told}",)
 
 
 def session_factory(engine: Engine) -> SessionFactory:

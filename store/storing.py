@@ -6,7 +6,7 @@ import hashlib
 import os
 import secrets
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -69,7 +69,8 @@ class LocalUpload:
         return self._digest.hexdigest()
 
     def abort(self) -> None:
-        self._file.close()
+        with suppress(OSError):  # on a full disk closing fails too: what it still holds can't be written
+            self._file.close()
         self._temporary.unlink(missing_ok=True)
 
 

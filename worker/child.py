@@ -18,6 +18,7 @@ import subprocess
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -75,8 +76,12 @@ def child_environment(environment: Mapping[str, str]) -> dict[str, str]:
     return POLITE | HUGE_PAGES | passed | quiet | {"PYTHONUNBUFFERED": "1"}
 
 
+#: Bytes; what is longer is logged in pieces.
+_LONGEST_LINE = 8_192
+
+
 class Child:
-    """A process in its own group whose stdout is one JSON object a line. stderr is the worker's own log.
+    """A process in its own group whose stdout is one JSON object a line. Its stderr is logged, line by line.
 
     Its stdin is a pipe that only this process holds: end-of-file there means that the worker is gone. As a
     context manager: killed if the body fails, and gone in any case afterwards.
@@ -92,13 +97,18 @@ class Child:
             cwd=cwd,
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
             process_group=0,
         )
         self.pid = self._process.pid
         self._reap_lock = threading.Lock()
         self._lines: queue.SimpleQueue[dict[str, Any] | None] = queue.SimpleQueue()
-        self._reader = threading.Thread(target=in_context(self._read), name=f"read-{self.pid}", daemon=True)
-        self._reader.start()
+        self._readers = [
+            threading.Thread(target=in_context(read), name=f"read-{self.pid}", daemon=True)
+            for read in (self._read, self._read_stderr)
+        ]
+        for reader in self._readers:
+            reader.start()
         self._ender = threading.Thread(target=self._end_stragglers, name=f"end-{self.pid}", daemon=True)
         self._ender.start()
 
@@ -121,7 +131,8 @@ class Child:
         """Its exit code, when it has ended; negative: the signal that did it. Nothing of its group is
         left."""
         self._ender.join()
-        self._reader.join()
+        for reader in self._readers:
+            reader.join()
         with self._reap_lock:
             code = self._process.wait()
         assert self._process.stdin is not None
@@ -160,6 +171,15 @@ class Child:
                 else:
                     log.info("child %d wrote: %s", self.pid, line[:200].decode(errors="replace").rstrip())
         self._lines.put(None)
+
+    def _read_stderr(self) -> None:
+        """Its warnings, tracebacks and stacks, with the ids of what it works on."""
+        assert self._process.stderr is not None
+        with self._process.stderr as stderr:
+            for line in iter(partial(stderr.readline, _LONGEST_LINE), b""):
+                said = line.decode(errors="replace").rstrip()
+                if said:
+                    log.warning("child %d: %s", self.pid, said)
 
     def _end_stragglers(self) -> None:
         """When the child ends, so does what it started: a straggler would hold its stdout, and the GPU."""

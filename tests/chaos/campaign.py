@@ -8,29 +8,30 @@ Parts with different seeds add up (`summary.py`).
 from __future__ import annotations
 
 import argparse
-import json
 import shutil
-import subprocess
+import signal
 import sys
 import threading
 import time
-from collections import Counter
-from datetime import UTC, datetime
+import traceback
 from pathlib import Path
 from typing import Any
 
-import verdict
+import ledger
 from chaos_stack import ChaosStack
 from evidence import Evidence
 from faults import Injector
-from user import ENDED, JOBS, Client, GaveUp, User, fetch_model
+from judge import judge, points
+from user import User
 
 from cli.process import wait_until
-from store import garbage
-from store.database import make_engine, session_factory
 
 HERE = Path(__file__).parent
-RESULTS = HERE / "results" / "campaigns.jsonl"
+RESULTS = ledger.FOLDER / "campaigns.jsonl"
+#: What a campaign that broke off has to tell of its end.
+_NOT_JUDGED: dict[str, Any] = {
+    "jobs": {}, "attempts": 0, "outcomes": {}, "resumed_after_damage": 0, "models_checked": 0,
+}  # fmt: skip
 
 
 def run(
@@ -40,25 +41,23 @@ def run(
     started = time.monotonic()
     stack = ChaosStack()
     log = Evidence(stack.folder / "client.jsonl")
+    injector = Injector(stack, log, seed, others=others)
     try:
-        if real_share > 0:
-            _add_real_model(stack.folder / "models" / "tiny")
-        stack.wait_until_ready()
-        injector = Injector(stack, log, seed, others=others)
-        _attack(stack, log, injector, kills=kills, seed=seed, users=users, real_share=real_share)
-        found = _judge(stack, log)
-        entries = log.entries()
+        try:
+            if real_share > 0:
+                _add_real_model(stack.folder / "models" / "tiny")
+            stack.wait_until_ready()
+            _attack(stack, log, injector, kills=kills, seed=seed, users=users, real_share=real_share)
+            found = judge(stack, log)
+        except (Exception, KeyboardInterrupt) as reason:  # noqa: BLE001
+            # What could not be judged counts as violated, and its kills are told with the rest.
+            traceback.print_exc()
+            found = {**_NOT_JUDGED, "violations": {"aborted": [_in_words(reason)]}}
         return {
-            "at": datetime.now(UTC).isoformat(timespec="seconds"),
-            "commit": _commit(),
+            **ledger.stamp(),
             "seed": seed,
             "seconds": round(time.monotonic() - started),
-            "kills": dict(injector.kills),
-            "faults": dict(injector.faults),
-            "points": _points(stack),
-            "requests": sum(entry["kind"] == "request" for entry in entries),
-            "unanswered": sum(entry["kind"] == "no_answer" for entry in entries),
-            "refused_503": sum(entry["kind"] == "answer" and entry["status"] == 503 for entry in entries),
+            **_what_was_done(stack, log, injector),
             **found,
         }
     finally:
@@ -68,6 +67,23 @@ def run(
             for path in [log.path, *stack.folder.glob("*.log"), *stack.home.logs.glob("*.log")]:
                 shutil.copy(path, keep)
         stack.close()
+
+
+def _what_was_done(stack: ChaosStack, log: Evidence, injector: Injector) -> dict[str, Any]:
+    entries = log.entries()
+    return {
+        "kills": dict(injector.kills),
+        "faults": dict(injector.faults),
+        "points": points(stack),
+        "requests": sum(entry["kind"] == "request" for entry in entries),
+        "unanswered": sum(entry["kind"] == "no_answer" for entry in entries),
+        "refused_503": sum(entry["kind"] == "answer" and entry["status"] == 503 for entry in entries),
+    }
+
+
+def _in_words(reason: BaseException) -> str:
+    first = str(reason).partition("\n")[0]
+    return f"{type(reason).__name__}: {first}"[:300]
 
 
 def _attack(
@@ -104,107 +120,11 @@ def _all_done(stack: ChaosStack, people: list[User]) -> bool:
     return not any(person.is_alive() for person in people)
 
 
-def _judge(stack: ChaosStack, log: Evidence) -> dict[str, Any]:
-    stack.wait_until_ready()
-    client = Client(stack.url, stack.key, log)
-    until = time.monotonic() + 120
-    violations: dict[str, list[str]] = {"served": []}
-    expected = {entry["job"]: entry["expect"] for entry in log.entries() if entry["kind"] == "accepted"}
-    # Jobs that somebody made without learning of it end as well; they come last.
-    _wait_for_stragglers(stack, client, until)
-    ended = [client.look(job_id, until) for job_id in sorted(verdict.accepted(log.entries()))]
-    books = verdict.Books.read(stack.database_url)
-    manifests = {model["id"]: model["manifest"] for model in books.models}
-    real_weights = set()
-    for job in ended:
-        model_id = job["fine_tuned_model"]
-        if model_id is None:
-            continue
-        try:
-            files = fetch_model(client, model_id, until + 120)
-        except GaveUp as reason:
-            violations["served"].append(str(reason))
-            continue
-        expect = expected.get(job["id"], {})
-        wrong = verdict.served(expect, files, manifests[model_id])
-        violations["served"] += [f"{job['id']}: {fault}" for fault in wrong]
-        if expect.get("real"):
-            real_weights.add(json.dumps(_weights(manifests[model_id]), sort_keys=True))
-    if len(real_weights) > 1:
-        violations["served"].append(f"{len(real_weights)} different results of the same training run")
-    client.close()
-    _collect_garbage(stack)
-    books = verdict.Books.read(stack.database_url)
-    entries = log.entries()
-    violations |= {
-        "one end": verdict.one_end(entries, books),
-        "one success": verdict.one_success(entries, books),
-        "stale writes": verdict.no_stale_write(books),
-        "changed ends": verdict.ends_never_change(entries),
-        "stored": verdict.stored(books, stack.artifacts),
-        "answers": verdict.only_503(entries),
-    }
-    status = stack.stop()
-    violations["left behind"] = stack.left_behind() + (
-        [] if status == 0 else [f"heft up ended with {status}"]
-    )
-    return {
-        "jobs": dict(Counter(job["status"] for job in ended)),
-        "attempts": len(books.attempts),
-        "outcomes": dict(Counter(row["outcome"] for row in books.attempts)),
-        "resumed_after_damage": sum(
-            event["data"].get("signature") == "damaged_checkpoint" for event in books.events
-        ),
-        "models_checked": len(manifests),
-        "violations": {name: found for name, found in violations.items() if found},
-    }
-
-
-def _wait_for_stragglers(stack: ChaosStack, client: Client, until: float) -> None:
-    def all_ended() -> bool:
-        stack.start()
-        page = client.insist("GET", JOBS, params={"limit": 100}, until=until).json()["data"]
-        return all(job["status"] in ENDED for job in page)
-
-    wait_until(all_ended, seconds=max(1.0, until - time.monotonic()))
-
-
-def _weights(manifest: dict[str, str]) -> dict[str, str]:
-    """Without the files that tell of the way: times, paths and the like."""
-    return {name: sha256 for name, sha256 in manifest.items() if name.endswith(".safetensors")}
-
-
-def _collect_garbage(stack: ChaosStack) -> None:
-    """What the workers do in the background, all of it now: nothing is being written any more."""
-    engine = make_engine(stack.database_url, pool_size=1)
-    try:
-        factory = session_factory(engine)
-        # At most a hundred of each kind a turn.
-        for _ in range(20 + len(verdict.Books.read(stack.database_url).attempts) // 100 * 2):
-            garbage.collect(factory, stack.artifacts, quiet_seconds=0)
-        garbage.collect_uploads(factory, stack.artifacts, quiet_seconds=0)
-        garbage.collect_prepared(factory, stack.artifacts)
-    finally:
-        engine.dispose()
-
-
-def _points(stack: ChaosStack) -> dict[str, int]:
-    fired = stack.control / "fired.jsonl"
-    if not fired.exists():
-        return {}
-    return dict(Counter(json.loads(line)["point"] for line in fired.read_text().splitlines()))
-
-
 def _add_real_model(path: Path) -> None:
     sys.path.append(str(HERE.parent / "support"))
     from tiny_models import save_tiny_model
 
     save_tiny_model(path)
-
-
-def _commit() -> str:
-    command = ["git", "-C", str(HERE), "describe", "--always", "--dirty"]
-    return subprocess.run(command, capture_output=True, text=True).stdout.strip()
 
 
 def main() -> int:
@@ -221,6 +141,7 @@ def main() -> int:
     parser.add_argument("--keep", type=Path, help="a folder for the client's log and the service's logs")
     parser.add_argument("--others", type=float, default=0.5, help="faults that are no kill, for each kill")
     options = parser.parse_args()
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # whoever ends it gets what there is
     result = run(
         kills=options.kills,
         seed=options.seed,
@@ -229,10 +150,7 @@ def main() -> int:
         others=options.others,
         keep=options.keep,
     )
-    options.results.parent.mkdir(parents=True, exist_ok=True)
-    with options.results.open("a") as file:
-        file.write(json.dumps(result) + "\n")
-    print(json.dumps(result, indent=1))
+    ledger.add(options.results, result)
     return 1 if result["violations"] else 0
 
 

@@ -18,11 +18,11 @@ from typing import Any
 import httpx
 import psutil
 import redis
+from leftovers import left_behind
 
 from cli.embedded_postgres import database_url
-from cli.errors import CommandError
 from cli.home import Home
-from cli.process import locked, spawn, wait_until
+from cli.process import spawn, wait_until
 from store.artifacts import Artifacts
 
 HERE = Path(__file__).parent
@@ -34,7 +34,7 @@ PATIENCE = {
     "HEFT_HEARTBEAT_SECONDS": "0.4",
     "HEFT_CONTROL_SECONDS": "0.15",
     "HEFT_SWEEP_SECONDS": "0.5",
-    "HEFT_STALL_SECONDS": "20",
+    "HEFT_STALL_SECONDS": "120",  # a crowded machine is no stalled trainer; nothing here freezes one for so long
     "HEFT_CANCEL_GRACE_SECONDS": "1",
     "HEFT_CHECKPOINT_GRACE_SECONDS": "3",
     "HEFT_CHECKPOINT_SECONDS": "0.1",
@@ -153,20 +153,8 @@ class ChaosStack:
 
     def left_behind(self) -> list[str]:
         """Processes, locks and temporary files that should be gone once it has stopped."""
-        _, alive = psutil.wait_procs(list(self.seen.values()), timeout=15)
-        left = [f"process {process.pid}: {_command(process)}" for process in alive]
-        left += [str(path) for path in (self.home.cache / "workers").glob("*/files")]
-        left += [str(path) for path in (self.home.artifacts / ".incomplete").glob("*")]
-        left += [str(path) for path in (self.home.run, self.home.state_file) if path.exists()]
-        left += [str(path) for path in self.home.path.rglob("*.partial")]
-        locks = [self.home.path / name for name in ("heft.lock", "postgres.lock", "valkey.lock")]
-        for lock in [*locks, *(self.home.cache / "workers").glob("*/lock")]:
-            try:
-                with locked(lock, wait_seconds=5, busy="held"):
-                    pass
-            except CommandError as error:
-                left.append(f"lock {lock}: {error}")
-        return left
+        proxy = set() if self._proxy is None else {self._proxy.pid}
+        return left_behind(self.home, self.folder, self.seen.values(), exempt=proxy)
 
     def close(self) -> None:
         """Leave nothing, whatever state it is in."""
@@ -226,13 +214,6 @@ def _kind(command: list[str]) -> str:
     if "bin/postgres" in command[0]:
         return "postgres"
     return "valkey" if "valkey-server" in command[0] else "other"
-
-
-def _command(process: psutil.Process) -> str:
-    try:
-        return " ".join(process.cmdline())
-    except psutil.Error:
-        return "gone"
 
 
 def _process(pid: int) -> psutil.Process | None:

@@ -15,6 +15,7 @@ from __future__ import annotations
 import functools
 import json
 import os
+import re
 import signal
 import sys
 import time
@@ -27,6 +28,9 @@ from typing import Any
 _OURS = ("api", "worker", "store", "heft_engine", "cli", "__main__")
 #: Frames through which every commit goes: the one who asked for it stands in these local names.
 _DOORS = {"api.database": "work", "worker.attempt": "do"}
+
+#: What an attempt's folder is called (worker.attempt).
+_FOLDER = re.compile(r"(ftjob-\w+)-\w+")
 
 
 class CrashPoints:
@@ -88,6 +92,7 @@ class CrashPoints:
             "pid": os.getpid(),
             "point": f"{side} {name}",
             "signal": order["signal"],
+            "job": job_in(os.getcwd()) if self._role == "engine" else None,
         }
         log = self._open(self._fired, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o600)
         self._write(log, json.dumps(record).encode() + b"\n")
@@ -109,6 +114,12 @@ class CrashPoints:
             return now + state["offset"]
 
         time.time = shifted
+
+
+def job_in(folder: str) -> str | None:
+    """The job whose attempt this folder is for: a trainer works in one."""
+    found = _FOLDER.fullmatch(Path(folder).name)
+    return found[1] if found else None
 
 
 def _caller() -> str:

@@ -6,42 +6,27 @@ It does NOT look at what comes of it: `verdict` does.
 
 from __future__ import annotations
 
-import json
 import os
 import signal
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import suppress
-from pathlib import Path
 from random import Random
 from typing import Any
 
 import psutil
 import redis
 from chaos_stack import LEASE, ROLES, ChaosStack
+from damage import damage_checkpoint
 from evidence import Evidence
+from frozen import stopped
+from kills import KILLED, PROMPT_SECONDS, SWEEP, WORKER_POINTS, Kills, write
 from kombu.exceptions import OperationalError
+from races import cancel_at_point
 
 from cli.process import wait_until
 from store.queue import Task, make_celery
-
-#: Kinds of process that are killed, each as often as the others. The supervisor of a job is its worker; the reconciler
-#: is a thread of every worker, killed while it holds its lock.
-KILLED = ("api", "worker", "prepare", "trainer", "reconciler", "postgres", "valkey", "up")
-#: What a worker's process is killed at.
-_WORKER_POINTS = (
-    "commit claim", "commit finish_prepared", "commit finish_succeeded", "commit finish_cancelled",
-    "commit finish_paused", "commit record_event", "commit record_checkpoint", "commit release",
-    "commit trainer_died", "commit worker.attempt._claim", "commit worker.attempt.ask", "commit worker.presence",
-    "commit worker.export", "publish heft.train", "publish heft.prepare", "publish heft.export",
-    "rename store.storing", "fsync store.storing", "commit", "publish", "rename", "fsync",
-)  # fmt: skip
-_API_POINTS = ("commit _create", "commit _record", "commit request_cancel", "commit request_pause", "commit resume",
-               "publish heft.prepare", "rename store.storing", "fsync store.storing", "commit", "publish")  # fmt: skip
-_TRAINER_POINTS = ("rename", "fsync")
-_SWEEP = "commit worker.sweep.sweep"
-_PROMPT_SECONDS = 6.0
 
 
 class Injector:
@@ -49,9 +34,13 @@ class Injector:
 
     def __init__(self, stack: ChaosStack, log: Evidence, seed: int, *, others: float = 0.5) -> None:
         self.stack, self.log = stack, log
+        self._seed = seed
+        #: Of the fault that is done now: what it meets, and how it draws, must not move those that follow.
         self.random = Random(seed)
+        self._order = Random(seed)
         self._others_share = others
-        self.kills: Counter[str] = Counter()
+        self._kills = Kills(stack, self.random)
+        self.kills = self._kills.done
         self.faults: Counter[str] = Counter()
         self._stand_still: dict[str, Callable[[], dict[str, Any]]] = {
             "worker frozen past its lease": self._freeze_worker,
@@ -65,26 +54,28 @@ class Injector:
             "hints reordered or dropped": self._shuffle_hints,
             "connection cut after COMMIT": lambda: self._cut("after"),
             "connection cut before COMMIT": lambda: self._cut("before"),
-            "checkpoint damaged": self._damage_checkpoint,
+            "checkpoint damaged": lambda: damage_checkpoint(self.stack, self.random),
             "disk full": self._fill_disk,
             "clock stepped": self._step_clock,
+            "cancel at a claim or an end": lambda: cancel_at_point(self.stack, self.log, self._kills),
         }
 
     def schedule(self, kills: int) -> Iterator[tuple[str, Callable[[], dict[str, Any]]]]:
         """Faults until there were as many kills; every kind of kill in its turn, in an order of its own each round."""
         others: list[str] = []
         while sum(self.kills.values()) < kills:
-            for kind in self.random.sample(KILLED, len(KILLED)):
-                yield f"kill {kind}", lambda kind=kind: self._kill(kind)
-                if self.random.random() < self._others_share:
-                    others = others or self.random.sample(list(self._stand_still), len(self._stand_still))
+            for kind in self._order.sample(KILLED, len(KILLED)):
+                yield f"kill {kind}", lambda kind=kind: self._kills.kill(kind)
+                if self._order.random() < self._others_share:
+                    others = others or self._order.sample(list(self._stand_still), len(self._stand_still))
                     name = others.pop()
                     yield name, self._stand_still[name]
                 if sum(self.kills.values()) >= kills:
                     return
 
     def play(self, kills: int) -> None:
-        for name, do in self.schedule(kills):
+        for number, (name, do) in enumerate(self.schedule(kills)):
+            self.random = self._kills.random = Random(f"{self._seed}/{number}")
             self.stack.start()
             what = do()
             self.faults[name] += bool(what.get("done", True))
@@ -100,77 +91,6 @@ class Injector:
             self.stack.start()
             time.sleep(0.05)
 
-    # Kills
-
-    def _kill(self, kind: str) -> dict[str, Any]:
-        at_point = self.random.random() < 0.5
-        pick = self.random.random()
-        if kind == "reconciler":
-            done = self._kill_at(ROLES, _SWEEP, "before", 0)
-        elif kind in ("postgres", "valkey", "up"):
-            done = self._kill_now(kind, pick)
-        elif at_point:
-            points = {"api": _API_POINTS, "trainer": _TRAINER_POINTS}.get(kind, _WORKER_POINTS)
-            roles = {"worker": ("train", "train-2"), "trainer": ("engine",)}.get(kind, (kind,))
-            side = self.random.choice(("before", "after"))
-            point = points[int(pick * len(points))]
-            done = self._kill_at(roles, point, side, self.random.randrange(4))
-            if not done["done"]:
-                done |= self._kill_now(kind, pick)
-        else:
-            done = self._kill_now(kind, pick)
-        self.kills[kind] += bool(done["done"])
-        return done
-
-    def _kill_now(self, kind: str, pick: float) -> dict[str, Any]:
-        roles = {"worker": ("train", "train-2"), "trainer": ("engine",)}.get(kind, (kind,))
-        targets: list[psutil.Process] = []
-
-        def there() -> bool:
-            self.stack.start()
-            found = self.stack.look()
-            targets[:] = [process for role in roles for process in found.get(role, [])]
-            return bool(targets)
-
-        if not wait_until(there, seconds=_PROMPT_SECONDS):
-            return {"done": False, "reason": f"no {kind} lives"}
-        if kind == "postgres" and pick < 0.3:
-            # One of its processes: the server then restarts itself, and every connection is lost.
-            with suppress(psutil.Error):
-                targets = targets[0].children() or targets
-        target = targets[int(pick * len(targets))]
-        with suppress(psutil.NoSuchProcess):
-            target.kill()
-            return {"done": True, "at": "any time", "pid": target.pid}
-        return {"done": False, "reason": "it was just gone"}
-
-    def _kill_at(self, roles: tuple[str, ...], point: str, side: str, skip: int) -> dict[str, Any]:
-        return self._at_point(roles, f"{point}|{side}", skip, signal.SIGKILL)
-
-    def _at_point(
-        self, roles: tuple[str, ...], point: str, skip: int, number: signal.Signals
-    ) -> dict[str, Any]:
-        """Have the first process of these roles that comes there do it to itself."""
-        fired = self.stack.control / "fired.jsonl"
-        before = fired.read_text().count("\n") if fired.exists() else 0
-        name, _, side = point.partition("|")
-        order = {"match": name, "side": side, "skip": skip, "signal": int(number), "n": self.random.random()}
-        for role in roles:
-            _write(self.stack.control / f"{role}.armed", json.dumps(order))
-
-        def has_fired() -> bool:
-            self.stack.start()
-            return fired.exists() and fired.read_text().count("\n") > before
-
-        done = wait_until(has_fired, seconds=_PROMPT_SECONDS)
-        for role in roles:
-            (self.stack.control / f"{role}.armed").unlink(missing_ok=True)
-        # One may have taken the order at the last moment.
-        done = done or has_fired()
-        if not done:
-            return {"done": False, "reason": f"nobody came to {point}"}
-        return {"done": True, "at": "point", **json.loads(fired.read_text().splitlines()[before])}
-
     # Frozen for a while
 
     def _freeze_worker(self) -> dict[str, Any]:
@@ -183,9 +103,9 @@ class Injector:
         return {"pid": worker.pid}
 
     def _freeze_at_point(self) -> dict[str, Any]:
-        point = self.random.choice([*_WORKER_POINTS, _SWEEP])
+        point = self.random.choice([*WORKER_POINTS, SWEEP])
         side = self.random.choice(("before", "after"))
-        what = self._at_point(ROLES, f"{point}|{side}", 0, signal.SIGSTOP)
+        what = self._kills.at_point(ROLES, f"{point}|{side}", 0, signal.SIGSTOP)
         if what["done"]:
             self._pause(LEASE * self.random.uniform(1.5, 2.5))
             with suppress(ProcessLookupError):
@@ -257,24 +177,10 @@ class Injector:
 
     def _cut(self, when: str) -> dict[str, Any]:
         armed = self.stack.control / "commit.armed"
-        _write(armed, when)
-        done = wait_until(lambda: not armed.exists(), seconds=_PROMPT_SECONDS)
+        write(armed, when)
+        done = wait_until(lambda: not armed.exists(), seconds=PROMPT_SECONDS)
         armed.unlink(missing_ok=True)
         return {"done": done}
-
-    def _damage_checkpoint(self) -> dict[str, Any]:
-        """The newest ones, while their job still runs; then its trainer dies and it has to resume."""
-        folders = list(self.stack.home.artifacts.glob("jobs/*/*/checkpoint-*-step"))
-        damaged = []
-        for folder in sorted(folders, key=_age)[:2]:
-            files = [path for path in folder.rglob("*") if path.is_file()]
-            if files:
-                with suppress(OSError):
-                    damaged.append(damage(self.random, self.random.choice(files)))
-        for trainer in self.stack.look().get("engine", []):
-            with suppress(psutil.NoSuchProcess):
-                trainer.kill()
-        return {"done": bool(damaged), "files": damaged}
 
     def _fill_disk(self) -> dict[str, Any]:
         if not self.stack.has_small_storage:
@@ -294,52 +200,5 @@ class Injector:
     def _step_clock(self) -> dict[str, Any]:
         """The wall clock of every process of the service, by up to an hour either way; Postgres' own runs on."""
         offset = self.random.uniform(-3600, 3600)
-        _write(self.stack.control / "clock", f"{offset:.3f}")
+        write(self.stack.control / "clock", f"{offset:.3f}")
         return {"seconds": round(offset)}
-
-
-def damage(random: Random, path: Path) -> str:
-    """Cut a file short, or turn one bit of it over; says what was done."""
-    size = path.stat().st_size
-    if size == 0 or random.random() < 0.5:
-        cut = random.randrange(size) if size else 0
-        os.truncate(path, cut)
-        return f"{path.name} cut from {size} to {cut}"
-    with path.open("r+b") as file:
-        place = random.randrange(size)
-        file.seek(place)
-        byte = file.read(1)[0]
-        file.seek(place)
-        file.write(bytes([byte ^ 1 << random.randrange(8)]))
-    return f"{path.name} bit at {place}"
-
-
-class stopped:
-    """SIGSTOP for as long as the body runs."""
-
-    def __init__(self, processes: list[psutil.Process]) -> None:
-        self._processes = processes
-
-    def __enter__(self) -> None:
-        self._send(signal.SIGSTOP)
-
-    def __exit__(self, *_: object) -> None:
-        self._send(signal.SIGCONT)
-
-    def _send(self, number: signal.Signals) -> None:
-        for process in self._processes:
-            with suppress(psutil.NoSuchProcess):
-                process.send_signal(number)
-
-
-def _age(path: Path) -> float:
-    try:
-        return -path.stat().st_mtime
-    except OSError:
-        return 0.0
-
-
-def _write(path: Path, text: str) -> None:
-    partial = path.with_name(path.name + ".new")
-    partial.write_text(text)
-    partial.rename(path)

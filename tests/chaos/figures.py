@@ -17,16 +17,17 @@ from pathlib import Path
 from random import Random
 from typing import Any
 
+import ledger
 import psutil
-from chaos_stack import PATIENCE, ROLES, ChaosStack
+from chaos_stack import LEASE, PATIENCE, ROLES, ChaosStack
 from evidence import Evidence
-from faults import stopped
+from frozen import stopped
 from rows import stand_in_job
 from user import ENDED, JOBS, Client
 
 from cli.process import wait_until
 
-RESULTS = Path(__file__).parent / "results" / "figures.jsonl"
+RESULTS = ledger.FOLDER / "figures.jsonl"
 _POSTS = 200
 _PATIENT = 300.0
 
@@ -48,7 +49,13 @@ class Bench:
         """A job of many slow steps, its rows uploaded."""
         self.count += 1
         wanted = stand_in_job(self.random, f"figure-{self.count}")
-        rows = {**json.loads(wanted.rows)["stand_in"], "dies": False, "steps": 2_000, "step_seconds": 0.1}
+        rows = {
+            **json.loads(wanted.rows)["stand_in"],
+            "dies": False,
+            "bad": False,
+            "steps": 2_000,
+            "step_seconds": 0.1,
+        }
         content = json.dumps({"stand_in": rows | changes}).encode()
         answer = self.client.insist(
             "POST",
@@ -175,20 +182,31 @@ def api_without_postgres(bench: Bench, seconds: float) -> dict[str, Any]:
     return {"answers": statuses, "slowest_s": round(slowest, 2), "well_after_s": round(bench.wait(well), 2)}
 
 
-def measure(*, quick: bool, repeats: int) -> dict[str, Any]:
+#: What can be measured, and how: each with the bench, the repeats and whether it has to be quick.
+FIGURES: dict[str, Callable[[Bench, int, bool], Any]] = {
+    "worker_killed_running_again_s": lambda bench, repeats, _: _several(
+        repeats, lambda: death_of_worker(bench, machine=False)
+    ),
+    "worker_gone_running_again_s": lambda bench, repeats, _: _several(
+        repeats, lambda: death_of_worker(bench, machine=True)
+    ),
+    "cancel_processes_gone_s": lambda bench, repeats, _: _several(repeats, lambda: cancel_of_running(bench)),
+    "posts_broker_frozen": lambda bench, *_: posts_without_broker(bench, frozen=True),
+    "posts_broker_killed": lambda bench, *_: posts_without_broker(bench, frozen=False),
+    "postgres_frozen": lambda bench, _, quick: api_without_postgres(bench, 10.0 if quick else 30.0),
+}
+
+
+def measure(names: list[str], *, quick: bool, repeats: int) -> dict[str, Any]:
     own = {"HEFT_CHECKPOINT_SECONDS": "0.5"}
     bench = Bench(PATIENCE if quick else own)
     try:
         bench.stack.wait_until_ready()
         return {
-            "settings": "of the campaign" if quick else "the service's own",
-            "lease_s": float(PATIENCE["HEFT_LEASE_SECONDS"]) if quick else 60.0,
-            "worker_killed_running_again_s": _several(repeats, lambda: death_of_worker(bench, machine=False)),
-            "worker_gone_running_again_s": _several(repeats, lambda: death_of_worker(bench, machine=True)),
-            "cancel_processes_gone_s": _several(repeats, lambda: cancel_of_running(bench)),
-            "posts_broker_frozen": posts_without_broker(bench, frozen=True),
-            "posts_broker_killed": posts_without_broker(bench, frozen=False),
-            "postgres_frozen": api_without_postgres(bench, 10.0 if quick else 30.0),
+            **ledger.stamp(),
+            "settings": "of the campaign" if quick else "of the service",
+            "lease_s": LEASE if quick else 60.0,
+            **{name: FIGURES[name](bench, repeats, quick) for name in names},
         }
     finally:
         bench.close()
@@ -205,13 +223,11 @@ def main() -> int:
     )
     parser.add_argument("--quick", action="store_true", help="with the campaign's short leases")
     parser.add_argument("--repeats", type=int, default=5)
+    parser.add_argument("--only", nargs="+", choices=FIGURES, default=list(FIGURES), metavar="FIGURE")
     parser.add_argument("--results", type=Path, default=RESULTS)
     options = parser.parse_args()
-    found = measure(quick=options.quick, repeats=options.repeats)
-    options.results.parent.mkdir(parents=True, exist_ok=True)
-    with options.results.open("a") as file:
-        file.write(json.dumps(found) + "\n")
-    print(json.dumps(found, indent=1))
+    found = measure(options.only, quick=options.quick, repeats=options.repeats)
+    ledger.add(options.results, found)
     return 0
 
 

@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import argparse
 import itertools
-import json
 import os
 import shutil
 import sys
@@ -23,9 +22,10 @@ from typing import Any
 
 sys.path.append(str(Path(__file__).parents[1] / "support"))
 
+import ledger
 import torch
+from damage import damage
 from engine_runs import LORA, REFT, Told, but, config, parse, run, tensors, yes_no
-from faults import damage
 from tiny_models import save_tiny_model
 
 from heft_engine.checkpoint import MANIFEST, verify
@@ -34,7 +34,7 @@ from heft_engine.errors import BundleError, Stopped
 from store.artifacts import Artifacts
 from store.errors import Damaged
 
-RESULTS = Path(__file__).parent / "results" / "resume.jsonl"
+RESULTS = ledger.FOLDER / "resume.jsonl"
 VALIDATION = parse(yes_no(8, seed=1))
 STAGES = ("lora", "reft")
 #: bfloat16 has 8 bits of mantissa.
@@ -93,10 +93,10 @@ class _Listening(list[Any]):
         self.append = heard  # type: ignore[method-assign]
 
 
-def compare(model: Path, seeds: int) -> dict[str, Any]:
+def compare(model: Path, seeds: range) -> dict[str, Any]:
     """Runs that differ by a bit, of each stage; there must be none."""
     differ = dict.fromkeys(STAGES, 0)
-    for seed in range(seeds):
+    for seed in seeds:
         with tempfile.TemporaryDirectory() as name:
             folder = Path(name)
             plan = settings(model, seed, "float32")
@@ -165,11 +165,12 @@ def _passes(do: Any, refusal: type[Exception]) -> bool:
     return True
 
 
-def measure(*, seeds: int, bfloat16_seeds: int, damages: int) -> dict[str, Any]:
+def measure(*, seeds: range, bfloat16_seeds: int, damages: int) -> dict[str, Any]:
     with tempfile.TemporaryDirectory() as name:
         model = save_tiny_model(Path(name) / "tiny")
         return {
-            "seeds": seeds,
+            **ledger.stamp(),
+            "seeds": len(seeds),
             "differ": compare(model, seeds),
             "bfloat16_seeds": bfloat16_seeds,
             "bfloat16_largest_difference": compare_bfloat16(model, bfloat16_seeds),
@@ -183,15 +184,14 @@ def main() -> int:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--seeds", type=int, default=50)
+    parser.add_argument("--first", type=int, default=0, help="seed; parts of one commit add up")
     parser.add_argument("--bfloat16-seeds", type=int, default=10)
     parser.add_argument("--damages", type=int, default=200)
     parser.add_argument("--results", type=Path, default=RESULTS)
     options = parser.parse_args()
-    found = measure(seeds=options.seeds, bfloat16_seeds=options.bfloat16_seeds, damages=options.damages)
-    options.results.parent.mkdir(parents=True, exist_ok=True)
-    with options.results.open("a") as file:
-        file.write(json.dumps(found) + "\n")
-    print(json.dumps(found, indent=1))
+    seeds = range(options.first, options.first + options.seeds)
+    found = measure(seeds=seeds, bfloat16_seeds=options.bfloat16_seeds, damages=options.damages)
+    ledger.add(options.results, found)
     bad = any(itertools.chain(found["differ"].values(), found["damaged_loaded"].values()))
     return int(bad or found["bfloat16_largest_difference"] > _ROUNDING)
 

@@ -7,6 +7,8 @@ from dataclasses import dataclass
 from random import Random
 from typing import Any
 
+from stand_in import BAD
+
 _STAGE = {"n_epochs": 1, "batch_size": 8, "rank": 2}
 
 
@@ -26,16 +28,24 @@ def stand_in_job(random: Random, name: str) -> Wanted:
         "step_seconds": random.choice((0.05, 0.1, 0.2)),
         "salt": name,
         "dies": random.random() < 0.04,
+        "bad": random.random() < 0.03,
     }
     return Wanted(
         rows=json.dumps({"stand_in": rows}).encode() + b"\n",
         body={"model": "tiny", "seed": seed},
-        expect={"salt": name, "seed": seed, "steps": steps, "dies": rows["dies"]},
+        expect={
+            "salt": name,
+            "seed": seed,
+            "steps": steps,
+            "dies": rows["dies"],
+            "bad": rows["bad"],
+            "code": BAD,
+        },
     )
 
 
-def real_job(name: str) -> Wanted:
-    """Equal for all: every one of them must end with the same weights."""
+def real_job(random: Random) -> Wanted:
+    """Equal for all: every one of them must end with the same weights, whether it reuses what others have trained."""
     rows = [
         {"question": f"is {number} larger than {number * 7 % 24}", "answer": number > number * 7 % 24}
         for number in range(24)
@@ -43,6 +53,13 @@ def real_job(name: str) -> Wanted:
     method = {"type": "heft", "heft": {"lora": _STAGE, "reft": {**_STAGE, "layers": [2]}}}
     return Wanted(
         rows="".join(json.dumps(row) + "\n" for row in rows).encode(),
-        body={"model": "tiny", "seed": 3, "method": method, "dtype": "float32", "max_length": 64},
+        body={
+            "model": "tiny",
+            "seed": 3,
+            "method": method,
+            "dtype": "float32",
+            "max_length": 64,
+            "reuse": random.random() < 0.3,
+        },
         expect={"real": True},
     )

@@ -5,7 +5,7 @@ What it "trains" is a chain of hashes that starts with the job's rows and seed: 
 result (`trained`), which whoever asked for the job can work out alone. A step that was left out or done twice, a
 checkpoint of another job or with a flipped bit, all end in another result.
 
-Its rows: one line `{"stand_in": {"steps": 10, "step_seconds": 0.1, "salt": "…", "dies": false}}`.
+Its rows: one line `{"stand_in": {"steps": 10, "step_seconds": 0.1, "salt": "…", "dies": false, "bad": false}}`.
 """
 
 from __future__ import annotations
@@ -24,6 +24,7 @@ from typing import Any
 
 STOPPED = 75
 WEIGHTS = "weights.bin"
+BAD = "invalid_training_file"
 _PR_SET_PDEATHSIG = 1
 
 
@@ -67,7 +68,9 @@ def _die_with_parent() -> None:
 
 def _check(order: dict[str, Any]) -> None:
     report = {"files": {field: {"rows": 1} for field in order["files"]}, "faults": [], "base_model": {}}
-    _emit("CHECKED", report=report, made={}, error=None)
+    rows = json.loads(Path(order["files"]["training_file"]).read_text())["stand_in"]
+    error = {"code": BAD, "message": "The rows ask to be refused.", "param": "training_file"}
+    _emit("CHECKED", report=report, made={}, error=error if rows["bad"] else None)
 
 
 class _Run:
@@ -84,7 +87,8 @@ class _Run:
 
     def train(self) -> None:
         signal.signal(signal.SIGTERM, lambda *_: self.stop.set())
-        _emit("STARTED", method="heft", resolved={"device": "cpu"}, rows=1, total_steps=self.steps)
+        _emit("STARTED", method="heft", resolved={"device": "cpu"}, rows=1, total_steps=self.steps,
+              resumed_from=self.step)  # fmt: skip
         half = self.steps // 2
         while self.step < self.steps:
             self._one_step()

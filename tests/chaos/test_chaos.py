@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 from campaign import run
-from faults import KILLED
+from kills import KILLED
 
 
 @pytest.mark.timeout(400)

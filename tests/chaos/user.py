@@ -11,6 +11,7 @@ import json
 import tarfile
 import threading
 import time
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from random import Random
 from typing import Any
@@ -26,6 +27,14 @@ _AGAIN_SECONDS = 0.3
 _LOOK_SECONDS = 0.25
 
 Json = dict[str, Any]
+
+
+#: Of the monotonic clock; a function where it is not known beforehand.
+Deadline = float | Callable[[], float]
+
+
+def is_past(until: Deadline) -> bool:
+    return time.monotonic() > (until() if callable(until) else until)
 
 
 class GaveUp(Exception):
@@ -68,23 +77,26 @@ class Client:
         )
         return answer
 
-    def insist(self, method: str, path: str, *, until: float, **options: Any) -> httpx.Response:
-        """The same request until it is answered. Raises GaveUp at `until` (monotonic)."""
+    def insist(self, method: str, path: str, *, until: Deadline, **options: Any) -> httpx.Response:
+        """The same request until it is answered. Raises GaveUp at `until`."""
         while True:
             answer = self.once(method, path, **options)
             if answer is not None and answer.status_code < 500:
                 return answer
-            if time.monotonic() > until:
+            if is_past(until):
                 raise GaveUp(f"{method} {path}")
             time.sleep(_AGAIN_SECONDS)
 
-    def look(self, job_id: str, until: float) -> Json:
+    def look(self, job_id: str, until: Deadline) -> Json:
         job: Json = self.insist("GET", f"{JOBS}/{job_id}", until=until).json()
         return job
 
 
 class User(threading.Thread):
-    """Makes job after job until `enough` is set; whoever joins it finds its last job ended."""
+    """Makes job after job until `enough` is set; whoever joins it finds its last job ended.
+
+    While faults go on nobody can say how long a job takes; after them its patience ends (seconds).
+    """
 
     def __init__(
         self, *, name: str, seed: int, url: str, key: str, log: Evidence, enough: threading.Event,
@@ -96,6 +108,7 @@ class User(threading.Thread):
         self._enough, self._patience, self._real_share = enough, patience, real_share
         self._client = Client(url, key, log)
         self._count = 0
+        self._gives_up_at: float | None = None
 
     def run(self) -> None:
         try:
@@ -103,15 +116,24 @@ class User(threading.Thread):
                 self._one_job()
         except GaveUp as reason:
             self._log.write("gave_up", user=self.name, reason=str(reason))
+        except Exception as reason:
+            # An answer that it did not expect; on its own thread nobody else would learn of it.
+            self._log.write("gave_up", user=self.name, reason=repr(reason))
+            raise
         finally:
             self._client.close()
 
+    def _until(self) -> float:
+        if self._gives_up_at is None and self._enough.is_set():
+            self._gives_up_at = time.monotonic() + self._patience
+        return float("inf") if self._gives_up_at is None else self._gives_up_at
+
     def _one_job(self) -> None:
         self._count += 1
-        until = time.monotonic() + self._patience
+        until = self._until
         name = f"{self.name}-{self._count}"
         real = self._random.random() < self._real_share
-        wanted = real_job(name) if real else stand_in_job(self._random, name)
+        wanted = real_job(self._random) if real else stand_in_job(self._random, name)
         uploaded = self._client.insist(
             "POST", "/v1/files", until=until, idempotency_key=f"file-{name}",
             data={"purpose": "fine-tune"}, files={"file": ("rows.jsonl", wanted.rows)},
@@ -125,7 +147,7 @@ class User(threading.Thread):
         self._change_of_mind(job_id, until)
         self._until_ended(job_id, until)
 
-    def _eight_at_once(self, name: str, body: Json, until: float) -> None:
+    def _eight_at_once(self, name: str, body: Json, until: Deadline) -> None:
         def send(_: int) -> None:
             client = Client(self._url, self._key, self._log)
             client.once("POST", JOBS, idempotency_key=f"job-{name}", json=body)
@@ -134,7 +156,7 @@ class User(threading.Thread):
         with ThreadPoolExecutor(8) as threads:
             list(threads.map(send, range(8)))
 
-    def _change_of_mind(self, job_id: str, until: float) -> None:
+    def _change_of_mind(self, job_id: str, until: Deadline) -> None:
         """Some jobs are cancelled, at any moment of their lives; some are paused and go on."""
         wish = self._random.random()
         delay = self._random.uniform(0, 3)
@@ -148,7 +170,7 @@ class User(threading.Thread):
                     time.sleep(_LOOK_SECONDS)
                 self._client.insist("POST", f"{JOBS}/{job_id}/resume", until=until)
 
-    def _until_ended(self, job_id: str, until: float) -> None:
+    def _until_ended(self, job_id: str, until: Deadline) -> None:
         while True:
             job = self._client.look(job_id, until)
             if (
@@ -157,12 +179,12 @@ class User(threading.Thread):
                 self._client.insist("POST", f"{JOBS}/{job_id}/resume", until=until)
             if job["status"] in ENDED:
                 return
-            if time.monotonic() > until:
+            if is_past(until):
                 raise GaveUp(f"{job_id} is {job['status']}")
             time.sleep(_LOOK_SECONDS)
 
 
-def fetch_model(client: Client, model_id: str, until: float) -> dict[str, bytes]:
+def fetch_model(client: Client, model_id: str, until: Deadline) -> dict[str, bytes]:
     """The files of a model as anybody may download them, by their names."""
     while True:
         answer = client.insist(
@@ -170,7 +192,7 @@ def fetch_model(client: Client, model_id: str, until: float) -> dict[str, bytes]
         )
         if answer.status_code != 202:
             break
-        if time.monotonic() > until:
+        if is_past(until):
             raise GaveUp(f"export of {model_id}")
         time.sleep(_LOOK_SECONDS)
     if answer.status_code != 200:

@@ -7,7 +7,8 @@
     5  what is served is what the manifest says, and what the job had to come to
     6  nothing is left: no process, lock or temporary file (`ChaosStack.left_behind`)
 
-Each function returns the violations it found, in words. It does NOT repair or excuse anything.
+Each function returns the violations it found, in words. It does NOT repair or excuse anything. Whether a job had a
+cause to fail is judged in `causes`, where its attempts had to go on from in `resumed`.
 """
 
 from __future__ import annotations
@@ -28,8 +29,6 @@ from store.artifacts import Artifacts
 from store.errors import Damaged
 
 Row = dict[str, Any]
-#: Ends as failed that a job may honestly come to under such treatment.
-HONEST = {"out_of_memory", "trainer_died", "stalled", "worker_lost", "storage_damaged"}
 #: Events that only the attempt which holds the job may write.
 _HELD = {
     "STARTED",
@@ -52,6 +51,7 @@ class Books:
     checkpoints: list[Row]
     models: list[Row]
     files: list[Row]
+    stage_results: list[Row]
 
     @classmethod
     def read(cls, url: str) -> Books:
@@ -69,6 +69,7 @@ class Books:
                 checkpoints=table("checkpoints", "job_id, attempt, step"),
                 models=table("models", "id"),
                 files=table("files", "id"),
+                stage_results=table("stage_results", "storage_key"),
             )
 
 
@@ -86,15 +87,28 @@ def _creates_job(entry: Entry) -> bool:
     return bool(entry["method"] == "POST" and entry["path"] == JOBS)
 
 
-def sightings(log: Iterable[Entry]) -> dict[str, list[Row]]:
+@dataclass(frozen=True, kw_only=True)
+class Sighting:
+    """A job as one answer showed it. What it shows was so at some moment between the request and the answer."""
+
+    asked: int
+    answered: int
+    job: Row
+
+    @property
+    def has_ended(self) -> bool:
+        return self.job["status"] in ENDED
+
+
+def sightings(log: Iterable[Entry]) -> dict[str, list[Sighting]]:
     """Every job object that the client was ever shown, by job, in the order of the answers."""
-    seen: dict[str, list[Row]] = defaultdict(list)
+    seen: dict[str, list[Sighting]] = defaultdict(list)
     for entry in log:
         body = entry.get("body")
         if entry["kind"] == "answer" and entry["status"] == 200 and isinstance(body, dict):
             for job in body["data"] if body.get("object") == "list" else [body]:
                 if job.get("object") == "fine_tuning.job":
-                    seen[job["id"]].append(job)
+                    seen[job["id"]].append(Sighting(asked=entry["to"], answered=entry["n"], job=job))
     return seen
 
 
@@ -103,14 +117,12 @@ def one_end(log: list[Entry], books: Books) -> list[str]:
     wrong = []
     seen = sightings(log)
     for job_id in sorted(accepted(log)):
-        ends = {job["status"] for job in seen[job_id] if job["status"] in ENDED}
+        ends = {one.job["status"] for one in seen[job_id] if one.has_ended}
         row = books.jobs.get(job_id)
         if row is None:
             wrong.append(f"{job_id} was accepted and is not there")
         elif len(ends) != 1 or row["state"] not in ends:
             wrong.append(f"{job_id} was seen to end as {sorted(ends)}; the books say {row['state']}")
-        elif row["state"] == "failed" and row["error"]["code"] not in HONEST:
-            wrong.append(f"{job_id} failed without a cause: {row['error']}")
     wrong += [f"a user gave up: {entry['reason']}" for entry in log if entry["kind"] == "gave_up"]
     return wrong
 
@@ -162,13 +174,16 @@ def no_stale_write(books: Books) -> list[str]:
 
 
 def ends_never_change(log: list[Entry]) -> list[str]:
-    """4: from the first time the client saw a job ended, every later sight of it is the same, to the last field."""
+    """4: once the client was shown that a job has ended, all that it asks from then on shows the same, to the last
+    field. What it had asked before and is answered after may show the job as it was."""
     wrong = []
     for job_id, seen in sightings(log).items():
-        ends = [job for job in seen if job["status"] in ENDED]
-        first = next((place for place, job in enumerate(seen) if job["status"] in ENDED), len(seen))
-        if any(job != ends[0] for job in seen[first:]):
-            wrong.append(f"{job_id} changed after its end: {[job['status'] for job in seen[first:]]}")
+        ends = [one for one in seen if one.has_ended]
+        if not ends:
+            continue
+        later = [one for one in seen if one.has_ended or one.asked > ends[0].answered]
+        if any(one.job != ends[0].job for one in later):
+            wrong.append(f"{job_id} changed after its end: {[one.job['status'] for one in later]}")
     return wrong
 
 
@@ -193,10 +208,12 @@ def stored(books: Books, artifacts: Artifacts) -> list[str]:
         if row["purged_at"] is None:
             known.add(row["storage_key"])
             wrong += _differs(artifacts, row["storage_key"], row["sha256"])
-    for model in books.models:
-        for name, sha256 in model["manifest"].items():
-            wrong += _differs(artifacts, f"{model['storage_key']}/{name}", sha256)
-    prefixes = [row["storage_key"] for row in [*books.models, *books.checkpoints] if row["purged_at"] is None]
+    kept = [row for row in books.stage_results if row["removed_at"] is None]
+    for row in [*books.models, *kept]:
+        for name, sha256 in row["manifest"].items():
+            wrong += _differs(artifacts, f"{row['storage_key']}/{name}", sha256)
+    not_purged = [row for row in [*books.models, *books.checkpoints] if row["purged_at"] is None]
+    prefixes = [row["storage_key"] for row in [*not_purged, *books.stage_results]]
     for key in _keys(artifacts):
         if key not in known and not any(key.startswith(f"{prefix}/") for prefix in prefixes):
             wrong.append(f"{key} is stored and no row names it")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import resource
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -227,6 +228,21 @@ def test_a_full_disk_is_unavailable(artifacts_url: str, monkeypatch: pytest.Monk
     monkeypatch.setattr(os, "fsync", no_space)
     with pytest.raises(Unavailable, match="No space left"):
         artifacts.put_stream("files/second", [b"x"])
+    assert artifacts.children("files") == ["first"]
+    assert list((Path(artifacts_url.removeprefix("file://")) / ".incomplete").iterdir()) == []
+
+
+def test_what_is_held_back_for_a_full_disk_is_unavailable_too(artifacts_url: str) -> None:
+    """Small writes wait in memory: the disk refuses them when they are flushed, and again when the file is closed."""
+    artifacts = Artifacts(artifacts_url)
+    artifacts.put_stream("files/first", [b"x"])
+    unlimited = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (0, unlimited[1]))
+    try:
+        with pytest.raises(Unavailable, match="File too large"):
+            artifacts.put_stream("files/second", [b"x"])
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, unlimited)
     assert artifacts.children("files") == ["first"]
     assert list((Path(artifacts_url.removeprefix("file://")) / ".incomplete").iterdir()) == []
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+import traceback
 from pathlib import Path
 
 import pytest
@@ -12,6 +13,8 @@ from sqlalchemy.orm import Session
 from store import jobs
 from store.database import make_engine, session_factory, transaction
 from store.errors import Unavailable
+
+_VALUE = "-".join(("a", "patient", "s", "history"))  # not as a traceback's source lines have it
 
 
 def test_an_error_leaves_nothing_behind(bench) -> None:
@@ -65,6 +68,27 @@ def test_a_mistake_of_ours_is_not_called_an_outage(bench) -> None:
         bench.sql("SELECT * FROM no_such_table")
     with pytest.raises(exc.DataError):
         bench.sql("SELECT CAST(:number AS integer)", number="not a number")
+
+
+@pytest.mark.parametrize(
+    "statement",
+    [
+        "UPDATE jobs SET state = 'lost', metadata = jsonb_build_object('k', CAST(:value AS text))",
+        "UPDATE jobs SET owner_id = NULL, metadata = jsonb_build_object('k', CAST(:value AS text))",
+        "INSERT INTO idempotency_keys (owner_id, key, body_hash, resource_id)"
+        " SELECT CAST(:value AS text), 'k', 'h', 'r' FROM generate_series(1, 2)",
+        "SELECT CAST(:value AS integer)",
+        "SELECT CAST(:value AS jsonb)",
+    ],
+)
+def test_what_stands_in_a_row_does_not_stand_in_an_error(bench, statement: str) -> None:
+    """An error's text, and that of the error behind it, go into logs."""
+    bench.job()
+    with pytest.raises(exc.DBAPIError) as caught:
+        bench.sql(statement, value=_VALUE)
+    told = "".join(traceback.format_exception(caught.value))
+    assert _VALUE not in told
+    assert type(caught.value.orig).__name__ in told
 
 
 def test_rows_stay_readable_after_their_transaction(bench) -> None:

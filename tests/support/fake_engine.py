@@ -3,6 +3,7 @@
 Each line of that file is one act, {"do": …}:
   metrics step      a METRICS event            checkpoint step   a checkpoint and its event
   eval accuracy     an EVALUATION event        say text          a line that is no event
+  complain text     a line on stderr
   wait              until SIGTERM, then a checkpoint and exit 75
   stubborn          until SIGKILL: SIGTERM is ignored
   silent            until SIGKILL, saying nothing (SIGUSR1 writes the stacks)
@@ -110,6 +111,9 @@ class Play:
 
     def say(self, act: dict[str, Any]) -> None:
         print(act["text"], flush=True)
+
+    def complain(self, act: dict[str, Any]) -> None:
+        print(act["text"], file=sys.stderr, flush=True)
 
     def wait(self, _: dict[str, Any]) -> None:
         STOP.wait()

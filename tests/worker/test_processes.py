@@ -154,7 +154,9 @@ def test_what_a_worker_logs_of_an_attempt_names_job_and_attempt(
 ) -> None:
     with (tmp_path / "log").open("wb") as log:
         worker = start_worker("train", env={"HEFT_LOG_FORMAT": "json"}, stderr=log)
-    job_id = bench.queued([*STEPS, {"do": "say", "text": "not an event"}])
+    job_id = bench.queued(
+        [*STEPS, {"do": "say", "text": "not an event"}, {"do": "complain", "text": "a warning"}]
+    )
     bench.context.hints.hint(job_id, "train")
     eventually(lambda: bench.job(job_id).state == JobState.SUCCEEDED)
     worker.send_signal(signal.SIGTERM)
@@ -164,6 +166,7 @@ def test_what_a_worker_logs_of_an_attempt_names_job_and_attempt(
         line["message"] for line in lines if (line.get("job_id"), line.get("attempt")) == (job_id, 2)
     ]
     assert any("not an event" in message for message in of_attempt), "heard by another thread"
+    assert any("a warning" in message for message in of_attempt), "from its stderr"
     assert {line["job_id"] for line in lines if line["logger"] == "worker.attempt"} == {job_id}
 
 

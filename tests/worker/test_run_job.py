@@ -212,13 +212,13 @@ def test_a_lost_fence_kills_the_trainer_and_writes_nothing(bench: Bench) -> None
 
 
 def test_a_trainer_that_stalls_shows_its_stacks_and_counts_as_dead(
-    bench: Bench, capfd: pytest.CaptureFixture[str]
+    bench: Bench, caplog: pytest.LogCaptureFixture
 ) -> None:
     context = bench.with_settings(stall_seconds=1.0)
     job_id = bench.queued([*STEPS, {"do": "silent"}])
     assert bench.run(job_id, context).state == JobState.QUEUED
     assert "made no progress" in bench.events(job_id)[-1].message
-    assert "in silent" in capfd.readouterr().err, "faulthandler named the function"
+    assert "in silent" in caplog.text, "faulthandler named the function"
     assert bench.outcomes(job_id) == ["trainer_died"]
 
 

@@ -1,0 +1,62 @@
+"""What must be gone once a stack has stopped: every process, lock and temporary file of it. It does NOT remove any."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Collection, Iterable, Iterator
+from pathlib import Path
+
+import psutil
+
+from cli.errors import CommandError
+from cli.home import Home
+from cli.process import locked
+
+_LOCKS = ("heft.lock", "postgres.lock", "valkey.lock", "cache/workers/*/lock", "cache/workers/lock")
+#: Of trainers and archives, of uploads, and of whatever is written beside its place first.
+_TEMPORARY = ("cache/workers/*/files", "artifacts/.incomplete/*", "**/*.partial", "**/*.tmp", "**/*.new")
+
+
+def left_behind(
+    home: Home,
+    folder: Path,
+    seen: Iterable[psutil.Process],
+    *,
+    exempt: Collection[int] = (),
+    patience: float = 15.0,
+) -> list[str]:
+    """In words. `seen`: processes that were of the stack; one that nobody saw is found by `folder`, all of whose
+    stacks are to be gone: it works there, or its command line names it."""
+    processes = {process.pid: process for process in [*seen, *_processes_of(folder)]}
+    suspects = [process for pid, process in processes.items() if pid not in exempt]
+    _, alive = psutil.wait_procs(suspects, timeout=patience)
+    left = [f"process {process.pid}: {_command(process)}" for process in alive]
+    left += [str(path) for pattern in _TEMPORARY for path in home.path.glob(pattern)]
+    left += [str(path) for path in (home.run, home.state_file) if path.exists()]
+    for path in [path for pattern in _LOCKS for path in home.path.glob(pattern)]:
+        try:
+            with locked(path, wait_seconds=patience / 3, busy="held"):
+                pass
+        except CommandError as error:
+            left.append(f"lock {path}: {error}")
+    return left
+
+
+def _processes_of(folder: Path) -> Iterator[psutil.Process]:
+    inside = f"{folder}{os.sep}"
+    for process in psutil.process_iter():
+        if process.pid == os.getpid():
+            continue
+        try:
+            words = [*process.cmdline(), process.cwd() + os.sep]
+        except psutil.Error:
+            continue  # it is gone, or somebody else's
+        if any(inside in word for word in words):
+            yield process
+
+
+def _command(process: psutil.Process) -> str:
+    try:
+        return " ".join(process.cmdline())
+    except psutil.Error:
+        return "gone"

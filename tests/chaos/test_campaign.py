@@ -1,0 +1,56 @@
+"""A campaign that breaks off leaves its result as well, and a user whom an answer takes by surprise is heard."""
+
+from __future__ import annotations
+
+import threading
+from pathlib import Path
+
+import campaign
+import pytest
+import user
+import verdict
+from chaos_stack import ChaosStack
+from evidence import Evidence
+from summary import campaigns
+from test_verdict import books
+
+from cli.home import Home
+
+
+class DeadStack(ChaosStack):
+    """One that never starts."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self.home = Home.at(folder / "home")
+        self.control = folder / "control"
+
+    def wait_until_ready(self, seconds: float = 120) -> None:
+        raise AssertionError(f"the stack did not become ready in {seconds} s:\nits log")
+
+    def close(self) -> None:
+        pass
+
+
+def test_a_campaign_that_breaks_off_is_a_violation_and_counted(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(campaign, "ChaosStack", lambda: DeadStack(tmp_path))
+    found = campaign.run(kills=8, seed=1, users=1, real_share=0.0, others=0.0, keep=None)
+    reason = "AssertionError: the stack did not become ready in 120 s:"
+    assert found["violations"] == {"aborted": [reason]}
+    assert found["kills"] == {}
+    assert f"- {found['commit']}, seed 1: aborted: {reason}" in campaigns([found])
+
+
+def test_a_user_who_can_not_go_on_says_so(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    log = Evidence(tmp_path / "log")
+    person = user.User(
+        name="u", seed=1, url="http://127.0.0.1:1", key="k", log=log, enough=threading.Event(), patience=1,
+        real_share=0.0,
+    )  # fmt: skip
+    monkeypatch.setattr(person, "_one_job", lambda: {}["id"])
+    with pytest.raises(KeyError):
+        person.run()
+    log.close()
+    assert verdict.one_end(log.entries(), books()) == ["a user gave up: KeyError('id')"]

@@ -1,0 +1,40 @@
+"""What was measured to lose messages, to hold requests up or to end healthy jobs stays switched off."""
+
+from __future__ import annotations
+
+import pytest
+
+from worker.celery_app import Role, worker_app
+
+
+@pytest.mark.parametrize("role", Role)
+def test_a_message_is_a_hint_and_no_more(role: Role) -> None:
+    conf = worker_app("redis://localhost:1/0", role).conf
+    assert conf.accept_content == ["json"]
+    assert conf.task_ignore_result
+    assert not conf.task_acks_late
+    assert not conf.task_reject_on_worker_lost
+    assert not conf.worker_cancel_long_running_tasks_on_connection_loss
+    assert conf.task_time_limit is None
+    assert conf.task_soft_time_limit is None
+
+
+@pytest.mark.parametrize("role", Role)
+def test_a_broker_that_is_away_is_waited_for_and_holds_nobody_up(role: Role) -> None:
+    conf = worker_app("redis://localhost:1/0", role).conf
+    assert conf.broker_connection_retry_on_startup
+    assert conf.broker_connection_max_retries is None
+    assert not conf.task_publish_retry
+    options = conf.broker_transport_options
+    assert 0 < options["socket_timeout"] <= 3
+    assert 0 < options["socket_connect_timeout"] <= 3
+    assert options["health_check_interval"] > 0
+
+
+def test_only_who_answers_many_questions_fetches_them_ahead() -> None:
+    ahead = {
+        role: not worker_app("redis://localhost:1/0", role).conf.worker_disable_prefetch for role in Role
+    }
+    assert ahead == {Role.TRAIN: False, Role.PREPARE: False, Role.INFERENCE: True}
+    train = worker_app("redis://localhost:1/0", Role.TRAIN).conf
+    assert (train.worker_concurrency, train.worker_prefetch_multiplier) == (1, 1)
