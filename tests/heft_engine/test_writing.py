@@ -113,7 +113,7 @@ class Heard:
 
     def run(self) -> None:
         while self.predictor.writer.is_busy:
-            self.predictor.turn()
+            self.predictor.writer.turn()
 
 
 #: Drawn, because the tiny model's likeliest word is always the same one.
@@ -168,11 +168,11 @@ def test_a_cancelled_text_leaves_at_once(heard: Heard) -> None:
     heard.submit("never began", max_tokens=200)
     heard.submit("stays")
     heard.predictor.writer.cancel("never began")
-    heard.predictor.turn()
-    heard.predictor.turn()
+    heard.predictor.writer.turn()
+    heard.predictor.writer.turn()
     held = heard.predictor.writer.memory_bytes
     heard.predictor.writer.cancel("gone")
-    heard.predictor.turn()
+    heard.predictor.writer.turn()
     assert 0 < heard.predictor.writer.memory_bytes < held
     before = list(heard.pieces["gone"])
     heard.run()
@@ -186,12 +186,12 @@ def test_everybody_hears_of_a_pass_that_fails(heard: Heard, monkeypatch: pytest.
         raise MemoryError("no room")
 
     heard.submit("one")
-    heard.predictor.turn()
+    heard.predictor.writer.turn()
     heard.submit("two")
     with monkeypatch.context() as patch:
         patch.setattr(heard.predictor.lm, "finish", fail)
         with pytest.raises(MemoryError):
-            heard.predictor.turn()
+            heard.predictor.writer.turn()
     assert set(heard.faults) == {"one", "two"}
     assert not heard.predictor.writer.is_busy
     heard.submit("three")
