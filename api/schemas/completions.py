@@ -6,6 +6,7 @@ A field that means something there and can't be done here is refused by its name
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from typing import Annotated, Any, Literal
 
 from pydantic import AfterValidator, Field, field_validator, model_validator
@@ -54,7 +55,7 @@ class TextFormat(RequestBody):
     type: Literal["text"]
 
 
-class WriteRequestBody(RequestBody):
+class WriteRequestBody(RequestBody, ABC):
     """What both have in common. `user`, `metadata`, `store` and the like are accepted and not kept."""
 
     model: Annotated[str, Field(min_length=1, max_length=300)]
@@ -110,9 +111,9 @@ class WriteRequestBody(RequestBody):
         """What every chunk but the last says of usage."""
         return {"usage": None} if self.includes_usage else {}
 
+    @abstractmethod
     def inputs(self) -> list[dict[str, Any]]:
         """The prompts as rows."""
-        raise NotImplementedError
 
     def wish(self) -> Wish:
         stops = [self.stop] if isinstance(self.stop, str) else self.stop or []
