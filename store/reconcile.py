@@ -117,7 +117,9 @@ def _stale(session: Session, state: JobState, stale_seconds: float, limit: int) 
         *([is_free()] if PURPOSES[state] == "train" else []),
     )
     unheard = or_(Job.hinted_at.is_(None), Job.hinted_at <= func.now() - seconds(stale_seconds))
+    # A study's cancel locks many jobs in an order of its own: who is locked is left to the next sweep.
     oldest = select(Job.id).where(waiting).order_by(Job.created_at, Job.id).limit(limit)
+    oldest = oldest.with_for_update(of=Job, skip_locked=True)
     in_order = list(session.scalars(oldest))
     statement = (
         update(Job)

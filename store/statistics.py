@@ -14,6 +14,7 @@ from sqlalchemy import func, or_, select
 from sqlalchemy.orm import Session
 
 from store.states import PURPOSES, JobState
+from store.study_order import is_free
 from store.tables import Job
 
 
@@ -38,6 +39,7 @@ def jobs(session: Session) -> JobStatistics:
         select(Job.state, age)
         .where(Job.state.in_(waiting), or_(Job.lease_until.is_(None), Job.lease_until < func.now()))
         .where(or_(Job.not_before.is_(None), Job.not_before <= func.now()))
+        .where(or_(Job.state != JobState.QUEUED, is_free()))  # others wait for a stage that they share
         .group_by(Job.state)
     ).all()
     running = session.execute(

@@ -163,9 +163,13 @@ def request_cancel(session: Session, *, owner_id: str, study_id: str) -> Study:
         return get(session, owner_id=owner_id, study_id=study_id)
     if study.finished_at is not None:
         raise Conflict("the study has already ended", code="study_ended")
+    cancelled = any(arm["like"] for arm in study.spec["planned"])  # their jobs are not made any more
     for run in runs_of(session, study_id):
         with suppress(Conflict):  # it has ended by itself
             jobs.request_cancel(session, owner_id=owner_id, job_id=run.job.id)
+            cancelled = True
+    if not cancelled and study.cancel_requested_at is None:
+        raise Conflict("every job of the study has ended; its verdict is on its way", code="study_ended")
     if study.cancel_requested_at is None:
         write(session, study_id, cancel_requested_at=func.now())
         append_event(session, study_id, "CANCELLING", "Cancelling every job that has not ended.")

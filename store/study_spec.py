@@ -21,6 +21,10 @@ from store.spec import Method, TrainingSpec
 
 #: Jobs: they are made in one transaction, while their user waits.
 MAX_ARMS, MAX_SEEDS, MAX_JOBS = 200, 50, 300
+#: Points of a grid that a budget may draw from.
+MOST_POINTS = 10**12
+#: Arms that are all compared with one another: 190 pairs. More are compared with a baseline.
+MOST_PAIRWISE = 20
 _JOB_SETTINGS = ("max_length", "dtype", "early_stopping")
 
 Name = Annotated[str, Field(min_length=1, max_length=100)]
@@ -124,18 +128,19 @@ class PlannedArm:
 
 def plan(spec: StudySpec, base: BaseFacts | None = None) -> list[PlannedArm]:
     """The arms of a completed spec. Raises InvalidRequest naming the field of the first one that can't be."""
-    arms = [
-        PlannedArm(name=name, spec=_training_spec(spec, changes, where))
-        for name, changes, where in _arms(spec, base)
-    ]
+    made = list(_arms(spec, base))
+    arms = [PlannedArm(name=name, spec=_training_spec(spec, changes, where)) for name, changes, where in made]
     like = presets.likened(spec.preset, [arm.name for arm in arms])
     arms = [replace(arm, like=like.get(arm.name)) for arm in arms]
     _check_names([arm.name for arm in arms], spec)
     if len(arms) * len(spec.seeds) > MAX_JOBS:
         message = f"{len(arms)} arms with {len(spec.seeds)} seeds are more than {MAX_JOBS} jobs"
         raise InvalidRequest(message, param="seeds")
+    if spec.baseline is None and len(arms) > MOST_PAIRWISE:
+        message = f"more than {MOST_PAIRWISE} arms are compared with one of them: name it"
+        raise InvalidRequest(message, param="baseline")
     if base is not None:
-        for arm, (_, _, where) in zip(arms, _arms(spec, base), strict=True):
+        for arm, (_, _, where) in zip(arms, made, strict=True):
             _check_fits(arm, base, where)
     return arms
 
@@ -196,6 +201,9 @@ def _points(spec: StudySpec) -> list[dict[str, Any]]:
         if not values:
             raise InvalidRequest("an empty list has no values to try", param=f"grid.{path}")
     size = prod(len(values) for values in grid.values())
+    if size > MOST_POINTS:
+        message = f"a grid of {size:,} points is too large to draw from: at most {MOST_POINTS:,}"
+        raise InvalidRequest(message, param="grid")
     if spec.budget is None and size > MAX_ARMS:
         message = (
             f"a grid of {size:,} arms needs a budget: so many of them, drawn at random, at most {MAX_ARMS}"

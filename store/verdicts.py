@@ -7,7 +7,7 @@ heft_engine.statistics does.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
 from sqlalchemy import exists, func, select, update
@@ -22,12 +22,12 @@ from store.tables import Job
 _LEVELS = {JobState.FAILED: "error", JobState.CANCELLED: "warn"}
 
 
-def with_news(session: Session) -> Study | None:
-    """A study of which jobs have ended that no verdict knows; None when there is none."""
+def with_news(session: Session, *, but: Collection[str] = ()) -> Study | None:
+    """A study of which jobs have ended that no verdict knows, the oldest; None when there is none `but` these."""
     ended = exists().where(StudyJob.study_id == Study.id, Job.id == StudyJob.job_id)
     news = ended.where(Job.state.in_(TERMINAL), StudyJob.told.is_(None))
-    query = select(Study).where(Study.finished_at.is_(None), news).order_by(Study.created_at).limit(1)
-    return session.scalar(query)
+    query = select(Study).where(Study.finished_at.is_(None), news, Study.id.not_in(but))
+    return session.scalar(query.order_by(Study.created_at).limit(1))
 
 
 def question(study: Study, runs: Sequence[Run]) -> dict[str, Any]:
@@ -61,19 +61,21 @@ def _rows(run: Run) -> dict[str, Any]:
 def record(session: Session, study_id: str, runs: Sequence[Run], verdict: Mapping[str, Any]) -> bool:
     """Write down what was found over these runs, tell of those that have ended since, and end the study with its last.
 
-    False for a verdict that others have overtaken.
+    False for a verdict that says nothing new: others have made it, or overtaken it.
     """
     study = session.scalars(select(Study).where(Study.id == study_id).with_for_update()).one()
     ended = {run.job.id: run for run in runs if JobState(run.job.state) in TERMINAL}
     known = select(StudyJob.job_id).where(StudyJob.study_id == study_id, StudyJob.told.is_not(None))
     told = set(session.scalars(known))
-    if study.finished_at is not None or not told <= ended.keys():
+    if study.finished_at is not None or not told < ended.keys():
         return False
     for run in ended.values():
         if run.job.id not in told:
             _tell(session, study_id, run)
     write(session, study_id, verdict=dict(verdict))
-    if not matching.follow_up(session, study, runs) and len(ended) == len(runs):
+    # Counted here, under the lock: others may have made jobs since `runs` was read.
+    untold = exists().where(StudyJob.study_id == study_id, StudyJob.told.is_(None))
+    if not matching.follow_up(session, study, runs) and not session.scalar(select(untold)):
         _finish(session, study, runs, verdict)
     return True
 

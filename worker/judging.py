@@ -29,14 +29,18 @@ _SECONDS = 120.0
 
 def judge_studies(context: Context, command: Sequence[str] = ENGINE) -> None:
     """Judge every study with news. Raises Unavailable."""
-    while not context.stopping.is_set() and _judge_one(context, command):
+    failed: set[str] = set()
+    while not context.stopping.is_set() and _judge_one(context, command, failed):
         pass
 
 
-def _judge_one(context: Context, command: Sequence[str]) -> bool:
-    """False when there is nothing (more) to judge just now. No transaction is open while it is computed."""
+def _judge_one(context: Context, command: Sequence[str], failed: set[str]) -> bool:
+    """False when there is nothing (more) to judge just now. No transaction is open while it is computed.
+
+    A study that can't be judged joins `failed`, so that it does not stand before the others.
+    """
     with transaction(context.sessions) as session:
-        study = verdicts.with_news(session)
+        study = verdicts.with_news(session, but=failed)
         runs = studies.runs_of(session, study.id) if study is not None else []
     if study is None:
         return False
@@ -44,8 +48,12 @@ def _judge_one(context: Context, command: Sequence[str]) -> bool:
         verdict = _verdict(context, command, verdicts.question(study, runs))
     except (subprocess.SubprocessError, ValueError) as fault:
         # Nothing was written down: the next sweep tries again.
-        log.error("study %s could not be judged: %s", study.id, fault)
-        return False
+        said = getattr(fault, "stderr", None) or b""
+        log.error(
+            "study %s could not be judged: %s %s", study.id, fault, said[-500:].decode(errors="replace")
+        )
+        failed.add(study.id)
+        return True
     with transaction(context.sessions) as session:
         verdicts.record(session, study.id, runs, verdict)
     return True

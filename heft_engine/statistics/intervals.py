@@ -69,8 +69,11 @@ def seed_variance(differences: Array) -> Any:
 
 
 def residual_variance(differences: Array) -> Any:
-    """What seeds and rows have in common, as a variance of the mean: the part of the rows' that more seeds reduce."""
+    """What seeds and rows have in common, as a variance of the mean: the part of the rows' that more seeds reduce.
+
+    0 with a single row, of which nothing can be told.
+    """
     seeds, rows = differences.shape[-2:]
     by_seed, by_row = differences.mean(axis=-1, keepdims=True), differences.mean(axis=-2, keepdims=True)
     rest = differences - by_seed - by_row + differences.mean(axis=(-2, -1), keepdims=True)
-    return (rest**2).sum(axis=(-2, -1)) / ((seeds - 1) * (rows - 1)) / (seeds * rows)
+    return (rest**2).sum(axis=(-2, -1)) / ((seeds - 1) * max(1, rows - 1)) / (seeds * rows)

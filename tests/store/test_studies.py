@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from store import jobs, leases, reconcile, studies, verdicts
+from store import jobs, leases, reconcile, statistics, studies, verdicts
 from store.errors import Conflict, InvalidRequest, NotFound
 from store.states import JobState
 from store.study_spec import StudySpec
@@ -231,15 +231,28 @@ def test_a_study_of_failures_has_failed(bench) -> None:
     assert status(bench, study) == "failed"
 
 
-def test_a_verdict_that_others_have_overtaken_is_dropped(bench) -> None:
-    study = create(bench, seeds=[1])
-    one, two = prepared(bench, study)
+def test_a_verdict_that_others_have_made_or_overtaken_is_dropped(bench) -> None:
+    study = create(bench, seeds=[1, 2])
+    one, two = prepared(bench, study)[:2]
     succeed(bench, bench.claim(one))
     early = runs(bench, study)
     succeed(bench, bench.claim(two))
-    assert bench.do(verdicts.record, study.id, runs(bench, study), VERDICT)
-    assert not bench.do(verdicts.record, study.id, early, {"arms": [], "comparisons": []})
-    assert bench.do(studies.get, owner_id=OWNER, study_id=study.id).verdict == VERDICT
+    late = runs(bench, study)
+    assert bench.do(verdicts.record, study.id, late, VERDICT)
+    for seen in (early, late):
+        assert not bench.do(verdicts.record, study.id, seen, {"arms": [], "comparisons": []})
+    study = bench.do(studies.get, owner_id=OWNER, study_id=study.id)
+    assert study.verdict == VERDICT
+    assert study.finished_at is None
+
+
+def test_a_study_that_can_not_be_judged_does_not_stand_before_others(bench) -> None:
+    first, second = (create(bench, seeds=[1]) for _ in range(2))
+    for study in (first, second):
+        succeed(bench, bench.claim(prepared(bench, study)[0]))
+    assert bench.do(verdicts.with_news).id == first.id
+    assert bench.do(verdicts.with_news, but={first.id}).id == second.id
+    assert bench.do(verdicts.with_news, but={first.id, second.id}) is None
 
 
 def test_a_study_is_judged_while_it_goes_on(bench) -> None:
@@ -265,6 +278,23 @@ def test_cancelling_a_study_cancels_its_jobs(bench) -> None:
         bench.do(studies.request_cancel, owner_id=OWNER, study_id=study.id)
     with pytest.raises(NotFound):
         bench.do(studies.request_cancel, owner_id="other", study_id=study.id)
+
+
+def test_a_study_whose_jobs_have_all_ended_is_not_cancelled_any_more(bench) -> None:
+    study = create(bench, seeds=[1])
+    for job_id in prepared(bench, study):
+        succeed(bench, bench.claim(job_id))
+    with pytest.raises(Conflict, match="on its way"):
+        bench.do(studies.request_cancel, owner_id=OWNER, study_id=study.id)
+    bench.do(verdicts.record, study.id, runs(bench, study), VERDICT)
+    assert status(bench, study) == "succeeded"
+
+
+def test_who_waits_for_a_shared_stage_is_not_late(bench) -> None:
+    study = create(bench, seeds=[1])
+    one, _ = prepared(bench, study)
+    bench.claim(one)
+    assert bench.do(statistics.jobs).waiting_seconds["queued"] == 0
 
 
 def test_a_study_whose_jobs_are_all_put_aside_is_paused(bench) -> None:
@@ -308,6 +338,21 @@ def test_arms_of_equal_arithmetic_follow_the_first_run(bench) -> None:
     assert study.finished_at is None
     bench.do(verdicts.record, study.id, runs(bench, study), VERDICT)
     assert len(runs(bench, study)) == 6  # made once
+
+
+@pytest.mark.parametrize("seen", [1, 2])
+def test_who_read_the_runs_before_others_followed_up_does_not_end_the_study(bench, seen: int) -> None:
+    study = equal_compute(bench)
+    one, two = prepared(bench, study)
+    succeed(bench, bench.claim(one), costs=COSTS)
+    first = runs(bench, study)
+    if seen == 2:
+        succeed(bench, bench.claim(two), costs=COSTS)
+    second = runs(bench, study)
+    assert bench.do(verdicts.record, study.id, first, VERDICT)
+    assert bench.do(verdicts.record, study.id, second, VERDICT) == (seen == 2)
+    assert bench.do(studies.get, owner_id=OWNER, study_id=study.id).finished_at is None
+    assert len(runs(bench, study)) == 6
 
 
 def test_without_a_run_to_follow_the_study_ends(bench) -> None:

@@ -79,6 +79,8 @@ def test_a_budget_draws_from_the_grid_the_same_ones_each_time() -> None:
     ("field", "changes"),
     [
         ("grid", {"grid": {"reft.rank": list(range(1, 101)), "lora.rank": list(range(1, 101))}}),
+        ("grid", {"grid": {f"reft.{name}": list(range(10)) for name in "abcdefghijklmnopqrst"}, "budget": 5}),
+        ("baseline", {"grid": {"reft.rank": list(range(1, 22))}, "seeds": [1]}),
         ("grid.reft.rank", {"grid": {"reft.rank": []}}),
         ("grid.reft.rank", {"grid": {"reft.rank": [4, 0]}}),
         ("grid.reft.nothing", {"grid": {"reft.nothing": [4]}}),
