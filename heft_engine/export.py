@@ -21,7 +21,7 @@ from heft_engine.lora import weight_of
 from heft_engine.lora_joined import concatenate, needs_base
 from heft_engine.predictor import assemble, check_probe
 from heft_engine.pyreft_format import write_pyreft
-from heft_engine.serving.batcher import Weights
+from heft_engine.serving.waiting_rows import Weights
 
 Format = Literal["merged", "peft", "pyreft"]
 

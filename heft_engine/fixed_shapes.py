@@ -16,6 +16,7 @@ It does NOT know models beyond their linear layers and activations.
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any
@@ -29,6 +30,8 @@ from torch.overrides import TorchFunctionMode
 SMALL = {"cpu": 32}
 SMALL_ELSEWHERE = 256
 LARGE_CANDIDATES = (64, 128, 256, 384, 512, 768, 1_024, 1_280, 1_536, 2_048, 3_072)
+#: Times that each height's product is measured; the least counts.
+ROUNDS = 5
 #: Elements that torch gives to one thread whole, at least, and a multiple of every vector loop's stride.
 _GRAIN = 32_768
 _STRIDE = 64
@@ -97,19 +100,21 @@ class FixedShapes(TorchFunctionMode):
 
 def _quickest(heights: Heights, small: int, smalls: int) -> tuple[int, ...]:
     """The blocks that cover `smalls` times `small` rows in the least time, the tallest first."""
-    best: list[tuple[float, int]] = [(0.0, 0)]  # to cover so many: the time, and the last block
+    best: list[tuple[float, int]] = [
+        (0.0, 0)
+    ]  # to cover so many: the time, and the last block's height, negative
     for covered in range(1, smalls + 1):
         best.append(
             min(
-                (best[max(0, covered - height // small)][0] + seconds, height)
+                (best[max(0, covered - height // small)][0] + seconds, -height)
                 for height, seconds in heights.items()
             )
         )
     plan = []
     left = smalls
     while left > 0:
-        plan.append(best[left][1])
-        left -= best[left][1] // small
+        plan.append(-best[left][1])
+        left -= plan[-1] // small
     return tuple(sorted(plan, reverse=True))
 
 
@@ -164,11 +169,18 @@ def _heights(module: nn.Linear, small: int) -> Heights:
     generator = torch.Generator().manual_seed(0)
     rows = torch.randn(max(LARGE_CANDIDATES), module.in_features, generator=generator).to(weight)
     exact = torch.cat([F.linear(part, weight, bias) for part in torch.split(rows, small)])
-    heights = {small: _seconds(rows[:small], weight, bias)}
-    for height in LARGE_CANDIDATES:
-        if height % small == 0 and height > small and _agree(rows[:height], weight, bias, exact[:height]):
-            heights[height] = _seconds(rows[:height], weight, bias)
-    return heights
+    taller = [
+        height
+        for height in LARGE_CANDIDATES
+        if height % small == 0 and height > small and _agree(rows[:height], weight, bias, exact[:height])
+    ]
+    seconds = dict.fromkeys([small, *taller], math.inf)
+    # Rounds over all heights, so that what else the machine does in one moment does not decide against one of them.
+    for _ in range(ROUNDS):
+        for height in seconds:
+            seconds[height] = min(seconds[height], _seconds(rows[:height], weight, bias))
+    # A tall block is more likely to be interrupted than the small ones it replaces, and never really slower.
+    return {height: min(least, height // small * seconds[small]) for height, least in seconds.items()}
 
 
 def _agree(rows: Tensor, weight: Tensor, bias: Tensor | None, exact: Tensor) -> bool:
@@ -176,12 +188,9 @@ def _agree(rows: Tensor, weight: Tensor, bias: Tensor | None, exact: Tensor) -> 
 
 
 def _seconds(rows: Tensor, weight: Tensor, bias: Tensor | None) -> float:
-    """The least of a few products' times."""
-    times = []
-    for _ in range(3):
-        began = time.perf_counter()
-        F.linear(rows, weight, bias)
-        if rows.is_cuda:
-            torch.cuda.synchronize(rows.device)
-        times.append(time.perf_counter() - began)
-    return min(times)
+    """Of one product."""
+    began = time.perf_counter()
+    F.linear(rows, weight, bias)
+    if rows.is_cuda:
+        torch.cuda.synchronize(rows.device)
+    return time.perf_counter() - began

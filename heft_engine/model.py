@@ -72,6 +72,10 @@ class PackedLM:
             self._fixed_shapes = (threads, calibrate(self.layers, self.device))
         return self._fixed_shapes[1]
 
+    def share_fixed_shapes(self, other: PackedLM) -> None:
+        """Takes over what was measured for another model with layers of the same shapes."""
+        self._fixed_shapes = other._fixed_shapes
+
     def hidden(self, batch: Batch) -> Tensor:
         """The last hidden states, after the final norm: (T, hidden)."""
         ids, positions = batch.input_ids.to(self.device)[None], batch.position_ids.to(self.device)[None]

@@ -9,6 +9,7 @@ import itertools
 import threading
 import weakref
 from collections.abc import Callable, Hashable, Iterator, Sequence
+from concurrent.futures import Future
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -28,13 +29,14 @@ from heft_engine.packing import micro_batches
 from heft_engine.resolve import resolve_max_length
 from heft_engine.rows import Row
 from heft_engine.scoring import TOKEN_BUDGET, Scores
-from heft_engine.serving.batcher import Batcher, Cancelled, Weights
+from heft_engine.serving.batcher import Batcher, Cancelled
 from heft_engine.serving.scoring_pass import ScoringRow, score_rows
+from heft_engine.serving.waiting_rows import Weights
 from heft_engine.serving.writing import Listener, Piece, TextWriter, WriteRequest
 
 #: What keys and values of texts that are being written may hold, unless told otherwise.
 KEY_VALUE_BYTES = 1024**3
-#: Between two looks whether a text is still wanted.
+#: Between two looks whether an answer is still wanted.
 _LOOK_SECONDS = 0.25
 _CALLS = itertools.count()
 
@@ -116,9 +118,8 @@ class Predictor:
         scale = scale if enabled else 0.0
         if self.task.type == "text":
             return self._write(examples, scale, is_wanted)
-        scores = self.batcher.submit(
-            self.weights, examples, scale=scale, owner=owner, is_wanted=is_wanted
-        ).result()
+        future = self.batcher.submit(self.weights, examples, scale=scale, owner=owner)
+        scores = _wanted(future, is_wanted)
         return [self._labelled(example, one) for example, one in zip(examples, scores, strict=True)]
 
     def _labelled(self, example: Example, scores: Scores) -> Prediction:
@@ -170,6 +171,19 @@ class Predictor:
                 if not text.is_whole.is_set():
                     self.cancel((call, index))
         return [text.prediction() for text in texts]
+
+
+def _wanted(future: Future[list[Scores]], is_wanted: Callable[[], bool]) -> list[Scores]:
+    """What comes of it, as long as it is wanted. Raises Cancelled."""
+    while True:
+        try:
+            return future.result(_LOOK_SECONDS)
+        except TimeoutError:
+            if future.done():
+                raise  # the pass's own
+            if not is_wanted():
+                future.cancel()
+                raise Cancelled from None
 
 
 class _Text:

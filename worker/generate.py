@@ -87,17 +87,17 @@ class Generation:
                 written[index] = piece.written
                 if piece.finish is not None:
                     unfinished.discard(index)
-            reply = GenerateReply(
-                request_id=texts.request_id, chunk=[parts[index] for index in sorted(parts)]
-            )
-            if not unfinished:
-                reply["done"] = GeneratedUsage(
-                    prompt_tokens=texts.prompt_tokens, completion_tokens=sum(written.values())
-                )
             if message["stream"] or not unfinished:
+                reply = GenerateReply(
+                    request_id=texts.request_id, chunk=[parts[index] for index in sorted(parts)]
+                )
+                if not unfinished:
+                    reply["done"] = GeneratedUsage(
+                        prompt_tokens=texts.prompt_tokens, completion_tokens=sum(written.values())
+                    )
                 yield reply
-                if unfinished:
-                    time.sleep(TOGETHER_SECONDS)
+            if unfinished:
+                time.sleep(TOGETHER_SECONDS)
 
     def _next(self, message: GenerateMessage, heard: queue.SimpleQueue[Heard]) -> Iterator[Heard]:
         """Waits for a piece, then takes all that are there. Raises NobodyWaits."""

@@ -23,7 +23,8 @@ from benchmarks import rows
 from benchmarks.serving.library import questions, scored, seconds
 from cli.home import Home
 from cli.up import running_stack
-from heft_engine.serving.batcher import Batcher, Weights
+from heft_engine.serving.batcher import Batcher
+from heft_engine.serving.waiting_rows import Weights
 
 
 @dataclass(frozen=True)

@@ -26,7 +26,8 @@ from heft_engine.packing import packed_length
 from heft_engine.rows import infer_task
 from heft_engine.scoring import Scores
 from heft_engine.serving.adapters import adapt_rows
-from heft_engine.serving.batcher import Batcher, Weights
+from heft_engine.serving.batcher import Batcher
+from heft_engine.serving.waiting_rows import Weights
 
 PREFIX_BYTES = 512 * 1024**2
 #: Tokens of the prompts that every model is asked alone and among the others.

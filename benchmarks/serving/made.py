@@ -11,8 +11,8 @@ from heft_engine.lora import LoraAdapter
 from heft_engine.model import PackedLM
 from heft_engine.reft_kinds import KINDS
 from heft_engine.serving.adapters import UnmergedModel
-from heft_engine.serving.batcher import Weights
 from heft_engine.serving.copies import copy_sharing
+from heft_engine.serving.waiting_rows import Weights
 
 LAYER, RANK, LORA_RANK = 15, 4, 8
 

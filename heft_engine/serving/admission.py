@@ -37,6 +37,11 @@ class DecodeQueue:
         self._waiting.pop(request_id, None)
         self.batch.leave(request_id)
 
+    def clear(self) -> None:
+        """Forgets all, in whatever state the batch is."""
+        self._waiting.clear()
+        self.batch.clear()
+
     def turn(self) -> list[NewToken]:
         """One pass. Whoever reads its tokens drops the sequences that end with them."""
         admitted = [] if self._joined_last and len(self.batch) else self._admitted()

@@ -24,8 +24,9 @@ from heft_engine.model_files import inspect
 from heft_engine.predictor import Predictor, assemble, check_probe
 from heft_engine.resolve import resolve_max_length
 from heft_engine.serving.adapters import UnmergedModel, adapt_rows
-from heft_engine.serving.batcher import Batcher, Weights
+from heft_engine.serving.batcher import Batcher
 from heft_engine.serving.copies import copy_sharing, unique_bytes
+from heft_engine.serving.waiting_rows import Weights
 from heft_engine.serving.writing import TextWriter
 
 #: merged: its own layers, the fastest for one model. shared: what it adds to the base, row by row. base: nothing.
@@ -41,6 +42,7 @@ class Base:
         self.model = model
         self.lm = PackedLM(load_model(model, dtype=dtype, device=device, attention=IMPLEMENTATION))
         adapt_rows(self.lm)
+        self.lm.fixed_shapes()  # measured now, once for all that stands on this base
         self.memory_bytes = unique_bytes(self.lm.model)
         self._device = device
         self._batcher = batcher
@@ -99,6 +101,7 @@ class Base:
             # Layers on several devices are bound to their modules.
             return assemble(bundle, base=self.model, device=self._device, dtype=self.lm.dtype)
         lm = PackedLM(copy_sharing(self.lm.model, touched))
+        lm.share_fixed_shapes(self.lm)
         for adapter in bundle.adapters:
             lora.merge(lm.model, adapter)
         for stored in bundle.interventions:

@@ -112,11 +112,11 @@ class DecodeBatch:
 
         If the pass fails, none has joined.
         """
-        waiting = {
-            request.id: _Sequence(request, self._kept.take(len(request.prompt), request.kept_tokens))
-            for request in requests
-        }
+        waiting: dict[Hashable, _Sequence] = {}
         try:
+            for request in requests:
+                slot = self._kept.take(len(request.prompt), request.kept_tokens)
+                waiting[request.id] = _Sequence(request, slot)
             tokens = [token for part in _parts(list(waiting.values())) for token in self._prefill(part)]
         except BaseException:
             for sequence in waiting.values():
@@ -159,6 +159,11 @@ class DecodeBatch:
         sequence = self._sequences.pop(request_id, None)
         if sequence is not None:
             self._kept.release(sequence.slot)
+
+    def clear(self) -> None:
+        """Ends every sequence and gives all memory back, in whatever state a pass has left it."""
+        self._sequences.clear()
+        self._kept.clear()
 
     def _prefill(self, sequences: Sequence[_Sequence]) -> list[NewToken]:
         batch = pack([_bare(sequence.request.prompt) for sequence in sequences])

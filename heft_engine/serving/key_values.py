@@ -117,6 +117,11 @@ class KeyValues:
         self.reserved_bytes -= self.bytes_for(slot.final)
         self._take_out(slot)
 
+    def clear(self) -> None:
+        """Forgets every slot."""
+        self._chunks.clear()
+        self.reserved_bytes = self.allocated_bytes = 0
+
     def _put(self, slot: Slot, capacity: int) -> None:
         chunks = self._chunks.setdefault(capacity, [])
         chunk = next((chunk for chunk in chunks if len(chunk.slots) < CHUNK), None)

@@ -171,10 +171,21 @@ class TextWriter:
             for new in self._queue.turn():
                 self._tell(new)
         except Exception as fault:
-            for writer in list(self._writers.values()):
-                self._let_go(writer.request.id)
-                writer.listener(writer.request.id, fault)
+            self._end_all(fault)
             raise
+
+    def fail(self, fault: Exception) -> None:
+        """Tells everyone who waits that there will be no more turns."""
+        self._take_in()
+        self._end_all(fault)
+
+    def _end_all(self, fault: Exception) -> None:
+        with self._lock:
+            writers, self._writers = list(self._writers.values()), {}
+        # A pass that failed half-way may have left its slots in any state.
+        self._queue.clear()
+        for writer in writers:
+            writer.listener(writer.request.id, fault)
 
     def _take_in(self) -> None:
         with self._lock:

@@ -19,7 +19,8 @@ from heft_engine.model import PackedLM
 from heft_engine.scoring import Scores, score
 from heft_engine.serving import batcher as batching
 from heft_engine.serving.adapters import adapt_rows
-from heft_engine.serving.batcher import Batcher, Cancelled, Weights
+from heft_engine.serving.batcher import Batcher, Cancelled
+from heft_engine.serving.waiting_rows import Weights
 
 PASSAGE = tuple(range(100, 170))
 
@@ -148,6 +149,7 @@ def test_questions_on_one_passage_compute_it_once(lm: PackedLM, batcher: Batcher
     batcher.submit(weights, asked[:1], owner="another").result(60)
     assert told.passes[-1][2] == 0, "another owner's prompt was found"
     batcher.forget("model")
+    batcher.run(lambda: None)
     assert batcher.prefix_bytes == 0
 
 
@@ -182,15 +184,64 @@ def test_models_on_one_base_share_passes_and_others_take_turns(tiny_llama_dir: P
 
 
 def test_what_nobody_wants_any_more_is_left(lm: PackedLM, batcher: Batcher, told: Told) -> None:
-    wanted = [True]
     with Gate(batcher):
-        gone = batcher.submit(Weights(lm=lm), examples(3), is_wanted=lambda: wanted[0])
+        gone = batcher.submit(Weights(lm=lm), examples(3))
         stays = batcher.submit(Weights(lm=lm), examples(1, seed=5))
-        wanted[0] = False
-    with pytest.raises(Cancelled):
-        gone.result(60)
+        assert gone.cancel()
     assert stays.result(60) == score(lm, examples(1, seed=5))
     assert sum(rows for rows, _, _ in told.passes) == 1
+
+
+def test_an_answer_that_comes_after_all_is_dropped(
+    lm: PackedLM, batcher: Batcher, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    begun, cancelled = threading.Event(), threading.Event()
+    plain = batching.score_rows
+
+    def slow(*arguments: Any) -> list[Scores]:
+        begun.set()
+        assert cancelled.wait(60)
+        return plain(*arguments)
+
+    monkeypatch.setattr(batching, "score_rows", slow)
+    gone = batcher.submit(Weights(lm=lm), examples(1))
+    assert begun.wait(60)
+    assert gone.cancel()
+    cancelled.set()
+    assert batcher.submit(Weights(lm=lm), examples(2)).result(60) == score(lm, examples(2))
+
+
+def test_whatever_breaks_beside_a_pass_is_told_and_the_thread_goes_on(
+    lm: PackedLM, batcher: Batcher, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    with monkeypatch.context() as patch:
+        patch.setattr(batcher._waiting, "take", lambda: 1 // 0)
+        with pytest.raises(ZeroDivisionError):
+            batcher.submit(Weights(lm=lm), examples(2)).result(60)
+    assert "what waited failed" in caplog.text
+    assert batcher.submit(Weights(lm=lm), examples(2)).result(60) == score(lm, examples(2))
+
+
+def test_models_take_turns_however_much_one_of_them_is_asked(tiny_llama_dir: Path, batcher: Batcher) -> None:
+    busy, quiet = packed(tiny_llama_dir), packed(tiny_llama_dir)
+    ended: list[str] = []
+    with Gate(batcher):
+        large = batcher.submit(Weights(lm=busy), examples(60, seed=1))
+        small = batcher.submit(Weights(lm=quiet), examples(1, seed=2))
+        large.add_done_callback(lambda _: ended.append("large"))
+        small.add_done_callback(lambda _: ended.append("small"))
+    results([large, small])
+    assert ended == ["small", "large"]
+
+
+def test_rows_that_wait_for_a_prefix_that_finds_no_room_run_together(lm: PackedLM, told: Told) -> None:
+    tiny = Batcher(prefix_bytes=100, token_budget=2_000, observer=told)
+    asked = examples(8, prefix=PASSAGE, longest=20)
+    with Gate(tiny):
+        together = tiny.submit(Weights(lm=lm, scope="model"), asked)
+    assert together.result(60) == score(lm, asked)
+    tiny.close()
+    assert [rows for rows, _, _ in told.passes] == [1, 7]
 
 
 def test_a_pass_that_fails_is_told_to_its_own_and_the_next_goes_on(
@@ -241,6 +292,9 @@ def test_texts_get_their_turns_between_scores(lm: PackedLM, batcher: Batcher) ->
             self.left -= 1
             if self.left == 3:
                 raise RuntimeError("told to those who wait")
+
+        def fail(self, fault: Exception) -> None:
+            raise AssertionError(fault)
 
     writing = Writing()
     batcher.keep_at(writing)

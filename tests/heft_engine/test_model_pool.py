@@ -136,14 +136,11 @@ def test_a_shared_model_that_becomes_hot_is_merged_and_a_merged_one_that_cools_i
     for _ in range(40):
         ask(pool, library, "m1")
 
-    def held() -> tuple[str, str]:
-        found = []
-        for name in ("m0", "m1"):
-            with pool.model(name, library.fetch(name)) as predictor:
-                found.append("shared" if predictor.weights.adapter is not None else "merged")
-        return found[0], found[1]
+    def kinds() -> dict[Any, str | None]:
+        ask(pool, library, "m1")
+        return {name: entry.now.kind if entry.now else None for name, entry in pool._entries.items()}
 
-    assert wait_until(lambda: held() == ("shared", "merged"), seconds=20)
+    assert wait_until(lambda: kinds() == {"m0": "shared", "m1": "merged"}, seconds=20)
     assert close(ask(pool, library, "m1"), before)
 
 

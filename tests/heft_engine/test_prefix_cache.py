@@ -18,9 +18,9 @@ from heft_engine.model import PackedLM
 from heft_engine.packing import Kept
 from heft_engine.scoring import Scores
 from heft_engine.serving.adapters import adapt_rows
-from heft_engine.serving.batcher import Weights
 from heft_engine.serving.prefix_cache import BLOCK, PrefixCache, chain, reach
 from heft_engine.serving.scoring_pass import ScoringRow, score_rows
+from heft_engine.serving.waiting_rows import Weights
 
 MakeModel = Callable[[str], Path]
 PASSAGE = tuple(range(100, 170))

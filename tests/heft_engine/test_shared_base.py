@@ -14,10 +14,10 @@ from tiny_models import FAMILIES
 from heft_engine.errors import BundleError
 from heft_engine.scoring import Scores, score
 from heft_engine.serving.adapters import UnmergedModel, adapt_rows
-from heft_engine.serving.batcher import Weights
 from heft_engine.serving.copies import unique_bytes
 from heft_engine.serving.decoding import DecodeBatch, DecodeRequest
 from heft_engine.serving.scoring_pass import ScoringRow, score_rows
+from heft_engine.serving.waiting_rows import Weights
 
 MakeModel = Callable[[str], Path]
 

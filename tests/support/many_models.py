@@ -17,8 +17,8 @@ from heft_engine.lora_variants import row_norms
 from heft_engine.model import PackedLM
 from heft_engine.reft_kinds import KINDS
 from heft_engine.serving.adapters import UnmergedModel
-from heft_engine.serving.batcher import Weights
 from heft_engine.serving.copies import copy_sharing
+from heft_engine.serving.waiting_rows import Weights
 
 
 @dataclass(frozen=True)
