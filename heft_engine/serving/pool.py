@@ -16,8 +16,7 @@ import threading
 import time
 from collections.abc import Callable, Hashable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import AbstractContextManager, contextmanager
-from dataclasses import dataclass, field
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Literal
 
@@ -29,53 +28,15 @@ from heft_engine.errors import BundleError
 from heft_engine.predictor import KEY_VALUE_BYTES, Predictor, base_of
 from heft_engine.serving.bases import Base, Kind, key_of, size_on_disk
 from heft_engine.serving.batcher import Batcher
-from heft_engine.serving.demand import Demand
+from heft_engine.serving.holding import Entry, Fetch, Held, changes, kind_at_first
 
 log = logging.getLogger(__name__)
 
 Hold = Literal["auto", "merged", "shared"]
-#: Shares of its base's requests from which a model is hot, and below which it has cooled down.
-HOT, COOL = 0.25, 0.05
-#: Requests of the last minute on a base before shares mean anything.
-ENOUGH = 16
 #: Between two looks at the shares of one base.
 CONSIDER_SECONDS = 1.0
-
-#: Gives the folder of a bundle, for as long as it is read.
-Fetch = Callable[[], AbstractContextManager[Path]]
-
-
-@dataclass(frozen=True, kw_only=True)
-class _Held:
-    predictor: Predictor
-    kind: Kind
-    base: Hashable
-    memory_bytes: int
-
-
-@dataclass(eq=False)
-class _Entry:
-    """A model that is held, or on its way."""
-
-    load: Callable[[], _Held]
-    fetch: Fetch | None
-    held: Future[_Held] = field(default_factory=Future)
-    users: int = 0
-    used_at: float = field(default_factory=time.monotonic)
-    demand: Demand = field(default_factory=Demand)
-    is_changing: bool = False
-    forgotten: bool = False
-    #: Its probe rows did not agree unmerged.
-    only_merged: bool = False
-    memory_bytes: int = 0
-
-    @property
-    def now(self) -> _Held | None:
-        return self.held.result() if self.held.done() and self.held.exception() is None else None
-
-    @property
-    def is_idle(self) -> bool:
-        return self.users == 0 and self.held.done() and not self.is_changing
+#: Before a change that failed is tried again.
+RETRY_SECONDS = 60.0
 
 
 class ModelPool:
@@ -106,8 +67,9 @@ class ModelPool:
         self._out_of_memory = out_of_memory
         self._after_putting_away = put_away
         self._lock = threading.RLock()
-        self._entries: dict[Hashable, _Entry] = {}
+        self._entries: dict[Hashable, Entry] = {}
         self._considered: dict[Hashable, float] = {}
+        self._has_left = False
         self._bases: dict[Hashable, Base] = {}
         # One model at a time, and a base between passes: transformers changes torch's default dtype while it loads.
         self._loading = threading.Lock()
@@ -119,14 +81,14 @@ class ModelPool:
 
         Raises BundleError, ModelError, and what `fetch` raises; the next request tries again.
         """
-        with self._using(name, lambda: _Entry(load=lambda: self._load(name, fetch), fetch=fetch)) as held:
+        with self._using(name, lambda: Entry(load=lambda: self._load(name, fetch), fetch=fetch)) as held:
             yield held.predictor
 
     @contextmanager
     def base(self, reference: str, task: TaskType) -> Iterator[Predictor]:
         """A base model as it is. Raises ModelError."""
         with self._using(
-            (reference, task), lambda: _Entry(lambda: self._plain(reference, task), None)
+            (reference, task), lambda: Entry(lambda: self._plain(reference, task), None)
         ) as held:
             yield held.predictor
 
@@ -134,6 +96,7 @@ class ModelPool:
         """Puts away every model that nobody is asking."""
         with self._lock:
             self._put_away(0)
+        self._give_back()
 
     def forget(self, name: str) -> None:
         """Puts a model away, and what was kept of its prompts, after the answers that are under way."""
@@ -144,6 +107,7 @@ class ModelPool:
             entry.forgotten = True
             if entry.is_idle:
                 self._remove(name)
+        self._give_back()
 
     def close(self) -> None:
         """Ends the batcher and lets everything go."""
@@ -177,7 +141,7 @@ class ModelPool:
         return counts
 
     @contextmanager
-    def _using(self, name: Hashable, make: Callable[[], _Entry]) -> Iterator[_Held]:
+    def _using(self, name: Hashable, make: Callable[[], Entry]) -> Iterator[Held]:
         with self._lock:
             entry = self._entries.get(name)
             is_new = entry is None
@@ -192,7 +156,7 @@ class ModelPool:
         finally:
             self._leave(name, entry)
 
-    def _bring(self, entry: _Entry) -> None:
+    def _bring(self, entry: Entry) -> None:
         try:
             held = self._loaded(entry)
             entry.memory_bytes = held.memory_bytes
@@ -200,7 +164,7 @@ class ModelPool:
         except BaseException as fault:  # noqa: BLE001 - whoever waits for it is told, this caller among them
             entry.held.set_exception(fault)
 
-    def _loaded(self, entry: _Entry) -> _Held:
+    def _loaded(self, entry: Entry) -> Held:
         try:
             return entry.load()
         except self._out_of_memory:
@@ -208,17 +172,18 @@ class ModelPool:
         self.make_room()
         return entry.load()
 
-    def _leave(self, name: Hashable, entry: _Entry) -> None:
+    def _leave(self, name: Hashable, entry: Entry) -> None:
         with self._lock:
             entry.users -= 1
             entry.used_at = time.monotonic()
-            failed = entry.held.exception() is not None
+            failed = entry.held.done() and entry.held.exception() is not None
             if self._entries.get(name) is entry and (failed or (entry.forgotten and entry.is_idle)):
                 self._remove(name)
             self._put_away(self._budget)
             self._reconsider(entry)
+        self._give_back()
 
-    def _load(self, name: str, fetch: Fetch, kind: Kind | None = None) -> _Held:
+    def _load(self, name: str, fetch: Fetch, kind: Kind | None = None) -> Held:
         with fetch() as path:
             bundle = read_bundle(path)
             base_model = base_of(
@@ -229,27 +194,27 @@ class ModelPool:
                 base = self._base(key, base_model)
                 return self._held(name, bundle, base, key, kind or self._kind(name, key))
 
-    def _held(self, name: str, bundle: Bundle, base: Base, key: Hashable, kind: Kind) -> _Held:
+    def _held(self, name: str, bundle: Bundle, base: Base, key: Hashable, kind: Kind) -> Held:
         if kind == "shared":
             try:
                 predictor, size = base.shared(bundle, (name, kind))
-                return _Held(predictor=predictor, kind=kind, base=key, memory_bytes=size)
+                return Held(predictor=predictor, kind=kind, base=key, memory_bytes=size)
             except BundleError as fault:
                 log.warning("%s is held merged: unmerged, %s", name, fault)
                 with self._lock:
                     if (entry := self._entries.get(name)) is not None:
                         entry.only_merged = True
         predictor, size = base.merged(bundle, (name, "merged"))
-        return _Held(predictor=predictor, kind="merged", base=key, memory_bytes=size)
+        return Held(predictor=predictor, kind="merged", base=key, memory_bytes=size)
 
-    def _plain(self, reference: str, task: TaskType) -> _Held:
+    def _plain(self, reference: str, task: TaskType) -> Held:
         base_model = resolve(
             reference, model_dir=self._model_dir, cache_dir=self._cache_dir, allow_paths=self._allow_paths
         )
         key = key_of(base_model, choose_dtype("auto", self._device))
         with self._loading:
             predictor = self._base(key, base_model).plain(task, (reference, "base"))
-            return _Held(predictor=predictor, kind="base", base=key, memory_bytes=0)
+            return Held(predictor=predictor, kind="base", base=key, memory_bytes=0)
 
     def _base(self, key: Hashable, model: BaseModel) -> Base:
         """Loaded if it is not there. One at a time."""
@@ -278,20 +243,10 @@ class ModelPool:
         if self._hold != "auto":
             return self._hold
         with self._lock:
-            own, others = self._shares(name, key)
-        return "merged" if own >= HOT * (own + others) else "shared"
+            others = [e for e in self._entries.values() if e.now is not None and e.now.base == key]
+            return kind_at_first(self._entries[name], others) if name in self._entries else "shared"
 
-    def _shares(self, name: Hashable, key: Hashable) -> tuple[float, float]:
-        """Requests of the last minute: of a model, and of the others on its base."""
-        own, others = 0.0, 0.0
-        for other, entry in self._entries.items():
-            if other == name:
-                own = entry.demand.now
-            elif entry.now is not None and entry.now.base == key:
-                others += entry.demand.now
-        return own, others
-
-    def _reconsider(self, entry: _Entry) -> None:
+    def _reconsider(self, entry: Entry) -> None:
         """Has the models of a base held otherwise, in the background, when their requests ask for it."""
         held = entry.now
         if self._hold != "auto" or held is None or held.kind == "base":
@@ -299,78 +254,82 @@ class ModelPool:
         if time.monotonic() < self._considered.get(held.base, 0.0) + CONSIDER_SECONDS:
             return
         self._considered[held.base] = time.monotonic()
-        found = [
-            (name, other, other.now.kind, other.demand.now)
-            for name, other in self._entries.items()
-            if other.now is not None and other.now.base == held.base
-        ]
-        total = sum(demand for *_, demand in found)
-        if total < ENOUGH:
-            return
-        for name, other, kind, demand in found:
-            if kind == "shared" and demand >= HOT * total:
-                self._change(name, other, "merged")
-            if kind == "merged" and demand < COOL * total and not other.only_merged:
-                self._change(name, other, "shared")
+        found = {n: e for n, e in self._entries.items() if e.now is not None and e.now.base == held.base}
+        for name, kind in changes(found):
+            self._change(name, self._entries[name], kind)
 
-    def _change(self, name: Hashable, entry: _Entry, kind: Kind) -> None:
-        if entry.is_changing or entry.fetch is None:
+    def _change(self, name: Hashable, entry: Entry, kind: Kind) -> None:
+        if entry.is_changing or entry.fetch is None or time.monotonic() < entry.no_change_before:
             return
+        assert isinstance(name, str)
         entry.is_changing = True
         try:
-            self._changes.submit(self._hold_as, name, entry, kind)
+            self._changes.submit(self._hold_as, name, entry, entry.fetch, kind)
         except RuntimeError:  # closed meanwhile
             entry.is_changing = False
 
-    def _hold_as(self, name: Hashable, entry: _Entry, kind: Kind) -> None:
-        future: Future[_Held] | None = None
+    def _hold_as(self, name: str, entry: Entry, fetch: Fetch, kind: Kind) -> None:
+        held: Held | None = None
         try:
-            assert isinstance(name, str)
-            assert entry.fetch is not None
-            future = Future()
-            future.set_result(self._load(name, entry.fetch, kind))
-            log.info("%s is held %s now", name, kind)
+            if not entry.forgotten:
+                held = self._load(name, fetch, kind)
+                log.info("%s is held %s now", name, kind)
         except Exception:
             log.exception("%s could not be held %s and stays as it is", name, kind)
-            future = None
-        with self._lock:
-            before = entry.held
-            entry.is_changing = False
-            if future is not None and self._entries.get(name) is entry:
-                entry.held = future
-                entry.memory_bytes = future.result().memory_bytes
-                self._batcher_forget(before.result())
-            if entry.forgotten and entry.is_idle and self._entries.get(name) is entry:
-                self._remove(name)
-            self._put_away(self._budget)
+        finally:
+            with self._lock:
+                self._changed(name, entry, held)
+            self._give_back()
+
+    def _changed(self, name: str, entry: Entry, held: Held | None) -> None:
+        entry.is_changing = False
+        if held is None:
+            entry.no_change_before = time.monotonic() + RETRY_SECONDS
+        elif self._entries.get(name) is entry:
+            before, entry.held = entry.held.result(), Future()
+            entry.held.set_result(held)
+            entry.memory_bytes = held.memory_bytes
+            self._batcher.forget(before.predictor.weights.scope)
+        if entry.forgotten and entry.is_idle and self._entries.get(name) is entry:
+            self._remove(name)
+        self._put_away(self._budget)
 
     def _held_bytes(self) -> int:
-        models = sum(entry.memory_bytes for entry in self._entries.values())
+        models = sum(entry.memory_bytes + entry.written_bytes for entry in self._entries.values())
         bases = sum(base.memory_bytes + base.written_bytes for base in self._bases.values())
         return models + bases + self._batcher.prefix_bytes
 
     def _put_away(self, budget: int) -> None:
         """Until what is held fits into `budget`, or everybody is being asked."""
+        self._drop_unused_bases()
         if self._held_bytes() <= budget:
             return
         for name in sorted(self._entries, key=lambda name: self._entries[name].used_at):
             if self._entries[name].is_idle:
                 self._remove(name)
+                self._drop_unused_bases()
                 if self._held_bytes() <= budget:
                     return
 
     def _remove(self, name: Hashable) -> None:
         log.info("put away: %s", name)
+        self._has_left = True
         held = self._entries.pop(name).now
-        if held is None:
-            return
-        self._batcher_forget(held)
-        standing = {entry.now.base for entry in self._entries.values() if entry.now is not None}
-        coming = any(not entry.held.done() or entry.is_changing for entry in self._entries.values())
-        if held.base not in standing and not coming:
-            self._bases.pop(held.base, None)
-        self._after_putting_away()
+        if held is not None:
+            self._batcher.forget(held.predictor.weights.scope)
 
-    def _batcher_forget(self, held: _Held) -> None:
-        scope = held.predictor.weights.scope
-        threading.Thread(target=self._batcher.forget, args=(scope,), daemon=True).start()
+    def _drop_unused_bases(self) -> None:
+        """Those that no model stands on. While a model is on its way, it may be the one that it needs."""
+        if any(not entry.held.done() or entry.is_changing for entry in self._entries.values()):
+            return
+        standing = {entry.now.base for entry in self._entries.values() if entry.now is not None}
+        for key in self._bases.keys() - standing:
+            del self._bases[key]
+            self._has_left = True
+
+    def _give_back(self) -> None:
+        """Once for all that have left, with nobody waiting for the lock meanwhile."""
+        with self._lock:
+            has_left, self._has_left = self._has_left, False
+        if has_left:
+            self._after_putting_away()

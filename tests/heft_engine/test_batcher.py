@@ -304,3 +304,21 @@ def test_texts_get_their_turns_between_scores(lm: PackedLM, batcher: Batcher) ->
         batcher.run(lambda: None)
     batcher.run(lambda: None)
     assert batcher._turns == []
+
+
+def test_closing_tells_those_who_wait_for_text(lm: PackedLM) -> None:
+    told: list[Exception] = []
+
+    class Writing:
+        is_busy = True
+
+        def turn(self) -> None:
+            pass
+
+        def fail(self, fault: Exception) -> None:
+            told.append(fault)
+
+    batcher = Batcher()
+    batcher.keep_at(Writing())
+    batcher.close()
+    assert [type(fault) for fault in told] == [Cancelled]

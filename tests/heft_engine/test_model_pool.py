@@ -18,7 +18,7 @@ from tiny_models import save_tiny_model
 from cli.process import wait_until
 from heft_engine.errors import BundleError, ModelError
 from heft_engine.predictor import Prediction, load
-from heft_engine.serving import pool as pooling
+from heft_engine.serving import holding
 from heft_engine.serving.batcher import Batcher
 from heft_engine.serving.pool import ModelPool
 
@@ -127,7 +127,7 @@ def test_the_only_model_of_a_base_is_held_merged_and_those_beside_busy_ones_shar
 def test_a_shared_model_that_becomes_hot_is_merged_and_a_merged_one_that_cools_is_shared(
     make_pool: Callable[..., ModelPool], library: Library, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(pooling, "COOL", 0.2)
+    monkeypatch.setattr(holding, "COOL", 0.2)
     pool = make_pool()
     for _ in range(5):
         ask(pool, library, "m0")
@@ -246,3 +246,41 @@ def test_a_base_is_asked_beside_its_models(
     for thread in threads:
         thread.join()
     assert sorted(pool.names) == ["m0", "m1"]
+
+
+def test_a_base_on_which_nothing_could_be_loaded_is_let_go(
+    make_pool: Callable[..., ModelPool], bundles: Path, tmp_path: Path
+) -> None:
+    shutil.copytree(bundles / "m0", tmp_path / "m0")
+    described = json.loads((tmp_path / "m0" / "heft.json").read_text())
+    (tmp_path / "m0" / "heft.json").write_text(json.dumps(described | {"tokenizer_sha256": "another"}))
+    left: list[bool] = []
+    pool = make_pool(put_away=lambda: left.append(True))
+    with pytest.raises(BundleError, match="tokenizer"):
+        ask(pool, Library(tmp_path), "m0")
+    assert pool.kinds()["base"][0] == 0
+    assert left == [True]
+
+
+def test_a_change_that_fails_leaves_the_model_as_it_is_and_is_not_tried_again_at_once(
+    make_pool: Callable[..., ModelPool], library: Library
+) -> None:
+    pool = make_pool()
+    for _ in range(5):
+        ask(pool, library, "m0")
+    before = ask(pool, library, "m1")
+    entry = pool._entries["m1"]
+    library.fault = MemoryError()  # of the next fetch
+
+    def has_failed() -> bool:
+        ask(pool, library, "m1")
+        return library.fault is None and not entry.is_changing
+
+    assert wait_until(has_failed, seconds=30)
+    fetched = len(library.fetched)
+    pool._considered.clear()
+    assert ask(pool, library, "m1") == before
+    assert len(library.fetched) == fetched
+    assert pool.kinds()["shared"][0] == 1
+    pool.forget("m1")
+    assert "m1" not in pool.names

@@ -13,6 +13,7 @@ from transformers import AutoTokenizer, PreTrainedTokenizerBase
 from heft_engine.errors import RowError
 from heft_engine.predictor import Predictor, load_base
 from heft_engine.rows import parse_row
+from heft_engine.serving.key_values import KeyValues
 from heft_engine.serving.sampling import Sampling
 from heft_engine.serving.stops import Stops
 from heft_engine.serving.token_text import Detokenizer, Vocabulary
@@ -197,6 +198,26 @@ def test_everybody_hears_of_a_pass_that_fails(heard: Heard, monkeypatch: pytest.
     heard.submit("three")
     heard.run()
     assert heard.pieces["three"][-1].finish == "length"
+
+
+def test_memory_that_is_out_while_slots_grow_ends_all_and_leaks_nothing(
+    heard: Heard, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(*_: object) -> None:
+        raise MemoryError("no room")
+
+    for name in ("one", "two", "three"):
+        heard.submit(name, max_tokens=200)
+    heard.predictor.writer.turn()
+    with monkeypatch.context() as patch:
+        patch.setattr(KeyValues, "_put", fail)
+        with pytest.raises(MemoryError):
+            heard.run()
+    assert set(heard.faults) == {"one", "two", "three"}
+    assert heard.predictor.writer.memory_bytes == 0
+    heard.submit("four")
+    heard.run()
+    assert heard.pieces["four"][-1].finish == "length"
 
 
 def test_what_never_has_room_is_refused(tiny_llama_dir: Path) -> None:
