@@ -16,6 +16,7 @@ from pathlib import Path
 import torch
 
 from heft_engine import lora
+from heft_engine.apart import apart
 from heft_engine.attention import IMPLEMENTATION
 from heft_engine.base_models import BaseModel, load_model, load_tokenizer, resolve
 from heft_engine.bundle import Bundle, check_tokenizer, read_bundle
@@ -235,10 +236,15 @@ def load(
     when the probe rows don't get the scores that training saw; ModelError when the base can't be had.
     """
     bundle = read_bundle(Path(bundle_dir))
-    lm = assemble(bundle, model_dir=model_dir, cache_dir=cache_dir, allow_paths=allow_paths, device=device)
     tokenizer = load_tokenizer(bundle.path / "tokenizer")
     check_tokenizer(bundle.info, tokenizer)
-    check_probe(bundle, Weights(lm=lm, sites=tuple(lm.sites)))
+
+    def checked() -> PackedLM:
+        lm = assemble(bundle, model_dir=model_dir, cache_dir=cache_dir, allow_paths=allow_paths, device=device)
+        check_probe(bundle, Weights(lm=lm, sites=tuple(lm.sites)))
+        return lm
+
+    lm = apart(checked)
     encoder = Encoder(tokenizer, Task.from_json(bundle.info.task), bundle.info.max_length)
     return Predictor(
         Weights(lm=lm, sites=tuple(lm.sites), scope="merged"),
@@ -262,9 +268,12 @@ def load_base(
     key_value_bytes: int = KEY_VALUE_BYTES,
 ) -> Predictor:
     """A base model as it is, asked with a task's default template. Raises ModelError."""
-    base = resolve(reference, model_dir=model_dir, cache_dir=cache_dir, allow_paths=allow_paths)
+    base = apart(
+        lambda: resolve(reference, model_dir=model_dir, cache_dir=cache_dir, allow_paths=allow_paths)
+    )
     where = device or choose_device()
-    model = load_model(base, dtype=choose_dtype("auto", where), device=where, attention=IMPLEMENTATION)
+    dtype = choose_dtype("auto", where)
+    model = apart(lambda: load_model(base, dtype=dtype, device=where, attention=IMPLEMENTATION))
     length = resolve_max_length(None, inspect(base.path).max_position_embeddings)
     encoder = Encoder(load_tokenizer(base.path), Task.resolve(TaskSettings(), task), length)
     weights = Weights(lm=PackedLM(model), scope="base")

@@ -23,6 +23,7 @@ from benchmarks import rows
 from benchmarks.serving.library import questions, scored, seconds
 from cli.home import Home
 from cli.up import running_stack
+from heft_engine.apart import apart
 from heft_engine.serving.batcher import Batcher
 from heft_engine.serving.waiting_rows import Weights
 
@@ -95,7 +96,7 @@ def load(stack: Stack, options: argparse.Namespace, **given: Any) -> dict[str, A
 def over_http(options: argparse.Namespace) -> dict[str, Any]:
     """Latencies and rows a second at 1, 8 and 64 clients, the library in between."""
     base = rows.base_model(options.model)
-    weights = Weights(lm=rows.packed_model(base))
+    weights = Weights(lm=apart(lambda: rows.packed_model(base)))
     examples = questions(options, base, options.rows)
     batcher = Batcher()
     scored(batcher, weights, examples[:8])

@@ -18,6 +18,7 @@ from benchmarks.measure import matrix_rate
 from benchmarks.peers import load
 from benchmarks.serving import made
 from benchmarks.serving.peers import Plain, Pyreft
+from heft_engine.apart import apart
 from heft_engine.base_models import load_tokenizer
 from heft_engine.config import TaskSettings
 from heft_engine.encoding import Encoder, Example, Task
@@ -35,8 +36,9 @@ SHORT = 48
 
 
 def seconds(work: Callable[[], object]) -> float:
+    """What it takes, in a thread of its own: nobody is slowed by threads that another one left behind."""
     began = time.perf_counter()
-    work()
+    apart(work)
     return time.perf_counter() - began
 
 
@@ -59,17 +61,19 @@ def scored(
 def one_model(options: argparse.Namespace, per_passage: int) -> dict[str, Any]:
     """Rows a second of ours, pyreft's generate and plain transformers, in turn; what the intervention costs."""
     base = rows.base_model(options.model)
-    lm = rows.packed_model(base)
-    weights = made.merged(lm, 1)
     examples = questions(options, base, options.rows, per_passage)
     tokens = sum(map(packed_length, examples))
-    model = load(base.path, lm.dtype)
-    peers = {"transformers": Plain(model).answer}
-    pyreft = Pyreft(load(base.path, lm.dtype), base.path).answer
-    peers["pyreft"] = pyreft
+    weights = apart(lambda: made.merged(rows.packed_model(base), 1))
+    lm = weights.lm
+    peers = {
+        "transformers": apart(lambda: Plain(load(base.path, lm.dtype)).answer),
+        "pyreft": apart(lambda: Pyreft(load(base.path, lm.dtype), base.path).answer),
+    }
     for peer in peers.values():
-        peer(examples[:2])
-    scored(Batcher(), weights, examples[:8])
+        seconds(lambda p=peer: p(examples[:2]))  # type: ignore[misc]
+    warm = Batcher()
+    scored(warm, weights, examples[:8])
+    warm.close()
     times: dict[str, list[float]] = {name: [] for name in ("ours", "off", *peers)}
     rates = []
     for turn in range(options.repeat):
@@ -79,7 +83,7 @@ def one_model(options: argparse.Namespace, per_passage: int) -> dict[str, Any]:
             scale = 1.0 if name == "ours" else 0.0
             times[name].append(seconds(lambda b=batcher, s=scale: scored(b, weights, examples, s)))  # type: ignore[misc]
             batcher.close()
-        rates.append(matrix_rate(lm.dtype))
+        rates.append(apart(lambda: matrix_rate(lm.dtype)))
         for name, peer in peers.items():
             times[name].append(seconds(lambda p=peer: p(examples)))  # type: ignore[misc]
     parameters = sum(p.numel() for layer in lm.layers for p in layer.parameters())
@@ -103,15 +107,15 @@ def many_models(options: argparse.Namespace) -> dict[str, Any]:
     """Requests spread over 1, 10, 100 and 1,000 models of one base, against one model; what they hold; whether every
     answer is the one that its model gives alone."""
     base = rows.base_model(options.model)
-    lm = rows.packed_model(base)
+    lm = apart(lambda: rows.packed_model(base))
     adapt_rows(lm)
     examples = questions(options, base, options.rows)
-    merged = made.merged(lm, 0)
+    merged = apart(lambda: made.merged(lm, 0))
     batcher = Batcher(prefix_bytes=0)
     scored(batcher, merged, examples[:8])
     gc.collect()
     before = psutil.Process().memory_info().rss
-    held = [made.unmerged(lm, seed) for seed in range(max(options.models))]
+    held = apart(lambda: [made.unmerged(lm, seed) for seed in range(max(options.models))])
     gc.collect()
     memory = psutil.Process().memory_info().rss - before
     own = sum(weights.adapter.memory_bytes for weights in held)  # type: ignore[union-attr]
@@ -130,7 +134,7 @@ def many_models(options: argparse.Namespace) -> dict[str, Any]:
         scored(batcher, weights, [example])[0] != scores
         for weights, example, scores in zip(held, _many(examples, len(held)), together, strict=True)
     )
-    apart = _apart(batcher, lm, held[: options.compared], examples)
+    merged_too = _merged_too(batcher, lm, held[: options.compared], examples)
     batcher.close()
     return {
         "kind": "many-models",
@@ -140,7 +144,7 @@ def many_models(options: argparse.Namespace) -> dict[str, Any]:
         "adapter_bytes": own,
         "differing": differing,
         "compared": len(held),
-        "apart": apart,
+        "merged_too": merged_too,
         "threads": torch.get_num_threads(),
     }
 
@@ -157,7 +161,7 @@ def _each(batcher: Batcher, weights: Sequence[Weights], examples: Sequence[Examp
     return [future.result()[0] for future in futures]
 
 
-def _apart(
+def _merged_too(
     batcher: Batcher, lm: PackedLM, held: Sequence[Weights], examples: Sequence[Example]
 ) -> dict[str, float]:
     """Of some models, unmerged against merged: the largest and the usual difference of a row's label margin, beside
@@ -165,7 +169,8 @@ def _apart(
     differences, margins, changed = [], [], 0
     for seed, weights in enumerate(held):
         some = [examples[(seed + i) % len(examples)] for i in range(4)]
-        merged = scored(batcher, made.merged(lm, seed), some)
+        twin = apart(lambda s=seed: made.merged(lm, s))  # type: ignore[misc]
+        merged = scored(batcher, twin, some)
         for one, other in zip(scored(batcher, weights, some), merged, strict=True):
             margin = [scores.totals[0] - scores.totals[1] for scores in (one, other)]
             differences.append(abs(margin[0] - margin[1]))

@@ -39,7 +39,7 @@ def adapter(lm: PackedLM, seed: int) -> LoraAdapter:
 def stored_site(lm: PackedLM, seed: int) -> StoredSite:
     with torch.random.fork_rng():
         torch.manual_seed(seed)
-        intervention = KINDS["loreft"](lm.hidden_size, RANK)
+        intervention = KINDS["loreft"](lm.hidden_size, RANK, trainable=False)
     return StoredSite(layer=LAYER, positions="l1", rank=RANK, state=intervention.baked_state())
 
 

@@ -71,7 +71,7 @@ def _many_models(part: dict[str, Any]) -> list[str]:
         ratios = [alone / spread for alone, spread in zip(times["alone"], times["spread"], strict=True)]
         lines.append(f"| {int(count):,} | {_span(ratios, '.2f')} |")
     memory, own = part["memory_bytes"], part["adapter_bytes"]
-    apart = part["apart"]
+    apart = part["merged_too"]
     return [
         *lines,
         "",

@@ -20,6 +20,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Literal
 
+from heft_engine.apart import apart
 from heft_engine.base_models import BaseModel, resolve
 from heft_engine.bundle import Bundle, read_bundle
 from heft_engine.config import TaskType
@@ -158,7 +159,7 @@ class ModelPool:
 
     def _bring(self, entry: Entry) -> None:
         try:
-            held = self._loaded(entry)
+            held = apart(lambda: self._loaded(entry))
             entry.memory_bytes = held.memory_bytes
             entry.held.set_result(held)
         except BaseException as fault:  # noqa: BLE001 - whoever waits for it is told, this caller among them
@@ -272,7 +273,7 @@ class ModelPool:
         held: Held | None = None
         try:
             if not entry.forgotten:
-                held = self._load(name, fetch, kind)
+                held = apart(lambda: self._load(name, fetch, kind))
                 log.info("%s is held %s now", name, kind)
         except Exception:
             log.exception("%s could not be held %s and stays as it is", name, kind)

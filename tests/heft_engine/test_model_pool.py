@@ -113,6 +113,24 @@ def test_a_model_is_fetched_once_whoever_asks(make_pool: Callable[..., ModelPool
     assert pool.names == ["m0"]
 
 
+@pytest.mark.parametrize("hold", ["merged", "shared"])
+def test_what_loads_a_model_leaves_no_thread_behind_that_slows_the_passes(
+    make_pool: Callable[..., ModelPool], library: Library, hold: str
+) -> None:
+    """A thread that has computed in parallel keeps a team of threads, which the passes' own then gives way to."""
+    pool, loaders = make_pool(hold=hold), []
+
+    @contextmanager
+    def fetch() -> Iterator[Path]:
+        loaders.append(threading.current_thread())
+        with library.fetch("m0")() as path:
+            yield path
+
+    with pool.model("m0", fetch) as predictor:
+        predictor.predict(ROWS)
+    assert [thread.is_alive() for thread in loaders] == [False]
+
+
 def test_the_only_model_of_a_base_is_held_merged_and_those_beside_busy_ones_shared(
     make_pool: Callable[..., ModelPool], library: Library
 ) -> None:
