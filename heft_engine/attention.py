@@ -8,6 +8,7 @@ a function that swallows `sliding_window` or `softcap` is wrong by 0.4 to 2.0 in
 from __future__ import annotations
 
 from collections.abc import Iterator
+from functools import lru_cache
 from typing import Any, cast
 
 import torch
@@ -120,14 +121,22 @@ def _attend(
         if q.device.type == "cpu" and keys <= LONGEST_MATRIX and torch.is_grad_enabled():
             return cast(Tensor, CausalAttention.apply(q, k, v, scale))  # type: ignore[no-untyped-call]
         return causal(q, k, v, scale)
-    if groups > 1:
+    mask = _seen(queries, keys, window, q.device)
+    if groups > 1 and (softcap is not None or q.device.type != "cpu" or torch.is_grad_enabled()):
         k, v = k.repeat_interleave(groups, dim=1), v.repeat_interleave(groups, dim=1)
-    position = torch.arange(keys - queries, keys, device=q.device)[:, None]
-    past = torch.arange(keys, device=q.device)[None, :]
+    return _kernel(q, k, v, scaling, softcap, mask)
+
+
+@lru_cache(maxsize=256)
+@torch.inference_mode(False)  # whoever asks first, gradients may be computed with it later
+def _seen(queries: int, keys: int, window: int | None, device: torch.device) -> Tensor:
+    """(queries, keys): which keys the last queries of so many tokens see. The same for every layer."""
+    position = torch.arange(keys - queries, keys, device=device)[:, None]
+    past = torch.arange(keys, device=device)[None, :]
     mask = past <= position
     if window is not None:
         mask &= past > position - window
-    return _kernel(q, k, v, scaling, softcap, mask)
+    return mask
 
 
 def _kernel(
@@ -139,7 +148,8 @@ def _kernel(
     mask: Tensor | None,
 ) -> Tensor:
     if softcap is None:
-        return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, scale=scaling)
+        shared = k.shape[1] != q.shape[1]
+        return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, scale=scaling, enable_gqa=shared)
     scale = scaling if scaling is not None else q.shape[-1] ** -0.5
     scores = torch.tanh((q @ k.transpose(-1, -2)) * scale / softcap) * softcap
     if mask is not None:

@@ -24,10 +24,14 @@ STEP = 32
 
 def causal(q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
     """q (1, heads, T, d), k and v (1, kv_heads, T, d) → (1, heads, T, d)."""
-    groups = q.shape[1] // k.shape[1]
+    groups, is_causal = q.shape[1] // k.shape[1], q.shape[2] > 1
+    if q.device.type == "cpu" and not torch.is_grad_enabled():
+        return F.scaled_dot_product_attention(
+            q, k, v, is_causal=is_causal, scale=scale, enable_gqa=groups > 1
+        )
     if groups > 1:
         k, v = k.repeat_interleave(groups, dim=1), v.repeat_interleave(groups, dim=1)
-    return F.scaled_dot_product_attention(q, k, v, is_causal=q.shape[2] > 1, scale=scale)
+    return F.scaled_dot_product_attention(q, k, v, is_causal=is_causal, scale=scale)
 
 
 class CausalAttention(torch.autograd.Function):

@@ -78,12 +78,21 @@ class FixedShapes(TorchFunctionMode):
     def linear(self, x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
         """x (…, T, in) → (…, T, out), as F.linear."""
         flat = x.reshape(-1, x.shape[-1])
-        blocks, start = [], 0
-        for height in self.plan((*weight.shape, weight.dtype), len(flat)):
-            blocks.append(_block(flat[start : start + height], height, weight, bias))
-            start += height
-        joined = blocks[0] if len(blocks) == 1 else torch.cat(blocks)
-        return joined.reshape(*x.shape[:-1], weight.shape[0])
+        plan = self.plan((*weight.shape, weight.dtype), len(flat))
+        if len(plan) == 1:
+            out = _block(flat, plan[0], weight, bias)
+        else:
+            out = flat.new_empty(len(flat), weight.shape[0])
+            start = 0
+            for height in plan:
+                part = slice(start, start + height)
+                _block(flat[part], height, weight, bias, out[part])
+                start += height
+        return out.reshape(*x.shape[:-1], weight.shape[0])
+
+    def whole(self, rows: int) -> int:
+        """The next number of rows that small blocks cover without padding."""
+        return -(-rows // self.small) * self.small
 
     def plan(self, shape: Shape, rows: int) -> tuple[int, ...]:
         """Heights of the blocks that cover so many rows, one after another; the last one may reach beyond them."""
@@ -118,10 +127,19 @@ def _quickest(heights: Heights, small: int, smalls: int) -> tuple[int, ...]:
     return tuple(sorted(plan, reverse=True))
 
 
-def _block(rows: Tensor, height: int, weight: Tensor, bias: Tensor | None) -> Tensor:
+def _block(
+    rows: Tensor, height: int, weight: Tensor, bias: Tensor | None, out: Tensor | None = None
+) -> Tensor:
+    """The product of so many rows, padded up to `height`; written to `out` if there is one."""
     if len(rows) == height:
-        return F.linear(rows, weight, bias)
-    return F.linear(F.pad(rows, (0, 0, 0, height - len(rows))), weight, bias)[: len(rows)]
+        return _product(rows, weight, bias, out)
+    padded = _product(F.pad(rows, (0, 0, 0, height - len(rows))), weight, bias)[: len(rows)]
+    return padded if out is None else out.copy_(padded)
+
+
+def _product(rows: Tensor, weight: Tensor, bias: Tensor | None, out: Tensor | None = None) -> Tensor:
+    """F.linear of (n, in), which can't be told where to write."""
+    return torch.mm(rows, weight.T, out=out) if bias is None else torch.addmm(bias, rows, weight.T, out=out)
 
 
 def _by_rows(func: Callable[..., Tensor], x: Tensor, **options: Any) -> Tensor:
@@ -159,7 +177,7 @@ def _fewer(module: nn.Linear, small: int) -> frozenset[int]:
     weight, bias = module.weight, module.bias
     generator = torch.Generator().manual_seed(0)
     rows = torch.randn(small, module.in_features, generator=generator).to(weight)
-    exact = F.linear(rows, weight, bias)
+    exact = _product(rows, weight, bias)
     return frozenset(n for n in range(1, small) if _agree(rows[:n], weight, bias, exact[:n]))
 
 
@@ -168,7 +186,7 @@ def _heights(module: nn.Linear, small: int) -> Heights:
     weight, bias = module.weight, module.bias
     generator = torch.Generator().manual_seed(0)
     rows = torch.randn(max(LARGE_CANDIDATES), module.in_features, generator=generator).to(weight)
-    exact = torch.cat([F.linear(part, weight, bias) for part in torch.split(rows, small)])
+    exact = torch.cat([_product(part, weight, bias) for part in torch.split(rows, small)])
     taller = [
         height
         for height in LARGE_CANDIDATES
@@ -184,13 +202,13 @@ def _heights(module: nn.Linear, small: int) -> Heights:
 
 
 def _agree(rows: Tensor, weight: Tensor, bias: Tensor | None, exact: Tensor) -> bool:
-    return torch.equal(F.linear(rows, weight, bias), exact)
+    return torch.equal(_product(rows, weight, bias), exact)
 
 
 def _seconds(rows: Tensor, weight: Tensor, bias: Tensor | None) -> float:
     """Of one product."""
     began = time.perf_counter()
-    F.linear(rows, weight, bias)
+    _product(rows, weight, bias)
     if rows.is_cuda:
         torch.cuda.synchronize(rows.device)
     return time.perf_counter() - began

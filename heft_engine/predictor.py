@@ -240,7 +240,9 @@ def load(
     check_tokenizer(bundle.info, tokenizer)
 
     def checked() -> PackedLM:
-        lm = assemble(bundle, model_dir=model_dir, cache_dir=cache_dir, allow_paths=allow_paths, device=device)
+        lm = assemble(
+            bundle, model_dir=model_dir, cache_dir=cache_dir, allow_paths=allow_paths, device=device
+        )
         check_probe(bundle, Weights(lm=lm, sites=tuple(lm.sites)))
         return lm
 

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from heft_engine.encoding import Example
 from heft_engine.model import PackedLM
-from heft_engine.packing import Batch, micro_batches, pack
+from heft_engine.packing import Batch, micro_batches, pack, packed_length
 
 #: Tokens that one scoring pass takes at once.
 TOKEN_BUDGET = 4_096
@@ -54,8 +54,9 @@ def score(lm: PackedLM, examples: Sequence[Example], *, scale: float = 1.0) -> l
     """Scores of every example, in order. Bits of a row don't depend on the rows beside it."""
     results: list[Scores] = []
     for part in micro_batches(examples, TOKEN_BUDGET):
-        batch = pack(part, scale=scale)
-        with lm.fixed_shapes():
+        shapes = lm.fixed_shapes()
+        batch = pack(part, scale=scale, length=shapes.whole(sum(map(packed_length, part))))
+        with shapes:
             hidden = lm.hidden(batch)
         results += score_hidden(lm, batch, hidden)
     return results

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from heft_engine.encoding import Example
 from heft_engine.model import PackedLM
-from heft_engine.packing import RowAdapter, pack
+from heft_engine.packing import RowAdapter, pack, packed_length
 from heft_engine.scoring import Scores, score_hidden
 from heft_engine.serving.prefix_cache import KeptPrefix, PrefixCache, Room
 
@@ -33,21 +33,25 @@ class ScoringRow:
 @torch.inference_mode()
 def score_rows(lm: PackedLM, rows: Sequence[ScoringRow], cache: PrefixCache | None = None) -> list[Scores]:
     """Scores of every row, in order, and what the rows leave for others in `cache`."""
-    kept = tuple(row.kept for row in rows)
+    kept: tuple[KeptPrefix | None, ...] = tuple(row.kept for row in rows)
     skipped = [prefix.length if prefix is not None else 0 for prefix in kept]
-    batch = pack([row.example for row in rows], skipped=skipped)
+    shapes = lm.fixed_shapes()
+    tokens = sum(packed_length(row.example) for row in rows) - sum(skipped)
+    batch = pack([row.example for row in rows], skipped=skipped, length=shapes.whole(tokens))
+    # The row that fills the pass, where there is one.
+    nothing = (None,) * (len(batch.layout.rows) - len(rows))
     leaving = (
         _Leaving(cache, rows, lm.n_layers) if cache is not None and any(r.hashes for r in rows) else None
     )
-    adapters = tuple(row.adapter for row in rows)
+    adapters: tuple[RowAdapter | None, ...] = tuple(row.adapter for row in rows)
     layout = replace(
         batch.layout,
-        scales=tuple(row.scale for row in rows),
-        kept=kept if any(skipped) else None,
-        adapters=adapters if any(adapter is not None for adapter in adapters) else None,
+        scales=tuple(row.scale for row in rows) + (0.0,) * len(nothing),
+        kept=kept + nothing if any(skipped) else None,
+        adapters=adapters + nothing if any(adapter is not None for adapter in adapters) else None,
         collector=leaving,
     )
-    with lm.fixed_shapes():
+    with shapes:
         hidden = lm.hidden(replace(batch, layout=layout))
     if leaving is not None:
         leaving.close()
@@ -64,6 +68,8 @@ class _Leaving:
         self._rooms: dict[int, Room | None] = {}
 
     def leave(self, layer: int, row: int, keys: Tensor, values: Tensor) -> None:
+        if row >= len(self._rows):
+            return  # what fills the pass
         if row not in self._rooms:
             asked = self._rows[row]
             hashes = asked.hashes

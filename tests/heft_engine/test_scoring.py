@@ -146,6 +146,7 @@ def test_few_rows_need_no_padding_where_that_was_seen_to_change_nothing() -> Non
             assert torch.equal(layer(rows[:few]), whole[:few])
 
 
+@torch.inference_mode()
 def test_products_in_blocks_are_the_same_products() -> None:
     torch.manual_seed(0)
     layer = nn.Linear(48, 64)
