@@ -115,9 +115,12 @@ def _stage(lm: PackedLM, adapter: LoraAdapter, weights: dict[str, Tensor], *, fo
         key = (down.shape, up.shape)
         members = grouped.setdefault(key, [])
         places[module] = (list(grouped).index(key), len(members))
-        members.append((down, adapter.scaling * up.T))
+        members.append((down, up.T))
     groups = tuple(
-        (_stacked([down for down, _ in members], lm), _stacked([up for _, up in members], lm))
+        (
+            _stacked([down for down, _ in members], 1.0, lm),
+            _stacked([up for _, up in members], adapter.scaling, lm),
+        )
         for members in grouped.values()
     )
     ratios = _ratios(lm, adapter, weights)
@@ -127,8 +130,13 @@ def _stage(lm: PackedLM, adapter: LoraAdapter, weights: dict[str, Tensor], *, fo
     return _Stage(places=places, groups=groups, ratios=ratios)
 
 
-def _stacked(tensors: list[Tensor], lm: PackedLM) -> Tensor:
-    return torch.stack(tensors).to(device=lm.device, dtype=lm.dtype)
+def _stacked(tensors: list[Tensor], scaling: float, lm: PackedLM) -> Tensor:
+    """scaling · tensors, one after another. Each is rounded straight into its place: what a thousand models need only
+    while they are loaded would stay between them as holes."""
+    stacked = torch.empty(len(tensors), *tensors[0].shape, dtype=lm.dtype, device=lm.device)
+    for place, tensor in zip(stacked, tensors, strict=True):
+        place.copy_(tensor if scaling == 1.0 else scaling * tensor)
+    return stacked
 
 
 def _ratios(lm: PackedLM, adapter: LoraAdapter, weights: dict[str, Tensor]) -> dict[str, Tensor] | None:
