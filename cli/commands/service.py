@@ -13,6 +13,9 @@ import typer
 from cli.errors import CommandError
 from cli.options import target
 
+#: Until an idle connection is closed. uvicorn's 5 seconds are also httpx's (the openai package's): now and then the
+#: server closed a connection in the very moment in which a client asked on it again.
+_KEEP_ALIVE_SECONDS = 75
 _ADDRESSES = ("HEFT_DATABASE_URL", "HEFT_REDIS_URL", "HEFT_ARTIFACTS_URL")
 
 
@@ -101,6 +104,7 @@ def api(
         host=host,
         port=port,
         timeout_graceful_shutdown=5,
+        timeout_keep_alive=_KEEP_ALIVE_SECONDS,
         access_log=False,
         log_config=None,
         server_header=False,

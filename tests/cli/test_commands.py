@@ -8,12 +8,18 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import httpx
 import pytest
+import typer
+import uvicorn
 from running_stack import heft
 from scripted_service import Service
 
+from cli.commands import service as service_commands
 from cli.commands.jobs import job_body
 from cli.errors import CommandError
+from cli.main import app
+from store import logs
 
 
 def error(message: str) -> dict[str, Any]:
@@ -52,6 +58,16 @@ def test_settings_go_where_the_api_has_them(method: str, settings: list[str], ex
 def test_a_setting_without_a_value() -> None:
     with pytest.raises(CommandError, match="NAME=VALUE"):
         job_body(model="m", method="heft", settings=["lora.rank"])
+
+
+def test_the_api_keeps_idle_connections_for_longer_than_clients_do(monkeypatch: pytest.MonkeyPatch) -> None:
+    served: list[uvicorn.Config] = []
+    monkeypatch.setattr(uvicorn.Server, "run", lambda self, sockets: served.append(self.config))
+    monkeypatch.setattr(logs, "configure", lambda _: None)
+    for name in ("DATABASE", "REDIS", "ARTIFACTS"):
+        monkeypatch.setenv(f"HEFT_{name}_URL", "unused://")
+    service_commands.api(typer.Context(typer.main.get_command(app)))
+    assert served[0].timeout_keep_alive > httpx.Limits().keepalive_expiry
 
 
 def job(status: str, **more: Any) -> tuple[int, dict[str, Any]]:
