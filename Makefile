@@ -3,7 +3,7 @@ SHELL := /bin/bash
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: install demo serve test test-slow chaos chaos-resume chaos-figures chaos-summary check bench bench-serve gpu-check clean
+.PHONY: install demo serve test test-slow chaos chaos-resume chaos-figures chaos-summary check bench bench-serve studies gpu-check clean
 
 # Of `make chaos`: how many kills, and the seed of their schedule.
 N ?= 100
@@ -66,6 +66,10 @@ bench: install
 # DATA= yes/no rows with passages, JSON lines.
 bench-serve: install
 	$(BIN)/python -m benchmarks.serving --data $(DATA)
+
+# The studies in benchmarks/STUDIES.md again: hours. SST2= and BOOLQ= folders with train.jsonl and dev.jsonl.
+studies: install
+	$(BIN)/python -m benchmarks.studies.all --sst2 $(SST2) --boolq $(BOOLQ)
 
 gpu-check: install
 	$(BIN)/python -m heft_engine gpu-check

@@ -12,6 +12,7 @@ from typing import Any
 
 import psutil
 import torch
+from torch.profiler import ProfilerActivity, profile
 
 from benchmarks import rows
 from benchmarks.measure import matrix_rate
@@ -31,6 +32,20 @@ from heft_engine.serving.batcher import Batcher
 from heft_engine.serving.waiting_rows import Weights
 
 PREFIX_BYTES = 512 * 1024**2
+#: What passes are made of, by the names of torch's operations.
+_OPERATIONS = {
+    "matrix products": ("aten::mm", "aten::addmm"),
+    "attention": ("flash_attention",),
+    "norms, rotary embeddings, activations": (
+        "aten::mul",
+        "aten::silu",
+        "aten::pow",
+        "aten::mean",
+        "aten::sum",
+        "aten::rsqrt",
+        "aten::neg",
+    ),
+}
 #: Tokens of the prompts that every model is asked alone and among the others.
 SHORT = 48
 
@@ -71,21 +86,21 @@ def one_model(options: argparse.Namespace, per_passage: int) -> dict[str, Any]:
     }
     for peer in peers.values():
         seconds(lambda p=peer: p(examples[:2]))  # type: ignore[misc]
-    warm = Batcher()
-    scored(warm, weights, examples[:8])
-    warm.close()
+    batcher = Batcher(prefix_bytes=PREFIX_BYTES if per_passage > 1 else 0)
+    scored(batcher, weights, examples)
     times: dict[str, list[float]] = {name: [] for name in ("ours", "off", *peers)}
     rates = []
     for turn in range(options.repeat):
         # Whoever comes second finds warm caches.
         for name in ("ours", "off") if turn % 2 else ("off", "ours"):
-            batcher = Batcher(prefix_bytes=PREFIX_BYTES if per_passage > 1 else 0)
+            batcher.run(lambda: batcher.forget(weights.scope))  # no passage has been seen
             scale = 1.0 if name == "ours" else 0.0
-            times[name].append(seconds(lambda b=batcher, s=scale: scored(b, weights, examples, s)))  # type: ignore[misc]
-            batcher.close()
+            times[name].append(seconds(lambda s=scale: scored(batcher, weights, examples, s)))  # type: ignore[misc]
         rates.append(apart(lambda: matrix_rate(lm.dtype)))
         for name, peer in peers.items():
             times[name].append(seconds(lambda p=peer: p(examples)))  # type: ignore[misc]
+    spent = _spent(batcher, lambda: scored(batcher, weights, examples)) if per_passage == 1 else {}
+    batcher.close()
     parameters = sum(p.numel() for layer in lm.layers for p in layer.parameters())
     ours = statistics.median(times["ours"])
     ratios = {name: [t / o for t, o in zip(times[name], times["ours"], strict=True)] for name in peers}
@@ -99,8 +114,24 @@ def one_model(options: argparse.Namespace, per_passage: int) -> dict[str, Any]:
         "intervention": [on / off - 1 for on, off in zip(times["ours"], times["off"], strict=True)],
         "share": 2 * parameters * tokens / ours / statistics.median(rates),
         "matrix_rate": statistics.median(rates),
+        "spent": spent,
         "threads": torch.get_num_threads(),
     }
+
+
+def _spent(batcher: Batcher, work: Callable[[], object]) -> dict[str, float]:
+    """Of the passes' own thread, in percent of its operations' time, by torch's profiler."""
+    measured = profile(activities=[ProfilerActivity.CPU])
+    batcher.run(measured.start)
+    work()
+    batcher.run(measured.stop)
+    events = measured.key_averages()
+    whole = sum(event.self_cpu_time_total for event in events)
+    found = {
+        name: 100 * sum(e.self_cpu_time_total for e in events if any(k in e.key for k in keys)) / whole
+        for name, keys in _OPERATIONS.items()
+    }
+    return found | {"the rest (copies, residuals' sums, allocations, calls)": 100 - sum(found.values())}
 
 
 def many_models(options: argparse.Namespace) -> dict[str, Any]:

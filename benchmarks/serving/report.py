@@ -55,7 +55,11 @@ def _one_model(title: str, part: dict[str, Any]) -> list[str]:
     if part["per_passage"] == 1:
         lines += [
             f"Share of the matrix rate (2 · non-embedding parameters · tokens / seconds, over a large product's "
-            f"{part['matrix_rate'] / 1e12:.2f} TFLOP/s in the same run): {100 * part['share']:.0f} %."
+            f"{part['matrix_rate'] / 1e12:.2f} TFLOP/s in the same run): {100 * part['share']:.0f} %.",
+            "",
+            "| a pass's operations | % of their time |",
+            "| --- | --- |",
+            *(f"| {name} | {share:.0f} |" for name, share in part.get("spent", {}).items()),
         ]
     return [*lines, ""]
 

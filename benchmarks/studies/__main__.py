@@ -1,0 +1,114 @@
+"""One study through `heft up`, on the first rows of two files; STUDIES.md is made from all studies so far.
+
+    python -m benchmarks.studies sst2-order --preset order --training sst2/train.jsonl --rows 2000 \
+        --test sst2/dev.jsonl --seeds 1 2 3
+
+What is not said is the preset's. A study of three seeds takes a quarter of an hour to an hour on two cores.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import shlex
+import sys
+import tempfile
+import time
+from collections.abc import Sequence
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+from benchmarks.serving.http import heft_up
+from benchmarks.studies.report import write
+from cli.client import Client, Json
+from cli.report.data import Report
+from cli.report.words import markdown
+
+HERE = Path(__file__).parent
+RESULTS = HERE / "results"
+_LOOK_SECONDS = 2.0
+_ENDED = ("succeeded", "failed", "cancelled")
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    given = list(arguments if arguments is not None else sys.argv[1:])
+    options = parser().parse_args(given)
+    RESULTS.mkdir(exist_ok=True)
+    with heft_up(options.model) as stack, Client(stack.url, stack.key) as client:
+        study = _run(client, options)
+        jobs = [_job(client, job["id"]) for arm in study["arms"] for job in arm["jobs"]]
+    result = {
+        "command": shlex.join(["python", "-m", "benchmarks.studies", *given]),
+        "seconds": study.pop("seconds"),
+        "jobs": jobs,
+        "study": study,
+    }
+    (RESULTS / f"{options.name}.json").write_text(json.dumps(result, indent=1, ensure_ascii=False) + "\n")
+    (RESULTS / f"{options.name}.md").write_text(markdown(Report(study=study, curves={})))
+    write(HERE.parent, RESULTS)
+
+
+def parser() -> argparse.ArgumentParser:
+    top = argparse.ArgumentParser(
+        prog="python -m benchmarks.studies",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    top.add_argument("name", help="what the study and its results are called")
+    top.add_argument("--model", default="smollm2-135m")
+    top.add_argument("--training", type=Path, required=True)
+    top.add_argument("--rows", type=int, help="of the training file, the first")
+    top.add_argument("--test", type=Path, required=True)
+    top.add_argument("--test-rows", type=int)
+    top.add_argument("--seeds", type=int, nargs="+", default=[1, 2, 3])
+    top.add_argument("--preset")
+    top.add_argument("--epochs-scale", type=float)
+    top.add_argument("--body", type=json.loads, default={}, help="what else the request says, as JSON")
+    return top
+
+
+def _run(client: Client, options: argparse.Namespace) -> Json:
+    body = {"name": options.name, "model": options.model, "seeds": options.seeds, **options.body}
+    body |= {
+        name: value
+        for name, value in (("preset", options.preset), ("epochs_scale", options.epochs_scale))
+        if value is not None
+    }
+    with tempfile.TemporaryDirectory() as folder:
+        for field, path, rows in (
+            ("training_file", options.training, options.rows),
+            ("test_file", options.test, options.test_rows),
+        ):
+            part = Path(folder) / f"{field}.jsonl"
+            with path.open() as lines:
+                part.write_text("".join(islice(lines, rows)))
+            body[field] = client.upload(part)["id"]
+    began = time.monotonic()
+    study = client.post("/v1/studies", body)
+    said = ""
+    while study["status"] not in _ENDED:
+        time.sleep(_LOOK_SECONDS)
+        study = client.patient_get(f"/v1/studies/{study['id']}")
+        ended = [job["status"] for arm in study["arms"] for job in arm["jobs"]]
+        now = f"{sum(status in _ENDED for status in ended)} of {len(ended)} jobs have ended"
+        if now != said:
+            print(f"{time.monotonic() - began:6.0f} s: {now}", file=sys.stderr, flush=True)
+        said = now
+    return study | {"seconds": time.monotonic() - began}
+
+
+def _job(client: Client, job_id: str) -> dict[str, Any]:
+    """Its own time, from its start to its end."""
+    job = client.get(f"/v1/fine_tuning/jobs/{job_id}")
+    known = job["started_at"] is not None and job["finished_at"] is not None
+    return {
+        "id": job_id,
+        "status": job["status"],
+        "seconds": job["finished_at"] - job["started_at"] if known else None,
+        "error": job["error"],
+    }
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,39 @@
+"""Every study in STUDIES.md, one after another, each as `python -m benchmarks.studies` runs it."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+
+from benchmarks.studies.__main__ import main as run
+
+#: Of each study: its data, how many rows to train on and to test on, and what else is said.
+STUDIES: dict[str, tuple[str, int, int, list[str]]] = {
+    "sst2-paper-table": ("sst2", 2_000, 800, ["--preset", "paper_table", "--epochs-scale", "0.3"]),
+    "sst2-order": ("sst2", 2_000, 800, ["--preset", "order"]),
+    "sst2-layer-rank": ("sst2", 1_000, 800, ["--preset", "layer_rank"]),
+    "sst2-nine-arms": ("sst2", 2_000, 800, ["--preset", "layer_rank", "--seeds", "1"]),
+    "boolq-paper-table": ("boolq", 300, 300, ["--preset", "paper_table", "--epochs-scale", "0.3"]),
+    "boolq-order": ("boolq", 300, 300, ["--preset", "order"]),
+}
+
+
+def arguments(name: str, folders: dict[str, Path]) -> list[str]:
+    """What `python -m benchmarks.studies` is told."""
+    data, rows, test_rows, more = STUDIES[name]
+    files = ["--training", str(folders[data] / "train.jsonl"), "--test", str(folders[data] / "dev.jsonl")]
+    return [name, *files, "--rows", str(rows), "--test-rows", str(test_rows), *more]
+
+
+def main() -> None:
+    top = argparse.ArgumentParser(prog="python -m benchmarks.studies.all", description=__doc__)
+    top.add_argument("--sst2", type=Path, required=True)
+    top.add_argument("--boolq", type=Path, required=True)
+    top.add_argument("--only", nargs="+", choices=list(STUDIES), default=list(STUDIES))
+    options = top.parse_args()
+    for name in options.only:
+        run(arguments(name, {"sst2": options.sst2, "boolq": options.boolq}))
+
+
+if __name__ == "__main__":
+    main()
