@@ -124,23 +124,39 @@ def evaluate(
         scores = score(lm, examples)
         right = [one.best == example.gold for one, example in zip(scores, examples, strict=True)]
         return Evaluation.of(right, scores)
-    metrics, eos = encoder.task.metrics, encoder.tokenizer.eos_token_id
-    budgets = _budgets(metrics, examples, max_new_tokens, encoder.max_length)
-    tokens = generate(lm, examples, eos=eos, max_new_tokens=budgets)
-    written = [str(encoder.tokenizer.decode(one)) for one in tokens]
     wanted = [example.labels[0] for example in examples]
-    return Evaluation.of({name: measure(name, written, wanted) for name in metrics})
+    written = _written(lm, encoder, examples, wanted, max_new_tokens)
+    return Evaluation.of({name: measure(name, written, wanted) for name in encoder.task.metrics})
 
 
-def _budgets(
-    metrics: Sequence[MetricName], examples: Sequence[Example], most: int, max_length: int
-) -> list[int]:
-    """Tokens that each answer may take. What is longer than the right one by some tokens is no exact match, however
-    it goes on; any other metric gets what serving would write, for a limit from the right answer would give it away.
+def _written(
+    lm: PackedLM, encoder: Encoder, examples: Sequence[Example], wanted: Sequence[str], most: int
+) -> list[str]:
+    """What the model writes, up to what serving would let it: a limit from the right answer would give that away.
+
+    Where it must be right word for word, it is ended as soon as it can't be any more.
     """
-    if set(metrics) == {"exact_match"}:
-        return [len(example.answers[0]) + EXTRA_NEW_TOKENS for example in examples]
-    return [min(most, max_length - len(example.prompt)) for example in examples]
+    tokenizer = encoder.tokenizer
+    exact = set(encoder.task.metrics) == {"exact_match"}
+    # Cleaning changes what is there already when more comes: "do n" becomes "don't".
+    can_stop = exact and not getattr(tokenizer, "clean_up_tokenization_spaces", False)
+
+    def is_wrong(index: int, tokens: list[int]) -> bool:
+        # A character of several tokens is a replacement character until the last of them.
+        if not can_stop:
+            return False
+        begun = str(tokenizer.decode(tokens)).rstrip("\ufffd").strip()
+        return not wanted[index].strip().startswith(begun)
+
+    budgets = [
+        len(example.answers[0]) + EXTRA_NEW_TOKENS
+        if exact
+        else min(most, encoder.max_length - len(example.prompt))
+        for example in examples
+    ]
+    eos = tokenizer.eos_token_id
+    tokens = generate(lm, examples, eos=eos, max_new_tokens=budgets, is_enough=is_wrong)
+    return [str(tokenizer.decode(one)) for one in tokens]
 
 
 def supervised_loss(

@@ -54,7 +54,7 @@ def load_hub_rows(
     for line, fields in enumerate(data, start=1):
         try:
             yield to_row(fields)
-        except (KeyError, IndexError, TypeError, ValueError) as error:
+        except (AttributeError, KeyError, IndexError, TypeError, ValueError) as error:
             raise RowError(f"row {line} of {reference} is not like the others: {error}", line=line) from error
 
 

@@ -132,9 +132,10 @@ def parse(text: str, file: str | None = None) -> HubReference:
             raise Misfit(f"say which of {found.repository} is meant: {these}", param)
         found = replace(found, config=known.configs[0])
     if found.split is None and param not in known.splits:
-        others = ", ".join(dict.fromkeys(known.splits.values()))
+        others = list(dict.fromkeys(known.splits.values()))
+        part = f"hub:{text}:{others[0]}[:10%]"
         message = (
-            f"{found.repository} has no rows for {param}; say which (it has {others}), as in train[:90%]"
+            f"{found.repository} has no split for {param}, only {', '.join(others)}: say which, as in {part}"
         )
         raise Misfit(message, param)
     return replace(found, split=found.split or known.splits[param])

@@ -10,10 +10,8 @@ from __future__ import annotations
 import re
 from typing import Annotated, Any, Literal
 
-from pydantic import Field, ValidationInfo, field_validator, model_validator
-from pydantic_core import PydanticCustomError
+from pydantic import Field, field_validator, model_validator
 
-from heft_engine import hub_tasks
 from heft_engine.config import (
     Auto,
     Dtype,
@@ -134,26 +132,12 @@ class TrainingSpec(Settings):
 
     @field_validator("training_file", "validation_file", "test_file")
     @classmethod
-    def _file_reference(cls, value: str | None, info: ValidationInfo) -> str | None:
+    def _file_reference(cls, value: str | None) -> str | None:
         if value is not None and not FILE_REFERENCE.fullmatch(value):
             raise ValueError(
                 "a file is an uploaded file's id (file-…), hub:<dataset>[:<config>][:<split>] or"
                 " sample:<name>[:<split>]"
             )
-        if value is not None and value.startswith("hub:"):
-            hub_tasks.parse(value.removeprefix("hub:"), info.field_name)
-        return value
-
-    @field_validator("task")
-    @classmethod
-    def _task_of_known_data(cls, value: TaskSettings, info: ValidationInfo) -> TaskSettings:
-        """Refuses what the dataset's name alone shows to be wrong; what it fills in is the worker's to find again."""
-        try:
-            hub_tasks.completed(value, info.data.get("training_file", ""))
-        except hub_tasks.Misfit as fault:
-            raise PydanticCustomError(
-                "value_error", "{why}", {"why": str(fault), "path": fault.param}
-            ) from None
         return value
 
     def stages(self) -> list[Stage]:

@@ -287,7 +287,7 @@ def _training_spec(spec: StudySpec, changes: Mapping[str, Any], where: _Where) -
         return TrainingSpec.model_validate({**values, "task": task, "seed": spec.seeds[0], **changes})
     except ValidationError as error:
         fault = error.errors()[0]
-        path = fault.get("ctx", {}).get("path") or ".".join(str(step) for step in fault["loc"])
+        path = ".".join(str(step) for step in fault["loc"])
         reason = "there is no such setting" if fault["type"] == "extra_forbidden" else fault["msg"]
         raise InvalidRequest(reason.removeprefix("Value error, "), param=where.of(path)) from None
 

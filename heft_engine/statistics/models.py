@@ -2,8 +2,8 @@
 
 Rows that are more or less right are compared by what McNemar's is a case of: under the hypothesis that both models are
 alike, each row's difference may as well have the other sign. Up to 16 rows that differ every pattern of signs is
-counted; beyond, the sum of the signed differences is taken for normal, half a step less (for differences of 1 that is
-McNemar's test with Edwards' correction).
+counted; beyond, the sum of the signed differences is taken for normal, less the smallest of them, which is half of the
+step in which it moves (for differences of 1 that is McNemar's test with Edwards' correction).
 
 The answer is about two sets of weights and says nothing of the methods that made them: another seed makes others. It
 does NOT take seeds into account, and must not be pooled over them.
@@ -87,7 +87,7 @@ def sign_flips(differences: NDArray[np.float64]) -> float:
             sums = np.concatenate([sums + one, sums - one])
         return float((np.abs(sums) >= seen - 1e-9).mean())
     spread = float((moved**2).sum()) ** 0.5
-    return float(min(1.0, 2 * stats.norm.sf(max(0.0, seen - float(np.abs(moved).mean())) / spread)))
+    return float(min(1.0, 2 * stats.norm.sf(max(0.0, seen - float(np.abs(moved).min())) / spread)))
 
 
 def bootstrap(only_a: int, only_b: int, rows: int, *, seed: int = 0) -> tuple[float, float]:

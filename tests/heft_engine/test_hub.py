@@ -223,6 +223,43 @@ def test_a_configuration_is_named_before_the_split(hub: FakeHub, ask: Ask) -> No
     assert "hard" in error["message"]
 
 
+def test_datasets_that_are_known_by_name_need_nothing_else(hub: FakeHub, ask: Ask) -> None:
+    """In the layout and the types that the hub has them in."""
+    gsm8k = {"question": "2+2?", "answer": "It is 2+2=<<2+2=4>>4.\n#### 4"}
+    configs = [("main", "main/train-*"), ("socratic", "socratic/train-*")]
+    card = "".join(
+        f"- config_name: {name}\n  data_files:\n  - split: train\n    path: {path}\n"
+        for name, path in configs
+    )
+    hub.repositories["datasets", "openai/gsm8k"] = Repository(
+        files={
+            "README.md": f"---\nconfigs:\n{card}---\n".encode(),
+            "main/train-00000-of-00001.parquet": parquet([gsm8k]),
+            "socratic/train-00000-of-00001.parquet": parquet([{**gsm8k, "question": "How much?"}]),
+        }
+    )
+    row = {"prompt": "2+2?", "completion": "It is 2+2=4.\n#### 4"}
+    assert ask("rows", "openai/gsm8k", file="training_file")["ok"] == [row]
+    assert ask("rows", "openai/gsm8k:socratic", file="training_file")["ok"] == [
+        {**row, "prompt": "How much?"}
+    ]
+    arc = {"id": "x", "question": "q", "choices": {"text": ["a", "b"], "label": ["1", "2"]}, "answerKey": "2"}
+    hub.repositories["datasets", "allenai/ai2_arc"] = Repository(
+        files={
+            "README.md": b"---\nconfigs:\n- config_name: ARC-Easy\n  data_files: ARC-Easy/train-*\n---\n",
+            "ARC-Easy/train-00000-of-00001.parquet": parquet([arc]),
+        }
+    )
+    chosen = {"question": "q", "choices": ["a", "b"], "answer": "b"}
+    assert ask("rows", "allenai/ai2_arc:ARC-Easy", file="training_file")["ok"] == [chosen]
+    assert "ARC-Challenge" in ask("rows", "allenai/ai2_arc", file="training_file")["error"]["message"]
+    hub.repositories["datasets", "google/boolq"] = Repository(
+        files={"train.jsonl": json.dumps(gsm8k).encode()}
+    )
+    error = ask("rows", "google/boolq", file="training_file")["error"]["message"]
+    assert error == "google/boolq should have the columns question, passage, answer; it has question, answer"
+
+
 def test_faults_of_datasets_are_clear(hub: FakeHub, ask: Ask) -> None:
     odd = json.dumps({"sentence": "x", "label": 1}).encode()
     hub.repositories["datasets", "org/odd"] = Repository(files={"train.jsonl": odd})
