@@ -7,7 +7,7 @@ It does NOT know where the files came from, nor who reads the report.
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -24,6 +24,12 @@ from heft_engine.rows import MAX_LINE_BYTES, Row, infer_task, scan_rows
 _PROGRESS_ROWS = 10_000
 _LISTED_LINES = 5
 _UNBALANCED = 0.9
+_SAYS_LITTLE = "what is measured on them says little"
+#: Files that should hold other rows than this one, and why.
+_EARLIER: Mapping[FileField, Mapping[FileField, str]] = {
+    "validation_file": {"training_file": _SAYS_LITTLE},
+    "test_file": {"training_file": _SAYS_LITTLE, "validation_file": "they may have steered the training"},
+}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -133,9 +139,9 @@ class _Checker:
         report, found = self._files[name], []
         if repeated := self._seen[name].repeated():
             found.append(("duplicates", f"{_rows_on(repeated)} repeat a question of an earlier line"))
-        if name != "training_file" and (shared := self._seen[name].also_in(self._seen["training_file"])):
-            message = f"{_rows_on(shared)} are in training_file too: what is measured on them says little"
-            found.append(("overlap", message))
+        for earlier, why in _EARLIER.get(name, {}).items():
+            if earlier in self._seen and (shared := self._seen[name].also_in(self._seen[earlier])):
+                found.append(("overlap", f"{_rows_on(shared)} are in {earlier} too: {why}"))
         if report.truncated:
             message = f"{report.truncated} of {report.rows} rows are longer than {self._max_length} tokens"
             found.append(("truncation", f"{message}: their passages will be shortened"))

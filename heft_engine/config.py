@@ -11,11 +11,13 @@ import math
 import re
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
+from pydantic import BaseModel, ConfigDict, Field, ValidationInfo, field_validator, model_validator
+
+from heft_engine.metric_names import MetricName, misfit
+from heft_engine.metric_names import TaskType as TaskType
 
 Auto = Literal["auto"]
 Scheduler = Literal["linear", "cosine", "constant"]
-TaskType = Literal["yes_no", "choice", "text"]
 Dtype = Literal["auto", "float32", "bfloat16"]
 LoraInit = Literal["default", "pissa", "pissa_niter_4", "pissa_niter_16", "olora"]
 InterventionKind = Literal["loreft", "direft", "consreft", "lobireft", "noreft", "nodireft"]
@@ -169,6 +171,16 @@ class TaskSettings(Settings):
     ) = None
     #: The prompt, with {question}, {passage}, {choices} or {prompt}; see heft_engine.encoding.
     template: Annotated[str, Field(min_length=1, max_length=20_000)] | None = None
+    #: What answers are measured by, all of it reported; the first is what counts. None: heft_engine.metric_names says.
+    metrics: Annotated[list[MetricName], Field(min_length=1, max_length=8)] | None = None
+
+    @field_validator("metrics")
+    @classmethod
+    def _metrics_fit(cls, value: list[MetricName] | None, info: ValidationInfo) -> list[MetricName] | None:
+        kind: TaskType | None = info.data.get("type") or ("choice" if info.data.get("labels") else None)
+        if value is not None and (reason := misfit(value, kind)):
+            raise ValueError(reason)
+        return value
 
     @model_validator(mode="after")
     def _labels_belong_to_choice(self) -> TaskSettings:

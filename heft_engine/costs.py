@@ -65,16 +65,17 @@ def cost_of(
 
 
 def outcomes(run: Run) -> dict[str, Any] | None:
-    """Row by row what was right after each stage; None without rows to evaluate on, or in part unknown."""
-    found = [record for record in run.state.evaluations if "right" in record]
+    """Row by row how right answers were after each stage; None without rows to evaluate on, or in part unknown."""
+    found = [record for record in run.state.evaluations if "right" in record or "values" in record]
     if not found or len(found) < len(run.state.evaluations):
         return None
+    kept = ("stage", "stage_index", "right", "values")
     return {
         "n": found[0]["n"],
         "metric": found[0]["metric"],
         "split": run.split,
         "rows_sha256": answers_hash(run.reported),
-        "results": [{name: record[name] for name in ("stage", "stage_index", "right")} for record in found],
+        "results": [{name: record[name] for name in kept if name in record} for record in found],
     }
 
 

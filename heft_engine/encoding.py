@@ -33,63 +33,23 @@ from __future__ import annotations
 import hashlib
 import json
 import string
-from dataclasses import asdict, dataclass, replace
-from typing import Any, cast
+from dataclasses import dataclass, replace
+from typing import cast
 
 from jinja2 import TemplateError
 from transformers import PreTrainedTokenizerBase
 
-from heft_engine.config import TaskSettings, TaskType
 from heft_engine.errors import ConfigError, RowError
+from heft_engine.metrics import check_numbers
 from heft_engine.rows import Message, Row
+from heft_engine.task import Task as Task
 
-YES_NO_LABELS = ("yes", "no")
-TEMPLATES: dict[TaskType, str] = {
-    "yes_no": "{passage}\nQuestion: {question}\nAnswer:",
-    "choice": "{passage}\nQuestion: {question}\nAnswer:",
-    "text": "{prompt}",
-}
 PLAIN_CHAT = (
     "{% for message in messages %}{{ message['role'] + ': ' + message['content'] + '\n' }}{% endfor %}"
     "{% if add_generation_prompt %}{{ 'assistant:' + '\n' }}{% endif %}"
 )
 DEFAULT_MAX_LENGTH = 2_048
 _ANCHOR = "x:"
-
-
-@dataclass(frozen=True, kw_only=True)
-class Task:
-    """What the model is asked, with nothing left to infer: this is what a bundle freezes."""
-
-    type: TaskType
-    template: str
-    labels: tuple[str, ...] | None = None
-
-    @staticmethod
-    def resolve(settings: TaskSettings, inferred: TaskType) -> Task:
-        """The settings with their gaps filled. Raises ConfigError when the rows are of another type."""
-        kind = settings.type or inferred
-        if kind != inferred:
-            raise ConfigError(f"the task is {kind}, but the rows are {inferred} rows", param="task.type")
-        template = settings.template or TEMPLATES[kind]
-        needed = "{prompt}" if kind == "text" else "{question}"
-        if needed not in template:
-            raise ConfigError(f"the template must hold {needed}", param="task.template")
-        labels = YES_NO_LABELS if kind == "yes_no" else tuple(settings.labels) if settings.labels else None
-        return Task(type=kind, template=template, labels=labels)
-
-    @property
-    def row_labels(self) -> tuple[str, ...] | None:
-        """What `heft_engine.rows` must know to read rows of this task: the labels of a `choice` task."""
-        return self.labels if self.type == "choice" else None
-
-    def to_json(self) -> dict[str, Any]:
-        return asdict(self)
-
-    @staticmethod
-    def from_json(data: dict[str, Any]) -> Task:
-        labels = data.get("labels")
-        return Task(type=data["type"], template=data["template"], labels=tuple(labels) if labels else None)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -148,8 +108,11 @@ class Encoder:
     def encode(self, row: Row) -> list[Example]:
         """The examples of one training row: one, or one for each supervised turn of a conversation.
 
-        Raises RowError when the row does not fit the task, or does not fit into `max_length` without its passage.
+        Raises RowError when the row does not fit the task or its metrics, or does not fit into `max_length` without
+        its passage.
         """
+        if "final_number" in self.task.metrics:
+            check_numbers(row)
         if row.kind == "messages":
             assert row.messages is not None
             turns = [i for i, turn in enumerate(row.messages) if turn.role == "assistant" and turn.weight]

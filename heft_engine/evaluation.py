@@ -1,13 +1,14 @@
-"""What a model gets right, with an interval, and the losses that training steers by.
+"""How right a model's answers are by the task's metrics, with intervals, and the losses that training steers by.
 
-Labels are scored (heft_engine.scoring), text is generated and compared. It does NOT know stages or events.
+Labels are scored (heft_engine.scoring), text is generated and compared (heft_engine.metrics). It does NOT know stages
+or events.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
-from dataclasses import asdict, dataclass, field, replace
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -15,67 +16,147 @@ from scipy.stats import binomtest
 
 from heft_engine.encoding import Encoder, Example
 from heft_engine.generation import generate
+from heft_engine.graded import mean_interval
+from heft_engine.metric_names import GRADED, MetricName
+from heft_engine.metrics import measure
 from heft_engine.model import PackedLM
 from heft_engine.packing import micro_batches, pack
-from heft_engine.row_outcomes import pack_rows
+from heft_engine.row_outcomes import pack_rows, pack_values
 from heft_engine.scoring import TOKEN_BUDGET, Scores, score
 from heft_engine.supervised import cross_entropy
 
-#: Answers to text prompts are generated up to this many tokens beyond the right one's length.
+#: What must be written word for word is generated up to this many tokens beyond its own length.
 EXTRA_NEW_TOKENS = 8
 
 
 @dataclass(frozen=True, kw_only=True)
-class Evaluation:
-    """n rows, how many were right, and accuracy's 95 % Wilson score interval.
+class Measured:
+    """One metric over the rows: 0 or 1 each, or any value between for a graded one. The interval is of its mean."""
 
-    scores: the rows' own, in order, where labels were scored; not part of the record.
+    value: float
+    interval_95: tuple[float, float]
+
+    @staticmethod
+    def of(name: MetricName, values: Sequence[float]) -> Measured:
+        value = sum(values) / len(values)
+        if name in GRADED:
+            return Measured(value=value, interval_95=mean_interval(values))
+        interval = binomtest(round(sum(values)), len(values)).proportion_ci(0.95, method="wilson")
+        return Measured(value=value, interval_95=(float(interval.low), float(interval.high)))
+
+    def to_json(self) -> dict[str, Any]:
+        return {"value": self.value, "interval_95": list(self.interval_95)}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Evaluation:
+    """n rows by each of a task's metrics, the one that counts first.
+
+    rows: that one's values, row by row. scores: the rows' own, in order, where labels were scored.
     """
 
     n: int
-    correct: int
-    accuracy: float
-    interval_95: tuple[float, float]
-    metric: str
-    right: str  #: row by row (heft_engine.row_outcomes)
+    metrics: Mapping[MetricName, Measured]
+    rows: tuple[float, ...] = field(repr=False)
     scores: tuple[Scores, ...] = field(default=(), repr=False)
 
     @staticmethod
-    def of(right: Sequence[bool], metric: str, scores: Sequence[Scores] = ()) -> Evaluation:
-        n, correct = len(right), sum(right)
-        interval = binomtest(correct, n).proportion_ci(0.95, method="wilson")
-        low, high = float(interval.low), float(interval.high)
+    def of(
+        values: Mapping[MetricName, Sequence[float]] | Sequence[bool], scores: Sequence[Scores] = ()
+    ) -> Evaluation:
+        """From values row by row, by metric; a bare sequence is accuracy's."""
+        by_name: Mapping[MetricName, Sequence[float]] = (
+            values if isinstance(values, Mapping) else {"accuracy": [float(one) for one in values]}
+        )
+        rows = tuple(next(iter(by_name.values())))
         return Evaluation(
-            n=n,
-            correct=correct,
-            accuracy=correct / n,
-            interval_95=(low, high),
-            metric=metric,
-            right=pack_rows(right),
+            n=len(rows),
+            metrics={name: Measured.of(name, found) for name, found in by_name.items()},
+            rows=rows,
             scores=tuple(scores),
         )
 
+    @property
+    def metric(self) -> MetricName:
+        return next(iter(self.metrics))
+
+    @property
+    def is_graded(self) -> bool:
+        return self.metric in GRADED
+
+    @property
+    def accuracy(self) -> float:
+        """The mean of the metric that counts: the share of right rows, unless that is graded."""
+        return self.metrics[self.metric].value
+
+    @property
+    def interval_95(self) -> tuple[float, float]:
+        return self.metrics[self.metric].interval_95
+
+    @property
+    def correct(self) -> int | None:
+        """Rows that are right; None where they are more or less so."""
+        return None if self.is_graded else round(sum(self.rows))
+
     def to_json(self) -> dict[str, Any]:
         """For people: without the single rows."""
-        record = {**asdict(replace(self, scores=())), "interval_95": list(self.interval_95)}
-        del record["scores"], record["right"]
-        return record
+        return {
+            "n": self.n,
+            "correct": self.correct,
+            "accuracy": self.accuracy,
+            "interval_95": list(self.interval_95),
+            "metric": self.metric,
+            "metrics": {name: found.to_json() for name, found in self.metrics.items()},
+        }
+
+    def packed_rows(self) -> dict[str, str]:
+        """Row by row, as heft_engine.row_outcomes packs it: `right`, or `values` of a graded metric."""
+        if self.is_graded:
+            return {"values": pack_values(self.rows)}
+        return {"right": pack_rows([row == 1 for row in self.rows])}
 
 
-def evaluate(lm: PackedLM, encoder: Encoder, examples: Sequence[Example]) -> Evaluation:
-    """Accuracy over rows whose answers are known: labels by score, text by exact match of the stripped answer."""
+def evaluate(
+    lm: PackedLM, encoder: Encoder, examples: Sequence[Example], *, max_new_tokens: int
+) -> Evaluation:
+    """The task's metrics over rows whose answers are known: labels by score, text as it is written greedily."""
     if encoder.task.type != "text":
         scores = score(lm, examples)
         right = [one.best == example.gold for one, example in zip(scores, examples, strict=True)]
-        return Evaluation.of(right, "accuracy", scores)
-    budgets = [len(example.answers[0]) + EXTRA_NEW_TOKENS for example in examples]
-    eos = encoder.tokenizer.eos_token_id
-    written = generate(lm, examples, eos=eos, max_new_tokens=budgets)
-    right = [
-        str(encoder.tokenizer.decode(tokens)).strip() == example.labels[0].strip()
-        for tokens, example in zip(written, examples, strict=True)
+        return Evaluation.of(right, scores)
+    wanted = [example.labels[0] for example in examples]
+    written = _written(lm, encoder, examples, wanted, max_new_tokens)
+    return Evaluation.of({name: measure(name, written, wanted) for name in encoder.task.metrics})
+
+
+def _written(
+    lm: PackedLM, encoder: Encoder, examples: Sequence[Example], wanted: Sequence[str], most: int
+) -> list[str]:
+    """What the model writes, up to what serving would let it: a limit from the right answer would give that away.
+
+    Where it must be right word for word, it is ended as soon as it can't be any more.
+    """
+    tokenizer = encoder.tokenizer
+    exact = set(encoder.task.metrics) == {"exact_match"}
+    # Cleaning changes what is there already when more comes: "do n" becomes "don't".
+    can_stop = exact and not getattr(tokenizer, "clean_up_tokenization_spaces", False)
+
+    def is_wrong(index: int, tokens: list[int]) -> bool:
+        # A character of several tokens is a replacement character until the last of them.
+        if not can_stop:
+            return False
+        begun = str(tokenizer.decode(tokens)).rstrip("\ufffd").strip()
+        return not wanted[index].strip().startswith(begun)
+
+    budgets = [
+        len(example.answers[0]) + EXTRA_NEW_TOKENS
+        if exact
+        else min(most, encoder.max_length - len(example.prompt))
+        for example in examples
     ]
-    return Evaluation.of(right, "exact_match")
+    eos = tokenizer.eos_token_id
+    tokens = generate(lm, examples, eos=eos, max_new_tokens=budgets, is_enough=is_wrong)
+    return [str(tokenizer.decode(one)) for one in tokens]
 
 
 def supervised_loss(

@@ -5,7 +5,7 @@ It does NOT know rows or tokenizers; text is written by `heft_engine.serving.wri
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 from heft_engine.encoding import Example
 from heft_engine.model import PackedLM
@@ -17,9 +17,18 @@ BUDGET_BYTES = 1024**3
 
 
 def generate(
-    lm: PackedLM, prompts: Sequence[Example], *, eos: int, max_new_tokens: Sequence[int], scale: float = 1.0
+    lm: PackedLM,
+    prompts: Sequence[Example],
+    *,
+    eos: int,
+    max_new_tokens: Sequence[int],
+    scale: float = 1.0,
+    is_enough: Callable[[int, list[int]], bool] = lambda index, tokens: False,
 ) -> list[list[int]]:
-    """The most likely continuation of each prompt, up to `eos` (left out) or its own number of tokens."""
+    """The most likely continuation of each prompt, up to `eos` (left out) or its own number of tokens.
+
+    `is_enough` hears what a prompt's continuation is so far, and may end it.
+    """
     written: list[list[int]] = [[] for _ in prompts]
     requests = [
         DecodeRequest(id=index, prompt=prompt.prompt, max_tokens=budget, scale=scale)
@@ -35,6 +44,7 @@ def generate(
             index, token = int(str(new.id)), new.choice.token
             if token != eos:
                 written[index].append(token)
-            if token == eos or len(written[index]) == max_new_tokens[index]:
+            full = len(written[index]) == max_new_tokens[index]
+            if token == eos or full or is_enough(index, written[index]):
                 queue.drop(index)
     return written

@@ -8,8 +8,7 @@ It does NOT know the hub's address and token: the hub's own libraries take them 
 
 from __future__ import annotations
 
-import re
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path, PurePosixPath
 from typing import Any
 
@@ -25,16 +24,10 @@ from huggingface_hub.errors import (
 )
 
 from heft_engine.errors import EngineError, RowError
+from heft_engine.hub_rows import reader_of
+from heft_engine.hub_tasks import Misfit, parse
 
-_NAME = r"[A-Za-z0-9][A-Za-z0-9._-]*"
-_REFERENCE = re.compile(
-    rf"(?P<repository>{_NAME}/{_NAME})"
-    r"(:(?P<config>[A-Za-z0-9._+-]+)(?=:))?"
-    r"(:(?P<split>[A-Za-z0-9._-]+(\[[0-9:%-]*\])?))?"
-)
 _READERS = {f"datasets.packaged_modules.{name}.{name}" for name in ("json", "csv", "parquet")}
-
-Fields = Mapping[str, Any]
 
 
 class HubDataError(EngineError):
@@ -43,21 +36,25 @@ class HubDataError(EngineError):
     code = "dataset_not_found"
 
 
-def load_hub_rows(reference: str, split: str, *, cache_dir: Path | None = None) -> Iterator[dict[str, Any]]:
-    """The rows of a dataset as `heft_engine.rows` reads them; `split` is for a reference that names none.
+def load_hub_rows(
+    reference: str, file: str = "training_file", *, cache_dir: Path | None = None
+) -> Iterator[dict[str, Any]]:
+    """The rows of a dataset as `heft_engine.rows` reads them, for this one of a job's files.
 
     Downloads it into `cache_dir` (None: the user's own cache). Raises HubDataError (dataset_not_found,
     dataset_access_denied, hub_unavailable) and RowError when its columns fit none of the formats.
     """
-    match = _REFERENCE.fullmatch(reference)
-    if match is None:
-        raise HubDataError(f"{reference!r} is no dataset: write hub:<org>/<name>[:<config>][:<split>]")
-    data = _load(match["repository"], match["config"], match["split"] or split, cache_dir)
-    to_row = _reader_of(data.column_names)
+    try:
+        where = parse(reference, file)
+    except Misfit as fault:
+        raise HubDataError(str(fault)) from fault
+    assert where.split is not None
+    data = _load(where.repository, where.config, where.split, cache_dir)
+    to_row = reader_of(where, data.column_names)
     for line, fields in enumerate(data, start=1):
         try:
             yield to_row(fields)
-        except (KeyError, IndexError, TypeError, ValueError) as error:
+        except (AttributeError, KeyError, IndexError, TypeError, ValueError) as error:
             raise RowError(f"row {line} of {reference} is not like the others: {error}", line=line) from error
 
 
@@ -120,59 +117,3 @@ def _refuse_untrusted_files(repository: str, builder: datasets.DatasetBuilder) -
     files = [str(file) for of_split in (builder.config.data_files or {}).values() for file in of_split]
     if strangers := [file for file in files if not file.startswith(own) or ".." in file]:
         raise HubDataError(f"{repository} names a file outside itself: {strangers[0]}")
-
-
-def _reader_of(columns: list[str]) -> Callable[[Fields], dict[str, Any]]:
-    """How rows with these columns become ours; columns that no format has (ids, sources) are left out."""
-    for needed, reader in _READERS_BY_COLUMNS:
-        if needed <= set(columns):
-            return reader
-    raise RowError(
-        f"the columns {', '.join(columns)} fit none of the formats: question and answer (with passage or "
-        "choices), prompt and completion, or messages"
-    )
-
-
-def _messages(fields: Fields) -> dict[str, Any]:
-    return {"messages": fields["messages"]}
-
-
-def _completion(fields: Fields) -> dict[str, Any]:
-    return {"prompt": fields["prompt"], "completion": fields["completion"]}
-
-
-def _keyed_choices(fields: Fields) -> dict[str, Any]:
-    """Choices with labels of their own and the label of the right one, as in ARC and CommonsenseQA."""
-    choices = fields["choices"]
-    answer = choices["text"][choices["label"].index(fields["answerKey"])]
-    return {"question": fields["question"], "choices": choices["text"], "answer": answer}
-
-
-def _choices(fields: Fields) -> dict[str, Any]:
-    """A list of choices; the right one by itself, or as its number, as in MMLU."""
-    answer = fields["answer"]
-    if isinstance(answer, int):
-        answer = fields["choices"][answer]
-    return {**_question(fields), "choices": fields["choices"], "answer": answer}
-
-
-def _question_answer(fields: Fields) -> dict[str, Any]:
-    """True, false, yes or no; any other text is an answer to be written, as in GSM8K."""
-    answer = fields["answer"]
-    if isinstance(answer, str) and answer.strip().lower() not in ("yes", "no"):
-        return {"prompt": fields["question"], "completion": answer}
-    return {**_question(fields), "answer": answer}
-
-
-def _question(fields: Fields) -> dict[str, Any]:
-    passage = fields.get("passage") or None
-    return {"question": fields["question"], **({"passage": passage} if passage else {})}
-
-
-_READERS_BY_COLUMNS: tuple[tuple[set[str], Callable[[Fields], dict[str, Any]]], ...] = (
-    ({"messages"}, _messages),
-    ({"prompt", "completion"}, _completion),
-    ({"question", "choices", "answerKey"}, _keyed_choices),
-    ({"question", "choices", "answer"}, _choices),
-    ({"question", "answer"}, _question_answer),
-)

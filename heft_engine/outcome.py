@@ -54,7 +54,7 @@ def write_outcome(run: Run, out_dir: Path) -> Bundle:
         dtype=dtype_name(run.lm.dtype),
         max_length=run.encoder.max_length,
         seed=run.config.seed,
-        max_new_tokens=_max_new_tokens(run),
+        max_new_tokens=max_new_tokens(run),
         temperature=calibrated.temperature if calibrated is not None else 1.0,
         calibration=calibrated.to_json() if calibrated is not None else None,
         evaluation=evaluation(run),
@@ -74,13 +74,13 @@ def evaluation(run: Run) -> dict[str, Any] | None:
     if not results:
         return None
     calibrated = calibration(run)
-    kept = ("stage", "stage_index", "accuracy", "correct", "interval_95")
+    kept = ("stage", "stage_index", "accuracy", "correct", "interval_95", "metrics")
     return {
         "n": results[0]["n"],
         "metric": results[0]["metric"],
         "split": run.split,
         "held_out": run.split == "test",
-        "results": [{name: record[name] for name in kept} for record in results],
+        "results": [{name: record[name] for name in kept if name in record} for record in results],
         "calibration": calibrated.to_json() if calibrated is not None else None,
         "general_loss": run.state.general_loss,
     }
@@ -131,6 +131,7 @@ def _tolerance(lm: PackedLM, probe: Probe) -> float:
     return max(1e-3, 4 * noise)
 
 
-def _max_new_tokens(run: Run) -> int:
+def max_new_tokens(run: Run) -> int:
+    """How far an answer of this run's models may go, measured or served."""
     longest = max(example.supervised_tokens for example in run.examples)
     return min(max(LEAST_NEW_TOKENS, longest), MOST_NEW_TOKENS)

@@ -19,16 +19,10 @@ from heft_engine.config import TrainConfig
 from heft_engine.errors import ConfigError
 from heft_engine.families import FAMILIES
 from heft_engine.hub_data import load_hub_rows
+from heft_engine.hub_tasks import SPLITS
 from heft_engine.model_files import ModelInfo, inspect
 from heft_engine.report import FileField, Report
 from heft_engine.resolve import resolve_stage
-
-#: The split of a hub dataset or a sample that stands behind a file that names none.
-_SPLITS: Mapping[FileField, str] = {
-    "training_file": "train",
-    "validation_file": "validation",
-    "test_file": "test",
-}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -110,9 +104,9 @@ def _referenced(name: FileField, reference: str, cache_dir: Path | None) -> Iter
     source, _, rest = reference.partition(":")
     if source == "sample":
         sample, _, split = rest.partition(":")
-        return samples.generate(sample, split or _SPLITS[name])
+        return samples.generate(sample, split or SPLITS[name])
     if source == "hub":
-        return load_hub_rows(rest, _SPLITS[name], cache_dir=cache_dir)
+        return load_hub_rows(rest, name, cache_dir=cache_dir)
     return None
 
 

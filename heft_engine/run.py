@@ -30,7 +30,7 @@ from heft_engine.loading import PROBE_CANDIDATES, load
 from heft_engine.lora import LoraAdapter
 from heft_engine.memory import peak
 from heft_engine.model import PackedLM
-from heft_engine.outcome import write_outcome
+from heft_engine.outcome import max_new_tokens, write_outcome
 from heft_engine.parity import merge_stage
 from heft_engine.reuse import Reuse, StageStore
 from heft_engine.rows import Row
@@ -253,9 +253,9 @@ class Run:
         if not self.reported:
             self.state.evaluations.append({"stage": stage, "stage_index": index})
             return
-        result = evaluate(self.lm, self.encoder, self.reported)
+        result = evaluate(self.lm, self.encoder, self.reported, max_new_tokens=max_new_tokens(self))
         self.scored = (self.state.stage_index, result.scores)
-        record = {"stage": stage, "stage_index": index, **result.to_json(), "right": result.right}
+        record = {"stage": stage, "stage_index": index, **result.to_json(), **result.packed_rows()}
         self.state.evaluations.append(record)
         tell_evaluation(self, record)
 

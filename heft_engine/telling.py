@@ -62,8 +62,9 @@ def tell_evaluation(run: Run, record: dict[str, Any], **more: Any) -> None:
         return
     low, high = record["interval_95"]
     of = f"of {record['n']} {run.split} rows ({low:.1%} to {high:.1%})"
-    message = f"After {record['stage']}: {record['accuracy']:.1%} {of}"
-    shown = {name: value for name, value in record.items() if name != "right"}
+    metric = "" if record["metric"] == "accuracy" else f" {record['metric']}"
+    message = f"After {record['stage']}: {record['accuracy']:.1%}{metric} {of}"
+    shown = {name: value for name, value in record.items() if name not in ("right", "values")}
     run.emit("EVALUATION", message, split=run.split, **shown, **more)
 
 

@@ -15,6 +15,7 @@ from sqlalchemy.orm import Session
 from store import files, ids
 from store.clock import seconds
 from store.errors import Conflict, NotFound
+from store.known_data import FILE_FIELDS, refuse_misfits
 from store.page import Page, cursor_of, fetch_page
 from store.spec import TrainingSpec
 from store.states import PURPOSES, TERMINAL, JobState
@@ -30,7 +31,6 @@ from store.transitions import (
     write,
 )
 
-_FILE_FIELDS = ("training_file", "validation_file", "test_file")
 #: Nobody trains on these: cancel and pause are carried out at once.
 _AT_REST = (JobState.VALIDATING_FILES, JobState.QUEUED, JobState.PAUSED)
 
@@ -46,10 +46,11 @@ def create(
     """A new job in `validating_files`, with its first event.
 
     Its uploaded files are held against deletion until this transaction ends. Raises InvalidRequest naming the
-    field of a file that is not there, is deleted, or is another owner's. After the commit, hint (job.id,
-    "prepare").
+    field of a file that is not there, is deleted, or is another owner's, and of what a dataset's name shows to be
+    wrong. After the commit, hint (job.id, "prepare").
     """
-    uploaded = [(field, value) for field in _FILE_FIELDS if (value := getattr(spec, field)) is not None]
+    refuse_misfits(spec)
+    uploaded = [(field, value) for field in FILE_FIELDS if (value := getattr(spec, field)) is not None]
     files.lock_for_job(
         session,
         owner_id=owner_id,
@@ -73,7 +74,9 @@ def create_all(
     session: Session, *, owner_id: str, wanted: Sequence[tuple[TrainingSpec, Mapping[str, str]]]
 ) -> list[str]:
     """As `create`, many jobs of the same files in a few statements; their ids. They queue in this order."""
-    for field in _FILE_FIELDS:
+    for spec, _ in wanted:
+        refuse_misfits(spec)
+    for field in FILE_FIELDS:
         uploaded = {value for spec, _ in wanted if (value := getattr(spec, field)) is not None}
         references = [(field, value) for value in sorted(uploaded) if value.startswith("file-")]
         files.lock_for_job(session, owner_id=owner_id, references=references)

@@ -135,7 +135,8 @@ class TrainingSpec(Settings):
     def _file_reference(cls, value: str | None) -> str | None:
         if value is not None and not FILE_REFERENCE.fullmatch(value):
             raise ValueError(
-                "a file is an uploaded file's id (file-…), hub:<dataset>[:<split>] or sample:<name>[:<split>]"
+                "a file is an uploaded file's id (file-…), hub:<dataset>[:<config>][:<split>] or"
+                " sample:<name>[:<split>]"
             )
         return value
 

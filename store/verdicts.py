@@ -54,8 +54,8 @@ def _rows(run: Run) -> dict[str, Any]:
     assert run.outcome is not None
     assert run.outcome.outcomes is not None
     found = run.outcome.outcomes
-    right = found["results"][-1]["right"]
-    return {"seed": run.seed, "n": found["n"], "rows_sha256": found["rows_sha256"], "right": right}
+    rows = {name: text for name, text in found["results"][-1].items() if name in ("right", "values")}
+    return {"seed": run.seed, "n": found["n"], "rows_sha256": found["rows_sha256"], **rows}
 
 
 def record(session: Session, study_id: str, runs: Sequence[Run], verdict: Mapping[str, Any]) -> bool:

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from heft_engine.config import TrainConfig
+from heft_engine.hub_tasks import completed
 from store.settings import StoreSettings
 from store.spec import TrainingSpec
 
@@ -52,7 +53,7 @@ def train_config(spec: TrainingSpec, *, revision: str | None) -> TrainConfig:
         model=pinned or spec.model,
         stages=spec.stages(),
         method=spec.method.engine_method(),
-        task=spec.task,
+        task=completed(spec.task, spec.training_file),
         seed=spec.seed,
         max_length=spec.max_length,
         dtype=spec.dtype,

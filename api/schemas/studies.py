@@ -54,6 +54,7 @@ class Arm(BaseModel):
     name: str
     method: dict[str, Any]
     jobs: list[ArmJob]
+    metric: str | None = None  #: what `accuracy` is the mean of
     accuracy: float | None = None
     interval_95: list[float] | None = None
     interval_covers: str | None = None
@@ -82,9 +83,15 @@ class Arm(BaseModel):
                 )
                 for run in mine
             ],
+            metric=_metric(mine),
             **{name: value for name, value in shown.items() if name not in ("name", "seeds")},
             **_costs(mine),
         )
+
+
+def _metric(runs: Sequence[Run]) -> str | None:
+    known = (run.outcome.outcomes for run in runs if run.outcome is not None)
+    return next((found.get("metric") for found in known if found is not None), None)
 
 
 def _costs(runs: Sequence[Run]) -> dict[str, Any]:

@@ -31,15 +31,16 @@ MODEL_COLUMNS = (
 )
 ABOUT_ARMS = (
     "Accuracy is the mean over the seeds. Its interval covers the test rows and, with several seeds, the seeds too."
-    " Arithmetic and time are of one run, a stage that was reused counted as when it was trained."
+    " Where rows are measured by another metric, its mean stands there. Arithmetic and time are of one run, a stage"
+    " that was reused counted as when it was trained."
 )
 ABOUT_METHODS = (
     "Are the methods different? A t interval over the seeds' paired differences, with the noise of the test rows;"
     " Holm's correction over all comparisons."
 )
 ABOUT_MODELS = (
-    "Are two single models different? McNemar's exact test on the same rows, one pair of models at a time. It says"
-    " nothing of the methods: another seed makes other models."
+    "Are two single models different? McNemar's exact test on the same rows (a sign-flip test where they are more or"
+    " less right), one pair of models at a time. It says nothing of the methods: another seed makes other models."
 )
 
 
@@ -64,7 +65,9 @@ def markdown(report: Report) -> str:
 
 
 def measured_on(study: Json) -> str:
-    return str(study["test_file"] or f"{study['validation_file']} (validation rows: they may have steered)")
+    rows = study["test_file"] or f"{study['validation_file']} (validation rows: they may have steered)"
+    metrics = sorted({arm["metric"] for arm in study["arms"] if arm.get("metric") not in (None, "accuracy")})
+    return f"{rows} by {', '.join(metrics)}" if metrics else str(rows)
 
 
 def arm_rows(arms: Iterable[Json]) -> list[list[str]]:

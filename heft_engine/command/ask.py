@@ -28,15 +28,17 @@ BATCH = 64
 
 
 def evaluate(options: argparse.Namespace) -> None:
-    """Prints {"accuracy", "correct", "interval_95", "metric", "n"} as one JSON line; for labels also what their
-    probabilities are worth at the bundle's temperature: "ece", "nll" and "temperature"."""
+    """Prints {"accuracy", "correct", "interval_95", "metric", "metrics", "n"} as one JSON line; for labels also what
+    their probabilities are worth at the bundle's temperature: "ece", "nll" and "temperature"."""
     predictor = _load(options)
     try:
         rows = read_rows(options.data, labels=predictor.task.row_labels)
     except OSError as error:
         raise RowError(f"{options.data} can't be read: {error.strerror}", param="data") from error
     examples = [example for row in rows for example in predictor.encoder.encode(row)]
-    result = evaluate_examples(predictor.lm, predictor.encoder, examples)
+    result = evaluate_examples(
+        predictor.lm, predictor.encoder, examples, max_new_tokens=predictor.max_new_tokens
+    )
     print(json.dumps({**result.to_json(), **_trust(predictor, result, examples)}, sort_keys=True))
 
 

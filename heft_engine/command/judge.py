@@ -1,4 +1,4 @@
-"""`judge`: which rows the runs of several arms got right, in; the verdict over the arms, out. JSON both ways.
+"""`judge`: which rows the runs of several arms got right (or how right), in; the verdict, out. JSON both ways.
 
 It loads no torch.
 """
@@ -9,10 +9,10 @@ import argparse
 import json
 from typing import Annotated
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from heft_engine.errors import ConfigError
-from heft_engine.row_outcomes import unpack_rows
+from heft_engine.row_outcomes import unpack_rows, unpack_values
 from heft_engine.statistics import Arm, Outcome, judge
 
 
@@ -21,12 +21,28 @@ class _Strict(BaseModel):
 
 
 class RunOutcome(_Strict):
-    """`right`: row by row, as `heft_engine.row_outcomes` packs it."""
+    """`right`, or `values` of a graded metric: row by row, as `heft_engine.row_outcomes` packs them."""
 
     seed: int
     n: Annotated[int, Field(ge=1)]
     rows_sha256: str
-    right: str
+    right: str | None = None
+    values: str | None = None
+
+    @model_validator(mode="after")
+    def _one_kind(self) -> RunOutcome:
+        if (self.right is None) == (self.values is None):
+            raise ValueError("give right or values")
+        return self
+
+    def outcome(self) -> Outcome:
+        """Raises ValueError where there are not `n` rows."""
+        rows = (
+            unpack_rows(self.right, self.n)
+            if self.right is not None
+            else unpack_values(self.values or "", self.n)
+        )
+        return Outcome(seed=self.seed, right=rows, rows_sha256=self.rows_sha256)
 
 
 class ArmOutcomes(_Strict):
@@ -51,10 +67,7 @@ def run(options: argparse.Namespace) -> None:
         Arm(
             name=arm.name,
             seeds=arm.seeds,
-            outcomes=[
-                Outcome(seed=one.seed, right=unpack_rows(one.right, one.n), rows_sha256=one.rows_sha256)
-                for one in arm.runs
-            ],
+            outcomes=[one.outcome() for one in arm.runs],
         )
         for arm in question.arms
     ]

@@ -25,6 +25,7 @@ from heft_engine.config import (
     recipe,
 )
 from heft_engine.errors import ConfigError, RowError
+from heft_engine.hub_tasks import Misfit, completed
 from heft_engine.report import FileField
 from heft_engine.rows import MAX_LINE_BYTES, Row, read_rows
 
@@ -131,8 +132,13 @@ def _run_file(options: argparse.Namespace) -> RunFile:
     missing = [name for name in ("model", "train", "out") if getattr(options, name) is None]
     if missing:
         raise ConfigError(f"--{missing[0]} is needed (or --run-file)", param=missing[0])
+    config = configure(options.model, options.method, options.set, options.seed)
+    try:
+        task = completed(config.task, options.train)
+    except Misfit as fault:
+        raise ConfigError(str(fault), param=fault.param) from fault
     return RunFile(
-        config=configure(options.model, options.method, options.set, options.seed),
+        config=config.model_copy(update={"task": task}),
         train=_rows(options, "training_file", options.train),
         eval=_rows(options, "validation_file", options.eval) if options.eval else None,
         test=_rows(options, "test_file", options.test) if options.test else None,

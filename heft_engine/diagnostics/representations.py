@@ -88,7 +88,7 @@ def separability(rows: Tensor, labels: Sequence[int]) -> dict[str, Any] | None:
     if len(torch.unique(wanted)) < 2 or torch.bincount(wanted)[torch.unique(wanted)].min() < FOLDS:
         return None
     right = _ridge_right(rows.double(), wanted)
-    result = Evaluation.of(right, "accuracy")
+    result = Evaluation.of(right)
     low, high = result.interval_95
     return {
         "probe_accuracy": result.accuracy,

@@ -1,6 +1,7 @@
 """An arm's accuracy with an interval: over the rows by Wilson's score, over the seeds by t, both where there are both.
 
-It does NOT compare arms.
+Where rows are more or less right it is the mean of their metric, with heft_engine.graded's interval over the rows. It
+does NOT compare arms.
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ import numpy as np
 from scipy import stats
 from statsmodels.stats.proportion import proportion_confint
 
+from heft_engine.graded import mean_interval
 from heft_engine.statistics.intervals import LEVEL
 from heft_engine.statistics.outcomes import Arm, Outcome
 
@@ -36,8 +38,7 @@ def accuracy_of(arm: Arm) -> Accuracy | None:
         return None
     values = [outcome.accuracy for outcome in arm.outcomes]
     mean, seeds = float(np.mean(values)), len(values)
-    rows = min(len(outcome.right) for outcome in arm.outcomes)
-    low, high = wilson(mean * rows, rows)
+    low, high = _over_rows(arm, mean)
     per_seed = [_of_seed(outcome) for outcome in arm.outcomes]
     if seeds == 1:
         return Accuracy(
@@ -65,15 +66,25 @@ def wilson(correct: float, rows: int) -> Interval:
     return float(low), float(high)
 
 
+def _over_rows(arm: Arm, mean: float) -> Interval:
+    """Of the mean over the seeds. A graded row counts by its mean over the seeds."""
+    rows = min(len(outcome.right) for outcome in arm.outcomes)
+    if not any(outcome.is_graded for outcome in arm.outcomes):
+        return wilson(mean * rows, rows)
+    found = np.mean([outcome.right[:rows].astype(float) for outcome in arm.outcomes], axis=0)
+    low, high = mean_interval(found, LEVEL)
+    return min(low, mean), max(high, mean)
+
+
 def _of_seed(outcome: Outcome) -> dict[str, Any]:
-    correct, rows = int(outcome.right.sum()), len(outcome.right)
-    interval = list(wilson(correct, rows))
+    right, rows = float(outcome.right.sum()), len(outcome.right)
+    interval = mean_interval(outcome.right, LEVEL) if outcome.is_graded else wilson(right, rows)
     return {
         "seed": outcome.seed,
-        "accuracy": correct / rows,
-        "correct": correct,
+        "accuracy": right / rows,
+        "correct": None if outcome.is_graded else int(right),
         "n": rows,
-        "interval_95": interval,
+        "interval_95": list(interval),
     }
 
 

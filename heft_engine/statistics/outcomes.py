@@ -1,4 +1,4 @@
-"""What is compared: which rows each run of each arm got right. It does NOT know where that comes from."""
+"""What is compared: which rows each run of each arm got right, or how right. It does NOT know where that comes from."""
 
 from __future__ import annotations
 
@@ -8,16 +8,23 @@ from dataclasses import dataclass, field
 import numpy as np
 from numpy.typing import NDArray
 
-from heft_engine.row_outcomes import Rows
+from heft_engine.row_outcomes import Rows, Values
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class Outcome:
-    """One run: its seed, and row by row whether it was right. `rows_sha256` says which rows, in which order."""
+    """One run: its seed, and row by row whether it was right, or by how much (0 to 1) where its metric is graded.
+
+    `rows_sha256` says which rows, in which order.
+    """
 
     seed: int
-    right: Rows
+    right: Rows | Values
     rows_sha256: str = ""
+
+    @property
+    def is_graded(self) -> bool:
+        return self.right.dtype != np.bool_
 
     @property
     def accuracy(self) -> float:
@@ -45,9 +52,10 @@ class Arm:
 
 
 def paired(a: Arm, b: Arm) -> tuple[list[int], NDArray[np.float64] | None]:
-    """The seeds that both arms have, and a's rows minus b's, (seeds, rows) of -1, 0 and 1; None if no seed is shared.
+    """The seeds that both arms have, and a's rows minus b's, (seeds, rows); None if no seed is shared.
 
-    Raises ValueError where the two were measured on different rows: nothing is paired then.
+    Of right and wrong they are -1, 0 and 1. Raises ValueError where the two were measured on different rows: nothing is
+    paired then.
     """
     ours, theirs = a.by_seed, b.by_seed
     shared = [seed for seed in a.seeds if seed in ours and seed in theirs]
@@ -57,4 +65,4 @@ def paired(a: Arm, b: Arm) -> tuple[list[int], NDArray[np.float64] | None]:
     kinds = {(one.rows_sha256, len(one.right)) for pair in pairs for one in pair}
     if len(kinds) > 1:
         raise ValueError("measured on different rows")
-    return shared, np.stack([one.right.astype(float) - other.right for one, other in pairs])
+    return shared, np.stack([one.right.astype(float) - other.right.astype(float) for one, other in pairs])

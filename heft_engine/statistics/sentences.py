@@ -36,7 +36,7 @@ def of_models(a: Arm, b: Arm, seed: int, found: ModelComparison, judged: Judged)
     told = _difference(*names, found.difference, found.interval_95)
     verdict = "separable" if judged.separable else "not separable"
     why = f"With one seed in common{_missing(a, b)} only models can be compared, not methods"
-    return f"{why}: with seed {seed} {told}: {verdict} on {found.rows:,} rows ({_p(judged)}, McNemar's exact test)."
+    return f"{why}: with seed {seed} {told}: {verdict} on {found.rows:,} rows ({_p(judged)}, {found.test})."
 
 
 def of_nothing(a: Arm, b: Arm) -> str:

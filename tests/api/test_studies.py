@@ -42,7 +42,12 @@ def end_all(sessions: SessionFactory, study_id: str) -> None:
             assert claim is not None
             packed = ["AA==", "gA==", "wA==", "4A=="][number]
             stage = {"stage": "reft", "stage_index": 1}
-            outcomes = {"n": 4, "rows_sha256": "x", "results": [{**stage, "right": packed}]}
+            outcomes = {
+                "n": 4,
+                "metric": "rouge_l",
+                "rows_sha256": "x",
+                "results": [{**stage, "right": packed}],
+            }
             cost = {**stage, "flops": 10 + number, "seconds": 2.5, "trained_parameters": 7, "tokens": 5}
             leases.finish_succeeded(
                 session, claim, storage_key="k", manifest={}, task={}, outcomes=outcomes, costs=[cost, cost]
@@ -86,7 +91,7 @@ def test_a_study_that_has_ended_shows_its_verdict(client: httpx.Client, sessions
     assert study["status"] == "succeeded"
     assert study["finished_at"] is not None
     heft = study["arms"][0]
-    assert (heft["accuracy"], heft["interval_95"]) == (0.25, [0.1, 0.4])
+    assert (heft["accuracy"], heft["interval_95"], heft["metric"]) == (0.25, [0.1, 0.4], "rouge_l")
     assert (heft["flops"], heft["seconds"], heft["trained_parameters"]) == (22.0, 5.0, 14)
     assert all(job["fine_tuned_model"].startswith("ft:") for job in heft["jobs"])
     assert study["comparisons"][0]["sentence"] == "Not told apart."
@@ -138,6 +143,9 @@ def test_another_owners_study_is_not_there(client: httpx.Client, stranger: httpx
         ("preset", {"arms": None, "preset": "layer_rank", "model": "org/never-seen"}),
         ("training_file", {"training_file": "file-nowhere"}),
         ("test_file", {"test_file": None}),
+        ("task.metrics[0]", {"task": {"metrics": ["bleu"]}}),
+        ("task.metrics", {"task": {"type": "yes_no", "metrics": ["rouge_l"]}}),
+        ("task.metrics", {"training_file": "hub:openai/gsm8k", "task": {"metrics": ["accuracy"]}}),
         ("budgets", {"budgets": 3}),
         ("seeds[1]", {"seeds": [1, -1]}),
     ],

@@ -99,11 +99,13 @@ def test_duplicates_and_rows_in_two_files(tmp_path: Path, tiny_llama_dir: Path) 
     held_out = write(
         tmp_path / "eval.jsonl", [question(8), question(3, False), question(9, False), question(2)]
     )
-    report = check_files(train, held_out, model_path=tiny_llama_dir)
+    report = check_files(train, held_out, held_out, model_path=tiny_llama_dir)
     warnings = {(warning.file, warning.code): warning.message for warning in report.warnings}
     assert report.files["training_file"].duplicates == 2
     assert warnings["training_file", "duplicates"].startswith("2 rows (line 3, 5) repeat")
     assert warnings["validation_file", "overlap"].startswith("2 rows (line 2, 4) are in training_file too")
+    # The last of test_file's two: it shares rows with both.
+    assert warnings["test_file", "overlap"].startswith("4 rows (line 1, 2, 3, 4) are in validation_file too")
     assert report.error() is None
 
 

@@ -54,6 +54,8 @@ def test_settings_reach_their_stage() -> None:
         ("max_lenght=3", "max_lenght", "there are model, stages"),
         ("max_length=3", "max_length", "greater than or equal to 16"),
         ("task.type=poem", "task.type", "'yes_no', 'choice' or 'text'"),
+        ("task.metrics=f1", "task.metrics", "valid list"),
+        ('task.metrics=["accuracy","f1"]', "task.metrics", "no task has all of"),
         ("early_stopping.patience=0", "early_stopping.patience", "greater than or equal to 1"),
         ("lara.rank=8", "lara.rank", "write it as lora.rank=8"),
         ("lora.rank", "lora.rank", "write it as"),
@@ -145,6 +147,20 @@ def test_a_run_file_may_not_name_a_free_path(tiny_llama_dir: Path, tmp_path: Pat
     (tmp_path / "run.json").write_text(json.dumps(plan))
     error = failed(command("train", "--run-file", tmp_path / "run.json"))
     assert (error["code"], error["param"]) == ("model_not_found", "model")
+
+
+def test_a_dataset_that_is_known_is_held_against_its_task(
+    tiny_llama_dir: Path, tmp_path: Path, command: Command, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Before anything is downloaded; and where nothing is said against it, its task is the run's."""
+    asked = ("train", "--model", tiny_llama_dir, "--train", "hub:openai/gsm8k", "--out", tmp_path / "out")
+    error = failed(command(*asked, "--set", "task.type=choice"))
+    assert error["param"] == "task.type"
+    path = write_rows(tmp_path / "rows.jsonl", [{"prompt": "2+2?", "completion": "no number"}])
+    monkeypatch.setattr("heft_engine.prepare.materialise", lambda *args: path)
+    error = failed(command(*asked))
+    assert (error["code"], error["param"]) == ("invalid_training_file", "completion")
+    assert "final_number" in error["message"]
 
 
 def test_a_missing_run_file_or_bundle_is_told(tmp_path: Path, command: Command) -> None:

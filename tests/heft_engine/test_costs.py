@@ -19,7 +19,7 @@ from heft_engine.command.main import main
 from heft_engine.config import LoraStage
 from heft_engine.costs import shape_of
 from heft_engine.packing import packed_length
-from heft_engine.row_outcomes import pack_rows, unpack_rows
+from heft_engine.row_outcomes import pack_rows, pack_values, unpack_rows
 from heft_engine.sources import CachePlan, PlainSource
 from heft_engine.stage_store import LocalStages
 from heft_engine.trainables import LoraTrainable, ReftTrainable
@@ -154,6 +154,10 @@ def test_judge_answers_in_json(tmp_path: Path, capsys: pytest.CaptureFixture[str
     verdict = json.loads(capsys.readouterr().out)
     assert [one["accuracy"] for one in verdict["arms"]] == [0.8, 0.2]
     assert verdict["comparisons"][0]["separable"]
+    graded = {"seed": 1, "n": 3, "rows_sha256": "x", "values": pack_values([0.5, 1.0, 0.0])}
+    path.write_text(json.dumps({"arms": [{"name": "a", "seeds": [1], "runs": [graded]}]}))
+    assert main(["judge", "--run-file", str(path)]) == 0
+    assert json.loads(capsys.readouterr().out)["arms"][0]["accuracy"] == pytest.approx(0.5, abs=1e-5)
     path.write_text("{}")
     assert main(["judge", "--run-file", str(path)]) == 1
     assert json.loads(capsys.readouterr().err)["error"]["param"] == "run-file"

@@ -149,7 +149,7 @@ def test_a_hub_that_is_down_is_no_missing_model(hub: FakeHub, ask: Ask, tiny_lla
     repository = hub.repositories["models", "org/tiny"] = Repository(files=model_files(tiny_llama_dir))
     hub.down = True
     assert ask("resolve", "org/tiny")["error"]["code"] == "hub_unavailable"
-    assert ask("rows", "org/rows", split="train")["error"]["code"] == "hub_unavailable"
+    assert ask("rows", "org/rows", file="training_file")["error"]["code"] == "hub_unavailable"
     hub.down = False
     path = ask("resolve", "org/tiny")["ok"]["path"]
     hub.down = True
@@ -172,9 +172,9 @@ def test_boolq_as_the_hub_has_it(hub: FakeHub, ask: Ask) -> None:
         "data/validation-00000-of-00001.parquet": parquet(BOOLQ[:1]),
     }
     hub.repositories["datasets", "google/boolq"] = Repository(files=files)
-    assert ask("rows", "google/boolq", split="train")["ok"] == BOOLQ
-    assert ask("rows", "google/boolq", split="validation")["ok"] == BOOLQ[:1]
-    assert ask("rows", "google/boolq:train[1:]", split="validation")["ok"] == BOOLQ[1:]
+    assert ask("rows", "google/boolq", file="training_file")["ok"] == BOOLQ
+    assert ask("rows", "google/boolq", file="validation_file")["ok"] == BOOLQ[:1]
+    assert ask("rows", "google/boolq:train[1:]", file="validation_file")["ok"] == BOOLQ[1:]
 
 
 @pytest.mark.parametrize(
@@ -204,7 +204,7 @@ def test_boolq_as_the_hub_has_it(hub: FakeHub, ask: Ask) -> None:
 def test_columns_become_rows(hub: FakeHub, ask: Ask, columns: dict[str, Any], row: dict[str, Any]) -> None:
     content = json.dumps(columns).encode() + b"\n"
     hub.repositories["datasets", "org/rows"] = Repository(files={"train.jsonl": content})
-    assert ask("rows", "org/rows", split="train")["ok"] == [row]
+    assert ask("rows", "org/rows", file="training_file")["ok"] == [row]
 
 
 def test_a_configuration_is_named_before_the_split(hub: FakeHub, ask: Ask) -> None:
@@ -216,26 +216,63 @@ def test_a_configuration_is_named_before_the_split(hub: FakeHub, ask: Ask) -> No
         "hard.jsonl": json.dumps(BOOLQ[1]).encode(),
     }
     hub.repositories["datasets", "org/two"] = Repository(files=files)
-    assert ask("rows", "org/two:hard:train", split="train")["ok"] == BOOLQ[1:]
-    error = ask("rows", "org/two", split="train")["error"]
+    assert ask("rows", "org/two:hard:train", file="training_file")["ok"] == BOOLQ[1:]
+    error = ask("rows", "org/two", file="training_file")["error"]
     assert error["code"] == "dataset_not_found"
     assert "easy" in error["message"]
     assert "hard" in error["message"]
+
+
+def test_datasets_that_are_known_by_name_need_nothing_else(hub: FakeHub, ask: Ask) -> None:
+    """In the layout and the types that the hub has them in."""
+    gsm8k = {"question": "2+2?", "answer": "It is 2+2=<<2+2=4>>4.\n#### 4"}
+    configs = [("main", "main/train-*"), ("socratic", "socratic/train-*")]
+    card = "".join(
+        f"- config_name: {name}\n  data_files:\n  - split: train\n    path: {path}\n"
+        for name, path in configs
+    )
+    hub.repositories["datasets", "openai/gsm8k"] = Repository(
+        files={
+            "README.md": f"---\nconfigs:\n{card}---\n".encode(),
+            "main/train-00000-of-00001.parquet": parquet([gsm8k]),
+            "socratic/train-00000-of-00001.parquet": parquet([{**gsm8k, "question": "How much?"}]),
+        }
+    )
+    row = {"prompt": "2+2?", "completion": "It is 2+2=4.\n#### 4"}
+    assert ask("rows", "openai/gsm8k", file="training_file")["ok"] == [row]
+    assert ask("rows", "openai/gsm8k:socratic", file="training_file")["ok"] == [
+        {**row, "prompt": "How much?"}
+    ]
+    arc = {"id": "x", "question": "q", "choices": {"text": ["a", "b"], "label": ["1", "2"]}, "answerKey": "2"}
+    hub.repositories["datasets", "allenai/ai2_arc"] = Repository(
+        files={
+            "README.md": b"---\nconfigs:\n- config_name: ARC-Easy\n  data_files: ARC-Easy/train-*\n---\n",
+            "ARC-Easy/train-00000-of-00001.parquet": parquet([arc]),
+        }
+    )
+    chosen = {"question": "q", "choices": ["a", "b"], "answer": "b"}
+    assert ask("rows", "allenai/ai2_arc:ARC-Easy", file="training_file")["ok"] == [chosen]
+    assert "ARC-Challenge" in ask("rows", "allenai/ai2_arc", file="training_file")["error"]["message"]
+    hub.repositories["datasets", "google/boolq"] = Repository(
+        files={"train.jsonl": json.dumps(gsm8k).encode()}
+    )
+    error = ask("rows", "google/boolq", file="training_file")["error"]["message"]
+    assert error == "google/boolq should have the columns question, passage, answer; it has question, answer"
 
 
 def test_faults_of_datasets_are_clear(hub: FakeHub, ask: Ask) -> None:
     odd = json.dumps({"sentence": "x", "label": 1}).encode()
     hub.repositories["datasets", "org/odd"] = Repository(files={"train.jsonl": odd})
     hub.repositories["datasets", "org/gated"] = Repository(files={"train.jsonl": odd}, gated=True)
-    columns = ask("rows", "org/odd", split="train")["error"]
+    columns = ask("rows", "org/odd", file="training_file")["error"]
     assert columns["code"] == "invalid_training_file"
     assert "sentence, label" in columns["message"]
-    split = ask("rows", "org/odd:test", split="train")["error"]
+    split = ask("rows", "org/odd:test", file="training_file")["error"]
     assert split["code"] == "dataset_not_found"
     assert "test" in split["message"]
-    assert ask("rows", "org/absent", split="train")["error"]["code"] == "dataset_not_found"
-    assert ask("rows", "org/gated", split="train")["error"]["code"] == "dataset_access_denied"
-    assert ask("rows", "json", split="train")["error"]["code"] == "dataset_not_found"
+    assert ask("rows", "org/absent", file="training_file")["error"]["code"] == "dataset_not_found"
+    assert ask("rows", "org/gated", file="training_file")["error"]["code"] == "dataset_access_denied"
+    assert ask("rows", "json", file="training_file")["error"]["code"] == "dataset_not_found"
 
 
 @pytest.mark.parametrize(
@@ -246,12 +283,12 @@ def test_a_card_may_not_name_files_elsewhere(hub: FakeHub, ask: Ask, tmp_path: P
     where = where.format(folder=tmp_path, hub=hub.url)
     card = f"---\nconfigs:\n- config_name: default\n  data_files: {where}\n---\n".encode()
     hub.repositories["datasets", "org/thief"] = Repository(files={"README.md": card, "train.jsonl": b"{}"})
-    assert ask("rows", "org/thief", split="train")["error"]["code"] == "dataset_not_found"
+    assert ask("rows", "org/thief", file="training_file")["error"]["code"] == "dataset_not_found"
     assert not any("elsewhere" in request for request in hub.requests)
 
 
 def test_scripts_and_odd_files_are_not_run(hub: FakeHub, ask: Ask) -> None:
     hub.repositories["datasets", "org/script"] = Repository(files={"script.py": b"raise SystemExit"})
     hub.repositories["datasets", "org/text"] = Repository(files={"train.txt": b"some text"})
-    assert "no longer supported" in ask("rows", "org/script", split="train")["error"]["message"]
-    assert "other files than" in ask("rows", "org/text", split="train")["error"]["message"]
+    assert "no longer supported" in ask("rows", "org/script", file="training_file")["error"]["message"]
+    assert "other files than" in ask("rows", "org/text", file="training_file")["error"]["message"]

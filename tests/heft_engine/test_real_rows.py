@@ -46,9 +46,9 @@ def test_boolq_answers_have_the_bits_of_the_evaluation_alone_and_together(
 ) -> None:
     evaluated: list[list[Scores]] = []
 
-    def recording(lm: PackedLM, encoder: Encoder, examples: list[Example]) -> Evaluation:
+    def recording(lm: PackedLM, encoder: Encoder, examples: list[Example], **options: int) -> Evaluation:
         evaluated.append(score(lm, examples))
-        return evaluate(lm, encoder, examples)
+        return evaluate(lm, encoder, examples, **options)
 
     monkeypatch.setattr(run_module, "evaluate", recording)
     test = rows("boolq/dev.jsonl", 60)

@@ -61,9 +61,9 @@ def test_every_method_trains_every_task_and_its_bundle_answers_with_the_same_bit
 ) -> None:
     evaluated: list[Any] = []
 
-    def recording(lm: PackedLM, encoder: Encoder, examples: list[Example]) -> Evaluation:
+    def recording(lm: PackedLM, encoder: Encoder, examples: list[Example], **options: int) -> Evaluation:
         evaluated.append(computed(lm, encoder, examples))
-        return evaluate(lm, encoder, examples)
+        return evaluate(lm, encoder, examples, **options)
 
     monkeypatch.setattr(run_module, "evaluate", recording)
     rows, test = parse(ROWS[kind](12)), parse(ROWS[kind](9, seed=2))

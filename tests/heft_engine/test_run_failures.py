@@ -27,9 +27,9 @@ def test_a_stage_that_ends_below_the_one_before_is_named(
 
     measured = run_module.evaluate
 
-    def scripted(*arguments: Any) -> Evaluation:
-        right, scores = next(results), measured(*arguments).scores
-        return Evaluation.of([i < right for i in range(10)], "accuracy", scores)
+    def scripted(*arguments: Any, **options: Any) -> Evaluation:
+        right, scores = next(results), measured(*arguments, **options).scores
+        return Evaluation.of([i < right for i in range(10)], scores)
 
     monkeypatch.setattr(run_module, "evaluate", scripted)
     told = run(config(tiny_llama_dir), tmp_path / "out", None, parse(ROWS["yes_no"](10)))

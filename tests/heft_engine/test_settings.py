@@ -145,7 +145,7 @@ def test_a_config_survives_its_json() -> None:
 
 def test_an_evaluation_has_wilsons_interval() -> None:
     # Wilson score, z = 1.96: the textbook's 8 of 10.
-    result = Evaluation.of([True] * 8 + [False] * 2, "accuracy")
+    result = Evaluation.of([True] * 8 + [False] * 2)
     assert (result.n, result.correct, result.accuracy) == (10, 8, 0.8)
     assert result.interval_95 == pytest.approx((0.4902, 0.9433), abs=1e-4)
-    assert Evaluation.of([True] * 5, "accuracy").interval_95[1] == 1.0
+    assert Evaluation.of([True] * 5).interval_95[1] == 1.0

@@ -15,6 +15,7 @@ from statsmodels.stats.power import TTestPower
 from heft_engine.row_outcomes import pack_rows, unpack_rows
 from heft_engine.statistics import Arm, Outcome, accuracy_of, compare_methods, compare_models, judge
 from heft_engine.statistics.intervals import half_width, p_value, row_variance, seed_variance
+from heft_engine.statistics.models import sign_flips
 from heft_engine.statistics.outcomes import paired
 from heft_engine.statistics.power import Noise, power, rows_needed, seeds_needed
 
@@ -69,6 +70,66 @@ def test_the_bootstrap_is_that_of_scipy() -> None:
 def test_equal_models_are_not_told_apart() -> None:
     found = compare_models(np.zeros(50))
     assert (found.difference, found.p_value, found.interval_95) == (0.0, 1.0, (0.0, 0.0))
+
+
+def test_graded_rows_are_compared_by_flipping_signs_as_scipy_does() -> None:
+    few = np.array([0.3, 0.2, -0.1, 0.25, 0.4, 0.0, 0.15, 0.0, 0.05, -0.02])
+    found = compare_models(few)
+    theirs = stats.permutation_test((few,), np.sum, permutation_type="samples", n_resamples=10_000)
+    assert found.p_value == pytest.approx(theirs.pvalue)
+    assert (found.test, found.only_a, found.only_b) == ("a sign-flip test", 6, 2)
+    assert found.difference == pytest.approx(few.mean())
+    assert found.interval_95[0] < found.difference < found.interval_95[1]
+    many = np.random.default_rng(3).normal(0.02, 0.1, size=80)
+    theirs = stats.permutation_test(
+        (many,), np.sum, permutation_type="samples", n_resamples=9_999, rng=np.random.default_rng(1)
+    )
+    assert compare_models(many).p_value == pytest.approx(theirs.pvalue, abs=0.02)
+    assert compare_models(np.full(5, 0.25)).p_value == pytest.approx(2 / 2**5)
+
+
+@pytest.mark.parametrize(("a", "b"), [(5, 0), (9, 2), (30, 14), (100, 60)])
+def test_sign_flips_of_right_and_wrong_are_mcnemars(a: int, b: int) -> None:
+    row = np.array([1.0] * a + [-1.0] * b + [0.0] * 50)
+    exact = mcnemar([[0, a], [b, 0]], exact=True).pvalue
+    corrected = mcnemar([[0, a], [b, 0]], exact=False, correction=True).pvalue
+    assert sign_flips(row) == pytest.approx(exact if a + b <= 16 else corrected)
+    assert sign_flips(row) == pytest.approx(exact, rel=0.1)
+
+
+def test_sign_flips_keep_their_level() -> None:
+    """Models that are alike: no more than 5 of 100 are called different, with few rows that differ or many."""
+    rng = np.random.default_rng(11)
+    for rows, differ in ((60, 0.1), (60, 0.4), (300, 0.9)):
+        moved = rng.random((2_000, rows)) < differ
+        drawn = moved * rng.choice([-1, 1], (2_000, rows)) * rng.beta(2, 3, (2_000, rows))
+        called = np.mean([sign_flips(one) < 0.05 for one in drawn[:400]])
+        assert called <= 0.05 + 2 * (0.05 * 0.95 / 400) ** 0.5
+
+
+def test_graded_arms_are_judged_like_others() -> None:
+    rng = np.random.default_rng(5)
+    base = rng.beta(2, 3, 200)
+
+    def graded(name: str, shift: float) -> Arm:
+        rows = [np.clip(base + shift + rng.normal(0, 0.05, 200), 0, 1) for _ in range(3)]
+        return Arm(
+            name=name, seeds=[1, 2, 3], outcomes=[Outcome(seed=i, right=one) for i, one in enumerate(rows, 1)]
+        )
+
+    verdict = judge([graded("high", 0.1), graded("low", 0.0)])
+    high, low = verdict["arms"]
+    assert high["per_seed"][0]["correct"] is None
+    assert high["interval_95"][0] < high["accuracy"] < high["interval_95"][1]
+    assert high["accuracy"] - low["accuracy"] == pytest.approx(0.1, abs=0.02)
+    (compared,) = verdict["comparisons"]
+    assert (compared["question"], compared["separable"]) == ("methods", True)
+    assert compared["models"][0]["test"] == "a sign-flip test"
+    alone = [
+        Arm(name=arm, seeds=[1], outcomes=[Outcome(seed=1, right=base * k)])
+        for arm, k in (("a", 1.0), ("b", 0.9))
+    ]
+    assert "a sign-flip test" in judge(alone)["comparisons"][0]["sentence"]
 
 
 # -- methods ----------------------------------------------------------------------------------------------------------

@@ -209,6 +209,9 @@ def test_a_failed_arm_does_not_fail_the_study(bench) -> None:
         ("reft.layers=2", 1),
     ]
     assert asked["arms"][1]["runs"][0] == {"seed": 1, "n": 4, "rows_sha256": "x", "right": "8A=="}
+    found[1].outcome.outcomes["results"][-1] = {"stage": "lora", "stage_index": 0, "values": "AAAA"}
+    graded = verdicts.question(news, found)["arms"][1]["runs"][0]
+    assert graded == {"seed": 1, "n": 4, "rows_sha256": "x", "values": "AAAA"}
     assert bench.do(verdicts.record, study.id, found, VERDICT)
     assert status(bench, study) == "succeeded"
     assert bench.do(verdicts.with_news) is None

@@ -1,6 +1,6 @@
 """A process in which HF_ENDPOINT was set before anything was imported: one JSON call a line in, one answer a line out.
 
-{"do": "resolve", "reference", "cache_dir"} | {"do": "rows", "reference", "split", "cache_dir"} → {"ok": …} or
+{"do": "resolve", "reference", "cache_dir"} | {"do": "rows", "reference", "file", "cache_dir"} → {"ok": …} or
 {"error": {"code", "message"}}
 """
 
@@ -19,7 +19,7 @@ from heft_engine.hub_data import load_hub_rows
 def answer(call: dict[str, Any]) -> Any:
     cache_dir = Path(call["cache_dir"])
     if call["do"] == "rows":
-        return list(load_hub_rows(call["reference"], call["split"], cache_dir=cache_dir))
+        return list(load_hub_rows(call["reference"], call["file"], cache_dir=cache_dir))
     base = resolve(call["reference"], cache_dir=cache_dir)
     load_tokenizer(base.path)
     files = sorted(path.name for path in base.path.iterdir())

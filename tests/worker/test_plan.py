@@ -97,6 +97,12 @@ def test_a_job_reuses_if_its_user_and_the_operator_want_it(
     assert reuses(spec(**asked), settings.model_copy(update=operator)) is answer
 
 
+def test_a_dataset_that_is_known_says_what_its_task_is() -> None:
+    task = train_config(spec(training_file="hub:openai/gsm8k"), revision=None).task
+    assert (task.type, task.metrics) == ("text", ["final_number", "exact_match"])
+    assert task.template == "Question: {prompt}\nAnswer:"
+
+
 def test_the_engine_reads_the_check_file(settings: StoreSettings, tmp_path: Path) -> None:
     files = {"training_file": "/rows.jsonl", "test_file": "hub:org/data:test"}
     read = CheckFile.model_validate(check_file(spec(), files, tmp_path, settings))

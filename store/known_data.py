@@ -1,0 +1,25 @@
+"""What a dataset's name alone shows to be wrong with a job: refused before anything is queued.
+
+Not part of TrainingSpec, so that jobs of before a dataset was known can still be read. It does NOT fill in what the
+name says: the worker does, with the same functions.
+"""
+
+from __future__ import annotations
+
+from heft_engine import hub_tasks
+from store.errors import InvalidRequest
+from store.spec import TrainingSpec
+
+FILE_FIELDS = ("training_file", "validation_file", "test_file")
+
+
+def refuse_misfits(spec: TrainingSpec) -> None:
+    """Raises InvalidRequest naming the file or the part of the task at fault."""
+    try:
+        for field in FILE_FIELDS:
+            source, _, rest = (getattr(spec, field) or "").partition(":")
+            if source == "hub":
+                hub_tasks.parse(rest, field)
+        hub_tasks.completed(spec.task, spec.training_file)
+    except hub_tasks.Misfit as fault:
+        raise InvalidRequest(f"{fault.param}: {fault}", param=fault.param) from fault
