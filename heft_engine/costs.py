@@ -64,8 +64,11 @@ def cost_of(
     }
 
 
-def outcomes(run: Run) -> dict[str, Any] | None:
-    """Row by row how right answers were after each stage; None without rows to evaluate on, or in part unknown."""
+def outcomes(run: Run, validation: dict[str, Any] | None = None) -> dict[str, Any] | None:
+    """Row by row how right answers were after each stage; None without rows to evaluate on, or in part unknown.
+
+    `validation`: what the result came to on rows that are not reported.
+    """
     found = [record for record in run.state.evaluations if "right" in record or "values" in record]
     if not found or len(found) < len(run.state.evaluations):
         return None
@@ -76,6 +79,7 @@ def outcomes(run: Run) -> dict[str, Any] | None:
         "split": run.split,
         "rows_sha256": answers_hash(run.reported),
         "results": [{name: record[name] for name in kept if name in record} for record in found],
+        "validation": validation,
     }
 
 

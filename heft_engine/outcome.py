@@ -23,6 +23,7 @@ from heft_engine.bundle import (
 from heft_engine.calibration import MOST_ROWS, Calibration, Labelled, calibrate
 from heft_engine.devices import dtype_name
 from heft_engine.encoding import Example, tokenizer_hash
+from heft_engine.evaluation import evaluate
 from heft_engine.model import PackedLM
 from heft_engine.model_files import weights_hash
 from heft_engine.parity import float32_copy
@@ -101,10 +102,32 @@ def calibration(run: Run) -> Calibration | None:
         if run.split == "validation":
             found = calibrate(reported, None, run.split)
         else:
-            chosen = Random(run.config.seed).sample(run.questions, min(MOST_ROWS, len(run.questions)))
-            found = calibrate(_labelled(score(run.lm, chosen), chosen), reported, run.split)
+            chosen = _chosen(run)
+            run.chosen = tuple(score(run.lm, chosen))
+            found = calibrate(_labelled(run.chosen, chosen), reported, run.split)
         run.calibrated = (index, found)
     return run.calibrated[1]
+
+
+def on_validation(run: Run) -> dict[str, Any] | None:
+    """What the result came to on validation rows, where others are reported: what a search chooses by.
+
+    At most so many rows as calibration takes, and its own scores where it has any. None without validation rows.
+    """
+    if run.split != "test" or not run.questions:
+        return None
+    chosen = _chosen(run)
+    if run.encoder.task.type == "text":
+        found = evaluate(run.lm, run.encoder, chosen)
+        return {"n": found.n, "metric": found.metric, "value": found.accuracy}
+    calibration(run)
+    assert run.chosen is not None
+    right = sum(one.best == example.gold for one, example in zip(run.chosen, chosen, strict=True))
+    return {"n": len(chosen), "metric": "accuracy", "value": right / len(chosen)}
+
+
+def _chosen(run: Run) -> list[Example]:
+    return Random(run.config.seed).sample(run.questions, min(MOST_ROWS, len(run.questions)))
 
 
 def _labelled(scores: Sequence[Scores], examples: Sequence[Example]) -> Labelled:

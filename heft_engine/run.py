@@ -30,7 +30,7 @@ from heft_engine.loading import PROBE_CANDIDATES, load
 from heft_engine.lora import LoraAdapter
 from heft_engine.memory import peak
 from heft_engine.model import PackedLM
-from heft_engine.outcome import max_new_tokens, write_outcome
+from heft_engine.outcome import max_new_tokens, on_validation, write_outcome
 from heft_engine.parity import merge_stage
 from heft_engine.reuse import Reuse, StageStore
 from heft_engine.rows import Row
@@ -127,6 +127,7 @@ class Run:
         None  #: after which stage, the probe rows' scores, their tolerance
     )
     scored: tuple[int, tuple[Scores, ...]] | None = None  #: after which stage, the reported rows' scores
+    chosen: tuple[Scores, ...] | None = None  #: those of the validation rows that it was last calibrated on
     calibrated: tuple[int, Calibration | None] | None = None  #: after which stage, what came of it
     adapters: list[LoraAdapter] = field(default_factory=list)
     cache_dir: Path | None = None
@@ -174,7 +175,7 @@ class Run:
             "parity": {"merges": bundle.info.parity},
             "trained_tokens": self.state.trained_tokens,
             "costs": self.state.costs,
-            "outcomes": outcomes(self),
+            "outcomes": outcomes(self, on_validation(self)),
         }
         self.emit("SUCCEEDED", "The model is ready", **data)
         return bundle

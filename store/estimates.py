@@ -17,8 +17,10 @@ from heft_engine.config import LoraStage, ReftStage, Stage
 from store import files, models
 from store.errors import NotFound
 from store.studies import base_facts
+from store.study_arms import PlannedArm
 from store.study_order import prefix_keys
-from store.study_spec import PlannedArm, StudySpec, plan
+from store.study_plan import plan
+from store.study_spec import StudySpec
 
 #: Llama-2-7B and BoolQ's training rows: the paper's own run can be estimated where no worker has seen them.
 _LLAMA = {"n_layers": 32, "hidden_size": 4_096, "parameters": 6_738_415_616, "vocab_size": 32_000}
@@ -36,6 +38,10 @@ _ASSUMED = (
 )
 
 
+#: Of each training file.
+Rows = dict[str, int]
+
+
 @dataclass(frozen=True, kw_only=True)
 class _Model:
     shape: Shape
@@ -43,58 +49,71 @@ class _Model:
     parameters: int
 
 
-def of_study(session: Session, *, owner_id: str, spec: StudySpec) -> dict[str, Any]:
-    """Raises InvalidRequest as `studies.create` does."""
+def of_study(
+    session: Session, *, owner_id: str, spec: StudySpec, results_kept: bool = True
+) -> dict[str, Any]:
+    """Raises InvalidRequest as `studies.create` does. Of a search, as if its trials were like the first ones."""
     spec = spec.completed()
     assert spec.model is not None
     arms = plan(spec, base_facts(session, spec.model))
-    model, rows = _model(session, spec.model), _rows(session, owner_id, spec)
+    model, rows = _model(session, spec.model), _rows(session, owner_id, arms)
     shown = [_of_arm(arm, model, rows) for arm in arms]
     by_name = {one["name"]: one for one in shown}
     for arm in arms:
         if arm.like is not None:
             by_name[arm.name] |= {"flops": by_name[arm.like]["flops"], "stages": [f"as much as {arm.like}"]}
-    runs = [(arm, seed) for seed in spec.seeds for arm in arms]
-    likened = len(spec.seeds) * sum(by_name[arm.name]["flops"] or 0 for arm in arms if arm.like)
-    known = model is not None and rows is not None
-    chosen = [run for run in runs if run[0].like is None]
-    flops = likened + _with_reuse(chosen, model, rows) if model is not None and rows is not None else None
+    flops = None
+    if model is not None and rows is not None:
+        likened = len(spec.seeds) * sum(by_name[arm.name]["flops"] for arm in arms if arm.like)
+        chosen = [(arm, seed) for seed in spec.seeds for arm in arms if arm.like is None]
+        flops = likened + _with_reuse(chosen, model, rows, results_kept)
     weights = model.parameters if model is not None else 0
     adapters = sum(one["trained_parameters"] or 0 for one in shown) * len(spec.seeds)
+    more = _more_trials(spec, arms)
     return {
         "arms": shown,
-        "jobs": len(runs),
-        "flops": flops,
+        "jobs": round(more * len(arms)) * len(spec.seeds),
+        "flops": None if flops is None else more * flops,
         "memory_bytes": 2 * weights or None,
         "host_memory_bytes": 4 * weights or None,
-        "disk_bytes": 2 * weights + 3 * 4 * adapters if model is not None else None,
+        "disk_bytes": 2 * weights + round(3 * 4 * more * adapters) if model is not None else None,
         "assumptions": [*_ASSUMED]
-        if known
+        if flops is not None
         else ["the sizes of the model or of the training file are not known"],
     }
 
 
-def _of_arm(arm: PlannedArm, model: _Model | None, rows: int | None) -> dict[str, Any]:
+def _more_trials(spec: StudySpec, arms: Sequence[PlannedArm]) -> float:
+    """How many times the arms that a study begins with there will be: of a search only the first are known."""
+    if spec.search is None:
+        return 1.0
+    besides = spec.baseline is not None
+    return (spec.search.budget + besides) / len(arms)
+
+
+def _of_arm(arm: PlannedArm, model: _Model | None, rows: Rows | None) -> dict[str, Any]:
     stages = arm.spec.stages()
-    known = model is not None and rows is not None
+    flops = None
+    if model is not None and rows is not None:
+        flops = sum(_flops(stage, model, rows[arm.spec.training_file]) for stage in stages)
     return {
         "name": arm.name,
         "stages": [f"{stage.type} × {stage.n_epochs}" for stage in stages],
-        "flops": sum(_flops(stage, model, rows) for stage in stages) if known and model and rows else None,
+        "flops": flops,
         "trained_parameters": sum(_trained(stage, model) for stage in stages) if model is not None else None,
     }
 
 
-def _with_reuse(runs: list[tuple[PlannedArm, int]], model: _Model, rows: int) -> float:
-    """Stages that begin several jobs alike are counted once."""
+def _with_reuse(runs: list[tuple[PlannedArm, int]], model: _Model, rows: Rows, results_kept: bool) -> float:
+    """Stages that begin several jobs alike are counted once, where the operator keeps them."""
     seen: set[str] = set()
     total = 0.0
     for arm, seed in runs:
         spec = arm.with_seed(seed)
-        keys: Sequence[str | None] = prefix_keys("", spec) or [None] * len(spec.stages())
-        for stage, key in zip(spec.stages(), keys, strict=True):
+        keys: Sequence[str | None] = prefix_keys("", spec) if results_kept else []
+        for stage, key in zip(spec.stages(), keys or [None] * len(spec.stages()), strict=True):
             if key is None or key not in seen:
-                total += _flops(stage, model, rows)
+                total += _flops(stage, model, rows[spec.training_file])
             seen |= {key} if key is not None else set()
     return total
 
@@ -141,9 +160,15 @@ def _model(session: Session, name: str) -> _Model | None:
     return _Model(shape=shape, hidden=int(info["hidden_size"]), parameters=int(info["parameters"]))
 
 
-def _rows(session: Session, owner_id: str, spec: StudySpec) -> int | None:
-    reference = spec.training_file or ""
-    if not reference.startswith("file-"):
-        return _KNOWN_ROWS.get(reference)
-    size = files.for_job(session, owner_id=owner_id, file_id=reference).bytes
-    return max(1, round(size / _BYTES_A_TOKEN / _ROW_TOKENS))
+def _rows(session: Session, owner_id: str, arms: Sequence[PlannedArm]) -> Rows | None:
+    """How many rows each training file has; None where that isn't known of all."""
+    found = {arm.spec.training_file: 0 for arm in arms}
+    for reference in found:
+        if reference.startswith("file-"):
+            size = files.for_job(session, owner_id=owner_id, file_id=reference).bytes
+            found[reference] = max(1, round(size / _BYTES_A_TOKEN / _ROW_TOKENS))
+        elif reference in _KNOWN_ROWS:
+            found[reference] = _KNOWN_ROWS[reference]
+        else:
+            return None
+    return found

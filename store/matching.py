@@ -14,52 +14,57 @@ from sqlalchemy.orm import Session
 
 from store.errors import InvalidRequest
 from store.states import TERMINAL, JobState
-from store.studies import Run, append_event, create_jobs, write
-from store.study_spec import PlannedArm, StudySpec, plan
+from store.studies import Run, append_event, create_jobs, spec_of, write
+from store.study_arms import PlannedArm
+from store.study_plan import plan
 from store.study_tables import Study
 
 MOST_EPOCHS = 1_000
 
 
-def follow_up(session: Session, study: Study, runs: Sequence[Run]) -> bool:
-    """Make the jobs of arms that wait for another's arithmetic, now that it may be known; True if there are any new.
+def follow_up(session: Session, study: Study, runs: Sequence[Run], *, results_kept: bool = True) -> list[str]:
+    """Make the jobs of arms that wait for another's arithmetic, now that it may be known; the ids of any new.
 
     The study's row is locked. Where it can't be known any more, the arms are given up, with an event.
     """
     waiting = [arm for arm in study.spec["planned"] if arm.get("like")]
     if not waiting or study.cancel_requested_at is not None:
-        return False
+        return []
     reference = [run for run in runs if run.arm == waiting[0]["like"]]
     measured = next((run.outcome.costs for run in reference if run.outcome is not None), None)
     if measured is None:
         if all(JobState(run.job.state) in TERMINAL for run in reference):
             _give_up(session, study, f"no run of {waiting[0]['like']} has succeeded")
-        return False
+        return []
     try:
         # All or nothing: a file may have been deleted since.
         with session.begin_nested():
-            _create(session, study, measured, place=len(runs))
+            return _create(session, study, measured, place=len(runs), results_kept=results_kept)
     except InvalidRequest as refusal:
         _give_up(session, study, refusal.message)
-        return False
-    return True
+        return []
 
 
-def _create(session: Session, study: Study, measured: Sequence[Mapping[str, Any]], *, place: int) -> None:
-    values = {name: value for name, value in study.spec.items() if name != "planned"}
-    spec = StudySpec.model_validate(values)
+def _create(
+    session: Session,
+    study: Study,
+    measured: Sequence[Mapping[str, Any]],
+    *,
+    place: int,
+    results_kept: bool,
+) -> list[str]:
+    spec = spec_of(study)
     arms = [_with_epochs(arm, measured) if arm.like else arm for arm in plan(spec)]
     new = [arm for arm in arms if arm.like]
-    create_jobs(session, study, [(arm, seed) for seed in spec.seeds for arm in new], first=place)
-    planned = [
-        {"name": arm.name, "method": arm.spec.method.model_dump(mode="json", exclude_none=True), "like": None}
-        for arm in arms
-    ]
+    wanted = [(arm, seed) for seed in spec.seeds for arm in new]
+    made = create_jobs(session, study, wanted, first=place, results_kept=results_kept)
+    planned = [{**arm.to_json(), "like": None} for arm in arms]
     write(session, study.id, spec={**study.spec, "planned": planned})
     epochs = {arm.name: arm.spec.stages()[0].n_epochs for arm in new}
     told = ", ".join(f"{name} {count}" for name, count in epochs.items())
     message = f"Epochs that take as much arithmetic as {new[0].like}: {told}."
     append_event(session, study.id, "MATCHED", message, {"epochs": epochs})
+    return made
 
 
 def _with_epochs(arm: PlannedArm, measured: Sequence[Mapping[str, Any]]) -> PlannedArm:

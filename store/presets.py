@@ -18,6 +18,7 @@ Preset = Literal[
     "layer_rank",  #: where stage 2 acts, and how wide it is
     "stage1_variants",  #: what stage 1 trains, and where it begins
     "stage2_variants",  #: what stage 2 trains
+    "cross_task",  #: LoRA alone, ReFT alone, HEFT, each on several tasks
 ]
 Arms = list[tuple[str, dict[str, Any]]]
 
@@ -59,7 +60,9 @@ def arms(preset: Preset, *, scale: float, layers: int | None) -> Arms:
         case "stage1_variants":
             return [(name, _heft(short, short, lora=changes)) for name, changes in _STAGE1.items()]
         case "stage2_variants":
-            return _stage2_variants(short)
+            return [(kind, _heft(short, short, reft={"kind": kind})) for kind in stage2_kinds()]
+        case "cross_task":
+            return _cross_task(short)
 
 
 def _scaled(epochs: int, scale: float) -> int:
@@ -116,12 +119,13 @@ def _layer_rank(short: int, layers: int | None) -> Arms:
     ]
 
 
-def _stage2_variants(short: int) -> Arms:
-    kinds = stage2_kinds()
-    if len(kinds) < 2:
-        message = f"stage 2 has one kind so far, {kinds[0]}: there is nothing to compare"
-        raise InvalidRequest(message, param="preset")
-    return [(kind, _heft(short, short, reft={"kind": kind})) for kind in kinds]
+def _cross_task(short: int) -> Arms:
+    """What is trained alone sees as many rows as HEFT's two stages together."""
+    return [
+        (f"LoRA alone {2 * short}", {"type": "lora", "lora": {"n_epochs": 2 * short}}),
+        (f"ReFT alone {2 * short}", {"type": "reft", "reft": {"n_epochs": 2 * short}}),
+        (f"HEFT {short}+{short}", _heft(short, short)),
+    ]
 
 
 def stage2_kinds() -> tuple[str, ...]:

@@ -86,6 +86,11 @@ class StoreSettings(BaseSettings):
         "auto"  #: how a worker holds fine-tuned models: merged, shared, or as they are asked for
     )
 
+    @property
+    def results_kept(self) -> bool:
+        """Whether what a stage ended with is kept for equal stages of later jobs."""
+        return self.reuse_days > 0 and self.reuse_bytes > 0
+
 
 @lru_cache(maxsize=1)
 def settings() -> StoreSettings:

@@ -12,22 +12,24 @@ from dataclasses import dataclass
 from typing import Any
 
 from sqlalchemy import func, select, update
-from sqlalchemy.orm import Session
+from sqlalchemy.orm import Session, load_only
 
-from store import ids, jobs, models
+from store import files, ids, jobs, models
 from store.errors import Conflict, NotFound
 from store.page import Page, cursor_of, fetch_page
 from store.spec import MODEL_REFERENCE
 from store.states import TERMINAL, JobState
+from store.study_arms import BaseFacts, PlannedArm
 from store.study_order import prefix_keys
-from store.study_spec import BaseFacts, PlannedArm, StudySpec, plan
+from store.study_plan import plan
+from store.study_spec import FILES, StudySpec
 from store.study_tables import Outcome, Study, StudyEvent, StudyJob, StudyPrefix
 from store.tables import Job
 
 
 @dataclass(frozen=True, kw_only=True)
 class Run:
-    """One job of a study, and what it left for comparisons."""
+    """One job of a study, and what it left for comparisons. What was not read is not there to be looked at."""
 
     arm: str
     seed: int
@@ -53,44 +55,62 @@ def create(
     spec: StudySpec,
     metadata: Mapping[str, str] | None = None,
     study_id: str | None = None,
+    results_kept: bool = True,
 ) -> Study:
-    """A new study with all its jobs, seed by seed. Raises InvalidRequest naming the field that can't be: nothing is
-    queued then. After the commit, hint every job's id with "prepare".
+    """A new study with the jobs that it begins with, seed by seed. Raises InvalidRequest naming the field that can't
+    be: nothing is queued then. After the commit, hint every job's id with "prepare".
+
+    `results_kept`: whether the operator lets stages be reused, so that jobs wait for those that train what they share.
     """
     spec = spec.completed()
     arms = plan(spec, base_facts(session, spec.model))
+    _hold_files_of_tasks(session, owner_id, spec)
     study = Study(
         id=study_id or ids.new_study_id(),
         owner_id=owner_id,
-        spec={**spec.model_dump(mode="json"), "planned": [_planned(arm) for arm in arms]},
+        spec={**spec.model_dump(mode="json"), "planned": [arm.to_json() for arm in arms]},
         metadata_=dict(metadata or {}),
     )
     session.add(study)
     session.flush()
     runs = [(arm, seed) for seed in spec.seeds for arm in arms if arm.like is None]
-    create_jobs(session, study, runs)
+    create_jobs(session, study, runs, results_kept=results_kept)
     message = f"Created study {study.id}: {len(arms)} arms with {len(spec.seeds)} seeds, {len(runs)} jobs."
     append_event(session, study.id, "CREATED", message, {"arms": len(arms), "jobs": len(runs)})
     return get(session, owner_id=owner_id, study_id=study.id)
 
 
-def _planned(arm: PlannedArm) -> dict[str, Any]:
-    method = arm.spec.method.model_dump(mode="json", exclude_none=True)
-    return {"name": arm.name, "method": method, "like": arm.like}
+def _hold_files_of_tasks(session: Session, owner_id: str, spec: StudySpec) -> None:
+    """Raises InvalidRequest by the names that the request has for them; jobs know them by others."""
+    named = [
+        (f"tasks[{index}].{field}", reference)
+        for index, data in enumerate(spec.tasks or [])
+        for field in FILES
+        if (reference := getattr(data, field)) is not None and reference.startswith("file-")
+    ]
+    files.lock_for_job(session, owner_id=owner_id, references=named)
 
 
 def create_jobs(
-    session: Session, study: Study, runs: Sequence[tuple[PlannedArm, int]], *, first: int = 0
-) -> None:
-    """Add a job for each arm and seed, in the places from `first` on. Raises InvalidRequest as jobs.create does."""
+    session: Session,
+    study: Study,
+    runs: Sequence[tuple[PlannedArm, int]],
+    *,
+    first: int = 0,
+    results_kept: bool = True,
+) -> list[str]:
+    """Add a job for each arm and seed, in the places from `first` on; their ids. Raises InvalidRequest as jobs.create
+    does. After the commit, hint each with "prepare".
+    """
     specs = [(arm.name, arm.with_seed(seed)) for arm, seed in runs]
     wanted = [(spec, {"study": study.id, "arm": name}) for name, spec in specs]
     job_ids = jobs.create_all(session, owner_id=study.owner_id, wanted=wanted)
     for place, (job_id, (name, spec)) in enumerate(zip(job_ids, specs, strict=True), first):
         session.add(StudyJob(job_id=job_id, study_id=study.id, place=place, arm=name, seed=spec.seed))
-        for length, key in enumerate(prefix_keys(study.id, spec), 1):
+        for length, key in enumerate(prefix_keys(study.id, spec) if results_kept else [], 1):
             session.add(StudyPrefix(job_id=job_id, length=length, key=key, place=place))
     session.flush()
+    return job_ids
 
 
 def get(session: Session, *, owner_id: str, study_id: str) -> Study:
@@ -113,13 +133,26 @@ def list_page(session: Session, *, owner_id: str, limit: int = 20, after: str | 
     )
 
 
-def runs_of(session: Session, study_id: str) -> list[Run]:
-    """All jobs of a study in its order, with what those that have succeeded left."""
+def spec_of(study: Study) -> StudySpec:
+    """What was asked for, without the arms that came of it."""
+    values = {name: value for name, value in study.spec.items() if name != "planned"}
+    if values.get("search") is not None:
+        values["search"] = {name: value for name, value in values["search"].items() if name != "closed"}
+    return StudySpec.model_validate(values)
+
+
+def runs_of(session: Session, study_id: str, *, rows: bool = False) -> list[Run]:
+    """All jobs of a study in its order, with what those that have succeeded left.
+
+    Of jobs only id, state and model are read, and only with `rows` which rows each got right, which is much.
+    """
+    left = load_only(*([Outcome.outcomes] if rows else []), Outcome.costs, raiseload=True)
     query = (
         select(StudyJob, Job, Outcome)
         .join(Job, Job.id == StudyJob.job_id)
         .outerjoin(Outcome, Outcome.job_id == StudyJob.job_id)
         .where(StudyJob.study_id == study_id)
+        .options(load_only(Job.id, Job.state, Job.fine_tuned_model, raiseload=True), left)
         .order_by(StudyJob.place)
     )
     return [
@@ -163,7 +196,8 @@ def request_cancel(session: Session, *, owner_id: str, study_id: str) -> Study:
         return get(session, owner_id=owner_id, study_id=study_id)
     if study.finished_at is not None:
         raise Conflict("the study has already ended", code="study_ended")
-    cancelled = any(arm["like"] for arm in study.spec["planned"])  # their jobs are not made any more
+    # Jobs that would have followed are not made any more.
+    cancelled = any(arm["like"] for arm in study.spec["planned"]) or study.spec.get("search") is not None
     for run in runs_of(session, study_id):
         with suppress(Conflict):  # it has ended by itself
             jobs.request_cancel(session, owner_id=owner_id, job_id=run.job.id)

@@ -13,9 +13,11 @@ from typing import Any
 from sqlalchemy import exists, func, select, update
 from sqlalchemy.orm import Session
 
-from store import matching
+from store import matching, search_rounds
+from store.errors import InvalidRequest
 from store.states import TERMINAL, JobState
 from store.studies import Run, append_event, write
+from store.study_search import Round, best
 from store.study_tables import Study, StudyJob
 from store.tables import Job
 
@@ -30,8 +32,13 @@ def with_news(session: Session, *, but: Collection[str] = ()) -> Study | None:
     return session.scalar(query.order_by(Study.created_at).limit(1))
 
 
-def question(study: Study, runs: Sequence[Run]) -> dict[str, Any]:
-    """What `python -m heft_engine judge` reads: the arms in order, and the rows of each run that has succeeded."""
+def question(
+    study: Study, runs: Sequence[Run], arms: Sequence[Mapping[str, Any]] | None = None
+) -> dict[str, Any]:
+    """What `python -m heft_engine judge` reads: the arms in order, and the rows of each run that has succeeded.
+
+    arms: all of them, or those of a search that may be judged.
+    """
     seeds = study.spec["seeds"]
     return {
         "arms": [
@@ -39,11 +46,23 @@ def question(study: Study, runs: Sequence[Run]) -> dict[str, Any]:
                 "name": arm["name"],
                 "seeds": seeds,
                 "runs": [_rows(run) for run in runs if _counts(run, arm["name"])],
+                "task": arm.get("task"),
+                "method": arm.get("method_name"),
             }
-            for arm in study.spec["planned"]
+            for arm in (study.spec["planned"] if arms is None else arms)
         ],
         "baseline": study.spec["baseline"],
     }
+
+
+def judged_of_search(planned: Sequence[Mapping[str, Any]]) -> list[Mapping[str, Any]]:
+    """The best trial and the baseline, once the search is over. The test rows of other trials are looked at by nobody,
+    and those of the best not before it is known: what was chosen among is no fair estimate of what was chosen.
+    """
+    if not search_rounds.is_over(planned):
+        return []
+    found = best(planned)
+    return [arm for arm in planned if "trial" not in arm] + ([found] if found is not None else [])
 
 
 def _counts(run: Run, arm: str) -> bool:
@@ -58,26 +77,52 @@ def _rows(run: Run) -> dict[str, Any]:
     return {"seed": run.seed, "n": found["n"], "rows_sha256": found["rows_sha256"], **rows}
 
 
-def record(session: Session, study_id: str, runs: Sequence[Run], verdict: Mapping[str, Any]) -> bool:
+def record(
+    session: Session,
+    study_id: str,
+    runs: Sequence[Run],
+    verdict: Mapping[str, Any],
+    found: Round | None = None,
+    *,
+    results_kept: bool = True,
+) -> list[str] | None:
     """Write down what was found over these runs, tell of those that have ended since, and end the study with its last.
 
-    False for a verdict that says nothing new: others have made it, or overtaken it.
+    The ids of jobs that follow: after the commit, hint each with "prepare". None for a verdict that says nothing new:
+    others have made it, or overtaken it. `found`: of a search, what to try next.
     """
     study = session.scalars(select(Study).where(Study.id == study_id).with_for_update()).one()
     ended = {run.job.id: run for run in runs if JobState(run.job.state) in TERMINAL}
     known = select(StudyJob.job_id).where(StudyJob.study_id == study_id, StudyJob.told.is_not(None))
     told = set(session.scalars(known))
     if study.finished_at is not None or not told < ended.keys():
-        return False
-    for run in ended.values():
-        if run.job.id not in told:
-            _tell(session, study_id, run)
-    write(session, study_id, verdict=dict(verdict))
+        return None
+    if found is not None and search_rounds.is_stale(study, found):
+        return None
+    try:
+        # All or nothing: a file may have been deleted since.
+        with session.begin_nested():
+            for run in ended.values():
+                if run.job.id not in told:
+                    _tell(session, study_id, run)
+            write(session, study_id, verdict=dict(verdict))
+            made = _follow_up(session, study, runs, found, results_kept)
+    except InvalidRequest as refusal:
+        search_rounds.close(session, study, refusal.message)
+        return None
     # Counted here, under the lock: others may have made jobs since `runs` was read.
     untold = exists().where(StudyJob.study_id == study_id, StudyJob.told.is_(None))
-    if not matching.follow_up(session, study, runs) and not session.scalar(select(untold)):
+    if not made and not session.scalar(select(untold)):
         _finish(session, study, runs, verdict)
-    return True
+    return made
+
+
+def _follow_up(
+    session: Session, study: Study, runs: Sequence[Run], found: Round | None, results_kept: bool
+) -> list[str]:
+    if found is not None:
+        return search_rounds.follow_up(session, study, runs, found, results_kept=results_kept)
+    return matching.follow_up(session, study, runs, results_kept=results_kept)
 
 
 def _tell(session: Session, study_id: str, run: Run) -> None:
@@ -95,6 +140,8 @@ def _tell(session: Session, study_id: str, run: Run) -> None:
 def _finish(session: Session, study: Study, runs: Sequence[Run], verdict: Mapping[str, Any]) -> None:
     write(session, study.id, finished_at=func.now())
     succeeded = sum(run.job.state == JobState.SUCCEEDED for run in runs)
+    if study.spec.get("search") is not None:
+        _tell_best(session, study, verdict)
     for comparison in verdict["comparisons"]:
         data = {"a": comparison["a"], "b": comparison["b"], "separable": comparison["separable"]}
         append_event(session, study.id, "COMPARISON", comparison["sentence"], data)
@@ -102,3 +149,18 @@ def _finish(session: Session, study: Study, runs: Sequence[Run], verdict: Mappin
     code = "CANCELLED" if cancelled else "SUCCEEDED" if succeeded else "FAILED"
     message = f"The study has ended: {succeeded} of {len(runs)} jobs have succeeded."
     append_event(session, study.id, code, message, {"succeeded": succeeded, "jobs": len(runs)})
+
+
+def _tell_best(session: Session, study: Study, verdict: Mapping[str, Any]) -> None:
+    search = search_rounds.summary(study)
+    found = search["best"]
+    message = "No trial of the search has succeeded."
+    if found is not None:
+        shown: Mapping[str, Any] = next((arm for arm in verdict["arms"] if arm["name"] == found["arm"]), {})
+        on_test = (
+            f", {100 * shown['accuracy']:.1f} % on the test rows" if shown.get("accuracy") is not None else ""
+        )
+        message = f"The best is {found['arm']}: {100 * found['value']:.1f} % on the validation rows{on_test}."
+    if (why := search["ended_because"]) is not None:
+        message += f" The search has ended early: {why}."
+    append_event(session, study.id, "SEARCH_ENDED", message, {"best": found, "trials": search["trials"]})

@@ -1,30 +1,32 @@
-"""Judging studies: when jobs of a study have ended, the verdict over its arms is made anew and written down.
+"""Studies looked after: when jobs of one have ended, the verdict over its arms is made anew and written down, and what
+follows is made: the next trials of a search, arms of equal arithmetic.
 
-A chore of the workers that check files. The numbers are computed by a child (`python -m heft_engine judge`), because
-statsmodels and pandas would stay in this process for good, and the API shall start without them. It does NOT know
-statistics.
+A chore of the workers that check files. It does NOT know statistics, nor how a search chooses: children of the engine
+do (worker.asking).
 """
 
 from __future__ import annotations
 
-import json
 import logging
-import os
 import subprocess
-import tempfile
-from collections.abc import Mapping, Sequence
-from pathlib import Path
+from collections.abc import Sequence
+from functools import partial
 from typing import Any
 
-from store import studies, verdicts
+from store import search_rounds, studies, verdicts
 from store.database import transaction
+from store.studies import Run
+from store.study_arms import BaseFacts
+from store.study_search import Round
+from store.study_tables import Study
+from worker.asking import ask
 from worker.background import Chore
-from worker.child import child_environment
 from worker.context import ENGINE, Context
+from worker.searching import Ask, next_round
 
 log = logging.getLogger(__name__)
 
-_SECONDS = 120.0
+NOTHING_YET: dict[str, Any] = {"arms": [], "comparisons": [], "over_tasks": []}
 
 
 def judge_studies(context: Context, command: Sequence[str] = ENGINE) -> None:
@@ -41,11 +43,12 @@ def _judge_one(context: Context, command: Sequence[str], failed: set[str]) -> bo
     """
     with transaction(context.sessions) as session:
         study = verdicts.with_news(session, but=failed)
-        runs = studies.runs_of(session, study.id) if study is not None else []
+        runs = studies.runs_of(session, study.id, rows=True) if study is not None else []
+        base = studies.base_facts(session, study.spec["model"]) if study is not None else None
     if study is None:
         return False
     try:
-        verdict = _verdict(context, command, verdicts.question(study, runs))
+        verdict, found = _looked_at(partial(ask, context, command), study, runs, base)
     except (subprocess.SubprocessError, ValueError) as fault:
         # Nothing was written down: the next sweep tries again.
         said = getattr(fault, "stderr", None) or b""
@@ -54,25 +57,26 @@ def _judge_one(context: Context, command: Sequence[str], failed: set[str]) -> bo
         )
         failed.add(study.id)
         return True
+    kept = context.settings.results_kept
     with transaction(context.sessions) as session:
-        verdicts.record(session, study.id, runs, verdict)
+        made = verdicts.record(session, study.id, runs, verdict, found, results_kept=kept)
+    for job_id in made or ():
+        context.hints.hint(job_id, "prepare")
     return True
 
 
-def _verdict(context: Context, command: Sequence[str], question: Mapping[str, Any]) -> dict[str, Any]:
-    with tempfile.TemporaryDirectory(prefix="judge-", dir=context.scratch) as folder:
-        path = Path(folder) / "question.json"
-        path.write_text(json.dumps(question))
-        done = subprocess.run(
-            [*command, "judge", "--run-file", str(path)],
-            env=child_environment(os.environ),
-            cwd=folder,
-            capture_output=True,
-            timeout=_SECONDS,
-            check=True,
-        )
-    verdict: dict[str, Any] = json.loads(done.stdout)
-    return verdict
+def _looked_at(
+    engine: Ask, study: Study, runs: Sequence[Run], base: BaseFacts | None
+) -> tuple[dict[str, Any], Round | None]:
+    """The verdict, and what a search tries next."""
+    if study.spec.get("search") is None:
+        return engine("judge", verdicts.question(study, runs)), None
+    planned = search_rounds.arms_after(study, runs)
+    found = next_round(engine, study, planned, base)
+    arms = verdicts.judged_of_search([*planned, *found.new])
+    if not arms:
+        return NOTHING_YET, found
+    return engine("judge", verdicts.question(study, runs, arms)), found
 
 
 def judging(context: Context) -> list[Chore]:

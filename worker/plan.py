@@ -43,7 +43,7 @@ class LocalRun:
 
 def reuses(spec: TrainingSpec, settings: StoreSettings) -> bool:
     """Whether stages of earlier jobs are used, and this job's kept: its user and the operator both decide."""
-    return spec.reuse and settings.reuse_days > 0 and settings.reuse_bytes > 0
+    return spec.reuse and settings.results_kept
 
 
 def train_config(spec: TrainingSpec, *, revision: str | None) -> TrainConfig:

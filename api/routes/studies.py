@@ -3,16 +3,20 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Sequence
+from contextlib import suppress
 
+from anyio import to_thread
 from fastapi import APIRouter
 from sqlalchemy.orm import Session
 
+from api.database import Database
 from api.deps import After, Caller, Db, Held, IdempotencyKey, Limit, body_hash
 from api.schemas.common import Listing
 from api.schemas.studies import Estimate, StudyEventObject, StudyObject, StudyRequest, StudySummary
 from store import estimates, files, idempotency, studies
 from store.artifacts import Artifacts
-from store.errors import InvalidRequest
+from store.errors import Damaged, InvalidRequest, NotFound
 from store.ids import new_study_id
 from store.page import Page
 from store.states import PURPOSES, JobState
@@ -32,10 +36,14 @@ async def create_study(
     body: StudyRequest, caller: Caller, db: Db, held: Held, idempotency_key: IdempotencyKey = None
 ) -> StudyObject | Estimate:
     """Start a study: a job for every arm with every seed. `dry_run` says what it would take instead."""
+    kept = held.settings.results_kept
     if body.dry_run:
-        return Estimate.model_validate(await db(estimates.of_study, owner_id=caller.id, spec=body.spec()))
+        return Estimate.model_validate(
+            await db(estimates.of_study, owner_id=caller.id, spec=body.spec(), results_kept=kept)
+        )
+    await _check_rows(body, caller.id, db, held.artifacts)
     study, runs = await db(
-        _create, owner_id=caller.id, body=body, idempotency_key=idempotency_key, artifacts=held.artifacts
+        _create, owner_id=caller.id, body=body, idempotency_key=idempotency_key, results_kept=kept
     )
     log.info("accepted %s from %s, %d jobs", study.id, caller.id, len(runs))
     for run in runs:
@@ -46,7 +54,7 @@ async def create_study(
 
 
 def _create(
-    session: Session, *, owner_id: str, body: StudyRequest, idempotency_key: str | None, artifacts: Artifacts
+    session: Session, *, owner_id: str, body: StudyRequest, idempotency_key: str | None, results_kept: bool
 ) -> tuple[Study, list[Run]]:
     study_id = new_study_id()
     if idempotency_key is not None:
@@ -59,28 +67,61 @@ def _create(
         )
         if not reserved.is_new:
             return _read(session, owner_id=owner_id, study_id=reserved.resource_id)
-    _check_rows(session, artifacts, owner_id, "test_file" if body.test_file else "validation_file", body)
     study = studies.create(
-        session, owner_id=owner_id, spec=body.spec(), metadata=body.metadata, study_id=study_id
+        session,
+        owner_id=owner_id,
+        spec=body.spec(),
+        metadata=body.metadata,
+        study_id=study_id,
+        results_kept=results_kept,
     )
     return study, studies.runs_of(session, study.id)
 
 
-def _check_rows(
-    session: Session, artifacts: Artifacts, owner_id: str, field: str, body: StudyRequest
-) -> None:
-    """Refuse an uploaded file of so few rows that nothing could be told apart on it. Only small ones are read."""
-    reference = getattr(body, field)
-    if reference is None or not reference.startswith("file-"):
-        return
-    files.lock_for_job(session, owner_id=owner_id, references=[(field, reference)])
-    file = files.get(session, owner_id=owner_id, file_id=reference)
-    if file.bytes > _SMALL_BYTES:
-        return
-    content = b"".join(artifacts.iter_bytes(file.storage_key))
-    rows = sum(bool(line.strip()) for line in content.splitlines())
-    if rows < _LEAST_ROWS:
-        raise InvalidRequest(f"{rows} rows tell no methods apart: give {_LEAST_ROWS} or more", param=field)
+async def _check_rows(body: StudyRequest, owner_id: str, db: Database, artifacts: Artifacts) -> None:
+    """Refuse an uploaded file of so few rows that nothing could be told apart on it. Only small ones are read, while no
+    transaction is open; those that aren't there are left to `studies.create`.
+    """
+    for field, key in await db(_small_files, owner_id=owner_id, measured=_measured(body)):
+        rows = None
+        with suppress(Damaged):  # it may have been deleted meanwhile
+            rows = await to_thread.run_sync(_rows_in, artifacts, key)
+        if rows is not None and rows < _LEAST_ROWS:
+            message = f"{rows} rows tell no methods apart: give {_LEAST_ROWS} or more"
+            raise InvalidRequest(message, param=field)
+
+
+def _measured(body: StudyRequest) -> list[tuple[str, str]]:
+    """The files that arms are compared on, and chosen by, as the request names them."""
+    given: list[tuple[str, str | None]] = []
+    if body.tasks is not None:
+        for index, data in enumerate(body.tasks):
+            field = "test_file" if data.test_file else "validation_file"
+            given.append((f"tasks[{index}].{field}", getattr(data, field)))
+    else:
+        chosen_by = body.search is not None or not body.test_file
+        given = [
+            ("test_file", body.test_file),
+            ("validation_file", body.validation_file if chosen_by else None),
+        ]
+    return [(field, file) for field, file in given if file is not None and file.startswith("file-")]
+
+
+def _small_files(
+    session: Session, *, owner_id: str, measured: Sequence[tuple[str, str]]
+) -> list[tuple[str, str]]:
+    found: list[tuple[str, str]] = []
+    for field, file_id in measured:
+        with suppress(NotFound):
+            file = files.get(session, owner_id=owner_id, file_id=file_id)
+            if file.bytes <= _SMALL_BYTES:
+                found.append((field, file.storage_key))
+    return found
+
+
+def _rows_in(artifacts: Artifacts, key: str) -> int:
+    content = b"".join(artifacts.iter_bytes(key))
+    return sum(bool(line.strip()) for line in content.splitlines())
 
 
 def _read(session: Session, *, owner_id: str, study_id: str) -> tuple[Study, list[Run]]:

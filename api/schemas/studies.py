@@ -9,14 +9,15 @@ from pydantic import BaseModel, Field, model_validator
 
 from api.schemas.common import Identified, RequestBody, seconds
 from api.schemas.jobs import Metadata
+from store.search_rounds import summary
 from store.states import JobState
 from store.studies import Run, status_of
 from store.study_spec import StudySpec
 from store.study_tables import Study, StudyEvent
 
 
-class StudyRequest(RequestBody, StudySpec):  # type: ignore[misc]  # of pydantic's plugin: two constructors
-    """What `POST /v1/studies` takes. One of `arms`, `grid` and `preset` says what is compared."""
+class StudyRequest(RequestBody, StudySpec):
+    """What `POST /v1/studies` takes. One of `arms`, `grid`, `search` and `preset` says what is compared."""
 
     metadata: Metadata = Field(default_factory=dict)
     #: Say what the study would take, and queue nothing.
@@ -53,6 +54,12 @@ class Arm(BaseModel):
 
     name: str
     method: dict[str, Any]
+    #: With cross_task: which method it is, on which task.
+    method_name: str | None = None
+    task: str | None = None
+    #: In a search: its number, its settings, what became of it (running, complete, failed; pruned: it can't be), and
+    #: what it came to on the validation rows. Test rows are looked at for the best trial alone.
+    trial: dict[str, Any] | None = None
     jobs: list[ArmJob]
     metric: str | None = None  #: what `accuracy` is the mean of
     accuracy: float | None = None
@@ -74,6 +81,9 @@ class Arm(BaseModel):
         return cls(
             name=planned["name"],
             method=planned["method"],
+            method_name=planned.get("method_name"),
+            task=planned.get("task"),
+            trial=planned.get("trial"),
             jobs=[
                 ArmJob(
                     id=run.job.id,
@@ -119,7 +129,7 @@ class StudyObject(Identified):
     created_at: int
     finished_at: int | None
     model: str
-    training_file: str
+    training_file: str | None
     validation_file: str | None
     test_file: str | None
     seeds: list[int]
@@ -129,6 +139,11 @@ class StudyObject(Identified):
     jobs: dict[str, int]
     arms: list[Arm]
     comparisons: list[dict[str, Any]]
+    #: With cross_task: its tasks, and for each two methods what may be said over all of them.
+    tasks: list[dict[str, Any]] | None = None
+    over_tasks: list[dict[str, Any]] = Field(default_factory=list)
+    #: What was searched, how many trials there are of which kind, and the best one so far.
+    search: dict[str, Any] | None = None
 
     @classmethod
     def of(cls, study: Study, runs: Sequence[Run]) -> Self:
@@ -139,6 +154,9 @@ class StudyObject(Identified):
             jobs=counted(states),
             arms=[Arm.of(planned, runs, verdict) for planned in study.spec["planned"]],
             comparisons=verdict["comparisons"] if verdict else [],
+            over_tasks=verdict.get("over_tasks", []) if verdict else [],
+            tasks=study.spec.get("tasks"),
+            search=summary(study) if study.spec.get("search") is not None else None,
             **_shared(study),
         )
 
@@ -152,7 +170,7 @@ class StudySummary(Identified):
     created_at: int
     finished_at: int | None
     model: str
-    training_file: str
+    training_file: str | None
     validation_file: str | None
     test_file: str | None
     seeds: list[int]

@@ -49,10 +49,12 @@ class ArmOutcomes(_Strict):
     name: str
     seeds: list[int]
     runs: list[RunOutcome]
+    task: str | None = None
+    method: str | None = None
 
 
 class Question(_Strict):
-    """`baseline`: the arm that all others are compared with; None compares every pair."""
+    """`baseline`: the arm, or the method, that all others are compared with; None compares every pair."""
 
     arms: list[ArmOutcomes]
     baseline: str | None = None
@@ -67,6 +69,8 @@ def run(options: argparse.Namespace) -> None:
         Arm(
             name=arm.name,
             seeds=arm.seeds,
+            task=arm.task,
+            method=arm.method,
             outcomes=[one.outcome() for one in arm.runs],
         )
         for arm in question.arms

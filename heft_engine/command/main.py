@@ -86,6 +86,11 @@ def parser() -> argparse.ArgumentParser:
     judge = commands.add_parser("judge", help="which differences between arms of several runs are real")
     judge.add_argument("--run-file", type=Path, required=True, help="see heft_engine.command.judge.Question")
     judge.set_defaults(run=_judge)
+    propose = commands.add_parser("propose", help="which points a search shall try next")
+    propose.add_argument(
+        "--run-file", type=Path, required=True, help="see heft_engine.command.propose.Question"
+    )
+    propose.set_defaults(run=_propose)
     gpu_check = commands.add_parser(
         "gpu-check", help="a HEFT job on a random model of Llama-2-7B's shape, on a GPU"
     )
@@ -251,6 +256,12 @@ def _models(options: argparse.Namespace) -> None:
 
 def _judge(options: argparse.Namespace) -> None:
     from heft_engine.command.judge import run
+
+    run(options)
+
+
+def _propose(options: argparse.Namespace) -> None:
+    from heft_engine.command.propose import run
 
     run(options)
 

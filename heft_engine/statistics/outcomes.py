@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Sequence
+from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import NDArray
@@ -33,13 +33,16 @@ class Outcome:
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class Arm:
-    """A method as it was run: the seeds that were asked for, and the outcomes there are (a run may have failed)."""
+    """A method as it was run: the seeds that were asked for, and the outcomes there are (a run may have failed).
+
+    Where methods are run on several tasks, each with each is an arm, `method` on `task`.
+    """
 
     name: str
     seeds: Sequence[int]
     outcomes: Sequence[Outcome]
-    #: Settings count for nothing here; whoever shows the verdict may want them beside it.
-    notes: Mapping[str, object] = field(default_factory=dict)
+    task: str | None = None
+    method: str | None = None
 
     @property
     def by_seed(self) -> dict[int, Outcome]:

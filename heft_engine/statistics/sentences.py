@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from heft_engine.statistics.methods import MethodComparison
 from heft_engine.statistics.models import ModelComparison
 from heft_engine.statistics.outcomes import Arm
+from heft_engine.statistics.tasks import TaskComparison
 
 #: Differences under this many points are shown as none.
 _SMALLEST = 0.05
@@ -23,12 +24,20 @@ class Judged:
     alpha: float  #: what a single one of the family must stay under, at worst
 
 
-def of_methods(a: Arm, b: Arm, found: MethodComparison, judged: Judged) -> str:
+@dataclass(frozen=True, kw_only=True)
+class Needed:
+    """What would tell a difference of the size seen apart; None: nothing would."""
+
+    seeds: int | None
+    rows: int | None
+
+
+def of_methods(a: Arm, b: Arm, found: MethodComparison, judged: Judged, needed: Needed) -> str:
     told = _difference(a.name, b.name, found.difference, found.interval_95)
     seeds = f"{found.seeds} seeds{_missing(a, b)}"
     if judged.separable:
         return f"{told}: separable with {seeds} ({_p(judged)})."
-    return f"{told}: not separable with {seeds}{_but(found.interval_95, judged)}; {_needed(found, judged)}."
+    return f"{told}: not separable with {seeds}{_but(found.interval_95, judged)}; {_needed(found, needed)}."
 
 
 def of_models(a: Arm, b: Arm, seed: int, found: ModelComparison, judged: Judged) -> str:
@@ -45,6 +54,16 @@ def of_nothing(a: Arm, b: Arm) -> str:
 
 def of_other_rows(a: Arm, b: Arm) -> str:
     return f"{a.name} and {b.name} were measured on different rows: nothing can be compared."
+
+
+def over_tasks(a: str, b: str, found: TaskComparison, judged: Judged) -> str:
+    told = _difference(a, b, found.difference, found.interval_95)
+    tasks = f"{found.tasks} tasks"
+    if judged.separable:
+        return f"On average over these {tasks}, {told}: separable with {tasks} ({_p(judged)})."
+    return (
+        f"On average over these {tasks}, {told}: not separable with {tasks}{_but(found.interval_95, judged)}."
+    )
 
 
 def _difference(a: str, b: str, difference: float, interval: tuple[float, float]) -> str:
@@ -84,14 +103,13 @@ def _but(interval: tuple[float, float], judged: Judged) -> str:
     return ""
 
 
-def _needed(found: MethodComparison, judged: Judged) -> str:
+def _needed(found: MethodComparison, needed: Needed) -> str:
     if abs(100 * found.difference) < _SMALLEST:
         return "there is no difference to look for"
-    if (seeds := found.seeds_needed(judged.alpha)) is not None:
+    if needed.seeds is not None:
         # The judgement at hand may fall short by chance where the estimate says that it should not.
-        return f"about {max(seeds, found.seeds + 1)} would be needed"
-    rows = found.rows_needed(judged.alpha)
-    more = "far more" if rows is None else f"about {_rounded(rows):,}"
+        return f"about {max(needed.seeds, found.seeds + 1)} would be needed"
+    more = "far more" if needed.rows is None else f"about {_rounded(needed.rows):,}"
     return f"no number of seeds would be enough on {found.rows:,} test rows, {more} would be needed"
 
 

@@ -5,7 +5,7 @@ the two kinds of question. It does NOT choose a winner.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from itertools import combinations
 from typing import Any
 
@@ -18,7 +18,8 @@ from heft_engine.statistics.accuracy import accuracy_of
 from heft_engine.statistics.methods import MethodComparison, compare_methods
 from heft_engine.statistics.models import ModelComparison, compare_models
 from heft_engine.statistics.outcomes import Arm, paired
-from heft_engine.statistics.sentences import Judged
+from heft_engine.statistics.sentences import Judged, Needed
+from heft_engine.statistics.tasks import TaskComparison, compare_over_tasks
 
 ALPHA = 0.05
 
@@ -30,14 +31,17 @@ class _Pair:
     a: Arm
     b: Arm
     same_rows: bool = True
+    differences: NDArray[np.float64] | None = None  #: a's rows minus b's, (seeds, rows)
     models: dict[int, ModelComparison] = field(default_factory=dict)  #: by seed
     methods: MethodComparison | None = None
 
 
 def judge(arms: Sequence[Arm], *, baseline: str | None = None) -> dict[str, Any]:
-    """`{"arms": […], "comparisons": […]}`. Each pair of arms is compared, or each arm with the one named `baseline`.
+    """`{"arms": […], "comparisons": […], "over_tasks": […]}`.
 
-    The p-values of methods are one family for Holm's correction, those of models, seed by seed, another.
+    Each pair of arms of one task is compared, or each arm with the one (or the one of the method) named `baseline`. The
+    p-values of methods are one family for Holm's correction, those of models, seed by seed, another, and those of
+    methods over tasks a third.
     """
     pairs = [_compare(a, b) for a, b in _pairs(arms, baseline)]
     methods = _holm([pair.methods.p_value for pair in pairs if pair.methods is not None])
@@ -45,14 +49,20 @@ def judge(arms: Sequence[Arm], *, baseline: str | None = None) -> dict[str, Any]
     return {
         "arms": [_arm(arm) for arm in arms],
         "comparisons": [_to_json(pair, methods, models) for pair in pairs],
+        "over_tasks": _over_tasks(pairs),
     }
 
 
 def _pairs(arms: Sequence[Arm], baseline: str | None) -> list[tuple[Arm, Arm]]:
+    pairs = [(a, b) for a, b in combinations(arms, 2) if a.task == b.task]
     if baseline is None:
-        return list(combinations(arms, 2))
-    first = next(arm for arm in arms if arm.name == baseline)
-    return [(arm, first) for arm in arms if arm is not first]
+        return pairs
+    # Whatever is compared with it stands first.
+    return [
+        (b, a) if baseline in (a.name, a.method) else (a, b)
+        for a, b in pairs
+        if baseline in (a.name, a.method, b.name, b.method)
+    ]
 
 
 def _compare(a: Arm, b: Arm) -> _Pair:
@@ -63,7 +73,7 @@ def _compare(a: Arm, b: Arm) -> _Pair:
     if differences is None:
         return _Pair(a=a, b=b)
     models = {seed: compare_models(row) for seed, row in zip(seeds, differences, strict=True)}
-    return _Pair(a=a, b=b, models=models, methods=_methods(differences))
+    return _Pair(a=a, b=b, differences=differences, models=models, methods=_methods(differences))
 
 
 def _methods(differences: NDArray[np.float64]) -> MethodComparison | None:
@@ -131,6 +141,7 @@ def _to_json(pair: _Pair, methods: _Corrected, models: _Corrected) -> dict[str, 
 
 
 def _of_methods(pair: _Pair, found: MethodComparison, judged: Judged) -> dict[str, Any]:
+    needed = Needed(seeds=found.seeds_needed(judged.alpha), rows=found.rows_needed(judged.alpha))
     return {
         "question": "methods",
         "difference": found.difference,
@@ -143,9 +154,9 @@ def _of_methods(pair: _Pair, found: MethodComparison, judged: Judged) -> dict[st
         "per_seed": found.per_seed,
         "seed_deviation": found.seed_deviation,
         "effect_size": found.cohens_dz,
-        "seeds_needed": found.seeds_needed(judged.alpha),
-        "rows_needed": found.rows_needed(judged.alpha),
-        "sentence": sentences.of_methods(pair.a, pair.b, found, judged),
+        "seeds_needed": needed.seeds,
+        "rows_needed": needed.rows,
+        "sentence": sentences.of_methods(pair.a, pair.b, found, judged, needed),
     }
 
 
@@ -161,4 +172,32 @@ def _of_models(pair: _Pair, seed: int, judged: Judged) -> dict[str, Any]:
         "seeds": 1,
         "rows": found.rows,
         "sentence": sentences.of_models(pair.a, pair.b, seed, found, judged),
+    }
+
+
+def _over_tasks(pairs: Sequence[_Pair]) -> list[dict[str, Any]]:
+    """One statement for each two methods that were compared on several tasks."""
+    by_methods: dict[tuple[str, str], dict[str, NDArray[np.float64]]] = {}
+    for pair in pairs:
+        a, b, task = pair.a.method, pair.b.method, pair.a.task
+        if a is not None and b is not None and task is not None and pair.differences is not None:
+            by_methods.setdefault((a, b), {})[task] = pair.differences
+    found = {
+        methods: compare_over_tasks(differences)
+        for methods, differences in by_methods.items()
+        if len(differences) > 1
+    }
+    corrected = _holm([one.p_value for one in found.values()])
+    return [_of_tasks(a, b, one, corrected.next()) for (a, b), one in found.items()]
+
+
+def _of_tasks(a: str, b: str, found: TaskComparison, judged: Judged) -> dict[str, Any]:
+    return {
+        "a": a,
+        "b": b,
+        **asdict(found),
+        "interval_95": list(found.interval_95),
+        "p_adjusted": judged.p_adjusted,
+        "separable": judged.separable,
+        "sentence": sentences.over_tasks(a, b, found, judged),
     }

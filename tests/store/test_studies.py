@@ -31,12 +31,16 @@ def spec(**changes: Any) -> StudySpec:
     )
 
 
-def create(bench, **changes: Any) -> Study:
-    return bench.do(studies.create, owner_id=OWNER, spec=spec(**changes))
+def create(bench, *, results_kept: bool = True, **changes: Any) -> Study:
+    return bench.do(studies.create, owner_id=OWNER, spec=spec(**changes), results_kept=results_kept)
 
 
 def runs(bench, study: Study) -> list[studies.Run]:
-    return bench.do(studies.runs_of, study.id)
+    return bench.do(studies.runs_of, study.id, rows=True)
+
+
+def specs(bench, study: Study) -> list[dict[str, Any]]:
+    return [bench.get(run.job.id).spec for run in runs(bench, study)]
 
 
 def prepared(bench, study: Study) -> list[str]:
@@ -78,7 +82,10 @@ VERDICT: dict[str, Any] = {
 
 def test_every_arm_with_every_seed_is_a_job(bench) -> None:
     study = create(bench)
-    found = [(run.arm, run.seed, run.job.spec["seed"], run.job.state) for run in runs(bench, study)]
+    found = [
+        (run.arm, run.seed, spec["seed"], run.job.state)
+        for run, spec in zip(runs(bench, study), specs(bench, study), strict=True)
+    ]
     new = JobState.VALIDATING_FILES
     assert found == [
         ("reft.layers=1", 1, 1, new),
@@ -86,7 +93,7 @@ def test_every_arm_with_every_seed_is_a_job(bench) -> None:
         ("reft.layers=1", 2, 2, new),
         ("reft.layers=2", 2, 2, new),
     ]
-    layers = [run.job.spec["method"]["heft"]["reft"]["layers"] for run in runs(bench, study)]
+    layers = [spec["method"]["heft"]["reft"]["layers"] for spec in specs(bench, study)]
     assert layers == [[1], [2], [1], [2]]
     mine = bench.do(jobs.list_page, owner_id=OWNER, metadata={"study": study.id, "arm": "reft.layers=2"})
     assert [job.spec["seed"] for job in mine.items] == [2, 1]
@@ -176,6 +183,7 @@ def test_jobs_that_share_nothing_do_not_wait(bench) -> None:
     arms = [{"name": "lora", "method": LORA}, {"name": "reft", "method": {"type": "reft"}}]
     assert len(free_of(bench, create(bench, grid=None, arms=arms, seeds=[1]))) == 2
     assert len(free_of(bench, create(bench, reuse=False, seeds=[1]))) == 2
+    assert len(free_of(bench, create(bench, results_kept=False, seeds=[1]))) == 2
     assert len(free_of(bench, create(bench, grid={"lora.rank": [2, 4]}, seeds=[1]))) == 2
 
 
@@ -212,7 +220,7 @@ def test_a_failed_arm_does_not_fail_the_study(bench) -> None:
     found[1].outcome.outcomes["results"][-1] = {"stage": "lora", "stage_index": 0, "values": "AAAA"}
     graded = verdicts.question(news, found)["arms"][1]["runs"][0]
     assert graded == {"seed": 1, "n": 4, "rows_sha256": "x", "values": "AAAA"}
-    assert bench.do(verdicts.record, study.id, found, VERDICT)
+    assert bench.do(verdicts.record, study.id, found, VERDICT) is not None
     assert status(bench, study) == "succeeded"
     assert bench.do(verdicts.with_news) is None
     page = bench.do(studies.list_events, owner_id=OWNER, study_id=study.id)
@@ -241,9 +249,9 @@ def test_a_verdict_that_others_have_made_or_overtaken_is_dropped(bench) -> None:
     early = runs(bench, study)
     succeed(bench, bench.claim(two))
     late = runs(bench, study)
-    assert bench.do(verdicts.record, study.id, late, VERDICT)
+    assert bench.do(verdicts.record, study.id, late, VERDICT) is not None
     for seen in (early, late):
-        assert not bench.do(verdicts.record, study.id, seen, {"arms": [], "comparisons": []})
+        assert bench.do(verdicts.record, study.id, seen, {"arms": [], "comparisons": []}) is None
     study = bench.do(studies.get, owner_id=OWNER, study_id=study.id)
     assert study.verdict == VERDICT
     assert study.finished_at is None
@@ -263,7 +271,7 @@ def test_a_study_is_judged_while_it_goes_on(bench) -> None:
     one, _ = prepared(bench, study)
     assert bench.do(verdicts.with_news) is None
     succeed(bench, bench.claim(one))
-    assert bench.do(verdicts.record, study.id, runs(bench, study), VERDICT)
+    assert bench.do(verdicts.record, study.id, runs(bench, study), VERDICT) is not None
     assert bench.do(verdicts.with_news) is None
     assert status(bench, study) == "running"
 
@@ -332,7 +340,7 @@ def test_arms_of_equal_arithmetic_follow_the_first_run(bench) -> None:
     assert [(run.arm, run.seed) for run in new] == [
         ("LoRA alone", 1), ("ReFT alone", 1), ("LoRA alone", 2), ("ReFT alone", 2),
     ]  # fmt: skip
-    lora, reft = (run.job.spec["method"] for run in new[:2])
+    lora, reft = (spec["method"] for spec in specs(bench, study)[2:4])
     assert lora["lora"]["n_epochs"] == 3  # 3,430 of 1,000 each
     assert reft["reft"]["n_epochs"] == 303  # 3,430 less 400, of 10 each
     study = bench.do(studies.get, owner_id=OWNER, study_id=study.id)
@@ -352,8 +360,9 @@ def test_who_read_the_runs_before_others_followed_up_does_not_end_the_study(benc
     if seen == 2:
         succeed(bench, bench.claim(two), costs=COSTS)
     second = runs(bench, study)
-    assert bench.do(verdicts.record, study.id, first, VERDICT)
-    assert bench.do(verdicts.record, study.id, second, VERDICT) == (seen == 2)
+    made = bench.do(verdicts.record, study.id, first, VERDICT)
+    assert made == [run.job.id for run in runs(bench, study)[2:]]
+    assert bench.do(verdicts.record, study.id, second, VERDICT) == ([] if seen == 2 else None)
     assert bench.do(studies.get, owner_id=OWNER, study_id=study.id).finished_at is None
     assert len(runs(bench, study)) == 6
 
