@@ -11,7 +11,7 @@ from typing import Any
 from sqlalchemy.orm import Session
 
 from store.states import TERMINAL, JobState
-from store.studies import Run, append_event, create_jobs, spec_of
+from store.studies import Run, append_event, create_jobs, spec_of, write
 from store.study_search import Ended, Round, best, settled, trial_arm, trials_of, why_no_more
 from store.study_tables import Study
 
@@ -62,15 +62,19 @@ def follow_up(
         made = create_jobs(session, study, wanted, first=len(runs), results_kept=results_kept)
     for arm in found.new:
         _tell_new(session, study, arm)
-    study.spec = {**study.spec, "planned": [*planned, *found.new]}
-    session.flush()
+    _rewrite(session, study, planned=[*planned, *found.new])
     return made
 
 
 def close(session: Session, study: Study, reason: str) -> None:
     """No more trials are made. What there is will be judged as the search's end."""
-    study.spec = {**study.spec, "search": {**study.spec["search"], "closed": reason}}
+    _rewrite(session, study, search={**study.spec["search"], "closed": reason})
     append_event(session, study.id, "SEARCH_CLOSED", f"No more trials are made: {reason}.", level="error")
+
+
+def _rewrite(session: Session, study: Study, **changes: Any) -> None:
+    write(session, study.id, spec={**study.spec, **changes})
+    session.expire(study, ["spec"])
 
 
 def _tell_ended(session: Session, study: Study, planned: Sequence[Mapping[str, Any]]) -> None:

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import argparse
 import json
-from typing import Annotated
+from typing import Annotated, Any
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
@@ -65,6 +65,10 @@ def run(options: argparse.Namespace) -> None:
         question = Question.model_validate_json(options.run_file.read_text())
     except ValidationError as error:
         raise ConfigError(f"no question for judge: {error.errors()[0]['msg']}", param="run-file") from None
+    print(json.dumps(answer(question), allow_nan=False))
+
+
+def answer(question: Question) -> dict[str, Any]:
     arms = [
         Arm(
             name=arm.name,
@@ -75,4 +79,4 @@ def run(options: argparse.Namespace) -> None:
         )
         for arm in question.arms
     ]
-    print(json.dumps(judge(arms, baseline=question.baseline), allow_nan=False))
+    return judge(arms, baseline=question.baseline)

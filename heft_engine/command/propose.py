@@ -39,8 +39,12 @@ def run(options: argparse.Namespace) -> None:
         question = Question.model_validate_json(options.run_file.read_text())
     except ValidationError as error:
         raise ConfigError(f"no question for propose: {error.errors()[0]['msg']}", param="run-file") from None
+    print(json.dumps(answer(question), allow_nan=False))
+
+
+def answer(question: Question) -> dict[str, Any]:
     search = Search(
         space=question.space, budget=question.budget, sampler=question.sampler, seed=question.seed
     )
     trials = [Trial(point=one.point, state=one.state, value=one.value) for one in question.trials]
-    print(json.dumps({"points": propose(search, trials, question.count)}, allow_nan=False))
+    return {"points": propose(search, trials, question.count)}
