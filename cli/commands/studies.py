@@ -10,19 +10,18 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from cli.commands.jobs import FileOption, file_id, job_body, setting_value
+from cli.commands.jobs import FileOption
 from cli.errors import CommandError
 from cli.options import target
 
 if TYPE_CHECKING:
-    from cli.client import Client, Json
+    from cli.client import Client
 
 app = typer.Typer(help="Studies: several methods on the same data, compared.", no_args_is_help=True)
 
 _STUDIES = "/v1/studies"
 _PERIOD_SECONDS = 2.0
 _ENDED = ("succeeded", "failed", "cancelled")
-_FILES = ("training_file", "validation_file", "test_file")
 StudyId = Annotated[str, typer.Argument(metavar="STUDY", help="The study's id, study_…")]
 
 
@@ -35,7 +34,7 @@ class Format(StrEnum):
 @app.command()
 def create(
     context: typer.Context,
-    name: Annotated[str, typer.Option(help="What the study is called.")],
+    name: Annotated[str | None, typer.Option(help="What the study is called.")] = None,
     model: Annotated[str | None, typer.Option(help="The base model.")] = None,
     training_file: FileOption = None,
     validation_file: FileOption = None,
@@ -43,7 +42,7 @@ def create(
     preset: Annotated[
         str | None,
         typer.Option(
-            help="paper_table, equal_compute, order, layer_rank, stage1_variants or stage2_variants."
+            help="paper_table, equal_compute, order, layer_rank, stage1_variants, stage2_variants or cross_task."
         ),
     ] = None,
     epochs_scale: Annotated[float | None, typer.Option(help="Of a preset's epochs.")] = None,
@@ -54,37 +53,58 @@ def create(
     grid: Annotated[
         list[str] | None, typer.Option(metavar="NAME=VALUE,…", help="reft.layers=10,15,20: every combination")
     ] = None,
-    budget: Annotated[int | None, typer.Option(help="So many of the grid's arms, drawn at random.")] = None,
-    method: Annotated[str, typer.Option(help="What a grid varies.")] = "heft",
+    search: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="NAME=VALUE,… | NAME=LOW..HIGH[:log]",
+            help="reft.rank=2,4,8 or reft.learning_rate=1e-5..1e-3:log: chosen by the validation rows",
+        ),
+    ] = None,
+    budget: Annotated[
+        int | None, typer.Option(help="So many trials of a search, or of the grid's arms, drawn at random.")
+    ] = None,
+    sampler: Annotated[str | None, typer.Option(help="How a search chooses: tpe or random.")] = None,
+    parallel: Annotated[int | None, typer.Option(help="So many trials of a search at a time.")] = None,
+    method: Annotated[
+        str | None, typer.Option(help="What a grid or a search varies.", show_default="heft")
+    ] = None,
     settings: Annotated[
         list[str] | None, typer.Option("--set", metavar="NAME=VALUE", help="Settings of that method.")
     ] = None,
-    seeds: Annotated[str, typer.Option(help="Each arm is run with each.")] = "1,2,3",
+    seeds: Annotated[
+        str | None, typer.Option(help="Each arm is run with each.", show_default="1,2,3")
+    ] = None,
     baseline: Annotated[str | None, typer.Option(help="The arm that all others are compared with.")] = None,
+    from_file: Annotated[
+        Path | None,
+        typer.Option("--from", metavar="FILE", help="The request as JSON; what else is given goes before."),
+    ] = None,
     dry_run: Annotated[bool, typer.Option(help="Say what it would take, and start nothing.")] = False,
     watch: Annotated[bool, typer.Option(help="Show what happens until it ends.")] = False,
 ) -> None:
     """Start a study and print its id."""
+    from cli import study_body
     from cli.render import as_json
 
-    body: Json = {"name": name, "seeds": numbers(seeds), "dry_run": dry_run}
     given = {
+        "name": name,
         "model": model,
         "preset": preset,
         "epochs_scale": epochs_scale,
-        "budget": budget,
         "baseline": baseline,
     }
+    given |= dict(zip(study_body.FILES, (training_file, validation_file, test_file), strict=True))
+    body = study_body.read(from_file) if from_file is not None else {}
     body |= {option: value for option, value in given.items() if value is not None}
-    if arm:
-        body["arms"] = [arm_body(text) for text in arm]
-    if grid:
-        body |= job_body(model=model or "", method=method, settings=settings or []) | body
-        body["grid"] = grid_body(grid)
+    if seeds is not None:
+        body["seeds"] = study_body.numbers(seeds)
+    body |= study_body.arms(arm or [], grid or [], method=method, settings=settings or [])
+    body |= study_body.chosen(
+        search or [], body.get("search"), budget=budget, sampler=sampler, parallel=parallel
+    )
+    body["dry_run"] = dry_run = dry_run or body.get("dry_run", False)
     with target(context).client() as client:
-        for field, reference in zip(_FILES, (training_file, validation_file, test_file), strict=True):
-            if reference is not None:
-                body[field] = file_id(client, reference)
+        study_body.upload_files(client, body)
         study = client.post(_STUDIES, body)
         if dry_run:
             as_json(study)
@@ -174,37 +194,6 @@ def _page(found: Any) -> str:
 def _format_of(out: Path | None) -> Format:
     suffixes = {".json": Format.JSON, ".html": Format.HTML, ".htm": Format.HTML}
     return suffixes.get(out.suffix, Format.MARKDOWN) if out is not None else Format.MARKDOWN
-
-
-def numbers(text: str) -> list[int]:
-    """`"1,2,3"` → [1, 2, 3]."""
-    try:
-        return [int(part) for part in text.split(",")]
-    except ValueError:
-        raise CommandError(f"--seeds takes numbers with commas between them, not {text!r}") from None
-
-
-def arm_body(text: str) -> Json:
-    """`"narrow: heft reft.rank=2"` as the request has it."""
-    name, separator, rest = text.partition(":")
-    kind, *settings = rest.split() or [""]
-    if not separator or not name.strip() or not kind:
-        raise CommandError(f"--arm takes 'NAME: METHOD NAME=VALUE …', not {text!r}")
-    body = job_body(model="", method=kind, settings=settings)
-    beyond = {field: value for field, value in body.items() if field not in ("model", "method")}
-    return {"name": name.strip(), "method": body["method"], **({"set": beyond} if beyond else {})}
-
-
-def grid_body(settings: list[str]) -> dict[str, list[Any]]:
-    """`["reft.layers=10,15"]` → {"reft.layers": [10, 15]}; a JSON list works too."""
-    found: dict[str, list[Any]] = {}
-    for setting in settings:
-        name, separator, text = setting.partition("=")
-        if not separator or not text:
-            raise CommandError(f"--grid takes NAME=VALUE,VALUE, not {setting!r}")
-        value = setting_value(text)
-        found[name] = value if isinstance(value, list) else [setting_value(part) for part in text.split(",")]
-    return found
 
 
 def _watch(client: Client, study_id: str) -> None:

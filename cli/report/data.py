@@ -38,6 +38,8 @@ def fetch(client: Client, study_id: str) -> Report:
     study = client.get(f"/v1/studies/{study_id}")
     curves = {}
     for arm in study["arms"]:
+        if arm.get("trial") and arm["accuracy"] is None:
+            continue  # of a search's trials only the best is looked at
         ended = next((job["id"] for job in arm["jobs"] if job["status"] == "succeeded"), None)
         if ended is not None and (curve := _curve(client, ended)):
             curves[arm["name"]] = curve

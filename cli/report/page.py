@@ -5,17 +5,25 @@ from __future__ import annotations
 from collections.abc import Sequence
 from html import escape
 
+from cli.client import Json
 from cli.report.data import Report
 from cli.report.plots import plots
 from cli.report.words import (
     ABOUT_ARMS,
     ABOUT_METHODS,
     ABOUT_MODELS,
+    ABOUT_TASKS,
+    ABOUT_TRIALS,
     ARM_COLUMNS,
     MODEL_COLUMNS,
+    TRIAL_COLUMNS,
     arm_rows,
-    measured_on,
+    best_of,
+    judged_arms,
     model_rows,
+    rows_of,
+    task_table,
+    trial_rows,
 )
 
 _STYLE = """
@@ -29,9 +37,8 @@ figure { margin: 1.5rem 0; } svg { max-width: 100%; height: auto; }
 
 def page(report: Report) -> str:
     study = report.study
-    where = f"{study['model']}, trained on {study['training_file']}, measured on {measured_on(study)}"
+    where = f"{study['model']}, {rows_of(study)}"
     seeds = ", ".join(map(str, study["seeds"]))
-    sentences = "".join(f"<li>{escape(one['sentence'])}</li>" for one in study["comparisons"])
     figures = "".join(
         f"<figure>{svg}<figcaption>{escape(text)}</figcaption></figure>" for text, svg in plots(report)
     )
@@ -39,14 +46,38 @@ def page(report: Report) -> str:
 <html lang="en"><head><meta charset="utf-8"><title>{escape(study["name"])}</title><style>{_STYLE}</style></head><body>
 <h1>{escape(study["name"])}</h1>
 <p>{escape(study["id"])}: {escape(study["status"])}. {escape(where)}, seeds {escape(seeds)}.</p>
-<h2>Arms</h2>{_table(ARM_COLUMNS, arm_rows(report.arms))}<p class="note">{escape(ABOUT_ARMS)}</p>
-<h2>Verdict</h2><p class="note">{escape(ABOUT_METHODS)}</p>
-<ul>{sentences or "<li>Nothing to compare yet.</li>"}</ul>
+<h2>Arms</h2>{_table(ARM_COLUMNS, arm_rows(judged_arms(report.arms)))}{_note(ABOUT_ARMS)}
+{_search(study)}{_tasks(study)}
+<h2>Verdict</h2>{_note(ABOUT_METHODS)}
+{_sentences(study["comparisons"]) or "<p>Nothing to compare yet.</p>"}
 {figures}
-<h2>Single models</h2><p class="note">{escape(ABOUT_MODELS)}</p>
+<h2>Single models</h2>{_note(ABOUT_MODELS)}
 {_table(MODEL_COLUMNS, model_rows(study["comparisons"]))}
 </body></html>
 """
+
+
+def _search(study: Json) -> str:
+    if not study.get("search"):
+        return ""
+    table = _table(TRIAL_COLUMNS, trial_rows(study["arms"]))
+    return f"<h2>Search</h2><p>{escape(best_of(study))}</p>{table}{_note(ABOUT_TRIALS)}"
+
+
+def _tasks(study: Json) -> str:
+    if not study.get("tasks"):
+        return ""
+    columns, *rows = task_table(study)
+    return f"<h2>Tasks</h2>{_table(columns, rows)}{_note(ABOUT_TASKS)}{_sentences(study['over_tasks'])}"
+
+
+def _note(text: str) -> str:
+    return f'<p class="note">{escape(text)}</p>'
+
+
+def _sentences(found: Sequence[Json]) -> str:
+    items = "".join(f"<li>{escape(one['sentence'])}</li>" for one in found)
+    return f"<ul>{items}</ul>" if items else ""
 
 
 def _table(columns: Sequence[str], rows: Sequence[Sequence[str]]) -> str:

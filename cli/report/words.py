@@ -18,6 +18,7 @@ ARM_COLUMNS = (
     "time",
     "trained parameters",
 )
+TRIAL_COLUMNS = ("trial", "settings", "on the validation rows", "what became of it")
 MODEL_COLUMNS = (
     "a",
     "b",
@@ -34,6 +35,14 @@ ABOUT_ARMS = (
     " Where rows are measured by another metric, its mean stands there. Arithmetic and time are of one run, a stage"
     " that was reused counted as when it was trained."
 )
+ABOUT_TRIALS = (
+    "Trials are chosen by the validation rows alone. Of the test rows only the best trial's result was looked at, once"
+    " the search was over. Its seeds are those that it was chosen with: to be sure of it, run it again with others."
+)
+ABOUT_TASKS = (
+    "Accuracy by task and method, with its 95 % interval. Over tasks each is one case: a t interval over the tasks'"
+    " differences, with the noise of their rows and seeds. It speaks of tasks only as far as these stand for them."
+)
 ABOUT_METHODS = (
     "Are the methods different? A t interval over the seeds' paired differences, with the noise of the test rows;"
     " Holm's correction over all comparisons."
@@ -48,15 +57,16 @@ def markdown(report: Report) -> str:
     study = report.study
     parts = [
         f"# {_plain(study['name'])}",
-        f"{study['id']}: {study['status']}. {_plain(study['model'])}, trained on {_plain(study['training_file'])},"
-        f" measured on {_plain(measured_on(study))}, seeds {', '.join(map(str, study['seeds']))}.",
+        f"{study['id']}: {study['status']}. {_plain(study['model'])}, {_plain(rows_of(study))}, seeds"
+        f" {', '.join(map(str, study['seeds']))}.",
         "## Arms",
-        _table(ARM_COLUMNS, arm_rows(report.arms)),
+        _table(ARM_COLUMNS, arm_rows(judged_arms(report.arms))),
         ABOUT_ARMS,
+        *_markdown_of_search(study),
+        *_markdown_of_tasks(study),
         "## Verdict",
         ABOUT_METHODS,
-        "\n".join(f"- {_plain(one['sentence'])}" for one in study["comparisons"])
-        or "Nothing to compare yet.",
+        _sentences(study["comparisons"]) or "Nothing to compare yet.",
         "## Single models",
         ABOUT_MODELS,
         _table(MODEL_COLUMNS, model_rows(study["comparisons"])),
@@ -64,10 +74,81 @@ def markdown(report: Report) -> str:
     return "\n\n".join(parts) + "\n"
 
 
-def measured_on(study: Json) -> str:
-    rows = study["test_file"] or f"{study['validation_file']} (validation rows: they may have steered)"
+def _markdown_of_search(study: Json) -> list[str]:
+    if not study.get("search"):
+        return []
+    return [
+        "## Search",
+        _plain(best_of(study)),
+        _table(TRIAL_COLUMNS, trial_rows(study["arms"])),
+        ABOUT_TRIALS,
+    ]
+
+
+def _markdown_of_tasks(study: Json) -> list[str]:
+    if not study.get("tasks"):
+        return []
+    columns, *rows = task_table(study)
+    return ["## Tasks", _table(columns, rows), ABOUT_TASKS, _sentences(study["over_tasks"])]
+
+
+def _sentences(found: Iterable[Json]) -> str:
+    return "\n".join(f"- {_plain(one['sentence'])}" for one in found)
+
+
+def rows_of(study: Json) -> str:
+    """What a study was trained and measured on, in words."""
+    if study.get("tasks"):
+        return "on " + "; ".join(f"{task['name']}: {_rows_of(task)}" for task in study["tasks"])
     metrics = sorted({arm["metric"] for arm in study["arms"] if arm.get("metric") not in (None, "accuracy")})
-    return f"{rows} by {', '.join(metrics)}" if metrics else str(rows)
+    return _rows_of(study) + (f" by {', '.join(metrics)}" if metrics else "")
+
+
+def _rows_of(part: Json) -> str:
+    measured = part["test_file"] or f"{part['validation_file']} (validation rows: they may have steered)"
+    return f"trained on {part['training_file']}, measured on {measured}"
+
+
+def task_table(study: Json) -> list[list[str]]:
+    """Tasks down, methods across; the first row is the head."""
+    cells = {(arm["task"], arm["method_name"]): arm for arm in study["arms"]}
+    methods = list(dict.fromkeys(method for _, method in cells))
+    rows = [
+        [task["name"], *(_cell(cells[task["name"], method]) for method in methods)] for task in study["tasks"]
+    ]
+    return [["task", *methods], *rows]
+
+
+def _cell(arm: Json) -> str:
+    if arm["accuracy"] is None:
+        return _ends(arm)
+    return f"{percent(arm['accuracy'])} ({between(arm['interval_95'])})"
+
+
+def best_of(study: Json) -> str:
+    """What a search has found so far, in words."""
+    found = study["search"]["best"]
+    if found is None:
+        return "No trial has succeeded yet."
+    return f"Best on the validation rows: {found['arm']}, {percent(found['value'])}."
+
+
+def trial_rows(arms: Iterable[Json]) -> list[list[str]]:
+    trials = [arm["trial"] for arm in arms if arm.get("trial")]
+    return [
+        [
+            str(trial["number"]),
+            ", ".join(f"{name} = {value}" for name, value in trial["params"].items()),
+            percent(trial["value"]),
+            f"{trial['state']}: {trial['reason']}" if trial["reason"] else trial["state"],
+        ]
+        for trial in trials
+    ]
+
+
+def judged_arms(arms: Sequence[Json]) -> list[Json]:
+    """All but the trials whose test rows nobody looks at."""
+    return [arm for arm in arms if not arm.get("trial") or arm["accuracy"] is not None]
 
 
 def arm_rows(arms: Iterable[Json]) -> list[list[str]]:

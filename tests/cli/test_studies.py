@@ -11,12 +11,12 @@ from xml.etree import ElementTree
 
 import pytest
 
-from cli.commands.studies import arm_body, grid_body, numbers
 from cli.errors import CommandError
 from cli.report.data import Report, layer_and_rank, losses
 from cli.report.page import page
 from cli.report.plots import against_compute, curves, layer_rank_map
 from cli.report.words import flops, markdown
+from cli.study_body import arm_body, grid_body, numbers, space_body
 
 SENTENCE = "HEFT 3+3 is 1.2 points above LoRA <alone>, 95 % interval −0.4 to 2.8: not separable with 3 seeds."
 
@@ -196,3 +196,113 @@ def test_watching_a_study_tells_what_happens_and_how_it_ends(service: Any) -> No
     run = service.run("studies", "watch", "study_1")
     assert run.exit_code == 1
     assert run.stdout.splitlines() == ["Created.", "The study has ended."]
+
+
+def test_a_search_is_written_as_lists_and_ranges() -> None:
+    assert space_body(
+        ["reft.rank=2,4", "reft.learning_rate=1e-5..1e-3:log", "lora.rank=2..16", "reft.positions=l1,f1+l1"]
+    ) == {
+        "reft.rank": [2, 4],
+        "reft.learning_rate": {"low": 1e-5, "high": 1e-3, "log": True},
+        "lora.rank": {"low": 2, "high": 16},
+        "reft.positions": ["l1", "f1+l1"],
+    }
+    for fault in ("reft.rank", "reft.rank=", "reft.rank=2..8:squared"):
+        with pytest.raises(CommandError):
+            space_body([fault])
+
+
+def test_the_command_sends_a_search(service: Any) -> None:
+    service.on("POST /v1/studies", (200, {"id": "study_1"}))
+    files = ("--training-file", "file-a", "--validation-file", "file-b", "--test-file", "file-c")
+    search = ("--search", "reft.rank=2,4", "--budget", "6", "--sampler", "random", "--parallel", "3")
+    run = service.run("studies", "create", "--name", "s", "--model", "m", *files, *search)
+    assert run.exit_code == 0, run.output
+    assert service.bodies[-1][1] == {
+        "name": "s",
+        "model": "m",
+        "dry_run": False,
+        "search": {"space": {"reft.rank": [2, 4]}, "budget": 6, "sampler": "random", "parallel": 3},
+        "training_file": "file-a",
+        "validation_file": "file-b",
+        "test_file": "file-c",
+    }
+    assert service.run("studies", "create", "--sampler", "random").exit_code == 1
+
+
+def test_a_request_that_was_written_down_is_sent_with_its_files(service: Any, tmp_path: Path) -> None:
+    rows = tmp_path / "rows.jsonl"
+    rows.write_text("{}\n")
+    task = {"name": "a", "training_file": str(rows), "test_file": "file-t"}
+    body = {"name": "tasks", "preset": "cross_task", "model": "m", "tasks": [task, {**task, "name": "b"}]}
+    path = tmp_path / "study.json"
+    path.write_text(json.dumps(body))
+    service.on("POST /v1/files", (200, {"id": "file-r"}))
+    service.on("POST /v1/studies", (200, {"id": "study_1"}))
+    run = service.run("studies", "create", "--from", str(path), "--model", "other", "--seeds", "4,5")
+    assert run.exit_code == 0, run.output
+    files = {"training_file": "file-r", "test_file": "file-t"}
+    tasks = [{"name": "a", **files}, {"name": "b", **files}]
+    assert service.bodies[-1][1] == {
+        **body,
+        "model": "other",
+        "seeds": [4, 5],
+        "tasks": tasks,
+        "dry_run": False,
+    }
+    path.write_text(json.dumps({"name": "s", "search": {"space": {"reft.rank": [2, 4]}, "budget": 2}}))
+    assert service.run("studies", "create", "--from", str(path), "--budget", "3").exit_code == 0
+    assert service.bodies[-1][1]["search"] == {"space": {"reft.rank": [2, 4]}, "budget": 3}
+    for text in ("[]", "no JSON"):
+        path.write_text(text)
+        assert service.run("studies", "create", "--from", str(path)).exit_code == 1
+
+
+def test_reports_show_a_search_and_its_best_trial_alone() -> None:
+    trials = [
+        {"number": 1, "params": {"reft.rank": 2}, "state": "complete", "value": 0.9, "reason": None},
+        {
+            "number": 2,
+            "params": {"reft.rank": 4},
+            "state": "failed",
+            "value": None,
+            "reason": "1 <failed> of 2",
+        },
+    ]
+    arms = [
+        {**an_arm(f"trial {one['number']}", accuracy=0.8 if one["value"] else None), "trial": one}
+        for one in trials
+    ]
+    report = a_report(*arms, search={"best": {"arm": "trial 1", **trials[0]}})
+    text = markdown(report)
+    assert "Best on the validation rows: trial 1, 90.0 %." in text
+    assert "| 1 | reft.rank = 2 | 90.0 % | complete |" in text
+    assert "| 2 | reft.rank = 4 |  | failed: 1 \\<failed\\> of 2 |" in text
+    assert text.count("| trial 1 | 80.0 % |") == 1
+    assert "| trial 2 |" not in text
+    shown = page(report)
+    assert "<td>failed: 1 &lt;failed&gt; of 2</td>" in shown
+    assert "Best on the validation rows: trial 1, 90.0 %." in shown
+
+
+def test_reports_show_task_by_method() -> None:
+    arms = [
+        {**an_arm(f"{method} on {task}", accuracy=accuracy), "method_name": method, "task": task}
+        for task, accuracy in (("boolq", 0.8), ("sst2", None))
+        for method in ("LoRA", "HEFT")
+    ]
+    tasks = [
+        {"name": name, "training_file": f"file-{name}", "validation_file": "file-v", "test_file": None}
+        for name in ("boolq", "sst2")
+    ]
+    over = [{"a": "LoRA", "b": "HEFT", "sentence": "On average over these 2 tasks, nobody knows."}]
+    report = a_report(*arms, tasks=tasks, over_tasks=over, training_file=None, test_file=None)
+    text = markdown(report)
+    assert "| task | LoRA | HEFT |" in text
+    assert "| boolq | 80.0 % (75.0 to 85.0 %) | 80.0 % (75.0 to 85.0 %) |" in text
+    assert "| sst2 | 1: failed | 1: failed |" in text
+    assert "- On average over these 2 tasks, nobody knows." in text
+    assert "boolq: trained on file-boolq, measured on file-v" in text
+    shown = page(report)
+    assert "<th>HEFT</th>" in shown
+    assert "<li>On average over these 2 tasks, nobody knows.</li>" in shown

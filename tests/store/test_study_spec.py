@@ -9,8 +9,9 @@ from pydantic import ValidationError
 
 from store import presets
 from store.errors import InvalidRequest
-from store.study_arms import BaseFacts, PlannedArm
+from store.study_arms import BaseFacts, PlannedArm, Trial
 from store.study_plan import plan
+from store.study_search import HOPELESS, Ended, as_arm, best, open_places, settled, trials_of
 from store.study_spec import StudySpec
 
 BASE = BaseFacts(n_layers=30, hidden_size=576)
@@ -29,6 +30,21 @@ def refused(base: BaseFacts | None = BASE, **changes: Any) -> str | None:
     with pytest.raises(InvalidRequest) as found:
         arms(base, **changes)
     return found.value.param
+
+
+SPACE = {"reft.rank": [2, 4, 8], "reft.learning_rate": {"low": 1e-5, "high": 1e-3, "log": True}}
+
+
+def search(**changes: Any) -> dict[str, Any]:
+    """What a search needs besides a name and a model."""
+    return {"validation_file": "file-v", "search": {"space": SPACE, "budget": 10, **changes}}
+
+
+def tasks(**changes: Any) -> dict[str, Any]:
+    """What cross_task needs besides a name and a model."""
+    task = {"training_file": "file-a", "test_file": "file-b"}
+    named = [{"name": "boolq", **task}, {"name": "sst2", **task, "task": {"type": "choice"}, **changes}]
+    return {"preset": "cross_task", "tasks": named, "training_file": None, "test_file": None}
 
 
 def stages(arm: PlannedArm) -> list[tuple[str, int]]:
@@ -103,6 +119,40 @@ def test_a_budget_draws_from_the_grid_the_same_ones_each_time() -> None:
         ("model", {"arms": [{"name": "a"}], "model": None}),
         ("training_file", {"arms": [{"name": "a"}], "training_file": "/etc/passwd"}),
         ("epochs_scale", {"preset": "paper_table", "epochs_scale": 0.01}),
+        ("validation_file", search() | {"validation_file": None}),
+        ("test_file", search() | {"test_file": None}),
+        ("test_file", search() | {"test_file": "file-v"}),
+        ("search.budget", search(budget=101) | {"seeds": [1, 2, 3]}),
+        ("search.budget", search(budget=100) | {"seeds": [1, 2, 3], "baseline": "as it is"}),
+        ("baseline", search() | {"baseline": "trial 1"}),
+        ("search.space.reft.nothing", search(space={"reft.nothing": [4]})),
+        ("search.space.nothing", search(space={"nothing": [4]})),
+        ("search.space.reft.rank.deep", search(space={"reft.rank.deep": [4]})),
+        ("search.space.reft.rank", search(space={"reft.rank": [4, 0]})),
+        ("search.space.reft.rank", search(space={"reft.rank": {"low": 1, "high": 2_000}})),
+        ("search.space.reft.rank", search(space={"reft.rank": {"low": 1.0, "high": 8.5}})),
+        ("search.space.reft.rank", search(space={"reft.rank": [4, 4]})),
+        ("search.space.reft.layers", search(space={"reft.layers": [30, 31]})),
+        (
+            "search.space.reft.learning_rate",
+            search(space={"reft.learning_rate": [1e-3, 1e-4]})
+            | {"method": {"type": "heft", "heft": {"reft": {"learning_rate_multiplier": 2}}}},
+        ),
+        ("training_file", search() | {"training_file": "/etc/passwd"}),
+        ("tasks[1].training_file", tasks(training_file="/etc/passwd")),
+        ("tasks[1].test_file", tasks(test_file=None)),
+        (
+            "seeds",
+            tasks()
+            | {
+                "seeds": list(range(50)),
+                "tasks": [
+                    {"name": str(i), "training_file": "file-a", "test_file": "file-b"} for i in range(3)
+                ],
+            },
+        ),
+        ("baseline", tasks() | {"baseline": "boolq"}),
+        ("model", tasks() | {"model": None}),
     ],
 )
 def test_what_can_not_be_is_refused_by_its_name(field: str, changes: dict[str, Any]) -> None:
@@ -110,23 +160,130 @@ def test_what_can_not_be_is_refused_by_its_name(field: str, changes: dict[str, A
 
 
 @pytest.mark.parametrize(
-    "changes",
+    ("path", "changes"),
     [
-        {},
-        {"grid": {}},
-        {"grid": {"reft.rank": [1]}, "preset": "order"},
-        {"preset": "nonsense"},
-        {"arms": []},
-        {"arms": [{"name": "a", "rank": 3}]},
-        {"arms": [{"name": "a"}], "seeds": []},
-        {"arms": [{"name": "a"}], "seeds": [1, 1]},
-        {"arms": [{"name": "a"}], "epochs_scale": 0.5},
-        {"arms": [{"name": "a"}], "budget": 3},
+        ("arms", {}),
+        ("grid", {"grid": {}}),
+        ("preset", {"grid": {"reft.rank": [1]}, "preset": "order"}),
+        ("search", {"grid": {"reft.rank": [1]}, **search()}),
+        ("preset", {"preset": "order", **search()}),
+        ("search", {"arms": [{"name": "a"}], **search()}),
+        ("preset", {"preset": "nonsense"}),
+        ("arms", {"arms": []}),
+        ("arms.0.rank", {"arms": [{"name": "a", "rank": 3}]}),
+        ("seeds", {"arms": [{"name": "a"}], "seeds": []}),
+        ("seeds", {"arms": [{"name": "a"}], "seeds": [1, 1]}),
+        ("epochs_scale", {"arms": [{"name": "a"}], "epochs_scale": 0.5}),
+        ("budget", {"arms": [{"name": "a"}], "budget": 3}),
+        ("budget", {**search(), "budget": 3}),
+        ("search.budget", {"search": {"space": SPACE}}),
+        ("search.budget", search(budget=0)),
+        ("search.space", search(space={})),
+        ("search.space.reft.rank.choices", search(space={"reft.rank": []})),
+        ("search.space.reft.rank.range", search(space={"reft.rank": {"low": 8, "high": 2}})),
+        ("search.sampler", search(sampler="grid")),
+        ("search.parallel", search(parallel=0)),
+        ("tasks", {"preset": "cross_task"}),
+        ("tasks", tasks() | {"tasks": tasks()["tasks"][:1]}),
+        ("tasks", {"preset": "order", "tasks": tasks()["tasks"]}),
+        ("tasks[1].name", tasks(name="boolq")),
+        ("training_file", tasks() | {"training_file": "file-a"}),
+        ("test_file", tasks() | {"test_file": "file-a"}),
     ],
 )
-def test_a_request_of_the_wrong_form_is_refused(changes: dict[str, Any]) -> None:
-    with pytest.raises(ValidationError):
+def test_a_request_of_the_wrong_form_is_refused(path: str, changes: dict[str, Any]) -> None:
+    with pytest.raises(ValidationError) as refused:
         spec(**changes)
+    fault = refused.value.errors()[0]
+    assert fault.get("ctx", {}).get("path", ".".join(str(step) for step in fault["loc"])) == path
+
+
+# -- searches ---------------------------------------------------------------------------------------------------------
+
+
+def test_a_search_begins_with_as_many_trials_as_run_at_a_time() -> None:
+    found = arms(**search(parallel=3), baseline="as it is")
+    assert [arm.name.split(":")[0] for arm in found] == ["as it is", "trial 1", "trial 2", "trial 3"]
+    assert found[0].spec.stages()[1].learning_rate == "auto"
+    for arm in found[1:]:
+        assert arm.trial is not None
+        stage = arm.spec.stages()[1]
+        assert arm.trial.params == {"reft.rank": stage.rank, "reft.learning_rate": stage.learning_rate}
+        assert 1e-5 <= stage.learning_rate <= 1e-3
+    again = arms(**search(parallel=3), baseline="as it is")
+    assert [arm.name for arm in again] == [arm.name for arm in found]
+    assert [arm.name for arm in arms(**search(parallel=3), seeds=[7])] != [arm.name for arm in found[1:]]
+    assert len(arms(**search(budget=1, parallel=3))) == 1
+    assert len(arms(**search(space={"reft.rank": [2, 4]}, parallel=5))) == 2
+
+
+def test_a_point_that_can_not_be_is_no_first_trial() -> None:
+    found = arms(**search(space={"reft.layers": {"low": 0, "high": 59}}, parallel=10))
+    assert len(found) == 10
+    assert all(arm.spec.stages()[1].layers[0] < 30 for arm in found)
+
+
+def test_what_can_not_be_later_is_left_out_with_a_reason() -> None:
+    asked = spec(**search(space={"reft.layers": {"low": 0, "high": 59}})).completed()
+    kept = as_arm(asked, Trial(number=4, params={"reft.layers": 31}), BASE)
+    assert kept["name"] == "trial 4: reft.layers=31"
+    assert kept["trial"]["state"] == "pruned"
+    assert kept["trial"]["reason"] == "there is no layer 31: the model has layers 0 to 29"
+    assert as_arm(asked, Trial(number=4, params={"reft.layers": 29}), BASE)["trial"]["state"] == "running"
+
+
+def test_a_trial_is_the_mean_over_its_seeds_and_fails_with_any_of_them() -> None:
+    planned = [arm.to_json() for arm in arms(**search(parallel=3), baseline="as it is")]
+    one, two, three = (arm["name"] for arm in planned[1:])
+    ended = [
+        *(Ended(arm=one, status="succeeded", value=value) for value in (0.5, 0.6)),
+        Ended(arm=two, status="succeeded", value=0.9),
+        Ended(arm=two, status="failed", value=None),
+        Ended(arm=three, status="succeeded", value=0.9),
+        Ended(arm="as it is", status="succeeded", value=1.0),
+    ]
+    after = settled(planned, ended, 2)
+    assert after[0] == planned[0]
+    found = trials_of(after)
+    assert [trial.state for trial in found] == ["complete", "failed", "running"]
+    assert found[0].value == pytest.approx(0.55)
+    assert found[1].reason == "1 failed of 2 jobs"
+    assert (best(after) or {})["name"] == one
+    assert best(planned) is None
+
+
+def test_as_many_trials_are_made_as_the_budget_and_the_places_allow() -> None:
+    def places(*states: Any, budget: int = 6, parallel: int = 2, **closed: str) -> int:
+        found = [Trial(number=n, params={}, state=state) for n, state in enumerate(states, 1)]
+        return open_places({"budget": budget, "parallel": parallel, **closed}, found)
+
+    assert places() == 2
+    assert places("running", "complete") == 1
+    assert places("running", "running") == 0
+    assert places(*["complete"] * 5) == 1
+    assert places(*["complete"] * 6) == 0
+    assert places(*["complete"] * 5, "pruned") == 1  # it has cost nothing
+    assert places(*["pruned"] * 6) == 0
+    assert places(*["failed"] * 4) == 2
+    assert places(*["failed"] * HOPELESS) == 0
+    assert places("complete", *["failed"] * HOPELESS, budget=9) == 2
+    assert places(closed="no file") == 0
+
+
+# -- several tasks ----------------------------------------------------------------------------------------------------
+
+
+def test_cross_task_is_every_method_on_every_task() -> None:
+    found = arms(**tasks(training_file="file-c"), baseline="HEFT 3+3", task={"type": "yes_no"})
+    methods = ["LoRA alone 6", "ReFT alone 6", "HEFT 3+3"]
+    assert [arm.name for arm in found] == [f"{m} on {t}" for t in ("boolq", "sst2") for m in methods]
+    assert [(arm.method_name, arm.task) for arm in found[:2]] == [
+        (methods[0], "boolq"),
+        (methods[1], "boolq"),
+    ]
+    assert [arm.spec.training_file for arm in found] == ["file-a"] * 3 + ["file-c"] * 3
+    assert [arm.spec.task.type for arm in found] == ["yes_no"] * 3 + ["choice"] * 3
+    assert {sum(epochs for _, epochs in stages(arm)) for arm in found} == {6}
 
 
 # -- presets ----------------------------------------------------------------------------------------------------------
