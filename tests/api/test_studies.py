@@ -21,6 +21,21 @@ BODY: dict[str, Any] = {
     "arms": [{"name": "heft"}, {"name": "rank 2", "set": {"reft.rank": 2}}],
 }
 
+SPACE = {"reft.rank": [2, 4], "reft.learning_rate": {"low": 1e-5, "high": 1e-3, "log": True}}
+SEARCH: dict[str, Any] = {
+    "arms": None,
+    "validation_file": "sample:passages:validation",
+    "search": {"space": SPACE, "budget": 5},
+}
+_FILES = {"training_file": "sample:passages", "test_file": "sample:passages:test"}
+TASKS: dict[str, Any] = {
+    "arms": None,
+    "preset": "cross_task",
+    "training_file": None,
+    "test_file": None,
+    "tasks": [{"name": "boolq", **_FILES}, {"name": "sst2", **_FILES, "task": {"type": "yes_no"}}],
+}
+
 
 def create(client: httpx.Client, **changes: Any) -> dict[str, Any]:
     answer = client.post(STUDIES, json={**BODY, **changes})
@@ -148,6 +163,39 @@ def test_another_owners_study_is_not_there(client: httpx.Client, stranger: httpx
         ("task.metrics", {"training_file": "hub:openai/gsm8k", "task": {"metrics": ["accuracy"]}}),
         ("budgets", {"budgets": 3}),
         ("seeds[1]", {"seeds": [1, -1]}),
+        ("grid", {"grid": {"reft.rank": [2]}}),
+        ("arms", {"arms": None}),
+        ("budget", {"budget": 3}),
+        ("epochs_scale", {"epochs_scale": 2}),
+        ("tasks", {"arms": None, "preset": "cross_task"}),
+        ("tasks[1].name", {**TASKS, "tasks": [TASKS["tasks"][0]] * 2}),
+        ("tasks[0].colour", {**TASKS, "tasks": [{**TASKS["tasks"][0], "colour": 1}, TASKS["tasks"][1]]}),
+        (
+            "tasks[1].test_file",
+            {**TASKS, "tasks": [TASKS["tasks"][0], {**TASKS["tasks"][1], "test_file": None}]},
+        ),
+        (
+            "tasks[1].training_file",
+            {**TASKS, "tasks": [TASKS["tasks"][0], {**TASKS["tasks"][1], "training_file": "file-nowhere"}]},
+        ),
+        ("training_file", {**TASKS, "training_file": "sample:passages"}),
+        ("search", SEARCH | {"arms": BODY["arms"]}),
+        ("search.budget", SEARCH | {"search": {"space": SPACE}}),
+        ("search.space", SEARCH | {"search": {"space": {}, "budget": 3}}),
+        ("search.space", SEARCH | {"search": {"budget": 3}}),
+        ("search.space.reft.rank", SEARCH | {"search": {"space": {"reft.rank": []}, "budget": 3}}),
+        (
+            "search.space.reft.rank",
+            SEARCH | {"search": {"space": {"reft.rank": {"low": 8, "high": 2}}, "budget": 3}},
+        ),
+        (
+            "search.space.reft.rank.low",
+            SEARCH | {"search": {"space": {"reft.rank": {"high": 2}}, "budget": 3}},
+        ),
+        ("search.space.reft.colour", SEARCH | {"search": {"space": {"reft.colour": [1, 2]}, "budget": 3}}),
+        ("search.budget", SEARCH | {"search": {"space": SPACE, "budget": 151}}),
+        ("validation_file", SEARCH | {"validation_file": None}),
+        ("test_file", SEARCH | {"test_file": None}),
     ],
 )
 def test_what_can_not_be_is_refused_by_its_name(
@@ -171,6 +219,75 @@ def test_too_few_rows_to_tell_anything_are_refused(client: httpx.Client) -> None
         "validation_file",
     )
     assert create(client, test_file=enough)["test_file"] == enough
+
+
+def test_a_search_is_shown_with_its_trials(client: httpx.Client) -> None:
+    study = create(client, **SEARCH, baseline="as it is")
+    assert study["jobs"] == {"validating_files": 6}
+    assert [arm["name"].split(":")[0] for arm in study["arms"]] == ["as it is", "trial 1", "trial 2"]
+    assert study["arms"][0]["trial"] is None
+    trial = study["arms"][1]["trial"]
+    assert (trial["number"], trial["state"], trial["value"]) == (1, "running", None)
+    assert sorted(trial["params"]) == sorted(SPACE)
+    shown = study["search"]
+    assert (shown["budget"], shown["parallel"], shown["sampler"]) == (5, 2, "tpe")
+    assert shown["space"] == SPACE
+    assert shown["trials"] == {"running": 2, "complete": 0, "failed": 0, "pruned": 0}
+    assert shown["best"] is None
+    assert client.get(f"{STUDIES}/{study['id']}").json() == study
+    assert client.post(f"{STUDIES}/{study['id']}/cancel").json()["jobs"] == {"cancelled": 6}
+
+
+def test_one_set_of_methods_on_several_tasks_is_shown_by_task(client: httpx.Client) -> None:
+    study = create(client, **TASKS)
+    assert [(arm["task"], arm["method_name"]) for arm in study["arms"]][2:4] == [
+        ("boolq", "HEFT 3+3"), ("sst2", "LoRA alone 6"),
+    ]  # fmt: skip
+    assert study["training_file"] is None
+    assert [task["name"] for task in study["tasks"]] == ["boolq", "sst2"]
+    assert study["over_tasks"] == []
+    job = client.get(f"{JOBS}/{study['arms'][3]['jobs'][0]['id']}").json()
+    assert job["task"]["type"] == "yes_no"
+
+
+def test_the_rows_of_every_measured_file_are_counted(client: httpx.Client) -> None:
+    row = b'{"question": "is it so", "answer": true}\n'
+    sent = {"files": {"file": ("rows.jsonl", row * 19)}, "data": {"purpose": "fine-tune"}}
+    few = client.post("/v1/files", **sent).json()["id"]
+    one, two = TASKS["tasks"]
+    answer = client.post(STUDIES, json={**BODY, **TASKS, "tasks": [one, {**two, "test_file": few}]})
+    assert refusal(answer) == (422, "tasks[1].test_file")
+    assert refusal(client.post(STUDIES, json={**BODY, **SEARCH, "validation_file": few})) == (
+        422,
+        "validation_file",
+    )
+
+
+def test_a_request_sent_again_is_answered_though_its_file_is_gone(client: httpx.Client) -> None:
+    row = b'{"question": "is it so", "answer": true}\n'
+    sent = {"files": {"file": ("rows.jsonl", row * 20)}, "data": {"purpose": "fine-tune"}}
+    file = client.post("/v1/files", **sent).json()["id"]
+    headers = {"Idempotency-Key": "once"}
+    first = client.post(STUDIES, json={**BODY, "test_file": file}, headers=headers).json()
+    assert client.delete(f"/v1/files/{file}").status_code == 200
+    again = client.post(STUDIES, json={**BODY, "test_file": file}, headers=headers)
+    assert again.json()["id"] == first["id"]
+    assert refusal(client.post(STUDIES, json={**BODY, "test_file": file})) == (422, "test_file")
+
+
+def test_a_search_is_estimated_at_its_whole_budget(client: httpx.Client) -> None:
+    asked = {"name": "s", "model": "meta-llama/Llama-2-7b-hf", "training_file": "hub:google/boolq:train"}
+    asked |= {"validation_file": "sample:passages", "test_file": "sample:passages:test", "dry_run": True}
+    body = {
+        **asked,
+        "seeds": [1, 2],
+        "reuse": False,
+        "search": {"space": {"reft.rank": [2, 4]}, "budget": 10},
+    }
+    estimate = client.post(STUDIES, json=body).json()
+    assert estimate["jobs"] == 20
+    per_run = sum(arm["flops"] for arm in estimate["arms"]) / 2
+    assert estimate["flops"] == pytest.approx(20 * per_run)
 
 
 def test_the_papers_run_is_estimated_and_not_started(client: httpx.Client) -> None:
