@@ -24,7 +24,7 @@ from heft_engine.sources import CachePlan, PlainSource
 from heft_engine.stage_store import LocalStages
 from heft_engine.trainables import LoraTrainable, ReftTrainable
 
-TEST = parse(yes_no(20, seed=9))
+TEST, EVAL = parse(yes_no(20, seed=9)), parse(yes_no(24, seed=10))
 SHAPE = Shape(layers=4, layer=1_000, head=500, width=0)
 
 
@@ -136,6 +136,18 @@ def test_a_run_says_what_it_cost_and_what_was_right(tiny_llama_dir: Path, tmp_pa
     assert again["outcomes"]["results"][:2] == found["results"][:2]
     assert again["costs"][0] == {**succeeded["costs"][0], "reused": True}
     assert "reused" not in again["costs"][1]
+
+
+def test_a_run_says_what_it_came_to_on_validation_rows(tiny_llama_dir: Path, tmp_path: Path) -> None:
+    """What a search chooses by: never the rows that are reported."""
+    both = run(config(tiny_llama_dir, "lora"), tmp_path / "both", validation=EVAL, test_rows=TEST).one(
+        "SUCCEEDED"
+    )
+    alone = run(config(tiny_llama_dir, "lora"), tmp_path / "alone", validation=EVAL).one("SUCCEEDED")
+    found = both["outcomes"]["validation"]
+    assert (found["n"], found["metric"]) == (len(EVAL), "accuracy")
+    assert found["value"] == pytest.approx(alone["evaluation"]["results"][-1]["accuracy"])
+    assert alone["outcomes"]["validation"] is None
 
 
 def test_a_run_without_rows_to_measure_on_has_no_outcomes(tiny_llama_dir: Path, tmp_path: Path) -> None:
