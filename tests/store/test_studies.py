@@ -5,6 +5,8 @@ from __future__ import annotations
 from typing import Any
 
 import pytest
+from sqlalchemy.exc import InvalidRequestError
+from sqlalchemy.orm.exc import DetachedInstanceError
 
 from store import jobs, leases, reconcile, statistics, studies, verdicts
 from store.errors import Conflict, InvalidRequest, NotFound
@@ -385,3 +387,38 @@ def test_a_cancelled_study_makes_no_more_jobs(bench) -> None:
     bench.do(verdicts.record, study.id, runs(bench, study), VERDICT)
     assert len(runs(bench, study)) == 2
     assert status(bench, study) == "cancelled"
+
+
+# -- several tasks ----------------------------------------------------------------------------------------------------
+
+
+def test_runs_are_judged_by_method_and_task(bench) -> None:
+    files = {"training_file": "sample:passages", "test_file": "sample:passages:test"}
+    tasks = [{"name": name, **files} for name in ("boolq", "sst2")]
+    empty = {"grid": None, "training_file": None, "test_file": None}
+    study = create(bench, **empty, preset="cross_task", tasks=tasks, baseline="HEFT 3+3", seeds=[1])
+    found = runs(bench, study)
+    asked = verdicts.question(study, found)
+    assert asked["baseline"] == "HEFT 3+3"
+    assert [(arm["method"], arm["task"]) for arm in asked["arms"]][2:4] == [
+        ("HEFT 3+3", "boolq"), ("LoRA alone 6", "sst2"),
+    ]  # fmt: skip
+
+
+def test_files_of_tasks_are_refused_by_the_names_that_the_request_has_for_them(bench) -> None:
+    good = {"name": "boolq", "training_file": bench.file(), "test_file": bench.file()}
+    gone = {"name": "sst2", "training_file": bench.file(), "test_file": "file-gone"}
+    with pytest.raises(InvalidRequest) as refused:
+        create(bench, grid=None, training_file=None, test_file=None, preset="cross_task", tasks=[good, gone])
+    assert refused.value.param == "tasks[1].test_file"
+    assert bench.sql("SELECT 1 FROM jobs") == []
+
+
+def test_what_is_not_shown_is_not_read(bench) -> None:
+    study = create(bench, seeds=[1])
+    succeed(bench, bench.claim(prepared(bench, study)[0]), costs=COSTS)
+    run = bench.do(studies.runs_of, study.id)[0]
+    assert run.outcome.costs == COSTS
+    for read in (lambda: run.outcome.outcomes, lambda: run.job.spec):
+        with pytest.raises((InvalidRequestError, DetachedInstanceError)):
+            read()
