@@ -14,8 +14,9 @@ from sqlalchemy.orm import Session
 
 from store.errors import InvalidRequest
 from store.states import TERMINAL, JobState
-from store.studies import Run, append_event, create_jobs, spec_of, write
+from store.studies import Run, create_jobs, spec_of
 from store.study_arms import PlannedArm
+from store.study_events import append_event, write
 from store.study_plan import plan
 from store.study_tables import Study
 

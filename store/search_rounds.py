@@ -11,7 +11,8 @@ from typing import Any
 from sqlalchemy.orm import Session
 
 from store.states import TERMINAL, JobState
-from store.studies import Run, append_event, create_jobs, spec_of, write
+from store.studies import Run, create_jobs, spec_of
+from store.study_events import append_event, write
 from store.study_search import Ended, Round, best, settled, trial_arm, trials_of, why_no_more
 from store.study_tables import Study
 

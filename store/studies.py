@@ -9,9 +9,8 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
-from typing import Any
 
-from sqlalchemy import func, select, update
+from sqlalchemy import func, select
 from sqlalchemy.orm import Session, load_only
 
 from store import files, ids, jobs, models
@@ -20,6 +19,7 @@ from store.page import Page, cursor_of, fetch_page
 from store.spec import MODEL_REFERENCE
 from store.states import TERMINAL, JobState
 from store.study_arms import BaseFacts, PlannedArm
+from store.study_events import append_event, write
 from store.study_order import prefix_keys
 from store.study_plan import plan
 from store.study_spec import FILES, StudySpec
@@ -209,43 +209,6 @@ def request_cancel(session: Session, *, owner_id: str, study_id: str) -> Study:
         append_event(session, study_id, "CANCELLING", "Cancelling every job that has not ended.")
     session.expire(study)
     return get(session, owner_id=owner_id, study_id=study_id)
-
-
-def write(session: Session, study_id: str, **values: Any) -> None:
-    """Change a study whose row this transaction has locked."""
-    session.execute(
-        update(Study).where(Study.id == study_id).values(values).execution_options(synchronize_session=False)
-    )
-
-
-def append_event(
-    session: Session,
-    study_id: str,
-    code: str,
-    message: str,
-    data: Mapping[str, Any] | None = None,
-    level: str = "info",
-) -> None:
-    """Number and add an event; the study's row orders them."""
-    statement = (
-        update(Study)
-        .where(Study.id == study_id)
-        .values(event_seq=Study.event_seq + 1)
-        .returning(Study.event_seq)
-        .execution_options(synchronize_session=False)
-    )
-    seq = session.execute(statement).scalar_one()
-    session.add(
-        StudyEvent(
-            study_id=study_id,
-            seq=seq,
-            id=ids.new_study_event_id(),
-            level=level,
-            message=message,
-            data={**(data or {}), "code": code},
-        )
-    )
-    session.flush()
 
 
 def list_events(

@@ -16,7 +16,8 @@ from sqlalchemy.orm import Session
 from store import matching, search_rounds
 from store.errors import InvalidRequest
 from store.states import TERMINAL, JobState
-from store.studies import Run, append_event, write
+from store.studies import Run
+from store.study_events import append_event, write
 from store.study_search import Round, best
 from store.study_tables import Study, StudyJob
 from store.tables import Job
