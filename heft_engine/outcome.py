@@ -118,7 +118,7 @@ def on_validation(run: Run) -> dict[str, Any] | None:
         return None
     chosen = _chosen(run)
     if run.encoder.task.type == "text":
-        found = evaluate(run.lm, run.encoder, chosen)
+        found = evaluate(run.lm, run.encoder, chosen, max_new_tokens=max_new_tokens(run))
         return {"n": found.n, "metric": found.metric, "value": found.accuracy}
     calibration(run)
     assert run.chosen is not None
