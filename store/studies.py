@@ -35,6 +35,7 @@ class Run:
     seed: int
     job: Job
     outcome: Outcome | None
+    metric: str | None  #: what its rows were measured by
 
 
 def base_facts(session: Session, model: str | None) -> BaseFacts | None:
@@ -148,7 +149,7 @@ def runs_of(session: Session, study_id: str, *, rows: bool = False) -> list[Run]
     """
     left = load_only(*([Outcome.outcomes] if rows else []), Outcome.costs, raiseload=True)
     query = (
-        select(StudyJob, Job, Outcome)
+        select(StudyJob, Job, Outcome, Outcome.outcomes["metric"].astext)
         .join(Job, Job.id == StudyJob.job_id)
         .outerjoin(Outcome, Outcome.job_id == StudyJob.job_id)
         .where(StudyJob.study_id == study_id)
@@ -156,7 +157,8 @@ def runs_of(session: Session, study_id: str, *, rows: bool = False) -> list[Run]
         .order_by(StudyJob.place)
     )
     return [
-        Run(arm=one.arm, seed=one.seed, job=job, outcome=left) for one, job, left in session.execute(query)
+        Run(arm=one.arm, seed=one.seed, job=job, outcome=left, metric=metric)
+        for one, job, left, metric in session.execute(query)
     ]
 
 

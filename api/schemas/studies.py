@@ -100,8 +100,7 @@ class Arm(BaseModel):
 
 
 def _metric(runs: Sequence[Run]) -> str | None:
-    known = (run.outcome.outcomes for run in runs if run.outcome is not None)
-    return next((found.get("metric") for found in known if found is not None), None)
+    return next((run.metric for run in runs if run.metric is not None), None)
 
 
 def _costs(runs: Sequence[Run]) -> dict[str, Any]:
