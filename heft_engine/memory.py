@@ -196,6 +196,7 @@ def peak(device: torch.device) -> Iterator[Callable[[], int | None]]:
         torch.cuda.reset_peak_memory_stats(device)
         yield lambda: torch.cuda.max_memory_allocated(device)
         return
+    give_back()  # what an earlier stage has left is none of it
     with suppress(OSError):
         Path("/proc/self/clear_refs").write_text("5")  # sets VmHWM back to what is resident now
     yield _highest_resident

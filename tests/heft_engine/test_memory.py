@@ -192,3 +192,14 @@ def test_a_resumed_stage_is_estimated_by_the_passes_of_its_checkpoint(
         assert resumed == began
     with single.planner.planned(replace(earlier, token_budget=200)) as smaller:
         assert smaller.memory_bytes < 0.6 * began.memory_bytes
+
+
+def test_what_a_stage_held_is_none_of_the_holes_that_an_earlier_one_left() -> None:
+    cpu = torch.device("cpu")
+    blocks = [bytearray(b"x" * 65_536) for _ in range(4_000)]
+    del blocks[:-1]  # the last one keeps the heap from shrinking
+    before = memory.resident_bytes(cpu)
+    with memory.peak(cpu) as most:
+        held = most()
+    assert held is not None
+    assert held < before - 150_000_000
