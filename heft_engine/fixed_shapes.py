@@ -158,6 +158,11 @@ def _by_rows(func: Callable[..., Tensor], x: Tensor, **options: Any) -> Tensor:
     return (parts[0] if len(parts) == 1 else torch.cat(parts)).reshape(x.shape)
 
 
+def unmeasured(device: torch.device) -> FixedShapes:
+    """Small blocks alone."""
+    return FixedShapes(SMALL.get(device.type, SMALL_ELSEWHERE))
+
+
 @torch.inference_mode()
 def calibrate(layers: Iterable[nn.Module], device: torch.device) -> FixedShapes:
     """The block heights for a model's linear layers on this machine, with its present number of threads."""

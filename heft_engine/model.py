@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from heft_engine.families import family_of
-from heft_engine.fixed_shapes import FixedShapes, calibrate
+from heft_engine.fixed_shapes import FixedShapes, calibrate, unmeasured
 from heft_engine.interventions import Sites
 from heft_engine.packing import Batch, Layout
 
@@ -71,6 +71,10 @@ class PackedLM:
         if self._fixed_shapes is None or self._fixed_shapes[0] != threads:
             self._fixed_shapes = (threads, calibrate(self.layers, self.device))
         return self._fixed_shapes[1]
+
+    def leave_shapes_unmeasured(self) -> None:
+        """Small blocks alone, with the same bits: measuring takes longer than the few rows that this model is asked."""
+        self._fixed_shapes = (torch.get_num_threads(), unmeasured(self.device))
 
     def share_fixed_shapes(self, other: PackedLM) -> None:
         """Takes over what was measured for another model with layers of the same shapes."""

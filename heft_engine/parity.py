@@ -23,9 +23,13 @@ from heft_engine.errors import TrainingError
 from heft_engine.intruders import repaired
 from heft_engine.lora import LoraAdapter
 from heft_engine.model import PackedLM
-from heft_engine.packing import pack
+from heft_engine.packing import micro_batches, pack
 
 LIMIT = 1e-3
+#: Probe rows are a few short ones, because they also run in float32 on the CPU.
+PROBE_ROWS = 8
+#: Tokens of one pass over probe rows: beside the model's float32 copy, memory is short.
+TOKEN_BUDGET = 2_048
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -47,9 +51,14 @@ class Parity:
 def probe_logits(lm: PackedLM, examples: Sequence[Example]) -> Tensor:
     """Float32 logits at the supervised tokens of probe rows, without interventions: (tokens, vocabulary), CPU."""
     with lm.sites.muted():
-        batch = pack(examples)
-        hidden = lm.hidden(batch)
-        return lm.logits(hidden[batch.supervised()[0]]).float().cpu()
+        parts = [_logits(lm, part) for part in micro_batches(examples, TOKEN_BUDGET)]
+    return torch.cat(parts)
+
+
+def _logits(lm: PackedLM, examples: Sequence[Example]) -> Tensor:
+    batch = pack(examples)
+    hidden = lm.hidden(batch)
+    return lm.logits(hidden[batch.supervised()[0]]).float().cpu()
 
 
 def merge_and_verify(

@@ -31,7 +31,7 @@ from heft_engine.lora import LoraAdapter
 from heft_engine.memory import peak
 from heft_engine.model import PackedLM
 from heft_engine.outcome import max_new_tokens, on_validation, write_outcome
-from heft_engine.parity import merge_stage
+from heft_engine.parity import PROBE_ROWS, merge_stage
 from heft_engine.reuse import Reuse, StageStore
 from heft_engine.rows import Row
 from heft_engine.run_state import CheckpointWriter, RunState, load_checkpoint, rows_hash
@@ -41,9 +41,6 @@ from heft_engine.stage_training import planner_of, train_stage
 from heft_engine.telling import announce, tell_evaluation, tell_plan, tell_warnings
 from heft_engine.trainables import LoraTrainable, ReftTrainable, attach
 from heft_engine.training import Progress, derived_seed
-
-#: Probe rows are a few short ones, because they also run in float32 on the CPU.
-PROBE_ROWS = 8
 
 
 def train(

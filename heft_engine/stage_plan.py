@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 
-from heft_engine import memory
+from heft_engine import memory, parity
 from heft_engine.compiled import compiled_layers, pays
 from heft_engine.config import Auto, LoraStage, ReftStage
 from heft_engine.encoding import Example
@@ -215,7 +215,12 @@ class Planner:
         code = memory.code_bytes(lm, self._lengths(caches[0], parts))
         training = fitted.bytes + self._head()
         scoring = memory.pass_bytes(lm, SCORING_BUDGET)
-        # The merge is held to a copy of the model in float32, which always lies on the CPU.
-        merging = 4 * lm.parameters if isinstance(self.stage, LoraStage) and lm.device.type == "cpu" else 0
+        merging = self._merging() if isinstance(self.stage, LoraStage) and lm.device.type == "cpu" else 0
         most = max(int(memory.OVERHEAD * training), scoring, merging)
         return memory.resident_bytes(lm.device) + self._standing(caches) + code + most
+
+    def _merging(self) -> int:
+        """The merge is held to a copy of the model in float32, which always lies on the CPU, on a few of the rows."""
+        longest = max(map(packed_length, self.examples))
+        tokens = max(longest, min(parity.TOKEN_BUDGET, parity.PROBE_ROWS * longest))
+        return 4 * self.lm.parameters + memory.pass_bytes(self.lm, tokens) * 4 // self.lm.dtype.itemsize

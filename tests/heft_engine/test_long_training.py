@@ -11,6 +11,7 @@ import pytest
 import torch
 from engine_runs import LORA, REFT, but
 from tiny_models import FAMILIES
+from torch._dynamo.utils import counters
 
 from heft_engine import compiled
 from heft_engine.attention import IMPLEMENTATION
@@ -97,5 +98,8 @@ def test_compiled_layers_train_alike(
 ) -> None:
     monkeypatch.delenv("TORCHINDUCTOR_CACHE_DIR", raising=False)
     path = make_tiny_model(family)
+    graphs = counters["stats"]["unique_graphs"]
     assert lora(path, compile=True, cache_dir=tmp_path) == pytest.approx(lora(path), rel=1e-5)
-    assert list((tmp_path / "compiled").rglob("*.so")), "machine code was made, in its own place"
+    assert counters["stats"]["unique_graphs"] > graphs, "layers were compiled"
+    if family == "llama":  # others' kernels may be equal to those that this process has loaded
+        assert list((tmp_path / "compiled").rglob("*.so")), "machine code was made, in its own place"

@@ -99,6 +99,16 @@ def test_the_parity_record_holds_a_merge_to_its_limit(tiny_llama_dir: Path, dtyp
         assert record.float32 < record.dtype_noise < 1
 
 
+def test_probe_rows_run_a_few_at_a_time(tiny_llama_dir: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A float32 copy of the model stands beside it: there is no room for one pass over eight long rows."""
+    lm, passes = packed(tiny_llama_dir), []
+    together = probe_logits(lm, probes())
+    lm.on_forward = lambda: passes.append(1)
+    monkeypatch.setattr(parity, "TOKEN_BUDGET", 1)
+    torch.testing.assert_close(probe_logits(lm, probes()), together, atol=1e-5, rtol=0)
+    assert len(passes) == len(probes()) > 1
+
+
 def test_dropout_has_no_part_in_the_comparison(tiny_llama_dir: Path) -> None:
     lm = packed(tiny_llama_dir)
     stage = auto(lm, dropout=0.5)
