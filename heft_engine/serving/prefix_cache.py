@@ -26,7 +26,7 @@ from heft_engine.config import parse_positions
 from heft_engine.interventions import Site
 
 #: Tokens that share one hash. What is kept ends at a multiple of it.
-BLOCK = 16
+BLOCK = 8
 #: A prefix shorter than this costs more in the keeping than in the computing.
 LEAST_GAIN = 32
 
