@@ -129,7 +129,7 @@ def test_a_chain_of_hashes_says_scope_and_all_tokens_before() -> None:
     changed = chain("a", (7, *tokens[1:]), 99)
     assert not set(changed) & set(hashes)
     assert not set(chain("b", tokens, 99)) & set(hashes)
-    assert chain("a", tokens, 15) == []
+    assert chain("a", tokens, BLOCK - 1) == []
 
 
 def filled(cache: PrefixCache, lm: PackedLM, prompts: Sequence[tuple[int, ...]], scope: str = "s") -> None:
