@@ -30,9 +30,9 @@ serve: install
 # Test processes share the cores: torch's threads sleep while they wait for each other.
 test test-slow: export OMP_WAIT_POLICY = PASSIVE
 
-# The fast suite: real Postgres, real Valkey, tiny models.
+# The fast suite: real Postgres, real Valkey, tiny models. Two processes, each with servers of its own: much of it waits.
 test: install
-	$(BIN)/python -m pytest -m "not slow"
+	$(BIN)/python -m pytest -m "not slow" -n 2 --dist loadfile
 
 # Real language model, real rows: minutes.
 test-slow: install
