@@ -11,12 +11,16 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from contextvars import copy_context
 from typing import TypeVar
 
 T = TypeVar("T")
 
 
 def apart(call: Callable[[], T]) -> T:
-    """What `call` returns or raises; the caller waits. The thread it ran in is gone then."""
+    """What `call` returns or raises; the caller waits. The thread it ran in is gone then.
+
+    It has the caller's context variables, by which logs know whose work this is.
+    """
     with ThreadPoolExecutor(1, thread_name_prefix="apart") as thread:
-        return thread.submit(call).result()
+        return thread.submit(copy_context().run, call).result()

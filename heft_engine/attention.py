@@ -22,6 +22,9 @@ from heft_engine.suffix_attention import suffix_attention
 
 IMPLEMENTATION = "heft_packed"
 
+#: Entries of a mask that is kept: 64 of them hold 16 MB at most.
+_MOST_KEPT = 1 << 18
+
 #: Query, key and value of one segment after another.
 Parts = Iterator[tuple[Tensor, Tensor, Tensor]]
 
@@ -121,13 +124,14 @@ def _attend(
         if q.device.type == "cpu" and keys <= LONGEST_MATRIX and torch.is_grad_enabled():
             return cast(Tensor, CausalAttention.apply(q, k, v, scale))  # type: ignore[no-untyped-call]
         return causal(q, k, v, scale)
-    mask = _seen(queries, keys, window, q.device)
+    # A row's mask is the same for every layer; those of long rows are too large to be kept.
+    masked = _kept_seen if queries * keys <= _MOST_KEPT else _seen
+    mask = masked(queries, keys, window, q.device)
     if groups > 1 and (softcap is not None or q.device.type != "cpu" or torch.is_grad_enabled()):
         k, v = k.repeat_interleave(groups, dim=1), v.repeat_interleave(groups, dim=1)
     return _kernel(q, k, v, scaling, softcap, mask)
 
 
-@lru_cache(maxsize=256)
 @torch.inference_mode(False)  # whoever asks first, gradients may be computed with it later
 def _seen(queries: int, keys: int, window: int | None, device: torch.device) -> Tensor:
     """(queries, keys): which keys the last queries of so many tokens see. The same for every layer."""
@@ -137,6 +141,9 @@ def _seen(queries: int, keys: int, window: int | None, device: torch.device) -> 
     if window is not None:
         mask &= past > position - window
     return mask
+
+
+_kept_seen = lru_cache(maxsize=64)(_seen)
 
 
 def _kernel(

@@ -203,3 +203,20 @@ def test_what_a_stage_held_is_none_of_the_holes_that_an_earlier_one_left() -> No
         held = most()
     assert held is not None
     assert held < before - 150_000_000
+
+
+def test_a_merge_is_estimated_with_its_float32_passes_over_the_probe_rows(
+    tiny_llama_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of long rows the merge holds more than any pass of the stage."""
+    huge, plain = 10**10, memory.pass_bytes
+
+    def of(lm: PackedLM, tokens: int) -> int:
+        return plain(lm, tokens) if tokens == stage_plan.SCORING_BUDGET else huge
+
+    rows, found = parse(yes_no(8)), {}
+    for name, method in (("merged", "lora"), ("not merged", "reft")):
+        monkeypatch.setattr(memory, "pass_bytes", of)
+        started = run(config(tiny_llama_dir, method), tmp_path / name, rows).data("STAGE_STARTED")
+        found[name] = started[0]["memory_bytes"]
+    assert found["merged"] > huge > found["not merged"]

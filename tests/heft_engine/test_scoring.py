@@ -14,10 +14,11 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM
 
-from heft_engine import fixed_shapes, scoring
+from heft_engine import attention, fixed_shapes, scoring
 from heft_engine.attention import IMPLEMENTATION
 from heft_engine.base_models import load_model, resolve_path
 from heft_engine.encoding import Example
+from heft_engine.evaluation import supervised_loss
 from heft_engine.fixed_shapes import LARGE_CANDIDATES, FixedShapes, calibrate
 from heft_engine.interventions import LoreftIntervention, Site
 from heft_engine.model import PackedLM
@@ -109,6 +110,52 @@ def test_probabilities_are_a_softmax_that_survives_any_size() -> None:
     assert shared == pytest.approx([w / sum(weights) for w in weights])
     assert Scores(totals=(-5_000.0, -5_000.0), means=()).probabilities == (0.5, 0.5)
     assert Scores(totals=(0.0, -5_000.0), means=()).probabilities == (1.0, 0.0)
+
+
+def long_rows(*lengths: int) -> list[Example]:
+    return [Example(prompt=(5,) * n, answers=((7,), (8,)), labels=("a", "b"), gold=0) for n in lengths]
+
+
+def test_only_masks_that_take_little_are_kept(
+    make_tiny_model: MakeModel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With a window every row that is longer has a mask of its own, as many entries as its length squared."""
+    lm = packed(make_tiny_model("mistral"))
+    kept = attention._kept_seen
+    kept.cache_clear()
+    monkeypatch.setattr(attention, "_MOST_KEPT", 90 * 90)
+    score(lm, long_rows(70, 90))
+    assert kept.cache_info().currsize == 2, "one for every length, whatever the layer"
+    score(lm, long_rows(92, 100))
+    assert kept.cache_info().currsize == 2
+
+
+def test_a_kept_mask_serves_a_gradient_too(make_tiny_model: MakeModel) -> None:
+    """Scoring makes it in inference mode; training finds it."""
+    lm = packed(make_tiny_model("mistral"))
+    attention._kept_seen.cache_clear()
+    score(lm, long_rows(96))
+    lm.layers[0].requires_grad_()
+    supervised_loss(lm, [example.supervised() for example in long_rows(96)])[0].backward()
+    assert attention._kept_seen.cache_info().hits > 0
+
+
+def test_a_pass_ends_on_a_whole_block(tiny_llama_dir: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Otherwise every product would copy its rows to pad them."""
+    lm, padded = packed(tiny_llama_dir), []
+    lm.fixed_shapes().larger, lm.fixed_shapes().fewer = {}, {}
+    monkeypatch.setattr(fixed_shapes.F, "pad", lambda *rows: padded.append(rows) or F.pad(*rows))
+    lm.sites.clear()
+    score(lm, long_rows(3, 41, 50))
+    assert not padded
+
+
+def test_unmeasured_blocks_give_the_same_bits(tiny_llama_dir: Path) -> None:
+    lm = packed(tiny_llama_dir)
+    measured = totals(lm, questions(12))
+    lm.leave_shapes_unmeasured()
+    assert not lm.fixed_shapes().larger
+    assert totals(lm, questions(12)) == measured
 
 
 # -- fixed shapes
