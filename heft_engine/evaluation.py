@@ -15,7 +15,7 @@ import torch
 from scipy.stats import binomtest
 
 from heft_engine.encoding import Encoder, Example
-from heft_engine.generation import generate
+from heft_engine.generation import ends_of, generate
 from heft_engine.graded import mean_interval
 from heft_engine.metric_names import GRADED, MetricName
 from heft_engine.metrics import measure
@@ -23,6 +23,7 @@ from heft_engine.model import PackedLM
 from heft_engine.packing import micro_batches, pack
 from heft_engine.row_outcomes import pack_rows, pack_values
 from heft_engine.scoring import TOKEN_BUDGET, Scores, score
+from heft_engine.serving.token_text import decode
 from heft_engine.supervised import cross_entropy
 
 #: What must be written word for word is generated up to this many tokens beyond its own length.
@@ -132,20 +133,18 @@ def evaluate(
 def _written(
     lm: PackedLM, encoder: Encoder, examples: Sequence[Example], wanted: Sequence[str], most: int
 ) -> list[str]:
-    """What the model writes, up to what serving would let it: a limit from the right answer would give that away.
+    """What the model writes, as serving would write it: a limit from the right answer would give that away.
 
-    Where it must be right word for word, it is ended as soon as it can't be any more.
+    Where it must be right word for word, it is ended as soon as it can't be any more, and its limit gives nothing away.
     """
     tokenizer = encoder.tokenizer
     exact = set(encoder.task.metrics) == {"exact_match"}
-    # Cleaning changes what is there already when more comes: "do n" becomes "don't".
-    can_stop = exact and not getattr(tokenizer, "clean_up_tokenization_spaces", False)
 
     def is_wrong(index: int, tokens: list[int]) -> bool:
-        # A character of several tokens is a replacement character until the last of them.
-        if not can_stop:
+        if not exact:
             return False
-        begun = str(tokenizer.decode(tokens)).rstrip("\ufffd").strip()
+        # A character of several tokens is a replacement character until the last of them.
+        begun = decode(tokenizer, tokens).rstrip("\ufffd").strip()
         return not wanted[index].strip().startswith(begun)
 
     budgets = [
@@ -154,9 +153,9 @@ def _written(
         else min(most, encoder.max_length - len(example.prompt))
         for example in examples
     ]
-    eos = tokenizer.eos_token_id
-    tokens = generate(lm, examples, eos=eos, max_new_tokens=budgets, is_enough=is_wrong)
-    return [str(tokenizer.decode(one)) for one in tokens]
+    ends = ends_of(lm, tokenizer)
+    tokens = generate(lm, examples, ends=ends, max_new_tokens=budgets, is_enough=is_wrong)
+    return [decode(tokenizer, one) for one in tokens]
 
 
 def supervised_loss(

@@ -181,7 +181,7 @@ def _wanted(future: Future[list[Scores]], is_wanted: Callable[[], bool]) -> list
             return future.result(_LOOK_SECONDS)
         except TimeoutError:
             if future.done():
-                raise  # the pass's own
+                return future.result()  # just now, or the pass's own fault
             if not is_wanted():
                 future.cancel()
                 raise Cancelled from None

@@ -35,11 +35,14 @@ class Held:
 
 @dataclass(eq=False)
 class Entry:
-    """A model that is held, or on its way."""
+    """A model that is held, or on its way: `held` is waited for, `now` is what there is."""
 
     load: Callable[[], Held]
     fetch: Fetch | None
     held: Future[Held] = field(default_factory=Future)
+    now: Held | None = None
+    #: What it stands on, as soon as that is known.
+    base: Hashable = None
     users: int = 0
     used_at: float = field(default_factory=time.monotonic)
     demand: Demand = field(default_factory=Demand)
@@ -47,19 +50,23 @@ class Entry:
     forgotten: bool = False
     #: Its probe rows did not agree unmerged.
     only_merged: bool = False
-    memory_bytes: int = 0
     #: A change that failed is not tried again at once.
     no_change_before: float = 0.0
 
-    @property
-    def now(self) -> Held | None:
-        return self.held.result() if self.held.done() and self.held.exception() is None else None
+    def stand(self, held: Held) -> None:
+        """From now on it is held so."""
+        future: Future[Held] = Future() if self.held.done() else self.held
+        self.now = held
+        future.set_result(held)
+        self.held = future
 
     @property
-    def written_bytes(self) -> int:
-        """What texts hold that are being written with layers of its own; a base counts those on its own."""
-        is_merged = self.now is not None and self.now.kind == "merged"
-        return self.now.predictor.writer.memory_bytes if self.now is not None and is_merged else 0
+    def memory_bytes(self) -> int:
+        """Its own, and what texts hold that are being written with layers of its own: a base counts those on it."""
+        held = self.now
+        if held is None:
+            return 0
+        return held.memory_bytes + (held.predictor.writer.memory_bytes if held.kind == "merged" else 0)
 
     @property
     def is_idle(self) -> bool:

@@ -98,8 +98,8 @@ class KeyValues:
     def take(self, tokens: int, final_tokens: int) -> Slot:
         """A slot for `tokens` that may grow to `final_tokens`. The caller has seen that there is room."""
         slot = Slot(capacity_for(final_tokens))
-        self.reserved_bytes += self.bytes_for(slot.final)
         self._put(slot, capacity_for(tokens))
+        self.reserved_bytes += self.bytes_for(slot.final)
         slot.length = tokens
         return slot
 

@@ -15,7 +15,7 @@ import logging
 import threading
 import time
 from collections.abc import Callable, Hashable, Iterator
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Literal
@@ -160,8 +160,8 @@ class ModelPool:
     def _bring(self, entry: Entry) -> None:
         try:
             held = apart(lambda: self._loaded(entry))
-            entry.memory_bytes = held.memory_bytes
-            entry.held.set_result(held)
+            with self._lock:
+                entry.stand(held)
         except BaseException as fault:  # noqa: BLE001 - whoever waits for it is told, this caller among them
             entry.held.set_exception(fault)
 
@@ -192,7 +192,7 @@ class ModelPool:
             )
             key = key_of(base_model, dtype_of(bundle.info.dtype))
             with self._loading:
-                base = self._base(key, base_model)
+                base = self._base(name, key, base_model)
                 return self._held(name, bundle, base, key, kind or self._kind(name, key))
 
     def _held(self, name: str, bundle: Bundle, base: Base, key: Hashable, kind: Kind) -> Held:
@@ -214,16 +214,20 @@ class ModelPool:
         )
         key = key_of(base_model, choose_dtype("auto", self._device))
         with self._loading:
-            predictor = self._base(key, base_model).plain(task, (reference, "base"))
+            base = self._base((reference, task), key, base_model)
+            predictor = base.plain(task, (reference, "base"))
             return Held(predictor=predictor, kind="base", base=key, memory_bytes=0)
 
-    def _base(self, key: Hashable, model: BaseModel) -> Base:
-        """Loaded if it is not there. One at a time."""
+    def _base(self, name: Hashable, key: Hashable, model: BaseModel) -> Base:
+        """What the model called `name` stands on, loaded if it is not there. One at a time."""
         with self._lock:
+            if (entry := self._entries.get(name)) is not None:
+                entry.base = key
             base = self._bases.get(key)
             if base is not None:
                 return base
             self._put_away(self._budget - size_on_disk(model.path))
+        self._give_back()
         assert isinstance(key, tuple)
         dtype = key[-1]
         base = self._batcher.run(
@@ -287,46 +291,42 @@ class ModelPool:
         if held is None:
             entry.no_change_before = time.monotonic() + RETRY_SECONDS
         elif self._entries.get(name) is entry:
-            before, entry.held = entry.held.result(), Future()
-            entry.held.set_result(held)
-            entry.memory_bytes = held.memory_bytes
+            before = entry.held.result()
+            entry.stand(held)
             self._batcher.forget(before.predictor.weights.scope)
         if entry.forgotten and entry.is_idle and self._entries.get(name) is entry:
             self._remove(name)
         self._put_away(self._budget)
 
     def _held_bytes(self) -> int:
-        models = sum(entry.memory_bytes + entry.written_bytes for entry in self._entries.values())
+        models = sum(entry.memory_bytes for entry in self._entries.values())
         bases = sum(base.memory_bytes + base.written_bytes for base in self._bases.values())
         return models + bases + self._batcher.prefix_bytes
 
     def _put_away(self, budget: int) -> None:
-        """Until what is held fits into `budget`, or everybody is being asked."""
-        self._drop_unused_bases()
-        if self._held_bytes() <= budget:
+        """Until what is held fits into `budget`, or everybody is being asked. Asked after every answer: with a
+        thousand models, nothing here may look at them twice."""
+        excess = self._held_bytes() - budget
+        if excess <= 0:
             return
         for name in sorted(self._entries, key=lambda name: self._entries[name].used_at):
+            if excess <= 0:
+                return
             if self._entries[name].is_idle:
-                self._remove(name)
-                self._drop_unused_bases()
-                if self._held_bytes() <= budget:
-                    return
+                excess -= self._remove(name)
 
-    def _remove(self, name: Hashable) -> None:
+    def _remove(self, name: Hashable) -> int:
+        """The bytes that go: its own, and those of its base if it was the last one on it."""
         log.info("put away: %s", name)
         self._has_left = True
-        held = self._entries.pop(name).now
-        if held is not None:
-            self._batcher.forget(held.predictor.weights.scope)
-
-    def _drop_unused_bases(self) -> None:
-        """Those that no model stands on. While a model is on its way, it may be the one that it needs."""
-        if any(not entry.held.done() or entry.is_changing for entry in self._entries.values()):
-            return
-        standing = {entry.now.base for entry in self._entries.values() if entry.now is not None}
-        for key in self._bases.keys() - standing:
-            del self._bases[key]
-            self._has_left = True
+        entry = self._entries.pop(name)
+        if entry.now is not None:
+            self._batcher.forget(entry.now.predictor.weights.scope)
+        gone = entry.memory_bytes
+        if all(other.base != entry.base for other in self._entries.values()):
+            base = self._bases.pop(entry.base, None)
+            gone += base.memory_bytes + base.written_bytes if base is not None else 0
+        return gone
 
     def _give_back(self) -> None:
         """Once for all that have left, with nobody waiting for the lock meanwhile."""

@@ -9,11 +9,12 @@ from __future__ import annotations
 import threading
 from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal, cast
+from typing import Any, Literal
 
 from transformers import PreTrainedTokenizerBase
 
 from heft_engine.errors import RowError
+from heft_engine.generation import ends_of
 from heft_engine.model import PackedLM
 from heft_engine.serving.admission import DecodeQueue
 from heft_engine.serving.decoding import DecodeBatch, DecodeRequest, NewToken
@@ -154,7 +155,7 @@ class TextWriter:
                     f"{self._batch.budget_bytes:,}: ask for fewer max_tokens",
                     param="max_tokens",
                 )
-        ends = _ends(self._lm, self._tokenizer)
+        ends = ends_of(self._lm, self._tokenizer)
         writers = [_Writer(request, listener, self._tokenizer, ends) for request in requests]
         with self._lock:
             self._arrived += writers
@@ -209,12 +210,3 @@ class TextWriter:
         self._queue.drop(request_id)
         with self._lock:
             self._writers.pop(request_id, None)
-
-
-def _ends(lm: PackedLM, tokenizer: PreTrainedTokenizerBase) -> frozenset[int]:
-    """The tokens that end a text: the tokenizer's EOS, and those that the model was published with: chat models end a
-    turn with a token of their own."""
-    published: Any = getattr(getattr(lm.model, "generation_config", None), "eos_token_id", None)
-    own = cast(int | None, tokenizer.eos_token_id)
-    ends: Sequence[int | None] = published if isinstance(published, list) else [published]
-    return frozenset(token for token in (own, *ends) if token is not None)

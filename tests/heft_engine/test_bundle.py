@@ -115,7 +115,7 @@ def test_text_is_written_up_to_eos_or_as_far_as_it_may_go(tiny_llama_dir: Path, 
     encoder = predictor.encoder
     assert predictor.max_new_tokens == 64
     (answer,) = predictor.predict(asked)
-    (tokens,) = generate(predictor.lm, [encoder.question(asked[0])], eos=-1, max_new_tokens=[64])
+    (tokens,) = generate(predictor.lm, [encoder.question(asked[0])], ends={-1}, max_new_tokens=[64])
     assert answer.answer == encoder.tokenizer.decode(tokens)
     assert answer.completion_tokens == 64
     assert (answer.probability, answer.label_probabilities) == (None, None)

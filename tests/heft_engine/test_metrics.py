@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 from engine_runs import but, config, run
 from engine_runs import parse as rows_of
 from pydantic import ValidationError
@@ -15,13 +16,19 @@ from small_runs import reft
 from torchmetrics.functional.text import rouge_score, squad
 
 from heft_engine import evaluation as evaluation_module
+from heft_engine.attention import IMPLEMENTATION
+from heft_engine.base_models import load_model, load_tokenizer, resolve_path
 from heft_engine.config import TaskSettings
-from heft_engine.encoding import Task
+from heft_engine.encoding import Encoder, Task
 from heft_engine.errors import ConfigError, RowError
 from heft_engine.evaluation import Evaluation, evaluate
 from heft_engine.graded import mean_interval
 from heft_engine.metrics import final_number, measure
+from heft_engine.model import PackedLM
+from heft_engine.predictor import Predictor
 from heft_engine.row_outcomes import pack_values, unpack_rows, unpack_values
+from heft_engine.serving.token_text import decode
+from heft_engine.serving.waiting_rows import Weights
 
 SENTENCES = [
     ("the cat sat on the mat", "a cat is on the mat"),
@@ -167,7 +174,7 @@ def test_a_run_measures_by_the_metrics_of_its_task(
 ) -> None:
     seen: list[Any] = []
 
-    def generate(lm: Any, examples: Any, *, eos: int, max_new_tokens: list[int], **rest: Any) -> Any:
+    def generate(lm: Any, examples: Any, *, ends: Any, max_new_tokens: list[int], **rest: Any) -> Any:
         seen.append(max_new_tokens)
         # Right, right but for what leads there, and wrong.
         texts = [sums(3)[0]["completion"], "#### 1", "#### 7"]
@@ -229,3 +236,21 @@ def test_an_exact_match_that_cant_be_any_more_is_not_written_to_its_end(
     assert told.bundle is not None
     assert all(all(same) for same in texts)
     assert all(short < whole / 2 for short, whole in lengths)
+
+
+def test_what_is_measured_is_what_serving_writes(tiny_llama_dir: Path) -> None:
+    """Up to the token that ends a turn of a chat model, which is not the tokenizer's own end."""
+    model = load_model(resolve_path(tiny_llama_dir), dtype=torch.float32, attention=IMPLEMENTATION)
+    lm = PackedLM(model)
+    task = Task.resolve(TaskSettings(metrics=["f1"]), "text")
+    encoder = Encoder(load_tokenizer(tiny_llama_dir), task)
+    row = rows_of([{"prompt": "all of what the sky is", "completion": " blue"}])[0]
+    (example,) = encoder.encode(row)
+    (whole,) = evaluation_module.generate(lm, [example], ends=(), max_new_tokens=[12])
+    end = whole[-1]
+    model.generation_config.eos_token_id = [end]
+    (written,) = evaluation_module._written(lm, encoder, [example], ["any"], 12)
+    predictor = Predictor(Weights(lm=lm), encoder, max_new_tokens=12)
+    (served,) = predictor.predict([row])
+    assert written == served.answer == decode(encoder.tokenizer, whole[: whole.index(end)])
+    assert end != encoder.tokenizer.eos_token_id

@@ -19,6 +19,7 @@ from cli.process import wait_until
 from heft_engine.errors import BundleError, ModelError
 from heft_engine.predictor import Prediction, load
 from heft_engine.serving import holding
+from heft_engine.serving import pool as model_pool
 from heft_engine.serving.batcher import Batcher
 from heft_engine.serving.pool import ModelPool
 
@@ -278,6 +279,35 @@ def test_a_base_on_which_nothing_could_be_loaded_is_let_go(
         ask(pool, Library(tmp_path), "m0")
     assert pool.kinds()["base"][0] == 0
     assert left == [True]
+
+
+def test_a_base_that_nobody_asks_goes_before_another_is_loaded(
+    make_pool: Callable[..., ModelPool], bundles: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Otherwise two that don't fit beside each other could never be asked one after the other."""
+    for name in ("a", "b"):
+        shutil.copytree(bundles / "base", tmp_path / name)
+    loading: list[tuple[int, int]] = []
+    given_back: list[bool] = []
+    pool = make_pool(model_dir=tmp_path, budget_bytes=1, put_away=lambda: given_back.append(True))
+    plain = model_pool.Base
+
+    def base(*arguments: Any, **options: Any) -> Any:
+        loading.append((pool.kinds()["base"][0], len(given_back)))
+        return plain(*arguments, **options)
+
+    monkeypatch.setattr(model_pool, "Base", base)
+    with pool.base("a", "yes_no") as one:
+        expected = one.predict(ROWS)
+        with pool.base("b", "yes_no") as other:
+            assert other.predict(ROWS) == expected
+    pool._budget = ROOMY
+    with pool.base("a", "yes_no"), pool.base("b", "yes_no"):
+        assert pool.kinds()["base"][0] == 2
+    pool._budget = 1
+    with pool.base("a", "choice"):
+        pass
+    assert loading == [(0, 0), (1, 0), (0, 2), (1, 2)], "held, and how often memory was given back"
 
 
 def test_a_change_that_fails_leaves_the_model_as_it_is_and_is_not_tried_again_at_once(

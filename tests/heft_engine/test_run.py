@@ -50,7 +50,7 @@ def computed(lm: PackedLM, encoder: Encoder, examples: list[Example]) -> list[An
     if encoder.task.type != "text":
         return found
     eos = encoder.tokenizer.eos_token_id
-    tokens = generate(lm, examples, eos=eos, max_new_tokens=[8] * len(examples))
+    tokens = generate(lm, examples, ends={eos}, max_new_tokens=[8] * len(examples))
     return list(zip(found, tokens, strict=True))
 
 
