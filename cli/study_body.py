@@ -29,7 +29,10 @@ def read(path: Path) -> Json:
 def upload_files(client: Client, body: Json) -> None:
     """Files of this machine become uploaded ones, those of the tasks too; each is sent once."""
     sent: dict[str, str] = {}
-    for part in (body, *(body.get("tasks") or [])):
+    tasks = body.get("tasks") or []
+    if not isinstance(tasks, list) or not all(isinstance(task, dict) for task in tasks):
+        raise CommandError('"tasks" is a list of objects')
+    for part in (body, *tasks):
         for field in FILES:
             if isinstance(reference := part.get(field), str):
                 sent[reference] = sent.get(reference) or file_id(client, reference)
@@ -56,7 +59,7 @@ def chosen(
     given = {"budget": budget, "sampler": sampler, "parallel": parallel}
     options = {name: value for name, value in given.items() if value is not None}
     if search:
-        return {"search": {"space": space_body(search), **options}}
+        return {"search": {**(written or {}), "space": space_body(search), **options}}
     if written is not None:
         return {"search": {**written, **options}}
     if sampler is not None or parallel is not None:

@@ -31,6 +31,8 @@ State = Literal["running", "complete", "failed", "pruned"]
 _MOST_RANDOM = 10
 #: How often a point that was tried before is drawn again before those that are left are looked for.
 _TRIES = 20
+#: And in the end: a range of two neighbouring numbers counts as endless, and is not.
+_LAST_TRIES = 10_000
 _STATES = {
     "running": TrialState.RUNNING,
     "complete": TrialState.COMPLETE,
@@ -78,9 +80,10 @@ def _next(search: Search, known: Sequence[Trial]) -> Point | None:
             return point
     # Few are left, and the sampler does not care for them.
     random = Random(_seed(search, len(known), _TRIES))
-    while same(point := draw(search.space, random)) in seen:
-        pass
-    return point
+    for _ in range(_LAST_TRIES):
+        if same(point := draw(search.space, random)) not in seen:
+            return point
+    return None
 
 
 def _seed(search: Search, number: int, again: int) -> int:

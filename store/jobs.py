@@ -73,9 +73,10 @@ def create(
 def create_all(
     session: Session, *, owner_id: str, wanted: Sequence[tuple[TrainingSpec, Mapping[str, str]]]
 ) -> list[str]:
-    """As `create`, many jobs of the same files in a few statements; their ids. They queue in this order."""
-    for spec, _ in wanted:
-        refuse_misfits(spec)
+    """As `create`, many jobs of the same files in a few statements; their ids. They queue in this order.
+
+    What datasets' names show of them has been looked at: a study's arms are, when they are built.
+    """
     for field in FILE_FIELDS:
         uploaded = {value for spec, _ in wanted if (value := getattr(spec, field)) is not None}
         references = [(field, value) for value in sorted(uploaded) if value.startswith("file-")]

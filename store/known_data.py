@@ -22,4 +22,4 @@ def refuse_misfits(spec: TrainingSpec) -> None:
                 hub_tasks.parse(rest, field)
         hub_tasks.completed(spec.task, spec.training_file)
     except hub_tasks.Misfit as fault:
-        raise InvalidRequest(f"{fault.param}: {fault}", param=fault.param) from fault
+        raise InvalidRequest(str(fault), param=fault.param) from fault

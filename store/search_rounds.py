@@ -42,8 +42,8 @@ def is_over(planned: Sequence[Mapping[str, Any]]) -> bool:
 
 def is_stale(study: Study, found: Round) -> bool:
     """Whether the study is not any more what a worker looked at: it must look again."""
-    cancelled = study.cancel_requested_at is not None and bool(found.new)
-    return cancelled or len(study.spec["planned"]) != found.seen
+    is_over = study.cancel_requested_at is not None or "closed" in study.spec["search"]
+    return (is_over and bool(found.new)) or len(study.spec["planned"]) != found.seen
 
 
 def follow_up(
@@ -111,6 +111,6 @@ def summary(study: Study) -> dict[str, Any]:
     return {
         **{name: value for name, value in search.items() if name != "closed"},
         "trials": {state: states.count(state) for state in ("running", "complete", "failed", "pruned")},
-        "ended_because": why_no_more(search, trials),
+        "ended_because": "it was cancelled" if study.cancel_requested_at else why_no_more(search, trials),
         "best": chosen,
     }

@@ -199,7 +199,7 @@ def request_cancel(session: Session, *, owner_id: str, study_id: str) -> Study:
     if study.finished_at is not None:
         raise Conflict("the study has already ended", code="study_ended")
     # Jobs that would have followed are not made any more.
-    cancelled = any(arm["like"] for arm in study.spec["planned"]) or study.spec.get("search") is not None
+    cancelled = any(arm.get("like") for arm in study.spec["planned"]) or study.spec.get("search") is not None
     for run in runs_of(session, study_id):
         with suppress(Conflict):  # it has ended by itself
             jobs.request_cancel(session, owner_id=owner_id, job_id=run.job.id)

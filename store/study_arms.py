@@ -9,6 +9,7 @@ from typing import Any, Literal
 from pydantic import ValidationError
 
 from store.errors import InvalidRequest
+from store.known_data import refuse_misfits
 from store.spec import TrainingSpec
 from store.study_settings import JOB_SETTINGS, Where
 from store.study_spec import FILES, StudySpec
@@ -79,6 +80,10 @@ def built(
     if fault is not None:
         raise InvalidRequest(fault.reason, param=where.of(fault.path))
     assert isinstance(made, TrainingSpec)
+    try:
+        refuse_misfits(made)
+    except InvalidRequest as refusal:
+        raise InvalidRequest(refusal.message, param=where.of(refusal.param or "")) from refusal
     return PlannedArm(name=name, spec=made)
 
 

@@ -13,7 +13,7 @@ from dataclasses import dataclass, replace
 from random import Random
 from typing import Any
 
-from heft_engine.search_space import Range, draw, extremes, same
+from heft_engine.search_space import Range, draw, extremes, same, size
 from store.errors import InvalidRequest
 from store.study_arms import BaseFacts, Fault, PlannedArm, Trial, built, training_spec
 from store.study_settings import Where, changed, label
@@ -167,10 +167,15 @@ def open_places(search: Mapping[str, Any], trials: Sequence[Trial]) -> int:
 
 
 def why_no_more(search: Mapping[str, Any], trials: Sequence[Trial]) -> str | None:
-    """Why a search makes no more trials though its budget may not be spent; None if nothing hinders it."""
+    """Why a search makes no more trials though its budget is not spent; None if nothing else hinders it."""
     if (closed := search.get("closed")) is not None:
         return str(closed)
     states = Counter(trial.state for trial in trials)
+    if len(trials) - states["pruned"] >= search["budget"]:
+        return None
+    space = SearchSpec.model_validate(search).space
+    if len({same(trial.params) for trial in trials}) >= size(space):
+        return "every point of the space has been tried"
     if states["failed"] >= HOPELESS and not states["complete"]:
         return f"the first {states['failed']} trials have all failed"
     if states["pruned"] >= search["budget"]:

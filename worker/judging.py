@@ -8,13 +8,13 @@ do (worker.asking).
 from __future__ import annotations
 
 import logging
-import subprocess
 from collections.abc import Sequence
 from functools import partial
 from typing import Any
 
 from store import search_rounds, studies, verdicts
 from store.database import transaction
+from store.errors import Unavailable
 from store.studies import Run
 from store.study_arms import BaseFacts
 from store.study_search import Round
@@ -49,17 +49,17 @@ def _judge_one(context: Context, command: Sequence[str], failed: set[str]) -> bo
         return False
     try:
         verdict, found = _looked_at(partial(ask, context, command), study, runs, base)
-    except (subprocess.SubprocessError, ValueError) as fault:
-        # Nothing was written down: the next sweep tries again.
+        kept = context.settings.results_kept
+        with transaction(context.sessions) as session:
+            made = verdicts.record(session, study.id, runs, verdict, found, results_kept=kept)
+    except Unavailable:
+        raise
+    except Exception as fault:
+        # Whatever it is, it is this study's: nothing was written down, and the next sweep tries again.
         said = getattr(fault, "stderr", None) or b""
-        log.error(
-            "study %s could not be judged: %s %s", study.id, fault, said[-500:].decode(errors="replace")
-        )
+        log.exception("study %s could not be judged: %s", study.id, said[-500:].decode(errors="replace"))
         failed.add(study.id)
         return True
-    kept = context.settings.results_kept
-    with transaction(context.sessions) as session:
-        made = verdicts.record(session, study.id, runs, verdict, found, results_kept=kept)
     for job_id in made or ():
         context.hints.hint(job_id, "prepare")
     return True

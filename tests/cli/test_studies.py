@@ -16,7 +16,7 @@ from cli.report.data import Report, layer_and_rank, losses
 from cli.report.page import page
 from cli.report.plots import against_compute, curves, layer_rank_map
 from cli.report.words import flops, markdown
-from cli.study_body import arm_body, grid_body, numbers, space_body
+from cli.study_body import arm_body, chosen, grid_body, numbers, space_body
 
 SENTENCE = "HEFT 3+3 is 1.2 points above LoRA <alone>, 95 % interval −0.4 to 2.8: not separable with 3 seeds."
 
@@ -228,6 +228,20 @@ def test_the_command_sends_a_search(service: Any) -> None:
         "test_file": "file-c",
     }
     assert service.run("studies", "create", "--sampler", "random").exit_code == 1
+
+
+def test_what_is_given_goes_before_the_search_that_was_written_down() -> None:
+    written = {"space": {"lora.rank": [4]}, "budget": 9, "sampler": "random"}
+    assert chosen(["reft.rank=2,4"], written, budget=5, sampler=None, parallel=None) == {
+        "search": {"space": {"reft.rank": [2, 4]}, "budget": 5, "sampler": "random"}
+    }
+
+
+def test_tasks_that_are_none_are_refused(service: Any, tmp_path: Path) -> None:
+    (tmp_path / "study.json").write_text('{"name": "s", "tasks": "boolq"}')
+    run = service.run("studies", "create", "--from", str(tmp_path / "study.json"))
+    assert run.exit_code == 1
+    assert '"tasks" is a list of objects' in run.output
 
 
 def test_a_request_that_was_written_down_is_sent_with_its_files(service: Any, tmp_path: Path) -> None:

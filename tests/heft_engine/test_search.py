@@ -126,3 +126,14 @@ def test_the_command_answers_and_loads_no_torch(tmp_path: Path) -> None:
     )
     points = json.loads(done.stdout)["points"]
     assert [sorted(point) for point in points] == [["rank", "rate"]] * 2
+
+
+def test_a_range_of_two_neighbouring_numbers_comes_to_its_end() -> None:
+    """It counts as endless, as every range of any numbers does."""
+    low = 1e-3
+    space = {"rate": Range(low=low, high=math.nextafter(low, 1))}
+    tried = [
+        Trial(point={"rate": rate}, state="complete", value=0.5) for rate in (low, math.nextafter(low, 1))
+    ]
+    assert size(space) == math.inf
+    assert propose(Search(space=space, budget=5, sampler="random"), tried, 1) == []

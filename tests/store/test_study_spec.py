@@ -11,7 +11,7 @@ from store import presets
 from store.errors import InvalidRequest
 from store.study_arms import BaseFacts, PlannedArm, Trial
 from store.study_plan import plan
-from store.study_search import HOPELESS, Ended, as_arm, best, open_places, settled, trials_of
+from store.study_search import HOPELESS, Ended, as_arm, best, open_places, settled, trials_of, why_no_more
 from store.study_spec import StudySpec
 
 BASE = BaseFacts(n_layers=30, hidden_size=576)
@@ -254,8 +254,9 @@ def test_a_trial_is_the_mean_over_its_seeds_and_fails_with_any_of_them() -> None
 
 def test_as_many_trials_are_made_as_the_budget_and_the_places_allow() -> None:
     def places(*states: Any, budget: int = 6, parallel: int = 2, **closed: str) -> int:
-        found = [Trial(number=n, params={}, state=state) for n, state in enumerate(states, 1)]
-        return open_places({"budget": budget, "parallel": parallel, **closed}, found)
+        found = [Trial(number=n, params={"reft.rank": n}, state=state) for n, state in enumerate(states, 1)]
+        space = {"reft.rank": {"low": 1, "high": 100}}
+        return open_places({"space": space, "budget": budget, "parallel": parallel, **closed}, found)
 
     assert places() == 2
     assert places("running", "complete") == 1
@@ -336,3 +337,41 @@ def test_kinds_of_stage_2_are_those_that_the_engine_has() -> None:
     kinds = presets.stage2_kinds()
     assert len(kinds) > 1
     assert [arm.spec.stages()[1].kind for arm in arms(preset="stage2_variants")] == list(kinds)
+
+
+@pytest.mark.parametrize(
+    ("budget", "states", "because"),
+    [
+        (3, ["complete", "failed", "failed"], None),
+        (HOPELESS, ["failed"] * HOPELESS, None),
+        (HOPELESS + 1, ["failed"] * HOPELESS, f"the first {HOPELESS} trials have all failed"),
+        (2, ["complete", "complete", "pruned", "pruned"], None),
+        (2, ["complete", "pruned", "pruned"], "2 of the points that were chosen can't be"),
+        (50, ["complete"] * 6, "every point of the space has been tried"),
+        (50, ["complete"] * 5, None),
+    ],
+)
+def test_a_search_says_why_it_ended_before_its_budget_was_spent(
+    budget: int, states: list[Any], because: str | None
+) -> None:
+    asked = spec(**search(space={"reft.rank": [1, 2, 3, 4, 5, 6]}, budget=budget)).search
+    assert asked is not None
+    trials = [
+        Trial(number=number, params={"reft.rank": number}, state=state)
+        for number, state in enumerate(states, 1)
+    ]
+    assert why_no_more(asked.model_dump(mode="json"), trials) == because
+
+
+@pytest.mark.parametrize(
+    ("field", "changes"),
+    [
+        ("training_file", {"training_file": "hub:allenai/ai2_arc", "preset": "order"}),
+        ("tasks[1].training_file", tasks(training_file="hub:allenai/ai2_arc")),
+        ("tasks[1].test_file", tasks(test_file="hub:allenai/ai2_arc")),
+    ],
+)
+def test_what_a_datasets_name_shows_is_refused_with_the_requests_own_field(
+    field: str, changes: dict[str, Any]
+) -> None:
+    assert refused(**changes) == field

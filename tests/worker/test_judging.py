@@ -12,7 +12,7 @@ import pytest
 from worker_bench import OWNER, Act, Bench, eventually
 
 from heft_engine.row_outcomes import pack_rows
-from store import leases, studies
+from store import leases, studies, verdicts
 from store.database import transaction
 from store.spec import Method
 from store.states import JobState
@@ -108,6 +108,24 @@ def test_a_study_that_can_not_be_judged_waits(bench: Bench) -> None:
     judge_studies(bench.context, ENGINE)
     assert read(bench, study).verdict is not None
     assert read(bench, study).finished_at is None
+
+
+def test_one_that_breaks_whoever_looks_at_it_does_not_stand_before_the_others(
+    bench: Bench, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    broken, whole = (study_of(bench, [left(30)], seeds=[1]) for _ in range(2))
+    for study in (broken, whole):
+        assert bench.run(runs(bench, study)[0].job.id).state == JobState.SUCCEEDED
+    record = verdicts.record
+
+    def failing(session: Any, study_id: str, *arguments: Any, **options: Any) -> Any:
+        if study_id == broken.id:
+            raise KeyError("of what was written down long ago")
+        return record(session, study_id, *arguments, **options)
+
+    monkeypatch.setattr(verdicts, "record", failing)
+    judge_studies(bench.context, ENGINE)
+    assert (read(bench, broken).verdict is None, read(bench, whole).verdict is None) == (True, False)
 
 
 @pytest.mark.slow

@@ -232,3 +232,30 @@ def test_what_was_proposed_before_others_went_on_is_dropped(bench: Bench, at_han
     judge_studies(bench.context)
     assert len(trials(bench, study)) == 6
     assert len({str(trial.point) for trial in trials(bench, study)}) == 6
+
+
+@pytest.mark.parametrize("over", ["cancelled", "closed"])
+def test_what_was_proposed_before_the_search_was_over_is_dropped(
+    bench: Bench, at_hand: None, over: str
+) -> None:
+    """Another worker, or the user, was quicker than this one's look."""
+    study = search_of(bench, seeds=[1])
+    end_all(bench, study)
+    planned = read(bench, study).spec["planned"]
+    again = [{**planned[0], "name": "trial 3", "trial": {**planned[0]["trial"], "number": 3}}]
+    with transaction(bench.context.sessions) as session:
+        looked_at = studies.runs_of(session, study.id, rows=True)
+    with transaction(bench.context.sessions) as session:
+        if over == "cancelled":
+            studies.request_cancel(session, owner_id=OWNER, study_id=study.id)
+        else:
+            search_rounds.close(session, studies.get(session, owner_id=OWNER, study_id=study.id), "no file")
+    found = Round(seen=len(planned), new=again)
+    with transaction(bench.context.sessions) as session:
+        assert verdicts.record(session, study.id, looked_at, judging.NOTHING_YET, found) is None
+    assert len(read(bench, study).spec["planned"]) == len(planned)
+    judge_studies(bench.context)
+    ended = read(bench, study)
+    assert ended.finished_at is not None
+    said = {"cancelled": "it was cancelled", "closed": "no file"}[over]
+    assert search_rounds.summary(ended)["ended_because"] == said
