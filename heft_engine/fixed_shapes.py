@@ -202,7 +202,7 @@ def _heights(module: nn.Linear, small: int) -> Heights:
     for _ in range(ROUNDS):
         for height in seconds:
             seconds[height] = min(seconds[height], _seconds(rows[:height], weight, bias))
-    # A tall block is more likely to be interrupted than the small ones it replaces, and never really slower.
+    # A tall block is more likely to be interrupted than the small ones it replaces; that it is no slower is assumed.
     return {height: min(least, height // small * seconds[small]) for height, least in seconds.items()}
 
 

@@ -112,12 +112,15 @@ def calibration(run: Run) -> Calibration | None:
 def on_validation(run: Run) -> dict[str, Any] | None:
     """What the result came to on validation rows, where others are reported: what a search chooses by.
 
-    At most so many rows as calibration takes, and its own scores where it has any. None without validation rows.
+    At most so many rows as calibration takes, and its own scores where it has any. None without validation rows, and
+    for text unless the run was told to write it: that may take as long as an epoch.
     """
     if run.split != "test" or not run.questions:
         return None
     chosen = _chosen(run)
     if run.encoder.task.type == "text":
+        if not run.writes_validation:
+            return None
         found = evaluate(run.lm, run.encoder, chosen, max_new_tokens=max_new_tokens(run))
         return {"n": found.n, "metric": found.metric, "value": found.accuracy}
     calibration(run)

@@ -62,14 +62,16 @@ def train(
     cache: CacheBudget | None = None,
     memory_bytes: int | None = None,
     results: StageStore | None = None,
+    writes_validation: bool = False,
 ) -> Bundle:
     """Trains by the config and writes a bundle to `out_dir`, a new or empty directory.
 
     `eval_rows` steer (early stopping) and `test_rows` only report. `resume` is a checkpoint directory of an earlier
     run of the same config and rows. `memory_bytes`: what a stage may take beyond what the process holds; None is what
     is free. `results` holds what stages of earlier runs ended with: a run that begins starts after the longest prefix
-    of its stages that is there, and every run adds its own. Raises EngineError: RowError, ConfigError, ModelError,
-    TrainingError, or Stopped after `should_stop` returned True and a checkpoint was written.
+    of its stages that is there, and every run adds its own. `writes_validation`: text is written and measured on the
+    validation rows too, beside the test rows. Raises EngineError: RowError, ConfigError, ModelError, TrainingError, or
+    Stopped after `should_stop` returned True and a checkpoint was written.
     """
     if out_dir.exists() and any(out_dir.iterdir()):
         raise ConfigError(f"{out_dir} is not empty: a bundle needs a directory of its own", param="out")
@@ -77,6 +79,7 @@ def train(
     base = resolve(config.model, model_dir=model_dir, cache_dir=cache_dir, allow_paths=allow_paths)
     run = prepare(config, base, train_rows, eval_rows, test_rows, device or choose_device(), on_event, cache)
     run.cache_dir, run.memory_bytes = cache_dir, memory_bytes
+    run.writes_validation = writes_validation
     writer = CheckpointWriter(directory=checkpoint_dir, seconds=checkpoint_seconds, on_event=on_event)
     if resume is not None:
         run.resume(resume)
@@ -129,6 +132,7 @@ class Run:
     adapters: list[LoraAdapter] = field(default_factory=list)
     cache_dir: Path | None = None
     memory_bytes: int | None = None
+    writes_validation: bool = False
     reuse: Reuse | None = None
 
     def __post_init__(self) -> None:

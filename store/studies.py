@@ -189,6 +189,13 @@ def status_of(study: Study, states: Sequence[JobState]) -> str:
     return "succeeded" if JobState.SUCCEEDED in states else "failed"
 
 
+def is_trial(session: Session, job_id: str) -> bool:
+    """Whether a search chooses by what comes of this job."""
+    of_search = select(Study.id).join(StudyJob, StudyJob.study_id == Study.id)
+    found = of_search.where(StudyJob.job_id == job_id, Study.spec["search"].astext.is_not(None))
+    return session.scalar(found) is not None
+
+
 def request_cancel(session: Session, *, owner_id: str, study_id: str) -> Study:
     """Cancel every job that has not ended; asking again is fine. Raises NotFound; Conflict when the study has ended."""
     study = session.scalar(

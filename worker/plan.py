@@ -62,7 +62,12 @@ def train_config(spec: TrainingSpec, *, revision: str | None) -> TrainConfig:
 
 
 def run_file(
-    config: TrainConfig, run: LocalRun, settings: StoreSettings, *, reuse: bool = False
+    config: TrainConfig,
+    run: LocalRun,
+    settings: StoreSettings,
+    *,
+    reuse: bool = False,
+    writes_validation: bool = False,
 ) -> dict[str, Any]:
     """What `python -m heft_engine train --run-file` reads."""
     return {
@@ -82,6 +87,7 @@ def run_file(
         "max_line_bytes": settings.max_line_bytes,
         "results": str(run.results) if reuse else None,
         "results_on_request": reuse,
+        "writes_validation": writes_validation,
     }
 
 

@@ -13,7 +13,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from store import leases
+from store import leases, studies
 from store.errors import Damaged
 from store.tables import Job
 from worker.attempt import Attempt, Ending, death_of, failed, run_attempt
@@ -64,7 +64,8 @@ def _train(attempt: Attempt) -> Ending:
     path = attempt.folder / "run.json"
     settings = attempt.context.settings
     reuse = reuses(attempt.claim.spec, settings)
-    path.write_text(json.dumps(run_file(config, run, settings, reuse=reuse)))
+    searched = attempt.write(lambda session, claim: studies.is_trial(session, claim.job_id))
+    path.write_text(json.dumps(run_file(config, run, settings, reuse=reuse, writes_validation=searched)))
     command = [*attempt.context.engine_command, "train", "--run-file", str(path), "--die-with-parent"]
     with room(attempt.context, f"{attempt.claim.job_id}/{attempt.claim.attempt}"):
         ended = attempt.run_child(command, reporter.hear)

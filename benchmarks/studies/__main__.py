@@ -107,6 +107,7 @@ def _job(client: Client, job_id: str) -> dict[str, Any]:
         "status": job["status"],
         "seconds": job["finished_at"] - job["started_at"] if known else None,
         "error": job["error"],
+        "evaluation": job["evaluation"],
     }
 
 

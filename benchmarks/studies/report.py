@@ -1,4 +1,4 @@
-"""STUDIES.md: what is said of the studies (words.md), and behind it every study as the service reports it."""
+"""STUDIES.md: every study as the service reports it, with what is said of it (<name>.words.md), behind words.md."""
 
 from __future__ import annotations
 
@@ -16,10 +16,12 @@ def write(target: Path, results: Path) -> None:
         heading, _, rest = text.partition("\n")
         # One level deeper than in a report of its own.
         deeper = "\n".join(f"#{line}" if line.startswith("#") else line for line in rest.splitlines())
+        words = path.with_suffix(".words.md")
         parts += [
             f"#{heading}",
             f"    {found['command']}",
             f"Took {duration(found['seconds'])} in all.",
+            *([words.read_text().strip()] if words.exists() else []),
             deeper.strip(),
         ]
     (target / "STUDIES.md").write_text("\n\n".join(parts) + "\n")

@@ -63,6 +63,8 @@ class RunFile(BaseModel):
     results: Path | None = None
     #: Whether the starter brings them there when it is asked, and keeps new ones: see heft_engine.command.asked.
     results_on_request: bool = False
+    #: Whether text is written on validation rows too: a search chooses by it.
+    writes_validation: bool = False
     #: Whether `config.model` may be any directory: a person's right, never a request's.
     allow_paths: bool = False
 
@@ -103,6 +105,7 @@ def _train(plan: RunFile, stop: threading.Event) -> None:
         ),
         memory_bytes=plan.memory_bytes,
         results=_results(plan, stop),
+        writes_validation=plan.writes_validation,
     )
 
 

@@ -57,6 +57,8 @@ def _pairs(arms: Sequence[Arm], baseline: str | None) -> list[tuple[Arm, Arm]]:
     pairs = [(a, b) for a, b in combinations(arms, 2) if a.task == b.task]
     if baseline is None:
         return pairs
+    if all(baseline not in (arm.name, arm.method) for arm in arms):
+        raise ValueError(f"no arm is called {baseline!r}")
     # Whatever is compared with it stands first.
     return [
         (b, a) if baseline in (a.name, a.method) else (a, b)

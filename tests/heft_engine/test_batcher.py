@@ -153,15 +153,19 @@ def test_questions_on_one_passage_compute_it_once(lm: PackedLM, batcher: Batcher
     assert batcher.prefix_bytes == 0
 
 
-def test_a_large_request_does_not_hold_up_a_small_one(lm: PackedLM, batcher: Batcher) -> None:
+@pytest.mark.parametrize("of", ["the same model", "another model"])
+def test_a_large_request_does_not_hold_up_a_small_one(
+    lm: PackedLM, tiny_llama_dir: Path, batcher: Batcher, of: str
+) -> None:
+    other = lm if of == "the same model" else packed(tiny_llama_dir)
     ended: list[str] = []
     with Gate(batcher):
         large = batcher.submit(Weights(lm=lm), examples(60, seed=1))
-        small = batcher.submit(Weights(lm=lm), examples(1, seed=2))
+        small = batcher.submit(Weights(lm=other), examples(1, seed=2))
         large.add_done_callback(lambda _: ended.append("large"))
         small.add_done_callback(lambda _: ended.append("small"))
     assert large.result(60) == score(lm, examples(60, seed=1))
-    assert small.result(60) == score(lm, examples(1, seed=2))
+    assert small.result(60) == score(other, examples(1, seed=2))
     assert ended == ["small", "large"]
 
 
@@ -220,18 +224,6 @@ def test_whatever_breaks_beside_a_pass_is_told_and_the_thread_goes_on(
             batcher.submit(Weights(lm=lm), examples(2)).result(60)
     assert "what waited failed" in caplog.text
     assert batcher.submit(Weights(lm=lm), examples(2)).result(60) == score(lm, examples(2))
-
-
-def test_models_take_turns_however_much_one_of_them_is_asked(tiny_llama_dir: Path, batcher: Batcher) -> None:
-    busy, quiet = packed(tiny_llama_dir), packed(tiny_llama_dir)
-    ended: list[str] = []
-    with Gate(batcher):
-        large = batcher.submit(Weights(lm=busy), examples(60, seed=1))
-        small = batcher.submit(Weights(lm=quiet), examples(1, seed=2))
-        large.add_done_callback(lambda _: ended.append("large"))
-        small.add_done_callback(lambda _: ended.append("small"))
-    results([large, small])
-    assert ended == ["small", "large"]
 
 
 def test_rows_that_wait_for_a_prefix_that_finds_no_room_run_together(lm: PackedLM, told: Told) -> None:

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-from engine_runs import LORA, REFT, config, parse, run, yes_no
+from engine_runs import LORA, REFT, but, config, parse, run, yes_no
 from small_runs import prepared, reft, yes_no_rows
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import flop_registry
@@ -148,6 +148,20 @@ def test_a_run_says_what_it_came_to_on_validation_rows(tiny_llama_dir: Path, tmp
     assert (found["n"], found["metric"]) == (len(EVAL), "accuracy")
     assert found["value"] == pytest.approx(alone["evaluation"]["results"][-1]["accuracy"])
     assert alone["outcomes"]["validation"] is None
+
+
+def test_text_is_written_on_validation_rows_where_a_search_asks(tiny_llama_dir: Path, tmp_path: Path) -> None:
+    rows = parse([{"prompt": f"is it {n}", "completion": f" {n}"} for n in range(12)])
+    given = {"validation": rows[4:8], "test_rows": rows[8:]}
+    stages = [but(LORA, n_epochs=1)]
+    plain = run(config(tiny_llama_dir, "lora", stages), tmp_path / "plain", rows[:4], **given)
+    assert plain.one("SUCCEEDED")["outcomes"]["validation"] is None
+    asked = run(
+        config(tiny_llama_dir, "lora", stages), tmp_path / "asked", rows[:4], **given, writes_validation=True
+    )
+    found = asked.one("SUCCEEDED")["outcomes"]["validation"]
+    assert (found["n"], found["metric"]) == (4, "exact_match")
+    assert found["value"] in (0, 0.25, 0.5, 0.75, 1)
 
 
 def test_a_run_without_rows_to_measure_on_has_no_outcomes(tiny_llama_dir: Path, tmp_path: Path) -> None:

@@ -80,6 +80,8 @@ def test_the_engine_reads_the_run_file(settings: StoreSettings, tmp_path: Path) 
     assert (read.results, read.results_on_request) == (None, False)
     read = RunFile.model_validate(run_file(config, run, settings, reuse=True))
     assert (read.results, read.results_on_request) == (run.results, True)
+    assert not read.writes_validation
+    assert RunFile.model_validate(run_file(config, run, settings, writes_validation=True)).writes_validation
 
 
 @pytest.mark.parametrize(

@@ -259,3 +259,13 @@ def test_what_was_proposed_before_the_search_was_over_is_dropped(
     assert ended.finished_at is not None
     said = {"cancelled": "it was cancelled", "closed": "no file"}[over]
     assert search_rounds.summary(ended)["ended_because"] == said
+
+
+def test_trials_are_known_as_such(bench: Bench) -> None:
+    """Their text is measured on validation rows too, which others' is not."""
+    study = search_of(bench, seeds=[1])
+    other = bench.queued([])
+    with transaction(bench.context.sessions) as session:
+        trial = studies.runs_of(session, study.id)[0].job.id
+        assert studies.is_trial(session, trial)
+        assert not studies.is_trial(session, other)
