@@ -97,11 +97,17 @@ class PackedLM:
         layout: Layout,
         first: int,
         end: int,
+        watch: Callable[[int, Tensor], None] | None = None,
     ) -> Tensor:
-        """Runs decoder layers first … end − 1 over states (B, T, hidden) at `positions` (B, T)."""
+        """Runs decoder layers first … end − 1 over states (B, T, hidden) at `positions` (B, T).
+
+        `watch` is told each layer and the states before it.
+        """
         self.on_forward()
         rotary: dict[str | None, Any] = {}
         for index in range(first, end):
+            if watch is not None:
+                watch(index, states)
             kind = self.config.layer_types[index] if self.family.rotary_by_layer_type else None
             if kind not in rotary:
                 arguments = (states, positions) if kind is None else (states, positions, kind)

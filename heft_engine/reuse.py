@@ -35,7 +35,9 @@ from heft_engine.errors import BundleError
 from heft_engine.events import Event
 from heft_engine.interventions import Site
 from heft_engine.model_files import weights_hash
+from heft_engine.prefills import PrefillFolder, Prefills
 from heft_engine.run_state import CheckpointWriter, RunState, rows_hash, write_stage
+from heft_engine.suffix_cache import Boundary
 from heft_engine.telling import tell_evaluation, tell_warnings
 
 if TYPE_CHECKING:
@@ -68,9 +70,10 @@ class _Result:
 class Reuse:
     """One run's dealings with a store. Made after the run has resumed, if it does."""
 
-    def __init__(self, run: Run, store: StageStore) -> None:
+    def __init__(self, run: Run, store: StageStore, prefills: PrefillFolder | None = None) -> None:
         self._run = run
         self._store = store
+        self._prefills = prefills
         keys = stage_keys(run)
         if not run.state.evaluations:
             run.state.keys = keys
@@ -80,6 +83,23 @@ class Reuse:
     def key(self, index: int) -> str | None:
         """What the end of this stage may be kept under; None if it may not."""
         return None if self._keys is None else self._keys[index]
+
+    def prefills(self, index: int, boundary: Boundary, examples: Sequence[Example]) -> Prefills | None:
+        """Where the prefills of rows are kept for stages like this one, that train nothing but fresh interventions.
+
+        Keyed by the model as the stages before have left it, the rows, and where each row's suffix begins.
+        """
+        if self._keys is None or self._prefills is None:
+            return None
+        run = self._run
+        ingredients = {
+            **_of_model(run),
+            "threads": torch.get_num_threads(),
+            "behind": self._keys[index - 1] if index else None,
+            "rows": rows_hash(examples),
+            "skipped": [boundary.first_token(len(example.prompt)) for example in examples],
+        }
+        return self._prefills.of(ingredients)
 
     def take(self, writer: CheckpointWriter) -> None:
         """Puts the run, if it has yet to begin, behind the longest prefix of its stages that is kept.
@@ -154,13 +174,7 @@ def stage_keys(run: Run) -> list[str]:
     config = run.config.model_dump(mode="json")
     settings = {name: value for name, value in config.items() if name not in _ELSEWHERE}
     ingredients: dict[str, Any] = {
-        "code": code_hash(),
-        "versions": package_versions(),
-        "device": run.lm.device.type,
-        "dtype": dtype_name(run.lm.dtype),
-        "float32_products": torch.get_float32_matmul_precision(),
-        "weights": weights_hash(run.base.path),
-        "config": hashlib.sha256((run.base.path / "config.json").read_bytes()).hexdigest(),
+        **_of_model(run),
         "tokenizer": tokenizer_hash(run.encoder.tokenizer),
         "task": run.encoder.task.to_json(),
         "max_length": run.encoder.max_length,
@@ -173,10 +187,24 @@ def stage_keys(run: Run) -> list[str]:
         "general": examples_hash(run.general),
     }
     prefixes = (config["stages"][: count + 1] for count in range(len(config["stages"])))
-    return [
-        hashlib.sha256(json.dumps([ingredients, stages], sort_keys=True).encode()).hexdigest()
-        for stages in prefixes
-    ]
+    return [_digest([ingredients, stages]) for stages in prefixes]
+
+
+def _of_model(run: Run) -> dict[str, Any]:
+    """What computes: the base, this code, its libraries."""
+    return {
+        "code": code_hash(),
+        "versions": package_versions(),
+        "device": run.lm.device.type,
+        "dtype": dtype_name(run.lm.dtype),
+        "float32_products": torch.get_float32_matmul_precision(),
+        "weights": weights_hash(run.base.path),
+        "config": hashlib.sha256((run.base.path / "config.json").read_bytes()).hexdigest(),
+    }
+
+
+def _digest(value: Any) -> str:
+    return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()
 
 
 def examples_hash(examples: Sequence[Example]) -> str:

@@ -32,6 +32,7 @@ from heft_engine.memory import peak
 from heft_engine.model import PackedLM
 from heft_engine.outcome import max_new_tokens, on_validation, write_outcome
 from heft_engine.parity import PROBE_ROWS, merge_stage
+from heft_engine.prefills import PrefillFolder
 from heft_engine.reuse import Reuse, StageStore
 from heft_engine.rows import Row
 from heft_engine.run_state import CheckpointWriter, RunState, load_checkpoint, rows_hash
@@ -62,6 +63,7 @@ def train(
     cache: CacheBudget | None = None,
     memory_bytes: int | None = None,
     results: StageStore | None = None,
+    prefills: PrefillFolder | None = None,
     writes_validation: bool = False,
 ) -> Bundle:
     """Trains by the config and writes a bundle to `out_dir`, a new or empty directory.
@@ -69,7 +71,8 @@ def train(
     `eval_rows` steer (early stopping) and `test_rows` only report. `resume` is a checkpoint directory of an earlier
     run of the same config and rows. `memory_bytes`: what a stage may take beyond what the process holds; None is what
     is free. `results` holds what stages of earlier runs ended with: a run that begins starts after the longest prefix
-    of its stages that is there, and every run adds its own. `writes_validation`: text is written and measured on the
+    of its stages that is there, and every run adds its own; `prefills` holds the frozen activations of their rows
+    beside it, on this machine alone. `writes_validation`: text is written and measured on the
     validation rows too, beside the test rows. Raises EngineError: RowError, ConfigError, ModelError, TrainingError, or
     Stopped after `should_stop` returned True and a checkpoint was written.
     """
@@ -83,7 +86,7 @@ def train(
     writer = CheckpointWriter(directory=checkpoint_dir, seconds=checkpoint_seconds, on_event=on_event)
     if resume is not None:
         run.resume(resume)
-    run.reuse = Reuse(run, results) if results is not None else None
+    run.reuse = Reuse(run, results, prefills) if results is not None else None
     return run.go(out_dir, writer, should_stop)
 
 
@@ -196,6 +199,7 @@ class Run:
                 tell_plan(self, index, trainable, plan)
                 progress = train_stage(self, index, trainable, plan, sites_before, writer, should_stop)
             seconds = time.monotonic() - began + (earlier.seconds if earlier is not None else 0)
+            seconds += progress.saved_seconds
             self.state.costs.append(cost_of(self, index, trainable, progress, seconds))
             self._end_stage(index, stage, trainable, progress)
             memory_bytes = most()

@@ -20,6 +20,7 @@ from heft_engine.encoding import Example
 from heft_engine.evaluation import supervised_loss
 from heft_engine.model import PackedLM
 from heft_engine.packing import fill, pack, packed_length
+from heft_engine.prefills import Prefills
 from heft_engine.suffix_cache import Boundary, Rung, SuffixCache, size_of
 from heft_engine.supervised import cross_entropy
 
@@ -38,6 +39,9 @@ def pass_tokens(rung: Rung, example: Example, skipped: int) -> int:
 class Source(Protocol):
     """Rows that losses can be computed of, by index."""
 
+    @property
+    def saved_seconds(self) -> float: ...  #: that an earlier run has spent on what this one found there
+
     def tokens(self, index: int) -> int: ...  #: of a pass's budget that the row takes
     def hidden(
         self, indices: Sequence[int]
@@ -51,6 +55,7 @@ class PlainSource:
 
     lm: PackedLM
     examples: Sequence[Example]
+    saved_seconds: float = 0.0
 
     def tokens(self, index: int) -> int:
         return packed_length(self.examples[index])
@@ -69,6 +74,10 @@ class CachedSource:
     """The suffixes, through the upper layers."""
 
     cache: SuffixCache
+
+    @property
+    def saved_seconds(self) -> float:
+        return self.cache.saved_seconds
 
     def tokens(self, index: int) -> int:
         row = self.cache.rows[index]
@@ -122,14 +131,21 @@ class CachePlan:
     bytes: int
 
     def open(
-        self, lm: PackedLM, boundary: Boundary, examples: Sequence[Example], file: Path | None
+        self,
+        lm: PackedLM,
+        boundary: Boundary,
+        examples: Sequence[Example],
+        file: Path | None,
+        prefills: Prefills | None = None,
     ) -> Source:
-        """The source of these rows. Runs the prefill for every rung but "nothing"."""
+        """The source of these rows. Runs the prefill for every rung but "nothing", or takes it from `prefills`."""
         if self.rung == "nothing" or not examples:
             return PlainSource(lm=lm, examples=examples)
-        cache = SuffixCache(lm, boundary, examples, self.rung, file if self.on_disk else None)
+        cache = SuffixCache(lm, boundary, examples, self.rung, file if self.on_disk else None, prefills)
         if self.on_disk and file is not None:
-            file.unlink()  # The mapping stays; nothing is left behind, however this process ends.
+            file.unlink(
+                missing_ok=True
+            )  # The mapping stays; nothing is left behind, however this process ends.
         return CachedSource(cache=cache)
 
 

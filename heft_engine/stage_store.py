@@ -8,6 +8,7 @@ Processes may share the folder. It does NOT know what keys stand for, nor what i
 from __future__ import annotations
 
 import errno
+import math
 import os
 import shutil
 import tempfile
@@ -32,6 +33,7 @@ class LocalStages:
 
     directory: Path
     max_bytes: int = MAX_BYTES
+    max_age_seconds: float = math.inf  #: since its last use
 
     def find(self, keys: Sequence[str]) -> list[Path]:
         """The directories of the first so many keys. One that is damaged is removed."""
@@ -70,7 +72,7 @@ class LocalStages:
                     shutil.rmtree(path, ignore_errors=True)
                 continue
             size = _size(path)
-            if total + size > self.max_bytes:
+            if total + size > self.max_bytes or ages[path] > self.max_age_seconds:
                 shutil.rmtree(path, ignore_errors=True)
             else:
                 total += size

@@ -5,7 +5,7 @@ It does NOT know what becomes of a stage that has ended.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -13,8 +13,9 @@ from uuid import uuid4
 
 from torch import Tensor
 
+from heft_engine.encoding import Example
 from heft_engine.run_state import CheckpointWriter
-from heft_engine.sources import CacheBudget
+from heft_engine.sources import CacheBudget, CachePlan, Source
 from heft_engine.stage_plan import Planner, StagePlan
 from heft_engine.trainables import LoraTrainable, ReftTrainable
 from heft_engine.training import Hooks, Progress, StageRun
@@ -51,13 +52,22 @@ def train_stage(
 ) -> Progress:
     """Trains to the end, from the run's checkpoint if that lies inside the stage."""
     stage, boundary = run.config.stages[index], trainable.boundary()
+    standing = list(run.lm.sites)[:sites_before]
 
     def save(progress: Progress, tensors: Callable[[], dict[str, Tensor]], due: bool) -> None:
         run_step = run.first_steps[index] + progress.step
         if writer.is_due(due):
             state = run.state.inside(asdict(progress), sites_before)
-            sites = list(run.lm.sites)[:sites_before]
-            writer.step(state, run_step, run.config, tensors(), run.adapters, sites, stage.type)
+            writer.step(state, run_step, run.config, tensors(), run.adapters, standing, stage.type)
+
+    def source(cache: CachePlan, examples: Sequence[Example], name: str) -> Source:
+        # Interventions of earlier stages that go on in this one act in nobody else's prefill.
+        fresh = not any(site in standing for site in boundary.sites)
+        prefills = run.reuse.prefills(index, boundary, examples) if run.reuse is not None and fresh else None
+        return cache.open(run.lm, boundary, examples, _cache_file(run.cache, name), prefills)
+
+    training = source(plan.cache, run.examples, "training")
+    validation = source(plan.validation_cache, run.validation, "validation")
 
     loop = StageRun(
         stage=stage,
@@ -65,11 +75,9 @@ def train_stage(
         seed=run.config.seed,
         trainable=trainable,
         examples=run.examples,
-        source=plan.cache.open(run.lm, boundary, run.examples, _cache_file(run.cache, "training")),
+        source=training,
         validation=run.validation,
-        validation_source=plan.validation_cache.open(
-            run.lm, boundary, run.validation, _cache_file(run.cache, "validation")
-        ),
+        validation_source=validation,
         early_stopping=run.config.early_stopping,
         first_step=run.first_steps[index],
         total_steps=run.total_steps,
@@ -83,6 +91,7 @@ def train_stage(
     )
     if run.state.inside_stage is not None:
         run.state.restore_stage(loop)
+    loop.progress.saved_seconds = training.saved_seconds + validation.saved_seconds
     loop.run()
     return loop.progress
 

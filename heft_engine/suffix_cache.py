@@ -16,7 +16,9 @@ optimisers.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -29,11 +31,14 @@ from heft_engine.encoding import Example, intervened_positions
 from heft_engine.interventions import Site
 from heft_engine.model import PackedLM
 from heft_engine.packing import Layout, PackedRow, fill, micro_batches, pack, packed_length
+from heft_engine.prefills import Prefill, Prefills
 from heft_engine.suffix_attention import Prefix
 
 Rung = Literal["keys_values", "states", "nothing"]
 #: Tokens of one prefill pass. The same cut gives the same bits when the cache is built again.
 TOKEN_BUDGET = 4_096
+#: Of the keys' and values' bytes: what the states of higher layers may add to a prefill that is kept for later runs.
+_STATES_SHARE = 0.25
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -47,6 +52,8 @@ class Boundary:
     sites: tuple[Site, ...] = ()
     #: Of every trained site, so that the first intervened token of a row is known; none for LoRA.
     positions: tuple[str, ...] = ()
+    #: Whether nothing that is trained or among `sites` acts above: states there are those of other stages too.
+    clear_above: bool = False
 
     def first_token(self, prompt: int) -> int:
         """The first token of a prompt that training can change, or that is read: left of it all is constant."""
@@ -76,43 +83,114 @@ class SuffixCache:
         examples: Sequence[Example],
         rung: Rung,
         file: Path | None = None,
+        prefills: Prefills | None = None,
     ) -> None:
-        """Runs the prefill. `file` maps the cache from disk instead of holding it in memory."""
+        """Runs the prefill, unless `prefills` has it. `file` maps the cache from disk instead of holding it in memory.
+
+        Prefills are of keys and values; other rungs are computed.
+        """
         self.lm = lm
         self.boundary = boundary
         self.rung: Rung = rung
-        size = size_of(lm, boundary, examples, rung) // lm.dtype.itemsize
-        self._flat = (
+        self._examples = examples
+        self._skipped = [boundary.first_token(len(example.prompt)) for example in examples]
+        #: Seconds that the prefill has taken whoever computed it, where that was not this cache.
+        self.saved_seconds = 0.0
+        prefills = prefills if rung == "keys_values" else None
+        found = prefills.find(boundary.layer, self._tokens, lm.hidden_size, lm.dtype) if prefills else None
+        if found is not None:
+            depth = boundary.layer - found.first
+            self.rows = self._rows(found.states[depth], found.keys_values, found.first)
+            self.saved_seconds = found.seconds
+        else:
+            self._compute(file, prefills)
+
+    @property
+    def _tokens(self) -> int:
+        """Whose states are kept."""
+        total = sum(map(packed_length, self._examples))
+        return total - sum(self._skipped) if self.rung == "keys_values" else total
+
+    def _compute(self, file: Path | None, prefills: Prefills | None) -> None:
+        lm, boundary = self.lm, self.boundary
+        began = time.monotonic()
+        size = size_of(lm, boundary, self._examples, self.rung) // lm.dtype.itemsize
+        flat = (
             torch.empty(size, dtype=lm.dtype)
             if file is None
             else torch.from_file(str(file), shared=True, size=size, dtype=lm.dtype)
         )
-        self._used = 0
-        self.rows: list[CachedRow] = []
+        own, kept = flat[: self._tokens * lm.hidden_size], flat[self._tokens * lm.hidden_size :]
+        states = own.view(self._tokens, lm.hidden_size)
+        self.rows = self._rows(states, kept, boundary.layer)
+        above = self._room_above(kept) if prefills else None
+        start = tokens = 0
         with torch.no_grad():
-            for part in micro_batches(examples, TOKEN_BUDGET):
-                self._prefill(part)
+            for part in micro_batches(self._examples, TOKEN_BUDGET):
+                rows = self.rows[start : start + len(part)]
+                self._prefill(part, rows, above[:, tokens:] if above is not None else None)
+                start, tokens = start + len(rows), tokens + sum(len(row.states) for row in rows)
+        if prefills is not None:
+            states = states[None] if above is None else torch.cat([states[None], above])
+            seconds = time.monotonic() - began
+            with suppress(OSError):  # no room for it: later runs compute it again
+                prefills.keep(Prefill(first=boundary.layer, states=states, keys_values=kept, seconds=seconds))
 
-    def _prefill(self, examples: Sequence[Example]) -> None:
+    def _room_above(self, kept: Tensor) -> Tensor | None:
+        """(depths, tokens, hidden) for the states before each layer above the first; None where that is not worth it."""
+        depths = self.lm.n_layers - 1 - self.boundary.layer
+        if depths < 1 or not self.boundary.clear_above:
+            return None
+        above = kept.new_empty(depths, self._tokens, self.lm.hidden_size)
+        return above if above.nbytes <= _STATES_SHARE * kept.nbytes else None
+
+    def _rows(self, states: Tensor, kept: Tensor, first: int) -> list[CachedRow]:
+        """Views of the rows, one behind the other. states: (tokens, hidden). kept: flat, of the layers from `first`."""
+        layers, (kv_heads, head_dim) = self.lm.n_layers - first, kv_shape(self.lm)
+        rows: list[CachedRow] = []
+        token = at = 0
+        for example, skipped in zip(self._examples, self._skipped, strict=True):
+            length, past = packed_length(example), None
+            if self.rung == "keys_values":
+                length -= skipped
+                size = layers * 2 * kv_heads * skipped * head_dim
+                past = kept[at : at + size].view(layers, 2, kv_heads, skipped, head_dim)
+                past = past[self.boundary.layer - first :]
+                at += size
+            own = states[token : token + length]
+            token += length
+            rows.append(CachedRow(example=example, skipped=skipped, states=own, keys_values=past))
+        return rows
+
+    def _prefill(self, examples: Sequence[Example], rows: Sequence[CachedRow], above: Tensor | None) -> None:
+        """Fills the rows' views. above: (depths, tokens, hidden), the rows' own suffixes first."""
         lm, boundary = self.lm, self.boundary
         batch = pack(examples)
         ids, positions = batch.input_ids.to(lm.device)[None], batch.position_ids.to(lm.device)[None]
         with lm.sites.muted(boundary.sites):
             states = lm.run_layers(lm.embed(ids), positions, batch.layout, 0, boundary.layer)
-        skipped = [boundary.first_token(len(example.prompt)) for example in examples]
-        kept = None
-        if self.rung == "keys_values":
-            kept = left_keys_values(lm, boundary.layer, states[0], batch.layout, skipped)
-        for index, (example, row) in enumerate(zip(examples, batch.layout.rows, strict=True)):
-            first = skipped[index] if kept is not None else 0
-            own = self._store(states[0, row.start + first : row.start + row.length])
-            past = self._store(kept[index]) if kept is not None else None
-            self.rows.append(CachedRow(example=example, skipped=skipped[index], states=own, keys_values=past))
+        at = [  # where the states that are kept lie in the pass
+            token
+            for packed, row in zip(batch.layout.rows, rows, strict=False)
+            for token in range(packed.start + packed.length - len(row.states), packed.start + packed.length)
+        ]
+        suffixes = torch.tensor(at, device=lm.device)
+        for row, own in zip(
+            rows, torch.split(states[0, suffixes], [len(row.states) for row in rows]), strict=True
+        ):
+            row.states.copy_(own)
+        if self.rung != "keys_values":
+            return
 
-    def _store(self, tensor: Tensor) -> Tensor:
-        view = self._flat[self._used : self._used + tensor.numel()].view(tensor.shape)
-        self._used += tensor.numel()
-        return view.copy_(tensor)
+        def watch(layer: int, states: Tensor) -> None:
+            if above is not None and layer > boundary.layer:
+                above[layer - boundary.layer - 1, : len(at)] = states[0, suffixes]
+
+        skipped = [row.skipped for row in rows]
+        kept = left_keys_values(lm, boundary.layer, states[0], batch.layout, skipped, watch)
+        for row, past in zip(rows, kept, strict=True):
+            assert row.keys_values is not None
+            row.keys_values.copy_(past)
 
     def suffix(self, indices: Sequence[int]) -> tuple[Tensor, Tensor, Layout]:
         """The suffixes of some rows as one batch: states (1, T, hidden), positions (1, T), layout with prefix."""
@@ -148,7 +226,7 @@ class SuffixCache:
         filler = fill(self.lm.device, start) - start
         if filler:
             packed.append(PackedRow(start=start, prompt=filler, branches=()))
-        empty = self._flat.new_zeros(filler, self.lm.hidden_size)
+        empty = rows[0].states.new_zeros(filler, self.lm.hidden_size)
         states = torch.cat([*(row.states[: row.skipped] for row in rows), empty]).to(self.lm.device)
         lengths = [row.skipped for row in rows] + [0] * (len(packed) - len(rows))
         layout = Layout(rows=tuple(packed))
@@ -173,9 +251,17 @@ class FirstTokens:
 
 
 def left_keys_values(
-    lm: PackedLM, layer: int, states: Tensor, layout: Layout, lengths: Sequence[int]
+    lm: PackedLM,
+    layer: int,
+    states: Tensor,
+    layout: Layout,
+    lengths: Sequence[int],
+    watch: Callable[[int, Tensor], None] | None = None,
 ) -> list[Tensor]:
-    """Keys and values of the layers from `layer` on, of each row's first `lengths` tokens; states: (T, hidden)."""
+    """Keys and values of the layers from `layer` on, of each row's first `lengths` tokens; states: (T, hidden).
+
+    `watch` is told the states (1, T, hidden) before each layer.
+    """
     if layer == lm.n_layers:
         kv_heads, head_dim = kv_shape(lm)
         return [states.new_empty(0, 2, kv_heads, length, head_dim) for length in lengths]
@@ -183,7 +269,7 @@ def left_keys_values(
     offsets = [torch.arange(row.length) for row in layout.rows]
     positions = torch.cat(offsets).to(states.device)[None]
     collecting = Layout(rows=layout.rows, scale=layout.scale, collector=collector)
-    lm.run_layers(states[None], positions, collecting, layer, lm.n_layers)
+    lm.run_layers(states[None], positions, collecting, layer, lm.n_layers, watch)
     return collector.rows()
 
 

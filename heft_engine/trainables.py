@@ -109,8 +109,12 @@ class ReftTrainable:
 
     def boundary(self) -> Boundary:
         layer = min(site.layer for site in self.sites)
-        positions = tuple(site.positions for site in self.sites)
-        return Boundary(layer=layer + 1, sites=tuple(self.boundary_sites), positions=positions)
+        return Boundary(
+            layer=layer + 1,
+            sites=tuple(self.boundary_sites),
+            positions=tuple(site.positions for site in self.sites),
+            clear_above=self.boundary_sites == self.sites,
+        )
 
     def freeze(self) -> None:
         for site in self.sites:

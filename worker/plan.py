@@ -26,6 +26,9 @@ class LocalRun:
     validation: Path | None
     test: Path | None
     resume: Path | None
+    #: Of the worker, for all its attempts: frozen activations of their rows, and whose they are.
+    prefills: Path
+    owner: str
 
     @property
     def out(self) -> Path:
@@ -87,6 +90,9 @@ def run_file(
         "max_line_bytes": settings.max_line_bytes,
         "results": str(run.results) if reuse else None,
         "results_on_request": reuse,
+        "prefills": str(run.prefills) if reuse else None,
+        "prefill_bytes": settings.prefill_bytes,
+        "owner": run.owner,
         "writes_validation": writes_validation,
     }
 

@@ -44,6 +44,8 @@ def _train(attempt: Attempt) -> Ending:
         validation=rows.get("validation_file"),
         test=rows.get("test_file"),
         resume=resume,
+        prefills=attempt.context.scratch / "prefills",
+        owner=attempt.claim.owner_id,
     )
     history = History.load(resume / FILE_NAME) if resume else History()
     publisher = Publisher(attempt, history)

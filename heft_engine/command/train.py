@@ -30,6 +30,7 @@ from heft_engine.report import FileField
 from heft_engine.rows import MAX_LINE_BYTES, Row, read_rows
 
 if TYPE_CHECKING:
+    from heft_engine.prefills import PrefillFolder
     from heft_engine.reuse import StageStore
 
 S = TypeVar("S", bound=BaseModel)
@@ -63,6 +64,11 @@ class RunFile(BaseModel):
     results: Path | None = None
     #: Whether the starter brings them there when it is asked, and keeps new ones: see heft_engine.command.asked.
     results_on_request: bool = False
+    #: A folder for the frozen activations that runs like this one share on this machine, of at most so many bytes.
+    prefills: Path | None = None
+    prefill_bytes: int = 4 * 1024**3
+    #: Who else's runs may find them there: the same owner's.
+    owner: str = ""
     #: Whether text is written on validation rows too: a search chooses by it.
     writes_validation: bool = False
     #: Whether `config.model` may be any directory: a person's right, never a request's.
@@ -105,6 +111,7 @@ def _train(plan: RunFile, stop: threading.Event) -> None:
         ),
         memory_bytes=plan.memory_bytes,
         results=_results(plan, stop),
+        prefills=_prefills(plan),
         writes_validation=plan.writes_validation,
     )
 
@@ -117,6 +124,14 @@ def _results(plan: RunFile, stop: threading.Event) -> StageStore | None:
     if plan.results_on_request:
         return AskedStages(directory=plan.results, on_event=print_event, should_stop=stop.is_set)
     return LocalStages(directory=plan.results)
+
+
+def _prefills(plan: RunFile) -> PrefillFolder | None:
+    from heft_engine.prefills import PrefillFolder
+
+    if plan.prefills is None or not plan.prefill_bytes:
+        return None
+    return PrefillFolder(directory=plan.prefills, max_bytes=plan.prefill_bytes, owner=plan.owner)
 
 
 def _read(field: FileField, path: Path | None, plan: RunFile) -> list[Row]:
@@ -140,6 +155,7 @@ def _run_file(options: argparse.Namespace) -> RunFile:
         task = completed(config.task, options.train)
     except Misfit as fault:
         raise ConfigError(str(fault), param=fault.param) from fault
+    kept = options.cache_dir or user_cache_path("heft")
     return RunFile(
         config=config.model_copy(update={"task": task}),
         train=_rows(options, "training_file", options.train),
@@ -151,7 +167,8 @@ def _run_file(options: argparse.Namespace) -> RunFile:
         model_dir=options.model_dir,
         cache_dir=options.cache_dir,
         device=options.device,
-        results=(options.cache_dir or user_cache_path("heft")) / "stages" if options.reuse else None,
+        results=kept / "stages" if options.reuse else None,
+        prefills=kept / "prefills" if options.reuse else None,
         allow_paths=True,
     )
 

@@ -64,7 +64,13 @@ def test_a_hub_model_is_pinned_to_the_revision_it_was_checked_with(
 
 def test_the_engine_reads_the_run_file(settings: StoreSettings, tmp_path: Path) -> None:
     run = LocalRun(
-        folder=tmp_path, train=tmp_path / "t", validation=tmp_path / "v", test=None, resume=tmp_path / "r"
+        folder=tmp_path,
+        train=tmp_path / "t",
+        validation=tmp_path / "v",
+        test=None,
+        resume=tmp_path / "r",
+        prefills=tmp_path / "p",
+        owner="key_1",
     )
     config = train_config(spec(), revision=None)
     read = RunFile.model_validate(run_file(config, run, settings))
@@ -77,9 +83,10 @@ def test_the_engine_reads_the_run_file(settings: StoreSettings, tmp_path: Path) 
     bounded = settings.model_copy(update={"train_memory_bytes": 10**9, "max_line_bytes": 10**8})
     own = RunFile.model_validate(run_file(config, run, bounded))
     assert (own.memory_bytes, own.max_line_bytes) == (10**9, 10**8)
-    assert (read.results, read.results_on_request) == (None, False)
+    assert (read.results, read.results_on_request, read.prefills) == (None, False, None)
     read = RunFile.model_validate(run_file(config, run, settings, reuse=True))
     assert (read.results, read.results_on_request) == (run.results, True)
+    assert (read.prefills, read.prefill_bytes, read.owner) == (run.prefills, 4 * 1024**3, "key_1")
     assert not read.writes_validation
     assert RunFile.model_validate(run_file(config, run, settings, writes_validation=True)).writes_validation
 

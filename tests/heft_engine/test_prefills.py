@@ -1,0 +1,164 @@
+"""A prefill that an earlier run left is taken over: the same bits, none of the arithmetic; never somebody else's."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from engine_runs import LORA, REFT, Told, but, config, parse, run, tensors, yes_no
+
+from heft_engine import suffix_cache
+from heft_engine.checkpoint import seal
+from heft_engine.config import ReftStage, TrainConfig
+from heft_engine.prefills import PrefillFolder
+from heft_engine.rows import Row
+from heft_engine.stage_store import LocalStages
+
+VALIDATION = parse(yes_no(6, seed=3))
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> PrefillFolder:
+    return PrefillFolder(directory=tmp_path / "prefills")
+
+
+@contextmanager
+def counting(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[int]]:
+    """The rows of every prefill that is computed inside."""
+    rows: list[int] = []
+    own = suffix_cache.SuffixCache._prefill
+
+    def prefill(self: Any, examples: Any, *more: Any) -> None:
+        rows.append(len(examples))
+        own(self, examples, *more)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(suffix_cache.SuffixCache, "_prefill", prefill)
+        yield rows
+
+
+def heft(directory: Path, reft: ReftStage) -> TrainConfig:
+    return config(directory, stages=[LORA, reft])
+
+
+def plain(settings: TrainConfig, out: Path) -> Told:
+    return run(settings, out, None, VALIDATION)
+
+
+def train(settings: TrainConfig, out: Path, prefills: PrefillFolder, rows: list[Row] | None = None) -> Told:
+    store = LocalStages(directory=out.parent / "stages")
+    return run(settings, out, rows, VALIDATION, results=store, prefills=prefills)
+
+
+def same(one: Told, other: Told) -> None:
+    mine, theirs = tensors(one), tensors(other)
+    assert all(torch.equal(mine[name], theirs[name]) for name in theirs)
+    reft = {step: loss for step, loss in other.losses.items() if step > 6}
+    assert {step: loss for step, loss in one.losses.items() if step > 6} == reft
+
+
+@pytest.mark.parametrize(
+    "other",
+    [but(REFT, rank=3), but(REFT, layers=[2]), but(REFT, layers=[1, 2]), but(REFT, kind="direft")],
+    ids=["rank", "higher", "two-layers", "kind"],
+)
+def test_an_arm_takes_over_what_another_has_computed(
+    tiny_llama_dir: Path,
+    tmp_path: Path,
+    folder: PrefillFolder,
+    monkeypatch: pytest.MonkeyPatch,
+    other: ReftStage,
+) -> None:
+    first = but(REFT, layers=[1])
+    train(heft(tiny_llama_dir, first), tmp_path / "first", folder)
+    with counting(monkeypatch) as computed:
+        second = train(heft(tiny_llama_dir, other), tmp_path / "second", folder)
+    assert computed == []
+    alone = plain(heft(tiny_llama_dir, other), tmp_path / "plain")
+    same(second, alone)
+    cost, own = second.data("STAGE_COMPLETE")[-1], alone.data("STAGE_COMPLETE")[-1]
+    assert cost["flops"] == own["flops"], "counted as when it was computed"
+
+
+@pytest.mark.parametrize(
+    ("first", "second"),
+    [
+        (but(REFT, layers=[2]), but(REFT, layers=[1])),  # further down
+        (but(REFT, layers=[1, 2]), but(REFT, layers=[2])),  # states in between were another stage's
+        (but(REFT, layers=[1]), but(REFT, layers=[1], positions="l2")),
+    ],
+    ids=["lower", "above-two", "positions"],
+)
+def test_what_does_not_fit_is_computed(
+    tiny_llama_dir: Path,
+    tmp_path: Path,
+    folder: PrefillFolder,
+    monkeypatch: pytest.MonkeyPatch,
+    first: ReftStage,
+    second: ReftStage,
+) -> None:
+    train(heft(tiny_llama_dir, first), tmp_path / "first", folder)
+    with counting(monkeypatch) as computed:
+        told = train(heft(tiny_llama_dir, second), tmp_path / "second", folder)
+    assert sum(computed) > len(VALIDATION)
+    same(told, plain(heft(tiny_llama_dir, second), tmp_path / "plain"))
+
+
+def test_another_owner_another_seed_and_other_rows_find_nothing(
+    tiny_llama_dir: Path, tmp_path: Path, folder: PrefillFolder, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    settings = heft(tiny_llama_dir, REFT)
+    train(settings, tmp_path / "first", folder)
+    stranger = PrefillFolder(directory=folder.directory, owner="another")
+    rows = parse(yes_no(12, seed=9))
+    cases: list[tuple[TrainConfig, PrefillFolder, list[Row] | None]] = [
+        (heft(tiny_llama_dir, but(REFT, rank=3)), stranger, None),
+        (settings.model_copy(update={"seed": 77}), folder, None),
+        (settings, folder, rows),
+    ]
+    for index, (other, where, trained_on) in enumerate(cases):
+        with counting(monkeypatch) as computed:
+            train(other, tmp_path / f"other-{index}", where, trained_on)
+        assert computed, f"case {index}"
+
+
+def test_reft_alone_shares_its_prefill_among_seeds(
+    tiny_llama_dir: Path, tmp_path: Path, folder: PrefillFolder, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    settings = config(tiny_llama_dir, "reft", stages=[REFT])
+    train(settings, tmp_path / "first", folder)
+    with counting(monkeypatch) as computed:
+        train(settings.model_copy(update={"seed": 5}), tmp_path / "second", folder)
+    assert computed == []
+
+
+def test_a_damaged_one_and_one_that_is_too_large_cost_time_alone(
+    tiny_llama_dir: Path, tmp_path: Path, folder: PrefillFolder, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    settings = heft(tiny_llama_dir, REFT)
+    small = PrefillFolder(directory=tmp_path / "small", max_bytes=1_000)
+    train(settings, tmp_path / "first", small)
+    assert not small.directory.exists()
+    train(heft(tiny_llama_dir, but(REFT, rank=1)), tmp_path / "second", folder)
+    for file in folder.directory.glob("*/states.bin"):
+        file.write_bytes(bytes(file.stat().st_size))
+    with counting(monkeypatch) as computed:
+        told = train(heft(tiny_llama_dir, but(REFT, rank=3)), tmp_path / "third", folder)
+    assert computed
+    same(told, plain(heft(tiny_llama_dir, but(REFT, rank=3)), tmp_path / "plain"))
+
+
+def test_what_was_taken_over_counts_as_if_it_had_been_computed(
+    tiny_llama_dir: Path, tmp_path: Path, folder: PrefillFolder
+) -> None:
+    train(heft(tiny_llama_dir, REFT), tmp_path / "first", folder)
+    for about in folder.directory.glob("*/prefill.json"):
+        about.write_text(json.dumps({**json.loads(about.read_text()), "seconds": 1_000.0}))
+        seal(about.parent)
+    told = train(heft(tiny_llama_dir, but(REFT, rank=3)), tmp_path / "second", folder)
+    assert told.one("SUCCEEDED")["costs"][-1]["seconds"] > 2_000, "of training and validation rows"
