@@ -17,7 +17,7 @@ from torch import Tensor
 from transformers import AttentionInterface, AttentionMaskInterface
 
 from heft_engine.causal_attention import LONGEST_MATRIX, CausalAttention, causal
-from heft_engine.packing import Layout, PackedRow
+from heft_engine.packing import Collector, Layout, PackedRow, Run
 from heft_engine.suffix_attention import suffix_attention
 
 IMPLEMENTATION = "heft_packed"
@@ -68,24 +68,27 @@ def packed_attention(
             query, key, value, layout.prefix, layer, scaling, sliding_window, softcap
         ), None
     # One split a tensor, never a slice a row: the gradient of a slice is a tensor of zeros as long as the batch.
-    lengths = [length for row in layout.rows for length in _segments(row)]
+    lengths = [length for run in layout.runs for length in _segments(layout.rows[run.first : run.end])]
     parts: Parts = zip(*(torch.split(each, lengths, 2) for each in (query, key, value)), strict=True)
     layer = cast(int, getattr(module, "layer_idx", -1))
     outs = [
         out
-        for index in range(len(layout.rows))
-        for out in _row(index, layer, layout, parts, scaling, sliding_window, softcap)
+        for run in layout.runs
+        for out in _run(run, layer, layout, parts, scaling, sliding_window, softcap)
     ]
     return torch.cat([out.transpose(1, 2) for out in outs], dim=1), None
 
 
-def _segments(row: PackedRow) -> list[int]:
-    """A row with one branch is one causal sequence; several branches stand apart from their prompt."""
-    return [row.length] if len(row.branches) < 2 else [row.prompt - row.skipped, *row.branches]
+def _segments(rows: tuple[PackedRow, ...]) -> list[int]:
+    """A row with one branch is one causal sequence; several branches stand apart from their prompt. Rows of one run
+    are taken together."""
+    if len(rows) > 1 or len(rows[0].branches) < 2:
+        return [sum(row.length for row in rows)]
+    return [rows[0].prompt - rows[0].skipped, *rows[0].branches]
 
 
-def _row(
-    index: int,
+def _run(
+    run: Run,
     layer: int,
     layout: Layout,
     parts: Parts,
@@ -93,19 +96,40 @@ def _row(
     window: int | None,
     softcap: float | None,
 ) -> Iterator[Tensor]:
-    row = layout.rows[index]
+    rows = layout.rows[run.first : run.end]
     query, prompt_key, prompt_value = next(parts)
     if layout.collector is not None:
-        layout.collector.leave(layer, index, prompt_key, prompt_value)
-    if layout.kept is not None and (kept := layout.kept[index]) is not None:
+        _show(layout.collector, layer, run, rows, prompt_key, prompt_value)
+    if layout.kept is not None and (kept := layout.kept[run.first]) is not None:
         left_key, left_value = kept.keys_values(layer)
         prompt_key = torch.cat([left_key, prompt_key], dim=2)
         prompt_value = torch.cat([left_value, prompt_value], dim=2)
+    if len(rows) > 1:
+        lengths = tuple(row.length for row in rows)
+        keys = prompt_key.shape[2]
+        together = _kept_together if sum(lengths) * keys <= _MOST_KEPT else _seen_together
+        mask = together(lengths, keys - sum(lengths), window, query.device)
+        yield _masked(query, prompt_key, prompt_value, scaling, softcap, mask)
+        return
     yield _attend(query, prompt_key, prompt_value, scaling, window, softcap)
-    for _ in _segments(row)[1:]:
+    for _ in rows[0].branches if len(rows[0].branches) > 1 else ():
         query, key, value = next(parts)
         key, value = torch.cat([prompt_key, key], dim=2), torch.cat([prompt_value, value], dim=2)
         yield _attend(query, key, value, scaling, window, softcap)
+
+
+def _show(
+    collector: Collector, layer: int, run: Run, rows: tuple[PackedRow, ...], keys: Tensor, values: Tensor
+) -> None:
+    """Every row's own keys and values, apart."""
+    if len(rows) == 1:
+        collector.leave(layer, run.first, keys, values)
+        return
+    lengths = [row.length for row in rows]
+    for index, own in enumerate(
+        zip(keys.split(lengths, 2), values.split(lengths, 2), strict=True), run.first
+    ):
+        collector.leave(layer, index, *own)
 
 
 def _attend(
@@ -126,7 +150,13 @@ def _attend(
         return causal(q, k, v, scale)
     # A row's mask is the same for every layer; those of long rows are too large to be kept.
     masked = _kept_seen if queries * keys <= _MOST_KEPT else _seen
-    mask = masked(queries, keys, window, q.device)
+    return _masked(q, k, v, scaling, softcap, masked(queries, keys, window, q.device))
+
+
+def _masked(
+    q: Tensor, k: Tensor, v: Tensor, scaling: float | None, softcap: float | None, mask: Tensor
+) -> Tensor:
+    groups = q.shape[1] // k.shape[1]
     if groups > 1 and (softcap is not None or q.device.type != "cpu" or torch.is_grad_enabled()):
         k, v = k.repeat_interleave(groups, dim=1), v.repeat_interleave(groups, dim=1)
     return _kernel(q, k, v, scaling, softcap, mask)
@@ -143,7 +173,22 @@ def _seen(queries: int, keys: int, window: int | None, device: torch.device) -> 
     return mask
 
 
+@torch.inference_mode(False)
+def _seen_together(lengths: tuple[int, ...], left: int, window: int | None, device: torch.device) -> Tensor:
+    """(tokens, left + tokens): rows of these lengths behind `left` tokens that they all see, none of the others'."""
+    row = torch.repeat_interleave(torch.tensor(lengths, device=device))
+    own = torch.cat([torch.arange(length, device=device) for length in lengths])
+    position = torch.cat([torch.arange(left, device=device), left + own])
+    queries = position[left:, None]
+    mask = position <= queries
+    mask[:, left:] &= row == row[:, None]
+    if window is not None:
+        mask &= position > queries - window
+    return mask
+
+
 _kept_seen = lru_cache(maxsize=64)(_seen)
+_kept_together = lru_cache(maxsize=64)(_seen_together)
 
 
 def _kernel(

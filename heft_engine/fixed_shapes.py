@@ -3,10 +3,14 @@
 Matrix libraries choose the order of a product's sums by its shape: on this project's reference machine a bfloat16
 product of 160 rows and one of 4,096 rows differ in the last bit, and 16 of 40 packed questions changed their scores
 with their neighbours. Inside one shape, though, every row of a product is summed alike wherever it stands. So scoring
-cuts each product over T tokens into blocks of fixed heights, padded with zeros: SMALL ones, and larger ones that were
-seen to give the small ones' bits with weights of that shape on this machine. Which of them cover T rows in the least
-time was measured too; since all have the same bits, that choice changes nothing else. Weights of other shapes (the
-head, interventions) get small blocks.
+cuts each product over T tokens into blocks of certain heights, padded with zeros where they reach beyond T: heights
+that were seen, with weights of that shape on this machine, to give the same bits. There is usually more than one such
+family of heights, one of them with the smallest and the largest, another with those between; which of them is taken is
+decided by what heights it has, never by a clock, so that all processes of a machine take the same. Which of its heights
+cover T rows in the least time is measured: that choice moves no bits. Weights of other shapes (the head, interventions)
+get blocks of UNIT rows.
+
+Steps of writing (`steps`) have a few rows each and blocks of their own. They are never compared with a pass.
 
 Activations have the same trouble on a CPU: float32 SiLU and tanh-GELU round differently in vector code and in the
 scalar code for what is left at the end of a thread's share. They run on shares that leave nothing.
@@ -26,10 +30,15 @@ import torch.nn.functional as F  # noqa: N812
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
-#: A small block's rows. A GPU pays by the launch, a CPU by the row.
-SMALL = {"cpu": 32}
-SMALL_ELSEWHERE = 256
-LARGE_CANDIDATES = (64, 128, 256, 384, 512, 768, 1_024, 1_280, 1_536, 2_048, 3_072)
+#: Heights are multiples of so many rows. A GPU pays by the launch, a CPU by the row.
+UNIT = {"cpu": 32}
+UNIT_ELSEWHERE = 256
+HEIGHTS = (32, 64, 96, 128, 160, 192, 256, 320, 384, 512, 640, 768, 1_024, 1_280, 1_536, 2_048)
+#: Families are looked for that have one of these heights.
+_LEAST = (32, 64, 256)
+#: What a block costs beyond its rows, counted in rows, and the passes by which families are compared.
+_OF_A_BLOCK = 85
+_PASSES = (96, 192, 384, 768, 1_536, 3_072)
 #: Times that each height's product is measured; the least counts.
 ROUNDS = 5
 #: Elements that torch gives to one thread whole, at least, and a multiple of every vector loop's stride.
@@ -46,20 +55,24 @@ Shape = tuple[Any, ...]
 class FixedShapes(TorchFunctionMode):
     """While active in a thread, every linear layer multiplies blocks of fixed heights.
 
-    `larger`: for shapes of weights, the heights that were seen to give the bits of `small`, and `small` itself.
-    `fewer`: the numbers of rows below `small` of which the same was seen; they need no padding.
+    `heights`: for shapes of weights, heights that were seen to give the same bits, multiples of `unit`.
+    `fewer`: the numbers of rows below `unit` that give the bits of a product of `unit` rows; they need no padding.
+    `steps`: for passes of one token a text, if they are to be others.
     """
 
     def __init__(
         self,
-        small: int,
-        larger: Mapping[Shape, Heights] | None = None,
+        unit: int,
+        heights: Mapping[Shape, Heights] | None = None,
         fewer: Mapping[Shape, frozenset[int]] | None = None,
+        steps: FixedShapes | None = None,
     ) -> None:
         super().__init__()
-        self.small = small
-        self.larger = larger or {}
+        self.unit = unit
+        self.heights = heights or {}
         self.fewer = fewer or {}
+        self.steps = steps or self
+        self._least = max((min(each) for each in self.heights.values()), default=unit)
         self._plans: dict[tuple[Shape, int], tuple[int, ...]] = {}
 
     def __torch_function__(
@@ -91,40 +104,37 @@ class FixedShapes(TorchFunctionMode):
         return out.reshape(*x.shape[:-1], weight.shape[0])
 
     def whole(self, rows: int) -> int:
-        """The next number of rows that small blocks cover without padding."""
-        return -(-rows // self.small) * self.small
+        """The next number of rows that blocks cover with little padding, or none."""
+        return max(self._least, -(-rows // self.unit) * self.unit)
 
     def plan(self, shape: Shape, rows: int) -> tuple[int, ...]:
         """Heights of the blocks that cover so many rows, one after another; the last one may reach beyond them."""
-        if rows < self.small and rows in self.fewer.get(shape, ()):
+        if rows < self.unit and rows in self.fewer.get(shape, ()):
             return (rows,)
-        smalls = -(-rows // self.small)
-        heights = self.larger.get(shape)
-        if heights is None or smalls < 2:
-            return (self.small,) * smalls
-        if (shape, smalls) not in self._plans:
-            self._plans[shape, smalls] = _quickest(heights, self.small, smalls)
-        return self._plans[shape, smalls]
+        units = -(-rows // self.unit)
+        heights = self.heights.get(shape)
+        if heights is None:
+            return (self.unit,) * units
+        if (shape, units) not in self._plans:
+            self._plans[shape, units] = _quickest(heights, self.unit, units)[1]
+        return self._plans[shape, units]
 
 
-def _quickest(heights: Heights, small: int, smalls: int) -> tuple[int, ...]:
-    """The blocks that cover `smalls` times `small` rows in the least time, the tallest first."""
+def _quickest(costs: Heights, unit: int, units: int) -> tuple[float, tuple[int, ...]]:
+    """The least cost of covering `units` times `unit` rows, and the blocks that do it, the tallest first."""
     best: list[tuple[float, int]] = [
         (0.0, 0)
-    ]  # to cover so many: the time, and the last block's height, negative
-    for covered in range(1, smalls + 1):
+    ]  # to cover so many: the cost, and the last block's height, negative
+    for covered in range(1, units + 1):
         best.append(
-            min(
-                (best[max(0, covered - height // small)][0] + seconds, -height)
-                for height, seconds in heights.items()
-            )
+            min((best[max(0, covered - height // unit)][0] + cost, -height) for height, cost in costs.items())
         )
     plan = []
-    left = smalls
+    left = units
     while left > 0:
         plan.append(-best[left][1])
-        left -= plan[-1] // small
-    return tuple(sorted(plan, reverse=True))
+        left -= plan[-1] // unit
+    return best[-1][0], tuple(sorted(plan, reverse=True))
 
 
 def _block(
@@ -159,55 +169,80 @@ def _by_rows(func: Callable[..., Tensor], x: Tensor, **options: Any) -> Tensor:
 
 
 def unmeasured(device: torch.device) -> FixedShapes:
-    """Small blocks alone."""
-    return FixedShapes(SMALL.get(device.type, SMALL_ELSEWHERE))
+    """Blocks of UNIT rows alone: for a few rows that nobody compares with a measured model's."""
+    return FixedShapes(UNIT.get(device.type, UNIT_ELSEWHERE))
 
 
 @torch.inference_mode()
 def calibrate(layers: Iterable[nn.Module], device: torch.device) -> FixedShapes:
     """The block heights for a model's linear layers on this machine, with its present number of threads."""
-    small = SMALL.get(device.type, SMALL_ELSEWHERE)
+    unit = UNIT.get(device.type, UNIT_ELSEWHERE)
     modules: dict[Shape, nn.Linear] = {}
     for layer in layers:
         for module in layer.modules():
             if isinstance(module, nn.Linear) and module.weight.device == device:
                 modules.setdefault((*module.weight.shape, module.weight.dtype), module)
-    larger = {shape: _heights(module, small) for shape, module in modules.items()}
-    return FixedShapes(small, larger, {shape: _fewer(module, small) for shape, module in modules.items()})
+    heights = {shape: _heights(module, unit) for shape, module in modules.items()}
+    fewer = {shape: _fewer(module, unit) for shape, module in modules.items()}
+    return FixedShapes(unit, heights, steps=FixedShapes(unit, fewer=fewer))
 
 
-def _fewer(module: nn.Linear, small: int) -> frozenset[int]:
-    """The numbers of rows below `small` whose product has the bits of one of `small` rows: texts are written in
+def _fewer(module: nn.Linear, unit: int) -> frozenset[int]:
+    """The numbers of rows below `unit` whose product has the bits of one of `unit` rows: texts are written in
     passes of a few rows."""
     weight, bias = module.weight, module.bias
     generator = torch.Generator().manual_seed(0)
-    rows = torch.randn(small, module.in_features, generator=generator).to(weight)
+    rows = torch.randn(unit, module.in_features, generator=generator).to(weight)
     exact = _product(rows, weight, bias)
-    return frozenset(n for n in range(1, small) if _agree(rows[:n], weight, bias, exact[:n]))
+    return frozenset(n for n in range(1, unit) if _agree(_product(rows[:n], weight, bias), exact))
 
 
-def _heights(module: nn.Linear, small: int) -> Heights:
-    """Which heights give the bits of products of `small` rows, and how long they take."""
+def _heights(module: nn.Linear, unit: int) -> Heights:
+    """A family of heights that give the same bits, and how long they take."""
     weight, bias = module.weight, module.bias
     generator = torch.Generator().manual_seed(0)
-    rows = torch.randn(max(LARGE_CANDIDATES), module.in_features, generator=generator).to(weight)
-    exact = torch.cat([_product(part, weight, bias) for part in torch.split(rows, small)])
-    taller = [
-        height
-        for height in LARGE_CANDIDATES
-        if height % small == 0 and height > small and _agree(rows[:height], weight, bias, exact[:height])
-    ]
-    seconds = dict.fromkeys([small, *taller], math.inf)
+    rows = torch.randn(max(HEIGHTS), module.in_features, generator=generator).to(weight)
+    family = _family(rows, weight, bias, unit)
+    seconds = dict.fromkeys(family, math.inf)
     # Rounds over all heights, so that what else the machine does in one moment does not decide against one of them.
     for _ in range(ROUNDS):
         for height in seconds:
             seconds[height] = min(seconds[height], _seconds(rows[:height], weight, bias))
     # A tall block is more likely to be interrupted than the small ones it replaces; that it is no slower is assumed.
-    return {height: min(least, height // small * seconds[small]) for height, least in seconds.items()}
+    least = min(family)
+    return {height: min(took, -(-height // least) * seconds[least]) for height, took in seconds.items()}
 
 
-def _agree(rows: Tensor, weight: Tensor, bias: Tensor | None, exact: Tensor) -> bool:
-    return torch.equal(_product(rows, weight, bias), exact)
+def _family(rows: Tensor, weight: Tensor, bias: Tensor | None, unit: int) -> list[int]:
+    """Of all families, the one whose blocks cover passes of many lengths the best."""
+    candidates = [height for height in HEIGHTS if height % unit == 0]
+    bases = [height for height in candidates if height in _LEAST] or candidates[:1]
+    exact = {base: _in_blocks(rows, base, weight, bias) for base in bases}
+    families: dict[int, list[int]] = {base: [] for base in bases}
+    for height in candidates:
+        found = exact[height] if height in exact else _in_blocks(rows, height, weight, bias)
+        for base, family in families.items():
+            if _agree(found, exact[base]):
+                family.append(height)
+    return min(families.values(), key=lambda family: (_cost(family, unit), family))
+
+
+def _cost(family: list[int], unit: int) -> float:
+    """Of passes of many lengths, each against a single block of its own length."""
+    costs = {height: float(height + _OF_A_BLOCK) for height in family}
+    return sum(_quickest(costs, unit, -(-rows // unit))[0] / (rows + _OF_A_BLOCK) for rows in _PASSES)
+
+
+def _in_blocks(rows: Tensor, height: int, weight: Tensor, bias: Tensor | None) -> Tensor:
+    """The product of as many rows as fill blocks of this height."""
+    whole = rows[: len(rows) // height * height]
+    return torch.cat([_product(part, weight, bias) for part in torch.split(whole, height)])
+
+
+def _agree(some: Tensor, exact: Tensor) -> bool:
+    """Whether two products have the same bits as far as both go."""
+    rows = min(len(some), len(exact))
+    return torch.equal(some[:rows], exact[:rows])
 
 
 def _seconds(rows: Tensor, weight: Tensor, bias: Tensor | None) -> float:

@@ -13,7 +13,9 @@ from contextlib import contextmanager
 from typing import Any, cast
 
 import torch
+import torch.nn.functional as F  # noqa: N812
 from torch import Tensor, nn
+from transformers.activations import SiLUActivation
 
 from heft_engine.model import PackedLM
 
@@ -73,6 +75,10 @@ class Gated(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, Tensor, None]:
         gate, up = ctx.saved_tensors
+        if isinstance(ctx.activation, (nn.SiLU, SiLUActivation)):
+            # The same kernel, without an autograd engine of its own: in short passes that costs more than the rest.
+            change = torch.ops.aten.silu_backward(gradients[0] * up, gate)
+            return change, F.silu(gate) * gradients[0], None
         with torch.enable_grad():
             own = gate.detach().requires_grad_()
             active = ctx.activation(own)

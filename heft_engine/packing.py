@@ -11,6 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import TYPE_CHECKING, Protocol
 
 import torch
@@ -21,6 +22,8 @@ from heft_engine.encoding import Example, intervened_positions
 if TYPE_CHECKING:
     from heft_engine.suffix_attention import Prefix
 
+#: Tokens of rows that attend together to a prefix of theirs: each also sees, and leaves out, the others' tokens.
+TOGETHER = 160
 #: The shortest and longest step between the lengths that passes are filled up to.
 _STEPS = (16, 64)
 
@@ -57,7 +60,7 @@ class Collector(Protocol):
 
 
 class Kept(Protocol):
-    """Keys and values left of a row's first token in the batch, of every layer."""
+    """Keys and values left of a row's first token in the batch, of every layer. Equal ones are the same tokens'."""
 
     @property
     def length(self) -> int:
@@ -97,6 +100,15 @@ class Decoding(Protocol):
 
 
 @dataclass(frozen=True, kw_only=True)
+class Run:
+    """Rows first … end − 1 of a batch, one behind the other, that attention takes in one go: one row, or several that
+    continue the same prefix."""
+
+    first: int
+    end: int
+
+
+@dataclass(frozen=True, kw_only=True)
 class Layout:
     """What attention and interventions need to know of a flat batch of T tokens."""
 
@@ -114,6 +126,27 @@ class Layout:
     adapters: tuple[RowAdapter | None, ...] | None = None
     #: Every row is one token that comes after its prompt.
     decoding: Decoding | None = None
+
+    @cached_property
+    def runs(self) -> tuple[Run, ...]:
+        """All rows, in order. Neighbours that continue the same prefix make one run, up to TOGETHER tokens."""
+        starts: list[int] = []
+        tokens = 0
+        for index, row in enumerate(self.rows):
+            if not starts or not self._go_on(index) or tokens + row.length > TOGETHER:
+                starts.append(index)
+                tokens = 0
+            tokens += row.length
+        ends = [*starts[1:], len(self.rows)]
+        return tuple(Run(first=first, end=end) for first, end in zip(starts, ends, strict=True))
+
+    def _go_on(self, index: int) -> bool:
+        """Whether a row continues the prefix that the row before it continues; both are one causal sequence each."""
+        if self.kept is None or index == 0 or self.kept[index] is None:
+            return False
+        return self.kept[index] == self.kept[index - 1] and all(
+            len(self.rows[one].branches) < 2 for one in (index - 1, index)
+        )
 
     def intervened(self, first: int, last: int) -> list[int]:
         """Flat indices of every intervened token, row by row."""

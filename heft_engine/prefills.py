@@ -1,5 +1,5 @@
-"""Prefills of a stage's rows (heft_engine.suffix_cache), used again by later runs on this machine: of arms that differ in
-stage 2 alone, the first one computes them.
+"""Prefills of a stage's rows (heft_engine.suffix_cache), used again by later runs on this machine: of arms that differ
+in stage 2 alone, the first one computes them.
 
     prefill.json       the first layer kept, how many layers' states there are, and the seconds that it took
     states.bin         (depths, tokens, hidden): of all rows' suffixes, before the first layer kept and those above it
@@ -23,7 +23,7 @@ from torch import Tensor
 
 from heft_engine.stage_store import LocalStages
 
-#: What a machine keeps at most, and for how long after its last use: they are rows that somebody may have deleted since.
+#: What a machine keeps at most, and for how long after its last use: somebody may have deleted the rows since.
 MAX_BYTES = 4 * 1024**3
 _MAX_AGE_SECONDS = 86_400.0
 _ABOUT, _STATES, _KEYS_VALUES = "prefill.json", "states.bin", "keys_values.bin"

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 
 import torch
 from torch import Tensor
@@ -41,18 +42,30 @@ class Prefix:
             padded[:, :, index, :, :length] = each
         return Prefix(first_layer=first_layer, keys_values=padded, lengths=lengths, rows=rows)
 
-    def padded_index(self, device: torch.device) -> Tensor:
+    @cached_property
+    def longest(self) -> int:
+        """S: tokens of the longest suffix."""
+        return max(row.length for row in self.rows)
+
+    @cached_property
+    def is_even(self) -> bool:
+        """Whether all suffixes are as long, so that the flat batch is the padded one."""
+        return all(row.length == self.longest for row in self.rows)
+
+    @cached_property
+    def padded_index(self) -> Tensor:
         """(rows, S): where each row's tokens lie in the flat batch; padding points at the row's first token."""
+        device = self.keys_values.device
         starts = torch.tensor([row.start for row in self.rows], device=device)
         lengths = torch.tensor([row.length for row in self.rows], device=device)
-        offsets = torch.arange(max(row.length for row in self.rows), device=device)
+        offsets = torch.arange(self.longest, device=device)
         return starts[:, None] + torch.where(offsets[None] < lengths[:, None], offsets[None], 0)
 
-    def flat_index(self, device: torch.device) -> Tensor:
+    @cached_property
+    def flat_index(self) -> Tensor:
         """(T,): where each flat token lies in (rows · S)."""
-        longest = max(row.length for row in self.rows)
-        places = [torch.arange(row.length) + index * longest for index, row in enumerate(self.rows)]
-        return torch.cat(places).to(device)
+        places = [torch.arange(row.length) + index * self.longest for index, row in enumerate(self.rows)]
+        return torch.cat(places).to(self.keys_values.device)
 
     def bias(self, window: int | None, device: torch.device) -> Tensor:
         """(rows, 1, S, P + S), float32: 0 where a suffix token may look, −∞ elsewhere. Windows count positions."""
@@ -61,11 +74,10 @@ class Prefix:
         return self._biases[window].to(device)
 
     def _new_bias(self, window: int | None, device: torch.device) -> Tensor:
-        longest = max(row.length for row in self.rows)
         before = torch.tensor(self.lengths, device=device)[:, None]
         own = torch.tensor([row.length for row in self.rows], device=device)[:, None]
         prefix = torch.arange(self.keys_values.shape[4], device=device)[None]
-        suffix = torch.arange(longest, device=device)[None]
+        suffix = torch.arange(self.longest, device=device)[None]
         exists = torch.cat([prefix < before, suffix < own], dim=1)  # (rows, P + S)
         position = torch.cat([prefix.expand(len(self.rows), -1), before + suffix], dim=1)
         query = (before + suffix)[:, :, None]
@@ -93,10 +105,12 @@ def suffix_attention(
     """
     _, heads, _, width = query.shape
     kv_heads, device = key.shape[1], query.device
-    at, rows = prefix.padded_index(device), len(prefix.rows)
-    length, groups = at.shape[1], heads // kv_heads
+    rows, length, groups = len(prefix.rows), prefix.longest, heads // kv_heads
     q, k, v = (
-        each[0][:, at.view(-1)].view(-1, rows, length, width).transpose(0, 1) for each in (query, key, value)
+        (each[0] if prefix.is_even else each[0][:, prefix.padded_index.view(-1).to(device)])
+        .reshape(-1, rows, length, width)
+        .transpose(0, 1)
+        for each in (query, key, value)
     )
     # Query heads of a group stand as so many more queries of their one key/value head.
     q = (q * (scaling if scaling is not None else width**-0.5)).reshape(
@@ -111,5 +125,5 @@ def suffix_attention(
     weights = torch.softmax(scores, dim=-1).to(query.dtype).view(rows, kv_heads, groups * length, -1)
     out = weights[..., :before] @ kept_v + weights[..., before:] @ v
     flat = out.view(rows, heads, length, width).transpose(1, 2).reshape(rows * length, heads, width)
-    picked: Tensor = flat[prefix.flat_index(device)]
+    picked: Tensor = flat if prefix.is_even else flat[prefix.flat_index.to(device)]
     return picked[None]

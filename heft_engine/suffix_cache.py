@@ -137,7 +137,7 @@ class SuffixCache:
                 prefills.keep(Prefill(first=boundary.layer, states=states, keys_values=kept, seconds=seconds))
 
     def _room_above(self, kept: Tensor) -> Tensor | None:
-        """(depths, tokens, hidden) for the states before each layer above the first; None where that is not worth it."""
+        """(depths, tokens, hidden) for the states before each layer above the first; None if not worth it."""
         depths = self.lm.n_layers - 1 - self.boundary.layer
         if depths < 1 or not self.boundary.clear_above:
             return None

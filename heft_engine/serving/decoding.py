@@ -146,7 +146,7 @@ class DecodeBatch:
         device = self._lm.device
         ids = torch.tensor([[sequence.newest for sequence in sequences]], device=device)
         positions = torch.tensor([[sequence.slot.length for sequence in sequences]], device=device)
-        with self._lm.fixed_shapes():
+        with self._lm.fixed_shapes().steps:
             states = self._lm.run_layers(self._lm.embed(ids), positions, layout, 0, self._lm.n_layers)
             logits = self._lm.logits(self._lm.finish(states)[0])
         for sequence in sequences:

@@ -80,6 +80,12 @@ class KeptPrefix:
         self.last = last
         self.length = sum(piece.shape[3] for piece in pieces)
 
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, KeptPrefix) and (other.last, other.length) == (self.last, self.length)
+
+    def __hash__(self) -> int:
+        return hash((id(self.last), self.length))
+
     def keys_values(self, layer: int) -> tuple[Tensor, Tensor]:
         parts = [piece[layer] for piece in self._pieces]
         both = parts[0] if len(parts) == 1 else torch.cat(parts, dim=2)

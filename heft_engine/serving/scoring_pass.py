@@ -33,6 +33,14 @@ class ScoringRow:
 @torch.inference_mode()
 def score_rows(lm: PackedLM, rows: Sequence[ScoringRow], cache: PrefixCache | None = None) -> list[Scores]:
     """Scores of every row, in order, and what the rows leave for others in `cache`."""
+    # Rows that continue the same prefix stand beside each other: attention takes them together.
+    first: dict[KeptPrefix | None, int] = {}
+    order = sorted(range(len(rows)), key=lambda index: first.setdefault(rows[index].kept, index))
+    scores = _score([rows[index] for index in order], lm, cache)
+    return [one for _, one in sorted(zip(order, scores, strict=True), key=lambda pair: pair[0])]
+
+
+def _score(rows: Sequence[ScoringRow], lm: PackedLM, cache: PrefixCache | None) -> list[Scores]:
     kept: tuple[KeptPrefix | None, ...] = tuple(row.kept for row in rows)
     skipped = [prefix.length if prefix is not None else 0 for prefix in kept]
     shapes = lm.fixed_shapes()

@@ -6,16 +6,19 @@ import itertools
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from many_models import Made, adapter, examples, merged, site, unmerged
 from probe_models import packed
 from tiny_models import FAMILIES
+from torch import Tensor
 
+from heft_engine import attention, packing
 from heft_engine.encoding import Example
 from heft_engine.model import PackedLM
-from heft_engine.packing import Kept
+from heft_engine.packing import Kept, Layout, PackedRow
 from heft_engine.scoring import Scores
 from heft_engine.serving.adapters import adapt_rows
 from heft_engine.serving.prefix_cache import BLOCK, PrefixCache, chain, reach
@@ -82,6 +85,59 @@ def test_questions_on_one_passage_share_its_prefill(
     again, found = ask(weights, longest, cache)
     assert min(found) >= 112
     same(again, plain(weights, longest))
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_rows_on_one_passage_attend_to_it_together(
+    family: str, make_tiny_model: MakeModel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    base = packed(make_tiny_model(family))
+    weights = merged(base, Made([], [site(base, 1, "l1", 1)]))
+    cache = PrefixCache(2**24)
+    passages = (PASSAGE, tuple(range(300, 380)))
+    asked = [one for prefix in passages for one in examples(9, prefix=prefix, longest=40)]
+    ask(weights, [asked[0], asked[9]], cache)
+    # In turns, as two requests would bring them, with one that nobody has asked like it.
+    mixed = [one for pair in zip(asked[1:9], asked[10:], strict=True) for one in pair]
+    mixed.insert(3, examples(1, seed=5)[0])
+    sizes: list[list[int]] = []
+    attend = attention._masked
+
+    def watch(query: Tensor, key: Tensor, *more: Any) -> Tensor:
+        sizes.append([query.shape[2], key.shape[2]])
+        return attend(query, key, *more)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(attention, "_masked", watch)
+        scores, found = ask(weights, mixed, cache)
+    assert sum(map(bool, found)) == 16
+    same(scores, plain(weights, mixed))
+    several = [queries for queries, _ in sizes if queries > 41]
+    assert len(several) >= 2 * base.n_layers, "none attended together"
+    assert max(several) <= packing.TOGETHER
+    longer = [replace(each, prompt=(*each.prompt, *range(200, 260))) for each in asked]
+    ask(weights, longer, cache)
+    again, found = ask(weights, longer, cache)
+    assert min(found) > 100, "what rows that attended together have left is each one's own"
+    same(again, plain(weights, longer))
+
+
+def test_neighbours_make_one_run_if_they_go_on_alike() -> None:
+    def rows(*branches: tuple[int, ...]) -> tuple[PackedRow, ...]:
+        return tuple(
+            PackedRow(start=50 * index, prompt=90, branches=each, skipped=40)
+            for index, each in enumerate(branches)
+        )
+
+    def runs(kept: tuple[Any, ...] | None, *branches: tuple[int, ...]) -> list[tuple[int, int]]:
+        return [(run.first, run.end) for run in Layout(rows=rows(*branches), kept=kept).runs]
+
+    a, b = object(), object()
+    assert runs((a, a, a, b, b), (), (), (), (), ()) == [(0, 3), (3, 5)]
+    assert runs((a, a, a, a), (), (), (), ()) == [(0, 3), (3, 4)], "up to a number of tokens"
+    assert runs((a, a, a), (), (2, 1), ()) == [(0, 1), (1, 2), (2, 3)], "branches don't see each other"
+    assert runs((None, None, a), (), (), ()) == [(0, 1), (1, 2), (2, 3)]
+    assert runs(None, (), ()) == [(0, 1), (1, 2)]
 
 
 def test_unmerged_models_find_their_own(tiny_llama_dir: Path) -> None:

@@ -18,7 +18,7 @@ from heft_engine import attention, fixed_shapes, scoring
 from heft_engine.attention import IMPLEMENTATION
 from heft_engine.base_models import load_model, resolve_path
 from heft_engine.encoding import Example
-from heft_engine.fixed_shapes import LARGE_CANDIDATES, FixedShapes, calibrate
+from heft_engine.fixed_shapes import HEIGHTS, FixedShapes, calibrate
 from heft_engine.interventions import LoreftIntervention, Site
 from heft_engine.model import PackedLM
 from heft_engine.scoring import Scores, score
@@ -139,19 +139,22 @@ def test_a_mask_that_scoring_keeps_may_be_used_for_gradients() -> None:
 def test_a_pass_ends_on_a_whole_block(tiny_llama_dir: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Otherwise every product would copy its rows to pad them."""
     lm, padded = packed(tiny_llama_dir), []
-    lm.fixed_shapes().larger, lm.fixed_shapes().fewer = {}, {}
+    lm.fixed_shapes().heights = {}
     monkeypatch.setattr(fixed_shapes.F, "pad", lambda *rows: padded.append(rows) or F.pad(*rows))
     lm.sites.clear()
     score(lm, long_rows(3, 41, 50))
     assert not padded
 
 
-def test_unmeasured_blocks_give_the_same_bits(tiny_llama_dir: Path) -> None:
+def test_unmeasured_blocks_give_bits_that_depend_on_no_neighbour(tiny_llama_dir: Path) -> None:
     lm = packed(tiny_llama_dir)
     measured = totals(lm, questions(12))
     lm.leave_shapes_unmeasured()
-    assert not lm.fixed_shapes().larger
-    assert totals(lm, questions(12)) == measured
+    assert not lm.fixed_shapes().heights
+    unmeasured = totals(lm, questions(12))
+    assert [totals(lm, [question])[0] for question in questions(12)] == unmeasured
+    for mine, theirs in zip(unmeasured, measured, strict=True):
+        assert mine == pytest.approx(theirs, abs=1e-4)
 
 
 # -- fixed shapes
@@ -185,7 +188,7 @@ def test_few_rows_need_no_padding_where_that_was_seen_to_change_nothing() -> Non
         measured = calibrate([layer], torch.device("cpu"))
         rows = torch.randn(32, 192, dtype=dtype)
         whole = layer(rows)
-        for few in measured.fewer[64, 192, dtype]:
+        for few in measured.steps.fewer[64, 192, dtype]:
             assert torch.equal(layer(rows[:few]), whole[:few])
 
 
@@ -217,23 +220,63 @@ def test_an_activations_bits_do_not_depend_on_where_a_row_lies(activation: Any, 
     torch.testing.assert_close(together, activation(x))
 
 
-@pytest.mark.parametrize("least", [64, 800, 9_999])
-def test_calibration_takes_the_heights_that_have_the_small_blocks_bits(
-    tiny_llama_dir: Path, monkeypatch: pytest.MonkeyPatch, least: int
-) -> None:
-    def agree(rows: Tensor, weight: Tensor, bias: Tensor | None, exact: Tensor) -> bool:
-        assert exact.shape == (len(rows), len(weight))
-        return len(rows) >= least or weight.shape[0] != 64
+#: Which heights give the same bits: here all, or the largest with the smallest, or the largest with none of them.
+FAMILIES = {
+    "all": (lambda height: 0, list(HEIGHTS)),
+    "in-between": (lambda height: 64 <= height <= 512, [64, 96, 128, 160, 192, 256, 320, 384, 512]),
+    "all-but-two": (lambda height: height in (64, 96), [h for h in HEIGHTS if h not in (64, 96)]),
+    "from-256-on": (lambda height: height if height < 256 else 0, [h for h in HEIGHTS if h >= 256]),
+}
 
-    monkeypatch.setattr(fixed_shapes, "_agree", agree)
+
+@pytest.mark.parametrize("family", list(FAMILIES))
+def test_calibration_takes_a_family_of_heights_that_give_the_same_bits(
+    tiny_llama_dir: Path, monkeypatch: pytest.MonkeyPatch, family: str
+) -> None:
+    bits, wanted = FAMILIES[family]
+
+    def in_blocks(rows: Tensor, height: int, weight: Tensor, bias: Tensor | None) -> Tensor:
+        return torch.full((len(rows) // height * height, len(weight)), float(bits(height)))
+
+    monkeypatch.setattr(fixed_shapes, "_in_blocks", in_blocks)
     lm = packed(tiny_llama_dir)
     mode = calibrate(lm.layers, lm.device)
     # q and o, k and v, gate and up, down: one product each.
-    assert mode.larger.keys() == {(*s, torch.float32) for s in [(32, 32), (16, 32), (64, 32), (32, 64)]}
-    for shape, heights in mode.larger.items():
-        taken = [height for height in LARGE_CANDIDATES if height >= least or shape[0] != 64]
-        assert list(heights) == [32, *taken]
-        assert all(0 < seconds <= height // 32 * heights[32] for height, seconds in heights.items())
+    assert mode.heights.keys() == {(*s, torch.float32) for s in [(32, 32), (16, 32), (64, 32), (32, 64)]}
+    for heights in mode.heights.values():
+        assert list(heights) == wanted
+        least = min(heights)
+        assert all(0 < took <= -(-height // least) * heights[least] for height, took in heights.items())
+
+
+@torch.inference_mode()
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_row_has_the_same_bits_in_passes_of_every_length(dtype: torch.dtype) -> None:
+    torch.manual_seed(2)
+    layer = nn.Linear(192, 320, bias=False, dtype=dtype)
+    mode = calibrate([layer], torch.device("cpu"))
+    x = torch.randn(2_100, 192, dtype=dtype)
+    with mode:
+        whole = layer(x)
+        for rows in (1, 5, 32, 33, 64, 100, 300, 700, 1_300):
+            assert torch.equal(layer(x[:rows]), whole[:rows]), rows
+            assert torch.equal(layer(x[77 : 77 + rows]), whole[77 : 77 + rows]), rows
+
+
+@pytest.mark.parametrize("rows", [1, 63, 64, 65, 96, 500])
+def test_a_pass_is_filled_up_to_what_blocks_cover(rows: int) -> None:
+    mode = FixedShapes(32, {SHAPE: {64: 1.0, 96: 1.0, 512: 1.0}})
+    whole = mode.whole(rows)
+    assert rows <= whole < max(65, rows + 32)
+    assert sum(FixedShapes(32, {SHAPE: {64: 2.0, 96: 3.0}}).plan(SHAPE, whole)) == whole
+
+
+def test_steps_of_writing_have_blocks_of_their_own(tiny_llama_dir: Path) -> None:
+    shapes = packed(tiny_llama_dir).fixed_shapes()
+    assert shapes.steps is not shapes
+    assert not shapes.steps.heights
+    assert shapes.steps.plan((64, 32, torch.float32), 33) == (32, 32)
+    assert FixedShapes(32).steps.unit == 32
 
 
 def test_calibration_is_made_anew_for_another_number_of_threads(tiny_llama_dir: Path) -> None:
