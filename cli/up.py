@@ -10,7 +10,7 @@ import os
 import secrets
 import socket
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -27,7 +27,7 @@ _READY_SECONDS = 120.0
 #: A worker writes a checkpoint before it goes.
 _WORKER_STOP_SECONDS = 65.0
 _API_STOP_SECONDS = 10.0
-_WORKERS = {"train": "training worker", "prepare": "prepare worker", "inference": "inference worker"}
+_WORKERS = {"prepare": "prepare worker", "inference": "inference worker"}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -41,6 +41,7 @@ class UpOptions:
     redis_url: str | None = None
     artifacts_url: str | None = None
     model_dir: Path | None = None
+    trainers: int = 1  #: training workers, which share the machine's processors
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -125,20 +126,28 @@ def _start(home: Home, options: UpOptions, supervisor: Supervisor, listener: soc
         keep_open=[listener.fileno()],
     )
     supervisor.start(api)
+    for number in range(1, options.trainers + 1):
+        name, more = ("training worker", "") if number == 1 else (f"training worker {number}", f"-{number}")
+        own = environment | _share(options.trainers, environment)
+        supervisor.start(_worker("train", name, home.logs / f"worker-train{more}.log", own))
     for role, name in _WORKERS.items():
-        command = [sys.executable, "-P", "-m", "worker", role]
-        log = home.logs / f"worker-{role}.log"
-        supervisor.start(
-            Program(
-                name=name,
-                command=command,
-                environment=environment,
-                log=log,
-                stop_seconds=_WORKER_STOP_SECONDS,
-            )
-        )
+        supervisor.start(_worker(role, name, home.logs / f"worker-{role}.log", environment))
     _wait_until_ready(supervisor, api, stack.url)
     return stack
+
+
+def _worker(role: str, name: str, log: Path, environment: Mapping[str, str]) -> Program:
+    command = [sys.executable, "-P", "-m", "worker", role]
+    return Program(
+        name=name, command=command, environment=environment, log=log, stop_seconds=_WORKER_STOP_SECONDS
+    )
+
+
+def _share(trainers: int, environment: Mapping[str, str]) -> dict[str, str]:
+    """How many threads each of several trainers computes with, unless that is said already."""
+    if trainers == 1 or "OMP_NUM_THREADS" in environment:
+        return {}
+    return {"OMP_NUM_THREADS": str(max(1, len(os.sched_getaffinity(0)) // trainers))}
 
 
 def _environment(stack: RunningStack) -> dict[str, str]:

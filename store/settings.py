@@ -80,7 +80,7 @@ class StoreSettings(BaseSettings):
     reuse_bytes: int = Field(default=20 * 1024**3, ge=0)  #: of all that is kept so
     prefill_bytes: int = Field(
         default=4 * 1024**3, ge=0
-    )  #: of a training worker's disk: frozen activations, for the next stages on the same rows; 0: none
+    )  #: of a training machine's disk: frozen activations, for the next stages on the same rows; 0: none
     memory_budget_bytes: int = 0  #: what one worker may hold in models; 0: three quarters of the machine
     prefix_cache_bytes: int = Field(
         default=512 * 1024**2, ge=0

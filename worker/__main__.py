@@ -23,6 +23,7 @@ from worker.context import ENGINE, Context
 from worker.forgetting import forgetting
 from worker.judging import judging
 from worker.metrics import InferenceMetrics, Publisher, worker_registry
+from worker.prefills import forgetting_prefills
 from worker.presence import offer_base_models, present
 from worker.room import giving_room, own_device
 from worker.scratch import hold_place
@@ -65,6 +66,7 @@ def _context(role: Role, values: StoreSettings, engine_command: Sequence[str]) -
             artifacts=Artifacts(values.artifacts_url),
             hints=hints,
             scratch=place.folder,
+            shared=root / "shared",
             stopping=threading.Event(),
             device=own_device(),
             engine_command=engine_command,
@@ -79,7 +81,7 @@ def _register(app: Celery, role: Role, context: Context, stack: ExitStack) -> li
     if role is Role.TRAIN:
         tasks.register_training(app, context)
         offers = Chore(name="offers", seconds=_OFFER_SECONDS, do=lambda: offer_base_models(context))
-        return [offers, *_published(context, stack, registry)]
+        return [offers, forgetting_prefills(context), *_published(context, stack, registry)]
     if role is Role.PREPARE:
         tasks.register_preparing(app, context)
         return [*judging(context), *_published(context, stack, registry)]

@@ -28,6 +28,7 @@ class Context:
     artifacts: Artifacts
     hints: Hints
     scratch: Path
+    shared: Path  #: all workers of this machine have it, and none clears it away
     stopping: threading.Event
     #: Names the GPUs that this process shares with others (worker.room); None without a GPU.
     device: str | None = None

@@ -26,7 +26,7 @@ class LocalRun:
     validation: Path | None
     test: Path | None
     resume: Path | None
-    #: Of the worker, for all its attempts: frozen activations of their rows, and whose they are.
+    #: Of the machine, for all attempts on it: frozen activations of their rows, and whose they are.
     prefills: Path
     owner: str
 

@@ -16,6 +16,7 @@ from typing import Any
 from store import leases, studies
 from store.errors import Damaged
 from store.tables import Job
+from worker import prefills
 from worker.attempt import Attempt, Ending, death_of, failed, run_attempt
 from worker.context import Context
 from worker.history import FILE_NAME, History
@@ -44,7 +45,7 @@ def _train(attempt: Attempt) -> Ending:
         validation=rows.get("validation_file"),
         test=rows.get("test_file"),
         resume=resume,
-        prefills=attempt.context.scratch / "prefills",
+        prefills=prefills.folder(attempt.context),
         owner=attempt.claim.owner_id,
     )
     history = History.load(resume / FILE_NAME) if resume else History()

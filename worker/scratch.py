@@ -3,15 +3,18 @@
 Places are numbered folders, held by a lock that ends with the process, however it ends. So whoever holds a
 place knows that the worker that had it before is dead: its files can go, and what it held can be taken back
 at once. It does NOT know what is put there.
+
+Beside the places lie folders that all workers of the machine share.
 """
 
 from __future__ import annotations
 
 import fcntl
 import shutil
+import time
 import uuid
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from itertools import count
 from pathlib import Path
@@ -47,6 +50,14 @@ def hold_place(root: Path, role: str) -> Iterator[Place]:
     finally:
         shutil.rmtree(folder)
         lock.close()
+
+
+def forget_old(folder: Path, seconds: float) -> None:
+    """Removes what in a shared folder has not been touched for so long."""
+    for path in folder.glob("*"):
+        with suppress(FileNotFoundError):  # another worker was quicker
+            if time.time() - path.stat().st_mtime > seconds:
+                shutil.rmtree(path, ignore_errors=True)
 
 
 def _identity(path: Path) -> str:

@@ -35,7 +35,10 @@ def main(arguments: Sequence[str] | None = None) -> None:
     given = list(arguments if arguments is not None else sys.argv[1:])
     options = parser().parse_args(given)
     RESULTS.mkdir(exist_ok=True)
-    with heft_up(options.model) as stack, Client(stack.url, stack.key) as client:
+    with (
+        heft_up(options.model, HEFT_TRAINERS=str(options.trainers)) as stack,
+        Client(stack.url, stack.key) as client,
+    ):
         study = _run(client, options)
         jobs = [_job(client, job["id"]) for arm in study["arms"] for job in arm["jobs"]]
     result = {
@@ -64,6 +67,7 @@ def parser() -> argparse.ArgumentParser:
     top.add_argument("--seeds", type=int, nargs="+", default=[1, 2, 3])
     top.add_argument("--preset")
     top.add_argument("--epochs-scale", type=float)
+    top.add_argument("--trainers", type=int, default=1, help="jobs that train at a time (heft up --trainers)")
     top.add_argument("--body", type=json.loads, default={}, help="what else the request says, as JSON")
     return top
 

@@ -13,16 +13,17 @@ STUDIES: dict[str, tuple[str, int, int, list[str]]] = {
     "sst2-order": ("sst2", 2_000, 800, ["--preset", "order"]),
     "sst2-layer-rank": ("sst2", 1_000, 800, ["--preset", "layer_rank"]),
     "sst2-nine-arms": ("sst2", 2_000, 800, ["--preset", "layer_rank", "--seeds", "1"]),
-    "boolq-paper-table": ("boolq", 300, 300, ["--preset", "paper_table", "--epochs-scale", "0.3"]),
-    "boolq-order": ("boolq", 300, 300, ["--preset", "order"]),
+    "boolq-paper-table": ("boolq", 150, 300, ["--preset", "paper_table", "--epochs-scale", "0.3"]),
+    "boolq-order": ("boolq", 150, 300, ["--preset", "order"]),
 }
 
 
-def arguments(name: str, folders: dict[str, Path]) -> list[str]:
+def arguments(name: str, folders: dict[str, Path], trainers: int) -> list[str]:
     """What `python -m benchmarks.studies` is told."""
     data, rows, test_rows, more = STUDIES[name]
     files = ["--training", str(folders[data] / "train.jsonl"), "--test", str(folders[data] / "dev.jsonl")]
-    return [name, *files, "--rows", str(rows), "--test-rows", str(test_rows), *more]
+    limits = ["--rows", str(rows), "--test-rows", str(test_rows)]
+    return [name, *files, *limits, "--trainers", str(trainers), *more]
 
 
 def main() -> None:
@@ -30,9 +31,10 @@ def main() -> None:
     top.add_argument("--sst2", type=Path, required=True)
     top.add_argument("--boolq", type=Path, required=True)
     top.add_argument("--only", nargs="+", choices=list(STUDIES), default=list(STUDIES))
+    top.add_argument("--trainers", type=int, default=2, help="jobs that train at a time")
     options = top.parse_args()
     for name in options.only:
-        run(arguments(name, {"sst2": options.sst2, "boolq": options.boolq}))
+        run(arguments(name, {"sst2": options.sst2, "boolq": options.boolq}, options.trainers))
 
 
 if __name__ == "__main__":

@@ -47,6 +47,12 @@ def up(
     model_dir: Annotated[
         Path | None, typer.Option(envvar="HEFT_MODEL_DIR", help="A folder of base models to offer.")
     ] = None,
+    trainers: Annotated[
+        int,
+        typer.Option(
+            envvar="HEFT_TRAINERS", min=1, help="Jobs that train at a time; they share the processors."
+        ),
+    ] = 1,
 ) -> None:
     """Run the whole service on this machine: database, broker, API and workers."""
     from cli import up as stack
@@ -61,6 +67,7 @@ def up(
         redis_url=redis_url or None,
         artifacts_url=artifacts_url or None,
         model_dir=model_dir,
+        trainers=trainers,
     )
     _say(f"starting in {chosen.home.path} …")
     try:

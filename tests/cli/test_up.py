@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 import signal
 import socket
@@ -28,7 +29,7 @@ def stack_up() -> Iterator[HeftUp]:
     folder = Path(tempfile.mkdtemp(prefix="heft-test-", dir="/tmp"))
     folder.chmod(0o711)
     try:
-        with heft_up(Home.at(folder / "home"), HEFT_API_KEY=GIVEN_KEY) as stack:
+        with heft_up(Home.at(folder / "home"), HEFT_API_KEY=GIVEN_KEY, HEFT_TRAINERS="2") as stack:
             yield stack
     finally:
         shutil.rmtree(folder)
@@ -78,6 +79,19 @@ def test_every_child_comes_back(stack_up: HeftUp) -> None:
             return any(found.pid != dead.pid for found in stack_up.named(*words)) and stack_up.is_ready()
 
         assert wait_until(is_back, seconds=60), words
+
+
+def test_two_trainers_share_the_processors(stack_up: HeftUp) -> None:
+    trainers = stack_up.named("worker", "train")
+    assert len(trainers) == 2
+    share = str(max(1, len(os.sched_getaffinity(0)) // 2))
+    assert [trainer.environ().get("OMP_NUM_THREADS") for trainer in trainers] == [share, share]
+    [other] = stack_up.named("worker", "prepare")
+    assert "OMP_NUM_THREADS" not in other.environ()
+    assert {log.name for log in stack_up.home.logs.glob("worker-train*")} == {
+        "worker-train.log",
+        "worker-train-2.log",
+    }
 
 
 def test_only_one_in_a_home(stack_up: HeftUp) -> None:

@@ -51,6 +51,7 @@ def bench(
         artifacts=Artifacts(artifacts_url),
         hints=hints,
         scratch=scratch,
+        shared=tmp_path / "shared",
         stopping=stopping,
         engine_command=FAKE_ENGINE,
     )

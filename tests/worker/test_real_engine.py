@@ -21,6 +21,7 @@ from store.database import transaction
 from store.states import JobState
 from store.tables import Job, StageResult
 from worker.context import ENGINE, Context
+from worker.prefills import folder as prefills_folder
 from worker.prepare import prepare_job
 from worker.run_job import run_job
 
@@ -102,8 +103,11 @@ def test_a_sweep_pays_for_its_first_stage_once(
 ) -> None:
     first = bench.run(queued(bench), real)
     assert trained_stages(bench, first) == {"lora", "reft"}
+    prefills = sorted(prefills_folder(real).iterdir())
+    assert len(prefills) == 1, "of the training rows"
     second = bench.run(queued(bench, rank=3), real)
     assert trained_stages(bench, second) == {"reft"}
+    assert sorted(prefills_folder(real).iterdir()) == prefills, "taken over"
 
     stages = [LoraStage(**HEFT["lora"]), ReftStage(**HEFT["reft"], rank=3)]
     config = TrainConfig(model="llama", stages=stages, method="heft", dtype="float32")

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import os
 import subprocess
 import sys
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from worker.scratch import hold_place
+from worker.scratch import forget_old, hold_place
 
 HOLD = """
 import sys, time
@@ -61,3 +63,15 @@ def test_whoever_follows_a_killed_worker_has_its_name_and_none_of_its_files(tmp_
 def test_names_of_two_machines_differ(tmp_path: Path) -> None:
     with hold_place(tmp_path / "one", "train") as here, hold_place(tmp_path / "two", "train") as there:
         assert here.worker_id != there.worker_id
+
+
+def test_what_nobody_has_touched_for_long_is_forgotten(tmp_path: Path) -> None:
+    folder = tmp_path / "shared"
+    forget_old(folder, 60)  # nothing has been put there yet
+    for name, age in (("old", 120), ("new", 0)):
+        (folder / name).mkdir(parents=True)
+        (folder / name / "file").write_text("{}")
+        at = time.time() - age
+        os.utime(folder / name, (at, at))
+    forget_old(folder, 60)
+    assert [path.name for path in folder.iterdir()] == ["new"]
