@@ -126,10 +126,9 @@ def _show(
         collector.leave(layer, run.first, keys, values)
         return
     lengths = [row.length for row in rows]
-    for index, own in enumerate(
-        zip(keys.split(lengths, 2), values.split(lengths, 2), strict=True), run.first
-    ):
-        collector.leave(layer, index, *own)
+    own = zip(torch.split(keys, lengths, 2), torch.split(values, lengths, 2), strict=True)
+    for index, (row_keys, row_values) in enumerate(own, run.first):
+        collector.leave(layer, index, row_keys, row_values)
 
 
 def _attend(
