@@ -4,8 +4,13 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 from cli.render import duration
+
+
+#: More sentences than these are told by the ones that say a difference.
+_MOST_SENTENCES = 12
 
 
 def write(target: Path, results: Path) -> None:
@@ -14,8 +19,9 @@ def write(target: Path, results: Path) -> None:
         found = json.loads(path.read_text())
         text = path.with_suffix(".md").read_text().strip()
         heading, _, rest = text.partition("\n")
+        arms, _, _ = rest.partition("\n## Verdict")
         # One level deeper than in a report of its own.
-        deeper = "\n".join(f"#{line}" if line.startswith("#") else line for line in rest.splitlines())
+        deeper = "\n".join(f"#{line}" if line.startswith("#") else line for line in arms.splitlines())
         words = path.with_suffix(".words.md")
         parts += [
             f"#{heading}",
@@ -23,5 +29,17 @@ def write(target: Path, results: Path) -> None:
             f"Took {duration(found['seconds'])} in all.",
             *([words.read_text().strip()] if words.exists() else []),
             deeper.strip(),
+            "### Verdict",
+            _verdict(found["study"]["comparisons"]),
+            f"Every pair, and single models one by one: [{path.stem}](studies/results/{path.stem}.md).",
         ]
     (target / "STUDIES.md").write_text("\n\n".join(parts) + "\n")
+
+
+def _verdict(comparisons: list[dict[str, Any]]) -> str:
+    shown = comparisons
+    lines = []
+    if len(comparisons) > _MOST_SENTENCES:
+        shown = [one for one in comparisons if one["separable"]]
+        lines = [f"- Of {len(comparisons)} pairs {len(shown) or 'none'} can be told apart."]
+    return "\n".join([*lines, *(f"- {one['sentence']}" for one in shown)])
