@@ -8,7 +8,6 @@ from typing import Any
 
 from cli.render import duration
 
-
 #: More sentences than these are told by the ones that say a difference.
 _MOST_SENTENCES = 12
 
