@@ -144,10 +144,18 @@ def _worker(role: str, name: str, log: Path, environment: Mapping[str, str]) -> 
 
 
 def _share(trainers: int, environment: Mapping[str, str]) -> dict[str, str]:
-    """How many threads each of several trainers computes with, unless that is said already."""
-    if trainers == 1 or "OMP_NUM_THREADS" in environment:
+    """What each of several trainers may take of the processors and the memory, unless that is said already."""
+    if trainers == 1:
         return {}
-    return {"OMP_NUM_THREADS": str(max(1, len(os.sched_getaffinity(0)) // trainers))}
+    import psutil
+
+    memory = psutil.virtual_memory().available // trainers
+    shares = {
+        "OMP_NUM_THREADS": max(1, len(os.sched_getaffinity(0)) // trainers),
+        "HEFT_TRAIN_MEMORY_BYTES": memory,
+        "HEFT_CACHE_MEMORY_BYTES": memory // 4,
+    }
+    return {name: str(value) for name, value in shares.items() if name not in environment}
 
 
 def _environment(stack: RunningStack) -> dict[str, str]:

@@ -73,7 +73,7 @@ class PackedLM:
         return self._fixed_shapes[1]
 
     def leave_shapes_unmeasured(self) -> None:
-        """Small blocks alone, with the same bits: measuring takes longer than the few rows that this model is asked."""
+        """Blocks of one height alone: measuring takes longer than the few rows that this model is asked."""
         self._fixed_shapes = (torch.get_num_threads(), unmeasured(self.device))
 
     def share_fixed_shapes(self, other: PackedLM) -> None:

@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -27,7 +28,7 @@ from heft_engine.stage_store import LocalStages
 MAX_BYTES = 4 * 1024**3
 _MAX_AGE_SECONDS = 86_400.0
 _ABOUT, _STATES, _KEYS_VALUES = "prefill.json", "states.bin", "keys_values.bin"
-#: Of what a machine keeps: larger ones would drive out all others.
+#: Of what a machine keeps.
 _LARGEST_SHARE = 0.5
 
 
@@ -81,38 +82,44 @@ class Prefills:
                     return found
         return None
 
-    def keep(self, prefill: Prefill) -> None:
-        """Raises OSError. What is too large for the folder is left out."""
-        parts = (prefill.states, prefill.keys_values)
-        if sum(part.nbytes for part in parts) > _LARGEST_SHARE * self.folder.max_bytes:
-            return
+    def holds(self, size: int) -> bool:
+        """Whether a prefill of so many bytes may be kept: larger ones would drive out all others."""
+        return size <= _LARGEST_SHARE * self.folder.max_bytes
+
+    def keep(self, first: int, states: Sequence[Tensor], keys_values: Tensor, seconds: float) -> None:
+        """Keeps a prefill. states: (tokens, hidden) before layer `first` and those above it. Raises OSError."""
 
         def write(path: Path) -> None:
-            about = {"first": prefill.first, "depths": len(prefill.states), "seconds": prefill.seconds}
+            about = {"first": first, "depths": len(states), "seconds": seconds}
             (path / _ABOUT).write_text(json.dumps(about))
-            for name, part in zip((_STATES, _KEYS_VALUES), parts, strict=True):
-                part.contiguous().view(-1).view(torch.uint8).numpy().tofile(path / name)
+            _write(path / _STATES, states)
+            _write(path / _KEYS_VALUES, [keys_values])
 
-        self.folder.keep(self._name(prefill.first), write)
+        self.folder.keep(self._name(first), write)
 
     def _name(self, first: int) -> str:
         return f"{self.key}-{first}"
 
 
 def _read(path: Path, tokens: int, hidden: int, dtype: torch.dtype) -> Prefill | None:
-    """None for what another process has removed meanwhile."""
+    """None for what another process has removed or replaced meanwhile."""
     try:
         about = json.loads((path / _ABOUT).read_text())
         states, keys_values = (_mapped(path / name, dtype) for name in (_STATES, _KEYS_VALUES))
+        return Prefill(
+            first=about["first"],
+            states=states.view(about["depths"], tokens, hidden),
+            keys_values=keys_values,
+            seconds=about["seconds"],
+        )
     except (OSError, RuntimeError):
         return None
-    shape = (about["depths"], tokens, hidden)
-    return Prefill(
-        first=about["first"],
-        states=states.view(shape),
-        keys_values=keys_values,
-        seconds=about["seconds"],
-    )
+
+
+def _write(path: Path, tensors: Sequence[Tensor]) -> None:
+    with path.open("wb") as file:
+        for tensor in tensors:
+            tensor.contiguous().view(-1).view(torch.uint8).numpy().tofile(file)
 
 
 def _mapped(path: Path, dtype: torch.dtype) -> Tensor:

@@ -24,6 +24,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
 from safetensors import SafetensorError
+from torch import Tensor
 
 from heft_engine import lora
 from heft_engine.bundle import Bundle, package_versions, read_bundle
@@ -34,6 +35,7 @@ from heft_engine.encoding import Example, tokenizer_hash
 from heft_engine.errors import BundleError
 from heft_engine.events import Event
 from heft_engine.interventions import Site
+from heft_engine.lora import LoraAdapter
 from heft_engine.model_files import weights_hash
 from heft_engine.prefills import PrefillFolder, Prefills
 from heft_engine.run_state import CheckpointWriter, RunState, rows_hash, write_stage
@@ -84,18 +86,22 @@ class Reuse:
         """What the end of this stage may be kept under; None if it may not."""
         return None if self._keys is None else self._keys[index]
 
-    def prefills(self, index: int, boundary: Boundary, examples: Sequence[Example]) -> Prefills | None:
+    def prefills(
+        self, standing: Sequence[Site], boundary: Boundary, examples: Sequence[Example]
+    ) -> Prefills | None:
         """Where the prefills of rows are kept for stages like this one, that train nothing but fresh interventions.
 
-        Keyed by the model as the stages before have left it, the rows, and where each row's suffix begins.
+        Keyed by the weights as they stand (a stage's key would not do: its result may round otherwise each time it is
+        trained), the rows, and where each row's suffix begins. `standing`: interventions of earlier stages.
         """
-        if self._keys is None or self._prefills is None:
+        if self._prefills is None:
             return None
         run = self._run
         ingredients = {
             **_of_model(run),
             "threads": torch.get_num_threads(),
-            "behind": self._keys[index - 1] if index else None,
+            "adapters": [_of_adapter(adapter) for adapter in run.adapters],
+            "sites": [_of_site(site) for site in standing],
             "rows": rows_hash(examples),
             "skipped": [boundary.first_token(len(example.prompt)) for example in examples],
         }
@@ -201,6 +207,23 @@ def _of_model(run: Run) -> dict[str, Any]:
         "weights": weights_hash(run.base.path),
         "config": hashlib.sha256((run.base.path / "config.json").read_bytes()).hexdigest(),
     }
+
+
+def _of_adapter(adapter: LoraAdapter) -> Any:
+    """What a merge depends on."""
+    tensors = {name: [_bits(factor) for factor in factors] for name, factors in adapter.factors.items()}
+    magnitudes = {name: _bits(tensor) for name, tensor in (adapter.magnitudes or {}).items()}
+    return [adapter.scaling, tensors, magnitudes]
+
+
+def _of_site(site: Site) -> Any:
+    tensors = {name: _bits(tensor) for name, tensor in site.intervention.state_dict().items()}
+    return [site.layer, site.positions, site.intervention.kind, tensors]
+
+
+def _bits(tensor: Tensor) -> str:
+    flat = tensor.detach().cpu().contiguous().view(-1).view(torch.uint8)
+    return hashlib.sha256(flat.numpy().tobytes()).hexdigest() + str(tuple(tensor.shape))
 
 
 def _digest(value: Any) -> str:

@@ -40,7 +40,7 @@ class Source(Protocol):
     """Rows that losses can be computed of, by index."""
 
     @property
-    def saved_seconds(self) -> float: ...  #: that an earlier run has spent on what this one found there
+    def saved_seconds(self) -> float: ...  #: see SuffixCache
 
     def tokens(self, index: int) -> int: ...  #: of a pass's budget that the row takes
     def hidden(

@@ -36,10 +36,11 @@ class LocalStages:
     max_age_seconds: float = math.inf  #: since its last use
 
     def find(self, keys: Sequence[str]) -> list[Path]:
-        """The directories of the first so many keys. One that is damaged is removed."""
+        """The directories of the first so many keys. One that is damaged is removed; one that is too old ends them."""
         found = []
         for path in (self.directory / key for key in keys):
-            if not _is_whole(path):
+            age = _age(path)
+            if age is None or age > self.max_age_seconds or not _is_whole(path):
                 break
             found.append(path)
         for path in found:

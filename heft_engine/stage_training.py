@@ -63,9 +63,13 @@ def train_stage(
     def source(cache: CachePlan, examples: Sequence[Example], name: str) -> Source:
         # Interventions of earlier stages that go on in this one act in nobody else's prefill.
         fresh = not any(site in standing for site in boundary.sites)
-        prefills = run.reuse.prefills(index, boundary, examples) if run.reuse is not None and fresh else None
+        prefills = (
+            run.reuse.prefills(standing, boundary, examples) if run.reuse is not None and fresh else None
+        )
         return cache.open(run.lm, boundary, examples, _cache_file(run.cache, name), prefills)
 
+    # Fresh modules begin in training mode, where an intervention above the first would drop out of the prefill.
+    trainable.train(False)
     training = source(plan.cache, run.examples, "training")
     validation = source(plan.validation_cache, run.validation, "validation")
 

@@ -16,6 +16,7 @@ optimisers.
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
@@ -31,14 +32,14 @@ from heft_engine.encoding import Example, intervened_positions
 from heft_engine.interventions import Site
 from heft_engine.model import PackedLM
 from heft_engine.packing import Layout, PackedRow, fill, micro_batches, pack, packed_length
-from heft_engine.prefills import Prefill, Prefills
+from heft_engine.prefills import Prefills
 from heft_engine.suffix_attention import Prefix
 
 Rung = Literal["keys_values", "states", "nothing"]
 #: Tokens of one prefill pass. The same cut gives the same bits when the cache is built again.
 TOKEN_BUDGET = 4_096
 #: Of the keys' and values' bytes: what the states of higher layers may add to a prefill that is kept for later runs.
-_STATES_SHARE = 0.25
+_STATES_SHARE = 0.1
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -94,7 +95,7 @@ class SuffixCache:
         self.rung: Rung = rung
         self._examples = examples
         self._skipped = [boundary.first_token(len(example.prompt)) for example in examples]
-        #: Seconds that the prefill has taken whoever computed it, where that was not this cache.
+        #: Seconds that another run has spent on the prefill; below 0, what this one spends on keeping it for others.
         self.saved_seconds = 0.0
         prefills = prefills if rung == "keys_values" else None
         found = prefills.find(boundary.layer, self._tokens, lm.hidden_size, lm.dtype) if prefills else None
@@ -123,7 +124,10 @@ class SuffixCache:
         own, kept = flat[: self._tokens * lm.hidden_size], flat[self._tokens * lm.hidden_size :]
         states = own.view(self._tokens, lm.hidden_size)
         self.rows = self._rows(states, kept, boundary.layer)
-        above = self._room_above(kept) if prefills else None
+        if prefills is not None and not prefills.holds(flat.nbytes):
+            prefills = None
+        # What lies on disk has no room in memory for more.
+        above = self._room_above(kept, prefills) if prefills is not None and file is None else None
         start = tokens = 0
         with torch.no_grad():
             for part in micro_batches(self._examples, TOKEN_BUDGET):
@@ -131,18 +135,22 @@ class SuffixCache:
                 self._prefill(part, rows, above[:, tokens:] if above is not None else None)
                 start, tokens = start + len(rows), tokens + sum(len(row.states) for row in rows)
         if prefills is not None:
-            states = states[None] if above is None else torch.cat([states[None], above])
-            seconds = time.monotonic() - began
+            ready = time.monotonic()
             with suppress(OSError):  # no room for it: later runs compute it again
-                prefills.keep(Prefill(first=boundary.layer, states=states, keys_values=kept, seconds=seconds))
+                prefills.keep(
+                    boundary.layer, [states, *(above if above is not None else ())], kept, ready - began
+                )
+            self.saved_seconds = ready - time.monotonic()
 
-    def _room_above(self, kept: Tensor) -> Tensor | None:
+    def _room_above(self, kept: Tensor, prefills: Prefills) -> Tensor | None:
         """(depths, tokens, hidden) for the states before each layer above the first; None if not worth it."""
         depths = self.lm.n_layers - 1 - self.boundary.layer
-        if depths < 1 or not self.boundary.clear_above:
+        shape = (depths, self._tokens, self.lm.hidden_size)
+        size = math.prod(shape) * kept.itemsize
+        if depths < 1 or not self.boundary.clear_above or size > _STATES_SHARE * kept.nbytes:
             return None
-        above = kept.new_empty(depths, self._tokens, self.lm.hidden_size)
-        return above if above.nbytes <= _STATES_SHARE * kept.nbytes else None
+        own = self._tokens * self.lm.hidden_size * kept.itemsize
+        return kept.new_empty(shape) if prefills.holds(own + kept.nbytes + size) else None
 
     def _rows(self, states: Tensor, kept: Tensor, first: int) -> list[CachedRow]:
         """Views of the rows, one behind the other. states: (tokens, hidden). kept: flat, of the layers from `first`."""

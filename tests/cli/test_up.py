@@ -86,8 +86,13 @@ def test_two_trainers_share_the_processors(stack_up: HeftUp) -> None:
     assert len(trainers) == 2
     share = str(max(1, len(os.sched_getaffinity(0)) // 2))
     assert [trainer.environ().get("OMP_NUM_THREADS") for trainer in trainers] == [share, share]
+    shares = {int(trainer.environ()["HEFT_TRAIN_MEMORY_BYTES"]) for trainer in trainers}
+    assert max(shares) <= psutil.virtual_memory().total // 2
+    assert {4 * int(trainer.environ()["HEFT_CACHE_MEMORY_BYTES"]) // 100 for trainer in trainers} == {
+        each // 100 for each in shares
+    }
     [other] = stack_up.named("worker", "prepare")
-    assert "OMP_NUM_THREADS" not in other.environ()
+    assert not {"OMP_NUM_THREADS", "HEFT_TRAIN_MEMORY_BYTES"} & other.environ().keys()
     assert {log.name for log in stack_up.home.logs.glob("worker-train*")} == {
         "worker-train.log",
         "worker-train-2.log",

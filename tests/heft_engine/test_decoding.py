@@ -9,9 +9,11 @@ from pathlib import Path
 import pytest
 import torch
 from tiny_models import FAMILIES
+from torch import Tensor
 
 from heft_engine.attention import IMPLEMENTATION
 from heft_engine.base_models import load_model, resolve_path
+from heft_engine.fixed_shapes import FixedShapes
 from heft_engine.interventions import LoreftIntervention, Site
 from heft_engine.model import PackedLM
 from heft_engine.serving.admission import MOST_SEQUENCES, DecodeQueue
@@ -213,3 +215,20 @@ def test_a_seed_means_the_same_tokens_whatever_is_beside(llama: PackedLM) -> Non
 )
 def test_capacities_grow_by_about_half(tokens: int, capacity: int) -> None:
     assert capacity_for(tokens) == capacity
+
+
+def test_steps_multiply_in_blocks_of_their_own(llama: PackedLM, monkeypatch: pytest.MonkeyPatch) -> None:
+    seen: list[FixedShapes] = []
+    multiply = FixedShapes.linear
+
+    def linear(self: FixedShapes, *operands: Tensor) -> Tensor:
+        seen.append(self)
+        return multiply(self, *operands)
+
+    monkeypatch.setattr(FixedShapes, "linear", linear)
+    batch = DecodeBatch(llama, budget_bytes=PLENTY)
+    batch.join([asked(0, 12)])
+    assert set(seen) == {llama.fixed_shapes()}
+    seen.clear()
+    batch.step()
+    assert set(seen) == {llama.fixed_shapes().steps}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -12,9 +13,10 @@ import pytest
 import torch
 from engine_runs import LORA, REFT, Told, but, config, parse, run, tensors, yes_no
 
-from heft_engine import suffix_cache
+from heft_engine import stage_plan, suffix_cache
 from heft_engine.checkpoint import seal
 from heft_engine.config import ReftStage, TrainConfig
+from heft_engine.errors import Stopped
 from heft_engine.prefills import PrefillFolder
 from heft_engine.rows import Row
 from heft_engine.stage_store import LocalStages
@@ -64,8 +66,14 @@ def same(one: Told, other: Told) -> None:
 
 @pytest.mark.parametrize(
     "other",
-    [but(REFT, rank=3), but(REFT, layers=[2]), but(REFT, layers=[1, 2]), but(REFT, kind="direft")],
-    ids=["rank", "higher", "two-layers", "kind"],
+    [
+        but(REFT, rank=3),
+        but(REFT, layers=[2]),
+        but(REFT, layers=[1, 2]),
+        but(REFT, layers=[1, 2], dropout=0.3),
+        but(REFT, kind="direft"),
+    ],
+    ids=["rank", "higher", "two-layers", "dropout", "kind"],
 )
 def test_an_arm_takes_over_what_another_has_computed(
     tiny_llama_dir: Path,
@@ -162,3 +170,47 @@ def test_what_was_taken_over_counts_as_if_it_had_been_computed(
         seal(about.parent)
     told = train(heft(tiny_llama_dir, but(REFT, rank=3)), tmp_path / "second", folder)
     assert told.one("SUCCEEDED")["costs"][-1]["seconds"] > 2_000, "of training and validation rows"
+
+
+def test_another_result_of_an_equal_stage_has_prefills_of_its_own(
+    tiny_llama_dir: Path, tmp_path: Path, folder: PrefillFolder, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The size of passes moves bits, and with dropout more than that, but not a stage's key."""
+    settings = config(tiny_llama_dir, stages=[but(LORA, dropout=0.1), REFT])
+    run(settings, tmp_path / "first", results=LocalStages(directory=tmp_path / "one"), prefills=folder)
+    monkeypatch.setattr(stage_plan, "TOKEN_BUDGET", 100)
+    own = run(settings, tmp_path / "plain")
+    with counting(monkeypatch) as computed:
+        store = LocalStages(directory=tmp_path / "two")
+        second = run(settings, tmp_path / "second", results=store, prefills=folder)
+    assert computed
+    same(second, own)
+
+
+def test_a_run_that_was_killed_finds_its_own(
+    tiny_llama_dir: Path, tmp_path: Path, folder: PrefillFolder, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    settings = heft(tiny_llama_dir, but(REFT, layers=[1, 2], dropout=0.3))
+    stopped = iter([False] * 8 + [True] * 99)  # behind the first step of stage 2
+    store = LocalStages(directory=tmp_path / "stages")
+    kept = tmp_path / "checkpoints"
+    options: dict[str, Any] = {"results": store, "prefills": folder, "checkpoint_dir": kept}
+    with pytest.raises(Stopped):
+        run(settings, tmp_path / "first", should_stop=lambda: next(stopped), **options)
+    (path,) = kept.glob("*7-0-*")
+    with counting(monkeypatch) as computed:
+        again = run(settings, tmp_path / "again", resume=path, **options)
+    assert computed == []
+    mine, theirs = tensors(again), tensors(run(settings, tmp_path / "plain"))
+    assert all(torch.equal(mine[name], theirs[name]) for name in theirs)
+
+
+def test_one_that_is_too_old_is_not_found(
+    tiny_llama_dir: Path, tmp_path: Path, folder: PrefillFolder
+) -> None:
+    train(heft(tiny_llama_dir, REFT), tmp_path / "first", folder)
+    names = [path.name for path in folder.directory.iterdir()]
+    young = LocalStages(directory=folder.directory, max_age_seconds=60)
+    assert len(young.find(names[:1])) == 1
+    os.utime(folder.directory / names[0], (0, 0))
+    assert young.find(names[:1]) == []

@@ -17,6 +17,7 @@ from transformers import AutoModelForCausalLM
 from heft_engine import attention, fixed_shapes, scoring
 from heft_engine.attention import IMPLEMENTATION
 from heft_engine.base_models import load_model, resolve_path
+from heft_engine.devices import processors
 from heft_engine.encoding import Example
 from heft_engine.fixed_shapes import HEIGHTS, FixedShapes, calibrate
 from heft_engine.interventions import LoreftIntervention, Site
@@ -269,6 +270,25 @@ def test_a_pass_is_filled_up_to_what_blocks_cover(rows: int) -> None:
     whole = mode.whole(rows)
     assert rows <= whole < max(65, rows + 32)
     assert sum(FixedShapes(32, {SHAPE: {64: 2.0, 96: 3.0}}).plan(SHAPE, whole)) == whole
+
+
+@torch.inference_mode()
+def test_fewer_threads_give_the_bits_of_all_processors() -> None:
+    """A trainer that shares the processors evaluates; a worker that has them all serves."""
+    torch.manual_seed(3)
+    layers = [
+        nn.Linear(*shape, bias=False, dtype=torch.bfloat16)
+        for shape in ((576, 576), (576, 1536), (1536, 576))
+    ]
+    x = torch.randn(400, 576, dtype=torch.bfloat16)
+    found = []
+    for threads in (processors(), 1):
+        torch.set_num_threads(threads)
+        with calibrate(layers, torch.device("cpu")):
+            found.append([nn.Sequential(*layers)(x[:rows]) for rows in (40, 96, 400)])
+    assert torch.get_num_threads() == 1
+    for all_of_them, one in zip(*found, strict=True):
+        assert torch.equal(all_of_them, one)
 
 
 def test_steps_of_writing_have_blocks_of_their_own(tiny_llama_dir: Path) -> None:
