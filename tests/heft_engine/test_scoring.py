@@ -273,8 +273,9 @@ def test_a_pass_is_filled_up_to_what_blocks_cover(rows: int) -> None:
 
 
 @torch.inference_mode()
-def test_fewer_threads_give_the_bits_of_all_processors() -> None:
+def test_fewer_threads_give_the_bits_of_all_processors(monkeypatch: pytest.MonkeyPatch) -> None:
     """A trainer that shares the processors evaluates; a worker that has them all serves."""
+    monkeypatch.setattr(fixed_shapes, "processors", processors)
     torch.manual_seed(3)
     layers = [
         nn.Linear(*shape, bias=False, dtype=torch.bfloat16)
