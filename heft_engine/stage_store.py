@@ -91,10 +91,10 @@ def _is_whole(path: Path) -> bool:
 
 
 def _age(path: Path) -> float | None:
-    """Seconds since its last use; None for what another process has just removed."""
+    """Seconds since its last use; None for what is not there: another process may just have removed it."""
     try:
         return time.time() - path.stat().st_mtime
-    except FileNotFoundError:
+    except (FileNotFoundError, NotADirectoryError):
         return None
 
 
