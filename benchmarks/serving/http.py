@@ -46,6 +46,10 @@ class Stack:
         return found
 
 
+#: A trainer writes a checkpoint before it goes, and the stack gives it 65 seconds.
+_STOP_SECONDS = 100.0
+
+
 @contextmanager
 def heft_up(model: str, **settings: str) -> Iterator[Stack]:
     """`heft up` in a folder of its own, until the body ends; `model` can be asked when it begins."""
@@ -65,7 +69,11 @@ def heft_up(model: str, **settings: str) -> Iterator[Stack]:
             yield Stack(record.url, home.key_file.read_text().strip(), psutil.Process(process.pid))
         finally:
             process.terminate()
-            process.wait(60)
+            try:
+                process.wait(_STOP_SECONDS)
+            except subprocess.TimeoutExpired:
+                process.kill()  # what it has started goes with it
+                process.wait()
 
 
 def _is_ready(home: Home, model: str) -> bool:
