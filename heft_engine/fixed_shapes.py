@@ -39,10 +39,9 @@ UNIT_ELSEWHERE = 256
 HEIGHTS = (32, 64, 96, 128, 160, 192, 256, 320, 384, 512, 640, 768, 1_024, 1_280, 1_536, 2_048)
 #: Families are looked for that have one of these heights.
 _LEAST = (32, 64, 256)
-#: What a block costs beyond its rows, counted in rows, and the passes by which families are compared: full ones. With
-#: 192 and 384 among them a question alone was answered 15 % sooner, and thirty together 9 % later (2 cores).
+#: What a block costs beyond its rows, counted in rows, and the passes by which families are compared.
 _OF_A_BLOCK = 85
-_PASSES = (768, 1_536, 3_072)
+_PASSES = (192, 384, 768, 1_536, 3_072)
 #: Times that each height's product is measured; the least counts.
 ROUNDS = 5
 #: Elements that torch gives to one thread whole, at least, and a multiple of every vector loop's stride.
