@@ -24,9 +24,8 @@ from torch import Tensor
 
 from heft_engine.stage_store import LocalStages
 
-#: What a machine keeps at most, and for how long after its last use: somebody may have deleted the rows since.
+#: What a machine keeps at most.
 MAX_BYTES = 4 * 1024**3
-_MAX_AGE_SECONDS = 86_400.0
 _ABOUT, _STATES, _KEYS_VALUES = "prefill.json", "states.bin", "keys_values.bin"
 #: Of what a machine keeps.
 _LARGEST_SHARE = 0.5
@@ -60,10 +59,7 @@ class PrefillFolder:
     def of(self, ingredients: Any) -> Prefills:
         """`ingredients`: a JSON value of everything that a prefill depends on but its first layer."""
         key = hashlib.sha256(json.dumps([self.owner, ingredients], sort_keys=True).encode()).hexdigest()
-        folder = LocalStages(
-            directory=self.directory, max_bytes=self.max_bytes, max_age_seconds=_MAX_AGE_SECONDS
-        )
-        return Prefills(folder=folder, key=key)
+        return Prefills(folder=LocalStages(directory=self.directory, max_bytes=self.max_bytes), key=key)
 
 
 @dataclass(frozen=True, kw_only=True)

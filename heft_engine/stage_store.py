@@ -8,7 +8,6 @@ Processes may share the folder. It does NOT know what keys stand for, nor what i
 from __future__ import annotations
 
 import errno
-import math
 import os
 import shutil
 import tempfile
@@ -33,14 +32,12 @@ class LocalStages:
 
     directory: Path
     max_bytes: int = MAX_BYTES
-    max_age_seconds: float = math.inf  #: since its last use
 
     def find(self, keys: Sequence[str]) -> list[Path]:
-        """The directories of the first so many keys. One that is damaged is removed; one that is too old ends them."""
+        """The directories of the first so many keys. One that is damaged is removed."""
         found = []
         for path in (self.directory / key for key in keys):
-            age = _age(path)
-            if age is None or age > self.max_age_seconds or not _is_whole(path):
+            if not _is_whole(path):
                 break
             found.append(path)
         for path in found:
@@ -73,7 +70,7 @@ class LocalStages:
                     shutil.rmtree(path, ignore_errors=True)
                 continue
             size = _size(path)
-            if total + size > self.max_bytes or ages[path] > self.max_age_seconds:
+            if total + size > self.max_bytes:
                 shutil.rmtree(path, ignore_errors=True)
             else:
                 total += size
@@ -91,10 +88,10 @@ def _is_whole(path: Path) -> bool:
 
 
 def _age(path: Path) -> float | None:
-    """Seconds since its last use; None for what is not there: another process may just have removed it."""
+    """Seconds since its last use; None for what another process has just removed."""
     try:
         return time.time() - path.stat().st_mtime
-    except (FileNotFoundError, NotADirectoryError):
+    except FileNotFoundError:
         return None
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -203,14 +202,3 @@ def test_a_run_that_was_killed_finds_its_own(
     assert computed == []
     mine, theirs = tensors(again), tensors(run(settings, tmp_path / "plain"))
     assert all(torch.equal(mine[name], theirs[name]) for name in theirs)
-
-
-def test_one_that_is_too_old_is_not_found(
-    tiny_llama_dir: Path, tmp_path: Path, folder: PrefillFolder
-) -> None:
-    train(heft(tiny_llama_dir, REFT), tmp_path / "first", folder)
-    names = [path.name for path in folder.directory.iterdir()]
-    young = LocalStages(directory=folder.directory, max_age_seconds=60)
-    assert len(young.find(names[:1])) == 1
-    os.utime(folder.directory / names[0], (0, 0))
-    assert young.find(names[:1]) == []
