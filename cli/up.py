@@ -126,9 +126,9 @@ def _start(home: Home, options: UpOptions, supervisor: Supervisor, listener: soc
         keep_open=[listener.fileno()],
     )
     supervisor.start(api)
+    own = environment | _share(options.trainers, environment)
     for number in range(1, options.trainers + 1):
         name, more = ("training worker", "") if number == 1 else (f"training worker {number}", f"-{number}")
-        own = environment | _share(options.trainers, environment)
         supervisor.start(_worker("train", name, home.logs / f"worker-train{more}.log", own))
     for role, name in _WORKERS.items():
         supervisor.start(_worker(role, name, home.logs / f"worker-{role}.log", environment))
@@ -144,18 +144,10 @@ def _worker(role: str, name: str, log: Path, environment: Mapping[str, str]) -> 
 
 
 def _share(trainers: int, environment: Mapping[str, str]) -> dict[str, str]:
-    """What each of several trainers may take of the processors and the memory, unless that is said already."""
-    if trainers == 1:
-        return {}
-    import psutil
-
-    memory = psutil.virtual_memory().available // trainers
-    shares = {
-        "OMP_NUM_THREADS": max(1, len(os.sched_getaffinity(0)) // trainers),
-        "HEFT_TRAIN_MEMORY_BYTES": memory,
-        "HEFT_CACHE_MEMORY_BYTES": memory // 4,
-    }
-    return {name: str(value) for name, value in shares.items() if name not in environment}
+    """What each of several trainers is told: how many share the machine, and its threads unless they are set."""
+    threads = max(1, len(os.sched_getaffinity(0)) // trainers)
+    own = {"HEFT_TRAINERS": str(trainers)}
+    return own if trainers == 1 else {"OMP_NUM_THREADS": str(threads), **environment, **own}
 
 
 def _environment(stack: RunningStack) -> dict[str, str]:

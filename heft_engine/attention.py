@@ -8,7 +8,6 @@ a function that swallows `sliding_window` or `softcap` is wrong by 0.4 to 2.0 in
 from __future__ import annotations
 
 from collections.abc import Iterator
-from functools import lru_cache
 from typing import Any, cast
 
 import torch
@@ -22,7 +21,7 @@ from heft_engine.suffix_attention import suffix_attention
 
 IMPLEMENTATION = "heft_packed"
 
-#: Entries of a mask that is kept: 64 of them hold 16 MB at most.
+#: Entries of a mask that is kept: a row of 4,096 tokens would take 16 MB.
 _MOST_KEPT = 1 << 18
 
 #: Query, key and value of one segment after another.
@@ -107,15 +106,14 @@ def _run(
     if len(rows) > 1:
         lengths = tuple(row.length for row in rows)
         keys = prompt_key.shape[2]
-        together = _kept_together if sum(lengths) * keys <= _MOST_KEPT else _seen_together
-        mask = together(lengths, keys - sum(lengths), window, query.device)
+        mask = _mask(layout, lengths, keys, window, query.device)
         yield _masked(query, prompt_key, prompt_value, scaling, softcap, mask)
         return
-    yield _attend(query, prompt_key, prompt_value, scaling, window, softcap)
+    yield _attend(query, prompt_key, prompt_value, layout, scaling, window, softcap)
     for _ in rows[0].branches if len(rows[0].branches) > 1 else ():
         query, key, value = next(parts)
         key, value = torch.cat([prompt_key, key], dim=2), torch.cat([prompt_value, value], dim=2)
-        yield _attend(query, key, value, scaling, window, softcap)
+        yield _attend(query, key, value, layout, scaling, window, softcap)
 
 
 def _show(
@@ -132,7 +130,13 @@ def _show(
 
 
 def _attend(
-    q: Tensor, k: Tensor, v: Tensor, scaling: float | None, window: int | None, softcap: float | None
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    layout: Layout,
+    scaling: float | None,
+    window: int | None,
+    softcap: float | None,
 ) -> Tensor:
     """Causal attention of the last Q of K tokens: query i stands at position K − Q + i."""
     queries, keys, groups = q.shape[2], k.shape[2], q.shape[1] // k.shape[1]
@@ -147,9 +151,7 @@ def _attend(
         if q.device.type == "cpu" and keys <= LONGEST_MATRIX and torch.is_grad_enabled():
             return cast(Tensor, CausalAttention.apply(q, k, v, scale))  # type: ignore[no-untyped-call]
         return causal(q, k, v, scale)
-    # A row's mask is the same for every layer; those of long rows are too large to be kept.
-    masked = _kept_seen if queries * keys <= _MOST_KEPT else _seen
-    return _masked(q, k, v, scaling, softcap, masked(queries, keys, window, q.device))
+    return _masked(q, k, v, scaling, softcap, _mask(layout, (queries,), keys, window, q.device))
 
 
 def _masked(
@@ -161,33 +163,34 @@ def _masked(
     return _kernel(q, k, v, scaling, softcap, mask)
 
 
-@torch.inference_mode(False)  # whoever asks first, gradients may be computed with it later
-def _seen(queries: int, keys: int, window: int | None, device: torch.device) -> Tensor:
-    """(queries, keys): which keys the last queries of so many tokens see. The same for every layer."""
-    position = torch.arange(keys - queries, keys, device=device)[:, None]
-    past = torch.arange(keys, device=device)[None, :]
-    mask = past <= position
-    if window is not None:
-        mask &= past > position - window
-    return mask
+def _mask(
+    layout: Layout, lengths: tuple[int, ...], keys: int, window: int | None, device: torch.device
+) -> Tensor:
+    """`_seen`, made once a batch unless it is large."""
+    if sum(lengths) * keys > _MOST_KEPT:
+        return _seen(lengths, keys, window, device)
+    key = (lengths, keys, window, device)
+    if key not in layout.masks:
+        layout.masks[key] = _seen(lengths, keys, window, device)
+    return layout.masks[key]
 
 
-@torch.inference_mode(False)
-def _seen_together(lengths: tuple[int, ...], left: int, window: int | None, device: torch.device) -> Tensor:
-    """(tokens, left + tokens): rows of these lengths behind `left` tokens that they all see, none of the others'."""
-    row = torch.repeat_interleave(torch.tensor(lengths, device=device))
+def _seen(lengths: tuple[int, ...], keys: int, window: int | None, device: torch.device) -> Tensor:
+    """(sum of lengths, keys): what rows of these lengths see of keys that end with their own.
+
+    All that is left of them, and what each has itself up to the token, within the window; none of another's.
+    """
+    left = keys - sum(lengths)
     own = torch.cat([torch.arange(length, device=device) for length in lengths])
     position = torch.cat([torch.arange(left, device=device), left + own])
     queries = position[left:, None]
     mask = position <= queries
-    mask[:, left:] &= row == row[:, None]
+    if len(lengths) > 1:
+        row = torch.repeat_interleave(torch.tensor(lengths, device=device))
+        mask[:, left:] &= row == row[:, None]
     if window is not None:
         mask &= position > queries - window
     return mask
-
-
-_kept_seen = lru_cache(maxsize=64)(_seen)
-_kept_together = lru_cache(maxsize=64)(_seen_together)
 
 
 def _kernel(

@@ -6,9 +6,9 @@ with their neighbours. Inside one shape, though, every row of a product is summe
 cuts each product over T tokens into blocks of certain heights, padded with zeros where they reach beyond T: heights
 that were seen, with weights of that shape on this machine, to give the same bits. There is usually more than one such
 family of heights, one of them with the smallest and the largest, another with those between; which of them is taken is
-decided by what heights it has when all processors compute, never by a clock: a process that computes with fewer threads
-takes the heights that give those bits there. Which of them cover T rows in the least time is measured: that choice
-moves no bits. Weights of other shapes (the head, interventions) get blocks of UNIT rows.
+decided by what heights it has, never by a clock, so that all processes of a machine with as many threads take the same.
+Which of its heights cover T rows in the least time is measured: that choice moves no bits. Weights of other shapes (the
+head, interventions) get blocks of UNIT rows.
 
 Steps of writing (`steps`) have a few rows each and blocks of their own. They are never compared with a pass.
 
@@ -29,9 +29,6 @@ import torch
 import torch.nn.functional as F  # noqa: N812
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
-
-from heft_engine.apart import apart
-from heft_engine.devices import processors
 
 #: Heights are multiples of so many rows. A GPU pays by the launch, a CPU by the row.
 UNIT = {"cpu": 32}
@@ -185,27 +182,9 @@ def calibrate(layers: Iterable[nn.Module], device: torch.device) -> FixedShapes:
         for module in layer.modules():
             if isinstance(module, nn.Linear) and module.weight.device == device:
                 modules.setdefault((*module.weight.shape, module.weight.dtype), module)
-    wanted = _as_with_all_processors(modules, unit)
-    heights = {shape: _heights(module, unit, wanted.get(shape)) for shape, module in modules.items()}
+    heights = {shape: _heights(module, unit) for shape, module in modules.items()}
     fewer = {shape: _fewer(module, unit) for shape, module in modules.items()}
     return FixedShapes(unit, heights, steps=FixedShapes(unit, fewer=fewer))
-
-
-def _as_with_all_processors(modules: Mapping[Shape, nn.Linear], unit: int) -> dict[Shape, Tensor]:
-    """The products that this process's blocks must equal; none where it computes with all processors anyway."""
-    threads, all_of_them = torch.get_num_threads(), processors()
-    if threads == all_of_them or any(module.weight.is_cuda for module in modules.values()):
-        return {}
-
-    @torch.inference_mode()
-    def products() -> dict[Shape, Tensor]:
-        torch.set_num_threads(all_of_them)
-        try:
-            return {shape: _family(module, unit)[1] for shape, module in modules.items()}
-        finally:
-            torch.set_num_threads(threads)
-
-    return apart(products)
 
 
 def _fewer(module: nn.Linear, unit: int) -> frozenset[int]:
@@ -218,13 +197,12 @@ def _fewer(module: nn.Linear, unit: int) -> frozenset[int]:
     return frozenset(n for n in range(1, unit) if _agree(_product(rows[:n], weight, bias), exact))
 
 
-def _heights(module: nn.Linear, unit: int, wanted: Tensor | None) -> Heights:
-    """Heights that give the same bits, those of `wanted` if there are such, and how long they take."""
-    weight, bias, rows = module.weight, module.bias, _rows(module)
-    family = []
-    if wanted is not None:
-        family = [h for h in _candidates(unit) if _agree(_in_blocks(rows, h, weight, bias), wanted)]
-    family = family or _family(module, unit)[0]
+def _heights(module: nn.Linear, unit: int) -> Heights:
+    """A family of heights that give the same bits, and how long they take."""
+    weight, bias = module.weight, module.bias
+    generator = torch.Generator().manual_seed(0)
+    rows = torch.randn(max(HEIGHTS), module.in_features, generator=generator).to(weight)
+    family = _family(rows, weight, bias, unit)
     seconds = dict.fromkeys(family, math.inf)
     # Rounds over all heights, so that what else the machine does in one moment does not decide against one of them.
     for _ in range(ROUNDS):
@@ -235,19 +213,9 @@ def _heights(module: nn.Linear, unit: int, wanted: Tensor | None) -> Heights:
     return {height: min(took, -(-height // least) * seconds[least]) for height, took in seconds.items()}
 
 
-def _candidates(unit: int) -> list[int]:
-    return [height for height in HEIGHTS if height % unit == 0]
-
-
-def _rows(module: nn.Linear) -> Tensor:
-    generator = torch.Generator().manual_seed(0)
-    return torch.randn(max(HEIGHTS), module.in_features, generator=generator).to(module.weight)
-
-
-def _family(module: nn.Linear, unit: int) -> tuple[list[int], Tensor]:
-    """Of all families, the one whose blocks cover passes of many lengths the best, and its product of `_rows`."""
-    weight, bias, rows = module.weight, module.bias, _rows(module)
-    candidates = _candidates(unit)
+def _family(rows: Tensor, weight: Tensor, bias: Tensor | None, unit: int) -> list[int]:
+    """Of all families, the one whose blocks cover passes of many lengths the best."""
+    candidates = [height for height in HEIGHTS if height % unit == 0]
     bases = [height for height in candidates if height in _LEAST] or candidates[:1]
     exact = {base: _in_blocks(rows, base, weight, bias) for base in bases}
     families: dict[int, list[int]] = {base: [] for base in bases}
@@ -256,8 +224,7 @@ def _family(module: nn.Linear, unit: int) -> tuple[list[int], Tensor]:
         for base, family in families.items():
             if _agree(found, exact[base]):
                 family.append(height)
-    best = min(families, key=lambda base: (_cost(families[base], unit), families[base]))
-    return families[best], exact[best]
+    return min(families.values(), key=lambda family: (_cost(family, unit), family))
 
 
 def _cost(family: list[int], unit: int) -> float:

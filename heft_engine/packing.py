@@ -10,9 +10,9 @@ It does NOT know attention or models: `heft_engine.attention` reads the layout.
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
 from torch import Tensor
@@ -126,6 +126,8 @@ class Layout:
     adapters: tuple[RowAdapter | None, ...] | None = None
     #: Every row is one token that comes after its prompt.
     decoding: Decoding | None = None
+    #: What attention keeps from layer to layer: masks are the same for all of them.
+    masks: dict[Any, Tensor] = field(default_factory=dict, compare=False, repr=False)
 
     @cached_property
     def runs(self) -> tuple[Run, ...]:

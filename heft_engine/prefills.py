@@ -12,12 +12,10 @@ keys are made of (heft_engine.reuse), nor models.
 
 from __future__ import annotations
 
-import hashlib
 import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -29,6 +27,9 @@ MAX_BYTES = 4 * 1024**3
 _ABOUT, _STATES, _KEYS_VALUES = "prefill.json", "states.bin", "keys_values.bin"
 #: Of what a machine keeps.
 _LARGEST_SHARE = 0.5
+#: A prefill is written, read back and hashed each time: one that was computed faster is not worth it. Hashing alone
+#: was measured at 1.3 GB/s; the rest is for disks.
+_BYTES_A_SECOND = 200e6
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -56,9 +57,8 @@ class PrefillFolder:
     max_bytes: int = MAX_BYTES
     owner: str = ""
 
-    def of(self, ingredients: Any) -> Prefills:
-        """`ingredients`: a JSON value of everything that a prefill depends on but its first layer."""
-        key = hashlib.sha256(json.dumps([self.owner, ingredients], sort_keys=True).encode()).hexdigest()
+    def of(self, key: str) -> Prefills:
+        """`key`: stands for everything that a prefill depends on but its first layer, and its owner."""
         return Prefills(folder=LocalStages(directory=self.directory, max_bytes=self.max_bytes), key=key)
 
 
@@ -70,12 +70,14 @@ class Prefills:
     key: str
 
     def find(self, layer: int, tokens: int, hidden: int, dtype: torch.dtype) -> Prefill | None:
-        """One that reaches down to `layer`: the nearest. Its tensors are mapped from files, never written to."""
+        """One that reaches from `layer` down to it: the nearest. Its tensors are mapped from files."""
         for first in range(layer, -1, -1):
-            for path in self.folder.find([self._name(first)]):
-                found = _read(path, tokens, hidden, dtype)
-                if found is not None and found.has(layer):
-                    return found
+            # Only one that would do is read through, to see that it is whole.
+            if first + self._depths(first) > layer:
+                for path in self.folder.find([self._name(first)]):
+                    found = _read(path, tokens, hidden, dtype)
+                    if found is not None and found.has(layer):
+                        return found
         return None
 
     def holds(self, size: int) -> bool:
@@ -83,7 +85,13 @@ class Prefills:
         return size <= _LARGEST_SHARE * self.folder.max_bytes
 
     def keep(self, first: int, states: Sequence[Tensor], keys_values: Tensor, seconds: float) -> None:
-        """Keeps a prefill. states: (tokens, hidden) before layer `first` and those above it. Raises OSError."""
+        """Keeps a prefill that took so long, if finding it again is quicker and none as good is there.
+
+        states: (tokens, hidden) before layer `first` and those above it. Raises OSError.
+        """
+        size = sum(part.nbytes for part in (*states, keys_values))
+        if seconds < size / _BYTES_A_SECOND or self._depths(first) >= len(states):
+            return
 
         def write(path: Path) -> None:
             about = {"first": first, "depths": len(states), "seconds": seconds}
@@ -92,6 +100,13 @@ class Prefills:
             _write(path / _KEYS_VALUES, [keys_values])
 
         self.folder.keep(self._name(first), write)
+
+    def _depths(self, first: int) -> int:
+        """Of the prefill from this layer on; 0 where there is none."""
+        try:
+            return int(json.loads((self.folder.directory / self._name(first) / _ABOUT).read_text())["depths"])
+        except (OSError, ValueError):
+            return 0
 
     def _name(self, first: int) -> str:
         return f"{self.key}-{first}"

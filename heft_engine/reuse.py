@@ -105,7 +105,7 @@ class Reuse:
             "rows": rows_hash(examples),
             "skipped": [boundary.first_token(len(example.prompt)) for example in examples],
         }
-        return self._prefills.of(ingredients)
+        return self._prefills.of(_digest([self._prefills.owner, ingredients]))
 
     def take(self, writer: CheckpointWriter) -> None:
         """Puts the run, if it has yet to begin, behind the longest prefix of its stages that is kept.

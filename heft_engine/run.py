@@ -197,10 +197,9 @@ class Run:
         with peak(self.lm.device) as most:
             with planner_of(self, index, trainable).planned(earlier) as plan:
                 tell_plan(self, index, trainable, plan)
-                progress = train_stage(self, index, trainable, plan, sites_before, writer, should_stop)
+                progress, saved = train_stage(self, index, trainable, plan, sites_before, writer, should_stop)
             seconds = time.monotonic() - began + (earlier.seconds if earlier is not None else 0)
-            seconds += progress.saved_seconds
-            self.state.costs.append(cost_of(self, index, trainable, progress, seconds))
+            self.state.costs.append(cost_of(self, index, trainable, progress, seconds + saved))
             self._end_stage(index, stage, trainable, progress)
             memory_bytes = most()
         tell_warnings(self, index)

@@ -39,9 +39,6 @@ def pass_tokens(rung: Rung, example: Example, skipped: int) -> int:
 class Source(Protocol):
     """Rows that losses can be computed of, by index."""
 
-    @property
-    def saved_seconds(self) -> float: ...  #: see SuffixCache
-
     def tokens(self, index: int) -> int: ...  #: of a pass's budget that the row takes
     def hidden(
         self, indices: Sequence[int]
@@ -55,7 +52,6 @@ class PlainSource:
 
     lm: PackedLM
     examples: Sequence[Example]
-    saved_seconds: float = 0.0
 
     def tokens(self, index: int) -> int:
         return packed_length(self.examples[index])
@@ -74,10 +70,6 @@ class CachedSource:
     """The suffixes, through the upper layers."""
 
     cache: SuffixCache
-
-    @property
-    def saved_seconds(self) -> float:
-        return self.cache.saved_seconds
 
     def tokens(self, index: int) -> int:
         row = self.cache.rows[index]
@@ -105,12 +97,14 @@ class CachedSource:
 class CacheBudget:
     """What the operator allows a run's cache: bytes of memory, and bytes of files in `directory`.
 
-    memory None: a quarter of what is free when the stage starts.
+    memory None: a quarter of what is free when the stage starts. `sharers`: runs that share what is free, this one
+    among them.
     """
 
     memory: int | None = None
     disk: int = 0
     directory: Path | None = None
+    sharers: int = 1
 
     def less(self, plan: CachePlan) -> CacheBudget:
         """What is left of the budget beside a plan."""
@@ -119,7 +113,9 @@ class CacheBudget:
         return replace(self, memory=self.memory_bytes() - plan.bytes)
 
     def memory_bytes(self) -> int:
-        return self.memory if self.memory is not None else psutil.virtual_memory().available // 4
+        if self.memory is not None:
+            return self.memory
+        return psutil.virtual_memory().available // (4 * self.sharers)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -52,7 +52,10 @@ class StagePlan:
 
 @dataclass(frozen=True, kw_only=True)
 class Planner:
-    """What a plan is made from. `room`: bytes the process may take beyond what it holds; None: what is free."""
+    """What a plan is made from.
+
+    `room`: bytes the process may take beyond what it holds; None: its share of what is free.
+    """
 
     lm: PackedLM
     stage: LoraStage | ReftStage
@@ -129,7 +132,8 @@ class Planner:
     # -- memory -----------------------------------------------------------------------------------------------------
 
     def _fit(self, caches: tuple[CachePlan, CachePlan]) -> Fit:
-        room = self.room if self.room is not None else memory.free_bytes(self.lm.device)
+        free = memory.free_bytes(self.lm.device) // self.budget.sharers
+        room = self.room if self.room is not None else free
         room = int((room - self._standing(caches)) / memory.OVERHEAD) - self._head()
         longest = max(map(packed_length, self.examples))
 

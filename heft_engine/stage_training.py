@@ -15,7 +15,7 @@ from torch import Tensor
 
 from heft_engine.encoding import Example
 from heft_engine.run_state import CheckpointWriter
-from heft_engine.sources import CacheBudget, CachePlan, Source
+from heft_engine.sources import CacheBudget, CachedSource, CachePlan, Source
 from heft_engine.stage_plan import Planner, StagePlan
 from heft_engine.trainables import LoraTrainable, ReftTrainable
 from heft_engine.training import Hooks, Progress, StageRun
@@ -49,8 +49,12 @@ def train_stage(
     sites_before: int,
     writer: CheckpointWriter,
     should_stop: Callable[[], bool],
-) -> Progress:
-    """Trains to the end, from the run's checkpoint if that lies inside the stage."""
+) -> tuple[Progress, float]:
+    """Trains to the end, from the run's checkpoint if that lies inside the stage.
+
+    Also gives the seconds that earlier runs had spent on prefills found here: they count among what the stage costs.
+    Below 0 are those that this one spent on leaving its own to others.
+    """
     stage, boundary = run.config.stages[index], trainable.boundary()
     standing = list(run.lm.sites)[:sites_before]
 
@@ -63,9 +67,9 @@ def train_stage(
     def source(cache: CachePlan, examples: Sequence[Example], name: str) -> Source:
         # Interventions of earlier stages that go on in this one act in nobody else's prefill.
         fresh = not any(site in standing for site in boundary.sites)
-        prefills = (
-            run.reuse.prefills(standing, boundary, examples) if run.reuse is not None and fresh else None
-        )
+        prefills = None
+        if run.reuse is not None and fresh and cache.rung == "keys_values":
+            prefills = run.reuse.prefills(standing, boundary, examples)
         return cache.open(run.lm, boundary, examples, _cache_file(run.cache, name), prefills)
 
     # Fresh modules begin in training mode, where an intervention above the first would drop out of the prefill.
@@ -95,9 +99,9 @@ def train_stage(
     )
     if run.state.inside_stage is not None:
         run.state.restore_stage(loop)
-    loop.progress.saved_seconds = training.saved_seconds + validation.saved_seconds
     loop.run()
-    return loop.progress
+    caches = [source.cache for source in (training, validation) if isinstance(source, CachedSource)]
+    return loop.progress, sum(cache.saved_seconds for cache in caches)
 
 
 def _cache_file(cache: CacheBudget, name: str) -> Path | None:

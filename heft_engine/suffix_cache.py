@@ -86,9 +86,9 @@ class SuffixCache:
         file: Path | None = None,
         prefills: Prefills | None = None,
     ) -> None:
-        """Runs the prefill, unless `prefills` has it. `file` maps the cache from disk instead of holding it in memory.
+        """Runs the prefill, unless `prefills` (of the keys_values rung) has it.
 
-        Prefills are of keys and values; other rungs are computed.
+        `file` maps the cache from disk instead of holding it in memory.
         """
         self.lm = lm
         self.boundary = boundary
@@ -97,7 +97,6 @@ class SuffixCache:
         self._skipped = [boundary.first_token(len(example.prompt)) for example in examples]
         #: Seconds that another run has spent on the prefill; below 0, what this one spends on keeping it for others.
         self.saved_seconds = 0.0
-        prefills = prefills if rung == "keys_values" else None
         found = prefills.find(boundary.layer, self._tokens, lm.hidden_size, lm.dtype) if prefills else None
         if found is not None:
             depth = boundary.layer - found.first
@@ -179,7 +178,7 @@ class SuffixCache:
             states = lm.run_layers(lm.embed(ids), positions, batch.layout, 0, boundary.layer)
         at = [  # where the states that are kept lie in the pass
             token
-            for packed, row in zip(batch.layout.rows, rows, strict=False)
+            for packed, row in zip(batch.layout.rows, rows, strict=True)
             for token in range(packed.start + packed.length - len(row.states), packed.start + packed.length)
         ]
         suffixes = torch.tensor(at, device=lm.device)

@@ -83,9 +83,6 @@ class Progress:
     #: How the stage's rows and the validation rows are cached: decided at the stage's start, because it moves bits.
     cache: dict[str, Any] | None = None
     validation_cache: dict[str, Any] | None = None
-    #: Seconds of prefills that an earlier run had left (they count among what the stage costs), less those spent on
-    #: leaving them.
-    saved_seconds: float = 0.0
 
 
 @dataclass(frozen=True, kw_only=True)

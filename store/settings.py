@@ -74,6 +74,7 @@ class StoreSettings(BaseSettings):
     train_memory_bytes: int | None = Field(
         default=None, ge=0
     )  #: that a stage may take beyond what its process holds; None: what is free
+    trainers: int = Field(default=1, ge=1)  #: jobs that train at a time on this machine, and share its memory
     reuse_days: float = Field(
         default=30, ge=0
     )  #: what a stage ended with is kept so long after its last use, for equal stages of later jobs; 0: not at all

@@ -190,10 +190,10 @@ def status_of(study: Study, states: Sequence[JobState]) -> str:
 
 
 def is_trial(session: Session, job_id: str) -> bool:
-    """Whether a search chooses by what comes of this job."""
-    of_search = select(Study.id).join(StudyJob, StudyJob.study_id == Study.id)
-    found = of_search.where(StudyJob.job_id == job_id, Study.spec["search"].astext.is_not(None))
-    return session.scalar(found) is not None
+    """Whether a search chooses by what comes of this job: of its baseline it does not."""
+    planned = select(StudyJob.arm, Study.spec["planned"]).join(Study, StudyJob.study_id == Study.id)
+    found = session.execute(planned.where(StudyJob.job_id == job_id)).one_or_none()
+    return found is not None and any(arm["name"] == found[0] and arm.get("trial") for arm in found[1])
 
 
 def request_cancel(session: Session, *, owner_id: str, study_id: str) -> Study:

@@ -87,6 +87,7 @@ def run_file(
         "cache_memory_bytes": settings.cache_memory_bytes,
         "cache_disk_bytes": settings.cache_disk_bytes,
         "memory_bytes": settings.train_memory_bytes,
+        "sharers": settings.trainers,
         "max_line_bytes": settings.max_line_bytes,
         "results": str(run.results) if reuse else None,
         "results_on_request": reuse,

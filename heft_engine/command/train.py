@@ -57,6 +57,8 @@ class RunFile(BaseModel):
     #: What a stage's cache may take; None is a quarter of the memory that is free when the stage starts.
     cache_memory_bytes: int | None = None
     cache_disk_bytes: int = 0
+    #: Runs at a time that share what is free, this one among them.
+    sharers: int = 1
     #: That a stage may take beyond what this process holds; None is what is free.
     memory_bytes: int | None = None
     max_line_bytes: int = MAX_LINE_BYTES
@@ -66,7 +68,7 @@ class RunFile(BaseModel):
     results_on_request: bool = False
     #: A folder for the frozen activations that runs like this one share on this machine, of at most so many bytes.
     prefills: Path | None = None
-    prefill_bytes: int = 4 * 1024**3
+    prefill_bytes: int | None = None
     #: Who else's runs may find them there: the same owner's.
     owner: str = ""
     #: Whether text is written on validation rows too: a search chooses by it.
@@ -107,7 +109,10 @@ def _train(plan: RunFile, stop: threading.Event) -> None:
         resume=plan.resume,
         should_stop=stop.is_set,
         cache=CacheBudget(
-            memory=plan.cache_memory_bytes, disk=plan.cache_disk_bytes, directory=plan.out.parent
+            memory=plan.cache_memory_bytes,
+            disk=plan.cache_disk_bytes,
+            directory=plan.out.parent,
+            sharers=plan.sharers,
         ),
         memory_bytes=plan.memory_bytes,
         results=_results(plan, stop),
@@ -127,11 +132,11 @@ def _results(plan: RunFile, stop: threading.Event) -> StageStore | None:
 
 
 def _prefills(plan: RunFile) -> PrefillFolder | None:
-    from heft_engine.prefills import PrefillFolder
+    from heft_engine.prefills import MAX_BYTES, PrefillFolder
 
-    if plan.prefills is None or not plan.prefill_bytes:
+    if plan.prefills is None or plan.prefill_bytes == 0:
         return None
-    return PrefillFolder(directory=plan.prefills, max_bytes=plan.prefill_bytes, owner=plan.owner)
+    return PrefillFolder(directory=plan.prefills, max_bytes=plan.prefill_bytes or MAX_BYTES, owner=plan.owner)
 
 
 def _read(field: FileField, path: Path | None, plan: RunFile) -> list[Row]:

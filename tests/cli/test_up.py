@@ -28,11 +28,19 @@ def stack_up() -> Iterator[HeftUp]:
     """One that the tests which leave it as it was share."""
     folder = Path(tempfile.mkdtemp(prefix="heft-test-", dir="/tmp"))
     folder.chmod(0o711)
+    home = Home.at(folder / "home")
+    left = prefills(home) / "left"
+    left.mkdir(parents=True)
+    os.utime(left, (0, 0))
     try:
-        with heft_up(Home.at(folder / "home"), HEFT_API_KEY=GIVEN_KEY, HEFT_TRAINERS="2") as stack:
+        with heft_up(home, HEFT_API_KEY=GIVEN_KEY, HEFT_TRAINERS="2") as stack:
             yield stack
     finally:
         shutil.rmtree(folder)
+
+
+def prefills(home: Home) -> Path:
+    return home.cache / "workers" / "shared" / "prefills"
 
 
 def file_ids(stack: HeftUp) -> list[str]:
@@ -85,18 +93,19 @@ def test_two_trainers_share_the_processors(stack_up: HeftUp) -> None:
     trainers = stack_up.named("worker", "train")
     assert len(trainers) == 2
     share = str(max(1, len(os.sched_getaffinity(0)) // 2))
-    assert [trainer.environ().get("OMP_NUM_THREADS") for trainer in trainers] == [share, share]
-    shares = {int(trainer.environ()["HEFT_TRAIN_MEMORY_BYTES"]) for trainer in trainers}
-    assert max(shares) <= psutil.virtual_memory().total // 2
-    assert {4 * int(trainer.environ()["HEFT_CACHE_MEMORY_BYTES"]) // 100 for trainer in trainers} == {
-        each // 100 for each in shares
-    }
+    for trainer in trainers:
+        told = trainer.environ()
+        assert (told["OMP_NUM_THREADS"], told["HEFT_TRAINERS"]) == (share, "2")
     [other] = stack_up.named("worker", "prepare")
-    assert not {"OMP_NUM_THREADS", "HEFT_TRAIN_MEMORY_BYTES"} & other.environ().keys()
+    assert "OMP_NUM_THREADS" not in other.environ()
     assert {log.name for log in stack_up.home.logs.glob("worker-train*")} == {
         "worker-train.log",
         "worker-train-2.log",
     }
+
+
+def test_trainers_forget_prefills_that_nobody_used_for_long(stack_up: HeftUp) -> None:
+    assert wait_until(lambda: not (prefills(stack_up.home) / "left").exists(), seconds=60)
 
 
 def test_only_one_in_a_home(stack_up: HeftUp) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import replace
 from pathlib import Path
 
+import psutil
 import pytest
 import torch
 import torch.nn.functional as F
@@ -18,7 +19,7 @@ from heft_engine.errors import TrainingError
 from heft_engine.memory import Fit, Footprint
 from heft_engine.model import PackedLM
 from heft_engine.single_stage import single_stage
-from heft_engine.sources import PlainSource
+from heft_engine.sources import CacheBudget, PlainSource
 from heft_engine.trainables import LoraTrainable
 
 FOUND = Footprint(fixed=1_000, per_token=100, per_square=2)
@@ -192,6 +193,34 @@ def test_a_resumed_stage_is_estimated_by_the_passes_of_its_checkpoint(
         assert resumed == began
     with single.planner.planned(replace(earlier, token_budget=200)) as smaller:
         assert smaller.memory_bytes < 0.6 * began.memory_bytes
+
+
+def test_trainers_of_one_machine_share_what_is_free(
+    tiny_llama_dir: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    free = {"bytes": 10**12}
+    monkeypatch.setattr(memory, "free_bytes", lambda device: free["bytes"])
+    rows = [Example(prompt=(7,) * 200, answers=((9,),), labels=("",), gold=0)] * 16
+    stage = but(LORA, target_modules=["q_proj", "v_proj"])
+    with single_stage(packed(tiny_llama_dir), stage, rows, lambda event: None) as single:
+        planner = single.planner
+
+    def fits(sharers: int) -> bool:
+        try:
+            with replace(planner, budget=CacheBudget(sharers=sharers)).planned(None):
+                return True
+        except TrainingError:
+            return False
+
+    for power in range(15, 40):
+        free["bytes"] = 2**power
+        if fits(1):
+            break
+    assert not fits(4)
+    free["bytes"] *= 4
+    assert fits(4)
+    available = psutil.virtual_memory().available
+    assert CacheBudget(sharers=8).memory_bytes() == pytest.approx(available / 32, rel=0.2)
 
 
 def test_what_a_stage_held_is_none_of_the_holes_that_an_earlier_one_left() -> None:

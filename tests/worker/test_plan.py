@@ -79,10 +79,12 @@ def test_the_engine_reads_the_run_file(settings: StoreSettings, tmp_path: Path) 
     assert (read.out, read.checkpoint_dir, read.resume) == (run.out, run.checkpoints, run.resume)
     assert (read.checkpoint_seconds, read.model_dir, read.cache_dir) == (300, Path("/models"), None)
     assert not read.allow_paths
-    assert (read.memory_bytes, read.max_line_bytes) == (None, 8 * 1024**2)
-    bounded = settings.model_copy(update={"train_memory_bytes": 10**9, "max_line_bytes": 10**8})
+    assert (read.memory_bytes, read.max_line_bytes, read.sharers) == (None, 8 * 1024**2, 1)
+    bounded = settings.model_copy(
+        update={"train_memory_bytes": 10**9, "max_line_bytes": 10**8, "trainers": 3}
+    )
     own = RunFile.model_validate(run_file(config, run, bounded))
-    assert (own.memory_bytes, own.max_line_bytes) == (10**9, 10**8)
+    assert (own.memory_bytes, own.max_line_bytes, own.sharers) == (10**9, 10**8, 3)
     assert (read.results, read.results_on_request, read.prefills) == (None, False, None)
     read = RunFile.model_validate(run_file(config, run, settings, reuse=True))
     assert (read.results, read.results_on_request) == (run.results, True)

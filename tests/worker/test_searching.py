@@ -263,9 +263,12 @@ def test_what_was_proposed_before_the_search_was_over_is_dropped(
 
 def test_trials_are_known_as_such(bench: Bench) -> None:
     """Their text is measured on validation rows too, which others' is not."""
-    study = search_of(bench, seeds=[1])
+    study = search_of(bench, seeds=[1], baseline="as it is")
     other = bench.queued([])
     with transaction(bench.context.sessions) as session:
-        trial = studies.runs_of(session, study.id)[0].job.id
-        assert studies.is_trial(session, trial)
+        arms = {run.arm: run.job.id for run in studies.runs_of(session, study.id)}
+        baseline = arms.pop("as it is")
+        assert arms
+        assert all(studies.is_trial(session, trial) for trial in arms.values())
+        assert not studies.is_trial(session, baseline)
         assert not studies.is_trial(session, other)
