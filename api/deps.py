@@ -37,7 +37,7 @@ class Services:
     scrape: Scrape
 
 
-def services(request: Request) -> Services:
+async def services(request: Request) -> Services:
     held = request.app.state.services
     assert isinstance(held, Services)
     return held
@@ -46,7 +46,7 @@ def services(request: Request) -> Services:
 Held = Annotated[Services, Depends(services)]
 
 
-def _database(held: Held) -> Database:
+async def _database(held: Held) -> Database:
     return held.database
 
 
@@ -55,13 +55,20 @@ Db = Annotated[Database, Depends(_database)]
 bearer = HTTPBearer(auto_error=False, description="An API key: `heft keys create` makes one.")
 
 
-async def authenticated(
-    db: Db, credentials: Annotated[HTTPAuthorizationCredentials | None, Security(bearer)]
-) -> keys.Owner:
-    """Whose key it is. A dependency of routes: it runs before a byte of an upload is read."""
+async def given_key(credentials: Annotated[HTTPAuthorizationCredentials | None, Security(bearer)]) -> str:
+    """The key that was sent, whosever it is."""
     if credentials is None:
         raise Unauthenticated("send an API key: Authorization: Bearer <key>")
-    return await db(keys.authenticate, credentials.credentials)
+    return credentials.credentials
+
+
+#: For a route that learns whose key it is with what it looks up, in one transaction (`models.asked`).
+Key = Annotated[str, Depends(given_key)]
+
+
+async def authenticated(db: Db, key: Key) -> keys.Owner:
+    """Whose key it is. A dependency of routes: it runs before a byte of an upload is read."""
+    return await db(keys.authenticate, key)
 
 
 Caller = Annotated[keys.Owner, Depends(authenticated)]

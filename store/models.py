@@ -14,6 +14,7 @@ from sqlalchemy import func, select, update
 from sqlalchemy.dialects.postgresql import insert
 from sqlalchemy.orm import Session
 
+from store import keys
 from store.errors import Forbidden, NotFound
 from store.tables import BaseModelRow, FineTunedModel
 
@@ -67,6 +68,12 @@ def get(session: Session, *, owner_id: str, model_id: str) -> Model:
     if base is not None:
         return _base(base)
     raise _no_model(model_id)
+
+
+def asked(session: Session, *, key: str, model_id: str) -> tuple[keys.Owner, Model]:
+    """Who asks a model, and the model. Raises Unauthenticated, then NotFound."""
+    owner = keys.authenticate(session, key)
+    return owner, get(session, owner_id=owner.id, model_id=model_id)
 
 
 def for_worker(session: Session, *, model_id: str) -> Model:

@@ -14,7 +14,7 @@ from fastapi.responses import Response
 from pydantic import BaseModel
 
 from api.admission import Admission
-from api.deps import Caller, Db, Held, Services
+from api.deps import Db, Held, Key, Services
 from api.disconnects import while_connected
 from api.reply_streams import Replies
 from api.routes.predict import addressed
@@ -44,10 +44,10 @@ _STREAMED: dict[int | str, dict[str, Any]] = {
 
 @router.post("/completions", response_model=Completion, responses=_STREAMED)
 async def complete(
-    request: Request, body: CompletionRequest, caller: Caller, db: Db, held: Held
+    request: Request, body: CompletionRequest, key: Key, db: Db, held: Held
 ) -> Response | Completion:
     """Text that goes on from a prompt, by a fine-tuned text model, a checkpoint of one or a base model."""
-    model = await db(models.get, owner_id=caller.id, model_id=body.model)
+    caller, model = await db(models.asked, key=key, model_id=body.model)
     completion = partial(
         Completion,
         id=ids.new_completion_id(),
@@ -74,10 +74,10 @@ async def complete(
 
 @router.post("/chat/completions", response_model=ChatCompletion, responses=_STREAMED)
 async def chat(
-    request: Request, body: ChatCompletionRequest, caller: Caller, db: Db, held: Held
+    request: Request, body: ChatCompletionRequest, key: Key, db: Db, held: Held
 ) -> Response | ChatCompletion:
     """The next turn of a conversation, by a fine-tuned text model, a checkpoint of one or a base model."""
-    model = await db(models.get, owner_id=caller.id, model_id=body.model)
+    caller, model = await db(models.asked, key=key, model_id=body.model)
     head: dict[str, Any] = {
         "id": ids.new_chat_completion_id(),
         "created": int(time.time()),

@@ -39,7 +39,7 @@ _DIAGNOSTICS_RESPONSES: dict[int | str, dict[str, Any]] = {
 _FILTER = re.compile(r"metadata\[(.+)\]")
 
 
-def metadata_filter(request: Request) -> dict[str, str]:
+async def metadata_filter(request: Request) -> dict[str, str]:
     """`?metadata[k]=v`, which FastAPI has no parameter for."""
     return {
         found[1]: value

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from fastapi import APIRouter, Request
 
-from api.deps import Caller, Db, Held
+from api.deps import Db, Held, Key
 from api.disconnects import while_connected
 from api.schemas.predict import MAX_INPUTS, Answer, Prediction, Predictions, PredictRequest, Usage
 from store import models
@@ -17,7 +17,7 @@ router = APIRouter(tags=["Answers"])
 @router.post("/predict")
 @router.post("/v1/predict", include_in_schema=False)
 async def predict(
-    request: Request, body: PredictRequest, caller: Caller, db: Db, held: Held
+    request: Request, body: PredictRequest, key: Key, db: Db, held: Held
 ) -> Prediction | Predictions:
     """Ask a fine-tuned model, a checkpoint or a base model one question, or up to 1,024 in `inputs`.
 
@@ -30,8 +30,8 @@ async def predict(
     if body.abstain_below is not None and body.asks_for_text:
         raise InvalidRequest("generated text has no probability to abstain below", param="abstain_below")
     intervention = Intervention(enabled=body.intervention.enabled, scale=body.intervention.scale)
+    caller, model = await db(models.asked, key=key, model_id=body.model)
     with held.admission.admit(len(rows)):
-        model = await db(models.get, owner_id=caller.id, model_id=body.model)
         asking = held.predict.ask(request.state.request_id, addressed(model, caller.id), rows, intervention)
         answers = await while_connected(request, asking)
     usage = Usage.of(

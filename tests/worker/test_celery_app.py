@@ -38,3 +38,11 @@ def test_only_who_answers_many_questions_fetches_them_ahead() -> None:
     assert ahead == {Role.TRAIN: False, Role.PREPARE: False, Role.INFERENCE: True}
     train = worker_app("redis://localhost:1/0", Role.TRAIN).conf
     assert (train.worker_concurrency, train.worker_prefetch_multiplier) == (1, 1)
+
+
+def test_questions_are_not_written_down_in_the_broker_while_they_are_answered() -> None:
+    emulated = {
+        role: worker_app("redis://localhost:1/0", role).conf.broker_transport_options["ack_emulation"]
+        for role in Role
+    }
+    assert emulated == {Role.TRAIN: True, Role.PREPARE: True, Role.INFERENCE: False}

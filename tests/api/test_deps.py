@@ -1,0 +1,34 @@
+"""What routes depend on costs a request no thread: FastAPI runs plain functions on one, each for itself."""
+
+from __future__ import annotations
+
+import importlib
+import inspect
+import pkgutil
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import pytest
+from fastapi.dependencies.models import Dependant
+from fastapi.routing import APIRoute
+
+from api import routes
+
+
+def called(dependant: Dependant) -> Iterator[Callable[..., Any]]:
+    """A route's function, and those of all that it depends on."""
+    if dependant.call is not None:
+        yield dependant.call
+    for each in dependant.dependencies:
+        yield from called(each)
+
+
+@pytest.mark.parametrize("name", [module.name for module in pkgutil.iter_modules(routes.__path__)])
+def test_nothing_runs_on_a_thread(name: str) -> None:
+    router = importlib.import_module(f"api.routes.{name}").router
+    found = [route for route in router.routes if isinstance(route, APIRoute)]
+    assert found
+    for route in found:
+        for call in called(route.dependant):
+            runs = call if inspect.isfunction(call) else type(call).__call__
+            assert inspect.iscoroutinefunction(runs), f"{route.path}: {runs.__qualname__}"
