@@ -10,7 +10,7 @@ from fastapi.responses import PlainTextResponse, Response
 from fastapi.security import HTTPAuthorizationCredentials
 from prometheus_client import CONTENT_TYPE_LATEST
 
-from api.deps import Db, Held, authenticated, bearer
+from api.deps import Db, Held, authenticated, bearer, given_key
 
 router = APIRouter(tags=["Operations"])
 
@@ -20,7 +20,7 @@ async def allowed(
 ) -> None:
     """A caller on this machine, or one with a key."""
     if not is_local(request):
-        await authenticated(db, credentials)
+        await authenticated(db, await given_key(credentials))
 
 
 def is_local(request: Request) -> bool:
