@@ -10,7 +10,6 @@ It does NOT know stages beyond their parameters, nor files.
 
 from __future__ import annotations
 
-import ctypes
 import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
@@ -24,6 +23,7 @@ from torch import Tensor
 from heft_engine.causal_attention import LONGEST_MATRIX, STEP
 from heft_engine.encoding import Example
 from heft_engine.errors import TrainingError
+from heft_engine.heap import give_back
 from heft_engine.model import PackedLM
 from heft_engine.sources import PlainSource
 from heft_engine.supervised import CHUNK
@@ -162,12 +162,6 @@ def fit(
         f"are free for it; {advice}. batch_size does not matter: a step is cut into passes that fit"
     )
     raise TrainingError(message, param="max_length", code="out_of_memory")
-
-
-def give_back() -> None:
-    """Hands the heap's free pages back to the system, where the C library can: stages leave holes."""
-    with suppress(OSError, AttributeError):
-        ctypes.CDLL(None).malloc_trim(0)
 
 
 def resident_bytes(device: torch.device) -> int:

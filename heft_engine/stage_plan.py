@@ -18,6 +18,7 @@ from heft_engine import memory, parity
 from heft_engine.compiled import compiled_layers, pays
 from heft_engine.config import Auto, LoraStage, ReftStage
 from heft_engine.encoding import Example
+from heft_engine.heap import give_back
 from heft_engine.lean_layers import lean_layers
 from heft_engine.memory import Fit, Footprint
 from heft_engine.model import PackedLM
@@ -78,10 +79,10 @@ class Planner:
 
         Raises TrainingError (out_of_memory) for a stage that can't fit.
         """
-        memory.give_back()
+        give_back()
         caches = self._caches(earlier)
         with ExitStack() as stack:
-            stack.callback(memory.give_back)
+            stack.callback(give_back)
             compiled, failure = self._compile(stack, caches[0], earlier)
             if not compiled:
                 stack.enter_context(lean_layers(self.lm))

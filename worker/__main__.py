@@ -11,6 +11,7 @@ from celery import Celery
 from platformdirs import user_cache_path
 from prometheus_client import CollectorRegistry
 
+from heft_engine.heap import keep_freed
 from store import logs
 from store.artifacts import Artifacts
 from store.database import make_engine, session_factory
@@ -45,6 +46,8 @@ def run(
 ) -> None:
     """Be a worker of this role until SIGTERM or SIGINT."""
     logs.configure(values.log_format, level=log_level)
+    if role is Role.INFERENCE:
+        keep_freed()
     with _context(role, values, engine_command) as context, ExitStack() as stack:
         app = worker_app(values.redis_url, role)
         own_chores = _register(app, role, context, stack)

@@ -26,6 +26,7 @@ from redis.exceptions import RedisError
 
 from heft_engine.config import TaskType
 from heft_engine.errors import EngineError, ModelError, RowError
+from heft_engine.heap import give_back
 from heft_engine.predictor import Predictor
 from heft_engine.rows import Row, infer_task, parse_row
 from heft_engine.serving import batcher as batching
@@ -229,6 +230,7 @@ def three_quarters_of_memory() -> int:
 def _give_memory_back() -> None:
     """To the other processes on the machine and on the GPU."""
     gc.collect()
+    give_back()
     if torch.cuda.is_available():
         torch.cuda.empty_cache()
 
