@@ -39,8 +39,9 @@ _LEAST = (32, 64, 256)
 #: What a block costs beyond its rows, counted in rows, and the passes by which families are compared.
 _OF_A_BLOCK = 85
 _PASSES = (192, 384, 768, 1_536, 3_072)
-#: Times that each height's product is measured; the least counts.
-ROUNDS = 5
+#: Times that each height's product is measured, the second if that takes no longer than so many seconds; the least
+#: counts. A worker measures while the processes that were started with it are still loading.
+LEAST_ROUNDS, MOST_ROUNDS, ROUNDS_SECONDS = 3, 12, 1.0
 #: Elements that torch gives to one thread whole, at least, and a multiple of every vector loop's stride.
 _GRAIN = 32_768
 _STRIDE = 64
@@ -182,7 +183,7 @@ def calibrate(layers: Iterable[nn.Module], device: torch.device) -> FixedShapes:
         for module in layer.modules():
             if isinstance(module, nn.Linear) and module.weight.device == device:
                 modules.setdefault((*module.weight.shape, module.weight.dtype), module)
-    heights = {shape: _heights(module, unit) for shape, module in modules.items()}
+    heights = _measured(modules, unit)
     fewer = {shape: _fewer(module, unit) for shape, module in modules.items()}
     return FixedShapes(unit, heights, steps=FixedShapes(unit, fewer=fewer))
 
@@ -197,20 +198,36 @@ def _fewer(module: nn.Linear, unit: int) -> frozenset[int]:
     return frozenset(n for n in range(1, unit) if _agree(_product(rows[:n], weight, bias), exact))
 
 
-def _heights(module: nn.Linear, unit: int) -> Heights:
-    """A family of heights that give the same bits, and how long they take."""
-    weight, bias = module.weight, module.bias
-    generator = torch.Generator().manual_seed(0)
-    rows = torch.randn(max(HEIGHTS), module.in_features, generator=generator).to(weight)
-    family = _family(rows, weight, bias, unit)
-    seconds = dict.fromkeys(family, math.inf)
-    # Rounds over all heights, so that what else the machine does in one moment does not decide against one of them.
-    for _ in range(ROUNDS):
-        for height in seconds:
-            seconds[height] = min(seconds[height], _seconds(rows[:height], weight, bias))
-    # A tall block is more likely to be interrupted than the small ones it replaces; that it is no slower is assumed.
-    least = min(family)
+def _measured(modules: Mapping[Shape, nn.Linear], unit: int) -> dict[Shape, Heights]:
+    """For each shape of weights a family of heights that give the same bits, and how long they take.
+
+    Rounds over all of them, so that what else the machine does in one moment decides against none.
+    """
+    rows = {shape: _rows(module) for shape, module in modules.items()}
+    found: dict[Shape, Heights] = {
+        shape: dict.fromkeys(_family(rows[shape], module.weight, module.bias, unit), math.inf)
+        for shape, module in modules.items()
+    }
+    began = time.perf_counter()
+    for done in range(MOST_ROUNDS):
+        if done >= LEAST_ROUNDS and time.perf_counter() - began > ROUNDS_SECONDS:
+            break
+        for shape, module in modules.items():
+            for height, least in found[shape].items():
+                took = _seconds(rows[shape][:height], module.weight, module.bias)
+                found[shape][height] = min(least, took)
+    return {shape: _no_slower(seconds) for shape, seconds in found.items()}
+
+
+def _no_slower(seconds: Heights) -> Heights:
+    """A tall block is more likely to be interrupted than the small ones it replaces; that it is no slower is assumed."""
+    least = min(seconds)
     return {height: min(took, -(-height // least) * seconds[least]) for height, took in seconds.items()}
+
+
+def _rows(module: nn.Linear) -> Tensor:
+    generator = torch.Generator().manual_seed(0)
+    return torch.randn(max(HEIGHTS), module.in_features, generator=generator).to(module.weight)
 
 
 def _family(rows: Tensor, weight: Tensor, bias: Tensor | None, unit: int) -> list[int]:
