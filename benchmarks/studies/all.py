@@ -14,7 +14,7 @@ STUDIES: dict[str, tuple[str, int, int, list[str]]] = {
     "sst2-layer-rank": ("sst2", 1_000, 800, ["--preset", "layer_rank"]),
     "sst2-nine-arms": ("sst2", 2_000, 800, ["--preset", "layer_rank", "--seeds", "1"]),
     "boolq-paper-table": ("boolq", 150, 300, ["--preset", "paper_table", "--epochs-scale", "0.3"]),
-    "boolq-order": ("boolq", 150, 300, ["--preset", "order"]),
+    "boolq-order": ("boolq", 300, 500, ["--preset", "order"]),
 }
 
 
