@@ -220,7 +220,7 @@ def _measured(modules: Mapping[Shape, nn.Linear], unit: int) -> dict[Shape, Heig
 
 
 def _no_slower(seconds: Heights) -> Heights:
-    """A tall block is more likely to be interrupted than the small ones it replaces: no slower than those it shall be."""
+    """A tall block is likelier to be interrupted than the small ones it replaces: it is no slower, that is assumed."""
     least = min(seconds)
     return {height: min(took, -(-height // least) * seconds[least]) for height, took in seconds.items()}
 
