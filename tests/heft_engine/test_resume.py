@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 import torch
-from engine_runs import LORA, REFT, Told, but, config, parse, run, tensors, yes_no
+from engine_runs import KINDS, LORA, REFT, VARIANTS, Told, but, config, parse, run, tensors, yes_no
 
 from heft_engine.bundle import read_bundle
 from heft_engine.config import EarlyStopping, Stage, TrainConfig, recipe
@@ -100,6 +100,19 @@ def test_stopped_and_resumed_is_never_stopped(
     asked = len(whole.losses) + len(whole.data("EPOCH_COMPLETE"))
     stops = sorted(random.Random(f"{case}/{seed}").sample(range(1, asked), 4))
     losses, last = interrupted(settings, tmp_path / "parts", stops)
+    assert losses == whole.losses
+    equal(last, whole)
+
+
+@pytest.mark.parametrize("each", [VARIANTS, KINDS], ids=["stage 1", "stage 2"])
+def test_every_variant_goes_on_from_its_middle(
+    tiny_llama_dir: Path, tmp_path: Path, each: list[Stage]
+) -> None:
+    settings = config(tiny_llama_dir, "recipe", [but(stage, n_epochs=1) for stage in each])
+    whole = run(settings, tmp_path / "whole", None, VALIDATION)
+    a_stage = (len(whole.losses) + len(each)) // len(each)
+    middles = [index * a_stage + 2 for index in range(len(each))]
+    losses, last = interrupted(settings, tmp_path / "parts", middles)
     assert losses == whole.losses
     equal(last, whole)
 

@@ -7,10 +7,10 @@ from pathlib import Path
 from typing import Any, get_args
 
 import pytest
-from engine_runs import LORA, REFT, ROWS, but, config, parse, run
+from engine_runs import KINDS, LORA, REFT, ROWS, VARIANTS, but, config, parse, run
 
 from heft_engine import run as run_module
-from heft_engine.config import InterventionKind, MethodType, TaskSettings
+from heft_engine.config import MethodType, TaskSettings
 from heft_engine.encoding import Encoder, Example
 from heft_engine.evaluation import Evaluation, evaluate
 from heft_engine.generation import generate
@@ -22,16 +22,6 @@ from heft_engine.scoring import score
 QUICK = {"n_epochs": 1, "batch_size": 6}
 #: Of four: an intervention, trained further by the third stage, and adapters of different layers.
 FOUR = [but(REFT, layers=[0]), LORA, but(REFT, layers=[0], n_epochs=1), but(LORA, layers=[3])]
-#: Every variant of stage 1, each on what the one before it left.
-VARIANTS = [
-    but(LORA, use_rslora=True, init="olora"),
-    but(LORA, use_dora=True, learning_rate=2e-2),
-    but(LORA, init="pissa"),
-    but(LORA, use_dora=True, init="pissa_niter_4"),
-    REFT,
-]
-#: Every kind of stage 2 beside LoReFT, at several layers.
-KINDS = [but(REFT, kind=kind, layers=[at % 4]) for at, kind in enumerate(get_args(InterventionKind)[1:])]
 STAGES = {
     "heft": [LORA, REFT],
     "lora": [LORA],

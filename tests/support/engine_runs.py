@@ -6,12 +6,12 @@ import random
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 from torch import Tensor
 
 from heft_engine.bundle import Bundle
-from heft_engine.config import LoraStage, ReftStage, Stage, TrainConfig, recipe
+from heft_engine.config import InterventionKind, LoraStage, ReftStage, Stage, TrainConfig, recipe
 from heft_engine.events import Event
 from heft_engine.rows import Row, parse_row
 from heft_engine.run import train
@@ -63,6 +63,18 @@ REFT = ReftStage(n_epochs=2, batch_size=8, learning_rate=1e-2, rank=2)
 def but(stage: LoraStage | ReftStage, **changes: Any) -> Any:
     """The stage with changes, validated."""
     return type(stage).model_validate({**stage.model_dump(), **changes})
+
+
+#: Every variant of stage 1, each on what the one before it left.
+VARIANTS = [
+    but(LORA, use_rslora=True, init="olora"),
+    but(LORA, use_dora=True, learning_rate=2e-2),
+    but(LORA, init="pissa"),
+    but(LORA, use_dora=True, init="pissa_niter_4"),
+    REFT,
+]
+#: Every kind of stage 2 beside LoReFT, at several layers.
+KINDS = [but(REFT, kind=kind, layers=[at % 4]) for at, kind in enumerate(get_args(InterventionKind)[1:])]
 
 
 def config(
