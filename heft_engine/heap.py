@@ -15,14 +15,14 @@ import os
 from contextlib import suppress
 
 #: mallopt's parameters (malloc.h), and what they are set to: larger blocks than the first are mapped one by one, more
-#: than the second is given back from the heap's end; one heap for all threads, since those of single threads are
-#: mapped and unmapped as wholes.
-_MMAP_THRESHOLD, _TRIM_THRESHOLD, _ARENA_MAX = -3, -1, -8
-_SETTINGS = {_MMAP_THRESHOLD: 32 << 20, _TRIM_THRESHOLD: 512 << 20, _ARENA_MAX: 1}
+#: than the second is given back from a heap's end, and a thread's heap of 64 MB goes as a whole, once it is empty, only
+#: where the third is less than what it holds.
+_MMAP_THRESHOLD, _TRIM_THRESHOLD, _TOP_PAD = -3, -1, -2
+_SETTINGS = {_MMAP_THRESHOLD: 32 << 20, _TRIM_THRESHOLD: 512 << 20, _TOP_PAD: 128 << 20}
 
 
 def keep_freed() -> None:
-    """From now on freed memory stays with the process, but for `give_back`. For a process's start, before its threads.
+    """From now on freed memory stays with the process, but for `give_back`. For a process's start.
 
     Whoever has set glibc's own variables (MALLOC_…, GLIBC_TUNABLES) has decided otherwise.
     """

@@ -16,7 +16,6 @@ from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 
-import psutil
 import torch
 from torch import Tensor
 
@@ -162,25 +161,6 @@ def fit(
         f"are free for it; {advice}. batch_size does not matter: a step is cut into passes that fit"
     )
     raise TrainingError(message, param="max_length", code="out_of_memory")
-
-
-def resident_bytes(device: torch.device) -> int:
-    """What this process holds now, where it computes."""
-    if device.type == "cuda":
-        return torch.cuda.memory_allocated(device)
-    return int(psutil.Process().memory_info().rss)
-
-
-def free_bytes(device: torch.device) -> int:
-    """What this process may still take, where it computes: also inside a container with a limit."""
-    if device.type == "cuda":
-        free, _ = torch.cuda.mem_get_info(device)
-        return free + torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
-    free = int(psutil.virtual_memory().available)
-    with suppress(OSError, ValueError):  # no control groups, or no limit ("max")
-        limit = int(Path("/sys/fs/cgroup/memory.max").read_text())
-        free = min(free, limit - int(Path("/sys/fs/cgroup/memory.current").read_text()))
-    return free
 
 
 @contextmanager

@@ -105,7 +105,7 @@ class Prefills:
         """Of the prefill from this layer on; 0 where there is none."""
         try:
             return int(json.loads((self.folder.directory / self._name(first) / _ABOUT).read_text())["depths"])
-        except (OSError, ValueError):
+        except (OSError, ValueError, KeyError, TypeError):
             return 0
 
     def _name(self, first: int) -> str:

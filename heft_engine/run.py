@@ -193,7 +193,7 @@ class Run:
         torch.manual_seed(derived_seed(self.config.seed, index))
         trainable = attach(self.lm, stage)
         inside = self.state.inside_stage
-        earlier = Progress(**inside["progress"]) if inside is not None else None
+        earlier = Progress.of(inside["progress"]) if inside is not None else None
         with peak(self.lm.device) as most:
             with planner_of(self, index, trainable).planned(earlier) as plan:
                 tell_plan(self, index, trainable, plan)

@@ -69,7 +69,7 @@ class RunState:
     def restore_stage(self, run: StageRun) -> None:
         """Puts a freshly attached stage back where its checkpoint left it; the random state comes last."""
         assert self.inside_stage is not None
-        run.restore(Progress(**self.inside_stage["progress"]), self.tensors)
+        run.restore(Progress.of(self.inside_stage["progress"]), self.tensors)
         torch.set_rng_state(self.tensors["rng"])
         self.inside_stage, self.tensors = None, {}
 

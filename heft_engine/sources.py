@@ -12,12 +12,12 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Protocol
 
-import psutil
 import torch
 from torch import Tensor
 
 from heft_engine.encoding import Example
 from heft_engine.evaluation import supervised_loss
+from heft_engine.free_memory import share
 from heft_engine.model import PackedLM
 from heft_engine.packing import fill, pack, packed_length
 from heft_engine.prefills import Prefills
@@ -115,7 +115,7 @@ class CacheBudget:
     def memory_bytes(self) -> int:
         if self.memory is not None:
             return self.memory
-        return psutil.virtual_memory().available // (4 * self.sharers)
+        return share(torch.device("cpu"), self.sharers) // 4
 
 
 @dataclass(frozen=True, kw_only=True)

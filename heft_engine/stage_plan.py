@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 
-from heft_engine import memory, parity
+from heft_engine import free_memory, memory, parity
 from heft_engine.compiled import compiled_layers, pays
 from heft_engine.config import Auto, LoraStage, ReftStage
 from heft_engine.encoding import Example
@@ -133,8 +133,9 @@ class Planner:
     # -- memory -----------------------------------------------------------------------------------------------------
 
     def _fit(self, caches: tuple[CachePlan, CachePlan]) -> Fit:
-        free = memory.free_bytes(self.lm.device) // self.budget.sharers
-        room = self.room if self.room is not None else free
+        room = self.room
+        if room is None:
+            room = free_memory.share(self.lm.device, self.budget.sharers)
         room = int((room - self._standing(caches)) / memory.OVERHEAD) - self._head()
         longest = max(map(packed_length, self.examples))
 
@@ -222,7 +223,7 @@ class Planner:
         scoring = memory.pass_bytes(lm, SCORING_BUDGET)
         merging = self._merging() if isinstance(self.stage, LoraStage) and lm.device.type == "cpu" else 0
         most = max(int(memory.OVERHEAD * training), scoring, merging)
-        return memory.resident_bytes(lm.device) + self._standing(caches) + code + most
+        return free_memory.resident_bytes(lm.device) + self._standing(caches) + code + most
 
     def _merging(self) -> int:
         """The merge is held to a copy of the model in float32, which always lies on the CPU, on a few of the rows."""

@@ -13,8 +13,8 @@ from __future__ import annotations
 import hashlib
 import math
 import time
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, fields
 from typing import Any, Protocol
 
 import torch
@@ -83,6 +83,12 @@ class Progress:
     #: How the stage's rows and the validation rows are cached: decided at the stage's start, because it moves bits.
     cache: dict[str, Any] | None = None
     validation_cache: dict[str, Any] | None = None
+
+    @classmethod
+    def of(cls, values: Mapping[str, Any]) -> Progress:
+        """From a checkpoint's values; what other versions keep there besides is left out."""
+        known = {each.name for each in fields(cls)}
+        return cls(**{name: value for name, value in values.items() if name in known})
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -31,6 +31,7 @@ from worker.scratch import hold_place
 from worker.sweep import sweeping
 
 _OFFER_SECONDS = 3_600.0
+_GIVE_BACK_SECONDS = 30.0
 
 
 def main() -> None:
@@ -98,6 +99,7 @@ def _register(app: Celery, role: Role, context: Context, stack: ExitStack) -> li
     return [
         *giving_room(context, inference.pool.make_room),
         *forgetting(context, inference),
+        Chore(name="memory", seconds=_GIVE_BACK_SECONDS, do=inference.give_memory_back),
         *_published(context, stack, registry, inference.count_models),
     ]
 

@@ -12,14 +12,18 @@ from __future__ import annotations
 import logging
 import threading
 import warnings
+from collections.abc import Sequence
 from dataclasses import dataclass
 from enum import StrEnum
 from typing import Any
 
 from celery import Celery, signals
 from celery.exceptions import SecurityWarning
+from kombu.transport.virtual import base as virtual
 
 from store.queue import Task, make_celery
+
+log = logging.getLogger(__name__)
 
 
 class Role(StrEnum):
@@ -35,7 +39,7 @@ class Pool:
     prefetch: bool
     #: Whether a message that a dead worker had taken comes back. Redis has no such thing: Celery writes each message
     #: down and strikes it out again, which took most of its time (2.5 ms of processor a message, measured). A question
-    #: that comes back finds nobody who waits.
+    #: that comes back finds nobody who waits. One that ends in order puts back what it has not begun, behind others.
     restored: bool = True
 
 
@@ -56,7 +60,14 @@ def worker_app(redis_url: str, role: Role) -> Celery:
         worker_disable_prefetch=not pool.prefetch,
         broker_transport_options={**app.conf.broker_transport_options, "ack_emulation": pool.restored},
     )
+    if not pool.restored:
+        # What can't be put back, kombu writes to a file that nobody removes: users' rows.
+        virtual.emergency_dump_state = _lose
     return app
+
+
+def _lose(messages: Sequence[Any], **_: Any) -> None:
+    log.warning("%d requests are lost: the broker is away", len(messages))
 
 
 def run_worker(app: Celery, role: Role, *, worker_id: str, stopping: threading.Event, log_level: str) -> None:

@@ -50,6 +50,8 @@ from worker.metrics import InferenceMetrics
 log = logging.getLogger(__name__)
 
 _REPLY_TIMEOUT_SECONDS = 3.0
+#: A worker that has computed nothing for so long keeps no freed memory.
+_REST_SECONDS = 20.0
 
 
 class NobodyWaits(Exception):
@@ -81,8 +83,10 @@ class Inference:
             allow_paths=False,
             key_value_bytes=settings.generate_memory_bytes,
             out_of_memory=(MemoryError, torch.OutOfMemoryError),
-            put_away=_give_memory_back,
+            put_away=self._some_left,
         )
+        self._gave_back_at = time.monotonic()
+        self._have_left = False
 
     def close(self) -> None:
         self.pool.close()
@@ -114,6 +118,24 @@ class Inference:
             began = time.perf_counter()
             self._answer(message)
             self._metrics.answered(time.perf_counter() - began)
+
+    def give_memory_back(self) -> None:
+        """What models have left, and what passes have freed and nobody has wanted for a while, goes to the system.
+
+        Not more often than it is asked for: the next passes have to get theirs anew.
+        """
+        worked_at = self.batcher.worked_at
+        rests = self._gave_back_at < worked_at < time.monotonic() - _REST_SECONDS
+        if self._have_left or rests:
+            self._gave_back_at, self._have_left = time.monotonic(), False
+            give_back()
+
+    def _some_left(self) -> None:
+        """To the other processes on the GPU at once; the machine's memory waits for `give_memory_back`."""
+        self._have_left = True
+        gc.collect()
+        if torch.cuda.is_available():
+            torch.cuda.empty_cache()
 
     def count_models(self) -> None:
         """Tell the metrics what is in memory."""
@@ -225,14 +247,6 @@ def three_quarters_of_memory() -> int:
     if torch.cuda.is_available():
         return int(torch.cuda.get_device_properties(0).total_memory * 3 // 4)
     return int(psutil.virtual_memory().total * 3 // 4)
-
-
-def _give_memory_back() -> None:
-    """To the other processes on the machine and on the GPU."""
-    gc.collect()
-    give_back()
-    if torch.cuda.is_available():
-        torch.cuda.empty_cache()
 
 
 def _check_numbers(rows: PredictedRows) -> None:

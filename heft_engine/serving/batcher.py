@@ -78,6 +78,7 @@ class Batcher:
         self._turns: list[Turns] = []
         self._thread: threading.Thread | None = None
         self._closed = False
+        self._worked_at = time.monotonic()
         self._shared_last = 0  #: Rows of the last pass, and when it ended.
         self._ended = 0.0
 
@@ -85,6 +86,11 @@ class Batcher:
     def prefix_bytes(self) -> int:
         """What kept prefixes hold."""
         return self._cache.held_bytes
+
+    @property
+    def worked_at(self) -> float:
+        """When the last pass ended, of whatever kind, by the monotonic clock."""
+        return self._worked_at
 
     def submit(
         self, weights: Weights, examples: Sequence[Example], *, scale: float = 1.0, owner: Hashable = None
@@ -161,6 +167,7 @@ class Batcher:
             except BaseException as fault:
                 log.exception("the scoring of what waited failed")
                 self._waiting.fail(fault)
+            self._worked_at = time.monotonic()
         with self._changed:
             calls, self._calls = self._calls, []
             turns, self._turns = self._turns, []

@@ -293,6 +293,7 @@ class ModelPool:
         elif self._entries.get(name) is entry:
             before = entry.held.result()
             entry.stand(held)
+            self._has_left = True
             self._batcher.forget(before.predictor.weights.scope)
         if entry.forgotten and entry.is_idle and self._entries.get(name) is entry:
             self._remove(name)

@@ -92,6 +92,14 @@ def test_a_bug_shows_nothing_but_its_request_id(
     assert [record.__dict__["ids"] for record in told] == [{"request_id": request_id}]
 
 
+#: Routes that learn whose key it is with the model that is asked, once their body has been read.
+ASKS: dict[str, dict[str, Any]] = {
+    "/predict": {"model": "x", "question": "is it so"},
+    "/v1/completions": {"model": "x", "prompt": "so"},
+    "/v1/chat/completions": {"model": "x", "messages": [{"role": "user", "content": "so"}]},
+}
+
+
 class TestKeys:
     @pytest.mark.parametrize(
         "headers",
@@ -112,11 +120,14 @@ class TestKeys:
             ("GET", "/v1/models"),
             ("DELETE", "/v1/models/x"),
             ("GET", f"{JOBS}/x/events?stream=true"),
+            ("POST", "/predict"),
+            ("POST", "/v1/completions"),
+            ("POST", "/v1/chat/completions"),
         ],
     )
     def test_no_answer_without_a_key(self, url: str, headers: dict[str, str], method: str, path: str) -> None:
         raw = {name: value.encode("latin-1") for name, value in headers.items()}
-        answer = httpx.request(method, url + path, headers=raw)
+        answer = httpx.request(method, url + path, headers=raw, json=ASKS.get(path))
         assert (answer.status_code, error(answer)["type"]) == (401, "authentication_error")
 
     @pytest.mark.parametrize("path", ["/healthz", "/readyz", "/docs", "/openapi.json"])

@@ -5,13 +5,12 @@ from __future__ import annotations
 from dataclasses import replace
 from pathlib import Path
 
-import psutil
 import pytest
 import torch
 import torch.nn.functional as F
 from engine_runs import LORA, REFT, but, config, parse, run, yes_no
 
-from heft_engine import compiled, memory, stage_plan, supervised, training
+from heft_engine import compiled, free_memory, memory, stage_plan, supervised, training
 from heft_engine.attention import IMPLEMENTATION
 from heft_engine.base_models import load_model, resolve_path
 from heft_engine.encoding import Example
@@ -181,7 +180,7 @@ def test_many_epochs_are_not_all_counted_out(
 def test_a_resumed_stage_is_estimated_by_the_passes_of_its_checkpoint(
     tiny_llama_dir: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(memory, "resident_bytes", lambda device: 0)
+    monkeypatch.setattr(free_memory, "resident_bytes", lambda device: 0)
     monkeypatch.setattr(stage_plan, "SCORING_BUDGET", 1)
     lm = packed(tiny_llama_dir)
     rows = [Example(prompt=(7,) * 200, answers=((9,),), labels=("",), gold=0)] * 16
@@ -199,7 +198,8 @@ def test_trainers_of_one_machine_share_what_is_free(
     tiny_llama_dir: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     free = {"bytes": 10**12}
-    monkeypatch.setattr(memory, "free_bytes", lambda device: free["bytes"])
+    monkeypatch.setattr(free_memory, "free_bytes", lambda device: free["bytes"])
+    monkeypatch.setattr(free_memory, "_all_bytes", lambda device: 0)
     rows = [Example(prompt=(7,) * 200, answers=((9,),), labels=("",), gold=0)] * 16
     stage = but(LORA, target_modules=["q_proj", "v_proj"])
     with single_stage(packed(tiny_llama_dir), stage, rows, lambda event: None) as single:
@@ -219,15 +219,25 @@ def test_trainers_of_one_machine_share_what_is_free(
     assert not fits(4)
     free["bytes"] *= 4
     assert fits(4)
-    available = psutil.virtual_memory().available
-    assert CacheBudget(sharers=8).memory_bytes() == pytest.approx(available / 32, rel=0.2)
+    free["bytes"] = 3_200
+    assert [CacheBudget(sharers=sharers).memory_bytes() for sharers in (1, 8)] == [800, 100]
+
+
+def test_who_comes_late_does_not_share_what_is_left_once_more(monkeypatch: pytest.MonkeyPatch) -> None:
+    cpu, held = torch.device("cpu"), 10
+    monkeypatch.setattr(free_memory, "_all_bytes", lambda device: 1_600)
+    monkeypatch.setattr(free_memory, "resident_bytes", lambda device: held)
+    for free, found in ((1_500, 790), (800, 790), (700, 700), (1_590, 795)):
+        monkeypatch.setattr(free_memory, "free_bytes", lambda device, free=free: free)
+        assert free_memory.share(cpu, 2) == found
+        assert free_memory.share(cpu, 1) == free
 
 
 def test_what_a_stage_held_is_none_of_the_holes_that_an_earlier_one_left() -> None:
     cpu = torch.device("cpu")
     blocks = [bytearray(b"x" * 65_536) for _ in range(4_000)]
     del blocks[:-1]  # the last one keeps the heap from shrinking
-    before = memory.resident_bytes(cpu)
+    before = free_memory.resident_bytes(cpu)
     with memory.peak(cpu) as most:
         held = most()
     assert held is not None

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import math
+from dataclasses import asdict
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -22,6 +23,7 @@ from heft_engine.model import PackedLM
 from heft_engine.predictor import load
 from heft_engine.sources import CacheBudget, PlainSource
 from heft_engine.trainables import ReftTrainable
+from heft_engine.training import Progress
 
 VALIDATION = parse(yes_no(16, seed=1))
 
@@ -184,3 +186,9 @@ def test_a_cache_on_disk_leaves_nothing_behind(tiny_llama_dir: Path, tmp_path: P
     assert on_disk.one("STAGE_STARTED")["cache"]["on_disk"]
     assert on_disk.losses == in_memory.losses
     assert list(folder.iterdir()) == []
+
+
+def test_a_checkpoint_of_another_version_is_read_for_what_is_known() -> None:
+    earlier = Progress(step=3, cache={"rung": "nothing", "bytes": 0, "on_disk": False})
+    assert Progress.of({**asdict(earlier), "saved_seconds": 2.5}) == earlier
+    assert Progress.of({"step": 3}) == Progress(step=3)

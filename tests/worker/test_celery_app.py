@@ -2,7 +2,12 @@
 
 from __future__ import annotations
 
+import tempfile
+from pathlib import Path
+from typing import Any
+
 import pytest
+from kombu.transport.virtual import base as virtual
 
 from worker.celery_app import Role, worker_app
 
@@ -38,6 +43,38 @@ def test_only_who_answers_many_questions_fetches_them_ahead() -> None:
     assert ahead == {Role.TRAIN: False, Role.PREPARE: False, Role.INFERENCE: True}
     train = worker_app("redis://localhost:1/0", Role.TRAIN).conf
     assert (train.worker_concurrency, train.worker_prefetch_multiplier) == (1, 1)
+
+
+class Question:
+    def serializable(self) -> dict[str, str]:
+        return {"body": "what a user asks"}
+
+
+class Away:
+    """A channel whose broker is gone."""
+
+    do_restore = True
+
+    def _restore(self, message: Any) -> None:
+        raise OSError("the broker is away")
+
+
+def test_what_can_not_go_back_is_lost_and_in_no_file(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(virtual, "emergency_dump_state", virtual.emergency_dump_state)
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    worker_app("redis://localhost:1/0", Role.INFERENCE)
+    taken = virtual.QoS(Away(), prefetch_count=2)
+    taken.append(Question(), 1)
+    assert taken.can_consume()
+    taken.append(Question(), 2)
+    assert not taken.can_consume()
+    taken.ack(1)
+    assert taken.can_consume()
+    taken.restore_unacked_once()
+    assert "1 requests are lost" in caplog.text
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_questions_are_not_written_down_in_the_broker_while_they_are_answered() -> None:

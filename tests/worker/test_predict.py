@@ -19,6 +19,7 @@ import heft_engine
 from heft_engine.config import LoraStage, ReftStage, TrainConfig
 from heft_engine.rows import parse_row
 from store.queue import PredictMessage, PredictModel, PredictReply, cancelled_key, redis_py_url
+from worker import predict
 from worker.forgetting import forget_deleted
 from worker.metrics import InferenceMetrics
 from worker.predict import Inference
@@ -180,3 +181,22 @@ def test_a_base_model_that_is_gone_is_not_found(bench: Bench, inference: Inferen
 def test_no_file_of_a_bundle_stays_behind(bench: Bench, inference: Inference, model: PredictModel) -> None:
     ask(bench, inference, model, QUESTIONS[:1])
     assert list(replace(bench.context).scratch.iterdir()) == []
+
+
+def test_memory_goes_back_when_models_leave_and_when_nobody_asks(
+    bench: Bench, inference: Inference, model: PredictModel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    given: list[str] = []
+    monkeypatch.setattr(predict, "give_back", lambda: given.append("back"))
+    inference.give_memory_back()
+    assert ask(bench, inference, model, [{"question": "is it so"}])
+    inference.give_memory_back()
+    assert given == [], "somebody has just asked"
+    monkeypatch.setattr(predict, "_REST_SECONDS", 0.0)
+    inference.give_memory_back()
+    inference.give_memory_back()
+    assert given == ["back"], "once, until somebody asks again"
+    inference.forget(model["id"])
+    inference.give_memory_back()
+    inference.give_memory_back()
+    assert given == ["back"] * 2
