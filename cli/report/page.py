@@ -49,7 +49,7 @@ def page(report: Report) -> str:
 <h2>Arms</h2>{_table(ARM_COLUMNS, arm_rows(judged_arms(report.arms)))}{_note(ABOUT_ARMS)}
 {_search(study)}{_tasks(study)}
 <h2>Verdict</h2>{_note(ABOUT_METHODS)}
-{_sentences(study["comparisons"]) or "<p>Nothing to compare yet.</p>"}
+{_sentences(study["comparisons"]) or "<p>There is nothing to compare.</p>"}
 {figures}
 <h2>Single models</h2>{_note(ABOUT_MODELS)}
 {_table(MODEL_COLUMNS, model_rows(study["comparisons"]))}

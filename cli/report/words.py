@@ -66,7 +66,7 @@ def markdown(report: Report) -> str:
         *_markdown_of_tasks(study),
         "## Verdict",
         ABOUT_METHODS,
-        _sentences(study["comparisons"]) or "Nothing to compare yet.",
+        _sentences(study["comparisons"]) or "There is nothing to compare.",
         "## Single models",
         ABOUT_MODELS,
         _table(MODEL_COLUMNS, model_rows(study["comparisons"])),
