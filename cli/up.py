@@ -126,7 +126,9 @@ def _start(home: Home, options: UpOptions, supervisor: Supervisor, listener: soc
         keep_open=[listener.fileno()],
     )
     supervisor.start(api)
-    own = environment | _share(options.trainers, environment)
+    own = {**environment, "HEFT_TRAINERS": str(options.trainers)}
+    if options.trainers > 1:
+        own.setdefault("OMP_NUM_THREADS", str(max(1, len(os.sched_getaffinity(0)) // options.trainers)))
     for number in range(1, options.trainers + 1):
         name, more = ("training worker", "") if number == 1 else (f"training worker {number}", f"-{number}")
         supervisor.start(_worker("train", name, home.logs / f"worker-train{more}.log", own))
@@ -141,13 +143,6 @@ def _worker(role: str, name: str, log: Path, environment: Mapping[str, str]) -> 
     return Program(
         name=name, command=command, environment=environment, log=log, stop_seconds=_WORKER_STOP_SECONDS
     )
-
-
-def _share(trainers: int, environment: Mapping[str, str]) -> dict[str, str]:
-    """What each of several trainers is told: how many share the machine, and its threads unless they are set."""
-    threads = max(1, len(os.sched_getaffinity(0)) // trainers)
-    own = {"HEFT_TRAINERS": str(trainers)}
-    return own if trainers == 1 else {"OMP_NUM_THREADS": str(threads), **environment, **own}
 
 
 def _environment(stack: RunningStack) -> dict[str, str]:

@@ -24,13 +24,13 @@ async def predict(
     Probabilities are calibrated where the model's job had validation rows. With `abstain_below` an answer that is less
     probable is null, and `abstained` true. Too many inputs waiting at once: 429 or 503, with `Retry-After`.
     """
+    caller, model = await db(models.asked, key=key, model_id=body.model)
     rows = body.rows()
     if len(rows) > MAX_INPUTS:
         raise TooLarge(f"at most {MAX_INPUTS:,} inputs at a time", param="inputs")
     if body.abstain_below is not None and body.asks_for_text:
         raise InvalidRequest("generated text has no probability to abstain below", param="abstain_below")
     intervention = Intervention(enabled=body.intervention.enabled, scale=body.intervention.scale)
-    caller, model = await db(models.asked, key=key, model_id=body.model)
     with held.admission.admit(len(rows)):
         asking = held.predict.ask(request.state.request_id, addressed(model, caller.id), rows, intervention)
         answers = await while_connected(request, asking)

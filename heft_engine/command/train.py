@@ -6,6 +6,7 @@ import argparse
 import json
 import signal
 import threading
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -132,11 +133,12 @@ def _results(plan: RunFile, stop: threading.Event) -> StageStore | None:
 
 
 def _prefills(plan: RunFile) -> PrefillFolder | None:
-    from heft_engine.prefills import MAX_BYTES, PrefillFolder
+    from heft_engine.prefills import PrefillFolder
 
     if plan.prefills is None or plan.prefill_bytes == 0:
         return None
-    return PrefillFolder(directory=plan.prefills, max_bytes=plan.prefill_bytes or MAX_BYTES, owner=plan.owner)
+    folder = PrefillFolder(directory=plan.prefills, owner=plan.owner)
+    return folder if plan.prefill_bytes is None else replace(folder, max_bytes=plan.prefill_bytes)
 
 
 def _read(field: FileField, path: Path | None, plan: RunFile) -> list[Row]:

@@ -89,7 +89,7 @@ class Batcher:
 
     @property
     def worked_at(self) -> float:
-        """When the last pass ended, of whatever kind, by the monotonic clock."""
+        """When the last work ended, of whatever kind, by the monotonic clock."""
         return self._worked_at
 
     def submit(

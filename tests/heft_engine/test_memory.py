@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
 from dataclasses import replace
 from pathlib import Path
 
@@ -199,7 +201,7 @@ def test_trainers_of_one_machine_share_what_is_free(
 ) -> None:
     free = {"bytes": 10**12}
     monkeypatch.setattr(free_memory, "free_bytes", lambda device: free["bytes"])
-    monkeypatch.setattr(free_memory, "_all_bytes", lambda device: 0)
+    monkeypatch.setattr(free_memory, "_trainers_bytes", lambda: 0)
     rows = [Example(prompt=(7,) * 200, answers=((9,),), labels=("",), gold=0)] * 16
     stage = but(LORA, target_modules=["q_proj", "v_proj"])
     with single_stage(packed(tiny_llama_dir), stage, rows, lambda event: None) as single:
@@ -224,13 +226,31 @@ def test_trainers_of_one_machine_share_what_is_free(
 
 
 def test_who_comes_late_does_not_share_what_is_left_once_more(monkeypatch: pytest.MonkeyPatch) -> None:
-    cpu, held = torch.device("cpu"), 10
-    monkeypatch.setattr(free_memory, "_all_bytes", lambda device: 1_600)
-    monkeypatch.setattr(free_memory, "resident_bytes", lambda device: held)
-    for free, found in ((1_500, 790), (800, 790), (700, 700), (1_590, 795)):
+    cpu, found = torch.device("cpu"), []
+    for free, trainers, own in (
+        (1_600, 20, 10),  # alone so far
+        (800, 820, 10),  # behind one that has filled its half
+        (800, 20, 10),  # somebody else holds half: two that begin together get no more than there is
+        (300, 1_300, 10),  # behind one that holds more than its part
+    ):
         monkeypatch.setattr(free_memory, "free_bytes", lambda device, free=free: free)
-        assert free_memory.share(cpu, 2) == found
+        monkeypatch.setattr(free_memory, "_trainers_bytes", lambda trainers=trainers: trainers)
+        monkeypatch.setattr(free_memory, "resident_bytes", lambda device, own=own: own)
+        found.append(free_memory.share(cpu, 2))
         assert free_memory.share(cpu, 1) == free
+    assert found == [800, 800, 400, 300]
+
+
+def test_runs_that_train_are_known_by_their_command() -> None:
+    program = "import sys; block = bytearray(b'x' * 300_000_000); print(flush=True); sys.stdin.read()"
+    before = free_memory._trainers_bytes()
+    words = [sys.executable, "-c", program, "heft_engine", "train"]
+    with subprocess.Popen(words, stdin=subprocess.PIPE, stdout=subprocess.PIPE) as other:
+        assert other.stdout is not None
+        assert other.stdin is not None
+        other.stdout.readline()
+        assert free_memory._trainers_bytes() - before > 200_000_000
+        other.stdin.close()
 
 
 def test_what_a_stage_held_is_none_of_the_holes_that_an_earlier_one_left() -> None:

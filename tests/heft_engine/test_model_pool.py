@@ -147,10 +147,12 @@ def test_a_shared_model_that_becomes_hot_is_merged_and_a_merged_one_that_cools_i
     make_pool: Callable[..., ModelPool], library: Library, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(holding, "COOL", 0.2)
-    pool = make_pool()
+    left: list[bool] = []
+    pool = make_pool(put_away=lambda: left.append(True))
     for _ in range(5):
         ask(pool, library, "m0")
     before = ask(pool, library, "m1")
+    assert not left
     assert pool.kinds()["shared"][0] == 1
     for _ in range(40):
         ask(pool, library, "m1")
@@ -161,6 +163,7 @@ def test_a_shared_model_that_becomes_hot_is_merged_and_a_merged_one_that_cools_i
 
     assert wait_until(lambda: kinds() == {"m0": "shared", "m1": "merged"}, seconds=20)
     assert close(ask(pool, library, "m1"), before)
+    assert wait_until(lambda: len(left) >= 1, seconds=20), "the copies that were held before have gone"
 
 
 def test_the_longest_unused_is_put_away(make_pool: Callable[..., ModelPool], library: Library) -> None:

@@ -160,6 +160,28 @@ def test_a_damaged_one_and_one_that_is_too_large_cost_time_alone(
     same(told, plain(heft(tiny_llama_dir, but(REFT, rank=3)), tmp_path / "plain"))
 
 
+def test_one_is_kept_where_it_pays_and_none_as_good_is_there(folder: PrefillFolder) -> None:
+    prefills = folder.of("key")
+    states, kept = [torch.full((4, 2), float(depth)) for depth in range(3)], torch.zeros(6)
+
+    def keep(depths: int, seconds: float) -> None:
+        prefills.keep(2, states[:depths], kept, seconds)
+
+    def reaches(layer: int) -> bool:
+        return prefills.find(layer, 4, 2, torch.float32) is not None
+
+    keep(2, seconds=0.0)
+    assert not reaches(2), "computing it again is quicker than any disk"
+    keep(2, seconds=1.0)
+    assert [reaches(layer) for layer in (1, 2, 3, 4)] == [False, True, True, False]
+    keep(1, seconds=1.0)
+    assert reaches(3), "the deeper one stays"
+    keep(3, seconds=1.0)
+    found = prefills.find(4, 4, 2, torch.float32)
+    assert found is not None
+    assert torch.equal(found.states[4 - found.first], states[2])
+
+
 def test_what_was_taken_over_counts_as_if_it_had_been_computed(
     tiny_llama_dir: Path, tmp_path: Path, folder: PrefillFolder
 ) -> None:

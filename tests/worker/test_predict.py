@@ -196,6 +196,7 @@ def test_memory_goes_back_when_models_leave_and_when_nobody_asks(
     inference.give_memory_back()
     inference.give_memory_back()
     assert given == ["back"], "once, until somebody asks again"
+    monkeypatch.setattr(predict, "_REST_SECONDS", 3_600.0)
     inference.forget(model["id"])
     inference.give_memory_back()
     inference.give_memory_back()
