@@ -9,17 +9,21 @@ It does NOT know rows, tasks or how anything is trained.
 from __future__ import annotations
 
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from heft_engine import lanes, packed_weights
 from heft_engine.families import family_of
 from heft_engine.fixed_shapes import FixedShapes, calibrate, unmeasured
+from heft_engine.free_memory import free_bytes
 from heft_engine.interventions import Sites
 from heft_engine.packing import Batch, Layout
+from heft_engine.quick_layers import QuickLayers
 
 #: On a CPU every shape of a matrix product has machine code of its own, 0.9 MB of it, of which oneDNN keeps the last
 #: 1,024 otherwise: as much memory as a pass takes, for shapes that mostly don't come again. It reads this at its first
@@ -42,7 +46,8 @@ class PackedLM:
         self.on_forward: Callable[[], None] = lambda: None
         #: Whether layers keep their input alone and run again for their gradient.
         self.checkpointing = False
-        self._fixed_shapes: tuple[int, FixedShapes] | None = None
+        self._fixed_shapes: dict[int, FixedShapes] = {}
+        self._quick_layers: QuickLayers | None = None
 
     @property
     def n_layers(self) -> int:
@@ -66,19 +71,49 @@ class PackedLM:
         return sum(parameter.numel() for parameter in self.model.parameters())
 
     def fixed_shapes(self) -> FixedShapes:
-        """The mode in which a row's bits don't depend on its neighbours; measured once for a number of threads."""
+        """The mode in which a row's bits don't depend on its neighbours; measured once for a number of threads, and
+        with it for what a lane has."""
         threads = torch.get_num_threads()
-        if self._fixed_shapes is None or self._fixed_shapes[0] != threads:
-            self._fixed_shapes = (threads, calibrate(self.layers, self.device))
-        return self._fixed_shapes[1]
+        if threads not in self._fixed_shapes:
+            self._fixed_shapes = calibrate(self.layers, self.device)
+        return self._fixed_shapes[threads]
 
     def leave_shapes_unmeasured(self) -> None:
         """Blocks of one height alone: measuring takes longer than the few rows that this model is asked."""
-        self._fixed_shapes = (torch.get_num_threads(), unmeasured(self.device))
+        threads = {torch.get_num_threads(), lanes.threads_of_a_lane()}
+        self._fixed_shapes = dict.fromkeys(threads, unmeasured(self.device))
 
     def share_fixed_shapes(self, other: PackedLM) -> None:
         """Takes over what was measured for another model with layers of the same shapes."""
         self._fixed_shapes = other._fixed_shapes
+
+    @contextmanager
+    def answering(self, *, steps: bool = False) -> Iterator[bool]:
+        """For passes without a gradient: inside, a row's bits don't depend on its neighbours, and layers run as
+        quickly as they can with the same bits. `steps`: passes of one token a text.
+
+        Yields whether a lane gives a row the bits that it gets here."""
+        shapes = self.fixed_shapes()
+        with shapes.steps if steps else shapes:
+            if self._quick_layers is None:
+                kinds = [self._kind(index) or "" for index in range(self.n_layers)]
+                self._quick_layers = QuickLayers(list(self.layers), kinds, self._turned)
+            with self._quick_layers.active():
+                yield shapes.is_alike
+
+    def pack(self, spare_bytes: int) -> None:
+        """Keeps the layers' weights packed too where that takes no more than so many bytes."""
+        if packed_weights.bytes_to_pack(self.layers) <= spare_bytes:
+            packed_weights.pack(self.layers)
+
+    @contextmanager
+    def packed(self) -> Iterator[None]:
+        """Weights are packed inside, where half of what is free has room for that."""
+        self.pack(free_bytes(self.device) // 2)
+        try:
+            yield
+        finally:
+            packed_weights.unpack(self.layers)
 
     def hidden(self, batch: Batch) -> Tensor:
         """The last hidden states, after the final norm: (T, hidden)."""
@@ -108,10 +143,9 @@ class PackedLM:
         for index in range(first, end):
             if watch is not None:
                 watch(index, states)
-            kind = self.config.layer_types[index] if self.family.rotary_by_layer_type else None
+            kind = self._kind(index) if self.family.rotary_by_layer_type else None
             if kind not in rotary:
-                arguments = (states, positions) if kind is None else (states, positions, kind)
-                rotary[kind] = self.backbone.rotary_emb(*arguments)
+                rotary[kind] = self._turned(states, positions, kind)
             options: dict[str, Any] = {
                 "attention_mask": None,
                 "position_ids": positions,
@@ -121,6 +155,16 @@ class PackedLM:
             }
             states = self._run_layer(index, states, options)
         return states
+
+    def _kind(self, index: int) -> str | None:
+        """Of a layer: families with several kinds name them in their configuration."""
+        kinds = getattr(self.config, "layer_types", None)
+        return None if kinds is None else str(kinds[index])
+
+    def _turned(self, states: Tensor, positions: Tensor, kind: str | None) -> Any:
+        """Cosine and sine of the rotary embedding, of states' dtype."""
+        by_kind = (kind,) if self.family.rotary_by_layer_type else ()
+        return self.backbone.rotary_emb(states, positions, *by_kind)
 
     def _run_layer(self, index: int, states: Tensor, options: dict[str, Any]) -> Tensor:
         if self.checkpointing and torch.is_grad_enabled():

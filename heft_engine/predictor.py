@@ -24,6 +24,7 @@ from heft_engine.config import TaskSettings, TaskType
 from heft_engine.devices import choose_device, choose_dtype
 from heft_engine.encoding import Encoder, Example, Task
 from heft_engine.errors import BundleError
+from heft_engine.free_memory import free_bytes
 from heft_engine.model import PackedLM
 from heft_engine.model_files import inspect, weights_hash
 from heft_engine.packing import micro_batches
@@ -243,6 +244,7 @@ def load(
         lm = assemble(
             bundle, model_dir=model_dir, cache_dir=cache_dir, allow_paths=allow_paths, device=device
         )
+        lm.pack(free_bytes(lm.device) // 2)
         check_probe(bundle, Weights(lm=lm, sites=tuple(lm.sites)))
         return lm
 
@@ -275,10 +277,11 @@ def load_base(
     )
     where = device or choose_device()
     dtype = choose_dtype("auto", where)
-    model = apart(lambda: load_model(base, dtype=dtype, device=where, attention=IMPLEMENTATION))
+    lm = apart(lambda: PackedLM(load_model(base, dtype=dtype, device=where, attention=IMPLEMENTATION)))
+    apart(lambda: lm.pack(free_bytes(lm.device) // 2))
     length = resolve_max_length(None, inspect(base.path).max_position_embeddings)
     encoder = Encoder(load_tokenizer(base.path), Task.resolve(TaskSettings(), task), length)
-    weights = Weights(lm=PackedLM(model), scope="base")
+    weights = Weights(lm=lm, scope="base")
     return Predictor(
         weights, encoder, max_new_tokens=64, prefix_bytes=prefix_bytes, key_value_bytes=key_value_bytes
     )

@@ -10,6 +10,7 @@ It does NOT know batches, budgets or where adapters come from.
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -153,14 +154,20 @@ def _weight(lm: PackedLM, weights: dict[str, Tensor], module: str) -> Tensor:
     return weights[module] if module in weights else weight_of(lm.model, module).detach().float().cpu()
 
 
+class _Now(threading.local):
+    """The layout of the pass that a thread is in, if there are adapters: lanes are in several at once."""
+
+    layout: Layout | None = None
+
+
 def adapt_rows(lm: PackedLM) -> None:
     """Makes a base's layers heed `Layout.adapters`, for ever. Rows without an adapter are as before, to the bit."""
     names = {id(module): name for name, module in lm.model.named_modules()}
-    now: list[Layout | None] = [None]
+    now = _Now()
 
     def begin(module: nn.Module, args: Any, kwargs: dict[str, Any]) -> None:
         layout = kwargs.get("layout")
-        now[0] = layout if layout is not None and layout.adapters is not None else None
+        now.layout = layout if layout is not None and layout.adapters is not None else None
 
     for index, layer in enumerate(lm.layers):
         layer.register_forward_pre_hook(begin, with_kwargs=True)
@@ -170,23 +177,23 @@ def adapt_rows(lm: PackedLM) -> None:
         layer.register_forward_hook(_layer_hook(index, now))
 
 
-def _linear_hook(name: str, now: list[Layout | None]) -> Callable[..., None]:
+def _linear_hook(name: str, now: _Now) -> Callable[..., None]:
     def hook(module: nn.Linear, args: tuple[Tensor, ...], output: Tensor) -> None:
-        if now[0] is None:
+        if now.layout is None:
             return
         x, y = args[0].view(-1, args[0].shape[-1]), output.view(-1, output.shape[-1])
-        for row, adapter, _ in _adapted(now[0]):
+        for row, adapter, _ in _adapted(now.layout):
             own = slice(row.start, row.start + row.length)
             adapter.linear(name, x[own], y[own], module.bias)
 
     return hook
 
 
-def _layer_hook(index: int, now: list[Layout | None]) -> Callable[..., None]:
+def _layer_hook(index: int, now: _Now) -> Callable[..., None]:
     def hook(module: nn.Module, args: Any, output: Tensor) -> None:
-        if now[0] is None:
+        if now.layout is None:
             return
-        for row, adapter, scale in _adapted(now[0]):
+        for row, adapter, scale in _adapted(now.layout):
             if scale:
                 adapter.intervene(index, output[0, row.start : row.start + row.length], row, scale)
 

@@ -5,7 +5,7 @@ untouched weights. It does NOT know who is held, for how long, or why.
 from __future__ import annotations
 
 import threading
-from collections.abc import Hashable
+from collections.abc import Callable, Hashable
 from pathlib import Path
 from typing import Literal
 
@@ -34,14 +34,26 @@ Kind = Literal["merged", "shared", "base"]
 
 
 class Base:
-    """One base model, loaded. Passes run on the batcher's thread; loading may run on any."""
+    """One base model, loaded. Passes run on the batcher's thread; loading may run on any.
+
+    `spare_bytes` says what weights may take to be packed.
+    """
 
     def __init__(
-        self, model: BaseModel, *, dtype: torch.dtype, device: str, batcher: Batcher, key_value_bytes: int
+        self,
+        model: BaseModel,
+        *,
+        dtype: torch.dtype,
+        device: str,
+        batcher: Batcher,
+        key_value_bytes: int,
+        spare_bytes: Callable[[], int],
     ) -> None:
         self.model = model
         self.lm = PackedLM(load_model(model, dtype=dtype, device=device, attention=IMPLEMENTATION))
         adapt_rows(self.lm)
+        self._spare_bytes = spare_bytes
+        self.lm.pack(spare_bytes() - unique_bytes(self.lm.model))
         self.lm.fixed_shapes()  # measured now, once for all that stands on this base
         self.memory_bytes = unique_bytes(self.lm.model)
         self._device = device
@@ -85,6 +97,7 @@ class Base:
     def merged(self, bundle: Bundle, scope: Hashable) -> tuple[Predictor, int]:
         """A model with its adapters merged, and the bytes that it holds beside the base. Raises BundleError."""
         lm = self._merged(bundle)
+        lm.pack(self._spare_bytes())
         weights = Weights(lm=lm, sites=tuple(lm.sites), scope=scope)
         self._batcher.run(lambda: check_probe(bundle, weights))
         tokenizer = self._tokenizer(bundle)

@@ -11,6 +11,8 @@ from collections.abc import Collection
 import torch
 from torch import nn
 
+from heft_engine.packed_weights import kept_bytes
+
 
 def copy_sharing(model: nn.Module, own: Collection[str]) -> nn.Module:
     """The same model with the weights of the modules named in `own` copied and all other tensors shared.
@@ -34,12 +36,12 @@ def copy_sharing(model: nn.Module, own: Collection[str]) -> nn.Module:
 
 
 def unique_bytes(model: nn.Module, beside: nn.Module | None = None) -> int:
-    """Bytes of a model's tensors, without those that it shares with another."""
+    """Bytes of a model's tensors, packed ones too, without those that it shares with another."""
     known = {tensor.data_ptr() for tensor in _tensors(beside)} if beside is not None else set()
     seen: dict[int, int] = {}
     for tensor in _tensors(model):
         if tensor.data_ptr() not in known:
-            seen[tensor.data_ptr()] = tensor.numel() * tensor.element_size()
+            seen[tensor.data_ptr()] = tensor.numel() * tensor.element_size() + kept_bytes(tensor)
     return sum(seen.values())
 
 

@@ -146,7 +146,7 @@ class DecodeBatch:
         device = self._lm.device
         ids = torch.tensor([[sequence.newest for sequence in sequences]], device=device)
         positions = torch.tensor([[sequence.slot.length for sequence in sequences]], device=device)
-        with self._lm.fixed_shapes().steps:
+        with self._lm.answering(steps=True):
             states = self._lm.run_layers(self._lm.embed(ids), positions, layout, 0, self._lm.n_layers)
             logits = self._lm.logits(self._lm.finish(states)[0])
         for sequence in sequences:
@@ -176,7 +176,7 @@ class DecodeBatch:
         ends = [row.start + row.prompt - 1 for row in layout.rows]
         device = self._lm.device
         positions = batch.position_ids.to(device)[None]
-        with self._lm.fixed_shapes():
+        with self._lm.answering():
             states = self._lm.embed(batch.input_ids.to(device)[None])
             states = self._lm.run_layers(states, positions, layout, 0, self._lm.n_layers)
             logits = self._lm.logits(self._lm.finish(states[:, ends])[0])

@@ -237,6 +237,7 @@ class ModelPool:
                 device=self._device,
                 batcher=self._batcher,
                 key_value_bytes=self._key_value_bytes,
+                spare_bytes=self._spare_bytes,
             )
         )
         with self._lock:
@@ -298,6 +299,11 @@ class ModelPool:
         if entry.forgotten and entry.is_idle and self._entries.get(name) is entry:
             self._remove(name)
         self._put_away(self._budget)
+
+    def _spare_bytes(self) -> int:
+        """Half of what nobody has asked for yet: the rest is for other models."""
+        with self._lock:
+            return (self._budget - self._held_bytes()) // 2
 
     def _held_bytes(self) -> int:
         models = sum(entry.memory_bytes for entry in self._entries.values())

@@ -15,6 +15,7 @@ It does NOT know models or requests. One thread at a time.
 from __future__ import annotations
 
 import hashlib
+import threading
 from collections import OrderedDict
 from collections.abc import Hashable, Iterable, Sequence
 from dataclasses import dataclass, field
@@ -100,6 +101,7 @@ class PrefixCache:
         self.held_bytes = 0
         self._where: dict[bytes, tuple[_Span, int]] = {}
         self._used: OrderedDict[_Span, None] = OrderedDict()
+        self._room = threading.Lock()  #: Lanes of one pass make room side by side; all else is one thread's.
 
     def find(self, hashes: Sequence[bytes]) -> KeptPrefix | None:
         """The longest kept beginning of a prompt, if there is one worth taking."""
@@ -134,9 +136,10 @@ class PrefixCache:
         size = torch.Size(shape).numel() * like.element_size()
         if size > self.budget_bytes:
             return None
-        self._make_room(size, standing=kept.last if kept is not None else None)
-        if self.held_bytes + size > self.budget_bytes:
-            return None
+        with self._room:
+            self._make_room(size, standing=kept.last if kept is not None else None)
+            if self.held_bytes + size > self.budget_bytes:
+                return None
         span = _Span(
             scope=scope,
             hashes=list(hashes[start // BLOCK :]),

@@ -14,7 +14,7 @@ from torch import Tensor
 from heft_engine.encoding import Example
 from heft_engine.model import PackedLM
 from heft_engine.packing import RowAdapter, pack, packed_length
-from heft_engine.scoring import Scores, score_hidden
+from heft_engine.scoring import Scores, in_lanes, pieces, score_hidden
 from heft_engine.serving.prefix_cache import KeptPrefix, PrefixCache, Room
 
 
@@ -41,29 +41,48 @@ def score_rows(lm: PackedLM, rows: Sequence[ScoringRow], cache: PrefixCache | No
 
 
 def _score(rows: Sequence[ScoringRow], lm: PackedLM, cache: PrefixCache | None) -> list[Scores]:
-    kept: tuple[KeptPrefix | None, ...] = tuple(row.kept for row in rows)
-    skipped = [prefix.length if prefix is not None else 0 for prefix in kept]
-    shapes = lm.fixed_shapes()
-    tokens = sum(packed_length(row.example) for row in rows) - sum(skipped)
-    batch = pack([row.example for row in rows], skipped=skipped, length=shapes.whole(tokens))
-    # The row that fills the pass, where there is one.
-    nothing = (None,) * (len(batch.layout.rows) - len(rows))
-    leaving = (
-        _Leaving(cache, rows, lm.n_layers) if cache is not None and any(r.hashes for r in rows) else None
-    )
-    adapters: tuple[RowAdapter | None, ...] = tuple(row.adapter for row in rows)
-    layout = replace(
-        batch.layout,
-        scales=tuple(row.scale for row in rows) + (0.0,) * len(nothing),
-        kept=kept + nothing if any(skipped) else None,
-        adapters=adapters + nothing if any(adapter is not None for adapter in adapters) else None,
-        collector=leaving,
-    )
-    with shapes:
-        hidden = lm.hidden(replace(batch, layout=layout))
-    if leaving is not None:
-        leaving.close()
-    return score_hidden(lm, batch, hidden)
+    skipped = [row.kept.length if row.kept is not None else 0 for row in rows]
+    cuts = pieces(lm, [row.example for row in rows], skipped)
+    parts = [_Part(lm, rows[cut], skipped[cut], cache) for cut in cuts]
+    scores = [one for found in in_lanes(lm, _Part.score, parts) for one in found]
+    for part in parts:
+        part.leave()
+    return scores
+
+
+class _Part:
+    """Rows of a pass that one lane takes."""
+
+    def __init__(
+        self, lm: PackedLM, rows: Sequence[ScoringRow], skipped: Sequence[int], cache: PrefixCache | None
+    ) -> None:
+        self._lm, self._rows, self._skipped = lm, rows, skipped
+        leaves = cache is not None and any(row.hashes for row in rows)
+        self._leaving = _Leaving(cache, rows, lm.n_layers) if cache is not None and leaves else None
+
+    def score(self) -> list[Scores]:
+        rows, skipped = self._rows, self._skipped
+        tokens = sum(packed_length(row.example) for row in rows) - sum(skipped)
+        length = self._lm.fixed_shapes().whole(tokens)
+        batch = pack([row.example for row in rows], skipped=skipped, length=length)
+        # The row that fills the pass, where there is one.
+        nothing = (None,) * (len(batch.layout.rows) - len(rows))
+        adapters: tuple[RowAdapter | None, ...] = tuple(row.adapter for row in rows)
+        kept: tuple[KeptPrefix | None, ...] = tuple(row.kept for row in rows)
+        layout = replace(
+            batch.layout,
+            scales=tuple(row.scale for row in rows) + (0.0,) * len(nothing),
+            kept=kept + nothing if any(skipped) else None,
+            adapters=adapters + nothing if any(adapter is not None for adapter in adapters) else None,
+            collector=self._leaving,
+        )
+        hidden = self._lm.hidden(replace(batch, layout=layout))
+        return score_hidden(self._lm, batch, hidden)
+
+    def leave(self) -> None:
+        """What others may find, once the whole pass has gone well."""
+        if self._leaving is not None:
+            self._leaving.close()
 
 
 class _Leaving:

@@ -1,0 +1,218 @@
+// What a decoder layer does between its products, each in one pass over memory, for bfloat16 on a CPU.
+//
+// Every function gives the bits of the torch operations named above it: it rounds to bfloat16 where they do and sums in
+// their order. heft_engine.kernels holds each to them before it is used.
+//
+// A matrix is (rows, width), its rows one behind the other unless a stride is given, in elements.
+
+#include <cmath>
+#include <cstdint>
+#include <cstring>
+
+namespace {
+
+using bf16 = uint16_t;
+constexpr long kLanes = 16;
+typedef float Floats __attribute__((vector_size(4 * kLanes)));
+typedef uint32_t Words __attribute__((vector_size(4 * kLanes)));
+typedef int32_t Integers __attribute__((vector_size(4 * kLanes)));
+typedef uint16_t Halves __attribute__((vector_size(2 * kLanes)));
+
+// torch sums eight lanes wide, whatever the machine has.
+constexpr long kSumLanes = 8;
+typedef float Sums __attribute__((vector_size(4 * kSumLanes)));
+typedef uint32_t SumWords __attribute__((vector_size(4 * kSumLanes)));
+typedef uint16_t SumHalves __attribute__((vector_size(2 * kSumLanes)));
+
+// Elements from which it pays to wake other threads.
+constexpr long kWorthThreads = 32768;
+
+inline float wide(bf16 x) {
+  uint32_t bits = uint32_t(x) << 16;
+  float result;
+  std::memcpy(&result, &bits, 4);
+  return result;
+}
+
+// To the nearest, to even of two. What is not a number here began as a bfloat16, so that nothing carries into its sign.
+inline uint32_t rounded(uint32_t bits) { return bits + 0x7fffu + ((bits >> 16) & 1u); }
+inline Words rounded(Words bits) { return bits + 0x7fffu + ((bits >> 16) & 1u); }
+
+inline bf16 narrow(float x) {
+  uint32_t bits;
+  std::memcpy(&bits, &x, 4);
+  return bf16(rounded(bits) >> 16);
+}
+
+inline Floats load(const bf16* from) {
+  Halves x;
+  std::memcpy(&x, from, sizeof x);
+  return (Floats)(__builtin_convertvector(x, Words) << 16);
+}
+
+inline void store(bf16* to, Floats x) {
+  Halves narrowed = __builtin_convertvector(rounded((Words)x) >> 16, Halves);
+  std::memcpy(to, &narrowed, sizeof narrowed);
+}
+
+// As if it had been stored and loaded again.
+inline Floats through_bf16(Floats x) { return (Floats)(rounded((Words)x) & 0xffff0000u); }
+inline float through_bf16(float x) { return wide(narrow(x)); }
+
+inline Floats every(float x) { return Floats{} + x; }
+
+inline Floats multiply_add(Floats a, Floats b, Floats c) {
+  Floats result;
+  for (int lane = 0; lane < kLanes; lane++) result[lane] = __builtin_fmaf(a[lane], b[lane], c[lane]);
+  return result;
+}
+
+inline Sums squares(const bf16* from) {
+  SumHalves x;
+  std::memcpy(&x, from, sizeof x);
+  Sums values = (Sums)(__builtin_convertvector(x, SumWords) << 16);
+  return values * values;
+}
+
+// x.float().pow(2).sum(): ATen/native/cpu/SumKernel.cpp, vectorized_inner_sum. Four running sums, added up in levels.
+float sum_of_squares(const bf16* x, long width) {
+  const long vectors = width / kSumLanes, groups = vectors / 4;
+  long logarithm = 0;
+  while ((1L << logarithm) < groups) logarithm++;
+  const long power = logarithm / 4 > 4 ? logarithm / 4 : 4, step = 1L << power, mask = step - 1;
+  Sums sums[4][4] = {};
+  long done = 0;
+  while (done + step <= groups) {
+    for (long i = 0; i < step; i++, done++)
+      for (int k = 0; k < 4; k++) sums[0][k] += squares(x + (done * 4 + k) * kSumLanes);
+    for (int level = 1; level < 4; level++) {
+      for (int k = 0; k < 4; k++) {
+        sums[level][k] += sums[level - 1][k];
+        sums[level - 1][k] = Sums{};
+      }
+      if (done & (mask << (level * power))) break;
+    }
+  }
+  for (; done < groups; done++)
+    for (int k = 0; k < 4; k++) sums[0][k] += squares(x + (done * 4 + k) * kSumLanes);
+  for (int level = 1; level < 4; level++)
+    for (int k = 0; k < 4; k++) sums[0][k] += sums[level][k];
+  for (long vector = groups * 4; vector < vectors; vector++) sums[0][0] += squares(x + vector * kSumLanes);
+  for (int k = 1; k < 4; k++) sums[0][0] += sums[0][k];
+  float sum = 0;
+  for (long i = vectors * kSumLanes; i < width; i++) sum += wide(x[i]) * wide(x[i]);
+  for (int lane = 0; lane < kSumLanes; lane++) sum += sums[0][0][lane];
+  return sum;
+}
+
+inline void normalise(const bf16* x, const bf16* weight, bf16* out, long width, float epsilon) {
+  const float rate = 1.0f / std::sqrt(sum_of_squares(x, width) / float(width) + epsilon);
+  const Floats rates = every(rate);
+  long i = 0;
+  for (; i + kLanes <= width; i += kLanes)
+    store(out + i, load(weight + i) * through_bf16(load(x + i) * rates));
+  for (; i < width; i++) out[i] = narrow(wide(weight[i]) * through_bf16(wide(x[i]) * rate));
+}
+
+inline void add_to(const bf16* x, bf16* y, long width) {
+  long i = 0;
+  for (; i + kLanes <= width; i += kLanes) store(y + i, load(x + i) + load(y + i));
+  for (; i < width; i++) y[i] = narrow(wide(x[i]) + wide(y[i]));
+}
+
+// Sleef's expf_u10 (https://sleef.org), which torch uses.
+inline Floats exponential(Floats x) {
+  // Added and taken away again, it leaves the nearest integer.
+  const float shift = 12582912.0f;
+  Floats quotient = (x * 1.442695040888963407359924681001892137f + shift) - shift;
+  Floats rest = multiply_add(quotient, every(-0.693145751953125f), x);
+  rest = multiply_add(quotient, every(-1.428606765330187045e-06f), rest);
+  Floats sum = every(0.000198527617612853646278381f);
+  sum = multiply_add(sum, rest, every(0.00139304355252534151077271f));
+  sum = multiply_add(sum, rest, every(0.00833336077630519866943359f));
+  sum = multiply_add(sum, rest, every(0.0416664853692054748535156f));
+  sum = multiply_add(sum, rest, every(0.166666671633720397949219f));
+  sum = multiply_add(sum, rest, every(0.5f));
+  sum = 1.0f + multiply_add(rest * rest, sum, rest);
+  // 2 to the quotient, in two factors: one would leave what a float's exponent holds.
+  Integers whole = __builtin_convertvector(quotient, Integers), half = whole >> 1, other = whole - half;
+  sum = sum * (Floats)((half + 127) << 23) * (Floats)((other + 127) << 23);
+  sum = x < -104.0f ? every(0.0f) : sum;
+  return x > 104.0f ? every(INFINITY) : sum;
+}
+
+inline Floats silu(Floats x) { return x / (1.0f + exponential(-x)); }
+
+}  // namespace
+
+extern "C" {
+
+// weight * (x.float() * torch.rsqrt(x.float().pow(2).mean(-1, keepdim=True) + epsilon)).bfloat16()
+void heft_rms_norm(const bf16* x, const bf16* weight, bf16* out, long rows, long width, float epsilon) {
+#pragma omp parallel for if (rows * width > kWorthThreads)
+  for (long row = 0; row < rows; row++) normalise(x + row * width, weight, out + row * width, width, epsilon);
+}
+
+// y.add_(x), and out = the norm of that.
+void heft_add_rms_norm(
+    const bf16* x, bf16* y, const bf16* weight, bf16* out, long rows, long width, float epsilon) {
+#pragma omp parallel for if (rows * width > kWorthThreads)
+  for (long row = 0; row < rows; row++) {
+    add_to(x + row * width, y + row * width, width);
+    normalise(y + row * width, weight, out + row * width, width, epsilon);
+  }
+}
+
+// out[places] = x * cos + torch.cat((-x[..., width / 2 :], x[..., : width / 2]), -1) * sin, for each of a row's heads of
+// `width`; out[gaps] = 0.
+void heft_rotate(
+    const bf16* x, const bf16* cosine, const bf16* sine, const int64_t* places, const int64_t* gaps, bf16* out,
+    long rows, long empty, long heads, long width) {
+  const long half = width / 2, whole = heads * width;
+#pragma omp parallel for if (rows * whole > kWorthThreads)
+  for (long row = 0; row < rows; row++) {
+    const bf16 *cos_low = cosine + row * width, *cos_high = cos_low + half;
+    const bf16 *sin_low = sine + row * width, *sin_high = sin_low + half;
+    for (long head = 0; head < heads; head++) {
+      const bf16 *from_low = x + row * whole + head * width, *from_high = from_low + half;
+      bf16 *low = out + places[row] * whole + head * width, *high = low + half;
+      long i = 0;
+      for (; i + kLanes <= half; i += kLanes) {
+        const Floats a = load(from_low + i), b = load(from_high + i);
+        store(low + i, through_bf16(a * load(cos_low + i)) + through_bf16(-b * load(sin_low + i)));
+        store(high + i, through_bf16(b * load(cos_high + i)) + through_bf16(a * load(sin_high + i)));
+      }
+      for (; i < half; i++) {
+        const float a = wide(from_low[i]), b = wide(from_high[i]);
+        low[i] = narrow(through_bf16(a * wide(cos_low[i])) + through_bf16(-b * wide(sin_low[i])));
+        high[i] = narrow(through_bf16(b * wide(cos_high[i])) + through_bf16(a * wide(sin_high[i])));
+      }
+    }
+  }
+  for (long gap = 0; gap < empty; gap++) std::memset(out + gaps[gap] * whole, 0, whole * sizeof(bf16));
+}
+
+// out[places] = x, out[gaps] = 0.
+void heft_place(
+    const bf16* x, const int64_t* places, const int64_t* gaps, bf16* out, long rows, long empty, long width) {
+#pragma omp parallel for if (rows * width > kWorthThreads)
+  for (long row = 0; row < rows; row++)
+    std::memcpy(out + places[row] * width, x + row * width, width * sizeof(bf16));
+  for (long gap = 0; gap < empty; gap++) std::memset(out + gaps[gap] * width, 0, width * sizeof(bf16));
+}
+
+// gate = torch.nn.functional.silu(gate) * up, n elements of each.
+void heft_gate_silu(bf16* gate, const bf16* up, long n) {
+  const long whole = n / kLanes * kLanes;
+#pragma omp parallel for if (n > kWorthThreads)
+  for (long i = 0; i < whole; i += kLanes)
+    store(gate + i, through_bf16(silu(load(gate + i))) * load(up + i));
+  if (whole == n) return;
+  bf16 gates[kLanes] = {}, ups[kLanes] = {};
+  std::memcpy(gates, gate + whole, (n - whole) * sizeof(bf16));
+  std::memcpy(ups, up + whole, (n - whole) * sizeof(bf16));
+  store(gates, through_bf16(silu(load(gates))) * load(ups));
+  std::memcpy(gate + whole, gates, (n - whole) * sizeof(bf16));
+}
+
+}  // extern "C"

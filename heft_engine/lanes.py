@@ -1,0 +1,108 @@
+"""Parts of a pass side by side on a CPU, each on a thread that computes alone.
+
+A pass is a thousand small operations, and torch divides every one of them among all threads, which then wait for one
+another: two cores get two thirds of what they give when each takes half of the rows for itself (and keeps them in its
+own cache). So rows are dealt out among lanes, as many as torch has threads; one row alone is computed by all of them.
+
+It does NOT know rows or models: jobs go in, results come out.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import threading
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor, wait
+from contextlib import contextmanager
+from functools import lru_cache
+from typing import TypeVar
+
+import torch
+
+T = TypeVar("T")
+
+#: Between two operations a lane holds Python's lock: more lanes than this would wait for it.
+MOST = 8
+_RUNTIMES = ("libgomp", "libiomp5", "libomp")
+_here = threading.local()
+
+
+def count(device: torch.device) -> int:
+    """How many lanes there are for this thread's work; 1 where rows are not dealt out."""
+    if device.type != "cpu" or getattr(_here, "is_lane", False) or openmp() is None:
+        return 1
+    return min(MOST, torch.get_num_threads())
+
+
+def threads_of_a_lane() -> int:
+    """What each computes with, where there are several."""
+    threads = torch.get_num_threads()
+    return threads // min(MOST, threads)
+
+
+def run(jobs: Sequence[Callable[[], T]], device: torch.device, *, alone: bool = True) -> list[T]:
+    """What they return, in order; a single one on this thread, with all its threads, unless `alone` is false.
+
+    Raises what the first of them raised, once all have ended.
+    """
+    lanes = count(device)
+    if (len(jobs) < 2 and alone) or lanes < 2:
+        return [job() for job in jobs]
+    futures = [_threads(lanes, threads_of_a_lane()).submit(job) for job in jobs]
+    wait(futures)
+    return [future.result() for future in futures]
+
+
+def deal(sizes: Sequence[int], lanes: int, most: int) -> list[slice]:
+    """Neighbours, cut into pieces of about the same size: one for each lane, or so many for each that none is larger
+    than `most` unless a single one is."""
+    whole = sum(sizes)
+    pieces = min(len(sizes), lanes * -(-whole // (lanes * most)))
+    cuts, reached = [0], 0
+    for index, size in enumerate(sizes):
+        # A piece ends with the row that comes closest to its share.
+        goal = whole * len(cuts) / max(1, pieces)
+        is_further = reached + size - goal > goal - reached
+        if index > cuts[-1] and is_further and len(cuts) < pieces:
+            cuts.append(index)
+        reached += size
+    return [slice(start, end) for start, end in zip(cuts, [*cuts[1:], len(sizes)], strict=True)]
+
+
+@contextmanager
+def computing_with(threads: int) -> Iterator[None]:
+    """Inside, this thread computes with so many; the others as before (torch's own way would tell those that start
+    meanwhile)."""
+    before, runtime = torch.get_num_threads(), openmp()
+    if threads == before or runtime is None:
+        yield
+        return
+    runtime.omp_set_num_threads(threads)
+    try:
+        yield
+    finally:
+        runtime.omp_set_num_threads(before)
+
+
+@lru_cache(maxsize=1)
+def openmp() -> ctypes.CDLL | None:
+    """The runtime that torch computes with, for all libraries to find; None where it has none, or several."""
+    try:
+        with open("/proc/self/maps") as maps:
+            mapped = {line.split()[-1] for line in maps if any(f"/{name}" in line for name in _RUNTIMES)}
+        return ctypes.CDLL(mapped.pop(), mode=ctypes.RTLD_GLOBAL) if len(mapped) == 1 else None
+    except OSError:
+        return None
+
+
+@lru_cache(maxsize=1)
+def _threads(lanes: int, threads: int) -> ThreadPoolExecutor:
+    return ThreadPoolExecutor(lanes, "lane", _begin, (threads,))
+
+
+def _begin(threads: int) -> None:
+    _here.is_lane = True
+    torch.get_num_threads()  # torch sets a thread's number when it is first asked for it
+    runtime = openmp()
+    assert runtime is not None
+    runtime.omp_set_num_threads(threads)

@@ -1,0 +1,200 @@
+"""Decoder layers for passes that only answer, on a CPU: products by the layer's own modules, what stands between them
+by compiled kernels (heft_engine.kernels).
+
+The layers are those of Llama and its kin: norm, query, key and value, rotary embedding, attention, sum, norm, gated
+activation, sum. A layer of each kind that a model has is held to its module's own `forward`, to the bit; where they
+differ, or where there are no kernels, the modules' own run. Hooks on layers and on products act as ever. It does NOT
+know training: nothing here has a gradient.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any, cast
+
+import torch
+from torch import Tensor, nn
+from transformers.activations import SiLUActivation
+
+from heft_engine import kernels
+from heft_engine.attention import packed_attention, tiled_attention, tiles_of
+from heft_engine.packing import Layout, PackedRow
+
+#: Rows that a layer is tried with: attention of one length and of another, and more tokens than one block of a product.
+_TRIED = (7, 41)
+_PARTS = {
+    "self_attn": ("q_proj", "k_proj", "v_proj", "o_proj"),
+    "mlp": ("gate_proj", "up_proj", "down_proj", "act_fn"),
+}
+#: Norms that stand where these layers have none.
+_OTHERS = ("pre_feedforward_layernorm", "post_feedforward_layernorm")
+
+Forward = Callable[..., Tensor]
+
+
+class QuickLayers:
+    """The quick forward passes of a model's layers, as far as there are any.
+
+    `rotary(states, positions, kind)` gives cosine and sine; `kinds`, of each layer: layers of one kind differ in their
+    weights alone.
+    """
+
+    def __init__(
+        self,
+        layers: Sequence[nn.Module],
+        kinds: Sequence[str],
+        rotary: Callable[[Tensor, Tensor, str], tuple[Tensor, Tensor]],
+    ) -> None:
+        compiled = kernels.load() if all(map(_fits, layers)) else None
+        self._forwards: dict[nn.Module, Forward] = {}
+        self._lock, self._inside = threading.Lock(), 0
+        asked: dict[str, dict[str, Any] | None] = {}
+        for layer, kind in zip(layers, kinds, strict=True) if compiled is not None else ():
+            if kind not in asked:
+                asked[kind] = _options(layer, kind, rotary, cast(kernels.Kernels, compiled))
+            options = asked[kind]
+            if options is not None:
+                self._forwards[layer] = _forward(layer, options, cast(kernels.Kernels, compiled))
+
+    def __len__(self) -> int:
+        return len(self._forwards)
+
+    @contextmanager
+    def active(self) -> Iterator[None]:
+        """Inside, the layers run so: until the last of several threads has left."""
+        self._enter(1)
+        try:
+            yield
+        finally:
+            self._enter(-1)
+
+    def _enter(self, more: int) -> None:
+        with self._lock:
+            self._inside += more
+            for layer, forward in self._forwards.items() if (self._inside, more) == (1, 1) else ():
+                layer.forward = forward
+            for layer in self._forwards if self._inside == 0 else ():
+                layer.__dict__.pop("forward", None)
+
+
+def _fits(layer: nn.Module) -> bool:
+    """Whether a layer has the parts, on a CPU in bfloat16."""
+    norms = [getattr(layer, name, None) for name in ("input_layernorm", "post_attention_layernorm")]
+    return (
+        all(_epsilon(norm) is not None for norm in norms)
+        and all(hasattr(getattr(layer, part, None), name) for part, names in _PARTS.items() for name in names)
+        and not any(hasattr(layer, name) for name in _OTHERS)
+        and all(p.device.type == "cpu" for p in layer.parameters())
+        and cast(nn.Module, layer.input_layernorm).weight.dtype == torch.bfloat16
+    )
+
+
+def _epsilon(norm: Any) -> float | None:
+    return getattr(norm, "variance_epsilon", None)
+
+
+def _forward(layer: Any, asked: dict[str, Any], compiled: kernels.Kernels) -> Forward:
+    attention, mlp = layer.self_attn, layer.mlp
+    first, second = layer.input_layernorm, layer.post_attention_layernorm
+    layer_index: int = attention.layer_idx
+    is_silu = isinstance(mlp.act_fn, (nn.SiLU, SiLUActivation))
+
+    def heads(product: nn.Module, norm: Any, hidden: Tensor) -> Tensor:
+        """(T, heads, head_dim)."""
+        found = cast(Tensor, product(hidden)).view(hidden.shape[1], -1, attention.head_dim)
+        return found if norm is None else compiled.rms_norm(found, norm.weight, norm.variance_epsilon)
+
+    def forward(
+        states: Tensor, *, position_embeddings: tuple[Tensor, Tensor], layout: Layout, **_: Any
+    ) -> Tensor:
+        hidden = compiled.rms_norm(states, first.weight, first.variance_epsilon)
+        query = heads(attention.q_proj, getattr(attention, "q_norm", None), hidden)
+        key = heads(attention.k_proj, getattr(attention, "k_norm", None), hidden)
+        value = heads(attention.v_proj, None, hidden)
+        # Attention is a hundred small operations, none of which a mode has a say in.
+        with torch._C.DisableTorchFunction():
+            cosine, sine = position_embeddings
+            tiles = tiles_of(layout, states)
+            where = _in_order(hidden) if tiles is None else (tiles.places, tiles.gaps)
+            query, key = (compiled.rotate(each, cosine, sine, *where) for each in (query, key))
+            if tiles is None:
+                q, k, v = (each.transpose(0, 1)[None] for each in (query, key, value))
+                seen, _weights = packed_attention(attention, q, k, v, None, layout=layout, **asked)
+            else:
+                value = compiled.place(value, *where)
+                seen = tiled_attention(layer_index, query, key, value, layout, tiles, *asked.values())
+        states_after = cast(Tensor, attention.o_proj(seen.reshape(1, hidden.shape[1], -1)))
+        hidden = compiled.add_rms_norm(states, states_after, second.weight, second.variance_epsilon)
+        gate, up = mlp.gate_proj(hidden), mlp.up_proj(hidden)
+        active = compiled.gate_silu(gate, up) if is_silu else mlp.act_fn(gate).mul_(up)
+        return cast(Tensor, mlp.down_proj(active)).add_(states_after)
+
+    return forward
+
+
+def _in_order(states: Tensor) -> tuple[Tensor, Tensor]:
+    order = torch.arange(states.shape[1])
+    return order, order[:0]
+
+
+class _Asked:
+    """Stands for attention once, to hear how a layer asks for it. See `packing.Decoding`."""
+
+    def __init__(self) -> None:
+        self.options: dict[str, Any] = {}
+
+    def attend(
+        self,
+        layer: int,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        scaling: float | None,
+        window: int | None,
+        softcap: float | None,
+    ) -> Tensor:
+        self.options = {"scaling": scaling, "sliding_window": window, "softcap": softcap}
+        return query.transpose(1, 2)
+
+
+@torch.inference_mode()
+def _options(
+    layer: Any,
+    kind: str,
+    rotary: Callable[[Tensor, Tensor, str], tuple[Tensor, Tensor]],
+    compiled: kernels.Kernels,
+) -> dict[str, Any] | None:
+    """How a layer asks for attention; None where the quick pass gives other bits than the layer's own."""
+    width = layer.input_layernorm.weight.shape[0]
+    starts = [sum(_TRIED[:index]) for index in range(len(_TRIED))]
+    rows = tuple(
+        PackedRow(start=start, prompt=length, branches=())
+        for start, length in zip(starts, _TRIED, strict=True)
+    )
+    states = torch.randn(1, sum(_TRIED), width, generator=torch.Generator().manual_seed(0)).bfloat16()
+    positions = torch.cat([torch.arange(length) for length in _TRIED])[None]
+    turned = rotary(states, positions, kind)
+    if turned[0].shape[-1] != layer.self_attn.head_dim:
+        return None
+
+    def own(layout: Layout) -> Tensor:
+        return cast(
+            Tensor,
+            type(layer).forward(
+                layer,
+                states,
+                attention_mask=None,
+                position_ids=positions,
+                position_embeddings=turned,
+                use_cache=False,
+                layout=layout,
+            ),
+        )
+
+    asked = _Asked()
+    own(Layout(rows=rows, decoding=asked))
+    layout = Layout(rows=rows)
+    quick = _forward(layer, asked.options, compiled)(states, position_embeddings=turned, layout=layout)
+    return asked.options if torch.equal(quick, own(layout)) else None
