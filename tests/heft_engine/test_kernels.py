@@ -1,0 +1,158 @@
+"""Compiled kernels: torch's bits, or none at all."""
+
+from __future__ import annotations
+
+import logging
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from heft_engine import kernels, lanes
+
+needs_compiler = pytest.mark.skipif(
+    not any(map(shutil.which, ("g++", "clang++", "c++"))) or lanes.openmp() is None,
+    reason="kernels need a C++ compiler and one OpenMP runtime",
+)
+
+
+@pytest.fixture(autouse=True)
+def _afresh() -> Iterator[None]:
+    kernels.load.cache_clear()
+    yield
+    kernels.load.cache_clear()
+
+
+def some(*shape: int) -> torch.Tensor:
+    return torch.randn(*shape).bfloat16()
+
+
+@needs_compiler
+@torch.inference_mode()
+@pytest.mark.parametrize("threads", [1, 3])
+def test_kernels_give_the_bits_of_torchs_operations(tmp_path: Path, threads: int) -> None:
+    torch.set_num_threads(threads)
+    torch.manual_seed(3)
+    compiled = kernels.load(tmp_path)
+    assert compiled is not None
+    assert kernels._wrong(compiled) is None
+    # More elements than one thread takes, and an odd number of rows.
+    x, y, weight = some(1, 301, 576), some(1, 301, 576), some(576)
+    single = x.float()
+    normed = (single * torch.rsqrt(single.pow(2).mean(-1, keepdim=True) + 1e-6)).bfloat16()
+    assert torch.equal(compiled.rms_norm(x, weight, 1e-6), weight * normed)
+    total = y.clone()
+    again = compiled.add_rms_norm(x, total, weight, 1e-6)
+    assert torch.equal(total, x + y)
+    assert torch.equal(again, compiled.rms_norm(x + y, weight, 1e-6))
+    gate, up = some(301, 1_536), some(301, 1_536)
+    with lanes.computing_with(1):  # several threads leave torch rests, which it rounds otherwise
+        expected = F.silu(gate) * up
+    assert torch.equal(compiled.gate_silu(gate.clone(), up), expected)
+
+
+@needs_compiler
+def test_what_was_compiled_is_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert kernels.load(tmp_path) is not None
+    (library,) = (tmp_path / "kernels").iterdir()
+    assert library.suffix == ".so"
+    assert library.parent.stat().st_mode & 0o077 == 0, "others must not be able to leave code there"
+    kernels.load.cache_clear()
+    monkeypatch.setattr(kernels, "_compile", lambda *where: pytest.fail("compiled once more"))
+    assert kernels.load(tmp_path) is not None
+
+
+def test_there_are_none_without_a_compiler(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(kernels.shutil, "which", lambda name: None)
+    with caplog.at_level(logging.INFO):
+        assert kernels.load(tmp_path) is None
+    assert "torch's own operations" in caplog.text
+
+
+@needs_compiler
+def test_there_are_none_that_do_not_compile(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    source = tmp_path / "kernels.cpp"
+    source.write_text("this is no C++")
+    monkeypatch.setattr(kernels, "_SOURCE", source)
+    with caplog.at_level(logging.INFO):
+        assert kernels.load(tmp_path) is None
+    assert "failed: " in caplog.text
+    assert not list((tmp_path / "kernels").iterdir())
+
+
+@needs_compiler
+@pytest.mark.parametrize(
+    ("right", "wrong", "named"),
+    [
+        ("normed", "weight *", "the norm"),
+        ("load(x + i) + load(y + i)", "load(x + i) - load(y + i)", "the sum and its norm"),
+        ("through_bf16(-b * load(sin_low + i))", "-b * load(sin_low + i)", "the rotary embedding"),
+        ("through_bf16(silu(load(gate + i)))", "silu(load(gate + i))", "the gated activation"),
+        ("std::memcpy(out + places[row] * width", "std::memcpy(out + row * width", "placing"),
+    ],
+)
+def test_there_are_none_with_other_bits(
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+    right: str,
+    wrong: str,
+    named: str,
+) -> None:
+    """One rounding too few is enough."""
+    text = kernels._SOURCE.read_text()
+    if named == "the norm":
+        right, wrong = "through_bf16(load(x + i) * rates)", "(load(x + i) * rates)"
+    assert right in text
+    source = tmp_path / "kernels.cpp"
+    source.write_text(text.replace(right, wrong))
+    monkeypatch.setattr(kernels, "_SOURCE", source)
+    with caplog.at_level(logging.INFO):
+        assert kernels.load(tmp_path) is None
+    assert f"{named} gives other bits" in caplog.text
+
+
+def test_an_operator_turns_them_off(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HEFT_KERNELS", "off")
+    assert kernels.load(tmp_path) is None
+    assert not list(tmp_path.iterdir())
+
+
+def test_two_openmp_runtimes_are_one_too_many(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(kernels, "openmp", lambda: None)
+    with caplog.at_level(logging.INFO):
+        assert kernels.load(tmp_path) is None
+    assert "OpenMP" in caplog.text
+
+
+def test_types_are_those_of_the_source() -> None:
+    """ctypes believes whatever it is told."""
+    text = kernels._SOURCE.read_text()
+    asked: dict[str, tuple[Any, ...]] = {}
+
+    class Library:
+        def __getattr__(self, name: str) -> Any:
+            class Function:
+                def __setattr__(self, attribute: str, value: Any) -> None:
+                    if attribute == "argtypes":
+                        asked[name] = value
+
+            return Function()
+
+    kernels.Kernels(Library())  # type: ignore[arg-type]
+    assert len(asked) == text.count("\nvoid heft_")
+    for name, types in asked.items():
+        declared = text.partition(f"void {name}(")[2].partition(")")[0].split(",")
+        kinds = ["p" if "*" in one else one.split()[0][0] for one in declared]
+        names = {"c_void_p": "p", "c_long": "l", "c_float": "f"}
+        assert kinds == [names[each.__name__] for each in types], name

@@ -1,0 +1,143 @@
+"""Parts of a pass side by side: dealt out evenly, each on a thread that computes alone."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from heft_engine import lanes, scoring
+from heft_engine.attention import IMPLEMENTATION
+from heft_engine.base_models import load_model, resolve_path
+from heft_engine.encoding import Example
+from heft_engine.model import PackedLM
+from heft_engine.scoring import score
+
+CPU = torch.device("cpu")
+needs_runtime = pytest.mark.skipif(lanes.openmp() is None, reason="lanes need one OpenMP runtime")
+
+
+@pytest.fixture(autouse=True)
+def _three_threads() -> Iterator[None]:
+    before = torch.get_num_threads()
+    torch.set_num_threads(3)
+    yield
+    torch.set_num_threads(before)
+
+
+@given(
+    st.lists(st.integers(1, 300), min_size=1, max_size=40),
+    st.integers(1, 8),
+    st.sampled_from([64, 512, 4_096]),
+)
+def test_rows_are_dealt_out_in_order_and_evenly(sizes: list[int], count: int, most: int) -> None:
+    pieces = lanes.deal(sizes, count, most)
+    assert [row for piece in pieces for row in range(len(sizes))[piece]] == list(range(len(sizes)))
+    assert all(piece.start < piece.stop for piece in pieces)
+    assert len(pieces) <= count * -(-sum(sizes) // (count * most))
+    if count <= len(sizes):
+        share = sum(sizes) / (count * -(-sum(sizes) // (count * most)))
+        assert max(sum(sizes[piece]) for piece in pieces) <= share + 2 * max(sizes)
+
+
+def test_equal_rows_make_equal_pieces() -> None:
+    assert lanes.deal([100] * 30, 2, 2_048) == [slice(0, 15), slice(15, 30)]
+    assert [piece.stop - piece.start for piece in lanes.deal([100] * 30, 2, 800)] == [8, 7, 8, 7]
+    assert lanes.deal([5_000], 2, 2_048) == [slice(0, 1)]
+
+
+@needs_runtime
+def test_jobs_run_side_by_side_each_with_one_thread() -> None:
+    both = threading.Barrier(2, timeout=30)
+
+    def job() -> tuple[str, int, int]:
+        both.wait()
+        return threading.current_thread().name, torch.get_num_threads(), lanes.count(CPU)
+
+    found = lanes.run([job, job], CPU)
+    assert len({name for name, _, _ in found}) == 2
+    assert [rest for _, *rest in found] == [[1, 1], [1, 1]], "and a lane deals nothing out"
+    assert torch.get_num_threads() == 3
+
+
+@needs_runtime
+def test_what_goes_wrong_is_raised_when_all_have_ended() -> None:
+    ended = threading.Event()
+
+    def fails() -> None:
+        raise KeyError("first")
+
+    def goes_on() -> None:
+        ended.wait(0.05)
+        ended.set()
+
+    with pytest.raises(KeyError, match="first"):
+        lanes.run([fails, goes_on], CPU)
+    assert ended.is_set()
+
+
+@needs_runtime
+def test_one_job_stays_here_unless_it_must_not() -> None:
+    here = threading.current_thread()
+    assert lanes.run([threading.current_thread], CPU) == [here]
+    assert lanes.run([threading.current_thread], CPU, alone=False) != [here]
+    assert lanes.run([threading.current_thread] * 2, torch.device("meta")) == [here, here]
+
+
+@needs_runtime
+def test_a_thread_computes_with_fewer_for_a_while_and_no_other_does() -> None:
+    other: list[int] = []
+    with lanes.computing_with(1):
+        assert torch.get_num_threads() == 1
+        thread = threading.Thread(target=lambda: other.append(torch.get_num_threads()))
+        thread.start()
+        thread.join()
+    assert torch.get_num_threads() == 3
+    assert other == [3]
+
+
+def test_without_a_runtime_of_torchs_nothing_is_dealt_out(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(lanes, "openmp", lambda: None)
+    assert lanes.count(CPU) == 1
+    with lanes.computing_with(1):
+        assert torch.get_num_threads() == 3
+
+
+@needs_runtime
+@pytest.mark.parametrize("is_alike", [True, False])
+def test_a_row_alone_goes_where_it_gets_the_bits_of_all(
+    make_tiny_model: Callable[[str], Path], monkeypatch: pytest.MonkeyPatch, is_alike: bool
+) -> None:
+    """With all threads, where their products round as a lane's do; into a lane otherwise."""
+    base = resolve_path(make_tiny_model("llama"))
+    lm = PackedLM(load_model(base, dtype=torch.bfloat16, attention=IMPLEMENTATION))
+    rows = [
+        Example(prompt=(5,) * n, answers=((7,), (8,)), labels=("a", "b"), gold=0) for n in (9, 60, 33, 41)
+    ]
+    lm.fixed_shapes().is_alike = is_alike
+    seen: list[tuple[int, int]] = []
+    monkeypatch.setattr(lm, "on_forward", lambda: seen.append((torch.get_num_threads(), 0)))
+    together = score(lm, rows)
+    assert len(seen) == 3, "three lanes"
+    assert {threads for threads, _ in seen} == {1}
+    seen.clear()
+    assert [score(lm, [row])[0] for row in rows] == together
+    assert {threads for threads, _ in seen} == {3 if is_alike else 1}
+
+
+@needs_runtime
+def test_a_lane_takes_no_more_than_its_cache_holds(
+    make_tiny_model: Callable[[str], Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    base = resolve_path(make_tiny_model("llama"))
+    lm = PackedLM(load_model(base, dtype=torch.float32, attention=IMPLEMENTATION))
+    rows = [Example(prompt=(5,) * 40, answers=((7,), (8,)), labels=("a", "b"), gold=0)] * 30
+    monkeypatch.setattr(scoring, "LANE_TOKENS", 100)
+    pieces = scoring.pieces(lm, rows)
+    assert len(pieces) == 12
+    assert len({one.totals for one in score(lm, rows)}) == 1

@@ -1,0 +1,127 @@
+"""Packed weights: a product's bits, while the weight is what it was."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from torch import nn
+
+from heft_engine import evaluation, packed_weights
+from heft_engine.attention import IMPLEMENTATION
+from heft_engine.base_models import load_model, resolve_path
+from heft_engine.encoding import Example
+from heft_engine.fixed_shapes import calibrate
+from heft_engine.model import PackedLM
+from heft_engine.packed_weights import bytes_to_pack, kept, kept_bytes, pack, packable, unpack
+from heft_engine.scoring import score
+from heft_engine.serving.copies import copy_sharing, unique_bytes
+
+needs_units = pytest.mark.skipif(
+    not packable(torch.zeros(16, 16, dtype=torch.bfloat16)),
+    reason="this processor has no bfloat16 products of packed weights",
+)
+CPU = torch.device("cpu")
+
+
+def linear(outs: int, ins: int, *, bias: bool = False) -> nn.Linear:
+    return nn.Linear(ins, outs, bias=bias, dtype=torch.bfloat16).requires_grad_(False)
+
+
+def test_only_bfloat16_on_a_cpu_is_packed() -> None:
+    single = nn.Linear(8, 8)
+    pack([single])
+    assert kept(single.weight) is None
+    assert bytes_to_pack([single]) == 0
+
+
+@needs_units
+@torch.inference_mode()
+@pytest.mark.parametrize("bias", [False, True])
+@pytest.mark.parametrize("shape", [(320, 192), (192, 576), (576, 1_536)])
+def test_a_packed_layer_gives_the_bits_of_the_plain_one(shape: tuple[int, int], bias: bool) -> None:
+    """In passes of every length, and with one thread as with several."""
+    torch.manual_seed(1)
+    layer, x = linear(*shape, bias=bias), torch.randn(2_100, shape[1]).bfloat16()
+    shapes: dict[bool, torch.Tensor] = {}
+    for is_packed in (False, True):
+        if is_packed:
+            pack([layer])
+        for threads in (1, 3):
+            torch.set_num_threads(threads)
+            mode = calibrate([layer], CPU)[threads]
+            if not mode.is_alike:
+                continue  # then rows alone go to a lane, too
+            with mode:
+                found = layer(x)
+                for rows in (1, 32, 100, 700):
+                    assert torch.equal(layer(x[50 : 50 + rows]), found[50 : 50 + rows])
+            shapes.setdefault(True, found)
+            assert torch.equal(found, shapes[True]), (is_packed, threads)
+    torch.testing.assert_close(shapes[True], layer(x), atol=2e-2, rtol=2e-2)
+
+
+@needs_units
+def test_a_weight_that_was_written_to_is_not_packed_any_more() -> None:
+    layer = linear(32, 64)
+    pack([layer])
+    assert kept(layer.weight) is not None
+    layer.weight.mul_(2)
+    assert kept(layer.weight) is None
+    pack([layer])
+    assert kept(layer.weight) is not None
+    unpack([layer])
+    assert kept(layer.weight) is None
+
+
+@needs_units
+def test_packed_weights_are_counted_and_shared(make_tiny_model: Callable[[str], Path]) -> None:
+    lm = PackedLM(
+        load_model(resolve_path(make_tiny_model("llama")), dtype=torch.bfloat16, attention=IMPLEMENTATION)
+    )
+    plain, more = unique_bytes(lm.model), bytes_to_pack(lm.layers)
+    assert more == sum(2 * m.weight.numel() for m in lm.layers.modules() if isinstance(m, nn.Linear))
+    lm.pack(more - 1)
+    assert bytes_to_pack(lm.layers) == more, "there was no room"
+    lm.pack(more)
+    assert bytes_to_pack(lm.layers) == 0
+    assert unique_bytes(lm.model) == plain + more
+    name = "model.layers.0.self_attn.q_proj"
+    twin = PackedLM(copy_sharing(lm.model, {name}))
+    own = twin.model.get_submodule(name).weight
+    assert kept(own) is None
+    assert bytes_to_pack(twin.layers) == 2 * own.numel(), "the others are packed already"
+    twin.pack(1 << 20)
+    assert unique_bytes(twin.model, beside=lm.model) == 2 * own.numel() + kept_bytes(own)
+
+
+@needs_units
+def test_an_evaluation_packs_for_as_long_as_it_takes(
+    make_tiny_model: Callable[[str], Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    lm = PackedLM(
+        load_model(resolve_path(make_tiny_model("llama")), dtype=torch.bfloat16, attention=IMPLEMENTATION)
+    )
+    rows = [
+        Example(prompt=(5, 9, 11) * 9, answers=((7,), (8,)), labels=("a", "b"), gold=0)
+    ] * evaluation.WORTH_PACKING
+    before = score(lm, rows)
+    held: list[bool] = []
+    run = packed_weights.product
+
+    def watched(*operands: torch.Tensor) -> torch.Tensor:
+        held.append(True)
+        return run(*operands)
+
+    monkeypatch.setattr(packed_weights, "product", watched)
+
+    class Encoder:
+        class task:
+            type = "yes_no"
+
+    found = evaluation.evaluate(lm, Encoder, rows, max_new_tokens=1)  # type: ignore[arg-type]
+    assert held
+    assert list(found.scores) == before
+    assert bytes_to_pack(lm.layers) > 0
