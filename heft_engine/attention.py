@@ -194,8 +194,8 @@ def _attend(
     queries, keys, groups = q.shape[2], k.shape[2], q.shape[1] // k.shape[1]
     if queries == keys and queries % TILE and takes_tiles(q):
         # As in `tiled_attention`: a row's bits must not depend on whether all rows of its pass could go there.
-        filled = (F.pad(each, (0, 0, 0, -queries % TILE)) for each in (q, k, v))
-        return _attend(*filled, layout, scaling, window, softcap)[:, :, :queries]
+        q, k, v = (F.pad(each, (0, 0, 0, -queries % TILE)) for each in (q, k, v))
+        return _attend(q, k, v, layout, scaling, window, softcap)[:, :, :queries]
     if queries == 1:
         # One token sees all that is left of it. The query heads of a group stand as so many queries of one head,
         # so that keys and values need not be repeated.

@@ -5,24 +5,30 @@ from __future__ import annotations
 import argparse
 import gc
 import statistics
+import threading
 import time
 from collections.abc import Callable, Sequence
+from contextlib import ExitStack
 from dataclasses import replace
 from typing import Any
+from unittest import mock
 
 import psutil
 import torch
-from torch.profiler import ProfilerActivity, profile
 
 from benchmarks import rows
 from benchmarks.measure import matrix_rate
 from benchmarks.peers import load
 from benchmarks.serving import made
 from benchmarks.serving.peers import Plain, Pyreft
+from heft_engine import lanes, quick_layers
 from heft_engine.apart import apart
 from heft_engine.base_models import load_tokenizer
 from heft_engine.config import TaskSettings
 from heft_engine.encoding import Encoder, Example, Task
+from heft_engine.fixed_shapes import FixedShapes
+from heft_engine.free_memory import free_bytes
+from heft_engine.kernels import Kernels
 from heft_engine.model import PackedLM
 from heft_engine.packing import packed_length
 from heft_engine.rows import infer_task
@@ -32,18 +38,12 @@ from heft_engine.serving.batcher import Batcher
 from heft_engine.serving.waiting_rows import Weights
 
 PREFIX_BYTES = 512 * 1024**2
-#: What passes are made of, by the names of torch's operations.
-_OPERATIONS = {
-    "matrix products": ("aten::mm", "aten::addmm"),
-    "attention": ("flash_attention",),
-    "norms, rotary embeddings, activations": (
-        "aten::mul",
-        "aten::silu",
-        "aten::pow",
-        "aten::mean",
-        "aten::sum",
-        "aten::rsqrt",
-        "aten::neg",
+#: What passes are made of: the functions that do it.
+_OPERATIONS: dict[str, tuple[tuple[Any, str], ...]] = {
+    "matrix products": ((FixedShapes, "linear"),),
+    "attention": ((quick_layers, "tiled_attention"), (quick_layers, "packed_attention")),
+    "norms, rotary embeddings, activations": tuple(
+        (Kernels, name) for name in ("rms_norm", "add_rms_norm", "rotate", "place", "gate_silu")
     ),
 }
 #: Tokens of the prompts that every model is asked alone and among the others.
@@ -121,21 +121,34 @@ def one_model(options: argparse.Namespace, per_passage: int) -> dict[str, Any]:
 
 
 def _spent(weights: Weights, examples: Sequence[Example]) -> dict[str, float]:
-    """Of the passes' own thread, in percent of its operations' time, by torch's profiler."""
-    measured = profile(activities=[ProfilerActivity.CPU])
+    """Of a pass's time, in percent; all lanes together."""
     batcher = Batcher(prefix_bytes=0)
     scored(batcher, weights, examples)
-    batcher.run(measured.start)
-    scored(batcher, weights, examples)
-    batcher.run(measured.stop)
+    spent = dict.fromkeys(_OPERATIONS, 0.0)
+    with ExitStack() as stack:
+        for name, functions in _OPERATIONS.items():
+            for owner, function in functions:
+                timed = _timed(getattr(owner, function), spent, name)
+                stack.enter_context(mock.patch.object(owner, function, timed))
+        whole = seconds(lambda: scored(batcher, weights, examples))
+    lanes_used = min(lanes.count(weights.lm.device), len(examples))
     batcher.close()
-    events = measured.key_averages()
-    whole = sum(event.self_cpu_time_total for event in events)
-    found = {
-        name: 100 * sum(e.self_cpu_time_total for e in events if any(k in e.key for k in keys)) / whole
-        for name, keys in _OPERATIONS.items()
-    }
-    return found | {"the rest (copies, residuals' sums, allocations, calls)": 100 - sum(found.values())}
+    found = {name: 100 * taken / (whole * lanes_used) for name, taken in spent.items()}
+    return found | {"the rest (residuals' sums, calls, lanes that wait)": 100 - sum(found.values())}
+
+
+def _timed(function: Callable[..., Any], spent: dict[str, float], name: str) -> Callable[..., Any]:
+    lock = threading.Lock()
+
+    def timed(*args: Any, **options: Any) -> Any:
+        began = time.perf_counter()
+        try:
+            return function(*args, **options)
+        finally:
+            with lock:
+                spent[name] += time.perf_counter() - began
+
+    return timed
 
 
 def many_models(options: argparse.Namespace) -> dict[str, Any]:
@@ -144,6 +157,7 @@ def many_models(options: argparse.Namespace) -> dict[str, Any]:
     base = rows.base_model(options.model)
     lm = apart(lambda: rows.packed_model(base))
     adapt_rows(lm)
+    lm.pack(free_bytes(lm.device) // 2)
     examples = questions(options, base, options.rows)
     merged = apart(lambda: made.merged(lm, 0))
     batcher = Batcher(prefix_bytes=0)
