@@ -53,20 +53,35 @@ def run(jobs: Sequence[Callable[[], T]], device: torch.device, *, alone: bool = 
     return [future.result() for future in futures]
 
 
-def deal(sizes: Sequence[int], lanes: int, most: int) -> list[slice]:
-    """Neighbours, cut into pieces of about the same size: one for each lane, or so many for each that none is larger
-    than `most` unless a single one is."""
-    whole = sum(sizes)
-    pieces = min(len(sizes), lanes * -(-whole // (lanes * most)))
-    cuts, reached = [0], 0
-    for index, size in enumerate(sizes):
+def pieces(sizes: Sequence[int], lanes: int, most: int) -> int:
+    """How many to make of rows of these sizes: one for each lane, or so many for each that none is much larger than
+    `most`."""
+    return min(len(sizes), lanes * -(-sum(sizes) // (lanes * most)))
+
+
+def deal(sizes: Sequence[int], count: int) -> list[list[int]]:
+    """The rows of each of so many pieces, about equally large: the largest row first, each to the smallest piece."""
+    dealt: list[list[int]] = [[] for _ in range(count)]
+    held = [0] * count
+    for row in sorted(range(len(sizes)), key=lambda row: -sizes[row]):
+        least = held.index(min(held))
+        dealt[least].append(row)
+        held[least] += sizes[row]
+    return [sorted(piece) for piece in dealt if piece]
+
+
+def cut(sizes: Sequence[int], count: int) -> list[list[int]]:
+    """The same of neighbours, which want to stay together."""
+    whole, reached = sum(sizes), 0
+    found: list[list[int]] = [[]]
+    for row, size in enumerate(sizes):
         # A piece ends with the row that comes closest to its share.
-        goal = whole * len(cuts) / max(1, pieces)
-        is_further = reached + size - goal > goal - reached
-        if index > cuts[-1] and is_further and len(cuts) < pieces:
-            cuts.append(index)
+        goal = whole * len(found) / count
+        if found[-1] and reached + size - goal > goal - reached and len(found) < count:
+            found.append([])
+        found[-1].append(row)
         reached += size
-    return [slice(start, end) for start, end in zip(cuts, [*cuts[1:], len(sizes)], strict=True)]
+    return found
 
 
 @contextmanager

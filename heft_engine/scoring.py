@@ -60,20 +60,34 @@ class Scores:
 @torch.inference_mode()
 def score(lm: PackedLM, examples: Sequence[Example], *, scale: float = 1.0) -> list[Scores]:
     """Scores of every example, in order. Bits of a row don't depend on the rows beside it."""
-    parts = [examples[piece] for piece in pieces(lm, examples)]
-    return [one for found in in_lanes(lm, lambda part: _score(lm, part, scale), parts) for one in found]
+    parts = pieces(lm, examples)
+    found = in_lanes(lm, lambda rows: _score(lm, [examples[row] for row in rows], scale), parts)
+    return in_order(parts, found)
 
 
-def pieces(lm: PackedLM, examples: Sequence[Example], skipped: Sequence[int] | None = None) -> list[slice]:
-    """Neighbours that are scored in one go each, beside other such pieces where there are lanes."""
+def pieces(
+    lm: PackedLM, examples: Sequence[Example], skipped: Sequence[int] | None = None
+) -> list[list[int]]:
+    """The rows that are scored in one go each, beside other such pieces where there are lanes.
+
+    `skipped`: tokens that need not be computed; neighbours may share these, and stay together.
+    """
     sizes = [packed_length(example) for example in examples]
-    if skipped is not None:
-        sizes = [size - left for size, left in zip(sizes, skipped, strict=True)]
     count = lanes.count(lm.device)
     if count > 1:
-        return lanes.deal(sizes, count, LANE_TOKENS)
+        left = [size - skip for size, skip in zip(sizes, skipped or [0] * len(sizes), strict=True)]
+        share_out = lanes.cut if skipped is not None and any(skipped) else lanes.deal
+        return share_out(left, lanes.pieces(left, count, LANE_TOKENS))
     ends = list(itertools.accumulate(len(part) for part in micro_batches(examples, TOKEN_BUDGET)))
-    return [slice(start, end) for start, end in zip([0, *ends], ends, strict=False)]
+    return [list(range(start, end)) for start, end in zip([0, *ends], ends, strict=False)]
+
+
+def in_order(parts: Sequence[Sequence[int]], found: Sequence[Sequence[R]]) -> list[R]:
+    """What was found for each piece's rows, in the order of all rows."""
+    by_row = {
+        row: one for rows, each in zip(parts, found, strict=True) for row, one in zip(rows, each, strict=True)
+    }
+    return [by_row[row] for row in range(len(by_row))]
 
 
 def in_lanes(lm: PackedLM, work: Callable[[P], R], parts: Sequence[P]) -> list[R]:

@@ -26,7 +26,7 @@ log = logging.getLogger(__name__)
 T = TypeVar("T")
 
 #: Tokens of one pass.
-TOKEN_BUDGET = 1_536
+TOKEN_BUDGET = 2_048
 #: How long a busy batcher waits for those it has just answered to ask again.
 LINGER_SECONDS = 0.004
 PREFIX_BYTES = 512 * 1024**2

@@ -14,7 +14,7 @@ from torch import Tensor
 from heft_engine.encoding import Example
 from heft_engine.model import PackedLM
 from heft_engine.packing import RowAdapter, pack, packed_length
-from heft_engine.scoring import Scores, in_lanes, pieces, score_hidden
+from heft_engine.scoring import Scores, in_lanes, in_order, pieces, score_hidden
 from heft_engine.serving.prefix_cache import KeptPrefix, PrefixCache, Room
 
 
@@ -42,9 +42,9 @@ def score_rows(lm: PackedLM, rows: Sequence[ScoringRow], cache: PrefixCache | No
 
 def _score(rows: Sequence[ScoringRow], lm: PackedLM, cache: PrefixCache | None) -> list[Scores]:
     skipped = [row.kept.length if row.kept is not None else 0 for row in rows]
-    cuts = pieces(lm, [row.example for row in rows], skipped)
-    parts = [_Part(lm, rows[cut], skipped[cut], cache) for cut in cuts]
-    scores = [one for found in in_lanes(lm, _Part.score, parts) for one in found]
+    shares = pieces(lm, [row.example for row in rows], skipped)
+    parts = [_Part(lm, [rows[row] for row in own], [skipped[row] for row in own], cache) for own in shares]
+    scores = in_order(shares, in_lanes(lm, _Part.score, parts))
     for part in parts:
         part.leave()
     return scores

@@ -30,25 +30,30 @@ def _three_threads() -> Iterator[None]:
     torch.set_num_threads(before)
 
 
-@given(
-    st.lists(st.integers(1, 300), min_size=1, max_size=40),
-    st.integers(1, 8),
-    st.sampled_from([64, 512, 4_096]),
-)
-def test_rows_are_dealt_out_in_order_and_evenly(sizes: list[int], count: int, most: int) -> None:
-    pieces = lanes.deal(sizes, count, most)
-    assert [row for piece in pieces for row in range(len(sizes))[piece]] == list(range(len(sizes)))
-    assert all(piece.start < piece.stop for piece in pieces)
-    assert len(pieces) <= count * -(-sum(sizes) // (count * most))
-    if count <= len(sizes):
-        share = sum(sizes) / (count * -(-sum(sizes) // (count * most)))
-        assert max(sum(sizes[piece]) for piece in pieces) <= share + 2 * max(sizes)
+@given(st.lists(st.integers(1, 300), min_size=1, max_size=40), st.integers(1, 12))
+def test_every_row_is_dealt_out_once_and_evenly(sizes: list[int], count: int) -> None:
+    whole = list(range(len(sizes)))
+    for share_out in (lanes.deal, lanes.cut):
+        found = share_out(sizes, count)
+        assert sorted(row for piece in found for row in piece) == whole
+        assert all(piece == sorted(piece) for piece in found)
+        assert all(found)
+        assert len(found) <= count
+        held = [sum(sizes[row] for row in piece) for piece in found]
+        assert max(held) <= sum(sizes) / count + 2 * max(sizes)
+    assert [row for piece in lanes.cut(sizes, count) for row in piece] == whole
 
 
 def test_equal_rows_make_equal_pieces() -> None:
-    assert lanes.deal([100] * 30, 2, 2_048) == [slice(0, 15), slice(15, 30)]
-    assert [piece.stop - piece.start for piece in lanes.deal([100] * 30, 2, 800)] == [8, 7, 8, 7]
-    assert lanes.deal([5_000], 2, 2_048) == [slice(0, 1)]
+    assert lanes.cut([100] * 30, 2) == [list(range(15)), list(range(15, 30))]
+    assert [len(piece) for piece in lanes.deal([100] * 30, 4)] == [8, 8, 7, 7]
+    assert lanes.deal([90, 10, 50, 50], 2) == [[0, 1], [2, 3]]
+    assert [lanes.pieces(sizes, 2, 800) for sizes in ([100] * 8, [100] * 17, [5_000], [1, 1, 1])] == [
+        2,
+        4,
+        1,
+        2,
+    ]
 
 
 @needs_runtime
@@ -138,6 +143,5 @@ def test_a_lane_takes_no_more_than_its_cache_holds(
     lm = PackedLM(load_model(base, dtype=torch.float32, attention=IMPLEMENTATION))
     rows = [Example(prompt=(5,) * 40, answers=((7,), (8,)), labels=("a", "b"), gold=0)] * 30
     monkeypatch.setattr(scoring, "LANE_TOKENS", 100)
-    pieces = scoring.pieces(lm, rows)
-    assert len(pieces) == 12
+    assert [len(piece) for piece in scoring.pieces(lm, rows)] == [3] * 6 + [2] * 6
     assert len({one.totals for one in score(lm, rows)}) == 1
