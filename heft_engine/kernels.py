@@ -131,8 +131,17 @@ def _library(directory: Path) -> ctypes.CDLL:
     compiler = next((found for name in _COMPILERS if name and (found := shutil.which(name))), None)
     if compiler is None:
         raise _Unfit("there is no C++ compiler")
-    directory.mkdir(mode=0o700, parents=True, exist_ok=True)
-    target = directory / f"{_key(compiler)}.so"
+    name = f"{_key(compiler)}.so"
+    try:
+        directory.mkdir(mode=0o700, parents=True, exist_ok=True)
+        return _compiled(compiler, directory / name)
+    except OSError as error:
+        log.info("compiled kernels can't be kept, and are compiled for this process alone: %s", error)
+    with tempfile.TemporaryDirectory(prefix="heft-kernels-") as scratch:
+        return _compiled(compiler, Path(scratch) / name)
+
+
+def _compiled(compiler: str, target: Path) -> ctypes.CDLL:
     if not target.is_file():
         _compile(compiler, target)
     return ctypes.CDLL(str(target))

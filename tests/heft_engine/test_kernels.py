@@ -66,6 +66,17 @@ def test_what_was_compiled_is_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     assert kernels.load(tmp_path) is not None
 
 
+@needs_compiler
+def test_where_nothing_can_be_kept_they_are_compiled_each_time(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """A container's user may have no home."""
+    (tmp_path / "kernels").write_text("no directory")
+    with caplog.at_level(logging.INFO):
+        assert kernels.load(tmp_path) is not None
+    assert "for this process alone" in caplog.text
+
+
 def test_there_are_none_without_a_compiler(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:

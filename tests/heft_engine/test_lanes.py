@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import random
 import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -133,6 +134,31 @@ def test_a_row_alone_goes_where_it_gets_the_bits_of_all(
     seen.clear()
     assert [score(lm, [row])[0] for row in rows] == together
     assert {threads for threads, _ in seen} == {3 if is_alike else 1}
+
+
+@needs_runtime
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_a_score_is_the_same_with_any_number_of_threads(
+    make_tiny_model: Callable[[str], Path], dtype: torch.dtype
+) -> None:
+    """A job is evaluated beside other trainers, and served by a worker that has the machine to itself."""
+    chance = random.Random(4)
+    rows = [
+        Example(
+            prompt=tuple(chance.randrange(5, 600) for _ in range(length)),
+            answers=((7,), (8,)),
+            labels=("a", "b"),
+            gold=0,
+        )
+        for length in (9, 60, 33, 41, 88, 12, 70)
+    ]
+    found = []
+    for threads in (1, 2, 3):
+        torch.set_num_threads(threads)
+        base = resolve_path(make_tiny_model("llama"))
+        lm = PackedLM(load_model(base, dtype=dtype, attention=IMPLEMENTATION))
+        found.append([one.totals for one in score(lm, rows)])
+    assert found[0] == found[1] == found[2]
 
 
 @needs_runtime
