@@ -6,6 +6,7 @@ It does NOT know where events go: `on_event` is any callable. `python -m heft_en
 from __future__ import annotations
 
 import json
+import threading
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -73,8 +74,11 @@ class Pulse:
         self._on_event = on_event
         self._seconds = seconds
         self._next = time.monotonic() + seconds
+        self._lock = threading.Lock()  # lanes compute side by side
 
     def __call__(self) -> None:
-        if time.monotonic() >= self._next:
+        with self._lock:
+            if time.monotonic() < self._next:
+                return
             self._next = time.monotonic() + self._seconds
             self._on_event(Event(code="WORKING", message="Computing"))
