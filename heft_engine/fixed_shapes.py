@@ -44,6 +44,8 @@ HEIGHTS = (32, 64, 96, 128, 160, 192, 224, 256, 320, 384, 448, 512, 640, 768, 1_
 FEW = (1, 2, 3, 4, 6, 8, 12, 16, 24)
 #: Products with larger weights are as quick in blocks of a few hundred rows, and take long to measure.
 _LARGE, _OF_LARGE = 1 << 22, 512
+#: Weights up to so many elements gain nothing from several threads.
+_SMALL = 1 << 19
 #: Families are looked for that have one of these heights.
 _LEAST = (32, 64, 256)
 #: What a block costs beyond its rows, counted in rows, and the passes by which families are compared.
@@ -107,8 +109,15 @@ class FixedShapes(TorchFunctionMode):
 
     def linear(self, x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
         """x (…, T, in) → (…, T, out), as F.linear."""
-        flat = x.reshape(-1, x.shape[-1])
         shape = (*weight.shape, weight.dtype)
+        if shape in self.heights or weight.numel() > _SMALL or weight.device.type != "cpu":
+            return self._linear(x, weight, bias, shape)
+        # An intervention's: nobody has looked whether more threads round otherwise than a lane.
+        with lanes.computing_with(lanes.threads_of_a_lane()):
+            return self._linear(x, weight, bias, shape)
+
+    def _linear(self, x: Tensor, weight: Tensor, bias: Tensor | None, shape: Shape) -> Tensor:
+        flat = x.reshape(-1, x.shape[-1])
         packed = packed_weights.kept(weight) if shape in self.packed else None
         plan = self.plan(shape, len(flat), is_packed=packed is not None)
         if len(plan) == 1:

@@ -29,15 +29,15 @@ _here = threading.local()
 
 def count(device: torch.device) -> int:
     """How many lanes there are for this thread's work; 1 where rows are not dealt out."""
-    if device.type != "cpu" or getattr(_here, "is_lane", False) or openmp() is None:
+    if device.type != "cpu" or _is_lane() or openmp() is None:
         return 1
     return min(MOST, torch.get_num_threads())
 
 
 def threads_of_a_lane() -> int:
-    """What each computes with, where there are several."""
+    """What each computes with; in a lane, what it has."""
     threads = torch.get_num_threads()
-    return threads // min(MOST, threads)
+    return threads if _is_lane() else threads // min(MOST, threads)
 
 
 def run(jobs: Sequence[Callable[[], T]], device: torch.device, *, alone: bool = True) -> list[T]:
@@ -108,6 +108,10 @@ def openmp() -> ctypes.CDLL | None:
         return ctypes.CDLL(mapped.pop(), mode=ctypes.RTLD_GLOBAL) if len(mapped) == 1 else None
     except OSError:
         return None
+
+
+def _is_lane() -> bool:
+    return getattr(_here, "is_lane", False)
 
 
 @lru_cache(maxsize=1)

@@ -75,6 +75,9 @@ class Kept(Protocol):
 class RowAdapter(Protocol):
     """What one row's model adds to the base that all rows share: see `heft_engine.serving.adapters`."""
 
+    def touches(self, module: str) -> bool:
+        """Whether `linear` does anything to this layer."""
+
     def linear(self, module: str, x: Tensor, y: Tensor, bias: Tensor | None) -> None:
         """Turns one linear layer's y (n, out) for x (n, in) into the adapted one's, in place."""
 

@@ -18,6 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from heft_engine import lanes
 from heft_engine.bundle import StoredSite
 from heft_engine.config import parse_positions
 from heft_engine.encoding import intervened_positions
@@ -26,7 +27,7 @@ from heft_engine.interventions import Site
 from heft_engine.lora import LoraAdapter, weight_of
 from heft_engine.lora_variants import row_norms
 from heft_engine.model import PackedLM
-from heft_engine.packing import Layout, PackedRow
+from heft_engine.packing import Layout, PackedRow, RowAdapter
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -74,6 +75,9 @@ class UnmergedModel:
         factors = [tensor for stage in self._stages for tensor in stage.tensors]
         own = [p for site in self.sites for p in site.intervention.parameters()]
         return sum(tensor.numel() * tensor.element_size() for tensor in (*factors, *own))
+
+    def touches(self, module: str) -> bool:
+        return any(module in stage.places for stage in self._stages)
 
     def linear(self, module: str, x: Tensor, y: Tensor, bias: Tensor | None) -> None:
         for stage in self._stages:
@@ -155,9 +159,15 @@ def _weight(lm: PackedLM, weights: dict[str, Tensor], module: str) -> Tensor:
 
 
 class _Now(threading.local):
-    """The layout of the pass that a thread is in, if there are adapters: lanes are in several at once."""
+    """The pass that a thread is in, if there are adapters, and its rows that have one: lanes are in several at once."""
 
     layout: Layout | None = None
+    rows: Sequence[tuple[PackedRow, RowAdapter, float]] = ()
+
+    def enter(self, layout: Layout | None) -> None:
+        if layout is not self.layout:
+            self.layout = layout
+            self.rows = _adapted(layout) if layout is not None else ()
 
 
 def adapt_rows(lm: PackedLM) -> None:
@@ -167,40 +177,45 @@ def adapt_rows(lm: PackedLM) -> None:
 
     def begin(module: nn.Module, args: Any, kwargs: dict[str, Any]) -> None:
         layout = kwargs.get("layout")
-        now.layout = layout if layout is not None and layout.adapters is not None else None
+        now.enter(layout if layout is not None and layout.adapters is not None else None)
 
     for index, layer in enumerate(lm.layers):
         layer.register_forward_pre_hook(begin, with_kwargs=True)
         for part in layer.modules():
             if isinstance(part, nn.Linear):
                 part.register_forward_hook(_linear_hook(names[id(part)], now))
-        layer.register_forward_hook(_layer_hook(index, now))
+        layer.register_forward_hook(_layer_hook(index, now, is_last=index + 1 == lm.n_layers))
 
 
 def _linear_hook(name: str, now: _Now) -> Callable[..., None]:
     def hook(module: nn.Linear, args: tuple[Tensor, ...], output: Tensor) -> None:
-        if now.layout is None:
+        touching = [(row, adapter) for row, adapter, _ in now.rows if adapter.touches(name)]
+        if not touching:
             return
-        x, y = args[0].view(-1, args[0].shape[-1]), output.view(-1, output.shape[-1])
-        for row, adapter, _ in _adapted(now.layout):
-            own = slice(row.start, row.start + row.length)
-            adapter.linear(name, x[own], y[own], module.bias)
+        # Small products for every row: what a mode has to look at takes longer than they do. With as many threads as a
+        # lane has: more of them might round otherwise.
+        threads = lanes.threads_of_a_lane()
+        with torch._C.DisableTorchFunction(), lanes.computing_with(threads):
+            x, y = args[0].view(-1, args[0].shape[-1]), output.view(-1, output.shape[-1])
+            for row, adapter in touching:
+                own = slice(row.start, row.start + row.length)
+                adapter.linear(name, x[own], y[own], module.bias)
 
     return hook
 
 
-def _layer_hook(index: int, now: _Now) -> Callable[..., None]:
+def _layer_hook(index: int, now: _Now, *, is_last: bool) -> Callable[..., None]:
     def hook(module: nn.Module, args: Any, output: Tensor) -> None:
-        if now.layout is None:
-            return
-        for row, adapter, scale in _adapted(now.layout):
+        for row, adapter, scale in now.rows:
             if scale:
                 adapter.intervene(index, output[0, row.start : row.start + row.length], row, scale)
+        if is_last:
+            now.enter(None)  # a thread that waits must not keep models that are put away
 
     return hook
 
 
-def _adapted(layout: Layout) -> list[tuple[PackedRow, Any, float]]:
+def _adapted(layout: Layout) -> list[tuple[PackedRow, RowAdapter, float]]:
     scales = layout.scales or (layout.scale,) * len(layout.rows)
     rows = zip(layout.rows, layout.adapters or (), scales, strict=True)
     return [(row, adapter, scale) for row, adapter, scale in rows if adapter is not None]

@@ -72,6 +72,16 @@ def test_jobs_run_side_by_side_each_with_one_thread() -> None:
 
 
 @needs_runtime
+def test_many_threads_are_divided_among_the_lanes(monkeypatch: pytest.MonkeyPatch) -> None:
+    """And a lane knows how many it has: what is computed with as many rounds alike in it and outside."""
+    monkeypatch.setattr(lanes, "MOST", 1)
+    monkeypatch.setattr(lanes, "count", lambda device: 2)
+    assert lanes.threads_of_a_lane() == 3
+    found = lanes.run([lambda: (torch.get_num_threads(), lanes.threads_of_a_lane())] * 2, CPU)
+    assert found == [(3, 3), (3, 3)]
+
+
+@needs_runtime
 def test_what_goes_wrong_is_raised_when_all_have_ended() -> None:
     ended = threading.Event()
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import gc
+import weakref
 from collections.abc import Callable
 from pathlib import Path
 
@@ -55,7 +57,10 @@ def test_rows_of_many_models_in_one_pass_score_as_their_merged_models(
     )
 
 
-def test_in_bfloat16_a_row_keeps_its_bits_beside_others(tiny_llama_dir: Path) -> None:
+@pytest.mark.parametrize("threads", [1, 3])
+def test_in_bfloat16_a_row_keeps_its_bits_beside_others(tiny_llama_dir: Path, threads: int) -> None:
+    """In lanes, and alone with all threads."""
+    torch.set_num_threads(threads)
     base = packed(tiny_llama_dir, torch.bfloat16)
     adapt_rows(base)
     weights = [unmerged(base, each) for each in models(base, suffixes=modules("llama"))]
@@ -64,6 +69,18 @@ def test_in_bfloat16_a_row_keeps_its_bits_beside_others(tiny_llama_dir: Path) ->
         for index, example in enumerate(examples(24, longest=120))
     ]
     assert score_rows(base, rows) == [score_rows(base, [row])[0] for row in rows]
+
+
+def test_a_pass_keeps_no_model_that_has_been_put_away(tiny_llama_dir: Path) -> None:
+    torch.set_num_threads(3)
+    base = packed(tiny_llama_dir)
+    adapt_rows(base)
+    made = unmerged(base, models(base, suffixes=modules("llama"))[0])
+    gone = weakref.ref(made.adapter)
+    score_rows(base, [ScoringRow(example=example, adapter=made.adapter) for example in examples(9)])
+    del made
+    gc.collect()
+    assert gone() is None
 
 
 def test_texts_of_many_models_are_written_together(tiny_llama_dir: Path) -> None:
