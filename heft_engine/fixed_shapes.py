@@ -112,8 +112,8 @@ class FixedShapes(TorchFunctionMode):
         shape = (*weight.shape, weight.dtype)
         if shape in self.heights or weight.numel() > _SMALL or weight.device.type != "cpu":
             return self._linear(x, weight, bias, shape)
-        # An intervention's: nobody has looked whether more threads round otherwise than a lane.
-        with lanes.computing_with(lanes.threads_of_a_lane()):
+        # An intervention's: nobody has looked whether more threads round otherwise.
+        with lanes.computing_with(1):
             return self._linear(x, weight, bias, shape)
 
     def _linear(self, x: Tensor, weight: Tensor, bias: Tensor | None, shape: Shape) -> Tensor:
@@ -227,7 +227,7 @@ def calibrate(layers: Iterable[nn.Module], device: torch.device) -> dict[int, Fi
                 weights[shape] = weights.get(shape) or _Weight(module)
     threads = torch.get_num_threads()
     fewest = lanes.threads_of_a_lane() if lanes.count(device) > 1 else threads
-    with lanes.computing_with(fewest):
+    with lanes.computing_with(1):
         bases = {shape: _base(weight, unit) for shape, weight in weights.items()}
     found = {}
     for number in {threads, fewest}:

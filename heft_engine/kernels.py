@@ -134,6 +134,9 @@ def _library(directory: Path) -> ctypes.CDLL:
     name = f"{_key(compiler)}.so"
     try:
         directory.mkdir(mode=0o700, parents=True, exist_ok=True)
+        place = directory.stat()
+        if place.st_uid != os.geteuid() or place.st_mode & 0o022:
+            raise PermissionError(f"others may leave code in {directory}")
         return _compiled(compiler, directory / name)
     except OSError as error:
         log.info("compiled kernels can't be kept, and are compiled for this process alone: %s", error)

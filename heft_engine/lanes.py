@@ -12,7 +12,7 @@ from __future__ import annotations
 import ctypes
 import threading
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor, wait
+from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
 from contextlib import contextmanager
 from functools import lru_cache
 from typing import TypeVar
@@ -29,7 +29,7 @@ _here = threading.local()
 
 def count(device: torch.device) -> int:
     """How many lanes there are for this thread's work; 1 where rows are not dealt out."""
-    if device.type != "cpu" or _is_lane() or openmp() is None:
+    if device.type != "cpu" or is_lane() or openmp() is None:
         return 1
     return min(MOST, torch.get_num_threads())
 
@@ -37,19 +37,27 @@ def count(device: torch.device) -> int:
 def threads_of_a_lane() -> int:
     """What each computes with; in a lane, what it has."""
     threads = torch.get_num_threads()
-    return threads if _is_lane() else threads // min(MOST, threads)
+    return threads if is_lane() else threads // min(MOST, threads)
 
 
 def run(jobs: Sequence[Callable[[], T]], device: torch.device, *, alone: bool = True) -> list[T]:
     """What they return, in order; a single one on this thread, with all its threads, unless `alone` is false.
 
-    Raises what the first of them raised, once all have ended.
+    Raises what the first of them raised; those that had not begun are left, the others have ended then.
     """
     lanes = count(device)
     if (len(jobs) < 2 and alone) or lanes < 2:
         return [job() for job in jobs]
     futures = [_threads(lanes, threads_of_a_lane()).submit(job) for job in jobs]
-    wait(futures)
+    try:
+        wait(futures, return_when=FIRST_EXCEPTION)
+    finally:
+        for future in futures:
+            future.cancel()
+        wait(futures)
+    failed = [fault for future in futures if not future.cancelled() and (fault := future.exception())]
+    if failed:
+        raise failed[0]
     return [future.result() for future in futures]
 
 
@@ -110,7 +118,8 @@ def openmp() -> ctypes.CDLL | None:
         return None
 
 
-def _is_lane() -> bool:
+def is_lane() -> bool:
+    """Whether this thread is one."""
     return getattr(_here, "is_lane", False)
 
 

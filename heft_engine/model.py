@@ -9,6 +9,7 @@ It does NOT know rows, tasks or how anything is trained.
 from __future__ import annotations
 
 import os
+import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any, cast
@@ -29,6 +30,10 @@ from heft_engine.quick_layers import QuickLayers
 #: 1,024 otherwise: as much memory as a pass takes, for shapes that mostly don't come again. It reads this at its first
 #: product.
 os.environ.setdefault("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "256")
+
+
+#: Held while a head is there in float32: lanes ask side by side, and it may be two gigabytes.
+_EXACT = threading.Lock()
 
 
 class PackedLM:
@@ -109,8 +114,8 @@ class PackedLM:
     @contextmanager
     def packed(self) -> Iterator[None]:
         """Weights are packed inside, where half of what is free has room for that."""
-        self.pack(free_bytes(self.device) // 2)
         try:
+            self.pack(free_bytes(self.device) // 2)
             yield
         finally:
             packed_weights.unpack(self.layers)
@@ -181,7 +186,9 @@ class PackedLM:
 
     def exact_logits(self, hidden: Tensor) -> Tensor:
         """As `logits`, but multiplied in float32: through a bfloat16 head, 7 of 160 BoolQ rows tied exactly."""
-        return self._cap(hidden.float() @ self.head.weight.float().T + self._bias())
+        # One copy of the head at a time, and as many threads wherever it is: more of them might round otherwise.
+        with _EXACT, lanes.computing_with(1):
+            return self._cap(hidden.float() @ self.head.weight.float().T + self._bias())
 
     def label_logits(self, hidden: Tensor, tokens: Tensor) -> Tensor:
         """Float32 logits of a few tokens: hidden (n, hidden), tokens (n, k) → (n, k).

@@ -8,6 +8,7 @@ from __future__ import annotations
 import itertools
 import math
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import partial
 from typing import TypeVar
@@ -94,7 +95,8 @@ def in_lanes(lm: PackedLM, work: Callable[[P], R], parts: Sequence[P]) -> list[R
     """What `work` makes of each part, in order, where a row's bits don't depend on its neighbours."""
 
     def job(part: P) -> R:
-        with torch.inference_mode(), lm.answering():
+        # On this thread everything is as it must be already.
+        with torch.inference_mode(), lm.answering() if lanes.is_lane() else nullcontext():
             return work(part)
 
     with lm.answering() as is_alike:

@@ -192,10 +192,9 @@ def _linear_hook(name: str, now: _Now) -> Callable[..., None]:
         touching = [(row, adapter) for row, adapter, _ in now.rows if adapter.touches(name)]
         if not touching:
             return
-        # Small products for every row: what a mode has to look at takes longer than they do. With as many threads as a
-        # lane has: more of them might round otherwise.
-        threads = lanes.threads_of_a_lane()
-        with torch._C.DisableTorchFunction(), lanes.computing_with(threads):
+        # Small products for every row: what a mode has to look at takes longer than they do. On one thread:
+        # more of them might round otherwise.
+        with torch._C.DisableTorchFunction(), lanes.computing_with(1):
             x, y = args[0].view(-1, args[0].shape[-1]), output.view(-1, output.shape[-1])
             for row, adapter in touching:
                 own = slice(row.start, row.start + row.length)

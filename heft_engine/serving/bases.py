@@ -98,6 +98,8 @@ class Base:
         """A model with its adapters merged, and the bytes that it holds beside the base. Raises BundleError."""
         lm = self._merged(bundle)
         lm.pack(self._spare_bytes())
+        # It may have packed weights that it shares with the base, too.
+        self.memory_bytes = unique_bytes(self.lm.model)
         weights = Weights(lm=lm, sites=tuple(lm.sites), scope=scope)
         self._batcher.run(lambda: check_probe(bundle, weights))
         tokenizer = self._tokenizer(bundle)

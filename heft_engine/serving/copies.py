@@ -27,6 +27,9 @@ def copy_sharing(model: nn.Module, own: Collection[str]) -> nn.Module:
     shared = {id(tensor): tensor for tensor in tensors if id(tensor) not in fresh}
     twin = copy.deepcopy(model, dict(shared))
     for module in twin.modules():
+        module.__dict__.pop(
+            "forward", None
+        )  # bound to the very modules, while a pass runs (heft_engine.quick_layers)
         module._forward_hooks.clear()
         module._forward_hooks_with_kwargs.clear()
         module._forward_hooks_always_called.clear()

@@ -77,6 +77,18 @@ def test_where_nothing_can_be_kept_they_are_compiled_each_time(
     assert "for this process alone" in caplog.text
 
 
+@needs_compiler
+def test_nothing_is_loaded_that_others_may_have_left(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    (tmp_path / "kernels").mkdir()
+    (tmp_path / "kernels").chmod(0o777)
+    with caplog.at_level(logging.INFO):
+        assert kernels.load(tmp_path) is not None
+    assert "others may leave code" in caplog.text
+    assert not list((tmp_path / "kernels").iterdir())
+
+
 def test_there_are_none_without_a_compiler(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:

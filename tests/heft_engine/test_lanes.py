@@ -5,6 +5,7 @@ from __future__ import annotations
 import random
 import threading
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -83,18 +84,35 @@ def test_many_threads_are_divided_among_the_lanes(monkeypatch: pytest.MonkeyPatc
 
 @needs_runtime
 def test_what_goes_wrong_is_raised_when_all_have_ended() -> None:
-    ended = threading.Event()
+    begun, ended = threading.Event(), threading.Event()
 
     def fails() -> None:
+        begun.wait(30)
         raise KeyError("first")
 
     def goes_on() -> None:
+        begun.set()
         ended.wait(0.05)
         ended.set()
 
     with pytest.raises(KeyError, match="first"):
         lanes.run([fails, goes_on], CPU)
     assert ended.is_set()
+
+
+@needs_runtime
+def test_what_has_not_begun_is_left_when_one_fails() -> None:
+    begun: list[int] = []
+
+    def job(number: int) -> None:
+        begun.append(number)
+        if number == 0:
+            raise KeyError("first")
+        threading.Event().wait(0.02)
+
+    with pytest.raises(KeyError, match="first"):
+        lanes.run([partial(job, number) for number in range(200)], CPU)
+    assert len(begun) < 100
 
 
 @needs_runtime

@@ -97,6 +97,16 @@ def test_packed_weights_are_counted_and_shared(make_tiny_model: Callable[[str], 
     assert unique_bytes(twin.model, beside=lm.model) == 2 * own.numel() + kept_bytes(own)
 
 
+def test_a_copy_made_during_a_pass_runs_its_own_layers(make_tiny_model: Callable[[str], Path]) -> None:
+    """Models are merged while the base answers."""
+    lm = PackedLM(
+        load_model(resolve_path(make_tiny_model("llama")), dtype=torch.bfloat16, attention=IMPLEMENTATION)
+    )
+    with lm.answering():
+        twin = copy_sharing(lm.model, {"model.layers.0.self_attn.q_proj"})
+    assert not any("forward" in module.__dict__ for module in twin.modules())
+
+
 @needs_units
 def test_an_evaluation_packs_for_as_long_as_it_takes(
     make_tiny_model: Callable[[str], Path], monkeypatch: pytest.MonkeyPatch
