@@ -24,7 +24,8 @@ RUN apt-get update && apt-get install -y --no-install-recommends g++ libc6-dev &
 RUN useradd --system --uid 10001 --home-dir /var/lib/heft --create-home heft \
     && mkdir -p /var/cache/heft /models && chown heft /var/cache/heft
 USER heft
-ENV PATH=/opt/heft/bin:$PATH PYTHONUNBUFFERED=1 HEFT_CACHE_DIR=/var/cache/heft HEFT_MODEL_DIR=/models
+ENV PATH=/opt/heft/bin:$PATH PYTHONUNBUFFERED=1 HEFT_CACHE_DIR=/var/cache/heft XDG_CACHE_HOME=/var/cache \
+    HEFT_MODEL_DIR=/models
 VOLUME ["/var/cache/heft", "/models"]
 # A soft shutdown writes a checkpoint and puts the job back: give it the time (compose: stop_grace_period).
 STOPSIGNAL SIGTERM

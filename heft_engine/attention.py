@@ -106,7 +106,7 @@ def tiled_attention(
     layout: Layout,
     tiles: Tiles,
     scaling: float | None,
-    window: int | None,
+    sliding_window: int | None,
     softcap: float | None,
 ) -> Tensor:
     """query (n, heads, head_dim), key and value (n, kv_heads, head_dim), as `tiles` has them → (T, heads, head_dim).
@@ -125,7 +125,7 @@ def tiled_attention(
         q, k, v = (
             each[group].view(rows, tokens, *each.shape[1:]).transpose(1, 2) for each in (query, key, value)
         )
-        out = _attend(q, k, v, layout, scaling, window, softcap)
+        out = _attend(q, k, v, layout, scaling, sliding_window, softcap)
         outs.append(out.transpose(1, 2).flatten(0, 1))
     return (outs[0] if len(outs) == 1 else torch.cat(outs)).index_select(0, tiles.places)
 

@@ -9,7 +9,6 @@ the same bits whether a stage was compiled or not. It does NOT know stages or da
 from __future__ import annotations
 
 import os
-import shutil
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -20,6 +19,7 @@ from platformdirs import user_cache_path
 from transformers import AttentionInterface
 
 from heft_engine.attention import IMPLEMENTATION, packed_attention
+from heft_engine.kernels import compiler
 from heft_engine.model import PackedLM
 
 #: Arithmetic of a stage (floating-point operations) from which compiling its layers pays: a minute and a half of two
@@ -35,7 +35,7 @@ def pays(lm: PackedLM, tokens: int) -> bool:
 
 def can_compile() -> bool:
     """Whether there is a C++ compiler."""
-    return any(shutil.which(name) for name in (os.environ.get("CXX"), "g++", "clang++", "c++") if name)
+    return compiler() is not None
 
 
 @contextmanager

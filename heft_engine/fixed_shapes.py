@@ -4,11 +4,8 @@ Matrix libraries choose the order of a product's sums by its shape: on this proj
 product of 160 rows and one of 4,096 rows differ in the last bit, and 16 of 40 packed questions changed their scores
 with their neighbours. Inside one shape, though, every row of a product is summed alike wherever it stands. So scoring
 cuts each product over T tokens into blocks of certain heights, padded with zeros where they reach beyond T: heights
-that were seen, with weights of that shape on this machine, to give the same bits. There is usually more than one such
-family of heights, one of them with the smallest and the largest, another with those between; which of them is taken is
-decided by what heights it has, never by a clock, so that all processes of a machine with as many threads take the same.
-Which of its heights cover T rows in the least time is measured: that choice moves no bits. Weights of other shapes (the
-head, interventions) get blocks of UNIT rows.
+that were seen to give the same bits (heft_engine.block_heights). Which of them cover T rows in the least time was
+measured: that choice moves no bits. Weights of other shapes (the head, interventions) get blocks of UNIT rows.
 
 Packed weights (heft_engine.packed_weights) are taken where they are kept, and lanes (heft_engine.lanes) compute with
 fewer threads than a row alone gets. Each has families of its own, with the same bits: it does not matter for a score
@@ -24,14 +21,12 @@ It does NOT know models beyond their linear layers and activations.
 
 from __future__ import annotations
 
-import math
-import time
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
 import torch.nn.functional as F  # noqa: N812
-from torch import Tensor, nn
+from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
 from heft_engine import lanes, packed_weights
@@ -39,21 +34,8 @@ from heft_engine import lanes, packed_weights
 #: Heights are multiples of so many rows. A GPU pays by the launch, a CPU by the row.
 UNIT = {"cpu": 32}
 UNIT_ELSEWHERE = 256
-HEIGHTS = (32, 64, 96, 128, 160, 192, 224, 256, 320, 384, 448, 512, 640, 768, 1_024, 1_536, 2_048)
-#: Rows of a step of writing that are tried without padding them up to a unit.
-FEW = (1, 2, 3, 4, 6, 8, 12, 16, 24)
-#: Products with larger weights are as quick in blocks of a few hundred rows, and take long to measure.
-_LARGE, _OF_LARGE = 1 << 22, 512
 #: Weights up to so many elements gain nothing from several threads.
 _SMALL = 1 << 19
-#: Families are looked for that have one of these heights.
-_LEAST = (32, 64, 256)
-#: What a block costs beyond its rows, counted in rows, and the passes by which families are compared.
-_OF_A_BLOCK = 50
-_PASSES = (192, 384, 768, 1_536, 3_072)
-#: Times that each height's product is measured, the second if that takes no longer than so many seconds; the least
-#: counts. A worker measures while the processes that were started with it are still loading.
-LEAST_ROUNDS, MOST_ROUNDS, ROUNDS_SECONDS = 3, 12, 0.5
 #: Elements that torch gives to one thread whole, at least, and a multiple of every vector loop's stride.
 _GRAIN = 32_768
 _STRIDE = 64
@@ -71,7 +53,8 @@ class FixedShapes(TorchFunctionMode):
     `heights`: for shapes of weights, heights that were seen to give the same bits, multiples of `unit`. `packed`: the
     same of packed weights, with the bits of the plain ones.
     `fewer`: numbers of rows below `unit` that give the bits of a product of `unit` rows: these are padded to the next.
-    `steps`: for passes of one token a text, if they are to be others.
+    `steps`: for passes of one token a text, if they are to be others. `is_alike`: whether a lane gives a row the bits
+    that it gets from all threads.
     """
 
     def __init__(
@@ -81,15 +64,17 @@ class FixedShapes(TorchFunctionMode):
         fewer: Mapping[Shape, Sequence[int]] | None = None,
         steps: FixedShapes | None = None,
         packed: Mapping[Shape, Heights] | None = None,
+        *,
+        is_alike: bool = True,
     ) -> None:
         super().__init__()
         self.unit = unit
         self.heights = heights or {}
         self.packed = packed or {}
-        #: Whether a lane gives a row the same bits.
-        self.is_alike = True
+        self.is_alike = is_alike
         self.fewer = fewer or {}
         self.steps = steps or self
+        self._known = self.heights.keys() | self.packed.keys() | self.fewer.keys()
         every = [*self.heights.values(), *self.packed.values()]
         self._least = max((min(each) for each in every if each), default=unit)
         self._plans: dict[tuple[Shape, int, bool], tuple[int, ...]] = {}
@@ -110,7 +95,7 @@ class FixedShapes(TorchFunctionMode):
     def linear(self, x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
         """x (…, T, in) → (…, T, out), as F.linear."""
         shape = (*weight.shape, weight.dtype)
-        if shape in self.heights or weight.numel() > _SMALL or weight.device.type != "cpu":
+        if shape in self._known or weight.numel() > _SMALL or weight.device.type != "cpu":
             return self._linear(x, weight, bias, shape)
         # An intervention's: nobody has looked whether more threads round otherwise.
         with lanes.computing_with(1):
@@ -145,11 +130,11 @@ class FixedShapes(TorchFunctionMode):
             return (self.unit,) * units
         key = (shape, units, is_packed)
         if key not in self._plans:
-            self._plans[key] = _quickest(heights, self.unit, units)[1]
+            self._plans[key] = quickest(heights, self.unit, units)[1]
         return self._plans[key]
 
 
-def _quickest(costs: Heights, unit: int, units: int) -> tuple[float, tuple[int, ...]]:
+def quickest(costs: Heights, unit: int, units: int) -> tuple[float, tuple[int, ...]]:
     """The least cost of covering `units` times `unit` rows, and the blocks that do it, the tallest first."""
     best: list[tuple[float, int]] = [
         (0.0, 0)
@@ -176,12 +161,12 @@ def _block(
 ) -> Tensor:
     """The product of so many rows, padded up to `height`; written to `out` if there is one."""
     if len(rows) == height:
-        return _product(rows, weight, bias, packed, out)
-    padded = _product(F.pad(rows, (0, 0, 0, height - len(rows))), weight, bias, packed)[: len(rows)]
+        return product(rows, weight, bias, packed, out)
+    padded = product(F.pad(rows, (0, 0, 0, height - len(rows))), weight, bias, packed)[: len(rows)]
     return padded if out is None else out.copy_(padded)
 
 
-def _product(
+def product(
     rows: Tensor, weight: Tensor, bias: Tensor | None, packed: Tensor | None, out: Tensor | None = None
 ) -> Tensor:
     """F.linear of (n, in), which can't be told where to write; with the packed weight where there is one."""
@@ -209,162 +194,5 @@ def _by_rows(func: Callable[..., Tensor], x: Tensor, **options: Any) -> Tensor:
 
 def unmeasured(device: torch.device) -> FixedShapes:
     """Blocks of UNIT rows alone: for a few rows that nobody compares with a measured model's."""
-    shapes = FixedShapes(UNIT.get(device.type, UNIT_ELSEWHERE))
-    shapes.is_alike = False  # that was not measured either
-    return shapes
-
-
-@torch.inference_mode()
-def calibrate(layers: Iterable[nn.Module], device: torch.device) -> dict[int, FixedShapes]:
-    """The block heights for a model's linear layers on this machine: for its present number of threads, and for what a
-    lane has."""
-    unit = UNIT.get(device.type, UNIT_ELSEWHERE)
-    weights: dict[Shape, _Weight] = {}
-    for layer in layers:
-        for module in layer.modules():
-            if isinstance(module, nn.Linear) and module.weight.device == device:
-                shape = (*module.weight.shape, module.weight.dtype)
-                weights[shape] = weights.get(shape) or _Weight(module)
-    threads = torch.get_num_threads()
-    fewest = lanes.threads_of_a_lane() if lanes.count(device) > 1 else threads
-    with lanes.computing_with(1):
-        bases = {shape: _base(weight, unit) for shape, weight in weights.items()}
-    found = {}
-    for number in {threads, fewest}:
-        with lanes.computing_with(number):
-            found[number] = _calibrated(weights, bases, unit, FEW if number == threads else None)
-            found[number].is_alike = found[number].heights.keys() == weights.keys()
-    return found
-
-
-def _calibrated(
-    weights: Mapping[Shape, _Weight],
-    bases: Mapping[Shape, tuple[int, Tensor]],
-    unit: int,
-    few: Sequence[int] | None,
-) -> FixedShapes:
-    """With the bits of the bases. `few`: numbers of rows that steps of writing may have."""
-    heights: dict[bool, dict[Shape, Heights]] = {False: {}, True: {}}
-    for shape, weight in weights.items():
-        for packed in (False, True):
-            family = _agreeing(weight, bases[shape], unit, packed=packed)
-            if family:
-                heights[packed][shape] = dict.fromkeys(family, math.inf)
-    _measure(weights, heights)
-    fewer = {} if few is None else {shape: _fewer(weight, few, unit) for shape, weight in weights.items()}
-    plain, packed_ones = (
-        {shape: _no_slower(each) for shape, each in heights[k].items()} for k in (False, True)
-    )
-    steps = FixedShapes(unit, fewer=fewer, packed={shape: {} for shape in packed_ones})
-    return FixedShapes(unit, plain, steps=steps, packed=packed_ones)
-
-
-class _Weight:
-    """One of the layers' weights, standing for all of its shape."""
-
-    def __init__(self, module: nn.Linear) -> None:
-        self.weight, self.bias = module.weight, module.bias
-        self.is_packed = packed_weights.kept(module.weight) is not None
-        can_be = not self.is_packed and packed_weights.packable(module.weight)
-        self.packed = packed_weights.packed(module.weight) if can_be else packed_weights.kept(module.weight)
-        generator = torch.Generator().manual_seed(0)
-        tallest = _OF_LARGE if self.weight.numel() > _LARGE else max(HEIGHTS)
-        self.rows = torch.randn(tallest, module.in_features, generator=generator).to(module.weight)
-
-    def candidates(self, unit: int) -> list[int]:
-        return [height for height in HEIGHTS if height % unit == 0 and height <= len(self.rows)]
-
-    def times(self, rows: Tensor, packed: bool) -> Tensor:
-        return _product(rows, self.weight, self.bias, self.packed if packed else None)
-
-
-def _fewer(weight: _Weight, few: Sequence[int], unit: int) -> tuple[int, ...]:
-    """The numbers of rows whose product has the bits of one of `unit` rows: texts are written in passes of a few."""
-    kinds = (False, True) if weight.packed is not None else (False,)
-    exact = {kind: weight.times(weight.rows[:unit], kind) for kind in kinds}
-    return tuple(
-        n
-        for n in few
-        if n < unit and all(_agree(weight.times(weight.rows[:n], kind), exact[kind]) for kind in kinds)
-    )
-
-
-def _measure(weights: Mapping[Shape, _Weight], found: Mapping[bool, Mapping[Shape, Heights]]) -> None:
-    """How long each height takes, plain and packed.
-
-    Rounds over all of them, so that what else the machine does in one moment decides against none.
-    """
-    began = time.perf_counter()
-    for done in range(MOST_ROUNDS):
-        if done >= LEAST_ROUNDS and time.perf_counter() - began > ROUNDS_SECONDS:
-            break
-        for packed, shapes in found.items():
-            for shape, heights in shapes.items():
-                for height, least in heights.items():
-                    heights[height] = min(least, _seconds(weights[shape], height, packed))
-
-
-def _no_slower(seconds: Heights) -> Heights:
-    """A tall block is likelier to be interrupted than the small ones it replaces: it is no slower, that is assumed."""
-    least = min(seconds)
-    return {height: min(took, -(-height // least) * seconds[least]) for height, took in seconds.items()}
-
-
-def _base(weight: _Weight, unit: int) -> tuple[int, Tensor]:
-    """The height whose plain product has the bits of a whole family, and that product.
-
-    Of all families, the one whose blocks cover passes of many lengths the best: of packed products, where there are.
-    """
-    candidates = weight.candidates(unit)
-    bases = [height for height in candidates if height in _LEAST] or candidates[:1]
-    exact = {base: _in_blocks(weight, base, False) for base in bases}
-    families: dict[int, list[int]] = {base: [] for base in bases}
-    packed = weight.packed is not None
-    for height in candidates:
-        found = exact[height] if height in exact and not packed else _in_blocks(weight, height, packed)
-        for base, family in families.items():
-            if _agree(found, exact[base]):
-                family.append(height)
-    # Not all of them need have a packed product with their bits.
-    judged = {base: family or [base] for base, family in families.items()}
-    best = min(bases, key=lambda base: (_cost(judged[base], unit), judged[base]))
-    return best, exact[best]
-
-
-def _agreeing(weight: _Weight, base: tuple[int, Tensor], unit: int, *, packed: bool) -> list[int]:
-    """Heights whose products have the base's bits, plain or packed."""
-    height, exact = base
-    if packed and weight.packed is None:
-        return []
-    candidates = weight.candidates(unit)
-    if not packed and weight.is_packed and _agree(_in_blocks(weight, height, False), exact):
-        return [height]  # for the few of its shape that are not packed
-    return [height for height in candidates if _agree(_in_blocks(weight, height, packed), exact)]
-
-
-def _cost(family: list[int], unit: int) -> float:
-    """Of passes of many lengths, each against a single block of its own length."""
-    costs = {height: float(height + _OF_A_BLOCK) for height in family}
-    return sum(_quickest(costs, unit, -(-rows // unit))[0] / (rows + _OF_A_BLOCK) for rows in _PASSES)
-
-
-def _in_blocks(weight: _Weight, height: int, packed: bool) -> Tensor:
-    """The product of as many rows as fill blocks of this height."""
-    whole = weight.rows[: len(weight.rows) // height * height]
-    return torch.cat([weight.times(part, packed) for part in torch.split(whole, height)])
-
-
-def _agree(some: Tensor, exact: Tensor) -> bool:
-    """Whether two products have the same bits as far as both go."""
-    rows = min(len(some), len(exact))
-    return torch.equal(some[:rows], exact[:rows])
-
-
-def _seconds(weight: _Weight, height: int, packed: bool) -> float:
-    """Of one product."""
-    rows = weight.rows[:height]
-    began = time.perf_counter()
-    weight.times(rows, packed)
-    if rows.is_cuda:
-        torch.cuda.synchronize(rows.device)
-    return time.perf_counter() - began
+    # Whether threads matter was not measured either.
+    return FixedShapes(UNIT.get(device.type, UNIT_ELSEWHERE), is_alike=False)

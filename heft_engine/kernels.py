@@ -31,7 +31,6 @@ from heft_engine.lanes import openmp
 log = logging.getLogger(__name__)
 
 _SOURCE = Path(__file__).with_name("kernels.cpp")
-_COMPILERS = (os.environ.get("CXX"), "g++", "clang++", "c++")
 #: No contraction: a product that is added without being rounded has other bits. OpenMP is not linked in: `_library`.
 _FLAGS = (
     *("-std=c++17", "-O3", "-march=native", "-fopenmp", "-fPIC", "-c"),
@@ -118,6 +117,12 @@ def load(cache_dir: Path | None = None) -> Kernels | None:
     return kernels
 
 
+def compiler() -> str | None:
+    """A C++ compiler's path."""
+    names = (os.environ.get("CXX"), "g++", "clang++", "c++")
+    return next((found for name in names if name and (found := shutil.which(name))), None)
+
+
 class _Unfit(Exception):
     """What stands against kernels on this machine."""
 
@@ -128,20 +133,20 @@ def _library(directory: Path) -> ctypes.CDLL:
     # awake where torch's want to compute.
     if openmp() is None:
         raise _Unfit("torch has no OpenMP runtime, or several")
-    compiler = next((found for name in _COMPILERS if name and (found := shutil.which(name))), None)
-    if compiler is None:
+    found = compiler()
+    if found is None:
         raise _Unfit("there is no C++ compiler")
-    name = f"{_key(compiler)}.so"
+    name = f"{_key(found)}.so"
     try:
         directory.mkdir(mode=0o700, parents=True, exist_ok=True)
         place = directory.stat()
         if place.st_uid != os.geteuid() or place.st_mode & 0o022:
             raise PermissionError(f"others may leave code in {directory}")
-        return _compiled(compiler, directory / name)
+        return _compiled(found, directory / name)
     except OSError as error:
         log.info("compiled kernels can't be kept, and are compiled for this process alone: %s", error)
     with tempfile.TemporaryDirectory(prefix="heft-kernels-") as scratch:
-        return _compiled(compiler, Path(scratch) / name)
+        return _compiled(found, Path(scratch) / name)
 
 
 def _compiled(compiler: str, target: Path) -> ctypes.CDLL:

@@ -35,9 +35,9 @@ def count(device: torch.device) -> int:
 
 
 def threads_of_a_lane() -> int:
-    """What each computes with; in a lane, what it has."""
+    """What each computes with, where there are several."""
     threads = torch.get_num_threads()
-    return threads if is_lane() else threads // min(MOST, threads)
+    return threads // min(MOST, threads)
 
 
 def run(jobs: Sequence[Callable[[], T]], device: torch.device, *, alone: bool = True) -> list[T]:

@@ -19,8 +19,9 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from heft_engine import lanes, packed_weights
+from heft_engine.block_heights import measured
 from heft_engine.families import family_of
-from heft_engine.fixed_shapes import FixedShapes, calibrate, unmeasured
+from heft_engine.fixed_shapes import FixedShapes, unmeasured
 from heft_engine.free_memory import free_bytes
 from heft_engine.interventions import Sites
 from heft_engine.packing import Batch, Layout
@@ -80,8 +81,16 @@ class PackedLM:
         with it for what a lane has."""
         threads = torch.get_num_threads()
         if threads not in self._fixed_shapes:
-            self._fixed_shapes = calibrate(self.layers, self.device)
+            self._fixed_shapes = measured(self.layers, self.device)
         return self._fixed_shapes[threads]
+
+    def quick_layers(self) -> QuickLayers:
+        """The layers' quick passes, tried out once."""
+        if self._quick_layers is None:
+            kinds = [self._kind(index) or "" for index in range(self.n_layers)]
+            with self.fixed_shapes():
+                self._quick_layers = QuickLayers(list(self.layers), kinds, self._turned)
+        return self._quick_layers
 
     def leave_shapes_unmeasured(self) -> None:
         """Blocks of one height alone: measuring takes longer than the few rows that this model is asked."""
@@ -99,23 +108,21 @@ class PackedLM:
 
         Yields whether a lane gives a row the bits that it gets here."""
         shapes = self.fixed_shapes()
-        with shapes.steps if steps else shapes:
-            if self._quick_layers is None:
-                kinds = [self._kind(index) or "" for index in range(self.n_layers)]
-                self._quick_layers = QuickLayers(list(self.layers), kinds, self._turned)
-            with self._quick_layers.active():
-                yield shapes.is_alike
+        with shapes.steps if steps else shapes, self.quick_layers().active():
+            yield shapes.is_alike
 
-    def pack(self, spare_bytes: int) -> None:
-        """Keeps the layers' weights packed too where that takes no more than so many bytes."""
-        if packed_weights.bytes_to_pack(self.layers) <= spare_bytes:
+    def pack(self, spare_bytes: int | None = None) -> None:
+        """Keeps the layers' weights packed too where that takes no more than so many bytes: by default than half of
+        what is free."""
+        spare = free_bytes(self.device) // 2 if spare_bytes is None else spare_bytes
+        if packed_weights.bytes_to_pack(self.layers) <= spare:
             packed_weights.pack(self.layers)
 
     @contextmanager
     def packed(self) -> Iterator[None]:
-        """Weights are packed inside, where half of what is free has room for that."""
+        """Weights are packed inside, where there is room for that."""
         try:
-            self.pack(free_bytes(self.device) // 2)
+            self.pack()
             yield
         finally:
             packed_weights.unpack(self.layers)

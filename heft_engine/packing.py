@@ -177,6 +177,12 @@ class Layout:
         return tuple(Run(first=first, end=end) for first, end in zip(starts, ends, strict=True))
 
     @cached_property
+    def in_order(self) -> tuple[Tensor, Tensor]:
+        """Places of the batch's tokens, and no gaps, where they are not to stand otherwise."""
+        places = torch.arange(sum(row.length for row in self.rows))
+        return places, places[:0]
+
+    @cached_property
     def tiles(self) -> Tiles | None:
         """Where every row is one causal sequence that continues nothing; None otherwise."""
         is_plain = self.kept is None and self.prefix is None and self.decoding is None

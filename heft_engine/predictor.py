@@ -24,7 +24,6 @@ from heft_engine.config import TaskSettings, TaskType
 from heft_engine.devices import choose_device, choose_dtype
 from heft_engine.encoding import Encoder, Example, Task
 from heft_engine.errors import BundleError
-from heft_engine.free_memory import free_bytes
 from heft_engine.model import PackedLM
 from heft_engine.model_files import inspect, weights_hash
 from heft_engine.packing import micro_batches
@@ -244,7 +243,7 @@ def load(
         lm = assemble(
             bundle, model_dir=model_dir, cache_dir=cache_dir, allow_paths=allow_paths, device=device
         )
-        lm.pack(free_bytes(lm.device) // 2)
+        lm.pack()
         check_probe(bundle, Weights(lm=lm, sites=tuple(lm.sites)))
         return lm
 
@@ -278,7 +277,7 @@ def load_base(
     where = device or choose_device()
     dtype = choose_dtype("auto", where)
     lm = apart(lambda: PackedLM(load_model(base, dtype=dtype, device=where, attention=IMPLEMENTATION)))
-    apart(lambda: lm.pack(free_bytes(lm.device) // 2))
+    apart(lm.pack)
     length = resolve_max_length(None, inspect(base.path).max_position_embeddings)
     encoder = Encoder(load_tokenizer(base.path), Task.resolve(TaskSettings(), task), length)
     weights = Weights(lm=lm, scope="base")

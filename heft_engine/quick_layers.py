@@ -74,7 +74,7 @@ class QuickLayers:
         with self._lock:
             self._inside += more
             for layer, forward in self._forwards.items() if (self._inside, more) == (1, 1) else ():
-                layer.forward = forward
+                layer.__dict__["forward"] = forward  # a hundred times quicker than a module's own way
             for layer in self._forwards if self._inside == 0 else ():
                 layer.__dict__.pop("forward", None)
 
@@ -117,14 +117,14 @@ def _forward(layer: Any, asked: dict[str, Any], compiled: kernels.Kernels) -> Fo
         with torch._C.DisableTorchFunction():
             cosine, sine = position_embeddings
             tiles = tiles_of(layout, states)
-            where = _in_order(hidden) if tiles is None else (tiles.places, tiles.gaps)
+            where = layout.in_order if tiles is None else (tiles.places, tiles.gaps)
             query, key = (compiled.rotate(each, cosine, sine, *where) for each in (query, key))
             if tiles is None:
                 q, k, v = (each.transpose(0, 1)[None] for each in (query, key, value))
                 seen, _weights = packed_attention(attention, q, k, v, None, layout=layout, **asked)
             else:
                 value = compiled.place(value, *where)
-                seen = tiled_attention(layer_index, query, key, value, layout, tiles, *asked.values())
+                seen = tiled_attention(layer_index, query, key, value, layout, tiles, **asked)
         states_after = cast(Tensor, attention.o_proj(seen.reshape(1, hidden.shape[1], -1)))
         hidden = compiled.add_rms_norm(states, states_after, second.weight, second.variance_epsilon)
         gate, up = mlp.gate_proj(hidden), mlp.up_proj(hidden)
@@ -132,11 +132,6 @@ def _forward(layer: Any, asked: dict[str, Any], compiled: kernels.Kernels) -> Fo
         return cast(Tensor, mlp.down_proj(active)).add_(states_after)
 
     return forward
-
-
-def _in_order(states: Tensor) -> tuple[Tensor, Tensor]:
-    order = torch.arange(states.shape[1])
-    return order, order[:0]
 
 
 class _Asked:

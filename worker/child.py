@@ -40,6 +40,7 @@ PASSED_ON = {
     "LD_LIBRARY_PATH",
     "CC",
     "CXX",
+    "HEFT_KERNELS",
     "GLIBC_TUNABLES",
 }
 PASSED_ON_PREFIXES = (

@@ -27,7 +27,6 @@ from heft_engine.base_models import load_tokenizer
 from heft_engine.config import TaskSettings
 from heft_engine.encoding import Encoder, Example, Task
 from heft_engine.fixed_shapes import FixedShapes
-from heft_engine.free_memory import free_bytes
 from heft_engine.kernels import Kernels
 from heft_engine.model import PackedLM
 from heft_engine.packing import packed_length
@@ -157,7 +156,7 @@ def many_models(options: argparse.Namespace) -> dict[str, Any]:
     base = rows.base_model(options.model)
     lm = apart(lambda: rows.packed_model(base))
     adapt_rows(lm)
-    lm.pack(free_bytes(lm.device) // 2)
+    lm.pack()
     examples = questions(options, base, options.rows)
     merged = apart(lambda: made.merged(lm, 0))
     batcher = Batcher(prefix_bytes=0)

@@ -6,7 +6,6 @@ import torch
 
 from heft_engine import lora
 from heft_engine.bundle import StoredSite
-from heft_engine.free_memory import free_bytes
 from heft_engine.interventions import Site
 from heft_engine.lora import LoraAdapter
 from heft_engine.model import PackedLM
@@ -49,7 +48,7 @@ def merged(lm: PackedLM, seed: int) -> Weights:
     own = adapter(lm, seed)
     twin = PackedLM(copy_sharing(lm.model, set(own.factors)))
     lora.merge(twin.model, own)
-    twin.pack(free_bytes(twin.device) // 2)
+    twin.pack()
     site: Site = stored_site(lm, seed).site(lm.hidden_size)
     twin.sites.add(site)
     return Weights(lm=twin, sites=(site,), scope=("merged", seed))

@@ -54,7 +54,9 @@ class Base:
         adapt_rows(self.lm)
         self._spare_bytes = spare_bytes
         self.lm.pack(spare_bytes() - unique_bytes(self.lm.model))
-        self.lm.fixed_shapes()  # measured now, once for all that stands on this base
+        # Measured and tried out now, once for all that stands on this base.
+        self.lm.fixed_shapes()
+        self.lm.quick_layers()
         self.memory_bytes = unique_bytes(self.lm.model)
         self._device = device
         self._batcher = batcher

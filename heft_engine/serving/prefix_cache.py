@@ -9,7 +9,7 @@ under another owner, model or scale.
 
 Scores from a kept prefix agree with fresh ones to the rounding of the model's dtype, not to the bit.
 
-It does NOT know models or requests. One thread at a time.
+It does NOT know models or requests. One thread at a time, but for `room`.
 """
 
 from __future__ import annotations

@@ -29,6 +29,11 @@ class ScoringRow:
     hashes: Sequence[bytes] = ()
     kept: KeptPrefix | None = None
 
+    @property
+    def skipped(self) -> int:
+        """Tokens that need not be computed."""
+        return self.kept.length if self.kept is not None else 0
+
 
 @torch.inference_mode()
 def score_rows(lm: PackedLM, rows: Sequence[ScoringRow], cache: PrefixCache | None = None) -> list[Scores]:
@@ -36,14 +41,12 @@ def score_rows(lm: PackedLM, rows: Sequence[ScoringRow], cache: PrefixCache | No
     # Rows that continue the same prefix stand beside each other: attention takes them together.
     first: dict[KeptPrefix | None, int] = {}
     order = sorted(range(len(rows)), key=lambda index: first.setdefault(rows[index].kept, index))
-    scores = _score([rows[index] for index in order], lm, cache)
-    return [one for _, one in sorted(zip(order, scores, strict=True), key=lambda pair: pair[0])]
+    return in_order([order], [_score([rows[index] for index in order], lm, cache)])
 
 
 def _score(rows: Sequence[ScoringRow], lm: PackedLM, cache: PrefixCache | None) -> list[Scores]:
-    skipped = [row.kept.length if row.kept is not None else 0 for row in rows]
-    shares = pieces(lm, [row.example for row in rows], skipped)
-    parts = [_Part(lm, [rows[row] for row in own], [skipped[row] for row in own], cache) for own in shares]
+    shares = pieces(lm, [row.example for row in rows], [row.skipped for row in rows])
+    parts = [_Part(lm, [rows[row] for row in own], cache) for own in shares]
     scores = in_order(shares, in_lanes(lm, _Part.score, parts))
     for part in parts:
         part.leave()
@@ -53,15 +56,13 @@ def _score(rows: Sequence[ScoringRow], lm: PackedLM, cache: PrefixCache | None) 
 class _Part:
     """Rows of a pass that one lane takes."""
 
-    def __init__(
-        self, lm: PackedLM, rows: Sequence[ScoringRow], skipped: Sequence[int], cache: PrefixCache | None
-    ) -> None:
-        self._lm, self._rows, self._skipped = lm, rows, skipped
+    def __init__(self, lm: PackedLM, rows: Sequence[ScoringRow], cache: PrefixCache | None) -> None:
+        self._lm, self._rows = lm, rows
         leaves = cache is not None and any(row.hashes for row in rows)
         self._leaving = _Leaving(cache, rows, lm.n_layers) if cache is not None and leaves else None
 
     def score(self) -> list[Scores]:
-        rows, skipped = self._rows, self._skipped
+        rows, skipped = self._rows, [row.skipped for row in self._rows]
         tokens = sum(packed_length(row.example) for row in rows) - sum(skipped)
         length = self._lm.fixed_shapes().whole(tokens)
         batch = pack([row.example for row in rows], skipped=skipped, length=length)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import shutil
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -11,13 +10,9 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
+from needs import needs_compiler
 
 from heft_engine import kernels, lanes
-
-needs_compiler = pytest.mark.skipif(
-    not any(map(shutil.which, ("g++", "clang++", "c++"))) or lanes.openmp() is None,
-    reason="kernels need a C++ compiler and one OpenMP runtime",
-)
 
 
 @pytest.fixture(autouse=True)
@@ -39,7 +34,6 @@ def test_kernels_give_the_bits_of_torchs_operations(tmp_path: Path, threads: int
     torch.manual_seed(3)
     compiled = kernels.load(tmp_path)
     assert compiled is not None
-    assert kernels._wrong(compiled) is None
     # More elements than one thread takes, and an odd number of rows.
     x, y, weight = some(1, 301, 576), some(1, 301, 576), some(576)
     single = x.float()
@@ -115,7 +109,7 @@ def test_there_are_none_that_do_not_compile(
 @pytest.mark.parametrize(
     ("right", "wrong", "named"),
     [
-        ("normed", "weight *", "the norm"),
+        ("through_bf16(load(x + i) * rates)", "(load(x + i) * rates)", "the norm"),
         ("load(x + i) + load(y + i)", "load(x + i) - load(y + i)", "the sum and its norm"),
         ("through_bf16(-b * load(sin_low + i))", "-b * load(sin_low + i)", "the rotary embedding"),
         ("through_bf16(silu(load(gate + i)))", "silu(load(gate + i))", "the gated activation"),
@@ -132,8 +126,6 @@ def test_there_are_none_with_other_bits(
 ) -> None:
     """One rounding too few is enough."""
     text = kernels._SOURCE.read_text()
-    if named == "the norm":
-        right, wrong = "through_bf16(load(x + i) * rates)", "(load(x + i) * rates)"
     assert right in text
     source = tmp_path / "kernels.cpp"
     source.write_text(text.replace(right, wrong))

@@ -12,6 +12,7 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from needs import needs_runtime
 
 from heft_engine import lanes, scoring
 from heft_engine.attention import IMPLEMENTATION
@@ -21,7 +22,6 @@ from heft_engine.model import PackedLM
 from heft_engine.scoring import score
 
 CPU = torch.device("cpu")
-needs_runtime = pytest.mark.skipif(lanes.openmp() is None, reason="lanes need one OpenMP runtime")
 
 
 @pytest.fixture(autouse=True)
@@ -74,12 +74,10 @@ def test_jobs_run_side_by_side_each_with_one_thread() -> None:
 
 @needs_runtime
 def test_many_threads_are_divided_among_the_lanes(monkeypatch: pytest.MonkeyPatch) -> None:
-    """And a lane knows how many it has: what is computed with as many rounds alike in it and outside."""
     monkeypatch.setattr(lanes, "MOST", 1)
     monkeypatch.setattr(lanes, "count", lambda device: 2)
     assert lanes.threads_of_a_lane() == 3
-    found = lanes.run([lambda: (torch.get_num_threads(), lanes.threads_of_a_lane())] * 2, CPU)
-    assert found == [(3, 3), (3, 3)]
+    assert lanes.run([torch.get_num_threads] * 2, CPU) == [3, 3]
 
 
 @needs_runtime
@@ -154,14 +152,14 @@ def test_a_row_alone_goes_where_it_gets_the_bits_of_all(
         Example(prompt=(5,) * n, answers=((7,), (8,)), labels=("a", "b"), gold=0) for n in (9, 60, 33, 41)
     ]
     lm.fixed_shapes().is_alike = is_alike
-    seen: list[tuple[int, int]] = []
-    monkeypatch.setattr(lm, "on_forward", lambda: seen.append((torch.get_num_threads(), 0)))
+    seen: list[int] = []
+    monkeypatch.setattr(lm, "on_forward", lambda: seen.append(torch.get_num_threads()))
     together = score(lm, rows)
     assert len(seen) == 3, "three lanes"
-    assert {threads for threads, _ in seen} == {1}
+    assert set(seen) == {1}
     seen.clear()
     assert [score(lm, [row])[0] for row in rows] == together
-    assert {threads for threads, _ in seen} == {3 if is_alike else 1}
+    assert set(seen) == {3 if is_alike else 1}
 
 
 @needs_runtime

@@ -7,13 +7,14 @@ from pathlib import Path
 
 import pytest
 import torch
+from needs import needs_compiler
 from torch import nn
 
 from heft_engine import evaluation, packed_weights
 from heft_engine.attention import IMPLEMENTATION
 from heft_engine.base_models import load_model, resolve_path
+from heft_engine.block_heights import measured
 from heft_engine.encoding import Example
-from heft_engine.fixed_shapes import calibrate
 from heft_engine.model import PackedLM
 from heft_engine.packed_weights import bytes_to_pack, kept, kept_bytes, pack, packable, unpack
 from heft_engine.scoring import score
@@ -41,26 +42,40 @@ def test_only_bfloat16_on_a_cpu_is_packed() -> None:
 @torch.inference_mode()
 @pytest.mark.parametrize("bias", [False, True])
 @pytest.mark.parametrize("shape", [(320, 192), (192, 576), (576, 1_536)])
-def test_a_packed_layer_gives_the_bits_of_the_plain_one(shape: tuple[int, int], bias: bool) -> None:
+def test_a_packed_layer_gives_the_bits_of_the_plain_one(
+    monkeypatch: pytest.MonkeyPatch, shape: tuple[int, int], bias: bool
+) -> None:
     """In passes of every length, and with one thread as with several."""
     torch.manual_seed(1)
     layer, x = linear(*shape, bias=bias), torch.randn(2_100, shape[1]).bfloat16()
-    shapes: dict[bool, torch.Tensor] = {}
+    first: torch.Tensor | None = None
+    multiplied: list[bool] = []
+    run = packed_weights.product
+
+    def watched(*operands: torch.Tensor) -> torch.Tensor:
+        multiplied.append(True)
+        return run(*operands)
+
+    monkeypatch.setattr(packed_weights, "product", watched)
     for is_packed in (False, True):
         if is_packed:
             pack([layer])
         for threads in (1, 3):
             torch.set_num_threads(threads)
-            mode = calibrate([layer], CPU)[threads]
-            if not mode.is_alike:
+            mode = measured([layer], CPU)[threads]
+            if threads > 1 and not mode.is_alike:
                 continue  # then rows alone go to a lane, too
+            multiplied.clear()
             with mode:
                 found = layer(x)
                 for rows in (1, 32, 100, 700):
                     assert torch.equal(layer(x[50 : 50 + rows]), found[50 : 50 + rows])
-            shapes.setdefault(True, found)
-            assert torch.equal(found, shapes[True]), (is_packed, threads)
-    torch.testing.assert_close(shapes[True], layer(x), atol=2e-2, rtol=2e-2)
+            assert bool(multiplied) == (is_packed and bool(mode.packed))
+            first = found if first is None else first
+            assert torch.equal(found, first), (is_packed, threads)
+    assert multiplied, "on no shape is a packed product taken"
+    assert first is not None
+    torch.testing.assert_close(first, layer(x), atol=2e-2, rtol=2e-2)
 
 
 @needs_units
@@ -97,12 +112,14 @@ def test_packed_weights_are_counted_and_shared(make_tiny_model: Callable[[str], 
     assert unique_bytes(twin.model, beside=lm.model) == 2 * own.numel() + kept_bytes(own)
 
 
+@needs_compiler
 def test_a_copy_made_during_a_pass_runs_its_own_layers(make_tiny_model: Callable[[str], Path]) -> None:
     """Models are merged while the base answers."""
     lm = PackedLM(
         load_model(resolve_path(make_tiny_model("llama")), dtype=torch.bfloat16, attention=IMPLEMENTATION)
     )
     with lm.answering():
+        assert "forward" in lm.layers[0].__dict__
         twin = copy_sharing(lm.model, {"model.layers.0.self_attn.q_proj"})
     assert not any("forward" in module.__dict__ for module in twin.modules())
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import random
-import shutil
 import threading
 from collections.abc import Callable
 from dataclasses import replace
@@ -12,13 +11,12 @@ from typing import Any
 
 import pytest
 import torch
+from needs import needs_compiler
+from probe_models import with_intervention
 from torch import Tensor, nn
 
-from heft_engine import attention, kernels, lanes, quick_layers
-from heft_engine.attention import IMPLEMENTATION
-from heft_engine.base_models import load_model, resolve_path
+from heft_engine import attention, kernels, quick_layers
 from heft_engine.encoding import Example
-from heft_engine.interventions import LoreftIntervention, Site
 from heft_engine.model import PackedLM
 from heft_engine.packing import TILE, Tiles, pack
 from heft_engine.quick_layers import QuickLayers
@@ -26,20 +24,11 @@ from heft_engine.scoring import score
 
 QUICK = ("llama", "mistral", "qwen2", "qwen3")
 OTHERS = ("gemma", "gemma2", "gemma3_text", "gpt_neox")
-needs_compiler = pytest.mark.skipif(
-    not any(map(shutil.which, ("g++", "clang++", "c++"))) or lanes.openmp() is None,
-    reason="kernels need a C++ compiler and one OpenMP runtime",
-)
 MakeModel = Callable[[str], Path]
 
 
 def model(path: Path, dtype: torch.dtype = torch.bfloat16) -> PackedLM:
-    lm = PackedLM(load_model(resolve_path(path), dtype=dtype, attention=IMPLEMENTATION))
-    torch.manual_seed(0)
-    intervention = LoreftIntervention(lm.hidden_size, 4)
-    intervention.freeze()
-    lm.sites.add(Site(layer=1, positions="l2", intervention=intervention.eval()))
-    return lm
+    return with_intervention(path, "l2", dtype)
 
 
 def rows(count: int, *, branched: bool) -> list[Example]:
@@ -113,6 +102,8 @@ def test_hooks_on_layers_and_on_products_act(make_tiny_model: MakeModel) -> None
         module.register_forward_hook(lambda module, args, output, name=name: seen.append(name))
     doubled = layer.mlp.up_proj.register_forward_hook(lambda module, args, output: output * 2)
     assert totals(lm, examples) != before
+    assert lm._quick_layers is not None
+    assert len(lm._quick_layers) == lm.n_layers
     assert set(seen) == set(modules)
     doubled.remove()
     assert totals(lm, examples) == before

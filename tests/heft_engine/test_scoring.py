@@ -11,15 +11,14 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
+from probe_models import with_intervention
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM
 
-from heft_engine import attention, fixed_shapes, scoring
-from heft_engine.attention import IMPLEMENTATION
-from heft_engine.base_models import load_model, resolve_path
+from heft_engine import attention, block_heights, fixed_shapes, scoring
+from heft_engine.block_heights import HEIGHTS, measured
 from heft_engine.encoding import Example
-from heft_engine.fixed_shapes import HEIGHTS, FixedShapes, calibrate
-from heft_engine.interventions import LoreftIntervention, Site
+from heft_engine.fixed_shapes import FixedShapes
 from heft_engine.model import PackedLM
 from heft_engine.scoring import Scores, score
 
@@ -28,12 +27,7 @@ MakeModel = Callable[[str], Path]
 
 def packed(path: Path, dtype: torch.dtype = torch.float32) -> PackedLM:
     """With an intervention at the last prompt token: one row alone gives it a product of one row."""
-    lm = PackedLM(load_model(resolve_path(path), dtype=dtype, attention=IMPLEMENTATION))
-    torch.manual_seed(0)
-    intervention = LoreftIntervention(lm.hidden_size, 4)
-    intervention.freeze()
-    lm.sites.add(Site(layer=1, positions="l1", intervention=intervention.eval()))
-    return lm
+    return with_intervention(path, "l1", dtype)
 
 
 def questions(n: int) -> list[Example]:
@@ -165,7 +159,7 @@ SHAPE = (64, 48, torch.float32)
 
 
 def calibrated(layer: nn.Module) -> FixedShapes:
-    return calibrate([layer], torch.device("cpu"))[torch.get_num_threads()]
+    return measured([layer], torch.device("cpu"))[torch.get_num_threads()]
 
 
 @pytest.mark.parametrize("heights", [None, {32: 1.0, 512: 4.0}, {32: 1.0, 64: 1.5, 1_024: 8.0}])
@@ -191,10 +185,10 @@ def test_few_rows_need_no_padding_where_that_was_seen_to_change_nothing() -> Non
     torch.manual_seed(1)
     for dtype in (torch.bfloat16, torch.float32):
         layer = nn.Linear(192, 64, bias=False, dtype=dtype).requires_grad_(False)
-        measured = calibrated(layer)
+        shapes = calibrated(layer)
         rows = torch.randn(32, 192, dtype=dtype)
         whole = layer(rows)
-        for few in measured.steps.fewer[64, 192, dtype]:
+        for few in shapes.steps.fewer[64, 192, dtype]:
             assert torch.equal(layer(rows[:few]), whole[:few])
 
 
@@ -244,9 +238,9 @@ def test_calibration_takes_a_family_of_heights_that_give_the_same_bits(
     def in_blocks(weight: Any, height: int, packed: bool) -> Tensor:
         return torch.full((len(weight.rows) // height * height, 2), float(bits(height)))
 
-    monkeypatch.setattr(fixed_shapes, "_in_blocks", in_blocks)
+    monkeypatch.setattr(block_heights, "_in_blocks", in_blocks)
     lm = packed(tiny_llama_dir)
-    mode = calibrate(lm.layers, lm.device)[torch.get_num_threads()]
+    mode = measured(lm.layers, lm.device)[torch.get_num_threads()]
     # q and o, k and v, gate and up, down: one product each.
     assert mode.heights.keys() == {(*s, torch.float32) for s in [(32, 32), (16, 32), (64, 32), (32, 64)]}
     for heights in mode.heights.values():

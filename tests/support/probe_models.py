@@ -11,11 +11,22 @@ from torch import Tensor
 from heft_engine.attention import IMPLEMENTATION
 from heft_engine.base_models import load_model, resolve_path
 from heft_engine.encoding import Example
+from heft_engine.interventions import LoreftIntervention, Site
 from heft_engine.model import PackedLM
 
 
 def packed(path: Path, dtype: torch.dtype = torch.float32) -> PackedLM:
     return PackedLM(load_model(resolve_path(path), dtype=dtype, attention=IMPLEMENTATION))
+
+
+def with_intervention(path: Path, positions: str, dtype: torch.dtype = torch.float32) -> PackedLM:
+    """The same with an intervention at layer 1, made-up and frozen."""
+    lm = packed(path, dtype)
+    torch.manual_seed(0)
+    intervention = LoreftIntervention(lm.hidden_size, 4)
+    intervention.freeze()
+    lm.sites.add(Site(layer=1, positions=positions, intervention=intervention.eval()))
+    return lm
 
 
 def probes() -> list[Example]:

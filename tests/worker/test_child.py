@@ -41,6 +41,7 @@ def test_only_what_is_needed_is_passed_on() -> None:
         "HF_HOME": "/hub",
         "CUDA_VISIBLE_DEVICES": "1",
         "OMP_NUM_THREADS": "2",
+        "HEFT_KERNELS": "off",
         "https_proxy": "http://proxy",
         "HEFT_DATABASE_URL": "postgresql://secret",
         "HEFT_API_KEY": "heft_a_b",
@@ -48,7 +49,7 @@ def test_only_what_is_needed_is_passed_on() -> None:
     }
     passed = child_environment(environment)
     assert {name for name in environment if name in passed} == {
-        *("PATH", "HF_HOME", "CUDA_VISIBLE_DEVICES", "OMP_NUM_THREADS", "https_proxy")
+        *("PATH", "HF_HOME", "CUDA_VISIBLE_DEVICES", "OMP_NUM_THREADS", "HEFT_KERNELS", "https_proxy")
     }
 
 

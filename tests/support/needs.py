@@ -1,0 +1,15 @@
+"""What a test needs of the machine that it runs on."""
+
+from __future__ import annotations
+
+import pytest
+
+from heft_engine import kernels, lanes
+
+needs_runtime = pytest.mark.skipif(
+    lanes.openmp() is None, reason="torch has no OpenMP runtime here, or several: nothing is dealt out"
+)
+needs_compiler = pytest.mark.skipif(
+    kernels.compiler() is None or lanes.openmp() is None,
+    reason="kernels need a C++ compiler and one OpenMP runtime; without them torch's own operations run",
+)
