@@ -44,7 +44,11 @@ _SWITCH = "HEFT_KERNELS"
 
 
 class Kernels:
-    """kernels.cpp's functions for contiguous bfloat16 tensors on a CPU. None of them has a gradient."""
+    """kernels.cpp's functions for bfloat16 tensors on a CPU. None of them has a gradient.
+
+    What is changed in place must be contiguous. Raises ValueError for tensors of other kinds or shapes: the functions
+    see addresses alone, and would write beyond them.
+    """
 
     def __init__(self, library: ctypes.CDLL) -> None:
         pointer, number, real = ctypes.c_void_p, ctypes.c_long, ctypes.c_float
@@ -63,6 +67,7 @@ class Kernels:
         """x (…, width), weight (width,): as transformers' LlamaRMSNorm."""
         x, out = x.contiguous(), torch.empty_like(x, memory_format=torch.contiguous_format)
         rows, width = _size(x)
+        _agree(x, weight, out, fits=weight.shape == (width,))
         self._library.heft_rms_norm(_at(x), _at(weight), _at(out), rows, width, epsilon)
         return out
 
@@ -70,6 +75,7 @@ class Kernels:
         """y += x, in place, and the norm of that; both (…, width)."""
         x, out = x.contiguous(), torch.empty_like(y)
         rows, width = _size(y)
+        _agree(x, y, weight, out, fits=x.shape == y.shape and weight.shape == (width,))
         self._library.heft_add_rms_norm(_at(x), _at(y), _at(weight), _at(out), rows, width, epsilon)
         return out
 
@@ -81,6 +87,8 @@ class Kernels:
         """
         rows, heads, width = x.shape
         out = x.new_empty(rows + len(gaps), heads, width)
+        fits = cosine.numel() == sine.numel() == rows * width and len(places) == rows
+        _agree(x, cosine, sine, fits=fits)
         tensors = (x, cosine, sine, places, gaps, out)
         self._library.heft_rotate(*map(_at, tensors), rows, len(gaps), heads, width)
         return out
@@ -88,11 +96,13 @@ class Kernels:
     def place(self, x: Tensor, places: Tensor, gaps: Tensor) -> Tensor:
         """x (rows, heads, width) as `rotate` places it, as it is."""
         out = x.new_empty(len(x) + len(gaps), *x.shape[1:])
+        _agree(x, fits=len(places) == len(x))
         self._library.heft_place(*map(_at, (x, places, gaps, out)), len(x), len(gaps), x[0].numel())
         return out
 
     def gate_silu(self, gate: Tensor, up: Tensor) -> Tensor:
         """SiLU(gate) · up, in place of `gate`; both of one shape."""
+        _agree(gate, up, fits=gate.shape == up.shape)
         self._library.heft_gate_silu(_at(gate), _at(up), gate.numel())
         return gate
 
@@ -224,6 +234,12 @@ def _rms_norm(x: Tensor, weight: Tensor, epsilon: float) -> Tensor:
 def _size(x: Tensor) -> tuple[int, int]:
     width = x.shape[-1]
     return x.numel() // width, width
+
+
+def _agree(*tensors: Tensor, fits: bool) -> None:
+    if not fits or any(x.dtype != torch.bfloat16 or not x.is_contiguous() for x in tensors):
+        described = [(tuple(x.shape), x.dtype, x.stride()) for x in tensors]
+        raise ValueError(f"kernels take contiguous bfloat16 tensors that fit together, not {described}")
 
 
 def _at(x: Tensor) -> int:

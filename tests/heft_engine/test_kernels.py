@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -47,6 +47,31 @@ def test_kernels_give_the_bits_of_torchs_operations(tmp_path: Path, threads: int
     with lanes.computing_with(1):  # several threads leave torch rests, which it rounds otherwise
         expected = F.silu(gate) * up
     assert torch.equal(compiled.gate_silu(gate.clone(), up), expected)
+
+
+@needs_compiler
+def test_tensors_that_do_not_fit_are_refused() -> None:
+    """A kernel sees addresses alone."""
+    compiled = kernels.load()
+    assert compiled is not None
+    x, weight, places, none = some(6, 2, 8), some(8), torch.arange(6), torch.arange(0)
+    turned = some(6, 8)
+    wrong: list[Callable[[], object]] = [
+        lambda: compiled.rms_norm(x, some(9), 1e-5),
+        lambda: compiled.rms_norm(x.float(), weight, 1e-5),
+        lambda: compiled.add_rms_norm(some(5, 2, 8), x, weight, 1e-5),
+        lambda: compiled.add_rms_norm(x, x.transpose(0, 1), weight, 1e-5),
+        lambda: compiled.rotate(x, turned[:5], turned, places, none),
+        lambda: compiled.rotate(x, turned.float(), turned.float(), places, none),
+        lambda: compiled.rotate(x, turned, turned, places[:4], none),
+        lambda: compiled.place(x, places[:4], none),
+        lambda: compiled.place(x.transpose(0, 1), places[:2], none),
+        lambda: compiled.gate_silu(x, some(6, 2, 7)),
+        lambda: compiled.gate_silu(x.transpose(0, 1), x.transpose(0, 1)),
+    ]
+    for call in wrong:
+        with pytest.raises(ValueError, match="fit together"):
+            call()
 
 
 @needs_compiler
