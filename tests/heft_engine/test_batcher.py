@@ -25,19 +25,35 @@ from heft_engine.serving.waiting_rows import Weights
 PASSAGE = tuple(range(100, 170))
 
 
-@dataclass
 class Told:
-    """What a batcher did."""
+    """What a batcher did, up to the passes whose answers are there: it answers first, and then tells."""
 
-    passes: list[tuple[int, int, int]] = field(default_factory=list)
-    waits: list[float] = field(default_factory=list)
+    def __init__(self) -> None:
+        self.batcher: Batcher | None = None
+        self._passes: list[tuple[int, int, int]] = []
+        self._waits: list[float] = []
 
     def passed(self, *, rows: int, tokens: int, kept_tokens: int, seconds: float) -> None:
         assert seconds > 0
-        self.passes.append((rows, tokens, kept_tokens))
+        self._passes.append((rows, tokens, kept_tokens))
 
     def waited(self, seconds: float) -> None:
-        self.waits.append(seconds)
+        self._waits.append(seconds)
+
+    @property
+    def passes(self) -> list[tuple[int, int, int]]:
+        """Rows, tokens and kept tokens of each."""
+        self._settle()
+        return self._passes
+
+    @property
+    def waits(self) -> list[float]:
+        self._settle()
+        return self._waits
+
+    def _settle(self) -> None:
+        if self.batcher is not None:
+            self.batcher.run(lambda: None)
 
 
 @pytest.fixture(scope="module")
@@ -52,7 +68,7 @@ def told() -> Told:
 
 @pytest.fixture
 def batcher(told: Told) -> Iterator[Batcher]:
-    batcher = Batcher(prefix_bytes=2**24, token_budget=300, observer=told)
+    batcher = told.batcher = Batcher(prefix_bytes=2**24, token_budget=300, observer=told)
     yield batcher
     batcher.close()
 
