@@ -15,14 +15,19 @@ import torch.nn.functional as F  # noqa: N812
 from torch import Tensor
 from transformers import AttentionInterface, AttentionMaskInterface
 
+from heft_engine import matrix_units
 from heft_engine.causal_attention import LONGEST_MATRIX, CausalAttention, causal
-from heft_engine.packing import TILE, Collector, Layout, PackedRow, Run, Tiles
+from heft_engine.matrix_units import MatrixUnits, Segments
+from heft_engine.packing import TILE, Collector, Kept, Layout, PackedRow, Run, Tiles
 from heft_engine.suffix_attention import suffix_attention
 
 IMPLEMENTATION = "heft_packed"
 
 #: Entries of a mask that is kept: a row of 4,096 tokens would take 16 MB.
 _MOST_KEPT = 1 << 18
+
+#: Under which a layout keeps its `Segments`.
+_SEGMENTS = "segments"
 
 #: Query, key and value of one segment after another.
 Parts = Iterator[tuple[Tensor, Tensor, Tensor]]
@@ -67,6 +72,9 @@ def packed_attention(
             query, key, value, layout.prefix, layer, scaling, sliding_window, softcap
         ), None
     layer = cast(int, getattr(module, "layer_idx", -1))
+    if (units := units_of(layout, query, softcap)) is not None:
+        q, k, v = (each[0].transpose(0, 1) for each in (query, key, value))
+        return units_attention(units, layer, q, k, v, layout, scaling, sliding_window)[None], None
     if (tiles := tiles_of(layout, query)) is not None:
         q, k, v = (_filled(each, tiles) for each in (query, key, value))
         return tiled_attention(layer, q, k, v, layout, tiles, scaling, sliding_window, softcap)[None], None
@@ -79,6 +87,64 @@ def packed_attention(
         for out in _run(run, layer, layout, parts, scaling, sliding_window, softcap)
     ]
     return torch.cat([out.transpose(1, 2) for out in outs], dim=1), None
+
+
+def units_of(layout: Layout, query: Tensor, softcap: float | None) -> MatrixUnits | None:
+    """The matrix units, if they take the rows of a pass: query (…, head_dim)."""
+    if (
+        layout.decoding is not None
+        or layout.prefix is not None
+        or torch.is_grad_enabled()
+        or softcap is not None
+    ):
+        return None
+    units = matrix_units.load()
+    return units if units is not None and units.takes_heads(query) else None
+
+
+def units_attention(
+    units: MatrixUnits,
+    layer: int,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    layout: Layout,
+    scaling: float | None,
+    window: int | None,
+) -> Tensor:
+    """query (T, heads, head_dim), key and value (T, kv_heads, head_dim) → (T, heads, head_dim)."""
+    if layout.collector is not None:
+        for index, row in enumerate(layout.rows):
+            own = slice(row.start, row.start + (row.length if len(row.branches) < 2 else row.prompt_length))
+            left = (each[own].transpose(0, 1)[None] for each in (key, value))
+            layout.collector.leave(layer, index, *left)
+    if _SEGMENTS not in layout.memo:
+        layout.memo[_SEGMENTS] = _segments_of(layout)
+    segments, kept = cast(tuple[Segments, list[Kept]], layout.memo[_SEGMENTS])
+    sources = [(key, value)]
+    for one in kept:
+        keys, values = one.keys_values(layer)
+        sources.append((keys[0].transpose(0, 1), values[0].transpose(0, 1)))
+    return units.attend(query, sources, segments, scaling, window)
+
+
+def _segments_of(layout: Layout) -> tuple[Segments, list[Kept]]:
+    """What each row's tokens attend to: those of the pass are source 0, what is kept of prefixes the sources after."""
+    places: dict[Kept, int] = {}
+    segments = []
+    for index, row in enumerate(layout.rows):
+        kept = layout.kept[index] if layout.kept is not None else None
+        left = [] if kept is None else [(places.setdefault(kept, 1 + len(places)), 0, kept.length)]
+        if len(row.branches) < 2:
+            segments.append((row.start, row.length, [*left, (0, row.start, row.length)]))
+            continue
+        prompt = (0, row.start, row.prompt_length)
+        segments.append((row.start, row.prompt_length, [*left, prompt]))
+        start = row.start + row.prompt_length
+        for length in row.branches:
+            segments.append((start, length, [*left, prompt, (0, start, length)]))
+            start += length
+    return Segments(segments), list(places)
 
 
 def takes_tiles(states: Tensor) -> bool:
@@ -135,7 +201,7 @@ def _segments(rows: tuple[PackedRow, ...]) -> list[int]:
     are taken together."""
     if len(rows) > 1 or len(rows[0].branches) < 2:
         return [sum(row.length for row in rows)]
-    return [rows[0].prompt - rows[0].skipped, *rows[0].branches]
+    return [rows[0].prompt_length, *rows[0].branches]
 
 
 def _run(
@@ -226,9 +292,9 @@ def _mask(
     if sum(lengths) * keys > _MOST_KEPT:
         return _seen(lengths, keys, window, device)
     key = (lengths, keys, window, device)
-    if key not in layout.masks:
-        layout.masks[key] = _seen(lengths, keys, window, device)
-    return layout.masks[key]
+    if key not in layout.memo:
+        layout.memo[key] = _seen(lengths, keys, window, device)
+    return cast(Tensor, layout.memo[key])
 
 
 def _seen(lengths: tuple[int, ...], keys: int, window: int | None, device: torch.device) -> Tensor:

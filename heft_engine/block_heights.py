@@ -39,12 +39,15 @@ Found = dict[bool, dict[Shape, Heights]]
 @torch.inference_mode()
 def measured(layers: Iterable[nn.Module], device: torch.device) -> dict[int, FixedShapes]:
     """The shapes of a model's linear layers, for its present number of threads, and for what a lane has."""
+    modules = [m for layer in layers for m in layer.modules() if isinstance(m, nn.Linear)]
     weights: dict[Shape, _Weight] = {}
-    for layer in layers:
-        for module in layer.modules():
-            if isinstance(module, nn.Linear) and module.weight.device == device:
-                shape = (*module.weight.shape, module.weight.dtype)
-                weights[shape] = weights.get(shape) or _Weight(module)
+    by_units: set[Shape] = set()
+    for module in modules:
+        shape = (*module.weight.shape, module.weight.dtype)
+        if packed_weights.units_for(module.weight) is not None:
+            by_units.add(shape)
+        elif module.weight.device == device and shape not in by_units:
+            weights[shape] = weights.get(shape) or _Weight(module)
     threads = torch.get_num_threads()
     of_a_lane = lanes.threads_of_a_lane() if lanes.count(device) > 1 else threads
     with lanes.computing_with(1):
@@ -58,11 +61,14 @@ def measured(layers: Iterable[nn.Module], device: torch.device) -> dict[int, Fix
     is_alike = all(each[False].keys() == weights.keys() for each in found.values())
     unit = UNIT.get(device.type, UNIT_ELSEWHERE)
     fewer = {shape: _fewer(weight) for shape, weight in weights.items()}
-    steps = FixedShapes(unit, fewer=fewer, packed={shape: {} for shape in found[threads][True]})
+    no_heights: dict[Shape, Heights] = {shape: {} for shape in found[threads][True]}
+    steps = FixedShapes(unit, fewer=fewer, packed=no_heights, by_units=by_units)
     shapes = {}
     for number, each in found.items():
         plain, packed = ({shape: _no_slower(h) for shape, h in each[k].items()} for k in (False, True))
-        shapes[number] = FixedShapes(unit, plain, steps=steps, packed=packed, is_alike=is_alike)
+        shapes[number] = FixedShapes(
+            unit, plain, steps=steps, packed=packed, is_alike=is_alike, by_units=by_units
+        )
     return shapes
 
 

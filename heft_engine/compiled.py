@@ -19,8 +19,8 @@ from platformdirs import user_cache_path
 from transformers import AttentionInterface
 
 from heft_engine.attention import IMPLEMENTATION, packed_attention
-from heft_engine.kernels import compiler
 from heft_engine.model import PackedLM
+from heft_engine.native import compiler
 
 #: Arithmetic of a stage (floating-point operations) from which compiling its layers pays: a minute and a half of two
 #: cores' time, of which it saves a quarter to a third.

@@ -7,6 +7,9 @@ cuts each product over T tokens into blocks of certain heights, padded with zero
 that were seen to give the same bits (heft_engine.block_heights). Which of them cover T rows in the least time was
 measured: that choice moves no bits. Weights of other shapes (the head, interventions) get blocks of UNIT rows.
 
+Where a CPU has matrix units that heft_engine.matrix_units can use, none of this is needed: a row's sums are the same
+in every product there, and all layers' products are theirs.
+
 Packed weights (heft_engine.packed_weights) are taken where they are kept, and lanes (heft_engine.lanes) compute with
 fewer threads than a row alone gets. Each has families of its own, with the same bits: it does not matter for a score
 whether a process had the memory to pack its weights, nor how many rows there were to deal out.
@@ -21,7 +24,7 @@ It does NOT know models beyond their linear layers and activations.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -54,7 +57,7 @@ class FixedShapes(TorchFunctionMode):
     same of packed weights, with the bits of the plain ones.
     `fewer`: numbers of rows below `unit` that give the bits of a product of `unit` rows: these are padded to the next.
     `steps`: for passes of one token a text, if they are to be others. `is_alike`: whether a lane gives a row the bits
-    that it gets from all threads.
+    that it gets from all threads. `by_units`: shapes of weights that are left to the matrix units.
     """
 
     def __init__(
@@ -66,12 +69,14 @@ class FixedShapes(TorchFunctionMode):
         packed: Mapping[Shape, Heights] | None = None,
         *,
         is_alike: bool = True,
+        by_units: Collection[Shape] = (),
     ) -> None:
         super().__init__()
         self.unit = unit
         self.heights = heights or {}
         self.packed = packed or {}
         self.is_alike = is_alike
+        self.by_units = frozenset(by_units)
         self.fewer = fewer or {}
         self.steps = steps or self
         self._known = self.heights.keys() | self.packed.keys() | self.fewer.keys()
@@ -95,6 +100,8 @@ class FixedShapes(TorchFunctionMode):
     def linear(self, x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
         """x (…, T, in) → (…, T, out), as F.linear."""
         shape = (*weight.shape, weight.dtype)
+        if shape in self.by_units and (units := packed_weights.units_for(weight)) is not None:
+            return units.product(x, weight, packed_weights.kept(weight), bias)
         if shape in self._known or weight.numel() > _SMALL or weight.device.type != "cpu":
             return self._linear(x, weight, bias, shape)
         # An intervention's: nobody has looked whether more threads round otherwise.
@@ -118,6 +125,8 @@ class FixedShapes(TorchFunctionMode):
 
     def whole(self, rows: int) -> int:
         """The next number of rows that blocks cover with little padding, or none."""
+        if self.by_units and not self._known:
+            return rows
         return max(self._least, -(-rows // self.unit) * self.unit)
 
     def plan(self, shape: Shape, rows: int, *, is_packed: bool = False) -> tuple[int, ...]:

@@ -5,18 +5,11 @@
 //
 // A matrix is (rows, width), its rows one behind the other unless a stride is given, in elements.
 
-#include <cmath>
-#include <cstdint>
-#include <cstring>
+#include "vectors.h"
 
 namespace {
 
-using bf16 = uint16_t;
-constexpr long kLanes = 16;
-typedef float Floats __attribute__((vector_size(4 * kLanes)));
-typedef uint32_t Words __attribute__((vector_size(4 * kLanes)));
-typedef int32_t Integers __attribute__((vector_size(4 * kLanes)));
-typedef uint16_t Halves __attribute__((vector_size(2 * kLanes)));
+using namespace heft;
 
 // torch sums eight lanes wide, whatever the machine has.
 constexpr long kSumLanes = 8;
@@ -26,46 +19,6 @@ typedef uint16_t SumHalves __attribute__((vector_size(2 * kSumLanes)));
 
 // Elements from which it pays to wake other threads.
 constexpr long kWorthThreads = 32768;
-
-inline float wide(bf16 x) {
-  uint32_t bits = uint32_t(x) << 16;
-  float result;
-  std::memcpy(&result, &bits, 4);
-  return result;
-}
-
-// To the nearest, to even of two. What is not a number here began as a bfloat16, so that nothing carries into its sign.
-inline uint32_t rounded(uint32_t bits) { return bits + 0x7fffu + ((bits >> 16) & 1u); }
-inline Words rounded(Words bits) { return bits + 0x7fffu + ((bits >> 16) & 1u); }
-
-inline bf16 narrow(float x) {
-  uint32_t bits;
-  std::memcpy(&bits, &x, 4);
-  return bf16(rounded(bits) >> 16);
-}
-
-inline Floats load(const bf16* from) {
-  Halves x;
-  std::memcpy(&x, from, sizeof x);
-  return (Floats)(__builtin_convertvector(x, Words) << 16);
-}
-
-inline void store(bf16* to, Floats x) {
-  Halves narrowed = __builtin_convertvector(rounded((Words)x) >> 16, Halves);
-  std::memcpy(to, &narrowed, sizeof narrowed);
-}
-
-// As if it had been stored and loaded again.
-inline Floats through_bf16(Floats x) { return (Floats)(rounded((Words)x) & 0xffff0000u); }
-inline float through_bf16(float x) { return wide(narrow(x)); }
-
-inline Floats every(float x) { return Floats{} + x; }
-
-inline Floats multiply_add(Floats a, Floats b, Floats c) {
-  Floats result;
-  for (int lane = 0; lane < kLanes; lane++) result[lane] = __builtin_fmaf(a[lane], b[lane], c[lane]);
-  return result;
-}
 
 inline Sums squares(const bf16* from) {
   SumHalves x;
@@ -119,29 +72,6 @@ inline void add_to(const bf16* x, bf16* y, long width) {
   for (; i + kLanes <= width; i += kLanes) store(y + i, load(x + i) + load(y + i));
   for (; i < width; i++) y[i] = narrow(wide(x[i]) + wide(y[i]));
 }
-
-// Sleef's expf_u10 (https://sleef.org), which torch uses.
-inline Floats exponential(Floats x) {
-  // Added and taken away again, it leaves the nearest integer.
-  const float shift = 12582912.0f;
-  Floats quotient = (x * 1.442695040888963407359924681001892137f + shift) - shift;
-  Floats rest = multiply_add(quotient, every(-0.693145751953125f), x);
-  rest = multiply_add(quotient, every(-1.428606765330187045e-06f), rest);
-  Floats sum = every(0.000198527617612853646278381f);
-  sum = multiply_add(sum, rest, every(0.00139304355252534151077271f));
-  sum = multiply_add(sum, rest, every(0.00833336077630519866943359f));
-  sum = multiply_add(sum, rest, every(0.0416664853692054748535156f));
-  sum = multiply_add(sum, rest, every(0.166666671633720397949219f));
-  sum = multiply_add(sum, rest, every(0.5f));
-  sum = 1.0f + multiply_add(rest * rest, sum, rest);
-  // 2 to the quotient, in two factors: one would leave what a float's exponent holds.
-  Integers whole = __builtin_convertvector(quotient, Integers), half = whole >> 1, other = whole - half;
-  sum = sum * (Floats)((half + 127) << 23) * (Floats)((other + 127) << 23);
-  sum = x < -104.0f ? every(0.0f) : sum;
-  return x > 104.0f ? every(INFINITY) : sum;
-}
-
-inline Floats silu(Floats x) { return x / (1.0f + exponential(-x)); }
 
 }  // namespace
 

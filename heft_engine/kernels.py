@@ -1,9 +1,9 @@
-"""What stands between the products of a decoder layer, each in one pass over memory: kernels.cpp, compiled on the spot.
+"""What stands between the products of a decoder layer, each in one pass over memory: kernels.cpp.
 
 torch's own operations go over a pass's activations a dozen times between two products, and on a CPU with matrix units
-that takes as long as the products. `load` compiles kernels.cpp (a third of a second, once on a machine) and holds each
-function to the operations it stands for, to the bit: a score is the same with the kernels and without. Where there is
-no compiler, or one that gives other bits, there are none.
+that takes as long as the products. `load` holds each function to the operations it stands for, to the bit: a norm or an
+activation is the same with the kernels and without. Where they can't be compiled (heft_engine.native), or give other
+bits, there are none.
 
 It does NOT know layers or models: tensors go in and come out.
 """
@@ -11,36 +11,17 @@ It does NOT know layers or models: tensors go in and come out.
 from __future__ import annotations
 
 import ctypes
-import hashlib
 import logging
-import os
-import platform
-import shutil
-import subprocess
-import tempfile
 from functools import lru_cache
 from pathlib import Path
 
 import torch
 import torch.nn.functional as F  # noqa: N812
-from platformdirs import user_cache_path
 from torch import Tensor
 
-from heft_engine.lanes import openmp
+from heft_engine import native
 
 log = logging.getLogger(__name__)
-
-_SOURCE = Path(__file__).with_name("kernels.cpp")
-#: No contraction: a product that is added without being rounded has other bits. OpenMP is not linked in: `_library`.
-_FLAGS = (
-    *("-std=c++17", "-O3", "-march=native", "-fopenmp", "-fPIC", "-c"),
-    *("-ffp-contract=off", "-fno-math-errno", "-fno-trapping-math"),
-    # Compilers keep to half the width on processors that once ran slower with all of it.
-    *(("-mprefer-vector-width=512",) if platform.machine() == "x86_64" else ()),
-)
-_SECONDS = 120
-#: Set to "off", no kernels are compiled or loaded.
-_SWITCH = "HEFT_KERNELS"
 
 
 class Kernels:
@@ -113,82 +94,15 @@ def load(cache_dir: Path | None = None) -> Kernels | None:
 
     `cache_dir` None means the user's own cache.
     """
-    if os.environ.get(_SWITCH, "").lower() == "off":
+    library = native.library(cache_dir)
+    if library is None:
         return None
-    try:
-        kernels = Kernels(_library((cache_dir or user_cache_path("heft")) / "kernels"))
-        wrong = _wrong(kernels)
-    except (OSError, subprocess.SubprocessError, _Unfit) as error:
-        log.info("no compiled kernels, torch's own operations instead: %s", error)
-        return None
+    kernels = Kernels(library)
+    wrong = _wrong(kernels)
     if wrong:
         log.info("no compiled kernels, torch's own operations instead: %s gives other bits here", wrong)
         return None
     return kernels
-
-
-def compiler() -> str | None:
-    """A C++ compiler's path."""
-    names = (os.environ.get("CXX"), "g++", "clang++", "c++")
-    return next((found for name in names if name and (found := shutil.which(name))), None)
-
-
-class _Unfit(Exception):
-    """What stands against kernels on this machine."""
-
-
-def _library(directory: Path) -> ctypes.CDLL:
-    """Raises OSError, SubprocessError and _Unfit."""
-    # The kernels find the runtime that torch has. A second one beside it would have threads of its own, which wait
-    # awake where torch's want to compute.
-    if openmp() is None:
-        raise _Unfit("torch has no OpenMP runtime, or several")
-    found = compiler()
-    if found is None:
-        raise _Unfit("there is no C++ compiler")
-    name = f"{_key(found)}.so"
-    try:
-        directory.mkdir(mode=0o700, parents=True, exist_ok=True)
-        place = directory.stat()
-        if place.st_uid != os.geteuid() or place.st_mode & 0o022:
-            raise PermissionError(f"others may leave code in {directory}")
-        return _compiled(found, directory / name)
-    except OSError as error:
-        log.info("compiled kernels can't be kept, and are compiled for this process alone: %s", error)
-    with tempfile.TemporaryDirectory(prefix="heft-kernels-") as scratch:
-        return _compiled(found, Path(scratch) / name)
-
-
-def _compiled(compiler: str, target: Path) -> ctypes.CDLL:
-    if not target.is_file():
-        _compile(compiler, target)
-    return ctypes.CDLL(str(target))
-
-
-def _key(compiler: str) -> str:
-    """Of the machine too: a home directory may be shared by several kinds."""
-    with open("/proc/cpuinfo") as info:
-        processor = [line for line in info if line.startswith(("model", "flags", "Features", "CPU part"))][:4]
-    version = subprocess.run(
-        [compiler, "--version"], capture_output=True, check=True, timeout=_SECONDS
-    ).stdout
-    parts = (_SOURCE.read_bytes(), version, repr((_FLAGS, processor)).encode())
-    return hashlib.sha256(b"\0".join(parts)).hexdigest()[:32]
-
-
-def _compile(compiler: str, target: Path) -> None:
-    """Under another name first: whoever finds the target finds it whole."""
-    with tempfile.TemporaryDirectory(dir=target.parent) as scratch:
-        compiled, linked = Path(scratch) / "kernels.o", Path(scratch) / "kernels.so"
-        _run([compiler, *_FLAGS, str(_SOURCE), "-o", str(compiled)])
-        _run([compiler, "-shared", str(compiled), "-o", str(linked)])
-        linked.replace(target)
-
-
-def _run(command: list[str]) -> None:
-    ended = subprocess.run(command, capture_output=True, text=True, check=False, timeout=_SECONDS)
-    if ended.returncode:
-        raise _Unfit(f"{command[0]} failed: {ended.stderr.strip()[-500:]}")
 
 
 @torch.inference_mode()

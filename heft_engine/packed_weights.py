@@ -2,8 +2,9 @@
 
 A bfloat16 product on a CPU begins by putting its weights into that order, every time. In passes of a hundred tokens,
 and for every single token that is written, that takes as long as the product. Kept, it takes as much memory as the
-weights. Packed and plain products of a shape agree to the bit at many heights and not at all of them:
-heft_engine.fixed_shapes finds out which. It does NOT know models, heights or budgets.
+weights. The order is that of heft_engine.matrix_units where there are such units, and the library's own elsewhere:
+its packed and plain products of a shape agree to the bit at many heights and not at all of them, and
+heft_engine.fixed_shapes finds out which. This module does NOT know models, heights or budgets.
 """
 
 from __future__ import annotations
@@ -14,6 +15,8 @@ from typing import cast
 import torch
 from torch import Tensor, nn
 
+from heft_engine import matrix_units
+
 #: On a weight: its version when it was packed, and the packed tensor. It lives as long as the weight, and is no
 #: longer valid once the weight is written to.
 _NAME = "heft_packed"
@@ -21,6 +24,16 @@ _NAME = "heft_packed"
 
 def packable(weight: Tensor) -> bool:
     """Whether this machine has a packed product for a weight (out, in)."""
+    return units_for(weight) is not None or _is_packed_by_torch(weight)
+
+
+def units_for(weight: Tensor) -> matrix_units.MatrixUnits | None:
+    """The matrix units, if they take a weight (out, in)."""
+    units = matrix_units.load()
+    return units if units is not None and units.takes(weight) else None
+
+
+def _is_packed_by_torch(weight: Tensor) -> bool:
     return (
         weight.device.type == "cpu"
         and weight.dtype == torch.bfloat16
@@ -30,12 +43,15 @@ def packable(weight: Tensor) -> bool:
 
 
 def packed(weight: Tensor) -> Tensor:
-    """A weight (out, in) in the matrix units' order: for `product` alone."""
+    """A weight (out, in) in the matrix units' order: for them, or for `product` where they don't take it."""
+    units = units_for(weight)
+    if units is not None:
+        return units.packed(weight.detach())
     return cast(Tensor, torch.ops.mkldnn._reorder_linear_weight(weight.detach()))
 
 
 def product(rows: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
-    """rows (n, in) times a packed weight, plus bias (out,) → (n, out)."""
+    """rows (n, in) times a weight that torch has packed, plus bias (out,) → (n, out)."""
     return cast(Tensor, torch.ops.mkldnn._linear_pointwise(rows, weight, bias, "none", [], ""))
 
 

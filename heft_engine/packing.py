@@ -46,9 +46,14 @@ class PackedRow:
     missing: int = 0
 
     @property
+    def prompt_length(self) -> int:
+        """The prompt's tokens in the batch."""
+        return self.prompt - self.skipped - self.missing
+
+    @property
     def length(self) -> int:
         """Tokens in the batch."""
-        return self.prompt - self.skipped - self.missing + sum(self.branches)
+        return self.prompt_length + sum(self.branches)
 
 
 class Collector(Protocol):
@@ -83,6 +88,14 @@ class RowAdapter(Protocol):
 
     def intervene(self, layer: int, hidden: Tensor, row: PackedRow, scale: float) -> None:
         """Edits one layer's output (row.length, hidden) at the row's intervened tokens, in place."""
+
+
+class AdapterHook:
+    """A linear layer's forward hook that does nothing in passes without `Layout.adapters`."""
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> AdapterHook:
+        """As functions, a copied model's hooks are those of the model."""
+        return self
 
 
 class Decoding(Protocol):
@@ -160,8 +173,8 @@ class Layout:
     adapters: tuple[RowAdapter | None, ...] | None = None
     #: Every row is one token that comes after its prompt.
     decoding: Decoding | None = None
-    #: What attention keeps from layer to layer: masks are the same for all of them.
-    masks: dict[Any, Tensor] = field(default_factory=dict, compare=False, repr=False)
+    #: What attention keeps from layer to layer: masks and tables are the same for all of them.
+    memo: dict[Any, Any] = field(default_factory=dict, compare=False, repr=False)
 
     @cached_property
     def runs(self) -> tuple[Run, ...]:

@@ -18,9 +18,9 @@ import torch
 from torch import Tensor, nn
 from transformers.activations import SiLUActivation
 
-from heft_engine import kernels
-from heft_engine.attention import packed_attention, tiled_attention, tiles_of
-from heft_engine.packing import Layout, PackedRow
+from heft_engine import kernels, matrix_units, packed_weights
+from heft_engine.attention import packed_attention, tiled_attention, tiles_of, units_attention, units_of
+from heft_engine.packing import AdapterHook, Layout, PackedRow
 
 #: Rows that a layer is tried with: attention of one length and of another, and more tokens than one block of a product.
 _TRIED = (7, 41)
@@ -99,39 +99,85 @@ def _forward(layer: Any, asked: dict[str, Any], compiled: kernels.Kernels) -> Fo
     attention, mlp = layer.self_attn, layer.mlp
     first, second = layer.input_layernorm, layer.post_attention_layernorm
     layer_index: int = attention.layer_idx
+    units = matrix_units.load()
     is_silu = isinstance(mlp.act_fn, (nn.SiLU, SiLUActivation))
 
-    def heads(product: nn.Module, norm: Any, hidden: Tensor) -> Tensor:
+    def by_units(module: Any, layout: Layout) -> matrix_units.MatrixUnits | None:
+        """The units, if nothing but their product happens in a linear layer."""
+        return (
+            units if units is not None and _is_plain(module, layout) and units.takes(module.weight) else None
+        )
+
+    def linear(module: Any, x: Tensor, layout: Layout, residual: Tensor | None = None) -> Tensor:
+        """The module's product, and the sum with `residual`."""
+        if (own := by_units(module, layout)) is not None:
+            return own.product(x, module.weight, packed_weights.kept(module.weight), module.bias, residual)
+        out = cast(Tensor, module(x))
+        return out if residual is None else out.add_(residual)
+
+    def heads(product: nn.Module, norm: Any, hidden: Tensor, layout: Layout) -> Tensor:
         """(T, heads, head_dim)."""
-        found = cast(Tensor, product(hidden)).view(hidden.shape[1], -1, attention.head_dim)
+        found = linear(product, hidden, layout).view(hidden.shape[1], -1, attention.head_dim)
         return found if norm is None else compiled.rms_norm(found, norm.weight, norm.variance_epsilon)
+
+    def attended(
+        query: Tensor, key: Tensor, value: Tensor, position_embeddings: tuple[Tensor, Tensor], layout: Layout
+    ) -> Tensor:
+        """(T, heads, head_dim) each → (T, heads, head_dim)."""
+        cosine, sine = position_embeddings
+        on_units = units_of(layout, query, asked["softcap"])
+        tiles = tiles_of(layout, query) if on_units is None else None
+        where = layout.in_order if tiles is None else (tiles.places, tiles.gaps)
+        query, key = (compiled.rotate(each, cosine, sine, *where) for each in (query, key))
+        if on_units is not None:
+            options = (asked["scaling"], asked["sliding_window"])
+            return units_attention(on_units, layer_index, query, key, value, layout, *options)
+        if tiles is not None:
+            value = compiled.place(value, *where)
+            return tiled_attention(layer_index, query, key, value, layout, tiles, **asked)
+        q, k, v = (each.transpose(0, 1)[None] for each in (query, key, value))
+        return packed_attention(attention, q, k, v, None, layout=layout, **asked)[0]
+
+    def gated(hidden: Tensor, residual: Tensor, layout: Layout) -> Tensor:
+        parts = (mlp.gate_proj, mlp.up_proj, mlp.down_proj)
+        own = by_units(parts[0], layout)
+        if own is not None and is_silu and all(by_units(p, layout) and p.bias is None for p in parts):
+            gate, up, down = (part.weight for part in parts)
+            packed = [found for w in (gate, up, down) if (found := packed_weights.kept(w)) is not None]
+            kept = (packed[0], packed[1], packed[2]) if len(packed) == len(parts) else None
+            return own.gated(hidden, (gate, up, down), kept, residual)
+        gate, up = linear(mlp.gate_proj, hidden, layout), linear(mlp.up_proj, hidden, layout)
+        active = compiled.gate_silu(gate, up) if is_silu else mlp.act_fn(gate).mul_(up)
+        return linear(mlp.down_proj, active, layout, residual)
 
     def forward(
         states: Tensor, *, position_embeddings: tuple[Tensor, Tensor], layout: Layout, **_: Any
     ) -> Tensor:
         hidden = compiled.rms_norm(states, first.weight, first.variance_epsilon)
-        query = heads(attention.q_proj, getattr(attention, "q_norm", None), hidden)
-        key = heads(attention.k_proj, getattr(attention, "k_norm", None), hidden)
-        value = heads(attention.v_proj, None, hidden)
+        query = heads(attention.q_proj, getattr(attention, "q_norm", None), hidden, layout)
+        key = heads(attention.k_proj, getattr(attention, "k_norm", None), hidden, layout)
+        value = heads(attention.v_proj, None, hidden, layout)
         # Attention is a hundred small operations, none of which a mode has a say in.
         with torch._C.DisableTorchFunction():
-            cosine, sine = position_embeddings
-            tiles = tiles_of(layout, states)
-            where = layout.in_order if tiles is None else (tiles.places, tiles.gaps)
-            query, key = (compiled.rotate(each, cosine, sine, *where) for each in (query, key))
-            if tiles is None:
-                q, k, v = (each.transpose(0, 1)[None] for each in (query, key, value))
-                seen, _weights = packed_attention(attention, q, k, v, None, layout=layout, **asked)
-            else:
-                value = compiled.place(value, *where)
-                seen = tiled_attention(layer_index, query, key, value, layout, tiles, **asked)
-        states_after = cast(Tensor, attention.o_proj(seen.reshape(1, hidden.shape[1], -1)))
-        hidden = compiled.add_rms_norm(states, states_after, second.weight, second.variance_epsilon)
-        gate, up = mlp.gate_proj(hidden), mlp.up_proj(hidden)
-        active = compiled.gate_silu(gate, up) if is_silu else mlp.act_fn(gate).mul_(up)
-        return cast(Tensor, mlp.down_proj(active)).add_(states_after)
+            seen = attended(query, key, value, position_embeddings, layout)
+        seen = seen.reshape(1, hidden.shape[1], -1)
+        if by_units(attention.o_proj, layout) is not None:
+            after = linear(attention.o_proj, seen, layout, states)
+            hidden = compiled.rms_norm(after, second.weight, second.variance_epsilon)
+        else:
+            after = attention.o_proj(seen)
+            hidden = compiled.add_rms_norm(states, after, second.weight, second.variance_epsilon)
+        return gated(hidden, after, layout)
 
     return forward
+
+
+def _is_plain(module: Any, layout: Layout) -> bool:
+    """Whether nothing but the product itself would happen in a linear layer."""
+    if type(module) is not nn.Linear or module._forward_pre_hooks:
+        return False
+    hooks = module._forward_hooks
+    return not hooks or (layout.adapters is None and all(isinstance(h, AdapterHook) for h in hooks.values()))
 
 
 class _Asked:

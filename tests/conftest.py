@@ -19,7 +19,7 @@ from cli.embedded import embedded_stack
 from cli.embedded_postgres import database_url as address
 from cli.home import Home
 
-pytest_plugins = ["tiny_models"]  # tests/support: tiny_llama_dir, make_tiny_model
+pytest_plugins = ["tiny_models", "units"]  # tests/support: tiny_llama_dir, make_tiny_model
 
 # Before torch is loaded: on busy cores, threads that spin while they wait make every step several times as long.
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")

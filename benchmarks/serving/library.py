@@ -28,6 +28,7 @@ from heft_engine.config import TaskSettings
 from heft_engine.encoding import Encoder, Example, Task
 from heft_engine.fixed_shapes import FixedShapes
 from heft_engine.kernels import Kernels
+from heft_engine.matrix_units import MatrixUnits
 from heft_engine.model import PackedLM
 from heft_engine.packing import packed_length
 from heft_engine.rows import infer_task
@@ -39,8 +40,14 @@ from heft_engine.serving.waiting_rows import Weights
 PREFIX_BYTES = 512 * 1024**2
 #: What passes are made of: the functions that do it.
 _OPERATIONS: dict[str, tuple[tuple[Any, str], ...]] = {
-    "matrix products": ((FixedShapes, "linear"),),
-    "attention": ((quick_layers, "tiled_attention"), (quick_layers, "packed_attention")),
+    "matrix products (with the gated activation, where it is computed with them)": (
+        (FixedShapes, "linear"),
+        (MatrixUnits, "product"),
+        (MatrixUnits, "gated"),
+    ),
+    "attention": tuple(
+        (quick_layers, name) for name in ("units_attention", "tiled_attention", "packed_attention")
+    ),
     "norms, rotary embeddings, activations": tuple(
         (Kernels, name) for name in ("rms_norm", "add_rms_norm", "rotate", "place", "gate_silu")
     ),

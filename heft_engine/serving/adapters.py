@@ -27,7 +27,7 @@ from heft_engine.interventions import Site
 from heft_engine.lora import LoraAdapter, weight_of
 from heft_engine.lora_variants import row_norms
 from heft_engine.model import PackedLM
-from heft_engine.packing import Layout, PackedRow, RowAdapter
+from heft_engine.packing import AdapterHook, Layout, PackedRow, RowAdapter
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -183,13 +183,16 @@ def adapt_rows(lm: PackedLM) -> None:
         layer.register_forward_pre_hook(begin, with_kwargs=True)
         for part in layer.modules():
             if isinstance(part, nn.Linear):
-                part.register_forward_hook(_linear_hook(names[id(part)], now))
+                part.register_forward_hook(_LinearHook(names[id(part)], now))
         layer.register_forward_hook(_layer_hook(index, now, is_last=index + 1 == lm.n_layers))
 
 
-def _linear_hook(name: str, now: _Now) -> Callable[..., None]:
-    def hook(module: nn.Linear, args: tuple[Tensor, ...], output: Tensor) -> None:
-        touching = [(row, adapter) for row, adapter, _ in now.rows if adapter.touches(name)]
+class _LinearHook(AdapterHook):
+    def __init__(self, name: str, now: _Now) -> None:
+        self._name, self._now = name, now
+
+    def __call__(self, module: nn.Linear, args: tuple[Tensor, ...], output: Tensor) -> None:
+        touching = [(row, adapter) for row, adapter, _ in self._now.rows if adapter.touches(self._name)]
         if not touching:
             return
         # Small products for every row: what a mode has to look at takes longer than they do. On one thread:
@@ -198,9 +201,7 @@ def _linear_hook(name: str, now: _Now) -> Callable[..., None]:
             x, y = args[0].view(-1, args[0].shape[-1]), output.view(-1, output.shape[-1])
             for row, adapter in touching:
                 own = slice(row.start, row.start + row.length)
-                adapter.linear(name, x[own], y[own], module.bias)
-
-    return hook
+                adapter.linear(self._name, x[own], y[own], module.bias)
 
 
 def _layer_hook(index: int, now: _Now, *, is_last: bool) -> Callable[..., None]:

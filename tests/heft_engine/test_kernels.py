@@ -12,14 +12,19 @@ import torch
 import torch.nn.functional as F
 from needs import needs_compiler
 
-from heft_engine import kernels, lanes
+from heft_engine import kernels, lanes, native
+
+
+def forget() -> None:
+    kernels.load.cache_clear()
+    native.library.cache_clear()
 
 
 @pytest.fixture(autouse=True)
 def _afresh() -> Iterator[None]:
-    kernels.load.cache_clear()
+    forget()
     yield
-    kernels.load.cache_clear()
+    forget()
 
 
 def some(*shape: int) -> torch.Tensor:
@@ -80,8 +85,8 @@ def test_what_was_compiled_is_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     (library,) = (tmp_path / "kernels").iterdir()
     assert library.suffix == ".so"
     assert library.parent.stat().st_mode & 0o077 == 0, "others must not be able to leave code there"
-    kernels.load.cache_clear()
-    monkeypatch.setattr(kernels, "_compile", lambda *where: pytest.fail("compiled once more"))
+    forget()
+    monkeypatch.setattr(native, "_compile", lambda *where: pytest.fail("compiled once more"))
     assert kernels.load(tmp_path) is not None
 
 
@@ -111,7 +116,7 @@ def test_nothing_is_loaded_that_others_may_have_left(
 def test_there_are_none_without_a_compiler(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    monkeypatch.setattr(kernels.shutil, "which", lambda name: None)
+    monkeypatch.setattr(native.shutil, "which", lambda name: None)
     with caplog.at_level(logging.INFO):
         assert kernels.load(tmp_path) is None
     assert "torch's own operations" in caplog.text
@@ -123,7 +128,7 @@ def test_there_are_none_that_do_not_compile(
 ) -> None:
     source = tmp_path / "kernels.cpp"
     source.write_text("this is no C++")
-    monkeypatch.setattr(kernels, "_SOURCE", source)
+    monkeypatch.setattr(native, "SOURCES", (source, *native.SOURCES[1:]))
     with caplog.at_level(logging.INFO):
         assert kernels.load(tmp_path) is None
     assert "failed: " in caplog.text
@@ -150,11 +155,11 @@ def test_there_are_none_with_other_bits(
     named: str,
 ) -> None:
     """One rounding too few is enough."""
-    text = kernels._SOURCE.read_text()
+    text = native.SOURCES[0].read_text()
     assert right in text
     source = tmp_path / "kernels.cpp"
     source.write_text(text.replace(right, wrong))
-    monkeypatch.setattr(kernels, "_SOURCE", source)
+    monkeypatch.setattr(native, "SOURCES", (source, *native.SOURCES[1:]))
     with caplog.at_level(logging.INFO):
         assert kernels.load(tmp_path) is None
     assert f"{named} gives other bits" in caplog.text
@@ -169,7 +174,7 @@ def test_an_operator_turns_them_off(tmp_path: Path, monkeypatch: pytest.MonkeyPa
 def test_two_openmp_runtimes_are_one_too_many(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    monkeypatch.setattr(kernels, "openmp", lambda: None)
+    monkeypatch.setattr(native, "openmp", lambda: None)
     with caplog.at_level(logging.INFO):
         assert kernels.load(tmp_path) is None
     assert "OpenMP" in caplog.text
@@ -177,7 +182,7 @@ def test_two_openmp_runtimes_are_one_too_many(
 
 def test_types_are_those_of_the_source() -> None:
     """ctypes believes whatever it is told."""
-    text = kernels._SOURCE.read_text()
+    text = native.SOURCES[0].read_text()
     asked: dict[str, tuple[Any, ...]] = {}
 
     class Library:

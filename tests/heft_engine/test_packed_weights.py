@@ -20,6 +20,8 @@ from heft_engine.packed_weights import bytes_to_pack, kept, kept_bytes, pack, pa
 from heft_engine.scoring import score
 from heft_engine.serving.copies import copy_sharing, unique_bytes
 
+pytestmark = pytest.mark.usefixtures("without_units")
+
 needs_units = pytest.mark.skipif(
     not packable(torch.zeros(16, 16, dtype=torch.bfloat16)),
     reason="this processor has no bfloat16 products of packed weights",

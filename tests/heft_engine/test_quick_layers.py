@@ -15,12 +15,14 @@ from needs import needs_compiler
 from probe_models import with_intervention
 from torch import Tensor, nn
 
-from heft_engine import attention, kernels, quick_layers
+from heft_engine import attention, kernels, native, quick_layers
 from heft_engine.encoding import Example
 from heft_engine.model import PackedLM
 from heft_engine.packing import TILE, Tiles, pack
 from heft_engine.quick_layers import QuickLayers
 from heft_engine.scoring import score
+
+pytestmark = pytest.mark.usefixtures("with_and_without_units")
 
 QUICK = ("llama", "mistral", "qwen2", "qwen3")
 OTHERS = ("gemma", "gemma2", "gemma3_text", "gpt_neox")
@@ -217,5 +219,6 @@ def test_a_row_that_is_no_number_leaves_its_neighbours_alone() -> None:
 @needs_compiler
 def test_kernels_are_there_on_this_machine() -> None:
     """What is skipped without a compiler must not be skipped where there is one."""
+    native.library.cache_clear()
     kernels.load.cache_clear()
     assert kernels.load() is not None

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import pytest
 
-from heft_engine import kernels, lanes
+from heft_engine import lanes, native
 
 needs_runtime = pytest.mark.skipif(
     lanes.openmp() is None, reason="torch has no OpenMP runtime here, or several: nothing is dealt out"
 )
 needs_compiler = pytest.mark.skipif(
-    kernels.compiler() is None or lanes.openmp() is None,
+    native.compiler() is None or lanes.openmp() is None,
     reason="kernels need a C++ compiler and one OpenMP runtime; without them torch's own operations run",
 )

@@ -1,0 +1,309 @@
+"""Products and attention on a CPU's matrix units (Intel AMX), in bfloat16: matrix_units.cpp.
+
+A library's product chooses the order of its sums by its shape, so that a row's bits depend on what it is batched with
+(heft_engine.fixed_shapes), and it writes to memory what the next operation reads again. Here a number is summed in one
+order whatever the number of rows or threads, and what follows a product (a bias, a gated activation, the residual's
+sum) happens while its numbers are at hand. Attention takes each query against its own keys, from the first one on: its
+bits are the same whether its row is computed whole or continues a kept prefix.
+
+`load` holds the products to torch's, to the bit, and attention to its formula. It does NOT know layers, models or
+layouts.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import itertools
+import logging
+from collections.abc import Callable, Sequence
+from functools import lru_cache
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F  # noqa: N812
+from torch import Tensor
+
+from heft_engine import lanes, native
+
+log = logging.getLogger(__name__)
+
+#: Inputs and outputs of a weight are multiples of these; a head's width is one, up to the widest.
+_INS, _OUTS, _HEAD, _WIDEST = 32, 16, 32, 256
+#: Rows of a gated activation that are held at once, at most.
+_ROWS = 256
+
+#: Keys and values, (tokens, kv_heads, head_dim) each; a head's numbers stand side by side.
+Source = tuple[Tensor, Tensor]
+
+
+class Segments:
+    """Sequences of a pass: neighbouring queries, and what they attend to.
+
+    `segments`: of each, its first query, how many, and pieces from the sequence's first token to its last query's own:
+    (source, first token, tokens).
+    """
+
+    def __init__(self, segments: Sequence[tuple[int, int, Sequence[tuple[int, int, int]]]]) -> None:
+        held = [segment for segment in segments if segment[1]]
+        self.pieces = [piece for _, _, pieces in held for piece in pieces]
+        firsts = [0, *itertools.accumulate(len(pieces) for _, _, pieces in held)]
+        rows = [
+            (first, count, start, len(pieces))
+            for (first, count, pieces), start in zip(held, firsts, strict=False)
+        ]
+        if any(sum(tokens for *_, tokens in pieces) < count for _, count, pieces in held):
+            raise ValueError("a sequence has more queries than tokens")
+        self.count = len(held)
+        self.queries = max((first + count for first, count, _ in held), default=0)
+        #: Tokens that each source must have.
+        self.tokens: dict[int, int] = {}
+        for source, start, tokens in self.pieces:
+            self.tokens[source] = max(self.tokens.get(source, 0), start + tokens)
+        self.table = torch.tensor(rows, dtype=torch.int64)
+        self.piece_table = torch.tensor(self.pieces, dtype=torch.int64)
+
+
+class MatrixUnits:
+    """matrix_units.cpp's functions for bfloat16 tensors on a CPU. None of them has a gradient.
+
+    They raise ValueError for tensors of other kinds or shapes: the functions see addresses alone.
+    """
+
+    def __init__(self, library: ctypes.CDLL) -> None:
+        pointer, number, real, switch = ctypes.c_void_p, ctypes.c_long, ctypes.c_float, ctypes.c_int
+        for name, arguments in {
+            "heft_units_pack": (pointer, pointer, number, number),
+            "heft_units_product": (pointer, pointer, switch, *(pointer,) * 3, *(number,) * 3),
+            "heft_units_gated": (*(pointer,) * 4, switch, *(pointer,) * 3, *(number,) * 3),
+            "heft_units_attend": (*(pointer,) * 5, *(number,) * 4, real, number),
+        }.items():
+            function = getattr(library, name)
+            function.argtypes, function.restype = arguments, None
+        self._library = library
+
+    def takes(self, weight: Tensor) -> bool:
+        """Whether there is a product for a weight (out, in)."""
+        return (
+            weight.dtype == torch.bfloat16
+            and weight.device.type == "cpu"
+            and weight.is_contiguous()
+            and weight.shape[0] % _OUTS == 0
+            and weight.shape[1] % _INS == 0
+        )
+
+    def takes_heads(self, query: Tensor) -> bool:
+        """Whether there is attention for heads of such a width, query (…, head_dim)."""
+        width = query.shape[-1]
+        on_units = query.dtype == torch.bfloat16 and query.device.type == "cpu"
+        return on_units and width % _HEAD == 0 and width <= _WIDEST
+
+    def packed(self, weight: Tensor) -> Tensor:
+        """A weight (out, in) in the units' order: for `product` and `gated` alone. As many bytes."""
+        _fit(self.takes(weight), weight)
+        packed = torch.empty_like(weight)
+        self._library.heft_units_pack(_at(weight), _at(packed), weight.shape[1], weight.shape[0])
+        return packed
+
+    def product(
+        self,
+        x: Tensor,
+        weight: Tensor,
+        packed: Tensor | None = None,
+        bias: Tensor | None = None,
+        residual: Tensor | None = None,
+    ) -> Tensor:
+        """x (…, in) · weight (out, in)ᵀ + bias (out,), rounded, + residual (…, out), rounded → (…, out)."""
+        outs, ins = weight.shape
+        x = x.contiguous()
+        shape = (*x.shape[:-1], outs)
+        out = x.new_empty(shape)
+        fits = x.shape[-1] == ins and self.takes(weight) and (packed is None or packed.shape == weight.shape)
+        fits = (
+            fits and (bias is None or bias.shape == (outs,)) and (residual is None or residual.shape == shape)
+        )
+        _fit(fits, x, weight, bias, residual)
+        given = weight if packed is None else packed
+        self._library.heft_units_product(
+            _at(x),
+            _at(given),
+            packed is not None,
+            _at(bias),
+            _at(residual),
+            _at(out),
+            x.numel() // ins,
+            ins,
+            outs,
+        )
+        return out
+
+    def gated(
+        self,
+        x: Tensor,
+        weights: tuple[Tensor, Tensor, Tensor],
+        packed: tuple[Tensor, Tensor, Tensor] | None,
+        residual: Tensor,
+    ) -> Tensor:
+        """(SiLU(x · gateᵀ) ⊙ (x · upᵀ)) · downᵀ + residual, each step of it rounded.
+
+        x and residual (…, width); weights: gate and up (inner, width), down (width, inner); `packed`, all or none.
+        """
+        gate, up, down = weights
+        inner, width = gate.shape
+        x, residual = x.contiguous(), residual.contiguous()
+        out = torch.empty_like(x)
+        rows = x.numel() // width
+        active = x.new_empty(min(rows, _ROWS), inner)
+        fits = (
+            up.shape == gate.shape == down.shape[::-1] and x.shape[-1] == width and x.shape == residual.shape
+        )
+        fits = fits and all(map(self.takes, weights))
+        fits = fits and (
+            packed is None or all(p.shape == w.shape for p, w in zip(packed, weights, strict=True))
+        )
+        _fit(fits, x, gate, up, down, residual)
+        given = map(_at, packed or weights)
+        self._library.heft_units_gated(
+            _at(x), *given, packed is not None, _at(residual), _at(out), _at(active), rows, width, inner
+        )
+        return out
+
+    def attend(
+        self,
+        query: Tensor,
+        sources: Sequence[Source],
+        segments: Segments,
+        scaling: float | None,
+        window: int | None,
+    ) -> Tensor:
+        """softmax(scaling · q·kᵀ)·v, causal: query (T, heads, head_dim) → the same shape.
+
+        Query i of the last n tokens of its sequence sees what is left of it and itself, `window` tokens in all if there
+        is one. Of T, what no segment has is undefined. scaling None means 1/√head_dim.
+        """
+        query = query.contiguous()
+        tokens, heads, width = query.shape
+        kv_heads = sources[0][0].shape[1]
+        fits = self.takes_heads(query) and heads % kv_heads == 0 and segments.queries <= tokens
+        numbers: list[int] = []
+        for index, (keys, values) in enumerate(sources):
+            fits = fits and keys.shape == values.shape and keys.shape[1:] == (kv_heads, width)
+            fits = (
+                fits and keys.stride(2) == values.stride(2) == 1 and keys.dtype == values.dtype == query.dtype
+            )
+            fits = fits and segments.tokens.get(index, 0) <= len(keys)
+            numbers += (keys.data_ptr(), values.data_ptr(), *keys.stride()[:2], *values.stride()[:2])
+        _fit(fits and max(segments.tokens, default=0) < len(sources), query, *itertools.chain(*sources))
+        out = torch.empty_like(query)
+        self._library.heft_units_attend(
+            *(_at(query), _at(segments.table), _at(segments.piece_table)),
+            *((ctypes.c_int64 * len(numbers))(*numbers), _at(out), segments.count, heads, kv_heads, width),
+            *(width**-0.5 if scaling is None else scaling, window or 0),
+        )
+        return out
+
+
+@lru_cache(maxsize=1)
+def load(cache_dir: Path | None = None) -> MatrixUnits | None:
+    """The units' functions, tried out; None where the processor has no units or nothing can be compiled.
+
+    `cache_dir` None means the user's own cache.
+    """
+    library = native.library(cache_dir)
+    if library is None or not library.heft_units_ready():
+        return None
+    units = MatrixUnits(library)
+    wrong = _wrong(units)
+    if wrong:
+        log.info("the matrix units are left to torch: %s gives other bits here", wrong)
+        return None
+    return units
+
+
+@torch.inference_mode()
+def _wrong(units: MatrixUnits) -> str | None:
+    """The name of the first function that does not give what it should, if there is one."""
+    made = torch.Generator().manual_seed(0)
+
+    def some(*shape: int) -> Tensor:
+        return torch.randn(*shape, generator=made).bfloat16()
+
+    width, inner = 96, 160
+    x, residual, bias = some(71, width), some(71, inner), some(inner)
+    gate, up, down = some(inner, width), some(inner, width), some(width, inner)
+    for packed in (None, units.packed(gate)):
+        if not torch.equal(units.product(x, gate, packed), _product(x, gate)):
+            return "a product"
+        if not torch.equal(units.product(x, gate, packed, bias), _product(x, gate, bias)):
+            return "a product with a bias"
+        if not torch.equal(units.product(x, gate, packed, None, residual), _product(x, gate).add_(residual)):
+            return "a product and a sum"
+    residual = some(71, width)
+    # One thread: several leave torch rests, which it rounds otherwise.
+    with lanes.computing_with(1):
+        expected = _product(F.silu(_product(x, gate)) * _product(x, up), down) + residual
+        every = torch.arange(1 << 16, dtype=torch.int32).to(torch.int16).view(torch.bfloat16)
+        # In the units, what is smaller than 2⁻¹²⁶ counts as zero.
+        numbers = every[every.isfinite() & ((every.abs() >= 2.0**-125) | (every == 0))]
+        activations = F.silu(numbers)
+    all_packed = (units.packed(gate), units.packed(up), units.packed(down))
+    for chosen in (None, all_packed):
+        if not torch.equal(units.gated(x, (gate, up, down), chosen, residual), expected):
+            return "a gated activation"
+    if not torch.equal(_activated(units, numbers), activations):
+        return "SiLU"
+    return None if _attends(units, some) else "attention"
+
+
+def _product(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    """By torch, 32 rows at a time: it sums such products in the units' order."""
+    rows = F.pad(x, (0, 0, 0, -len(x) % 32))
+    return torch.cat([F.linear(part, weight, bias) for part in torch.split(rows, 32)])[: len(x)]
+
+
+def _activated(units: MatrixUnits, numbers: Tensor) -> Tensor:
+    """SiLU of each, as `gated` computes it: a row is a number and a 1."""
+    x = torch.zeros(len(numbers), _INS).bfloat16()
+    x[:, 0], x[:, 1] = numbers, 1
+    gate, up, down = torch.zeros(3, _INS, _INS).bfloat16()
+    gate[0, 0] = up[0, 1] = down[0, 0] = 1
+    return units.gated(x, (gate, up, down), None, torch.zeros_like(x))[:, 0]
+
+
+def _attends(units: MatrixUnits, some: Callable[..., Tensor]) -> bool:
+    """Whether attention is what its formula says, and a query's the same behind a kept prefix."""
+    tokens, left, heads, kv_heads, width = 75, 41, 4, 2, 64
+    query, keys, values = (
+        some(tokens, heads, width),
+        some(tokens, kv_heads, width),
+        some(tokens, kv_heads, width),
+    )
+    positions = torch.arange(tokens)
+    for window in (None, 20):
+        whole = units.attend(query, [(keys, values)], Segments([(0, tokens, [(0, 0, tokens)])]), None, window)
+        behind = units.attend(
+            query[left:].contiguous(),
+            [(keys[left:], values[left:]), (keys[:left], values[:left])],
+            Segments([(0, tokens - left, [(1, 0, left), (0, 0, tokens - left)])]),
+            None,
+            window,
+        )
+        distance = positions[:, None] - positions
+        mask = (distance >= 0) & (distance < (window or tokens))
+        q, k, v = (each.float().transpose(0, 1) for each in (query, keys, values))
+        exact = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, enable_gqa=True).transpose(0, 1)
+        # Shares and results are rounded to bfloat16: 2⁻⁹ of the largest value that is summed, twice.
+        if (whole - exact).abs().max() > values.abs().max() * 2.0**-8 or not torch.equal(
+            behind, whole[left:]
+        ):
+            return False
+    return True
+
+
+def _fit(fits: bool, *tensors: Tensor | None) -> None:
+    if not fits:
+        described = [(tuple(x.shape), x.dtype, x.stride()) for x in tensors if x is not None]
+        raise ValueError(f"matrix units take bfloat16 tensors on a CPU that fit together, not {described}")
+
+
+def _at(x: Tensor | None) -> int | None:
+    return None if x is None else x.data_ptr()

@@ -1,0 +1,24 @@
+"""A CPU's matrix units, with and without: machines have them or not."""
+
+from __future__ import annotations
+
+import pytest
+
+from heft_engine import matrix_units
+
+_LOAD = matrix_units.load
+
+
+@pytest.fixture
+def without_units(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Products and attention are torch's, as where a processor has no matrix units or nothing can be compiled."""
+    monkeypatch.setattr(matrix_units, "load", lambda: None)
+
+
+@pytest.fixture(params=["units", "torch"])
+def with_and_without_units(request: pytest.FixtureRequest) -> None:
+    """Both ways, as far as this machine has both."""
+    if request.param == "torch":
+        request.getfixturevalue("without_units")
+    elif _LOAD() is None:
+        pytest.skip("this processor has no matrix units, or there is no C++ compiler")
