@@ -87,11 +87,12 @@ inline void transpose(__m512i* rows) {
   }
 }
 
-// One column of tiles: 16 outputs of a weight (…, in).
-inline void pack_column(const bf16* weight, bf16* to, long in) {
+// One column of tiles: 16 outputs of a weight (…, in), the first `outs` of which are there.
+inline void pack_column(const bf16* weight, bf16* to, long in, long outs = kTile) {
   for (long k = 0; k < in; k += kPairs, to += kTileSize) {
     __m512i rows[16];
-    for (int r = 0; r < 16; r++) rows[r] = _mm512_loadu_si512(weight + r * in + k);
+    for (int r = 0; r < 16; r++)
+      rows[r] = r < outs ? _mm512_loadu_si512(weight + r * in + k) : _mm512_setzero_si512();
     transpose(rows);
     for (int r = 0; r < 16; r++) _mm512_store_si512(to + r * kPairs, rows[r]);
   }
@@ -111,8 +112,19 @@ struct Weight {
   }
 };
 
+// What a low-rank adapter adds to some rows of a product: (x · downᵀ, rounded) · up, before the product is rounded. down
+// (rank, in), up (rank, out). Other rows get zero times `up`, which must be finite.
+struct Addition {
+  int64_t start, count;
+  const bf16 *down, *up;
+  int64_t rank;
+};
+
 // 32 rows by two columns of tiles, sums in `sums`: tiles (rows 0 … 15, left), (…, right), (16 … 31, left), (…, right).
-inline void multiply(const bf16* x, long stride, long in, const bf16* left, const bf16* right, float* sums) {
+// `more` adds to the tiles 0 … 3.
+template <typename More>
+inline void multiply(
+    const bf16* x, long stride, long in, const bf16* left, const bf16* right, float* sums, const More& more) {
   const long bytes = stride * sizeof(bf16);
   const bf16* below = x + kTile * stride;
   _tile_zero(0);
@@ -130,6 +142,7 @@ inline void multiply(const bf16* x, long stride, long in, const bf16* left, cons
     _tile_dpbf16ps(2, 5, 6);
     _tile_dpbf16ps(3, 5, 7);
   }
+  more();
   _tile_stored(0, sums, 64);
   _tile_stored(1, sums + 256, 64);
   _tile_stored(2, sums + 512, 64);
@@ -137,7 +150,9 @@ inline void multiply(const bf16* x, long stride, long in, const bf16* left, cons
 }
 
 // The same of 16 rows.
-inline void multiply_half(const bf16* x, long stride, long in, const bf16* left, const bf16* right, float* sums) {
+template <typename More>
+inline void multiply_half(
+    const bf16* x, long stride, long in, const bf16* left, const bf16* right, float* sums, const More& more) {
   _tile_zero(0);
   _tile_zero(1);
   for (long k = 0; k < in / kPairs; k++) {
@@ -147,35 +162,163 @@ inline void multiply_half(const bf16* x, long stride, long in, const bf16* left,
     _tile_dpbf16ps(0, 4, 6);
     _tile_dpbf16ps(1, 4, 7);
   }
+  more();
   _tile_stored(0, sums, 64);
   _tile_stored(1, sums + 256, 64);
 }
 
-// Rows of x (rows, in) times two columns of tiles. `take` is given a row and its 16 + 16 sums.
-template <typename Take>
+// Rows of x (rows, in) times two columns of tiles. `more` adds to the tiles of the block that begins at a row; `take` is
+// given a row and its 16 + 16 sums.
+template <typename More, typename Take>
 inline void column_pair(
-    const bf16* x, long rows, long in, const bf16* left, const bf16* right, const bf16* tail, const Take& take) {
+    const bf16* x, long rows, long in, const bf16* left, const bf16* right, const bf16* tail, const More& more,
+    const Take& take) {
   alignas(64) float sums[1024];
+  const auto give = [&](long first, long count) {
+    for (long r = 0; r < count; r++) {
+      const float* at = sums + r / kTile * 512 + r % kTile * kTile;
+      take(first + r, _mm512_load_ps(at), _mm512_load_ps(at + 256));
+    }
+  };
   long row = 0;
   for (; row + 32 <= rows; row += 32) {
-    multiply(x + row * in, in, in, left, right, sums);
-    for (long r = 0; r < 32; r++) {
-      const float* at = sums + r / kTile * 512 + r % kTile * kTile;
-      take(row + r, _mm512_load_ps(at), _mm512_load_ps(at + 256));
-    }
+    multiply(x + row * in, in, in, left, right, sums, [&] { more(row); });
+    give(row, 32);
   }
   if (row == rows) return;
-  const long left_over = rows - row;
-  if (left_over <= kTile) {
-    multiply_half(tail, in, in, left, right, sums);
+  if (rows - row <= kTile) {
+    multiply_half(tail, in, in, left, right, sums, [&] { more(row); });
   } else {
-    multiply(tail, in, in, left, right, sums);
+    multiply(tail, in, in, left, right, sums, [&] { more(row); });
   }
-  for (long r = 0; r < left_over; r++) {
-    const float* at = sums + r / kTile * 512 + r % kTile * kTile;
-    take(row + r, _mm512_load_ps(at), _mm512_load_ps(at + 256));
-  }
+  give(row, rows - row);
 }
+
+// Of two vectors, elements start … start + 15 in turn.
+inline __m512i turns(int start) {
+  alignas(64) uint16_t index[32];
+  for (int i = 0; i < 16; i++) index[2 * i] = start + i, index[2 * i + 1] = 32 + start + i;
+  return _mm512_load_si512(index);
+}
+
+// The additions to some rows of one product, for one thread. kUse: of the thread's memory.
+template <int kUse>
+class Additions {
+ public:
+  // Of x (rows, in), which begins at row `first` of the pass.
+  Additions(
+      const Addition* all, long count, const bf16* x, long first, long rows, long in, const bf16* tail) {
+    size_t room = 0;
+    for (long i = 0; i < count; i++) {
+      const long begin = std::max<long>(all[i].start - first, 0);
+      const long end = std::min<long>(all[i].start + all[i].count - first, rows);
+      if (begin >= end) continue;
+      Own own{&all[i], begin, end, begin / 32 * 32, (end + 31) / 32 * 32, (all[i].rank + 31) / 32, room};
+      room += (own.top - own.base) * own.steps * kPairs;
+      own_.push_back(own);
+    }
+    if (own_.empty()) return;
+    low_ = scratch<bf16, kUse>(room);
+    std::memset(low_, 0, room * sizeof(bf16));
+    bf16* columns = scratch<bf16, kUse + 1>(2 * kTile * in);
+    for (const Own& own : own_)
+      for (long step = 0; step < own.steps; step++) {
+        for (long half = 0; half < 2; half++) {
+          const long row = step * kPairs + half * kTile;
+          const long there = std::max(0L, std::min<long>(own.of->rank - row, kTile));
+          pack_column(own.of->down + row * in, columns + half * kTile * in, in, there);
+        }
+        const long stride = own.steps * kPairs;
+        bf16* to = low_ + own.at + step * kPairs;
+        column_pair(
+            x + own.base * in, std::min(own.top, rows) - own.base, in, columns, columns + kTile * in, tail,
+            [](long) {},
+            [&](long row, __m512 left, __m512 right) {
+              if (row + own.base >= own.begin && row + own.base < own.end)
+                _mm512_storeu_si512(to + row * stride, (__m512i)_mm512_cvtne2ps_pbh(right, left));
+            });
+      }
+  }
+
+  // The pair of columns that begins at `column`; of the second as far as there is one.
+  void take(long column, long width, bool both) {
+    if (own_.empty()) return;
+    size_t room = 0;
+    for (Own& own : own_) own.tiles = room, room += own.steps * 2 * kTileSize;
+    tiles_ = scratch<bf16, kUse + 2>(room);
+    for (const Own& own : own_) take_up(own, own.of->up + column, width, both ? ~0u : 0xffffu);
+  }
+
+  // Adds to the tiles of the 32 rows that begin at `row`.
+  void add(long row) const {
+    for (const Own& own : own_) {
+      if (row < own.base || row >= own.top) continue;
+      const long stride = own.steps * kPairs;
+      const bf16* low = low_ + own.at + (row - own.base) * stride;
+      for (long step = 0; step < own.steps; step++) {
+        const bf16* tile = tiles_ + own.tiles + step * 2 * kTileSize;
+        _tile_loadd(4, low + step * kPairs, stride * sizeof(bf16));
+        _tile_loadd(5, low + kTile * stride + step * kPairs, stride * sizeof(bf16));
+        _tile_loadd(6, tile, 64);
+        _tile_loadd(7, tile + kTileSize, 64);
+        _tile_dpbf16ps(0, 4, 6);
+        _tile_dpbf16ps(1, 4, 7);
+        _tile_dpbf16ps(2, 5, 6);
+        _tile_dpbf16ps(3, 5, 7);
+      }
+    }
+  }
+
+  // The same to the left tiles alone, and to the right ones.
+  void add_left(long row) const { add_one<false>(row); }
+  void add_right(long row) const { add_one<true>(row); }
+
+ private:
+  struct Own {
+    const Addition* of;
+    long begin, end, base, top, steps;
+    size_t at, tiles = 0;
+  };
+
+  void take_up(const Own& own, const bf16* up, long width, __mmask32 mask) {
+    const __m512i low = turns(0), high = turns(16);
+    bf16* to = tiles_ + own.tiles;
+    for (long step = 0; step < own.steps; step++, to += 2 * kTileSize)
+      for (long pair = 0; pair < 16; pair++) {
+        const long rank = step * kPairs + 2 * pair;
+        const bf16* from = up + rank * width;
+        const __m512i even = rank < own.of->rank ? _mm512_maskz_loadu_epi16(mask, from) : _mm512_setzero_si512();
+        const __m512i odd =
+            rank + 1 < own.of->rank ? _mm512_maskz_loadu_epi16(mask, from + width) : _mm512_setzero_si512();
+        _mm512_store_si512(to + pair * kPairs, _mm512_permutex2var_epi16(even, low, odd));
+        _mm512_store_si512(to + kTileSize + pair * kPairs, _mm512_permutex2var_epi16(even, high, odd));
+      }
+  }
+
+  template <bool kRight>
+  void add_one(long row) const {
+    for (const Own& own : own_) {
+      if (row < own.base || row >= own.top) continue;
+      const long stride = own.steps * kPairs;
+      const bf16* low = low_ + own.at + (row - own.base) * stride;
+      for (long step = 0; step < own.steps; step++) {
+        _tile_loadd(4, low + step * kPairs, stride * sizeof(bf16));
+        _tile_loadd(5, low + kTile * stride + step * kPairs, stride * sizeof(bf16));
+        _tile_loadd(6, tiles_ + own.tiles + step * 2 * kTileSize, 64);
+        if constexpr (kRight) {
+          _tile_dpbf16ps(1, 4, 6);
+          _tile_dpbf16ps(3, 5, 6);
+        } else {
+          _tile_dpbf16ps(0, 4, 6);
+          _tile_dpbf16ps(2, 5, 6);
+        }
+      }
+    }
+  }
+
+  std::vector<Own> own_;
+  bf16 *low_ = nullptr, *tiles_ = nullptr;
+};
 
 // What is left of x (rows, in) after whole blocks of 32 rows, filled up with zeros.
 inline const bf16* tail_of(const bf16* x, long rows, long in) {
@@ -217,18 +360,20 @@ inline __m512 silu_of_bf16(__m512 x) {
   return _mm512_maskz_fmadd_ps(is_finite, rest, reciprocal, quotient);
 }
 
-// The pair of tiles' columns of out = x · weightᵀ (+ bias), rounded (+ residual, rounded); (rows, …) all.
+// A pair of columns of out = x · weightᵀ (+ additions) (+ bias), rounded (+ residual, rounded).
+template <int kUse>
 void product_columns(
     const bf16* x, const Weight& weight, const bf16* bias, const bf16* residual, bf16* out, long rows, long pair,
-    const bf16* tail) {
+    const bf16* tail, Additions<kUse>& additions) {
   bf16* room = weight.packed ? nullptr : scratch<bf16, 1>(2 * kTile * weight.in);
   const bool both = 2 * pair + 1 < weight.out / kTile;
   const bf16* left = weight.column(2 * pair, room);
   const bf16* right = both ? weight.column(2 * pair + 1, room ? room + kTile * weight.in : nullptr) : left;
   const long column = 2 * pair * kTile, width = weight.out;
+  additions.take(column, width, both);
   const __m512 low_bias = bias ? (__m512)load(bias + column) : _mm512_setzero_ps();
   const __m512 high_bias = bias && both ? (__m512)load(bias + column + kTile) : _mm512_setzero_ps();
-  column_pair(x, rows, weight.in, left, right, tail, [=](long row, __m512 low, __m512 high) {
+  const auto take = [=](long row, __m512 low, __m512 high) {
     bf16* to = out + row * width + column;
     if (bias) low = _mm512_add_ps(low, low_bias), high = _mm512_add_ps(high, high_bias);
     if (residual) {
@@ -241,7 +386,8 @@ void product_columns(
     } else {
       _mm256_storeu_si256((__m256i*)to, (__m256i)_mm512_cvtneps_pbh(low));
     }
-  });
+  };
+  column_pair(x, rows, weight.in, left, right, tail, [&](long row) { additions.add(row); }, take);
 }
 
 // Neighbouring queries of one sequence, the last of all its keys' tokens.
@@ -294,7 +440,7 @@ class KeysAndValues {
         for (int r = 0; r < 16; r++) _mm512_store_si512(to + r * kPairs, rows[r]);
       }
     values = to;
-    const __m512i first = interleaved(0), second = interleaved(16);
+    const __m512i first = turns(0), second = turns(16);
     const bf16* const* value = at_.data() + filled;
     for (long block = 0; block < filled; block += kPairs, to += kPairs * width)
       for (long d = 0; d < width; d += kPairs)
@@ -308,13 +454,6 @@ class KeysAndValues {
   }
 
  private:
-  // Of two vectors, elements start … start + 15 in turn.
-  static __m512i interleaved(int start) {
-    alignas(64) uint16_t index[32];
-    for (int i = 0; i < 16; i++) index[2 * i] = start + i, index[2 * i + 1] = 32 + start + i;
-    return _mm512_load_si512(index);
-  }
-
   const Segment* segment_ = nullptr;
   long head_ = -1;
   std::vector<const bf16*> at_;
@@ -456,12 +595,14 @@ void heft_units_pack(const bf16* weight, bf16* packed, long in, long out) {
     pack_column(weight + column * kTile * in, packed + column * kTile * in, in);
 }
 
-// out = x · weightᵀ + bias, + residual: x (rows, in), out and residual (rows, out). bias and residual may be null.
+// out = x · weightᵀ + additions + bias, + residual: x (rows, in), out and residual (rows, out). bias and residual may be
+// null.
 void heft_units_product(
-    const bf16* x, const bf16* weight, int packed, const bf16* bias, const bf16* residual, bf16* out, long rows,
-    long in, long columns) {
+    const bf16* x, const bf16* weight, int packed, const bf16* bias, const bf16* residual, const int64_t* additions,
+    long n_additions, bf16* out, long rows, long in, long columns) {
   const Weight w{weight, in, columns, bool(packed)};
   const long pairs = (columns / kTile + 1) / 2, chunk = rows_at_once(in);
+  const auto* more = reinterpret_cast<const Addition*>(additions);
 #pragma omp parallel if (rows * columns > 4096)
   {
     Tiles tiles;
@@ -469,23 +610,27 @@ void heft_units_product(
       const long some = std::min(chunk, rows - first);
       const bf16* from = x + first * in;
       const bf16* tail = tail_of(from, some, in);
+      Additions<8> adds(more, n_additions, from, first, some, in, tail);
 #pragma omp for nowait
       for (long pair = 0; pair < pairs; pair++)
         product_columns(
-            from, w, bias, residual ? residual + first * columns : nullptr, out + first * columns, some, pair, tail);
+            from, w, bias, residual ? residual + first * columns : nullptr, out + first * columns, some, pair, tail,
+            adds);
     }
   }
 }
 
 // out = (SiLU(x · gateᵀ) ⊙ (x · upᵀ)) · downᵀ + residual: x, residual, out (rows, width); gate and up (inner, width),
 // down (width, inner). Every product, SiLU, ⊙ and sum is rounded to bfloat16. `active` has room for rows · inner, at
-// most 256 rows.
+// most 256 rows. Additions: those to gate first, then those to up, then those to down.
 void heft_units_gated(
-    const bf16* x, const bf16* gate, const bf16* up, const bf16* down, int packed, const bf16* residual, bf16* out,
-    bf16* active, long rows, long width, long inner) {
+    const bf16* x, const bf16* gate, const bf16* up, const bf16* down, int packed, const bf16* residual,
+    const int64_t* additions, long to_gate, long to_up, long to_down, bf16* out, bf16* active, long rows, long width,
+    long inner) {
   const Weight gates{gate, width, inner, bool(packed)}, ups{up, width, inner, bool(packed)};
   const Weight downs{down, inner, width, bool(packed)};
   const long chunk = rows_at_once(std::max(width, inner));
+  const auto* more = reinterpret_cast<const Addition*>(additions);
 #pragma omp parallel
   {
     Tiles tiles;
@@ -493,22 +638,28 @@ void heft_units_gated(
       const long some = std::min(chunk, rows - first);
       const bf16* from = x + first * width;
       const bf16* tail = tail_of(from, some, width);
+      Additions<8> gate_adds(more, to_gate, from, first, some, width, tail);
+      Additions<12> up_adds(more + to_gate, to_up, from, first, some, width, tail);
 #pragma omp for
       for (long column = 0; column < inner / kTile; column++) {
         bf16* room = packed ? nullptr : scratch<bf16, 1>(2 * kTile * width);
         const bf16* left = gates.column(column, room);
         const bf16* right = ups.column(column, room ? room + kTile * width : nullptr);
-        column_pair(from, some, width, left, right, tail, [=](long row, __m512 low, __m512 high) {
+        gate_adds.take(column * kTile, inner, false);
+        up_adds.take(column * kTile, inner, false);
+        const auto add = [&](long row) { gate_adds.add_left(row), up_adds.add_right(row); };
+        column_pair(from, some, width, left, right, tail, add, [=](long row, __m512 low, __m512 high) {
           const Floats gated = through_bf16((Floats)silu_of_bf16((__m512)rounded_sum(low))) * rounded_sum(high);
           _mm256_storeu_si256(
               (__m256i*)(active + row * inner + column * kTile), (__m256i)_mm512_cvtneps_pbh((__m512)gated));
         });
       }
       const bf16* rest = tail_of(active, some, inner);
+      Additions<8> down_adds(more + to_gate + to_up, to_down, active, first, some, inner, rest);
 #pragma omp for
       for (long pair = 0; pair < (width / kTile + 1) / 2; pair++)
         product_columns(
-            active, downs, nullptr, residual + first * width, out + first * width, some, pair, rest);
+            active, downs, nullptr, residual + first * width, out + first * width, some, pair, rest, down_adds);
     }
   }
 }

@@ -18,6 +18,7 @@ import logging
 from collections.abc import Callable, Sequence
 from functools import lru_cache
 from pathlib import Path
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 import torch.nn.functional as F  # noqa: N812
@@ -32,8 +33,36 @@ _INS, _OUTS, _HEAD, _WIDEST = 32, 16, 32, 256
 #: Rows of a gated activation that are held at once, at most.
 _ROWS = 256
 
+T = TypeVar("T")
+Three = tuple[T, T, T]
 #: Keys and values, (tokens, kv_heads, head_dim) each; a head's numbers stand side by side.
 Source = tuple[Tensor, Tensor]
+
+
+class Addition(NamedTuple):
+    """What a low-rank adapter adds to rows start … start + tokens − 1 of a product: (x · downᵀ, rounded) · up.
+
+    down (n, rank, in), up (n, rank, out), of which it is the one at `place`. All of `up` is finite: the rows beside
+    these get zero times it.
+    """
+
+    start: int
+    tokens: int
+    down: Tensor
+    up: Tensor
+    place: int
+
+    def numbers(self, ins: int, outs: int, rows: int) -> tuple[int, ...]:
+        """As matrix_units.cpp takes it. Raises ValueError where it does not fit the product."""
+        count, rank, width = self.down.shape
+        fits = width == ins and self.up.shape == (count, rank, outs) and 0 <= self.place < count
+        fits = fits and self.start >= 0 and self.start + self.tokens <= rows
+        fits = fits and all(x.dtype == torch.bfloat16 and x.is_contiguous() for x in (self.down, self.up))
+        _fit(fits, self.down, self.up)
+        # Addresses, not views: these would take longer to make than the product.
+        down = self.down.data_ptr() + self.place * rank * ins * self.down.element_size()
+        up = self.up.data_ptr() + self.place * rank * outs * self.up.element_size()
+        return self.start, self.tokens, down, up, rank
 
 
 class Segments:
@@ -73,8 +102,14 @@ class MatrixUnits:
         pointer, number, real, switch = ctypes.c_void_p, ctypes.c_long, ctypes.c_float, ctypes.c_int
         for name, arguments in {
             "heft_units_pack": (pointer, pointer, number, number),
-            "heft_units_product": (pointer, pointer, switch, *(pointer,) * 3, *(number,) * 3),
-            "heft_units_gated": (*(pointer,) * 4, switch, *(pointer,) * 3, *(number,) * 3),
+            "heft_units_product": (
+                *(pointer, pointer, switch),
+                *(*(pointer,) * 3, number, pointer, number, number, number),
+            ),
+            "heft_units_gated": (
+                *(*(pointer,) * 4, switch),
+                *(*(pointer,) * 2, *(number,) * 3, *(pointer,) * 2, *(number,) * 3),
+            ),
             "heft_units_attend": (*(pointer,) * 5, *(number,) * 4, real, number),
         }.items():
             function = getattr(library, name)
@@ -111,59 +146,56 @@ class MatrixUnits:
         packed: Tensor | None = None,
         bias: Tensor | None = None,
         residual: Tensor | None = None,
+        additions: Sequence[Addition] = (),
     ) -> Tensor:
-        """x (…, in) · weight (out, in)ᵀ + bias (out,), rounded, + residual (…, out), rounded → (…, out)."""
+        """x (…, in) · weight (out, in)ᵀ + additions + bias (out,), rounded, + residual (…, out), rounded → (…, out)."""
         outs, ins = weight.shape
         x = x.contiguous()
         shape = (*x.shape[:-1], outs)
-        out = x.new_empty(shape)
+        out, rows = x.new_empty(shape), x.numel() // ins
         fits = x.shape[-1] == ins and self.takes(weight) and (packed is None or packed.shape == weight.shape)
         fits = (
             fits and (bias is None or bias.shape == (outs,)) and (residual is None or residual.shape == shape)
         )
+        fits = fits and all(each is None or _is_plain(each) for each in (x, packed, bias, residual))
         _fit(fits, x, weight, bias, residual)
-        given = weight if packed is None else packed
+        more, given = _table([additions], [(ins, outs)], rows), weight if packed is None else packed
         self._library.heft_units_product(
-            _at(x),
-            _at(given),
-            packed is not None,
-            _at(bias),
-            _at(residual),
-            _at(out),
-            x.numel() // ins,
-            ins,
-            outs,
+            *(_at(x), _at(given), packed is not None, _at(bias), _at(residual), more, len(additions)),
+            *(_at(out), rows, ins, outs),
         )
         return out
 
     def gated(
         self,
         x: Tensor,
-        weights: tuple[Tensor, Tensor, Tensor],
-        packed: tuple[Tensor, Tensor, Tensor] | None,
+        weights: Three[Tensor],
+        packed: Three[Tensor] | None,
         residual: Tensor,
+        additions: Three[Sequence[Addition]] = ((), (), ()),
     ) -> Tensor:
         """(SiLU(x · gateᵀ) ⊙ (x · upᵀ)) · downᵀ + residual, each step of it rounded.
 
         x and residual (…, width); weights: gate and up (inner, width), down (width, inner); `packed`, all or none.
+        `additions`: to each of the three products.
         """
         gate, up, down = weights
         inner, width = gate.shape
         x, residual = x.contiguous(), residual.contiguous()
-        out = torch.empty_like(x)
-        rows = x.numel() // width
+        out, rows = torch.empty_like(x), x.numel() // width
         active = x.new_empty(min(rows, _ROWS), inner)
         fits = (
             up.shape == gate.shape == down.shape[::-1] and x.shape[-1] == width and x.shape == residual.shape
         )
-        fits = fits and all(map(self.takes, weights))
+        fits = fits and all(map(self.takes, weights)) and all(map(_is_plain, (x, residual, *(packed or ()))))
         fits = fits and (
             packed is None or all(p.shape == w.shape for p, w in zip(packed, weights, strict=True))
         )
         _fit(fits, x, gate, up, down, residual)
-        given = map(_at, packed or weights)
+        more = _table(additions, [(width, inner), (width, inner), (inner, width)], rows)
         self._library.heft_units_gated(
-            _at(x), *given, packed is not None, _at(residual), _at(out), _at(active), rows, width, inner
+            *(_at(x), *map(_at, packed or weights), packed is not None, _at(residual)),
+            *(more, *map(len, additions), _at(out), _at(active), rows, width, inner),
         )
         return out
 
@@ -249,6 +281,8 @@ def _wrong(units: MatrixUnits) -> str | None:
     for chosen in (None, all_packed):
         if not torch.equal(units.gated(x, (gate, up, down), chosen, residual), expected):
             return "a gated activation"
+    if not _adds(units, some):
+        return "an adapter's addition"
     if not torch.equal(_activated(units, numbers), activations):
         return "SiLU"
     return None if _attends(units, some) else "attention"
@@ -267,6 +301,29 @@ def _activated(units: MatrixUnits, numbers: Tensor) -> Tensor:
     gate, up, down = torch.zeros(3, _INS, _INS).bfloat16()
     gate[0, 0] = up[0, 1] = down[0, 0] = 1
     return units.gated(x, (gate, up, down), None, torch.zeros_like(x))[:, 0]
+
+
+def _adds(units: MatrixUnits, some: Callable[..., Tensor]) -> bool:
+    """Whether additions are those of their rows alone, wherever these stand, and what they should be."""
+    rows, ins, outs = 90, 64, 48
+    x, weight = some(rows, ins), some(outs, ins)
+    factors = [(some(2, rank, ins), some(2, rank, outs)) for rank in (8, 40)]
+    places = [(3, 30, 0), (40, 45, 1)]
+    additions = [Addition(start, count, *factors[i], 1) for start, count, i in places]
+    together = units.product(x, weight, additions=additions)
+    untouched = torch.ones(rows, dtype=torch.bool)
+    for addition in additions:
+        own = slice(addition.start, addition.start + addition.tokens)
+        untouched[own] = False
+        alone = addition._replace(start=0)
+        if not torch.equal(units.product(x[own], weight, additions=[alone]), together[own]):
+            return False
+        down, up = addition.down[1], addition.up[1]
+        low = (x[own].float() @ down.float().T).bfloat16().float()
+        exact = x[own].float() @ weight.float().T + low @ up.float()
+        if (together[own] - exact).abs().max() > exact.abs().max() * 2.0**-7:
+            return False
+    return torch.equal(together[untouched], _product(x, weight)[untouched])
 
 
 def _attends(units: MatrixUnits, some: Callable[..., Tensor]) -> bool:
@@ -303,6 +360,21 @@ def _fit(fits: bool, *tensors: Tensor | None) -> None:
     if not fits:
         described = [(tuple(x.shape), x.dtype, x.stride()) for x in tensors if x is not None]
         raise ValueError(f"matrix units take bfloat16 tensors on a CPU that fit together, not {described}")
+
+
+def _is_plain(x: Tensor) -> bool:
+    return x.dtype == torch.bfloat16 and x.is_contiguous() and x.device.type == "cpu"
+
+
+def _table(additions: Sequence[Sequence[Addition]], shapes: Sequence[tuple[int, int]], rows: int) -> Any:
+    """All additions' numbers, those to one product after another; its shape is (in, out)."""
+    numbers = [
+        number
+        for each, (ins, outs) in zip(additions, shapes, strict=True)
+        for one in each
+        for number in one.numbers(ins, outs, rows)
+    ]
+    return (ctypes.c_int64 * len(numbers))(*numbers) if numbers else None
 
 
 def _at(x: Tensor | None) -> int | None:

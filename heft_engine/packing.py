@@ -9,13 +9,14 @@ It does NOT know attention or models: `heft_engine.attention` reads the layout.
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from heft_engine.encoding import Example, intervened_positions
 
@@ -83,6 +84,10 @@ class RowAdapter(Protocol):
     def touches(self, module: str) -> bool:
         """Whether `linear` does anything to this layer."""
 
+    def factors(self, module: str) -> Sequence[tuple[Tensor, Tensor, int]] | None:
+        """All that `linear` does to a layer it touches, where that is to add (x · downᵀ) · up: pairs down
+        (n, rank, in), up (n, rank, out), finite, of which those at an index are meant. None where it does more."""
+
     def linear(self, module: str, x: Tensor, y: Tensor, bias: Tensor | None) -> None:
         """Turns one linear layer's y (n, out) for x (n, in) into the adapted one's, in place."""
 
@@ -90,8 +95,17 @@ class RowAdapter(Protocol):
         """Edits one layer's output (row.length, hidden) at the row's intervened tokens, in place."""
 
 
-class AdapterHook:
-    """A linear layer's forward hook that does nothing in passes without `Layout.adapters`."""
+class AdapterHook(ABC):
+    """A linear layer's forward hook that sees to `Layout.adapters`, and does nothing in passes without them."""
+
+    #: The layer's, as adapters know it.
+    name: str
+
+    @abstractmethod
+    def adapt(
+        self, rows: Sequence[tuple[PackedRow, RowAdapter]], module: nn.Linear, x: Tensor, y: Tensor
+    ) -> None:
+        """Turns the layer's y (…, out) for x (…, in) into the adapted one's at these rows, in place."""
 
     def __deepcopy__(self, memo: dict[int, Any]) -> AdapterHook:
         """As functions, a copied model's hooks are those of the model."""

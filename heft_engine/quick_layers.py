@@ -20,7 +20,8 @@ from transformers.activations import SiLUActivation
 
 from heft_engine import kernels, matrix_units, packed_weights
 from heft_engine.attention import packed_attention, tiled_attention, tiles_of, units_attention, units_of
-from heft_engine.packing import AdapterHook, Layout, PackedRow
+from heft_engine.matrix_units import Addition
+from heft_engine.packing import AdapterHook, Layout, PackedRow, RowAdapter
 
 #: Rows that a layer is tried with: attention of one length and of another, and more tokens than one block of a product.
 _TRIED = (7, 41)
@@ -102,17 +103,21 @@ def _forward(layer: Any, asked: dict[str, Any], compiled: kernels.Kernels) -> Fo
     units = matrix_units.load()
     is_silu = isinstance(mlp.act_fn, (nn.SiLU, SiLUActivation))
 
-    def by_units(module: Any, layout: Layout) -> matrix_units.MatrixUnits | None:
-        """The units, if nothing but their product happens in a linear layer."""
-        return (
-            units if units is not None and _is_plain(module, layout) and units.takes(module.weight) else None
-        )
+    def by_units(module: Any) -> matrix_units.MatrixUnits | None:
+        """The units, if nothing but their product and adapters happens in a linear layer."""
+        return units if units is not None and _is_plain(module) and units.takes(module.weight) else None
 
     def linear(module: Any, x: Tensor, layout: Layout, residual: Tensor | None = None) -> Tensor:
-        """The module's product, and the sum with `residual`."""
-        if (own := by_units(module, layout)) is not None:
-            return own.product(x, module.weight, packed_weights.kept(module.weight), module.bias, residual)
-        out = cast(Tensor, module(x))
+        """The module's product, adapted, and the sum with `residual`."""
+        if (own := by_units(module)) is None:
+            out = cast(Tensor, module(x))
+        else:
+            additions, others = _adapters(module, layout)
+            kept, at_once = packed_weights.kept(module.weight), None if others else residual
+            out = own.product(x, module.weight, kept, module.bias, at_once, additions)
+            if not others:
+                return out
+            _hook(module).adapt(others, module, x, out)
         return out if residual is None else out.add_(residual)
 
     def heads(product: nn.Module, norm: Any, hidden: Tensor, layout: Layout) -> Tensor:
@@ -140,12 +145,15 @@ def _forward(layer: Any, asked: dict[str, Any], compiled: kernels.Kernels) -> Fo
 
     def gated(hidden: Tensor, residual: Tensor, layout: Layout) -> Tensor:
         parts = (mlp.gate_proj, mlp.up_proj, mlp.down_proj)
-        own = by_units(parts[0], layout)
-        if own is not None and is_silu and all(by_units(p, layout) and p.bias is None for p in parts):
-            gate, up, down = (part.weight for part in parts)
-            packed = [found for w in (gate, up, down) if (found := packed_weights.kept(w)) is not None]
-            kept = (packed[0], packed[1], packed[2]) if len(packed) == len(parts) else None
-            return own.gated(hidden, (gate, up, down), kept, residual)
+        own = by_units(parts[0])
+        if own is not None and is_silu and all(by_units(part) and part.bias is None for part in parts):
+            adapters = [_adapters(part, layout) for part in parts]
+            if not any(others for _, others in adapters):
+                gate, up, down = (part.weight for part in parts)
+                packed = [found for w in (gate, up, down) if (found := packed_weights.kept(w)) is not None]
+                kept = (packed[0], packed[1], packed[2]) if len(packed) == len(parts) else None
+                added = (adapters[0][0], adapters[1][0], adapters[2][0])
+                return own.gated(hidden, (gate, up, down), kept, residual, added)
         gate, up = linear(mlp.gate_proj, hidden, layout), linear(mlp.up_proj, hidden, layout)
         active = compiled.gate_silu(gate, up) if is_silu else mlp.act_fn(gate).mul_(up)
         return linear(mlp.down_proj, active, layout, residual)
@@ -161,7 +169,7 @@ def _forward(layer: Any, asked: dict[str, Any], compiled: kernels.Kernels) -> Fo
         with torch._C.DisableTorchFunction():
             seen = attended(query, key, value, position_embeddings, layout)
         seen = seen.reshape(1, hidden.shape[1], -1)
-        if by_units(attention.o_proj, layout) is not None:
+        if by_units(attention.o_proj) is not None:
             after = linear(attention.o_proj, seen, layout, states)
             hidden = compiled.rms_norm(after, second.weight, second.variance_epsilon)
         else:
@@ -172,12 +180,33 @@ def _forward(layer: Any, asked: dict[str, Any], compiled: kernels.Kernels) -> Fo
     return forward
 
 
-def _is_plain(module: Any, layout: Layout) -> bool:
-    """Whether nothing but the product itself would happen in a linear layer."""
+def _is_plain(module: Any) -> bool:
+    """Whether nothing but its product and adapters happens in a linear layer."""
     if type(module) is not nn.Linear or module._forward_pre_hooks:
         return False
-    hooks = module._forward_hooks
-    return not hooks or (layout.adapters is None and all(isinstance(h, AdapterHook) for h in hooks.values()))
+    return all(isinstance(hook, AdapterHook) for hook in module._forward_hooks.values())
+
+
+def _hook(module: nn.Linear) -> AdapterHook:
+    return cast(AdapterHook, next(iter(module._forward_hooks.values())))
+
+
+def _adapters(module: nn.Linear, layout: Layout) -> tuple[list[Addition], list[tuple[PackedRow, RowAdapter]]]:
+    """What the rows' adapters add to a layer's product, and the rows whose adapters do more than that."""
+    additions: list[Addition] = []
+    others: list[tuple[PackedRow, RowAdapter]] = []
+    if layout.adapters is None or not module._forward_hooks:
+        return additions, others
+    name = _hook(module).name
+    for row, adapter in zip(layout.rows, layout.adapters, strict=True):
+        if adapter is None or not adapter.touches(name):
+            continue
+        factors = adapter.factors(name)
+        if factors is None:
+            others.append((row, adapter))
+        else:
+            additions += [Addition(row.start, row.length, *each) for each in factors]
+    return additions, others
 
 
 class _Asked:

@@ -1,9 +1,10 @@
 """One base in memory, and for each row of a batch its own LoRA and its own interventions, unmerged.
 
-A row's product is its base's plus (x·Aᵀ)·(s·B)ᵀ, one small pair of products a row and module: their shapes depend on
-the row alone, so its bits don't depend on the rows beside it. Stages follow one another; DoRA (arXiv 2402.09353)
-multiplies what came before by m/‖W + s·B·A‖, bias aside. Factors are kept in the base's dtype, so an answer agrees with
-the merged model's within that dtype's rounding and no closer.
+A row's product is its base's plus (x·Aᵀ)·(s·B)ᵀ. Where a CPU's matrix units do it, they add that before the product is
+rounded (heft_engine.matrix_units); elsewhere it is one small pair of products a row and module, whose shapes depend on
+the row alone. Either way a row's bits don't depend on the rows beside it. Stages follow one another; DoRA (arXiv
+2402.09353) multiplies what came before by m/‖W + s·B·A‖, bias aside. Factors are kept in the base's dtype, so an answer
+agrees with the merged model's within that dtype's rounding and no closer.
 
 It does NOT know batches, budgets or where adapters come from.
 """
@@ -79,6 +80,16 @@ class UnmergedModel:
     def touches(self, module: str) -> bool:
         return any(module in stage.places for stage in self._stages)
 
+    def factors(self, module: str) -> list[tuple[Tensor, Tensor, int]] | None:
+        found = []
+        for stage in self._stages:
+            place = stage.places.get(module)
+            if place is not None and stage.ratios is not None:
+                return None
+            if place is not None:
+                found.append((*stage.groups[place[0]], place[1]))
+        return found
+
     def linear(self, module: str, x: Tensor, y: Tensor, bias: Tensor | None) -> None:
         for stage in self._stages:
             place = stage.places.get(module)
@@ -141,6 +152,8 @@ def _stacked(tensors: list[Tensor], scaling: float, lm: PackedLM) -> Tensor:
     stacked = torch.empty(len(tensors), *tensors[0].shape, dtype=lm.dtype, device=lm.device)
     for place, tensor in zip(stacked, tensors, strict=True):
         place.copy_(tensor if scaling == 1.0 else scaling * tensor)
+    if not stacked.isfinite().all():
+        raise BundleError(f"the adapter has factors that are no finite numbers in {lm.dtype}")
     return stacked
 
 
@@ -189,19 +202,23 @@ def adapt_rows(lm: PackedLM) -> None:
 
 class _LinearHook(AdapterHook):
     def __init__(self, name: str, now: _Now) -> None:
-        self._name, self._now = name, now
+        self.name, self._now = name, now
 
     def __call__(self, module: nn.Linear, args: tuple[Tensor, ...], output: Tensor) -> None:
-        touching = [(row, adapter) for row, adapter, _ in self._now.rows if adapter.touches(self._name)]
-        if not touching:
-            return
+        touching = [(row, adapter) for row, adapter, _ in self._now.rows if adapter.touches(self.name)]
+        if touching:
+            self.adapt(touching, module, args[0], output)
+
+    def adapt(
+        self, rows: Sequence[tuple[PackedRow, RowAdapter]], module: nn.Linear, x: Tensor, y: Tensor
+    ) -> None:
         # Small products for every row: what a mode has to look at takes longer than they do. On one thread:
         # more of them might round otherwise.
         with torch._C.DisableTorchFunction(), lanes.computing_with(1):
-            x, y = args[0].view(-1, args[0].shape[-1]), output.view(-1, output.shape[-1])
-            for row, adapter in touching:
+            x, y = x.view(-1, x.shape[-1]), y.view(-1, y.shape[-1])
+            for row, adapter in rows:
                 own = slice(row.start, row.start + row.length)
-                adapter.linear(self._name, x[own], y[own], module.bias)
+                adapter.linear(self.name, x[own], y[own], module.bias)
 
 
 def _layer_hook(index: int, now: _Now, *, is_last: bool) -> Callable[..., None]:
