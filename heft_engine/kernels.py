@@ -120,11 +120,11 @@ def _wrong(kernels: Kernels) -> str | None:
             return "the gated activation"
     for width in (50, 64, 576, 2_048, 4_100, 18_432):
         x, y, weight = some(40, width), some(40, width), some(width)
-        if not torch.equal(kernels.rms_norm(x, weight, 1e-5), _rms_norm(x, weight, 1e-5)):
+        if not torch.equal(kernels.rms_norm(x, weight, 1e-5), rms_norm(x, weight, 1e-5)):
             return "the norm"
         total = y.clone()
         normed = kernels.add_rms_norm(x, total, weight, 1e-5)
-        if not (torch.equal(total, x + y) and torch.equal(normed, _rms_norm(x + y, weight, 1e-5))):
+        if not (torch.equal(total, x + y) and torch.equal(normed, rms_norm(x + y, weight, 1e-5))):
             return "the sum and its norm"
     order = torch.randperm(100, generator=made)
     places, gaps = order[:90].contiguous(), order[90:].contiguous()
@@ -140,7 +140,8 @@ def _wrong(kernels: Kernels) -> str | None:
     return None
 
 
-def _rms_norm(x: Tensor, weight: Tensor, epsilon: float) -> Tensor:
+def rms_norm(x: Tensor, weight: Tensor, epsilon: float) -> Tensor:
+    """As torch computes it: x (…, width), weight (width,)."""
     single = x.float()
     return weight * (single * torch.rsqrt(single.pow(2).mean(-1, keepdim=True) + epsilon)).to(x.dtype)
 

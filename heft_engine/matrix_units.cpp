@@ -6,7 +6,7 @@
 //
 // A weight (out, in) is packed as [out / 16][in / 32] tiles of 16 pairs of inputs by 16 outputs, a kilobyte each.
 
-#include "vectors.h"
+#include "norms.h"
 
 #if defined(__AMX_BF16__) && defined(__AVX512BF16__) && defined(__linux__)
 
@@ -24,7 +24,11 @@ using namespace heft;
 
 constexpr long kTile = 16, kPairs = 32, kTileSize = kTile * kPairs;
 // Rows that a product takes at once: as many as stay in a core's cache, in bytes, and at most and at least so many.
-constexpr long kCached = 1 << 19, kMostRows = 256;
+constexpr long kCached = 1 << 20, kMostRows = 256;
+
+// Tiles of inputs that a product takes at once: two columns of weights, 2 kB each, beside what else the nearest cache
+// holds.
+constexpr long kDeep = 18;
 
 struct alignas(64) TileConfiguration {
   uint8_t palette = 1, start_row = 0, reserved[14] = {};
@@ -104,6 +108,9 @@ struct Weight {
   long in, out;
   bool packed;
 
+  // Pairs of columns of tiles; the last one may be half.
+  long pairs() const { return (out / kTile + 1) / 2; }
+
   // Column `index` of tiles; what is not packed is, into `room`.
   const bf16* column(long index, bf16* room) const {
     if (packed) return at + index * in * kTile;
@@ -120,21 +127,61 @@ struct Addition {
   int64_t rank;
 };
 
-// 32 rows by two columns of tiles, sums in `sums`: tiles (rows 0 … 15, left), (…, right), (16 … 31, left), (…, right).
-// `more` adds to the tiles 0 … 3.
+// The rows of a product's input, as they lie in memory or as tiles: [rows / 16][in / 32] tiles of 16 rows by 32 inputs, of
+// whole blocks of 32 rows.
+struct Rows {
+  const bf16* at;
+  long rows, in;
+  // From row to row of a tile, and from tile to tile of the same rows.
+  long stride, step;
+  // What is left after whole blocks of 32 rows, where memory ends there.
+  const bf16* tail;
+
+  const bf16* block(long row) const { return tail && row + 32 > rows ? tail : at + row * in; }
+  Rows part(long first, long end) const { return {at + first * in, end - first, in, stride, step, tail}; }
+};
+
+inline Rows as_they_lie(const bf16* x, long rows, long in) {
+  const long whole = rows / 32 * 32, left_over = rows - whole;
+  bf16* tail = nullptr;
+  if (left_over) {
+    tail = scratch<bf16, 0>(32 * in);
+    std::memcpy(tail, x + whole * in, left_over * in * sizeof(bf16));
+    std::memset(tail + left_over * in, 0, (32 - left_over) * in * sizeof(bf16));
+  }
+  return {x, rows, in, in, kPairs, tail};
+}
+
+inline Rows as_tiles(const bf16* x, long rows, long in) { return {x, rows, in, kPairs, kTileSize, nullptr}; }
+
+// Where a row's inputs `column` … lie in tiles of rows with so many.
+inline bf16* in_tiles(bf16* tiles, long row, long column, long in) {
+  return tiles + row / kTile * kTile * in + column / kPairs * kTileSize + row % kTile * kPairs + column % kPairs;
+}
+
+// Adds 32 rows by two columns of tiles, over tiles of inputs first … end - 1, to `sums`: tiles (rows 0 … 15, left),
+// (…, right), (16 … 31, left), (…, right). `more` adds to the tiles 0 … 3.
 template <typename More>
 inline void multiply(
-    const bf16* x, long stride, long in, const bf16* left, const bf16* right, float* sums, const More& more) {
-  const long bytes = stride * sizeof(bf16);
-  const bf16* below = x + kTile * stride;
-  _tile_zero(0);
-  _tile_zero(1);
-  _tile_zero(2);
-  _tile_zero(3);
-  for (long k = 0; k < in / kPairs; k++) {
+    const bf16* x, const Rows& rows, const bf16* left, const bf16* right, long first, long end, float* sums,
+    const More& more) {
+  const long bytes = rows.stride * sizeof(bf16);
+  const bf16* below = x + kTile * rows.in;
+  if (first == 0) {
+    _tile_zero(0);
+    _tile_zero(1);
+    _tile_zero(2);
+    _tile_zero(3);
+  } else {
+    _tile_loadd(0, sums, 64);
+    _tile_loadd(1, sums + 256, 64);
+    _tile_loadd(2, sums + 512, 64);
+    _tile_loadd(3, sums + 768, 64);
+  }
+  for (long k = first; k < end; k++) {
     // Rows pass by; the columns are to stay in the cache.
-    _tile_stream_loadd(4, x + k * kPairs, bytes);
-    _tile_stream_loadd(5, below + k * kPairs, bytes);
+    _tile_stream_loadd(4, x + k * rows.step, bytes);
+    _tile_stream_loadd(5, below + k * rows.step, bytes);
     _tile_loadd(6, left + k * kTileSize, 64);
     _tile_loadd(7, right + k * kTileSize, 64);
     _tile_dpbf16ps(0, 4, 6);
@@ -152,11 +199,17 @@ inline void multiply(
 // The same of 16 rows.
 template <typename More>
 inline void multiply_half(
-    const bf16* x, long stride, long in, const bf16* left, const bf16* right, float* sums, const More& more) {
-  _tile_zero(0);
-  _tile_zero(1);
-  for (long k = 0; k < in / kPairs; k++) {
-    _tile_loadd(4, x + k * kPairs, stride * sizeof(bf16));
+    const bf16* x, const Rows& rows, const bf16* left, const bf16* right, long first, long end, float* sums,
+    const More& more) {
+  if (first == 0) {
+    _tile_zero(0);
+    _tile_zero(1);
+  } else {
+    _tile_loadd(0, sums, 64);
+    _tile_loadd(1, sums + 256, 64);
+  }
+  for (long k = first; k < end; k++) {
+    _tile_loadd(4, x + k * rows.step, rows.stride * sizeof(bf16));
     _tile_loadd(6, left + k * kTileSize, 64);
     _tile_loadd(7, right + k * kTileSize, 64);
     _tile_dpbf16ps(0, 4, 6);
@@ -167,31 +220,36 @@ inline void multiply_half(
   _tile_stored(1, sums + 256, 64);
 }
 
-// Rows of x (rows, in) times two columns of tiles. `more` adds to the tiles of the block that begins at a row; `take` is
-// given a row and its 16 + 16 sums.
+// Rows times two columns of tiles. `more` adds to the tiles of the block that begins at a row; `take` is given a row and
+// its 16 + 16 sums.
 template <typename More, typename Take>
 inline void column_pair(
-    const bf16* x, long rows, long in, const bf16* left, const bf16* right, const bf16* tail, const More& more,
-    const Take& take) {
-  alignas(64) float sums[1024];
-  const auto give = [&](long first, long count) {
-    for (long r = 0; r < count; r++) {
-      const float* at = sums + r / kTile * 512 + r % kTile * kTile;
-      take(first + r, _mm512_load_ps(at), _mm512_load_ps(at + 256));
+    const Rows& x, const bf16* left, const bf16* right, const More& more, const Take& take) {
+  // So many inputs at a time that the columns' part of them stays in the nearest cache; sums wait in the next.
+  const long steps = x.in / kPairs;
+  const bool at_once = steps <= kDeep;
+  float* all = scratch<float, 17>(at_once ? 1024 : (x.rows + 31) / 32 * 1024);
+  for (long first = 0; first < steps; first += kDeep) {
+    const long end = std::min(steps, first + kDeep);
+    const bool is_last = end == steps;
+    for (long row = 0; row < x.rows; row += 32) {
+      const long count = std::min(32L, x.rows - row);
+      float* sums = all + (at_once ? 0 : row / 32 * 1024);
+      const auto finish = [&] {
+        if (is_last) more(row);
+      };
+      if (count > kTile) {
+        multiply(x.block(row), x, left, right, first, end, sums, finish);
+      } else {
+        multiply_half(x.block(row), x, left, right, first, end, sums, finish);
+      }
+      if (!is_last) continue;
+      for (long r = 0; r < count; r++) {
+        const float* at = sums + r / kTile * 512 + r % kTile * kTile;
+        take(row + r, _mm512_load_ps(at), _mm512_load_ps(at + 256));
+      }
     }
-  };
-  long row = 0;
-  for (; row + 32 <= rows; row += 32) {
-    multiply(x + row * in, in, in, left, right, sums, [&] { more(row); });
-    give(row, 32);
   }
-  if (row == rows) return;
-  if (rows - row <= kTile) {
-    multiply_half(tail, in, in, left, right, sums, [&] { more(row); });
-  } else {
-    multiply(tail, in, in, left, right, sums, [&] { more(row); });
-  }
-  give(row, rows - row);
 }
 
 // Of two vectors, elements start … start + 15 in turn.
@@ -205,9 +263,9 @@ inline __m512i turns(int start) {
 template <int kUse>
 class Additions {
  public:
-  // Of x (rows, in), which begins at row `first` of the pass.
-  Additions(
-      const Addition* all, long count, const bf16* x, long first, long rows, long in, const bf16* tail) {
+  // To a product of x, which begins at row `first` of the pass.
+  Additions(const Addition* all, long count, const Rows& x, long first) {
+    const long rows = x.rows, in = x.in;
     size_t room = 0;
     for (long i = 0; i < count; i++) {
       const long begin = std::max<long>(all[i].start - first, 0);
@@ -231,8 +289,7 @@ class Additions {
         const long stride = own.steps * kPairs;
         bf16* to = low_ + own.at + step * kPairs;
         column_pair(
-            x + own.base * in, std::min(own.top, rows) - own.base, in, columns, columns + kTile * in, tail,
-            [](long) {},
+            x.part(own.base, std::min(own.top, rows)), columns, columns + kTile * in, [](long) {},
             [&](long row, __m512 left, __m512 right) {
               if (row + own.base >= own.begin && row + own.base < own.end)
                 _mm512_storeu_si512(to + row * stride, (__m512i)_mm512_cvtne2ps_pbh(right, left));
@@ -320,16 +377,6 @@ class Additions {
   bf16 *low_ = nullptr, *tiles_ = nullptr;
 };
 
-// What is left of x (rows, in) after whole blocks of 32 rows, filled up with zeros.
-inline const bf16* tail_of(const bf16* x, long rows, long in) {
-  const long whole = rows / 32 * 32, left_over = rows - whole;
-  if (left_over == 0) return nullptr;
-  bf16* tail = scratch<bf16, 0>(32 * in);
-  std::memcpy(tail, x + whole * in, left_over * in * sizeof(bf16));
-  std::memset(tail + left_over * in, 0, (32 - left_over) * in * sizeof(bf16));
-  return tail;
-}
-
 inline Floats rounded_sum(__m512 sum) { return through_bf16((Floats)sum); }
 
 inline long rows_at_once(long in) { return std::max(32L, std::min(kMostRows, kCached / (2 * in) / 32 * 32)); }
@@ -363,8 +410,8 @@ inline __m512 silu_of_bf16(__m512 x) {
 // A pair of columns of out = x · weightᵀ (+ additions) (+ bias), rounded (+ residual, rounded).
 template <int kUse>
 void product_columns(
-    const bf16* x, const Weight& weight, const bf16* bias, const bf16* residual, bf16* out, long rows, long pair,
-    const bf16* tail, Additions<kUse>& additions) {
+    const Rows& x, const Weight& weight, const bf16* bias, const bf16* residual, bf16* out, long pair,
+    Additions<kUse>& additions) {
   bf16* room = weight.packed ? nullptr : scratch<bf16, 1>(2 * kTile * weight.in);
   const bool both = 2 * pair + 1 < weight.out / kTile;
   const bf16* left = weight.column(2 * pair, room);
@@ -387,7 +434,19 @@ void product_columns(
       _mm256_storeu_si256((__m256i*)to, (__m256i)_mm512_cvtneps_pbh(low));
     }
   };
-  column_pair(x, rows, weight.in, left, right, tail, [&](long row) { additions.add(row); }, take);
+  column_pair(x, left, right, [&](long row) { additions.add(row); }, take);
+}
+
+// The norm of x (rows, width), as tiles. All threads of a team come here.
+inline void norm_to_tiles(
+    const bf16* x, const bf16* weight, float epsilon, bf16* tiles, long rows, long width) {
+  bf16* normed = scratch<bf16, 16>(width);
+#pragma omp for
+  for (long row = 0; row < rows; row++) {
+    normalise(x + row * width, weight, normed, width, epsilon);
+    for (long column = 0; column < width; column += kPairs)
+      std::memcpy(in_tiles(tiles, row, column, width), normed + column, kPairs * sizeof(bf16));
+  }
 }
 
 // Neighbouring queries of one sequence, the last of all its keys' tokens.
@@ -601,32 +660,66 @@ void heft_units_product(
     const bf16* x, const bf16* weight, int packed, const bf16* bias, const bf16* residual, const int64_t* additions,
     long n_additions, bf16* out, long rows, long in, long columns) {
   const Weight w{weight, in, columns, bool(packed)};
-  const long pairs = (columns / kTile + 1) / 2, chunk = rows_at_once(in);
+  const long chunk = rows_at_once(in);
   const auto* more = reinterpret_cast<const Addition*>(additions);
 #pragma omp parallel if (rows * columns > 4096)
   {
     Tiles tiles;
     for (long first = 0; first < rows; first += chunk) {
-      const long some = std::min(chunk, rows - first);
-      const bf16* from = x + first * in;
-      const bf16* tail = tail_of(from, some, in);
-      Additions<8> adds(more, n_additions, from, first, some, in, tail);
+      const Rows some = as_they_lie(x + first * in, std::min(chunk, rows - first), in);
+      Additions<8> adds(more, n_additions, some, first);
+      const bf16* from = residual ? residual + first * columns : nullptr;
 #pragma omp for nowait
-      for (long pair = 0; pair < pairs; pair++)
-        product_columns(
-            from, w, bias, residual ? residual + first * columns : nullptr, out + first * columns, some, pair, tail,
-            adds);
+      for (long pair = 0; pair < w.pairs(); pair++)
+        product_columns(some, w, bias, from, out + first * columns, pair, adds);
     }
   }
 }
 
-// out = (SiLU(x · gateᵀ) ⊙ (x · upᵀ)) · downᵀ + residual: x, residual, out (rows, width); gate and up (inner, width),
-// down (width, inner). Every product, SiLU, ⊙ and sum is rounded to bfloat16. `active` has room for rows · inner, at
-// most 256 rows. Additions: those to gate first, then those to up, then those to down.
+// A product of a layer's normed states.
+struct Projection {
+  const bf16 *weight, *bias;
+  int64_t packed, columns;
+  const bf16* out;
+  int64_t first_addition, additions;
+};
+
+// out = norm(states) · weightᵀ + additions + bias for each of `count` projections: states (rows, in), norm (in,). `normed`
+// has room for rows · in, of whole blocks of 32 rows, at most 256 rows.
+void heft_units_projections(
+    const bf16* states, const bf16* norm, float epsilon, const int64_t* projections, long count,
+    const int64_t* additions, bf16* normed, long rows, long in) {
+  const auto* all = reinterpret_cast<const Projection*>(projections);
+  const auto* more = reinterpret_cast<const Addition*>(additions);
+  const long chunk = rows_at_once(in);
+#pragma omp parallel
+  {
+    Tiles tiles;
+    for (long first = 0; first < rows; first += chunk) {
+      const Rows some = as_tiles(normed, std::min(chunk, rows - first), in);
+      norm_to_tiles(states + first * in, norm, epsilon, normed, some.rows, in);
+      for (long i = 0; i < count; i++) {
+        const Projection& one = all[i];
+        const Weight weight{one.weight, in, one.columns, bool(one.packed)};
+        Additions<8> adds(more + one.first_addition, one.additions, some, first);
+        bf16* out = const_cast<bf16*>(one.out) + first * one.columns;
+#pragma omp for nowait
+        for (long pair = 0; pair < weight.pairs(); pair++)
+          product_columns(some, weight, one.bias, nullptr, out, pair, adds);
+      }
+#pragma omp barrier
+    }
+  }
+}
+
+// out = (SiLU(x · gateᵀ) ⊙ (x · upᵀ)) · downᵀ + states with x = norm(states): states and out (rows, width), norm (width,),
+// gate and up (inner, width), down (width, inner). Every product, SiLU, ⊙ and sum is rounded to bfloat16. `normed` and
+// `active` have room for rows · width and rows · inner, of whole blocks of 32 rows, at most 256 rows. Additions: those to
+// gate first, then those to up, then those to down.
 void heft_units_gated(
-    const bf16* x, const bf16* gate, const bf16* up, const bf16* down, int packed, const bf16* residual,
-    const int64_t* additions, long to_gate, long to_up, long to_down, bf16* out, bf16* active, long rows, long width,
-    long inner) {
+    const bf16* states, const bf16* norm, float epsilon, const bf16* gate, const bf16* up, const bf16* down,
+    int packed, const int64_t* additions, long to_gate, long to_up, long to_down, bf16* out, bf16* normed,
+    bf16* active, long rows, long width, long inner) {
   const Weight gates{gate, width, inner, bool(packed)}, ups{up, width, inner, bool(packed)};
   const Weight downs{down, inner, width, bool(packed)};
   const long chunk = rows_at_once(std::max(width, inner));
@@ -635,11 +728,10 @@ void heft_units_gated(
   {
     Tiles tiles;
     for (long first = 0; first < rows; first += chunk) {
-      const long some = std::min(chunk, rows - first);
-      const bf16* from = x + first * width;
-      const bf16* tail = tail_of(from, some, width);
-      Additions<8> gate_adds(more, to_gate, from, first, some, width, tail);
-      Additions<12> up_adds(more + to_gate, to_up, from, first, some, width, tail);
+      const Rows some = as_tiles(normed, std::min(chunk, rows - first), width);
+      norm_to_tiles(states + first * width, norm, epsilon, normed, some.rows, width);
+      Additions<8> gate_adds(more, to_gate, some, first);
+      Additions<12> up_adds(more + to_gate, to_up, some, first);
 #pragma omp for
       for (long column = 0; column < inner / kTile; column++) {
         bf16* room = packed ? nullptr : scratch<bf16, 1>(2 * kTile * width);
@@ -648,18 +740,18 @@ void heft_units_gated(
         gate_adds.take(column * kTile, inner, false);
         up_adds.take(column * kTile, inner, false);
         const auto add = [&](long row) { gate_adds.add_left(row), up_adds.add_right(row); };
-        column_pair(from, some, width, left, right, tail, add, [=](long row, __m512 low, __m512 high) {
+        column_pair(some, left, right, add, [=](long row, __m512 low, __m512 high) {
           const Floats gated = through_bf16((Floats)silu_of_bf16((__m512)rounded_sum(low))) * rounded_sum(high);
-          _mm256_storeu_si256(
-              (__m256i*)(active + row * inner + column * kTile), (__m256i)_mm512_cvtneps_pbh((__m512)gated));
+          _mm256_store_si256(
+              (__m256i*)in_tiles(active, row, column * kTile, inner), (__m256i)_mm512_cvtneps_pbh((__m512)gated));
         });
       }
-      const bf16* rest = tail_of(active, some, inner);
-      Additions<8> down_adds(more + to_gate + to_up, to_down, active, first, some, inner, rest);
+      const Rows activated = as_tiles(active, some.rows, inner);
+      Additions<8> down_adds(more + to_gate + to_up, to_down, activated, first);
 #pragma omp for
-      for (long pair = 0; pair < (width / kTile + 1) / 2; pair++)
+      for (long pair = 0; pair < downs.pairs(); pair++)
         product_columns(
-            active, downs, nullptr, residual + first * width, out + first * width, some, pair, rest, down_adds);
+            activated, downs, nullptr, states + first * width, out + first * width, pair, down_adds);
     }
   }
 }

@@ -25,13 +25,14 @@ import torch.nn.functional as F  # noqa: N812
 from torch import Tensor
 
 from heft_engine import lanes, native
+from heft_engine.kernels import rms_norm
 
 log = logging.getLogger(__name__)
 
 #: Inputs and outputs of a weight are multiples of these; a head's width is one, up to the widest.
 _INS, _OUTS, _HEAD, _WIDEST = 32, 16, 32, 256
-#: Rows of a gated activation that are held at once, at most.
-_ROWS = 256
+#: Rows of a chunk that are held between two products, at most: whole blocks.
+_ROWS, _BLOCK = 256, 32
 
 T = TypeVar("T")
 Three = tuple[T, T, T]
@@ -63,6 +64,22 @@ class Addition(NamedTuple):
         down = self.down.data_ptr() + self.place * rank * ins * self.down.element_size()
         up = self.up.data_ptr() + self.place * rank * outs * self.up.element_size()
         return self.start, self.tokens, down, up, rank
+
+
+class Norm(NamedTuple):
+    """weight · (x / √(mean(x²) + ε) rounded), as transformers' LlamaRMSNorm: weight (width,)."""
+
+    weight: Tensor
+    epsilon: float
+
+
+class Projection(NamedTuple):
+    """A product of normed states: weight (out, in), packed or not, bias (out,)."""
+
+    weight: Tensor
+    packed: Tensor | None = None
+    bias: Tensor | None = None
+    additions: Sequence[Addition] = ()
 
 
 class Segments:
@@ -106,9 +123,19 @@ class MatrixUnits:
                 *(pointer, pointer, switch),
                 *(*(pointer,) * 3, number, pointer, number, number, number),
             ),
+            "heft_units_projections": (
+                pointer,
+                pointer,
+                real,
+                pointer,
+                number,
+                *(pointer,) * 2,
+                number,
+                number,
+            ),
             "heft_units_gated": (
-                *(*(pointer,) * 4, switch),
-                *(*(pointer,) * 2, *(number,) * 3, *(pointer,) * 2, *(number,) * 3),
+                *(pointer, pointer, real, *(pointer,) * 3, switch),
+                *(pointer, *(number,) * 3, *(pointer,) * 3, *(number,) * 3),
             ),
             "heft_units_attend": (*(pointer,) * 5, *(number,) * 4, real, number),
         }.items():
@@ -166,38 +193,77 @@ class MatrixUnits:
         )
         return out
 
+    def projections(self, states: Tensor, norm: Norm, projections: Sequence[Projection]) -> list[Tensor]:
+        """norm(states) · weightᵀ + additions + bias, rounded, of each projection: states (…, in) → (…, out)."""
+        states = states.contiguous()
+        ins = states.shape[-1]
+        rows = states.numel() // ins
+        fits = norm.weight.shape == (ins,) and _is_plain(states) and _is_plain(norm.weight)
+        outs: list[Tensor] = []
+        numbers: list[int] = []
+        tables: list[Sequence[Addition]] = []
+        for one in projections:
+            columns = one.weight.shape[0]
+            fits = fits and self.takes(one.weight) and one.weight.shape[1] == ins
+            fits = fits and (
+                one.packed is None or (one.packed.shape == one.weight.shape and _is_plain(one.packed))
+            )
+            fits = fits and (one.bias is None or (one.bias.shape == (columns,) and _is_plain(one.bias)))
+            _fit(fits, states, norm.weight, one.weight, one.packed, one.bias)
+            out = states.new_empty(*states.shape[:-1], columns)
+            given, is_packed = (one.weight, 0) if one.packed is None else (one.packed, 1)
+            bias = 0 if one.bias is None else one.bias.data_ptr()
+            numbers += [given.data_ptr(), bias, is_packed, columns, out.data_ptr()]
+            numbers += [sum(len(table) for table in tables), len(one.additions)]
+            tables.append(one.additions)
+            outs.append(out)
+        more = _table(tables, [(ins, out.shape[-1]) for out in outs], rows)
+        normed = states.new_empty(self._held(rows), ins)
+        self._library.heft_units_projections(
+            *(_at(states), _at(norm.weight), norm.epsilon, (ctypes.c_int64 * len(numbers))(*numbers)),
+            *(len(outs), more, _at(normed), rows, ins),
+        )
+        return outs
+
     def gated(
         self,
-        x: Tensor,
+        states: Tensor,
+        norm: Norm,
         weights: Three[Tensor],
         packed: Three[Tensor] | None,
-        residual: Tensor,
         additions: Three[Sequence[Addition]] = ((), (), ()),
     ) -> Tensor:
-        """(SiLU(x · gateᵀ) ⊙ (x · upᵀ)) · downᵀ + residual, each step of it rounded.
+        """(SiLU(x · gateᵀ) ⊙ (x · upᵀ)) · downᵀ + states with x = norm(states), each step of it rounded.
 
-        x and residual (…, width); weights: gate and up (inner, width), down (width, inner); `packed`, all or none.
+        states (…, width); weights: gate and up (inner, width), down (width, inner); `packed`, all or none.
         `additions`: to each of the three products.
         """
         gate, up, down = weights
         inner, width = gate.shape
-        x, residual = x.contiguous(), residual.contiguous()
-        out, rows = torch.empty_like(x), x.numel() // width
-        active = x.new_empty(min(rows, _ROWS), inner)
-        fits = (
-            up.shape == gate.shape == down.shape[::-1] and x.shape[-1] == width and x.shape == residual.shape
+        states = states.contiguous()
+        out, rows = torch.empty_like(states), states.numel() // width
+        fits = up.shape == gate.shape == down.shape[::-1] and norm.weight.shape == states.shape[-1:] == (
+            width,
         )
-        fits = fits and all(map(self.takes, weights)) and all(map(_is_plain, (x, residual, *(packed or ()))))
+        fits = (
+            fits
+            and all(map(self.takes, weights))
+            and all(map(_is_plain, (states, norm.weight, *(packed or ()))))
+        )
         fits = fits and (
             packed is None or all(p.shape == w.shape for p, w in zip(packed, weights, strict=True))
         )
-        _fit(fits, x, gate, up, down, residual)
+        _fit(fits, states, norm.weight, gate, up, down)
         more = _table(additions, [(width, inner), (width, inner), (inner, width)], rows)
+        normed, active = (states.new_empty(self._held(rows), size) for size in (width, inner))
         self._library.heft_units_gated(
-            *(_at(x), *map(_at, packed or weights), packed is not None, _at(residual)),
-            *(more, *map(len, additions), _at(out), _at(active), rows, width, inner),
+            *(_at(states), _at(norm.weight), norm.epsilon, *map(_at, packed or weights), packed is not None),
+            *(more, *map(len, additions), _at(out), _at(normed), _at(active), rows, width, inner),
         )
         return out
+
+    def _held(self, rows: int) -> int:
+        return min(-(-rows // _BLOCK) * _BLOCK, _ROWS)
 
     def attend(
         self,
@@ -262,6 +328,8 @@ def _wrong(units: MatrixUnits) -> str | None:
     width, inner = 96, 160
     x, residual, bias = some(71, width), some(71, inner), some(inner)
     gate, up, down = some(inner, width), some(inner, width), some(width, inner)
+    norm = Norm(some(width), 1e-5)
+    normed = rms_norm(x, *norm)
     for packed in (None, units.packed(gate)):
         if not torch.equal(units.product(x, gate, packed), _product(x, gate)):
             return "a product"
@@ -269,17 +337,19 @@ def _wrong(units: MatrixUnits) -> str | None:
             return "a product with a bias"
         if not torch.equal(units.product(x, gate, packed, None, residual), _product(x, gate).add_(residual)):
             return "a product and a sum"
-    residual = some(71, width)
+        found = units.projections(x, norm, [Projection(up), Projection(gate, packed, bias)])
+        if not all(map(torch.equal, found, (_product(normed, up), _product(normed, gate, bias)))):
+            return "a product of normed states"
     # One thread: several leave torch rests, which it rounds otherwise.
     with lanes.computing_with(1):
-        expected = _product(F.silu(_product(x, gate)) * _product(x, up), down) + residual
+        expected = _product(F.silu(_product(normed, gate)) * _product(normed, up), down) + x
         every = torch.arange(1 << 16, dtype=torch.int32).to(torch.int16).view(torch.bfloat16)
         # In the units, what is smaller than 2⁻¹²⁶ counts as zero.
         numbers = every[every.isfinite() & ((every.abs() >= 2.0**-125) | (every == 0))]
         activations = F.silu(numbers)
     all_packed = (units.packed(gate), units.packed(up), units.packed(down))
     for chosen in (None, all_packed):
-        if not torch.equal(units.gated(x, (gate, up, down), chosen, residual), expected):
+        if not torch.equal(units.gated(x, norm, (gate, up, down), chosen), expected):
             return "a gated activation"
     if not _adds(units, some):
         return "an adapter's addition"
@@ -295,12 +365,20 @@ def _product(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
 
 
 def _activated(units: MatrixUnits, numbers: Tensor) -> Tensor:
-    """SiLU of each, as `gated` computes it: a row is a number and a 1."""
-    x = torch.zeros(len(numbers), _INS).bfloat16()
-    x[:, 0], x[:, 1] = numbers, 1
-    gate, up, down = torch.zeros(3, _INS, _INS).bfloat16()
-    gate[0, 0] = up[0, 1] = down[0, 0] = 1
-    return units.gated(x, (gate, up, down), None, torch.zeros_like(x))[:, 0]
+    """SiLU of each, as `gated` computes it."""
+    # The norm makes a 1 and zeros of the one row, so that the gate's first column is what comes out of its product.
+    width = 256
+    row, weight = torch.zeros(1, width).bfloat16(), torch.full((width,), width**-0.5).bfloat16()
+    row[0, 0] = 1
+    gate, up, down = torch.zeros(3, width, width).bfloat16()
+    up[:, 0] = 1
+    # What comes out where the row itself is zero.
+    down[1:, :-1].fill_diagonal_(1)
+    found = []
+    for group in torch.split(numbers, width - 1):
+        gate[: len(group), 0] = group
+        found.append(units.gated(row, Norm(weight, 0.0), (gate, up, down), None)[0, 1 : len(group) + 1])
+    return torch.cat(found)
 
 
 def _adds(units: MatrixUnits, some: Callable[..., Tensor]) -> bool:

@@ -26,7 +26,7 @@ log = logging.getLogger(__name__)
 
 _HERE = Path(__file__).parent
 SOURCES = (_HERE / "kernels.cpp", _HERE / "matrix_units.cpp")
-_HEADERS = (_HERE / "vectors.h",)
+_HEADERS = (_HERE / "vectors.h", _HERE / "norms.h")
 #: No contraction: a product that is added without being rounded has other bits. OpenMP is not linked in: `_library`.
 _FLAGS = (
     *("-std=c++17", "-O3", "-march=native", "-fopenmp", "-fPIC", "-c", f"-I{_HERE}"),

@@ -20,7 +20,7 @@ from transformers.activations import SiLUActivation
 
 from heft_engine import kernels, matrix_units, packed_weights
 from heft_engine.attention import packed_attention, tiled_attention, tiles_of, units_attention, units_of
-from heft_engine.matrix_units import Addition
+from heft_engine.matrix_units import Addition, Norm, Projection
 from heft_engine.packing import AdapterHook, Layout, PackedRow, RowAdapter
 
 #: Rows that a layer is tried with: attention of one length and of another, and more tokens than one block of a product.
@@ -120,10 +120,26 @@ def _forward(layer: Any, asked: dict[str, Any], compiled: kernels.Kernels) -> Fo
             _hook(module).adapt(others, module, x, out)
         return out if residual is None else out.add_(residual)
 
-    def heads(product: nn.Module, norm: Any, hidden: Tensor, layout: Layout) -> Tensor:
-        """(T, heads, head_dim)."""
-        found = linear(product, hidden, layout).view(hidden.shape[1], -1, attention.head_dim)
-        return found if norm is None else compiled.rms_norm(found, norm.weight, norm.variance_epsilon)
+    def projected(states: Tensor, layout: Layout) -> list[Tensor]:
+        """Query, key and value, (T, heads, head_dim) each."""
+        parts = (attention.q_proj, attention.k_proj, attention.v_proj)
+        norms = (getattr(attention, "q_norm", None), getattr(attention, "k_norm", None), None)
+        own = by_units(parts[0])
+        adapters = [_adapters(part, layout) for part in parts] if own and all(map(by_units, parts)) else []
+        if own is not None and adapters and not any(others for _, others in adapters):
+            asked_for = [
+                Projection(part.weight, packed_weights.kept(part.weight), part.bias, additions)
+                for part, (additions, _) in zip(parts, adapters, strict=True)
+            ]
+            products = own.projections(states, Norm(first.weight, first.variance_epsilon), asked_for)
+        else:
+            hidden = compiled.rms_norm(states, first.weight, first.variance_epsilon)
+            products = [linear(part, hidden, layout) for part in parts]
+        found = [each.view(states.shape[1], -1, attention.head_dim) for each in products]
+        return [
+            each if norm is None else compiled.rms_norm(each, norm.weight, norm.variance_epsilon)
+            for each, norm in zip(found, norms, strict=True)
+        ]
 
     def attended(
         query: Tensor, key: Tensor, value: Tensor, position_embeddings: tuple[Tensor, Tensor], layout: Layout
@@ -143,39 +159,39 @@ def _forward(layer: Any, asked: dict[str, Any], compiled: kernels.Kernels) -> Fo
         q, k, v = (each.transpose(0, 1)[None] for each in (query, key, value))
         return packed_attention(attention, q, k, v, None, layout=layout, **asked)[0]
 
-    def gated(hidden: Tensor, residual: Tensor, layout: Layout) -> Tensor:
+    def gated(states: Tensor, layout: Layout) -> Tensor | None:
+        """The layer's second half in one go, where it can be had."""
         parts = (mlp.gate_proj, mlp.up_proj, mlp.down_proj)
         own = by_units(parts[0])
-        if own is not None and is_silu and all(by_units(part) and part.bias is None for part in parts):
-            adapters = [_adapters(part, layout) for part in parts]
-            if not any(others for _, others in adapters):
-                gate, up, down = (part.weight for part in parts)
-                packed = [found for w in (gate, up, down) if (found := packed_weights.kept(w)) is not None]
-                kept = (packed[0], packed[1], packed[2]) if len(packed) == len(parts) else None
-                added = (adapters[0][0], adapters[1][0], adapters[2][0])
-                return own.gated(hidden, (gate, up, down), kept, residual, added)
-        gate, up = linear(mlp.gate_proj, hidden, layout), linear(mlp.up_proj, hidden, layout)
-        active = compiled.gate_silu(gate, up) if is_silu else mlp.act_fn(gate).mul_(up)
-        return linear(mlp.down_proj, active, layout, residual)
+        if own is None or not is_silu or not all(by_units(part) and part.bias is None for part in parts):
+            return None
+        adapters = [_adapters(part, layout) for part in parts]
+        if any(others for _, others in adapters):
+            return None
+        gate, up, down = (part.weight for part in parts)
+        packed = [found for w in (gate, up, down) if (found := packed_weights.kept(w)) is not None]
+        kept = (packed[0], packed[1], packed[2]) if len(packed) == len(parts) else None
+        added = (adapters[0][0], adapters[1][0], adapters[2][0])
+        return own.gated(states, Norm(second.weight, second.variance_epsilon), (gate, up, down), kept, added)
 
     def forward(
         states: Tensor, *, position_embeddings: tuple[Tensor, Tensor], layout: Layout, **_: Any
     ) -> Tensor:
-        hidden = compiled.rms_norm(states, first.weight, first.variance_epsilon)
-        query = heads(attention.q_proj, getattr(attention, "q_norm", None), hidden, layout)
-        key = heads(attention.k_proj, getattr(attention, "k_norm", None), hidden, layout)
-        value = heads(attention.v_proj, None, hidden, layout)
+        query, key, value = projected(states, layout)
         # Attention is a hundred small operations, none of which a mode has a say in.
         with torch._C.DisableTorchFunction():
-            seen = attended(query, key, value, position_embeddings, layout)
-        seen = seen.reshape(1, hidden.shape[1], -1)
+            seen = attended(query, key, value, position_embeddings, layout).reshape(*states.shape[:2], -1)
         if by_units(attention.o_proj) is not None:
             after = linear(attention.o_proj, seen, layout, states)
+            if (out := gated(after, layout)) is not None:
+                return out
             hidden = compiled.rms_norm(after, second.weight, second.variance_epsilon)
         else:
             after = attention.o_proj(seen)
             hidden = compiled.add_rms_norm(states, after, second.weight, second.variance_epsilon)
-        return gated(hidden, after, layout)
+        gate, up = linear(mlp.gate_proj, hidden, layout), linear(mlp.up_proj, hidden, layout)
+        active = compiled.gate_silu(gate, up) if is_silu else mlp.act_fn(gate).mul_(up)
+        return linear(mlp.down_proj, active, layout, after)
 
     return forward
 

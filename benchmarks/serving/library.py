@@ -40,10 +40,9 @@ from heft_engine.serving.waiting_rows import Weights
 PREFIX_BYTES = 512 * 1024**2
 #: What passes are made of: the functions that do it.
 _OPERATIONS: dict[str, tuple[tuple[Any, str], ...]] = {
-    "matrix products (with the gated activation, where it is computed with them)": (
+    "matrix products (on matrix units with the norms and gated activations around them)": (
         (FixedShapes, "linear"),
-        (MatrixUnits, "product"),
-        (MatrixUnits, "gated"),
+        *((MatrixUnits, name) for name in ("projections", "product", "gated")),
     ),
     "attention": tuple(
         (quick_layers, name) for name in ("units_attention", "tiled_attention", "packed_attention")
