@@ -160,11 +160,12 @@ inline bf16* in_tiles(bf16* tiles, long row, long column, long in) {
 }
 
 // Adds 32 rows by two columns of tiles, over tiles of inputs first … end - 1, to `sums`: tiles (rows 0 … 15, left),
-// (…, right), (16 … 31, left), (…, right). `more` adds to the tiles 0 … 3.
-template <typename More>
+// (…, right), (16 … 31, left), (…, right). `more` adds to the tiles 0 … 3; `meanwhile` is called with every step, when the
+// vector units have nothing to do.
+template <typename More, typename Meanwhile>
 inline void multiply(
     const bf16* x, const Rows& rows, const bf16* left, const bf16* right, long first, long end, float* sums,
-    const More& more) {
+    const More& more, const Meanwhile& meanwhile) {
   const long bytes = rows.stride * sizeof(bf16);
   const bf16* below = x + kTile * rows.in;
   if (first == 0) {
@@ -188,6 +189,7 @@ inline void multiply(
     _tile_dpbf16ps(1, 4, 7);
     _tile_dpbf16ps(2, 5, 6);
     _tile_dpbf16ps(3, 5, 7);
+    meanwhile();
   }
   more();
   _tile_stored(0, sums, 64);
@@ -226,30 +228,38 @@ template <typename More, typename Take>
 inline void column_pair(
     const Rows& x, const bf16* left, const bf16* right, const More& more, const Take& take) {
   // So many inputs at a time that the columns' part of them stays in the nearest cache; sums wait in the next.
-  const long steps = x.in / kPairs;
+  const long steps = x.in / kPairs, blocks = (x.rows + 31) / 32;
   const bool at_once = steps <= kDeep;
-  float* all = scratch<float, 17>(at_once ? 1024 : (x.rows + 31) / 32 * 1024);
+  float* all = scratch<float, 17>((at_once ? 2 : blocks) * 1024);
+  // A block's sums are taken while the next one is multiplied.
+  long taken = 0, ready = 0;
+  const auto take_some = [&](long count) {
+    for (const long end = std::min(ready, taken + count); taken < end; taken++) {
+      const long block = taken / 32, r = taken % 32;
+      const float* at = all + (at_once ? block % 2 : block) * 1024 + r / kTile * 512 + r % kTile * kTile;
+      take(taken, _mm512_load_ps(at), _mm512_load_ps(at + 256));
+    }
+  };
   for (long first = 0; first < steps; first += kDeep) {
     const long end = std::min(steps, first + kDeep);
     const bool is_last = end == steps;
-    for (long row = 0; row < x.rows; row += 32) {
-      const long count = std::min(32L, x.rows - row);
-      float* sums = all + (at_once ? 0 : row / 32 * 1024);
+    for (long block = 0; block < blocks; block++) {
+      const long row = 32 * block, count = std::min(32L, x.rows - row);
+      float* sums = all + (at_once ? block % 2 : block) * 1024;
       const auto finish = [&] {
         if (is_last) more(row);
       };
       if (count > kTile) {
-        multiply(x.block(row), x, left, right, first, end, sums, finish);
+        multiply(x.block(row), x, left, right, first, end, sums, finish, [&] { take_some(2); });
       } else {
         multiply_half(x.block(row), x, left, right, first, end, sums, finish);
       }
       if (!is_last) continue;
-      for (long r = 0; r < count; r++) {
-        const float* at = sums + r / kTile * 512 + r % kTile * kTile;
-        take(row + r, _mm512_load_ps(at), _mm512_load_ps(at + 256));
-      }
+      take_some(32);
+      ready = row + count;
     }
   }
+  take_some(32);
 }
 
 // Of two vectors, elements start … start + 15 in turn.
