@@ -672,7 +672,7 @@ void heft_units_product(
   const Weight w{weight, in, columns, bool(packed)};
   const long chunk = rows_at_once(in);
   const auto* more = reinterpret_cast<const Addition*>(additions);
-#pragma omp parallel if (rows * columns > 4096)
+#pragma omp parallel if (in * columns > 65536)
   {
     Tiles tiles;
     for (long first = 0; first < rows; first += chunk) {

@@ -1,5 +1,5 @@
-"""Decoder layers for passes that only answer, on a CPU: products by the layer's own modules, what stands between them
-by compiled kernels (heft_engine.kernels).
+"""Decoder layers for passes that only answer, on a CPU: the layer's products (heft_engine.layer_products), and what
+stands between them by compiled kernels (heft_engine.kernels).
 
 The layers are those of Llama and its kin: norm, query, key and value, rotary embedding, attention, sum, norm, gated
 activation, sum. A layer of each kind that a model has is held to its module's own `forward`, to the bit; where they
@@ -18,10 +18,11 @@ import torch
 from torch import Tensor, nn
 from transformers.activations import SiLUActivation
 
-from heft_engine import kernels, matrix_units, packed_weights
+from heft_engine import kernels
 from heft_engine.attention import packed_attention, tiled_attention, tiles_of, units_attention, units_of
-from heft_engine.matrix_units import Addition, Norm, Projection
-from heft_engine.packing import AdapterHook, Layout, PackedRow, RowAdapter
+from heft_engine.layer_products import LayerProducts
+from heft_engine.matrix_units import Norm
+from heft_engine.packing import Layout, PackedRow
 
 #: Rows that a layer is tried with: attention of one length and of another, and more tokens than one block of a product.
 _TRIED = (7, 41)
@@ -57,7 +58,7 @@ class QuickLayers:
                 asked[kind] = _options(layer, kind, rotary, cast(kernels.Kernels, compiled))
             options = asked[kind]
             if options is not None:
-                self._forwards[layer] = _forward(layer, options, cast(kernels.Kernels, compiled))
+                self._forwards[layer] = _Layer(layer, options, cast(kernels.Kernels, compiled))
 
     def __len__(self) -> int:
         return len(self._forwards)
@@ -96,133 +97,79 @@ def _epsilon(norm: Any) -> float | None:
     return getattr(norm, "variance_epsilon", None)
 
 
-def _forward(layer: Any, asked: dict[str, Any], compiled: kernels.Kernels) -> Forward:
-    attention, mlp = layer.self_attn, layer.mlp
-    first, second = layer.input_layernorm, layer.post_attention_layernorm
-    layer_index: int = attention.layer_idx
-    units = matrix_units.load()
-    is_silu = isinstance(mlp.act_fn, (nn.SiLU, SiLUActivation))
+class _Layer:
+    """One layer's quick pass; `asked`: how it asks for attention."""
 
-    def by_units(module: Any) -> matrix_units.MatrixUnits | None:
-        """The units, if nothing but their product and adapters happens in a linear layer."""
-        return units if units is not None and _is_plain(module) and units.takes(module.weight) else None
+    def __init__(self, layer: Any, asked: dict[str, Any], compiled: kernels.Kernels) -> None:
+        self._attention, self._mlp, self._asked, self._compiled = layer.self_attn, layer.mlp, asked, compiled
+        self._first, self._second = (
+            Norm(norm.weight, norm.variance_epsilon)
+            for norm in (layer.input_layernorm, layer.post_attention_layernorm)
+        )
+        self._products = LayerProducts()
+        self._is_silu = isinstance(self._mlp.act_fn, (nn.SiLU, SiLUActivation))
 
-    def linear(module: Any, x: Tensor, layout: Layout, residual: Tensor | None = None) -> Tensor:
-        """The module's product, adapted, and the sum with `residual`."""
-        if (own := by_units(module)) is None:
-            out = cast(Tensor, module(x))
-        else:
-            additions, others = _adapters(module, layout)
-            kept, at_once = packed_weights.kept(module.weight), None if others else residual
-            out = own.product(x, module.weight, kept, module.bias, at_once, additions)
-            if not others:
-                return out
-            _hook(module).adapt(others, module, x, out)
-        return out if residual is None else out.add_(residual)
-
-    def projected(states: Tensor, layout: Layout) -> list[Tensor]:
-        """Query, key and value, (T, heads, head_dim) each."""
-        parts = (attention.q_proj, attention.k_proj, attention.v_proj)
-        norms = (getattr(attention, "q_norm", None), getattr(attention, "k_norm", None), None)
-        own = by_units(parts[0])
-        adapters = [_adapters(part, layout) for part in parts] if own and all(map(by_units, parts)) else []
-        if own is not None and adapters and not any(others for _, others in adapters):
-            asked_for = [
-                Projection(part.weight, packed_weights.kept(part.weight), part.bias, additions)
-                for part, (additions, _) in zip(parts, adapters, strict=True)
-            ]
-            products = own.projections(states, Norm(first.weight, first.variance_epsilon), asked_for)
-        else:
-            hidden = compiled.rms_norm(states, first.weight, first.variance_epsilon)
-            products = [linear(part, hidden, layout) for part in parts]
-        found = [each.view(states.shape[1], -1, attention.head_dim) for each in products]
-        return [
-            each if norm is None else compiled.rms_norm(each, norm.weight, norm.variance_epsilon)
-            for each, norm in zip(found, norms, strict=True)
-        ]
-
-    def attended(
-        query: Tensor, key: Tensor, value: Tensor, position_embeddings: tuple[Tensor, Tensor], layout: Layout
+    def __call__(
+        self, states: Tensor, *, position_embeddings: tuple[Tensor, Tensor], layout: Layout, **_: Any
     ) -> Tensor:
-        """(T, heads, head_dim) each → (T, heads, head_dim)."""
-        cosine, sine = position_embeddings
-        on_units = units_of(layout, query, asked["softcap"])
-        tiles = tiles_of(layout, query) if on_units is None else None
-        where = layout.in_order if tiles is None else (tiles.places, tiles.gaps)
-        query, key = (compiled.rotate(each, cosine, sine, *where) for each in (query, key))
-        if on_units is not None:
-            options = (asked["scaling"], asked["sliding_window"])
-            return units_attention(on_units, layer_index, query, key, value, layout, *options)
-        if tiles is not None:
-            value = compiled.place(value, *where)
-            return tiled_attention(layer_index, query, key, value, layout, tiles, **asked)
-        q, k, v = (each.transpose(0, 1)[None] for each in (query, key, value))
-        return packed_attention(attention, q, k, v, None, layout=layout, **asked)[0]
-
-    def gated(states: Tensor, layout: Layout) -> Tensor | None:
-        """The layer's second half in one go, where it can be had."""
-        parts = (mlp.gate_proj, mlp.up_proj, mlp.down_proj)
-        own = by_units(parts[0])
-        if own is None or not is_silu or not all(by_units(part) and part.bias is None for part in parts):
-            return None
-        adapters = [_adapters(part, layout) for part in parts]
-        if any(others for _, others in adapters):
-            return None
-        gate, up, down = (part.weight for part in parts)
-        packed = [found for w in (gate, up, down) if (found := packed_weights.kept(w)) is not None]
-        kept = (packed[0], packed[1], packed[2]) if len(packed) == len(parts) else None
-        added = (adapters[0][0], adapters[1][0], adapters[2][0])
-        return own.gated(states, Norm(second.weight, second.variance_epsilon), (gate, up, down), kept, added)
-
-    def forward(
-        states: Tensor, *, position_embeddings: tuple[Tensor, Tensor], layout: Layout, **_: Any
-    ) -> Tensor:
-        query, key, value = projected(states, layout)
+        query, key, value = self._projected(states, layout)
         # Attention is a hundred small operations, none of which a mode has a say in.
         with torch._C.DisableTorchFunction():
-            seen = attended(query, key, value, position_embeddings, layout).reshape(*states.shape[:2], -1)
-        if by_units(attention.o_proj) is not None:
-            after = linear(attention.o_proj, seen, layout, states)
-            if (out := gated(after, layout)) is not None:
+            seen = self._attended(query, key, value, position_embeddings, layout)
+        seen, last = seen.reshape(*states.shape[:2], -1), self._attention.o_proj
+        if self._products.on_units(last) is None:
+            after = last(seen)
+            return self._gated(after, self._compiled.add_rms_norm(states, after, *self._second), layout)
+        after = self._products.linear(last, seen, layout, states)
+        if self._is_silu:
+            out = self._products.gated(after, self._second, self._mlp_parts, layout)
+            if out is not None:
                 return out
-            hidden = compiled.rms_norm(after, second.weight, second.variance_epsilon)
-        else:
-            after = attention.o_proj(seen)
-            hidden = compiled.add_rms_norm(states, after, second.weight, second.variance_epsilon)
-        gate, up = linear(mlp.gate_proj, hidden, layout), linear(mlp.up_proj, hidden, layout)
-        active = compiled.gate_silu(gate, up) if is_silu else mlp.act_fn(gate).mul_(up)
-        return linear(mlp.down_proj, active, layout, after)
+        return self._gated(after, self._compiled.rms_norm(after, *self._second), layout)
 
-    return forward
+    @property
+    def _mlp_parts(self) -> list[nn.Linear]:
+        return [self._mlp.gate_proj, self._mlp.up_proj, self._mlp.down_proj]
 
+    def _projected(self, states: Tensor, layout: Layout) -> list[Tensor]:
+        """Query, key and value, (T, heads, head_dim) each."""
+        own = self._attention
+        parts = [own.q_proj, own.k_proj, own.v_proj]
+        products = self._products.projections(states, self._first, parts, layout)
+        if products is None:
+            hidden = self._compiled.rms_norm(states, *self._first)
+            products = [self._products.linear(part, hidden, layout) for part in parts]
+        query, key, value = (each.view(states.shape[1], -1, own.head_dim) for each in products)
+        if (norm := getattr(own, "q_norm", None)) is not None:
+            query = self._compiled.rms_norm(query, norm.weight, norm.variance_epsilon)
+        if (norm := getattr(own, "k_norm", None)) is not None:
+            key = self._compiled.rms_norm(key, norm.weight, norm.variance_epsilon)
+        return [query, key, value]
 
-def _is_plain(module: Any) -> bool:
-    """Whether nothing but its product and adapters happens in a linear layer."""
-    if type(module) is not nn.Linear or module._forward_pre_hooks:
-        return False
-    return all(isinstance(hook, AdapterHook) for hook in module._forward_hooks.values())
+    def _attended(
+        self, query: Tensor, key: Tensor, value: Tensor, turned: tuple[Tensor, Tensor], layout: Layout
+    ) -> Tensor:
+        """(T, heads, head_dim), cosine and sine `turned` → (T, heads, head_dim)."""
+        asked, index = self._asked, cast(int, self._attention.layer_idx)
+        units = units_of(layout, query, asked["softcap"])
+        tiles = tiles_of(layout, query) if units is None else None
+        where = layout.in_order if tiles is None else (tiles.places, tiles.gaps)
+        query, key = (self._compiled.rotate(each, *turned, *where) for each in (query, key))
+        if units is not None:
+            options = (asked["scaling"], asked["sliding_window"])
+            return units_attention(units, index, query, key, value, layout, *options)
+        if tiles is not None:
+            value = self._compiled.place(value, *where)
+            return tiled_attention(index, query, key, value, layout, tiles, **asked)
+        q, k, v = (each.transpose(0, 1)[None] for each in (query, key, value))
+        return packed_attention(self._attention, q, k, v, None, layout=layout, **asked)[0]
 
-
-def _hook(module: nn.Linear) -> AdapterHook:
-    return cast(AdapterHook, next(iter(module._forward_hooks.values())))
-
-
-def _adapters(module: nn.Linear, layout: Layout) -> tuple[list[Addition], list[tuple[PackedRow, RowAdapter]]]:
-    """What the rows' adapters add to a layer's product, and the rows whose adapters do more than that."""
-    additions: list[Addition] = []
-    others: list[tuple[PackedRow, RowAdapter]] = []
-    if layout.adapters is None or not module._forward_hooks:
-        return additions, others
-    name = _hook(module).name
-    for row, adapter in zip(layout.rows, layout.adapters, strict=True):
-        if adapter is None or not adapter.touches(name):
-            continue
-        factors = adapter.factors(name)
-        if factors is None:
-            others.append((row, adapter))
-        else:
-            additions += [Addition(row.start, row.length, *each) for each in factors]
-    return additions, others
+    def _gated(self, states: Tensor, hidden: Tensor, layout: Layout) -> Tensor:
+        """The layer's output; `hidden` is the norm of `states`."""
+        gate_proj, up_proj, down_proj = self._mlp_parts
+        gate, up = (self._products.linear(part, hidden, layout) for part in (gate_proj, up_proj))
+        active = self._compiled.gate_silu(gate, up) if self._is_silu else self._mlp.act_fn(gate).mul_(up)
+        return self._products.linear(down_proj, active, layout, states)
 
 
 class _Asked:
@@ -282,5 +229,5 @@ def _options(
     asked = _Asked()
     own(Layout(rows=rows, decoding=asked))
     layout = Layout(rows=rows)
-    quick = _forward(layer, asked.options, compiled)(states, position_embeddings=turned, layout=layout)
+    quick = _Layer(layer, asked.options, compiled)(states, position_embeddings=turned, layout=layout)
     return asked.options if torch.equal(quick, own(layout)) else None
