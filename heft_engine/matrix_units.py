@@ -399,7 +399,7 @@ def _adds(units: MatrixUnits, some: Callable[..., Tensor]) -> bool:
         down, up = addition.down[1], addition.up[1]
         low = (x[own].float() @ down.float().T).bfloat16().float()
         exact = x[own].float() @ weight.float().T + low @ up.float()
-        if (together[own] - exact).abs().max() > exact.abs().max() * 2.0**-7:
+        if not (together[own] - exact).abs().max() <= exact.abs().max() * 2.0**-7:
             return False
     return torch.equal(together[untouched], _product(x, weight)[untouched])
 
@@ -427,9 +427,8 @@ def _attends(units: MatrixUnits, some: Callable[..., Tensor]) -> bool:
         q, k, v = (each.float().transpose(0, 1) for each in (query, keys, values))
         exact = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, enable_gqa=True).transpose(0, 1)
         # Shares and results are rounded to bfloat16: 2⁻⁹ of the largest value that is summed, twice.
-        if (whole - exact).abs().max() > values.abs().max() * 2.0**-8 or not torch.equal(
-            behind, whole[left:]
-        ):
+        is_close = (whole - exact).abs().max() <= values.abs().max() * 2.0**-8
+        if not is_close or not torch.equal(behind, whole[left:]):
             return False
     return True
 
@@ -441,7 +440,7 @@ def _fit(fits: bool, *tensors: Tensor | None) -> None:
 
 
 def _is_plain(x: Tensor) -> bool:
-    return x.dtype == torch.bfloat16 and x.is_contiguous() and x.device.type == "cpu"
+    return x.dtype == torch.bfloat16 and x.is_contiguous() and x.device.type == "cpu" and not x.is_mkldnn
 
 
 def _table(additions: Sequence[Sequence[Addition]], shapes: Sequence[tuple[int, int]], rows: int) -> Any:

@@ -8,6 +8,10 @@ from heft_engine import matrix_units
 
 _LOAD = matrix_units.load
 
+needs_matrix_units = pytest.mark.skipif(
+    _LOAD() is None, reason="this processor has no matrix units, or there is no C++ compiler"
+)
+
 
 @pytest.fixture
 def without_units(monkeypatch: pytest.MonkeyPatch) -> None:
