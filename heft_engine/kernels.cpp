@@ -92,4 +92,36 @@ void heft_gate_silu(bf16* gate, const bf16* up, long n) {
   std::memcpy(gate + whole, gates, (n - whole) * sizeof(bf16));
 }
 
+// out (rows, columns) = x (rows, width) · weight (columns, width)ᵀ in single precision, every number summed in the same
+// order whatever the numbers of rows and threads.
+void heft_logits(const float* x, const bf16* weight, float* out, long rows, long width, long columns) {
+  constexpr long kRows = 8;
+  const long whole = width / kLanes * kLanes;
+#pragma omp parallel for if (columns * width > kWorthThreads)
+  for (long column = 0; column < columns; column++) {
+    const bf16* w = weight + column * width;
+    for (long first = 0; first < rows; first += kRows) {
+      const float* from[kRows];
+      Floats sums[kRows] = {};
+      // Where there are no more rows, the last one once more.
+      for (long k = 0; k < kRows; k++) from[k] = x + (first + k < rows ? first + k : rows - 1) * width;
+      for (long i = 0; i < whole; i += kLanes) {
+        const Floats weights = load(w + i);
+#pragma GCC unroll 8
+        for (long k = 0; k < kRows; k++) {
+          Floats values;
+          std::memcpy(&values, from[k] + i, sizeof values);
+          sums[k] = multiply_add(values, weights, sums[k]);
+        }
+      }
+      for (long k = 0; k < kRows && first + k < rows; k++) {
+        float sum = 0;
+        for (long i = whole; i < width; i++) sum += from[k][i] * wide(w[i]);
+        for (long lane = 0; lane < kLanes; lane++) sum += sums[k][lane];
+        out[(first + k) * columns + column] = sum;
+      }
+    }
+  }
+}
+
 }  // extern "C"

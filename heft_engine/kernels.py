@@ -39,6 +39,7 @@ class Kernels:
             "heft_rotate": (*(pointer,) * 6, *(number,) * 4),
             "heft_place": (*(pointer,) * 4, *(number,) * 3),
             "heft_gate_silu": (pointer, pointer, number),
+            "heft_logits": (*(pointer,) * 3, *(number,) * 3),
         }.items():
             function = getattr(library, name)
             function.argtypes, function.restype = arguments, None
@@ -87,6 +88,14 @@ class Kernels:
         self._library.heft_gate_silu(_at(gate), _at(up), gate.numel())
         return gate
 
+    def logits(self, x: Tensor, weight: Tensor) -> Tensor:
+        """x (rows, width) · weight (columns, width)ᵀ in float32, summed in one order: (rows, columns)."""
+        (rows, width), columns = x.shape, len(weight)
+        _agree(x := x.contiguous(), weight, fits=weight.shape == (columns, width))
+        single, out = x.float(), x.new_empty(rows, columns, dtype=torch.float32)
+        self._library.heft_logits(_at(single), _at(weight), _at(out), rows, width, columns)
+        return out
+
 
 @lru_cache(maxsize=1)
 def load(cache_dir: Path | None = None) -> Kernels | None:
@@ -126,6 +135,11 @@ def _wrong(kernels: Kernels) -> str | None:
         normed = kernels.add_rms_norm(x, total, weight, 1e-5)
         if not (torch.equal(total, x + y) and torch.equal(normed, rms_norm(x + y, weight, 1e-5))):
             return "the sum and its norm"
+    for rows, width in ((1, 576), (6, 72)):
+        x, weight = some(rows, width), some(50, width)
+        exact = (x.double() @ weight.double().T).float()
+        if not torch.allclose(kernels.logits(x, weight), exact, rtol=1e-4, atol=1e-4):
+            return "the head"
     order = torch.randperm(100, generator=made)
     places, gaps = order[:90].contiguous(), order[90:].contiguous()
     for width in (8, 64, 72, 128):

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from heft_engine import lanes, packed_weights
+from heft_engine import kernels, lanes, packed_weights
 from heft_engine.block_heights import measured
 from heft_engine.families import family_of
 from heft_engine.fixed_shapes import FixedShapes, unmeasured
@@ -193,9 +193,13 @@ class PackedLM:
 
     def exact_logits(self, hidden: Tensor) -> Tensor:
         """As `logits`, but multiplied in float32: through a bfloat16 head, 7 of 160 BoolQ rows tied exactly."""
+        weight, compiled = self.head.weight, kernels.load()
+        on_cpu = weight.device.type == "cpu" and weight.dtype == hidden.dtype == torch.bfloat16
+        if compiled is not None and on_cpu and not torch.is_grad_enabled():
+            return self._cap(compiled.logits(hidden, weight.detach()) + self._bias())
         # One copy of the head at a time, and as many threads wherever it is: more of them might round otherwise.
         with _EXACT, lanes.computing_with(1):
-            return self._cap(hidden.float() @ self.head.weight.float().T + self._bias())
+            return self._cap(hidden.float() @ weight.float().T + self._bias())
 
     def label_logits(self, hidden: Tensor, tokens: Tensor) -> Tensor:
         """Float32 logits of a few tokens: hidden (n, hidden), tokens (n, k) → (n, k).

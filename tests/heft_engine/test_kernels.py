@@ -55,6 +55,25 @@ def test_kernels_give_the_bits_of_torchs_operations(tmp_path: Path, threads: int
 
 
 @needs_compiler
+@torch.inference_mode()
+def test_logits_are_summed_in_one_order() -> None:
+    """Whatever the number of rows and threads; torch's differ with both."""
+    compiled = kernels.load()
+    assert compiled is not None
+    for width in (8, 96, 590):
+        x, weight = some(11, width), some(600, width)
+        exact = (x.double() @ weight.double().T).float()
+        for threads in (1, 3):
+            torch.set_num_threads(threads)
+            found = compiled.logits(x, weight)
+            torch.testing.assert_close(found, exact, rtol=1e-5, atol=1e-4)
+            for rows in (1, 2, 4, 5):
+                assert torch.equal(compiled.logits(x[3 : 3 + rows], weight), found[3 : 3 + rows])
+            torch.set_num_threads(1)
+            assert torch.equal(compiled.logits(x, weight), found)
+
+
+@needs_compiler
 def test_tensors_that_do_not_fit_are_refused() -> None:
     """A kernel sees addresses alone."""
     compiled = kernels.load()
@@ -73,6 +92,9 @@ def test_tensors_that_do_not_fit_are_refused() -> None:
         lambda: compiled.place(x.transpose(0, 1), places[:2], none),
         lambda: compiled.gate_silu(x, some(6, 2, 7)),
         lambda: compiled.gate_silu(x.transpose(0, 1), x.transpose(0, 1)),
+        lambda: compiled.logits(some(6, 8), some(9, 7)),
+        lambda: compiled.logits(some(6, 8), some(9, 8).float()),
+        lambda: compiled.logits(some(6, 8), some(8, 9).T),
     ]
     for call in wrong:
         with pytest.raises(ValueError, match="fit together"):
@@ -143,6 +165,7 @@ def test_there_are_none_that_do_not_compile(
         ("load(x + i) + load(y + i)", "load(x + i) - load(y + i)", "the sum and its norm"),
         ("through_bf16(-b * load(sin_low + i))", "-b * load(sin_low + i)", "the rotary embedding"),
         ("through_bf16(silu(load(gate + i)))", "silu(load(gate + i))", "the gated activation"),
+        ("std::memcpy(&values, from[k] + i,", "std::memcpy(&values, from[0] + i,", "the head"),
         ("std::memcpy(out + places[row] * width", "std::memcpy(out + row * width", "placing"),
     ],
 )
@@ -155,11 +178,13 @@ def test_there_are_none_with_other_bits(
     named: str,
 ) -> None:
     """One rounding too few is enough."""
-    text = native.SOURCES[0].read_text()
-    assert right in text
-    source = tmp_path / "kernels.cpp"
-    source.write_text(text.replace(right, wrong))
-    monkeypatch.setattr(native, "SOURCES", (source, *native.SOURCES[1:]))
+    kept = [native.SOURCES[0], native.SOURCES[0].with_name("norms.h")]
+    texts = [each.read_text() for each in kept]
+    assert sum(right in text for text in texts) == 1
+    # What a file includes is looked for beside it first.
+    for each, text in zip(kept, texts, strict=True):
+        (tmp_path / each.name).write_text(text.replace(right, wrong))
+    monkeypatch.setattr(native, "SOURCES", (tmp_path / kept[0].name, *native.SOURCES[1:]))
     with caplog.at_level(logging.INFO):
         assert kernels.load(tmp_path) is None
     assert f"{named} gives other bits" in caplog.text

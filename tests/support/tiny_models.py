@@ -112,14 +112,19 @@ def save_tokenizer(path: Path) -> None:
     (path / "chat_template.jinja").write_text(CHAT_TEMPLATE)
 
 
-def save_tiny_model(path: Path, family: str = "llama", *, layers: int = 4, seed: int = 0) -> Path:
-    """A random model of `family` with its tokenizer in `path`: about 60,000 parameters, float32."""
+def save_tiny_model(
+    path: Path, family: str = "llama", *, layers: int = 4, seed: int = 0, **sizes: int
+) -> Path:
+    """A random model of `family` with its tokenizer in `path`: about 60,000 parameters, float32.
+
+    `sizes`: of its configuration, where they are to be others.
+    """
     import torch
     import transformers
 
     name = _CLASSES[family]
     config_class = getattr(transformers, f"{'Gemma3Text' if name == 'Gemma3' else name}Config")
-    config = config_class(**{**_SIZES, **_OWN[family], "num_hidden_layers": layers})
+    config = config_class(**{**_SIZES, **_OWN[family], "num_hidden_layers": layers, **sizes})
     with torch.random.fork_rng():
         torch.manual_seed(seed)
         model = getattr(transformers, f"{name}ForCausalLM")(config)
