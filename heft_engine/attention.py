@@ -72,7 +72,7 @@ def packed_attention(
             query, key, value, layout.prefix, layer, scaling, sliding_window, softcap
         ), None
     layer = cast(int, getattr(module, "layer_idx", -1))
-    if (units := units_of(layout, query, softcap)) is not None:
+    if (units := units_of(layout, query, key, value, softcap)) is not None:
         q, k, v = (each[0].transpose(0, 1) for each in (query, key, value))
         return units_attention(units, layer, q, k, v, layout, scaling, sliding_window)[None], None
     if (tiles := tiles_of(layout, query)) is not None:
@@ -89,8 +89,10 @@ def packed_attention(
     return torch.cat([out.transpose(1, 2) for out in outs], dim=1), None
 
 
-def units_of(layout: Layout, query: Tensor, softcap: float | None) -> MatrixUnits | None:
-    """The matrix units, if they take the rows of a pass: query (…, head_dim)."""
+def units_of(
+    layout: Layout, query: Tensor, key: Tensor, value: Tensor, softcap: float | None
+) -> MatrixUnits | None:
+    """The matrix units, if they take the rows of a pass: (…, head_dim) each."""
     if (
         layout.decoding is not None
         or layout.prefix is not None
@@ -99,7 +101,9 @@ def units_of(layout: Layout, query: Tensor, softcap: float | None) -> MatrixUnit
     ):
         return None
     units = matrix_units.load()
-    return units if units is not None and units.takes_heads(query) else None
+    alike = query.shape[-1] == key.shape[-1] == value.shape[-1]
+    takes = units is not None and alike and all(map(units.takes_heads, (query, key, value)))
+    return units if takes else None
 
 
 def units_attention(

@@ -54,8 +54,8 @@ class LayerProducts:
         self, states: Tensor, norm: Norm, modules: Sequence[nn.Linear], layout: Layout
     ) -> list[Tensor] | None:
         """Of norm(states), each module's output, adapted; None where that can't be had in one go."""
-        adapters = self._added(modules, layout)
         units = self.on_units(*modules)
+        adapters = self._added(modules, layout) if units is not None else None
         if units is None or adapters is None:
             return None
         asked = [
@@ -72,7 +72,7 @@ class LayerProducts:
         modules: gate, up and down.
         """
         units = self.on_units(*modules) if all(module.bias is None for module in modules) else None
-        adapters = self._added(modules, layout)
+        adapters = self._added(modules, layout) if units is not None else None
         if units is None or adapters is None:
             return None
         gate, up, down = (module.weight for module in modules)
@@ -88,7 +88,7 @@ class LayerProducts:
 
 
 def _is_plain(module: nn.Module) -> bool:
-    if type(module) is not nn.Linear or module._forward_pre_hooks:
+    if type(module) is not nn.Linear or module._forward_pre_hooks or "forward" in module.__dict__:
         return False
     return all(isinstance(hook, AdapterHook) for hook in module._forward_hooks.values())
 

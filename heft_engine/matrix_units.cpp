@@ -47,6 +47,12 @@ class Tiles {
   ~Tiles() { _tile_release(); }
 };
 
+// Tiles are read behind the compiler's back: what was written before must be in memory by then.
+inline void written() { asm volatile("" : : : "memory"); }
+
+// What a thread's own memory is for. Of three in a row, the second and third serve the same additions.
+enum Use { kTail, kColumns, kKeysAndValues, kScores, kShares, kNormed, kSums, kAdded, kAddedToUp = kAdded + 3 };
+
 // A thread's own memory, kept from call to call.
 template <typename T, int kUse>
 T* scratch(size_t elements) {
@@ -145,7 +151,7 @@ inline Rows as_they_lie(const bf16* x, long rows, long in) {
   const long whole = rows / 32 * 32, left_over = rows - whole;
   bf16* tail = nullptr;
   if (left_over) {
-    tail = scratch<bf16, 0>(32 * in);
+    tail = scratch<bf16, kTail>(32 * in);
     std::memcpy(tail, x + whole * in, left_over * in * sizeof(bf16));
     std::memset(tail + left_over * in, 0, (32 - left_over) * in * sizeof(bf16));
   }
@@ -168,6 +174,7 @@ inline void multiply(
     const More& more, const Meanwhile& meanwhile) {
   const long bytes = rows.stride * sizeof(bf16);
   const bf16* below = x + kTile * rows.in;
+  written();
   if (first == 0) {
     _tile_zero(0);
     _tile_zero(1);
@@ -203,6 +210,7 @@ template <typename More>
 inline void multiply_half(
     const bf16* x, const Rows& rows, const bf16* left, const bf16* right, long first, long end, float* sums,
     const More& more) {
+  written();
   if (first == 0) {
     _tile_zero(0);
     _tile_zero(1);
@@ -230,7 +238,7 @@ inline void column_pair(
   // So many inputs at a time that the columns' part of them stays in the nearest cache; sums wait in the next.
   const long steps = x.in / kPairs, blocks = (x.rows + 31) / 32;
   const bool at_once = steps <= kDeep;
-  float* all = scratch<float, 17>((at_once ? 2 : blocks) * 1024);
+  float* all = scratch<float, kSums>((at_once ? 2 : blocks) * 1024);
   // A block's sums are taken while the next one is multiplied.
   long taken = 0, ready = 0;
   const auto take_some = [&](long count) {
@@ -318,6 +326,7 @@ class Additions {
 
   // Adds to the tiles of the 32 rows that begin at `row`.
   void add(long row) const {
+    written();
     for (const Own& own : own_) {
       if (row < own.base || row >= own.top) continue;
       const long stride = own.steps * kPairs;
@@ -364,6 +373,7 @@ class Additions {
 
   template <bool kRight>
   void add_one(long row) const {
+    written();
     for (const Own& own : own_) {
       if (row < own.base || row >= own.top) continue;
       const long stride = own.steps * kPairs;
@@ -406,15 +416,19 @@ inline __m512 power_of_two(__m512 x) {
 
 // As torch's once it is rounded to bfloat16, for every x that is a bfloat16 (heft_engine.matrix_units tries them all).
 inline __m512 silu_of_bf16(__m512 x) {
-  const __m512 power = _mm512_min_ps(_mm512_mul_ps(x, _mm512_set1_ps(-1.44269504088896340736f)), _mm512_set1_ps(127.9f));
+  const __m512 infinite = _mm512_set1_ps(INFINITY);
+  __m512 power = _mm512_mul_ps(x, _mm512_set1_ps(-1.44269504088896340736f));
+  power = _mm512_max_ps(_mm512_min_ps(power, _mm512_set1_ps(127.9f)), _mm512_set1_ps(-200.0f));
   const __m512 divisor = _mm512_add_ps(power_of_two(power), _mm512_set1_ps(1.0f));
   __m512 reciprocal = _mm512_rcp14_ps(divisor);
   reciprocal = _mm512_mul_ps(reciprocal, _mm512_fnmadd_ps(divisor, reciprocal, _mm512_set1_ps(2.0f)));
   const __m512 quotient = _mm512_mul_ps(x, reciprocal);
   const __m512 rest = _mm512_fnmadd_ps(divisor, quotient, x);
-  // Left of this torch's exponential is infinite.
-  const __mmask16 is_finite = _mm512_cmp_ps_mask(x, _mm512_set1_ps(-88.75f), _CMP_GT_OQ);
-  return _mm512_maskz_fmadd_ps(is_finite, rest, reciprocal, quotient);
+  // Left of this torch's exponential is infinite; what is no number stays none.
+  __mmask16 is_left = _mm512_cmp_ps_mask(x, _mm512_set1_ps(-88.75f), _CMP_LE_OQ);
+  is_left &= _mm512_cmp_ps_mask(x, _mm512_sub_ps(_mm512_setzero_ps(), infinite), _CMP_NEQ_UQ);
+  const __m512 found = _mm512_maskz_fmadd_ps(_mm512_knot(is_left), rest, reciprocal, quotient);
+  return _mm512_mask_mov_ps(found, _mm512_cmp_ps_mask(x, infinite, _CMP_EQ_OQ), infinite);
 }
 
 // A pair of columns of out = x · weightᵀ (+ additions) (+ bias), rounded (+ residual, rounded).
@@ -422,7 +436,7 @@ template <int kUse>
 void product_columns(
     const Rows& x, const Weight& weight, const bf16* bias, const bf16* residual, bf16* out, long pair,
     Additions<kUse>& additions) {
-  bf16* room = weight.packed ? nullptr : scratch<bf16, 1>(2 * kTile * weight.in);
+  bf16* room = weight.packed ? nullptr : scratch<bf16, kColumns>(2 * kTile * weight.in);
   const bool both = 2 * pair + 1 < weight.out / kTile;
   const bf16* left = weight.column(2 * pair, room);
   const bf16* right = both ? weight.column(2 * pair + 1, room ? room + kTile * weight.in : nullptr) : left;
@@ -450,7 +464,7 @@ void product_columns(
 // The norm of x (rows, width), as tiles. All threads of a team come here.
 inline void norm_to_tiles(
     const bf16* x, const bf16* weight, float epsilon, bf16* tiles, long rows, long width) {
-  bf16* normed = scratch<bf16, 16>(width);
+  bf16* normed = scratch<bf16, kNormed>(width);
 #pragma omp for
   for (long row = 0; row < rows; row++) {
     normalise(x + row * width, weight, normed, width, epsilon);
@@ -499,7 +513,7 @@ class KeysAndValues {
       }
     }
     for (; token < filled; token++) at_[token] = at_[filled + token] = zeros;
-    bf16* to = scratch<bf16, 2>(2 * filled * width);
+    bf16* to = scratch<bf16, kKeysAndValues>(2 * filled * width);
     keys = to;
     for (long block = 0; block < filled; block += kTile)
       for (long d = 0; d < width; d += kPairs, to += kTileSize) {
@@ -548,8 +562,9 @@ void attend_block(
   const long end = (position + rows + 31) / 32 * 32, columns = end - begin;
   // Rows that begin a multiple of a page apart would push one another out of the cache.
   const long score_stride = columns + 16, share_stride = columns + 32;
-  float* scores = scratch<float, 3>(32 * score_stride);
-  bf16* shares = scratch<bf16, 4>(32 * share_stride);
+  float* scores = scratch<float, kScores>(32 * score_stride);
+  bf16* shares = scratch<bf16, kShares>(32 * share_stride);
+  written();
   for (long k = begin; k < end; k += 32) {
     const bf16 *left = kept.keys + k * width, *right = left + kTile * width;
     _tile_zero(0);
@@ -597,12 +612,12 @@ void attend_block(
     if (start < whole) masked_most(start);
     for (long at = whole; at < inside; at += kTile) most = _mm512_max_ps(most, _mm512_loadu_ps(from + at));
     if (inside < last) masked_most(inside);
-    const __m512 top = _mm512_mul_ps(_mm512_set1_ps(_mm512_reduce_max_ps(most)), rate);
+    const __m512 top = _mm512_set1_ps(_mm512_reduce_max_ps(most));
     __m512 total = _mm512_setzero_ps();
     for (long at = 0; at < start; at += kTile) _mm256_store_si256((__m256i*)(to + at), _mm256_setzero_si256());
     const auto share = [&](long at, __mmask16 mask) {
       const __m512 power = _mm512_maskz_mov_ps(
-          mask, power_of_two(_mm512_fmsub_ps(_mm512_loadu_ps(from + at), rate, top)));
+          mask, power_of_two(_mm512_mul_ps(_mm512_sub_ps(_mm512_loadu_ps(from + at), top), rate)));
       total = _mm512_add_ps(total, power);
       _mm256_store_si256((__m256i*)(to + at), (__m256i)_mm512_cvtneps_pbh(power));
     };
@@ -615,6 +630,7 @@ void attend_block(
   }
   // Rows that are not there must be numbers.
   for (long r = rows; r < (below ? 32 : kTile); r++) std::memset(shares + r * share_stride, 0, columns * sizeof(bf16));
+  written();
   for (long d = 0; d < width; d += kPairs) {
     _tile_zero(0);
     _tile_zero(1);
@@ -677,7 +693,7 @@ void heft_units_product(
     Tiles tiles;
     for (long first = 0; first < rows; first += chunk) {
       const Rows some = as_they_lie(x + first * in, std::min(chunk, rows - first), in);
-      Additions<8> adds(more, n_additions, some, first);
+      Additions<kAdded> adds(more, n_additions, some, first);
       const bf16* from = residual ? residual + first * columns : nullptr;
 #pragma omp for nowait
       for (long pair = 0; pair < w.pairs(); pair++)
@@ -711,7 +727,7 @@ void heft_units_projections(
       for (long i = 0; i < count; i++) {
         const Projection& one = all[i];
         const Weight weight{one.weight, in, one.columns, bool(one.packed)};
-        Additions<8> adds(more + one.first_addition, one.additions, some, first);
+        Additions<kAdded> adds(more + one.first_addition, one.additions, some, first);
         bf16* out = const_cast<bf16*>(one.out) + first * one.columns;
 #pragma omp for nowait
         for (long pair = 0; pair < weight.pairs(); pair++)
@@ -740,11 +756,11 @@ void heft_units_gated(
     for (long first = 0; first < rows; first += chunk) {
       const Rows some = as_tiles(normed, std::min(chunk, rows - first), width);
       norm_to_tiles(states + first * width, norm, epsilon, normed, some.rows, width);
-      Additions<8> gate_adds(more, to_gate, some, first);
-      Additions<12> up_adds(more + to_gate, to_up, some, first);
+      Additions<kAdded> gate_adds(more, to_gate, some, first);
+      Additions<kAddedToUp> up_adds(more + to_gate, to_up, some, first);
 #pragma omp for
       for (long column = 0; column < inner / kTile; column++) {
-        bf16* room = packed ? nullptr : scratch<bf16, 1>(2 * kTile * width);
+        bf16* room = packed ? nullptr : scratch<bf16, kColumns>(2 * kTile * width);
         const bf16* left = gates.column(column, room);
         const bf16* right = ups.column(column, room ? room + kTile * width : nullptr);
         gate_adds.take(column * kTile, inner, false);
@@ -757,7 +773,7 @@ void heft_units_gated(
         });
       }
       const Rows activated = as_tiles(active, some.rows, inner);
-      Additions<8> down_adds(more + to_gate + to_up, to_down, activated, first);
+      Additions<kAdded> down_adds(more + to_gate + to_up, to_down, activated, first);
 #pragma omp for
       for (long pair = 0; pair < downs.pairs(); pair++)
         product_columns(

@@ -15,7 +15,7 @@ from __future__ import annotations
 import ctypes
 import itertools
 import logging
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from functools import lru_cache
 from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
@@ -31,6 +31,8 @@ log = logging.getLogger(__name__)
 
 #: Inputs and outputs of a weight are multiples of these; a head's width is one, up to the widest.
 _INS, _OUTS, _HEAD, _WIDEST = 32, 16, 32, 256
+#: Numbers that SiLU is tried with at a time.
+_GROUP = 255
 #: Rows of a chunk that are held between two products, at most: whole blocks.
 _ROWS, _BLOCK = 256, 32
 
@@ -58,7 +60,7 @@ class Addition(NamedTuple):
         count, rank, width = self.down.shape
         fits = width == ins and self.up.shape == (count, rank, outs) and 0 <= self.place < count
         fits = fits and self.start >= 0 and self.start + self.tokens <= rows
-        fits = fits and all(x.dtype == torch.bfloat16 and x.is_contiguous() for x in (self.down, self.up))
+        fits = fits and all(map(_is_plain, (self.down, self.up)))
         _fit(fits, self.down, self.up)
         # Addresses, not views: these would take longer to make than the product.
         down = self.down.data_ptr() + self.place * rank * ins * self.down.element_size()
@@ -99,6 +101,8 @@ class Segments:
         ]
         if any(sum(tokens for *_, tokens in pieces) < count for _, count, pieces in held):
             raise ValueError("a sequence has more queries than tokens")
+        if any(first < 0 for first, *_ in segments) or any(min(piece) < 0 for piece in self.pieces):
+            raise ValueError("a sequence begins before its pass or its source")
         self.count = len(held)
         self.queries = max((first + count for first, count, _ in held), default=0)
         #: Tokens that each source must have.
@@ -154,9 +158,9 @@ class MatrixUnits:
         )
 
     def takes_heads(self, query: Tensor) -> bool:
-        """Whether there is attention for heads of such a width, query (…, head_dim)."""
+        """Whether there is attention for such heads, query, key or value (…, head_dim)."""
         width = query.shape[-1]
-        on_units = query.dtype == torch.bfloat16 and query.device.type == "cpu"
+        on_units = query.dtype == torch.bfloat16 and query.device.type == "cpu" and query.stride(-1) == 1
         return on_units and width % _HEAD == 0 and width <= _WIDEST
 
     def packed(self, weight: Tensor) -> Tensor:
@@ -282,6 +286,7 @@ class MatrixUnits:
         tokens, heads, width = query.shape
         kv_heads = sources[0][0].shape[1]
         fits = self.takes_heads(query) and heads % kv_heads == 0 and segments.queries <= tokens
+        fits = fits and (window is None or window > 0)
         numbers: list[int] = []
         for index, (keys, values) in enumerate(sources):
             fits = fits and keys.shape == values.shape and keys.shape[1:] == (kv_heads, width)
@@ -325,8 +330,9 @@ def _wrong(units: MatrixUnits) -> str | None:
     def some(*shape: int) -> Tensor:
         return torch.randn(*shape, generator=made).bfloat16()
 
-    width, inner = 96, 160
-    x, residual, bias = some(71, width), some(71, inner), some(inner)
+    # More rows than one chunk has, and a width that is multiplied in two parts.
+    rows, width, inner = 289, 640, 160
+    x, residual, bias = some(rows, width), some(rows, inner), some(inner)
     gate, up, down = some(inner, width), some(inner, width), some(width, inner)
     norm = Norm(some(width), 1e-5)
     normed = rms_norm(x, *norm)
@@ -346,14 +352,16 @@ def _wrong(units: MatrixUnits) -> str | None:
         every = torch.arange(1 << 16, dtype=torch.int32).to(torch.int16).view(torch.bfloat16)
         # In the units, what is smaller than 2⁻¹²⁶ counts as zero.
         numbers = every[every.isfinite() & ((every.abs() >= 2.0**-125) | (every == 0))]
-        activations = F.silu(numbers)
+        others = torch.tensor([torch.nan, torch.inf, -torch.inf]).bfloat16()
+        activations = F.silu(torch.cat([numbers, others]))
     all_packed = (units.packed(gate), units.packed(up), units.packed(down))
     for chosen in (None, all_packed):
         if not torch.equal(units.gated(x, norm, (gate, up, down), chosen), expected):
             return "a gated activation"
     if not _adds(units, some):
         return "an adapter's addition"
-    if not torch.equal(_activated(units, numbers), activations):
+    groups = (*torch.split(numbers, _GROUP), *torch.split(others, 1))
+    if not torch.allclose(_activated(units, groups), activations, rtol=0, atol=0, equal_nan=True):
         return "SiLU"
     return None if _attends(units, some) else "attention"
 
@@ -364,19 +372,18 @@ def _product(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     return torch.cat([F.linear(part, weight, bias) for part in torch.split(rows, 32)])[: len(x)]
 
 
-def _activated(units: MatrixUnits, numbers: Tensor) -> Tensor:
-    """SiLU of each, as `gated` computes it."""
+def _activated(units: MatrixUnits, groups: Iterable[Tensor]) -> Tensor:
+    """SiLU of each number of groups up to _GROUP, as `gated` computes it."""
     # The norm makes a 1 and zeros of the one row, so that the gate's first column is what comes out of its product.
-    width = 256
+    width = _GROUP + 1
     row, weight = torch.zeros(1, width).bfloat16(), torch.full((width,), width**-0.5).bfloat16()
     row[0, 0] = 1
-    gate, up, down = torch.zeros(3, width, width).bfloat16()
-    up[:, 0] = 1
-    # What comes out where the row itself is zero.
-    down[1:, :-1].fill_diagonal_(1)
     found = []
-    for group in torch.split(numbers, width - 1):
-        gate[: len(group), 0] = group
+    for group in groups:
+        gate, up, down = torch.zeros(3, width, width).bfloat16()
+        gate[: len(group), 0], up[:, 0] = group, 1
+        # What comes out where the row itself is zero.
+        down[1:, :-1].fill_diagonal_(1)
         found.append(units.gated(row, Norm(weight, 0.0), (gate, up, down), None)[0, 1 : len(group) + 1])
     return torch.cat(found)
 

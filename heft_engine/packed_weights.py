@@ -17,8 +17,8 @@ from torch import Tensor, nn
 
 from heft_engine import matrix_units
 
-#: On a weight: its version when it was packed, and the packed tensor. It lives as long as the weight, and is no
-#: longer valid once the weight is written to.
+#: On a weight: its version when it was packed, the packed tensor, and whether that is for the matrix units. It lives as
+#: long as the weight, and is no longer valid once the weight is written to.
 _NAME = "heft_packed"
 
 
@@ -59,7 +59,7 @@ def pack(layers: Iterable[nn.Module]) -> None:
     """Keeps the packed weights of all linear layers that have one."""
     for weight in _weights(layers):
         if kept(weight) is None and packable(weight):
-            setattr(weight, _NAME, (_version(weight), packed(weight)))
+            setattr(weight, _NAME, (_version(weight), packed(weight), units_for(weight) is not None))
 
 
 def unpack(layers: Iterable[nn.Module]) -> None:
@@ -69,9 +69,11 @@ def unpack(layers: Iterable[nn.Module]) -> None:
 
 
 def kept(weight: Tensor) -> Tensor | None:
-    """What `pack` has kept of a weight, unless the weight has changed since."""
+    """What `pack` has kept of a weight, unless the weight has changed since, or who multiplies it."""
     found = weight.__dict__.get(_NAME)
-    return found[1] if found is not None and found[0] == _version(weight) else None
+    if found is None or found[0] != _version(weight) or found[2] != (units_for(weight) is not None):
+        return None
+    return cast(Tensor, found[1])
 
 
 def bytes_to_pack(layers: Iterable[nn.Module]) -> int:

@@ -187,8 +187,9 @@ class Layout:
     adapters: tuple[RowAdapter | None, ...] | None = None
     #: Every row is one token that comes after its prompt.
     decoding: Decoding | None = None
-    #: What attention keeps from layer to layer: masks and tables are the same for all of them.
-    memo: dict[Any, Any] = field(default_factory=dict, compare=False, repr=False)
+    #: What attention keeps from layer to layer: masks and tables are the same for all of them. A layout that is made
+    #: of this one begins with none.
+    memo: dict[Any, Any] = field(default_factory=dict, init=False, compare=False, repr=False)
 
     @cached_property
     def runs(self) -> tuple[Run, ...]:

@@ -102,10 +102,7 @@ class _Layer:
 
     def __init__(self, layer: Any, asked: dict[str, Any], compiled: kernels.Kernels) -> None:
         self._attention, self._mlp, self._asked, self._compiled = layer.self_attn, layer.mlp, asked, compiled
-        self._first, self._second = (
-            Norm(norm.weight, norm.variance_epsilon)
-            for norm in (layer.input_layernorm, layer.post_attention_layernorm)
-        )
+        self._norms = (layer.input_layernorm, layer.post_attention_layernorm)
         self._products = LayerProducts()
         self._is_silu = isinstance(self._mlp.act_fn, (nn.SiLU, SiLUActivation))
 
@@ -126,6 +123,18 @@ class _Layer:
             if out is not None:
                 return out
         return self._gated(after, self._compiled.rms_norm(after, *self._second), layout)
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> _Layer:
+        """As functions: who copies a model during a pass takes it off the copy (heft_engine.serving.copies)."""
+        return self
+
+    @property
+    def _first(self) -> Norm:
+        return Norm(self._norms[0].weight, self._norms[0].variance_epsilon)
+
+    @property
+    def _second(self) -> Norm:
+        return Norm(self._norms[1].weight, self._norms[1].variance_epsilon)
 
     @property
     def _mlp_parts(self) -> list[nn.Linear]:
@@ -151,7 +160,7 @@ class _Layer:
     ) -> Tensor:
         """(T, heads, head_dim), cosine and sine `turned` → (T, heads, head_dim)."""
         asked, index = self._asked, cast(int, self._attention.layer_idx)
-        units = units_of(layout, query, asked["softcap"])
+        units = units_of(layout, query, key, value, asked["softcap"])
         tiles = tiles_of(layout, query) if units is None else None
         where = layout.in_order if tiles is None else (tiles.places, tiles.gaps)
         query, key = (self._compiled.rotate(each, *turned, *where) for each in (query, key))

@@ -7,7 +7,8 @@ another model's (wrong by more than the scores' own spread, measured). Where an 
 for every BLOCK tokens, that begins with its scope: who asks, which model, held in which way. So nothing is ever found
 under another owner, model or scale.
 
-Scores from a kept prefix agree with fresh ones to the rounding of the model's dtype, not to the bit.
+Where a CPU's matrix units attend (heft_engine.matrix_units), scores from a kept prefix are fresh ones to the bit;
+elsewhere they agree to the rounding of the model's dtype.
 
 It does NOT know models or requests. One thread at a time, but for `room`.
 """
@@ -199,4 +200,6 @@ class Room:
         self._span.tensor[layer, 1] = values[0, :, :tokens]
 
     def close(self) -> None:
-        self._cache.take_in(self._span)
+        """What is no number stays with the row that left it: it may come from a token behind these."""
+        if self._span.tensor.isfinite().all():
+            self._cache.take_in(self._span)

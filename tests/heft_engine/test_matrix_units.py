@@ -203,6 +203,31 @@ def test_additions_are_those_of_their_rows_alone(units: MatrixUnits) -> None:
 
 @needs_matrix_units
 @torch.inference_mode()
+def test_what_is_no_number_comes_out_of_a_gate_as_none(units: MatrixUnits) -> None:
+    """Otherwise a broken model would answer, and otherwise than beside rows that keep its layers apart."""
+    gate, up, down, norm = some(64, 32), some(64, 32), some(32, 64), Norm(some(32), 1e-5)
+    for broken in (float("nan"), -3e38, 3e38):
+        gate[7] = broken
+        states = some(40, 32)
+        hidden = rms_norm(states, *norm)
+        active = kernels.load().gate_silu(units.product(hidden, gate), units.product(hidden, up))  # type: ignore[union-attr]
+        expected = units.product(active, down, None, None, states)
+        found = units.gated(states, norm, (gate, up, down), None)
+        torch.testing.assert_close(found, expected, rtol=0, atol=0, equal_nan=True)
+        assert not found.isfinite().all()
+
+
+@needs_matrix_units
+@torch.inference_mode()
+def test_huge_scores_are_numbers(units: MatrixUnits) -> None:
+    query, keys, values = 1e5 * some(40, 2, 32), 1e5 * some(40, 1, 32), some(40, 1, 32)
+    assert (
+        units.attend(query, [(keys, values)], Segments([(0, 40, [(0, 0, 40)])]), None, None).isfinite().all()
+    )
+
+
+@needs_matrix_units
+@torch.inference_mode()
 def test_a_broken_row_leaves_its_neighbours_alone(units: MatrixUnits) -> None:
     x, weight = some(70, 64), some(48, 64)
     addition = Addition(20, 30, some(1, 8, 64), some(1, 8, 48), 0)
@@ -250,6 +275,8 @@ def test_tensors_that_do_not_fit_are_refused(units: MatrixUnits) -> None:
         lambda: units.attend(q, [(some(6, 3, 32), some(6, 3, 32))], whole, None, None),
         lambda: units.attend(some(6, 4, 16), [(some(6, 2, 16), some(6, 2, 16))], whole, None, None),
         lambda: units.attend(q, [(k, k)], Segments([(0, 6, [(1, 0, 6)])]), None, None),
+        lambda: units.attend(q, [(k, k)], whole, None, -1),
+        lambda: units.attend(q, [(k.transpose(1, 2).contiguous().transpose(1, 2), k)], whole, None, None),
     ]
     if odd is not None:
         wrong.append(lambda: units.product(x, weight, odd))
@@ -258,6 +285,9 @@ def test_tensors_that_do_not_fit_are_refused(units: MatrixUnits) -> None:
             call()
     with pytest.raises(ValueError, match="more queries than tokens"):
         Segments([(0, 6, [(0, 0, 5)])])
+    for begins in ((-1, 6, [(0, 0, 6)]), (0, 6, [(0, -3, 9)]), (0, 6, [(-1, 0, 6)])):
+        with pytest.raises(ValueError, match="begins before"):
+            Segments([begins])
 
 
 @needs_matrix_units
@@ -291,7 +321,7 @@ def test_there_are_none_that_give_something_else(
     assert right in text
     source = tmp_path / "matrix_units.cpp"
     source.write_text(text.replace(right, wrong))
-    monkeypatch.setattr(native, "SOURCES", (native.SOURCES[0], source))
+    monkeypatch.setattr(native, "SOURCES", (source,))
     with caplog.at_level(logging.INFO):
         assert matrix_units.load(tmp_path) is None
     assert f"{named} gives other bits" in caplog.text

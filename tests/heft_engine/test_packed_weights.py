@@ -9,6 +9,7 @@ import pytest
 import torch
 from needs import needs_compiler
 from torch import nn
+from units import UNITS, needs_matrix_units
 
 from heft_engine import evaluation, packed_weights
 from heft_engine.attention import IMPLEMENTATION
@@ -38,6 +39,18 @@ def test_only_bfloat16_on_a_cpu_is_packed() -> None:
     pack([single])
     assert kept(single.weight) is None
     assert bytes_to_pack([single]) == 0
+
+
+@needs_matrix_units
+def test_what_is_packed_for_others_is_not_taken(monkeypatch: pytest.MonkeyPatch) -> None:
+    layer = linear(48, 64)
+    for load in (UNITS, lambda: None):
+        monkeypatch.setattr(packed_weights.matrix_units, "load", load)
+        pack([layer])
+        assert kept(layer.weight) is not None
+        assert kept(layer.weight).is_mkldnn == (load is not UNITS)  # type: ignore[union-attr]
+        monkeypatch.setattr(packed_weights.matrix_units, "load", UNITS if load is not UNITS else lambda: None)
+        assert kept(layer.weight) is None
 
 
 @needs_units

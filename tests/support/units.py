@@ -6,10 +6,11 @@ import pytest
 
 from heft_engine import matrix_units
 
-_LOAD = matrix_units.load
+#: As the engine finds them, whatever a test has put in its place.
+UNITS = matrix_units.load
 
 needs_matrix_units = pytest.mark.skipif(
-    _LOAD() is None, reason="this processor has no matrix units, or there is no C++ compiler"
+    UNITS() is None, reason="this processor has no matrix units, or there is no C++ compiler"
 )
 
 
@@ -24,5 +25,5 @@ def with_and_without_units(request: pytest.FixtureRequest) -> None:
     """Both ways, as far as this machine has both."""
     if request.param == "torch":
         request.getfixturevalue("without_units")
-    elif _LOAD() is None:
+    elif UNITS() is None:
         pytest.skip("this processor has no matrix units, or there is no C++ compiler")
