@@ -34,57 +34,55 @@ class LayerProducts:
         )
         return units if fits else None
 
-    def linear(self, module: nn.Linear, x: Tensor, layout: Layout, residual: Tensor | None = None) -> Tensor:
-        """The module's output for x, adapted, + residual: (1, T, out)."""
+    def linear(self, module: nn.Linear, x: Tensor, layout: Layout) -> Tensor:
+        """The module's output for x, adapted: (1, T, out)."""
         units = self.on_units(module)
         if units is None:
-            out = cast(Tensor, module(x))
-        else:
-            additions, others = _adapters(module, layout)
-            packed = packed_weights.kept(module.weight)
-            # Adapters that do more change the product before the residual is added.
-            at_once = None if others else residual
-            out = units.product(x, module.weight, packed, module.bias, at_once, additions)
-            if not others:
-                return out
+            return cast(Tensor, module(x))
+        additions, others = _adapters(module, layout)
+        packed = packed_weights.kept(module.weight)
+        out = units.product(x, module.weight, packed, module.bias, None, additions)
+        if others:
             _hook(module).adapt(others, module, x, out)
-        return out if residual is None else out.add_(residual)
+        return out
 
-    def projections(
-        self, states: Tensor, norm: Norm, modules: Sequence[nn.Linear], layout: Layout
-    ) -> list[Tensor] | None:
-        """Of norm(states), each module's output, adapted; None where that can't be had in one go."""
-        units = self.on_units(*modules)
-        adapters = self._added(modules, layout) if units is not None else None
-        if units is None or adapters is None:
-            return None
-        asked = [
-            Projection(module.weight, packed_weights.kept(module.weight), module.bias, additions)
-            for module, additions in zip(modules, adapters, strict=True)
-        ]
-        return units.projections(states, norm, asked)
-
-    def gated(
-        self, states: Tensor, norm: Norm, modules: Sequence[nn.Linear], layout: Layout
-    ) -> Tensor | None:
-        """states + down(SiLU(gate(x)) ⊙ up(x)) of x = norm(states), adapted; None where that can't be had in one go.
-
-        modules: gate, up and down.
-        """
-        units = self.on_units(*modules) if all(module.bias is None for module in modules) else None
-        adapters = self._added(modules, layout) if units is not None else None
-        if units is None or adapters is None:
-            return None
-        gate, up, down = (module.weight for module in modules)
-        packed = [found for w in (gate, up, down) if (found := packed_weights.kept(w)) is not None]
-        kept = (packed[0], packed[1], packed[2]) if len(packed) == len(modules) else None
-        added = (adapters[0], adapters[1], adapters[2])
-        return units.gated(states, norm, (gate, up, down), kept, added)
-
-    def _added(self, modules: Sequence[nn.Linear], layout: Layout) -> list[list[Addition]] | None:
+    def additions(self, modules: Sequence[nn.Linear], layout: Layout) -> list[list[Addition]] | None:
         """What adapters add to each product; None where one of them does more."""
         adapters = [_adapters(module, layout) for module in modules]
         return None if any(others for _, others in adapters) else [additions for additions, _ in adapters]
+
+    @staticmethod
+    def projections(
+        units: MatrixUnits,
+        states: Tensor,
+        norm: Norm,
+        modules: Sequence[nn.Linear],
+        additions: Sequence[Sequence[Addition]],
+    ) -> list[Tensor]:
+        """Of norm(states), the output of each module that `on_units` has found, with the additions to it."""
+        asked = [
+            Projection(module.weight, packed_weights.kept(module.weight), module.bias, more)
+            for module, more in zip(modules, additions, strict=True)
+        ]
+        return units.projections(states, norm, asked)
+
+    @staticmethod
+    def gated(
+        units: MatrixUnits,
+        states: Tensor,
+        norm: Norm,
+        modules: Sequence[nn.Linear],
+        additions: Sequence[Sequence[Addition]],
+    ) -> Tensor:
+        """states + down(SiLU(gate(x)) ⊙ up(x)) of x = norm(states), with the additions to each product.
+
+        modules: gate, up and down, without biases, as `on_units` has found them.
+        """
+        gate, up, down = (module.weight for module in modules)
+        packed = [found for w in (gate, up, down) if (found := packed_weights.kept(w)) is not None]
+        kept = (packed[0], packed[1], packed[2]) if len(packed) == len(modules) else None
+        added = (additions[0], additions[1], additions[2])
+        return units.gated(states, norm, (gate, up, down), kept, added)
 
 
 def _is_plain(module: nn.Module) -> bool:

@@ -108,6 +108,13 @@ inline void pack_column(const bf16* weight, bf16* to, long in, long outs = kTile
   }
 }
 
+// Two columns of tiles that are multiplied next, so many bytes each; null where that isn't known. Weights come from far
+// away, and nobody else asks for them in time.
+struct Next {
+  const bf16 *left, *right;
+  long bytes;
+};
+
 // A weight, packed or as it came.
 struct Weight {
   const bf16* at;
@@ -116,6 +123,14 @@ struct Weight {
 
   // Pairs of columns of tiles; the last one may be half.
   long pairs() const { return (out / kTile + 1) / 2; }
+
+  long column_bytes() const { return in * kTile * long(sizeof(bf16)); }
+
+  // Columns that are packed, to be fetched ahead.
+  Next next(long left, long right) const {
+    if (!packed || right >= out / kTile) return {nullptr, nullptr, 0};
+    return {at + left * in * kTile, at + right * in * kTile, column_bytes()};
+  }
 
   // Column `index` of tiles; what is not packed is, into `room`.
   const bf16* column(long index, bf16* room) const {
@@ -234,7 +249,7 @@ inline void multiply_half(
 // its 16 + 16 sums.
 template <typename More, typename Take>
 inline void column_pair(
-    const Rows& x, const bf16* left, const bf16* right, const More& more, const Take& take) {
+    const Rows& x, const bf16* left, const bf16* right, const Next& next, const More& more, const Take& take) {
   // So many inputs at a time that the columns' part of them stays in the nearest cache; sums wait in the next.
   const long steps = x.in / kPairs, blocks = (x.rows + 31) / 32;
   const bool at_once = steps <= kDeep;
@@ -248,6 +263,17 @@ inline void column_pair(
       take(taken, _mm512_load_ps(at), _mm512_load_ps(at + 256));
     }
   };
+  // All of what comes next, in equal shares with every step.
+  constexpr long kLine = 64;
+  const long lines = next.left ? 2 * next.bytes / kLine : 0, share = (lines + blocks * steps - 1) / (blocks * steps);
+  long fetched = 0;
+  const auto fetch_some = [&] {
+    for (const long end = std::min(lines, fetched + share); fetched < end; fetched++) {
+      const long at = fetched * kLine;
+      const char* from = at < next.bytes ? (const char*)next.left + at : (const char*)next.right + at - next.bytes;
+      _mm_prefetch(from, _MM_HINT_T1);
+    }
+  };
   for (long first = 0; first < steps; first += kDeep) {
     const long end = std::min(steps, first + kDeep);
     const bool is_last = end == steps;
@@ -258,7 +284,10 @@ inline void column_pair(
         if (is_last) more(row);
       };
       if (count > kTile) {
-        multiply(x.block(row), x, left, right, first, end, sums, finish, [&] { take_some(2); });
+        multiply(x.block(row), x, left, right, first, end, sums, finish, [&] {
+          take_some(2);
+          fetch_some();
+        });
       } else {
         multiply_half(x.block(row), x, left, right, first, end, sums, finish);
       }
@@ -307,7 +336,7 @@ class Additions {
         const long stride = own.steps * kPairs;
         bf16* to = low_ + own.at + step * kPairs;
         column_pair(
-            x.part(own.base, std::min(own.top, rows)), columns, columns + kTile * in, [](long) {},
+            x.part(own.base, std::min(own.top, rows)), columns, columns + kTile * in, Next{}, [](long) {},
             [&](long row, __m512 left, __m512 right) {
               if (row + own.base >= own.begin && row + own.base < own.end)
                 _mm512_storeu_si512(to + row * stride, (__m512i)_mm512_cvtne2ps_pbh(right, left));
@@ -458,7 +487,7 @@ void product_columns(
       _mm256_storeu_si256((__m256i*)to, (__m256i)_mm512_cvtneps_pbh(low));
     }
   };
-  column_pair(x, left, right, [&](long row) { additions.add(row); }, take);
+  column_pair(x, left, right, weight.next(2 * pair + 2, 2 * pair + 3), [&](long row) { additions.add(row); }, take);
 }
 
 // The norm of x (rows, width), as tiles. All threads of a team come here.
@@ -766,7 +795,10 @@ void heft_units_gated(
         gate_adds.take(column * kTile, inner, false);
         up_adds.take(column * kTile, inner, false);
         const auto add = [&](long row) { gate_adds.add_left(row), up_adds.add_right(row); };
-        column_pair(some, left, right, add, [=](long row, __m512 low, __m512 high) {
+        const Next next = column + 1 < inner / kTile
+            ? Next{gates.next(column + 1, column + 1).left, ups.next(column + 1, column + 1).left, gates.column_bytes()}
+            : Next{};
+        column_pair(some, left, right, next, add, [=](long row, __m512 low, __m512 high) {
           const Floats gated = through_bf16((Floats)silu_of_bf16((__m512)rounded_sum(low))) * rounded_sum(high);
           _mm256_store_si256(
               (__m256i*)in_tiles(active, row, column * kTile, inner), (__m256i)_mm512_cvtneps_pbh((__m512)gated));

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 from transformers.activations import SiLUActivation
 
-from heft_engine import kernels
+from heft_engine import kernels, packed_weights
 from heft_engine.attention import packed_attention, tiled_attention, tiles_of, units_attention, units_of
 from heft_engine.layer_products import LayerProducts
 from heft_engine.matrix_units import Norm
@@ -109,20 +109,61 @@ class _Layer:
     def __call__(
         self, states: Tensor, *, position_embeddings: tuple[Tensor, Tensor], layout: Layout, **_: Any
     ) -> Tensor:
-        query, key, value = self._projected(states, layout)
+        # Where all products are the units', a mode has a say in nothing, and looking at everything takes it as long as
+        # a short pass.
+        with torch._C.DisableTorchFunction():
+            out = self._on_units(states, position_embeddings, layout)
+        return self._in_parts(states, position_embeddings, layout) if out is None else out
+
+    def _on_units(self, states: Tensor, turned: tuple[Tensor, Tensor], layout: Layout) -> Tensor | None:
+        """The layer in four goes; None where that can't be had."""
+        heads, last, gates = self._heads, self._attention.o_proj, self._gates
+        parts = [*heads, last, *gates]
+        units = self._products.on_units(*parts) if self._is_silu else None
+        if units is None or any(part.bias is not None for part in gates):
+            return None
+        added = self._products.additions(parts, layout)
+        if added is None:
+            return None
+        products = self._products.projections(units, states, self._first, heads, added[:3])
+        seen = self._attended(*self._by_head(products), turned, layout)
+        seen = seen.reshape(*states.shape[:2], -1)
+        after = units.product(
+            seen, last.weight, packed_weights.kept(last.weight), last.bias, states, added[3]
+        )
+        return self._products.gated(units, after, self._second, gates, added[4:])
+
+    def _in_parts(self, states: Tensor, turned: tuple[Tensor, Tensor], layout: Layout) -> Tensor:
+        """The layer, one operation after the other."""
+        hidden = self._compiled.rms_norm(states, *self._first)
+        products = [self._products.linear(part, hidden, layout) for part in self._heads]
         # Attention is a hundred small operations, none of which a mode has a say in.
         with torch._C.DisableTorchFunction():
-            seen = self._attended(query, key, value, position_embeddings, layout)
-        seen, last = seen.reshape(*states.shape[:2], -1), self._attention.o_proj
-        if self._products.on_units(last) is None:
-            after = last(seen)
-            return self._gated(after, self._compiled.add_rms_norm(states, after, *self._second), layout)
-        after = self._products.linear(last, seen, layout, states)
-        if self._is_silu:
-            out = self._products.gated(after, self._second, self._mlp_parts, layout)
-            if out is not None:
-                return out
-        return self._gated(after, self._compiled.rms_norm(after, *self._second), layout)
+            seen = self._attended(*self._by_head(products), turned, layout)
+        after = self._products.linear(self._attention.o_proj, seen.reshape(*states.shape[:2], -1), layout)
+        hidden = self._compiled.add_rms_norm(states, after, *self._second)
+        gate_proj, up_proj, down_proj = self._gates
+        gate, up = (self._products.linear(part, hidden, layout) for part in (gate_proj, up_proj))
+        active = self._compiled.gate_silu(gate, up) if self._is_silu else self._mlp.act_fn(gate).mul_(up)
+        return self._products.linear(down_proj, active, layout).add_(after)
+
+    @property
+    def _heads(self) -> list[nn.Linear]:
+        return [self._attention.q_proj, self._attention.k_proj, self._attention.v_proj]
+
+    @property
+    def _gates(self) -> list[nn.Linear]:
+        return [self._mlp.gate_proj, self._mlp.up_proj, self._mlp.down_proj]
+
+    def _by_head(self, products: Sequence[Tensor]) -> tuple[Tensor, Tensor, Tensor]:
+        """Query, key and value, (1, T, …) each → (T, heads, head_dim), normed where the layer norms them."""
+        own = self._attention
+        query, key, value = (each.view(each.shape[1], -1, own.head_dim) for each in products)
+        if (norm := getattr(own, "q_norm", None)) is not None:
+            query = self._compiled.rms_norm(query, norm.weight, norm.variance_epsilon)
+        if (norm := getattr(own, "k_norm", None)) is not None:
+            key = self._compiled.rms_norm(key, norm.weight, norm.variance_epsilon)
+        return query, key, value
 
     def __deepcopy__(self, memo: dict[int, Any]) -> _Layer:
         """As functions: who copies a model during a pass takes it off the copy (heft_engine.serving.copies)."""
@@ -135,25 +176,6 @@ class _Layer:
     @property
     def _second(self) -> Norm:
         return Norm(self._norms[1].weight, self._norms[1].variance_epsilon)
-
-    @property
-    def _mlp_parts(self) -> list[nn.Linear]:
-        return [self._mlp.gate_proj, self._mlp.up_proj, self._mlp.down_proj]
-
-    def _projected(self, states: Tensor, layout: Layout) -> list[Tensor]:
-        """Query, key and value, (T, heads, head_dim) each."""
-        own = self._attention
-        parts = [own.q_proj, own.k_proj, own.v_proj]
-        products = self._products.projections(states, self._first, parts, layout)
-        if products is None:
-            hidden = self._compiled.rms_norm(states, *self._first)
-            products = [self._products.linear(part, hidden, layout) for part in parts]
-        query, key, value = (each.view(states.shape[1], -1, own.head_dim) for each in products)
-        if (norm := getattr(own, "q_norm", None)) is not None:
-            query = self._compiled.rms_norm(query, norm.weight, norm.variance_epsilon)
-        if (norm := getattr(own, "k_norm", None)) is not None:
-            key = self._compiled.rms_norm(key, norm.weight, norm.variance_epsilon)
-        return [query, key, value]
 
     def _attended(
         self, query: Tensor, key: Tensor, value: Tensor, turned: tuple[Tensor, Tensor], layout: Layout
@@ -172,13 +194,6 @@ class _Layer:
             return tiled_attention(index, query, key, value, layout, tiles, **asked)
         q, k, v = (each.transpose(0, 1)[None] for each in (query, key, value))
         return packed_attention(self._attention, q, k, v, None, layout=layout, **asked)[0]
-
-    def _gated(self, states: Tensor, hidden: Tensor, layout: Layout) -> Tensor:
-        """The layer's output; `hidden` is the norm of `states`."""
-        gate_proj, up_proj, down_proj = self._mlp_parts
-        gate, up = (self._products.linear(part, hidden, layout) for part in (gate_proj, up_proj))
-        active = self._compiled.gate_silu(gate, up) if self._is_silu else self._mlp.act_fn(gate).mul_(up)
-        return self._products.linear(down_proj, active, layout, states)
 
 
 class _Asked:
