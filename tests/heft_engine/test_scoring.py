@@ -22,7 +22,8 @@ from heft_engine.fixed_shapes import FixedShapes
 from heft_engine.model import PackedLM
 from heft_engine.scoring import Scores, score
 
-pytestmark = pytest.mark.usefixtures("with_and_without_units")
+#: What torch computes: tests of layers on matrix units have a file of their own.
+pytestmark = pytest.mark.usefixtures("without_units")
 
 MakeModel = Callable[[str], Path]
 
@@ -180,7 +181,6 @@ def test_a_plan_covers_every_row_in_the_least_time(heights: dict[int, float] | N
     assert mode.plan((1, 2, torch.float32), 100) == (32,) * 4
 
 
-@pytest.mark.usefixtures("without_units")
 def test_few_rows_need_no_padding_where_that_was_seen_to_change_nothing() -> None:
     mode = FixedShapes(32, {SHAPE: {32: 1.0}}, {SHAPE: (3, 24)})
     plans = {3: (3,), 1: (3,), 4: (24,), 25: (32,), 32: (32,), 35: (32, 32)}
