@@ -18,8 +18,8 @@ RUN /opt/heft/bin/pip install --no-cache-dir -c constraints.txt '.[worker,s3]' \
 
 FROM python:3.11-slim-bookworm
 COPY --from=build /opt/heft /opt/heft
-# A compiler, for workers without a GPU: with it their passes run on the processor's matrix units and take half the time
-# (docs/serving.md), and torch.compile needs it. Without it everything works, slower.
+# A compiler, for workers without a GPU: their passes take half the time with it (docs/serving.md), and torch.compile needs
+# it. Without it everything works, slower.
 RUN apt-get update && apt-get install -y --no-install-recommends g++ libc6-dev && rm -rf /var/lib/apt/lists/*
 RUN useradd --system --uid 10001 --home-dir /var/lib/heft --create-home heft \
     && mkdir -p /var/cache/heft /models && chown heft /var/cache/heft

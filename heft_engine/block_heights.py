@@ -46,7 +46,7 @@ def measured(layers: Iterable[nn.Module], device: torch.device) -> dict[int, Fix
         shape = (*module.weight.shape, module.weight.dtype)
         if packed_weights.units_for(module.weight) is not None:
             by_units.add(shape)
-        elif module.weight.device == device and shape not in by_units:
+        elif module.weight.device == device:
             weights[shape] = weights.get(shape) or _Weight(module)
     threads = torch.get_num_threads()
     of_a_lane = lanes.threads_of_a_lane() if lanes.count(device) > 1 else threads

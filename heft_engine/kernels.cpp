@@ -3,7 +3,7 @@
 // Every function gives the bits of the torch operations named above it: it rounds to bfloat16 where they do and sums in
 // their order. heft_engine.kernels holds each to them before it is used.
 //
-// A matrix is (rows, width), its rows one behind the other unless a stride is given, in elements.
+// A matrix is (rows, width), its rows one behind the other.
 
 #include "norms.h"
 

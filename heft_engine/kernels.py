@@ -166,7 +166,8 @@ def _size(x: Tensor) -> tuple[int, int]:
 
 
 def _agree(*tensors: Tensor, fits: bool) -> None:
-    if not fits or any(x.dtype != torch.bfloat16 or not x.is_contiguous() for x in tensors):
+    on_cpu = all(x.device.type == "cpu" for x in tensors)
+    if not fits or not on_cpu or any(x.dtype != torch.bfloat16 or not x.is_contiguous() for x in tensors):
         described = [(tuple(x.shape), x.dtype, x.stride()) for x in tensors]
         raise ValueError(f"kernels take contiguous bfloat16 tensors that fit together, not {described}")
 

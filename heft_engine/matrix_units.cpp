@@ -23,10 +23,10 @@ namespace {
 using namespace heft;
 
 constexpr long kTile = 16, kPairs = 32, kTileSize = kTile * kPairs;
-// Rows that a product takes at once: as many as stay in a core's cache, in bytes, and at most and at least so many.
+// Rows that a product takes at once: as many as stay in a core's cache, in bytes, and at most so many.
 constexpr long kCached = 1 << 20, kMostRows = 256;
 
-// Tiles of inputs that a product takes at once: two columns of weights, 2 kB each, beside what else the nearest cache
+// Tiles of inputs that a product takes at once: two tiles of weights each, 1 kB a tile, beside what else the nearest cache
 // holds.
 constexpr long kDeep = 18;
 
@@ -70,7 +70,7 @@ T* scratch(size_t elements) {
   return held.at;
 }
 
-// 16 × 16 words: row r of `to` is column r of what `rows` holds.
+// 16 × 16 words, in place: row r becomes column r.
 inline void transpose(__m512i* rows) {
   __m512i t[16];
   for (int i = 0; i < 8; i++) {
@@ -221,10 +221,10 @@ inline void multiply(
 }
 
 // The same of 16 rows.
-template <typename More>
+template <typename More, typename Meanwhile>
 inline void multiply_half(
     const bf16* x, const Rows& rows, const bf16* left, const bf16* right, long first, long end, float* sums,
-    const More& more) {
+    const More& more, const Meanwhile& meanwhile) {
   written();
   if (first == 0) {
     _tile_zero(0);
@@ -239,6 +239,7 @@ inline void multiply_half(
     _tile_loadd(7, right + k * kTileSize, 64);
     _tile_dpbf16ps(0, 4, 6);
     _tile_dpbf16ps(1, 4, 7);
+    meanwhile();
   }
   more();
   _tile_stored(0, sums, 64);
@@ -283,13 +284,14 @@ inline void column_pair(
       const auto finish = [&] {
         if (is_last) more(row);
       };
+      const auto meanwhile = [&] {
+        take_some(2);
+        fetch_some();
+      };
       if (count > kTile) {
-        multiply(x.block(row), x, left, right, first, end, sums, finish, [&] {
-          take_some(2);
-          fetch_some();
-        });
+        multiply(x.block(row), x, left, right, first, end, sums, finish, meanwhile);
       } else {
-        multiply_half(x.block(row), x, left, right, first, end, sums, finish);
+        multiply_half(x.block(row), x, left, right, first, end, sums, finish, meanwhile);
       }
       if (!is_last) continue;
       take_some(32);
@@ -443,7 +445,8 @@ inline __m512 power_of_two(__m512 x) {
   return _mm512_scalef_ps(sum, whole);
 }
 
-// As torch's once it is rounded to bfloat16, for every x that is a bfloat16 (heft_engine.matrix_units tries them all).
+// As torch's once it is rounded to bfloat16, for every x that is a bfloat16 from 2⁻¹²⁵ on
+// (heft_engine.matrix_units tries them all).
 inline __m512 silu_of_bf16(__m512 x) {
   const __m512 infinite = _mm512_set1_ps(INFINITY);
   __m512 power = _mm512_mul_ps(x, _mm512_set1_ps(-1.44269504088896340736f));

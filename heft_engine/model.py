@@ -195,7 +195,7 @@ class PackedLM:
         """As `logits`, but multiplied in float32: through a bfloat16 head, 7 of 160 BoolQ rows tied exactly."""
         weight, compiled = self.head.weight, kernels.load()
         on_cpu = weight.device.type == "cpu" and weight.dtype == hidden.dtype == torch.bfloat16
-        on_cpu = on_cpu and weight.is_contiguous()
+        on_cpu = on_cpu and hidden.device == weight.device and weight.is_contiguous()
         if compiled is not None and on_cpu and not torch.is_grad_enabled():
             return self._cap(compiled.logits(hidden, weight.detach()) + self._bias())
         # One copy of the head at a time, and as many threads wherever it is: more of them might round otherwise.

@@ -113,7 +113,11 @@ class _Layer:
         # a short pass.
         with torch._C.DisableTorchFunction():
             out = self._on_units(states, position_embeddings, layout)
-        return self._in_parts(states, position_embeddings, layout) if out is None else out
+        return (
+            self.in_parts(states, position_embeddings=position_embeddings, layout=layout)
+            if out is None
+            else out
+        )
 
     def _on_units(self, states: Tensor, turned: tuple[Tensor, Tensor], layout: Layout) -> Tensor | None:
         """The layer in four goes; None where that can't be had."""
@@ -133,13 +137,15 @@ class _Layer:
         )
         return self._products.gated(units, after, self._second, gates, added[4:])
 
-    def _in_parts(self, states: Tensor, turned: tuple[Tensor, Tensor], layout: Layout) -> Tensor:
+    def in_parts(
+        self, states: Tensor, *, position_embeddings: tuple[Tensor, Tensor], layout: Layout
+    ) -> Tensor:
         """The layer, one operation after the other."""
         hidden = self._compiled.rms_norm(states, *self._first)
         products = [self._products.linear(part, hidden, layout) for part in self._heads]
         # Attention is a hundred small operations, none of which a mode has a say in.
         with torch._C.DisableTorchFunction():
-            seen = self._attended(*self._by_head(products), turned, layout)
+            seen = self._attended(*self._by_head(products), position_embeddings, layout)
         after = self._products.linear(self._attention.o_proj, seen.reshape(*states.shape[:2], -1), layout)
         hidden = self._compiled.add_rms_norm(states, after, *self._second)
         gate_proj, up_proj, down_proj = self._gates
@@ -253,5 +259,10 @@ def _options(
     asked = _Asked()
     own(Layout(rows=rows, decoding=asked))
     layout = Layout(rows=rows)
-    quick = _Layer(layer, asked.options, compiled)(states, position_embeddings=turned, layout=layout)
-    return asked.options if torch.equal(quick, own(layout)) else None
+    quick = _Layer(layer, asked.options, compiled)
+    expected = own(layout)
+    # Some passes run a layer in parts (adapters with DoRA): the others must not differ.
+    for run in (quick, quick.in_parts):
+        if not torch.equal(run(states, position_embeddings=turned, layout=layout), expected):
+            return None
+    return asked.options

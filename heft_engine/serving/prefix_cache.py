@@ -7,8 +7,8 @@ another model's (wrong by more than the scores' own spread, measured). Where an 
 for every BLOCK tokens, that begins with its scope: who asks, which model, held in which way. So nothing is ever found
 under another owner, model or scale.
 
-Where a CPU's matrix units attend (heft_engine.matrix_units), scores from a kept prefix are fresh ones to the bit;
-elsewhere they agree to the rounding of the model's dtype.
+Where all products and attention are heft_engine.matrix_units', scores from a kept prefix are fresh ones to the bit;
+elsewhere (other processors and families, DoRA unmerged) they agree to the rounding of the model's dtype.
 
 It does NOT know models or requests. One thread at a time, but for `room`.
 """

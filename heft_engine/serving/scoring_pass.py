@@ -1,7 +1,6 @@
 """One forward pass over rows of several requests, each with its own scale, adapter and kept prefix.
 
-The rows' scores are those of `heft_engine.scoring`, to the bit where nothing is kept or matrix units attend.
-It does NOT know who asks.
+The rows' scores are those of `heft_engine.scoring`, to the bit where nothing is kept. It does NOT know who asks.
 """
 
 from __future__ import annotations

@@ -3,18 +3,20 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from functools import cache
 from pathlib import Path
 
 import pytest
 import torch
 from many_models import Made, examples, merged, models, site, unmerged
+from needs import needs_matrix_units
 from probe_models import packed
 from tiny_models import FAMILIES, save_tiny_model
-from units import needs_matrix_units
 
 from heft_engine import matrix_units
 from heft_engine.encoding import Example
+from heft_engine.packed_weights import bytes_to_pack
 from heft_engine.scoring import Scores, score
 from heft_engine.serving.adapters import adapt_rows
 from heft_engine.serving.prefix_cache import PrefixCache, chain, reach
@@ -93,6 +95,7 @@ def test_a_rows_bits_are_its_own(family: str, make_wide_model: Callable[[str], P
         assert [score(lm, [one])[0] for one in asked] == together
         assert score(lm, asked[::-1]) == together[::-1]
         with lm.packed():
+            assert bytes_to_pack(lm.layers) == 0
             assert score(lm, asked) == together
 
 
@@ -115,6 +118,22 @@ def test_a_kept_prefix_changes_no_bit(
 
     assert ask(cache) == ask(None)
     assert cache.held_bytes
+
+
+@pytest.mark.parametrize("family", QUICK)
+def test_nor_does_it_for_unmerged_models(family: str, make_wide_model: Callable[[str], Path]) -> None:
+    """With LoRA of several ranks; DoRA's own products are torch's."""
+    base = packed(make_wide_model(family), BF16)
+    adapt_rows(base)
+    made = models(base, suffixes=("q_proj", "o_proj", "gate_proj", "down_proj"))
+    asked = examples(6, prefix=tuple(range(100, 170)), longest=40)
+    for each in (one for one in made if not any(a.magnitudes for a in one.adapters)):
+        weights, cache = unmerged(base, each, str(id(each))), PrefixCache(2**24)
+        fresh = [replace(row(weights, one, None), adapter=weights.adapter) for one in asked]
+        score_rows(base, [replace(row(weights, asked[0], cache), adapter=weights.adapter)], cache)
+        kept = [replace(row(weights, one, cache), adapter=weights.adapter) for one in asked]
+        assert any(one.skipped for one in kept) or any("f" in stored.positions for stored in each.sites)
+        assert score_rows(base, kept, cache) == score_rows(base, fresh)
 
 
 def test_what_a_broken_row_leaves_is_nobodys_prefix(make_wide_model: Callable[[str], Path]) -> None:

@@ -11,8 +11,8 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
+from needs import needs_matrix_units
 from torch import Tensor
-from units import needs_matrix_units
 
 from heft_engine import kernels, lanes, matrix_units, native
 from heft_engine.kernels import rms_norm
@@ -54,7 +54,7 @@ def exact(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
 
 @needs_matrix_units
 @torch.inference_mode()
-@pytest.mark.parametrize("shape", [(48, 32), (192, 576), (576, 1_536), (80, 1_184)])
+@pytest.mark.parametrize("shape", [(48, 32), (192, 576), (576, 1_536), (80, 1_184), (256, 4_096)])
 def test_products_have_torchs_bits_in_passes_of_every_length(
     units: MatrixUnits, shape: tuple[int, int]
 ) -> None:
@@ -71,6 +71,8 @@ def test_products_have_torchs_bits_in_passes_of_every_length(
                 assert torch.equal(units.product(x[part], weight, chosen, bias), with_bias[part])
                 summed = units.product(x[part], weight, chosen, None, residual[part])
                 assert torch.equal(summed, product[part] + residual[part])
+                both = units.product(x[part], weight, chosen, bias, residual[part])
+                assert torch.equal(both, with_bias[part] + residual[part])
 
 
 @needs_matrix_units
@@ -120,9 +122,12 @@ def test_attention_is_its_formula_and_a_querys_own(
     )
     starts = [sum(lengths[:index]) for index in range(len(lengths))]
     table = Segments([(s, n, [(0, s, n)]) for s, n in zip(starts, lengths, strict=True)])
+    first: Tensor | None = None
     for threads in (1, 3):
         torch.set_num_threads(threads)
         together = units.attend(query, [(keys, values)], table, 0.2, window)
+        first = together if first is None else first
+        assert torch.equal(together, first)
         for start, length in zip(starts, lengths, strict=True):
             own = slice(start, start + length)
             q, k, v = query[own], keys[own], values[own]
@@ -157,9 +162,10 @@ def test_what_is_no_number_stays_in_its_sequence(units: MatrixUnits) -> None:
 
 @needs_matrix_units
 @torch.inference_mode()
-def test_additions_are_those_of_their_rows_alone(units: MatrixUnits) -> None:
+@pytest.mark.parametrize("ins", [64, 640])
+def test_additions_are_those_of_their_rows_alone(units: MatrixUnits, ins: int) -> None:
     """Of many models in one pass, at borders of blocks and of chunks, of several ranks, two for the same rows."""
-    ins, outs, inner = 64, 96, 160
+    outs, inner = 96, 160
     factors = {rank: (some(3, rank, ins), some(3, rank, outs)) for rank in (1, 8, 16, 17, 40)}
     spans = [(0, 5, 8), (5, 60, 17), (65, 1, 1), (240, 40, 40), (240, 40, 16), (500, 50, 8)]
     additions = [Addition(start, count, *factors[rank], 2) for start, count, rank in spans]
@@ -185,6 +191,11 @@ def test_additions_are_those_of_their_rows_alone(units: MatrixUnits) -> None:
             close = x[own].float() @ weight.float().T + sum(each @ up for each, up in low)
             torch.testing.assert_close(together[own] - residual[own], close.bfloat16(), atol=0.5, rtol=2e-2)
         assert torch.equal(together[~touched], (exact(x, weight) + residual)[~touched])
+        assert torch.equal(
+            units.product(x, weight, units.packed(weight), None, residual, additions), together
+        )
+        (with_bias,) = units.projections(x, norm, [Projection(weight, None, some(outs), additions)])
+        assert not torch.equal(with_bias, projected)
     gate, up, down = some(inner, ins), some(inner, ins), some(ins, inner)
     to_inner = [
         Addition(start, count, some(1, 8, ins), some(1, 8, inner), 0) for start, count, _ in spans[:4]
@@ -276,6 +287,8 @@ def test_tensors_that_do_not_fit_are_refused(units: MatrixUnits) -> None:
         lambda: units.attend(some(6, 4, 16), [(some(6, 2, 16), some(6, 2, 16))], whole, None, None),
         lambda: units.attend(q, [(k, k)], Segments([(0, 6, [(1, 0, 6)])]), None, None),
         lambda: units.attend(q, [(k, k)], whole, None, -1),
+        lambda: units.attend(q, [], whole, None, None),
+        lambda: units.attend(q, [(k[:, :0], k[:, :0])], whole, None, None),
         lambda: units.attend(q, [(k.transpose(1, 2).contiguous().transpose(1, 2), k)], whole, None, None),
     ]
     if odd is not None:
@@ -325,6 +338,25 @@ def test_there_are_none_that_give_something_else(
     with caplog.at_level(logging.INFO):
         assert matrix_units.load(tmp_path) is None
     assert f"{named} gives other bits" in caplog.text
+
+
+def test_they_are_there_on_a_processor_that_has_them() -> None:
+    """What is skipped without them must not be skipped with them."""
+    has = "amx_bf16" in Path("/proc/cpuinfo").read_text()
+    if has and native.compiler() is not None and lanes.openmp() is not None:
+        assert matrix_units.load() is not None
+    else:
+        assert matrix_units.load() is None
+
+
+@needs_matrix_units
+@pytest.mark.usefixtures("_afresh")
+def test_kernels_do_without_them(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    source = tmp_path / "matrix_units.cpp"
+    source.write_text("this is no C++")
+    monkeypatch.setattr(native, "SOURCES", (native.SOURCES[0], source))
+    assert matrix_units.load(tmp_path) is None
+    assert kernels.load(tmp_path) is not None
 
 
 @pytest.mark.usefixtures("_afresh")

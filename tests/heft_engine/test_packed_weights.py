@@ -7,9 +7,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from needs import needs_compiler
+from needs import UNITS, needs_compiler, needs_matrix_units
 from torch import nn
-from units import UNITS, needs_matrix_units
 
 from heft_engine import evaluation, packed_weights
 from heft_engine.attention import IMPLEMENTATION
