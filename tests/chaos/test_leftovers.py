@@ -15,7 +15,7 @@ from leftovers import left_behind
 from cli.home import Home
 from cli.process import locked
 
-_WAITS = "import sys; sys.stdin.read()"
+_WAITS = "import sys; print('here', flush=True); sys.stdin.read()"
 
 
 @pytest.fixture
@@ -35,7 +35,9 @@ def found(folder: Path, *seen: psutil.Process) -> list[str]:
 @contextmanager
 def stray(*arguments: str, cwd: Path = Path("/")) -> Iterator[psutil.Process]:
     command = [sys.executable, "-c", _WAITS, *arguments]
-    with subprocess.Popen(command, stdin=subprocess.PIPE, cwd=cwd) as child:
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, cwd=cwd) as child:
+        assert child.stdout is not None
+        child.stdout.readline()  # a process that only just begins has no command line yet
         yield psutil.Process(child.pid)
         child.communicate()
 
