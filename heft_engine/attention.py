@@ -17,9 +17,10 @@ from transformers import AttentionInterface, AttentionMaskInterface
 
 from heft_engine import matrix_units
 from heft_engine.causal_attention import LONGEST_MATRIX, CausalAttention, causal
-from heft_engine.matrix_units import MatrixUnits, Segments
+from heft_engine.matrix_units import MatrixUnits
 from heft_engine.packing import TILE, Collector, Kept, Layout, PackedRow, Run, Tiles
 from heft_engine.suffix_attention import suffix_attention
+from heft_engine.unit_inputs import Segments
 
 IMPLEMENTATION = "heft_packed"
 

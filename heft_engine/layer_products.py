@@ -13,8 +13,9 @@ from typing import cast
 from torch import Tensor, nn
 
 from heft_engine import matrix_units, packed_weights
-from heft_engine.matrix_units import Addition, MatrixUnits, Norm, Projection
+from heft_engine.matrix_units import MatrixUnits
 from heft_engine.packing import AdapterHook, Layout, PackedRow, RowAdapter
+from heft_engine.unit_inputs import Addition, Norm, Projection
 
 #: Rows whose adapters do more than a product can add.
 Others = list[tuple[PackedRow, RowAdapter]]

@@ -6,8 +6,8 @@ order whatever the number of rows or threads, and what follows a product (a bias
 sum) happens while its numbers are at hand. Attention takes each query against its own keys, from the first one on: its
 bits are the same whether its row is computed whole or continues a kept prefix.
 
-`load` holds the products to torch's, to the bit, and attention to its formula. It does NOT know layers, models or
-layouts.
+`load` holds the products to torch's, to the bit, and attention to its formula (heft_engine.unit_trials).
+It does NOT know layers, models or layouts.
 """
 
 from __future__ import annotations
@@ -15,24 +15,22 @@ from __future__ import annotations
 import ctypes
 import itertools
 import logging
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Sequence
 from functools import lru_cache
 from pathlib import Path
-from typing import Any, NamedTuple, TypeVar
+from typing import Any, TypeVar
 
 import torch
-import torch.nn.functional as F  # noqa: N812
 from torch import Tensor
 
-from heft_engine import lanes, native
-from heft_engine.kernels import rms_norm
+from heft_engine import native
+from heft_engine.unit_inputs import Addition, Norm, Projection, Segments, fit, is_plain
+from heft_engine.unit_trials import wrong_one
 
 log = logging.getLogger(__name__)
 
 #: Inputs and outputs of a weight are multiples of these; a head's width is one, up to the widest.
 _INS, _OUTS, _HEAD, _WIDEST = 32, 16, 32, 256
-#: Numbers that SiLU is tried with at a time.
-_GROUP = 255
 #: Rows of a chunk that are held between two products, at most: whole blocks.
 _ROWS, _BLOCK = 256, 32
 
@@ -40,77 +38,6 @@ T = TypeVar("T")
 Three = tuple[T, T, T]
 #: Keys and values, (tokens, kv_heads, head_dim) each; a head's numbers stand side by side.
 Source = tuple[Tensor, Tensor]
-
-
-class Addition(NamedTuple):
-    """What a low-rank adapter adds to rows start … start + tokens − 1 of a product: (x · downᵀ, rounded) · up.
-
-    down (n, rank, in), up (n, rank, out), of which it is the one at `place`. All of `up` is finite: the rows beside
-    these get zero times it.
-    """
-
-    start: int
-    tokens: int
-    down: Tensor
-    up: Tensor
-    place: int
-
-    def numbers(self, ins: int, outs: int, rows: int) -> tuple[int, ...]:
-        """As matrix_units.cpp takes it. Raises ValueError where it does not fit the product."""
-        count, rank, width = self.down.shape
-        fits = width == ins and self.up.shape == (count, rank, outs) and 0 <= self.place < count
-        fits = fits and self.start >= 0 and self.start + self.tokens <= rows
-        fits = fits and all(map(_is_plain, (self.down, self.up)))
-        _fit(fits, self.down, self.up)
-        # Addresses, not views: these would take longer to make than the product.
-        down = self.down.data_ptr() + self.place * rank * ins * self.down.element_size()
-        up = self.up.data_ptr() + self.place * rank * outs * self.up.element_size()
-        return self.start, self.tokens, down, up, rank
-
-
-class Norm(NamedTuple):
-    """weight · (x / √(mean(x²) + ε) rounded), as transformers' LlamaRMSNorm: weight (width,)."""
-
-    weight: Tensor
-    epsilon: float
-
-
-class Projection(NamedTuple):
-    """A product of normed states: weight (out, in), packed or not, bias (out,)."""
-
-    weight: Tensor
-    packed: Tensor | None = None
-    bias: Tensor | None = None
-    additions: Sequence[Addition] = ()
-
-
-class Segments:
-    """Sequences of a pass: neighbouring queries, and what they attend to.
-
-    `segments`: of each, its first query, how many, and pieces from the sequence's first token to its last query's own:
-    (source, first token, tokens).
-    """
-
-    def __init__(self, segments: Sequence[tuple[int, int, Sequence[tuple[int, int, int]]]]) -> None:
-        held = [segment for segment in segments if segment[1]]
-        self.pieces = [piece for _, _, pieces in held for piece in pieces]
-        firsts = [0, *itertools.accumulate(len(pieces) for _, _, pieces in held)]
-        rows = [
-            (first, count, start, len(pieces))
-            for (first, count, pieces), start in zip(held, firsts, strict=False)
-        ]
-        if any(sum(tokens for *_, tokens in pieces) < count for _, count, pieces in held):
-            raise ValueError("a sequence has more queries than tokens")
-        if any(first < 0 for first, *_ in segments) or any(min(piece) < 0 for piece in self.pieces):
-            raise ValueError("a sequence begins before its pass or its source")
-        self.count = len(held)
-        self.queries = max((first + count for first, count, _ in held), default=0)
-        #: Tokens that each source must have.
-        self.tokens: dict[int, int] = {}
-        for source, start, tokens in self.pieces:
-            self.tokens[source] = max(self.tokens.get(source, 0), start + tokens)
-        self.table = torch.tensor(rows, dtype=torch.int64)
-        self.piece_table = torch.tensor(self.pieces, dtype=torch.int64)
 
 
 class MatrixUnits:
@@ -165,7 +92,7 @@ class MatrixUnits:
 
     def packed(self, weight: Tensor) -> Tensor:
         """A weight (out, in) in the units' order, for these functions alone. As many bytes."""
-        _fit(self.takes(weight), weight)
+        fit(self.takes(weight), weight)
         packed = torch.empty_like(weight)
         self._library.heft_units_pack(_at(weight), _at(packed), weight.shape[1], weight.shape[0])
         return packed
@@ -188,8 +115,8 @@ class MatrixUnits:
         fits = (
             fits and (bias is None or bias.shape == (outs,)) and (residual is None or residual.shape == shape)
         )
-        fits = fits and all(each is None or _is_plain(each) for each in (x, packed, bias, residual))
-        _fit(fits, x, weight, bias, residual)
+        fits = fits and all(each is None or is_plain(each) for each in (x, packed, bias, residual))
+        fit(fits, x, weight, bias, residual)
         more, given = _table([additions], [(ins, outs)], rows), weight if packed is None else packed
         self._library.heft_units_product(
             *(_at(x), _at(given), packed is not None, _at(bias), _at(residual), more, len(additions)),
@@ -202,7 +129,7 @@ class MatrixUnits:
         states = states.contiguous()
         ins = states.shape[-1]
         rows = states.numel() // ins
-        fits = norm.weight.shape == (ins,) and _is_plain(states) and _is_plain(norm.weight)
+        fits = norm.weight.shape == (ins,) and is_plain(states) and is_plain(norm.weight)
         outs: list[Tensor] = []
         numbers: list[int] = []
         tables: list[Sequence[Addition]] = []
@@ -210,10 +137,10 @@ class MatrixUnits:
             columns = one.weight.shape[0]
             fits = fits and self.takes(one.weight) and one.weight.shape[1] == ins
             fits = fits and (
-                one.packed is None or (one.packed.shape == one.weight.shape and _is_plain(one.packed))
+                one.packed is None or (one.packed.shape == one.weight.shape and is_plain(one.packed))
             )
-            fits = fits and (one.bias is None or (one.bias.shape == (columns,) and _is_plain(one.bias)))
-            _fit(fits, states, norm.weight, one.weight, one.packed, one.bias)
+            fits = fits and (one.bias is None or (one.bias.shape == (columns,) and is_plain(one.bias)))
+            fit(fits, states, norm.weight, one.weight, one.packed, one.bias)
             out = states.new_empty(*states.shape[:-1], columns)
             given, is_packed = (one.weight, 0) if one.packed is None else (one.packed, 1)
             bias = 0 if one.bias is None else one.bias.data_ptr()
@@ -252,12 +179,12 @@ class MatrixUnits:
         fits = (
             fits
             and all(map(self.takes, weights))
-            and all(map(_is_plain, (states, norm.weight, *(packed or ()))))
+            and all(map(is_plain, (states, norm.weight, *(packed or ()))))
         )
         fits = fits and (
             packed is None or all(p.shape == w.shape for p, w in zip(packed, weights, strict=True))
         )
-        _fit(fits, states, norm.weight, gate, up, down)
+        fit(fits, states, norm.weight, gate, up, down)
         more = _table(additions, [(width, inner), (width, inner), (inner, width)], rows)
         normed, active = (states.new_empty(self._held(rows), size) for size in (width, inner))
         self._library.heft_units_gated(
@@ -297,7 +224,7 @@ class MatrixUnits:
             )
             fits = fits and segments.tokens.get(index, 0) <= len(keys)
             numbers += (keys.data_ptr(), values.data_ptr(), *keys.stride()[:2], *values.stride()[:2])
-        _fit(fits and max(segments.tokens, default=0) < len(sources), query, *itertools.chain(*sources))
+        fit(fits and max(segments.tokens, default=0) < len(sources), query, *itertools.chain(*sources))
         out = torch.empty_like(query)
         self._library.heft_units_attend(
             *(_at(query), _at(segments.table), _at(segments.piece_table)),
@@ -317,139 +244,11 @@ def load(cache_dir: Path | None = None) -> MatrixUnits | None:
     if library is None or not getattr(library, "heft_units_ready", lambda: 0)():
         return None
     units = MatrixUnits(library)
-    wrong = _wrong(units)
+    wrong = wrong_one(units)
     if wrong:
         log.info("the matrix units are left to torch: %s gives other bits here", wrong)
         return None
     return units
-
-
-@torch.inference_mode()
-def _wrong(units: MatrixUnits) -> str | None:
-    """The name of the first function that does not give what it should, if there is one."""
-    made = torch.Generator().manual_seed(0)
-
-    def some(*shape: int) -> Tensor:
-        return torch.randn(*shape, generator=made).bfloat16()
-
-    # More rows than one chunk has, and a width that is multiplied in two parts.
-    rows, width, inner = 289, 640, 160
-    x, residual, bias = some(rows, width), some(rows, inner), some(inner)
-    gate, up, down = some(inner, width), some(inner, width), some(width, inner)
-    norm = Norm(some(width), 1e-5)
-    normed = rms_norm(x, *norm)
-    for packed in (None, units.packed(gate)):
-        if not torch.equal(units.product(x, gate, packed), _product(x, gate)):
-            return "a product"
-        if not torch.equal(units.product(x, gate, packed, bias), _product(x, gate, bias)):
-            return "a product with a bias"
-        if not torch.equal(units.product(x, gate, packed, None, residual), _product(x, gate).add_(residual)):
-            return "a product and a sum"
-        found = units.projections(x, norm, [Projection(up), Projection(gate, packed, bias)])
-        if not all(map(torch.equal, found, (_product(normed, up), _product(normed, gate, bias)))):
-            return "a product of normed states"
-    # One thread: several leave torch rests, which it rounds otherwise.
-    with lanes.computing_with(1):
-        expected = _product(F.silu(_product(normed, gate)) * _product(normed, up), down) + x
-        every = torch.arange(1 << 16, dtype=torch.int32).to(torch.int16).view(torch.bfloat16)
-        # In the units, what is smaller than 2⁻¹²⁶ counts as zero.
-        numbers = every[every.isfinite() & ((every.abs() >= 2.0**-125) | (every == 0))]
-        others = torch.tensor([torch.nan, torch.inf, -torch.inf]).bfloat16()
-        activations = F.silu(torch.cat([numbers, others]))
-    all_packed = (units.packed(gate), units.packed(up), units.packed(down))
-    for chosen in (None, all_packed):
-        if not torch.equal(units.gated(x, norm, (gate, up, down), chosen), expected):
-            return "a gated activation"
-    if not _adds(units, some):
-        return "an adapter's addition"
-    groups = (*torch.split(numbers, _GROUP), *torch.split(others, 1))
-    if not torch.allclose(_activated(units, groups), activations, rtol=0, atol=0, equal_nan=True):
-        return "SiLU"
-    return None if _attends(units, some) else "attention"
-
-
-def _product(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
-    """By torch, 32 rows at a time: it sums such products in the units' order."""
-    rows = F.pad(x, (0, 0, 0, -len(x) % 32))
-    return torch.cat([F.linear(part, weight, bias) for part in torch.split(rows, 32)])[: len(x)]
-
-
-def _activated(units: MatrixUnits, groups: Iterable[Tensor]) -> Tensor:
-    """SiLU of each number of groups up to _GROUP, as `gated` computes it."""
-    # The norm makes a 1 and zeros of the one row, so that the gate's first column is what comes out of its product.
-    width = _GROUP + 1
-    row, weight = torch.zeros(1, width).bfloat16(), torch.full((width,), width**-0.5).bfloat16()
-    row[0, 0] = 1
-    found = []
-    for group in groups:
-        gate, up, down = torch.zeros(3, width, width).bfloat16()
-        gate[: len(group), 0], up[:, 0] = group, 1
-        # What comes out where the row itself is zero.
-        down[1:, :-1].fill_diagonal_(1)
-        found.append(units.gated(row, Norm(weight, 0.0), (gate, up, down), None)[0, 1 : len(group) + 1])
-    return torch.cat(found)
-
-
-def _adds(units: MatrixUnits, some: Callable[..., Tensor]) -> bool:
-    """Whether additions are those of their rows alone, wherever these stand, and what they should be."""
-    rows, ins, outs = 90, 640, 48
-    x, weight = some(rows, ins), some(outs, ins)
-    factors = [(some(2, rank, ins), some(2, rank, outs)) for rank in (8, 40)]
-    places = [(3, 30, 0), (40, 45, 1)]
-    additions = [Addition(start, count, *factors[i], 1) for start, count, i in places]
-    together = units.product(x, weight, additions=additions)
-    untouched = torch.ones(rows, dtype=torch.bool)
-    for addition in additions:
-        own = slice(addition.start, addition.start + addition.tokens)
-        untouched[own] = False
-        alone = addition._replace(start=0)
-        if not torch.equal(units.product(x[own], weight, additions=[alone]), together[own]):
-            return False
-        down, up = addition.down[1], addition.up[1]
-        low = (x[own].float() @ down.float().T).bfloat16().float()
-        exact = x[own].float() @ weight.float().T + low @ up.float()
-        if not (together[own] - exact).abs().max() <= exact.abs().max() * 2.0**-7:
-            return False
-    return torch.equal(together[untouched], _product(x, weight)[untouched])
-
-
-def _attends(units: MatrixUnits, some: Callable[..., Tensor]) -> bool:
-    """Whether attention is what its formula says, and a query's the same behind a kept prefix."""
-    tokens, left, heads, kv_heads, width = 75, 41, 4, 2, 64
-    query, keys, values = (
-        some(tokens, heads, width),
-        some(tokens, kv_heads, width),
-        some(tokens, kv_heads, width),
-    )
-    positions = torch.arange(tokens)
-    for window in (None, 20):
-        whole = units.attend(query, [(keys, values)], Segments([(0, tokens, [(0, 0, tokens)])]), None, window)
-        behind = units.attend(
-            query[left:].contiguous(),
-            [(keys[left:], values[left:]), (keys[:left], values[:left])],
-            Segments([(0, tokens - left, [(1, 0, left), (0, 0, tokens - left)])]),
-            None,
-            window,
-        )
-        distance = positions[:, None] - positions
-        mask = (distance >= 0) & (distance < (window or tokens))
-        q, k, v = (each.float().transpose(0, 1) for each in (query, keys, values))
-        exact = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, enable_gqa=True).transpose(0, 1)
-        # Shares and results are rounded to bfloat16: 2⁻⁹ of the largest value that is summed, twice.
-        is_close = (whole - exact).abs().max() <= values.abs().max() * 2.0**-8
-        if not is_close or not torch.equal(behind, whole[left:]):
-            return False
-    return True
-
-
-def _fit(fits: bool, *tensors: Tensor | None) -> None:
-    if not fits:
-        described = [(tuple(x.shape), x.dtype, x.stride()) for x in tensors if x is not None]
-        raise ValueError(f"matrix units take bfloat16 tensors on a CPU that fit together, not {described}")
-
-
-def _is_plain(x: Tensor) -> bool:
-    return x.dtype == torch.bfloat16 and x.is_contiguous() and x.device.type == "cpu" and not x.is_mkldnn
 
 
 def _table(additions: Sequence[Sequence[Addition]], shapes: Sequence[tuple[int, int]], rows: int) -> Any:

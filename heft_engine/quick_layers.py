@@ -21,8 +21,8 @@ from transformers.activations import SiLUActivation
 from heft_engine import kernels, packed_weights
 from heft_engine.attention import packed_attention, tiled_attention, tiles_of, units_attention, units_of
 from heft_engine.layer_products import LayerProducts
-from heft_engine.matrix_units import Norm
 from heft_engine.packing import Layout, PackedRow
+from heft_engine.unit_inputs import Norm
 
 #: Rows that a layer is tried with: attention of one length and of another, and more tokens than one block of a product.
 _TRIED = (7, 41)

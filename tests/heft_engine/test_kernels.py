@@ -5,11 +5,11 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
 import torch.nn.functional as F
+from ctypes_signatures import assert_types_are_declared
 from needs import needs_compiler
 
 from heft_engine import kernels, lanes, native
@@ -206,23 +206,4 @@ def test_two_openmp_runtimes_are_one_too_many(
 
 
 def test_types_are_those_of_the_source() -> None:
-    """ctypes believes whatever it is told."""
-    text = native.SOURCES[0].read_text()
-    asked: dict[str, tuple[Any, ...]] = {}
-
-    class Library:
-        def __getattr__(self, name: str) -> Any:
-            class Function:
-                def __setattr__(self, attribute: str, value: Any) -> None:
-                    if attribute == "argtypes":
-                        asked[name] = value
-
-            return Function()
-
-    kernels.Kernels(Library())  # type: ignore[arg-type]
-    assert len(asked) == text.count("\nvoid heft_")
-    for name, types in asked.items():
-        declared = text.partition(f"void {name}(")[2].partition(")")[0].split(",")
-        kinds = ["p" if "*" in one else one.split()[0][0] for one in declared]
-        names = {"c_void_p": "p", "c_long": "l", "c_float": "f"}
-        assert kinds == [names[each.__name__] for each in types], name
+    assert_types_are_declared(native.SOURCES[0].read_text(), kernels.Kernels, "heft_")

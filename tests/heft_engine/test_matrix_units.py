@@ -3,20 +3,20 @@
 from __future__ import annotations
 
 import logging
-import re
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
 import torch.nn.functional as F
+from ctypes_signatures import assert_types_are_declared
 from needs import needs_matrix_units
 from torch import Tensor
 
 from heft_engine import kernels, lanes, matrix_units, native
 from heft_engine.kernels import rms_norm
-from heft_engine.matrix_units import Addition, MatrixUnits, Norm, Projection, Segments
+from heft_engine.matrix_units import MatrixUnits
+from heft_engine.unit_inputs import Addition, Norm, Projection, Segments
 
 #: More than one chunk of rows, and blocks of 32 with every kind of rest.
 ROWS = (1, 15, 16, 17, 32, 33, 95, 257, 550)
@@ -376,23 +376,4 @@ def test_an_operator_turns_them_off(tmp_path: Path, monkeypatch: pytest.MonkeyPa
 
 
 def test_types_are_those_of_the_source() -> None:
-    """ctypes believes whatever it is told."""
-    text = native.SOURCES[1].read_text()
-    asked: dict[str, tuple[Any, ...]] = {}
-
-    class Library:
-        def __getattr__(self, name: str) -> Any:
-            class Function:
-                def __setattr__(self, attribute: str, value: Any) -> None:
-                    if attribute == "argtypes":
-                        asked[name] = value
-
-            return Function()
-
-    MatrixUnits(Library())  # type: ignore[arg-type]
-    assert sorted(asked) == sorted(re.findall(r"\nvoid (heft_units_\w+)\(", text))
-    for name, types in asked.items():
-        declared = text.partition(f"void {name}(")[2].partition(")")[0].split(",")
-        kinds = ["p" if "*" in one else one.split()[0] for one in declared]
-        names = {"c_void_p": "p", "c_long": "long", "c_float": "float", "c_int": "int"}
-        assert kinds == [names[each.__name__] for each in types], name
+    assert_types_are_declared(native.SOURCES[1].read_text(), MatrixUnits, "heft_units_")
