@@ -11,21 +11,21 @@ from contextlib import asynccontextmanager
 from fastapi import FastAPI
 
 from api.admission import Admission, QueueDepth
+from api.clients.generate import TextClient
+from api.clients.predict import PredictClient
 from api.database import Database
 from api.deps import Services
 from api.errors import ErrorBody, add_handlers
 from api.metrics import ApiMetrics
+from api.metrics_page import Scrape
 from api.middleware import Envelope
-from api.predict_client import PredictClient
-from api.reply_streams import TextClient
 from api.routes import completions, events, files, health, jobs, models, predict, studies
 from api.routes import metrics as metrics_route
-from api.scrape import Scrape
-from store.artifacts import Artifacts
-from store.database import make_engine, session_factory
-from store.queue import Hints, Task, make_celery
+from store.db.session import make_engine, session_factory
+from store.messages.hints import Hints, Task, make_celery
 from store.settings import StoreSettings
 from store.settings import settings as settings_of_process
+from store.storage.artifacts import Artifacts
 
 DESCRIPTION = """Fine-tune language models coarse to fine (LoRA, merge, then LoReFT) and ask them.
 

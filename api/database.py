@@ -15,7 +15,7 @@ from typing import Concatenate, ParamSpec, TypeVar
 
 from sqlalchemy.orm import Session, sessionmaker
 
-from store.database import transaction
+from store.db.session import transaction
 from store.errors import Unavailable
 from store.logs import in_context
 

@@ -11,15 +11,15 @@ from fastapi import Depends, Header, Query, Request, Security
 from fastapi.security import HTTPAuthorizationCredentials, HTTPBearer
 
 from api.admission import Admission
+from api.clients.generate import TextClient
+from api.clients.predict import PredictClient
 from api.database import Database
-from api.predict_client import PredictClient
-from api.reply_streams import TextClient
-from api.scrape import Scrape
+from api.metrics_page import Scrape
 from store import keys
-from store.artifacts import Artifacts
 from store.errors import Unauthenticated
-from store.queue import Hints
+from store.messages.hints import Hints
 from store.settings import StoreSettings
+from store.storage.artifacts import Artifacts
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -17,7 +17,7 @@ from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect
 from starlette.responses import JSONResponse
 
-from api.predict_client import Refused
+from api.clients.predict import Refused
 from api.schemas.common import dotted
 from store import errors
 

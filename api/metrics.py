@@ -1,7 +1,7 @@
 """What the API process counts of itself, for Prometheus.
 
 Labels are routes and statuses, never ids or owners. It does NOT know what workers and database have to say: that is
-`api.scrape`.
+`api.metrics_page`.
 """
 
 from __future__ import annotations

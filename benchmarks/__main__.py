@@ -17,7 +17,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from benchmarks.foretold import CASES
+from benchmarks.memory_prediction import CASES
 from benchmarks.report import write
 
 HERE = Path(__file__).parent

@@ -12,13 +12,13 @@ from typing import Any
 import torch
 from transformers import AutoConfig
 
-from benchmarks import foretold, ours, rows, sameness, where
-from heft_engine.base_models import BaseModel
-from heft_engine.config import Auto, LoraStage, ReftStage
-from heft_engine.devices import choose_dtype
-from heft_engine.packing import packed_length
-from heft_engine.resolve import auto_layer
-from heft_engine.suffix_cache import Rung
+from benchmarks import agreement, heft, memory_prediction, profile, rows
+from heft_engine.config.train import Auto, LoraStage, ReftStage
+from heft_engine.model.auto_settings import auto_layer
+from heft_engine.model.base_models import BaseModel
+from heft_engine.model.packing import packed_length
+from heft_engine.runtime.devices import choose_dtype
+from heft_engine.training.activation_cache import Rung
 
 KINDS = (
     "stage1-ours",
@@ -72,20 +72,22 @@ def measure(options: argparse.Namespace) -> dict[str, Any]:
         layers=[options.layer or auto_layer(base_layers(base))],
     )
     if options.kind == "losses":
-        return sameness.losses(base, lora, reft, found)
+        return agreement.losses(base, lora, reft, found)
     if options.kind == "memory":
         settings = {"max_length": options.length, "compile": COMPILE[options.compile]}
         found_rows = rows.read(options.data, options.rows)
-        return {"stages": foretold.job(options.model, [lora, reft], found_rows, settings, options.rung)}
+        return {
+            "stages": memory_prediction.job(options.model, [lora, reft], found_rows, settings, options.rung)
+        }
     if options.kind == "reuse":
-        return sameness.reuse(options.model, lora, reft, rows.read(options.data, options.rows))
+        return agreement.reuse(options.model, lora, reft, rows.read(options.data, options.rows))
     if options.kind == "profile":
-        return where.shares(base, lora, found)
+        return profile.shares(base, lora, found)
     rates = [matrix_rate(dtype)]
     kind = options.kind
     stages: list[dict[str, Any]] = []
     if kind.endswith("-peer"):
-        from benchmarks import peers  # not beside ours: what it imports would count as our memory
+        from benchmarks import baselines as peers
 
         model = peers.load(base.path, dtype)
         if not kind.startswith("stage2"):
@@ -96,9 +98,9 @@ def measure(options: argparse.Namespace) -> dict[str, Any]:
     else:
         lm = rows.packed_model(base)
         if not kind.startswith("stage2"):
-            stages.append(ours.train(lm, lora, found, compiled=COMPILE[options.compile]))
+            stages.append(heft.train(lm, lora, found, compiled=COMPILE[options.compile]))
         if not kind.startswith("stage1"):
-            stages.append(ours.train(lm, reft, found, RUNGS.get(kind, "keys_values")))
+            stages.append(heft.train(lm, reft, found, RUNGS.get(kind, "keys_values")))
     rates.append(matrix_rate(dtype))
     return {
         "kind": kind,
@@ -124,7 +126,9 @@ def parser() -> argparse.ArgumentParser:
     top.add_argument("--layer", type=int)
     top.add_argument("--length", type=int, help="tokens of every prompt; default: as it is")
     top.add_argument("--compile", default="auto", choices=COMPILE, help="our stage 1")
-    top.add_argument("--rung", default="keys_values", choices=foretold.BYTES_A_ROW, help="of `memory`")
+    top.add_argument(
+        "--rung", default="keys_values", choices=memory_prediction.BYTES_A_ROW, help="of `memory`"
+    )
     return top
 
 

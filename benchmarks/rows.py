@@ -6,14 +6,14 @@ import json
 from dataclasses import replace
 from pathlib import Path
 
-from heft_engine import samples
-from heft_engine.attention import IMPLEMENTATION
-from heft_engine.base_models import BaseModel, load_model, load_tokenizer, resolve
-from heft_engine.config import TaskSettings
-from heft_engine.devices import choose_dtype
-from heft_engine.encoding import Encoder, Example, Task
-from heft_engine.model import PackedLM
-from heft_engine.rows import Row, infer_task, parse_row
+from heft_engine.config.train import TaskSettings
+from heft_engine.data import samples
+from heft_engine.data.encoding import Encoder, Example, Task
+from heft_engine.data.rows import Row, infer_task, parse_row
+from heft_engine.model.attention import IMPLEMENTATION
+from heft_engine.model.base_models import BaseModel, load_model, load_tokenizer, resolve
+from heft_engine.model.packed_lm import PackedLM
+from heft_engine.runtime.devices import choose_dtype
 
 
 def base_model(reference: str) -> BaseModel:

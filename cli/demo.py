@@ -21,14 +21,14 @@ from rich.table import Table
 
 from cli.client import Client, Json
 from cli.errors import CommandError
-from cli.home import Home, make_private
 from cli.options import Target
-from cli.process import end, last_lines, spawn, wait_until
 from cli.render import duration
-from cli.supervise import Interrupted, interruptible
-from cli.up import RunningStack, running_stack
+from cli.stack.home import Home, make_private
+from cli.stack.process import end, last_lines, spawn, wait_until
+from cli.stack.supervise import Interrupted, interruptible
+from cli.stack.up import RunningStack, running_stack
 from cli.watch import watch_job
-from heft_engine import samples
+from heft_engine.data import samples
 
 MODEL = "smollm2-135m"
 SAMPLE = "passages"

@@ -12,8 +12,8 @@ from typer.core import TyperGroup
 
 from cli.commands import files, jobs, keys, models, predict, service, studies
 from cli.errors import CommandError
-from cli.home import Home, default_home
 from cli.options import Target
+from cli.stack.home import Home, default_home
 
 
 class _Group(TyperGroup):

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 import typer
 
 from cli.errors import CommandError
-from cli.home import Home
+from cli.stack.home import Home
 
 if TYPE_CHECKING:
     from cli.client import Client
@@ -26,7 +26,7 @@ class Target:
     def client(self) -> Client:
         """Raises CommandError that says what to set when address or key can't be told."""
         from cli.client import Client
-        from cli.up import running_stack
+        from cli.stack.up import running_stack
 
         url = self.url
         if url is None:

@@ -2,7 +2,7 @@
 
     from heft_engine import TrainConfig, train, load
 
-The heavy parts are imported when first asked for, so that `heft_engine.config` stays usable without torch.
+The heavy parts are imported when first asked for, so that `heft_engine.config.train` stays usable without torch.
 """
 
 from __future__ import annotations
@@ -10,22 +10,22 @@ from __future__ import annotations
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
-from heft_engine.config import TrainConfig
+from heft_engine.config.train import TrainConfig
 
 if TYPE_CHECKING:
-    from heft_engine.bundle import Bundle
-    from heft_engine.predictor import Prediction, Predictor, load, load_base
-    from heft_engine.run import train
+    from heft_engine.bundle.format import Bundle
+    from heft_engine.serving.predictor import Prediction, Predictor, load, load_base
+    from heft_engine.training.run import train
 
 __all__ = ["Bundle", "Prediction", "Predictor", "TrainConfig", "load", "load_base", "train"]
 
 _HOMES = {
-    "Bundle": "bundle",
-    "Prediction": "predictor",
-    "Predictor": "predictor",
-    "load": "predictor",
-    "load_base": "predictor",
-    "train": "run",
+    "Bundle": "bundle.format",
+    "Prediction": "serving.predictor",
+    "Predictor": "serving.predictor",
+    "load": "serving.predictor",
+    "load_base": "serving.predictor",
+    "train": "training.run",
 }
 
 

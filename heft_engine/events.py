@@ -21,7 +21,7 @@ Code = Literal[
     "STAGE_STARTED",  #: data: stage, stage_index, learning_rate, trained_parameters, cache
     "METRICS",  #: data: stage, stage_index, step, epoch, loss, learning_rate, tokens, seconds; total_steps of the run
     "EPOCH_COMPLETE",  #: data: stage, stage_index, epoch, train_loss; eval_loss with validation rows
-    "STAGE_KEYS",  #: data: keys of what the stages will end with, in order; see heft_engine.command.asked
+    "STAGE_KEYS",  #: data: keys of what the stages will end with, in order; see heft_engine.commands.stage_exchange
     "STAGE_REUSED",  #: in place of training. data: stage, stage_index, step (its last), total_steps, epoch, key
     #: data: stage, stage_index, step, kind, path (a complete directory, manifest written last); key, if later runs may
     #: go on from it
@@ -33,7 +33,7 @@ Code = Literal[
     "WORKING",  #: at most every half minute of computing, for whoever watches whether a run still moves. No data
     "CHECKING",  #: of `check`. data: rows read so far
     "CHECKED",  #: of `check`. data: report, made (paths of rows written for references), error (or None)
-    "SUCCEEDED",  #: data: bundle (path), evaluation, parity, costs and outcomes (heft_engine.costs)
+    "SUCCEEDED",  #: data: bundle (path), evaluation, parity, costs and outcomes (heft_engine.training.costs)
     "FAILED",  #: data: error {code, message, param}
 ]
 

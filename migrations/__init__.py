@@ -1,4 +1,4 @@
-"""Brings a database to the tables that `store.tables` names. Runs from an installed package, anywhere."""
+"""Brings a database to the tables that `store.db.tables` names. Runs from an installed package, anywhere."""
 
 from __future__ import annotations
 

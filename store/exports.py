@@ -13,11 +13,12 @@ from sqlalchemy import ColumnElement, and_, case, func, or_, select, update
 from sqlalchemy.dialects.postgresql import insert
 from sqlalchemy.orm import Session
 
-from store import jobs, models
-from store.clock import seconds
+from store import models
+from store.db.clock import seconds
+from store.db.tables import Export
 from store.errors import Conflict, InvalidRequest, LostFence
+from store.jobs import jobs
 from store.models import Model
-from store.tables import Export
 
 Format = Literal["bundle", "merged", "peft", "pyreft"]
 #: What is asked for through the job: the diagnostics of its model, built by a worker as archives are.

@@ -13,9 +13,9 @@ from sqlalchemy import delete, func, select
 from sqlalchemy.dialects.postgresql import insert
 from sqlalchemy.orm import Session
 
-from store.clock import seconds
+from store.db.clock import seconds
+from store.db.tables import IdempotencyKey
 from store.errors import Conflict
-from store.tables import IdempotencyKey
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -16,8 +16,8 @@ from sqlalchemy import func, or_, select, text, update
 from sqlalchemy.dialects.postgresql import insert
 from sqlalchemy.orm import Session
 
+from store.db.tables import ApiKey
 from store.errors import Conflict, InvalidRequest, NotFound, Unauthenticated
-from store.tables import ApiKey
 
 _OWN_FORMAT = re.compile(r"heft_([0-9a-f]{16})_([A-Za-z0-9_-]{43})")
 #: Part of model ids, whose parts are separated by colons.

@@ -15,8 +15,8 @@ from sqlalchemy.dialects.postgresql import insert
 from sqlalchemy.orm import Session
 
 from store import keys
+from store.db.tables import BaseModelRow, FineTunedModel
 from store.errors import Forbidden, NotFound
-from store.tables import BaseModelRow, FineTunedModel
 
 Kind = Literal["base", "final", "checkpoint"]
 

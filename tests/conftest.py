@@ -15,9 +15,9 @@ import pytest
 import redis
 from psycopg import sql
 
-from cli.embedded import embedded_stack
-from cli.embedded_postgres import database_url as address
-from cli.home import Home
+from cli.stack.embedded import embedded_stack
+from cli.stack.home import Home
+from cli.stack.postgres import database_url as address
 
 pytest_plugins = ["tiny_models", "units"]  # tests/support: tiny_llama_dir, make_tiny_model
 

@@ -11,24 +11,24 @@ from celery import Celery
 from platformdirs import user_cache_path
 from prometheus_client import CollectorRegistry
 
-from heft_engine.heap import keep_freed
+from heft_engine.runtime.malloc import keep_freed
 from store import logs
-from store.artifacts import Artifacts
-from store.database import make_engine, session_factory
-from store.queue import Hints, make_celery
+from store.db.session import make_engine, session_factory
+from store.messages.hints import Hints, make_celery
 from store.settings import StoreSettings, settings
+from store.storage.artifacts import Artifacts
 from worker import tasks
-from worker.background import Chore, chores
 from worker.celery_app import Role, run_worker, worker_app
+from worker.chores.activation_folder import forgetting_prefills
+from worker.chores.chore import Chore, chores
+from worker.chores.compare_studies import judging
+from worker.chores.evict_deleted import forgetting
+from worker.chores.gpu_handoff import giving_room, own_device
+from worker.chores.presence import offer_base_models, present
+from worker.chores.reconcile import sweeping
 from worker.context import ENGINE, Context
-from worker.forgetting import forgetting
-from worker.judging import judging
-from worker.metrics import InferenceMetrics, Publisher, worker_registry
-from worker.prefills import forgetting_prefills
-from worker.presence import offer_base_models, present
-from worker.room import giving_room, own_device
+from worker.inference.metrics import InferenceMetrics, Publisher, worker_registry
 from worker.scratch import hold_place
-from worker.sweep import sweeping
 
 _OFFER_SECONDS = 3_600.0
 _GIVE_BACK_SECONDS = 30.0
@@ -89,8 +89,8 @@ def _register(app: Celery, role: Role, context: Context, stack: ExitStack) -> li
     if role is Role.PREPARE:
         tasks.register_preparing(app, context)
         return [*judging(context), *_published(context, stack, registry)]
-    from worker.generate import Generation
-    from worker.predict import Inference
+    from worker.inference.generate import Generation
+    from worker.inference.predict import Inference
 
     inference = Inference(context, InferenceMetrics(registry))
     stack.callback(inference.close)

@@ -9,10 +9,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from store.artifacts import Artifacts
-from store.database import SessionFactory
-from store.queue import Hints
+from store.db.session import SessionFactory
+from store.messages.hints import Hints
 from store.settings import StoreSettings
+from store.storage.artifacts import Artifacts
 
 #: -P: what lies in a job's folder is never imported.
 ENGINE = (sys.executable, "-P", "-m", "heft_engine")
@@ -30,7 +30,7 @@ class Context:
     scratch: Path
     shared: Path  #: all workers of this machine have it, and none clears it away
     stopping: threading.Event
-    #: Names the GPUs that this process shares with others (worker.room); None without a GPU.
+    #: Names the GPUs that this process shares with others (worker.chores.gpu_handoff); None without a GPU.
     device: str | None = None
     #: How a child of the engine is started; tests put a stand-in here.
     engine_command: Sequence[str] = ENGINE

@@ -11,17 +11,18 @@ from collections.abc import Callable
 
 from celery import Celery
 
-from store import exports, leases
-from store.database import transaction
-from store.generation import GenerateMessage
+from store import exports
+from store.db.session import transaction
+from store.db.states import Purpose
+from store.db.tables import Job
+from store.jobs import leases
 from store.logs import bound
-from store.queue import PredictMessage, Task
-from store.states import Purpose
-from store.tables import Job
+from store.messages.generate import GenerateMessage
+from store.messages.hints import PredictMessage, Task
 from worker.context import Context
-from worker.export import build_export
-from worker.prepare import prepare_job
-from worker.run_job import run_job
+from worker.jobs.export import build_export
+from worker.jobs.prepare import prepare_job
+from worker.jobs.train import run_job
 
 Work = Callable[[Context, str], Job | None]
 

@@ -14,13 +14,11 @@ from fastapi.responses import Response
 from pydantic import BaseModel
 
 from api.admission import Admission
+from api.clients.generate import Replies
 from api.deps import Db, Held, Key, Services
 from api.disconnects import while_connected
-from api.reply_streams import Replies
 from api.routes.predict import addressed
-from api.schemas.completions import ChatCompletionRequest, CompletionRequest, WriteRequestBody
-from api.schemas.predict import Usage
-from api.schemas.written import (
+from api.schemas.completion_objects import (
     ChatChoice,
     ChatChunk,
     ChatCompletion,
@@ -30,11 +28,13 @@ from api.schemas.written import (
     CompletionChoice,
     Delta,
 )
-from api.text_streams import TextStream
+from api.schemas.completions import ChatCompletionRequest, CompletionRequest, WriteRequestBody
+from api.schemas.predict import Usage
+from api.sse import TextStream
 from store import ids, models
 from store.errors import InvalidRequest
-from store.generation import GeneratedPart, GeneratedUsage, GenerateReply
-from store.queue import Intervention
+from store.messages.generate import GeneratedPart, GeneratedUsage, GenerateReply
+from store.messages.hints import Intervention
 
 router = APIRouter(prefix="/v1", tags=["Answers"])
 _STREAMED: dict[int | str, dict[str, Any]] = {

@@ -16,10 +16,10 @@ from api.database import Database
 from api.deps import After, Caller, Db, Limit
 from api.schemas.common import Listing
 from api.schemas.job_object import EventObject
-from store import jobs
+from store.db.states import TERMINAL
+from store.db.tables import Event
 from store.errors import Unavailable
-from store.states import TERMINAL
-from store.tables import Event
+from store.jobs import jobs
 
 router = APIRouter(prefix="/v1/fine_tuning/jobs", tags=["Fine-tuning"])
 log = logging.getLogger(__name__)

@@ -9,20 +9,21 @@ from fastapi import APIRouter, Query, Request
 from fastapi.responses import StreamingResponse
 from sqlalchemy.orm import Session
 
-from api import uploads
 from api.deps import After, Caller, Db, Held, IdempotencyKey, body_hash
 from api.schemas.common import Deleted, Listing
 from api.schemas.files import FileObject
-from api.streams import stored
-from store import files, idempotency
-from store.artifacts import file_key
+from api.stored_response import stored
+from api.uploads import receive
+from store import idempotency
+from store.db.tables import File
 from store.errors import Conflict
 from store.ids import new_file_id
-from store.tables import File
+from store.storage import files
+from store.storage.artifacts import file_key
 
 router = APIRouter(prefix="/v1/files", tags=["Files"])
 
-#: The body is read by hand (see `api.uploads`), so it is described by hand.
+#: The body is read by hand (see `api.uploads.receive`), so it is described by hand.
 UPLOAD_FORM: dict[str, Any] = {
     "requestBody": {
         "required": True,
@@ -54,7 +55,7 @@ async def upload_file(
     """Upload training, validation or test rows: JSONL in any one of the four forms, as a multipart form."""
     file_id = new_file_id()
     storage_key = file_key(file_id)
-    received = await uploads.receive(
+    received = await receive.receive(
         request, held.artifacts, key=storage_key, limit=held.settings.max_file_bytes
     )
     try:
@@ -78,7 +79,7 @@ def _record(
     *,
     owner_id: str,
     idempotency_key: str | None,
-    received: uploads.Received,
+    received: receive.Received,
     file_id: str,
 ) -> File:
     if idempotency_key is not None:

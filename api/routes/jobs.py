@@ -16,13 +16,14 @@ from api.schemas.common import Listing
 from api.schemas.diagnostics import Diagnostics, DiagnosticsPending
 from api.schemas.job_object import CheckpointObject, JobObject
 from api.schemas.jobs import JobRequest
-from api.streams import stored
-from store import exports, idempotency, jobs
+from api.stored_response import stored
+from store import exports, idempotency
+from store.db.states import PURPOSES, JobState
+from store.db.tables import Job
 from store.errors import Conflict
 from store.ids import new_job_id
+from store.jobs import jobs
 from store.logs import bound
-from store.states import PURPOSES, JobState
-from store.tables import Job
 
 log = logging.getLogger(__name__)
 

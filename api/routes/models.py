@@ -10,7 +10,7 @@ from fastapi.responses import JSONResponse, Response
 from api.deps import Caller, Db, Held
 from api.schemas.common import Deleted, Listing
 from api.schemas.models import ExportPending, ModelObject
-from api.streams import stored
+from api.stored_response import stored
 from store import exports, models
 from store.errors import Conflict
 

@@ -9,7 +9,7 @@ from api.disconnects import while_connected
 from api.schemas.predict import MAX_INPUTS, Answer, Prediction, Predictions, PredictRequest, Usage
 from store import models
 from store.errors import InvalidRequest, TooLarge
-from store.queue import Intervention, PredictModel
+from store.messages.hints import Intervention, PredictModel
 
 router = APIRouter(tags=["Answers"])
 

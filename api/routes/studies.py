@@ -14,14 +14,16 @@ from api.database import Database
 from api.deps import After, Caller, Db, Held, IdempotencyKey, Limit, body_hash
 from api.schemas.common import Listing
 from api.schemas.studies import Estimate, StudyEventObject, StudyObject, StudyRequest, StudySummary
-from store import estimates, files, idempotency, studies
-from store.artifacts import Artifacts
+from store import idempotency
+from store.db.pagination import Page
+from store.db.states import PURPOSES, JobState
+from store.db.study_tables import Study
 from store.errors import Damaged, InvalidRequest, NotFound
 from store.ids import new_study_id
-from store.page import Page
-from store.states import PURPOSES, JobState
-from store.studies import Run
-from store.study_tables import Study
+from store.storage import files
+from store.storage.artifacts import Artifacts
+from store.studies import estimates, studies
+from store.studies.studies import Run
 
 log = logging.getLogger(__name__)
 

@@ -14,7 +14,7 @@ from pydantic_core import PydanticCustomError
 
 from api.schemas.common import RequestBody
 from api.schemas.predict import Intervention
-from store.generation import Wish
+from store.messages.generate import Wish
 
 #: Texts that one request may ask for, prompts times n.
 MOST_TEXTS = 128

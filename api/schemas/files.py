@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Literal, Self
 
 from api.schemas.common import Identified, seconds
-from store.tables import File
+from store.db.tables import File
 
 
 class FileObject(Identified):

@@ -7,8 +7,8 @@ from typing import Any, Literal, Self
 from pydantic import BaseModel
 
 from api.schemas.common import Identified, seconds
-from store.spec import Hyperparameters, Supervised, TrainingSpec
-from store.tables import Checkpoint, Event, Job
+from store.db.tables import Checkpoint, Event, Job
+from store.jobs.spec import Hyperparameters, Supervised, TrainingSpec
 
 
 class JobError(BaseModel):

@@ -8,7 +8,7 @@ from typing import Annotated, Any, Self
 from pydantic import Field, model_validator
 
 from api.schemas.common import RequestBody
-from store.spec import Hyperparameters, Method, Supervised, TrainingSpec
+from store.jobs.spec import Hyperparameters, Method, Supervised, TrainingSpec
 
 Metadata = Annotated[
     dict[Annotated[str, Field(max_length=64)], Annotated[str, Field(max_length=512)]], Field(max_length=16)

@@ -7,7 +7,7 @@ from typing import Annotated, Any, Literal
 from pydantic import BaseModel, Field, model_validator
 
 from api.schemas.common import RequestBody
-from store.queue import PredictedRow
+from store.messages.hints import PredictedRow
 
 #: Rows in one request.
 MAX_INPUTS = 1_024

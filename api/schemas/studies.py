@@ -9,11 +9,11 @@ from pydantic import BaseModel, Field, model_validator
 
 from api.schemas.common import Identified, RequestBody, seconds
 from api.schemas.jobs import Metadata
-from store.search_rounds import summary
-from store.states import JobState
-from store.studies import Run, status_of
-from store.study_spec import StudySpec
-from store.study_tables import Study, StudyEvent
+from store.db.states import JobState
+from store.db.study_tables import Study, StudyEvent
+from store.studies.search_rounds import summary
+from store.studies.spec import StudySpec
+from store.studies.studies import Run, status_of
 
 
 class StudyRequest(RequestBody, StudySpec):

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.serving import http, library, report
-from heft_engine.heap import keep_freed
+from heft_engine.runtime.malloc import keep_freed
 
 FOLDER = Path(__file__).parent / "results"
 PARTS: dict[str, Callable[[argparse.Namespace], dict[str, Any]]] = {

@@ -21,11 +21,11 @@ import psutil
 
 from benchmarks import rows
 from benchmarks.serving.library import questions, scored, seconds
-from cli.home import Home
-from cli.up import running_stack
-from heft_engine.apart import apart
+from cli.stack.home import Home
+from cli.stack.up import running_stack
+from heft_engine.runtime.threads import apart
 from heft_engine.serving.batcher import Batcher
-from heft_engine.serving.waiting_rows import Weights
+from heft_engine.serving.request_queue import Weights
 
 
 @dataclass(frozen=True)

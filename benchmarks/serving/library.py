@@ -17,25 +17,25 @@ import psutil
 import torch
 
 from benchmarks import rows
+from benchmarks.baselines import load
 from benchmarks.measure import matrix_rate
-from benchmarks.peers import load
-from benchmarks.serving import made
-from benchmarks.serving.peers import Plain, Pyreft
-from heft_engine import lanes, quick_layers
-from heft_engine.apart import apart
-from heft_engine.base_models import load_tokenizer
-from heft_engine.config import TaskSettings
-from heft_engine.encoding import Encoder, Example, Task
-from heft_engine.fixed_shapes import FixedShapes
-from heft_engine.kernels import Kernels
-from heft_engine.matrix_units import MatrixUnits
-from heft_engine.model import PackedLM
-from heft_engine.packing import packed_length
-from heft_engine.rows import infer_task
-from heft_engine.scoring import Scores
-from heft_engine.serving.adapters import adapt_rows
+from benchmarks.serving import synthetic
+from benchmarks.serving.baselines import Plain, Pyreft
+from heft_engine.config.train import TaskSettings
+from heft_engine.cpu import fused_layers, lanes
+from heft_engine.cpu.amx import MatrixUnits
+from heft_engine.cpu.fused_ops import Kernels
+from heft_engine.data.encoding import Encoder, Example, Task
+from heft_engine.data.rows import infer_task
+from heft_engine.inference.scoring import Scores
+from heft_engine.model.base_models import load_tokenizer
+from heft_engine.model.batch_invariant import FixedShapes
+from heft_engine.model.packed_lm import PackedLM
+from heft_engine.model.packing import packed_length
+from heft_engine.runtime.threads import apart
 from heft_engine.serving.batcher import Batcher
-from heft_engine.serving.waiting_rows import Weights
+from heft_engine.serving.request_queue import Weights
+from heft_engine.serving.row_adapters import adapt_rows
 
 PREFIX_BYTES = 512 * 1024**2
 #: What passes are made of: the functions that do it.
@@ -45,7 +45,7 @@ _OPERATIONS: dict[str, tuple[tuple[Any, str], ...]] = {
         *((MatrixUnits, name) for name in ("projections", "product", "gated")),
     ),
     "attention": tuple(
-        (quick_layers, name) for name in ("units_attention", "tiled_attention", "packed_attention")
+        (fused_layers, name) for name in ("units_attention", "tiled_attention", "packed_attention")
     ),
     "norms, rotary embeddings, activations": tuple(
         (Kernels, name) for name in ("rms_norm", "add_rms_norm", "rotate", "place", "gate_silu")
@@ -83,7 +83,7 @@ def one_model(options: argparse.Namespace, per_passage: int) -> dict[str, Any]:
     base = rows.base_model(options.model)
     examples = questions(options, base, options.rows, per_passage)
     tokens = sum(map(packed_length, examples))
-    weights = apart(lambda: made.merged(rows.packed_model(base), 1))
+    weights = apart(lambda: synthetic.merged(rows.packed_model(base), 1))
     lm = weights.lm
     peers = {
         "transformers": apart(lambda: Plain(load(base.path, lm.dtype)).answer),
@@ -102,7 +102,7 @@ def one_model(options: argparse.Namespace, per_passage: int) -> dict[str, Any]:
             batcher.forget(weights.scope)  # no passage has been seen
             scale = 1.0 if name == "ours" else 0.0
             times[name].append(seconds(lambda b=batcher, s=scale: scored(b, weights, examples, s)))  # type: ignore[misc]
-        batcher.close()  # its threads would slow the others' (heft_engine.apart)
+        batcher.close()  # its threads would slow the others' (heft_engine.runtime.threads)
         rates.append(apart(lambda: matrix_rate(lm.dtype)))
         for name, peer in peers.items():
             times[name].append(seconds(lambda p=peer: p(examples)))  # type: ignore[misc]
@@ -164,12 +164,12 @@ def many_models(options: argparse.Namespace) -> dict[str, Any]:
     adapt_rows(lm)
     lm.pack()
     examples = questions(options, base, options.rows)
-    merged = apart(lambda: made.merged(lm, 0))
+    merged = apart(lambda: synthetic.merged(lm, 0))
     batcher = Batcher(prefix_bytes=0)
     scored(batcher, merged, examples[:8])
     gc.collect()
     before = psutil.Process().memory_info().rss
-    held = apart(lambda: [made.unmerged(lm, seed) for seed in range(max(options.models))])
+    held = apart(lambda: [synthetic.unmerged(lm, seed) for seed in range(max(options.models))])
     gc.collect()
     memory = psutil.Process().memory_info().rss - before
     own = sum(weights.adapter.memory_bytes for weights in held)  # type: ignore[union-attr]
@@ -223,7 +223,7 @@ def _merged_too(
     differences, margins, changed = [], [], 0
     for seed, weights in enumerate(held):
         some = [examples[(seed + i) % len(examples)] for i in range(4)]
-        twin = apart(lambda s=seed: made.merged(lm, s))  # type: ignore[misc]
+        twin = apart(lambda s=seed: synthetic.merged(lm, s))  # type: ignore[misc]
         merged = scored(batcher, twin, some)
         for one, other in zip(scored(batcher, weights, some), merged, strict=True):
             margin = [scores.totals[0] - scores.totals[1] for scores in (one, other)]

@@ -23,7 +23,7 @@ from benchmarks.serving.http import heft_up
 from benchmarks.studies.report import write
 from cli.client import Client, Json
 from cli.report.data import Report
-from cli.report.words import markdown
+from cli.report.text import markdown
 
 HERE = Path(__file__).parent
 RESULTS = HERE / "results"

@@ -65,9 +65,9 @@ def revoke(
 
 @contextmanager
 def _session(context: typer.Context) -> Iterator[Session]:
-    from cli.database import database_of
+    from cli.stack.database import database_of
     from migrations import upgrade
-    from store.database import make_engine, session_factory, transaction
+    from store.db.session import make_engine, session_factory, transaction
     from store.errors import StoreError
 
     with database_of(target(context)) as url:

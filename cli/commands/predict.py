@@ -19,9 +19,9 @@ from cli.errors import CommandError
 from cli.options import target
 
 if TYPE_CHECKING:
-    from cli.bulk import Line
+    from cli.bulk_predict import Line
     from cli.client import Client
-    from heft_engine.answers_file import Answers
+    from heft_engine.commands.resumable_output import Answers
 
 #: What asks; a row's answer, if it has one, stays here.
 _ASKING = ("question", "passage", "choices", "prompt", "messages")
@@ -75,7 +75,7 @@ def _one_line(answer: dict[str, Any]) -> str:
 def _whole_file(
     client: Client, asked: dict[str, Any], file: Path, out: Path | None, *, batch: int, requests: int
 ) -> None:
-    from heft_engine.answers_file import Answers, Input, resumed
+    from heft_engine.commands.resumable_output import Answers, Input, resumed
     from heft_engine.errors import ConfigError
 
     try:
@@ -112,7 +112,7 @@ async def _ask_all(
     batch: int,
     requests: int,
 ) -> None:
-    from cli.bulk import Bulk
+    from cli.bulk_predict import Bulk
 
     async with client.asynchronous(requests) as http:
         bulk = Bulk(http, asked, rows=batch, requests=requests)
@@ -154,7 +154,7 @@ def _bar(total: int, done: int) -> Iterator[Any]:
 
 def _lines(path: Path, lines: Iterable[str]) -> Iterator[Line]:
     """The rows of a file, as they are asked."""
-    from cli.bulk import Line
+    from cli.bulk_predict import Line
 
     for number, row in _rows(path, lines):
         yield Line(number=number, row={name: row[name] for name in _ASKING if name in row})

@@ -55,8 +55,8 @@ def up(
     ] = 1,
 ) -> None:
     """Run the whole service on this machine: database, broker, API and workers."""
-    from cli import up as stack
-    from cli.supervise import Interrupted, interruptible
+    from cli.stack import up as stack
+    from cli.stack.supervise import Interrupted, interruptible
 
     chosen = target(context)
     options = stack.UpOptions(
@@ -129,7 +129,7 @@ def worker(context: typer.Context, role: Annotated[Role, typer.Argument(help="Wh
 
 def migrate(context: typer.Context) -> None:
     """Bring the database's tables up to date."""
-    from cli.database import database_of
+    from cli.stack.database import database_of
     from migrations import upgrade
 
     with database_of(target(context)) as url:
@@ -145,9 +145,9 @@ def doctor(
     from dataclasses import asdict
 
     from cli import render
-    from cli.doctor import examine
-    from cli.findings import State
-    from cli.up import running_stack
+    from cli.doctor.checks import examine
+    from cli.doctor.finding import State
+    from cli.stack.up import running_stack
     from store.settings import StoreSettings
 
     names = {name.lower().removeprefix("heft_"): value for name, value in _addresses(context).items()}
@@ -172,7 +172,7 @@ def _own_servers() -> bool:
 
 def _addresses(context: typer.Context) -> dict[str, str]:
     """What the environment lacks of the service's settings, from the stack that runs in the home."""
-    from cli.up import running_stack
+    from cli.stack.up import running_stack
 
     if _own_servers():
         return {}

@@ -169,7 +169,7 @@ def report(
     if chosen is Format.JSON:
         text = json.dumps(found.to_json(), indent=2, ensure_ascii=False) + "\n"
     elif chosen is Format.MARKDOWN:
-        from cli.report.words import markdown
+        from cli.report.text import markdown
 
         text = markdown(found)
     else:

@@ -8,7 +8,7 @@ from html import escape
 from cli.client import Json
 from cli.report.data import Report
 from cli.report.plots import plots
-from cli.report.words import (
+from cli.report.text import (
     ABOUT_ARMS,
     ABOUT_METHODS,
     ABOUT_MODELS,

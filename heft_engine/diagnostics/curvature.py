@@ -27,13 +27,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from heft_engine.config import parse_positions
+from heft_engine.adapters.reft import KINDS, Intervention
+from heft_engine.config.train import parse_positions
+from heft_engine.data.encoding import Example
 from heft_engine.diagnostics.eigen import hutchinson, lanczos
-from heft_engine.encoding import Example
-from heft_engine.interventions import Site
-from heft_engine.model import PackedLM
-from heft_engine.reft_kinds import KINDS, Intervention
-from heft_engine.suffix_cache import Boundary, SuffixCache
+from heft_engine.model.interventions import Site
+from heft_engine.model.packed_lm import PackedLM
+from heft_engine.training.activation_cache import Boundary, SuffixCache
 
 #: Rows that go through the upper layers together.
 ROWS = 16

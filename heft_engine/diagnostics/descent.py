@@ -14,11 +14,11 @@ from typing import Any
 
 import torch
 
+from heft_engine.data.encoding import Example
 from heft_engine.diagnostics.curvature import Place
-from heft_engine.encoding import Example
-from heft_engine.model import PackedLM
-from heft_engine.sources import CachedSource, cut
-from heft_engine.training import BETAS, EPSILON, TOKEN_BUDGET
+from heft_engine.model.packed_lm import PackedLM
+from heft_engine.training.loop import BETAS, EPSILON, TOKEN_BUDGET
+from heft_engine.training.loss_source import CachedSource, cut
 
 
 def descend(

@@ -22,23 +22,23 @@ from typing import Any, Literal, get_args
 
 import torch
 
-from heft_engine import lora
-from heft_engine.base_models import load_tokenizer
-from heft_engine.bundle import Bundle, check_tokenizer, read_bundle
-from heft_engine.config import ReftStage
+from heft_engine.adapters import lora
+from heft_engine.bundle.format import Bundle, check_tokenizer, read_bundle
+from heft_engine.config.train import ReftStage
+from heft_engine.data.encoding import Encoder, Task
+from heft_engine.data.general_text import general_examples
+from heft_engine.data.rows import Row
 from heft_engine.diagnostics import descent, plots
 from heft_engine.diagnostics.curvature import Place, begin, curvature
 from heft_engine.diagnostics.representations import compare, describe, states
 from heft_engine.diagnostics.spectra import weight_report
-from heft_engine.encoding import Encoder, Task
 from heft_engine.errors import ConfigError, RowError
-from heft_engine.evaluation import mean_loss
-from heft_engine.general_text import general_examples
-from heft_engine.model import PackedLM
-from heft_engine.predictor import assemble
-from heft_engine.resolve import auto_layer, auto_learning_rate, stage_layers
-from heft_engine.rows import Row
-from heft_engine.training import derived_seed
+from heft_engine.evaluation.evaluate import mean_loss
+from heft_engine.model.auto_settings import auto_layer, auto_learning_rate, stage_layers
+from heft_engine.model.base_models import load_tokenizer
+from heft_engine.model.packed_lm import PackedLM
+from heft_engine.serving.predictor import assemble
+from heft_engine.training.loop import derived_seed
 
 Part = Literal["weights", "representations", "curvature", "descent", "forgetting"]
 PARTS: tuple[Part, ...] = get_args(Part)

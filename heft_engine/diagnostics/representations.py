@@ -19,12 +19,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from heft_engine.config import parse_positions
-from heft_engine.encoding import Example, intervened_positions
-from heft_engine.evaluation import Evaluation
-from heft_engine.model import PackedLM
-from heft_engine.packing import micro_batches, pack
-from heft_engine.scoring import TOKEN_BUDGET
+from heft_engine.config.train import parse_positions
+from heft_engine.data.encoding import Example, intervened_positions
+from heft_engine.evaluation.evaluate import Evaluation
+from heft_engine.inference.scoring import TOKEN_BUDGET
+from heft_engine.model.packed_lm import PackedLM
+from heft_engine.model.packing import micro_batches, pack
 
 FOLDS = 5
 #: Ridge's λ, as a share of a centred row's mean squared length: the same for every model compared.

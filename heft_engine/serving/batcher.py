@@ -16,11 +16,11 @@ from collections.abc import Callable, Hashable, Sequence
 from concurrent.futures import Future
 from typing import Protocol, TypeVar
 
-from heft_engine.encoding import Example
-from heft_engine.scoring import Scores
-from heft_engine.serving.prefix_cache import PrefixCache
-from heft_engine.serving.scoring_pass import ScoringRow, score_rows
-from heft_engine.serving.waiting_rows import Request, WaitingRow, WaitingRows, Weights
+from heft_engine.data.encoding import Example
+from heft_engine.inference.prefix_cache import PrefixCache
+from heft_engine.inference.scoring import Scores
+from heft_engine.inference.scoring_pass import ScoringRow, score_rows
+from heft_engine.serving.request_queue import Request, WaitingRow, WaitingRows, Weights
 
 log = logging.getLogger(__name__)
 T = TypeVar("T")

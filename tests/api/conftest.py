@@ -17,9 +17,9 @@ from fastapi import FastAPI
 from psycopg import sql
 
 from api.app import create_app
-from cli.embedded_postgres import database_url as address
+from cli.stack.postgres import database_url as address
 from store import keys
-from store.database import SessionFactory, make_engine, session_factory, transaction
+from store.db.session import SessionFactory, make_engine, session_factory, transaction
 from store.settings import StoreSettings
 
 _numbers = itertools.count()

@@ -12,11 +12,11 @@ import pytest
 import redis
 from stand_in_worker import StandIn
 
-from cli.process import wait_until
+from cli.stack.process import wait_until
 from store import models
-from store.database import SessionFactory, transaction
-from store.generation import GeneratedPart, GeneratedToken, GenerateMessage
-from store.queue import cancelled_key, redis_py_url
+from store.db.session import SessionFactory, transaction
+from store.messages.generate import GeneratedPart, GeneratedToken, GenerateMessage
+from store.messages.hints import cancelled_key, redis_py_url
 from store.settings import StoreSettings
 
 MODEL = "tiny"

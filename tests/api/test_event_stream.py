@@ -15,8 +15,8 @@ from fastapi import FastAPI
 
 from api.app import create_app
 from api.routes import events as routes
-from store import leases
-from store.database import SessionFactory, transaction
+from store.db.session import SessionFactory, transaction
+from store.jobs import leases
 from store.settings import StoreSettings
 
 

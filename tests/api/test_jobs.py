@@ -8,8 +8,8 @@ import httpx
 import pytest
 from api_calls import JOBS, MINIMAL, create, hint, refusal, running
 
-from store import jobs, leases
-from store.database import SessionFactory, transaction
+from store.db.session import SessionFactory, transaction
+from store.jobs import jobs, leases
 from store.settings import StoreSettings
 
 

@@ -16,11 +16,12 @@ from starlette.requests import Request
 
 from api.app import create_app
 from api.routes.metrics import is_local
-from store import jobs, models
-from store.database import SessionFactory, transaction
-from store.queue import METRICS_SECONDS, metrics_key, redis_py_url
+from store import models
+from store.db.session import SessionFactory, transaction
+from store.jobs import jobs
+from store.jobs.spec import TrainingSpec
+from store.messages.hints import METRICS_SECONDS, metrics_key, redis_py_url
 from store.settings import StoreSettings
-from store.spec import TrainingSpec
 
 Serving = Callable[[FastAPI], AbstractContextManager[str]]
 Samples = dict[tuple[str, tuple[tuple[str, str], ...]], float]

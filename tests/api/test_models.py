@@ -8,10 +8,11 @@ import httpx
 import pytest
 from kombu import Connection
 
-from store import exports, leases, models
-from store.artifacts import Artifacts
-from store.database import SessionFactory, transaction
+from store import exports, models
+from store.db.session import SessionFactory, transaction
+from store.jobs import leases
 from store.settings import StoreSettings
+from store.storage.artifacts import Artifacts
 
 MODELS = "/v1/models"
 

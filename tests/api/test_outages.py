@@ -25,7 +25,7 @@ from sqlalchemy.orm import Session
 from api.app import create_app
 from api.database import Database
 from store import models
-from store.database import SessionFactory, transaction
+from store.db.session import SessionFactory, transaction
 from store.errors import Unavailable
 from store.settings import StoreSettings
 

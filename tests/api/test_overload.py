@@ -17,9 +17,9 @@ from kombu import Connection
 from api.admission import LEAST_WAITING, Admission
 from api.app import create_app
 from store import keys, models
-from store.database import SessionFactory, transaction
+from store.db.session import SessionFactory, transaction
 from store.errors import RateLimited, Unavailable
-from store.queue import CANCELLED_SECONDS, cancelled_key, redis_py_url
+from store.messages.hints import CANCELLED_SECONDS, cancelled_key, redis_py_url
 from store.settings import StoreSettings
 
 MODEL = "tiny"

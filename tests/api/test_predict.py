@@ -14,8 +14,8 @@ import redis
 from stand_in_worker import StandIn, answered
 
 from store import models
-from store.database import SessionFactory, transaction
-from store.queue import PredictMessage, redis_py_url
+from store.db.session import SessionFactory, transaction
+from store.messages.hints import PredictMessage, redis_py_url
 from store.settings import StoreSettings
 
 MODEL = "tiny"

@@ -8,8 +8,9 @@ import httpx
 import pytest
 from api_calls import JOBS, refusal
 
-from store import leases, studies, verdicts
-from store.database import SessionFactory, transaction
+from store.db.session import SessionFactory, transaction
+from store.jobs import leases
+from store.studies import studies, verdicts
 
 STUDIES = "/v1/studies"
 BODY: dict[str, Any] = {

@@ -24,7 +24,7 @@ from faults import Injector
 from judge import judge, points
 from user import User
 
-from cli.process import wait_until
+from cli.stack.process import wait_until
 
 HERE = Path(__file__).parent
 RESULTS = ledger.FOLDER / "campaigns.jsonl"

@@ -20,10 +20,10 @@ import psutil
 import redis
 from leftovers import left_behind
 
-from cli.embedded_postgres import database_url
-from cli.home import Home
-from cli.process import spawn, wait_until
-from store.artifacts import Artifacts
+from cli.stack.home import Home
+from cli.stack.postgres import database_url
+from cli.stack.process import spawn, wait_until
+from store.storage.artifacts import Artifacts
 
 HERE = Path(__file__).parent
 ROLES = ("train", "train-2", "prepare")

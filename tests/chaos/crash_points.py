@@ -5,8 +5,8 @@ They are put in from outside, by `launch`, into the few functions through which 
 has none, so nothing can ever trip over one in production, and no place is forgotten: what is committed or renamed
 tomorrow is a crash point tomorrow.
 
-A point is named by what happens and who does it: `commit finish_succeeded`, `commit worker.sweep.sweep`,
-`publish heft.train`, `fsync store.storing.commit`, `rename heft_engine.checkpoint.seal`.
+A point is named by what happens and who does it: `commit finish_succeeded`, `commit worker.chores.reconcile.sweep`,
+`publish heft.train`, `fsync store.storage.atomic_write.commit`, `rename heft_engine.runtime.sealed_directory.seal`.
 It does NOT know which fault is wanted: `<control>/<role>.armed` says that, for one crossing.
 """
 
@@ -27,9 +27,9 @@ from typing import Any
 #: Whose frames name a point.
 _OURS = ("api", "worker", "store", "heft_engine", "cli", "__main__")
 #: Frames through which every commit goes: the one who asked for it stands in these local names.
-_DOORS = {"api.database": "work", "worker.attempt": "do"}
+_DOORS = {"api.database": "work", "worker.jobs.attempt": "do"}
 
-#: What an attempt's folder is called (worker.attempt).
+#: What an attempt's folder is called (worker.jobs.attempt).
 _FOLDER = re.compile(r"(ftjob-\w+)-\w+")
 
 
@@ -133,9 +133,9 @@ def _caller() -> str:
         if callable(work):
             return _name(work)
         # The store's transactions commit for somebody; whoever that is, is further out.
-        if not named and module.partition(".")[0] in _OURS and module != "store.database":
+        if not named and module.partition(".")[0] in _OURS and module != "store.db.session":
             named = f"{module}.{frame.f_code.co_name}"
-            if module != "worker.attempt":
+            if module != "worker.jobs.attempt":
                 return named
         frame = frame.f_back
     return named or "somewhere"

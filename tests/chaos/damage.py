@@ -21,7 +21,7 @@ from frozen import stopped
 from kills import PROMPT_SECONDS
 from psycopg.rows import dict_row
 
-from cli.process import wait_until
+from cli.stack.process import wait_until
 
 #: So long nothing new was written of a job whose trainer stands still: nothing more is to come.
 _STILL_SECONDS = 0.4

@@ -25,8 +25,8 @@ from kills import KILLED, PROMPT_SECONDS, SWEEP, WORKER_POINTS, Kills, write
 from kombu.exceptions import OperationalError
 from races import cancel_at_point
 
-from cli.process import wait_until
-from store.queue import Task, make_celery
+from cli.stack.process import wait_until
+from store.messages.hints import Task, make_celery
 
 
 class Injector:

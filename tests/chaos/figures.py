@@ -25,7 +25,7 @@ from frozen import stopped
 from rows import stand_in_job
 from user import ENDED, JOBS, Client
 
-from cli.process import wait_until
+from cli.stack.process import wait_until
 
 RESULTS = ledger.FOLDER / "figures.jsonl"
 _POSTS = 200

@@ -17,9 +17,9 @@ from chaos_stack import PATIENCE, ChaosStack
 from evidence import Evidence
 from user import ENDED, JOBS, Client, GaveUp, fetch_model
 
-from cli.process import wait_until
-from store import garbage
-from store.database import make_engine, session_factory
+from cli.stack.process import wait_until
+from store.db.session import make_engine, session_factory
+from store.storage import garbage
 
 
 def judge(stack: ChaosStack, log: Evidence) -> dict[str, Any]:

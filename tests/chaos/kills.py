@@ -14,7 +14,7 @@ import psutil
 from chaos_stack import ROLES, ChaosStack
 from crash_points import job_in
 
-from cli.process import wait_until
+from cli.stack.process import wait_until
 
 #: Kinds of process that are killed, each as often as the others. The supervisor of a job is its worker; the reconciler
 #: is a thread of every worker, killed while it holds its lock.
@@ -23,14 +23,16 @@ KILLED = ("api", "worker", "prepare", "trainer", "reconciler", "postgres", "valk
 WORKER_POINTS = (
     "commit claim", "commit finish_prepared", "commit finish_succeeded", "commit finish_cancelled",
     "commit finish_paused", "commit record_event", "commit record_checkpoint", "commit release",
-    "commit trainer_died", "commit worker.attempt._claim", "commit worker.attempt.ask", "commit worker.presence",
-    "commit worker.export", "publish heft.train", "publish heft.prepare", "publish heft.export",
-    "rename store.storing", "fsync store.storing", "commit", "publish", "rename", "fsync",
+    "commit trainer_died", "commit worker.jobs.attempt._claim", "commit worker.jobs.attempt.ask",
+    "commit worker.chores.presence", "commit worker.jobs.export", "publish heft.train",
+    "publish heft.prepare", "publish heft.export",
+    "rename store.storage.atomic_write", "fsync store.storage.atomic_write", "commit", "publish", "rename", "fsync",
 )  # fmt: skip
 _API_POINTS = ("commit _create", "commit _record", "commit request_cancel", "commit request_pause", "commit resume",
-               "publish heft.prepare", "rename store.storing", "fsync store.storing", "commit", "publish")  # fmt: skip
+               "publish heft.prepare", "rename store.storage.atomic_write", "fsync store.storage.atomic_write",
+               "commit", "publish")  # fmt: skip
 _TRAINER_POINTS = ("rename", "fsync")
-SWEEP = "commit worker.sweep.sweep"
+SWEEP = "commit worker.chores.reconcile.sweep"
 #: How long a process, a point or a moment is waited for.
 PROMPT_SECONDS = 6.0
 

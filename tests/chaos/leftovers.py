@@ -9,8 +9,8 @@ from pathlib import Path
 import psutil
 
 from cli.errors import CommandError
-from cli.home import Home
-from cli.process import locked
+from cli.stack.home import Home
+from cli.stack.process import locked
 
 _LOCKS = ("heft.lock", "postgres.lock", "valkey.lock", "cache/workers/*/lock", "cache/workers/lock")
 #: Of trainers and archives, of uploads, and of whatever is written beside its place first.

@@ -11,9 +11,9 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from cli import supervise, up
-from cli.embedded_postgres import Postgres, database_url
-from cli.supervise import Program
+from cli.stack import supervise, up
+from cli.stack.postgres import Postgres, database_url
+from cli.stack.supervise import Program
 
 LAUNCH = Path(__file__).with_name("launch.py")
 ROLES = {"train": "training worker", "train-2": "second training worker", "prepare": "prepare worker"}

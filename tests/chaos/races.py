@@ -18,7 +18,7 @@ from kills import Kills
 from user import ENDED, JOBS, Client
 
 _RACED = (
-    "commit worker.attempt._claim",
+    "commit worker.jobs.attempt._claim",
     "commit finish_prepared",
     "commit finish_succeeded",
     "commit trainer_died",

@@ -28,11 +28,11 @@ from damage import damage
 from engine_runs import LORA, REFT, Told, but, config, parse, run, tensors, yes_no
 from tiny_models import save_tiny_model
 
-from heft_engine.checkpoint import MANIFEST, verify
-from heft_engine.config import TrainConfig, recipe
+from heft_engine.config.train import TrainConfig, recipe
 from heft_engine.errors import BundleError, Stopped
-from store.artifacts import Artifacts
+from heft_engine.runtime.sealed_directory import MANIFEST, verify
 from store.errors import Damaged
+from store.storage.artifacts import Artifacts
 
 RESULTS = ledger.FOLDER / "resume.jsonl"
 VALIDATION = parse(yes_no(8, seed=1))

@@ -14,7 +14,7 @@ from evidence import Evidence
 from summary import campaigns
 from test_verdict import books
 
-from cli.home import Home
+from cli.stack.home import Home
 
 
 class DeadStack(ChaosStack):

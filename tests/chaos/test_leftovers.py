@@ -12,8 +12,8 @@ import psutil
 import pytest
 from leftovers import left_behind
 
-from cli.home import Home
-from cli.process import locked
+from cli.stack.home import Home
+from cli.stack.process import locked
 
 _WAITS = "import sys; print('here', flush=True); sys.stdin.read()"
 

@@ -17,7 +17,7 @@ from evidence import Evidence
 from stand_in import WEIGHTS, trained
 from user import JOBS
 
-from store.artifacts import Artifacts
+from store.storage.artifacts import Artifacts
 
 JOB = "ftjob-1"
 NOON = datetime(2026, 1, 1, 12, tzinfo=UTC)

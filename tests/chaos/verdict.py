@@ -25,8 +25,8 @@ from psycopg.rows import dict_row
 from stand_in import WEIGHTS, trained
 from user import ENDED, JOBS, manifest_of
 
-from store.artifacts import Artifacts
 from store.errors import Damaged
+from store.storage.artifacts import Artifacts
 
 Row = dict[str, Any]
 #: Events that only the attempt which holds the job may write.

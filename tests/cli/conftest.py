@@ -13,8 +13,8 @@ import stack_owner
 from scripted_service import Service, scripted_service
 from stack_owner import StartOwner
 
-from cli.home import Home
-from cli.process import User
+from cli.stack.home import Home
+from cli.stack.process import User
 
 
 @pytest.fixture

@@ -11,12 +11,13 @@ import pytest
 from sqlalchemy import text
 from typer.testing import CliRunner
 
-from cli.embedded_postgres import database_url as address
-from cli.home import Home
 from cli.main import app
-from store import jobs, leases, reconcile, workers
-from store.database import SessionFactory, make_engine, session_factory, transaction
-from store.spec import TrainingSpec
+from cli.stack.home import Home
+from cli.stack.postgres import database_url as address
+from store.db.session import SessionFactory, make_engine, session_factory, transaction
+from store.jobs import jobs, leases, reconcile
+from store.jobs.spec import TrainingSpec
+from store.ops import workers
 
 Doctor = Callable[..., dict[str, Any]]
 

@@ -15,13 +15,13 @@ import pytest
 import redis
 from stack_owner import INSTALLATION_IS_OPEN, NOBODY, StartOwner, is_ready, nothing_is_left, servers_on
 
-import cli.home
-from cli.embedded import embedded_stack
-from cli.embedded_postgres import Postgres
-from cli.embedded_valkey import Valkey
+import cli.stack.home
 from cli.errors import AlreadyRunning, CommandError
-from cli.home import Home
-from cli.process import wait_until
+from cli.stack.embedded import embedded_stack
+from cli.stack.home import Home
+from cli.stack.postgres import Postgres
+from cli.stack.process import wait_until
+from cli.stack.valkey import Valkey
 
 needs_root = pytest.mark.skipif(os.geteuid() != 0, reason="changes its user, which only root may")
 
@@ -112,7 +112,7 @@ def test_an_owner_killed_while_postgres_recovers(
     home: Home, start_owner: StartOwner, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Asked to shut down in the middle of its recovery, the server recovers, and then stays for ever."""
-    monkeypatch.setattr("cli.embedded_postgres._FORMER_SERVER_SECONDS", 1)
+    monkeypatch.setattr("cli.stack.postgres._FORMER_SERVER_SECONDS", 1)
     owner = start_owner(home)
     assert is_ready(owner)
     write(home)
@@ -128,8 +128,8 @@ def test_an_owner_killed_while_postgres_recovers(
 
 
 def test_a_server_that_runs_is_never_started_twice(home: Home, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("cli.embedded_postgres._FORMER_SERVER_SECONDS", 0)
-    monkeypatch.setattr("cli.embedded_valkey._FORMER_SERVER_SECONDS", 0)
+    monkeypatch.setattr("cli.stack.postgres._FORMER_SERVER_SECONDS", 0)
+    monkeypatch.setattr("cli.stack.valkey._FORMER_SERVER_SECONDS", 0)
     with embedded_stack(home):
         before = servers_on(home)
         for server in (Postgres(home), Valkey(home)):
@@ -186,7 +186,7 @@ def test_data_of_another_major_version_is_named(home: Home) -> None:
 
 @needs_root
 def test_root_with_a_closed_home(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(cli.home, "SYSTEM_HOME", folder / "system")
+    monkeypatch.setattr(cli.stack.home, "SYSTEM_HOME", folder / "system")
     closed = folder / "closed"
     closed.mkdir(mode=0o700)
     home = Home.at(closed / "home")

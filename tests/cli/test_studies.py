@@ -15,7 +15,7 @@ from cli.errors import CommandError
 from cli.report.data import Report, layer_and_rank, losses
 from cli.report.page import page
 from cli.report.plots import against_compute, curves, layer_rank_map
-from cli.report.words import flops, markdown
+from cli.report.text import flops, markdown
 from cli.study_body import arm_body, chosen, grid_body, numbers, space_body
 
 SENTENCE = "HEFT 3+3 is 1.2 points above LoRA <alone>, 95 % interval −0.4 to 2.8: not separable with 3 seeds."

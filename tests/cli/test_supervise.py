@@ -13,8 +13,8 @@ from pathlib import Path
 import pytest
 
 from cli.errors import CommandError
-from cli.process import last_lines, wait_until
-from cli.supervise import Interrupted, Program, Supervisor, interruptible
+from cli.stack.process import last_lines, wait_until
+from cli.stack.supervise import Interrupted, Program, Supervisor, interruptible
 
 #: Says that it is there, and stays.
 STAYS = "print('here', flush=True); import time; time.sleep(600)"

@@ -17,8 +17,8 @@ import psutil
 import pytest
 from running_stack import HeftUp, heft, heft_up, start
 
-from cli.home import Home
-from cli.process import wait_until
+from cli.stack.home import Home
+from cli.stack.process import wait_until
 
 GIVEN_KEY = "a key of my own"
 

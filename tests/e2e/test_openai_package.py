@@ -19,8 +19,8 @@ import pytest
 from openai.types.fine_tuning import FineTuningJob
 from running_stack import HeftUp, heft_up
 
-from cli.home import Home
-from cli.process import wait_until
+from cli.stack.home import Home
+from cli.stack.process import wait_until
 
 MODEL = "tiny"
 YES_NO = [

@@ -18,8 +18,8 @@ import httpx
 import pytest
 from running_stack import HeftUp, heft_up
 
-from cli.home import Home
-from cli.process import wait_until
+from cli.stack.home import Home
+from cli.stack.process import wait_until
 
 MODEL = "tiny"
 ROWS = [

@@ -11,13 +11,15 @@ import pytest
 from sqlalchemy import text
 from sqlalchemy.orm import Session
 
-from cli.embedded_postgres import database_url
-from store import files, ids, jobs, leases
-from store.database import SessionFactory, make_engine, session_factory, transaction
-from store.fence import Claim
-from store.spec import TrainingSpec
-from store.states import JobState
-from store.tables import Attempt, Base, Event, Job
+from cli.stack.postgres import database_url
+from store import ids
+from store.db.session import SessionFactory, make_engine, session_factory, transaction
+from store.db.states import JobState
+from store.db.tables import Attempt, Base, Event, Job
+from store.jobs import jobs, leases
+from store.jobs.fence import Claim
+from store.jobs.spec import TrainingSpec
+from store.storage import files
 
 P = ParamSpec("P")
 R = TypeVar("R")

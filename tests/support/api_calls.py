@@ -7,9 +7,9 @@ from typing import Any
 import httpx
 from kombu import Connection
 
-from store import leases
-from store.database import SessionFactory, transaction
-from store.fence import Claim
+from store.db.session import SessionFactory, transaction
+from store.jobs import leases
+from store.jobs.fence import Claim
 from store.settings import StoreSettings
 
 JOBS = "/v1/fine_tuning/jobs"

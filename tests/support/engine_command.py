@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from heft_engine.command.main import main
+from heft_engine.commands.main import main
 
 Printed = dict[str, Any]
 Command = Callable[..., tuple[int, list[Printed], str]]

@@ -10,11 +10,11 @@ from typing import Any, get_args
 
 from torch import Tensor
 
-from heft_engine.bundle import Bundle
-from heft_engine.config import InterventionKind, LoraStage, ReftStage, Stage, TrainConfig, recipe
+from heft_engine.bundle.format import Bundle
+from heft_engine.config.train import InterventionKind, LoraStage, ReftStage, Stage, TrainConfig, recipe
+from heft_engine.data.rows import Row, parse_row
 from heft_engine.events import Event
-from heft_engine.rows import Row, parse_row
-from heft_engine.run import train
+from heft_engine.training.run import train
 
 _THINGS = ("sea", "river", "stone", "name", "list", "class", "string", "number")
 

@@ -11,9 +11,9 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from heft_engine.base_models import load_tokenizer, resolve
+from heft_engine.data.hub import load_hub_rows
 from heft_engine.errors import EngineError
-from heft_engine.hub_data import load_hub_rows
+from heft_engine.model.base_models import load_tokenizer, resolve
 
 
 def answer(call: dict[str, Any]) -> Any:

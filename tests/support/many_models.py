@@ -8,17 +8,17 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from heft_engine import lora
-from heft_engine.bundle import StoredSite
-from heft_engine.config import InterventionKind
-from heft_engine.encoding import Example
-from heft_engine.lora import LoraAdapter
-from heft_engine.lora_variants import row_norms
-from heft_engine.model import PackedLM
-from heft_engine.reft_kinds import KINDS
-from heft_engine.serving.adapters import UnmergedModel
-from heft_engine.serving.copies import copy_sharing
-from heft_engine.serving.waiting_rows import Weights
+from heft_engine.adapters import lora
+from heft_engine.adapters.lora import LoraAdapter
+from heft_engine.adapters.lora_variants import row_norms
+from heft_engine.adapters.reft import KINDS
+from heft_engine.bundle.format import StoredSite
+from heft_engine.config.train import InterventionKind
+from heft_engine.data.encoding import Example
+from heft_engine.model.packed_lm import PackedLM
+from heft_engine.serving.request_queue import Weights
+from heft_engine.serving.row_adapters import UnmergedModel
+from heft_engine.serving.shared_copy import copy_sharing
 
 
 @dataclass(frozen=True)

@@ -4,17 +4,17 @@ from __future__ import annotations
 
 import pytest
 
-from heft_engine import lanes, matrix_units, native
+from heft_engine.cpu import amx, build, lanes
 
 needs_runtime = pytest.mark.skipif(
     lanes.openmp() is None, reason="torch has no OpenMP runtime here, or several: nothing is dealt out"
 )
 needs_compiler = pytest.mark.skipif(
-    native.compiler() is None or lanes.openmp() is None,
+    build.compiler() is None or lanes.openmp() is None,
     reason="kernels need a C++ compiler and one OpenMP runtime; without them torch's own operations run",
 )
 #: As the engine finds them, whatever a test has put in its place.
-UNITS = matrix_units.load
+UNITS = amx.load
 needs_matrix_units = pytest.mark.skipif(
     UNITS() is None, reason="this processor has no matrix units, or there is no C++ compiler"
 )

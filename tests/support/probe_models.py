@@ -8,11 +8,11 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from heft_engine.attention import IMPLEMENTATION
-from heft_engine.base_models import load_model, resolve_path
-from heft_engine.encoding import Example
-from heft_engine.interventions import LoreftIntervention, Site
-from heft_engine.model import PackedLM
+from heft_engine.data.encoding import Example
+from heft_engine.model.attention import IMPLEMENTATION
+from heft_engine.model.base_models import load_model, resolve_path
+from heft_engine.model.interventions import LoreftIntervention, Site
+from heft_engine.model.packed_lm import PackedLM
 
 
 def packed(path: Path, dtype: torch.dtype = torch.float32) -> PackedLM:

@@ -14,10 +14,10 @@ import torch
 import transformers
 from torch import Tensor, nn
 
-from heft_engine.attention import IMPLEMENTATION
-from heft_engine.base_models import load_model, resolve_path
-from heft_engine.encoding import Example
-from heft_engine.model import PackedLM
+from heft_engine.data.encoding import Example
+from heft_engine.model.attention import IMPLEMENTATION
+from heft_engine.model.base_models import load_model, resolve_path
+from heft_engine.model.packed_lm import PackedLM
 
 _PAD = 2
 _NO_LABEL = -100
@@ -61,7 +61,7 @@ def reft_model(
 
 
 def load_exactly(directory: Path, model: transformers.PreTrainedModel) -> pyreft.ReftModel:
-    """`ReftModel.load`, and the two lines that undo its bfloat16: see heft_engine.pyreft_format."""
+    """`ReftModel.load`, and the two lines that undo its bfloat16: see heft_engine.bundle.pyreft_format."""
     loaded = pyreft.ReftModel.load(str(directory), model)
     for key, intervention in loaded.interventions.items():
         intervention.learned_source.float()

@@ -12,10 +12,10 @@ import httpx
 import psutil
 from typer.testing import CliRunner, Result
 
-from cli.home import Home
 from cli.main import app
-from cli.process import wait_until
-from cli.up import RunningStack, running_stack
+from cli.stack.home import Home
+from cli.stack.process import wait_until
+from cli.stack.up import RunningStack, running_stack
 
 
 class HeftUp:

@@ -8,19 +8,19 @@ from typing import Any
 
 import torch
 
-from heft_engine.base_models import resolve_path
-from heft_engine.bundle import Bundle
-from heft_engine.config import ReftStage, Stage, TrainConfig
-from heft_engine.encoding import Encoder, Example
+from heft_engine.adapters.reft import KINDS
+from heft_engine.bundle.format import Bundle
+from heft_engine.config.train import ReftStage, Stage, TrainConfig
+from heft_engine.data.encoding import Encoder, Example
+from heft_engine.data.rows import Row, parse_row
 from heft_engine.events import Event
-from heft_engine.interventions import Intervention, Site
-from heft_engine.model import PackedLM
-from heft_engine.reft_kinds import KINDS
-from heft_engine.rows import Row, parse_row
-from heft_engine.run import Run, prepare
-from heft_engine.run_state import CheckpointWriter
-from heft_engine.sources import CacheBudget
-from heft_engine.training import derived_seed
+from heft_engine.model.base_models import resolve_path
+from heft_engine.model.interventions import Intervention, Site
+from heft_engine.model.packed_lm import PackedLM
+from heft_engine.training.checkpoint import CheckpointWriter
+from heft_engine.training.loop import derived_seed
+from heft_engine.training.loss_source import CacheBudget
+from heft_engine.training.run import Run, prepare
 
 SEED = 3
 #: Prompts of 2 to 29 tokens: shorter than `f4+l3` asks for, and longer than the tiny models' windows.

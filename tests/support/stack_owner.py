@@ -12,8 +12,8 @@ from pathlib import Path
 import psycopg
 
 import cli
-from cli.home import Home, can_walk_to
-from cli.process import User, locked
+from cli.stack.home import Home, can_walk_to
+from cli.stack.process import User, locked
 
 NOBODY = User(uid=65534, gid=65534)
 
@@ -26,8 +26,8 @@ _OWNER = """
 import os, sys
 from pathlib import Path
 import psycopg
-from cli.embedded import embedded_stack
-from cli.home import Home
+from cli.stack.embedded import embedded_stack
+from cli.stack.home import Home
 if sys.argv[2:]:
     os.setgroups([])
     os.setgid(int(sys.argv[3]))

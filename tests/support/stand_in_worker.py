@@ -11,7 +11,7 @@ from typing import Any
 import redis
 from kombu import Connection
 
-from store.queue import PredictMessage, redis_py_url
+from store.messages.hints import PredictMessage, redis_py_url
 
 Behaviour = Callable[[PredictMessage], dict[str, Any] | None]
 

@@ -11,7 +11,7 @@ import pytest
 @pytest.fixture
 def without_units(monkeypatch: pytest.MonkeyPatch) -> None:
     """Products and attention are torch's, as where a processor has no matrix units or nothing can be compiled."""
-    from heft_engine import matrix_units
+    from heft_engine.cpu import amx as matrix_units
 
     monkeypatch.setattr(matrix_units, "load", lambda: None)
 
@@ -19,7 +19,7 @@ def without_units(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.fixture(params=["units", "torch"])
 def with_and_without_units(request: pytest.FixtureRequest) -> None:
     """Both ways, as far as this machine has both."""
-    from heft_engine import matrix_units
+    from heft_engine.cpu import amx as matrix_units
 
     if request.param == "torch":
         request.getfixturevalue("without_units")

@@ -17,13 +17,15 @@ from typing import Any
 import psutil
 from sqlalchemy import select
 
-from store import files, ids, jobs, leases
-from store.artifacts import file_key
-from store.database import transaction
-from store.spec import TrainingSpec
-from store.tables import Attempt, Checkpoint, Event, Job
+from store import ids
+from store.db.session import transaction
+from store.db.tables import Attempt, Checkpoint, Event, Job
+from store.jobs import jobs, leases
+from store.jobs.spec import TrainingSpec
+from store.storage import files
+from store.storage.artifacts import file_key
 from worker.context import Context
-from worker.run_job import run_job
+from worker.jobs.train import run_job
 
 OWNER = "owner"
 FAKE_ENGINE = (sys.executable, str(Path(__file__).with_name("fake_engine.py")))

@@ -11,10 +11,10 @@ import pytest
 from sqlalchemy import Engine
 from worker_bench import FAKE_ENGINE, Bench
 
-from store.artifacts import Artifacts
-from store.database import make_engine, session_factory
-from store.queue import Hints, make_celery
+from store.db.session import make_engine, session_factory
+from store.messages.hints import Hints, make_celery
 from store.settings import StoreSettings
+from store.storage.artifacts import Artifacts
 from worker.context import Context
 
 

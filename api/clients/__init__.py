@@ -1,0 +1,1 @@
+"""The API's side of messages to the inference workers."""

@@ -1,0 +1,69 @@
+"""A stream of text as server-sent events, in OpenAI's way: one JSON object an event, `[DONE]` at the end.
+
+What goes wrong under way is an event too, with the error object of every other answer. It does NOT know what is in the
+chunks.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import AsyncIterator, Callable, Iterable
+from contextlib import ExitStack
+
+from pydantic import BaseModel
+from sse_starlette import EventSourceResponse, ServerSentEvent
+from starlette.types import Receive, Scope, Send
+
+from api.clients.generate import Replies
+from api.clients.predict import Refused
+from api.errors import error_response
+from store.errors import Unavailable
+from store.messages.generate import GenerateReply
+
+log = logging.getLogger(__name__)
+
+HEARTBEAT_SECONDS = 15
+
+
+class TextStream(EventSourceResponse):
+    """`first` has been waited for already, so that a refusal before it is an answer with its own status. `until_end` is
+    closed with the stream."""
+
+    def __init__(
+        self,
+        replies: Replies,
+        first: GenerateReply | None,
+        chunks: Callable[[GenerateReply], Iterable[BaseModel]],
+        until_end: ExitStack,
+    ) -> None:
+        super().__init__(_events(replies, first, chunks), ping=HEARTBEAT_SECONDS, sep="\n")
+        self._replies = replies
+        self._until_end = until_end
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        with self._until_end:
+            try:
+                await super().__call__(scope, receive, send)
+            finally:
+                await self._replies.close()
+
+
+async def _events(
+    replies: Replies, first: GenerateReply | None, chunks: Callable[[GenerateReply], Iterable[BaseModel]]
+) -> AsyncIterator[ServerSentEvent]:
+    reply = first
+    try:
+        while reply is not None:
+            for chunk in chunks(reply):
+                yield ServerSentEvent(data=chunk.model_dump_json(exclude_unset=True), sep="\n")
+            reply = await replies.next()
+    except Refused as refusal:
+        fault = refusal.fault
+        answer = error_response(fault["status"], fault["message"], param=fault["param"], code=fault["code"])
+        yield ServerSentEvent(data=bytes(answer.body).decode(), sep="\n")
+        return
+    except Unavailable as fault:
+        answer = error_response(503, fault.message, code=fault.code)
+        yield ServerSentEvent(data=bytes(answer.body).decode(), sep="\n")
+        return
+    yield ServerSentEvent(data="[DONE]", sep="\n")

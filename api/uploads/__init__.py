@@ -1,0 +1,1 @@
+"""Uploads: multipart bodies, read as they arrive."""

@@ -1,0 +1,70 @@
+"""The engine's side of a measurement: the very objects that a run uses, without its evaluation and its files."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Sequence
+from typing import Any, Literal
+
+from heft_engine.adapters import lora
+from heft_engine.adapters.trainable import LoraTrainable
+from heft_engine.config.train import LoraStage, ReftStage
+from heft_engine.data.encoding import Example
+from heft_engine.events import Event
+from heft_engine.model.packed_lm import PackedLM
+from heft_engine.training.activation_cache import Rung
+from heft_engine.training.memory_plan import peak
+from heft_engine.training.single_stage import single_stage
+
+
+def train(
+    lm: PackedLM,
+    stage: LoraStage | ReftStage,
+    rows: Sequence[Example],
+    rung: Rung = "keys_values",
+    compiled: bool | Literal["auto"] = "auto",
+) -> dict[str, Any]:
+    """Trains one stage. Returns seconds (of planning and compiling, of the prefill, of each epoch), the losses step by
+    step, and bytes (of the cache, as estimated for the whole process, and as they were at most)."""
+    losses: list[float] = []
+    ends: list[float] = []
+    began = time.perf_counter()
+    listen = _listener(losses, ends)
+    with (
+        peak(lm.device) as most,
+        single_stage(lm, stage, rows, listen, rung=rung, compile=compiled) as single,
+    ):
+        preparing = time.perf_counter() - began
+        source = single.source()
+        prefill = time.perf_counter() - began - preparing
+        single.train(source)
+        held = most()
+    plan, trainable = single.plan, single.trainable
+    starts = [began + preparing + prefill, *ends[:-1]]
+    epochs = [end - start for start, end in zip(starts, ends, strict=True)]
+    if isinstance(stage, LoraStage) and isinstance(trainable, LoraTrainable):
+        assert stage.target_modules != "auto"
+        adapter = lora.extract(trainable.adapted, stage, stage.target_modules, None)
+        lora.detach(trainable.adapted)
+        lora.merge(lm.model, adapter)
+    return {
+        "preparing": preparing,
+        "prefill": prefill,
+        "epochs": epochs,
+        "losses": losses,
+        "rung": plan.cache.rung,
+        "compiled": plan.compiled,
+        "cache_bytes": plan.cache.bytes,
+        "estimated_bytes": plan.memory_bytes,
+        "held_bytes": held,
+    }
+
+
+def _listener(losses: list[float], ends: list[float]) -> Callable[[Event], None]:
+    def listen(event: Event) -> None:
+        if event.code == "METRICS":
+            losses.append(event.data["loss"])
+        elif event.code == "EPOCH_COMPLETE":
+            ends.append(time.perf_counter())
+
+    return listen

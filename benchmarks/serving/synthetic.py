@@ -1,0 +1,60 @@
+"""Fine-tuned models that nobody trained: real shapes, made-up numbers. What serving costs does not depend on them."""
+
+from __future__ import annotations
+
+import torch
+
+from heft_engine.adapters import lora
+from heft_engine.adapters.lora import LoraAdapter
+from heft_engine.adapters.reft import KINDS
+from heft_engine.bundle.format import StoredSite
+from heft_engine.model.interventions import Site
+from heft_engine.model.packed_lm import PackedLM
+from heft_engine.serving.request_queue import Weights
+from heft_engine.serving.row_adapters import UnmergedModel
+from heft_engine.serving.shared_copy import copy_sharing
+
+LAYER, RANK, LORA_RANK = 15, 4, 8
+
+
+def adapter(lm: PackedLM, seed: int) -> LoraAdapter:
+    """LoRA of rank 8 on queries and values, small enough not to break the language."""
+    generator = torch.Generator().manual_seed(seed)
+    factors = {}
+    for name, module in lm.model.named_modules():
+        if name.endswith(("q_proj", "v_proj")):
+            rows, columns = module.weight.shape
+            down = torch.randn(LORA_RANK, columns, generator=generator) / columns**0.5
+            factors[name] = (down, torch.randn(rows, LORA_RANK, generator=generator) * 0.02)
+    return LoraAdapter(
+        factors=factors,
+        scaling=4.0,
+        rank=LORA_RANK,
+        alpha=32.0,
+        target_modules=["q_proj", "v_proj"],
+        layers=None,
+    )
+
+
+def stored_site(lm: PackedLM, seed: int) -> StoredSite:
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        intervention = KINDS["loreft"](lm.hidden_size, RANK, trainable=False)
+    return StoredSite(layer=LAYER, positions="l1", rank=RANK, state=intervention.baked_state())
+
+
+def merged(lm: PackedLM, seed: int) -> Weights:
+    """On a copy of the base, as the service holds a hot model."""
+    own = adapter(lm, seed)
+    twin = PackedLM(copy_sharing(lm.model, set(own.factors)))
+    lora.merge(twin.model, own)
+    twin.pack()
+    site: Site = stored_site(lm, seed).site(lm.hidden_size)
+    twin.sites.add(site)
+    return Weights(lm=twin, sites=(site,), scope=("merged", seed))
+
+
+def unmerged(lm: PackedLM, seed: int) -> Weights:
+    """On the shared base."""
+    added = UnmergedModel(lm, [adapter(lm, seed)], [stored_site(lm, seed)])
+    return Weights(lm=lm, adapter=added, sites=tuple(added.sites), scope=("shared", seed))

@@ -1,0 +1,1 @@
+"""The private servers of one machine: Postgres, Valkey, API and workers."""

@@ -1,0 +1,44 @@
+"""Postgres and Valkey of one machine, started together for one home and ending with their owner.
+
+`heft up` starts the same two servers among its other processes; this is for whoever needs nothing but them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+from cli.stack.home import Home
+from cli.stack.postgres import Postgres
+from cli.stack.valkey import Valkey
+
+
+@dataclass(frozen=True, kw_only=True)
+class EmbeddedStack:
+    """Two servers that answer."""
+
+    postgres: Postgres
+    valkey: Valkey
+
+    @property
+    def database_url(self) -> str:
+        return self.postgres.url
+
+    @property
+    def redis_url(self) -> str:
+        return self.valkey.url
+
+
+@contextmanager
+def embedded_stack(home: Home, *, durable: bool = True) -> Iterator[EmbeddedStack]:
+    """Both servers, for as long as the body runs. Raises AlreadyRunning or CommandError."""
+    with home.occupied():
+        stack = EmbeddedStack(postgres=Postgres(home, durable=durable), valkey=Valkey(home))
+        try:
+            stack.valkey.start()
+            stack.postgres.start()
+            yield stack
+        finally:
+            stack.postgres.stop()
+            stack.valkey.stop()

@@ -1,0 +1,224 @@
+"""`heft up`: the whole service on one machine, with its own Postgres and Valkey or with given ones.
+
+It does NOT know what the API or a worker does: it starts them as processes and asks /readyz.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import secrets
+import socket
+import sys
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+from cli.errors import CommandError
+from cli.stack.home import Home
+from cli.stack.postgres import Postgres
+from cli.stack.process import last_lines
+from cli.stack.supervise import Program, Supervisor
+from cli.stack.valkey import Valkey
+
+OWNER = "default"  #: whose the first key is; part of the ids of the models that are made with it
+_READY_SECONDS = 120.0
+#: A worker writes a checkpoint before it goes.
+_WORKER_STOP_SECONDS = 65.0
+_API_STOP_SECONDS = 10.0
+_WORKERS = {"prepare": "prepare worker", "inference": "inference worker"}
+
+
+@dataclass(frozen=True, kw_only=True)
+class UpOptions:
+    """What `heft up` was told. Without addresses it brings its own servers, without a key it makes one."""
+
+    host: str = "127.0.0.1"
+    port: int = 8000  #: 0: any free one
+    api_key: str | None = None
+    database_url: str | None = None
+    redis_url: str | None = None
+    artifacts_url: str | None = None
+    model_dir: Path | None = None
+    trainers: int = 1  #: training workers, which share the machine's processors
+
+
+@dataclass(frozen=True, kw_only=True)
+class RunningStack:
+    """Where a running stack is, kept in its home for the other commands."""
+
+    url: str
+    database_url: str
+    redis_url: str
+    artifacts_url: str
+    model_dir: str
+    cache_dir: str
+
+    def environment(self) -> dict[str, str]:
+        """The service's settings, as `store.settings` reads them."""
+        return {
+            "HEFT_DATABASE_URL": self.database_url,
+            "HEFT_REDIS_URL": self.redis_url,
+            "HEFT_ARTIFACTS_URL": self.artifacts_url,
+            "HEFT_MODEL_DIR": self.model_dir,
+            "HEFT_CACHE_DIR": self.cache_dir,
+        }
+
+
+def running_stack(home: Home) -> RunningStack | None:
+    """What the stack of this home wrote about itself; a killed one leaves it behind, and answers nothing."""
+    try:
+        return RunningStack(**json.loads(home.state_file.read_text()))
+    except FileNotFoundError:
+        return None
+
+
+@contextmanager
+def up(
+    home: Home, options: UpOptions, say: Callable[[str], None]
+) -> Iterator[tuple[RunningStack, Supervisor]]:
+    """Start everything; it answers when the body runs, and has ended when this returns.
+
+    Raises AlreadyRunning for a second one in the same home, CommandError for what does not start.
+    """
+    if options.model_dir is not None and not options.model_dir.is_dir():
+        raise CommandError(f"HEFT_MODEL_DIR: {options.model_dir} is no folder")
+    with home.occupied(), _listen(options.host, options.port) as listener:
+        home.state_file.unlink(missing_ok=True)
+        supervisor = Supervisor(say)
+        try:
+            stack = _start(home, options, supervisor, listener)
+            write_private(home.state_file, json.dumps(asdict(stack)))
+            yield stack, supervisor
+        finally:
+            home.state_file.unlink(missing_ok=True)
+            supervisor.stop()
+
+
+def _start(home: Home, options: UpOptions, supervisor: Supervisor, listener: socket.socket) -> RunningStack:
+    redis_url, database_url = options.redis_url, options.database_url
+    if redis_url is None:
+        valkey = Valkey(home)
+        supervisor.start(valkey)
+        redis_url = valkey.url
+    if database_url is None:
+        postgres = Postgres(home)
+        supervisor.start(postgres)
+        database_url = postgres.url
+    host, port = listener.getsockname()[:2]
+    stack = RunningStack(
+        url=f"http://{f'[{host}]' if ':' in host else host}:{port}",
+        database_url=database_url,
+        redis_url=redis_url,
+        artifacts_url=options.artifacts_url or f"file://{home.artifacts}",
+        model_dir=str((options.model_dir or home.models).absolute()),
+        cache_dir=os.environ.get("HEFT_CACHE_DIR") or str(home.cache),
+    )
+    _prepare_database(home, options, database_url)
+    environment = _environment(stack) | {"HEFT_HOST": host, "HEFT_PORT": str(port)}
+    api = Program(
+        name="API",
+        command=[sys.executable, "-P", "-m", "cli", "api", "--fd", str(listener.fileno())],
+        environment=environment,
+        log=home.logs / "api.log",
+        stop_seconds=_API_STOP_SECONDS,
+        keep_open=[listener.fileno()],
+    )
+    supervisor.start(api)
+    own = {**environment, "HEFT_TRAINERS": str(options.trainers)}
+    if options.trainers > 1:
+        own.setdefault("OMP_NUM_THREADS", str(max(1, len(os.sched_getaffinity(0)) // options.trainers)))
+    for number in range(1, options.trainers + 1):
+        name, more = ("training worker", "") if number == 1 else (f"training worker {number}", f"-{number}")
+        supervisor.start(_worker("train", name, home.logs / f"worker-train{more}.log", own))
+    for role, name in _WORKERS.items():
+        supervisor.start(_worker(role, name, home.logs / f"worker-{role}.log", environment))
+    _wait_until_ready(supervisor, api, stack.url)
+    return stack
+
+
+def _worker(role: str, name: str, log: Path, environment: Mapping[str, str]) -> Program:
+    command = [sys.executable, "-P", "-m", "worker", role]
+    return Program(
+        name=name, command=command, environment=environment, log=log, stop_seconds=_WORKER_STOP_SECONDS
+    )
+
+
+def _environment(stack: RunningStack) -> dict[str, str]:
+    """What the service's own processes see: this shell's settings and the stack's, but no caller's key."""
+    inherited = {
+        name: value for name, value in os.environ.items() if name not in ("HEFT_API_KEY", "HEFT_URL")
+    }
+    # The workers share the cores. Threads that spin while they wait for one that has no core took 5 times as
+    # long a training step as threads that sleep (two cores, with other processes at work).
+    shared_cores = {"GOMP_SPINCOUNT": "30000"}
+    return shared_cores | inherited | stack.environment() | {"PYTHONUNBUFFERED": "1"}
+
+
+def _prepare_database(home: Home, options: UpOptions, database_url: str) -> None:
+    from migrations import upgrade
+    from store import keys
+    from store.db.session import make_engine, session_factory, transaction
+
+    upgrade(database_url)
+    engine = make_engine(database_url, pool_size=1)
+    try:
+        with transaction(session_factory(engine)) as session:
+            keys.ensure(session, options.api_key or first_key(home), OWNER, "first key")
+    finally:
+        engine.dispose()
+
+
+def first_key(home: Home) -> str:
+    """The key in the home's file, made now if there is none."""
+    try:
+        return home.key_file.read_text().strip()
+    except FileNotFoundError:
+        key = f"heft_{secrets.token_hex(8)}_{secrets.token_urlsafe(32)}"
+        write_private(home.key_file, key + "\n")
+        return key
+
+
+def write_private(path: Path, text: str) -> None:
+    """Write a file of mode 0600, whole or not at all."""
+    partial = path.with_name(f"{path.name}.partial")
+    partial.unlink(missing_ok=True)
+    descriptor = os.open(partial, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
+    with open(descriptor, "w") as file:
+        file.write(text)
+        file.flush()
+        os.fsync(descriptor)
+    partial.replace(path)
+
+
+@contextmanager
+def _listen(host: str, port: int) -> Iterator[socket.socket]:
+    """The API's socket. It is ours: callers wait, and are not refused, while the API starts again."""
+    family = socket.AF_INET6 if ":" in host else socket.AF_INET
+    with socket.socket(family, socket.SOCK_STREAM) as listener:
+        listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            listener.bind((host, port))
+        except OSError as error:
+            raise CommandError(
+                f"cannot listen on {host}:{port}: {error.strerror}; "
+                "stop what listens there, or choose another port with HEFT_PORT"
+            ) from None
+        listener.listen(2048)
+        yield listener
+
+
+def _wait_until_ready(supervisor: Supervisor, api: Program, url: str) -> None:
+    import httpx
+
+    def ready() -> bool:
+        if api.process is not None and api.process.poll() is not None:
+            raise CommandError(f"the API did not start; the end of {api.log}:\n{last_lines(api.log)}")
+        try:
+            return httpx.get(f"{url}/readyz", timeout=2, trust_env=False).status_code == 200
+        except httpx.TransportError:
+            return False
+
+    if not supervisor.watch(until=ready, seconds=_READY_SECONDS):
+        raise CommandError(f"{url}/readyz did not answer in {_READY_SECONDS:g} s; see {api.log}")

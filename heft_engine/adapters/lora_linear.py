@@ -1,0 +1,96 @@
+"""LoRA's product while it trains: one linear layer and its two factors in as few passes over memory as there can be.
+
+y = x·Wᵀ + b + s·(x·Aᵀ)·Bᵀ (arXiv 2106.09685, eq. 3). peft multiplies in the factors' float32: in a bfloat16 model every
+adapted layer then converts its input, its output and both gradients, and a rank of 8 costs a sixth of all the time that
+matrices take. Here the factors are rounded to the model's dtype for the product, as autocast does it, and the low-rank
+part is added in place; the factors themselves, their gradients' sums and Adam's state stay float32. In a float32 model
+the arithmetic is peft's.
+
+PiSSA's and OLoRA's frozen half is part of the two factors (heft_engine.adapters.lora_variants.widened); DoRA
+scales the rows of
+the product: y = (m/‖V‖) ⊙ x·Vᵀ + b, V = W + s·BA, its norm without a gradient (arXiv 2402.09353, eq. 11).
+
+It does NOT know layers, models or training.
+"""
+
+from __future__ import annotations
+
+from types import MethodType
+from typing import Any
+
+import torch
+import torch.nn.functional as F  # noqa: N812
+from peft import PeftModel
+from peft.tuners.lora import Linear
+from torch import Tensor
+
+from heft_engine.adapters.lora import initial_of
+from heft_engine.adapters.lora_variants import row_norms, widened
+
+
+class LoraProduct(torch.autograd.Function):
+    """x (…, in), weight (out, in), down (rank, in), up (out, rank) → (…, out). W and b are frozen.
+
+    With g = ∂L/∂y: ∂L/∂B = s·gᵀ(xAᵀ), ∂L/∂A = s·(gB)ᵀx, ∂L/∂x = gW + s·(gB)A.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, down: Tensor, up: Tensor, scaling: float
+    ) -> Tensor:
+        a, b = down.to(x.dtype), up.to(x.dtype)
+        flat = x.reshape(-1, x.shape[-1])
+        low = flat @ a.T
+        out = F.linear(flat, weight, bias).addmm_(low, b.T, alpha=scaling)
+        ctx.save_for_backward(x, weight, a, b, low)
+        ctx.scaling = scaling
+        return out.view(*x.shape[:-1], weight.shape[0])
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, None, None, Tensor, Tensor, None]:
+        x, weight, a, b, low = ctx.saved_tensors
+        incoming = gradients[0].reshape(-1, weight.shape[0])
+        low_gradient = (incoming @ b).mul_(ctx.scaling)
+        change = None
+        if ctx.needs_input_grad[0]:
+            change = (incoming @ weight).addmm_(low_gradient, a).view(x.shape)
+        down_gradient = low_gradient.T @ x.reshape(-1, x.shape[-1])
+        up_gradient = (incoming.T @ low).mul_(ctx.scaling)
+        return change, None, None, down_gradient.float(), up_gradient.float(), None
+
+
+def speed_up(adapted: PeftModel) -> None:
+    """Gives every adapted linear layer without dropout the product above, until the adapter is taken out again.
+
+    Layers with dropout keep peft's (they have no frozen half: heft_engine.config.train refuses it).
+    """
+    for module in adapted.modules():
+        if isinstance(module, Linear) and not _drops(module):
+            module.forward = MethodType(_forward, module)
+
+
+def _drops(module: Linear) -> bool:
+    return any(getattr(dropout, "p", 0.0) > 0 for dropout in module.lora_dropout.values())
+
+
+def _forward(module: Any, x: Tensor) -> Tensor:
+    base, name = module.base_layer, module.active_adapters[0]
+    down, up, scaling = module.lora_A[name].weight, module.lora_B[name].weight, module.scaling[name]
+    begun = initial_of(module)
+    if begun is not None:
+        down, up = widened((down, up), begun)
+    if name not in module.lora_magnitude_vector:
+        return _product(x, base.weight, base.bias, down, up, scaling)
+    with torch.no_grad():
+        norms = row_norms(torch.addmm(base.weight.float(), up, down, alpha=scaling))
+    # In float32: bfloat16 has nothing between 1 and 1.0078, and magnitudes move by less than that.
+    factor: Tensor = module.lora_magnitude_vector[name].weight / norms
+    scaled = _product(x, base.weight, None, down, up, scaling) * factor
+    return (scaled if base.bias is None else scaled + base.bias).to(x.dtype)
+
+
+def _product(
+    x: Tensor, weight: Tensor, bias: Tensor | None, down: Tensor, up: Tensor, scaling: float
+) -> Tensor:
+    product: Tensor = LoraProduct.apply(x, weight, bias, down, up, scaling)  # type: ignore[no-untyped-call]
+    return product

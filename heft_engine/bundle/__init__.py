@@ -1,0 +1,1 @@
+"""Bundles: the directory that a job leaves behind, and its exports."""

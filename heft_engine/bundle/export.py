@@ -1,0 +1,78 @@
+"""A bundle in other tools' formats: a plain Hugging Face directory, a PEFT adapter, pyreft's intervention directory.
+
+    merged   base + adapters, config and tokenizer. LoReFT can't be merged into weights (it edits some tokens of one
+             layer's output), so the interventions lie beside them in `reft/`, as in the bundle.
+    peft     one adapter on the original base; several LoRA stages are joined into one of their summed rank.
+    pyreft   what `pyreft.ReftModel.load` reads, for the base merged with the adapters (export `merged` gives it).
+
+It does NOT know training.
+"""
+
+from __future__ import annotations
+
+import shutil
+from dataclasses import replace
+from pathlib import Path
+from typing import Any, Literal
+
+from heft_engine.adapters.lora import weight_of
+from heft_engine.adapters.lora_concat import concatenate, needs_base
+from heft_engine.bundle.format import Bundle, read_bundle
+from heft_engine.bundle.pyreft_format import write_pyreft
+from heft_engine.errors import ConfigError
+from heft_engine.serving.predictor import assemble, check_probe
+from heft_engine.serving.request_queue import Weights
+
+Format = Literal["merged", "peft", "pyreft"]
+
+
+def export(
+    bundle_dir: Path,
+    format: Format,
+    out_dir: Path,
+    *,
+    model_dir: Path | None = None,
+    cache_dir: Path | None = None,
+    allow_paths: bool = True,
+) -> None:
+    """Writes `bundle_dir` as `format` into a new or empty directory.
+
+    Raises ConfigError when the bundle has no part of that kind, or when `out_dir` holds something.
+    """
+    bundle = read_bundle(bundle_dir)
+    if out_dir.exists() and any(out_dir.iterdir()):
+        raise ConfigError(f"{out_dir} is not empty", param="out")
+    if format == "peft" and not bundle.adapters:
+        raise ConfigError("this model has no LoRA stage, so there is no adapter to export", param="format")
+    if format == "pyreft" and not bundle.interventions:
+        raise ConfigError(
+            "this model has no ReFT stage, so there is no intervention to export", param="format"
+        )
+    out_dir.mkdir(parents=True, exist_ok=True)
+    if format == "merged":
+        _merged(bundle, out_dir, model_dir=model_dir, cache_dir=cache_dir, allow_paths=allow_paths)
+    elif format == "peft":
+        _peft(bundle, out_dir, model_dir=model_dir, cache_dir=cache_dir, allow_paths=allow_paths)
+    else:
+        write_pyreft(bundle, out_dir)
+
+
+def _peft(bundle: Bundle, out_dir: Path, **places: Any) -> None:
+    if not needs_base(bundle.adapters):
+        concatenate(bundle.adapters).save(out_dir)
+        return
+    base = assemble(replace(bundle, adapters=[], interventions=[]), device="cpu", **places).model
+    concatenate(bundle.adapters, lambda module: weight_of(base, module)).save(out_dir)
+
+
+def _merged(bundle: Bundle, out_dir: Path, **places: Any) -> None:
+    lm = assemble(bundle, device="cpu", **places)
+    check_probe(bundle, Weights(lm=lm, sites=tuple(lm.sites)))
+    model: Any = lm.model
+    lm.sites.clear()
+    # This engine's attention means nothing to others.
+    model.config._attn_implementation = "sdpa"
+    model.save_pretrained(out_dir, safe_serialization=True)
+    shutil.copytree(bundle.path / "tokenizer", out_dir, dirs_exist_ok=True)
+    for directory in bundle.path.glob("reft*"):
+        shutil.copytree(directory, out_dir / directory.name)

@@ -1,0 +1,256 @@
+"""The bundle: what a job leaves behind, small enough to keep for ever. Safetensors and JSON, nothing that runs.
+
+    heft.json           format version, method, stages, base model, task, tokenizer hash, evaluation, parity, versions
+    lora/ lora-2/ …     plain LoRA on the ORIGINAL base, one for each LoRA stage in order, each loadable by peft alone
+    reft/ reft-2/ …     intervention.safetensors + intervention.json
+    probe.safetensors   probe rows with their float32 scores: loading checks these
+    tokenizer/
+
+It does NOT know training or serving.
+"""
+
+from __future__ import annotations
+
+import json
+import platform
+from dataclasses import dataclass
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import torch
+from pydantic import BaseModel as Schema
+from pydantic import ConfigDict, Field, ValidationError
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+from transformers import PreTrainedTokenizerBase
+
+from heft_engine.adapters.lora import LoraAdapter
+from heft_engine.adapters.reft import KINDS
+from heft_engine.config.train import InterventionKind, parse_positions
+from heft_engine.data.encoding import Example, tokenizer_hash
+from heft_engine.errors import BundleError, TrainingError
+from heft_engine.model.interventions import Site
+
+FORMAT = 1
+_PACKAGES = ("torch", "transformers", "peft", "tokenizers", "safetensors")
+
+
+class BaseRecord(Schema):
+    """The base model a bundle belongs to: how to find it, and the hash that says it is the same."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    reference: str
+    source: str
+    revision: str | None
+    model_type: str
+    weights_sha256: str
+
+
+class BundleInfo(Schema):
+    """heft.json."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    format: int = FORMAT
+    method: str
+    stages: list[dict[str, Any]]  #: settings with nothing left on "auto", in order
+    base_model: BaseRecord
+    task: dict[str, Any]
+    tokenizer_sha256: str
+    dtype: str
+    max_length: int
+    seed: int
+    max_new_tokens: int = 64  #: text tasks: how far an answer may go by default
+    #: Probabilities are softmax(totals / temperature); 1 where no validation rows could say
+    #: (heft_engine.evaluation.calibration).
+    temperature: float = Field(default=1.0, gt=0, allow_inf_nan=False)
+    calibration: dict[str, Any] | None = None
+    evaluation: dict[str, Any] | None = None
+    parity: list[dict[str, Any]] = []
+    probe_tolerance: float = 0.0
+    versions: dict[str, str] = {}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Probe:
+    """Rows with the float32 scores that the finished model gave them, answer by answer."""
+
+    examples: list[Example]
+    scores: list[tuple[float, ...]]
+
+
+@dataclass(frozen=True, kw_only=True)
+class StoredSite:
+    """An intervention on disk: where it sits, and R, W, b (or what its kind has of them) as plain matrices."""
+
+    layer: int
+    positions: str
+    rank: int
+    state: dict[str, Tensor]
+    kind: InterventionKind = "loreft"
+
+    def site(self, hidden_size: int) -> Site:
+        """The intervention, frozen. Raises BundleError when it does not fit such hidden states, or is damaged."""
+        kind = KINDS[self.kind]
+        shapes = {name: tuple(tensor.shape) for name, tensor in self.state.items()}
+        if shapes != kind.shapes(hidden_size, self.rank):
+            raise BundleError(f"the intervention at layer {self.layer} is not for hidden size {hidden_size}")
+        intervention = kind(hidden_size, self.rank, trainable=False)
+        try:
+            intervention.load_baked(self.state)
+        except (TrainingError, RuntimeError) as error:
+            raise BundleError(f"the intervention at layer {self.layer} is damaged: {error}") from error
+        return Site(layer=self.layer, positions=self.positions, intervention=intervention.eval())
+
+
+@dataclass(frozen=True, kw_only=True)
+class Bundle:
+    """A bundle on disk, read."""
+
+    path: Path
+    info: BundleInfo
+    adapters: list[LoraAdapter]
+    interventions: list[StoredSite]
+    probe: Probe
+
+
+def package_versions() -> dict[str, str]:
+    return {"python": platform.python_version(), **{name: version(name) for name in _PACKAGES}}
+
+
+def write_stages(path: Path, adapters: list[LoraAdapter], sites: list[Site]) -> None:
+    """Writes the trained parts alone, under the names that a bundle gives them."""
+    path.mkdir(parents=True, exist_ok=True)
+    for name, adapter in zip(_names("lora"), adapters, strict=False):
+        adapter.save(path / name)
+    for name, site in zip(_names("reft"), sites, strict=False):
+        _write_site(path / name, site)
+
+
+def read_stages(path: Path) -> tuple[list[LoraAdapter], list[StoredSite]]:
+    """What `write_stages` wrote. Raises BundleError."""
+    adapters = [LoraAdapter.load(path / name) for name in _present(path, "lora")]
+    return adapters, [_read_site(path / name) for name in _present(path, "reft")]
+
+
+def write_bundle(
+    path: Path,
+    info: BundleInfo,
+    adapters: list[LoraAdapter],
+    sites: list[Site],
+    tokenizer: PreTrainedTokenizerBase,
+    probe: Probe,
+) -> Bundle:
+    """Writes a complete bundle into an empty or new directory and returns it as read back."""
+    write_stages(path, adapters, sites)
+    _write_probe(path / "probe.safetensors", probe)
+    tokenizer.save_pretrained(path / "tokenizer")
+    (path / "heft.json").write_text(info.model_dump_json(indent=1))
+    return read_bundle(path)
+
+
+def read_bundle(path: Path) -> Bundle:
+    """Reads and checks a bundle. Raises BundleError naming what is wrong with it."""
+    try:
+        info = BundleInfo.model_validate_json((path / "heft.json").read_text())
+    except (OSError, ValidationError) as error:
+        raise BundleError(f"{path.name} is no bundle: {error}") from error
+    if info.format != FORMAT:
+        raise BundleError(f"this bundle has format {info.format}; this version reads format {FORMAT}")
+    adapters, interventions = read_stages(path)
+    loras = [stage for stage in info.stages if stage["type"] == "lora"]
+    # Stages that go on with an intervention share it.
+    places = {
+        (layer, stage["positions"], stage["rank"], stage.get("kind"))
+        for stage in info.stages
+        if stage["type"] == "reft"
+        for layer in stage["layers"]
+    }
+    if len(adapters) != len(loras) or len(interventions) != len(places):
+        raise BundleError(
+            f"this bundle should hold {len(loras)} adapters and {len(places)} interventions; "
+            f"it has {len(adapters)} and {len(interventions)}"
+        )
+    probe = _read_probe(path / "probe.safetensors")
+    return Bundle(path=path, info=info, adapters=adapters, interventions=interventions, probe=probe)
+
+
+def check_tokenizer(info: BundleInfo, tokenizer: PreTrainedTokenizerBase) -> None:
+    """Raises BundleError when a tokenizer is not the one the model was trained with."""
+    if tokenizer_hash(tokenizer) != info.tokenizer_sha256:
+        raise BundleError("the bundle's tokenizer is not the one its model was trained with")
+
+
+def _names(kind: str) -> list[str]:
+    return [kind, *(f"{kind}-{n}" for n in range(2, 1_001))]
+
+
+def _present(path: Path, kind: str) -> list[str]:
+    names = []
+    for name in _names(kind):
+        if not (path / name).is_dir():
+            break
+        names.append(name)
+    return names
+
+
+def _write_site(path: Path, site: Site) -> None:
+    path.mkdir()
+    save_file(site.intervention.baked_state(), path / "intervention.safetensors")
+    record = {
+        "kind": site.intervention.kind,
+        "layer": site.layer,
+        "rank": site.intervention.rank,
+        "positions": site.positions,
+    }
+    (path / "intervention.json").write_text(json.dumps(record, indent=1))
+
+
+def _read_site(path: Path) -> StoredSite:
+    try:
+        record = json.loads((path / "intervention.json").read_text())
+        kind = KINDS.get(record["kind"])
+        if kind is None:
+            raise BundleError(f"interventions of kind {record['kind']!r} are not known")
+        state = load_file(path / "intervention.safetensors")
+        layer, positions, rank = int(record["layer"]), str(record["positions"]), int(record["rank"])
+        parse_positions(positions)
+        if missing := kind.shapes(1, 1).keys() - state.keys():
+            raise BundleError(f"the intervention in {path.name} has no {', '.join(sorted(missing))}")
+        return StoredSite(layer=layer, positions=positions, rank=rank, state=state, kind=kind.kind)
+    except (OSError, KeyError, ValueError, SafetensorError) as error:
+        raise BundleError(f"the intervention in {path.name} can't be read: {error}") from error
+
+
+def _write_probe(path: Path, probe: Probe) -> None:
+    """Ragged rows as flat tensors with lengths."""
+    answers = [answer for example in probe.examples for answer in example.answers]
+    tensors = {
+        "prompts": torch.tensor([token for example in probe.examples for token in example.prompt]),
+        "prompt_lengths": torch.tensor([len(example.prompt) for example in probe.examples]),
+        "answers": torch.tensor([token for answer in answers for token in answer]),
+        "answer_lengths": torch.tensor([len(answer) for answer in answers]),
+        "answer_counts": torch.tensor([len(example.answers) for example in probe.examples]),
+        "scores": torch.tensor([score for scores in probe.scores for score in scores], dtype=torch.float32),
+    }
+    save_file(tensors, path)
+
+
+def _read_probe(path: Path) -> Probe:
+    try:
+        t = {name: tensor.tolist() for name, tensor in load_file(path).items()}
+        prompts, answers, scores = iter(t["prompts"]), iter(t["answers"]), iter(t["scores"])
+        lengths = iter(t["answer_lengths"])
+        examples, totals = [], []
+        for prompt_length, count in zip(t["prompt_lengths"], t["answer_counts"], strict=True):
+            prompt = tuple(next(prompts) for _ in range(prompt_length))
+            branches = tuple(tuple(next(answers) for _ in range(next(lengths))) for _ in range(count))
+            labels = tuple(str(i) for i in range(count))
+            examples.append(Example(prompt=prompt, answers=branches, labels=labels, gold=None))
+            totals.append(tuple(next(scores) for _ in range(count)))
+        return Probe(examples=examples, scores=totals)
+    except (OSError, KeyError, ValueError, RuntimeError, StopIteration, SafetensorError) as error:
+        raise BundleError(f"the bundle's probe rows can't be read: {error}") from error

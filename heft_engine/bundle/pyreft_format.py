@@ -1,0 +1,257 @@
+"""pyreft's intervention directory, written and read without pyreft or pyvene being installed.
+
+    config.json          pyvene's IntervenableConfig: where each intervention sits, and its class
+    intkey_<key>.bin     one torch file each. LoReFT: rotate_layer (hidden, rank), weight (rank, hidden), bias (rank,);
+                         the other kinds: the state_dict of pyreft's module, R as the raw parametrisation
+    heft.json            ours, ignored by pyreft: positions, task, base model, for which pyreft has no field
+
+`pyreft.ReftModel.load(directory, model)` reads it onto the merged base. pyreft 0.1.0 makes W and b bfloat16 there,
+whatever the files hold, and then can't multiply them with float32 states. On a float32 base two lines undo that:
+
+    for key, intervention in reft_model.interventions.items():
+        intervention.learned_source.float()
+        intervention.load_state_dict(torch.load(f"{directory}/intkey_{key}.bin"))
+
+What pyreft 0.1.0 saves of NoReFT and NodiReFT it can't load again, for want of `add_bias` (KeyError): there, give the
+ReftConfig interventions made with add_bias=False, and let each load its file.
+
+Reading opens pickles (with `weights_only`), so it is for library users and the command line, never for the service.
+It does NOT know training or models.
+"""
+
+from __future__ import annotations
+
+import json
+import pickle
+import re
+from collections import Counter
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from heft_engine.adapters.reft import KINDS, LobireftIntervention, hidden_size_of
+from heft_engine.bundle.format import Bundle, StoredSite
+from heft_engine.config.train import InterventionKind, parse_positions
+from heft_engine.errors import BundleError
+
+_CLASSES = {f"pyreft.interventions.{cls.__name__}": cls.kind for cls in KINDS.values()}
+_CLASS_OF = {kind: name for name, kind in _CLASSES.items()}
+_RAW_ROTATION = "rotate_layer.parametrizations.weight."
+#: Of pyreft's modules: what a baked state calls a part, and what its state_dict does.
+_PARTS = {
+    "proj_layer": ("proj_layer.weight",),
+    "weight": ("learned_source.weight",),
+    "bias": ("learned_source.bias", "learned_source"),
+}
+#: pyvene's RepresentationConfig, in its order: a saved representation is a plain list.
+_FIELDS = (
+    "layer",
+    "component",
+    "unit",
+    "max_number_of_units",
+    "low_rank_dimension",
+    "intervention_type",
+    "intervention",
+    "subspace_partition",
+    "group_key",
+    "intervention_link_key",
+    "moe_key",
+    "source_representation",
+    "hidden_source_representation",
+    "latent_dim",
+)
+#: Fields that change what an intervention computes, in ways that this engine does not have.
+_FOREIGN = ("subspace_partition", "group_key", "intervention_link_key", "moe_key", "source_representation")
+_UNREADABLE = (OSError, EOFError, RuntimeError, ValueError, pickle.UnpicklingError)
+
+
+def write_pyreft(bundle: Bundle, out_dir: Path) -> None:
+    """Writes a bundle's interventions, in their order, into an existing directory."""
+    sites = bundle.interventions
+    representations = [
+        {"layer": site.layer, "component": "block_output", "unit": "pos", "max_number_of_units": 1}
+        | {"low_rank_dimension": site.rank}
+        for site in sites
+    ]
+    keys = _keys(representations)
+    hidden_sizes = [hidden_size_of(site.state) for site in sites]
+    config = {
+        "intervention_constant_sources": [True] * len(sites),
+        "intervention_dimensions": hidden_sizes,
+        "intervention_types": [f"<class '{_CLASS_OF[site.kind]}'>" for site in sites],
+        "mode": "parallel",
+        "representations": [[fields.get(name) for name in _FIELDS] for fields in representations],
+        "sorted_keys": keys,
+    }
+    (out_dir / "config.json").write_text(json.dumps(config, indent=2, sort_keys=True))
+    for key, site in zip(keys, sites, strict=True):
+        torch.save(_content(site), out_dir / _file(key))
+    ours = {
+        "base_model": bundle.info.base_model.model_dump(),
+        "merged_adapters": len(bundle.adapters),
+        "task": bundle.info.task,
+        "max_length": bundle.info.max_length,
+        "interventions": [
+            {
+                "key": key,
+                "layer": site.layer,
+                "kind": site.kind,
+                "rank": site.rank,
+                "positions": site.positions,
+            }
+            for key, site in zip(keys, sites, strict=True)
+        ],
+    }
+    (out_dir / "heft.json").write_text(json.dumps(ours, indent=1))
+
+
+def read_pyreft(directory: Path, *, positions: str | Sequence[str] | None = None) -> list[StoredSite]:
+    """The interventions of a directory that `reft_model.save` or `write_pyreft` wrote, in pyvene's order.
+
+    `positions` is what they were trained at, for all or one by one: pyreft does not store it. None takes it from the
+    heft.json that `write_pyreft` leaves. Raises BundleError for anything but ReFT at the output of decoder layers.
+    """
+    config = _read_json(directory / "config.json")
+    try:
+        representations = [dict(zip(_FIELDS, entry, strict=False)) for entry in config["representations"]]
+        classes = [re.sub(r"^<class '(.*)'>$", r"\1", kind) for kind in config["intervention_types"]]
+    except (KeyError, TypeError) as error:
+        raise BundleError(f"{directory.name}/config.json is not pyvene's: {error!r}") from error
+    foreign = next((name for name in classes if name not in _CLASSES), None)
+    if foreign is not None:
+        raise BundleError(f"interventions of kind {foreign} are not known, only {', '.join(_CLASSES)}")
+    if not representations or len(classes) != len(representations):
+        raise BundleError(f"{directory.name}/config.json names no interventions, or not each one's class")
+    layers = [_layer(fields) for fields in representations]
+    places = _positions(directory, positions, len(layers))
+    return [
+        _site(directory / _file(key), layer, place, _CLASSES[name])
+        for key, layer, place, name in zip(_keys(representations), layers, places, classes, strict=True)
+    ]
+
+
+def _keys(representations: Iterable[dict[str, Any]]) -> list[str]:
+    """pyvene's names: two interventions at one place are told apart by a running number."""
+    seen: Counter[str] = Counter()
+    keys = []
+    for fields in representations:
+        component, unit, units = fields["component"], fields["unit"], fields["max_number_of_units"]
+        place = f"unit_{unit}_nunit_{units}"
+        if "." in component:
+            name = f"comp_{component.replace('.', '_')}_{place}"
+        else:
+            name = f"layer_{fields['layer']}_comp_{component}_{place}"
+        keys.append(f"{name}#{seen[name]}")
+        seen[name] += 1
+    return keys
+
+
+def _file(key: str) -> str:
+    return f"intkey_{key}.bin"
+
+
+def _layer(fields: dict[str, Any]) -> int:
+    """The decoder layer whose output a representation means, by either of pyvene's two ways of naming it."""
+    odd = [name for name in _FOREIGN if fields.get(name) is not None]
+    if odd or fields.get("unit") != "pos" or fields.get("max_number_of_units") != 1:
+        raise BundleError(
+            f"interventions with {', '.join(odd) or 'units other than one token'} are not known"
+        )
+    component, layer = str(fields.get("component")), fields.get("layer")
+    if component == "block_output" and isinstance(layer, int) and layer >= 0:
+        return layer
+    named = re.fullmatch(r"[\w.]*layers\[(\d+)\]\.output", component)
+    if named is None:
+        raise BundleError(f"interventions at {component} are not known, only at the output of decoder layers")
+    return int(named[1])
+
+
+def _positions(directory: Path, given: str | Sequence[str] | None, count: int) -> list[str]:
+    if given is None:
+        if not (directory / "heft.json").exists():
+            raise BundleError("pyreft does not store at which positions an intervention acts: give positions")
+        entries = _read_json(directory / "heft.json").get("interventions", [])
+        given = [str(entry.get("positions")) for entry in entries]
+    places = [given] * count if isinstance(given, str) else list(given)
+    if len(places) != count:
+        raise BundleError(f"{len(places)} positions for {count} interventions")
+    try:
+        for place in places:
+            parse_positions(place)
+    except ValueError as error:
+        raise BundleError(str(error)) from error
+    return places
+
+
+def _content(site: StoredSite) -> dict[str, Tensor]:
+    """What pyreft's own module would save."""
+    if site.kind == "loreft":
+        return site.state
+    hidden_size = hidden_size_of(site.state)
+    intervention = site.site(hidden_size).intervention
+    intervention.thaw()
+    sizes = {name: torch.tensor(hidden_size) for name in ("embed_dim", "interchange_dim")}
+    return {**sizes, **intervention.raw_state()}
+
+
+def _site(path: Path, layer: int, positions: str, kind: InterventionKind) -> StoredSite:
+    try:
+        content = torch.load(path, map_location="cpu", weights_only=True)
+    except _UNREADABLE as error:
+        raise BundleError(f"{path.name} can't be read: {error}") from error
+    if not isinstance(content, dict) or not all(isinstance(tensor, Tensor) for tensor in content.values()):
+        raise BundleError(f"{path.name} does not hold tensors by name")
+    state = _state(path.name, {name: tensor.detach().float() for name, tensor in content.items()}, kind)
+    hidden_size, rank = hidden_size_of(state), len(state["bias"])
+    site = StoredSite(layer=layer, positions=positions, rank=rank, state=state, kind=kind)
+    try:
+        site.site(hidden_size)
+    except BundleError as error:
+        raise BundleError(f"{path.name} holds no rotation: {error.message}") from error
+    return site
+
+
+def _state(name: str, content: dict[str, Tensor], kind: InterventionKind) -> dict[str, Tensor]:
+    if f"{_RAW_ROTATION}original" in content:
+        content["rotate_layer"] = _rotation(name, content)
+    names = list(KINDS[kind].shapes(1, 1))
+    found = {
+        part: next((content[key] for key in (part, *_PARTS.get(part, ())) if key in content), None)
+        for part in names
+    }
+    state = {part: tensor.contiguous() for part, tensor in found.items() if tensor is not None}
+    if len(state) < len(names):
+        raise BundleError(f"{name} does not hold {', '.join(names)}")
+    if kind == "noreft" and "proj_layer.bias" in content:
+        state["bias"] = state["bias"] - content["proj_layer.bias"]  # W₁h + b − (W₂h + b₂)
+    shapes = {part: tuple(tensor.shape) for part, tensor in state.items()}
+    sizes = (max(shapes[names[0]], default=0), shapes["bias"][0] if shapes["bias"] else 0)
+    if shapes != KINDS[kind].shapes(*sizes) or not 0 < sizes[1] <= sizes[0]:
+        told = f"{list(shapes.values())}"
+        raise BundleError(f"{name}: the shapes of {', '.join(names)} don't fit together: {told}")
+    return state
+
+
+def _rotation(name: str, content: dict[str, Tensor]) -> Tensor:
+    """Rᵀ from torch's parametrisation of it, by torch."""
+    original, base = content[f"{_RAW_ROTATION}original"], content.get(f"{_RAW_ROTATION}0.base")
+    shape = tuple(original.shape)
+    if len(shape) != 2 or not 0 < shape[1] <= shape[0] or base is None or base.shape != (shape[0], shape[0]):
+        raise BundleError(f"{name}: the rotation's raw parameters don't fit together")
+    module = LobireftIntervention(*shape).rotate_layer
+    raw = {"parametrizations.weight.original": original, "parametrizations.weight.0.base": base}
+    module.load_state_dict(raw)
+    return module.weight.detach()
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    try:
+        content = json.loads(path.read_text())
+    except (OSError, ValueError) as error:
+        raise BundleError(f"{path.parent.name}/{path.name} can't be read: {error}") from error
+    if not isinstance(content, dict):
+        raise BundleError(f"{path.parent.name}/{path.name} is not an object")
+    return content

@@ -1,0 +1,23 @@
+"""`models`: the base models that work on this machine without a network, one JSON line each."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from dataclasses import asdict
+
+from heft_engine.errors import ModelError
+from heft_engine.model.base_models import available, describe
+
+
+def run(options: argparse.Namespace) -> None:
+    """Prints {"id", "source", "revision", "info"}; a model that can't be used is named on stderr and left out."""
+    for name in available(options.model_dir):
+        try:
+            source, revision, info = describe(name, model_dir=options.model_dir)
+        except ModelError as error:
+            print(f"{name} is left out: {error.message}", file=sys.stderr)
+            continue
+        line = {"id": name, "source": source, "revision": revision, "info": asdict(info)}
+        print(json.dumps(line), flush=True)

@@ -1,0 +1,252 @@
+"""`python -m heft_engine train`: by flags for a person, by a run file for the worker; one path behind both."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import signal
+import threading
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, TypeVar
+
+from platformdirs import user_cache_path
+from pydantic import BaseModel, ConfigDict, ValidationError
+
+from heft_engine.commands.child_process import die_with_parent, dump_stacks_on_signal
+from heft_engine.commands.stage_exchange import AskedStages
+from heft_engine.commands.telling import print_event, telling_faults
+from heft_engine.config.known_datasets import Misfit, completed
+from heft_engine.config.train import (
+    EarlyStopping,
+    LoraStage,
+    MethodType,
+    ReftStage,
+    TaskSettings,
+    TrainConfig,
+    recipe,
+)
+from heft_engine.data.rows import MAX_LINE_BYTES, Row, read_rows
+from heft_engine.errors import ConfigError, RowError
+from heft_engine.preflight.report import FileField
+
+if TYPE_CHECKING:
+    from heft_engine.training.activation_store import PrefillFolder
+    from heft_engine.training.stage_cache import StageStore
+
+S = TypeVar("S", bound=BaseModel)
+#: Settings that `--set` leaves to flags of their own.
+_FLAGS = ("model", "method", "stages", "seed", "task", "early_stopping")
+
+
+class RunFile(BaseModel):
+    """Everything a run needs, as the worker writes it. Paths are this machine's."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    config: TrainConfig
+    train: Path
+    eval: Path | None = None
+    test: Path | None = None
+    out: Path
+    checkpoint_dir: Path | None = None
+    resume: Path | None = None
+    checkpoint_seconds: float = 300.0
+    model_dir: Path | None = None
+    cache_dir: Path | None = None
+    device: str | None = None
+    #: What a stage's cache may take; None is a quarter of the memory that is free when the stage starts.
+    cache_memory_bytes: int | None = None
+    cache_disk_bytes: int = 0
+    #: Runs at a time that share what is free, this one among them.
+    sharers: int = 1
+    #: That a stage may take beyond what this process holds; None is what is free.
+    memory_bytes: int | None = None
+    max_line_bytes: int = MAX_LINE_BYTES
+    #: A folder of what stages of earlier runs ended with; None: nothing is reused or kept.
+    results: Path | None = None
+    #: Whether the starter brings them there when it is asked, and keeps new ones: see
+    #: heft_engine.commands.stage_exchange.
+    results_on_request: bool = False
+    #: A folder for the frozen activations that runs like this one share on this machine, of at most so many bytes.
+    prefills: Path | None = None
+    prefill_bytes: int | None = None
+    #: Who else's runs may find them there: the same owner's.
+    owner: str = ""
+    #: Whether text is written on validation rows too: a search chooses by it.
+    writes_validation: bool = False
+    #: Whether `config.model` may be any directory: a person's right, never a request's.
+    allow_paths: bool = False
+
+
+def run(options: argparse.Namespace) -> None:
+    """Trains; events go to stdout. SIGTERM and SIGINT end the run at its next step, with a checkpoint."""
+    if options.die_with_parent:
+        die_with_parent()
+    dump_stacks_on_signal()
+    stop = threading.Event()
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, lambda *_: stop.set())
+    with telling_faults():
+        _train(_run_file(options), stop)
+
+
+def _train(plan: RunFile, stop: threading.Event) -> None:
+    from heft_engine.training.loss_source import CacheBudget
+    from heft_engine.training.run import train
+
+    train(
+        plan.config,
+        _read("training_file", plan.train, plan),
+        _read("validation_file", plan.eval, plan),
+        plan.out,
+        print_event,
+        test_rows=_read("test_file", plan.test, plan),
+        model_dir=plan.model_dir,
+        cache_dir=plan.cache_dir,
+        allow_paths=plan.allow_paths,
+        device=plan.device,
+        checkpoint_dir=plan.checkpoint_dir,
+        checkpoint_seconds=plan.checkpoint_seconds,
+        resume=plan.resume,
+        should_stop=stop.is_set,
+        cache=CacheBudget(
+            memory=plan.cache_memory_bytes,
+            disk=plan.cache_disk_bytes,
+            directory=plan.out.parent,
+            sharers=plan.sharers,
+        ),
+        memory_bytes=plan.memory_bytes,
+        results=_results(plan, stop),
+        prefills=_prefills(plan),
+        writes_validation=plan.writes_validation,
+    )
+
+
+def _results(plan: RunFile, stop: threading.Event) -> StageStore | None:
+    from heft_engine.training.stage_store import LocalStages
+
+    if plan.results is None:
+        return None
+    if plan.results_on_request:
+        return AskedStages(directory=plan.results, on_event=print_event, should_stop=stop.is_set)
+    return LocalStages(directory=plan.results)
+
+
+def _prefills(plan: RunFile) -> PrefillFolder | None:
+    from heft_engine.training.activation_store import PrefillFolder
+
+    if plan.prefills is None or plan.prefill_bytes == 0:
+        return None
+    folder = PrefillFolder(directory=plan.prefills, owner=plan.owner)
+    return folder if plan.prefill_bytes is None else replace(folder, max_bytes=plan.prefill_bytes)
+
+
+def _read(field: FileField, path: Path | None, plan: RunFile) -> list[Row]:
+    """The rows of a file, none without one. Raises RowError."""
+    if path is None:
+        return []
+    try:
+        return read_rows(path, labels=plan.config.task.labels, max_line_bytes=plan.max_line_bytes)
+    except OSError as error:
+        raise RowError(f"{path} can't be read: {error.strerror}", param=field) from error
+
+
+def _run_file(options: argparse.Namespace) -> RunFile:
+    if options.run_file is not None:
+        return _read_run_file(options.run_file)
+    missing = [name for name in ("model", "train", "out") if getattr(options, name) is None]
+    if missing:
+        raise ConfigError(f"--{missing[0]} is needed (or --run-file)", param=missing[0])
+    config = configure(options.model, options.method, options.set, options.seed)
+    try:
+        task = completed(config.task, options.train)
+    except Misfit as fault:
+        raise ConfigError(str(fault), param=fault.param) from fault
+    kept = options.cache_dir or user_cache_path("heft")
+    return RunFile(
+        config=config.model_copy(update={"task": task}),
+        train=_rows(options, "training_file", options.train),
+        eval=_rows(options, "validation_file", options.eval) if options.eval else None,
+        test=_rows(options, "test_file", options.test) if options.test else None,
+        out=options.out,
+        checkpoint_dir=options.checkpoints,
+        resume=options.resume,
+        model_dir=options.model_dir,
+        cache_dir=options.cache_dir,
+        device=options.device,
+        results=kept / "stages" if options.reuse else None,
+        prefills=kept / "prefills" if options.reuse else None,
+        allow_paths=True,
+    )
+
+
+def _read_run_file(path: Path) -> RunFile:
+    try:
+        return RunFile.model_validate_json(path.read_bytes())
+    except OSError as error:
+        raise ConfigError(f"the run file can't be read: {error}", param="run_file") from error
+    except ValidationError as error:
+        first = error.errors()[0]
+        where = ".".join(map(str, first["loc"])) or "run_file"
+        raise ConfigError(f"the run file's {where}: {first['msg']}", param=where) from error
+
+
+def _rows(options: argparse.Namespace, field: FileField, reference: str) -> Path:
+    """A path as it is; the rows of `hub:…` and `sample:…` are written beside the bundle first."""
+    if not reference.startswith(("hub:", "sample:")):
+        return Path(reference)
+    from heft_engine.preflight.prepare import Places, materialise
+
+    folder: Path = options.out.parent / f"{options.out.name}-rows"
+    folder.mkdir(parents=True, exist_ok=True)
+    path = materialise(field, reference, Places(out=folder, cache_dir=options.cache_dir))
+    assert path is not None
+    return path
+
+
+def configure(model: str, method: MethodType, settings: list[str], seed: int) -> TrainConfig:
+    """A config from `--set` lines. Raises ConfigError that names the setting at fault."""
+    groups: dict[str, dict[str, Any]] = {name: {} for name in ("lora", "reft", "task", "early_stopping", "")}
+    for setting in settings:
+        name, equals, value = setting.partition("=")
+        group, _, field = name.rpartition(".")
+        if not equals or group not in groups or name in _FLAGS:
+            raise ConfigError(
+                f"--set {setting}: write it as lora.rank=8, reft.layers=15 or max_length=512", param=name
+            )
+        groups[group][field] = _value(value)
+    for kind in {"lora", "reft"} - {stage.type for stage in recipe(method)}:
+        for field in groups[kind]:
+            raise ConfigError(
+                f"--set {kind}.{field}: method {method} has no {kind} stage", param=f"{kind}.{field}"
+            )
+    lora, reft = _made(LoraStage, groups["lora"], "lora."), _made(ReftStage, groups["reft"], "reft.")
+    whole = {
+        "model": model,
+        "method": method,
+        "stages": recipe(method, lora, reft),
+        "seed": seed,
+        **groups[""],
+    }
+    whole["task"] = _made(TaskSettings, groups["task"], "task.")
+    if groups["early_stopping"]:
+        whole["early_stopping"] = _made(EarlyStopping, groups["early_stopping"], "early_stopping.")
+    return _made(TrainConfig, whole, "")
+
+
+def _made(kind: type[S], values: dict[str, Any], prefix: str) -> S:
+    try:
+        return kind(**values)
+    except ValidationError as error:
+        first = error.errors()[0]
+        where = prefix + str(first["loc"][0]) if first["loc"] else prefix.rstrip(".")
+        known = f"; there are {', '.join(kind.model_fields)}" if first["type"] == "extra_forbidden" else ""
+        raise ConfigError(f"--set {where}: {first['msg']}{known}", param=where) from error
+
+
+def _value(text: str) -> Any:
+    try:
+        return json.loads(text)
+    except ValueError:
+        return text

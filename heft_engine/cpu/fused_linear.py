@@ -1,0 +1,114 @@
+"""The products of decoder layers, with what the rows' adapters add to them: on a CPU's matrix units where these can do
+it (heft_engine.cpu.amx), by the linear layers themselves elsewhere, with hooks and all.
+
+A row's bits don't depend on the rows beside it, nor on whether the layer runs in one go. It does NOT know attention or
+the order of a layer's parts.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import cast
+
+from torch import Tensor, nn
+
+from heft_engine.cpu import amx, packed_weights
+from heft_engine.cpu.amx import MatrixUnits
+from heft_engine.cpu.amx_types import Addition, Norm, Projection
+from heft_engine.model.packing import AdapterHook, Layout, PackedRow, RowAdapter
+
+#: Rows whose adapters do more than a product can add.
+Others = list[tuple[PackedRow, RowAdapter]]
+
+
+class LayerProducts:
+    """Products of bfloat16 states (1, T, in), without a gradient."""
+
+    def __init__(self) -> None:
+        self._units = amx.load()
+
+    def on_units(self, *modules: nn.Module) -> MatrixUnits | None:
+        """The units, if they take all of these and nothing but products and adapters happens in them."""
+        units = self._units
+        fits = units is not None and all(
+            _is_plain(module) and units.takes(cast(Tensor, module.weight)) for module in modules
+        )
+        return units if fits else None
+
+    def linear(self, module: nn.Linear, x: Tensor, layout: Layout) -> Tensor:
+        """The module's output for x, adapted: (1, T, out)."""
+        units = self.on_units(module)
+        if units is None:
+            return cast(Tensor, module(x))
+        additions, others = _adapters(module, layout)
+        packed = packed_weights.kept(module.weight)
+        out = units.product(x, module.weight, packed, module.bias, None, additions)
+        if others:
+            _hook(module).adapt(others, module, x, out)
+        return out
+
+    def additions(self, modules: Sequence[nn.Linear], layout: Layout) -> list[list[Addition]] | None:
+        """What adapters add to each product; None where one of them does more."""
+        adapters = [_adapters(module, layout) for module in modules]
+        return None if any(others for _, others in adapters) else [additions for additions, _ in adapters]
+
+    @staticmethod
+    def projections(
+        units: MatrixUnits,
+        states: Tensor,
+        norm: Norm,
+        modules: Sequence[nn.Linear],
+        additions: Sequence[Sequence[Addition]],
+    ) -> list[Tensor]:
+        """Of norm(states), the output of each module that `on_units` has found, with the additions to it."""
+        asked = [
+            Projection(module.weight, packed_weights.kept(module.weight), module.bias, more)
+            for module, more in zip(modules, additions, strict=True)
+        ]
+        return units.projections(states, norm, asked)
+
+    @staticmethod
+    def gated(
+        units: MatrixUnits,
+        states: Tensor,
+        norm: Norm,
+        modules: Sequence[nn.Linear],
+        additions: Sequence[Sequence[Addition]],
+    ) -> Tensor:
+        """states + down(SiLU(gate(x)) ⊙ up(x)) of x = norm(states), with the additions to each product.
+
+        modules: gate, up and down, without biases, as `on_units` has found them.
+        """
+        gate, up, down = (module.weight for module in modules)
+        packed = [found for w in (gate, up, down) if (found := packed_weights.kept(w)) is not None]
+        kept = (packed[0], packed[1], packed[2]) if len(packed) == len(modules) else None
+        added = (additions[0], additions[1], additions[2])
+        return units.gated(states, norm, (gate, up, down), kept, added)
+
+
+def _is_plain(module: nn.Module) -> bool:
+    if type(module) is not nn.Linear or module._forward_pre_hooks or "forward" in module.__dict__:
+        return False
+    return all(isinstance(hook, AdapterHook) for hook in module._forward_hooks.values())
+
+
+def _hook(module: nn.Module) -> AdapterHook:
+    hooks: list[object] = list(module._forward_hooks.values())
+    return next(hook for hook in hooks if isinstance(hook, AdapterHook))
+
+
+def _adapters(module: nn.Module, layout: Layout) -> tuple[list[Addition], Others]:
+    additions: list[Addition] = []
+    others: Others = []
+    if layout.adapters is None or not module._forward_hooks:
+        return additions, others
+    name = _hook(module).name
+    for row, adapter in zip(layout.rows, layout.adapters, strict=True):
+        if adapter is None or not adapter.touches(name):
+            continue
+        factors = adapter.factors(name)
+        if factors is None:
+            others.append((row, adapter))
+        else:
+            additions += [Addition(row.start, row.length, *each) for each in factors]
+    return additions, others

@@ -1,0 +1,1 @@
+"""Rows and tasks: reading rows, encoding them, metrics of answers."""

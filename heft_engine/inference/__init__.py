@@ -1,0 +1,1 @@
+"""Inference: scoring, decoding, key/value and prefix caches."""

@@ -1,0 +1,1 @@
+"""Base models as the engine runs them: packed batches, attention, interventions, losses."""

@@ -1,0 +1,220 @@
+"""A base model as this engine runs it: packed batches in, hidden states and label scores out.
+
+The decoder layers are called one by one instead of through the family's `forward`, so that training, scoring and
+caching can each start and stop at a layer. Tests hold every family to its own `forward`.
+
+It does NOT know rows, tasks or how anything is trained.
+"""
+
+from __future__ import annotations
+
+import os
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any, cast
+
+import torch
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from heft_engine.cpu import fused_ops, lanes, packed_weights
+from heft_engine.cpu.fused_layers import QuickLayers
+from heft_engine.model.batch_invariant import FixedShapes, unmeasured
+from heft_engine.model.block_sizes import measured
+from heft_engine.model.families import family_of
+from heft_engine.model.interventions import Sites
+from heft_engine.model.packing import Batch, Layout
+from heft_engine.runtime.free_memory import free_bytes
+
+#: On a CPU every shape of a matrix product has machine code of its own, 0.9 MB of it, of which oneDNN keeps the last
+#: 1,024 otherwise: as much memory as a pass takes, for shapes that mostly don't come again. It reads this at its first
+#: product.
+os.environ.setdefault("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "256")
+
+
+#: Held while a head is there in float32: lanes ask side by side, and it may be two gigabytes.
+_EXACT = threading.Lock()
+
+
+class PackedLM:
+    """A causal language model with its interventions, over packed batches."""
+
+    def __init__(self, model: nn.Module) -> None:
+        self.model = model
+        self.config: Any = model.config
+        self.family = family_of(self.config)
+        self.backbone: Any = getattr(model, self.family.backbone)
+        self.layers: nn.ModuleList = self.backbone.layers
+        self.head: Any = cast(Any, model).get_output_embeddings()
+        self.sites = Sites(self.layers)
+        #: Called with every pass through layers: long evaluations and prefills show in it that they move.
+        self.on_forward: Callable[[], None] = lambda: None
+        #: Whether layers keep their input alone and run again for their gradient.
+        self.checkpointing = False
+        self._fixed_shapes: dict[int, FixedShapes] = {}
+        self._quick_layers: QuickLayers | None = None
+
+    @property
+    def n_layers(self) -> int:
+        return len(self.layers)
+
+    @property
+    def hidden_size(self) -> int:
+        return int(self.config.hidden_size)
+
+    @property
+    def device(self) -> torch.device:
+        """Where token ids go: the embedding's device, which a model spread over several GPUs has first."""
+        return cast(torch.device, getattr(self.backbone, self.family.embedding).weight.device)
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return cast(torch.dtype, getattr(self.backbone, self.family.embedding).weight.dtype)
+
+    @property
+    def parameters(self) -> int:
+        return sum(parameter.numel() for parameter in self.model.parameters())
+
+    def fixed_shapes(self) -> FixedShapes:
+        """The mode in which a row's bits don't depend on its neighbours; measured once for a number of threads, and
+        with it for what a lane has."""
+        threads = torch.get_num_threads()
+        if threads not in self._fixed_shapes:
+            self._fixed_shapes = measured(self.layers, self.device)
+        return self._fixed_shapes[threads]
+
+    def quick_layers(self) -> QuickLayers:
+        """The layers' quick passes, tried out once."""
+        if self._quick_layers is None:
+            kinds = [self._kind(index) or "" for index in range(self.n_layers)]
+            with self.fixed_shapes():
+                self._quick_layers = QuickLayers(list(self.layers), kinds, self._turned)
+        return self._quick_layers
+
+    def leave_shapes_unmeasured(self) -> None:
+        """Blocks of one height alone: measuring takes longer than the few rows that this model is asked."""
+        threads = {torch.get_num_threads(), lanes.threads_of_a_lane()}
+        self._fixed_shapes = dict.fromkeys(threads, unmeasured(self.device))
+
+    def share_fixed_shapes(self, other: PackedLM) -> None:
+        """Takes over what was measured for another model with layers of the same shapes."""
+        self._fixed_shapes = other._fixed_shapes
+
+    @contextmanager
+    def answering(self, *, steps: bool = False) -> Iterator[bool]:
+        """For passes without a gradient: inside, a row's bits don't depend on its neighbours, and layers run as
+        quickly as they can with the same bits. `steps`: passes of one token a text.
+
+        Yields whether a lane gives a row the bits that it gets here."""
+        shapes = self.fixed_shapes()
+        with shapes.steps if steps else shapes, self.quick_layers().active():
+            yield shapes.is_alike
+
+    def pack(self, spare_bytes: int | None = None) -> None:
+        """Keeps the layers' weights packed too where that takes no more than so many bytes: by default than half of
+        what is free."""
+        spare = free_bytes(self.device) // 2 if spare_bytes is None else spare_bytes
+        if packed_weights.bytes_to_pack(self.layers) <= spare:
+            packed_weights.pack(self.layers)
+
+    @contextmanager
+    def packed(self) -> Iterator[None]:
+        """Weights are packed inside, where there is room for that."""
+        try:
+            self.pack()
+            yield
+        finally:
+            packed_weights.unpack(self.layers)
+
+    def hidden(self, batch: Batch) -> Tensor:
+        """The last hidden states, after the final norm: (T, hidden)."""
+        ids, positions = batch.input_ids.to(self.device)[None], batch.position_ids.to(self.device)[None]
+        states = self.embed(ids)
+        return self.finish(self.run_layers(states, positions, batch.layout, 0, self.n_layers))[0]
+
+    def embed(self, ids: Tensor) -> Tensor:
+        """Token ids (B, T) → embeddings (B, T, hidden), scaled as the family does it."""
+        return cast(Tensor, getattr(self.backbone, self.family.embedding)(ids))
+
+    def run_layers(
+        self,
+        states: Tensor,
+        positions: Tensor,
+        layout: Layout,
+        first: int,
+        end: int,
+        watch: Callable[[int, Tensor], None] | None = None,
+    ) -> Tensor:
+        """Runs decoder layers first … end − 1 over states (B, T, hidden) at `positions` (B, T).
+
+        `watch` is told each layer and the states before it.
+        """
+        self.on_forward()
+        rotary: dict[str | None, Any] = {}
+        for index in range(first, end):
+            if watch is not None:
+                watch(index, states)
+            kind = self._kind(index) if self.family.rotary_by_layer_type else None
+            if kind not in rotary:
+                rotary[kind] = self._turned(states, positions, kind)
+            options: dict[str, Any] = {
+                "attention_mask": None,
+                "position_ids": positions,
+                "position_embeddings": rotary[kind],
+                "use_cache": False,
+                "layout": layout,
+            }
+            states = self._run_layer(index, states, options)
+        return states
+
+    def _kind(self, index: int) -> str | None:
+        """Of a layer: families with several kinds name them in their configuration."""
+        kinds = getattr(self.config, "layer_types", None)
+        return None if kinds is None else str(kinds[index])
+
+    def _turned(self, states: Tensor, positions: Tensor, kind: str | None) -> Any:
+        """Cosine and sine of the rotary embedding, of states' dtype."""
+        by_kind = (kind,) if self.family.rotary_by_layer_type else ()
+        return self.backbone.rotary_emb(states, positions, *by_kind)
+
+    def _run_layer(self, index: int, states: Tensor, options: dict[str, Any]) -> Tensor:
+        if self.checkpointing and torch.is_grad_enabled():
+            return cast(Tensor, checkpoint(self.layers[index], states, use_reentrant=False, **options))
+        return cast(Tensor, self.layers[index](states, **options))
+
+    def finish(self, states: Tensor) -> Tensor:
+        """The final norm."""
+        return cast(Tensor, getattr(self.backbone, self.family.norm)(states))
+
+    def logits(self, hidden: Tensor) -> Tensor:
+        """Hidden states (n, hidden) → float32 logits (n, vocabulary), soft-capped where the family does so."""
+        return self._cap(cast(Tensor, self.head(hidden)).float())
+
+    def exact_logits(self, hidden: Tensor) -> Tensor:
+        """As `logits`, but multiplied in float32: through a bfloat16 head, 7 of 160 BoolQ rows tied exactly."""
+        weight, compiled = self.head.weight, fused_ops.load()
+        on_cpu = weight.device.type == "cpu" and weight.dtype == hidden.dtype == torch.bfloat16
+        on_cpu = on_cpu and hidden.device == weight.device and weight.is_contiguous()
+        if compiled is not None and on_cpu and not torch.is_grad_enabled():
+            return self._cap(compiled.logits(hidden, weight.detach()) + self._bias())
+        # One copy of the head at a time, and as many threads wherever it is: more of them might round otherwise.
+        with _EXACT, lanes.computing_with(1):
+            return self._cap(hidden.float() @ weight.float().T + self._bias())
+
+    def label_logits(self, hidden: Tensor, tokens: Tensor) -> Tensor:
+        """Float32 logits of a few tokens: hidden (n, hidden), tokens (n, k) → (n, k).
+
+        Products and sums row by row, never one matrix product: a row's bits don't depend on n.
+        """
+        weights = self.head.weight[tokens].float()
+        bias = self._bias()
+        offset = bias[tokens] if isinstance(bias, Tensor) else bias
+        return self._cap((weights * hidden.float()[:, None, :]).sum(-1) + offset)
+
+    def _bias(self) -> Tensor | float:
+        return self.head.bias.float() if getattr(self.head, "bias", None) is not None else 0.0
+
+    def _cap(self, logits: Tensor) -> Tensor:
+        cap = getattr(self.config, "final_logit_softcapping", None)
+        return logits if cap is None else torch.tanh(logits / cap) * cap

@@ -1,0 +1,1 @@
+"""Objectives: what a stage is trained for."""

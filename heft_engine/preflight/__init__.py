@@ -1,0 +1,1 @@
+"""Checks of data before a run: rows, duplicates, leakage, lengths."""

@@ -1,0 +1,117 @@
+"""Everything that can be known of a job before it is trained: its model, its rows, whether its settings fit them.
+
+Resolves the base model (which may download or convert it), writes the rows of `hub:` and `sample:` references
+to files, and checks every file line by line. It does NOT know jobs, nor what becomes of the files that it writes.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from heft_engine.config.known_datasets import SPLITS
+from heft_engine.config.train import TrainConfig
+from heft_engine.data import samples
+from heft_engine.data.hub import load_hub_rows
+from heft_engine.errors import ConfigError
+from heft_engine.model.auto_settings import resolve_stage
+from heft_engine.model.base_models import BaseModel, resolve
+from heft_engine.model.families import FAMILIES
+from heft_engine.model.model_files import ModelInfo, inspect
+from heft_engine.preflight.check_rows import Limits, check_files
+from heft_engine.preflight.report import FileField, Report
+
+
+@dataclass(frozen=True, kw_only=True)
+class Places:
+    """Where things are on this machine. `out` is a directory for the rows of references."""
+
+    out: Path
+    model_dir: Path | None = None
+    cache_dir: Path | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class Prepared:
+    """`made` are the files that were written for references, by field."""
+
+    base: BaseModel
+    info: ModelInfo
+    report: Report
+    made: Mapping[FileField, Path]
+
+    def to_json(self) -> dict[str, Any]:
+        """The report as a job keeps it, with the base model that its rows were checked for."""
+        base = {"reference": self.base.reference, "source": self.base.source, "revision": self.base.revision}
+        return {"base_model": {**base, **asdict(self.info)}, **self.report.to_json()}
+
+
+def prepare(
+    config: TrainConfig,
+    files: Mapping[FileField, str],
+    places: Places,
+    *,
+    limits: Limits | None = None,
+    on_progress: Callable[[int], None] = lambda rows: None,
+) -> Prepared:
+    """Check it all. `files` are paths, or references `hub:…` or `sample:…`.
+
+    Faults of rows are in the report (`report.error()`). Raises EngineError for everything else: a model or a
+    dataset that is not to be had, a task or a setting that does not fit.
+    """
+    base = resolve(config.model, model_dir=places.model_dir, cache_dir=places.cache_dir)
+    info = inspect(base.path)
+    for stage in config.stages:
+        resolve_stage(
+            stage,
+            FAMILIES[info.model_type],
+            n_layers=info.n_layers,
+            hidden_size=info.hidden_size,
+            parameters=info.parameters,
+        )
+    if config.early_stopping is not None and "validation_file" not in files:
+        raise ConfigError("early stopping needs a validation_file to watch", param="early_stopping")
+    made = {
+        name: path
+        for name, reference in files.items()
+        if (path := materialise(name, reference, places)) is not None
+    }
+    paths = {name: Path(reference) for name, reference in files.items()} | made
+    report = check_files(
+        paths["training_file"],
+        paths.get("validation_file"),
+        paths.get("test_file"),
+        model_path=base.path,
+        task=config.task,
+        max_length=config.max_length,
+        limits=limits,
+        on_progress=on_progress,
+    )
+    return Prepared(base=base, info=info, report=report, made=made)
+
+
+def materialise(name: FileField, reference: str, places: Places) -> Path | None:
+    """The rows behind `hub:…` or `sample:…` as a file in `places.out`; None for a path. Raises EngineError."""
+    rows = _referenced(name, reference, places.cache_dir)
+    return _write(rows, places.out / f"{name}.jsonl") if rows is not None else None
+
+
+def _referenced(name: FileField, reference: str, cache_dir: Path | None) -> Iterable[dict[str, Any]] | None:
+    """The rows behind a reference; None for a path."""
+    source, _, rest = reference.partition(":")
+    if source == "sample":
+        sample, _, split = rest.partition(":")
+        return samples.generate(sample, split or SPLITS[name])
+    if source == "hub":
+        return load_hub_rows(rest, name, cache_dir=cache_dir)
+    return None
+
+
+def _write(rows: Iterable[Mapping[str, Any]], path: Path) -> Path:
+    with path.open("w", encoding="utf-8") as stream:
+        for row in rows:
+            stream.write(json.dumps(row, ensure_ascii=False) + "\n")
+    return path

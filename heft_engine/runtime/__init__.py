@@ -1,0 +1,1 @@
+"""The process: devices, threads, memory, and directories written whole or not at all."""

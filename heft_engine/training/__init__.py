@@ -1,0 +1,1 @@
+"""Training: runs, stages, plans, caches of frozen activations, checkpoints."""

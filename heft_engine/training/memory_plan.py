@@ -1,0 +1,189 @@
+"""How much memory a stage will take, known before it starts, and how its passes are cut to fit.
+
+What a pass keeps for its gradient is measured on a few made-up tokens, so it holds for every family, dtype and kind of
+stage, and then counted out for the rows as they will be packed. `batch_size` is no matter of memory here: a step is cut
+into passes that fit. What must fit is the longest row; when it does not, layers are computed twice (gradient
+checkpointing); when even that does not help, the stage fails before it starts and says which length would fit.
+
+It does NOT know stages beyond their parameters, nor files.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from heft_engine.data.encoding import Example
+from heft_engine.errors import TrainingError
+from heft_engine.model.causal_attention import LONGEST_MATRIX, STEP
+from heft_engine.model.loss import CHUNK
+from heft_engine.model.packed_lm import PackedLM
+from heft_engine.runtime.malloc import give_back
+from heft_engine.training.loss_source import PlainSource
+
+#: Of what a pass keeps: its own results on the way, and the holes between them.
+OVERHEAD = 1.35
+#: Machine code that oneDNN makes for the products of one length of pass, and for as many shapes as it keeps.
+_CODE_OF_A_LENGTH, _MOST_CODE = 16_000_000, 230_000_000
+_PROBES = ((64,), (32, 32), (128,))
+_SMALLEST_LENGTH = 64
+
+
+@dataclass(frozen=True, kw_only=True)
+class Footprint:
+    """Bytes that a forward pass keeps for its gradient: fixed + per_token · Σn + per_square · Σn² over its rows.
+
+    Attention's weights are the squares: of rows padded to STEP, and not of rows longer than `longest_square`.
+    """
+
+    fixed: float
+    per_token: float
+    per_square: float
+    longest_square: float = math.inf
+
+    def of(self, lengths: Sequence[int]) -> float:
+        squares = sum(_padded(length) ** 2 for length in lengths if length <= self.longest_square)
+        return self.fixed + self.per_token * sum(lengths) + self.per_square * squares
+
+    def longest(self, room: float) -> int:
+        """The longest row whose pass takes at most `room` bytes; 0 when none does."""
+        low, high = 0, 1 << 20
+        while low < high:
+            middle = (low + high + 1) // 2
+            low, high = (middle, high) if self.of([middle]) <= room else (low, middle - 1)
+        return low
+
+
+def _padded(length: int) -> int:
+    return -(-length // STEP) * STEP
+
+
+def footprint(lm: PackedLM) -> Footprint:
+    """Measured on passes of 64 to 128 made-up tokens with whatever is trainable in the model now."""
+    one, two, long = (_kept(lm, lengths) for lengths in _PROBES)
+    # one − two: the same tokens, squares 4,096 and 2,048. long: twice the tokens, squares 16,384.
+    per_square = max(0.0, (one - two) / 2_048)
+    per_token = max(0.0, (long - one - per_square * (16_384 - 4_096)) / 64)
+    # With soft caps or windows, rows of every length have their weights kept.
+    names = ("attn_logit_softcapping", "sliding_window")
+    always = any(getattr(lm.config, name, None) is not None for name in names)
+    return Footprint(
+        fixed=max(0.0, one - 64 * per_token - 4_096 * per_square),
+        per_token=per_token,
+        per_square=per_square,
+        longest_square=math.inf if always else LONGEST_MATRIX,
+    )
+
+
+def _kept(lm: PackedLM, lengths: Sequence[int]) -> int:
+    """Bytes of all storages that a pass over rows of these lengths keeps, the model's own weights left out."""
+    own = {tensor.untyped_storage().data_ptr() for tensor in lm.model.state_dict().values()}
+    sizes: dict[int, int] = {}
+    held: list[Tensor] = []
+
+    def pack(tensor: Tensor) -> Tensor:
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() not in own and storage.data_ptr() not in sizes:
+            sizes[storage.data_ptr()] = storage.nbytes()
+            held.append(tensor)  # so that no address is given out twice
+        return tensor
+
+    examples = [Example(prompt=(1,) * n, answers=((1,),), labels=("",), gold=0) for n in lengths]
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        PlainSource(lm=lm, examples=examples).loss(range(len(examples)))
+    return sum(sizes.values())
+
+
+def head_bytes(lm: PackedLM, tokens: int) -> int:
+    """Of the logits in memory at a time, of a pass with so many supervised tokens: in the model's dtype, in float32,
+    their softmax and two gradients."""
+    return min(CHUNK, tokens) * int(lm.config.vocab_size) * (4 * 4 + 2 * lm.dtype.itemsize)
+
+
+def code_bytes(lm: PackedLM, lengths: int) -> int:
+    """Of machine code for passes of so many lengths. For float32 another library has one for all of them."""
+    if lm.device.type != "cpu" or lm.dtype == torch.float32:
+        return 0
+    return min(_MOST_CODE, lengths * _CODE_OF_A_LENGTH)
+
+
+def pass_bytes(lm: PackedLM, tokens: int) -> int:
+    """Of a pass without a gradient over so many tokens: the widest layer's intermediate results."""
+    wide = int(getattr(lm.config, "intermediate_size", 4 * lm.hidden_size))
+    return tokens * (8 * lm.hidden_size + 4 * wide) * lm.dtype.itemsize
+
+
+@dataclass(frozen=True, kw_only=True)
+class Fit:
+    """How a stage's passes are cut. `bytes`: of the largest pass, what it keeps."""
+
+    token_budget: int
+    checkpointing: bool
+    bytes: int
+
+
+def fit(
+    room: float,
+    most: int,
+    largest: Callable[[Footprint, int], float],
+    longest_row: int,
+    measured: Callable[[bool], Footprint],
+    kind: str,
+) -> Fit:
+    """The largest token budget of at most `most` whose passes fit into `room` bytes.
+
+    largest(footprint, budget): bytes of the stage's largest pass. measured(checkpointing): the footprint.
+    Raises TrainingError (out_of_memory) when the longest row does not fit alone.
+    """
+    for checkpointing in (False, True):
+        found, budget = measured(checkpointing), most
+        while True:
+            needed = largest(found, budget)
+            if needed <= room:
+                return Fit(token_budget=budget, checkpointing=checkpointing, bytes=int(needed))
+            if budget <= longest_row:
+                break
+            budget = max(budget // 2, 1)
+    length = found.longest(room)
+    advice = (
+        f"max_length {length} would fit"
+        if length >= _SMALLEST_LENGTH
+        else "no useful length fits: take a smaller model or a machine with more memory"
+    )
+    message = (
+        f"stage {kind} needs {needed / 1e9:.2g} GB for a row of {longest_row} tokens and {max(0.0, room) / 1e9:.2g} GB "
+        f"are free for it; {advice}. batch_size does not matter: a step is cut into passes that fit"
+    )
+    raise TrainingError(message, param="max_length", code="out_of_memory")
+
+
+@contextmanager
+def peak(device: torch.device) -> Iterator[Callable[[], int | None]]:
+    """Yields a function that tells the most this process has held since; None where the system does not say."""
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)
+        yield lambda: torch.cuda.max_memory_allocated(device)
+        return
+    give_back()  # what an earlier stage has left is none of it
+    with suppress(OSError):
+        Path("/proc/self/clear_refs").write_text("5")  # sets VmHWM back to what is resident now
+    yield _highest_resident
+
+
+def _highest_resident() -> int | None:
+    with suppress(OSError):
+        for line in Path("/proc/self/status").read_text().splitlines():
+            if line.startswith("VmHWM:"):
+                return int(line.split()[1]) * 1_024
+    return None
+
+
+def gradient_bytes(parameters: Sequence[Tensor]) -> int:
+    """Of the gradients and Adam's two moments."""
+    return 3 * sum(parameter.numel() * parameter.element_size() for parameter in parameters)

@@ -1,0 +1,95 @@
+"""One stage on examples at hand, planned and trained as a run does it, without a run's evaluation, files and merge: for
+who measures it or compares ways to train it. It does NOT know rows, recipes or bundles.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from heft_engine.adapters.trainable import LoraTrainable, ReftTrainable, attach
+from heft_engine.config.train import Auto, LoraStage, ReftStage
+from heft_engine.data.encoding import Example
+from heft_engine.events import OnEvent
+from heft_engine.model.packed_lm import PackedLM
+from heft_engine.training.activation_cache import Rung, size_of
+from heft_engine.training.loop import Hooks, Progress, StageRun
+from heft_engine.training.loss_source import CacheBudget, CachePlan, PlainSource, Source
+from heft_engine.training.plan import Planner, StagePlan
+
+
+@dataclass(frozen=True, kw_only=True)
+class SingleStage:
+    """A stage whose plan is in force."""
+
+    planner: Planner
+    plan: StagePlan
+    trainable: LoraTrainable | ReftTrainable
+    on_event: OnEvent
+
+    def source(self) -> Source:
+        """Of the examples' losses. Runs the prefill."""
+        planner = self.planner
+        return self.plan.cache.open(planner.lm, planner.boundary, planner.examples, None)
+
+    def train(self, source: Source, **progress: Any) -> None:
+        """`progress`: what begins otherwise than planned, by the names of `training.Progress`."""
+        stage, rows = self.planner.stage, self.planner.examples
+        StageRun(
+            stage=stage,
+            index=0,
+            seed=0,
+            trainable=self.trainable,
+            examples=rows,
+            source=source,
+            validation=[],
+            validation_source=PlainSource(lm=self.planner.lm, examples=[]),
+            early_stopping=None,
+            first_step=0,
+            total_steps=stage.n_epochs * -(-len(rows) // stage.batch_size),
+            progress=replace(Progress(**self.plan.of_progress), **progress),
+            hooks=Hooks(on_event=self.on_event, save=lambda *_: None, should_stop=lambda: False),
+        ).run()
+
+
+@contextmanager
+def single_stage(
+    lm: PackedLM,
+    stage: LoraStage | ReftStage,
+    rows: Sequence[Example],
+    on_event: OnEvent,
+    *,
+    rung: Rung = "nothing",
+    compile: bool | Auto = False,
+    cache_dir: Path | None = None,
+) -> Iterator[SingleStage]:
+    """Attaches what the stage trains, the same bits each time, and leaves it attached.
+
+    `rung`: of the cache, in memory; there is none for a stage that trains the first layer.
+    """
+    torch.manual_seed(0)
+    trainable = attach(lm, stage)
+    boundary = trainable.boundary()
+    rung = rung if boundary.layer else "nothing"
+    cache = CachePlan(rung=rung, on_disk=False, bytes=size_of(lm, boundary, rows, rung))
+    planner = Planner(
+        lm=lm,
+        stage=stage,
+        index=0,
+        seed=0,
+        trainable=trainable,
+        boundary=boundary,
+        examples=rows,
+        validation=[],
+        budget=CacheBudget(),
+        compile=compile,
+        cache_dir=cache_dir,
+        caches=(cache, CachePlan(rung="nothing", on_disk=False, bytes=0)),
+    )
+    with planner.planned(None) as plan:
+        yield SingleStage(planner=planner, plan=plan, trainable=trainable, on_event=on_event)

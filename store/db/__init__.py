@@ -1,0 +1,1 @@
+"""The database: sessions, tables, states, pages of lists."""

@@ -1,0 +1,89 @@
+"""The tables of studies, and of what jobs leave for comparisons. `migrations/` builds them, as those of tables.
+
+It does NOT hold queries: see studies, study_order and verdicts.
+"""
+
+from __future__ import annotations
+
+from datetime import datetime
+from typing import Any
+
+from sqlalchemy import ForeignKey, Index, UniqueConstraint, func, text
+from sqlalchemy.orm import Mapped, mapped_column
+
+from store.db.tables import Base
+
+
+class Outcome(Base):
+    """Which rows a job got right after each of its stages, and what the stages cost. Written with the job's end."""
+
+    __tablename__ = "outcomes"
+
+    job_id: Mapped[str] = mapped_column(ForeignKey("jobs.id"), primary_key=True)
+    outcomes: Mapped[
+        dict[str, Any] | None
+    ]  #: heft_engine.training.costs.outcomes; None: there were no rows to measure on
+    costs: Mapped[list[Any]]  #: heft_engine.training.costs.cost_of, stage by stage
+
+
+class Study(Base):
+    """Several arms on the same data. Its status is derived from its jobs; `finished_at` follows its last verdict."""
+
+    __tablename__ = "studies"
+
+    id: Mapped[str] = mapped_column(primary_key=True)  #: study_…
+    owner_id: Mapped[str]
+    spec: Mapped[dict[str, Any]]  #: StudySpec as JSON, and the arms that came of it
+    metadata_: Mapped[dict[str, Any]] = mapped_column("metadata", server_default=text("'{}'::jsonb"))
+    created_at: Mapped[datetime] = mapped_column(server_default=func.now())
+    finished_at: Mapped[datetime | None]
+    cancel_requested_at: Mapped[datetime | None]
+    event_seq: Mapped[int] = mapped_column(server_default=text("0"))
+    verdict: Mapped[dict[str, Any] | None]  #: heft_engine.studies.judge over the jobs that have ended
+
+    __table_args__ = (
+        Index("studies_by_owner", "owner_id", text("created_at DESC"), text("id DESC")),
+        Index("studies_unfinished", "created_at", postgresql_where=text("finished_at IS NULL")),
+    )
+
+
+class StudyJob(Base):
+    """One arm with one seed: an ordinary job."""
+
+    __tablename__ = "study_jobs"
+
+    job_id: Mapped[str] = mapped_column(ForeignKey("jobs.id"), primary_key=True)
+    study_id: Mapped[str] = mapped_column(ForeignKey("studies.id"))
+    place: Mapped[int]  #: in the study's order
+    arm: Mapped[str]
+    seed: Mapped[int]
+    told: Mapped[str | None]  #: the end that the study's events have told of
+
+    __table_args__ = (UniqueConstraint("study_id", "place", name="study_jobs_in_order"),)
+
+
+class StudyPrefix(Base):
+    """The first `length` stages of a study's job, by a hash of all that goes into them (store.jobs.shared_prefix)."""
+
+    __tablename__ = "study_prefixes"
+
+    job_id: Mapped[str] = mapped_column(ForeignKey("jobs.id"), primary_key=True)
+    length: Mapped[int] = mapped_column(primary_key=True)
+    key: Mapped[str]
+    place: Mapped[int]
+
+    __table_args__ = (Index("study_prefixes_by_key", "key", "place"),)
+
+
+class StudyEvent(Base):
+    """What happened to a study, numbered without gaps, as a job's events are."""
+
+    __tablename__ = "study_events"
+
+    study_id: Mapped[str] = mapped_column(ForeignKey("studies.id"), primary_key=True)
+    seq: Mapped[int] = mapped_column(primary_key=True)
+    id: Mapped[str] = mapped_column(unique=True)  #: studyevent_…
+    created_at: Mapped[datetime] = mapped_column(server_default=func.now())
+    level: Mapped[str]
+    message: Mapped[str]
+    data: Mapped[dict[str, Any]]

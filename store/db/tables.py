@@ -1,0 +1,297 @@
+"""The tables, as SQLAlchemy sees them. `migrations/` builds them; a test holds the two together.
+
+It does NOT hold queries: those live in the modules named after what they ask for.
+"""
+
+from __future__ import annotations
+
+from datetime import datetime
+from typing import Any, ClassVar
+
+from sqlalchemy import (
+    BigInteger,
+    CheckConstraint,
+    DateTime,
+    ForeignKey,
+    Index,
+    LargeBinary,
+    String,
+    Text,
+    UniqueConstraint,
+    func,
+    text,
+)
+from sqlalchemy.dialects.postgresql import JSONB
+from sqlalchemy.orm import DeclarativeBase, Mapped, mapped_column
+
+from store.db.states import JobState
+
+
+class Base(DeclarativeBase):
+    type_annotation_map: ClassVar = {
+        dict[str, Any]: JSONB(none_as_null=True),
+        list[Any]: JSONB(none_as_null=True),
+        datetime: DateTime(timezone=True),
+        str: Text,
+        int: BigInteger,
+    }
+
+
+def _now() -> Mapped[datetime]:
+    return mapped_column(server_default=func.now())
+
+
+class ApiKey(Base):
+    """A caller. Only the SHA-256 of the secret is kept; the key is shown once."""
+
+    __tablename__ = "api_keys"
+
+    id: Mapped[str] = mapped_column(primary_key=True)  #: the public half of heft_<id>_<secret>
+    owner_id: Mapped[str] = mapped_column(index=True)
+    name: Mapped[str]
+    secret_hash: Mapped[bytes] = mapped_column(LargeBinary)
+    created_at: Mapped[datetime] = _now()
+    last_used_at: Mapped[datetime | None]
+    revoked_at: Mapped[datetime | None]
+
+
+class File(Base):
+    """An uploaded file. Deleted hides it at once; its bytes go when no unfinished job uses it."""
+
+    __tablename__ = "files"
+
+    id: Mapped[str] = mapped_column(primary_key=True)  #: file-…
+    owner_id: Mapped[str]
+    filename: Mapped[str]
+    purpose: Mapped[str]
+    bytes: Mapped[int]
+    sha256: Mapped[str]
+    storage_key: Mapped[str]
+    created_at: Mapped[datetime] = _now()
+    deleted_at: Mapped[datetime | None]
+    purged_at: Mapped[datetime | None]
+
+    __table_args__ = (Index("files_by_owner", "owner_id", text("created_at DESC"), text("id DESC")),)
+
+
+class Job(Base):
+    """A fine-tuning job: the system of record. Every change is a guarded UPDATE (store.jobs.transitions)."""
+
+    __tablename__ = "jobs"
+
+    id: Mapped[str] = mapped_column(primary_key=True)  #: ftjob-…
+    owner_id: Mapped[str]
+    state: Mapped[str] = mapped_column(String(20))
+    spec: Mapped[dict[str, Any]]  #: TrainingSpec as JSON
+    metadata_: Mapped[dict[str, Any]] = mapped_column("metadata", server_default=text("'{}'::jsonb"))
+    created_at: Mapped[datetime] = _now()
+    started_at: Mapped[datetime | None]
+    finished_at: Mapped[datetime | None]
+
+    # Who works on it, and since when.
+    attempt: Mapped[int] = mapped_column(server_default=text("0"))  #: the fencing token
+    worker_id: Mapped[str | None]
+    lease_until: Mapped[datetime | None]
+    hinted_at: Mapped[datetime | None]  #: when a message was last sent for it
+    not_before: Mapped[datetime | None]  #: growing pause after a trainer died
+    trainer_deaths: Mapped[int] = mapped_column(server_default=text("0"))  #: since the last new checkpoint
+    lost_leases: Mapped[int] = mapped_column(server_default=text("0"))
+    paused_from: Mapped[str | None]  #: where resume goes back to
+    stages_passed: Mapped[int] = mapped_column(
+        server_default=text("0")
+    )  #: stages whose results are there for other jobs
+
+    # What its user wants of it now.
+    cancel_requested_at: Mapped[datetime | None]
+    pause_requested_at: Mapped[datetime | None]
+
+    # What is known so far.
+    event_seq: Mapped[int] = mapped_column(server_default=text("0"))
+    stage: Mapped[str | None]
+    progress: Mapped[dict[str, Any]] = mapped_column(server_default=text("'{}'::jsonb"))
+    metrics: Mapped[dict[str, Any]] = mapped_column(
+        server_default=text("'{}'::jsonb")
+    )  #: latest of each stage
+    resolved: Mapped[dict[str, Any]] = mapped_column(
+        server_default=text("'{}'::jsonb")
+    )  #: "auto" settings as the engine chose them
+    validation: Mapped[dict[str, Any] | None]  #: the report on its files
+    evaluation: Mapped[dict[str, Any] | None]
+    parity: Mapped[dict[str, Any] | None]
+    trained_tokens: Mapped[int | None]
+    error: Mapped[dict[str, Any] | None]  #: {code, message, param}
+    cleanup_error: Mapped[str | None]  #: trouble after the end never changes the end
+    result_file_id: Mapped[str | None]
+    fine_tuned_model: Mapped[str | None]
+
+    __table_args__ = (
+        CheckConstraint(
+            "state IN (" + ", ".join(f"'{state}'" for state in JobState) + ")", name="jobs_state"
+        ),
+        Index("jobs_by_owner", "owner_id", text("created_at DESC"), text("id DESC")),
+        Index("jobs_unfinished", "state", "lease_until", postgresql_where=text("finished_at IS NULL")),
+        Index("jobs_by_metadata", "metadata", postgresql_using="gin"),
+    )
+
+
+class Attempt(Base):
+    """One claim of a job by a worker, and how it ended."""
+
+    __tablename__ = "attempts"
+
+    job_id: Mapped[str] = mapped_column(ForeignKey("jobs.id"), primary_key=True)
+    number: Mapped[int] = mapped_column(primary_key=True)
+    worker_id: Mapped[str]
+    purpose: Mapped[str]  #: prepare or train
+    started_at: Mapped[datetime] = _now()
+    ended_at: Mapped[datetime | None]
+    outcome: Mapped[
+        str | None
+    ]  #: prepared, succeeded, failed, cancelled, paused, released, trainer_died, lease_lost
+    swept_at: Mapped[datetime | None]  #: when what it left in storage and no row names was deleted
+
+
+class Event(Base):
+    """What happened to a job, numbered without gaps: the sequence is taken by UPDATE … RETURNING on the job's
+    row.
+    """
+
+    __tablename__ = "events"
+
+    job_id: Mapped[str] = mapped_column(ForeignKey("jobs.id"), primary_key=True)
+    seq: Mapped[int] = mapped_column(primary_key=True)
+    id: Mapped[str] = mapped_column(unique=True)  #: ftevent-…
+    attempt: Mapped[int]
+    created_at: Mapped[datetime] = _now()
+    level: Mapped[str]
+    type: Mapped[str]  #: message or metrics
+    message: Mapped[str]
+    data: Mapped[dict[str, Any]]
+
+
+class Checkpoint(Base):
+    """The commit point of a checkpoint: its files were durable before this row was written."""
+
+    __tablename__ = "checkpoints"
+
+    id: Mapped[str] = mapped_column(primary_key=True)  #: ftckpt-…
+    job_id: Mapped[str] = mapped_column(ForeignKey("jobs.id"), index=True)
+    attempt: Mapped[int]
+    step: Mapped[int]  #: optimiser steps of the whole run
+    stage: Mapped[str]
+    stage_index: Mapped[int]
+    kind: Mapped[str]  #: step (resume only) or stage (also a model that can be asked)
+    storage_key: Mapped[str]
+    manifest: Mapped[dict[str, Any]]  #: {file: sha256}
+    metrics: Mapped[dict[str, Any]]
+    model_id: Mapped[str | None]
+    created_at: Mapped[datetime] = _now()
+    removed_at: Mapped[datetime | None]  #: no longer a place to resume from
+    purged_at: Mapped[datetime | None]  #: its bytes are gone
+
+    __table_args__ = (UniqueConstraint("job_id", "attempt", "step", "kind", name="checkpoints_once"),)
+
+
+class BaseModelRow(Base):
+    """A base model that some worker can offer; the API knows models from these rows alone."""
+
+    __tablename__ = "base_models"
+
+    id: Mapped[str] = mapped_column(primary_key=True)  #: smollm2-135m, a folder's name, org/name
+    source: Mapped[str]  #: alias, directory or hub
+    revision: Mapped[str | None]  #: pinned once resolved
+    info: Mapped[dict[str, Any]]  #: model_type, n_layers, hidden_size, parameters
+    created_at: Mapped[datetime] = _now()
+    seen_at: Mapped[datetime] = _now()
+
+
+class FineTunedModel(Base):
+    """What a job left behind. One success, one model: the unique constraint says so."""
+
+    __tablename__ = "models"
+
+    id: Mapped[str] = mapped_column(primary_key=True)  #: ft:<base>:<owner>:<suffix>:<short id>[:ckpt-…]
+    owner_id: Mapped[str] = mapped_column(index=True)
+    job_id: Mapped[str] = mapped_column(ForeignKey("jobs.id"), index=True)
+    kind: Mapped[str]  #: final or checkpoint
+    base_model: Mapped[str]
+    storage_key: Mapped[str]
+    manifest: Mapped[dict[str, Any]]
+    task: Mapped[dict[str, Any]]
+    created_at: Mapped[datetime] = _now()
+    deleted_at: Mapped[datetime | None]
+    purged_at: Mapped[datetime | None]
+
+    __table_args__ = (
+        Index("models_one_success", "job_id", unique=True, postgresql_where=text("kind = 'final'")),
+    )
+
+
+class StageResult(Base):
+    """What a stage ended with, for later jobs of the same owner (store.jobs.stage_results)."""
+
+    __tablename__ = "stage_results"
+
+    storage_key: Mapped[str] = mapped_column(primary_key=True)
+    owner_id: Mapped[str]
+    key: Mapped[str]  #: SHA-256 of everything that went into it (heft_engine.training.stage_cache)
+    job_id: Mapped[str] = mapped_column(ForeignKey("jobs.id"), index=True)  #: whose attempt stored it
+    manifest: Mapped[dict[str, Any]]  #: {file: sha256}
+    bytes: Mapped[int]
+    created_at: Mapped[datetime] = _now()
+    last_used_at: Mapped[datetime] = _now()
+    removed_at: Mapped[datetime | None]  #: given up; the row goes after its bytes
+
+    __table_args__ = (Index("stage_results_by_key", "owner_id", "key"),)
+
+
+class Export(Base):
+    """An archive of a model in one format, built by a worker when first asked for."""
+
+    __tablename__ = "exports"
+
+    model_id: Mapped[str] = mapped_column(ForeignKey("models.id"), primary_key=True)
+    format: Mapped[str] = mapped_column(primary_key=True)  #: bundle, merged, peft, pyreft; diagnostics
+    state: Mapped[str]  #: pending, building, ready or failed
+    attempt: Mapped[int] = mapped_column(server_default=text("0"))  #: the fencing token
+    losses: Mapped[int] = mapped_column(server_default=text("0"))  #: workers that were lost over it
+    lease_until: Mapped[datetime | None]
+    storage_key: Mapped[str | None]
+    bytes: Mapped[int | None]
+    error: Mapped[dict[str, Any] | None]
+    created_at: Mapped[datetime] = _now()
+    failed_at: Mapped[datetime | None]
+
+
+class Reconciler(Base):
+    """One row: when the reconciler last looked, and until when it takes nothing over (after an outage)."""
+
+    __tablename__ = "reconciler"
+
+    id: Mapped[int] = mapped_column(primary_key=True, autoincrement=False)
+    swept_at: Mapped[datetime]
+    takeover_after: Mapped[datetime]
+
+
+class Worker(Base):
+    """A worker process that has been seen, what it does and when it last wrote."""
+
+    __tablename__ = "workers"
+
+    id: Mapped[str] = mapped_column(primary_key=True)
+    role: Mapped[str]  #: train or inference
+    info: Mapped[dict[str, Any]]  #: host, pid, device, dtype, version
+    started_at: Mapped[datetime] = _now()
+    seen_at: Mapped[datetime] = _now()
+
+
+class IdempotencyKey(Base):
+    """A POST that was answered: the same key and body get the same answer again."""
+
+    __tablename__ = "idempotency_keys"
+
+    owner_id: Mapped[str] = mapped_column(primary_key=True)
+    key: Mapped[str] = mapped_column(primary_key=True)
+    body_hash: Mapped[str]
+    resource_id: Mapped[str]
+    created_at: Mapped[datetime] = mapped_column(server_default=func.now(), index=True)

@@ -1,0 +1,1 @@
+"""Jobs: their specification, requests, leases, transitions and endings."""

@@ -1,0 +1,1 @@
+"""Operations: statistics, workers that are alive, diagnoses of jobs."""

@@ -1,0 +1,1 @@
+"""Bytes: artifacts, files, and the removal of what nothing refers to."""

@@ -1,0 +1,196 @@
+"""`heft predict --file`: bulk scoring against a scripted service that is busy, slow, or gone in the middle."""
+
+from __future__ import annotations
+
+import json
+import threading
+import time
+from collections.abc import Callable, Iterator
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+from typing import Any
+
+import pytest
+from running_stack import heft
+from typer.testing import Result
+
+Reply = tuple[int, dict[str, Any], dict[str, str]]
+
+
+class Answering:
+    """Says of each question whether its number is even; `before` may answer a request in its place."""
+
+    def __init__(self) -> None:
+        self.url = ""
+        self.asked: list[list[int]] = []
+        self.before: Callable[[list[int]], Reply | None] = lambda numbers: None
+        self.most_at_once = 0
+        self._under_way = 0
+        self._lock = threading.Lock()
+
+    def reply(self, body: dict[str, Any]) -> Reply:
+        numbers = [int(row["question"]) for row in body["inputs"]]
+        with self._lock:
+            self._under_way += 1
+            self.most_at_once = max(self.most_at_once, self._under_way)
+        try:
+            reply = self.before(numbers)
+            if reply is None:
+                reply = 200, {"data": [answer(number) for number in numbers]}, {}
+                with self._lock:
+                    self.asked.append(numbers)
+            return reply
+        finally:
+            with self._lock:
+                self._under_way -= 1
+
+
+def answer(number: int) -> dict[str, Any]:
+    text, unsure = ("no", "yes")[number % 2 == 0], number % 10 == 9
+    return {"answer": None if unsure else text, "abstained": unsure, "probability": 0.9, "number": number}
+
+
+def refusal(status: int, code: str, retry_after: str = "0", param: str | None = None) -> Reply:
+    error = {"message": "not now", "type": "t", "code": code, "param": param}
+    return status, {"error": error}, {"Retry-After": retry_after}
+
+
+@pytest.fixture
+def service() -> Iterator[Answering]:
+    scripted = Answering()
+
+    class Handler(BaseHTTPRequestHandler):
+        protocol_version = "HTTP/1.1"
+
+        def do_POST(self) -> None:
+            body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
+            status, value, headers = scripted.reply(body)
+            content = json.dumps(value).encode()
+            self.send_response(status)
+            for name, text in {**headers, "Content-Length": str(len(content))}.items():
+                self.send_header(name, text)
+            self.end_headers()
+            self.wfile.write(content)
+
+        def log_message(self, format: str, *arguments: object) -> None:
+            pass
+
+    server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+    scripted.url = f"http://127.0.0.1:{server.server_address[1]}"
+    thread = threading.Thread(target=server.serve_forever, args=(0.01,))
+    thread.start()
+    yield scripted
+    server.shutdown()
+    thread.join()
+    server.server_close()
+
+
+@pytest.fixture
+def rows(tmp_path: Path) -> Path:
+    """100 rows, every tenth of which says something wrong."""
+    path = tmp_path / "rows.jsonl"
+    lines = [{"question": str(n), "answer": (n % 2 == 0) != (n % 10 == 0)} for n in range(100)]
+    path.write_text("".join(json.dumps(line) + "\n\n" for line in lines))
+    return path
+
+
+def run(service: Answering, rows: Path, out: Path, *options: str) -> Result:
+    flags = ["predict", "m", "--file", str(rows), "--out", str(out), "--batch", "7", *options]
+    return heft("--url", service.url, "--api-key", "k", *flags)
+
+
+def numbers(out: Path) -> list[int]:
+    return [json.loads(line)["number"] for line in out.read_text().splitlines()]
+
+
+def test_all_rows_in_order_several_requests_at_once(service: Answering, rows: Path, tmp_path: Path) -> None:
+    arrived = threading.Barrier(3, timeout=10)
+
+    def together(asked: list[int]) -> None:
+        if asked[0] < 21:
+            arrived.wait()
+
+    service.before = together
+    out = tmp_path / "answers.jsonl"
+    result = run(service, rows, out, "--requests", "3")
+    assert result.exit_code == 0, result.output
+    assert numbers(out) == list(range(100))
+    assert service.most_at_once == 3
+    assert "100 rows in" in result.stderr
+    assert "yes 50, no 40\nabstained 10\naccuracy 88.9% (80 of 90 answered)" in result.stderr
+
+
+def test_a_busy_service_is_asked_again_when_it_says(service: Answering, rows: Path, tmp_path: Path) -> None:
+    refused: list[tuple[float, int]] = []
+
+    def busy(asked: list[int]) -> Reply | None:
+        if len(refused) < 4:
+            refused.append((time.monotonic(), asked[0]))
+            return refusal(429, "rate_limit_exceeded", "0.3") if len(refused) % 2 else refusal(502, "away")
+        return None
+
+    service.before = busy
+    out = tmp_path / "answers.jsonl"
+    started = time.monotonic()
+    assert run(service, rows, out, "--requests", "2").exit_code == 0
+    assert time.monotonic() - started >= 0.3
+    assert numbers(out) == list(range(100))
+    assert len(refused) == 4
+
+
+def test_what_takes_too_long_is_asked_in_smaller_parts(
+    service: Answering, rows: Path, tmp_path: Path
+) -> None:
+    service.before = lambda asked: refusal(503, "model_not_ready") if len(asked) > 2 else None
+    out = tmp_path / "answers.jsonl"
+    assert run(service, rows, out).exit_code == 0
+    assert numbers(out) == list(range(100))
+    assert max(map(len, service.asked)) <= 2
+
+
+def test_an_interrupted_run_goes_on_where_it_stopped(service: Answering, rows: Path, tmp_path: Path) -> None:
+    service.before = lambda asked: refusal(500, "internal_error") if 50 in asked else None
+    out = tmp_path / "answers.jsonl"
+    result = run(service, rows, out, "--requests", "1")
+    assert result.exit_code == 1
+    assert "(49 of 100 rows are answered)" in result.stderr
+    assert numbers(out) == list(range(49))
+    out.write_bytes(out.read_bytes() + b'{"answer": "ye')
+
+    service.before, service.asked = lambda asked: None, []
+    assert run(service, rows, out).exit_code == 0
+    assert numbers(out) == list(range(100))
+    assert min(number for asked in service.asked for number in asked) == 49
+    service.asked = []
+    assert run(service, rows, out).exit_code == 0
+    assert service.asked == [], "all of it is there"
+
+
+def test_answers_of_another_model_are_not_mixed_in(service: Answering, rows: Path, tmp_path: Path) -> None:
+    out = tmp_path / "answers.jsonl"
+    assert run(service, rows, out).exit_code == 0
+    before, service.asked = out.read_bytes(), []
+    result = run(service, rows, out, "--scale", "0.5")
+    assert result.exit_code == 1
+    assert "with other options" in result.stderr
+    assert (out.read_bytes(), service.asked) == (before, [])
+
+
+def test_a_bad_row_is_told_by_its_line(service: Answering, rows: Path, tmp_path: Path) -> None:
+    def refuse(asked: list[int]) -> Reply | None:
+        return refusal(422, "invalid_value", param=f"inputs[{asked.index(45)}].x") if 45 in asked else None
+
+    service.before = refuse
+    result = run(service, rows, tmp_path / "answers.jsonl")
+    assert result.exit_code == 1
+    assert "line 91: not now" in result.stderr
+
+
+def test_a_service_that_is_away_for_too_long_ends_it(
+    service: Answering, rows: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("cli.bulk_predict.PATIENCE_SECONDS", 0.2)
+    service.before = lambda asked: refusal(503, "overloaded", "0.1")
+    result = run(service, rows, tmp_path / "answers.jsonl")
+    assert result.exit_code == 1
+    assert "nothing was answered for" in result.stderr

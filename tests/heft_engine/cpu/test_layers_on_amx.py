@@ -1,0 +1,215 @@
+"""Whole models on matrix units: heads as wide as real ones, so that attention is theirs too."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+from functools import cache
+from pathlib import Path
+
+import pytest
+import torch
+from many_models import Made, examples, merged, models, site, unmerged
+from needs import needs_matrix_units
+from probe_models import packed
+from tiny_models import FAMILIES, save_tiny_model
+
+from heft_engine.cpu import amx
+from heft_engine.cpu.packed_weights import bytes_to_pack
+from heft_engine.data.encoding import Example
+from heft_engine.inference.prefix_cache import PrefixCache, chain, reach
+from heft_engine.inference.scoring import Scores, score
+from heft_engine.inference.scoring_pass import ScoringRow, score_rows
+from heft_engine.serving.request_queue import Weights
+from heft_engine.serving.row_adapters import adapt_rows
+
+pytestmark = needs_matrix_units
+
+BF16 = torch.bfloat16
+WIDE = {"hidden_size": 96, "intermediate_size": 160, "num_attention_heads": 3, "head_dim": 32}
+ONE_HEAD = {"num_key_value_heads": 1}
+#: The families whose layers have quick passes.
+QUICK = ("llama", "mistral", "qwen2", "qwen3")
+
+
+@pytest.fixture(scope="session")
+def make_wide_model(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
+    root = tmp_path_factory.mktemp("wide-models")
+
+    @cache
+    def make(family: str) -> Path:
+        sizes = dict(WIDE) if family != "gpt_neox" else {k: v for k, v in WIDE.items() if k != "head_dim"}
+        return save_tiny_model(root / family, family, **sizes, **(ONE_HEAD if family != "gpt_neox" else {}))
+
+    return make
+
+
+def rows(count: int = 12) -> list[Example]:
+    """Some with several tokens an answer, so that branches stand behind prompts."""
+    asked = examples(count, longest=90)
+    several = ((7, 9, 11), (8,), (12, 5))
+    return [
+        Example(prompt=one.prompt, answers=several, labels=("a", "b", "c"), gold=0) if index % 3 == 0 else one
+        for index, one in enumerate(asked)
+    ]
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_scores_are_torchs_to_rounding(
+    family: str, make_wide_model: Callable[[str], Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    found = score(packed(make_wide_model(family), BF16), rows())
+    attended = []
+    attend = amx.MatrixUnits.attend
+
+    def watched(*args: object) -> torch.Tensor:
+        attended.append(True)
+        return attend(*args)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(amx.MatrixUnits, "attend", watched)
+    assert score(packed(make_wide_model(family), BF16), rows()) == found
+    assert bool(attended) == (family != "gemma2"), "soft caps alone are left to torch"
+    exact = score(packed(make_wide_model(family), torch.float32), rows())
+    monkeypatch.setattr(amx, "load", lambda: None)
+    by_torch = score(packed(make_wide_model(family), BF16), rows())
+
+    def farthest(some: list[Scores]) -> float:
+        pairs = zip(some, exact, strict=True)
+        return max(
+            abs((a - one.totals[0]) - (b - other.totals[0]))
+            for one, other in pairs
+            for a, b in zip(one.totals, other.totals, strict=True)
+        )
+
+    assert farthest(found) < 2 * farthest(by_torch) + 1e-3
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_rows_bits_are_its_own(family: str, make_wide_model: Callable[[str], Path]) -> None:
+    """Whatever stands beside it, with one thread and with several, with packed weights and with plain ones."""
+    lm, asked = packed(make_wide_model(family), BF16), rows()
+    together = score(lm, asked)
+    assert bool(len(lm.quick_layers())) == (family in QUICK)
+    for threads in (1, 3):
+        torch.set_num_threads(threads)
+        assert [score(lm, [one])[0] for one in asked] == together
+        assert score(lm, asked[::-1]) == together[::-1]
+        with lm.packed():
+            assert bytes_to_pack(lm.layers) == 0
+            assert score(lm, asked) == together
+
+
+@pytest.mark.parametrize("family", sorted(set(FAMILIES) - {"gemma2"}))
+@pytest.mark.parametrize("positions", ["l1", "f1"])
+def test_a_kept_prefix_changes_no_bit(
+    family: str, positions: str, make_wide_model: Callable[[str], Path]
+) -> None:
+    base = packed(make_wide_model(family), BF16)
+    weights = merged(base, Made([], [site(base, 1, positions, 1)]))
+    cache, asked = PrefixCache(2**24), examples(6, prefix=tuple(range(100, 170)), longest=40)
+
+    def ask(kept: PrefixCache | None) -> list[Scores]:
+        answers: list[Scores] = []
+        for some in (asked[:1], asked[1:]):
+            rows = [row(weights, one, kept) for one in some]
+            assert kept is None or some is not asked[1:] or all(one.skipped >= 64 for one in rows)
+            answers += score_rows(weights.lm, rows, kept)
+        return answers
+
+    assert ask(cache) == ask(None)
+    assert cache.held_bytes
+
+
+@pytest.mark.parametrize("family", QUICK)
+def test_nor_does_it_for_unmerged_models(family: str, make_wide_model: Callable[[str], Path]) -> None:
+    """With LoRA of several ranks; DoRA's own products are torch's."""
+    base = packed(make_wide_model(family), BF16)
+    adapt_rows(base)
+    made = models(base, suffixes=("q_proj", "o_proj", "gate_proj", "down_proj"))
+    asked = examples(6, prefix=tuple(range(100, 170)), longest=40)
+    for each in (one for one in made if not any(a.magnitudes for a in one.adapters)):
+        weights, cache = unmerged(base, each, str(id(each))), PrefixCache(2**24)
+        fresh = [replace(row(weights, one, None), adapter=weights.adapter) for one in asked]
+        score_rows(base, [replace(row(weights, asked[0], cache), adapter=weights.adapter)], cache)
+        kept = [replace(row(weights, one, cache), adapter=weights.adapter) for one in asked]
+        assert any(one.skipped for one in kept) or any("f" in stored.positions for stored in each.sites)
+        assert score_rows(base, kept, cache) == score_rows(base, fresh)
+
+
+def test_what_a_broken_row_leaves_is_nobodys_prefix(make_wide_model: Callable[[str], Path]) -> None:
+    """Of tokens left of a broken one, too, keys and values may be no numbers: others would get them as theirs."""
+    base = packed(make_wide_model("llama"), BF16)
+    weights = merged(base, Made([], []))
+    common, bad = tuple(range(100, 141)), 99
+    with torch.no_grad():
+        weights.lm.backbone.embed_tokens.weight[bad] = float("nan")
+    cache = PrefixCache(2**24)
+    asked = [
+        Example(prompt=(*common, *rest), answers=((7,), (8,)), labels=("a", "b"), gold=0)
+        for rest in ((bad, *range(200, 230)), tuple(range(300, 330)))
+    ]
+    alone = score_rows(weights.lm, [row(weights, asked[1], None)])
+    score_rows(weights.lm, [row(weights, asked[0], cache)], cache)
+    assert cache.held_bytes == 0
+    assert score_rows(weights.lm, [row(weights, asked[1], cache)], cache) == alone
+    assert cache.held_bytes
+
+
+def row(weights: Weights, example: Example, kept: PrefixCache | None) -> ScoringRow:
+    if kept is None:
+        return ScoringRow(example=example)
+    end, depends = reach(weights.sites, len(example.prompt), 1.0)
+    hashes = chain((weights.scope, depends), example.prompt, end)
+    return ScoringRow(example=example, scope=weights.scope, hashes=hashes, kept=kept.find(hashes))
+
+
+@pytest.mark.parametrize("family", QUICK)
+def test_rows_of_many_models_score_as_alone_and_as_merged(
+    family: str, make_wide_model: Callable[[str], Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """DoRA among them, which takes the layer's own modules: the others' bits must not show it."""
+    base = packed(make_wide_model(family), BF16)
+    adapt_rows(base)
+    made = models(base, suffixes=("q_proj", "o_proj", "gate_proj", "up_proj", "down_proj"))
+    held = [unmerged(base, each) for each in made] + [Weights(lm=base, scope="base")]
+    asked = examples(len(held) * 2, longest=90)
+    mixed = [
+        ScoringRow(example=one, adapter=held[index % len(held)].adapter) for index, one in enumerate(asked)
+    ]
+    together = score_rows(base, mixed)
+    for threads in (1, 3):
+        torch.set_num_threads(threads)
+        assert [score_rows(base, [one])[0] for one in mixed] == together
+    gated: list[bool] = []
+    run = amx.MatrixUnits.gated
+
+    def watched(*args: object) -> torch.Tensor:
+        gated.append(True)
+        return run(*args)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(amx.MatrixUnits, "gated", watched)
+    plain = [
+        one for one in mixed if one.adapter is not held[2].adapter and one.adapter is not held[3].adapter
+    ]
+    kept = [scores for one, scores in zip(mixed, together, strict=True) if one in plain]
+    assert score_rows(base, plain) == kept
+    assert gated, "without DoRA, layers run in one go"
+    for weights, each in zip(held, made, strict=False):
+        twin = merged(base, each)
+        own = [one.example for one in mixed if one.adapter is weights.adapter]
+        for one, other in zip(
+            score_rows(base, [ScoringRow(example=e, adapter=weights.adapter) for e in own]),
+            score(twin.lm, own),
+            strict=True,
+        ):
+            gap = [scores.totals[0] - scores.totals[1] for scores in (one, other)]
+            assert gap[0] == pytest.approx(gap[1], abs=0.15)
+
+
+def test_hooks_on_a_product_are_heeded(make_wide_model: Callable[[str], Path]) -> None:
+    lm = packed(make_wide_model("llama"), BF16)
+    before = score(lm, rows(3))
+    handle = lm.layers[1].mlp.up_proj.register_forward_hook(lambda module, args, output: output * 0)
+    assert score(lm, rows(3)) != before
+    handle.remove()
+    assert score(lm, rows(3)) == before

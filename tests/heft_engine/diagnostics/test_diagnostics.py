@@ -1,0 +1,263 @@
+"""The diagnostics' figures on cases whose answer is known."""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from engine_runs import parse, yes_no
+from probe_models import packed
+from small_runs import text_rows
+from torch import Tensor
+from torch.testing import assert_close
+
+from heft_engine.adapters.lora import LoraAdapter
+from heft_engine.adapters.reft import KINDS
+from heft_engine.config.train import TaskSettings
+from heft_engine.data.encoding import Encoder, Example, Task
+from heft_engine.diagnostics import descent
+from heft_engine.diagnostics.curvature import GaussNewton, Place, begin, curvature
+from heft_engine.diagnostics.eigen import hutchinson, lanczos
+from heft_engine.diagnostics.representations import (
+    cka,
+    effective_rank,
+    fisher,
+    separability,
+    states,
+)
+from heft_engine.diagnostics.spectra import weight_report
+from heft_engine.model.base_models import load_tokenizer
+from heft_engine.model.interventions import Site
+from heft_engine.model.packing import pack
+from heft_engine.training.loss_source import PlainSource
+
+
+def examples_of(path: Path, kind: str = "yes_no", count: int = 6) -> list[Example]:
+    rows = parse(yes_no(count)) if kind == "yes_no" else text_rows(count)
+    encoder = Encoder(load_tokenizer(path), Task.resolve(TaskSettings(), kind), 256)  # type: ignore[arg-type]
+    return [example.supervised() for row in rows for example in encoder.encode(row)]
+
+
+def random(*shape: int, seed: int = 0) -> Tensor:
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
+
+
+# -- eigenvalues ---------------------------------------------------------------------------------------------
+
+
+def test_lanczos_and_hutchinson_agree_with_a_dense_matrix() -> None:
+    factor = random(40, 25).double()
+    matrix = factor @ factor.T
+    exact = torch.linalg.eigvalsh(matrix).flip(0)
+    ritz = lanczos(lambda v: matrix @ v.double(), random(40, seed=1), 40)
+    assert_close(torch.tensor(ritz.values[:20], dtype=torch.float64), exact[:20], rtol=1e-6, atol=1e-6)
+    early = lanczos(lambda v: matrix @ v.double(), random(40, seed=1), 8)
+    assert float((exact - early.values[0]).abs().min()) <= early.error
+    assert early.values[0] < float(exact[0])
+    trace = hutchinson(lambda v: matrix @ v.double(), 40, 400, torch.Generator().manual_seed(0))
+    assert abs(trace.value - float(matrix.trace())) < 4 * trace.standard_error
+    assert trace.standard_error < 0.05 * trace.value
+
+
+def test_lanczos_ends_where_the_space_does() -> None:
+    matrix = torch.diag(torch.tensor([3.0, 3.0, 3.0, 1.0], dtype=torch.float64))
+    ritz = lanczos(lambda v: matrix @ v, torch.ones(4), 10)
+    assert ritz.values == pytest.approx([3.0, 1.0])
+    assert ritz.error == pytest.approx(0, abs=1e-6)
+
+
+# -- curvature -----------------------------------------------------------------------------------------------
+
+
+def dense(matrix: GaussNewton) -> Tensor:
+    """JᵀHJ in the flat parameters, by whole Jacobians, between dense projections onto the tangent space."""
+    names = list(matrix.parameters)
+    total = torch.zeros(matrix.size, matrix.size, dtype=torch.float64)
+    for logits in matrix.logits():
+        jacobians = torch.func.jacrev(logits)(matrix.parameters)
+        z = logits(matrix.parameters)
+        j = torch.cat([jacobians[n].reshape(*z.shape, -1) for n in names], dim=-1).double()
+        p = torch.softmax(z.double(), -1)
+        for row in range(len(z)):
+            h = torch.diag(p[row]) - torch.outer(p[row], p[row])
+            total += j[row].T @ h @ j[row]
+    projector = torch.eye(matrix.size, dtype=torch.float64)
+    if "rotate_layer" in names:
+        q = matrix.parameters["rotate_layer"].double()
+        at = sum(matrix.parameters[n].numel() for n in names[: names.index("rotate_layer")])
+        for index in range(q.numel()):
+            unit = torch.zeros(q.numel(), dtype=torch.float64)
+            unit[index] = 1
+            inner = q.T @ unit.view_as(q)
+            column = (unit.view_as(q) - q @ (inner + inner.T) / 2).reshape(-1)
+            projector[at : at + q.numel(), at + index] = column
+    return projector @ (total / matrix.tokens) @ projector
+
+
+@pytest.mark.parametrize(
+    ("family", "task", "kind", "positions"),
+    [
+        ("llama", "yes_no", "loreft", "l1"),
+        ("llama", "text", "loreft", "f1+l1"),
+        pytest.param("gemma2", "yes_no", "noreft", "l2", marks=pytest.mark.slow),
+        pytest.param("gpt_neox", "text", "direft", "l1", marks=pytest.mark.slow),
+    ],
+)
+def test_the_eigenvalues_are_those_of_a_dense_gauss_newton_matrix(
+    make_tiny_model: Any, family: str, task: str, kind: str, positions: str
+) -> None:
+    path = make_tiny_model(family)
+    lm, examples = packed(path), examples_of(path, task, 5 if task == "yes_no" else 2)
+    place = Place(layer=1, positions=positions, intervention=begin(kind, lm.hidden_size, 2, seed=0))
+    matrix = GaussNewton(place.cache(lm, examples), place)
+    exact = dense(matrix)
+    values = torch.linalg.eigvalsh(exact).flip(0)
+    found = curvature(lm, place, examples, seed=0, steps=30, probes=50)
+    assert found["largest"] == pytest.approx(float(values[0]), rel=1e-3)
+    assert found["ritz_values"][:3] == pytest.approx(values[:3].tolist(), rel=1e-3)
+    assert abs(found["trace"] - float(exact.trace())) < 5 * found["trace_standard_error"]
+    assert found["trace_over_largest"] == pytest.approx(found["trace"] / found["largest"])
+    assert found["tokens"] == sum(example.supervised_tokens for example in examples)
+    vector = random(matrix.size, seed=3)
+    assert_close(matrix.product(vector).double(), exact @ vector.double(), rtol=1e-3, atol=1e-6)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_what_is_differentiated_is_the_model_with_its_intervention(tiny_llama_dir: Path, kind: str) -> None:
+    lm, examples = packed(tiny_llama_dir), examples_of(tiny_llama_dir, "text")
+    place = Place(layer=1, positions="f1+l2", intervention=begin(kind, 32, 2, seed=0))
+    matrix = GaussNewton(place.cache(lm, examples), place)
+    lm.sites.add(Site(layer=1, positions="f1+l2", intervention=place.intervention))
+    batch = pack(examples)
+    with torch.no_grad():
+        expected = lm.logits(lm.hidden(batch)[batch.supervised()[0]])
+    lm.sites.clear()
+    logits = torch.cat([part(matrix.parameters) for part in matrix.logits()])
+    assert_close(logits, expected, rtol=0, atol=2e-5)
+
+
+def test_a_beginning_is_the_same_in_every_model_and_disturbs_no_random_state() -> None:
+    torch.manual_seed(5)
+    before = torch.get_rng_state()
+    one, other = begin("loreft", 32, 4, seed=3), begin("loreft", 32, 4, seed=3)
+    assert torch.equal(torch.get_rng_state(), before)
+    assert all(torch.equal(one.baked_state()[n], t) for n, t in other.baked_state().items())
+    assert not torch.equal(one.rotation, begin("loreft", 32, 4, seed=4).rotation)
+
+
+def test_descent_is_of_the_models_own_loss_and_leaves_the_beginning(tiny_llama_dir: Path) -> None:
+    lm, examples = packed(tiny_llama_dir), examples_of(tiny_llama_dir)
+    place = Place(layer=1, positions="l1", intervention=begin("loreft", 32, 2, seed=0))
+    state = place.intervention.baked_state()
+    curve = descent.descend(lm, place, examples, rate=1e-2, steps=12)
+    assert len(curve) == 13
+    assert curve[-1] < curve[0] - 0.05
+    assert all(torch.equal(place.intervention.baked_state()[n], t) for n, t in state.items())
+    assert list(lm.sites) == []
+    lm.sites.add(Site(layer=1, positions="l1", intervention=place.intervention))
+    with torch.no_grad():
+        plain = PlainSource(lm=lm, examples=examples).loss(range(len(examples)))
+    assert curve[0] == pytest.approx(float(plain) / len(examples), abs=1e-5)
+
+
+def test_steps_to_a_loss() -> None:
+    told = descent.compare([3.0, 2.0, 1.5, 1.2], [2.5, 1.4, 1.0, 0.9])
+    assert (told["target"], told["steps_before"], told["steps_after"]) == (1.2, 3, 2)
+    assert descent.compare([3.0, 2.0], [2.5, 1.4], target=1.5)["steps_before"] is None
+
+
+# -- representations -----------------------------------------------------------------------------------------
+
+
+def test_cka_is_one_for_the_same_up_to_rotation_scale_and_shift() -> None:
+    x = random(60, 12)
+    turn, _ = torch.linalg.qr(random(12, 12, seed=1))
+    assert cka(x, x) == pytest.approx(1, abs=1e-12)
+    assert cka(x, 3 * x @ turn + 7) == pytest.approx(1, abs=1e-5)
+    assert cka(x, random(60, 12, seed=2)) < 0.5
+    one, two = torch.zeros(4, 2), torch.zeros(4, 2)
+    one[:2, 0], two[::2, 0] = 1, 1
+    assert cka(one, two) == pytest.approx(0, abs=1e-12)
+
+
+def test_effective_rank_counts_equal_directions() -> None:
+    assert effective_rank(torch.tensor([2.0, 2.0, 2.0, 0.0])) == pytest.approx(3)
+    assert effective_rank(torch.tensor([5.0, 0.0])) == pytest.approx(1)
+    assert 1 < effective_rank(torch.tensor([1.0, 0.1])) < 2
+
+
+def test_labels_are_told_apart_where_they_differ_and_not_where_they_do_not() -> None:
+    labels = [i % 2 for i in range(80)]
+    noise = random(80, 200)
+    lifted = noise.clone()
+    lifted[:, 0] += 20 * torch.tensor(labels)
+    clear, blind = separability(lifted, labels), separability(noise, labels)
+    assert clear is not None
+    assert blind is not None
+    assert clear["probe_accuracy"] == 1
+    assert blind["probe_interval_95"][0] < 0.5 < blind["probe_interval_95"][1]
+    assert clear["majority"] == 0.5
+    assert separability(noise, [0] * 80) is None
+    rows = torch.tensor([[0.0], [2.0], [10.0], [12.0]])
+    assert fisher(rows, torch.tensor([0, 0, 1, 1])) == pytest.approx(100 / 4)
+
+
+def test_states_are_those_of_the_layer_at_the_prompts_last_token(tiny_llama_dir: Path) -> None:
+    lm, examples = packed(tiny_llama_dir), examples_of(tiny_llama_dir)
+    lm.sites.add(Site(layer=1, positions="l1", intervention=begin("loreft", 32, 2, seed=0)))
+    found = states(lm, examples, 1, "l1")
+    lm.sites.clear()
+    seen = []
+    hook = lm.layers[1].register_forward_hook(lambda module, args, output: seen.append(output))
+    for example in examples:
+        lm.hidden(pack([Example(prompt=example.prompt, answers=((),), labels=("",), gold=0)]))
+    hook.remove()
+    assert_close(found, torch.stack([each[0, -1] for each in seen]), rtol=0, atol=1e-5)
+
+
+# -- weights -------------------------------------------------------------------------------------------------
+
+
+def planted(strength: float) -> tuple[Tensor, LoraAdapter, Tensor, Tensor]:
+    """A weight whose singular vectors are the axes, and an adapter that brings a direction far from all of them."""
+    weight = torch.diag(torch.linspace(10, 1, 32))
+    left, right = torch.full((32,), 32**-0.5), torch.full((32,), 32**-0.5)
+    return weight, adapter(strength * torch.outer(left, right)), left, right
+
+
+def adapter(delta: Tensor) -> LoraAdapter:
+    factors = {"q": (torch.eye(32), delta)}
+    return LoraAdapter(factors=factors, scaling=1.0, rank=32, alpha=32, target_modules=["q"], layers=None)
+
+
+def test_a_planted_intruder_is_reported_and_so_is_its_repair_by_a_later_stage() -> None:
+    weight, brings, left, right = planted(40)
+    takes = adapter(-40 * torch.outer(left, right))
+    told: list[None] = []
+    alone = weight_report([brings], lambda _: weight, lambda: told.append(None))
+    assert alone["stages"] == [
+        {
+            "adapter": 0,
+            "matrices": 1,
+            "matrices_with_intruders": 1,
+            "intruders": 1,
+            "share": 0.1,
+            "repaired_later": 0,
+        }
+    ]
+    (module,) = alone["modules"]
+    assert module["stages"][0]["strength_at_the_end"] == pytest.approx([1.0], abs=1e-4)
+    assert module["after"]["singular_values"][0] > 39
+    assert module["before"]["stable_rank"] == pytest.approx(
+        float((weight**2).sum()) / module["before"]["singular_values"][0] ** 2, rel=1e-4
+    )
+    assert len(told) == 1
+    both = weight_report([brings, takes], lambda _: weight, lambda: None)
+    assert [stage["intruders"] for stage in both["stages"]] == [1, 0]
+    assert both["stages"][0]["repaired_later"] == 1
+    (strength,) = both["modules"][0]["stages"][0]["strength_at_the_end"]
+    assert abs(strength) < 0.2
+    assert not math.isnan(both["modules"][0]["relative_change"])

@@ -1,0 +1,234 @@
+"""Continuous batching: a sequence's tokens are its own, whoever joins and leaves beside it."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Callable, Hashable, Sequence
+from pathlib import Path
+
+import pytest
+import torch
+from tiny_models import FAMILIES
+from torch import Tensor
+
+from heft_engine.inference.decode_batch import DecodeBatch, DecodeRequest, NewToken
+from heft_engine.inference.kv_cache import CHUNK, capacity_for
+from heft_engine.inference.sampling import Choice, Sampling
+from heft_engine.inference.scheduler import MOST_SEQUENCES, DecodeQueue
+from heft_engine.model.attention import IMPLEMENTATION
+from heft_engine.model.base_models import load_model, resolve_path
+from heft_engine.model.batch_invariant import FixedShapes
+from heft_engine.model.interventions import LoreftIntervention, Site
+from heft_engine.model.packed_lm import PackedLM
+
+MakeModel = Callable[[str], Path]
+PLENTY = 2**30
+EXACT = Sampling(top_logprobs=0)
+#: Shorter and longer than the windows of 16; some outgrow their slots of 64, 96 and 128 tokens.
+LENGTHS = (60, 3, 21, 93, 40, 2, 63)
+
+
+def loaded(path: Path, dtype: torch.dtype = torch.float32) -> PackedLM:
+    """With an intervention that is strong enough to be seen."""
+    lm = PackedLM(load_model(resolve_path(path), dtype=dtype, attention=IMPLEMENTATION))
+    torch.manual_seed(0)
+    intervention = LoreftIntervention(lm.hidden_size, 4)
+    torch.nn.init.normal_(intervention.bias)
+    intervention.freeze()
+    lm.sites.add(Site(layer=1, positions="f1+l1", intervention=intervention))
+    return lm
+
+
+@pytest.fixture(scope="module")
+def llama(tiny_llama_dir: Path) -> PackedLM:
+    return loaded(tiny_llama_dir)
+
+
+def asked(name: int, length: int, max_tokens: int = 6, **options: object) -> DecodeRequest:
+    chance = random.Random(f"{name}/{length}")
+    prompt = tuple(chance.randrange(5, 600) for _ in range(length))
+    return DecodeRequest(id=name, prompt=prompt, max_tokens=max_tokens, **options)  # type: ignore[arg-type]
+
+
+class Written:
+    """What passes have written, sequence by sequence: tokens, with log-probabilities where they were asked for.
+
+    A sequence leaves with its last token.
+    """
+
+    def __init__(self, batch: DecodeBatch, requests: Sequence[DecodeRequest]) -> None:
+        self.batch = batch
+        self.most = {request.id: request.max_tokens for request in requests}
+        self.tokens: dict[Hashable, list[Choice]] = {}
+
+    def take(self, new: Sequence[NewToken]) -> None:
+        for one in new:
+            self.tokens.setdefault(one.id, []).append(one.choice)
+            if len(self.tokens[one.id]) == self.most[one.id]:
+                self.batch.leave(one.id)
+
+
+def alone(lm: PackedLM, requests: Sequence[DecodeRequest]) -> dict[Hashable, list[Choice]]:
+    """Each written by itself."""
+    tokens: dict[Hashable, list[Choice]] = {}
+    for request in requests:
+        batch = DecodeBatch(lm, budget_bytes=PLENTY)
+        written = Written(batch, [request])
+        written.take(batch.join([request]))
+        while len(batch):
+            written.take(batch.step())
+        tokens |= written.tokens
+    return tokens
+
+
+@pytest.mark.parametrize(
+    ("family", "dtype"),
+    [(family, torch.float32) for family in FAMILIES]
+    + [(family, torch.bfloat16) for family in ("llama", "mistral", "gemma2", "gpt_neox")],
+)
+def test_tokens_do_not_depend_on_who_joins_and_leaves(
+    make_tiny_model: MakeModel, family: str, dtype: torch.dtype
+) -> None:
+    """Bit for bit: the log-probabilities are compared, too."""
+    lm = loaded(make_tiny_model(family), dtype)
+    requests = [asked(name, length, sampling=EXACT) for name, length in enumerate(LENGTHS)]
+    batch = DecodeBatch(lm, budget_bytes=PLENTY)
+    written = Written(batch, requests)
+    written.take(batch.join(requests[:3]))
+    written.take(batch.step())
+    written.take(batch.join(requests[3:4]))
+    batch.leave(1)
+    written.take(batch.step())
+    written.take(batch.join(requests[4:]))
+    while len(batch):
+        written.take(batch.step())
+    expected = alone(lm, requests)
+    expected[1] = expected[1][:2]  # it left before its end
+    assert written.tokens == expected
+    assert batch.allocated_bytes == 0
+
+
+def test_each_request_has_its_own_scale(llama: PackedLM) -> None:
+    scales = (1.0, 0.0, 0.5, 3.0)
+    requests = [asked(0, 30, scale=scale, sampling=EXACT) for scale in scales]
+    named = [DecodeRequest(**{**vars(one), "id": i}) for i, one in enumerate(requests)]
+    expected = alone(llama, named)
+    batch = DecodeBatch(llama, budget_bytes=PLENTY)
+    written = Written(batch, named)
+    written.take(batch.join(named))
+    while len(batch):
+        written.take(batch.step())
+    assert written.tokens == expected
+    assert len({choices[0].logprob for choices in expected.values()}) == 4, "a scale that changes nothing"
+    with llama.sites.muted():
+        assert alone(llama, named[:1])[0] == expected[1]
+
+
+def test_keys_and_values_stay_within_their_budget(llama: PackedLM) -> None:
+    """Whoever has no room waits, in order; a slot is no larger than its sequence needs, and is given back."""
+    requests = [asked(name, 50 + name, max_tokens=20) for name in range(9)]
+    batch = DecodeBatch(llama, budget_bytes=0)
+    room = batch.bytes_for(requests[0])
+    assert room == 2 * 4 * 2 * 8 * capacity_for(69) * 4  # two tensors a layer, heads, width, tokens, float32
+    batch = DecodeBatch(llama, budget_bytes=4 * room)
+    queue = DecodeQueue(batch)
+    queue.add(requests)
+    written = Written(batch, requests)
+    most, sizes = 0, []
+    while queue.is_busy:
+        new = queue.turn()
+        most, sizes = max(most, batch.allocated_bytes), [*sizes, len(batch)]
+        written.take(new)
+    assert written.tokens == alone(llama, requests)
+    assert list(written.tokens) == list(range(9))
+    assert max(sizes) == 4
+    assert 2 * room < most <= batch.budget_bytes
+    assert batch.allocated_bytes == 0
+
+
+def test_many_sequences_fill_several_chunks(llama: PackedLM) -> None:
+    requests = [asked(name, 4, max_tokens=2) for name in range(2 * CHUNK + 1)]
+    queue = DecodeQueue(DecodeBatch(llama, budget_bytes=PLENTY))
+    queue.add(requests)
+    written = Written(queue.batch, requests)
+    while queue.is_busy:
+        written.take(queue.turn())
+    some = requests[:: CHUNK // 2]
+    assert {one.id: written.tokens[one.id] for one in some} == alone(llama, some)
+    assert len(written.tokens) == len(requests) <= MOST_SEQUENCES
+
+
+def test_those_who_wait_and_those_who_are_written_alternate(llama: PackedLM) -> None:
+    queue = DecodeQueue(DecodeBatch(llama, budget_bytes=PLENTY))
+    queue.add([asked(name, 1_500, max_tokens=9) for name in range(3)])
+    passes = [[one.id for one in queue.turn()] for _ in range(6)]
+    assert passes == [[0], [0], [1], [0, 1], [2], [0, 1, 2]]
+
+
+def test_a_prefill_that_fails_leaves_nothing(llama: PackedLM, monkeypatch: pytest.MonkeyPatch) -> None:
+    batch = DecodeBatch(llama, budget_bytes=PLENTY)
+    first = batch.join([asked(0, 10)])
+    held = batch.allocated_bytes
+
+    def fail(*_: object) -> None:
+        raise MemoryError
+
+    with monkeypatch.context() as patch:
+        patch.setattr(llama, "finish", fail)
+        with pytest.raises(MemoryError):
+            batch.join([asked(1, 10)])
+    assert (len(batch), batch.allocated_bytes) == (1, held)
+    tokens = [first[0].choice, *(batch.step()[0].choice for _ in range(2))]
+    assert tokens == alone(llama, [asked(0, 10)])[0][:3]
+
+
+def test_a_sequence_at_its_end_must_leave(llama: PackedLM) -> None:
+    batch = DecodeBatch(llama, budget_bytes=PLENTY)
+    batch.join([asked(0, 10, max_tokens=1)])
+    with pytest.raises(ValueError, match="must leave"):
+        batch.step()
+    batch.leave(0)
+    batch.leave("nobody")
+    assert batch.step() == []
+
+
+def test_a_seed_means_the_same_tokens_whatever_is_beside(llama: PackedLM) -> None:
+    def drawn(name: int, seed: int | None) -> DecodeRequest:
+        sampling = Sampling(temperature=1.5, top_p=0.9, seed=seed, frequency_penalty=0.1)
+        return DecodeRequest(id=name, prompt=asked(7, 30).prompt, max_tokens=8, sampling=sampling)
+
+    requests = [drawn(0, 3), drawn(1, 4), drawn(2, 3), drawn(3, None), asked(4, 12, max_tokens=3)]
+    batch = DecodeBatch(llama, budget_bytes=PLENTY)
+    written = Written(batch, requests)
+    written.take(batch.join(requests[:1]))
+    written.take(batch.step())
+    written.take(batch.join(requests[1:]))
+    while len(batch):
+        written.take(batch.step())
+    assert written.tokens[0] == written.tokens[2] == alone(llama, [drawn(0, 3)])[0]
+    assert written.tokens[1] != written.tokens[0] != written.tokens[3]
+
+
+@pytest.mark.parametrize(
+    ("tokens", "capacity"),
+    [(1, 64), (64, 64), (65, 96), (97, 128), (129, 192), (2_048, 2_048), (2_049, 3_072)],
+)
+def test_capacities_grow_by_about_half(tokens: int, capacity: int) -> None:
+    assert capacity_for(tokens) == capacity
+
+
+def test_steps_multiply_in_blocks_of_their_own(llama: PackedLM, monkeypatch: pytest.MonkeyPatch) -> None:
+    seen: list[FixedShapes] = []
+    multiply = FixedShapes.linear
+
+    def linear(self: FixedShapes, *operands: Tensor) -> Tensor:
+        seen.append(self)
+        return multiply(self, *operands)
+
+    monkeypatch.setattr(FixedShapes, "linear", linear)
+    batch = DecodeBatch(llama, budget_bytes=PLENTY)
+    batch.join([asked(0, 12)])
+    assert set(seen) == {llama.fixed_shapes()}
+    seen.clear()
+    batch.step()
+    assert set(seen) == {llama.fixed_shapes().steps}

@@ -1,0 +1,260 @@
+"""What prompts' beginnings leave behind serves those who repeat them, and nobody else."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from many_models import Made, adapter, examples, merged, site, unmerged
+from probe_models import packed
+from tiny_models import FAMILIES
+from torch import Tensor
+
+from heft_engine.data.encoding import Example
+from heft_engine.inference.prefix_cache import BLOCK, PrefixCache, chain, reach
+from heft_engine.inference.scoring import Scores
+from heft_engine.inference.scoring_pass import ScoringRow, score_rows
+from heft_engine.model import attention, packing
+from heft_engine.model.packed_lm import PackedLM
+from heft_engine.model.packing import Kept, Layout, PackedRow
+from heft_engine.serving.request_queue import Weights
+from heft_engine.serving.row_adapters import adapt_rows
+
+MakeModel = Callable[[str], Path]
+PASSAGE = tuple(range(100, 170))
+
+
+def row(weights: Weights, example: Example, cache: PrefixCache, scale: float = 1.0) -> ScoringRow:
+    """As the batcher makes it."""
+    end, depends = reach(weights.sites, len(example.prompt), scale)
+    hashes = chain((weights.scope, depends), example.prompt, end)
+    return ScoringRow(
+        example=example,
+        scale=scale,
+        adapter=weights.adapter,
+        scope=weights.scope,
+        hashes=hashes,
+        kept=cache.find(hashes),
+    )
+
+
+def ask(
+    weights: Weights, asked: Sequence[Example], cache: PrefixCache, scale: float = 1.0
+) -> tuple[list[Scores], list[int]]:
+    """Scores, and how many tokens of each were found."""
+    rows = [row(weights, example, cache, scale) for example in asked]
+    found = [each.kept.length if each.kept is not None else 0 for each in rows]
+    return score_rows(weights.lm, rows, cache), found
+
+
+def plain(weights: Weights, asked: Sequence[Example], scale: float = 1.0) -> list[Scores]:
+    rows = [ScoringRow(example=each, adapter=weights.adapter, scale=scale) for each in asked]
+    return score_rows(weights.lm, rows)
+
+
+def same(one: Sequence[Scores], other: Sequence[Scores], tolerance: float = 2e-4) -> None:
+    for a, b in zip(one, other, strict=True):
+        assert a.totals == pytest.approx(b.totals, abs=tolerance)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("positions", ["l1", "f2+l3", "f1"])
+def test_questions_on_one_passage_share_its_prefill(
+    family: str, positions: str, make_tiny_model: MakeModel
+) -> None:
+    base = packed(make_tiny_model(family))
+    weights = merged(base, Made([], [site(base, 1, positions, 1), site(base, 2, "l1", 2)]))
+    cache = PrefixCache(2**24)
+    asked = examples(5, prefix=PASSAGE, longest=40)
+    first, found = ask(weights, asked[:1], cache)
+    assert first == plain(weights, asked[:1])
+    assert found == [0]
+    rest, found = ask(weights, asked[1:], cache)
+    assert found == [len(PASSAGE) // BLOCK * BLOCK] * 4
+    same(rest, plain(weights, asked[1:]))
+    # Longer than what is kept, and longer again: they stand on one another.
+    longer = [replace(each, prompt=(*each.prompt, *range(200, 260))) for each in asked]
+    _, found = ask(weights, longer, cache)
+    assert min(found) >= 64
+    longest = [replace(each, prompt=(*each.prompt, *range(300, 330))) for each in longer]
+    again, found = ask(weights, longest, cache)
+    assert min(found) >= 112
+    same(again, plain(weights, longest))
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_rows_on_one_passage_attend_to_it_together(
+    family: str, make_tiny_model: MakeModel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    base = packed(make_tiny_model(family))
+    weights = merged(base, Made([], [site(base, 1, "l1", 1)]))
+    cache = PrefixCache(2**24)
+    passages = (PASSAGE, tuple(range(300, 380)))
+    asked = [one for prefix in passages for one in examples(9, prefix=prefix, longest=40)]
+    ask(weights, [asked[0], asked[9]], cache)
+    # In turns, as two requests would bring them, with one that nobody has asked like it.
+    mixed = [one for pair in zip(asked[1:9], asked[10:], strict=True) for one in pair]
+    mixed.insert(3, examples(1, seed=5)[0])
+    sizes: list[list[int]] = []
+    attend = attention._masked
+
+    def watch(query: Tensor, key: Tensor, *more: Any) -> Tensor:
+        sizes.append([query.shape[2], key.shape[2]])
+        return attend(query, key, *more)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(attention, "_masked", watch)
+        scores, found = ask(weights, mixed, cache)
+    assert sum(map(bool, found)) == 16
+    same(scores, plain(weights, mixed))
+    several = [queries for queries, _ in sizes if queries > 41]
+    assert len(several) >= 2 * base.n_layers, "none attended together"
+    assert max(several) <= packing.TOGETHER
+    longer = [replace(each, prompt=(*each.prompt, *range(200, 260))) for each in asked]
+    ask(weights, longer, cache)
+    again, found = ask(weights, longer, cache)
+    assert min(found) > 100, "what rows that attended together have left is each one's own"
+    same(again, plain(weights, longer))
+
+
+def test_neighbours_make_one_run_if_they_go_on_alike() -> None:
+    def rows(*branches: tuple[int, ...]) -> tuple[PackedRow, ...]:
+        return tuple(
+            PackedRow(start=50 * index, prompt=90, branches=each, skipped=40)
+            for index, each in enumerate(branches)
+        )
+
+    def runs(kept: tuple[Any, ...] | None, *branches: tuple[int, ...]) -> list[tuple[int, int]]:
+        return [(run.first, run.end) for run in Layout(rows=rows(*branches), kept=kept).runs]
+
+    a, b = object(), object()
+    assert runs((a, a, a, b, b), (), (), (), (), ()) == [(0, 3), (3, 5)]
+    assert runs((a, a, a, a), (), (), (), ()) == [(0, 3), (3, 4)], "up to a number of tokens"
+    assert runs((a, a, a), (), (2, 1), ()) == [(0, 1), (1, 2), (2, 3)], "branches don't see each other"
+    assert runs((None, None, a), (), (), ()) == [(0, 1), (1, 2), (2, 3)]
+    assert runs(None, (), ()) == [(0, 1), (1, 2)]
+
+
+def test_unmerged_models_find_their_own(tiny_llama_dir: Path) -> None:
+    base = packed(tiny_llama_dir)
+    adapt_rows(base)
+    cache = PrefixCache(2**24)
+    models = [
+        unmerged(base, Made([adapter(base, 2, seed, suffixes=("q_proj", "v_proj"))], []), scope=f"m{seed}")
+        for seed in (1, 2)
+    ]
+    asked = examples(3, prefix=PASSAGE)
+    for weights in models:
+        assert ask(weights, asked[:1], cache)[1] == [0], "another model's keys and values were found"
+    for weights in models:
+        scores, found = ask(weights, asked[1:], cache)
+        assert min(found) == 64
+        same(scores, plain(weights, asked[1:]))
+
+
+def test_behind_an_intervention_nothing_is_kept_and_the_scale_tells_f_positions_apart(
+    tiny_llama_dir: Path,
+) -> None:
+    base = packed(tiny_llama_dir)
+    asked = examples(2, prefix=PASSAGE)
+    last = merged(base, Made([], [site(base, 1, "l40", 1)]))
+    assert reach(last.sites, 100, 1.0) == (60, None)
+    assert reach(last.sites, 60, 1.0) == (30, None)  # clamped to half of the prompt
+    assert reach(last.sites, 100, 0.0) == (99, None)
+    first = merged(base, Made([], [site(base, 1, "f3", 1)]))
+    assert reach(first.sites, 100, 0.5) == (99, (0.5, (3,)))
+    assert reach(first.sites, 4, 0.5) == (3, (0.5, (2,)))
+    cache = PrefixCache(2**24)
+    for scale in (1.0, 0.5, 0.0):
+        assert ask(first, asked[:1], cache, scale)[1] == [0]
+        scores, found = ask(first, asked[1:], cache, scale)
+        assert found == [64]
+        same(scores, plain(first, asked[1:], scale))
+
+
+def test_a_chain_of_hashes_says_scope_and_all_tokens_before() -> None:
+    tokens = tuple(range(100))
+    hashes = chain("a", tokens, 99)
+    assert len(hashes) == 99 // BLOCK
+    assert chain("a", (*tokens[:40], 7, *tokens[41:]), 99)[:2] == hashes[:2]
+    changed = chain("a", (7, *tokens[1:]), 99)
+    assert not set(changed) & set(hashes)
+    assert not set(chain("b", tokens, 99)) & set(hashes)
+    assert chain("a", tokens, BLOCK - 1) == []
+
+
+def filled(cache: PrefixCache, lm: PackedLM, prompts: Sequence[tuple[int, ...]], scope: str = "s") -> None:
+    weights = Weights(lm=lm, scope=scope)
+    for prompt in prompts:
+        ask(weights, [Example(prompt=prompt, answers=((7,), (9,)), labels=("a", "b"), gold=None)], cache)
+
+
+def kept(cache: PrefixCache, prompt: tuple[int, ...], scope: str = "s") -> Kept | None:
+    return cache.find(chain((scope, None), prompt, len(prompt) - 1))
+
+
+def test_the_longest_unused_goes_first_and_nothing_that_others_stand_on(tiny_llama_dir: Path) -> None:
+    lm = packed(tiny_llama_dir)
+    a_token = lm.n_layers * 2 * 2 * 8 * 4
+    prompts = [tuple(range(start, start + 65)) for start in (10, 110, 210)]
+    cache = PrefixCache(3 * 64 * a_token)
+    filled(cache, lm, prompts)
+    assert cache.held_bytes == 3 * 64 * a_token
+    longer = (*prompts[0], *range(400, 450))
+    filled(cache, lm, [longer])  # stands on the first, and pushes the second out
+    assert kept(cache, prompts[1]) is None
+    found = kept(cache, longer)
+    assert found is not None
+    assert found.length == 112
+    filled(cache, lm, [prompts[1], prompts[1][::-1]])
+    assert cache.held_bytes <= cache.budget_bytes
+    for prompt in (longer, *prompts):
+        chained = kept(cache, prompt)
+        if chained is not None:
+            keys, values = chained.keys_values(0)
+            assert keys.shape == values.shape == (1, 2, chained.length, 8)
+
+
+def test_a_forgotten_scope_leaves_no_bytes(tiny_llama_dir: Path) -> None:
+    lm = packed(tiny_llama_dir)
+    cache = PrefixCache(2**24)
+    filled(cache, lm, [PASSAGE, (*PASSAGE, *PASSAGE)], scope="gone")
+    one = cache.held_bytes
+    filled(cache, lm, [PASSAGE], scope="stays")
+    assert cache.held_bytes > one
+    cache.forget("gone")
+    assert kept(cache, PASSAGE, "gone") is None
+    assert kept(cache, PASSAGE, "stays") is not None
+    cache.forget("stays")
+    assert cache.held_bytes == 0
+
+
+def test_without_a_budget_nothing_is_kept(tiny_llama_dir: Path) -> None:
+    lm = packed(tiny_llama_dir)
+    cache = PrefixCache(100)
+    filled(cache, lm, [PASSAGE])
+    assert cache.held_bytes == 0
+    assert kept(cache, PASSAGE) is None
+
+
+def test_whatever_comes_and_goes_is_what_was_left(tiny_llama_dir: Path) -> None:
+    """Long and short prompts with common beginnings, in a cache that is always too small."""
+    lm = packed(tiny_llama_dir)
+    weights = Weights(lm=lm, scope="s")
+    cache = PrefixCache(lm.n_layers * 2 * 2 * 8 * 4 * 160)
+    generator = torch.Generator().manual_seed(0)
+    stems = [tuple(torch.randint(5, 600, (48,), generator=generator).tolist()) for _ in range(3)]
+    hits = 0
+    for one, two, three in itertools.product(range(3), repeat=3):
+        prompt = (*stems[one], *stems[two], *stems[three][: 10 * three + 3])
+        example = Example(prompt=prompt, answers=((7,), (9,)), labels=("a", "b"), gold=None)
+        scores, found = ask(weights, [example], cache)
+        same(scores, plain(weights, [example]))
+        hits += sum(found)
+        assert cache.held_bytes <= cache.budget_bytes
+    assert hits > 500

@@ -1,0 +1,332 @@
+"""Who waits together shares a pass; nobody gets another answer for it, and nobody is held up by a large request."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from many_models import examples, merged, models, unmerged
+from probe_models import packed
+
+from heft_engine.data.encoding import Example
+from heft_engine.inference.scoring import Scores, score
+from heft_engine.model.packed_lm import PackedLM
+from heft_engine.serving import batcher as batching
+from heft_engine.serving.batcher import Batcher, Cancelled
+from heft_engine.serving.request_queue import Weights
+from heft_engine.serving.row_adapters import adapt_rows
+
+PASSAGE = tuple(range(100, 170))
+
+
+class Told:
+    """What a batcher did, up to the passes whose answers are there: it answers first, and then tells."""
+
+    def __init__(self) -> None:
+        self.batcher: Batcher | None = None
+        self._passes: list[tuple[int, int, int]] = []
+        self._waits: list[float] = []
+
+    def passed(self, *, rows: int, tokens: int, kept_tokens: int, seconds: float) -> None:
+        assert seconds > 0
+        self._passes.append((rows, tokens, kept_tokens))
+
+    def waited(self, seconds: float) -> None:
+        self._waits.append(seconds)
+
+    @property
+    def passes(self) -> list[tuple[int, int, int]]:
+        """Rows, tokens and kept tokens of each."""
+        self._settle()
+        return self._passes
+
+    @property
+    def waits(self) -> list[float]:
+        self._settle()
+        return self._waits
+
+    def _settle(self) -> None:
+        if self.batcher is not None:
+            self.batcher.run(lambda: None)
+
+
+@pytest.fixture(scope="module")
+def lm(tiny_llama_dir: Path) -> PackedLM:
+    return packed(tiny_llama_dir)
+
+
+@pytest.fixture
+def told() -> Told:
+    return Told()
+
+
+@pytest.fixture
+def batcher(told: Told) -> Iterator[Batcher]:
+    batcher = told.batcher = Batcher(prefix_bytes=2**24, token_budget=300, observer=told)
+    yield batcher
+    batcher.close()
+
+
+@dataclass
+class Gate:
+    """Holds the passes' thread until it is opened, so that requests gather."""
+
+    batcher: Batcher
+    opened: threading.Event = field(default_factory=threading.Event)
+
+    def __enter__(self) -> Gate:
+        held = threading.Event()
+
+        def wait() -> None:
+            held.set()
+            assert self.opened.wait(60)
+
+        self.thread = threading.Thread(target=lambda: self.batcher.run(wait))
+        self.thread.start()
+        assert held.wait(60)
+        return self
+
+    def __exit__(self, *_: Any) -> None:
+        self.opened.set()
+        self.thread.join()
+
+
+def results(futures: Sequence[Future[list[Scores]]]) -> list[list[Scores]]:
+    return [future.result(60) for future in futures]
+
+
+def test_those_who_wait_together_share_passes_and_keep_their_bits(
+    lm: PackedLM, batcher: Batcher, told: Told
+) -> None:
+    asked = [examples(3, seed=seed) for seed in range(12)]
+    with Gate(batcher):
+        futures = [batcher.submit(Weights(lm=lm), each) for each in asked]
+    assert results(futures) == [score(lm, each) for each in asked]
+    assert sum(rows for rows, _, _ in told.passes) == 36
+    assert max(rows for rows, _, _ in told.passes) > 3
+    assert all(tokens <= 300 for _, tokens, _ in told.passes)
+    assert len(told.waits) == 36
+
+
+def test_from_many_threads_each_gets_its_own(lm: PackedLM, batcher: Batcher) -> None:
+    asked = [examples(2, seed=seed) for seed in range(40)]
+
+    def ask(each: list[Example]) -> list[Scores]:
+        return batcher.submit(Weights(lm=lm), each).result(60)
+
+    with ThreadPoolExecutor(8) as pool:
+        assert list(pool.map(ask, asked)) == [score(lm, each) for each in asked]
+
+
+def test_alone_a_request_does_not_wait_for_others(
+    lm: PackedLM, batcher: Batcher, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with Gate(batcher):
+        many = [batcher.submit(Weights(lm=lm), examples(5, seed=1, longest=20)) for _ in range(4)]
+    results(many)
+    lingered = batcher._ended + batching.LINGER_SECONDS
+    while batching.time.monotonic() < lingered:
+        pass
+    monkeypatch.setattr(
+        batcher._changed, "wait", lambda timeout=None: pytest.fail("it waits") if timeout else wait()
+    )
+    wait = threading.Condition.wait.__get__(batcher._changed)
+    assert batcher.submit(Weights(lm=lm), examples(1)).result(60) == score(lm, examples(1))
+
+
+def test_after_a_shared_pass_those_who_ask_again_are_waited_for(
+    lm: PackedLM, batcher: Batcher, told: Told, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(batching, "LINGER_SECONDS", 30.0)
+    one = examples(1, longest=10)
+    with Gate(batcher):
+        futures = [batcher.submit(Weights(lm=lm), one) for _ in range(6)]
+    results(futures)
+    again = [batcher.submit(Weights(lm=lm), one) for _ in range(6)]  # the sixth ends the waiting
+    results(again)
+    assert [rows for rows, _, _ in told.passes] == [6, 6]
+
+
+def test_questions_on_one_passage_compute_it_once(lm: PackedLM, batcher: Batcher, told: Told) -> None:
+    weights = Weights(lm=lm, scope="model")
+    asked = examples(8, prefix=PASSAGE, longest=20)
+    with Gate(batcher):
+        together = batcher.submit(weights, asked)
+    for one, other in zip(together.result(60), score(lm, asked), strict=True):
+        assert one.totals == pytest.approx(other.totals, abs=2e-4)
+    assert sum(kept for _, _, kept in told.passes) == 7 * 64
+    assert told.passes[0][0] == 1, "the others wait for the one that computes the passage"
+    batcher.submit(weights, asked[:1], owner="another").result(60)
+    assert told.passes[-1][2] == 0, "another owner's prompt was found"
+    batcher.forget("model")
+    batcher.run(lambda: None)
+    assert batcher.prefix_bytes == 0
+
+
+@pytest.mark.parametrize("of", ["the same model", "another model"])
+def test_a_large_request_does_not_hold_up_a_small_one(
+    lm: PackedLM, tiny_llama_dir: Path, batcher: Batcher, of: str
+) -> None:
+    other = lm if of == "the same model" else packed(tiny_llama_dir)
+    ended: list[str] = []
+    with Gate(batcher):
+        large = batcher.submit(Weights(lm=lm), examples(60, seed=1))
+        small = batcher.submit(Weights(lm=other), examples(1, seed=2))
+        large.add_done_callback(lambda _: ended.append("large"))
+        small.add_done_callback(lambda _: ended.append("small"))
+    assert large.result(60) == score(lm, examples(60, seed=1))
+    assert small.result(60) == score(other, examples(1, seed=2))
+    assert ended == ["small", "large"]
+
+
+def test_models_on_one_base_share_passes_and_others_take_turns(tiny_llama_dir: Path, told: Told) -> None:
+    base = packed(tiny_llama_dir)
+    adapt_rows(base)
+    made = models(base, suffixes=("q_proj", "v_proj"))[:4]
+    batcher = Batcher(prefix_bytes=0, observer=told)
+    asked = [examples(2, seed=seed) for seed in range(4)]
+    alone = merged(base, made[0])
+    with Gate(batcher):
+        shared = [batcher.submit(unmerged(base, each), rows) for each, rows in zip(made, asked, strict=True)]
+        own = batcher.submit(alone, asked[0])
+    found = results([*shared, own])
+    batcher.close()
+    assert [rows for rows, _, _ in told.passes] == [8, 2]
+    assert found[-1] == score(alone.lm, asked[0])
+    for one, other in zip(found[0], found[-1], strict=True):
+        assert one.totals == pytest.approx(other.totals, abs=2e-4)
+
+
+def test_what_nobody_wants_any_more_is_left(lm: PackedLM, batcher: Batcher, told: Told) -> None:
+    with Gate(batcher):
+        gone = batcher.submit(Weights(lm=lm), examples(3))
+        stays = batcher.submit(Weights(lm=lm), examples(1, seed=5))
+        assert gone.cancel()
+    assert stays.result(60) == score(lm, examples(1, seed=5))
+    assert sum(rows for rows, _, _ in told.passes) == 1
+
+
+def test_an_answer_that_comes_after_all_is_dropped(
+    lm: PackedLM, batcher: Batcher, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    begun, cancelled = threading.Event(), threading.Event()
+    plain = batching.score_rows
+
+    def slow(*arguments: Any) -> list[Scores]:
+        begun.set()
+        assert cancelled.wait(60)
+        return plain(*arguments)
+
+    monkeypatch.setattr(batching, "score_rows", slow)
+    gone = batcher.submit(Weights(lm=lm), examples(1))
+    assert begun.wait(60)
+    assert gone.cancel()
+    cancelled.set()
+    assert batcher.submit(Weights(lm=lm), examples(2)).result(60) == score(lm, examples(2))
+
+
+def test_whatever_breaks_beside_a_pass_is_told_and_the_thread_goes_on(
+    lm: PackedLM, batcher: Batcher, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    with monkeypatch.context() as patch:
+        patch.setattr(batcher._waiting, "take", lambda: 1 // 0)
+        with pytest.raises(ZeroDivisionError):
+            batcher.submit(Weights(lm=lm), examples(2)).result(60)
+    assert "what waited failed" in caplog.text
+    assert batcher.submit(Weights(lm=lm), examples(2)).result(60) == score(lm, examples(2))
+
+
+def test_rows_that_wait_for_a_prefix_that_finds_no_room_run_together(lm: PackedLM, told: Told) -> None:
+    tiny = Batcher(prefix_bytes=100, token_budget=2_000, observer=told)
+    asked = examples(8, prefix=PASSAGE, longest=20)
+    with Gate(tiny):
+        together = tiny.submit(Weights(lm=lm, scope="model"), asked)
+    assert together.result(60) == score(lm, asked)
+    tiny.close()
+    assert [rows for rows, _, _ in told.passes] == [1, 7]
+
+
+def test_a_pass_that_fails_is_told_to_its_own_and_the_next_goes_on(
+    lm: PackedLM, batcher: Batcher, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def broken(*_: Any) -> list[Scores]:
+        raise torch.OutOfMemoryError("no room")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(batching, "score_rows", broken)
+        with pytest.raises(torch.OutOfMemoryError, match="no room"):
+            batcher.submit(Weights(lm=lm), examples(2)).result(60)
+    assert batcher.submit(Weights(lm=lm), examples(2)).result(60) == score(lm, examples(2))
+    with pytest.raises(ZeroDivisionError):
+        batcher.run(lambda: 1 // 0)
+
+
+def test_nothing_asked_is_answered_at_once(lm: PackedLM, batcher: Batcher) -> None:
+    assert batcher.submit(Weights(lm=lm), []).result(0) == []
+
+
+def test_closing_tells_those_who_wait(lm: PackedLM) -> None:
+    batcher = Batcher()
+    closing: Callable[[], None] = batcher.close
+    with Gate(batcher):
+        waiting = batcher.submit(Weights(lm=lm), examples(2))
+        thread = threading.Thread(target=closing)
+        thread.start()
+        while not batcher._closed:
+            pass
+    thread.join(60)
+    with pytest.raises(Cancelled):
+        waiting.result(60)
+    with pytest.raises(RuntimeError, match="closed"):
+        batcher.submit(Weights(lm=lm), examples(1))
+
+
+def test_texts_get_their_turns_between_scores(lm: PackedLM, batcher: Batcher) -> None:
+    @dataclass
+    class Writing:
+        left: int = 5
+
+        @property
+        def is_busy(self) -> bool:
+            return self.left > 0
+
+        def turn(self) -> None:
+            self.left -= 1
+            if self.left == 3:
+                raise RuntimeError("told to those who wait")
+
+        def fail(self, fault: Exception) -> None:
+            raise AssertionError(fault)
+
+    writing = Writing()
+    batcher.keep_at(writing)
+    assert batcher.submit(Weights(lm=lm), examples(2)).result(60) == score(lm, examples(2))
+    batcher.run(lambda: None)
+    while writing.left:
+        batcher.run(lambda: None)
+    batcher.run(lambda: None)
+    assert batcher._turns == []
+
+
+def test_closing_tells_those_who_wait_for_text(lm: PackedLM) -> None:
+    told: list[Exception] = []
+
+    class Writing:
+        is_busy = True
+
+        def turn(self) -> None:
+            pass
+
+        def fail(self, fault: Exception) -> None:
+            told.append(fault)
+
+    batcher = Batcher()
+    batcher.keep_at(Writing())
+    batcher.close()
+    assert [type(fault) for fault in told] == [Cancelled]

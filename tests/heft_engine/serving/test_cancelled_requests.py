@@ -1,0 +1,54 @@
+"""Waiting for an answer that may not be wanted any more."""
+
+from __future__ import annotations
+
+from concurrent.futures import Future
+
+import pytest
+
+from heft_engine.inference.scoring import Scores
+from heft_engine.serving import predictor
+from heft_engine.serving.batcher import Cancelled
+from heft_engine.serving.predictor import _wanted
+
+SCORES = [Scores(totals=(0.0,), means=(0.0,))]
+
+
+@pytest.fixture(autouse=True)
+def _looks_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(predictor, "_LOOK_SECONDS", 0.001)
+
+
+class Late(Future[list[Scores]]):
+    """Done the moment after somebody's patience with it ended."""
+
+    def __init__(self, fault: Exception | None = None) -> None:
+        super().__init__()
+        self._fault = fault
+
+    def result(self, timeout: float | None = None) -> list[Scores]:
+        try:
+            return super().result(timeout)
+        except TimeoutError:
+            if not self.done() and self._fault is None:
+                self.set_result(SCORES)
+            elif not self.done():
+                self.set_exception(self._fault)
+            raise
+
+
+def test_an_answer_that_comes_while_one_looks_is_the_answer() -> None:
+    assert _wanted(Late(), lambda: True) == SCORES
+
+
+def test_a_passs_own_timeout_is_told() -> None:
+    with pytest.raises(TimeoutError, match="of the pass"):
+        _wanted(Late(TimeoutError("of the pass")), lambda: True)
+
+
+def test_what_is_not_wanted_any_more_is_cancelled() -> None:
+    future: Future[list[Scores]] = Future()
+    answers = iter([True, True, False])
+    with pytest.raises(Cancelled):
+        _wanted(future, lambda: next(answers))
+    assert future.cancelled()

@@ -1,0 +1,153 @@
+"""Many models' rows on one base answer as the merged models do, and to the bit as each does alone."""
+
+from __future__ import annotations
+
+import gc
+import weakref
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from many_models import Made, adapter, examples, merged, models, site, unmerged
+from probe_models import packed
+from tiny_models import FAMILIES
+
+from heft_engine.errors import BundleError
+from heft_engine.inference.decode_batch import DecodeBatch, DecodeRequest
+from heft_engine.inference.scoring import Scores, score
+from heft_engine.inference.scoring_pass import ScoringRow, score_rows
+from heft_engine.serving.request_queue import Weights
+from heft_engine.serving.row_adapters import UnmergedModel, adapt_rows
+from heft_engine.serving.shared_copy import unique_bytes
+
+MakeModel = Callable[[str], Path]
+
+
+def modules(family: str) -> tuple[str, ...]:
+    return ("query_key_value", "dense_4h_to_h") if family == "gpt_neox" else ("q_proj", "v_proj", "down_proj")
+
+
+def close(one: Scores, other: Scores, tolerance: float) -> bool:
+    return all(abs(a - b) <= tolerance for a, b in zip(one.totals, other.totals, strict=True))
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_rows_of_many_models_in_one_pass_score_as_their_merged_models(
+    family: str, make_tiny_model: MakeModel
+) -> None:
+    base = packed(make_tiny_model(family))
+    adapt_rows(base)
+    made = models(base, suffixes=modules(family))
+    rows, expected = [], []
+    for index, each in enumerate([*made, Made([], [])]):
+        own, scale = merged(base, each), 1.0 if index % 2 else 0.5
+        asked = examples(4, seed=index)
+        adapted = unmerged(base, each).adapter
+        rows += [ScoringRow(example=example, adapter=adapted, scale=scale) for example in asked]
+        expected += score(own.lm, asked, scale=scale)
+    order = [(7 * index) % len(rows) for index in range(len(rows))]
+    together = score_rows(base, [rows[index] for index in order])
+    for scores, index in zip(together, order, strict=True):
+        assert close(scores, expected[index], 2e-4)
+        assert scores == score_rows(base, [rows[index]])[0], "bits depend on the neighbours"
+    plain = score(packed(make_tiny_model(family)), [rows[-1].example])
+    assert score_rows(base, [rows[0], rows[-1]])[1:] == plain, (
+        "a row without an adapter is as before, to the bit"
+    )
+
+
+@pytest.mark.parametrize("threads", [1, 3])
+def test_in_bfloat16_a_row_keeps_its_bits_beside_others(tiny_llama_dir: Path, threads: int) -> None:
+    """In lanes, and alone with all threads."""
+    torch.set_num_threads(threads)
+    base = packed(tiny_llama_dir, torch.bfloat16)
+    adapt_rows(base)
+    weights = [unmerged(base, each) for each in models(base, suffixes=modules("llama"))]
+    rows = [
+        ScoringRow(example=example, adapter=weights[index % len(weights)].adapter)
+        for index, example in enumerate(examples(24, longest=120))
+    ]
+    assert score_rows(base, rows) == [score_rows(base, [row])[0] for row in rows]
+
+
+def test_a_pass_keeps_no_model_that_has_been_put_away(tiny_llama_dir: Path) -> None:
+    torch.set_num_threads(3)
+    base = packed(tiny_llama_dir)
+    adapt_rows(base)
+    made = unmerged(base, models(base, suffixes=modules("llama"))[0])
+    gone = weakref.ref(made.adapter)
+    score_rows(base, [ScoringRow(example=example, adapter=made.adapter) for example in examples(9)])
+    del made
+    gc.collect()
+    assert gone() is None
+
+
+def test_texts_of_many_models_are_written_together(tiny_llama_dir: Path) -> None:
+    base = packed(tiny_llama_dir)
+    adapt_rows(base)
+    made = models(base, suffixes=modules("llama"))
+    requests, expected = [], {}
+    for index, each in enumerate(made):
+        prompt = examples(1, seed=index)[0].prompt
+        adapted = unmerged(base, each).adapter
+        requests.append(DecodeRequest(id=index, prompt=prompt, max_tokens=8, adapter=adapted))
+        own = DecodeRequest(id=index, prompt=prompt, max_tokens=8)
+        expected |= written(DecodeBatch(merged(base, each).lm, budget_bytes=2**24), [own])
+    assert written(DecodeBatch(base, budget_bytes=2**24), requests) == expected
+
+
+def written(batch: DecodeBatch, requests: list[DecodeRequest]) -> dict[object, list[int]]:
+    tokens: dict[object, list[int]] = {request.id: [] for request in requests}
+    new = batch.join(requests)
+    while new:
+        for token in new:
+            tokens[token.id].append(token.choice.token)
+            if len(tokens[token.id]) == 8:
+                batch.leave(token.id)
+        new = batch.step()
+    return tokens
+
+
+def test_a_model_holds_its_own_numbers_and_little_more(tiny_llama_dir: Path) -> None:
+    base = packed(tiny_llama_dir, torch.bfloat16)
+    own = adapter(base, 4, 1, suffixes=("q_proj", "v_proj"))
+    numbers = sum(down.numel() + up.numel() for down, up in own.factors.values())
+    held = UnmergedModel(base, [own], [site(base, 1, "l1", 2)])
+    assert held.memory_bytes == 2 * numbers + 4 * (2 * 32 * 2 + 2)
+
+
+def test_a_merged_copy_costs_what_its_adapters_touch(tiny_llama_dir: Path) -> None:
+    base = packed(tiny_llama_dir)
+    adapt_rows(base)
+    before = [parameter.clone() for parameter in base.model.parameters()]
+    own = merged(base, Made([adapter(base, 4, 1, suffixes=("q_proj",))], []))
+    assert unique_bytes(own.lm.model, beside=base.model) == 4 * base.n_layers * 32 * 32
+    assert all(map(torch.equal, before, base.model.parameters()))
+    asked = examples(3)
+    assert score(own.lm, asked) != score(base, asked)
+    # The copy's layers don't heed the base's rows.
+    adapted = unmerged(base, models(base, suffixes=("q_proj",))[0]).adapter
+    rows = [ScoringRow(example=example, adapter=adapted) for example in asked]
+    assert score_rows(own.lm, rows) == score(own.lm, asked)
+
+
+def test_what_belongs_to_another_base_is_refused(tiny_llama_dir: Path, make_tiny_model: MakeModel) -> None:
+    base = packed(tiny_llama_dir)
+    good = adapter(base, 2, 1, suffixes=("q_proj",))
+    name = next(iter(good.factors))
+    good.factors[name] = (torch.zeros(2, 31), torch.zeros(32, 2))
+    with pytest.raises(BundleError, match=f"{name} is \\(32, 31\\), the base's \\(32, 32\\)"):
+        UnmergedModel(base, [good], [])
+    with pytest.raises(BundleError, match="which this base model does not have"):
+        UnmergedModel(packed(make_tiny_model("gpt_neox")), [good], [])
+    with pytest.raises(BundleError, match="deeper model"):
+        UnmergedModel(base, [], [site(base, 4, "l1", 1)])
+
+
+def test_weights_say_where_interventions_act(tiny_llama_dir: Path) -> None:
+    base = packed(tiny_llama_dir)
+    made = Made([], [site(base, 1, "l1", 1), site(base, 3, "f1", 2)])
+    assert [(s.layer, s.positions) for s in unmerged(base, made).sites] == [(1, "l1"), (3, "f1")]
+    assert [(s.layer, s.positions) for s in merged(base, made).sites] == [(1, "l1"), (3, "f1")]
+    assert Weights(lm=base).sites == ()

@@ -1,0 +1,337 @@
+"""Models in memory: loaded once, held merged or shared, put away when others need the room."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import threading
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import pytest
+from engine_runs import LORA, REFT, but, config, parse, run, yes_no
+from tiny_models import save_tiny_model
+
+from cli.stack.process import wait_until
+from heft_engine.errors import BundleError, ModelError
+from heft_engine.serving import model_pool as model_pool
+from heft_engine.serving import placement
+from heft_engine.serving.batcher import Batcher
+from heft_engine.serving.model_pool import ModelPool
+from heft_engine.serving.predictor import Prediction, load
+
+ROWS = parse(yes_no(6, seed=5))
+ROOMY = 2**40
+
+
+@pytest.fixture(scope="module")
+def bundles(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Four bundles m0 … m3 on one base, of two trainings."""
+    folder = tmp_path_factory.mktemp("pool")
+    save_tiny_model(folder / "base")
+    for seed in range(2):
+        stages = [but(LORA, n_epochs=1), but(REFT, n_epochs=1)]
+        run(config(folder / "base", "heft", stages, seed=seed), folder / f"m{seed}")
+        shutil.copytree(folder / f"m{seed}", folder / f"m{seed + 2}")
+    return folder
+
+
+class Library:
+    """Brings bundles, and counts."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self.fetched: list[str] = []
+        self.fault: BaseException | None = None
+
+    def fetch(self, name: str) -> Callable[[], Any]:
+        @contextmanager
+        def bring() -> Iterator[Path]:
+            self.fetched.append(name)
+            if self.fault is not None:
+                fault, self.fault = self.fault, None
+                raise fault
+            yield self.folder / name
+
+        return bring
+
+
+@pytest.fixture
+def library(bundles: Path) -> Library:
+    return Library(bundles)
+
+
+@pytest.fixture
+def make_pool() -> Iterator[Callable[..., ModelPool]]:
+    made: list[ModelPool] = []
+
+    def make(**options: Any) -> ModelPool:
+        settings = {"budget_bytes": ROOMY, "hold": "auto", "device": "cpu", **options}
+        made.append(ModelPool(batcher=Batcher(prefix_bytes=0), **settings))
+        return made[-1]
+
+    yield make
+    for pool in made:
+        pool.close()
+
+
+def ask(pool: ModelPool, library: Library, name: str) -> list[Prediction]:
+    with pool.model(name, library.fetch(name)) as predictor:
+        return predictor.predict(ROWS)
+
+
+def close(one: list[Prediction], other: list[Prediction]) -> bool:
+    pairs = zip(one, other, strict=True)
+    return all(abs((a.probability or 0) - (b.probability or 0)) < 1e-4 for a, b in pairs)
+
+
+def test_merged_it_answers_with_the_librarys_bits_and_shared_as_closely_as_probes_ask(
+    make_pool: Callable[..., ModelPool], library: Library, bundles: Path
+) -> None:
+    expected = {name: load(bundles / name, device="cpu").predict(ROWS) for name in ("m0", "m1")}
+    merged, shared = make_pool(hold="merged"), make_pool(hold="shared")
+    for name, answers in expected.items():
+        assert ask(merged, library, name) == answers
+        assert close(ask(shared, library, name), answers)
+    assert expected["m0"] != expected["m1"]
+    assert merged.kinds()["merged"][0] == shared.kinds()["shared"][0] == 2
+    base = merged.kinds()["base"]
+    assert base == shared.kinds()["base"]
+    assert base[0] == 1
+    assert shared.kinds()["shared"][1] < merged.kinds()["merged"][1] < base[1]
+    assert merged.memory_bytes == base[1] + merged.kinds()["merged"][1]
+
+
+def test_a_model_is_fetched_once_whoever_asks(make_pool: Callable[..., ModelPool], library: Library) -> None:
+    pool = make_pool()
+    with ThreadPoolExecutor(6) as threads:
+        answers = list(threads.map(lambda _: ask(pool, library, "m0"), range(6)))
+    assert answers == answers[:1] * 6
+    assert library.fetched == ["m0"]
+    assert pool.names == ["m0"]
+
+
+@pytest.mark.parametrize("hold", ["merged", "shared"])
+def test_what_loads_a_model_leaves_no_thread_behind_that_slows_the_passes(
+    make_pool: Callable[..., ModelPool], library: Library, hold: str
+) -> None:
+    """A thread that has computed in parallel keeps a team of threads, which the passes' own then gives way to."""
+    pool, loaders = make_pool(hold=hold), []
+
+    @contextmanager
+    def fetch() -> Iterator[Path]:
+        loaders.append(threading.current_thread())
+        with library.fetch("m0")() as path:
+            yield path
+
+    with pool.model("m0", fetch) as predictor:
+        predictor.predict(ROWS)
+    assert [thread.is_alive() for thread in loaders] == [False]
+
+
+def test_the_only_model_of_a_base_is_held_merged_and_those_beside_busy_ones_shared(
+    make_pool: Callable[..., ModelPool], library: Library
+) -> None:
+    pool = make_pool()
+    for _ in range(4):
+        ask(pool, library, "m0")
+    assert pool.kinds()["merged"][0] == 1
+    ask(pool, library, "m1")
+    assert (pool.kinds()["merged"][0], pool.kinds()["shared"][0]) == (1, 1)
+
+
+def test_a_shared_model_that_becomes_hot_is_merged_and_a_merged_one_that_cools_is_shared(
+    make_pool: Callable[..., ModelPool], library: Library, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(placement, "COOL", 0.2)
+    left: list[bool] = []
+    pool = make_pool(put_away=lambda: left.append(True))
+    for _ in range(5):
+        ask(pool, library, "m0")
+    before = ask(pool, library, "m1")
+    assert not left
+    assert pool.kinds()["shared"][0] == 1
+    for _ in range(40):
+        ask(pool, library, "m1")
+
+    def kinds() -> dict[Any, str | None]:
+        ask(pool, library, "m1")
+        return {name: entry.now.kind if entry.now else None for name, entry in pool._entries.items()}
+
+    assert wait_until(lambda: kinds() == {"m0": "shared", "m1": "merged"}, seconds=20)
+    assert close(ask(pool, library, "m1"), before)
+    assert wait_until(lambda: len(left) >= 1, seconds=20), "the copies that were held before have gone"
+
+
+def test_the_longest_unused_is_put_away(make_pool: Callable[..., ModelPool], library: Library) -> None:
+    roomy = make_pool(hold="shared")
+    for name in ("m0", "m1", "m2"):
+        ask(roomy, library, name)
+    left: list[bool] = []
+    pool = make_pool(hold="shared", budget_bytes=roomy.memory_bytes, put_away=lambda: left.append(True))
+    for name in ("m0", "m1", "m2", "m0", "m3"):
+        ask(pool, library, name)
+    assert set(pool.names) == {"m0", "m2", "m3"}
+    assert left == [True]
+    assert pool.memory_bytes <= roomy.memory_bytes
+
+
+def test_one_that_is_larger_than_the_budget_still_answers_and_leaves(
+    make_pool: Callable[..., ModelPool], library: Library
+) -> None:
+    pool = make_pool(budget_bytes=1)
+    answers = ask(pool, library, "m0")
+    assert pool.names == []
+    assert pool.memory_bytes == 0
+    assert ask(pool, library, "m0") == answers
+    assert library.fetched == ["m0", "m0"]
+
+
+def test_nobody_is_put_away_while_it_is_asked(make_pool: Callable[..., ModelPool], library: Library) -> None:
+    pool = make_pool(budget_bytes=1)
+    with pool.model("m0", library.fetch("m0")) as predictor:
+        pool.make_room()
+        ask(pool, library, "m1")
+        assert pool.names == ["m0"]
+        assert predictor.predict(ROWS[:1])
+    assert pool.names == []
+
+
+def test_a_load_that_failed_is_tried_again_with_the_next_request(
+    make_pool: Callable[..., ModelPool], library: Library
+) -> None:
+    pool = make_pool()
+    library.fault = ConnectionError("away")
+    with pytest.raises(ConnectionError):
+        ask(pool, library, "m0")
+    assert pool.names == []
+    assert ask(pool, library, "m0")
+
+
+def test_without_memory_the_idle_go_first(make_pool: Callable[..., ModelPool], library: Library) -> None:
+    pool = make_pool()
+    ask(pool, library, "m0")
+    library.fault = MemoryError()
+    assert ask(pool, library, "m1")
+    assert pool.names == ["m1"]
+
+
+def test_a_forgotten_model_goes_when_its_last_answer_is_out(
+    make_pool: Callable[..., ModelPool], library: Library
+) -> None:
+    pool = make_pool()
+    with pool.model("m0", library.fetch("m0")) as predictor:
+        pool.forget("m0")
+        assert predictor.predict(ROWS[:1])
+        assert pool.names == ["m0"]
+    assert pool.names == []
+    pool.forget("m0")
+    pool.forget("unknown")
+
+
+def test_one_whose_probe_rows_do_not_agree_unmerged_is_held_merged(
+    make_pool: Callable[..., ModelPool], library: Library, bundles: Path, tmp_path: Path
+) -> None:
+    shutil.copytree(bundles / "m0", tmp_path / "m0")
+    described = json.loads((tmp_path / "m0" / "heft.json").read_text())
+    (tmp_path / "m0" / "heft.json").write_text(json.dumps(described | {"probe_tolerance": 0.0}))
+    pool = make_pool(hold="shared")
+    ask(pool, Library(tmp_path), "m0")
+    assert pool.kinds()["merged"][0] == 1
+
+
+def test_what_is_damaged_or_unknown_is_refused(
+    make_pool: Callable[..., ModelPool], bundles: Path, tmp_path: Path
+) -> None:
+    shutil.copytree(bundles / "m0", tmp_path / "m0")
+    (tmp_path / "m0" / "heft.json").write_text("{}")
+    pool = make_pool()
+    with pytest.raises(BundleError):
+        ask(pool, Library(tmp_path), "m0")
+    with pytest.raises(ModelError), pool.base("no-such-model", "yes_no"):
+        pass
+    assert pool.memory_bytes == 0
+
+
+def test_a_base_is_asked_beside_its_models(
+    make_pool: Callable[..., ModelPool], library: Library, bundles: Path
+) -> None:
+    pool = make_pool(model_dir=bundles)
+    threads = [threading.Thread(target=ask, args=(pool, library, name)) for name in ("m0", "m1")]
+    for thread in threads:
+        thread.start()
+    with pool.base("base", "yes_no") as predictor:
+        assert predictor.predict(ROWS)[0].answer in ("yes", "no")
+    for thread in threads:
+        thread.join()
+    assert sorted(pool.names) == ["m0", "m1"]
+
+
+def test_a_base_on_which_nothing_could_be_loaded_is_let_go(
+    make_pool: Callable[..., ModelPool], bundles: Path, tmp_path: Path
+) -> None:
+    shutil.copytree(bundles / "m0", tmp_path / "m0")
+    described = json.loads((tmp_path / "m0" / "heft.json").read_text())
+    (tmp_path / "m0" / "heft.json").write_text(json.dumps(described | {"tokenizer_sha256": "another"}))
+    left: list[bool] = []
+    pool = make_pool(put_away=lambda: left.append(True))
+    with pytest.raises(BundleError, match="tokenizer"):
+        ask(pool, Library(tmp_path), "m0")
+    assert pool.kinds()["base"][0] == 0
+    assert left == [True]
+
+
+def test_a_base_that_nobody_asks_goes_before_another_is_loaded(
+    make_pool: Callable[..., ModelPool], bundles: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Otherwise two that don't fit beside each other could never be asked one after the other."""
+    for name in ("a", "b"):
+        shutil.copytree(bundles / "base", tmp_path / name)
+    loading: list[tuple[int, int]] = []
+    given_back: list[bool] = []
+    pool = make_pool(model_dir=tmp_path, budget_bytes=1, put_away=lambda: given_back.append(True))
+    plain = model_pool.Base
+
+    def base(*arguments: Any, **options: Any) -> Any:
+        loading.append((pool.kinds()["base"][0], len(given_back)))
+        return plain(*arguments, **options)
+
+    monkeypatch.setattr(model_pool, "Base", base)
+    with pool.base("a", "yes_no") as one:
+        expected = one.predict(ROWS)
+        with pool.base("b", "yes_no") as other:
+            assert other.predict(ROWS) == expected
+    pool._budget = ROOMY
+    with pool.base("a", "yes_no"), pool.base("b", "yes_no"):
+        assert pool.kinds()["base"][0] == 2
+    pool._budget = 1
+    with pool.base("a", "choice"):
+        pass
+    assert loading == [(0, 0), (1, 0), (0, 2), (1, 2)], "held, and how often memory was given back"
+
+
+def test_a_change_that_fails_leaves_the_model_as_it_is_and_is_not_tried_again_at_once(
+    make_pool: Callable[..., ModelPool], library: Library
+) -> None:
+    pool = make_pool()
+    for _ in range(5):
+        ask(pool, library, "m0")
+    before = ask(pool, library, "m1")
+    entry = pool._entries["m1"]
+    library.fault = MemoryError()  # of the next fetch
+
+    def has_failed() -> bool:
+        ask(pool, library, "m1")
+        return library.fault is None and not entry.is_changing
+
+    assert wait_until(has_failed, seconds=30)
+    fetched = len(library.fetched)
+    pool._considered.clear()
+    assert ask(pool, library, "m1") == before
+    assert len(library.fetched) == fetched
+    assert pool.kinds()["shared"][0] == 1
+    pool.forget("m1")
+    assert "m1" not in pool.names

@@ -1,0 +1,189 @@
+"""What a run leaves for comparisons: its arithmetic, held against torch's own count, and its rows."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from engine_runs import LORA, REFT, but, config, parse, run, yes_no
+from small_runs import prepared, reft, yes_no_rows
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.flop_counter import flop_registry
+
+from heft_engine.adapters.trainable import LoraTrainable, ReftTrainable
+from heft_engine.commands.main import main
+from heft_engine.config.flops import RowTokens, Shape, StageWork, stage_flops
+from heft_engine.config.train import LoraStage
+from heft_engine.evaluation.row_values import pack_rows, pack_values, unpack_rows
+from heft_engine.model.packing import packed_length
+from heft_engine.training.costs import shape_of
+from heft_engine.training.loss_source import CachePlan, PlainSource
+from heft_engine.training.stage_store import LocalStages
+
+TEST, EVAL = parse(yes_no(20, seed=9)), parse(yes_no(24, seed=10))
+SHAPE = Shape(layers=4, layer=1_000, head=500, width=0)
+
+
+class Counted(TorchDispatchMode):
+    """torch's own count of products with weights: attention runs padded here, and is counted as it is meant.
+
+    torch's FlopCounterMode follows modules too, which nested gradients break.
+    """
+
+    total = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        out = func(*args, **(kwargs or {}))
+        packet = func._overloadpacket
+        if packet in (torch.ops.aten.mm, torch.ops.aten.addmm):
+            self.total += flop_registry[packet](*args, **(kwargs or {}), out_val=out)
+        return out
+
+
+def rows(*lengths: int) -> list[RowTokens]:
+    return [RowTokens(total=length, suffix=2, supervised=1) for length in lengths]
+
+
+def test_a_frozen_base_costs_four_operations_a_weight_and_token() -> None:
+    work = StageWork(rung="nothing", first_layer=0, epochs=3)
+    assert stage_flops(SHAPE, rows(10, 20), work) == 3 * (4 * 4 * 1_000 * 30 + 4 * 500 * 2)
+
+
+def test_what_is_kept_is_counted_once() -> None:
+    kept = StageWork(rung="keys_values", first_layer=3, epochs=5)
+    once = 2 * 1_000 * (3 * 30 + 1 * 26)  # the lower layers, and the upper one left of the suffixes
+    assert stage_flops(SHAPE, rows(10, 20), kept) == once + 5 * (4 * 1_000 * 4 + 4 * 500 * 2)
+    states = StageWork(rung="states", first_layer=3, epochs=5)
+    assert stage_flops(SHAPE, rows(10, 20), states) == (
+        2 * 1_000 * 3 * 30 + 5 * (2 * 1_000 * 26 + 4 * 1_000 * 4 + 4 * 500 * 2)
+    )
+
+
+def test_attention_grows_with_the_square() -> None:
+    wide = Shape(layers=1, layer=0, head=0, width=8)
+    work = StageWork(rung="nothing", first_layer=0, epochs=1)
+    assert stage_flops(wide, rows(100), work) == (1 + 2) * 2 * 8 * 100**2
+
+
+def test_it_is_what_torch_counts_for_lora(tiny_llama_dir: Path) -> None:
+    stage = LoraStage(n_epochs=1, batch_size=4, learning_rate=1e-3, target_modules=["q_proj", "v_proj"])
+    made = prepared(tiny_llama_dir, [stage], yes_no_rows(), lambda event: None)
+    trainable = LoraTrainable.attach(made.lm, stage)
+    source = PlainSource(lm=made.lm, examples=made.examples)
+    adapter = sum(p.numel() for p in trainable.parameters().values())
+    with Counted() as counted:
+        source.loss(range(len(made.examples))).backward()
+    work = StageWork(rung="nothing", first_layer=0, epochs=1, adapter=adapter)
+    tokens = [
+        RowTokens(total=packed_length(e), suffix=packed_length(e), supervised=e.supervised_tokens)
+        for e in made.examples
+    ]
+    assert stage_flops(replace(shape_of(made.lm), width=0), tokens, work) == pytest.approx(
+        counted.total, rel=0.1
+    )
+
+
+def test_it_is_what_torch_counts_for_reft_on_the_cache(tiny_llama_dir: Path) -> None:
+    stage = reft(layers=[1], rank=2)
+    made = prepared(tiny_llama_dir, [stage], yes_no_rows(), lambda event: None)
+    trainable = ReftTrainable.attach(made.lm, stage)
+    boundary = trainable.boundary()
+    plan = CachePlan(rung="keys_values", on_disk=False, bytes=0)
+    with Counted() as counted:
+        source = plan.open(made.lm, boundary, made.examples, None)
+        for _ in range(6):
+            source.loss(range(len(made.examples))).backward()
+    work = StageWork(rung="keys_values", first_layer=boundary.layer, epochs=6)
+    tokens = [
+        RowTokens(
+            total=packed_length(e),
+            suffix=packed_length(e) - boundary.first_token(len(e.prompt)),
+            supervised=e.supervised_tokens,
+        )
+        for e in made.examples
+    ]
+    assert stage_flops(replace(shape_of(made.lm), width=0), tokens, work) == pytest.approx(
+        counted.total, rel=0.1
+    )
+
+
+def test_a_run_says_what_it_cost_and_what_was_right(tiny_llama_dir: Path, tmp_path: Path) -> None:
+    kept = LocalStages(directory=tmp_path / "stages")
+    first = run(config(tiny_llama_dir, stages=[LORA, REFT]), tmp_path / "one", test_rows=TEST, results=kept)
+    other = REFT.model_copy(update={"rank": 1})
+    second = run(config(tiny_llama_dir, stages=[LORA, other]), tmp_path / "two", test_rows=TEST, results=kept)
+    succeeded = first.one("SUCCEEDED")
+    completed = first.data("STAGE_COMPLETE")
+    assert [cost["flops"] for cost in succeeded["costs"]] == [stage["flops"] for stage in completed]
+    assert [cost["tokens"] for cost in succeeded["costs"]] == [stage["tokens"] for stage in completed]
+    assert all(cost["seconds"] > 0 and "reused" not in cost for cost in succeeded["costs"])
+    assert [cost["epochs"] for cost in succeeded["costs"]] == [LORA.n_epochs, REFT.n_epochs]
+    lora, reft = succeeded["costs"]
+    assert lora["flops_once"] == 0 < reft["flops_once"] < reft["flops"]
+    found = succeeded["outcomes"]
+    evaluated = first.data("EVALUATION")
+    assert all("right" not in data for data in evaluated)
+    right = [int(unpack_rows(one["right"], found["n"]).sum()) for one in found["results"]]
+    assert right == [data["correct"] for data in evaluated]
+    assert (found["n"], found["split"]) == (20, "test")
+
+    again = second.one("SUCCEEDED")
+    assert again["outcomes"]["rows_sha256"] == found["rows_sha256"]
+    assert again["outcomes"]["results"][:2] == found["results"][:2]
+    assert again["costs"][0] == {**succeeded["costs"][0], "reused": True}
+    assert "reused" not in again["costs"][1]
+
+
+def test_a_run_says_what_it_came_to_on_validation_rows(tiny_llama_dir: Path, tmp_path: Path) -> None:
+    """What a search chooses by: never the rows that are reported."""
+    both = run(config(tiny_llama_dir, "lora"), tmp_path / "both", validation=EVAL, test_rows=TEST).one(
+        "SUCCEEDED"
+    )
+    alone = run(config(tiny_llama_dir, "lora"), tmp_path / "alone", validation=EVAL).one("SUCCEEDED")
+    found = both["outcomes"]["validation"]
+    assert (found["n"], found["metric"]) == (len(EVAL), "accuracy")
+    assert found["value"] == pytest.approx(alone["evaluation"]["results"][-1]["accuracy"])
+    assert alone["outcomes"]["validation"] is None
+
+
+def test_text_is_written_on_validation_rows_where_a_search_asks(tiny_llama_dir: Path, tmp_path: Path) -> None:
+    rows = parse([{"prompt": f"is it {n}", "completion": f" {n}"} for n in range(12)])
+    given = {"validation": rows[4:8], "test_rows": rows[8:]}
+    stages = [but(LORA, n_epochs=1)]
+    plain = run(config(tiny_llama_dir, "lora", stages), tmp_path / "plain", rows[:4], **given)
+    assert plain.one("SUCCEEDED")["outcomes"]["validation"] is None
+    asked = run(
+        config(tiny_llama_dir, "lora", stages), tmp_path / "asked", rows[:4], **given, writes_validation=True
+    )
+    found = asked.one("SUCCEEDED")["outcomes"]["validation"]
+    assert (found["n"], found["metric"]) == (4, "exact_match")
+    assert found["value"] in (0, 0.25, 0.5, 0.75, 1)
+
+
+def test_a_run_without_rows_to_measure_on_has_no_outcomes(tiny_llama_dir: Path, tmp_path: Path) -> None:
+    assert run(config(tiny_llama_dir, "lora"), tmp_path / "one").one("SUCCEEDED")["outcomes"] is None
+
+
+def test_judge_answers_in_json(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    def arm(name: str, right: int) -> dict[str, object]:
+        packed = pack_rows([i < right for i in range(50)])
+        runs = [{"seed": seed, "n": 50, "rows_sha256": "x", "right": packed} for seed in (1, 2)]
+        return {"name": name, "seeds": [1, 2], "runs": runs}
+
+    path = tmp_path / "question.json"
+    path.write_text(json.dumps({"arms": [arm("a", 40), arm("b", 10)]}))
+    assert main(["judge", "--run-file", str(path)]) == 0
+    verdict = json.loads(capsys.readouterr().out)
+    assert [one["accuracy"] for one in verdict["arms"]] == [0.8, 0.2]
+    assert verdict["comparisons"][0]["separable"]
+    graded = {"seed": 1, "n": 3, "rows_sha256": "x", "values": pack_values([0.5, 1.0, 0.0])}
+    path.write_text(json.dumps({"arms": [{"name": "a", "seeds": [1], "runs": [graded]}]}))
+    assert main(["judge", "--run-file", str(path)]) == 0
+    assert json.loads(capsys.readouterr().out)["arms"][0]["accuracy"] == pytest.approx(0.5, abs=1e-5)
+    path.write_text("{}")
+    assert main(["judge", "--run-file", str(path)]) == 1
+    assert json.loads(capsys.readouterr().err)["error"]["param"] == "run-file"

@@ -1,0 +1,105 @@
+"""Thirty steps on every rung of the cache, and however the passes run, give the losses of the plain computation."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from engine_runs import LORA, REFT, but
+from tiny_models import FAMILIES
+from torch._dynamo.utils import counters
+
+from heft_engine.config.train import LoraStage, ReftStage
+from heft_engine.data.encoding import Example
+from heft_engine.events import Event
+from heft_engine.model.attention import IMPLEMENTATION
+from heft_engine.model.base_models import load_model, resolve_path
+from heft_engine.model.packed_lm import PackedLM
+from heft_engine.training import compile as compiled
+from heft_engine.training.activation_cache import Rung
+from heft_engine.training.single_stage import single_stage
+
+MakeModel = Callable[[str], Path]
+OTHERS = [family for family in FAMILIES if family != "llama"]
+KINDS: dict[str, Any] = {
+    "layer 2, l1": {"layers": [2], "positions": "l1"},
+    "layers 0 and 2, l1": {"layers": [0, 2], "positions": "l1"},
+    "layer 1, l3": {"layers": [1], "positions": "l3"},
+    "layers 1 and 3, f1+l1": {"layers": [1, 3], "positions": "f1+l1"},
+}
+
+
+def examples() -> list[Example]:
+    """Prompts of 1 to 60 tokens, answers of 1 to 7."""
+    chance = random.Random(5)
+    made = []
+    for number in range(12):
+        prompt, answer = chance.choice((1, 2, 9, 30, 60)) + number % 3, 1 + number % 4 * 2
+        ids = [chance.randrange(5, 600) for _ in range(prompt + answer)]
+        made.append(Example(prompt=tuple(ids[:prompt]), answers=(tuple(ids[prompt:]),), labels=("",), gold=0))
+    return made
+
+
+def losses(path: Path, stage: LoraStage | ReftStage, rung: Rung = "nothing", **changes: Any) -> list[float]:
+    """Of 30 steps in float32."""
+    lm = PackedLM(load_model(resolve_path(path), dtype=torch.float32, attention=IMPLEMENTATION))
+    found: list[float] = []
+
+    def listen(event: Event) -> None:
+        if event.code == "METRICS":
+            found.append(event.data["loss"])
+
+    compile, cache_dir = changes.pop("compile", False), changes.pop("cache_dir", None)
+    with single_stage(
+        lm, stage, examples(), listen, rung=rung, compile=compile, cache_dir=cache_dir
+    ) as single:
+        assert (single.plan.cache.rung, single.plan.compiled) == (rung, compile)
+        lm.checkpointing = changes.pop("checkpointing", False)
+        single.train(single.source(), **changes)
+    assert len(found) == 30
+    return found
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_every_rung_trains_alike(make_tiny_model: MakeModel, kind: str) -> None:
+    stage = but(REFT, **KINDS[kind], n_epochs=10, batch_size=4, learning_rate=1e-2, rank=3)
+    for family in ("llama", "gemma2"):
+        path = make_tiny_model(family)
+        plain = losses(path, stage)
+        rungs: list[Rung] = ["states"] if "f1" in kind else ["states", "keys_values"]
+        for rung in rungs:
+            assert losses(path, stage, rung) == pytest.approx(plain, rel=1e-5)
+        assert sum(plain[-3:]) < sum(plain[:3]), "it learns"
+
+
+def lora(path: Path, **changes: Any) -> list[float]:
+    lm = PackedLM(load_model(resolve_path(path), dtype=torch.float32, attention=IMPLEMENTATION))
+    stage = but(LORA, n_epochs=10, batch_size=4, target_modules=list(lm.family.attention))
+    return losses(path, stage, "nothing", **changes)
+
+
+def test_passes_of_any_size_and_layers_that_run_twice_train_alike(tiny_llama_dir: Path) -> None:
+    plain = lora(tiny_llama_dir)
+    assert lora(tiny_llama_dir, token_budget=40) == pytest.approx(plain, rel=1e-5)
+    assert lora(tiny_llama_dir, checkpointing=True) == pytest.approx(plain, rel=1e-5)
+
+
+@pytest.mark.filterwarnings("ignore")  # of the compiler's own
+@pytest.mark.skipif(not compiled.can_compile(), reason="there is no C++ compiler")
+@pytest.mark.parametrize(
+    "family", ["llama", *(pytest.param(name, marks=pytest.mark.slow) for name in OTHERS)]
+)
+def test_compiled_layers_train_alike(
+    make_tiny_model: MakeModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, family: str
+) -> None:
+    monkeypatch.delenv("TORCHINDUCTOR_CACHE_DIR", raising=False)
+    path = make_tiny_model(family)
+    graphs = counters["stats"]["unique_graphs"]
+    assert lora(path, compile=True, cache_dir=tmp_path) == pytest.approx(lora(path), rel=1e-5)
+    assert counters["stats"]["unique_graphs"] > graphs, "layers were compiled"
+    if family == "llama":  # others' kernels may be equal to those that this process has loaded
+        assert list((tmp_path / "compiled").rglob("*.so")), "machine code was made, in its own place"

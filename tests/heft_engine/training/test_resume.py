@@ -1,0 +1,198 @@
+"""Stopped anywhere and resumed equals never stopped: same losses, same weights, bit for bit (float32, CPU)."""
+
+from __future__ import annotations
+
+import itertools
+import random
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from engine_runs import KINDS, LORA, REFT, VARIANTS, Told, but, config, parse, run, tensors, yes_no
+
+from heft_engine.bundle.format import read_bundle
+from heft_engine.config.train import EarlyStopping, Stage, TrainConfig, recipe
+from heft_engine.errors import Stopped
+from heft_engine.serving.predictor import load
+from heft_engine.training.loss_source import CacheBudget
+
+VALIDATION = parse(yes_no(16, seed=1))
+DROPOUT = {"dropout": 0.2}
+
+
+def stages(method: Any, **both: Any) -> list[Stage]:
+    return recipe(method, but(LORA, **both), but(REFT, **both))
+
+
+CASES: dict[str, Callable[[Path], TrainConfig]] = {
+    "heft": lambda model: config(model, "heft"),
+    "dropout": lambda model: config(model, "heft_reversed", stages("heft_reversed", **DROPOUT)),
+    # The second ReFT stage goes on with the first one's intervention, raw rotation and all.
+    "interleaved": lambda model: config(
+        model,
+        "heft_interleaved",
+        recipe(
+            "heft_interleaved",
+            but(LORA, **DROPOUT),
+            but(REFT, **DROPOUT, positions="f1+l1", layers=[0, 2]),
+        ),
+    ),
+    "variants": lambda model: config(
+        model,
+        "recipe",
+        [but(LORA, use_dora=True, init="pissa_niter_4"), but(LORA, use_dora=True, **DROPOUT)]
+        # The last goes on with the first one's intervention.
+        + [but(REFT, kind=kind, n_epochs=1) for kind in ("direft", "noreft", "direft")],
+    ),
+    "early stopping": lambda model: config(
+        model,
+        "heft",
+        stages("heft", n_epochs=9, learning_rate=0.05),
+        early_stopping=EarlyStopping(patience=1),
+    ),
+}
+
+
+def interrupted(
+    settings: TrainConfig, folder: Path, stops: list[int], **options: Any
+) -> tuple[dict[int, float], Told]:
+    """Stops at these calls of `should_stop`, counted over all attempts; resumes from the newest checkpoint each time.
+
+    Returns the losses that all attempts told, step by step, and the last attempt.
+    """
+    calls = itertools.count(1)
+    losses: dict[int, float] = {}
+    resume = None
+    for attempt in range(len(stops) + 1):
+        told = Told()
+        # Elsewhere a process has used random numbers of its own.
+        torch.manual_seed(1_000 + attempt)
+        try:
+            run(
+                settings,
+                folder / "out",
+                None,
+                VALIDATION,
+                told=told,
+                checkpoint_dir=folder / f"checkpoints-{attempt}",
+                resume=resume,
+                should_stop=lambda: next(calls) in stops,
+                **options,
+            )
+        except Stopped:
+            resume = Path(told.data("CHECKPOINT_SAVED")[-1]["path"])
+        assert not losses.keys() & told.losses.keys(), "no step is done twice"
+        losses |= told.losses
+    return losses, told
+
+
+@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize("seed", [0, 1])
+def test_stopped_and_resumed_is_never_stopped(
+    tiny_llama_dir: Path, tmp_path: Path, case: str, seed: int
+) -> None:
+    settings = CASES[case](tiny_llama_dir)
+    whole = run(settings, tmp_path / "whole", None, VALIDATION)
+    assert (len(whole.losses) < whole.one("STARTED")["total_steps"]) == (case == "early stopping")
+    # Once after every step, and once at every epoch's end.
+    asked = len(whole.losses) + len(whole.data("EPOCH_COMPLETE"))
+    stops = sorted(random.Random(f"{case}/{seed}").sample(range(1, asked), 4))
+    losses, last = interrupted(settings, tmp_path / "parts", stops)
+    assert losses == whole.losses
+    equal(last, whole)
+
+
+@pytest.mark.parametrize("each", [VARIANTS, KINDS], ids=["stage 1", "stage 2"])
+def test_every_variant_goes_on_from_its_middle(
+    tiny_llama_dir: Path, tmp_path: Path, each: list[Stage]
+) -> None:
+    settings = config(tiny_llama_dir, "recipe", [but(stage, n_epochs=1) for stage in each])
+    whole = run(settings, tmp_path / "whole", None, VALIDATION)
+    a_stage = (len(whole.losses) + len(each)) // len(each)
+    middles = [index * a_stage + 2 for index in range(len(each))]
+    losses, last = interrupted(settings, tmp_path / "parts", middles)
+    assert losses == whole.losses
+    equal(last, whole)
+
+
+def test_stopped_at_every_place_of_a_stage(tiny_llama_dir: Path, tmp_path: Path) -> None:
+    """Also between an epoch's last step and its end, and right before the next stage."""
+    settings = config(tiny_llama_dir, "heft_reversed", stages("heft_reversed", **DROPOUT, batch_size=12))
+    whole = run(settings, tmp_path / "whole", None, VALIDATION)
+    assert len(whole.losses) == 8
+    losses, last = interrupted(settings, tmp_path / "parts", list(range(1, 13)))
+    assert losses == whole.losses
+    equal(last, whole)
+
+
+def test_resumed_from_a_stage_s_end(tiny_llama_dir: Path, tmp_path: Path) -> None:
+    settings = CASES["interleaved"](tiny_llama_dir)
+    whole = run(settings, tmp_path / "whole", None, VALIDATION, checkpoint_dir=tmp_path / "checkpoints")
+    ends = sorted((tmp_path / "checkpoints").glob("*-stage"))
+    assert len(ends) == 4
+    for index, end in enumerate(ends):
+        again = run(settings, tmp_path / f"again-{index}", None, VALIDATION, resume=end)
+        steps = [step for step in whole.losses if step > 6 * (index + 1)]
+        assert again.losses == {step: whole.losses[step] for step in steps}
+        equal(again, whole)
+
+
+def test_a_stage_goes_on_with_the_cache_it_began_with(tiny_llama_dir: Path, tmp_path: Path) -> None:
+    """However much memory is free after the restart: another rung would round otherwise."""
+    settings = config(tiny_llama_dir, "reft")
+    whole = run(settings, tmp_path / "whole", None, VALIDATION, cache=CacheBudget(memory=0))
+    calls = itertools.count(1)
+    told = Told()
+    with pytest.raises(Stopped):
+        run(
+            settings,
+            tmp_path / "out",
+            None,
+            VALIDATION,
+            told=told,
+            checkpoint_dir=tmp_path / "checkpoints",
+            should_stop=lambda: next(calls) == 2,
+            cache=CacheBudget(memory=0),
+        )
+    resume = Path(told.data("CHECKPOINT_SAVED")[-1]["path"])
+    plenty = CacheBudget(memory=10**9)
+    again = run(settings, tmp_path / "out", None, VALIDATION, resume=resume, cache=plenty)
+    assert again.data("STAGE_STARTED")[0]["cache"]["rung"] == "nothing"
+    equal(again, whole)
+
+
+@pytest.mark.parametrize("method", ["heft", "heft_interleaved"])
+def test_a_stage_s_bundle_is_the_model_so_far(tiny_llama_dir: Path, tmp_path: Path, method: str) -> None:
+    """What a checkpoint of a stage's end holds can be asked, and answers as the run evaluated it."""
+    told = run(
+        config(tiny_llama_dir, method),
+        tmp_path / "out",
+        None,
+        VALIDATION,
+        checkpoint_dir=tmp_path / "checkpoints",
+    )
+    evaluations = told.data("EVALUATION")[1:]
+    ends = sorted((tmp_path / "checkpoints").glob("*-stage"))
+    assert len(ends) == len(evaluations)
+    for index, (end, evaluation) in enumerate(zip(ends, evaluations, strict=True)):
+        info = read_bundle(end / "bundle").info
+        assert len(info.stages) == index + 1
+        assert info.evaluation is not None
+        assert info.evaluation["results"][-1]["accuracy"] == evaluation["accuracy"]
+        answers = load(end / "bundle", device="cpu").predict(VALIDATION)
+        right = sum(answer.answer == row.answer for answer, row in zip(answers, VALIDATION, strict=True))
+        assert right == evaluation["correct"]
+
+
+def equal(one: Told, other: Told) -> None:
+    """Same weights and same record: what was trained, evaluated and measured."""
+    mine, theirs = tensors(one), tensors(other)
+    assert mine.keys() == theirs.keys()
+    assert all(torch.equal(mine[name], theirs[name]) for name in mine)
+    assert one.bundle is not None
+    assert other.bundle is not None
+    assert one.bundle.info == other.bundle.info
+    assert one.bundle.probe == other.bundle.probe
+    assert one.one("SUCCEEDED")["trained_tokens"] == other.one("SUCCEEDED")["trained_tokens"]

@@ -1,0 +1,492 @@
+"""A stage that an equal run has trained is not trained again, and the weights are the same; never a wrong hit."""
+
+from __future__ import annotations
+
+import itertools
+import os
+import shutil
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from engine_command import Command, command, write_rows
+from engine_runs import LORA, REFT, Told, but, choice, config, parse, run, tensors, yes_no
+from tiny_models import save_tiny_model
+
+from heft_engine.bundle.format import read_bundle
+from heft_engine.config.train import EarlyStopping, TrainConfig, recipe
+from heft_engine.data.rows import Row
+from heft_engine.errors import Stopped
+from heft_engine.model.base_models import resolve_path
+from heft_engine.runtime.sealed_directory import seal, verify
+from heft_engine.serving.predictor import load
+from heft_engine.training import stage_cache
+from heft_engine.training.loss_source import CacheBudget
+from heft_engine.training.run import prepare
+from heft_engine.training.stage_store import LocalStages
+
+__all__ = ["command"]
+
+TEST = parse(yes_no(10, seed=2))
+OTHER_REFT = but(REFT, layers=[1], rank=3, learning_rate=5e-3)
+
+
+@pytest.fixture
+def kept(tmp_path: Path) -> LocalStages:
+    return LocalStages(directory=tmp_path / "kept")
+
+
+def same_model(one: Told, other: Told) -> None:
+    """Same weights, bit for bit, and the same record."""
+    mine, theirs = tensors(one), tensors(other)
+    assert mine.keys() == theirs.keys()
+    assert all(torch.equal(mine[name], theirs[name]) for name in mine)
+    assert one.bundle is not None
+    assert other.bundle is not None
+    assert one.bundle.info == other.bundle.info
+    assert one.bundle.probe == other.bundle.probe
+
+
+def trained_stages(told: Told) -> list[int]:
+    return sorted({metrics["stage_index"] for metrics in told.data("METRICS")})
+
+
+def test_a_second_run_starts_at_its_own_second_stage(
+    tiny_llama_dir: Path, tmp_path: Path, kept: LocalStages
+) -> None:
+    first = run(config(tiny_llama_dir), tmp_path / "first", test_rows=TEST, results=kept)
+    assert trained_stages(first) == [0, 1]
+    settings = config(tiny_llama_dir, stages=[LORA, OTHER_REFT])
+    plain = run(settings, tmp_path / "plain", test_rows=TEST)
+    torch.manual_seed(1_000)
+    second = run(
+        settings, tmp_path / "second", test_rows=TEST, results=kept, checkpoint_dir=tmp_path / "checkpoints"
+    )
+    assert trained_stages(second) == [1]
+    assert second.losses == {step: loss for step, loss in plain.losses.items() if step > 6}
+    same_model(second, plain)
+
+    told = [(one["stage"], one["correct"], one["interval_95"]) for one in second.data("EVALUATION")]
+    assert told == [(one["stage"], one["correct"], one["interval_95"]) for one in plain.data("EVALUATION")]
+    assert [one.get("step") for one in second.data("EVALUATION")] == [None, 6, None]
+    reused = second.one("STAGE_REUSED")
+    assert (reused["stage"], reused["stage_index"], reused["step"], reused["total_steps"]) == (
+        "lora",
+        0,
+        6,
+        12,
+    )
+    tokens = [stage["tokens"] for stage in plain.data("STAGE_COMPLETE")]
+    assert second.one("SUCCEEDED")["trained_tokens"] == tokens[1], "what this run trained"
+
+
+def test_the_end_of_a_reused_stage_is_a_model_and_a_checkpoint_of_this_run(
+    tiny_llama_dir: Path, tmp_path: Path, kept: LocalStages
+) -> None:
+    run(config(tiny_llama_dir, "lora"), tmp_path / "first", test_rows=TEST, results=kept)
+    copy = shutil.copytree(tiny_llama_dir, tmp_path / "another-place")
+    settings = config(copy, "heft")
+    folder = tmp_path / "checkpoints"
+    second = run(settings, tmp_path / "second", test_rows=TEST, results=kept, checkpoint_dir=folder)
+    ends = [data for data in second.data("CHECKPOINT_SAVED") if data["kind"] == "stage"]
+    assert [(end["stage"], end["step"], "key" in end) for end in ends] == [
+        ("lora", 6, False),
+        ("reft", 12, True),
+    ]
+    path = Path(ends[0]["path"])
+    verify(path)
+    bundle = read_bundle(path / "bundle")
+    assert bundle.info.method == "heft"
+    assert bundle.info.base_model.reference == str(copy)
+    assert bundle.adapters[0].base_reference == str(copy)
+    assert second.bundle is not None
+    assert second.bundle.adapters[0].base_reference == str(copy)
+    answers = load(path / "bundle", device="cpu").predict(TEST)
+    right = sum(answer.answer == row.answer for answer, row in zip(answers, TEST, strict=True))
+    assert right == second.data("EVALUATION")[1]["correct"]
+
+    again = run(settings, tmp_path / "again", test_rows=TEST, resume=path)
+    assert trained_stages(again) == [1]
+    same_model(again, second)
+
+
+def test_a_run_that_is_all_there_trains_nothing(
+    tiny_llama_dir: Path, tmp_path: Path, kept: LocalStages
+) -> None:
+    first = run(config(tiny_llama_dir), tmp_path / "first", results=kept)
+    second = run(config(tiny_llama_dir), tmp_path / "second", results=kept)
+    assert second.losses == {}
+    assert [data["stage"] for data in second.data("STAGE_REUSED")] == ["lora", "reft"]
+    assert second.one("SUCCEEDED")["trained_tokens"] == 0
+    same_model(second, first)
+    answers = load(tmp_path / "second", device="cpu").predict(TEST)
+    assert answers == load(tmp_path / "first", device="cpu").predict(TEST)
+
+
+def test_the_longest_prefix_counts_and_every_stage_of_it_ends(
+    tiny_llama_dir: Path, tmp_path: Path, kept: LocalStages
+) -> None:
+    """The second ReFT stage goes on with the first one's intervention: each end has its own."""
+    method: Any = "heft_interleaved"
+    lora, first_reft, *_ = recipe(method, LORA, REFT)
+    run(config(tiny_llama_dir, method), tmp_path / "first", TEST, results=kept)
+    settings = config(tiny_llama_dir, stages=[lora, first_reft, lora, but(REFT, n_epochs=1)])
+    plain = run(settings, tmp_path / "plain", TEST, checkpoint_dir=tmp_path / "plain-checkpoints")
+    second = run(settings, tmp_path / "second", TEST, results=kept, checkpoint_dir=tmp_path / "checkpoints")
+    assert trained_stages(second) == [3]
+    same_model(second, plain)
+    ends = [data["path"] for data in second.data("CHECKPOINT_SAVED") if data["kind"] == "stage"]
+    others = [data["path"] for data in plain.data("CHECKPOINT_SAVED") if data["kind"] == "stage"]
+    for mine, theirs in zip(ends, others, strict=True):
+        one, other = read_bundle(Path(mine) / "bundle"), read_bundle(Path(theirs) / "bundle")
+        same_model(Told(bundle=one), Told(bundle=other))
+
+
+# -- never a wrong hit -----------------------------------------------------------------------------------------------
+
+ROWS = yes_no(12)
+VALIDATION = yes_no(6, seed=1)
+
+
+def keys(
+    settings: TrainConfig,
+    rows: Sequence[Row] | None = None,
+    validation: Sequence[Row] | None = None,
+    test: Sequence[Row] = TEST,
+) -> list[str]:
+    rows = parse(ROWS) if rows is None else rows
+    validation = parse(VALIDATION) if validation is None else validation
+    base = resolve_path(Path(settings.model))
+    ready = prepare(settings, base, rows, validation, test, "cpu", lambda _: None, CacheBudget())
+    return stage_cache.stage_keys(ready)
+
+
+def swapped(rows: list[dict[str, Any]]) -> list[Row]:
+    return parse([rows[1], rows[0], *rows[2:]])
+
+
+def reworded(rows: list[dict[str, Any]]) -> list[Row]:
+    return parse([{**rows[0], "passage": rows[0]["passage"] + " So"}, *rows[1:]])
+
+
+def flipped(rows: list[dict[str, Any]]) -> list[Row]:
+    return parse([*rows[:-1], {**rows[-1], "answer": not rows[-1]["answer"]}])
+
+
+def lora(**changes: Any) -> dict[str, Any]:
+    return {"stages": [but(LORA, **changes), REFT]}
+
+
+#: What is changed: of the settings, or the rows in place of others.
+CHANGES: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
+    "a training row's text": ({}, {"rows": reworded(ROWS)}),
+    "a training row's answer": ({}, {"rows": flipped(ROWS)}),
+    "the order of training rows": ({}, {"rows": swapped(ROWS)}),
+    "one training row less": ({}, {"rows": parse(ROWS[:-1])}),
+    "a validation row's text": ({}, {"validation": reworded(VALIDATION)}),
+    "a validation row's answer": ({}, {"validation": flipped(VALIDATION)}),
+    "no validation rows": ({}, {"validation": []}),
+    "a test row's text": ({}, {"test": parse([*yes_no(9, seed=2), yes_no(1, seed=4)[0]])}),
+    "a test row's answer": ({}, {"test": flipped(yes_no(10, seed=2))}),
+    "validation rows reported in place of test rows": ({}, {"test": []}),
+    "seed": ({"seed": 1}, {}),
+    "rank": (lora(rank=4), {}),
+    "alpha": (lora(alpha=16), {}),
+    "epochs": (lora(n_epochs=3), {}),
+    "learning rate": (lora(learning_rate=4e-3), {}),
+    "batch size": (lora(batch_size=4), {}),
+    "scheduler": (lora(scheduler="cosine"), {}),
+    "warm-up": (lora(warmup_ratio=0.5), {}),
+    "weight decay": (lora(weight_decay=0.1), {}),
+    "clipping": (lora(max_grad_norm=0.5), {}),
+    "dropout": (lora(dropout=0.1), {}),
+    "adapted layers": (lora(layers=[1]), {}),
+    "adapted modules": (lora(target_modules=["o_proj"]), {}),
+    "dtype": ({"dtype": "bfloat16"}, {}),
+    "max_length": ({"max_length": 256}, {}),
+    "template": ({"task": {"template": "{passage}\nQ: {question}\nA:"}}, {}),
+    "compiled layers": ({"compile": False}, {}),
+    "early stopping": ({"early_stopping": EarlyStopping(patience=2)}, {}),
+}
+
+
+@pytest.mark.parametrize("change", CHANGES)
+def test_whatever_goes_into_a_stage_makes_another_key(tiny_llama_dir: Path, change: str) -> None:
+    settings, rows = CHANGES[change]
+    before, after = keys(config(tiny_llama_dir)), keys(config(tiny_llama_dir, **settings), **rows)
+    assert not set(before) & set(after)
+
+
+def test_another_base_or_tokenizer_makes_another_key(tiny_llama_dir: Path, tmp_path: Path) -> None:
+    mine = keys(config(tiny_llama_dir))
+    others = {
+        "weights": save_tiny_model(tmp_path / "weights", seed=1),
+        "config": shutil.copytree(tiny_llama_dir, tmp_path / "config"),
+        "tokenizer": shutil.copytree(tiny_llama_dir, tmp_path / "tokenizer"),
+    }
+    for path, old, new in (
+        (others["config"] / "config.json", '"rms_norm_eps": 1e-06', '"rms_norm_eps": 1e-05'),
+        (others["tokenizer"] / "chat_template.jinja", "assistant", "Assistant"),
+    ):
+        text = path.read_text()
+        assert old in text
+        path.write_text(text.replace(old, new))
+    for path in others.values():
+        assert not set(mine) & set(keys(config(path)))
+
+
+def test_the_same_rows_as_another_split_make_another_key(tiny_llama_dir: Path) -> None:
+    """Validation rows that are reported for want of test rows; the record says which they were."""
+    settings, rows = config(tiny_llama_dir), parse(VALIDATION)
+    assert not set(keys(settings, validation=rows, test=rows)) & set(keys(settings, validation=rows, test=[]))
+
+
+def test_labels_that_are_only_answered_count_too(tiny_llama_dir: Path) -> None:
+    """What a row's other choices are decides its score, and no token that is trained."""
+    rows = choice(4)
+    asked = parse([{**rows[0], "choices": [*rows[0]["choices"], "none of it"]}, *rows[1:]])
+    settings = config(tiny_llama_dir)
+    mine, other = (keys(settings, parse(choice(4, seed=1)), [], test) for test in (parse(rows), asked))
+    assert not set(mine) & set(other)
+
+
+@pytest.mark.parametrize(
+    ("where", "what"),
+    [
+        ("heft_engine.training.stage_cache.code_hash", lambda: "other code"),
+        ("heft_engine.training.stage_cache.package_versions", lambda: {"torch": "other"}),
+        ("torch.get_float32_matmul_precision", lambda: "medium"),
+        ("heft_engine.model.packed_lm.PackedLM.device", torch.device("meta")),
+    ],
+)
+def test_code_libraries_and_where_they_compute_make_another_key(
+    tiny_llama_dir: Path, monkeypatch: pytest.MonkeyPatch, where: str, what: Any
+) -> None:
+    before = keys(config(tiny_llama_dir))
+    monkeypatch.setattr(where, what)
+    assert not set(before) & set(keys(config(tiny_llama_dir)))
+
+
+def test_the_hash_of_the_code_is_of_every_source_file(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    package = Path(stage_cache.__file__).parents[1]
+    copy = shutil.copytree(package, tmp_path / "copy", ignore=shutil.ignore_patterns("__pycache__"))
+    monkeypatch.setattr(stage_cache, "__file__", str(copy / "training" / "stage_cache.py"))
+    hashed = stage_cache.code_hash.__wrapped__
+    before = hashed()
+    for path in (copy / "training" / "loop.py", copy / "commands" / "train.py"):
+        path.write_text(path.read_text() + "\n")
+        assert hashed() != before
+        before = hashed()
+    (copy / "__pycache__").mkdir()
+    (copy / "__pycache__" / "training.cpython-311.pyc").write_bytes(b"x")
+    assert hashed() == before
+
+
+def test_what_means_the_same_has_the_same_key(tiny_llama_dir: Path, tmp_path: Path) -> None:
+    """Another second stage, another method, "auto" and what it stands for, another place of the same base."""
+    copy = shutil.copytree(tiny_llama_dir, tmp_path / "copy")
+    auto = but(LORA, learning_rate="auto")
+    mine = keys(config(tiny_llama_dir, stages=[auto, REFT]))
+    rate = (
+        prepare(
+            config(copy, stages=[auto]),
+            resolve_path(copy),
+            TEST,
+            [],
+            [],
+            "cpu",
+            lambda _: None,
+            CacheBudget(),
+        )
+        .config.stages[0]
+        .learning_rate
+    )
+    spelt_out = but(LORA, learning_rate=rate, target_modules=["q_proj", "v_proj"])
+    other = keys(config(copy, stages=[spelt_out, OTHER_REFT], task={"type": "yes_no"}, max_length=512))
+    assert mine[0] == other[0]
+    assert mine[1] != other[1]
+
+
+# -- what may go wrong -----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("file", ["state.json", "bundle/lora/adapter_model.safetensors", "bundle/heft.json"])
+def test_a_damaged_entry_is_a_miss_and_makes_place_for_a_whole_one(
+    tiny_llama_dir: Path, tmp_path: Path, kept: LocalStages, file: str
+) -> None:
+    settings = config(tiny_llama_dir, "lora")
+    first = run(settings, tmp_path / "first", results=kept)
+    (entry,) = kept.directory.iterdir()
+    content = bytearray((entry / file).read_bytes())
+    content[len(content) // 2] ^= 1
+    (entry / file).write_bytes(content)
+    second = run(settings, tmp_path / "second", results=kept)
+    assert second.losses == first.losses
+    same_model(second, first)
+    third = run(settings, tmp_path / "third", results=kept)
+    assert third.losses == {}
+    same_model(third, first)
+
+
+def test_an_entry_under_another_s_key_is_a_miss(
+    tiny_llama_dir: Path, tmp_path: Path, kept: LocalStages
+) -> None:
+    run(config(tiny_llama_dir, "lora"), tmp_path / "first", results=kept)
+    (entry,) = kept.directory.iterdir()
+    settings = config(tiny_llama_dir, "lora", seed=1)
+    plain = run(settings, tmp_path / "plain")
+    (wanted,) = keys(settings, parse(yes_no(24)), [], ())
+    entry.rename(kept.directory / wanted)
+    second = run(settings, tmp_path / "second", results=kept)
+    assert second.losses == plain.losses
+    same_model(second, plain)
+
+
+def test_an_entry_that_is_whole_and_can_t_be_read_is_a_miss(
+    tiny_llama_dir: Path, tmp_path: Path, kept: LocalStages
+) -> None:
+    settings = config(tiny_llama_dir, "lora")
+    run(settings, tmp_path / "first", results=kept)
+    (entry,) = kept.directory.iterdir()
+    (entry / "bundle" / "heft.json").write_text("{}")
+    seal(entry)
+    assert trained_stages(run(settings, tmp_path / "second", results=kept)) == [0]
+
+
+def test_a_store_that_takes_nothing_is_no_reason_to_fail(tiny_llama_dir: Path, tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("in its place")
+    store = LocalStages(directory=tmp_path / "file" / "stages")
+    told = run(config(tiny_llama_dir, "lora"), tmp_path / "out", results=store)
+    assert told.bundle is not None
+    assert "stage_not_kept" in [data["signature"] for data in told.data("WARNING")]
+
+
+def test_without_a_store_nothing_is_looked_up_or_kept(
+    tiny_llama_dir: Path, tmp_path: Path, command: Command
+) -> None:
+    rows = write_rows(tmp_path / "rows.jsonl", yes_no(12))
+
+    def train(name: str, *flags: str) -> list[str]:
+        given = ("--model", tiny_llama_dir, "--train", rows, "--out", tmp_path / name, "--device", "cpu")
+        more = ("--method", "lora", "--set", "lora.n_epochs=1", "--cache-dir", tmp_path / "cache")
+        code, events, _ = command("train", *given, *more, *flags)
+        assert code == 0
+        return [event["code"] for event in events]
+
+    stages = tmp_path / "cache" / "stages"
+    assert "METRICS" in train("no", "--no-reuse")
+    assert not stages.exists()
+    assert "METRICS" in train("first")
+    assert len(list(stages.iterdir())) == 1
+    assert "METRICS" in train("no-again", "--no-reuse")
+    second = train("second")
+    assert "STAGE_REUSED" in second
+    assert "METRICS" not in second
+
+
+# -- runs that are interrupted ---------------------------------------------------------------------------------------
+
+
+def stopped(settings: TrainConfig, folder: Path, at: int, **options: Any) -> Told:
+    """Stops at this call of `should_stop`; its checkpoints are in `folder`."""
+    told, calls = Told(), itertools.count(1)
+    with pytest.raises(Stopped):
+        run(
+            settings,
+            folder / "out",
+            told=told,
+            checkpoint_dir=folder,
+            should_stop=lambda: next(calls) == at,
+            **options,
+        )
+    return told
+
+
+def newest(told: Told) -> Path:
+    return Path(told.data("CHECKPOINT_SAVED")[-1]["path"])
+
+
+def test_a_run_that_reused_a_stage_is_stopped_and_goes_on(
+    tiny_llama_dir: Path, tmp_path: Path, kept: LocalStages
+) -> None:
+    run(config(tiny_llama_dir, "lora"), tmp_path / "first", results=kept)
+    settings = config(tiny_llama_dir)
+    plain = run(settings, tmp_path / "plain")
+    before = stopped(settings, tmp_path / "stopped", 3, results=kept)
+    assert list(before.losses) == [7, 8, 9]
+    after = run(settings, tmp_path / "after", resume=newest(before), results=kept)
+    assert after.data("STAGE_REUSED") == []
+    assert before.losses | after.losses == {step: loss for step, loss in plain.losses.items() if step > 6}
+    same_model(after, plain)
+    trained = [stage["tokens"] for stage in plain.data("STAGE_COMPLETE")]
+    assert after.one("SUCCEEDED")["trained_tokens"] == trained[1]
+
+
+def test_a_run_that_went_on_keeps_what_it_ends_with(
+    tiny_llama_dir: Path, tmp_path: Path, kept: LocalStages
+) -> None:
+    settings = config(tiny_llama_dir, "lora")
+    before = stopped(settings, tmp_path / "stopped", 2, results=kept)
+    run(settings, tmp_path / "after", resume=newest(before), results=kept)
+    assert run(settings, tmp_path / "second", results=kept).losses == {}
+
+
+@pytest.mark.parametrize("other", ["test rows", "code"])
+def test_a_run_that_went_on_with_something_else_keeps_nothing(
+    tiny_llama_dir: Path, tmp_path: Path, kept: LocalStages, other: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A checkpoint goes on after an upgrade; what comes of it is neither the old version's result nor the new one's."""
+    settings = config(tiny_llama_dir, "lora")
+    before = stopped(settings, tmp_path / "stopped", 2, results=kept, test_rows=TEST)
+    if other == "code":
+        monkeypatch.setattr(stage_cache, "code_hash", lambda: "newer")
+    test = TEST if other == "code" else TEST[1:]
+    told = run(settings, tmp_path / "after", resume=newest(before), results=kept, test_rows=test)
+    assert told.bundle is not None
+    assert not kept.directory.exists()
+
+
+# -- the folder ------------------------------------------------------------------------------------------------------
+
+
+def put(store: LocalStages, key: str, size: int, age: float = 0.0) -> None:
+    store.keep(key, lambda path: (path / "file").write_bytes(b"x" * size) and None)
+    if age and (store.directory / key).exists():
+        used = (store.directory / key).stat().st_mtime - age
+        os.utime(store.directory / key, (used, used))
+
+
+def test_what_was_used_least_recently_goes_first(tmp_path: Path) -> None:
+    store = LocalStages(directory=tmp_path / "stages", max_bytes=3_600)
+    for age, key in ((30, "a"), (20, "b"), (10, "c")):
+        put(store, key, 1_000, age)
+    assert store.find(["a"]) == [store.directory / "a"]
+    put(store, "d", 1_000)
+    assert {path.name for path in store.directory.iterdir()} == {"a", "c", "d"}
+    put(store, "e", 4_000)
+    assert {path.name for path in store.directory.iterdir()} == {"a", "c", "d"}, "too large for the folder"
+
+
+def test_only_a_whole_prefix_is_found(tmp_path: Path) -> None:
+    store = LocalStages(directory=tmp_path / "stages")
+    for key in ("a", "c"):
+        put(store, key, 10)
+    assert store.find(["a", "b", "c"]) == [store.directory / "a"]
+    assert store.find(["b", "c"]) == []
+
+
+def test_what_killed_writers_left_goes_and_what_others_write_stays(tmp_path: Path) -> None:
+    store = LocalStages(directory=tmp_path / "stages")
+    put(store, "a", 10)
+    for name, age in ((".partial-old", 7_200), (".partial-new", 60)):
+        (store.directory / name).mkdir()
+        used = (store.directory / name).stat().st_mtime - age
+        os.utime(store.directory / name, (used, used))
+    with pytest.raises(ZeroDivisionError):
+        store.keep("b", lambda path: (path / "half").write_text("x") and 1 / 0)
+    put(store, "c", 10)
+    assert {path.name for path in store.directory.iterdir()} == {"a", "c", ".partial-new"}

@@ -1,0 +1,336 @@
+"""The worker's side: the claim, the fence, events, checkpoints, and every way a job is let go of."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+
+from store import models
+from store.db.states import JobState
+from store.errors import LostFence
+from store.jobs import jobs, leases
+from store.storage import files
+from store.storage.files import NewFile
+
+OWNER = "team"
+SHA = "0" * 64
+BOOM = {"code": "diverged", "message": "The loss is not a number.", "param": None}
+DEAD = {"code": "trainer_died", "message": "The training process ended without a word.", "param": None}
+
+#: Every write of a claimed job.
+WRITES = {
+    "heartbeat": lambda bench, claim: bench.do(leases.heartbeat, claim),
+    "wishes": lambda bench, claim: bench.do(leases.wishes, claim),
+    "event": lambda bench, claim: bench.do(leases.record_event, claim, code="METRICS", message="step 1"),
+    "checkpoint": lambda bench, claim: bench.checkpoint(claim, 1),
+    "succeeded": lambda bench, claim: bench.succeed(claim),
+    "failed": lambda bench, claim: bench.do(leases.finish_failed, claim, error=BOOM),
+    "cancelled": lambda bench, claim: bench.do(leases.finish_cancelled, claim),
+    "paused": lambda bench, claim: bench.do(leases.finish_paused, claim),
+    "released": lambda bench, claim: bench.do(leases.release, claim),
+    "died": lambda bench, claim: bench.do(leases.trainer_died, claim, error=DEAD),
+}
+
+
+def test_a_claim_takes_a_lease_and_raises_the_attempt(bench) -> None:
+    job = bench.queued()
+    claim = bench.claim(job.id, worker_id="worker-7")
+    held = bench.get(job.id)
+    assert (held.state, held.attempt, held.worker_id) == (JobState.RUNNING, 2, "worker-7")
+    assert claim.attempt == 2  # the first was the checking of its files
+    assert claim.spec == bench.spec
+    assert claim.resume_from is None
+    assert held.started_at is not None
+    assert held.lease_until is not None
+    assert 50 < (held.lease_until - held.started_at).total_seconds() <= 60
+    assert bench.attempt(job.id, 2).worker_id == "worker-7"
+    assert bench.outcomes(job.id) == ["prepared", None]
+
+
+@pytest.mark.parametrize("state", sorted(JobState))
+@pytest.mark.parametrize("purpose", ["prepare", "train"])
+def test_only_a_waiting_job_is_claimed(bench, state: JobState, purpose: str) -> None:
+    job = bench.in_state(state)
+    claim = bench.do(leases.claim, job_id=job.id, worker_id="w", purpose=purpose)
+    waits = (state, purpose) in {(JobState.VALIDATING_FILES, "prepare"), (JobState.QUEUED, "train")}
+    assert (claim is not None) == waits
+    if not waits:
+        assert bench.get(job.id).attempt == job.attempt
+
+
+def test_the_job_that_has_waited_longest(bench) -> None:
+    assert bench.do(leases.longest_waiting, purpose="train") is None
+    first, second = bench.queued(), bench.queued()
+    bench.sql("UPDATE jobs SET created_at = now() - interval '1 minute' WHERE id = :id", id=first.id)
+    assert bench.do(leases.longest_waiting, purpose="train") == first.id
+    bench.sql("UPDATE jobs SET not_before = now() + interval '1 minute' WHERE id = :id", id=first.id)
+    assert bench.do(leases.longest_waiting, purpose="train") == second.id
+    bench.claim(second.id)
+    assert bench.do(leases.longest_waiting, purpose="train") is None
+    assert bench.do(leases.longest_waiting, purpose="prepare") is None
+
+
+def test_files_being_checked_are_not_checked_twice(bench) -> None:
+    claim = bench.claim(bench.job().id)
+    assert bench.do(leases.claim, job_id=claim.job_id, worker_id="other", purpose="prepare") is None
+
+
+@pytest.mark.parametrize("write", WRITES)
+@pytest.mark.parametrize("stale", ["earlier attempt", "taken back", "other worker"])
+def test_a_stale_attempt_can_write_nothing(bench, write: str, stale: str) -> None:
+    claim = bench.running()
+    job_id = claim.job_id
+    if stale == "other worker":
+        claim = replace(claim, worker_id="someone-else")
+    else:
+        bench.do(leases.release, claim)
+        if stale == "earlier attempt":
+            bench.claim(job_id)
+    before = bench.get(job_id)
+    with pytest.raises(LostFence):
+        WRITES[write](bench, claim)
+    after = bench.get(job_id)
+    assert (after.state, after.attempt, after.event_seq, after.lease_until) == (
+        before.state,
+        before.attempt,
+        before.event_seq,
+        before.lease_until,
+    )
+    assert bench.sql("SELECT * FROM checkpoints") == []
+    assert bench.sql("SELECT * FROM models") == []
+
+
+def test_a_checker_of_files_whose_job_was_taken_back_can_write_nothing(bench) -> None:
+    claim = bench.claim(bench.job().id)
+    bench.do(leases.release, claim)  # same state, same attempt number: only its worker is gone
+    with pytest.raises(LostFence):
+        bench.do(leases.finish_prepared, claim, report={})
+    assert bench.get(claim.job_id).state == JobState.VALIDATING_FILES
+
+
+def test_a_heartbeat_renews_the_lease_and_tells_what_is_wanted(bench) -> None:
+    claim = bench.running()
+    bench.expire(claim.job_id)  # expired, but nobody took it back: still ours
+    wishes = bench.do(leases.heartbeat, claim)
+    assert (wishes.cancel, wishes.pause) == (False, False)
+    assert bench.sql("SELECT lease_until > now() AS renewed FROM jobs")[0].renewed
+    bench.do(jobs.request_pause, owner_id=OWNER, job_id=claim.job_id)
+    assert bench.do(leases.heartbeat, claim).pause
+
+
+def test_an_event_brings_what_the_job_shows(bench) -> None:
+    claim = bench.running()
+    record = {"code": "METRICS", "message": "step 4", "type": "metrics", "data": {"loss": 0.7}}
+    bench.do(
+        leases.record_event,
+        claim,
+        **record,
+        stage="lora",
+        progress={"step": 4, "total_steps": 8},
+        metrics={"lora": {"loss": 0.7}},
+        resolved={"dtype": "float32"},
+    )
+    job = bench.do(leases.record_event, claim, **record, metrics={"reft": {"loss": 0.5}})
+    assert job.stage == "lora"
+    assert job.progress == {"step": 4, "total_steps": 8}
+    assert job.metrics == {"lora": {"loss": 0.7}, "reft": {"loss": 0.5}}
+    assert job.resolved == {"dtype": "float32"}
+    last = bench.events(job.id)[-1]
+    assert (last.type, last.message, last.attempt) == ("metrics", "step 4", claim.attempt)
+    assert last.data == {"code": "METRICS", "loss": 0.7}
+
+
+def test_two_step_checkpoints_are_kept_the_newest_first(bench) -> None:
+    claim = bench.running()
+    assert bench.checkpoint(claim, 10) == []
+    assert bench.checkpoint(claim, 20) == []
+    assert bench.checkpoint(claim, 30) == [f"jobs/{claim.job_id}/{claim.attempt}/step-10"]
+    bench.do(leases.release, claim)
+    again = bench.claim(claim.job_id)
+    assert [checkpoint.step for checkpoint in again.checkpoints] == [30, 20]
+    assert again.resume_from == again.checkpoints[0]
+
+
+def test_a_stage_end_is_newer_than_the_step_before_it_and_stays(bench) -> None:
+    claim = bench.running()
+    for step in (10, 20):
+        bench.checkpoint(claim, step)
+    bench.checkpoint(claim, 20, "stage")
+    bench.do(leases.release, claim)
+    again = bench.claim(claim.job_id)
+    assert [(row.step, row.kind) for row in again.checkpoints] == [(20, "stage"), (20, "step")]
+
+
+def test_an_attempt_that_fell_back_goes_on_from_its_own_checkpoints(bench) -> None:
+    claim = bench.running()
+    for step in (10, 20):
+        bench.checkpoint(claim, step)
+    bench.do(leases.release, claim)
+    fell_back = bench.claim(claim.job_id)  # its 20 is damaged: it starts from 10 and gets to 15
+    bench.checkpoint(fell_back, 15)
+    bench.do(leases.release, fell_back)
+    assert [row.step for row in bench.claim(claim.job_id).checkpoints] == [15, 20]
+
+
+def test_a_checkpoint_recorded_twice_is_one(bench) -> None:
+    claim = bench.running()
+    bench.checkpoint(claim, 10)
+    assert bench.checkpoint(claim, 10) == []  # the commit was seen, its answer was not
+    assert bench.checkpoint(claim, 10, storage_key="elsewhere") == ["elsewhere"]
+    assert bench.codes(claim.job_id).count("CHECKPOINT_SAVED") == 1
+
+
+def test_the_models_of_equal_stages_have_names_of_their_own(bench) -> None:
+    from store.jobs.spec import Method, TrainingSpec
+
+    method = Method.model_validate(
+        {"type": "recipe", "recipe": {"stages": [{"type": "lora"}, {"type": "reft"}, {"type": "lora"}]}}
+    )
+    spec = TrainingSpec(model="org/name@abc", training_file="sample:passages", seed=1, method=method)
+    job = bench.do(jobs.create, owner_id=OWNER, spec=spec)
+    bench.do(leases.finish_prepared, bench.claim(job.id), report={})
+    claim = bench.claim(job.id)
+    for index, stage in enumerate(("lora", "reft", "lora")):
+        bench.checkpoint(claim, 10 * (index + 1), "stage", stage=stage, stage_index=index)
+    names = [row.id for row in bench.sql("SELECT id FROM models ORDER BY created_at")]
+    final = f"ft:org/name@abc:team::{job.id[-8:]}"
+    assert names == [f"{final}:ckpt-lora-1", f"{final}:ckpt-reft", f"{final}:ckpt-lora-3"]
+
+
+def test_the_model_of_a_stage_end_is_the_bundle_inside_the_checkpoint(bench) -> None:
+    claim = bench.running()
+    bench.checkpoint(claim, 10, "stage", task={"type": "yes_no"})
+    [event] = [e for e in bench.events(claim.job_id) if e.data["code"] == "CHECKPOINT_SAVED"]
+    model = bench.do(models.get, owner_id=OWNER, model_id=event.data["model"])
+    assert model.kind == "checkpoint"
+    assert model.storage_key == f"jobs/{claim.job_id}/{claim.attempt}/stage-10/bundle"
+    assert model.manifest == {"heft.json": SHA}
+    assert model.task == {"type": "yes_no"}
+
+
+def test_success_sets_state_model_file_and_event_together(bench) -> None:
+    claim = bench.running()
+    bench.checkpoint(claim, 10)
+    result = NewFile(file_id="file-r", filename="result.csv", size=9, sha256=SHA, storage_key="jobs/r.csv")
+    job = bench.do(
+        leases.finish_succeeded,
+        claim,
+        storage_key="jobs/bundle",
+        manifest={"heft.json": SHA},
+        task={"type": "yes_no"},
+        evaluation={"n": 3},
+        parity=None,
+        trained_tokens=77,
+        result_file=result,
+    )
+    assert job.state == JobState.SUCCEEDED
+    assert job.fine_tuned_model == f"ft:smollm2-135m:team:boolq:{job.id[-8:]}"
+    assert (job.evaluation, job.parity, job.trained_tokens) == ({"n": 3}, None, 77)
+    assert (job.worker_id, job.lease_until, job.stage) == (None, None, None)
+    assert job.finished_at is not None
+    assert bench.do(models.get, owner_id=OWNER, model_id=job.fine_tuned_model).storage_key == "jobs/bundle"
+    assert bench.do(files.get, owner_id=OWNER, file_id="file-r").purpose == files.RESULTS_PURPOSE
+    assert bench.codes(job.id)[-1] == "SUCCEEDED"
+    assert bench.outcomes(job.id) == ["prepared", "succeeded"]
+    # Nothing resumes from a step checkpoint any more; an absent record is SQL's NULL, not JSON's.
+    assert bench.sql("SELECT count(*) AS n FROM checkpoints WHERE removed_at IS NULL")[0].n == 0
+    assert bench.sql("SELECT parity IS NULL AS absent FROM jobs")[0].absent
+
+
+@pytest.mark.parametrize("end", ["succeeded", "failed", "cancelled", "paused", "released", "died"])
+def test_a_run_that_was_told_to_cancel_ends_as_cancelled(bench, end: str) -> None:
+    claim = bench.running()
+    bench.do(jobs.request_cancel, owner_id=OWNER, job_id=claim.job_id)
+    job = WRITES[end](bench, claim)
+    assert job.state == JobState.CANCELLED
+    assert bench.codes(job.id)[-1] == "CANCELLED"
+    assert bench.outcomes(job.id) == ["prepared", "cancelled"]
+    assert bench.sql("SELECT * FROM models") == []
+
+
+@pytest.mark.parametrize(
+    ("end", "state"),
+    [
+        ("succeeded", JobState.SUCCEEDED),
+        ("failed", JobState.FAILED),
+        ("paused", JobState.PAUSED),
+        ("released", JobState.PAUSED),
+        ("died", JobState.PAUSED),
+    ],
+)
+def test_a_run_that_was_told_to_pause_pauses_if_it_would_go_on(bench, end: str, state: JobState) -> None:
+    claim = bench.running()
+    bench.do(jobs.request_pause, owner_id=OWNER, job_id=claim.job_id)
+    job = WRITES[end](bench, claim)
+    assert job.state == state
+    if state == JobState.PAUSED:
+        assert (job.paused_from, job.pause_requested_at) == (JobState.QUEUED, None)
+        assert bench.do(jobs.resume, owner_id=OWNER, job_id=job.id).state == JobState.QUEUED
+
+
+def test_a_released_job_waits_again_at_no_cost(bench) -> None:
+    claim = bench.running()
+    job = bench.do(leases.release, claim)
+    assert (job.state, job.trainer_deaths, job.lost_leases) == (JobState.QUEUED, 0, 0)
+    assert bench.codes(job.id)[-1] == "RESTARTED"
+    assert bench.claim(job.id).attempt == claim.attempt + 1
+
+
+def test_a_trainer_that_dies_is_tried_again_after_growing_pauses_then_fails(bench) -> None:
+    job_id = bench.queued().id
+    pauses = []
+    for _ in range(2):
+        job = bench.do(leases.trainer_died, bench.claim(job_id), error=DEAD)
+        assert job.state == JobState.QUEUED
+        assert bench.do(leases.claim, job_id=job_id, worker_id="w", purpose="train") is None
+        [row] = bench.sql("SELECT extract(epoch FROM not_before - now())::float AS pause FROM jobs")
+        pauses.append(row.pause)
+        bench.sql("UPDATE jobs SET not_before = now()")
+    assert 8 < pauses[0] <= 10
+    assert 38 < pauses[1] <= 40
+    job = bench.do(leases.trainer_died, bench.claim(job_id), error=DEAD)
+    assert (job.state, job.error, job.trainer_deaths) == (JobState.FAILED, DEAD, 3)
+    assert bench.codes(job_id)[-1] == "FAILED"
+    assert bench.outcomes(job_id) == ["prepared", "trainer_died", "trainer_died", "trainer_died"]
+
+
+def test_a_new_checkpoint_forgets_the_deaths_before_it(bench) -> None:
+    job_id = bench.queued().id
+    for step in (10, 20, 30, 40):
+        claim = bench.claim(job_id)
+        bench.checkpoint(claim, step)
+        job = bench.do(leases.trainer_died, claim, error=DEAD, pause_seconds=0)
+        assert (job.state, job.trainer_deaths) == (JobState.QUEUED, 1)
+
+
+def test_a_checker_of_files_that_dies_goes_back_to_checking(bench) -> None:
+    claim = bench.claim(bench.job().id)
+    job = bench.do(leases.trainer_died, claim, error=DEAD, pause_seconds=0)
+    assert job.state == JobState.VALIDATING_FILES
+    assert bench.do(leases.finish_prepared, bench.claim(job.id), report={}).state == JobState.QUEUED
+
+
+def test_checked_files_queue_the_job_with_their_report(bench) -> None:
+    job = bench.queued()
+    assert (job.state, job.validation) == (JobState.QUEUED, {"rows": 3})
+    assert bench.codes(job.id) == ["CREATED", "VALIDATION_COMPLETE", "QUEUED"]
+    assert bench.events(job.id)[1].data == {"code": "VALIDATION_COMPLETE", "rows": 3}
+
+
+def test_a_bad_file_fails_the_job(bench) -> None:
+    claim = bench.claim(bench.job().id)
+    error = {"code": "invalid_training_file", "message": "line 7: no answer", "param": "training_file"}
+    job = bench.do(leases.finish_failed, claim, error=error)
+    assert (job.state, job.error) == (JobState.FAILED, error)
+    last = bench.events(job.id)[-1]
+    assert (last.level, last.data) == ("error", {"code": "FAILED", "error": error})
+
+
+def test_trouble_after_the_end_does_not_change_the_end(bench) -> None:
+    claim = bench.running()
+    bench.succeed(claim)
+    bench.do(leases.record_cleanup_error, claim, "the scratch folder could not be removed")
+    job = bench.get(claim.job_id)
+    assert job.state == JobState.SUCCEEDED
+    assert job.cleanup_error == "the scratch folder could not be removed"

@@ -1,0 +1,19 @@
+from __future__ import annotations
+
+import threading
+
+from worker_bench import eventually
+
+from worker.chores.chore import Chore, chores
+
+
+def test_a_chore_that_failed_unexpectedly_is_done_again() -> None:
+    turns: list[int] = []
+
+    def do() -> None:
+        turns.append(len(turns))
+        raise ZeroDivisionError
+
+    with chores([Chore(name="failing", seconds=0.01, do=do)]):
+        eventually(lambda: len(turns) >= 3)
+    assert "failing" not in [thread.name for thread in threading.enumerate()]

@@ -1,0 +1,57 @@
+"""A trainer asks for room on its GPU; the inference worker there puts its models away."""
+
+from __future__ import annotations
+
+from contextlib import ExitStack
+from dataclasses import replace
+
+from worker_bench import Bench
+
+from store.db.states import JobState
+from worker.celery_app import Role
+from worker.chores.chore import chores
+from worker.chores.gpu_handoff import giving_room, room
+from worker.chores.presence import present
+from worker.context import Context
+
+
+class Held:
+    """What an inference worker holds, and how often it gave it up."""
+
+    def __init__(self) -> None:
+        self.bytes, self.given = 100, 0
+
+    def make_room(self) -> None:
+        self.bytes, self.given = 0, self.given + 1
+
+
+def on(bench: Bench, worker_id: str, device: str | None) -> Context:
+    return replace(bench.context, worker_id=worker_id, device=device)
+
+
+def serve(stack: ExitStack, context: Context, held: Held) -> None:
+    stack.enter_context(present(context, Role.INFERENCE))
+    stack.enter_context(chores(giving_room(context, held.make_room)))
+
+
+def test_models_on_the_same_gpu_are_put_away_before_training(bench: Bench) -> None:
+    here, elsewhere = Held(), Held()
+    trainer = on(bench, "train-1", "host/0")
+    with ExitStack() as stack:
+        serve(stack, on(bench, "inference-1", "host/0"), here)
+        serve(stack, on(bench, "inference-2", "host/1"), elsewhere)
+        stack.enter_context(present(trainer, Role.TRAIN))
+        with room(trainer, "job/1"):
+            assert (here.bytes, elsewhere.bytes) == (0, 100)
+            here.bytes = 50  # asked for again in the meantime
+        with room(trainer, "job/2"):
+            assert here.bytes == 0
+        assert (here.given, elsewhere.given) == (2, 0), "once for each request"
+
+
+def test_without_a_gpu_nobody_asks(bench: Bench) -> None:
+    assert giving_room(bench.context, lambda: None) == []
+    with room(bench.context, "job/1"):
+        pass
+    job_id = bench.queued([{"do": "metrics", "step": 1}])
+    assert bench.run(job_id).state == JobState.SUCCEEDED

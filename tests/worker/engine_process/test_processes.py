@@ -1,0 +1,208 @@
+"""Worker processes as they are started on a machine: Celery, signals, kill -9, and what is left behind."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import psutil
+import pytest
+import worker_bench
+from redis import Redis
+from sqlalchemy import select
+from worker_bench import FAKE_ENGINE, OWNER, Bench, eventually
+
+from store import exports
+from store.db.session import transaction
+from store.db.states import JobState
+from store.db.tables import Export, Worker
+from store.messages.hints import Intervention, PredictMessage, PredictModel, Task, make_celery, redis_py_url
+
+FAKE_WORKER = Path(worker_bench.__file__).with_name("fake_worker.py")
+STEPS = [{"do": "metrics", "step": 1}, {"do": "metrics", "step": 2}]
+StartWorker = Callable[..., subprocess.Popen[bytes]]
+
+
+@pytest.fixture
+def start_worker(bench: Bench, tmp_path: Path) -> Iterator[StartWorker]:
+    """Starts a worker of a role on the bench's database, and waits until it is known; ends it with the
+    test."""
+    processes: list[subprocess.Popen[bytes]] = []
+    settings = bench.context.settings.model_copy(
+        update={"sweep_seconds": 0.3, "cache_dir": tmp_path / "cache"}
+    )
+    names = ("database_url", "redis_url", "artifacts_url", "cache_dir", "sweep_seconds", "lease_seconds")
+    names += ("heartbeat_seconds", "control_seconds", "checkpoint_seconds", "death_pause_seconds")
+    environment = {f"HEFT_{name.upper()}": str(getattr(settings, name)) for name in names}
+
+    def start(role: str, **more: Any) -> subprocess.Popen[bytes]:
+        process = subprocess.Popen(
+            [sys.executable, "-P", str(FAKE_WORKER), role],
+            env=os.environ | environment | {"PYTHONPATH": str(FAKE_WORKER.parent)} | more.pop("env", {}),
+            **more,
+        )
+        processes.append(process)
+        eventually(lambda: any(row.info["pid"] == process.pid for row in _workers(bench)))
+        return process
+
+    yield start
+    for process in processes:
+        process.kill()
+        process.wait()
+    eventually(lambda: not _trainers(tmp_path))
+
+
+def test_a_message_brings_a_job_to_its_end_and_sigterm_ends_the_worker(
+    bench: Bench, start_worker: StartWorker, tmp_path: Path
+) -> None:
+    worker = start_worker("train")
+    job_id = bench.queued([*STEPS, {"do": "checkpoint", "kind": "stage", "step": 3}])
+    bench.context.hints.hint(job_id, "train")
+    eventually(lambda: bench.job(job_id).state == JobState.SUCCEEDED)
+    worker.send_signal(signal.SIGTERM)
+    assert worker.wait(20) == 0
+    assert _workers(bench) == []
+    assert not list((tmp_path / "cache" / "workers").glob("*/files"))
+
+
+def test_a_lost_message_costs_seconds(bench: Bench, start_worker: StartWorker) -> None:
+    start_worker("train")
+    job_id = bench.queued(STEPS)
+    eventually(lambda: bench.job(job_id).state == JobState.SUCCEEDED)
+    assert bench.outcomes(job_id) == ["succeeded"]
+
+
+def test_kill_9_of_the_worker_ends_its_trainer_and_its_successor_goes_on(
+    bench: Bench, start_worker: StartWorker, tmp_path: Path
+) -> None:
+    worker = start_worker("train")
+    job_id = bench.queued([*STEPS, {"do": "checkpoint", "step": 2}, {"do": "wait", "step": 2}])
+    bench.saw(job_id, "CHECKPOINT_SAVED")
+    (trainer,) = _trainers(tmp_path)
+    worker.kill()
+    worker.wait()
+    trainer.wait(10)
+    start_worker("train")
+    eventually(lambda: bench.job(job_id).state == JobState.SUCCEEDED)
+    assert bench.outcomes(job_id) == ["lease_lost", "succeeded"]
+    assert bench.codes(job_id).count("CHECKPOINT_SAVED") == 1, "it went on from there"
+
+
+def test_sigterm_in_the_middle_of_a_job_leaves_it_queued_with_a_checkpoint(
+    bench: Bench, start_worker: StartWorker
+) -> None:
+    worker = start_worker("train")
+    job_id = bench.queued([*STEPS, {"do": "wait", "step": 2}])
+    bench.saw(job_id, "METRICS")
+    worker.send_signal(signal.SIGTERM)
+    assert worker.wait(20) == 0
+    assert bench.job(job_id).state == JobState.QUEUED
+    assert bench.outcomes(job_id) == ["released"]
+    assert [checkpoint.step for checkpoint in bench.checkpoints(job_id)] == [2]
+
+
+def test_a_question_on_the_queue_is_answered_on_the_list_it_names(
+    bench: Bench, start_worker: StartWorker, tiny_llama_dir: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("HEFT_MODEL_DIR", str(tiny_llama_dir.parent))
+    worker = start_worker("inference")
+    message = PredictMessage(
+        request_id="r-1",
+        model=PredictModel(
+            id="llama", owner="o", kind="base", base_model="llama", storage_key=None, manifest=None
+        ),
+        inputs=[{"question": "is it so"}],
+        intervention=Intervention(enabled=True, scale=1.0),
+        sent_at=time.time(),
+        deadline=time.time() + 100,
+        reply_to="replies",
+    )
+    make_celery(bench.context.settings.redis_url).send_task(Task.PREDICT.value, args=[message])
+    with Redis.from_url(redis_py_url(bench.context.settings.redis_url)) as redis:
+        reply = redis.blpop(["replies"], timeout=100)
+    assert reply is not None
+    assert json.loads(reply[1])["ok"]["data"][0]["answer"] in ("yes", "no")
+    worker.send_signal(signal.SIGTERM)
+    assert worker.wait(30) == 0
+
+
+def _trainers(folder: Path) -> list[psutil.Process]:
+    """The stand-in engines that this test's workers have started."""
+    found = []
+    for process in psutil.process_iter(["cmdline"]):
+        command = process.info["cmdline"] or []
+        of_this_test = any(word.startswith(str(folder)) for word in command)
+        if FAKE_ENGINE[1] in command and of_this_test and process.status() != psutil.STATUS_ZOMBIE:
+            found.append(process)
+    return found
+
+
+def _workers(bench: Bench) -> list[Worker]:
+    with transaction(bench.context.sessions) as session:
+        return list(session.scalars(select(Worker)))
+
+
+def test_what_a_worker_logs_of_an_attempt_names_job_and_attempt(
+    bench: Bench, start_worker: StartWorker, tmp_path: Path
+) -> None:
+    with (tmp_path / "log").open("wb") as log:
+        worker = start_worker("train", env={"HEFT_LOG_FORMAT": "json"}, stderr=log)
+    job_id = bench.queued(
+        [*STEPS, {"do": "say", "text": "not an event"}, {"do": "complain", "text": "a warning"}]
+    )
+    bench.context.hints.hint(job_id, "train")
+    eventually(lambda: bench.job(job_id).state == JobState.SUCCEEDED)
+    worker.send_signal(signal.SIGTERM)
+    assert worker.wait(20) == 0
+    lines = [json.loads(line) for line in (tmp_path / "log").read_text().splitlines()]
+    of_attempt = [
+        line["message"] for line in lines if (line.get("job_id"), line.get("attempt")) == (job_id, 2)
+    ]
+    assert any("not an event" in message for message in of_attempt), "heard by another thread"
+    assert any("a warning" in message for message in of_attempt), "from its stderr"
+    assert {line["job_id"] for line in lines if line["logger"] == "worker.jobs.attempt"} == {job_id}
+
+
+def test_hints_that_come_too_late_hold_nobody_up(
+    bench: Bench, start_worker: StartWorker, redis_url: str
+) -> None:
+    """Many are left when workers have trained for hours, and Celery drops one a second."""
+    ended = bench.run(bench.queued(STEPS))
+    for _ in range(40):
+        bench.context.hints.hint(ended.id, "train")
+    with Redis.from_url(redis_py_url(redis_url)) as broker:
+        eventually(lambda: broker.llen("train") == 40)
+        job_id = bench.queued(STEPS)
+        start_worker("train", env={"HEFT_SWEEP_SECONDS": "1000"})
+        eventually(lambda: bench.job(job_id).state == JobState.SUCCEEDED)
+        assert broker.llen("train") > 20
+
+
+def test_hints_for_archives_that_come_too_late_hold_nobody_up(
+    bench: Bench, start_worker: StartWorker, redis_url: str
+) -> None:
+    """Everybody who waits for one asks again and again."""
+    models = [bench.run(bench.queued(STEPS)).fine_tuned_model for _ in range(3)]
+    with transaction(bench.context.sessions) as session:
+        for model_id in models:
+            assert model_id is not None
+            exports.request(session, owner_id=OWNER, model_id=model_id, format="bundle")
+    for _ in range(20):
+        bench.context.hints.export(str(models[0]), "bundle")
+
+    def ready() -> bool:
+        with transaction(bench.context.sessions) as session:
+            return all(export.state == "ready" for export in session.scalars(select(Export)))
+
+    with Redis.from_url(redis_py_url(redis_url)) as broker:
+        eventually(lambda: broker.llen("export") == 20)
+        start_worker("prepare", env={"HEFT_SWEEP_SECONDS": "1000"})
+        eventually(ready)
+        assert broker.llen("export") > 10

@@ -1,0 +1,122 @@
+"""The watch: what it does to a child, and when, whatever the database says."""
+
+from __future__ import annotations
+
+import signal
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+from worker_bench import eventually
+
+from store.errors import LostFence, Unavailable
+from store.jobs.fence import Wishes
+from worker.engine_process.child import Child
+from worker.engine_process.supervisor import Limits, Reason, Watch
+
+LIMITS = Limits(control=0.02, heartbeat=0.1, stall=60, cancel_grace=0.2, checkpoint_grace=30, dump_grace=0.1)
+LISTENS = "import signal, sys, time; signal.signal(15, lambda *_: sys.exit(75)); print({}); time.sleep(99)"
+DEAF = "import signal, time; signal.signal(15, signal.SIG_IGN); print({}); time.sleep(99)"
+
+
+class Job:
+    """What the database says of a job, in place of a database."""
+
+    def __init__(self) -> None:
+        self.cancel = self.pause = False
+        self.fault: Exception | None = None
+        self.renewed = self.read = 0
+
+    def renew(self) -> Wishes:
+        self.renewed += 1
+        return self.wishes()
+
+    def wishes(self) -> Wishes:
+        self.read += 1
+        if self.fault is not None:
+            raise self.fault
+        return Wishes(cancel=self.cancel, pause=self.pause)
+
+
+@pytest.fixture
+def job() -> Job:
+    return Job()
+
+
+@pytest.fixture
+def start(tmp_path: Path) -> Iterator[Callable[[str], Child]]:
+    children: list[Child] = []
+
+    def start(code: str) -> Child:
+        child = Child([sys.executable, "-u", "-c", code], env={}, cwd=tmp_path)
+        children.append(child)
+        next(child.lines())
+        return child
+
+    yield start
+    for child in children:
+        child.kill()
+        child.wait()
+
+
+def watch(job: Job, limits: Limits = LIMITS, stopping: threading.Event | None = None) -> Watch:
+    return Watch(renew=job.renew, wishes=job.wishes, stopping=stopping or threading.Event(), limits=limits)
+
+
+def test_it_renews_seldom_and_looks_often(job: Job) -> None:
+    with watch(job):
+        eventually(lambda: job.renewed == 3)
+    assert job.read >= 6
+
+
+def test_a_pause_may_become_a_cancel_and_never_the_reverse(job: Job, start: Callable[[str], Child]) -> None:
+    child = start(DEAF)
+    with watch(job) as watching, watching.guarding(child):
+        job.pause = True
+        eventually(lambda: watching.reason is Reason.PAUSED)
+        job.cancel = True
+        assert child.wait() == -signal.SIGKILL, "the shorter patience counts"
+        job.cancel = False
+        assert watching.reason is Reason.CANCELLED
+
+
+def test_a_child_that_comes_too_late_is_ended_at_once(job: Job, start: Callable[[str], Child]) -> None:
+    stopping = threading.Event()
+    stopping.set()
+    with watch(job, stopping=stopping) as watching:
+        eventually(lambda: watching.reason is Reason.SHUTDOWN)
+        child = start(LISTENS)
+        with watching.guarding(child):
+            assert child.wait() == 75
+
+
+def test_an_outage_of_the_database_ends_nothing(job: Job, start: Callable[[str], Child]) -> None:
+    job.fault = Unavailable("away")
+    child = start(DEAF)
+    with watch(job) as watching, watching.guarding(child):
+        eventually(lambda: job.read > 5)
+        assert watching.reason is None
+        job.fault = LostFence("taken over meanwhile")
+        assert child.wait() == -signal.SIGKILL
+    assert watching.reason is Reason.LOST
+
+
+def test_a_watch_that_fails_leaves_no_child_unwatched(job: Job, start: Callable[[str], Child]) -> None:
+    child = start(DEAF)
+    with watch(job) as watching, watching.guarding(child):
+        job.fault = RuntimeError("a fault of ours")
+        assert child.wait() == -signal.SIGKILL
+    assert watching.reason is Reason.LOST
+
+
+def test_silence_is_a_stall(job: Job, start: Callable[[str], Child]) -> None:
+    limits = Limits(**{**vars(LIMITS), "stall": 0.3})
+    child = start(DEAF)
+    began = time.monotonic()
+    with watch(job, limits) as watching, watching.guarding(child):
+        child.wait()
+    assert watching.reason is Reason.STALLED
+    assert time.monotonic() - began >= 0.3

@@ -1,0 +1,203 @@
+"""The inference side: a message in, an answer on a Redis list, with real (tiny) models."""
+
+from __future__ import annotations
+
+import json
+import math
+import time
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+from prometheus_client import CollectorRegistry
+from redis import Redis
+from worker_bench import Bench
+
+import heft_engine
+from heft_engine.config.train import LoraStage, ReftStage, TrainConfig
+from heft_engine.data.rows import parse_row
+from store.messages.hints import PredictMessage, PredictModel, PredictReply, cancelled_key, redis_py_url
+from worker.chores.evict_deleted import forget_deleted
+from worker.inference import predict
+from worker.inference.metrics import InferenceMetrics
+from worker.inference.predict import Inference
+
+ROWS = [
+    {"question": f"is {n} even", "passage": f"The number is {n}.", "answer": n % 2 == 0} for n in range(16)
+]
+QUESTIONS = [{key: row[key] for key in ("question", "passage")} for row in ROWS]
+
+
+@pytest.fixture(scope="module")
+def bundle(tiny_llama_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A bundle trained for two steps, in the library."""
+    config = TrainConfig(
+        model="llama",
+        stages=[LoraStage(n_epochs=1, learning_rate=0.05), ReftStage(n_epochs=1, learning_rate=0.05)],
+        dtype="float32",
+    )
+    out = tmp_path_factory.mktemp("bundle") / "bundle"
+    rows = [parse_row(row) for row in ROWS]
+    heft_engine.train(config, rows, [], out, lambda _: None, model_dir=tiny_llama_dir.parent)
+    return out
+
+
+@pytest.fixture
+def inference(bench: Bench, tiny_llama_dir: Path) -> Iterator[Inference]:
+    context = bench.with_settings(model_dir=tiny_llama_dir.parent)
+    inference = Inference(context, InferenceMetrics(CollectorRegistry()))
+    yield inference
+    inference.close()
+
+
+@pytest.fixture
+def model(bench: Bench, bundle: Path) -> PredictModel:
+    """The bundle as a message addresses it."""
+    manifest = bench.context.artifacts.put_directory("jobs/j/1/bundle", bundle)
+    return PredictModel(
+        id="ft:llama:o::1",
+        owner="o",
+        kind="final",
+        base_model="llama",
+        storage_key="jobs/j/1/bundle",
+        manifest=manifest,
+    )
+
+
+BASE = PredictModel(id="llama", owner="o", kind="base", base_model="llama", storage_key=None, manifest=None)
+
+
+def ask(
+    bench: Bench, inference: Inference, model: PredictModel, inputs: list[dict[str, Any]], **changes: Any
+) -> PredictReply | None:
+    """The worker's reply; None if it pushed none."""
+    message: PredictMessage = {
+        "request_id": "r-1",
+        "model": model,
+        "inputs": inputs,
+        "intervention": {"enabled": True, "scale": 1.0},
+        "sent_at": time.time(),
+        "deadline": time.time() + 60,
+        "reply_to": "replies",
+        **changes,  # type: ignore[typeddict-item]
+    }
+    inference.answer(json.loads(json.dumps(message)))
+    with Redis.from_url(redis_py_url(bench.context.settings.redis_url)) as redis:
+        payload = redis.lpop("replies")
+        assert payload is None or redis.llen("replies") == 0
+    return None if payload is None else json.loads(payload)
+
+
+def test_an_answer_has_the_scores_of_the_library_bit_for_bit(
+    bench: Bench, inference: Inference, model: PredictModel, bundle: Path, tiny_llama_dir: Path
+) -> None:
+    predictor = heft_engine.load(bundle, model_dir=tiny_llama_dir.parent)
+    expected = predictor.predict([parse_row(question, need_answer=False) for question in QUESTIONS])
+    reply = ask(bench, inference, model, QUESTIONS)
+    assert reply is not None
+    assert reply["request_id"] == "r-1"
+    assert [row["probability"] for row in reply["ok"]["data"]] == [one.probability for one in expected]
+    (alone,) = (ask(bench, inference, model, QUESTIONS[:1]) or {})["ok"]["data"]
+    assert alone == reply["ok"]["data"][0]
+    assert alone["answer"] in ("yes", "no")
+    assert math.isclose(sum((alone["label_probabilities"] or {}).values()), 1.0, rel_tol=1e-5)
+
+
+def test_the_intervention_is_switched_for_one_request_alone(
+    bench: Bench, inference: Inference, model: PredictModel
+) -> None:
+    def probability(**intervention: Any) -> float | None:
+        changes = {"intervention": {"enabled": True, "scale": 1.0, **intervention}}
+        reply = ask(bench, inference, model, QUESTIONS[:1], **changes)
+        assert reply is not None
+        return reply["ok"]["data"][0]["probability"]
+
+    usual = probability()
+    assert probability(enabled=False) == probability(scale=0.0) != usual
+    assert probability() == usual
+
+
+def test_a_base_model_answers_any_task(bench: Bench, inference: Inference) -> None:
+    reply = ask(bench, inference, BASE, QUESTIONS[:1])
+    assert reply is not None
+    assert reply["ok"]["data"][0]["answer"] in ("yes", "no")
+    reply = ask(bench, inference, BASE, [{"question": "which", "choices": ["one", "two"]}])
+    assert reply is not None
+    assert reply["ok"]["data"][0]["answer"] in ("one", "two")
+    reply = ask(bench, inference, BASE, [{"prompt": "Once"}])
+    assert reply is not None
+    assert reply["ok"]["data"][0]["probability"] is None
+
+
+def test_an_expired_request_is_dropped(bench: Bench, inference: Inference, model: PredictModel) -> None:
+    assert ask(bench, inference, model, QUESTIONS, deadline=time.time() - 1) is None
+
+
+def test_a_cancelled_request_is_dropped(bench: Bench, inference: Inference, model: PredictModel) -> None:
+    with Redis.from_url(redis_py_url(bench.context.settings.redis_url)) as redis:
+        redis.set(cancelled_key("r-1"), 1)
+    waited = {"sent_at": time.time() - 1}
+    assert ask(bench, inference, model, QUESTIONS, **waited) is None
+    assert ask(bench, inference, model, QUESTIONS, request_id="r-2", **waited) is not None
+
+
+def test_a_deleted_model_is_forgotten_and_others_are_not(
+    bench: Bench, inference: Inference, model: PredictModel
+) -> None:
+    ask(bench, inference, model, QUESTIONS[:1])
+    ask(bench, inference, BASE, QUESTIONS[:1])
+    assert inference.fine_tuned() == [model["id"]]
+    held = inference.pool.memory_bytes
+    inference.count_models()
+    forget_deleted(bench.context, inference)  # the database has never heard of it
+    assert inference.fine_tuned() == []
+    assert 0 < inference.pool.memory_bytes < held
+
+
+def test_a_bad_question_is_the_callers_fault(bench: Bench, inference: Inference, model: PredictModel) -> None:
+    reply = ask(bench, inference, model, [QUESTIONS[0], {"question": ""}])
+    assert reply is not None
+    assert (reply["error"]["status"], reply["error"]["param"]) == (422, "inputs[1].question")
+    reply = ask(bench, inference, model, [{"question": "which", "choices": ["one", "two"]}])
+    assert reply is not None
+    assert reply["error"]["status"] == 422, "a yes/no model is not asked to choose"
+
+
+def test_a_damaged_bundle_is_not_served(bench: Bench, inference: Inference, model: PredictModel) -> None:
+    bench.context.artifacts.put_stream("jobs/j/1/bundle/heft.json", [b"{}"])
+    reply = ask(bench, inference, model, QUESTIONS)
+    assert reply is not None
+    assert (reply["error"]["status"], reply["error"]["code"]) == (500, "artifact_damaged")
+
+
+def test_a_base_model_that_is_gone_is_not_found(bench: Bench, inference: Inference) -> None:
+    reply = ask(bench, inference, PredictModel(**{**BASE, "base_model": "gone"}), QUESTIONS)
+    assert reply is not None
+    assert (reply["error"]["status"], reply["error"]["code"]) == (404, "model_not_found")
+
+
+def test_no_file_of_a_bundle_stays_behind(bench: Bench, inference: Inference, model: PredictModel) -> None:
+    ask(bench, inference, model, QUESTIONS[:1])
+    assert list(replace(bench.context).scratch.iterdir()) == []
+
+
+def test_memory_goes_back_when_models_leave_and_when_nobody_asks(
+    bench: Bench, inference: Inference, model: PredictModel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    given: list[str] = []
+    monkeypatch.setattr(predict, "give_back", lambda: given.append("back"))
+    inference.give_memory_back()
+    assert ask(bench, inference, model, [{"question": "is it so"}])
+    inference.give_memory_back()
+    assert given == [], "somebody has just asked"
+    monkeypatch.setattr(predict, "_REST_SECONDS", 0.0)
+    inference.give_memory_back()
+    inference.give_memory_back()
+    assert given == ["back"], "once, until somebody asks again"
+    monkeypatch.setattr(predict, "_REST_SECONDS", 3_600.0)
+    inference.forget(model["id"])
+    inference.give_memory_back()
+    inference.give_memory_back()
+    assert given == ["back"] * 2

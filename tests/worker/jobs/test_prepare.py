@@ -1,0 +1,99 @@
+"""Checking a job's files: the way of the job with a stand-in engine, and what the real one finds."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from concurrent.futures import Future
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+from worker_bench import OWNER, Bench, eventually
+
+from store.db.session import transaction
+from store.db.states import JobState
+from store.db.tables import Job
+from store.jobs import jobs
+from store.messages.hints import Task
+from worker.context import ENGINE, Context
+from worker.jobs.prepare import prepare_job
+
+GOOD = {"question": "is it so", "passage": "It is so.", "answer": True}
+
+
+@pytest.fixture
+def real(bench: Bench, tiny_llama_dir: Path) -> Context:
+    """The real engine, with one small base model: `llama`."""
+    return replace(bench.with_settings(model_dir=tiny_llama_dir.parent), engine_command=ENGINE)
+
+
+def test_good_files_queue_the_job_and_tell_the_trainers(bench: Bench, sent: list[tuple[str, ...]]) -> None:
+    job_id = bench.created(_lines([{"do": "metrics", "step": 1}]))
+    job = prepare_job(bench.context, job_id)
+    assert job is not None
+    assert job.state == JobState.QUEUED
+    assert job.validation is not None
+    assert job.validation["files"]["training_file"] == {"rows": 1, "reference": job.spec["training_file"]}
+    assert bench.codes(job_id) == ["CREATED", "VALIDATION_COMPLETE", "QUEUED"]
+    assert sent == [(Task.TRAIN, job_id)]
+
+
+def test_a_checker_that_dies_is_tried_again_and_then_given_up(bench: Bench) -> None:
+    job_id = bench.created(_lines([{"do": "die", "code": 3, "when": "checked"}]))
+    states = [_prepared(bench, job_id).state for _ in range(3)]
+    assert states == [JobState.VALIDATING_FILES, JobState.VALIDATING_FILES, JobState.FAILED]
+
+
+def test_cancel_ends_a_check_at_once(bench: Bench) -> None:
+    job_id = bench.created(_lines([{"do": "silent", "when": "checked"}]))
+    attempt: Future[Job | None] = bench.pool.submit(prepare_job, bench.context, job_id)
+    eventually(lambda: bench.job(job_id).worker_id == bench.context.worker_id)
+    with transaction(bench.context.sessions) as session:
+        assert jobs.request_cancel(session, owner_id=OWNER, job_id=job_id).state == JobState.CANCELLED
+    assert attempt.result(20) is None
+
+
+def test_a_worker_that_stops_leaves_the_check_to_another(bench: Bench) -> None:
+    job_id = bench.created(_lines([{"do": "silent", "when": "checked"}]))
+    attempt: Future[Job | None] = bench.pool.submit(prepare_job, bench.context, job_id)
+    eventually(lambda: bench.job(job_id).worker_id == bench.context.worker_id)
+    bench.context.stopping.set()
+    job = attempt.result(20)
+    assert job is not None
+    assert (job.state, job.worker_id, job.trainer_deaths) == (JobState.VALIDATING_FILES, None, 0)
+
+
+def test_bad_rows_are_named_by_line_field_and_reason(bench: Bench, real: Context) -> None:
+    rows = [GOOD] * 50
+    rows[41] = {"question": "is it so", "answer": "perhaps"}
+    job_id = bench.created(_lines(rows) + b"not json\n", model="llama")
+    job = prepare_job(real, job_id)
+    assert job is not None
+    assert job.state == JobState.FAILED
+    assert job.error is not None
+    assert job.error["code"] == "invalid_training_file"
+    assert "line 42" in job.error["message"]
+    assert job.validation is not None
+    faults = job.validation["faults"]
+    assert [(fault["file"], fault["line"], fault["field"]) for fault in faults] == [
+        ("training_file", 42, "answer"),
+        ("training_file", 51, None),
+    ]
+
+
+def test_what_is_no_matter_of_rows_fails_the_job_too(bench: Bench) -> None:
+    act = {"do": "fail", "code": "model_not_found", "message": "there is no model 'x'", "when": "checked"}
+    job = _prepared(bench, bench.created(_lines([act])))
+    assert job.state == JobState.FAILED
+    assert job.error == {"code": "model_not_found", "message": "there is no model 'x'", "param": None}
+
+
+def _prepared(bench: Bench, job_id: str) -> Job:
+    prepare_job(bench.context, job_id)
+    return bench.job(job_id)
+
+
+def _lines(rows: Sequence[dict[str, Any]]) -> bytes:
+    return "".join(json.dumps(row) + "\n" for row in rows).encode()

@@ -1,0 +1,172 @@
+"""The worker with the real engine on a tiny model: a job from its files to its model."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+from sqlalchemy import select
+from worker_bench import OWNER, Bench
+
+import heft_engine
+from heft_engine.config.train import LoraStage, ReftStage, TrainConfig
+from heft_engine.data.rows import parse_row
+from heft_engine.events import Event
+from store import models
+from store.db.session import transaction
+from store.db.states import JobState
+from store.db.tables import Job, StageResult
+from store.jobs import jobs, stage_results
+from worker.chores.activation_folder import folder as prefills_folder
+from worker.context import ENGINE, Context
+from worker.jobs.prepare import prepare_job
+from worker.jobs.train import run_job
+
+ROWS = [
+    {"question": f"is {n} even", "passage": f"The number is {n}.", "answer": n % 2 == 0} for n in range(48)
+]
+HEFT = {"lora": {"n_epochs": 2, "batch_size": 8}, "reft": {"n_epochs": 2, "batch_size": 8}}
+
+
+@pytest.fixture
+def real(bench: Bench, tiny_llama_dir: Path) -> Context:
+    return replace(bench.with_settings(model_dir=tiny_llama_dir.parent), engine_command=ENGINE)
+
+
+def test_a_job_from_its_files_to_its_model(bench: Bench, real: Context) -> None:
+    content = "".join(json.dumps(row) + "\n" for row in ROWS).encode()
+    method = {"type": "heft", "heft": HEFT}
+    job_id = bench.created(content, model="llama", method=method, test_file="sample:passages:test")
+    prepared = prepare_job(real, job_id)
+    assert prepared is not None
+    assert prepared.validation is not None
+    kept = prepared.validation["files"]["test_file"]
+    assert (kept["reference"], kept["rows"]) == ("sample:passages:test", 200)
+    assert real.artifacts.children(f"prepared/{job_id}") == [kept["sha256"]]
+    run_job(real, job_id)
+    job = bench.job(job_id)
+    assert job.state == JobState.SUCCEEDED, job.error
+    assert job.evaluation is not None
+    assert [result["stage"] for result in job.evaluation["results"]] == ["base", "lora", "reft"]
+    assert (job.evaluation["split"], job.evaluation["n"]) == ("test", 200)
+    assert [one.model_id.rpartition(":")[2] for one in bench.checkpoints(job_id) if one.model_id] == [
+        "ckpt-lora",
+        "ckpt-reft",
+    ]
+    assert set(job.metrics) == {"base", "lora", "reft"}
+    assert "stages" in job.resolved
+
+
+def test_paused_and_resumed_a_job_has_the_losses_of_the_library(
+    bench: Bench, real: Context, tiny_llama_dir: Path, tmp_path: Path
+) -> None:
+    stage = {"n_epochs": 12, "batch_size": 8, "dropout": 0.1}
+    config = TrainConfig(model="llama", stages=[LoraStage(**stage)], method="lora", dtype="float32")
+    losses: list[tuple[int, float]] = []
+
+    def hear(event: Event) -> None:
+        if event.code == "METRICS":
+            losses.append((event.data["step"], event.data["loss"]))
+
+    rows = [parse_row(row) for row in ROWS]
+    heft_engine.train(config, rows, [], tmp_path / "out", hear, model_dir=tiny_llama_dir.parent)
+
+    method = {"type": "lora", "lora": stage}
+    job_id = bench.queued(ROWS, model="llama", method=method, dtype="float32")
+    attempt = bench.start(job_id, real)
+    bench.saw(job_id, "EPOCH_COMPLETE")
+    with transaction(real.sessions) as session:
+        jobs.request_pause(session, owner_id=OWNER, job_id=job_id)
+    attempt.result(60)
+    assert bench.job(job_id).state == JobState.PAUSED
+    assert 6 <= bench.checkpoints(job_id)[-1].step < len(losses), "it was in the middle"
+    with transaction(real.sessions) as session:
+        jobs.resume(session, owner_id=OWNER, job_id=job_id)
+    job = bench.run(job_id, real)
+    assert job.state == JobState.SUCCEEDED, job.error
+    table = [line for line in bench.results(job) if line["train_loss"]]
+    assert [(int(line["step"]), float(line["train_loss"])) for line in table] == losses
+
+
+def queued(bench: Bench, **reft: Any) -> str:
+    """A HEFT job that reports on its own rows."""
+    test_file = bench.uploaded("".join(json.dumps(row) + "\n" for row in ROWS).encode())
+    method = {"type": "heft", "heft": HEFT | {"reft": HEFT["reft"] | reft}}
+    return bench.queued(ROWS, model="llama", method=method, dtype="float32", test_file=test_file)
+
+
+def test_a_sweep_pays_for_its_first_stage_once(
+    bench: Bench, real: Context, tiny_llama_dir: Path, tmp_path: Path
+) -> None:
+    first = bench.run(queued(bench), real)
+    assert trained_stages(bench, first) == {"lora", "reft"}
+    prefills = sorted(prefills_folder(real).iterdir())
+    assert len(prefills) == 1, "of the training rows"
+    second = bench.run(queued(bench, rank=3), real)
+    assert trained_stages(bench, second) == {"reft"}
+    assert sorted(prefills_folder(real).iterdir()) == prefills, "taken over"
+
+    stages = [LoraStage(**HEFT["lora"]), ReftStage(**HEFT["reft"], rank=3)]
+    config = TrainConfig(model="llama", stages=stages, method="heft", dtype="float32")
+    rows = [parse_row(row) for row in ROWS]
+    plain = heft_engine.train(
+        config,
+        rows,
+        [],
+        tmp_path / "plain",
+        lambda _: None,
+        test_rows=rows,
+        model_dir=tiny_llama_dir.parent,
+    )
+    files = [
+        plain.path / name for name in ("lora/adapter_model.safetensors", "reft/intervention.safetensors")
+    ]
+    hashes = [hashlib.sha256(file.read_bytes()).hexdigest() for file in files]
+    assert learned(bench, second) == hashes, "as if it had trained both"
+    assert second.evaluation == plain.info.evaluation
+    told = [line for line in bench.results(second) if line["accuracy"]]
+    assert [(line["stage"], line["step"]) for line in told] == [("base", "0"), ("lora", "12"), ("reft", "24")]
+    assert first.trained_tokens is not None
+    assert second.trained_tokens == first.trained_tokens // 2, "those of its own stage"
+    models_of = [(one.step, str(one.model_id)[-9:]) for one in bench.checkpoints(second.id) if one.model_id]
+    assert models_of == [(12, "ckpt-lora"), (24, "ckpt-reft")]
+
+
+@pytest.mark.slow
+def test_a_job_that_reused_a_stage_is_paused_and_goes_on(bench: Bench, real: Context) -> None:
+    straight = bench.run(queued(bench, n_epochs=30), real)
+    with transaction(real.sessions) as session:
+        # What the job ends with would be reused too.
+        _, last = session.scalars(select(StageResult).order_by(StageResult.created_at))
+        stage_results.forget(session, storage_key=last.storage_key)
+    job_id = queued(bench, n_epochs=30)
+    attempt = bench.start(job_id, real)
+    bench.saw(job_id, "STAGE_REUSED")
+    with transaction(real.sessions) as session:
+        jobs.request_pause(session, owner_id=OWNER, job_id=job_id)
+    attempt.result(60)
+    assert bench.job(job_id).state == JobState.PAUSED
+    with transaction(real.sessions) as session:
+        jobs.resume(session, owner_id=OWNER, job_id=job_id)
+    job = bench.run(job_id, real)
+    assert job.state == JobState.SUCCEEDED, job.error
+    assert bench.codes(job_id).count("STAGE_REUSED") == 1
+    assert trained_stages(bench, job) == {"reft"}
+    assert learned(bench, job) == learned(bench, straight)
+
+
+def trained_stages(bench: Bench, job: Job) -> set[str]:
+    return {line["stage"] for line in bench.results(job) if line["train_loss"]}
+
+
+def learned(bench: Bench, job: Job) -> list[str]:
+    """The hashes of the adapter and of the intervention of the job's model."""
+    with transaction(bench.context.sessions) as session:
+        model = models.get(session, owner_id=OWNER, model_id=str(job.fine_tuned_model))
+    return [
+        model.manifest[name] for name in ("lora/adapter_model.safetensors", "reft/intervention.safetensors")
+    ]

@@ -1,0 +1,281 @@
+"""One attempt at training a job, with a stand-in for the engine: every way in which it can end."""
+
+from __future__ import annotations
+
+import threading
+from dataclasses import replace
+from pathlib import Path
+
+import psutil
+import pytest
+from worker_bench import FAKE_ENGINE, OWNER, Bench, eventually, gone
+
+from store.db.session import transaction
+from store.db.states import JobState
+from store.db.tables import Job
+from store.errors import Unavailable
+from store.jobs import jobs, leases, reconcile
+
+STEPS = [{"do": "metrics", "step": 1}, {"do": "metrics", "step": 2}]
+
+
+def test_a_job_that_succeeds(bench: Bench) -> None:
+    job_id = bench.queued(
+        [
+            {"do": "eval", "accuracy": 0.5},
+            *STEPS,
+            {"do": "say", "text": "Loading weights"},
+            {"do": "checkpoint", "kind": "stage", "step": 3},
+            {"do": "metrics", "step": 10},
+        ]
+    )
+    job = bench.run(job_id)
+    assert job.state == JobState.SUCCEEDED
+    assert job.fine_tuned_model == f"ft:tiny:{OWNER}::{job_id[-8:]}"
+    assert job.evaluation == {"n": 2, "metric": "accuracy", "split": "validation", "results": []}
+    assert (job.parity, job.trained_tokens, job.worker_id, job.lease_until) == ({"lora": 0.0}, 80, None, None)
+    assert job.resolved == {"learning_rate": 0.001, "device": "cpu"}
+    assert job.progress["percent"] == 100.0
+    assert job.metrics["lora"]["step"] == 10
+    assert job.metrics["base"] == {"accuracy": 0.5}
+    codes = bench.codes(job_id)
+    assert codes[-1] == "SUCCEEDED"
+    assert codes.count("STARTED") == codes.count("SUCCEEDED") == 1
+    (checkpoint,) = bench.checkpoints(job_id)
+    assert checkpoint.model_id == f"{job.fine_tuned_model}:ckpt-lora"
+
+
+def test_every_step_is_in_the_result_file(bench: Bench) -> None:
+    acts = [{"do": "metrics", "step": step} for step in range(1, 11)]
+    job_id = bench.queued([{"do": "eval", "accuracy": 0.5}, *acts])
+    job = bench.run(job_id)
+    metrics = [event for event in bench.events(job_id) if event.type == "metrics"]
+    assert len(metrics) < 10, "events are throttled"
+    assert metrics[-1].data["step"] == 10
+    table = bench.results(job)
+    assert [(line["stage"], line["accuracy"]) for line in table[:1]] == [("base", "0.5")]
+    assert [float(line["train_loss"]) for line in table[1:]] == [1 / step for step in range(1, 11)]
+
+
+def test_a_mistake_of_the_user_ends_the_job_at_once(bench: Bench) -> None:
+    message = "the loss is not a number: lower lora.learning_rate"
+    job_id = bench.queued([*STEPS, {"do": "fail", "code": "diverged", "message": message}])
+    job = bench.run(job_id)
+    assert job.state == JobState.FAILED
+    assert job.error == {"code": "diverged", "message": message, "param": None}
+    assert bench.outcomes(job_id) == ["failed"]
+
+
+def test_a_hub_that_is_away_is_tried_again(bench: Bench) -> None:
+    job_id = bench.queued([{"do": "fail", "code": "hub_unavailable", "message": "no answer"}])
+    assert bench.run(job_id).state == JobState.QUEUED
+    assert bench.outcomes(job_id) == ["trainer_died"]
+
+
+def test_a_trainer_that_dies_is_resumed_from_its_checkpoint(bench: Bench) -> None:
+    job_id = bench.queued(
+        [
+            *STEPS,
+            {"do": "checkpoint", "step": 2},
+            {"do": "die", "code": 9, "once": True},
+            {"do": "metrics", "step": 3},
+        ]
+    )
+    job = bench.run(job_id)
+    assert (job.state, job.trainer_deaths, job.attempt) == (JobState.QUEUED, 1, 2)
+    assert "exit code 9" in bench.events(job_id)[-1].message
+    job = bench.run(job_id)
+    assert job.state == JobState.SUCCEEDED
+    assert bench.outcomes(job_id) == ["trainer_died", "succeeded"]
+    assert _steps_of_results(bench, job) == [1, 2, 3], "the history came along with the checkpoint"
+
+
+def test_a_damaged_checkpoint_is_passed_over(bench: Bench) -> None:
+    job_id = bench.queued(
+        [
+            *({"do": "metrics", "step": 1}, {"do": "checkpoint", "step": 1}),
+            *({"do": "metrics", "step": 2}, {"do": "checkpoint", "step": 2}),
+            *({"do": "die", "code": 9, "once": True}, {"do": "metrics", "step": 3}),
+        ]
+    )
+    bench.run(job_id)
+    newest = bench.checkpoints(job_id)[-1]
+    bench.context.artifacts.put_stream(f"{newest.storage_key}/state.json", [b"{}"])
+    job = bench.run(job_id)
+    assert job.state == JobState.SUCCEEDED
+    (warning,) = [event for event in bench.events(job_id) if event.data["code"] == "WARNING"]
+    assert warning.data["checkpoint"] == newest.id
+    assert _steps_of_results(bench, job) == [1, 2, 3], "step 2 was trained again, on the checkpoint of step 1"
+
+
+def test_three_deaths_without_a_new_checkpoint_end_the_job(bench: Bench) -> None:
+    job_id = bench.queued([*STEPS, {"do": "die", "code": -9}])
+    states = [bench.run(job_id).state for _ in range(3)]
+    assert states == [JobState.QUEUED, JobState.QUEUED, JobState.FAILED]
+    job = bench.job(job_id)
+    assert job.error is not None
+    assert job.error["code"] == "out_of_memory"
+    assert "max_length" in job.error["message"]
+    assert bench.outcomes(job_id) == ["trainer_died"] * 3
+
+
+def test_progress_forgives_deaths(bench: Bench) -> None:
+    job_id = bench.queued([*STEPS, {"do": "checkpoint", "step": 2}, {"do": "die", "code": 1}])
+    bench.run(job_id)
+    bench.run(job_id)
+    assert bench.job(job_id).trainer_deaths == 2
+    assert bench.run(job_id).state == JobState.FAILED
+
+
+def test_cancel_ends_the_trainer_and_all_it_started(bench: Bench, tmp_path: Path) -> None:
+    pid_file = tmp_path / "pid"
+    job_id = bench.queued([*STEPS, {"do": "straggle", "path": str(pid_file)}, {"do": "wait"}])
+    attempt = bench.start(job_id)
+    eventually(lambda: pid_file.exists() and pid_file.read_text())
+    _wish(bench, job_id, jobs.request_cancel)
+    attempt.result(20)
+    job = bench.job(job_id)
+    assert job.state == JobState.CANCELLED
+    assert bench.codes(job_id)[-1] == "CANCELLED"
+    assert bench.checkpoints(job_id) == [], "a cancelled job writes no checkpoint"
+    straggler = int(pid_file.read_text())
+    eventually(lambda: gone(straggler))
+
+
+def test_cancel_kills_a_trainer_that_does_not_listen(bench: Bench) -> None:
+    job_id = bench.queued([*STEPS, {"do": "stubborn"}])
+    attempt = bench.start(job_id, bench.with_settings(cancel_grace_seconds=0.3))
+    bench.saw(job_id, "METRICS")
+    _wish(bench, job_id, jobs.request_cancel)
+    attempt.result(20)
+    assert bench.job(job_id).state == JobState.CANCELLED
+
+
+def test_pause_keeps_a_checkpoint_and_resume_goes_on(bench: Bench) -> None:
+    job_id = bench.queued([*STEPS, {"do": "wait", "step": 2}, {"do": "metrics", "step": 3}])
+    attempt = bench.start(job_id)
+    bench.saw(job_id, "METRICS")
+    _wish(bench, job_id, jobs.request_pause)
+    attempt.result(20)
+    assert bench.job(job_id).state == JobState.PAUSED
+    assert [checkpoint.step for checkpoint in bench.checkpoints(job_id)] == [2]
+    assert bench.run(job_id).state == JobState.PAUSED, "a message changes nothing while it is paused"
+    _wish(bench, job_id, jobs.resume)
+    job = bench.run(job_id)
+    assert job.state == JobState.SUCCEEDED
+    assert _steps_of_results(bench, job) == [1, 2, 3]
+
+
+def test_pause_of_a_trainer_that_does_not_listen(bench: Bench) -> None:
+    job_id = bench.queued([*STEPS, {"do": "checkpoint", "step": 2}, {"do": "stubborn"}])
+    attempt = bench.start(job_id, bench.with_settings(checkpoint_grace_seconds=0.3))
+    bench.saw(job_id, "CHECKPOINT_SAVED")
+    _wish(bench, job_id, jobs.request_pause)
+    attempt.result(20)
+    assert bench.job(job_id).state == JobState.PAUSED
+    assert [checkpoint.step for checkpoint in bench.checkpoints(job_id)] == [2], "what it had before stands"
+
+
+def test_a_worker_that_stops_puts_the_job_back_with_a_checkpoint(bench: Bench) -> None:
+    job_id = bench.queued([*STEPS, {"do": "wait", "step": 2}, {"do": "metrics", "step": 3}])
+    attempt = bench.start(job_id)
+    bench.saw(job_id, "METRICS")
+    bench.context.stopping.set()
+    attempt.result(20)
+    assert bench.job(job_id).state == JobState.QUEUED
+    assert [checkpoint.step for checkpoint in bench.checkpoints(job_id)] == [2]
+    assert bench.run(job_id).state == JobState.QUEUED, "a worker that stops takes nothing new"
+    bench.context.stopping.clear()
+    job = bench.run(job_id)
+    assert job.state == JobState.SUCCEEDED
+    assert (job.trainer_deaths, job.lost_leases) == (0, 0)
+    assert bench.outcomes(job_id) == ["released", "succeeded"]
+
+
+def test_a_lost_fence_kills_the_trainer_and_writes_nothing(bench: Bench) -> None:
+    job_id = bench.queued([*STEPS, {"do": "wait"}])
+    attempt = bench.start(job_id)
+    bench.saw(job_id, "METRICS")
+    (trainer,) = [child for child in psutil.Process().children() if FAKE_ENGINE[1] in child.cmdline()]
+    other = replace(bench.context, worker_id="worker-2")
+    with transaction(bench.context.sessions) as session:
+        reconcile.take_back_from(session, worker_id="worker-1")
+        claim = leases.claim(session, job_id=job_id, worker_id=other.worker_id, purpose="train")
+    assert claim is not None
+    before = bench.codes(job_id)
+    assert attempt.result(20) is None
+    assert not trainer.is_running()
+    job = bench.job(job_id)
+    assert (job.state, job.worker_id, job.attempt) == (JobState.RUNNING, "worker-2", claim.attempt)
+    assert bench.codes(job_id) == before
+    assert bench.checkpoints(job_id) == []
+
+
+def test_a_trainer_that_stalls_shows_its_stacks_and_counts_as_dead(
+    bench: Bench, caplog: pytest.LogCaptureFixture
+) -> None:
+    context = bench.with_settings(stall_seconds=1.0)
+    job_id = bench.queued([*STEPS, {"do": "silent"}])
+    assert bench.run(job_id, context).state == JobState.QUEUED
+    assert "made no progress" in bench.events(job_id)[-1].message
+    assert "in silent" in caplog.text, "faulthandler named the function"
+    assert bench.outcomes(job_id) == ["trainer_died"]
+
+
+def test_a_doubled_message_loses_the_claim(bench: Bench) -> None:
+    job_id = bench.queued([*STEPS, {"do": "wait"}])
+    attempt = bench.start(job_id)
+    bench.saw(job_id, "STARTED")
+    assert bench.run(job_id).attempt == 2, "the claim of the file check, and one of training"
+    _wish(bench, job_id, jobs.request_cancel)
+    attempt.result(20)
+
+
+def test_a_fault_of_the_worker_does_not_hold_the_job(bench: Bench) -> None:
+    context = replace(bench.context, engine_command=("/nowhere/python",))
+    job_id = bench.queued(STEPS)
+    with pytest.raises(FileNotFoundError):
+        bench.run(job_id, context)
+    assert bench.job(job_id).state == JobState.QUEUED
+    assert bench.outcomes(job_id) == ["trainer_died"]
+
+
+def _wish(bench: Bench, job_id: str, wish: object) -> None:
+    assert callable(wish)
+    with transaction(bench.context.sessions) as session:
+        wish(session, owner_id=OWNER, job_id=job_id)
+
+
+def _steps_of_results(bench: Bench, job: Job) -> list[int]:
+    return [int(line["step"]) for line in bench.results(job)]
+
+
+def test_a_checkpoint_that_is_gone_or_not_whole_is_not_committed(bench: Bench) -> None:
+    job_id = bench.queued(
+        [
+            *STEPS,
+            {"do": "checkpoint", "step": 2, "spoil": "remove"},
+            {"do": "checkpoint", "step": 3, "spoil": "cut"},
+            {"do": "checkpoint", "step": 4},
+        ]
+    )
+    assert bench.run(job_id).state == JobState.SUCCEEDED
+    assert [checkpoint.step for checkpoint in bench.checkpoints(job_id)] == [4]
+
+
+def test_cancel_ends_a_job_whose_checkpoint_finds_no_storage(
+    bench: Bench, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tried = threading.Event()
+
+    def full(*_: object) -> dict[str, str]:
+        tried.set()
+        raise Unavailable("no space left")
+
+    monkeypatch.setattr(bench.context.artifacts, "put_directory", full)
+    job_id = bench.queued([*STEPS, {"do": "checkpoint", "step": 1, "kind": "stage"}, {"do": "wait"}])
+    attempt = bench.start(job_id)
+    assert tried.wait(30)
+    _wish(bench, job_id, jobs.request_cancel)
+    attempt.result(20)
+    assert bench.job(job_id).state == JobState.CANCELLED

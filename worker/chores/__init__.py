@@ -1,0 +1,1 @@
+"""Work that is done beside jobs, by the clock."""

@@ -1,0 +1,45 @@
+"""What a search tries next: its trials so far are put before optuna, in a child, and its answer is looked through.
+
+Asked anew each time from what the database has, so a restart changes nothing. It does NOT make jobs.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+from store.db.study_tables import Study
+from store.studies.arms import BaseFacts, Trial
+from store.studies.search import Round, as_arm, open_places, trials_of
+from store.studies.studies import spec_of
+
+Ask = Callable[[str, Mapping[str, Any]], dict[str, Any]]
+
+
+def next_round(ask: Ask, study: Study, planned: list[dict[str, Any]], base: BaseFacts | None) -> Round:
+    """`planned`: the study's arms with what came of their trials. Points that can't be are kept, and others asked for.
+
+    Raises what `ask` raises.
+    """
+    spec, new = spec_of(study), list[dict[str, Any]]()
+    if study.cancel_requested_at is not None:
+        return Round(seen=len(planned), new=())
+    while (places := open_places(study.spec["search"], trials := trials_of([*planned, *new]))) > 0:
+        points = ask("propose", _question(study, trials, places))["points"]
+        if not points:  # every point of the space has been tried
+            break
+        numbered = enumerate(points, len(trials) + 1)
+        new += [as_arm(spec, Trial(number=number, params=params), base) for number, params in numbered]
+    return Round(seen=len(planned), new=new)
+
+
+def _question(study: Study, trials: list[Trial], count: int) -> dict[str, Any]:
+    search = study.spec["search"]
+    return {
+        "space": search["space"],
+        "budget": search["budget"],
+        "sampler": search["sampler"],
+        "seed": study.spec["seeds"][0],
+        "trials": [{"point": trial.params, "state": trial.state, "value": trial.value} for trial in trials],
+        "count": count,
+    }

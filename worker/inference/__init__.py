@@ -1,0 +1,1 @@
+"""Answers: scores and text, for the API's messages."""

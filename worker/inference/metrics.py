@@ -1,0 +1,150 @@
+"""What a worker process counts, as Prometheus's text in Redis: the API adds it to its own /metrics.
+
+The text expires with its worker. It does NOT know how answers are made: whoever makes them calls these methods.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from importlib.metadata import version
+
+from prometheus_client import (
+    CollectorRegistry,
+    Counter,
+    Gauge,
+    Histogram,
+    ProcessCollector,
+    disable_created_metrics,
+    generate_latest,
+)
+from redis import Redis
+from redis.exceptions import RedisError
+
+from store.errors import Unavailable
+from store.messages.hints import METRICS_SECONDS, metrics_key, redis_py_url
+from worker.chores.chore import Chore
+from worker.context import Context
+
+SECONDS = 10.0
+_TIMEOUT_SECONDS = 3.0
+_LATENCIES = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0)
+_POWERS = tuple(2**n for n in range(11))
+_TOKENS = tuple(2**n for n in range(5, 18))
+
+
+def worker_registry(role: str) -> CollectorRegistry:
+    """What every worker says: that it is there, and what its process takes."""
+    disable_created_metrics()  # type: ignore[no-untyped-call]
+    registry = CollectorRegistry()
+    ProcessCollector(registry=registry)
+    info = Gauge("heft_worker_info", "1: this worker is there.", ["role", "version"], registry=registry)
+    info.labels(role, version("heft-service")).set(1)
+    return registry
+
+
+class InferenceMetrics:
+    """Of an inference worker. Safe to use from many threads."""
+
+    def __init__(self, registry: CollectorRegistry) -> None:
+        self._answered = Histogram(
+            "heft_inference_duration_seconds",
+            "Requests answered, from the moment that a worker took them.",
+            buckets=_LATENCIES,
+            registry=registry,
+        )
+        self._queued = Histogram(
+            "heft_inference_queue_seconds",
+            "From the API's sending of a request until its work began.",
+            buckets=_LATENCIES,
+            registry=registry,
+        )
+        self._dropped = Counter(
+            "heft_inference_dropped",
+            "Requests that nobody waited for any more: too late, or cancelled.",
+            registry=registry,
+        )
+        self._waited = Histogram(
+            "heft_batch_wait_seconds",
+            "A row's wait for room in a forward pass.",
+            buckets=_LATENCIES,
+            registry=registry,
+        )
+        self._batch_rows = Histogram(
+            "heft_batch_rows", "Rows of one forward pass.", buckets=_POWERS, registry=registry
+        )
+        self._batch_tokens = Histogram(
+            "heft_batch_tokens", "Tokens of one forward pass.", buckets=_TOKENS, registry=registry
+        )
+        self._batch_seconds = Histogram(
+            "heft_batch_duration_seconds", "Time of one forward pass.", buckets=_LATENCIES, registry=registry
+        )
+        self._tokens = Counter("heft_tokens", "Tokens that ran.", registry=registry)
+        self._prefix = Counter(
+            "heft_prefix_tokens",
+            "Prompt tokens looked up in the prefix cache.",
+            ["result"],
+            registry=registry,
+        )
+        self._models = Gauge("heft_models_held", "Models in memory.", ["kind"], registry=registry)
+        self._bytes = Gauge(
+            "heft_models_held_bytes", "Memory of the models held.", ["kind"], registry=registry
+        )
+
+    def queued(self, seconds: float) -> None:
+        """A request's work begins, so long after it was sent."""
+        self._queued.observe(max(0.0, seconds))  # clocks of two machines
+
+    def answered(self, seconds: float) -> None:
+        self._answered.observe(seconds)
+
+    def dropped(self) -> None:
+        self._dropped.inc()
+
+    def passed(self, *, rows: int, tokens: int, kept_tokens: int, seconds: float) -> None:
+        """A forward pass has run over so many tokens; so many more were there from earlier ones."""
+        self._batch_rows.observe(rows)
+        self._batch_tokens.observe(tokens)
+        self._batch_seconds.observe(seconds)
+        self._tokens.inc(tokens)
+        self._prefix.labels("hit").inc(kept_tokens)
+        self._prefix.labels("miss").inc(tokens)
+
+    def waited(self, seconds: float) -> None:
+        """A row's wait for room in a pass."""
+        self._waited.observe(seconds)
+
+    def held(self, kind: str, count: int, bytes: int) -> None:
+        """Models in memory now, of one kind: `merged`, `shared`, `base`."""
+        self._models.labels(kind).set(count)
+        self._bytes.labels(kind).set(bytes)
+
+
+class Publisher:
+    """Puts a registry's text into Redis, under the worker's name; `refresh` is called before."""
+
+    def __init__(
+        self, context: Context, registry: CollectorRegistry, refresh: Callable[[], None] = lambda: None
+    ) -> None:
+        self._key = metrics_key(context.worker_id)
+        self._registry = registry
+        self._refresh = refresh
+        self._redis = Redis.from_url(
+            redis_py_url(context.settings.redis_url),
+            socket_timeout=_TIMEOUT_SECONDS,
+            socket_connect_timeout=_TIMEOUT_SECONDS,
+        )
+
+    @property
+    def chores(self) -> list[Chore]:
+        return [Chore(name="metrics", seconds=SECONDS, do=self.publish)]
+
+    def publish(self) -> None:
+        """Raises Unavailable."""
+        self._refresh()
+        try:
+            self._redis.set(self._key, generate_latest(self._registry), ex=METRICS_SECONDS)
+        except RedisError as fault:
+            raise Unavailable(f"the broker does not take this worker's metrics: {fault}") from fault
+
+    def close(self) -> None:
+        self._redis.close()

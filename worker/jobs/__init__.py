@@ -1,0 +1,1 @@
+"""One job's way through a worker: claim, rows, training, publication."""

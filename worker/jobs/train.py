@@ -1,0 +1,128 @@
+"""Training one job: fetch its files and its last checkpoint, run the engine, store what it leaves.
+
+Read from top to bottom it is the way of one attempt. It does NOT know leases, signals or retries: `attempt`
+does.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+from collections.abc import Mapping
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from store.db.tables import Job
+from store.errors import Damaged
+from store.jobs import leases
+from store.studies import studies
+from worker.chores import activation_folder
+from worker.chores.gpu_handoff import room
+from worker.context import Context
+from worker.jobs.attempt import Attempt, Ending, death_of, failed, run_attempt
+from worker.jobs.event_recorder import Reporter
+from worker.jobs.fetch_rows import fetch_rows
+from worker.jobs.loss_history import FILE_NAME, History
+from worker.jobs.publish import Publisher, bundle_task
+from worker.jobs.run_file import LocalRun, reuses, run_file, train_config
+from worker.jobs.stage_results import Results
+
+log = logging.getLogger(__name__)
+
+
+def run_job(context: Context, job_id: str) -> Job | None:
+    """Train this job if it waits for it. Returns the job as it then stands; None if there was nothing to
+    do."""
+    return run_attempt(context, job_id, "train", _train)
+
+
+def _train(attempt: Attempt) -> Ending:
+    rows = fetch_rows(attempt)
+    resume = _fetch_checkpoint(attempt)
+    run = LocalRun(
+        folder=attempt.folder,
+        train=rows["training_file"],
+        validation=rows.get("validation_file"),
+        test=rows.get("test_file"),
+        resume=resume,
+        prefills=activation_folder.folder(attempt.context),
+        owner=attempt.claim.owner_id,
+    )
+    history = History.load(resume / FILE_NAME) if resume else History()
+    publisher = Publisher(attempt, history)
+    results = Results(attempt, run.results)
+
+    def save_checkpoint(data: Mapping[str, Any]) -> None:
+        publisher.checkpoint(data)
+        results.keep(data)
+        if data["kind"] == "stage":
+            attempt.write(partial(leases.record_stage_passed, stages=data["stage_index"] + 1))
+
+    reporter = Reporter(attempt, history, save_checkpoint=save_checkpoint, bring_results=results.bring)
+
+    attempt.check()
+    run.checkpoints.mkdir()
+    run.results.mkdir()
+    config = train_config(attempt.claim.spec, revision=_revision(attempt))
+    path = attempt.folder / "run.json"
+    settings = attempt.context.settings
+    reuse = reuses(attempt.claim.spec, settings)
+    searched = attempt.write(lambda session, claim: studies.is_trial(session, claim.job_id))
+    path.write_text(json.dumps(run_file(config, run, settings, reuse=reuse, writes_validation=searched)))
+    command = [*attempt.context.engine_command, "train", "--run-file", str(path), "--die-with-parent"]
+    with room(attempt.context, f"{attempt.claim.job_id}/{attempt.claim.attempt}"):
+        ended = attempt.run_child(command, reporter.hear)
+
+    if ended.last_word is None:
+        return attempt.died(death_of(ended.code))
+    if ended.last_word["code"] == "FAILED":
+        return failed(attempt, ended.last_word["data"]["error"])
+    return _succeeded(run, publisher, ended.last_word["data"])
+
+
+def _succeeded(run: LocalRun, publisher: Publisher, data: Mapping[str, Any]) -> Ending:
+    bundle = publisher.bundle(run.out)
+    return partial(
+        leases.finish_succeeded,
+        storage_key=bundle.key,
+        manifest=bundle.manifest,
+        task=bundle_task(run.out),
+        evaluation=data["evaluation"],
+        parity=data["parity"],
+        trained_tokens=data["trained_tokens"],
+        result_file=publisher.results(),
+        outcomes=data.get("outcomes"),
+        costs=data.get("costs", ()),
+    )
+
+
+def _fetch_checkpoint(attempt: Attempt) -> Path | None:
+    """The best checkpoint that is whole; None to begin at the beginning."""
+    for checkpoint in attempt.claim.checkpoints:
+        attempt.check()
+        path = attempt.folder / f"resume-{checkpoint.step}"
+        fetch = partial(
+            attempt.context.artifacts.fetch_directory, checkpoint.storage_key, path, checkpoint.manifest
+        )
+        try:
+            attempt.patiently(fetch)
+        except Damaged as fault:
+            log.error("checkpoint %s of %s is damaged: %s", checkpoint.id, attempt.claim.job_id, fault)
+            attempt.write(
+                partial(
+                    leases.record_event,
+                    code="WARNING",
+                    message=f"The checkpoint at step {checkpoint.step} is damaged; an earlier one is used.",
+                    data={"signature": "damaged_checkpoint", "checkpoint": checkpoint.id},
+                    level="warn",
+                )
+            )
+        else:
+            return path
+    return None
+
+
+def _revision(attempt: Attempt) -> str | None:
+    base = (attempt.claim.validation or {}).get("base_model") or {}
+    return base.get("revision") if base.get("source") == "hub" else None
