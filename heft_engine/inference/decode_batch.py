@@ -170,7 +170,7 @@ class DecodeBatch:
         layout = replace(
             batch.layout,
             scales=tuple(sequence.request.scale for sequence in sequences),
-            collector=_IntoSlots([sequence.slot for sequence in sequences]),
+            kv_sink=_IntoSlots([sequence.slot for sequence in sequences]),
             adapters=_adapters(sequences),
         )
         ends = [row.start + row.prompt - 1 for row in layout.rows]
@@ -184,12 +184,12 @@ class DecodeBatch:
 
 
 class _IntoSlots:
-    """Keeps what a prefill leaves behind. See `packing.Collector`."""
+    """Keeps what a prefill leaves behind. See `packing.KVSink`."""
 
     def __init__(self, slots: Sequence[Slot]) -> None:
         self._slots = slots
 
-    def leave(self, layer: int, row: int, keys: Tensor, values: Tensor) -> None:
+    def write(self, layer: int, row: int, keys: Tensor, values: Tensor) -> None:
         self._slots[row].write(layer, keys[0], values[0])
 
 

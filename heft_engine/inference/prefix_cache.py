@@ -74,7 +74,7 @@ class _Span:
         return self.tensor.numel() * self.tensor.element_size()
 
 
-class KeptPrefix:
+class CachedPrefix:
     """The first `length` tokens of a prompt. See `packing.Kept`."""
 
     def __init__(self, pieces: tuple[Tensor, ...], last: _Span) -> None:
@@ -83,7 +83,7 @@ class KeptPrefix:
         self.length = sum(piece.shape[3] for piece in pieces)
 
     def __eq__(self, other: object) -> bool:
-        return isinstance(other, KeptPrefix) and (other.last, other.length) == (self.last, self.length)
+        return isinstance(other, CachedPrefix) and (other.last, other.length) == (self.last, self.length)
 
     def __hash__(self) -> int:
         return hash((id(self.last), self.length))
@@ -95,7 +95,7 @@ class KeptPrefix:
 
 
 class PrefixCache:
-    """Kept prefixes within `budget_bytes`, the longest unused dropped first."""
+    """Cached prefixes within `budget_bytes`, the longest unused dropped first."""
 
     def __init__(self, budget_bytes: int) -> None:
         self.budget_bytes = budget_bytes
@@ -104,7 +104,7 @@ class PrefixCache:
         self._used: OrderedDict[_Span, None] = OrderedDict()
         self._room = threading.Lock()  #: Lanes of one pass make room side by side; all else is one thread's.
 
-    def find(self, hashes: Sequence[bytes]) -> KeptPrefix | None:
+    def find(self, hashes: Sequence[bytes]) -> CachedPrefix | None:
         """The longest kept beginning of a prompt, if there is one worth taking."""
         for count in range(len(hashes), 0, -1):
             found = self._where.get(hashes[count - 1])
@@ -112,7 +112,7 @@ class PrefixCache:
                 return self._prefix(*found) if count * BLOCK >= LEAST_GAIN else None
         return None
 
-    def _prefix(self, span: _Span, end: int) -> KeptPrefix:
+    def _prefix(self, span: _Span, end: int) -> CachedPrefix:
         pieces, last = [], span
         walk: _Span | None = span
         while walk is not None:
@@ -120,11 +120,11 @@ class PrefixCache:
             self._used.move_to_end(walk)
             pieces.append(walk.tensor[:, :, :, : end - walk.start])
             end, walk = walk.start, walk.parent
-        return KeptPrefix(tuple(reversed(pieces)), last)
+        return CachedPrefix(tuple(reversed(pieces)), last)
 
     def room(
-        self, scope: Hashable, hashes: Sequence[bytes], kept: KeptPrefix | None, like: Tensor, layers: int
-    ) -> Room | None:
+        self, scope: Hashable, hashes: Sequence[bytes], kept: CachedPrefix | None, like: Tensor, layers: int
+    ) -> PrefixWriter | None:
         """Where a pass may leave what it computes of a prompt beyond `kept`; None when nothing is worth keeping.
 
         `like`: (1, kv_heads, tokens, head_dim), keys of one layer.
@@ -148,7 +148,7 @@ class PrefixCache:
             tensor=torch.empty(shape, dtype=like.dtype, device=like.device),
             parent=kept.last if kept is not None else None,
         )
-        return Room(self, span)
+        return PrefixWriter(self, span)
 
     def take_in(self, span: _Span) -> None:
         """Makes what a pass has left findable."""
@@ -186,14 +186,14 @@ class PrefixCache:
         self.held_bytes -= span.nbytes
 
 
-class Room:
+class PrefixWriter:
     """Filled layer by layer while a pass runs; found by others once it is whole."""
 
     def __init__(self, cache: PrefixCache, span: _Span) -> None:
         self._cache = cache
         self._span = span
 
-    def leave(self, layer: int, keys: Tensor, values: Tensor) -> None:
+    def write(self, layer: int, keys: Tensor, values: Tensor) -> None:
         """A row's own keys and values of one layer, (1, kv_heads, tokens, head_dim) each."""
         tokens = self._span.tensor.shape[3]
         self._span.tensor[layer, 0] = keys[0, :, :tokens]

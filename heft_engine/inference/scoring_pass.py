@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from heft_engine.data.encoding import Example
-from heft_engine.inference.prefix_cache import KeptPrefix, PrefixCache, Room
+from heft_engine.inference.prefix_cache import CachedPrefix, PrefixCache, PrefixWriter
 from heft_engine.inference.scoring import Scores, in_lanes, in_order, pieces, score_hidden
 from heft_engine.model.packed_lm import PackedLM
 from heft_engine.model.packing import RowAdapter, pack, packed_length
@@ -28,7 +28,7 @@ class ScoringRow:
     adapter: RowAdapter | None = None
     scope: object = None
     hashes: Sequence[bytes] = ()
-    kept: KeptPrefix | None = None
+    kept: CachedPrefix | None = None
 
     @property
     def skipped(self) -> int:
@@ -40,7 +40,7 @@ class ScoringRow:
 def score_rows(lm: PackedLM, rows: Sequence[ScoringRow], cache: PrefixCache | None = None) -> list[Scores]:
     """Scores of every row, in order, and what the rows leave for others in `cache`."""
     # Rows that continue the same prefix stand beside each other: attention takes them together.
-    first: dict[KeptPrefix | None, int] = {}
+    first: dict[CachedPrefix | None, int] = {}
     order = sorted(range(len(rows)), key=lambda index: first.setdefault(rows[index].kept, index))
     return in_order([order], [_score([rows[index] for index in order], lm, cache)])
 
@@ -70,13 +70,13 @@ class _Part:
         # The row that fills the pass, where there is one.
         nothing = (None,) * (len(batch.layout.rows) - len(rows))
         adapters: tuple[RowAdapter | None, ...] = tuple(row.adapter for row in rows)
-        kept: tuple[KeptPrefix | None, ...] = tuple(row.kept for row in rows)
+        kept: tuple[CachedPrefix | None, ...] = tuple(row.kept for row in rows)
         layout = replace(
             batch.layout,
             scales=tuple(row.scale for row in rows) + (0.0,) * len(nothing),
-            kept=kept + nothing if any(skipped) else None,
+            cached_prefixes=kept + nothing if any(skipped) else None,
             adapters=adapters + nothing if any(adapter is not None for adapter in adapters) else None,
-            collector=self._leaving,
+            kv_sink=self._leaving,
         )
         hidden = self._lm.hidden(replace(batch, layout=layout))
         return score_hidden(self._lm, batch, hidden)
@@ -88,15 +88,15 @@ class _Part:
 
 
 class _Leaving:
-    """Puts each row's keys and values into the cache. See `packing.Collector`."""
+    """Puts each row's keys and values into the cache. See `packing.KVSink`."""
 
     def __init__(self, cache: PrefixCache, rows: Sequence[ScoringRow], layers: int) -> None:
         self._cache = cache
         self._rows = rows
         self._layers = layers
-        self._rooms: dict[int, Room | None] = {}
+        self._rooms: dict[int, PrefixWriter | None] = {}
 
-    def leave(self, layer: int, row: int, keys: Tensor, values: Tensor) -> None:
+    def write(self, layer: int, row: int, keys: Tensor, values: Tensor) -> None:
         if row >= len(self._rows):
             return  # what fills the pass
         if row not in self._rooms:
@@ -105,7 +105,7 @@ class _Leaving:
             self._rooms[row] = self._cache.room(asked.scope, hashes, asked.kept, keys, self._layers)
         room = self._rooms[row]
         if room is not None:
-            room.leave(layer, keys, values)
+            room.write(layer, keys, values)
 
     def close(self) -> None:
         for room in self._rooms.values():

@@ -19,7 +19,7 @@ from heft_engine.cpu import amx
 from heft_engine.cpu.amx import MatrixUnits
 from heft_engine.cpu.amx_types import Segments
 from heft_engine.model.causal_attention import LONGEST_MATRIX, CausalAttention, causal
-from heft_engine.model.packing import TILE, Collector, Kept, Layout, PackedRow, Run, Tiles
+from heft_engine.model.packing import TILE, KVSink, Layout, PackedRow, PrefixKV, Run, Tiles
 from heft_engine.model.prefix_attention import suffix_attention
 
 IMPLEMENTATION = "heft_packed"
@@ -118,14 +118,14 @@ def units_attention(
     window: int | None,
 ) -> Tensor:
     """query (T, heads, head_dim), key and value (T, kv_heads, head_dim) → (T, heads, head_dim)."""
-    if layout.collector is not None:
+    if layout.kv_sink is not None:
         for index, row in enumerate(layout.rows):
             own = slice(row.start, row.start + (row.length if len(row.branches) < 2 else row.prompt_length))
             left = (each[own].transpose(0, 1)[None] for each in (key, value))
-            layout.collector.leave(layer, index, *left)
+            layout.kv_sink.write(layer, index, *left)
     if _SEGMENTS not in layout.memo:
         layout.memo[_SEGMENTS] = _segments_of(layout)
-    segments, kept = cast(tuple[Segments, list[Kept]], layout.memo[_SEGMENTS])
+    segments, kept = cast(tuple[Segments, list[PrefixKV]], layout.memo[_SEGMENTS])
     sources = [(key, value)]
     for one in kept:
         keys, values = one.keys_values(layer)
@@ -133,12 +133,12 @@ def units_attention(
     return units.attend(query, sources, segments, scaling, window)
 
 
-def _segments_of(layout: Layout) -> tuple[Segments, list[Kept]]:
+def _segments_of(layout: Layout) -> tuple[Segments, list[PrefixKV]]:
     """What each row's tokens attend to: those of the pass are source 0, what is kept of prefixes the sources after."""
-    places: dict[Kept, int] = {}
+    places: dict[PrefixKV, int] = {}
     segments = []
     for index, row in enumerate(layout.rows):
-        kept = layout.kept[index] if layout.kept is not None else None
+        kept = layout.cached_prefixes[index] if layout.cached_prefixes is not None else None
         left = [] if kept is None else [(places.setdefault(kept, 1 + len(places)), 0, kept.length)]
         if len(row.branches) < 2:
             segments.append((row.start, row.length, [*left, (0, row.start, row.length)]))
@@ -185,11 +185,11 @@ def tiled_attention(
     What fills a row up stands right of its tokens, where none of them looks, and is zero: what others computed there
     could be no number.
     """
-    if layout.collector is not None:
+    if layout.kv_sink is not None:
         for row, (start, packed) in enumerate(zip(tiles.starts, layout.rows, strict=True)):
             own = slice(start, start + packed.length)
             left = (each[own].transpose(0, 1)[None] for each in (key, value))
-            layout.collector.leave(layer, row, *left)
+            layout.kv_sink.write(layer, row, *left)
     outs = []
     for start, rows, tokens in tiles.groups:
         group = slice(start, start + rows * tokens)
@@ -220,9 +220,9 @@ def _run(
 ) -> Iterator[Tensor]:
     rows = layout.rows[run.first : run.end]
     query, prompt_key, prompt_value = next(parts)
-    if layout.collector is not None:
-        _show(layout.collector, layer, run, rows, prompt_key, prompt_value)
-    if layout.kept is not None and (kept := layout.kept[run.first]) is not None:
+    if layout.kv_sink is not None:
+        _show(layout.kv_sink, layer, run, rows, prompt_key, prompt_value)
+    if layout.cached_prefixes is not None and (kept := layout.cached_prefixes[run.first]) is not None:
         left_key, left_value = kept.keys_values(layer)
         prompt_key = torch.cat([left_key, prompt_key], dim=2)
         prompt_value = torch.cat([left_value, prompt_value], dim=2)
@@ -240,16 +240,16 @@ def _run(
 
 
 def _show(
-    collector: Collector, layer: int, run: Run, rows: tuple[PackedRow, ...], keys: Tensor, values: Tensor
+    kv_sink: KVSink, layer: int, run: Run, rows: tuple[PackedRow, ...], keys: Tensor, values: Tensor
 ) -> None:
     """Every row's own keys and values, apart."""
     if len(rows) == 1:
-        collector.leave(layer, run.first, keys, values)
+        kv_sink.write(layer, run.first, keys, values)
         return
     lengths = [row.length for row in rows]
     own = zip(torch.split(keys, lengths, 2), torch.split(values, lengths, 2), strict=True)
     for index, (row_keys, row_values) in enumerate(own, run.first):
-        collector.leave(layer, index, row_keys, row_values)
+        kv_sink.write(layer, index, row_keys, row_values)
 
 
 def _attend(

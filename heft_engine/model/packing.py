@@ -57,17 +57,17 @@ class PackedRow:
         return self.prompt_length + sum(self.branches)
 
 
-class Collector(Protocol):
+class KVSink(Protocol):
     """Keeps keys and values that a batch leaves behind."""
 
-    def leave(self, layer: int, row: int, keys: Tensor, values: Tensor) -> None:
+    def write(self, layer: int, row: int, keys: Tensor, values: Tensor) -> None:
         """Shown every row's own keys and values, (1, kv_heads, length, head_dim) each, rotated.
 
         Of a row with several branches, those of its prompt.
         """
 
 
-class Kept(Protocol):
+class PrefixKV(Protocol):
     """Keys and values left of a row's first token in the batch, of every layer. Equal ones are the same tokens'."""
 
     @property
@@ -180,9 +180,9 @@ class Layout:
     scales: tuple[float, ...] | None = None
     #: Keys and values left of the rows, all of which have one branch at most.
     prefix: Prefix | None = None
-    collector: Collector | None = None
+    kv_sink: KVSink | None = None
     #: For each row that continues a cache of its own, what is left of it.
-    kept: tuple[Kept | None, ...] | None = None
+    cached_prefixes: tuple[PrefixKV | None, ...] | None = None
     #: For each row, what its model adds to the base; None where that is nothing.
     adapters: tuple[RowAdapter | None, ...] | None = None
     #: Every row is one token that comes after its prompt.
@@ -213,16 +213,16 @@ class Layout:
     @cached_property
     def tiles(self) -> Tiles | None:
         """Where every row is one causal sequence that continues nothing; None otherwise."""
-        is_plain = self.kept is None and self.prefix is None and self.decoding is None
+        is_plain = self.cached_prefixes is None and self.prefix is None and self.decoding is None
         if not is_plain or any(len(row.branches) > 1 or not row.length for row in self.rows):
             return None
         return Tiles.of([row.length for row in self.rows])
 
     def _go_on(self, index: int) -> bool:
         """Whether a row continues the prefix that the row before it continues; both are one causal sequence each."""
-        if self.kept is None or index == 0 or self.kept[index] is None:
+        if self.cached_prefixes is None or index == 0 or self.cached_prefixes[index] is None:
             return False
-        return self.kept[index] == self.kept[index - 1] and all(
+        return self.cached_prefixes[index] == self.cached_prefixes[index - 1] and all(
             len(self.rows[one].branches) < 2 for one in (index - 1, index)
         )
 

@@ -16,7 +16,7 @@ from dataclasses import dataclass, field
 from weakref import WeakKeyDictionary
 
 from heft_engine.data.encoding import Example
-from heft_engine.inference.prefix_cache import BLOCK, LEAST_GAIN, KeptPrefix, PrefixCache, chain, reach
+from heft_engine.inference.prefix_cache import BLOCK, LEAST_GAIN, CachedPrefix, PrefixCache, chain, reach
 from heft_engine.inference.scoring import Scores
 from heft_engine.inference.scoring_pass import ScoringRow
 from heft_engine.model.interventions import Site
@@ -159,7 +159,7 @@ class WaitingRows:
         return taken
 
 
-def _scoring(row: WaitingRow, kept: KeptPrefix | None) -> ScoringRow:
+def _scoring(row: WaitingRow, kept: CachedPrefix | None) -> ScoringRow:
     weights = row.request.weights
     return ScoringRow(
         example=row.example,

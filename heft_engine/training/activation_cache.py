@@ -241,14 +241,14 @@ class SuffixCache:
 
 
 class FirstTokens:
-    """A `Collector` of each row's first `lengths[row]` keys and values."""
+    """A `KVSink` of each row's first `lengths[row]` keys and values."""
 
     def __init__(self, first_layer: int, lengths: Sequence[int]) -> None:
         self._first_layer = first_layer
         self._lengths = lengths
         self._kept: list[list[Tensor]] = [[] for _ in lengths]
 
-    def leave(self, layer: int, row: int, keys: Tensor, values: Tensor) -> None:
+    def write(self, layer: int, row: int, keys: Tensor, values: Tensor) -> None:
         end = self._lengths[row]
         self._kept[row].append(torch.stack([keys[0, :, :end], values[0, :, :end]]))
 
@@ -272,12 +272,12 @@ def left_keys_values(
     if layer == lm.n_layers:
         kv_heads, head_dim = kv_shape(lm)
         return [states.new_empty(0, 2, kv_heads, length, head_dim) for length in lengths]
-    collector = FirstTokens(layer, lengths)
+    kv_sink = FirstTokens(layer, lengths)
     offsets = [torch.arange(row.length) for row in layout.rows]
     positions = torch.cat(offsets).to(states.device)[None]
-    collecting = Layout(rows=layout.rows, scale=layout.scale, collector=collector)
+    collecting = Layout(rows=layout.rows, scale=layout.scale, kv_sink=kv_sink)
     lm.run_layers(states[None], positions, collecting, layer, lm.n_layers, watch)
-    return collector.rows()
+    return kv_sink.rows()
 
 
 def kv_shape(lm: PackedLM) -> tuple[int, int]:

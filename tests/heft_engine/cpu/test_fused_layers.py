@@ -168,7 +168,7 @@ def test_a_layout_without_plain_rows_has_no_tiles() -> None:
     plain = pack(rows(4, branched=False)).layout
     assert plain.tiles is not None
     assert pack(rows(4, branched=True)).layout.tiles is None
-    assert replace(plain, kept=(None,) * 4).tiles is None
+    assert replace(plain, cached_prefixes=(None,) * 4).tiles is None
 
 
 @torch.inference_mode()
@@ -183,7 +183,7 @@ def test_attention_of_filled_rows_is_attention(window: int | None, softcap: floa
     module = nn.Module()
     options = {"scaling": 0.3, "sliding_window": window, "softcap": softcap}
     tiled, _ = attention.packed_attention(module, q, k, v, None, layout=layout, **options)  # type: ignore[arg-type]
-    apart = replace(layout, kept=(None,) * len(layout.rows))
+    apart = replace(layout, cached_prefixes=(None,) * len(layout.rows))
     one_by_one, _ = attention.packed_attention(module, q, k, v, None, layout=apart, **options)  # type: ignore[arg-type]
     assert torch.equal(tiled, one_by_one)
     for row in layout.rows:

@@ -21,7 +21,7 @@ from heft_engine.inference.scoring import Scores
 from heft_engine.inference.scoring_pass import ScoringRow, score_rows
 from heft_engine.model import attention, packing
 from heft_engine.model.packed_lm import PackedLM
-from heft_engine.model.packing import Kept, Layout, PackedRow
+from heft_engine.model.packing import Layout, PackedRow, PrefixKV
 from heft_engine.serving.request_queue import Weights
 from heft_engine.serving.row_adapters import adapt_rows
 
@@ -130,7 +130,7 @@ def test_neighbours_make_one_run_if_they_go_on_alike() -> None:
         )
 
     def runs(kept: tuple[Any, ...] | None, *branches: tuple[int, ...]) -> list[tuple[int, int]]:
-        return [(run.first, run.end) for run in Layout(rows=rows(*branches), kept=kept).runs]
+        return [(run.first, run.end) for run in Layout(rows=rows(*branches), cached_prefixes=kept).runs]
 
     a, b = object(), object()
     assert runs((a, a, a, b, b), (), (), (), (), ()) == [(0, 3), (3, 5)]
@@ -194,7 +194,7 @@ def filled(cache: PrefixCache, lm: PackedLM, prompts: Sequence[tuple[int, ...]],
         ask(weights, [Example(prompt=prompt, answers=((7,), (9,)), labels=("a", "b"), gold=None)], cache)
 
 
-def kept(cache: PrefixCache, prompt: tuple[int, ...], scope: str = "s") -> Kept | None:
+def kept(cache: PrefixCache, prompt: tuple[int, ...], scope: str = "s") -> PrefixKV | None:
     return cache.find(chain((scope, None), prompt, len(prompt) - 1))
 
 
