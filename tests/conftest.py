@@ -19,7 +19,7 @@ from cli.stack.embedded import embedded_stack
 from cli.stack.home import Home
 from cli.stack.postgres import database_url as address
 
-pytest_plugins = ["tiny_models", "units"]  # tests/support: tiny_llama_dir, make_tiny_model
+pytest_plugins = ["tiny_models", "amx_fixtures"]  # tests/support: tiny_llama_dir, make_tiny_model
 
 # Before torch is loaded: on busy cores, threads that spin while they wait make every step several times as long.
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")

@@ -23,8 +23,8 @@ from benchmarks.serving import synthetic
 from benchmarks.serving.baselines import Plain, Pyreft
 from heft_engine.config.train import TaskSettings
 from heft_engine.cpu import fused_layers, lanes
-from heft_engine.cpu.amx import MatrixUnits
-from heft_engine.cpu.fused_ops import Kernels
+from heft_engine.cpu.amx import AmxOps
+from heft_engine.cpu.fused_ops import FusedOps
 from heft_engine.data.encoding import Encoder, Example, Task
 from heft_engine.data.rows import infer_task
 from heft_engine.inference.scoring import Scores
@@ -42,13 +42,13 @@ PREFIX_BYTES = 512 * 1024**2
 _OPERATIONS: dict[str, tuple[tuple[Any, str], ...]] = {
     "matrix products (on matrix units with the norms and gated activations around them)": (
         (FixedShapes, "linear"),
-        *((MatrixUnits, name) for name in ("projections", "product", "gated")),
+        *((AmxOps, name) for name in ("norm_linears", "linear", "gated_mlp")),
     ),
     "attention": tuple(
-        (fused_layers, name) for name in ("units_attention", "tiled_attention", "packed_attention")
+        (fused_layers, name) for name in ("amx_attention", "tiled_attention", "packed_attention")
     ),
     "norms, rotary embeddings, activations": tuple(
-        (Kernels, name) for name in ("rms_norm", "add_rms_norm", "rotate", "place", "gate_silu")
+        (FusedOps, name) for name in ("rms_norm", "add_rms_norm", "rotate", "place", "gate_silu")
     ),
 }
 #: Tokens of the prompts that every model is asked alone and among the others.

@@ -25,8 +25,8 @@ import torch
 from torch import Tensor
 
 from heft_engine.cpu import build
-from heft_engine.cpu.amx_selftest import wrong_one
-from heft_engine.cpu.amx_types import Addition, Norm, Projection, Segments, fit, is_plain
+from heft_engine.cpu.amx_selftest import failed_check
+from heft_engine.cpu.amx_types import LoraDelta, Norm, Projection, Segments, fit, is_plain
 
 log = logging.getLogger(__name__)
 
@@ -41,7 +41,7 @@ Three = tuple[T, T, T]
 Source = tuple[Tensor, Tensor]
 
 
-class MatrixUnits:
+class AmxOps:
     """csrc/amx.cpp's functions for bfloat16 tensors on a CPU. None of them has a gradient.
 
     They raise ValueError for tensors of other kinds or shapes: the functions see addresses alone.
@@ -75,7 +75,7 @@ class MatrixUnits:
             function.argtypes, function.restype = arguments, None
         self._library = library
 
-    def takes(self, weight: Tensor) -> bool:
+    def supports(self, weight: Tensor) -> bool:
         """Whether there is a product for a weight (out, in)."""
         return (
             weight.dtype == torch.bfloat16
@@ -85,58 +85,60 @@ class MatrixUnits:
             and weight.shape[1] % _INS == 0
         )
 
-    def takes_heads(self, query: Tensor) -> bool:
+    def supports_heads(self, query: Tensor) -> bool:
         """Whether there is attention for such heads, query, key or value (…, head_dim)."""
         width = query.shape[-1]
-        on_units = query.dtype == torch.bfloat16 and query.device.type == "cpu" and query.stride(-1) == 1
-        return on_units and width % _HEAD == 0 and width <= _WIDEST
+        fits = query.dtype == torch.bfloat16 and query.device.type == "cpu" and query.stride(-1) == 1
+        return fits and width % _HEAD == 0 and width <= _WIDEST
 
-    def packed(self, weight: Tensor) -> Tensor:
+    def pack(self, weight: Tensor) -> Tensor:
         """A weight (out, in) in the units' order, for these functions alone. As many bytes."""
-        fit(self.takes(weight), weight)
+        fit(self.supports(weight), weight)
         packed = torch.empty_like(weight)
         self._library.heft_units_pack(_at(weight), _at(packed), weight.shape[1], weight.shape[0])
         return packed
 
-    def product(
+    def linear(
         self,
         x: Tensor,
         weight: Tensor,
         packed: Tensor | None = None,
         bias: Tensor | None = None,
         residual: Tensor | None = None,
-        additions: Sequence[Addition] = (),
+        lora_deltas: Sequence[LoraDelta] = (),
     ) -> Tensor:
-        """x (…, in) · weight (out, in)ᵀ + additions + bias (out,), rounded, + residual (…, out), rounded → (…, out)."""
+        """x (…, in) · weight (out, in)ᵀ + LoRA deltas + bias (out,), rounded; + residual (…, out), rounded."""
         outs, ins = weight.shape
         x = x.contiguous()
         shape = (*x.shape[:-1], outs)
         out, rows = x.new_empty(shape), x.numel() // ins
-        fits = x.shape[-1] == ins and self.takes(weight) and (packed is None or packed.shape == weight.shape)
+        fits = (
+            x.shape[-1] == ins and self.supports(weight) and (packed is None or packed.shape == weight.shape)
+        )
         fits = (
             fits and (bias is None or bias.shape == (outs,)) and (residual is None or residual.shape == shape)
         )
         fits = fits and all(each is None or is_plain(each) for each in (x, packed, bias, residual))
         fit(fits, x, weight, bias, residual)
-        more, given = _table([additions], [(ins, outs)], rows), weight if packed is None else packed
+        more, given = _table([lora_deltas], [(ins, outs)], rows), weight if packed is None else packed
         self._library.heft_units_product(
-            *(_at(x), _at(given), packed is not None, _at(bias), _at(residual), more, len(additions)),
+            *(_at(x), _at(given), packed is not None, _at(bias), _at(residual), more, len(lora_deltas)),
             *(_at(out), rows, ins, outs),
         )
         return out
 
-    def projections(self, states: Tensor, norm: Norm, projections: Sequence[Projection]) -> list[Tensor]:
-        """norm(states) · weightᵀ + additions + bias, rounded, of each projection: states (…, in) → (…, out)."""
+    def norm_linears(self, states: Tensor, norm: Norm, projections: Sequence[Projection]) -> list[Tensor]:
+        """norm(states) · weightᵀ + LoRA deltas + bias, rounded, of each projection: states (…, in) → (…, out)."""
         states = states.contiguous()
         ins = states.shape[-1]
         rows = states.numel() // ins
         fits = norm.weight.shape == (ins,) and is_plain(states) and is_plain(norm.weight)
         outs: list[Tensor] = []
         numbers: list[int] = []
-        tables: list[Sequence[Addition]] = []
+        tables: list[Sequence[LoraDelta]] = []
         for one in projections:
             columns = one.weight.shape[0]
-            fits = fits and self.takes(one.weight) and one.weight.shape[1] == ins
+            fits = fits and self.supports(one.weight) and one.weight.shape[1] == ins
             fits = fits and (
                 one.packed is None or (one.packed.shape == one.weight.shape and is_plain(one.packed))
             )
@@ -146,8 +148,8 @@ class MatrixUnits:
             given, is_packed = (one.weight, 0) if one.packed is None else (one.packed, 1)
             bias = 0 if one.bias is None else one.bias.data_ptr()
             numbers += [given.data_ptr(), bias, is_packed, columns, out.data_ptr()]
-            numbers += [sum(len(table) for table in tables), len(one.additions)]
-            tables.append(one.additions)
+            numbers += [sum(len(table) for table in tables), len(one.lora_deltas)]
+            tables.append(one.lora_deltas)
             outs.append(out)
         more = _table(tables, [(ins, out.shape[-1]) for out in outs], rows)
         normed = states.new_empty(self._held(rows), ins)
@@ -157,18 +159,18 @@ class MatrixUnits:
         )
         return outs
 
-    def gated(
+    def gated_mlp(
         self,
         states: Tensor,
         norm: Norm,
         weights: Three[Tensor],
         packed: Three[Tensor] | None,
-        additions: Three[Sequence[Addition]] = ((), (), ()),
+        lora_deltas: Three[Sequence[LoraDelta]] = ((), (), ()),
     ) -> Tensor:
         """(SiLU(x · gateᵀ) ⊙ (x · upᵀ)) · downᵀ + states with x = norm(states), each step of it rounded.
 
         states (…, width); weights: gate and up (inner, width), down (width, inner); `packed`, all or none.
-        `additions`: to each of the three products.
+        `lora_deltas`: to each of the three products.
         """
         gate, up, down = weights
         inner, width = gate.shape
@@ -179,25 +181,25 @@ class MatrixUnits:
         )
         fits = (
             fits
-            and all(map(self.takes, weights))
+            and all(map(self.supports, weights))
             and all(map(is_plain, (states, norm.weight, *(packed or ()))))
         )
         fits = fits and (
             packed is None or all(p.shape == w.shape for p, w in zip(packed, weights, strict=True))
         )
         fit(fits, states, norm.weight, gate, up, down)
-        more = _table(additions, [(width, inner), (width, inner), (inner, width)], rows)
+        more = _table(lora_deltas, [(width, inner), (width, inner), (inner, width)], rows)
         normed, active = (states.new_empty(self._held(rows), size) for size in (width, inner))
         self._library.heft_units_gated(
             *(_at(states), _at(norm.weight), norm.epsilon, *map(_at, packed or weights), packed is not None),
-            *(more, *map(len, additions), _at(out), _at(normed), _at(active), rows, width, inner),
+            *(more, *map(len, lora_deltas), _at(out), _at(normed), _at(active), rows, width, inner),
         )
         return out
 
     def _held(self, rows: int) -> int:
         return min(-(-rows // _BLOCK) * _BLOCK, _ROWS)
 
-    def attend(
+    def attention(
         self,
         query: Tensor,
         sources: Sequence[Source],
@@ -214,7 +216,10 @@ class MatrixUnits:
         tokens, heads, width = query.shape
         kv_heads = sources[0][0].shape[1] if sources else 0
         fits = (
-            kv_heads > 0 and heads % kv_heads == 0 and self.takes_heads(query) and segments.queries <= tokens
+            kv_heads > 0
+            and heads % kv_heads == 0
+            and self.supports_heads(query)
+            and segments.queries <= tokens
         )
         fits = fits and (window is None or window > 0)
         numbers: list[int] = []
@@ -236,7 +241,7 @@ class MatrixUnits:
 
 
 @lru_cache(maxsize=1)
-def load(cache_dir: Path | None = None) -> MatrixUnits | None:
+def load(cache_dir: Path | None = None) -> AmxOps | None:
     """The units' functions, tried out; None where the processor has no units or nothing can be compiled.
 
     `cache_dir` None means the user's own cache.
@@ -244,19 +249,19 @@ def load(cache_dir: Path | None = None) -> MatrixUnits | None:
     library = build.library(cache_dir)
     if library is None or not getattr(library, "heft_units_ready", lambda: 0)():
         return None
-    units = MatrixUnits(library)
-    wrong = wrong_one(units)
+    amx_ops = AmxOps(library)
+    wrong = failed_check(amx_ops)
     if wrong:
-        log.info("the matrix units are left to torch: %s gives other bits here", wrong)
+        log.info("no AMX products, torch's own instead: %s gives other bits here", wrong)
         return None
-    return units
+    return amx_ops
 
 
-def _table(additions: Sequence[Sequence[Addition]], shapes: Sequence[tuple[int, int]], rows: int) -> Any:
-    """All additions' numbers, those to one product after another; its shape is (in, out)."""
+def _table(lora_deltas: Sequence[Sequence[LoraDelta]], shapes: Sequence[tuple[int, int]], rows: int) -> Any:
+    """All LoRA deltas' numbers, those to one product after another; its shape is (in, out)."""
     numbers = [
         number
-        for each, (ins, outs) in zip(additions, shapes, strict=True)
+        for each, (ins, outs) in zip(lora_deltas, shapes, strict=True)
         for one in each
         for number in one.numbers(ins, outs, rows)
     ]

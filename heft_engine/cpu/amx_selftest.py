@@ -2,7 +2,7 @@
 hundredths of a second.
 
 Products, what is done around them, and SiLU for every bfloat16 number are held to torch's, to the bit; attention and
-additions to their formulas, and to themselves in other company. It does NOT know how the units work.
+LoRA deltas to their formulas, and to themselves in other company.
 """
 
 from __future__ import annotations
@@ -15,18 +15,18 @@ import torch.nn.functional as F  # noqa: N812
 from torch import Tensor
 
 from heft_engine.cpu import lanes
-from heft_engine.cpu.amx_types import Addition, Norm, Projection, Segments
+from heft_engine.cpu.amx_types import LoraDelta, Norm, Projection, Segments
 from heft_engine.cpu.fused_ops import rms_norm
 
 if TYPE_CHECKING:
-    from heft_engine.cpu.amx import MatrixUnits
+    from heft_engine.cpu.amx import AmxOps
 
 #: Numbers that SiLU is tried with at a time.
 _GROUP = 255
 
 
 @torch.inference_mode()
-def wrong_one(units: MatrixUnits) -> str | None:
+def failed_check(amx_ops: AmxOps) -> str | None:
     """The name of the first function that does not give what it should, if there is one."""
     made = torch.Generator().manual_seed(0)
 
@@ -39,34 +39,34 @@ def wrong_one(units: MatrixUnits) -> str | None:
     gate, up, down = some(inner, width), some(inner, width), some(width, inner)
     norm = Norm(some(width), 1e-5)
     normed = rms_norm(x, *norm)
-    for packed in (None, units.packed(gate)):
-        if not torch.equal(units.product(x, gate, packed), _product(x, gate)):
+    for packed in (None, amx_ops.pack(gate)):
+        if not torch.equal(amx_ops.linear(x, gate, packed), _product(x, gate)):
             return "a product"
-        if not torch.equal(units.product(x, gate, packed, bias), _product(x, gate, bias)):
+        if not torch.equal(amx_ops.linear(x, gate, packed, bias), _product(x, gate, bias)):
             return "a product with a bias"
-        if not torch.equal(units.product(x, gate, packed, None, residual), _product(x, gate).add_(residual)):
+        if not torch.equal(amx_ops.linear(x, gate, packed, None, residual), _product(x, gate).add_(residual)):
             return "a product and a sum"
-        found = units.projections(x, norm, [Projection(up), Projection(gate, packed, bias)])
+        found = amx_ops.norm_linears(x, norm, [Projection(up), Projection(gate, packed, bias)])
         if not all(map(torch.equal, found, (_product(normed, up), _product(normed, gate, bias)))):
             return "a product of normed states"
     # One thread: several leave torch rests, which it rounds otherwise.
     with lanes.computing_with(1):
         expected = _product(F.silu(_product(normed, gate)) * _product(normed, up), down) + x
         every = torch.arange(1 << 16, dtype=torch.int32).to(torch.int16).view(torch.bfloat16)
-        # In the units, what is smaller than 2⁻¹²⁶ counts as zero.
+        # AMX flushes to zero what is smaller than 2⁻¹²⁶.
         numbers = every[every.isfinite() & ((every.abs() >= 2.0**-125) | (every == 0))]
         others = torch.tensor([torch.nan, torch.inf, -torch.inf]).bfloat16()
         activations = F.silu(torch.cat([numbers, others]))
-    all_packed = (units.packed(gate), units.packed(up), units.packed(down))
+    all_packed = (amx_ops.pack(gate), amx_ops.pack(up), amx_ops.pack(down))
     for chosen in (None, all_packed):
-        if not torch.equal(units.gated(x, norm, (gate, up, down), chosen), expected):
+        if not torch.equal(amx_ops.gated_mlp(x, norm, (gate, up, down), chosen), expected):
             return "a gated activation"
-    if not _adds(units, some):
-        return "an adapter's addition"
+    if not _adds(amx_ops, some):
+        return "a LoRA delta"
     groups = (*torch.split(numbers, _GROUP), *torch.split(others, 1))
-    if not torch.allclose(_activated(units, groups), activations, rtol=0, atol=0, equal_nan=True):
+    if not torch.allclose(_activated(amx_ops, groups), activations, rtol=0, atol=0, equal_nan=True):
         return "SiLU"
-    return None if _attends(units, some) else "attention"
+    return None if _attends(amx_ops, some) else "attention"
 
 
 def _product(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
@@ -75,7 +75,7 @@ def _product(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     return torch.cat([F.linear(part, weight, bias) for part in torch.split(rows, 32)])[: len(x)]
 
 
-def _activated(units: MatrixUnits, groups: Iterable[Tensor]) -> Tensor:
+def _activated(amx_ops: AmxOps, groups: Iterable[Tensor]) -> Tensor:
     """SiLU of each number of groups up to _GROUP, as `gated` computes it."""
     # The norm makes a 1 and zeros of the one row, so that the gate's first column is what comes out of its product.
     width = _GROUP + 1
@@ -87,26 +87,26 @@ def _activated(units: MatrixUnits, groups: Iterable[Tensor]) -> Tensor:
         gate[: len(group), 0], up[:, 0] = group, 1
         # What comes out where the row itself is zero.
         down[1:, :-1].fill_diagonal_(1)
-        found.append(units.gated(row, Norm(weight, 0.0), (gate, up, down), None)[0, 1 : len(group) + 1])
+        found.append(amx_ops.gated_mlp(row, Norm(weight, 0.0), (gate, up, down), None)[0, 1 : len(group) + 1])
     return torch.cat(found)
 
 
-def _adds(units: MatrixUnits, some: Callable[..., Tensor]) -> bool:
-    """Whether additions are those of their rows alone, wherever these stand, and what they should be."""
+def _adds(amx_ops: AmxOps, some: Callable[..., Tensor]) -> bool:
+    """Whether LoRA deltas are those of their rows alone, wherever these stand, and what they should be."""
     rows, ins, outs = 90, 640, 48
     x, weight = some(rows, ins), some(outs, ins)
     factors = [(some(2, rank, ins), some(2, rank, outs)) for rank in (8, 40)]
     places = [(3, 30, 0), (40, 45, 1)]
-    additions = [Addition(start, count, *factors[i], 1) for start, count, i in places]
-    together = units.product(x, weight, additions=additions)
+    lora_deltas = [LoraDelta(start, count, *factors[i], 1) for start, count, i in places]
+    together = amx_ops.linear(x, weight, lora_deltas=lora_deltas)
     untouched = torch.ones(rows, dtype=torch.bool)
-    for addition in additions:
-        own = slice(addition.start, addition.start + addition.tokens)
+    for lora_delta in lora_deltas:
+        own = slice(lora_delta.start, lora_delta.start + lora_delta.tokens)
         untouched[own] = False
-        alone = addition._replace(start=0)
-        if not torch.equal(units.product(x[own], weight, additions=[alone]), together[own]):
+        alone = lora_delta._replace(start=0)
+        if not torch.equal(amx_ops.linear(x[own], weight, lora_deltas=[alone]), together[own]):
             return False
-        down, up = addition.down[1], addition.up[1]
+        down, up = lora_delta.down[1], lora_delta.up[1]
         low = (x[own].float() @ down.float().T).bfloat16().float()
         exact = x[own].float() @ weight.float().T + low @ up.float()
         if not (together[own] - exact).abs().max() <= exact.abs().max() * 2.0**-7:
@@ -114,7 +114,7 @@ def _adds(units: MatrixUnits, some: Callable[..., Tensor]) -> bool:
     return torch.equal(together[untouched], _product(x, weight)[untouched])
 
 
-def _attends(units: MatrixUnits, some: Callable[..., Tensor]) -> bool:
+def _attends(amx_ops: AmxOps, some: Callable[..., Tensor]) -> bool:
     """Whether attention is what its formula says, and a query's the same behind a kept prefix."""
     tokens, left, heads, kv_heads, width = 75, 41, 4, 2, 64
     query, keys, values = (
@@ -124,8 +124,10 @@ def _attends(units: MatrixUnits, some: Callable[..., Tensor]) -> bool:
     )
     positions = torch.arange(tokens)
     for window in (None, 20):
-        whole = units.attend(query, [(keys, values)], Segments([(0, tokens, [(0, 0, tokens)])]), None, window)
-        behind = units.attend(
+        whole = amx_ops.attention(
+            query, [(keys, values)], Segments([(0, tokens, [(0, 0, tokens)])]), None, window
+        )
+        behind = amx_ops.attention(
             query[left:].contiguous(),
             [(keys[left:], values[left:]), (keys[:left], values[:left])],
             Segments([(0, tokens - left, [(1, 0, left), (0, 0, tokens - left)])]),

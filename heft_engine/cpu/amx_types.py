@@ -1,4 +1,4 @@
-"""What heft_engine.cpu.amx is given beside plain tensors: norms, adapters' additions, sequences to attend in.
+"""What heft_engine.cpu.amx is given beside plain tensors: norms, LoRA deltas, sequences to attend in.
 
 It does NOT know what is done with them.
 """
@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 
-class Addition(NamedTuple):
+class LoraDelta(NamedTuple):
     """What a low-rank adapter adds to rows start … start + tokens − 1 of a product: (x · downᵀ, rounded) · up.
 
     down (n, rank, in), up (n, rank, out), of which it is the one at `place`. All of `up` is finite: the rows beside
@@ -52,7 +52,7 @@ class Projection(NamedTuple):
     weight: Tensor
     packed: Tensor | None = None
     bias: Tensor | None = None
-    additions: Sequence[Addition] = ()
+    lora_deltas: Sequence[LoraDelta] = ()
 
 
 class Segments:

@@ -115,7 +115,7 @@ def _compile(compiler: str, target: Path) -> None:
             except _Unfit as error:
                 if source == SOURCES[0]:
                     raise
-                # Kernels do without matrix units.
+                # Kernels do without AMX.
                 log.info("%s is left out: %s", source.name, error)
                 continue
             compiled.append(target_of_one)

@@ -21,7 +21,7 @@ from transformers.activations import SiLUActivation
 from heft_engine.cpu import fused_ops, packed_weights
 from heft_engine.cpu.amx_types import Norm
 from heft_engine.cpu.fused_linear import LayerProducts
-from heft_engine.model.attention import packed_attention, tiled_attention, tiles_of, units_attention, units_of
+from heft_engine.model.attention import amx_attention, amx_for, packed_attention, tiled_attention, tiles_of
 from heft_engine.model.packing import Layout, PackedRow
 
 #: Rows that a layer is tried with: attention of one length and of another, and more tokens than one block of a product.
@@ -55,10 +55,10 @@ class QuickLayers:
         asked: dict[str, dict[str, Any] | None] = {}
         for layer, kind in zip(layers, kinds, strict=True) if compiled is not None else ():
             if kind not in asked:
-                asked[kind] = _options(layer, kind, rotary, cast(fused_ops.Kernels, compiled))
+                asked[kind] = _options(layer, kind, rotary, cast(fused_ops.FusedOps, compiled))
             options = asked[kind]
             if options is not None:
-                self._forwards[layer] = _Layer(layer, options, cast(fused_ops.Kernels, compiled))
+                self._forwards[layer] = _Layer(layer, options, cast(fused_ops.FusedOps, compiled))
 
     def __len__(self) -> int:
         return len(self._forwards)
@@ -100,7 +100,7 @@ def _epsilon(norm: Any) -> float | None:
 class _Layer:
     """One layer's quick pass; `asked`: how it asks for attention."""
 
-    def __init__(self, layer: Any, asked: dict[str, Any], compiled: fused_ops.Kernels) -> None:
+    def __init__(self, layer: Any, asked: dict[str, Any], compiled: fused_ops.FusedOps) -> None:
         self._attention, self._mlp, self._asked, self._compiled = layer.self_attn, layer.mlp, asked, compiled
         self._norms = (layer.input_layernorm, layer.post_attention_layernorm)
         self._products = LayerProducts()
@@ -112,30 +112,30 @@ class _Layer:
         # Where all products are the units', a mode has a say in nothing, and looking at everything takes it as long as
         # a short pass.
         with torch._C.DisableTorchFunction():
-            out = self._on_units(states, position_embeddings, layout)
+            out = self._on_amx(states, position_embeddings, layout)
         return (
             self.in_parts(states, position_embeddings=position_embeddings, layout=layout)
             if out is None
             else out
         )
 
-    def _on_units(self, states: Tensor, turned: tuple[Tensor, Tensor], layout: Layout) -> Tensor | None:
+    def _on_amx(self, states: Tensor, turned: tuple[Tensor, Tensor], layout: Layout) -> Tensor | None:
         """The layer in four goes; None where that can't be had."""
         heads, last, gates = self._heads, self._attention.o_proj, self._gates
         parts = [*heads, last, *gates]
-        units = self._products.on_units(*parts) if self._is_silu else None
-        if units is None or any(part.bias is not None for part in gates):
+        amx_ops = self._products.amx_for(*parts) if self._is_silu else None
+        if amx_ops is None or any(part.bias is not None for part in gates):
             return None
-        added = self._products.additions(parts, layout)
+        added = self._products.lora_deltas(parts, layout)
         if added is None:
             return None
-        products = self._products.projections(units, states, self._first, heads, added[:3])
+        products = self._products.projections(amx_ops, states, self._first, heads, added[:3])
         seen = self._attended(*self._by_head(products), turned, layout)
         seen = seen.reshape(*states.shape[:2], -1)
-        after = units.product(
+        after = amx_ops.linear(
             seen, last.weight, packed_weights.kept(last.weight), last.bias, states, added[3]
         )
-        return self._products.gated(units, after, self._second, gates, added[4:])
+        return self._products.gated(amx_ops, after, self._second, gates, added[4:])
 
     def in_parts(
         self, states: Tensor, *, position_embeddings: tuple[Tensor, Tensor], layout: Layout
@@ -188,13 +188,13 @@ class _Layer:
     ) -> Tensor:
         """(T, heads, head_dim), cosine and sine `turned` → (T, heads, head_dim)."""
         asked, index = self._asked, cast(int, self._attention.layer_idx)
-        units = units_of(layout, query, key, value, asked["softcap"])
-        tiles = tiles_of(layout, query) if units is None else None
+        amx_ops = amx_for(layout, query, key, value, asked["softcap"])
+        tiles = tiles_of(layout, query) if amx_ops is None else None
         where = layout.in_order if tiles is None else (tiles.places, tiles.gaps)
         query, key = (self._compiled.rotate(each, *turned, *where) for each in (query, key))
-        if units is not None:
+        if amx_ops is not None:
             options = (asked["scaling"], asked["sliding_window"])
-            return units_attention(units, index, query, key, value, layout, *options)
+            return amx_attention(amx_ops, index, query, key, value, layout, *options)
         if tiles is not None:
             value = self._compiled.place(value, *where)
             return tiled_attention(index, query, key, value, layout, tiles, **asked)
@@ -227,7 +227,7 @@ def _options(
     layer: Any,
     kind: str,
     rotary: Callable[[Tensor, Tensor, str], tuple[Tensor, Tensor]],
-    compiled: fused_ops.Kernels,
+    compiled: fused_ops.FusedOps,
 ) -> dict[str, Any] | None:
     """How a layer asks for attention; None where the quick pass gives other bits than the layer's own."""
     width = layer.input_layernorm.weight.shape[0]

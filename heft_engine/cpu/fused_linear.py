@@ -13,8 +13,8 @@ from typing import cast
 from torch import Tensor, nn
 
 from heft_engine.cpu import amx, packed_weights
-from heft_engine.cpu.amx import MatrixUnits
-from heft_engine.cpu.amx_types import Addition, Norm, Projection
+from heft_engine.cpu.amx import AmxOps
+from heft_engine.cpu.amx_types import LoraDelta, Norm, Projection
 from heft_engine.model.packing import AdapterHook, Layout, PackedRow, RowAdapter
 
 #: Rows whose adapters do more than a product can add.
@@ -25,65 +25,65 @@ class LayerProducts:
     """Products of bfloat16 states (1, T, in), without a gradient."""
 
     def __init__(self) -> None:
-        self._units = amx.load()
+        self._amx = amx.load()
 
-    def on_units(self, *modules: nn.Module) -> MatrixUnits | None:
-        """The units, if they take all of these and nothing but products and adapters happens in them."""
-        units = self._units
-        fits = units is not None and all(
-            _is_plain(module) and units.takes(cast(Tensor, module.weight)) for module in modules
+    def amx_for(self, *modules: nn.Module) -> AmxOps | None:
+        """The AMX operators, if they support all of these and nothing but products and adapters happens in them."""
+        amx_ops = self._amx
+        fits = amx_ops is not None and all(
+            _is_plain(module) and amx_ops.supports(cast(Tensor, module.weight)) for module in modules
         )
-        return units if fits else None
+        return amx_ops if fits else None
 
     def linear(self, module: nn.Linear, x: Tensor, layout: Layout) -> Tensor:
         """The module's output for x, adapted: (1, T, out)."""
-        units = self.on_units(module)
-        if units is None:
+        amx_ops = self.amx_for(module)
+        if amx_ops is None:
             return cast(Tensor, module(x))
-        additions, others = _adapters(module, layout)
+        lora_deltas, others = _adapters(module, layout)
         packed = packed_weights.kept(module.weight)
-        out = units.product(x, module.weight, packed, module.bias, None, additions)
+        out = amx_ops.linear(x, module.weight, packed, module.bias, None, lora_deltas)
         if others:
             _hook(module).adapt(others, module, x, out)
         return out
 
-    def additions(self, modules: Sequence[nn.Linear], layout: Layout) -> list[list[Addition]] | None:
+    def lora_deltas(self, modules: Sequence[nn.Linear], layout: Layout) -> list[list[LoraDelta]] | None:
         """What adapters add to each product; None where one of them does more."""
         adapters = [_adapters(module, layout) for module in modules]
-        return None if any(others for _, others in adapters) else [additions for additions, _ in adapters]
+        return None if any(others for _, others in adapters) else [lora_deltas for lora_deltas, _ in adapters]
 
     @staticmethod
     def projections(
-        units: MatrixUnits,
+        amx_ops: AmxOps,
         states: Tensor,
         norm: Norm,
         modules: Sequence[nn.Linear],
-        additions: Sequence[Sequence[Addition]],
+        lora_deltas: Sequence[Sequence[LoraDelta]],
     ) -> list[Tensor]:
-        """Of norm(states), the output of each module that `on_units` has found, with the additions to it."""
+        """Of norm(states), the output of each module that `amx_for` has found, with the LoRA deltas to it."""
         asked = [
             Projection(module.weight, packed_weights.kept(module.weight), module.bias, more)
-            for module, more in zip(modules, additions, strict=True)
+            for module, more in zip(modules, lora_deltas, strict=True)
         ]
-        return units.projections(states, norm, asked)
+        return amx_ops.norm_linears(states, norm, asked)
 
     @staticmethod
     def gated(
-        units: MatrixUnits,
+        amx_ops: AmxOps,
         states: Tensor,
         norm: Norm,
         modules: Sequence[nn.Linear],
-        additions: Sequence[Sequence[Addition]],
+        lora_deltas: Sequence[Sequence[LoraDelta]],
     ) -> Tensor:
-        """states + down(SiLU(gate(x)) ⊙ up(x)) of x = norm(states), with the additions to each product.
+        """states + down(SiLU(gate(x)) ⊙ up(x)) of x = norm(states), with the LoRA deltas to each product.
 
-        modules: gate, up and down, without biases, as `on_units` has found them.
+        modules: gate, up and down, without biases, as `amx_for` has found them.
         """
         gate, up, down = (module.weight for module in modules)
         packed = [found for w in (gate, up, down) if (found := packed_weights.kept(w)) is not None]
         kept = (packed[0], packed[1], packed[2]) if len(packed) == len(modules) else None
-        added = (additions[0], additions[1], additions[2])
-        return units.gated(states, norm, (gate, up, down), kept, added)
+        added = (lora_deltas[0], lora_deltas[1], lora_deltas[2])
+        return amx_ops.gated_mlp(states, norm, (gate, up, down), kept, added)
 
 
 def _is_plain(module: nn.Module) -> bool:
@@ -97,11 +97,11 @@ def _hook(module: nn.Module) -> AdapterHook:
     return next(hook for hook in hooks if isinstance(hook, AdapterHook))
 
 
-def _adapters(module: nn.Module, layout: Layout) -> tuple[list[Addition], Others]:
-    additions: list[Addition] = []
+def _adapters(module: nn.Module, layout: Layout) -> tuple[list[LoraDelta], Others]:
+    lora_deltas: list[LoraDelta] = []
     others: Others = []
     if layout.adapters is None or not module._forward_hooks:
-        return additions, others
+        return lora_deltas, others
     name = _hook(module).name
     for row, adapter in zip(layout.rows, layout.adapters, strict=True):
         if adapter is None or not adapter.touches(name):
@@ -110,5 +110,5 @@ def _adapters(module: nn.Module, layout: Layout) -> tuple[list[Addition], Others
         if factors is None:
             others.append((row, adapter))
         else:
-            additions += [Addition(row.start, row.length, *each) for each in factors]
-    return additions, others
+            lora_deltas += [LoraDelta(row.start, row.length, *each) for each in factors]
+    return lora_deltas, others

@@ -24,7 +24,7 @@ from heft_engine.cpu import build
 log = logging.getLogger(__name__)
 
 
-class Kernels:
+class FusedOps:
     """csrc/fused_ops.cpp's functions for bfloat16 tensors on a CPU. None of them has a gradient.
 
     What is changed in place must be contiguous. Raises ValueError for tensors of other kinds or shapes: the functions
@@ -98,7 +98,7 @@ class Kernels:
 
 
 @lru_cache(maxsize=1)
-def load(cache_dir: Path | None = None) -> Kernels | None:
+def load(cache_dir: Path | None = None) -> FusedOps | None:
     """The kernels, compiled if need be and tried out; None where that can't be, which is logged once.
 
     `cache_dir` None means the user's own cache.
@@ -106,7 +106,7 @@ def load(cache_dir: Path | None = None) -> Kernels | None:
     library = build.library(cache_dir)
     if library is None:
         return None
-    kernels = Kernels(library)
+    kernels = FusedOps(library)
     wrong = _wrong(kernels)
     if wrong:
         log.info("no compiled kernels, torch's own operations instead: %s gives other bits here", wrong)
@@ -115,7 +115,7 @@ def load(cache_dir: Path | None = None) -> Kernels | None:
 
 
 @torch.inference_mode()
-def _wrong(kernels: Kernels) -> str | None:
+def _wrong(kernels: FusedOps) -> str | None:
     """The name of the first function that gives other bits than torch's operations, if there is one."""
     made = torch.Generator().manual_seed(0)
 

@@ -2,7 +2,7 @@
 
 A bfloat16 product on a CPU begins by putting its weights into that order, every time. In passes of a hundred tokens,
 and for every single token that is written, that takes as long as the product. Kept, it takes as much memory as the
-weights. The order is that of heft_engine.cpu.amx where there are such units, and the library's own elsewhere:
+weights. The order is that of heft_engine.cpu.amx where there are AMX, and the library's own elsewhere:
 its packed and plain products of a shape agree to the bit at many heights and not at all of them, and
 heft_engine.model.batch_invariant finds out which. This module does NOT know models, heights or budgets.
 """
@@ -17,20 +17,20 @@ from torch import Tensor, nn
 
 from heft_engine.cpu import amx
 
-#: On a weight: its version when it was packed, the packed tensor, and whether that is for the matrix units. It lives as
+#: On a weight: its version when it was packed, the packed tensor, and whether that is for AMX. It lives as
 #: long as the weight, and is no longer valid once the weight is written to.
 _NAME = "heft_packed"
 
 
 def packable(weight: Tensor) -> bool:
     """Whether this machine has a packed product for a weight (out, in)."""
-    return units_for(weight) is not None or _is_packed_by_torch(weight)
+    return amx_for_weight(weight) is not None or _is_packed_by_torch(weight)
 
 
-def units_for(weight: Tensor) -> amx.MatrixUnits | None:
-    """The matrix units, if they take a weight (out, in)."""
-    units = amx.load()
-    return units if units is not None and units.takes(weight) else None
+def amx_for_weight(weight: Tensor) -> amx.AmxOps | None:
+    """The AMX operators, if they support a weight (out, in)."""
+    amx_ops = amx.load()
+    return amx_ops if amx_ops is not None and amx_ops.supports(weight) else None
 
 
 def _is_packed_by_torch(weight: Tensor) -> bool:
@@ -44,9 +44,9 @@ def _is_packed_by_torch(weight: Tensor) -> bool:
 
 def packed(weight: Tensor) -> Tensor:
     """A weight (out, in) in the matrix units' order: for them, or for `product` where they don't take it."""
-    units = units_for(weight)
-    if units is not None:
-        return units.packed(weight.detach())
+    amx_ops = amx_for_weight(weight)
+    if amx_ops is not None:
+        return amx_ops.pack(weight.detach())
     return cast(Tensor, torch.ops.mkldnn._reorder_linear_weight(weight.detach()))
 
 
@@ -59,7 +59,7 @@ def pack(layers: Iterable[nn.Module]) -> None:
     """Keeps the packed weights of all linear layers that have one."""
     for weight in _weights(layers):
         if kept(weight) is None and packable(weight):
-            setattr(weight, _NAME, (_version(weight), packed(weight), units_for(weight) is not None))
+            setattr(weight, _NAME, (_version(weight), packed(weight), amx_for_weight(weight) is not None))
 
 
 def unpack(layers: Iterable[nn.Module]) -> None:
@@ -71,7 +71,7 @@ def unpack(layers: Iterable[nn.Module]) -> None:
 def kept(weight: Tensor) -> Tensor | None:
     """What `pack` has kept of a weight, unless the weight has changed since, or who multiplies it."""
     found = weight.__dict__.get(_NAME)
-    if found is None or found[0] != _version(weight) or found[2] != (units_for(weight) is not None):
+    if found is None or found[0] != _version(weight) or found[2] != (amx_for_weight(weight) is not None):
         return None
     return cast(Tensor, found[1])
 

@@ -16,7 +16,7 @@ from torch import Tensor
 from transformers import AttentionInterface, AttentionMaskInterface
 
 from heft_engine.cpu import amx
-from heft_engine.cpu.amx import MatrixUnits
+from heft_engine.cpu.amx import AmxOps
 from heft_engine.cpu.amx_types import Segments
 from heft_engine.model.causal_attention import LONGEST_MATRIX, CausalAttention, causal
 from heft_engine.model.packing import TILE, KVSink, Layout, PackedRow, PrefixKV, Run, Tiles
@@ -73,9 +73,9 @@ def packed_attention(
             query, key, value, layout.prefix, layer, scaling, sliding_window, softcap
         ), None
     layer = cast(int, getattr(module, "layer_idx", -1))
-    if (units := units_of(layout, query, key, value, softcap)) is not None:
+    if (amx_ops := amx_for(layout, query, key, value, softcap)) is not None:
         q, k, v = (each[0].transpose(0, 1) for each in (query, key, value))
-        return units_attention(units, layer, q, k, v, layout, scaling, sliding_window)[None], None
+        return amx_attention(amx_ops, layer, q, k, v, layout, scaling, sliding_window)[None], None
     if (tiles := tiles_of(layout, query)) is not None:
         q, k, v = (_filled(each, tiles) for each in (query, key, value))
         return tiled_attention(layer, q, k, v, layout, tiles, scaling, sliding_window, softcap)[None], None
@@ -90,10 +90,10 @@ def packed_attention(
     return torch.cat([out.transpose(1, 2) for out in outs], dim=1), None
 
 
-def units_of(
+def amx_for(
     layout: Layout, query: Tensor, key: Tensor, value: Tensor, softcap: float | None
-) -> MatrixUnits | None:
-    """The matrix units, if they take the rows of a pass: (…, head_dim) each."""
+) -> AmxOps | None:
+    """The AMX operators, if they support the rows of a pass: (…, head_dim) each."""
     if (
         layout.decoding is not None
         or layout.prefix is not None
@@ -101,14 +101,14 @@ def units_of(
         or softcap is not None
     ):
         return None
-    units = amx.load()
+    amx_ops = amx.load()
     alike = query.shape[-1] == key.shape[-1] == value.shape[-1]
-    takes = units is not None and alike and all(map(units.takes_heads, (query, key, value)))
-    return units if takes else None
+    takes = amx_ops is not None and alike and all(map(amx_ops.supports_heads, (query, key, value)))
+    return amx_ops if takes else None
 
 
-def units_attention(
-    units: MatrixUnits,
+def amx_attention(
+    amx_ops: AmxOps,
     layer: int,
     query: Tensor,
     key: Tensor,
@@ -130,7 +130,7 @@ def units_attention(
     for one in kept:
         keys, values = one.keys_values(layer)
         sources.append((keys[0].transpose(0, 1), values[0].transpose(0, 1)))
-    return units.attend(query, sources, segments, scaling, window)
+    return amx_ops.attention(query, sources, segments, scaling, window)
 
 
 def _segments_of(layout: Layout) -> tuple[Segments, list[PrefixKV]]:
@@ -154,8 +154,8 @@ def _segments_of(layout: Layout) -> tuple[Segments, list[PrefixKV]]:
 
 def takes_tiles(states: Tensor) -> bool:
     """Whether attention is quicker with rows that are filled up: in bfloat16 on a CPU, without a gradient."""
-    on_units = states.device.type == "cpu" and states.dtype == torch.bfloat16
-    return on_units and not torch.is_grad_enabled()
+    is_bf16_cpu = states.device.type == "cpu" and states.dtype == torch.bfloat16
+    return is_bf16_cpu and not torch.is_grad_enabled()
 
 
 def tiles_of(layout: Layout, states: Tensor) -> Tiles | None:

@@ -58,7 +58,7 @@ class FixedShapes(TorchFunctionMode):
     same of packed weights, with the bits of the plain ones.
     `fewer`: numbers of rows below `unit` that give the bits of a product of `unit` rows: these are padded to the next.
     `steps`: for passes of one token a text, if they are to be others. `is_alike`: whether a lane gives a row the bits
-    that it gets from all threads. `by_units`: shapes of weights that are left to the matrix units.
+    that it gets from all threads. `by_amx`: shapes of weights that are left to AMX.
     """
 
     def __init__(
@@ -70,14 +70,14 @@ class FixedShapes(TorchFunctionMode):
         packed: Mapping[Shape, Heights] | None = None,
         *,
         is_alike: bool = True,
-        by_units: Collection[Shape] = (),
+        by_amx: Collection[Shape] = (),
     ) -> None:
         super().__init__()
         self.unit = unit
         self.heights = heights or {}
         self.packed = packed or {}
         self.is_alike = is_alike
-        self.by_units = frozenset(by_units)
+        self.by_amx = frozenset(by_amx)
         self.fewer = fewer or {}
         self.steps = steps or self
         self._known = self.heights.keys() | self.packed.keys() | self.fewer.keys()
@@ -101,8 +101,8 @@ class FixedShapes(TorchFunctionMode):
     def linear(self, x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
         """x (…, T, in) → (…, T, out), as F.linear."""
         shape = (*weight.shape, weight.dtype)
-        if shape in self.by_units and (units := packed_weights.units_for(weight)) is not None:
-            return units.product(x, weight, packed_weights.kept(weight), bias)
+        if shape in self.by_amx and (amx_ops := packed_weights.amx_for_weight(weight)) is not None:
+            return amx_ops.linear(x, weight, packed_weights.kept(weight), bias)
         if shape in self._known or weight.numel() > _SMALL or weight.device.type != "cpu":
             return self._linear(x, weight, bias, shape)
         # An intervention's: nobody has looked whether more threads round otherwise.
@@ -126,7 +126,7 @@ class FixedShapes(TorchFunctionMode):
 
     def whole(self, rows: int) -> int:
         """The next number of rows that blocks cover with little padding, or none."""
-        if self.by_units and not self._known:
+        if self.by_amx and not self._known:
             return rows
         return max(self._least, -(-rows // self.unit) * self.unit)
 

@@ -50,11 +50,11 @@ def measured(layers: Iterable[nn.Module], device: torch.device) -> dict[int, Fix
     """The shapes of a model's linear layers, for its present number of threads, and for what a lane has."""
     modules = [m for layer in layers for m in layer.modules() if isinstance(m, nn.Linear)]
     weights: dict[Shape, _Weight] = {}
-    by_units: set[Shape] = set()
+    by_amx: set[Shape] = set()
     for module in modules:
         shape = (*module.weight.shape, module.weight.dtype)
-        if packed_weights.units_for(module.weight) is not None:
-            by_units.add(shape)
+        if packed_weights.amx_for_weight(module.weight) is not None:
+            by_amx.add(shape)
         elif module.weight.device == device:
             weights[shape] = weights.get(shape) or _Weight(module)
     threads = torch.get_num_threads()
@@ -71,12 +71,12 @@ def measured(layers: Iterable[nn.Module], device: torch.device) -> dict[int, Fix
     unit = UNIT.get(device.type, UNIT_ELSEWHERE)
     fewer = {shape: _fewer(weight) for shape, weight in weights.items()}
     no_heights: dict[Shape, Heights] = {shape: {} for shape in found[threads][True]}
-    steps = FixedShapes(unit, fewer=fewer, packed=no_heights, by_units=by_units)
+    steps = FixedShapes(unit, fewer=fewer, packed=no_heights, by_amx=by_amx)
     shapes = {}
     for number, each in found.items():
         plain, packed = ({shape: _no_slower(h) for shape, h in each[k].items()} for k in (False, True))
         shapes[number] = FixedShapes(
-            unit, plain, steps=steps, packed=packed, is_alike=is_alike, by_units=by_units
+            unit, plain, steps=steps, packed=packed, is_alike=is_alike, by_amx=by_amx
         )
     return shapes
 

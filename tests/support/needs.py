@@ -14,7 +14,7 @@ needs_compiler = pytest.mark.skipif(
     reason="kernels need a C++ compiler and one OpenMP runtime; without them torch's own operations run",
 )
 #: As the engine finds them, whatever a test has put in its place.
-UNITS = amx.load
-needs_matrix_units = pytest.mark.skipif(
-    UNITS() is None, reason="this processor has no matrix units, or there is no C++ compiler"
+LOAD_AMX = amx.load
+needs_amx = pytest.mark.skipif(
+    LOAD_AMX() is None, reason="this processor has no AMX, or there is no C++ compiler"
 )

@@ -23,7 +23,7 @@ from heft_engine.model import attention
 from heft_engine.model.packed_lm import PackedLM
 from heft_engine.model.packing import TILE, Tiles, pack
 
-pytestmark = pytest.mark.usefixtures("with_and_without_units")
+pytestmark = pytest.mark.usefixtures("with_and_without_amx")
 
 QUICK = ("llama", "mistral", "qwen2", "qwen3")
 OTHERS = ("gemma", "gemma2", "gemma3_text", "gpt_neox")

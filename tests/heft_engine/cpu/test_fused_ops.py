@@ -206,4 +206,4 @@ def test_two_openmp_runtimes_are_one_too_many(
 
 
 def test_types_are_those_of_the_source() -> None:
-    assert_types_are_declared(build.SOURCES[0].read_text(), fused_ops.Kernels, "heft_")
+    assert_types_are_declared(build.SOURCES[0].read_text(), fused_ops.FusedOps, "heft_")

@@ -1,4 +1,4 @@
-"""Whole models on matrix units: heads as wide as real ones, so that attention is theirs too."""
+"""Whole models on AMX: heads as wide as real ones, so that attention is theirs too."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 from many_models import Made, examples, merged, models, site, unmerged
-from needs import needs_matrix_units
+from needs import needs_amx
 from probe_models import packed
 from tiny_models import FAMILIES, save_tiny_model
 
@@ -23,7 +23,7 @@ from heft_engine.inference.scoring_pass import ScoringRow, score_rows
 from heft_engine.serving.request_queue import Weights
 from heft_engine.serving.row_adapters import adapt_rows
 
-pytestmark = needs_matrix_units
+pytestmark = needs_amx
 
 BF16 = torch.bfloat16
 WIDE = {"hidden_size": 96, "intermediate_size": 160, "num_attention_heads": 3, "head_dim": 32}
@@ -60,13 +60,13 @@ def test_scores_are_torchs_to_rounding(
 ) -> None:
     found = score(packed(make_wide_model(family), BF16), rows())
     attended = []
-    attend = amx.MatrixUnits.attend
+    attend = amx.AmxOps.attention
 
     def watched(*args: object) -> torch.Tensor:
         attended.append(True)
         return attend(*args)  # type: ignore[arg-type]
 
-    monkeypatch.setattr(amx.MatrixUnits, "attend", watched)
+    monkeypatch.setattr(amx.AmxOps, "attention", watched)
     assert score(packed(make_wide_model(family), BF16), rows()) == found
     assert bool(attended) == (family != "gemma2"), "soft caps alone are left to torch"
     exact = score(packed(make_wide_model(family), torch.float32), rows())
@@ -181,13 +181,13 @@ def test_rows_of_many_models_score_as_alone_and_as_merged(
         torch.set_num_threads(threads)
         assert [score_rows(base, [one])[0] for one in mixed] == together
     gated: list[bool] = []
-    run = amx.MatrixUnits.gated
+    run = amx.AmxOps.gated_mlp
 
     def watched(*args: object) -> torch.Tensor:
         gated.append(True)
         return run(*args)  # type: ignore[arg-type]
 
-    monkeypatch.setattr(amx.MatrixUnits, "gated", watched)
+    monkeypatch.setattr(amx.AmxOps, "gated_mlp", watched)
     plain = [
         one for one in mixed if one.adapter is not held[2].adapter and one.adapter is not held[3].adapter
     ]

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from needs import UNITS, needs_compiler, needs_matrix_units
+from needs import LOAD_AMX, needs_amx, needs_compiler
 from torch import nn
 
 from heft_engine.cpu import packed_weights
@@ -21,7 +21,7 @@ from heft_engine.model.block_sizes import measured
 from heft_engine.model.packed_lm import PackedLM
 from heft_engine.serving.shared_copy import copy_sharing, unique_bytes
 
-pytestmark = pytest.mark.usefixtures("without_units")
+pytestmark = pytest.mark.usefixtures("without_amx")
 
 needs_units = pytest.mark.skipif(
     not packable(torch.zeros(16, 16, dtype=torch.bfloat16)),
@@ -41,15 +41,15 @@ def test_only_bfloat16_on_a_cpu_is_packed() -> None:
     assert bytes_to_pack([single]) == 0
 
 
-@needs_matrix_units
+@needs_amx
 def test_what_is_packed_for_others_is_not_taken(monkeypatch: pytest.MonkeyPatch) -> None:
     layer = linear(48, 64)
-    for load in (UNITS, lambda: None):
-        monkeypatch.setattr(packed_weights.matrix_units, "load", load)
+    for load in (LOAD_AMX, lambda: None):
+        monkeypatch.setattr(packed_weights.amx, "load", load)
         pack([layer])
         assert kept(layer.weight) is not None
-        assert kept(layer.weight).is_mkldnn == (load is not UNITS)  # type: ignore[union-attr]
-        monkeypatch.setattr(packed_weights.matrix_units, "load", UNITS if load is not UNITS else lambda: None)
+        assert kept(layer.weight).is_mkldnn == (load is not LOAD_AMX)  # type: ignore[union-attr]
+        monkeypatch.setattr(packed_weights.amx, "load", LOAD_AMX if load is not LOAD_AMX else lambda: None)
         assert kept(layer.weight) is None
 
 

@@ -23,8 +23,8 @@ from heft_engine.model.batch_invariant import FixedShapes
 from heft_engine.model.block_sizes import HEIGHTS, measured
 from heft_engine.model.packed_lm import PackedLM
 
-#: What torch computes: tests of layers on matrix units have a file of their own.
-pytestmark = pytest.mark.usefixtures("without_units")
+#: What torch computes: tests of layers on AMX have a file of their own.
+pytestmark = pytest.mark.usefixtures("without_amx")
 
 MakeModel = Callable[[str], Path]
 
