@@ -18,7 +18,7 @@ from redis.asyncio import Redis
 from redis.exceptions import RedisError
 from starlette.requests import ClientDisconnect
 
-from api.endings import end
+from api.cancellation import cancel_and_wait
 from store.errors import RateLimited, Unavailable
 
 log = logging.getLogger(__name__)
@@ -149,7 +149,7 @@ class QueueDepth:
         return self._messages if time.monotonic() - self._at < _STALE_SECONDS else 0
 
     async def close(self) -> None:
-        await end(self._sampler)
+        await cancel_and_wait(self._sampler)
 
     async def _sample(self) -> None:
         while True:

@@ -37,17 +37,17 @@ class Services:
     scrape: Scrape
 
 
-async def services(request: Request) -> Services:
-    held = request.app.state.services
-    assert isinstance(held, Services)
-    return held
+async def get_services(request: Request) -> Services:
+    services = request.app.state.services
+    assert isinstance(services, Services)
+    return services
 
 
-Held = Annotated[Services, Depends(services)]
+ServicesDep = Annotated[Services, Depends(get_services)]
 
 
-async def _database(held: Held) -> Database:
-    return held.database
+async def _database(services: ServicesDep) -> Database:
+    return services.database
 
 
 Db = Annotated[Database, Depends(_database)]

@@ -8,8 +8,9 @@ from pathlib import Path
 
 from heft_engine.config.train import TaskSettings
 from heft_engine.data import samples
-from heft_engine.data.encoding import Encoder, Example, Task
+from heft_engine.data.encoding import Encoder, Example
 from heft_engine.data.rows import Row, infer_task, parse_row
+from heft_engine.data.task import Task
 from heft_engine.model.attention import IMPLEMENTATION
 from heft_engine.model.base_models import BaseModel, load_model, load_tokenizer, resolve
 from heft_engine.model.packed_lm import PackedLM

@@ -6,8 +6,8 @@ See heft_engine.commands.
 import sys
 
 from heft_engine.commands.main import main
-from heft_engine.runtime.malloc import keep_freed
+from heft_engine.runtime.malloc import retain_freed_memory
 
 if sys.argv[1:2] in (["evaluate"], ["predict"]):
-    keep_freed()
+    retain_freed_memory()
 sys.exit(main())

@@ -11,7 +11,7 @@ from celery import Celery
 from platformdirs import user_cache_path
 from prometheus_client import CollectorRegistry
 
-from heft_engine.runtime.malloc import keep_freed
+from heft_engine.runtime.malloc import retain_freed_memory
 from store import logs
 from store.db.session import make_engine, session_factory
 from store.messages.hints import Hints, make_celery
@@ -48,7 +48,7 @@ def run(
     """Be a worker of this role until SIGTERM or SIGINT."""
     logs.configure(values.log_format, level=log_level)
     if role is Role.INFERENCE:
-        keep_freed()
+        retain_freed_memory()
     with _context(role, values, engine_command) as context, ExitStack() as stack:
         app = worker_app(values.redis_url, role)
         own_chores = _register(app, role, context, stack)

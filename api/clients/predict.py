@@ -21,7 +21,7 @@ from kombu.exceptions import OperationalError
 from redis.asyncio import Redis
 from redis.exceptions import RedisError
 
-from api.endings import end
+from api.cancellation import cancel_and_wait
 from store.errors import Unavailable
 from store.messages.generate import GenerateMessage, GenerateReply
 from store.messages.hints import (
@@ -74,7 +74,7 @@ class PredictClient:
 
     async def close(self) -> None:
         if self._listener is not None:
-            await end(self._listener)
+            await cancel_and_wait(self._listener)
         self._publishers.shutdown(wait=False, cancel_futures=True)
         await self.redis.aclose()
 

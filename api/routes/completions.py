@@ -14,9 +14,9 @@ from fastapi.responses import Response
 from pydantic import BaseModel
 
 from api.admission import Admission
+from api.cancellation import while_connected
 from api.clients.generate import Replies
-from api.deps import Db, Held, Key, Services
-from api.disconnects import while_connected
+from api.deps import Db, Key, Services, ServicesDep
 from api.routes.predict import addressed
 from api.schemas.completion_objects import (
     ChatChoice,
@@ -44,7 +44,7 @@ _STREAMED: dict[int | str, dict[str, Any]] = {
 
 @router.post("/completions", response_model=Completion, responses=_STREAMED)
 async def complete(
-    request: Request, body: CompletionRequest, key: Key, db: Db, held: Held
+    request: Request, body: CompletionRequest, key: Key, db: Db, services: ServicesDep
 ) -> Response | Completion:
     """Text that goes on from a prompt, by a fine-tuned text model, a checkpoint of one or a base model."""
     caller, model = await db(models.asked, key=key, model_id=body.model)
@@ -65,7 +65,7 @@ async def complete(
         if "done" in reply and body.includes_usage:
             yield completion(choices=[], usage=_usage(reply["done"]))
 
-    asked = _asked(request, body, model, caller.id, held)
+    asked = _asked(request, body, model, caller.id, services)
     if body.stream:
         return await _stream(asked, chunks)
     parts, usage = await _whole(asked)
@@ -74,7 +74,7 @@ async def complete(
 
 @router.post("/chat/completions", response_model=ChatCompletion, responses=_STREAMED)
 async def chat(
-    request: Request, body: ChatCompletionRequest, key: Key, db: Db, held: Held
+    request: Request, body: ChatCompletionRequest, key: Key, db: Db, services: ServicesDep
 ) -> Response | ChatCompletion:
     """The next turn of a conversation, by a fine-tuned text model, a checkpoint of one or a base model."""
     caller, model = await db(models.asked, key=key, model_id=body.model)
@@ -93,7 +93,7 @@ async def chat(
         if "done" in reply and body.includes_usage:
             yield chunk(choices=[], usage=_usage(reply["done"]))
 
-    asked = _asked(request, body, model, caller.id, held)
+    asked = _asked(request, body, model, caller.id, services)
     if body.stream:
         return await _stream(asked, chunks)
     parts, usage = await _whole(asked)
@@ -112,7 +112,7 @@ class _Asked:
 
 
 def _asked(
-    request: Request, body: WriteRequestBody, model: models.Model, owner_id: str, held: Services
+    request: Request, body: WriteRequestBody, model: models.Model, owner_id: str, services: Services
 ) -> _Asked:
     """Raises InvalidRequest for a model that does not write text."""
     task = model.task.get("type")
@@ -122,7 +122,7 @@ def _asked(
             param="model",
         )
     inputs = body.inputs()
-    replies = held.texts.ask(
+    replies = services.texts.ask(
         request.state.request_id,
         addressed(model, owner_id),
         inputs,
@@ -132,7 +132,7 @@ def _asked(
         intervention=Intervention(enabled=body.intervention.enabled, scale=body.intervention.scale),
     )
     texts = len(inputs) * (body.n or 1)
-    return _Asked(request=request, admission=held.text_admission, texts=texts, replies=replies)
+    return _Asked(request=request, admission=services.text_admission, texts=texts, replies=replies)
 
 
 async def _stream(asked: _Asked, chunks: Callable[[GenerateReply], Iterable[BaseModel]]) -> Response:

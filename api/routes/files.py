@@ -9,7 +9,7 @@ from fastapi import APIRouter, Query, Request
 from fastapi.responses import StreamingResponse
 from sqlalchemy.orm import Session
 
-from api.deps import After, Caller, Db, Held, IdempotencyKey, body_hash
+from api.deps import After, Caller, Db, IdempotencyKey, ServicesDep, body_hash
 from api.schemas.common import Deleted, Listing
 from api.schemas.files import FileObject
 from api.stored_response import stored
@@ -50,13 +50,13 @@ UPLOAD_FORM: dict[str, Any] = {
 
 @router.post("", openapi_extra=UPLOAD_FORM)
 async def upload_file(
-    request: Request, caller: Caller, db: Db, held: Held, idempotency_key: IdempotencyKey = None
+    request: Request, caller: Caller, db: Db, services: ServicesDep, idempotency_key: IdempotencyKey = None
 ) -> FileObject:
     """Upload training, validation or test rows: JSONL in any one of the four forms, as a multipart form."""
     file_id = new_file_id()
     storage_key = file_key(file_id)
     received = await receive.receive(
-        request, held.artifacts, key=storage_key, limit=held.settings.max_file_bytes
+        request, services.artifacts, key=storage_key, limit=services.settings.max_file_bytes
     )
     try:
         file = await db(
@@ -67,10 +67,10 @@ async def upload_file(
             file_id=file_id,
         )
     except Conflict:
-        await to_thread.run_sync(held.artifacts.delete, storage_key)
+        await to_thread.run_sync(services.artifacts.delete, storage_key)
         raise
     if file.id != file_id:  # this upload was a repetition: the first one's bytes stay
-        await to_thread.run_sync(held.artifacts.delete, storage_key)
+        await to_thread.run_sync(services.artifacts.delete, storage_key)
     return FileObject.of(file)
 
 
@@ -134,9 +134,9 @@ async def delete_file(file_id: str, caller: Caller, db: Db) -> Deleted:
 
 
 @router.get("/{file_id}/content", response_class=StreamingResponse)
-async def file_content(file_id: str, caller: Caller, db: Db, held: Held) -> StreamingResponse:
+async def file_content(file_id: str, caller: Caller, db: Db, services: ServicesDep) -> StreamingResponse:
     """The file's bytes, as they were uploaded."""
     file = await db(files.get, owner_id=caller.id, file_id=file_id)
     return await stored(
-        held.artifacts, file.storage_key, media_type="application/octet-stream", size=file.bytes
+        services.artifacts, file.storage_key, media_type="application/octet-stream", size=file.bytes
     )

@@ -7,7 +7,7 @@ from pydantic import BaseModel
 from sqlalchemy import Engine
 from sqlalchemy.orm import Session
 
-from api.deps import Db, Held
+from api.deps import Db, ServicesDep
 from migrations import is_current
 from store.errors import Unavailable
 
@@ -25,11 +25,11 @@ async def live() -> Health:
 
 
 @router.get("/readyz")
-async def ready(db: Db, held: Held) -> Health:
+async def ready(db: Db, services: ServicesDep) -> Health:
     """Database and broker answer, and the tables are those of this code. Otherwise 503, with the reason."""
     if not await db(_has_current_tables):
         raise Unavailable("the database does not have the tables of this version: run `heft migrate`")
-    if not await held.predict.broker_answers():
+    if not await services.predict.broker_answers():
         raise Unavailable("the message broker does not answer")
     return Health()
 

@@ -11,7 +11,7 @@ from fastapi import APIRouter, Depends, Request
 from fastapi.responses import JSONResponse, Response
 from sqlalchemy.orm import Session
 
-from api.deps import After, Caller, Db, Held, IdempotencyKey, Limit, body_hash
+from api.deps import After, Caller, Db, IdempotencyKey, Limit, Services, ServicesDep, body_hash
 from api.schemas.common import Listing
 from api.schemas.diagnostics import Diagnostics, DiagnosticsPending
 from api.schemas.job_object import CheckpointObject, JobObject
@@ -51,13 +51,13 @@ async def metadata_filter(request: Request) -> dict[str, str]:
 
 @router.post("")
 async def create_job(
-    body: JobRequest, caller: Caller, db: Db, held: Held, idempotency_key: IdempotencyKey = None
+    body: JobRequest, caller: Caller, db: Db, services: ServicesDep, idempotency_key: IdempotencyKey = None
 ) -> JobObject:
     """Start a job. It waits in `validating_files` until a worker has checked its rows line by line."""
     job = await db(_create, owner_id=caller.id, body=body, idempotency_key=idempotency_key)
     with bound(job_id=job.id):
         log.info("accepted from %s", caller.id)
-    _hint(held, job)
+    _hint(services, job)
     return JobObject.of(job)
 
 
@@ -76,11 +76,11 @@ def _create(session: Session, *, owner_id: str, body: JobRequest, idempotency_ke
     return jobs.create(session, owner_id=owner_id, spec=body.spec(), metadata=body.metadata, job_id=job_id)
 
 
-def _hint(held: Held, job: Job) -> None:
+def _hint(services: Services, job: Job) -> None:
     """Tell the workers after the commit. Never waits for the broker, which may be away: the job is safe."""
     purpose = PURPOSES.get(JobState(job.state))
     if purpose is not None:
-        held.hints.hint(job.id, purpose)
+        services.hints.hint(job.id, purpose)
 
 
 @router.get("")
@@ -115,10 +115,10 @@ async def pause_job(job_id: str, caller: Caller, db: Db) -> JobObject:
 
 
 @router.post("/{job_id}/resume")
-async def resume_job(job_id: str, caller: Caller, db: Db, held: Held) -> JobObject:
+async def resume_job(job_id: str, caller: Caller, db: Db, services: ServicesDep) -> JobObject:
     """Let a paused job go on from where it was."""
     job = await db(jobs.resume, owner_id=caller.id, job_id=job_id)
-    _hint(held, job)
+    _hint(services, job)
     return JobObject.of(job)
 
 
@@ -133,7 +133,7 @@ async def list_checkpoints(
 
 
 @router.get("/{job_id}/diagnostics", responses=_DIAGNOSTICS_RESPONSES, response_class=Response)
-async def job_diagnostics(job_id: str, caller: Caller, db: Db, held: Held) -> Response:
+async def job_diagnostics(job_id: str, caller: Caller, db: Db, services: ServicesDep) -> Response:
     """What the job's stages did to weights, representations and curvature, and what was forgotten, with plots.
 
     A worker computes it when it is first asked for.
@@ -143,7 +143,9 @@ async def job_diagnostics(job_id: str, caller: Caller, db: Db, held: Held) -> Re
         error = export.error or {}
         raise Conflict(error["message"], param=error["param"], code=error["code"])
     if export.storage_key is None:
-        held.hints.export(export.model_id, export.format)
+        services.hints.export(export.model_id, export.format)
         pending = DiagnosticsPending(job=job_id, status=export.state)
         return JSONResponse(pending.model_dump(), status_code=202, headers={"Retry-After": "5"})
-    return await stored(held.artifacts, export.storage_key, media_type="application/json", size=export.bytes)
+    return await stored(
+        services.artifacts, export.storage_key, media_type="application/json", size=export.bytes
+    )

@@ -10,7 +10,7 @@ from fastapi.responses import PlainTextResponse, Response
 from fastapi.security import HTTPAuthorizationCredentials
 from prometheus_client import CONTENT_TYPE_LATEST
 
-from api.deps import Db, Held, authenticated, bearer, given_key
+from api.deps import Db, ServicesDep, authenticated, bearer, given_key
 
 router = APIRouter(tags=["Operations"])
 
@@ -37,6 +37,6 @@ _TEXT: dict[int | str, dict[str, Any]] = {200: {"content": {"text/plain": {"sche
 
 
 @router.get("/metrics", dependencies=[Depends(allowed)], response_class=Response, responses=_TEXT)
-async def metrics(held: Held) -> PlainTextResponse:
+async def metrics(services: ServicesDep) -> PlainTextResponse:
     """Prometheus's text format: this API process, jobs, and every worker. Takes a key, or a caller on this machine."""
-    return PlainTextResponse(await held.scrape(), media_type=CONTENT_TYPE_LATEST)
+    return PlainTextResponse(await services.scrape(), media_type=CONTENT_TYPE_LATEST)

@@ -7,7 +7,7 @@ from typing import Any
 from fastapi import APIRouter
 from fastapi.responses import JSONResponse, Response
 
-from api.deps import Caller, Db, Held
+from api.deps import Caller, Db, ServicesDep
 from api.schemas.common import Deleted, Listing
 from api.schemas.models import ExportPending, ModelObject
 from api.stored_response import stored
@@ -31,7 +31,7 @@ async def list_models(caller: Caller, db: Db) -> Listing[ModelObject]:
 # Before the routes below it, whose path would take it for a part of a model's id.
 @router.get("/{model_id:path}/export", responses=_EXPORT_RESPONSES, response_class=Response)
 async def export_model(
-    model_id: str, caller: Caller, db: Db, held: Held, format: exports.Format = "bundle"
+    model_id: str, caller: Caller, db: Db, services: ServicesDep, format: exports.Format = "bundle"
 ) -> Response:
     """The model as a tar: HEFT's own bundle, a plain merged model, a PEFT adapter, pyreft's interventions."""
     export = await db(exports.request, owner_id=caller.id, model_id=model_id, format=format)
@@ -39,12 +39,16 @@ async def export_model(
         error = export.error or {}
         raise Conflict(error["message"], param=error["param"], code=error["code"])
     if export.storage_key is None:
-        held.hints.export(model_id, format)
+        services.hints.export(model_id, format)
         pending = ExportPending(model=model_id, format=format, status=export.state)
         return JSONResponse(pending.model_dump(), status_code=202, headers={"Retry-After": "2"})
     name = f"{model_id.rpartition(':')[2]}-{format}.tar"
     return await stored(
-        held.artifacts, export.storage_key, media_type="application/x-tar", size=export.bytes, filename=name
+        services.artifacts,
+        export.storage_key,
+        media_type="application/x-tar",
+        size=export.bytes,
+        filename=name,
     )
 
 

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from fastapi import APIRouter, Request
 
-from api.deps import Db, Held, Key
-from api.disconnects import while_connected
+from api.cancellation import while_connected
+from api.deps import Db, Key, ServicesDep
 from api.schemas.predict import MAX_INPUTS, Answer, Prediction, Predictions, PredictRequest, Usage
 from store import models
 from store.errors import InvalidRequest, TooLarge
@@ -17,7 +17,7 @@ router = APIRouter(tags=["Answers"])
 @router.post("/predict")
 @router.post("/v1/predict", include_in_schema=False)
 async def predict(
-    request: Request, body: PredictRequest, key: Key, db: Db, held: Held
+    request: Request, body: PredictRequest, key: Key, db: Db, services: ServicesDep
 ) -> Prediction | Predictions:
     """Ask a fine-tuned model, a checkpoint or a base model one question, or up to 1,024 in `inputs`.
 
@@ -31,8 +31,10 @@ async def predict(
     if body.abstain_below is not None and body.asks_for_text:
         raise InvalidRequest("generated text has no probability to abstain below", param="abstain_below")
     intervention = Intervention(enabled=body.intervention.enabled, scale=body.intervention.scale)
-    with held.admission.admit(len(rows)):
-        asking = held.predict.ask(request.state.request_id, addressed(model, caller.id), rows, intervention)
+    with services.admission.admit(len(rows)):
+        asking = services.predict.ask(
+            request.state.request_id, addressed(model, caller.id), rows, intervention
+        )
         answers = await while_connected(request, asking)
     usage = Usage.of(
         prompt=sum(answer["prompt_tokens"] for answer in answers),

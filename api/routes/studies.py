@@ -11,7 +11,7 @@ from fastapi import APIRouter
 from sqlalchemy.orm import Session
 
 from api.database import Database
-from api.deps import After, Caller, Db, Held, IdempotencyKey, Limit, body_hash
+from api.deps import After, Caller, Db, IdempotencyKey, Limit, ServicesDep, body_hash
 from api.schemas.common import Listing
 from api.schemas.studies import Estimate, StudyEventObject, StudyObject, StudyRequest, StudySummary
 from store import idempotency
@@ -35,15 +35,15 @@ router = APIRouter(prefix="/v1/studies", tags=["Studies"])
 
 @router.post("")
 async def create_study(
-    body: StudyRequest, caller: Caller, db: Db, held: Held, idempotency_key: IdempotencyKey = None
+    body: StudyRequest, caller: Caller, db: Db, services: ServicesDep, idempotency_key: IdempotencyKey = None
 ) -> StudyObject | Estimate:
     """Start a study: a job for every arm with every seed. `dry_run` says what it would take instead."""
-    kept = held.settings.results_kept
+    kept = services.settings.results_kept
     if body.dry_run:
         return Estimate.model_validate(
             await db(estimates.of_study, owner_id=caller.id, spec=body.spec(), results_kept=kept)
         )
-    await _check_rows(body, caller.id, db, held.artifacts)
+    await _check_rows(body, caller.id, db, services.artifacts)
     study, runs = await db(
         _create, owner_id=caller.id, body=body, idempotency_key=idempotency_key, results_kept=kept
     )
@@ -51,7 +51,7 @@ async def create_study(
     for run in runs:
         purpose = PURPOSES.get(JobState(run.job.state))
         if purpose is not None:
-            held.hints.hint(run.job.id, purpose)
+            services.hints.hint(run.job.id, purpose)
     return StudyObject.of(study, runs)
 
 

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.serving import http, library, report
-from heft_engine.runtime.malloc import keep_freed
+from heft_engine.runtime.malloc import retain_freed_memory
 
 FOLDER = Path(__file__).parent / "results"
 PARTS: dict[str, Callable[[argparse.Namespace], dict[str, Any]]] = {
@@ -27,7 +27,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     given = list(arguments if arguments is not None else sys.argv[1:])
     options = parser().parse_args(given)
     FOLDER.mkdir(exist_ok=True)
-    keep_freed()  # theirs and ours alike
+    retain_freed_memory()  # theirs and ours alike
     for part in options.parts:
         command = shlex.join(["python", "-m", "benchmarks.serving", *given])
         result = {"command": command, **PARTS[part](options)}

@@ -25,14 +25,15 @@ from heft_engine.config.train import TaskSettings
 from heft_engine.cpu import fused_layers, lanes
 from heft_engine.cpu.amx import AmxOps
 from heft_engine.cpu.fused_ops import FusedOps
-from heft_engine.data.encoding import Encoder, Example, Task
+from heft_engine.data.encoding import Encoder, Example
 from heft_engine.data.rows import infer_task
+from heft_engine.data.task import Task
 from heft_engine.inference.scoring import Scores
 from heft_engine.model.base_models import load_tokenizer
 from heft_engine.model.batch_invariant import FixedShapes
 from heft_engine.model.packed_lm import PackedLM
 from heft_engine.model.packing import packed_length
-from heft_engine.runtime.threads import apart
+from heft_engine.runtime.threads import run_in_short_lived_thread
 from heft_engine.serving.batcher import Batcher
 from heft_engine.serving.request_queue import Weights
 from heft_engine.serving.row_adapters import adapt_rows
@@ -58,7 +59,7 @@ SHORT = 48
 def seconds(work: Callable[[], object]) -> float:
     """What it takes, in a thread of its own: nobody is slowed by threads that another one left behind."""
     began = time.perf_counter()
-    apart(work)
+    run_in_short_lived_thread(work)
     return time.perf_counter() - began
 
 
@@ -83,11 +84,11 @@ def one_model(options: argparse.Namespace, per_passage: int) -> dict[str, Any]:
     base = rows.base_model(options.model)
     examples = questions(options, base, options.rows, per_passage)
     tokens = sum(map(packed_length, examples))
-    weights = apart(lambda: synthetic.merged(rows.packed_model(base), 1))
+    weights = run_in_short_lived_thread(lambda: synthetic.merged(rows.packed_model(base), 1))
     lm = weights.lm
     peers = {
-        "transformers": apart(lambda: Plain(load(base.path, lm.dtype)).answer),
-        "pyreft": apart(lambda: Pyreft(load(base.path, lm.dtype), base.path).answer),
+        "transformers": run_in_short_lived_thread(lambda: Plain(load(base.path, lm.dtype)).answer),
+        "pyreft": run_in_short_lived_thread(lambda: Pyreft(load(base.path, lm.dtype), base.path).answer),
     }
     for peer in peers.values():
         seconds(lambda p=peer: p(examples[:2]))  # type: ignore[misc]
@@ -103,7 +104,7 @@ def one_model(options: argparse.Namespace, per_passage: int) -> dict[str, Any]:
             scale = 1.0 if name == "ours" else 0.0
             times[name].append(seconds(lambda b=batcher, s=scale: scored(b, weights, examples, s)))  # type: ignore[misc]
         batcher.close()  # its threads would slow the others' (heft_engine.runtime.threads)
-        rates.append(apart(lambda: matrix_rate(lm.dtype)))
+        rates.append(run_in_short_lived_thread(lambda: matrix_rate(lm.dtype)))
         for name, peer in peers.items():
             times[name].append(seconds(lambda p=peer: p(examples)))  # type: ignore[misc]
     spent = _spent(weights, examples) if per_passage == 1 else {}
@@ -160,16 +161,18 @@ def many_models(options: argparse.Namespace) -> dict[str, Any]:
     """Requests spread over 1, 10, 100 and 1,000 models of one base, against one model; what they hold; whether every
     answer is the one that its model gives alone."""
     base = rows.base_model(options.model)
-    lm = apart(lambda: rows.packed_model(base))
+    lm = run_in_short_lived_thread(lambda: rows.packed_model(base))
     adapt_rows(lm)
     lm.pack()
     examples = questions(options, base, options.rows)
-    merged = apart(lambda: synthetic.merged(lm, 0))
+    merged = run_in_short_lived_thread(lambda: synthetic.merged(lm, 0))
     batcher = Batcher(prefix_bytes=0)
     scored(batcher, merged, examples[:8])
     gc.collect()
     before = psutil.Process().memory_info().rss
-    held = apart(lambda: [synthetic.unmerged(lm, seed) for seed in range(max(options.models))])
+    held = run_in_short_lived_thread(
+        lambda: [synthetic.unmerged(lm, seed) for seed in range(max(options.models))]
+    )
     gc.collect()
     memory = psutil.Process().memory_info().rss - before
     own = sum(weights.adapter.memory_bytes for weights in held)  # type: ignore[union-attr]
@@ -223,7 +226,7 @@ def _merged_too(
     differences, margins, changed = [], [], 0
     for seed, weights in enumerate(held):
         some = [examples[(seed + i) % len(examples)] for i in range(4)]
-        twin = apart(lambda s=seed: synthetic.merged(lm, s))  # type: ignore[misc]
+        twin = run_in_short_lived_thread(lambda s=seed: synthetic.merged(lm, s))  # type: ignore[misc]
         merged = scored(batcher, twin, some)
         for one, other in zip(scored(batcher, weights, some), merged, strict=True):
             margin = [scores.totals[0] - scores.totals[1] for scores in (one, other)]

@@ -1,4 +1,4 @@
-"""`judge`: which rows the runs of several arms got right (or how right), in; the verdict, out. JSON both ways.
+"""`compare`: which rows the runs of several arms got right (or how right), in; the verdict, out. JSON both ways.
 
 It loads no torch.
 """
@@ -12,8 +12,8 @@ from typing import Annotated, Any
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from heft_engine.errors import ConfigError
-from heft_engine.evaluation.row_values import unpack_rows, unpack_values
-from heft_engine.studies import Arm, Outcome, judge
+from heft_engine.evaluation.row_values import unpack_correctness, unpack_graded
+from heft_engine.studies import Arm, RowValues, compare_arms
 
 
 class _Strict(BaseModel):
@@ -35,14 +35,14 @@ class RunOutcome(_Strict):
             raise ValueError("give right or values")
         return self
 
-    def outcome(self) -> Outcome:
+    def outcome(self) -> RowValues:
         """Raises ValueError where there are not `n` rows."""
         rows = (
-            unpack_rows(self.right, self.n)
+            unpack_correctness(self.right, self.n)
             if self.right is not None
-            else unpack_values(self.values or "", self.n)
+            else unpack_graded(self.values or "", self.n)
         )
-        return Outcome(seed=self.seed, right=rows, rows_sha256=self.rows_sha256)
+        return RowValues(seed=self.seed, right=rows, rows_sha256=self.rows_sha256)
 
 
 class ArmOutcomes(_Strict):
@@ -64,7 +64,7 @@ def run(options: argparse.Namespace) -> None:
     try:
         question = Question.model_validate_json(options.run_file.read_text())
     except ValidationError as error:
-        raise ConfigError(f"no question for judge: {error.errors()[0]['msg']}", param="run-file") from None
+        raise ConfigError(f"no question for compare: {error.errors()[0]['msg']}", param="run-file") from None
     print(json.dumps(answer(question), allow_nan=False))
 
 
@@ -79,4 +79,4 @@ def answer(question: Question) -> dict[str, Any]:
         )
         for arm in question.arms
     ]
-    return judge(arms, baseline=question.baseline)
+    return compare_arms(arms, baseline=question.baseline)

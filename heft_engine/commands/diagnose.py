@@ -8,8 +8,8 @@ import json
 from heft_engine.bundle.format import read_bundle
 from heft_engine.commands.child_process import die_with_parent
 from heft_engine.commands.telling import print_event
-from heft_engine.data.encoding import Task
 from heft_engine.data.rows import read_rows
+from heft_engine.data.task import Task
 from heft_engine.diagnostics.report import PARTS, REPORT, Options, diagnose
 from heft_engine.errors import ConfigError, EngineError, RowError
 from heft_engine.events import Pulse

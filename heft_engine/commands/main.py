@@ -85,16 +85,16 @@ def parser() -> argparse.ArgumentParser:
     _add_lifeline(models)
     _add_places(models)
     models.set_defaults(run=_models)
-    judge = commands.add_parser("judge", help="which differences between arms of several runs are real")
-    judge.add_argument(
+    compare = commands.add_parser("compare", help="which differences between arms of several runs are real")
+    compare.add_argument(
         "--run-file", type=Path, required=True, help="see heft_engine.commands.compare.Question"
     )
-    judge.set_defaults(run=_judge)
-    propose = commands.add_parser("propose", help="which points a search shall try next")
-    propose.add_argument(
+    compare.set_defaults(run=_compare)
+    suggest = commands.add_parser("suggest", help="which points a search shall try next")
+    suggest.add_argument(
         "--run-file", type=Path, required=True, help="see heft_engine.commands.suggest.Question"
     )
-    propose.set_defaults(run=_propose)
+    suggest.set_defaults(run=_suggest)
     gpu_check = commands.add_parser(
         "gpu-check", help="a HEFT job on a random model of Llama-2-7B's shape, on a GPU"
     )
@@ -258,13 +258,13 @@ def _models(options: argparse.Namespace) -> None:
     run(options)
 
 
-def _judge(options: argparse.Namespace) -> None:
+def _compare(options: argparse.Namespace) -> None:
     from heft_engine.commands.compare import run
 
     run(options)
 
 
-def _propose(options: argparse.Namespace) -> None:
+def _suggest(options: argparse.Namespace) -> None:
     from heft_engine.commands.suggest import run
 
     run(options)

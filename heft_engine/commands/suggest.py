@@ -1,4 +1,4 @@
-"""`propose`: the trials of a search so far, in; the points to try next, out. JSON both ways. It loads no torch."""
+"""`suggest`: the trials of a search so far, in; the points to try next, out. JSON both ways. It loads no torch."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from heft_engine.config.search_space import Values
 from heft_engine.errors import ConfigError
-from heft_engine.studies.suggest import Sampler, Search, State, Trial, propose
+from heft_engine.studies.suggest import Sampler, Search, State, Trial, suggest
 
 
 class _Strict(BaseModel):
@@ -38,7 +38,7 @@ def run(options: argparse.Namespace) -> None:
     try:
         question = Question.model_validate_json(options.run_file.read_text())
     except ValidationError as error:
-        raise ConfigError(f"no question for propose: {error.errors()[0]['msg']}", param="run-file") from None
+        raise ConfigError(f"no question for suggest: {error.errors()[0]['msg']}", param="run-file") from None
     print(json.dumps(answer(question), allow_nan=False))
 
 
@@ -47,4 +47,4 @@ def answer(question: Question) -> dict[str, Any]:
         space=question.space, budget=question.budget, sampler=question.sampler, seed=question.seed
     )
     trials = [Trial(point=one.point, state=one.state, value=one.value) for one in question.trials]
-    return {"points": propose(search, trials, question.count)}
+    return {"points": suggest(search, trials, question.count)}

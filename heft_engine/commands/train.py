@@ -16,8 +16,9 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 from heft_engine.commands.child_process import die_with_parent, dump_stacks_on_signal
 from heft_engine.commands.stage_exchange import AskedStages
 from heft_engine.commands.telling import print_event, telling_faults
-from heft_engine.config.known_datasets import Misfit, completed
+from heft_engine.config.known_datasets import DatasetError, with_dataset_defaults
 from heft_engine.config.train import (
+    MAX_LINE_BYTES,
     EarlyStopping,
     LoraStage,
     MethodType,
@@ -26,7 +27,7 @@ from heft_engine.config.train import (
     TrainConfig,
     recipe,
 )
-from heft_engine.data.rows import MAX_LINE_BYTES, Row, read_rows
+from heft_engine.data.rows import Row, read_rows
 from heft_engine.errors import ConfigError, RowError
 from heft_engine.preflight.report import FileField
 
@@ -160,8 +161,8 @@ def _run_file(options: argparse.Namespace) -> RunFile:
         raise ConfigError(f"--{missing[0]} is needed (or --run-file)", param=missing[0])
     config = configure(options.model, options.method, options.set, options.seed)
     try:
-        task = completed(config.task, options.train)
-    except Misfit as fault:
+        task = with_dataset_defaults(config.task, options.train)
+    except DatasetError as fault:
         raise ConfigError(str(fault), param=fault.param) from fault
     kept = options.cache_dir or user_cache_path("heft")
     return RunFile(

@@ -12,7 +12,7 @@ import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 
-from heft_engine.config.metric_names import MetricName, TaskType, misfit
+from heft_engine.config.metric_names import MetricName, TaskType, metrics_error
 from heft_engine.config.train import TaskSettings
 
 #: Of the job's files, which split stands behind a dataset's bare name.
@@ -25,7 +25,7 @@ _REFERENCE = re.compile(
 )
 
 
-class Misfit(ValueError):
+class DatasetError(ValueError):
     """What can't be said of a known dataset; `param` is the field at fault."""
 
     def __init__(self, message: str, param: str) -> None:
@@ -34,7 +34,7 @@ class Misfit(ValueError):
 
 
 @dataclass(frozen=True, kw_only=True)
-class HubTask:
+class KnownDataset:
     """`columns`: what its rows must have. `configs`: the first is meant where none is named; `choose` asks for one.
 
     `splits`: which of its splits stands behind each of a job's files; a file that is not there must name one.
@@ -58,7 +58,7 @@ class HubReference:
     split: str | None
 
     @property
-    def known(self) -> HubTask | None:
+    def known(self) -> KnownDataset | None:
         return _KNOWN.get(self.repository.lower())
 
 
@@ -68,22 +68,22 @@ SENTENCE_COLUMNS = tuple(f"sentence{number}" for number in range(1, 6))
 
 _TRAIN_AND_TEST = {"training_file": "train", "test_file": "test"}
 _TEST_ALONE = {"test_file": "test"}
-_CLOZE = HubTask(type="choice", columns=(*STORY_COLUMNS, *ENDING_COLUMNS), splits=_TEST_ALONE)
+_CLOZE = KnownDataset(type="choice", columns=(*STORY_COLUMNS, *ENDING_COLUMNS), splits=_TEST_ALONE)
 #: StoryCloze has no rows for training: its validation rows are trained on, as everybody does.
 _CLOZE_SPLITS = {"training_file": "validation", "test_file": "test"}
-_STORIES = HubTask(
+_STORIES = KnownDataset(
     type="text", columns=SENTENCE_COLUMNS, metrics=("rouge_l", "f1"), splits={"training_file": "train"}
 )
-_STRATEGY = HubTask(type="yes_no", columns=("question", "answer"), splits=_TRAIN_AND_TEST)
-HUB_TASKS: Mapping[str, HubTask] = {
-    "google/boolq": HubTask(
+_STRATEGY = KnownDataset(type="yes_no", columns=("question", "answer"), splits=_TRAIN_AND_TEST)
+KNOWN_DATASETS: Mapping[str, KnownDataset] = {
+    "google/boolq": KnownDataset(
         type="yes_no",
         columns=("question", "passage", "answer"),
         splits={**SPLITS, "test_file": "validation"},  # its test answers were never published
     ),
     "ChilleD/StrategyQA": _STRATEGY,
     "wics/strategy-qa": replace(_STRATEGY, splits={"training_file": "test"}),
-    "openai/gsm8k": HubTask(
+    "openai/gsm8k": KnownDataset(
         type="text",
         columns=("question", "answer"),
         metrics=("final_number", "exact_match"),
@@ -91,7 +91,7 @@ HUB_TASKS: Mapping[str, HubTask] = {
         configs=("main", "socratic"),
         splits=_TRAIN_AND_TEST,
     ),
-    "allenai/ai2_arc": HubTask(
+    "allenai/ai2_arc": KnownDataset(
         type="choice",
         columns=("question", "choices", "answerKey"),
         configs=("ARC-Easy", "ARC-Challenge"),
@@ -108,18 +108,18 @@ HUB_TASKS: Mapping[str, HubTask] = {
     "wza/roc_stories": _STORIES,
     "igormorgado/ROCStories2018": _STORIES,
 }
-_KNOWN = {name.lower(): task for name, task in HUB_TASKS.items()}
+_KNOWN = {name.lower(): task for name, task in KNOWN_DATASETS.items()}
 
 
-def parse(text: str, file: str | None = None) -> HubReference:
+def parse_reference(text: str, file: str | None = None) -> HubReference:
     """What stands behind `hub:` with every gap filled that can be; `file` is the field of the job that names it.
 
-    Raises Misfit where it is no reference, or leaves out what can't be guessed.
+    Raises DatasetError where it is no reference, or leaves out what can't be guessed.
     """
     match = _REFERENCE.fullmatch(text)
     param = file or "training_file"
     if match is None:
-        raise Misfit(f"{text!r} is no dataset: write hub:<org>/<name>[:<config>][:<split>]", param)
+        raise DatasetError(f"{text!r} is no dataset: write hub:<org>/<name>[:<config>][:<split>]", param)
     found = HubReference(repository=match["repository"], config=match["config"], split=match["split"])
     known = found.known
     if known is None:
@@ -129,7 +129,7 @@ def parse(text: str, file: str | None = None) -> HubReference:
     if found.config is None and known.configs:
         if known.choose:
             these = " or ".join(known.configs)
-            raise Misfit(f"say which of {found.repository} is meant: {these}", param)
+            raise DatasetError(f"say which of {found.repository} is meant: {these}", param)
         found = replace(found, config=known.configs[0])
     if found.split is None and param not in known.splits:
         others = list(dict.fromkeys(known.splits.values()))
@@ -137,24 +137,24 @@ def parse(text: str, file: str | None = None) -> HubReference:
         message = (
             f"{found.repository} has no split for {param}, only {', '.join(others)}: say which, as in {part}"
         )
-        raise Misfit(message, param)
+        raise DatasetError(message, param)
     return replace(found, split=found.split or known.splits[param])
 
 
-def completed(task: TaskSettings, training_file: str) -> TaskSettings:
+def with_dataset_defaults(task: TaskSettings, training_file: str) -> TaskSettings:
     """The task with what its training data is known for, where its user has not said otherwise.
 
-    `training_file` is a reference of any kind. Raises Misfit where both can't be.
+    `training_file` is a reference of any kind. Raises DatasetError where both can't be.
     """
     source, _, rest = training_file.partition(":")
-    if source != "hub" or (known := parse(rest).known) is None:
+    if source != "hub" or (known := parse_reference(rest).known) is None:
         return task
     if task.type not in (None, known.type):
-        raise Misfit(f"{rest} holds rows of a {known.type} task, not {task.type}", "task.type")
+        raise DatasetError(f"{rest} holds rows of a {known.type} task, not {task.type}", "task.type")
     if task.labels is not None:
-        raise Misfit(f"the rows of {rest} bring answers of their own", "task.labels")
-    if task.metrics is not None and (reason := misfit(task.metrics, known.type)):
-        raise Misfit(reason, "task.metrics")
+        raise DatasetError(f"the rows of {rest} bring answers of their own", "task.labels")
+    if task.metrics is not None and (reason := metrics_error(task.metrics, known.type)):
+        raise DatasetError(reason, "task.metrics")
     metrics = task.metrics if task.metrics is not None else list(known.metrics)
     template = task.template if task.template is not None else known.template
     return TaskSettings(type=known.type, metrics=metrics, template=template)

@@ -22,7 +22,7 @@ METRICS: Mapping[TaskType, tuple[MetricName, ...]] = {
 GRADED: tuple[MetricName, ...] = ("f1", "rouge_l")
 
 
-def misfit(metrics: Sequence[MetricName], task: TaskType | None) -> str | None:
+def metrics_error(metrics: Sequence[MetricName], task: TaskType | None) -> str | None:
     """Why these can't be the metrics of a task (None: of any one task); None where they can."""
     if len(set(metrics)) < len(metrics):
         return "each metric once"

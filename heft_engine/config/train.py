@@ -13,8 +13,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationInfo, field_validator, model_validator
 
-from heft_engine.config.metric_names import MetricName, misfit
-from heft_engine.config.metric_names import TaskType as TaskType
+from heft_engine.config.metric_names import MetricName, TaskType, metrics_error
 
 Auto = Literal["auto"]
 Scheduler = Literal["linear", "cosine", "constant"]
@@ -25,6 +24,10 @@ MethodType = Literal["heft", "lora", "reft", "heft_reversed", "heft_interleaved"
 
 MAX_LAYER = 1_000
 MAX_STAGES = 16
+#: Tokens of a row when neither the user nor the model says otherwise.
+DEFAULT_MAX_LENGTH = 2_048
+#: A longer line of a JSONL file is refused.
+MAX_LINE_BYTES = 8 * 1024**2
 
 
 class Settings(BaseModel):
@@ -179,7 +182,7 @@ class TaskSettings(Settings):
     @classmethod
     def _metrics_fit(cls, value: list[MetricName] | None, info: ValidationInfo) -> list[MetricName] | None:
         kind: TaskType | None = info.data.get("type") or ("choice" if info.data.get("labels") else None)
-        if value is not None and (reason := misfit(value, kind)):
+        if value is not None and (reason := metrics_error(value, kind)):
             raise ValueError(reason)
         return value
 

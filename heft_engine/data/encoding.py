@@ -39,16 +39,17 @@ from typing import cast
 from jinja2 import TemplateError
 from transformers import PreTrainedTokenizerBase
 
+from heft_engine.config.train import DEFAULT_MAX_LENGTH
+from heft_engine.data.chat_rows import Message
 from heft_engine.data.metrics import check_numbers
-from heft_engine.data.rows import Message, Row
-from heft_engine.data.task import Task as Task
+from heft_engine.data.rows import Row
+from heft_engine.data.task import Task
 from heft_engine.errors import ConfigError, RowError
 
 PLAIN_CHAT = (
     "{% for message in messages %}{{ message['role'] + ': ' + message['content'] + '\n' }}{% endfor %}"
     "{% if add_generation_prompt %}{{ 'assistant:' + '\n' }}{% endif %}"
 )
-DEFAULT_MAX_LENGTH = 2_048
 _ANCHOR = "x:"
 
 

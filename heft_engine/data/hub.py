@@ -23,7 +23,7 @@ from huggingface_hub.errors import (
     RevisionNotFoundError,
 )
 
-from heft_engine.config.known_datasets import Misfit, parse
+from heft_engine.config.known_datasets import DatasetError, parse_reference
 from heft_engine.data.hub_rows import reader_of
 from heft_engine.errors import EngineError, RowError
 
@@ -45,8 +45,8 @@ def load_hub_rows(
     dataset_access_denied, hub_unavailable) and RowError when its columns fit none of the formats.
     """
     try:
-        where = parse(reference, file)
-    except Misfit as fault:
+        where = parse_reference(reference, file)
+    except DatasetError as fault:
         raise HubDataError(str(fault)) from fault
     assert where.split is not None
     data = _load(where.repository, where.config, where.split, cache_dir)

@@ -13,15 +13,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO, Literal
 
-from heft_engine.config.train import TaskType
+from heft_engine.config.metric_names import TaskType
+from heft_engine.config.train import MAX_LINE_BYTES
 from heft_engine.data.chat_rows import Message, parse_messages
 from heft_engine.data.row_fields import json_type, refuse_unknown, text, without_nulls
 from heft_engine.errors import RowError
 
-__all__ = ["Message", "Row", "RowKind", "infer_task", "parse_row", "read_rows", "scan_rows"]
-
 RowKind = Literal["yes_no", "choice", "prompt", "messages"]
-MAX_LINE_BYTES = 8 * 1024**2
 MAX_CHOICES = 100
 _YES_NO = ("yes", "no")
 _TASKS: dict[RowKind, TaskType] = {

@@ -8,7 +8,7 @@ from __future__ import annotations
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from heft_engine.config.metric_names import METRICS, MetricName, TaskType, misfit
+from heft_engine.config.metric_names import METRICS, MetricName, TaskType, metrics_error
 from heft_engine.config.train import TaskSettings
 from heft_engine.errors import ConfigError
 
@@ -46,7 +46,7 @@ class Task:
             raise ConfigError(f"the template must hold {needed}", param="task.template")
         labels = YES_NO_LABELS if kind == "yes_no" else tuple(settings.labels) if settings.labels else None
         metrics = tuple(settings.metrics or ())
-        if metrics and (reason := misfit(metrics, kind)):
+        if metrics and (reason := metrics_error(metrics, kind)):
             raise ConfigError(reason, param="task.metrics")
         return Task(type=kind, template=template, labels=labels, metrics=metrics)
 

@@ -25,9 +25,10 @@ import torch
 from heft_engine.adapters import lora
 from heft_engine.bundle.format import Bundle, check_tokenizer, read_bundle
 from heft_engine.config.train import ReftStage
-from heft_engine.data.encoding import Encoder, Task
+from heft_engine.data.encoding import Encoder
 from heft_engine.data.general_text import general_examples
 from heft_engine.data.rows import Row
+from heft_engine.data.task import Task
 from heft_engine.diagnostics import descent, plots
 from heft_engine.diagnostics.curvature import Place, begin, curvature
 from heft_engine.diagnostics.representations import compare, describe, states

@@ -19,8 +19,7 @@ from scipy.stats import binomtest
 from heft_engine.config.metric_names import GRADED, MetricName
 from heft_engine.data.encoding import Encoder, Example
 from heft_engine.data.metrics import measure
-from heft_engine.evaluation.graded import mean_interval
-from heft_engine.evaluation.row_values import pack_rows, pack_values
+from heft_engine.evaluation.row_values import mean_interval, pack_correctness, pack_graded
 from heft_engine.inference.detokenizer import decode
 from heft_engine.inference.greedy import ends_of, generate
 from heft_engine.inference.scoring import TOKEN_BUDGET, Scores, score
@@ -117,8 +116,8 @@ class Evaluation:
     def packed_rows(self) -> dict[str, str]:
         """Row by row, as heft_engine.evaluation.row_values packs it: `right`, or `values` of a graded metric."""
         if self.is_graded:
-            return {"values": pack_values(self.rows)}
-        return {"right": pack_rows([row == 1 for row in self.rows])}
+            return {"values": pack_graded(self.rows)}
+        return {"right": pack_correctness([row == 1 for row in self.rows])}
 
 
 def evaluate(

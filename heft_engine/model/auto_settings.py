@@ -5,8 +5,7 @@ The rules are written in docs/settings.md too. It does NOT load or change models
 
 from __future__ import annotations
 
-from heft_engine.config.train import LoraStage, ReftStage, Stage, parse_positions
-from heft_engine.data.encoding import DEFAULT_MAX_LENGTH
+from heft_engine.config.train import DEFAULT_MAX_LENGTH, LoraStage, ReftStage, Stage, parse_positions
 from heft_engine.errors import ConfigError
 from heft_engine.model.families import Family
 

@@ -25,7 +25,7 @@ from heft_engine.model.block_sizes import measured
 from heft_engine.model.families import family_of
 from heft_engine.model.interventions import Sites
 from heft_engine.model.packing import Batch, Layout
-from heft_engine.runtime.free_memory import free_bytes
+from heft_engine.runtime.devices import free_bytes
 
 #: On a CPU every shape of a matrix product has machine code of its own, 0.9 MB of it, of which oneDNN keeps the last
 #: 1,024 otherwise: as much memory as a pass takes, for shapes that mostly don't come again. It reads this at its first

@@ -11,9 +11,10 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-from heft_engine.config.train import TaskSettings
-from heft_engine.data.encoding import Encoder, Example, Task
-from heft_engine.data.rows import MAX_LINE_BYTES, Row, infer_task, scan_rows
+from heft_engine.config.train import MAX_LINE_BYTES, TaskSettings
+from heft_engine.data.encoding import Encoder, Example
+from heft_engine.data.rows import Row, infer_task, scan_rows
+from heft_engine.data.task import Task
 from heft_engine.errors import RowError
 from heft_engine.model.auto_settings import resolve_max_length
 from heft_engine.model.base_models import load_tokenizer

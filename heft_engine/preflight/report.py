@@ -9,7 +9,7 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from typing import Any, Literal
 
-from heft_engine.config.train import TaskType
+from heft_engine.config.metric_names import TaskType
 from heft_engine.errors import RowError
 
 FileField = Literal["training_file", "validation_file", "test_file"]

@@ -1,27 +1,39 @@
-"""Where a run computes and in which precision."""
+"""Devices: which one to compute on, in which precision, and how much memory is used and free there.
+
+Memory limits of containers (control groups, version 2) are respected.
+"""
 
 from __future__ import annotations
 
+import os
+from contextlib import suppress
+from pathlib import Path
+
+import psutil
 import torch
 
 from heft_engine.config.train import Dtype
 
+_CGROUP = Path("/sys/fs/cgroup")
+#: Words in the command line of every training process.
+_TRAINING_COMMAND = frozenset({"heft_engine", "train"})
 
-def choose_device(wanted: str | None = None) -> str:
-    """`wanted`, else "cuda" with one GPU, "auto" (spread by accelerate) with several, else "cpu"."""
-    if wanted is not None:
-        return wanted
+
+def choose_device(requested: str | None = None) -> str:
+    """Returns `requested`, else "cuda" with one GPU, "auto" (placed by accelerate) with several, "cpu" with none."""
+    if requested is not None:
+        return requested
     if not torch.cuda.is_available():
         return "cpu"
     return "auto" if torch.cuda.device_count() > 1 else "cuda"
 
 
-def choose_dtype(wanted: Dtype, device: str) -> torch.dtype:
-    """bfloat16 where the hardware multiplies it (float32 otherwise), or as asked."""
-    if wanted != "auto":
-        return torch.float32 if wanted == "float32" else torch.bfloat16
-    fast = torch.cuda.is_bf16_supported() if device != "cpu" else _cpu_has_bfloat16()
-    return torch.bfloat16 if fast else torch.float32
+def choose_dtype(requested: Dtype, device: str) -> torch.dtype:
+    """Returns the requested dtype; for "auto", bfloat16 where the hardware multiplies it, else float32."""
+    if requested != "auto":
+        return torch.float32 if requested == "float32" else torch.bfloat16
+    has_bfloat16 = torch.cuda.is_bf16_supported() if device != "cpu" else _cpu_has_bfloat16()
+    return torch.bfloat16 if has_bfloat16 else torch.float32
 
 
 def _cpu_has_bfloat16() -> bool:
@@ -29,11 +41,55 @@ def _cpu_has_bfloat16() -> bool:
 
 
 def dtype_name(dtype: torch.dtype) -> str:
+    """The name without its module: "bfloat16"."""
     return str(dtype).removeprefix("torch.")
 
 
 def dtype_of(name: str) -> torch.dtype:
-    """The dtype that `dtype_name` wrote."""
-    found = getattr(torch, name)
-    assert isinstance(found, torch.dtype)
-    return found
+    """The inverse of `dtype_name`."""
+    dtype = getattr(torch, name)
+    assert isinstance(dtype, torch.dtype)
+    return dtype
+
+
+def resident_bytes(device: torch.device) -> int:
+    """Bytes that this process uses: allocated by torch on a GPU, resident set size on a CPU."""
+    if device.type == "cuda":
+        return torch.cuda.memory_allocated(device)
+    return int(psutil.Process().memory_info().rss)
+
+
+def free_bytes(device: torch.device) -> int:
+    """Bytes that this process can still allocate on the device."""
+    if device.type == "cuda":
+        free, _ = torch.cuda.mem_get_info(device)
+        return free + torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+    free = int(psutil.virtual_memory().available)
+    with suppress(OSError, ValueError):  # no control groups, or no limit ("max")
+        limit = int((_CGROUP / "memory.max").read_text())
+        free = min(free, limit - int((_CGROUP / "memory.current").read_text()))
+    return free
+
+
+def memory_share(device: torch.device, runs: int) -> int:
+    """Bytes that one of `runs` concurrent training runs, this process among them, may still allocate.
+
+    On a CPU, free memory and what the runs use already are divided evenly, so that a run that starts later, and finds
+    less free, is not disadvantaged twice; memory of other processes counts for nobody. On a GPU free memory is divided
+    evenly.
+    """
+    free = free_bytes(device)
+    if runs == 1 or device.type == "cuda":
+        return free // runs
+    even = (free + _training_bytes()) // runs - resident_bytes(device)
+    return max(free // runs, min(free, even))
+
+
+def _training_bytes() -> int:
+    """Resident bytes of all training processes on this machine, this one included."""
+    total = 0
+    for process in psutil.process_iter(["pid", "cmdline", "memory_info"]):
+        is_training = set(process.info["cmdline"] or ()) >= _TRAINING_COMMAND
+        if (is_training or process.info["pid"] == os.getpid()) and process.info["memory_info"] is not None:
+            total += process.info["memory_info"].rss
+    return total

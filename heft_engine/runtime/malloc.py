@@ -21,8 +21,8 @@ _MMAP_THRESHOLD, _TRIM_THRESHOLD, _TOP_PAD = -3, -1, -2
 _SETTINGS = {_MMAP_THRESHOLD: 32 << 20, _TRIM_THRESHOLD: 512 << 20, _TOP_PAD: 128 << 20}
 
 
-def keep_freed() -> None:
-    """From now on freed memory stays with the process, but for `give_back`. For a process's start.
+def retain_freed_memory() -> None:
+    """From now on freed memory stays with the process, but for `trim`. For a process's start.
 
     Whoever has set glibc's own variables (MALLOC_…, GLIBC_TUNABLES) has decided otherwise.
     """
@@ -34,7 +34,7 @@ def keep_freed() -> None:
             library.mallopt(parameter, value)
 
 
-def give_back() -> None:
+def trim() -> None:
     """Hands the heap's free pages back to the system: what is gone for good leaves holes."""
     with suppress(OSError, AttributeError):
         ctypes.CDLL(None).malloc_trim(0)

@@ -1,10 +1,10 @@
 """Work in a thread that ends with it, so that torch's threads for it end too.
 
-Every thread that has once computed in parallel keeps a team of OpenMP's for good. libgomp counts the threads of all
-teams in the process, and as soon as they are more than the processors, no team waits for its next piece of work
-awake (`gomp_throttled_spin_count_var`, libgomp/env.c): each of a pass's thousand small pieces then begins with waking a
-thread. With one other team about, a pass over one row took 1.7 to 2.7 times as long (2 cores). So whoever computes
-beside the thread of passes does it apart.
+Every thread that has computed in parallel once keeps a team of OpenMP threads. libgomp counts the threads of all teams
+in the process; when they outnumber the processors, threads stop spinning while they wait for work
+(`gomp_throttled_spin_count_var`, libgomp/env.c), and each of the thousand small parallel regions of a forward pass
+begins with waking a thread. With one other team alive, a pass over one row took 1.7 to 2.7 times as long (2 cores).
+Loading and other work beside the thread that runs forward passes therefore runs in a thread of its own that ends.
 """
 
 from __future__ import annotations
@@ -17,10 +17,10 @@ from typing import TypeVar
 T = TypeVar("T")
 
 
-def apart(call: Callable[[], T]) -> T:
-    """What `call` returns or raises; the caller waits. The thread it ran in is gone then.
+def run_in_short_lived_thread(call: Callable[[], T]) -> T:
+    """Returns or raises what `call` does, after the thread that it ran in has ended.
 
-    It has the caller's context variables, by which logs know whose work this is.
+    The thread has the caller's context variables, which the log uses for request and job ids.
     """
-    with ThreadPoolExecutor(1, thread_name_prefix="apart") as thread:
+    with ThreadPoolExecutor(1, thread_name_prefix="short-lived") as thread:
         return thread.submit(copy_context().run, call).result()

@@ -14,8 +14,10 @@ from transformers import PreTrainedTokenizerBase
 
 from heft_engine.adapters import lora
 from heft_engine.bundle.format import Bundle, check_tokenizer
-from heft_engine.config.train import TaskSettings, TaskType
-from heft_engine.data.encoding import Encoder, Task, tokenizer_hash
+from heft_engine.config.metric_names import TaskType
+from heft_engine.config.train import TaskSettings
+from heft_engine.data.encoding import Encoder, tokenizer_hash
+from heft_engine.data.task import Task
 from heft_engine.errors import BundleError
 from heft_engine.model.attention import IMPLEMENTATION
 from heft_engine.model.auto_settings import resolve_max_length

@@ -21,11 +21,11 @@ from pathlib import Path
 from typing import Literal
 
 from heft_engine.bundle.format import Bundle, read_bundle
-from heft_engine.config.train import TaskType
+from heft_engine.config.metric_names import TaskType
 from heft_engine.errors import BundleError
 from heft_engine.model.base_models import BaseModel, resolve
 from heft_engine.runtime.devices import choose_device, choose_dtype, dtype_of
-from heft_engine.runtime.threads import apart
+from heft_engine.runtime.threads import run_in_short_lived_thread
 from heft_engine.serving.batcher import Batcher
 from heft_engine.serving.loaded_base import Base, Kind, key_of, size_on_disk
 from heft_engine.serving.placement import Entry, Fetch, Held, changes, kind_at_first
@@ -159,7 +159,7 @@ class ModelPool:
 
     def _bring(self, entry: Entry) -> None:
         try:
-            held = apart(lambda: self._loaded(entry))
+            held = run_in_short_lived_thread(lambda: self._loaded(entry))
             with self._lock:
                 entry.stand(held)
         except BaseException as fault:  # noqa: BLE001 - whoever waits for it is told, this caller among them
@@ -278,7 +278,7 @@ class ModelPool:
         held: Held | None = None
         try:
             if not entry.forgotten:
-                held = apart(lambda: self._load(name, fetch, kind))
+                held = run_in_short_lived_thread(lambda: self._load(name, fetch, kind))
                 log.info("%s is held %s now", name, kind)
         except Exception:
             log.exception("%s could not be held %s and stays as it is", name, kind)

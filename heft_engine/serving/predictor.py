@@ -17,9 +17,11 @@ import torch
 
 from heft_engine.adapters import lora
 from heft_engine.bundle.format import Bundle, check_tokenizer, read_bundle
-from heft_engine.config.train import TaskSettings, TaskType
-from heft_engine.data.encoding import Encoder, Example, Task
+from heft_engine.config.metric_names import TaskType
+from heft_engine.config.train import TaskSettings
+from heft_engine.data.encoding import Encoder, Example
 from heft_engine.data.rows import Row
+from heft_engine.data.task import Task
 from heft_engine.errors import BundleError
 from heft_engine.inference.scoring import TOKEN_BUDGET, Scores
 from heft_engine.inference.scoring_pass import ScoringRow, score_rows
@@ -30,7 +32,7 @@ from heft_engine.model.model_files import inspect, weights_hash
 from heft_engine.model.packed_lm import PackedLM
 from heft_engine.model.packing import micro_batches
 from heft_engine.runtime.devices import choose_device, choose_dtype
-from heft_engine.runtime.threads import apart
+from heft_engine.runtime.threads import run_in_short_lived_thread
 from heft_engine.serving.batcher import Batcher, Cancelled
 from heft_engine.serving.request_queue import Weights
 from heft_engine.serving.text_generator import Listener, Piece, TextWriter, WriteRequest
@@ -247,7 +249,7 @@ def load(
         check_probe(bundle, Weights(lm=lm, sites=tuple(lm.sites)))
         return lm
 
-    lm = apart(checked)
+    lm = run_in_short_lived_thread(checked)
     encoder = Encoder(tokenizer, Task.from_json(bundle.info.task), bundle.info.max_length)
     return Predictor(
         Weights(lm=lm, sites=tuple(lm.sites), scope="merged"),
@@ -271,13 +273,15 @@ def load_base(
     key_value_bytes: int = KEY_VALUE_BYTES,
 ) -> Predictor:
     """A base model as it is, asked with a task's default template. Raises ModelError."""
-    base = apart(
+    base = run_in_short_lived_thread(
         lambda: resolve(reference, model_dir=model_dir, cache_dir=cache_dir, allow_paths=allow_paths)
     )
     where = device or choose_device()
     dtype = choose_dtype("auto", where)
-    lm = apart(lambda: PackedLM(load_model(base, dtype=dtype, device=where, attention=IMPLEMENTATION)))
-    apart(lm.pack)
+    lm = run_in_short_lived_thread(
+        lambda: PackedLM(load_model(base, dtype=dtype, device=where, attention=IMPLEMENTATION))
+    )
+    run_in_short_lived_thread(lm.pack)
     length = resolve_max_length(None, inspect(base.path).max_position_embeddings)
     encoder = Encoder(load_tokenizer(base.path), Task.resolve(TaskSettings(), task), length)
     weights = Weights(lm=lm, scope="base")

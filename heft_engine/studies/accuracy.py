@@ -1,6 +1,6 @@
 """An arm's accuracy with an interval: over the rows by Wilson's score, over the seeds by t, both where there are both.
 
-Where rows are more or less right it is the mean of their metric, with heft_engine.evaluation.graded's interval
+Where rows are more or less right it is the mean of their metric, with heft_engine.evaluation.row_values's interval
 over the rows. It
 does NOT compare arms.
 """
@@ -14,9 +14,9 @@ import numpy as np
 from scipy import stats
 from statsmodels.stats.proportion import proportion_confint
 
-from heft_engine.evaluation.graded import mean_interval
+from heft_engine.evaluation.row_values import mean_interval
+from heft_engine.studies.arms import Arm, RowValues
 from heft_engine.studies.intervals import LEVEL
-from heft_engine.studies.outcomes import Arm, Outcome
 
 Interval = tuple[float, float]
 
@@ -77,7 +77,7 @@ def _over_rows(arm: Arm, mean: float) -> Interval:
     return min(low, mean), max(high, mean)
 
 
-def _of_seed(outcome: Outcome) -> dict[str, Any]:
+def _of_seed(outcome: RowValues) -> dict[str, Any]:
     right, rows = float(outcome.right.sum()), len(outcome.right)
     interval = mean_interval(outcome.right, LEVEL) if outcome.is_graded else wilson(right, rows)
     return {

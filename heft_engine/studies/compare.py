@@ -15,8 +15,8 @@ from statsmodels.stats.multitest import multipletests
 
 from heft_engine.studies import sentences
 from heft_engine.studies.accuracy import accuracy_of
+from heft_engine.studies.arms import Arm, paired
 from heft_engine.studies.mcnemar import ModelComparison, compare_models
-from heft_engine.studies.outcomes import Arm, paired
 from heft_engine.studies.over_tasks import TaskComparison, compare_over_tasks
 from heft_engine.studies.paired_seeds import MethodComparison, compare_methods
 from heft_engine.studies.sentences import Judged, Needed
@@ -36,7 +36,7 @@ class _Pair:
     methods: MethodComparison | None = None
 
 
-def judge(arms: Sequence[Arm], *, baseline: str | None = None) -> dict[str, Any]:
+def compare_arms(arms: Sequence[Arm], *, baseline: str | None = None) -> dict[str, Any]:
     """`{"arms": […], "comparisons": […], "over_tasks": […]}`.
 
     Each pair of arms of one task is compared, or each arm with the one (or the one of the method) named `baseline`. The

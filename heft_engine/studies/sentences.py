@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from heft_engine.studies.arms import Arm
 from heft_engine.studies.mcnemar import ModelComparison
-from heft_engine.studies.outcomes import Arm
 from heft_engine.studies.over_tasks import TaskComparison
 from heft_engine.studies.paired_seeds import MethodComparison
 

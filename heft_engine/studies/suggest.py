@@ -58,7 +58,7 @@ class Search:
     seed: int = 0
 
 
-def propose(search: Search, trials: Sequence[Trial], count: int) -> list[Point]:
+def suggest(search: Search, trials: Sequence[Trial], count: int) -> list[Point]:
     """So many points that are not among the trials; fewer where the space has no more."""
     known, new = list(trials), []
     for _ in range(count):

@@ -12,8 +12,9 @@ from dataclasses import dataclass
 
 from heft_engine.bundle.format import Bundle, check_tokenizer
 from heft_engine.config.train import LoraStage, ReftStage, parse_positions
-from heft_engine.data.encoding import Encoder, Example, Task, intervened_positions
+from heft_engine.data.encoding import Encoder, Example, intervened_positions
 from heft_engine.data.rows import Row
+from heft_engine.data.task import Task
 from heft_engine.errors import TrainingError
 from heft_engine.model.base_models import load_tokenizer
 from heft_engine.model.interventions import Site

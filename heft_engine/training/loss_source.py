@@ -20,7 +20,7 @@ from heft_engine.evaluation.evaluate import supervised_loss
 from heft_engine.model.loss import cross_entropy
 from heft_engine.model.packed_lm import PackedLM
 from heft_engine.model.packing import fill, pack, packed_length
-from heft_engine.runtime.free_memory import share
+from heft_engine.runtime.devices import memory_share
 from heft_engine.training.activation_cache import Boundary, Rung, SuffixCache, size_of
 from heft_engine.training.activation_store import Prefills
 
@@ -115,7 +115,7 @@ class CacheBudget:
     def memory_bytes(self) -> int:
         if self.memory is not None:
             return self.memory
-        return share(torch.device("cpu"), self.sharers) // 4
+        return memory_share(torch.device("cpu"), self.sharers) // 4
 
 
 @dataclass(frozen=True, kw_only=True)

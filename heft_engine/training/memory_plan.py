@@ -24,7 +24,7 @@ from heft_engine.errors import TrainingError
 from heft_engine.model.causal_attention import LONGEST_MATRIX, STEP
 from heft_engine.model.loss import CHUNK
 from heft_engine.model.packed_lm import PackedLM
-from heft_engine.runtime.malloc import give_back
+from heft_engine.runtime import malloc
 from heft_engine.training.loss_source import PlainSource
 
 #: Of what a pass keeps: its own results on the way, and the holes between them.
@@ -170,7 +170,7 @@ def peak(device: torch.device) -> Iterator[Callable[[], int | None]]:
         torch.cuda.reset_peak_memory_stats(device)
         yield lambda: torch.cuda.max_memory_allocated(device)
         return
-    give_back()  # what an earlier stage has left is none of it
+    malloc.trim()  # what an earlier stage has left is none of it
     with suppress(OSError):
         Path("/proc/self/clear_refs").write_text("5")  # sets VmHWM back to what is resident now
     yield _highest_resident

@@ -20,8 +20,7 @@ from heft_engine.data.encoding import Example
 from heft_engine.inference.scoring import TOKEN_BUDGET as SCORING_BUDGET
 from heft_engine.model.packed_lm import PackedLM
 from heft_engine.model.packing import fill, packed_length
-from heft_engine.runtime import free_memory
-from heft_engine.runtime.malloc import give_back
+from heft_engine.runtime import devices, malloc
 from heft_engine.training import memory_plan
 from heft_engine.training.activation_cache import Boundary, kv_shape
 from heft_engine.training.compile import compiled_layers, pays
@@ -88,10 +87,10 @@ class Planner:
 
         Raises TrainingError (out_of_memory) for a stage that can't fit.
         """
-        give_back()
+        malloc.trim()
         caches = self._caches(earlier)
         with ExitStack() as stack:
-            stack.callback(give_back)
+            stack.callback(malloc.trim)
             compiled, failure = self._compile(stack, caches[0], earlier)
             if not compiled:
                 stack.enter_context(lean_layers(self.lm))
@@ -144,7 +143,7 @@ class Planner:
     def _fit(self, caches: tuple[CachePlan, CachePlan]) -> Fit:
         room = self.room
         if room is None:
-            room = free_memory.share(self.lm.device, self.budget.sharers)
+            room = devices.memory_share(self.lm.device, self.budget.sharers)
         room = int((room - self._standing(caches)) / memory_plan.OVERHEAD) - self._head()
         longest = max(map(packed_length, self.examples))
 
@@ -232,7 +231,7 @@ class Planner:
         scoring = memory_plan.pass_bytes(lm, SCORING_BUDGET)
         merging = self._merging() if isinstance(self.stage, LoraStage) and lm.device.type == "cpu" else 0
         most = max(int(memory_plan.OVERHEAD * training), scoring, merging)
-        return free_memory.resident_bytes(lm.device) + self._standing(caches) + code + most
+        return devices.resident_bytes(lm.device) + self._standing(caches) + code + most
 
     def _merging(self) -> int:
         """The merge is held to a copy of the model in float32, which always lies on the CPU, on a few of the rows."""

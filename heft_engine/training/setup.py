@@ -10,8 +10,9 @@ from dataclasses import dataclass
 
 from heft_engine.adapters import lora
 from heft_engine.config.train import LoraStage, TrainConfig
-from heft_engine.data.encoding import Encoder, Example, Task
+from heft_engine.data.encoding import Encoder, Example
 from heft_engine.data.rows import Row, infer_task
+from heft_engine.data.task import Task
 from heft_engine.errors import ConfigError, RowError
 from heft_engine.model.attention import IMPLEMENTATION
 from heft_engine.model.auto_settings import resolve_max_length, resolve_stage

@@ -39,7 +39,7 @@ class Study(Base):
     finished_at: Mapped[datetime | None]
     cancel_requested_at: Mapped[datetime | None]
     event_seq: Mapped[int] = mapped_column(server_default=text("0"))
-    verdict: Mapped[dict[str, Any] | None]  #: heft_engine.studies.judge over the jobs that have ended
+    verdict: Mapped[dict[str, Any] | None]  #: heft_engine.studies.compare over the jobs that have ended
 
     __table_args__ = (
         Index("studies_by_owner", "owner_id", text("created_at DESC"), text("id DESC")),

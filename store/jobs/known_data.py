@@ -19,7 +19,7 @@ def refuse_misfits(spec: TrainingSpec) -> None:
         for field in FILE_FIELDS:
             source, _, rest = (getattr(spec, field) or "").partition(":")
             if source == "hub":
-                known_datasets.parse(rest, field)
-        known_datasets.completed(spec.task, spec.training_file)
-    except known_datasets.Misfit as fault:
+                known_datasets.parse_reference(rest, field)
+        known_datasets.with_dataset_defaults(spec.task, spec.training_file)
+    except known_datasets.DatasetError as fault:
         raise InvalidRequest(str(fault), param=fault.param) from fault

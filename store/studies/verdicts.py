@@ -36,7 +36,7 @@ def with_news(session: Session, *, but: Collection[str] = ()) -> Study | None:
 def question(
     study: Study, runs: Sequence[Run], arms: Sequence[Mapping[str, Any]] | None = None
 ) -> dict[str, Any]:
-    """What `python -m heft_engine judge` reads: the arms in order, and the rows of each run that has succeeded.
+    """What `python -m heft_engine compare` reads: the arms in order, and the rows of each run that has succeeded.
 
     arms: all of them, or those of a search that may be judged.
     """

@@ -6,12 +6,12 @@ import asyncio
 
 import pytest
 
-from api import endings
+from api import cancellation
 
 
 def test_a_task_that_forgets_its_first_cancellation_is_told_again(monkeypatch: pytest.MonkeyPatch) -> None:
     """As Python 3.11's wait_for does, when its work is done in the same moment."""
-    monkeypatch.setattr(endings, "_AGAIN_SECONDS", 0.01)
+    monkeypatch.setattr(cancellation, "_RETRY_SECONDS", 0.01)
     told = 0
 
     async def forgetful() -> None:
@@ -27,7 +27,7 @@ def test_a_task_that_forgets_its_first_cancellation_is_told_again(monkeypatch: p
     async def run() -> None:
         task, done = asyncio.create_task(forgetful()), asyncio.create_task(asyncio.sleep(0))
         await asyncio.sleep(0)
-        await asyncio.wait_for(endings.end(task, done), 10)
+        await asyncio.wait_for(cancellation.cancel_and_wait(task, done), 10)
         assert task.cancelled()
 
     asyncio.run(run())

@@ -25,7 +25,7 @@ def test_only_who_answers_keeps_what_passes_free(
     def begin(*_: Any) -> None:
         raise Begun
 
-    monkeypatch.setattr(process, "keep_freed", lambda: kept.append(role))
+    monkeypatch.setattr(process, "retain_freed_memory", lambda: kept.append(role))
     monkeypatch.setattr(process, "_context", begin)
     with pytest.raises(Begun):
         process.run(role, bench.context.settings)

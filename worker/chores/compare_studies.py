@@ -70,13 +70,13 @@ def _looked_at(
 ) -> tuple[dict[str, Any], Round | None]:
     """The verdict, and what a search tries next."""
     if study.spec.get("search") is None:
-        return engine("judge", verdicts.question(study, runs)), None
+        return engine("compare", verdicts.question(study, runs)), None
     planned = search_rounds.arms_after(study, runs)
     found = next_round(engine, study, planned, base)
     arms = verdicts.judged_of_search([*planned, *found.new])
     if not arms:
         return NOTHING_YET, found
-    return engine("judge", verdicts.question(study, runs, arms)), found
+    return engine("compare", verdicts.question(study, runs, arms)), found
 
 
 def judging(context: Context) -> list[Chore]:

@@ -25,7 +25,7 @@ def next_round(ask: Ask, study: Study, planned: list[dict[str, Any]], base: Base
     if study.cancel_requested_at is not None:
         return Round(seen=len(planned), new=())
     while (places := open_places(study.spec["search"], trials := trials_of([*planned, *new]))) > 0:
-        points = ask("propose", _question(study, trials, places))["points"]
+        points = ask("suggest", _question(study, trials, places))["points"]
         if not points:  # every point of the space has been tried
             break
         numbered = enumerate(points, len(trials) + 1)

@@ -24,10 +24,10 @@ import transformers
 from redis import Redis
 from redis.exceptions import RedisError
 
-from heft_engine.config.train import TaskType
+from heft_engine.config.metric_names import TaskType
 from heft_engine.data.rows import Row, infer_task, parse_row
 from heft_engine.errors import EngineError, ModelError, RowError
-from heft_engine.runtime.malloc import give_back
+from heft_engine.runtime import malloc
 from heft_engine.serving import batcher as batching
 from heft_engine.serving.batcher import Batcher
 from heft_engine.serving.model_pool import ModelPool
@@ -128,7 +128,7 @@ class Inference:
         rests = self._gave_back_at < worked_at < time.monotonic() - _REST_SECONDS
         if self._have_left or rests:
             self._gave_back_at, self._have_left = time.monotonic(), False
-            give_back()
+            malloc.trim()
 
     def _some_left(self) -> None:
         """To the other processes on the GPU at once; the machine's memory waits for `give_memory_back`."""

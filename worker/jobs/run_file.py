@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from heft_engine.config.known_datasets import completed
+from heft_engine.config.known_datasets import with_dataset_defaults
 from heft_engine.config.train import TrainConfig
 from store.jobs.spec import TrainingSpec
 from store.settings import StoreSettings
@@ -56,7 +56,7 @@ def train_config(spec: TrainingSpec, *, revision: str | None) -> TrainConfig:
         model=pinned or spec.model,
         stages=spec.stages(),
         method=spec.method.engine_method(),
-        task=completed(spec.task, spec.training_file),
+        task=with_dataset_defaults(spec.task, spec.training_file),
         seed=spec.seed,
         max_length=spec.max_length,
         dtype=spec.dtype,

@@ -7,12 +7,19 @@ from typing import Any
 
 import pytest
 
-from heft_engine.config.known_datasets import HUB_TASKS, HubReference, Misfit, completed, parse
+from heft_engine.config.known_datasets import (
+    KNOWN_DATASETS,
+    DatasetError,
+    HubReference,
+    parse_reference,
+    with_dataset_defaults,
+)
 from heft_engine.config.metric_names import METRICS
 from heft_engine.config.train import TaskSettings
-from heft_engine.data.encoding import Encoder, Task
+from heft_engine.data.encoding import Encoder
 from heft_engine.data.hub_rows import reader_of
 from heft_engine.data.rows import infer_task, parse_row
+from heft_engine.data.task import Task
 from heft_engine.errors import RowError
 from heft_engine.model.base_models import load_tokenizer
 
@@ -122,9 +129,9 @@ def test_a_row_of_the_hub_becomes_prompt_and_answer(
     answer: str,
     metrics: tuple[str, ...],
 ) -> None:
-    where = parse(reference)
+    where = parse_reference(reference)
     row = parse_row(reader_of(where, list(fields))(fields))
-    task = Task.resolve(completed(TaskSettings(), f"hub:{reference}"), infer_task([row]))
+    task = Task.resolve(with_dataset_defaults(TaskSettings(), f"hub:{reference}"), infer_task([row]))
     tokenizer = load_tokenizer(tiny_llama_dir)
     encoder = Encoder(tokenizer, task)
     (example,) = encoder.encode(row)
@@ -157,7 +164,7 @@ def test_a_row_of_the_hub_becomes_prompt_and_answer(
 def test_what_a_reference_leaves_out_is_filled_in(
     text: str, file: str, where: tuple[str | None, str | None]
 ) -> None:
-    found = parse(text, file)
+    found = parse_reference(text, file)
     assert (found.config, found.split) == where
 
 
@@ -172,8 +179,8 @@ def test_what_a_reference_leaves_out_is_filled_in(
     ],
 )
 def test_what_cant_be_guessed_must_be_said(text: str, file: str, words: str) -> None:
-    with pytest.raises(Misfit, match=words) as refused:
-        parse(text, file)
+    with pytest.raises(DatasetError, match=words) as refused:
+        parse_reference(text, file)
     assert refused.value.param == file
 
 
@@ -186,16 +193,16 @@ def test_what_cant_be_guessed_must_be_said(text: str, file: str, words: str) -> 
     ],
 )
 def test_a_task_that_the_data_is_not_for_is_refused(task: dict[str, Any], param: str) -> None:
-    with pytest.raises(Misfit) as refused:
-        completed(TaskSettings(**task), "hub:openai/gsm8k:main:train")
+    with pytest.raises(DatasetError) as refused:
+        with_dataset_defaults(TaskSettings(**task), "hub:openai/gsm8k:main:train")
     assert refused.value.param == param
 
 
 def test_what_the_user_says_stands() -> None:
     said = TaskSettings(metrics=["exact_match"], template="{prompt}")
-    assert completed(said, "hub:openai/gsm8k") == said.model_copy(update={"type": "text"})
+    assert with_dataset_defaults(said, "hub:openai/gsm8k") == said.model_copy(update={"type": "text"})
     for reference in ("file-abc", "sample:passages", "hub:org/other", "/rows.jsonl"):
-        assert completed(TaskSettings(), reference) == TaskSettings()
+        assert with_dataset_defaults(TaskSettings(), reference) == TaskSettings()
 
 
 def test_columns_that_dont_match_are_told_beside_those_expected() -> None:
@@ -221,8 +228,9 @@ def test_rows_that_are_not_like_the_others(fields: dict[str, Any], fault: type[E
 
 
 def test_every_known_dataset_has_a_task_that_can_be() -> None:
-    for name, known in HUB_TASKS.items():
+    for name, known in KNOWN_DATASETS.items():
         assert set(known.metrics) <= set(METRICS[known.type]), name
         assert (
-            completed(TaskSettings(), f"hub:{name}:{(known.configs or ('x',))[0]}:train").type == known.type
+            with_dataset_defaults(TaskSettings(), f"hub:{name}:{(known.configs or ('x',))[0]}:train").type
+            == known.type
         )

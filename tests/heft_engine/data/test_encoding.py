@@ -12,9 +12,11 @@ from tiny_models import save_tokenizer
 from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
 from transformers import AutoTokenizer, PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
-from heft_engine.config.train import TaskSettings, TaskType
-from heft_engine.data.encoding import Encoder, Example, Task, tokenizer_hash
+from heft_engine.config.metric_names import TaskType
+from heft_engine.config.train import TaskSettings
+from heft_engine.data.encoding import Encoder, Example, tokenizer_hash
 from heft_engine.data.rows import parse_row
+from heft_engine.data.task import Task
 from heft_engine.errors import ConfigError, RowError
 
 PASSAGE = {"question": "is it so", "passage": "The sea is wide.", "answer": True}

@@ -10,9 +10,11 @@ import pytest
 from pyreft.dataset import get_intervention_locations
 from transformers import AutoTokenizer
 
-from heft_engine.config.train import TaskSettings, TaskType
-from heft_engine.data.encoding import Encoder, Task, intervened_positions
+from heft_engine.config.metric_names import TaskType
+from heft_engine.config.train import TaskSettings
+from heft_engine.data.encoding import Encoder, intervened_positions
 from heft_engine.data.rows import Row, parse_row
+from heft_engine.data.task import Task
 from heft_engine.errors import RowError
 
 WORDS = "The sea is wide and the river is long, but 世界 is wider. "

@@ -16,13 +16,13 @@ from small_runs import reft
 from torchmetrics.functional.text import rouge_score, squad
 
 from heft_engine.config.train import TaskSettings
-from heft_engine.data.encoding import Encoder, Task
+from heft_engine.data.encoding import Encoder
 from heft_engine.data.metrics import final_number, measure
+from heft_engine.data.task import Task
 from heft_engine.errors import ConfigError, RowError
 from heft_engine.evaluation import evaluate as evaluation_module
 from heft_engine.evaluation.evaluate import Evaluation, evaluate
-from heft_engine.evaluation.graded import mean_interval
-from heft_engine.evaluation.row_values import pack_values, unpack_rows, unpack_values
+from heft_engine.evaluation.row_values import mean_interval, pack_graded, unpack_correctness, unpack_graded
 from heft_engine.inference.detokenizer import decode
 from heft_engine.model.attention import IMPLEMENTATION
 from heft_engine.model.base_models import load_model, load_tokenizer, resolve_path
@@ -146,9 +146,9 @@ def test_intervals_of_graded_means() -> None:
 
 def test_values_come_back_from_text() -> None:
     values = [0.0, 1.0, 0.3333333, 0.5]
-    assert unpack_values(pack_values(values), 4) == pytest.approx(values, abs=1e-5)
-    with pytest.raises(ValueError, match="4 values are not 5 rows"):
-        unpack_values(pack_values(values), 5)
+    assert unpack_graded(pack_graded(values), 4) == pytest.approx(values, abs=1e-5)
+    with pytest.raises(ValueError, match="4 values don't belong to 5 rows"):
+        unpack_graded(pack_graded(values), 5)
 
 
 def test_an_evaluation_says_all_metrics_and_keeps_the_first_ones_rows() -> None:
@@ -156,10 +156,10 @@ def test_an_evaluation_says_all_metrics_and_keeps_the_first_ones_rows() -> None:
     told = graded.to_json()
     assert (told["metric"], told["accuracy"], told["correct"]) == ("f1", 0.75, None)
     assert {name: one["value"] for name, one in told["metrics"].items()} == {"f1": 0.75, "exact_match": 0.5}
-    assert unpack_values(graded.packed_rows()["values"], 2) == pytest.approx([0.5, 1.0], abs=1e-5)
+    assert unpack_graded(graded.packed_rows()["values"], 2) == pytest.approx([0.5, 1.0], abs=1e-5)
     right = Evaluation.of({"exact_match": [0.0, 1.0], "f1": [0.5, 1.0]})
     assert right.correct == 1
-    assert unpack_rows(right.packed_rows()["right"], 2).tolist() == [False, True]
+    assert unpack_correctness(right.packed_rows()["right"], 2).tolist() == [False, True]
 
 
 # -- through a run ----------------------------------------------------------------------------------------------------
@@ -202,7 +202,7 @@ def test_a_run_measures_by_the_metrics_of_its_task(
     assert metrics["exact_match"]["value"] == pytest.approx(1 / 3)
     assert record["results"][-1]["accuracy"] == metrics["f1"]["value"]
     outcomes = told.one("SUCCEEDED")["outcomes"]
-    values = unpack_values(outcomes["results"][-1]["values"], 3)
+    values = unpack_graded(outcomes["results"][-1]["values"], 3)
     assert values[0] == 1.0
     assert values.mean() == pytest.approx(metrics["f1"]["value"], abs=1e-5)
     # Every row may write what serving would let it, whatever the right answer's length.

@@ -9,7 +9,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from heft_engine.data.rows import Message, Row, RowKind, infer_task, parse_row, read_rows, scan_rows
+from heft_engine.data.chat_rows import Message
+from heft_engine.data.rows import Row, RowKind, infer_task, parse_row, read_rows, scan_rows
 from heft_engine.errors import RowError
 
 QUESTION = {"question": "is it so", "passage": "It is.", "answer": True}

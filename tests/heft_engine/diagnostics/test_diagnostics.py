@@ -17,7 +17,8 @@ from torch.testing import assert_close
 from heft_engine.adapters.lora import LoraAdapter
 from heft_engine.adapters.reft import KINDS
 from heft_engine.config.train import TaskSettings
-from heft_engine.data.encoding import Encoder, Example, Task
+from heft_engine.data.encoding import Encoder, Example
+from heft_engine.data.task import Task
 from heft_engine.diagnostics import descent
 from heft_engine.diagnostics.curvature import GaussNewton, Place, begin, curvature
 from heft_engine.diagnostics.eigen import hutchinson, lanczos

@@ -8,9 +8,10 @@ from typing import Any
 import pytest
 
 from heft_engine.config.train import EarlyStopping, ReftStage, TaskSettings, TrainConfig, recipe
-from heft_engine.data.encoding import Encoder, Task
+from heft_engine.data.encoding import Encoder
 from heft_engine.data.rows import read_rows
 from heft_engine.data.samples import generate
+from heft_engine.data.task import Task
 from heft_engine.errors import ConfigError, ModelError
 from heft_engine.model.base_models import load_tokenizer
 from heft_engine.preflight.check_rows import Limits, check_files

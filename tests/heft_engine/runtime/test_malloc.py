@@ -15,10 +15,10 @@ import pytest
 PROGRAM = """
 import json, resource, sys, threading
 import psutil, torch
-from heft_engine.runtime.malloc import give_back, keep_freed
+from heft_engine.runtime.malloc import trim, retain_freed_memory
 
 if sys.argv[1] == "keep":
-    keep_freed()
+    retain_freed_memory()
 found = {}
 
 def passes(count):
@@ -32,7 +32,7 @@ def work():
     passes(10)
     found["faults"] = resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before
     held = psutil.Process().memory_info().rss
-    give_back()
+    trim()
     found["given_back"] = held - psutil.Process().memory_info().rss
 
 thread = threading.Thread(target=work)

@@ -7,13 +7,13 @@ from contextvars import ContextVar
 
 import pytest
 
-from heft_engine.runtime.threads import apart
+from heft_engine.runtime.threads import run_in_short_lived_thread
 
 REQUEST: ContextVar[str] = ContextVar("request", default="none")
 
 
 def test_the_thread_is_gone_and_its_result_is_here() -> None:
-    thread = apart(threading.current_thread)
+    thread = run_in_short_lived_thread(threading.current_thread)
     assert thread is not threading.current_thread()
     assert not thread.is_alive()
 
@@ -23,12 +23,12 @@ def test_what_goes_wrong_is_the_callers() -> None:
         raise LookupError("of the call")
 
     with pytest.raises(LookupError, match="of the call"):
-        apart(fail)
+        run_in_short_lived_thread(fail)
 
 
 def test_logs_know_whose_work_it_is() -> None:
     before = REQUEST.set("req-1")
     try:
-        assert apart(REQUEST.get) == "req-1"
+        assert run_in_short_lived_thread(REQUEST.get) == "req-1"
     finally:
         REQUEST.reset(before)

@@ -12,11 +12,11 @@ from statsmodels.stats.contingency_tables import mcnemar
 from statsmodels.stats.multitest import multipletests
 from statsmodels.stats.power import TTestPower
 
-from heft_engine.evaluation.row_values import pack_rows, unpack_rows
-from heft_engine.studies import Arm, Outcome, accuracy_of, compare_methods, compare_models, judge
+from heft_engine.evaluation.row_values import pack_correctness, unpack_correctness
+from heft_engine.studies import Arm, RowValues, accuracy_of, compare_arms, compare_methods, compare_models
+from heft_engine.studies.arms import paired
 from heft_engine.studies.intervals import half_width, p_value, row_variance, seed_variance
 from heft_engine.studies.mcnemar import sign_flips
-from heft_engine.studies.outcomes import paired
 from heft_engine.studies.power import Noise, power, rows_needed, seeds_needed
 
 
@@ -28,9 +28,9 @@ def _quick_collections() -> Iterator[None]:
     gc.unfreeze()
 
 
-def outcome(seed: int, right: int, rows: int = 100, first: int = 0) -> Outcome:
+def outcome(seed: int, right: int, rows: int = 100, first: int = 0) -> RowValues:
     """Right on `right` rows from row `first` on."""
-    return Outcome(seed=seed, right=np.roll(np.arange(rows) < right, first))
+    return RowValues(seed=seed, right=np.roll(np.arange(rows) < right, first))
 
 
 def arm(name: str, *rights: int, rows: int = 100, seeds: int | None = None) -> Arm:
@@ -114,10 +114,12 @@ def test_graded_arms_are_judged_like_others() -> None:
     def graded(name: str, shift: float) -> Arm:
         rows = [np.clip(base + shift + rng.normal(0, 0.05, 200), 0, 1) for _ in range(3)]
         return Arm(
-            name=name, seeds=[1, 2, 3], outcomes=[Outcome(seed=i, right=one) for i, one in enumerate(rows, 1)]
+            name=name,
+            seeds=[1, 2, 3],
+            outcomes=[RowValues(seed=i, right=one) for i, one in enumerate(rows, 1)],
         )
 
-    verdict = judge([graded("high", 0.1), graded("low", 0.0)])
+    verdict = compare_arms([graded("high", 0.1), graded("low", 0.0)])
     high, low = verdict["arms"]
     assert high["per_seed"][0]["correct"] is None
     assert high["interval_95"][0] < high["accuracy"] < high["interval_95"][1]
@@ -126,10 +128,10 @@ def test_graded_arms_are_judged_like_others() -> None:
     assert (compared["question"], compared["separable"]) == ("methods", True)
     assert compared["models"][0]["test"] == "a sign-flip test"
     alone = [
-        Arm(name=arm, seeds=[1], outcomes=[Outcome(seed=1, right=base * k)])
+        Arm(name=arm, seeds=[1], outcomes=[RowValues(seed=1, right=base * k)])
         for arm, k in (("a", 1.0), ("b", 0.9))
     ]
-    assert "a sign-flip test" in judge(alone)["comparisons"][0]["sentence"]
+    assert "a sign-flip test" in compare_arms(alone)["comparisons"][0]["sentence"]
 
 
 # -- methods ----------------------------------------------------------------------------------------------------------
@@ -258,17 +260,17 @@ def test_an_arm_that_is_always_right_is_not_certain() -> None:
 
 def test_rows_survive_being_packed() -> None:
     right = [True, False, True] * 7
-    assert unpack_rows(pack_rows(right), 21).tolist() == right
+    assert unpack_correctness(pack_correctness(right), 21).tolist() == right
     with pytest.raises(ValueError, match="don't hold 25 rows"):
-        unpack_rows(pack_rows(right), 25)
+        unpack_correctness(pack_correctness(right), 25)
 
 
 def test_pairs_are_of_the_same_rows() -> None:
-    other = Arm(name="b", seeds=[1], outcomes=[Outcome(seed=1, right=np.ones(4, bool), rows_sha256="b")])
-    mine = Arm(name="a", seeds=[1], outcomes=[Outcome(seed=1, right=np.ones(4, bool), rows_sha256="a")])
+    other = Arm(name="b", seeds=[1], outcomes=[RowValues(seed=1, right=np.ones(4, bool), rows_sha256="b")])
+    mine = Arm(name="a", seeds=[1], outcomes=[RowValues(seed=1, right=np.ones(4, bool), rows_sha256="a")])
     with pytest.raises(ValueError, match="different rows"):
         paired(mine, other)
-    told = judge([mine, other])["comparisons"][0]
+    told = compare_arms([mine, other])["comparisons"][0]
     assert told["sentence"] == "a and b were measured on different rows: nothing can be compared."
     assert told["p_value"] is None
 
@@ -283,7 +285,9 @@ def only(verdict: dict) -> dict:
 
 def test_three_seeds_that_do_not_suffice() -> None:
     told = only(
-        judge([arm("LoRA alone", 2420, 2500, 2510, rows=3270), arm("HEFT 3+3", 2530, 2490, 2560, rows=3270)])
+        compare_arms(
+            [arm("LoRA alone", 2420, 2500, 2510, rows=3270), arm("HEFT 3+3", 2530, 2490, 2560, rows=3270)]
+        )
     )
     assert told["question"] == "methods"
     assert not told["separable"]
@@ -298,14 +302,14 @@ def test_three_seeds_that_do_not_suffice() -> None:
 
 
 def test_a_difference_that_is_there() -> None:
-    told = only(judge([arm("a", 900, 905, 902, rows=1000), arm("b", 700, 701, 706, rows=1000)]))
+    told = only(compare_arms([arm("a", 900, 905, 902, rows=1000), arm("b", 700, 701, 706, rows=1000)]))
     assert told["separable"]
     assert told["sentence"].startswith("a is 20.0 points above b, 95 % interval ")
     assert told["sentence"].endswith(": separable with 3 seeds (p < 0.001).") or "p = 0.0" in told["sentence"]
 
 
 def test_one_seed_compares_models_alone_and_says_so() -> None:
-    told = only(judge([arm("a", 90), arm("b", 60)]))
+    told = only(compare_arms([arm("a", 90), arm("b", 60)]))
     assert told["question"] == "models"
     assert told["sentence"].startswith(
         "With one seed in common only models can be compared, not methods: with seed 1 "
@@ -315,13 +319,13 @@ def test_one_seed_compares_models_alone_and_says_so() -> None:
 
 
 def test_a_seed_that_failed_is_named() -> None:
-    told = only(judge([arm("a", 90, 91, 92), arm("b", 60, 61, seeds=3)]))
+    told = only(compare_arms([arm("a", 90, 91, 92), arm("b", 60, 61, seeds=3)]))
     assert told["seeds"] == 2
     assert "2 seeds (b lacks seed 3)" in told["sentence"]
 
 
 def test_an_arm_that_failed_is_compared_with_nobody() -> None:
-    verdict = judge([arm("a", 90, 91), arm("b", seeds=2)])
+    verdict = compare_arms([arm("a", 90, 91), arm("b", seeds=2)])
     told = only(verdict)
     assert told["sentence"] == "a and b have no seed in common (b lacks seeds 1, 2): nothing can be compared."
     assert (told["question"], told["difference"], told["separable"]) == (None, None, False)
@@ -329,7 +333,7 @@ def test_an_arm_that_failed_is_compared_with_nobody() -> None:
 
 
 def test_no_difference_is_not_called_one() -> None:
-    told = only(judge([arm("a", 80, 82), arm("b", 80, 82)]))
+    told = only(compare_arms([arm("a", 80, 82), arm("b", 80, 82)]))
     assert told["sentence"].startswith("a and b differ by less than 0.1 points, 95 % interval −")
     assert told["sentence"].endswith("not separable with 2 seeds; there is no difference to look for.")
 
@@ -337,7 +341,7 @@ def test_no_difference_is_not_called_one() -> None:
 def test_many_arms_are_corrected_by_holm_in_two_families() -> None:
     arms = [arm(name, *rights, rows=1000) for name, rights in
             {"a": (900, 890, 910), "b": (880, 850, 870), "c": (700, 720, 710)}.items()]  # fmt: skip
-    told = judge(arms)["comparisons"]
+    told = compare_arms(arms)["comparisons"]
     assert [(one["a"], one["b"]) for one in told] == [("a", "b"), ("a", "c"), ("b", "c")]
     expected = multipletests([one["p_value"] for one in told], method="holm")[1]
     assert [one["p_adjusted"] for one in told] == pytest.approx(list(expected))
@@ -348,12 +352,12 @@ def test_many_arms_are_corrected_by_holm_in_two_families() -> None:
 
 def test_a_baseline_narrows_the_comparisons() -> None:
     arms = [arm(name, 80 + i, 82) for i, name in enumerate("abc")]
-    told = judge(arms, baseline="b")["comparisons"]
+    told = compare_arms(arms, baseline="b")["comparisons"]
     assert [(one["a"], one["b"]) for one in told] == [("a", "b"), ("c", "b")]
 
 
 def test_few_rows_are_named_as_what_is_missing() -> None:
-    told = only(judge([arm("a", 84, 84, 84), arm("b", 82, 82, 82)]))
+    told = only(compare_arms([arm("a", 84, 84, 84), arm("b", 82, 82, 82)]))
     assert "no number of seeds would be enough on 100 test rows, about " in told["sentence"]
     assert told["seeds_needed"] is None
     assert told["rows_needed"] > 100

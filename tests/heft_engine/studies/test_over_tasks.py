@@ -5,13 +5,13 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from heft_engine.studies import Arm, Outcome, judge
+from heft_engine.studies import Arm, RowValues, compare_arms
 from heft_engine.studies.over_tasks import compare_over_tasks
 
 
 def arm(method: str, task: str, *rights: int, rows: int = 200, seeds: int = 2) -> Arm:
     outcomes = [
-        Outcome(seed=seed, right=np.arange(rows) < right, rows_sha256=task)
+        RowValues(seed=seed, right=np.arange(rows) < right, rows_sha256=task)
         for seed, right in enumerate(rights, 1)
     ]
     return Arm(
@@ -28,7 +28,7 @@ def verdict_of(*accuracies: tuple[int, int], baseline: str | None = None) -> dic
             arm("HEFT", f"t{number}", heft, heft + 2),
         )
     ]
-    return judge(arms, baseline=baseline)
+    return compare_arms(arms, baseline=baseline)
 
 
 def test_arms_are_compared_within_their_task_alone() -> None:
@@ -65,14 +65,14 @@ def test_two_tasks_that_happen_to_agree_prove_nothing() -> None:
 
 def test_one_task_tells_of_no_other() -> None:
     assert verdict_of((150, 160))["over_tasks"] == []
-    assert judge([arm("LoRA", "t0", 100, 102), arm("HEFT", "t1", 100, 102)])["comparisons"] == []
+    assert compare_arms([arm("LoRA", "t0", 100, 102), arm("HEFT", "t1", 100, 102)])["comparisons"] == []
     with pytest.raises(ValueError, match="two or more"):
         compare_over_tasks({"t0": np.zeros((2, 50))})
 
 
 def test_tasks_where_a_method_has_nothing_are_left_out() -> None:
     arms = [arm(m, t, 150, 152) for m in ("LoRA", "HEFT") for t in ("a", "b")]
-    (found,) = judge([*arms, arm("LoRA", "c", 150, 152), arm("HEFT", "c")])["over_tasks"]
+    (found,) = compare_arms([*arms, arm("LoRA", "c", 150, 152), arm("HEFT", "c")])["over_tasks"]
     assert list(found["per_task"]) == ["a", "b"]
 
 

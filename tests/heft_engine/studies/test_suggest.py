@@ -14,7 +14,7 @@ import pytest
 from pydantic import TypeAdapter, ValidationError
 
 from heft_engine.config.search_space import Range, Values, draw, same, size
-from heft_engine.studies.suggest import Search, Trial, propose
+from heft_engine.studies.suggest import Search, Trial, suggest
 
 RATE = Range(low=1e-5, high=1e-1, log=True)
 SPACE: dict[str, Any] = {"rank": [2, 4, 8], "rate": RATE, "layers": [[1, 2], "auto", None]}
@@ -28,7 +28,7 @@ def quality(point: dict[str, Any]) -> float:
 def searched(search: Search, *, at_a_time: int = 1) -> list[Trial]:
     trials: list[Trial] = []
     while len(trials) < search.budget:
-        for point in propose(search, trials, at_a_time):
+        for point in suggest(search, trials, at_a_time):
             trials.append(Trial(point=point, state="complete", value=quality(point)))
     return trials
 
@@ -53,20 +53,20 @@ def test_the_same_past_gives_the_same_points_and_another_seed_others() -> None:
     past = searched(Search(space=SPACE, budget=12))
     for sampler in ("tpe", "random"):
         search = Search(space=SPACE, budget=40, sampler=sampler, seed=3)
-        assert propose(search, past, 3) == propose(search, list(past), 3)
-        assert propose(search, past, 3)[:1] == propose(search, past, 1)
+        assert suggest(search, past, 3) == suggest(search, list(past), 3)
+        assert suggest(search, past, 3)[:1] == suggest(search, past, 1)
         other = Search(space=SPACE, budget=40, sampler=sampler, seed=4)
-        assert propose(search, past, 3) != propose(other, past, 3)
+        assert suggest(search, past, 3) != suggest(other, past, 3)
 
 
 def test_a_space_that_has_been_tried_through_gives_no_more() -> None:
     space = {"rank": [2, 4, 8], "wide": [True, 1]}
     search = Search(space=space, budget=50)
-    found = propose(search, [], 50)
+    found = suggest(search, [], 50)
     assert len(found) == size(space) == 6
     tried = [Trial(point=point, state="failed") for point in found]
-    assert propose(search, tried, 1) == []
-    assert propose(search, tried[1:], 1) == [found[0]]
+    assert suggest(search, tried, 1) == []
+    assert suggest(search, tried[1:], 1) == [found[0]]
 
 
 def test_the_planted_best_is_found() -> None:
@@ -83,7 +83,7 @@ def test_what_has_failed_or_can_not_be_teaches_no_wrong_thing() -> None:
     past = searched(Search(space=SPACE, budget=12))
     bad = [Trial(point=past[0].point | {"rate": 0.05 + i / 100}, state="failed") for i in range(3)]
     pruned = [Trial(point=past[0].point | {"rate": 0.01 + i / 1000}, state="pruned") for i in range(3)]
-    found = propose(Search(space=SPACE, budget=40), [*past, *bad, *pruned], 4)
+    found = suggest(Search(space=SPACE, budget=40), [*past, *bad, *pruned], 4)
     assert len({same(point) for point in found}) == 4
 
 
@@ -122,7 +122,7 @@ def test_the_command_answers_and_loads_no_torch(tmp_path: Path) -> None:
         "assert 'torch' not in sys.modules; sys.exit(code)"
     )
     done = subprocess.run(
-        [sys.executable, "-c", script, "propose", "--run-file", str(path)], capture_output=True, check=True
+        [sys.executable, "-c", script, "suggest", "--run-file", str(path)], capture_output=True, check=True
     )
     points = json.loads(done.stdout)["points"]
     assert [sorted(point) for point in points] == [["rank", "rate"]] * 2
@@ -136,4 +136,4 @@ def test_a_range_of_two_neighbouring_numbers_comes_to_its_end() -> None:
         Trial(point={"rate": rate}, state="complete", value=0.5) for rate in (low, math.nextafter(low, 1))
     ]
     assert size(space) == math.inf
-    assert propose(Search(space=space, budget=5, sampler="random"), tried, 1) == []
+    assert suggest(Search(space=space, budget=5, sampler="random"), tried, 1) == []

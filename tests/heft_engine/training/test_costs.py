@@ -18,7 +18,7 @@ from heft_engine.adapters.trainable import LoraTrainable, ReftTrainable
 from heft_engine.commands.main import main
 from heft_engine.config.flops import RowTokens, Shape, StageWork, stage_flops
 from heft_engine.config.train import LoraStage
-from heft_engine.evaluation.row_values import pack_rows, pack_values, unpack_rows
+from heft_engine.evaluation.row_values import pack_correctness, pack_graded, unpack_correctness
 from heft_engine.model.packing import packed_length
 from heft_engine.training.costs import shape_of
 from heft_engine.training.loss_source import CachePlan, PlainSource
@@ -127,7 +127,7 @@ def test_a_run_says_what_it_cost_and_what_was_right(tiny_llama_dir: Path, tmp_pa
     found = succeeded["outcomes"]
     evaluated = first.data("EVALUATION")
     assert all("right" not in data for data in evaluated)
-    right = [int(unpack_rows(one["right"], found["n"]).sum()) for one in found["results"]]
+    right = [int(unpack_correctness(one["right"], found["n"]).sum()) for one in found["results"]]
     assert right == [data["correct"] for data in evaluated]
     assert (found["n"], found["split"]) == (20, "test")
 
@@ -170,20 +170,20 @@ def test_a_run_without_rows_to_measure_on_has_no_outcomes(tiny_llama_dir: Path, 
 
 def test_judge_answers_in_json(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     def arm(name: str, right: int) -> dict[str, object]:
-        packed = pack_rows([i < right for i in range(50)])
+        packed = pack_correctness([i < right for i in range(50)])
         runs = [{"seed": seed, "n": 50, "rows_sha256": "x", "right": packed} for seed in (1, 2)]
         return {"name": name, "seeds": [1, 2], "runs": runs}
 
     path = tmp_path / "question.json"
     path.write_text(json.dumps({"arms": [arm("a", 40), arm("b", 10)]}))
-    assert main(["judge", "--run-file", str(path)]) == 0
+    assert main(["compare", "--run-file", str(path)]) == 0
     verdict = json.loads(capsys.readouterr().out)
     assert [one["accuracy"] for one in verdict["arms"]] == [0.8, 0.2]
     assert verdict["comparisons"][0]["separable"]
-    graded = {"seed": 1, "n": 3, "rows_sha256": "x", "values": pack_values([0.5, 1.0, 0.0])}
+    graded = {"seed": 1, "n": 3, "rows_sha256": "x", "values": pack_graded([0.5, 1.0, 0.0])}
     path.write_text(json.dumps({"arms": [{"name": "a", "seeds": [1], "runs": [graded]}]}))
-    assert main(["judge", "--run-file", str(path)]) == 0
+    assert main(["compare", "--run-file", str(path)]) == 0
     assert json.loads(capsys.readouterr().out)["arms"][0]["accuracy"] == pytest.approx(0.5, abs=1e-5)
     path.write_text("{}")
-    assert main(["judge", "--run-file", str(path)]) == 1
+    assert main(["compare", "--run-file", str(path)]) == 1
     assert json.loads(capsys.readouterr().err)["error"]["param"] == "run-file"

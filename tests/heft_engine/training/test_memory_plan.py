@@ -19,7 +19,7 @@ from heft_engine.model import loss as supervised
 from heft_engine.model.attention import IMPLEMENTATION
 from heft_engine.model.base_models import load_model, resolve_path
 from heft_engine.model.packed_lm import PackedLM
-from heft_engine.runtime import free_memory
+from heft_engine.runtime import devices
 from heft_engine.training import compile, loop, memory_plan
 from heft_engine.training import plan as stage_plan
 from heft_engine.training.loss_source import CacheBudget, PlainSource
@@ -185,7 +185,7 @@ def test_many_epochs_are_not_all_counted_out(
 def test_a_resumed_stage_is_estimated_by_the_passes_of_its_checkpoint(
     tiny_llama_dir: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(free_memory, "resident_bytes", lambda device: 0)
+    monkeypatch.setattr(devices, "resident_bytes", lambda device: 0)
     monkeypatch.setattr(stage_plan, "SCORING_BUDGET", 1)
     lm = packed(tiny_llama_dir)
     rows = [Example(prompt=(7,) * 200, answers=((9,),), labels=("",), gold=0)] * 16
@@ -203,8 +203,8 @@ def test_trainers_of_one_machine_share_what_is_free(
     tiny_llama_dir: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     free = {"bytes": 10**12}
-    monkeypatch.setattr(free_memory, "free_bytes", lambda device: free["bytes"])
-    monkeypatch.setattr(free_memory, "_trainers_bytes", lambda: 0)
+    monkeypatch.setattr(devices, "free_bytes", lambda device: free["bytes"])
+    monkeypatch.setattr(devices, "_training_bytes", lambda: 0)
     rows = [Example(prompt=(7,) * 200, answers=((9,),), labels=("",), gold=0)] * 16
     stage = but(LORA, target_modules=["q_proj", "v_proj"])
     with single_stage(packed(tiny_llama_dir), stage, rows, lambda event: None) as single:
@@ -236,23 +236,23 @@ def test_who_comes_late_does_not_share_what_is_left_once_more(monkeypatch: pytes
         (800, 20, 10),  # somebody else holds half: two that begin together get no more than there is
         (300, 1_300, 10),  # behind one that holds more than its part
     ):
-        monkeypatch.setattr(free_memory, "free_bytes", lambda device, free=free: free)
-        monkeypatch.setattr(free_memory, "_trainers_bytes", lambda trainers=trainers: trainers)
-        monkeypatch.setattr(free_memory, "resident_bytes", lambda device, own=own: own)
-        found.append(free_memory.share(cpu, 2))
-        assert free_memory.share(cpu, 1) == free
+        monkeypatch.setattr(devices, "free_bytes", lambda device, free=free: free)
+        monkeypatch.setattr(devices, "_training_bytes", lambda trainers=trainers: trainers)
+        monkeypatch.setattr(devices, "resident_bytes", lambda device, own=own: own)
+        found.append(devices.memory_share(cpu, 2))
+        assert devices.memory_share(cpu, 1) == free
     assert found == [800, 800, 400, 300]
 
 
 def test_runs_that_train_are_known_by_their_command() -> None:
     program = "import sys; block = bytearray(b'x' * 300_000_000); print(flush=True); sys.stdin.read()"
-    before = free_memory._trainers_bytes()
+    before = devices._training_bytes()
     words = [sys.executable, "-c", program, "heft_engine", "train"]
     with subprocess.Popen(words, stdin=subprocess.PIPE, stdout=subprocess.PIPE) as other:
         assert other.stdout is not None
         assert other.stdin is not None
         other.stdout.readline()
-        assert free_memory._trainers_bytes() - before > 200_000_000
+        assert devices._training_bytes() - before > 200_000_000
         other.stdin.close()
 
 
@@ -260,7 +260,7 @@ def test_what_a_stage_held_is_none_of_the_holes_that_an_earlier_one_left() -> No
     cpu = torch.device("cpu")
     blocks = [bytearray(b"x" * 65_536) for _ in range(4_000)]
     del blocks[:-1]  # the last one keeps the heap from shrinking
-    before = free_memory.resident_bytes(cpu)
+    before = devices.resident_bytes(cpu)
     with memory_plan.peak(cpu) as most:
         held = most()
     assert held is not None

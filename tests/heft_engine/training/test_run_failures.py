@@ -11,7 +11,7 @@ from tiny_models import ENGLISH
 
 from heft_engine.bundle.format import BundleInfo, write_bundle
 from heft_engine.data import general_text
-from heft_engine.data.encoding import Task
+from heft_engine.data.task import Task
 from heft_engine.errors import ConfigError, RowError, TrainingError
 from heft_engine.evaluation.evaluate import Evaluation
 from heft_engine.model.interventions import Site

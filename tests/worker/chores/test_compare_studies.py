@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 from worker_bench import OWNER, Act, Bench, eventually
 
-from heft_engine.evaluation.row_values import pack_rows
+from heft_engine.evaluation.row_values import pack_correctness
 from store.db.session import transaction
 from store.db.states import JobState
 from store.db.study_tables import Outcome, Study
@@ -57,7 +57,11 @@ def read(bench: Bench, study: Study) -> Study:
 
 def left(*right: int) -> Act:
     """What the engine says at its end: that the first so many of 40 rows were right, for the seeds in turn."""
-    return {"do": "leave", "right": [pack_rows([row < n for row in range(40)]) for n in right], "n": 40}
+    return {
+        "do": "leave",
+        "right": [pack_correctness([row < n for row in range(40)]) for n in right],
+        "n": 40,
+    }
 
 
 def test_a_job_leaves_its_rows_and_costs(bench: Bench) -> None:

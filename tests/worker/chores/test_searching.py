@@ -10,10 +10,10 @@ from typing import Any
 import pytest
 from worker_bench import OWNER, Bench
 
-from heft_engine.commands import compare as judge_command
-from heft_engine.commands import suggest as propose_command
-from heft_engine.evaluation.row_values import pack_rows
-from heft_engine.studies.suggest import Search, Trial, propose
+from heft_engine.commands import compare as compare_command
+from heft_engine.commands import suggest as suggest_command
+from heft_engine.evaluation.row_values import pack_correctness
+from heft_engine.studies.suggest import Search, Trial, suggest
 from store.db.session import transaction
 from store.db.study_tables import Study
 from store.jobs import leases
@@ -94,7 +94,7 @@ def end(bench: Bench, run: studies.Run, arm: dict[str, Any], judged_by: Quality)
             outcomes={
                 "n": 200,
                 "rows_sha256": "x",
-                "results": [{"stage": "reft", "stage_index": 1, "right": pack_rows(right)}],
+                "results": [{"stage": "reft", "stage_index": 1, "right": pack_correctness(right)}],
                 "validation": {"n": 100, "metric": "accuracy", "value": value},
             },
         )
@@ -105,7 +105,7 @@ def at_hand(monkeypatch: pytest.MonkeyPatch) -> None:
     """The engine answers in this process: its children take half a second to start."""
 
     def ask(_context: Any, _command: Any, verb: str, question: dict[str, Any]) -> dict[str, Any]:
-        command: Any = {"propose": propose_command, "judge": judge_command}[verb]
+        command: Any = {"suggest": suggest_command, "compare": compare_command}[verb]
         answer: dict[str, Any] = command.answer(command.Question.model_validate(question))
         return answer
 
@@ -134,7 +134,7 @@ def test_a_search_finds_the_planted_best_and_survives_a_restart(bench: Bench, se
     while len(straight) < BUDGET:
         straight += [
             Trial(point=point, state="complete", value=pytest.approx(quality(point)))
-            for point in propose(search, _plain(straight), 2)
+            for point in suggest(search, _plain(straight), 2)
         ]
     assert found == straight
 

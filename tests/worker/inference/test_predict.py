@@ -18,6 +18,7 @@ from worker_bench import Bench
 import heft_engine
 from heft_engine.config.train import LoraStage, ReftStage, TrainConfig
 from heft_engine.data.rows import parse_row
+from heft_engine.runtime import malloc
 from store.messages.hints import PredictMessage, PredictModel, PredictReply, cancelled_key, redis_py_url
 from worker.chores.evict_deleted import forget_deleted
 from worker.inference import predict
@@ -187,7 +188,7 @@ def test_memory_goes_back_when_models_leave_and_when_nobody_asks(
     bench: Bench, inference: Inference, model: PredictModel, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     given: list[str] = []
-    monkeypatch.setattr(predict, "give_back", lambda: given.append("back"))
+    monkeypatch.setattr(malloc, "trim", lambda: given.append("back"))
     inference.give_memory_back()
     assert ask(bench, inference, model, [{"question": "is it so"}])
     inference.give_memory_back()

@@ -8,18 +8,18 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from heft_engine.evaluation.row_values import Rows, Values
+from heft_engine.evaluation.row_values import Correctness, GradedValues
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
-class Outcome:
+class RowValues:
     """One run: its seed, and row by row whether it was right, or by how much (0 to 1) where its metric is graded.
 
     `rows_sha256` says which rows, in which order.
     """
 
     seed: int
-    right: Rows | Values
+    right: Correctness | GradedValues
     rows_sha256: str = ""
 
     @property
@@ -40,12 +40,12 @@ class Arm:
 
     name: str
     seeds: Sequence[int]
-    outcomes: Sequence[Outcome]
+    outcomes: Sequence[RowValues]
     task: str | None = None
     method: str | None = None
 
     @property
-    def by_seed(self) -> dict[int, Outcome]:
+    def by_seed(self) -> dict[int, RowValues]:
         return {outcome.seed: outcome for outcome in self.outcomes}
 
     @property
