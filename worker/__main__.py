@@ -19,16 +19,16 @@ from store.settings import StoreSettings, settings
 from store.storage.artifacts import Artifacts
 from worker import tasks
 from worker.celery_app import Role, run_worker, worker_app
-from worker.chores.activation_folder import forgetting_prefills
+from worker.chores.activation_folder import activation_chore
 from worker.chores.chore import Chore, chores
 from worker.chores.compare_studies import judging
 from worker.chores.evict_deleted import forgetting
-from worker.chores.gpu_handoff import giving_room, own_device
+from worker.chores.gpu_handoff import handoff_chores, own_device
 from worker.chores.presence import offer_base_models, present
-from worker.chores.reconcile import sweeping
+from worker.chores.reconcile import reconcile_chores
 from worker.context import ENGINE, Context
 from worker.inference.metrics import InferenceMetrics, Publisher, worker_registry
-from worker.scratch import hold_place
+from worker.scratch import acquire_slot
 
 _OFFER_SECONDS = 3_600.0
 _GIVE_BACK_SECONDS = 30.0
@@ -53,7 +53,7 @@ def run(
         app = worker_app(values.redis_url, role)
         own_chores = _register(app, role, context, stack)
         stack.enter_context(present(context, role))
-        stack.enter_context(chores([*sweeping(context), *own_chores]))
+        stack.enter_context(chores([*reconcile_chores(context), *own_chores]))
         run_worker(app, role, worker_id=context.worker_id, stopping=context.stopping, log_level=log_level)
 
 
@@ -62,7 +62,7 @@ def _context(role: Role, values: StoreSettings, engine_command: Sequence[str]) -
     root = (values.cache_dir or user_cache_path("heft")) / "workers"
     engine = make_engine(values.database_url)
     hints = Hints(make_celery(values.redis_url))
-    with hold_place(root, role) as place:
+    with acquire_slot(root, role) as place:
         yield Context(
             worker_id=place.worker_id,
             settings=values,
@@ -85,7 +85,7 @@ def _register(app: Celery, role: Role, context: Context, stack: ExitStack) -> li
     if role is Role.TRAIN:
         tasks.register_training(app, context)
         offers = Chore(name="offers", seconds=_OFFER_SECONDS, do=lambda: offer_base_models(context))
-        return [offers, forgetting_prefills(context), *_published(context, stack, registry)]
+        return [offers, activation_chore(context), *_published(context, stack, registry)]
     if role is Role.PREPARE:
         tasks.register_preparing(app, context)
         return [*judging(context), *_published(context, stack, registry)]
@@ -97,7 +97,7 @@ def _register(app: Celery, role: Role, context: Context, stack: ExitStack) -> li
     generation = Generation(inference)
     tasks.register_inference(app, inference.answer, generation.answer)
     return [
-        *giving_room(context, inference.pool.make_room),
+        *handoff_chores(context, inference.pool.make_room),
         *forgetting(context, inference),
         Chore(name="memory", seconds=_GIVE_BACK_SECONDS, do=inference.give_memory_back),
         *_published(context, stack, registry, inference.count_models),

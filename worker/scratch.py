@@ -25,7 +25,7 @@ _IDENTITY = "identity"
 
 
 @dataclass(frozen=True, kw_only=True)
-class Place:
+class Slot:
     """`worker_id` is the same for every holder of this place, one after the other, and nobody else's."""
 
     worker_id: str
@@ -33,7 +33,7 @@ class Place:
 
 
 @contextmanager
-def hold_place(root: Path, role: str) -> Iterator[Place]:
+def acquire_slot(root: Path, role: str) -> Iterator[Slot]:
     """Hold the first free place of this role below `root`, with an empty folder; waits for nobody."""
     root.mkdir(parents=True, exist_ok=True)
     with (root / _LOCK).open("w") as choosing:
@@ -46,13 +46,13 @@ def hold_place(root: Path, role: str) -> Iterator[Place]:
     folder = place / "files"
     folder.mkdir()
     try:
-        yield Place(worker_id=f"{role}-{number}-{identity}", folder=folder)
+        yield Slot(worker_id=f"{role}-{number}-{identity}", folder=folder)
     finally:
         shutil.rmtree(folder)
         lock.close()
 
 
-def forget_old(folder: Path, seconds: float) -> None:
+def remove_older_than(folder: Path, seconds: float) -> None:
     """Removes what in a shared folder has not been touched for so long."""
     for path in folder.glob("*"):
         with suppress(FileNotFoundError):  # another worker was quicker

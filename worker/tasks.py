@@ -22,7 +22,7 @@ from store.messages.hints import PredictMessage, Task
 from worker.context import Context
 from worker.jobs.export import build_export
 from worker.jobs.prepare import prepare_job
-from worker.jobs.train import run_job
+from worker.jobs.train import train_job
 
 Work = Callable[[Context, str], Job | None]
 
@@ -44,7 +44,7 @@ def register_inference(
 
 def register_training(app: Celery, context: Context) -> None:
     def train(job_id: str) -> None:
-        _one_job(context, "train", job_id, run_job)
+        _one_job(context, "train", job_id, train_job)
 
     app.task(train, name=Task.TRAIN.value)
 

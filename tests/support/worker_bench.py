@@ -25,7 +25,7 @@ from store.jobs.spec import TrainingSpec
 from store.storage import files
 from store.storage.artifacts import file_key
 from worker.context import Context
-from worker.jobs.train import run_job
+from worker.jobs.train import train_job
 
 OWNER = "owner"
 FAKE_ENGINE = (sys.executable, str(Path(__file__).with_name("fake_engine.py")))
@@ -77,12 +77,12 @@ class Bench:
 
     def run(self, job_id: str, context: Context | None = None) -> Job:
         """One attempt to its end; the job afterwards."""
-        run_job(context or self.context, job_id)
+        train_job(context or self.context, job_id)
         return self.job(job_id)
 
     def start(self, job_id: str, context: Context | None = None) -> Future[Job | None]:
         """One attempt in the background."""
-        return self.pool.submit(run_job, context or self.context, job_id)
+        return self.pool.submit(train_job, context or self.context, job_id)
 
     def job(self, job_id: str) -> Job:
         with transaction(self.context.sessions) as session:

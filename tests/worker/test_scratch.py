@@ -10,13 +10,13 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from worker.scratch import forget_old, hold_place
+from worker.scratch import acquire_slot, remove_older_than
 
 HOLD = """
 import sys, time
 from pathlib import Path
-from worker.scratch import hold_place
-with hold_place(Path(sys.argv[1]), "train") as place:
+from worker.scratch import acquire_slot
+with acquire_slot(Path(sys.argv[1]), "train") as place:
     (place.folder / "rows.jsonl").write_text("{}")
     print(place.worker_id, place.folder, flush=True)
     time.sleep(1000)
@@ -35,14 +35,14 @@ def another_worker(root: Path) -> Iterator[tuple[subprocess.Popen[str], str, Pat
 
 
 def test_a_folder_goes_with_its_worker(tmp_path: Path) -> None:
-    with hold_place(tmp_path / "new" / "root", "train") as place:
+    with acquire_slot(tmp_path / "new" / "root", "train") as place:
         (place.folder / "job").mkdir()
         (place.folder / "job" / "rows.jsonl").write_text("{}")
     assert not place.folder.exists()
 
 
 def test_living_workers_have_places_of_their_own(tmp_path: Path) -> None:
-    with another_worker(tmp_path) as (_, their_id, their_folder), hold_place(tmp_path, "train") as mine:
+    with another_worker(tmp_path) as (_, their_id, their_folder), acquire_slot(tmp_path, "train") as mine:
         assert mine.worker_id != their_id
         assert mine.folder != their_folder
         assert (their_folder / "rows.jsonl").exists()
@@ -52,26 +52,26 @@ def test_whoever_follows_a_killed_worker_has_its_name_and_none_of_its_files(tmp_
     with another_worker(tmp_path) as (process, their_id, their_folder):
         process.kill()
         process.wait()
-        with hold_place(tmp_path, "inference") as other:
+        with acquire_slot(tmp_path, "inference") as other:
             assert other.worker_id != their_id
             assert not their_folder.exists(), "any worker clears up"
-        with hold_place(tmp_path, "train") as heir:
+        with acquire_slot(tmp_path, "train") as heir:
             assert heir.worker_id == their_id
             assert list(heir.folder.iterdir()) == []
 
 
 def test_names_of_two_machines_differ(tmp_path: Path) -> None:
-    with hold_place(tmp_path / "one", "train") as here, hold_place(tmp_path / "two", "train") as there:
+    with acquire_slot(tmp_path / "one", "train") as here, acquire_slot(tmp_path / "two", "train") as there:
         assert here.worker_id != there.worker_id
 
 
 def test_what_nobody_has_touched_for_long_is_forgotten(tmp_path: Path) -> None:
     folder = tmp_path / "shared"
-    forget_old(folder, 60)  # nothing has been put there yet
+    remove_older_than(folder, 60)  # nothing has been put there yet
     for name, age in (("old", 120), ("new", 0)):
         (folder / name).mkdir(parents=True)
         (folder / name / "file").write_text("{}")
         at = time.time() - age
         os.utime(folder / name, (at, at))
-    forget_old(folder, 60)
+    remove_older_than(folder, 60)
     assert [path.name for path in folder.iterdir()] == ["new"]

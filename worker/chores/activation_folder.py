@@ -12,7 +12,7 @@ from pathlib import Path
 
 from worker.chores.chore import Chore
 from worker.context import Context
-from worker.scratch import forget_old
+from worker.scratch import remove_older_than
 
 _LOOK_SECONDS = 3_600.0
 _KEPT_SECONDS = 86_400.0
@@ -22,7 +22,7 @@ def folder(context: Context) -> Path:
     return context.shared / "prefills"
 
 
-def forgetting_prefills(context: Context) -> Chore:
+def activation_chore(context: Context) -> Chore:
     return Chore(
-        name="prefills", seconds=_LOOK_SECONDS, do=partial(forget_old, folder(context), _KEPT_SECONDS)
+        name="prefills", seconds=_LOOK_SECONDS, do=partial(remove_older_than, folder(context), _KEPT_SECONDS)
     )

@@ -26,10 +26,10 @@ from worker.engine_process.query import ask
 
 log = logging.getLogger(__name__)
 
-NOTHING_YET: dict[str, Any] = {"arms": [], "comparisons": [], "over_tasks": []}
+EMPTY_VERDICT: dict[str, Any] = {"arms": [], "comparisons": [], "over_tasks": []}
 
 
-def judge_studies(context: Context, command: Sequence[str] = ENGINE) -> None:
+def update_studies(context: Context, command: Sequence[str] = ENGINE) -> None:
     """Judge every study with news. Raises Unavailable."""
     failed: set[str] = set()
     while not context.stopping.is_set() and _judge_one(context, command, failed):
@@ -75,10 +75,10 @@ def _looked_at(
     found = next_round(engine, study, planned, base)
     arms = verdicts.judged_of_search([*planned, *found.new])
     if not arms:
-        return NOTHING_YET, found
+        return EMPTY_VERDICT, found
     return engine("compare", verdicts.question(study, runs, arms)), found
 
 
 def judging(context: Context) -> list[Chore]:
     seconds = context.settings.sweep_seconds
-    return [Chore(name="judge studies", seconds=seconds, do=lambda: judge_studies(context))]
+    return [Chore(name="judge studies", seconds=seconds, do=lambda: update_studies(context))]

@@ -54,7 +54,7 @@ def room(context: Context, request: str) -> Iterator[None]:
         _note(context, {"asks_for_room": None})
 
 
-def giving_room(context: Context, make_room: Callable[[], None]) -> list[Chore]:
+def handoff_chores(context: Context, make_room: Callable[[], None]) -> list[Chore]:
     """The inference side's chore: hear who asks, put models away, say so."""
     if context.device is None:
         return []

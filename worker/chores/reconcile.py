@@ -56,7 +56,7 @@ def collect_listed(context: Context) -> None:
     garbage.collect_prepared(context.sessions, context.artifacts)
 
 
-def sweeping(context: Context) -> list[Chore]:
+def reconcile_chores(context: Context) -> list[Chore]:
     return [
         Chore(name="sweep", seconds=context.settings.sweep_seconds, do=lambda: sweep(context)),
         Chore(name="garbage", seconds=_GARBAGE_SECONDS, do=lambda: collect(context)),

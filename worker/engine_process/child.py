@@ -2,7 +2,7 @@
 
 The engine runs in a child because a forking parent must never touch CUDA, and because an out-of-memory kill
 then takes the child and not the worker. The thread that starts a child must outlive it: PR_SET_PDEATHSIG
-follows the thread. So `run_job` starts, supervises and reaps it in one call, on one thread.
+follows the thread. So `train_job` starts, supervises and reaps it in one call, on one thread.
 
 It does NOT know what the events mean, nor why a child is ended.
 """
@@ -61,7 +61,7 @@ PROXIES = {"http_proxy", "https_proxy", "no_proxy", "ssl_cert_file", "requests_c
 
 #: torch's threads soon sleep while they wait for each other. Spinning as long as they like, two busy processes on two
 #: cores were several times slower than one after the other; sleeping at once doubles the time of one that is alone.
-POLITE = {"GOMP_SPINCOUNT": "30000"}
+SHORT_SPIN = {"GOMP_SPINCOUNT": "30000"}
 #: Activations are large and come and go with every layer: in huge pages training is 4 to 8 % quicker.
 HUGE_PAGES = {"GLIBC_TUNABLES": "glibc.malloc.hugetlb=1"}
 
@@ -74,7 +74,7 @@ def child_environment(environment: Mapping[str, str]) -> dict[str, str]:
         if name in PASSED_ON or name.startswith(PASSED_ON_PREFIXES) or name.lower() in PROXIES
     }
     quiet = {"TQDM_DISABLE": "1", "HF_HUB_DISABLE_PROGRESS_BARS": "1", "TOKENIZERS_PARALLELISM": "false"}
-    return POLITE | HUGE_PAGES | passed | quiet | {"PYTHONUNBUFFERED": "1"}
+    return SHORT_SPIN | HUGE_PAGES | passed | quiet | {"PYTHONUNBUFFERED": "1"}
 
 
 #: Bytes; what is longer is logged in pieces.

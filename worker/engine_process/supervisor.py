@@ -26,7 +26,7 @@ from worker.engine_process.child import Child
 log = logging.getLogger(__name__)
 
 
-class Reason(StrEnum):
+class StopReason(StrEnum):
     """Why an attempt shall end, the lightest first: a graver one replaces it, so whoever pauses may still
     cancel."""
 
@@ -37,11 +37,11 @@ class Reason(StrEnum):
     LOST = "lost"  #: The attempt is no longer the current one: killed at once, nothing more is written.
 
 
-_GRAVITY = list(Reason)
+_PRIORITY = list(StopReason)
 
 
 #: A child that has yet to say a word may be downloading its model: it gets so many times the patience.
-_FIRST_WORD = 4
+_STARTUP_FACTOR = 4
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -67,15 +67,15 @@ class Limits:
             checkpoint_grace=settings.checkpoint_grace_seconds,
         )
 
-    def grace(self, reason: Reason) -> float:
+    def grace(self, reason: StopReason) -> float:
         return {
-            Reason.LOST: 0.0,
-            Reason.CANCELLED: self.cancel_grace,
-            Reason.STALLED: self.dump_grace,
+            StopReason.LOST: 0.0,
+            StopReason.CANCELLED: self.cancel_grace,
+            StopReason.STALLED: self.dump_grace,
         }.get(reason, self.checkpoint_grace)
 
 
-class Watch:
+class Supervisor:
     """A context manager around an attempt. `reason` says why it shall end, None while nothing is in its
     way."""
 
@@ -87,7 +87,7 @@ class Watch:
         stopping: threading.Event,
         limits: Limits,
     ) -> None:
-        self.reason: Reason | None = None
+        self.reason: StopReason | None = None
         self._renew = renew
         self._wishes = wishes
         self._stopping = stopping
@@ -98,7 +98,7 @@ class Watch:
         self._over = threading.Event()
         self._thread = threading.Thread(target=in_context(self._run), name="watch", daemon=True)
 
-    def __enter__(self) -> Watch:
+    def __enter__(self) -> Supervisor:
         self._thread.start()
         return self
 
@@ -109,7 +109,7 @@ class Watch:
         self._thread.join()
 
     @contextmanager
-    def guarding(self, child: Child) -> Iterator[None]:
+    def supervising(self, child: Child) -> Iterator[None]:
         """While the body runs, `child` is ended when the attempt shall end; at once if that is so already."""
         with self._lock:
             self._child = child
@@ -126,7 +126,7 @@ class Watch:
             self._watch()
         except Exception:
             log.exception("the watch has failed: nobody renews the lease or hears a cancel any more")
-            self._end(Reason.LOST)
+            self._end(StopReason.LOST)
 
     def _watch(self) -> None:
         renew_at = 0.0
@@ -147,42 +147,42 @@ class Watch:
         try:
             wishes = ask()
         except LostFence:
-            self._end(Reason.LOST)
+            self._end(StopReason.LOST)
             return
         except Unavailable as fault:
             # Training goes on: whether the lease was kept is for the fence to say, once the database is back.
             log.warning("the database is away, the attempt goes on: %s", fault)
             wishes = Wishes(cancel=False, pause=False)
         if self._stopping.is_set():
-            self._end(Reason.SHUTDOWN)
+            self._end(StopReason.SHUTDOWN)
         if wishes.pause:
-            self._end(Reason.PAUSED)
+            self._end(StopReason.PAUSED)
         if self._stalls():
-            self._end(Reason.STALLED)
+            self._end(StopReason.STALLED)
         if wishes.cancel:
-            self._end(Reason.CANCELLED)
+            self._end(StopReason.CANCELLED)
 
     def _stalls(self) -> bool:
         child = self._child
         if child is None:
             return False
-        patience = self._limits.stall * (1 if child.has_spoken else _FIRST_WORD)
+        patience = self._limits.stall * (1 if child.has_spoken else _STARTUP_FACTOR)
         return time.monotonic() - child.last_line_at > patience
 
-    def _end(self, reason: Reason) -> None:
+    def _end(self, reason: StopReason) -> None:
         with self._lock:
-            if self.reason is not None and _GRAVITY.index(reason) <= _GRAVITY.index(self.reason):
+            if self.reason is not None and _PRIORITY.index(reason) <= _PRIORITY.index(self.reason):
                 return
             self.reason = reason
             if self._child is not None:
                 self._begin_to_end(self._child, reason)
 
-    def _begin_to_end(self, child: Child, reason: Reason) -> None:
+    def _begin_to_end(self, child: Child, reason: StopReason) -> None:
         log.info("ending child %d: %s", child.pid, reason)
         self._kill_at = min(self._kill_at, time.monotonic() + self._limits.grace(reason))
-        if reason is Reason.STALLED:
+        if reason is StopReason.STALLED:
             child.dump_stacks()
-        elif reason is Reason.LOST:
+        elif reason is StopReason.LOST:
             child.kill()
         else:
             child.terminate()

@@ -4,7 +4,7 @@ The work is a function that gets the attempt and returns how it ends (one of `st
 is the same for every kind of work is here: the fence, the lease, the folder, the child, and what an
 interruption leads to.
 
-It does NOT know training from checking files: see `run_job` and `prepare`.
+It does NOT know training from checking files: see `train_job` and `prepare`.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ from store.jobs.fence import Claim
 from store.logs import bound
 from worker.context import Context
 from worker.engine_process.child import Child, child_environment
-from worker.engine_process.supervisor import Limits, Reason, Watch
+from worker.engine_process.supervisor import Limits, StopReason, Supervisor
 
 log = logging.getLogger(__name__)
 
@@ -44,7 +44,7 @@ Ending = Callable[[Session, Claim], Job]
 
 #: How long a worker that shall stop waits for a database or a storage that is away. Then the lease ends the
 #: attempt.
-_LAST_WORDS_SECONDS = 10.0
+_SHUTDOWN_RETRY_SECONDS = 10.0
 _RETRY_SECONDS = 2.0
 #: Faults that are nobody's mistake: tried again, as if the child had died.
 _TRANSIENT = frozenset({"hub_unavailable"})
@@ -56,19 +56,19 @@ class Interrupted(Exception):
 
 
 @dataclass(frozen=True, kw_only=True)
-class Exit:
+class EngineExit:
     """How a child ended: its exit code (negative: the signal that ended it), and its last word if it said
     one."""
 
     code: int
-    last_word: Mapping[str, Any] | None
+    final_event: Mapping[str, Any] | None
 
 
 class Attempt:
     """What the work needs: its claim, a folder of its own, writes under the fence, and a child under
     watch."""
 
-    def __init__(self, context: Context, claim: Claim, folder: Path, watch: Watch) -> None:
+    def __init__(self, context: Context, claim: Claim, folder: Path, watch: Supervisor) -> None:
         self.context = context
         self.claim = claim
         self.folder = folder
@@ -81,23 +81,23 @@ class Attempt:
             with transaction(self.context.sessions) as session:
                 return do(session, self.claim)
 
-        return self._patiently(once)
+        return self._retry(once)
 
-    def patiently(self, do: Callable[[], T]) -> T:
+    def retrying(self, do: Callable[[], T]) -> T:
         """Try again while the storage is away: for ever, or a few seconds if the worker shall stop. Raises
         Interrupted once the job is cancelled or lost: a storage that is full would hold its end up for good."""
 
         def once() -> T:
-            if self._watch.reason in (Reason.CANCELLED, Reason.LOST):
+            if self._watch.reason in (StopReason.CANCELLED, StopReason.LOST):
                 raise Interrupted(self._watch.reason)
             return do()
 
-        return self._patiently(once)
+        return self._retry(once)
 
-    def _patiently(self, do: Callable[[], T]) -> T:
+    def _retry(self, do: Callable[[], T]) -> T:
         give_up = tenacity.stop_all(
             tenacity.stop_when_event_set(self.context.stopping),
-            tenacity.stop_after_delay(_LAST_WORDS_SECONDS),
+            tenacity.stop_after_delay(_SHUTDOWN_RETRY_SECONDS),
         )
         retrying = tenacity.Retrying(
             retry=tenacity.retry_if_exception_type(Unavailable),
@@ -108,39 +108,39 @@ class Attempt:
         return retrying(do)
 
     @property
-    def ending(self) -> bool:
+    def is_stopping(self) -> bool:
         """Whether it shall end: what the child says now are its last words."""
         return self._watch.reason is not None
 
-    def check(self) -> None:
+    def raise_if_stopping(self) -> None:
         """Raises Interrupted if the attempt shall end. For the moments in which no child is there to be
         ended."""
         if self._watch.reason is not None:
             raise Interrupted(self._watch.reason)
 
-    def run_child(self, argv: Sequence[str], hear: Callable[[dict[str, Any]], bool]) -> Exit:
+    def run_engine(self, argv: Sequence[str], hear: Callable[[dict[str, Any]], bool]) -> EngineExit:
         """Run a child to its end and hand every event to `hear`, which returns True for its last word.
 
         Raises Interrupted if it was ended without one; LostFence, and whatever `hear` raises, after ending
         it.
         """
-        self.check()
-        last_word: Mapping[str, Any] | None = None
+        self.raise_if_stopping()
+        final_event: Mapping[str, Any] | None = None
         with (
             Child(argv, env=child_environment(os.environ), cwd=self.folder) as child,
-            self._watch.guarding(child),
+            self._watch.supervising(child),
         ):
             for event in child.lines():
                 # Once cancelled, nothing that it still says is written.
-                if self._watch.reason not in (Reason.CANCELLED, Reason.LOST) and hear(event):
-                    last_word = event
+                if self._watch.reason not in (StopReason.CANCELLED, StopReason.LOST) and hear(event):
+                    final_event = event
             code = child.wait()
         log.info("child %d of %s ended: %d", child.pid, self.claim.job_id, code)
-        if last_word is None:
-            self.check()
-        return Exit(code=code, last_word=last_word)
+        if final_event is None:
+            self.raise_if_stopping()
+        return EngineExit(code=code, final_event=final_event)
 
-    def died(self, error: Mapping[str, Any]) -> Ending:
+    def crashed(self, error: Mapping[str, Any]) -> Ending:
         """The ending for a child that went without a word."""
         settings = self.context.settings
         return partial(
@@ -153,14 +153,16 @@ class Attempt:
     def interrupted(self) -> Ending:
         """The ending for an attempt that was interrupted."""
         match self._watch.reason:
-            case Reason.CANCELLED:
+            case StopReason.CANCELLED:
                 return leases.finish_cancelled
-            case Reason.PAUSED:
+            case StopReason.PAUSED:
                 return leases.finish_paused
-            case Reason.SHUTDOWN:
+            case StopReason.SHUTDOWN:
                 return leases.release
-            case Reason.STALLED:
-                return self.died(error_of("stalled", "The training process made no progress and was ended."))
+            case StopReason.STALLED:
+                return self.crashed(
+                    job_error("stalled", "The training process made no progress and was ended.")
+                )
             case _:
                 raise LostFence(f"attempt {self.claim.attempt} of {self.claim.job_id} is lost")
 
@@ -215,32 +217,34 @@ def _do(attempt: Attempt, work: Callable[[Attempt], Ending]) -> Ending:
         raise
     except Damaged as fault:
         log.error("%s: %s", attempt.claim.job_id, fault)
-        return attempt.died(error_of("storage_damaged", f"A stored file can't be used: {fault.message}."))
+        return attempt.crashed(job_error("storage_damaged", f"A stored file can't be used: {fault.message}."))
     except Exception:
         # A fault of ours must not hold the job until its lease runs out; it counts as a death, and three
         # end it.
         log.exception("attempt %d at %s failed", attempt.claim.attempt, attempt.claim.job_id)
-        error = error_of("internal_error", "The worker failed; its log says why.")
-        attempt.write(attempt.died(error))
+        error = job_error("internal_error", "The worker failed; its log says why.")
+        attempt.write(attempt.crashed(error))
         raise
 
 
-def error_of(code: str, message: str, param: str | None = None) -> dict[str, Any]:
+def job_error(code: str, message: str, param: str | None = None) -> dict[str, Any]:
     """A job's `error`, in words that tell its user what to change."""
     return {"code": code, "message": message, "param": param}
 
 
-def death_of(code: int) -> dict[str, Any]:
+def crash_error(code: int) -> dict[str, Any]:
     """The error for a child that ended with this exit code and no last word."""
     if code == -signal.SIGKILL:
-        return error_of("out_of_memory", f"The training process was killed, {_OUT_OF_MEMORY}.")
+        return job_error("out_of_memory", f"The training process was killed, {_OUT_OF_MEMORY}.")
     how = f"signal {-code}" if code < 0 else f"exit code {code}"
-    return error_of("trainer_died", f"The training process ended without a word ({how}).")
+    return job_error("trainer_died", f"The training process ended without a word ({how}).")
 
 
 def failed(attempt: Attempt, error: Mapping[str, Any]) -> Ending:
     """The ending for a child that said what was wrong."""
-    return attempt.died(error) if error["code"] in _TRANSIENT else partial(leases.finish_failed, error=error)
+    return (
+        attempt.crashed(error) if error["code"] in _TRANSIENT else partial(leases.finish_failed, error=error)
+    )
 
 
 def _claim(context: Context, job_id: str, purpose: Purpose) -> Claim | None:
@@ -254,12 +258,12 @@ def _claim(context: Context, job_id: str, purpose: Purpose) -> Claim | None:
         )
 
 
-def _watch(context: Context, claim: Claim) -> Watch:
+def _watch(context: Context, claim: Claim) -> Supervisor:
     def ask(question: Callable[[Session, Claim], T]) -> T:
         with transaction(context.sessions) as session:
             return question(session, claim)
 
-    return Watch(
+    return Supervisor(
         renew=partial(ask, leases.heartbeat),
         wishes=partial(ask, leases.wishes),
         stopping=context.stopping,

@@ -16,40 +16,42 @@ from typing import Any
 from store.jobs import leases
 from store.jobs.spec import TrainingSpec
 from worker.jobs.attempt import Attempt
-from worker.jobs.loss_history import History
+from worker.jobs.loss_history import LossHistory
 
 #: Seconds between two METRICS events of a job: at least, and at most unless its steps take longer.
 _METRICS_SECONDS = (1.0, 10.0)
 #: In between: so many in a run, evenly over its steps.
 _METRICS_EVENTS = 500
-_LAST_WORDS = ("SUCCEEDED", "FAILED")
+_FINAL_CODES = ("SUCCEEDED", "FAILED")
 
 
-class Reporter:
+class EventRecorder:
     """Hears the events of one attempt, in order. `save_checkpoint` makes the one that an event's data names
-    durable; `bring_results` answers the engine that asks what stages of earlier jobs ended with."""
+    durable; `fetch_stage_results` answers the engine that asks what stages of earlier jobs ended with."""
 
     def __init__(
         self,
         attempt: Attempt,
-        history: History,
+        history: LossHistory,
         *,
         save_checkpoint: Callable[[Mapping[str, Any]], None],
-        bring_results: Callable[[Mapping[str, Any]], None],
+        fetch_stage_results: Callable[[Mapping[str, Any]], None],
     ) -> None:
         self._attempt = attempt
         self._history = history
         self._save_checkpoint = save_checkpoint
-        self._bring_results = bring_results
+        self._bring_results = fetch_stage_results
         self._latest: dict[str, dict[str, Any]] = {}
-        self._pace = Pace()
-        self._told: tuple[float, int] | None = None  # when the last METRICS event was written, and its step
+        self._pace = ProgressMeter()
+        self._last_written: tuple[float, int] | None = (
+            None  # when the last METRICS event was written, and its step
+        )
 
     def hear(self, event: dict[str, Any]) -> bool:
-        """Write down what is worth it; True for the last word, which is for `run_job` to act on."""
+        """Write down what is worth it; True for the last word, which is for `train_job` to act on."""
         self._history.add(event)
         code, data = event["code"], event["data"]
-        if code in _LAST_WORDS:
+        if code in _FINAL_CODES:
             return True
         if code == "WORKING":
             return False  # its arrival was the news: see worker.engine_process.supervisor
@@ -61,7 +63,7 @@ class Reporter:
             self._bring_results(data)
         elif code == "STAGE_REUSED":
             # A pace of its own: no step took the time since the last event.
-            self._record(event, stage=data["stage"], progress=Pace().progress(data))
+            self._record(event, stage=data["stage"], progress=ProgressMeter().progress(data))
         else:
             self._record(
                 event,
@@ -77,14 +79,16 @@ class Reporter:
         metrics = self._metrics(data, ("step", "epoch", "loss", "learning_rate", "tokens", "seconds"))
         if self._is_worth_telling(data["step"], data["total_steps"]):
             self._record(event, stage=data["stage"], progress=progress, metrics=metrics)
-            self._told = (time.monotonic(), data["step"])
+            self._last_written = (time.monotonic(), data["step"])
 
     def _is_worth_telling(self, step: int, total: int) -> bool:
-        if self._told is None or step >= total:
+        if self._last_written is None or step >= total:
             return True
         at_least, at_most = _METRICS_SECONDS
-        since = time.monotonic() - self._told[0]
-        return since >= at_most or (since >= at_least and step - self._told[1] >= total / _METRICS_EVENTS)
+        since = time.monotonic() - self._last_written[0]
+        return since >= at_most or (
+            since >= at_least and step - self._last_written[1] >= total / _METRICS_EVENTS
+        )
 
     def _record(self, event: Mapping[str, Any], **columns: Any) -> None:
         self._attempt.write(
@@ -120,7 +124,7 @@ class Reporter:
         return {label: self._latest[label]}
 
 
-class Pace:
+class ProgressMeter:
     """How far a run is, and how long the rest takes at the pace of its last steps."""
 
     def __init__(self) -> None:

@@ -23,9 +23,9 @@ from store.jobs.fence import Wishes
 from store.storage.artifacts import Artifacts, export_key
 from worker.context import Context
 from worker.engine_process.child import Child, child_environment
-from worker.engine_process.supervisor import Limits, Reason, Watch
+from worker.engine_process.supervisor import Limits, StopReason, Supervisor
 from worker.jobs import diagnostics
-from worker.jobs.attempt import error_of
+from worker.jobs.attempt import job_error
 
 log = logging.getLogger(__name__)
 
@@ -55,7 +55,7 @@ def build_export(context: Context, model_id: str, export_format: str) -> bool:
     renew = partial(_renew, context, claim)
     try:
         limits = Limits.of(context.settings)
-        with Watch(renew=renew, wishes=renew, stopping=context.stopping, limits=limits) as watch:
+        with Supervisor(renew=renew, wishes=renew, stopping=context.stopping, limits=limits) as watch:
             _build(context, claim, folder, watch)
     except (LostFence, Unavailable) as fault:
         log.warning("%s of %s is left to the next attempt: %s", export_format, model_id, fault)
@@ -64,7 +64,7 @@ def build_export(context: Context, model_id: str, export_format: str) -> bool:
     return True
 
 
-def _build(context: Context, claim: ExportClaim, folder: Path, watch: Watch) -> None:
+def _build(context: Context, claim: ExportClaim, folder: Path, watch: Supervisor) -> None:
     try:
         made = _make(context, claim, folder, watch)
     except ExportFailed as fault:
@@ -84,13 +84,13 @@ def _build(context: Context, claim: ExportClaim, folder: Path, watch: Watch) -> 
         exports.finish(session, claim, storage_key=key, size=size)
 
 
-def _make(context: Context, claim: ExportClaim, folder: Path, watch: Watch) -> Path:
+def _make(context: Context, claim: ExportClaim, folder: Path, watch: Supervisor) -> Path:
     """The directory to archive. Raises ExportFailed; LostFence when it shall not be finished."""
     bundle, out = folder / "bundle", folder / "out"
     try:
         context.artifacts.fetch_directory(claim.model.storage_key or "", bundle, claim.model.manifest)
     except Damaged as fault:
-        raise ExportFailed(error_of("storage_damaged", f"A stored file can't be used: {fault}.")) from fault
+        raise ExportFailed(job_error("storage_damaged", f"A stored file can't be used: {fault}.")) from fault
     if claim.format == "bundle":
         return bundle
     if claim.format == DIAGNOSTICS:
@@ -111,13 +111,13 @@ def _make(context: Context, claim: ExportClaim, folder: Path, watch: Watch) -> P
         ("--cache-dir", context.settings.cache_dir),
     ):
         command += [option, str(path)] if path is not None else []
-    error = error_of("export_failed", "The export ended without a word; the worker's log says more.")
+    error = job_error("export_failed", "The export ended without a word; the worker's log says more.")
     environment = child_environment(os.environ)
-    with Child(command, env=environment, cwd=folder) as child, watch.guarding(child):
+    with Child(command, env=environment, cwd=folder) as child, watch.supervising(child):
         for outcome in child.lines():
             error = outcome.get("error", error)
         code = child.wait()
-    if watch.reason is Reason.SHUTDOWN:
+    if watch.reason is StopReason.SHUTDOWN:
         with transaction(context.sessions) as session:
             exports.release(session, claim)
     if watch.reason is not None:
@@ -133,9 +133,9 @@ def _fetch_rows(context: Context, claim: ExportClaim, folder: Path) -> Path:
             key, sha256 = diagnostics.rows_of(session, claim.model.job_id or "")
         context.artifacts.fetch_file(key, folder / "rows.jsonl", sha256)
     except NotFound as fault:
-        raise ExportFailed(error_of("file_not_found", "The job's rows have been deleted.")) from fault
+        raise ExportFailed(job_error("file_not_found", "The job's rows have been deleted.")) from fault
     except Damaged as fault:
-        raise ExportFailed(error_of("storage_damaged", f"A stored file can't be used: {fault}.")) from fault
+        raise ExportFailed(job_error("storage_damaged", f"A stored file can't be used: {fault}.")) from fault
     return folder / "rows.jsonl"
 
 

@@ -19,16 +19,16 @@ from worker.jobs.attempt import Attempt
 FIELDS = ("training_file", "validation_file", "test_file")
 
 
-def put_rows(attempt: Attempt, path: Path) -> str:
+def store_rows(attempt: Attempt, path: Path) -> str:
     """Store rows that were made for this job; returns their SHA-256. Same rows, same key: attempts can't
     clash."""
     with path.open("rb") as file:
         sha256 = hashlib.file_digest(file, "sha256").hexdigest()
     key = prepared_key(attempt.claim.job_id, sha256)
-    return attempt.patiently(partial(attempt.context.artifacts.put_file, key, path))
+    return attempt.retrying(partial(attempt.context.artifacts.put_file, key, path))
 
 
-def fetch_uploaded(attempt: Attempt) -> dict[str, Path]:
+def fetch_uploads(attempt: Attempt) -> dict[str, Path]:
     """The uploaded ones among the job's files, by field."""
     return {
         field: _fetch_upload(attempt, field, reference)
@@ -39,7 +39,7 @@ def fetch_uploaded(attempt: Attempt) -> dict[str, Path]:
 
 def fetch_rows(attempt: Attempt) -> dict[str, Path]:
     """All of the job's files, by field. Only after `prepare`, whose report names the rows that it made."""
-    paths = fetch_uploaded(attempt)
+    paths = fetch_uploads(attempt)
     report = attempt.claim.validation or {}
     for field in FIELDS:
         if getattr(attempt.claim.spec, field) and field not in paths:
@@ -56,7 +56,7 @@ def _fetch_upload(attempt: Attempt, field: str, file_id: str) -> Path:
 
 
 def _fetch(attempt: Attempt, field: str, key: str, sha256: str) -> Path:
-    attempt.check()
+    attempt.raise_if_stopping()
     path = attempt.folder / f"{field}.jsonl"
-    attempt.patiently(partial(attempt.context.artifacts.fetch_file, key, path, sha256))
+    attempt.retrying(partial(attempt.context.artifacts.fetch_file, key, path, sha256))
     return path

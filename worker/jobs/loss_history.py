@@ -17,7 +17,7 @@ COLUMNS = (
 FILE_NAME = "history.csv"
 
 
-class History:
+class LossHistory:
     """Lines in the order in which they became known; nothing but numbers and plain words is in them."""
 
     def __init__(self) -> None:
@@ -25,7 +25,7 @@ class History:
         self._step = "0"
 
     @classmethod
-    def load(cls, path: Path) -> History:
+    def load(cls, path: Path) -> LossHistory:
         """What `save` wrote; empty if there is no such file."""
         history = cls()
         if path.exists():

@@ -14,11 +14,11 @@ from store.db.states import JobState
 from store.db.tables import Job
 from store.jobs import leases
 from worker.context import Context
-from worker.jobs.attempt import Attempt, Ending, death_of, failed, run_attempt
-from worker.jobs.fetch_rows import FIELDS, fetch_uploaded, put_rows
+from worker.jobs.attempt import Attempt, Ending, crash_error, failed, run_attempt
+from worker.jobs.fetch_rows import FIELDS, fetch_uploads, store_rows
 from worker.jobs.run_file import check_file
 
-_LAST_WORDS = ("CHECKED", "FAILED")
+_FINAL_CODES = ("CHECKED", "FAILED")
 
 
 def prepare_job(context: Context, job_id: str) -> Job | None:
@@ -33,17 +33,17 @@ def prepare_job(context: Context, job_id: str) -> Job | None:
 def _check(attempt: Attempt) -> Ending:
     spec = attempt.claim.spec
     references = {field: reference for field in FIELDS if (reference := getattr(spec, field))}
-    uploaded = fetch_uploaded(attempt)
+    uploaded = fetch_uploads(attempt)
     files = references | {field: str(path) for field, path in uploaded.items()}
     path = attempt.folder / "check.json"
     path.write_text(json.dumps(check_file(spec, files, attempt.folder, attempt.context.settings)))
     command = [*attempt.context.engine_command, "check", "--run-file", str(path), "--die-with-parent"]
-    ended = attempt.run_child(command, lambda event: event["code"] in _LAST_WORDS)
+    ended = attempt.run_engine(command, lambda event: event["code"] in _FINAL_CODES)
 
-    if ended.last_word is None:
-        return attempt.died(death_of(ended.code))
-    data = ended.last_word["data"]
-    if ended.last_word["code"] == "FAILED":
+    if ended.final_event is None:
+        return attempt.crashed(crash_error(ended.code))
+    data = ended.final_event["data"]
+    if ended.final_event["code"] == "FAILED":
         return failed(attempt, data["error"])
     report = data["report"]
     for field, reference in references.items():
@@ -51,5 +51,5 @@ def _check(attempt: Attempt) -> Ending:
     if data["error"] is not None:
         return partial(leases.finish_failed, error=data["error"], report=report)
     for field, made in data["made"].items():
-        report["files"][field]["sha256"] = put_rows(attempt, Path(made))
+        report["files"][field]["sha256"] = store_rows(attempt, Path(made))
     return partial(leases.finish_prepared, report=report)

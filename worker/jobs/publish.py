@@ -21,7 +21,7 @@ from store.jobs import leases
 from store.storage.artifacts import MANIFEST, attempt_prefix
 from store.storage.files import NewFile
 from worker.jobs.attempt import Attempt
-from worker.jobs.loss_history import FILE_NAME, History
+from worker.jobs.loss_history import FILE_NAME, LossHistory
 
 log = logging.getLogger(__name__)
 
@@ -41,7 +41,7 @@ class Stored:
 class Publisher:
     """Stores what one attempt makes, and commits its checkpoints."""
 
-    def __init__(self, attempt: Attempt, history: History) -> None:
+    def __init__(self, attempt: Attempt, history: LossHistory) -> None:
         self._attempt = attempt
         self._history = history
         self._artifacts = attempt.context.artifacts
@@ -55,7 +55,7 @@ class Publisher:
         path, step, kind = Path(data["path"]), data["step"], data["kind"]
         if (step, kind) in self._saved:
             return  # asked to stop right after it had saved: the same once more
-        if kind == "step" and time.monotonic() < self._next_step and not self._attempt.ending:
+        if kind == "step" and time.monotonic() < self._next_step and not self._attempt.is_stopping:
             return
         key = f"{self._prefix}/checkpoint-{step}-{kind}"
         manifest = self._store_checkpoint(key, path)
@@ -91,7 +91,7 @@ class Publisher:
     def results(self) -> NewFile:
         """Store the table of losses; its row is written with the job's end."""
         key = f"{self._prefix}/results.csv"
-        sha256 = self._attempt.patiently(partial(self._store_history, key))
+        sha256 = self._attempt.retrying(partial(self._store_history, key))
         return NewFile(
             file_id=ids.new_file_id(),
             filename="step_metrics.csv",
@@ -114,7 +114,7 @@ class Publisher:
         if not sealed.items() <= manifest.items():
             return None
         history_key = f"{key}/{FILE_NAME}"
-        return manifest | {FILE_NAME: self._attempt.patiently(partial(self._store_history, history_key))}
+        return manifest | {FILE_NAME: self._attempt.retrying(partial(self._store_history, history_key))}
 
     def _store_history(self, key: str) -> str:
         path = self._attempt.folder / FILE_NAME
@@ -123,7 +123,7 @@ class Publisher:
 
     def _store(self, key: str, path: Path) -> dict[str, str]:
         store: Callable[[], dict[str, str]] = partial(self._artifacts.put_directory, key, path)
-        return self._attempt.patiently(store)
+        return self._attempt.retrying(store)
 
     def _delete(self, key: str) -> None:
         try:

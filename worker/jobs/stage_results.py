@@ -25,7 +25,7 @@ from worker.jobs.attempt import Attempt
 log = logging.getLogger(__name__)
 
 
-class Results:
+class StageResults:
     """One attempt's. `folder` is there and empty: where its engine looks."""
 
     def __init__(self, attempt: Attempt, folder: Path) -> None:

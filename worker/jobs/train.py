@@ -20,18 +20,18 @@ from store.studies import studies
 from worker.chores import activation_folder
 from worker.chores.gpu_handoff import room
 from worker.context import Context
-from worker.jobs.attempt import Attempt, Ending, death_of, failed, run_attempt
-from worker.jobs.event_recorder import Reporter
+from worker.jobs.attempt import Attempt, Ending, crash_error, failed, run_attempt
+from worker.jobs.event_recorder import EventRecorder
 from worker.jobs.fetch_rows import fetch_rows
-from worker.jobs.loss_history import FILE_NAME, History
+from worker.jobs.loss_history import FILE_NAME, LossHistory
 from worker.jobs.publish import Publisher, bundle_task
 from worker.jobs.run_file import LocalRun, reuses, run_file, train_config
-from worker.jobs.stage_results import Results
+from worker.jobs.stage_results import StageResults
 
 log = logging.getLogger(__name__)
 
 
-def run_job(context: Context, job_id: str) -> Job | None:
+def train_job(context: Context, job_id: str) -> Job | None:
     """Train this job if it waits for it. Returns the job as it then stands; None if there was nothing to
     do."""
     return run_attempt(context, job_id, "train", _train)
@@ -49,9 +49,9 @@ def _train(attempt: Attempt) -> Ending:
         prefills=activation_folder.folder(attempt.context),
         owner=attempt.claim.owner_id,
     )
-    history = History.load(resume / FILE_NAME) if resume else History()
+    history = LossHistory.load(resume / FILE_NAME) if resume else LossHistory()
     publisher = Publisher(attempt, history)
-    results = Results(attempt, run.results)
+    results = StageResults(attempt, run.results)
 
     def save_checkpoint(data: Mapping[str, Any]) -> None:
         publisher.checkpoint(data)
@@ -59,9 +59,11 @@ def _train(attempt: Attempt) -> Ending:
         if data["kind"] == "stage":
             attempt.write(partial(leases.record_stage_passed, stages=data["stage_index"] + 1))
 
-    reporter = Reporter(attempt, history, save_checkpoint=save_checkpoint, bring_results=results.bring)
+    reporter = EventRecorder(
+        attempt, history, save_checkpoint=save_checkpoint, fetch_stage_results=results.bring
+    )
 
-    attempt.check()
+    attempt.raise_if_stopping()
     run.checkpoints.mkdir()
     run.results.mkdir()
     config = train_config(attempt.claim.spec, revision=_revision(attempt))
@@ -72,13 +74,13 @@ def _train(attempt: Attempt) -> Ending:
     path.write_text(json.dumps(run_file(config, run, settings, reuse=reuse, writes_validation=searched)))
     command = [*attempt.context.engine_command, "train", "--run-file", str(path), "--die-with-parent"]
     with room(attempt.context, f"{attempt.claim.job_id}/{attempt.claim.attempt}"):
-        ended = attempt.run_child(command, reporter.hear)
+        ended = attempt.run_engine(command, reporter.hear)
 
-    if ended.last_word is None:
-        return attempt.died(death_of(ended.code))
-    if ended.last_word["code"] == "FAILED":
-        return failed(attempt, ended.last_word["data"]["error"])
-    return _succeeded(run, publisher, ended.last_word["data"])
+    if ended.final_event is None:
+        return attempt.crashed(crash_error(ended.code))
+    if ended.final_event["code"] == "FAILED":
+        return failed(attempt, ended.final_event["data"]["error"])
+    return _succeeded(run, publisher, ended.final_event["data"])
 
 
 def _succeeded(run: LocalRun, publisher: Publisher, data: Mapping[str, Any]) -> Ending:
@@ -100,13 +102,13 @@ def _succeeded(run: LocalRun, publisher: Publisher, data: Mapping[str, Any]) -> 
 def _fetch_checkpoint(attempt: Attempt) -> Path | None:
     """The best checkpoint that is whole; None to begin at the beginning."""
     for checkpoint in attempt.claim.checkpoints:
-        attempt.check()
+        attempt.raise_if_stopping()
         path = attempt.folder / f"resume-{checkpoint.step}"
         fetch = partial(
             attempt.context.artifacts.fetch_directory, checkpoint.storage_key, path, checkpoint.manifest
         )
         try:
-            attempt.patiently(fetch)
+            attempt.retrying(fetch)
         except Damaged as fault:
             log.error("checkpoint %s of %s is damaged: %s", checkpoint.id, attempt.claim.job_id, fault)
             attempt.write(

@@ -19,7 +19,7 @@ from store.jobs import leases
 from store.jobs.spec import Method
 from store.studies import studies, verdicts
 from store.studies.spec import StudySpec
-from worker.chores.compare_studies import judge_studies
+from worker.chores.compare_studies import update_studies
 from worker.context import ENGINE
 from worker.jobs.prepare import prepare_job
 
@@ -96,7 +96,7 @@ def test_a_study_is_judged_by_the_real_statistics(bench: Bench) -> None:
     study = study_of(bench, [{"do": "metrics", "step": 4}, left(30, 31)])
     for run in runs(bench, study):
         assert bench.run(run.job.id).state == JobState.SUCCEEDED
-    judge_studies(bench.context, ENGINE)
+    update_studies(bench.context, ENGINE)
     found = read(bench, study)
     assert found.finished_at is not None
     assert found.verdict is not None
@@ -108,9 +108,9 @@ def test_a_study_is_judged_by_the_real_statistics(bench: Bench) -> None:
 def test_a_study_that_can_not_be_judged_waits(bench: Bench) -> None:
     study = study_of(bench, [left(30)], seeds=[1])
     assert bench.run(runs(bench, study)[0].job.id).state == JobState.SUCCEEDED
-    judge_studies(bench.context, (sys.executable, "-c", "raise SystemExit(1)"))
+    update_studies(bench.context, (sys.executable, "-c", "raise SystemExit(1)"))
     assert read(bench, study).verdict is None
-    judge_studies(bench.context, ENGINE)
+    update_studies(bench.context, ENGINE)
     assert read(bench, study).verdict is not None
     assert read(bench, study).finished_at is None
 
@@ -129,7 +129,7 @@ def test_one_that_breaks_whoever_looks_at_it_does_not_stand_before_the_others(
         return record(session, study_id, *arguments, **options)
 
     monkeypatch.setattr(verdicts, "record", failing)
-    judge_studies(bench.context, ENGINE)
+    update_studies(bench.context, ENGINE)
     assert (read(bench, broken).verdict is None, read(bench, whole).verdict is None) == (True, False)
 
 
@@ -159,7 +159,7 @@ def test_a_study_with_the_real_engine_trains_what_its_arms_share_once(
     for job_id in ids:
         assert bench.run(job_id, real).state == JobState.SUCCEEDED
     assert ["STAGE_REUSED" in bench.codes(job_id) for job_id in ids] == [False, True, True]
-    judge_studies(real)
+    update_studies(real)
     found = read(bench, study)
     assert found.verdict is not None
     assert [len(arm["per_seed"]) for arm in found.verdict["arms"]] == [1, 1, 1]

@@ -10,7 +10,7 @@ from worker_bench import Bench
 from store.db.states import JobState
 from worker.celery_app import Role
 from worker.chores.chore import chores
-from worker.chores.gpu_handoff import giving_room, room
+from worker.chores.gpu_handoff import handoff_chores, room
 from worker.chores.presence import present
 from worker.context import Context
 
@@ -31,7 +31,7 @@ def on(bench: Bench, worker_id: str, device: str | None) -> Context:
 
 def serve(stack: ExitStack, context: Context, held: Held) -> None:
     stack.enter_context(present(context, Role.INFERENCE))
-    stack.enter_context(chores(giving_room(context, held.make_room)))
+    stack.enter_context(chores(handoff_chores(context, held.make_room)))
 
 
 def test_models_on_the_same_gpu_are_put_away_before_training(bench: Bench) -> None:
@@ -50,7 +50,7 @@ def test_models_on_the_same_gpu_are_put_away_before_training(bench: Bench) -> No
 
 
 def test_without_a_gpu_nobody_asks(bench: Bench) -> None:
-    assert giving_room(bench.context, lambda: None) == []
+    assert handoff_chores(bench.context, lambda: None) == []
     with room(bench.context, "job/1"):
         pass
     job_id = bench.queued([{"do": "metrics", "step": 1}])

@@ -22,7 +22,7 @@ from store.studies import search_rounds, studies, verdicts
 from store.studies.search import Round
 from store.studies.spec import StudySpec
 from worker.chores import compare_studies
-from worker.chores.compare_studies import judge_studies
+from worker.chores.compare_studies import update_studies
 from worker.context import ENGINE
 
 BUDGET = 8
@@ -116,15 +116,15 @@ def test_a_search_finds_the_planted_best_and_survives_a_restart(bench: Bench, se
     study = search_of(bench, baseline="as it is")
     assert len(trials(bench, study)) == 2
     assert end_all(bench, study) == 6
-    judge_studies(bench.context, ENGINE)
+    update_studies(bench.context, ENGINE)
     assert [task for task, _ in sent].count("heft.prepare") == 4  # at once, not at the next sweep
     assert end_all(bench, study) == 4
     # Its worker dies while it is asked: nothing is lost, nothing made twice, and another goes on from what there is.
     before = read(bench, study)
-    judge_studies(bench.context, (sys.executable, "-c", "raise SystemExit(1)"))
+    update_studies(bench.context, (sys.executable, "-c", "raise SystemExit(1)"))
     assert (read(bench, study).spec, read(bench, study).event_seq) == (before.spec, before.event_seq)
     while read(bench, study).finished_at is None:
-        judge_studies(bench.context, ENGINE)
+        update_studies(bench.context, ENGINE)
         end_all(bench, study)
 
     # The same as one that nothing has interrupted.
@@ -167,7 +167,7 @@ def test_trials_that_can_not_be_are_left_out_and_those_that_fail_count(bench: Be
     study = search_of(bench, seeds=[1], search={"space": space, "budget": 4, "parallel": 1})
     end_all(bench, study, lambda params: math.nan)
     while read(bench, study).finished_at is None:
-        judge_studies(bench.context, ENGINE)
+        update_studies(bench.context, ENGINE)
         end_all(bench, study, lambda params: 0.5)
     found = trials(bench, study)
     assert found[0].state == "failed"
@@ -189,7 +189,7 @@ def test_a_cancelled_search_tries_nothing_more(bench: Bench, at_hand: None) -> N
     end_all(bench, study)
     with transaction(bench.context.sessions) as session:
         studies.request_cancel(session, owner_id=OWNER, study_id=study.id)
-    judge_studies(bench.context, ENGINE)
+    update_studies(bench.context, ENGINE)
     assert read(bench, study).finished_at is not None
     assert len(trials(bench, study)) == 2
     verdict = read(bench, study).verdict
@@ -201,7 +201,7 @@ def test_a_search_that_only_fails_is_given_up(bench: Bench, at_hand: None) -> No
     study = search_of(bench, seeds=[1])
     while read(bench, study).finished_at is None:
         end_all(bench, study, lambda params: math.nan)
-        judge_studies(bench.context)
+        update_studies(bench.context)
     assert [trial.state for trial in trials(bench, study)] == ["failed"] * 6  # two at a time
     found = read(bench, study)
     assert search_rounds.summary(found)["ended_because"] == "the first 6 trials have all failed"
@@ -214,7 +214,7 @@ def test_a_search_whose_file_is_gone_ends_with_what_it_has(bench: Bench, at_hand
     end_all(bench, study)
     with transaction(bench.context.sessions) as session:
         files.delete(session, owner_id=OWNER, file_id=file)
-    judge_studies(bench.context)
+    update_studies(bench.context)
     found = read(bench, study)
     assert found.finished_at is not None
     assert file in search_rounds.summary(found)["ended_because"]
@@ -229,9 +229,9 @@ def test_what_was_proposed_before_others_went_on_is_dropped(bench: Bench, at_han
     with transaction(bench.context.sessions) as session:
         early = studies.runs_of(session, study.id, rows=True)[:1]
         late = Round(seen=len(read(bench, study).spec["planned"]) + 1, new=())
-        assert verdicts.record(session, study.id, early, compare_studies.NOTHING_YET, late) is None
+        assert verdicts.record(session, study.id, early, compare_studies.EMPTY_VERDICT, late) is None
     assert read(bench, study).event_seq == 1
-    judge_studies(bench.context)
+    update_studies(bench.context)
     assert len(trials(bench, study)) == 6
     assert len({str(trial.point) for trial in trials(bench, study)}) == 6
 
@@ -254,9 +254,9 @@ def test_what_was_proposed_before_the_search_was_over_is_dropped(
             search_rounds.close(session, studies.get(session, owner_id=OWNER, study_id=study.id), "no file")
     found = Round(seen=len(planned), new=again)
     with transaction(bench.context.sessions) as session:
-        assert verdicts.record(session, study.id, looked_at, compare_studies.NOTHING_YET, found) is None
+        assert verdicts.record(session, study.id, looked_at, compare_studies.EMPTY_VERDICT, found) is None
     assert len(read(bench, study).spec["planned"]) == len(planned)
-    judge_studies(bench.context)
+    update_studies(bench.context)
     ended = read(bench, study)
     assert ended.finished_at is not None
     said = {"cancelled": "it was cancelled", "closed": "no file"}[over]

@@ -15,7 +15,7 @@ from worker_bench import eventually
 from store.errors import LostFence, Unavailable
 from store.jobs.fence import Wishes
 from worker.engine_process.child import Child
-from worker.engine_process.supervisor import Limits, Reason, Watch
+from worker.engine_process.supervisor import Limits, StopReason, Supervisor
 
 LIMITS = Limits(control=0.02, heartbeat=0.1, stall=60, cancel_grace=0.2, checkpoint_grace=30, dump_grace=0.1)
 LISTENS = "import signal, sys, time; signal.signal(15, lambda *_: sys.exit(75)); print({}); time.sleep(99)"
@@ -62,8 +62,10 @@ def start(tmp_path: Path) -> Iterator[Callable[[str], Child]]:
         child.wait()
 
 
-def watch(job: Job, limits: Limits = LIMITS, stopping: threading.Event | None = None) -> Watch:
-    return Watch(renew=job.renew, wishes=job.wishes, stopping=stopping or threading.Event(), limits=limits)
+def watch(job: Job, limits: Limits = LIMITS, stopping: threading.Event | None = None) -> Supervisor:
+    return Supervisor(
+        renew=job.renew, wishes=job.wishes, stopping=stopping or threading.Event(), limits=limits
+    )
 
 
 def test_it_renews_seldom_and_looks_often(job: Job) -> None:
@@ -74,49 +76,49 @@ def test_it_renews_seldom_and_looks_often(job: Job) -> None:
 
 def test_a_pause_may_become_a_cancel_and_never_the_reverse(job: Job, start: Callable[[str], Child]) -> None:
     child = start(DEAF)
-    with watch(job) as watching, watching.guarding(child):
+    with watch(job) as watching, watching.supervising(child):
         job.pause = True
-        eventually(lambda: watching.reason is Reason.PAUSED)
+        eventually(lambda: watching.reason is StopReason.PAUSED)
         job.cancel = True
         assert child.wait() == -signal.SIGKILL, "the shorter patience counts"
         job.cancel = False
-        assert watching.reason is Reason.CANCELLED
+        assert watching.reason is StopReason.CANCELLED
 
 
 def test_a_child_that_comes_too_late_is_ended_at_once(job: Job, start: Callable[[str], Child]) -> None:
     stopping = threading.Event()
     stopping.set()
     with watch(job, stopping=stopping) as watching:
-        eventually(lambda: watching.reason is Reason.SHUTDOWN)
+        eventually(lambda: watching.reason is StopReason.SHUTDOWN)
         child = start(LISTENS)
-        with watching.guarding(child):
+        with watching.supervising(child):
             assert child.wait() == 75
 
 
 def test_an_outage_of_the_database_ends_nothing(job: Job, start: Callable[[str], Child]) -> None:
     job.fault = Unavailable("away")
     child = start(DEAF)
-    with watch(job) as watching, watching.guarding(child):
+    with watch(job) as watching, watching.supervising(child):
         eventually(lambda: job.read > 5)
         assert watching.reason is None
         job.fault = LostFence("taken over meanwhile")
         assert child.wait() == -signal.SIGKILL
-    assert watching.reason is Reason.LOST
+    assert watching.reason is StopReason.LOST
 
 
 def test_a_watch_that_fails_leaves_no_child_unwatched(job: Job, start: Callable[[str], Child]) -> None:
     child = start(DEAF)
-    with watch(job) as watching, watching.guarding(child):
+    with watch(job) as watching, watching.supervising(child):
         job.fault = RuntimeError("a fault of ours")
         assert child.wait() == -signal.SIGKILL
-    assert watching.reason is Reason.LOST
+    assert watching.reason is StopReason.LOST
 
 
 def test_silence_is_a_stall(job: Job, start: Callable[[str], Child]) -> None:
     limits = Limits(**{**vars(LIMITS), "stall": 0.3})
     child = start(DEAF)
     began = time.monotonic()
-    with watch(job, limits) as watching, watching.guarding(child):
+    with watch(job, limits) as watching, watching.supervising(child):
         child.wait()
-    assert watching.reason is Reason.STALLED
+    assert watching.reason is StopReason.STALLED
     assert time.monotonic() - began >= 0.3

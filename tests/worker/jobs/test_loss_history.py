@@ -6,7 +6,7 @@ import csv
 from pathlib import Path
 from typing import Any
 
-from worker.jobs.loss_history import History
+from worker.jobs.loss_history import LossHistory
 
 
 def event(code: str, **data: Any) -> dict[str, Any]:
@@ -17,14 +17,14 @@ def metrics(step: int) -> dict[str, Any]:
     return event("METRICS", stage="lora", stage_index=0, step=step, epoch=1, loss=1 / step, learning_rate=0.1)
 
 
-def table(history: History, path: Path) -> list[dict[str, str]]:
+def table(history: LossHistory, path: Path) -> list[dict[str, str]]:
     history.save(path)
     with path.open(newline="") as file:
         return [{key: value for key, value in row.items() if value} for row in csv.DictReader(file)]
 
 
 def test_losses_and_scores_stand_at_their_steps(tmp_path: Path) -> None:
-    history = History()
+    history = LossHistory()
     history.add(
         event("EVALUATION", stage="base", stage_index=None, accuracy=0.5, correct=1, n=2, split="test")
     )
@@ -47,17 +47,17 @@ def test_losses_and_scores_stand_at_their_steps(tmp_path: Path) -> None:
 
 def test_it_goes_on_from_what_a_checkpoint_carried(tmp_path: Path) -> None:
     base = event("EVALUATION", stage="base", stage_index=None, accuracy=0.5, correct=1, n=2, split="test")
-    before = History()
+    before = LossHistory()
     for one in (base, metrics(1), metrics(2)):
         before.add(one)
     before.save(tmp_path / "history.csv")
-    after = History.load(tmp_path / "history.csv")
+    after = LossHistory.load(tmp_path / "history.csv")
     after.add(metrics(3))
-    straight = History()
+    straight = LossHistory()
     for one in (base, metrics(1), metrics(2), metrics(3)):
         straight.add(one)
     assert table(after, tmp_path / "a.csv") == table(straight, tmp_path / "b.csv")
 
 
 def test_without_a_checkpoint_it_is_empty(tmp_path: Path) -> None:
-    assert table(History.load(tmp_path / "none.csv"), tmp_path / "t.csv") == []
+    assert table(LossHistory.load(tmp_path / "none.csv"), tmp_path / "t.csv") == []

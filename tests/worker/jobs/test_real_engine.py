@@ -24,7 +24,7 @@ from store.jobs import jobs, stage_results
 from worker.chores.activation_folder import folder as prefills_folder
 from worker.context import ENGINE, Context
 from worker.jobs.prepare import prepare_job
-from worker.jobs.train import run_job
+from worker.jobs.train import train_job
 
 ROWS = [
     {"question": f"is {n} even", "passage": f"The number is {n}.", "answer": n % 2 == 0} for n in range(48)
@@ -47,7 +47,7 @@ def test_a_job_from_its_files_to_its_model(bench: Bench, real: Context) -> None:
     kept = prepared.validation["files"]["test_file"]
     assert (kept["reference"], kept["rows"]) == ("sample:passages:test", 200)
     assert real.artifacts.children(f"prepared/{job_id}") == [kept["sha256"]]
-    run_job(real, job_id)
+    train_job(real, job_id)
     job = bench.job(job_id)
     assert job.state == JobState.SUCCEEDED, job.error
     assert job.evaluation is not None
