@@ -11,6 +11,7 @@ from typing import Any
 import torch
 
 from benchmarks import heft
+from heft_engine.config.flops import CacheLevel
 from heft_engine.config.train import LoraStage, ReftStage, TrainConfig
 from heft_engine.data.encoding import Example
 from heft_engine.data.rows import Row
@@ -18,7 +19,6 @@ from heft_engine.events import Event
 from heft_engine.model.attention import IMPLEMENTATION
 from heft_engine.model.base_models import BaseModel, load_model
 from heft_engine.model.packed_lm import PackedLM
-from heft_engine.training.activation_cache import Rung
 from heft_engine.training.run import train
 from heft_engine.training.stage_store import LocalStages
 
@@ -33,19 +33,19 @@ def losses(
 
         def of(
             stage: LoraStage | ReftStage,
-            rung: Rung = "nothing",
+            level: CacheLevel = CacheLevel.NONE,
             compiled: bool = False,
             dtype: torch.dtype = dtype,
         ) -> list[float]:
             lm = PackedLM(load_model(base, dtype=dtype, device="cpu", attention=IMPLEMENTATION))
-            result: list[float] = heft.train(lm, stage, rows, rung, compiled)["losses"]
+            result: list[float] = heft.train(lm, stage, rows, level, compiled)["losses"]
             return result
 
         plain, stage1 = of(reft), of(lora)
         found[name] = {
             "steps": len(plain),
-            "stage 2, keys and values": _difference(of(reft, "keys_values"), plain),
-            "stage 2, states alone": _difference(of(reft, "states"), plain),
+            "stage 2, keys and values": _difference(of(reft, CacheLevel.KV), plain),
+            "stage 2, states alone": _difference(of(reft, CacheLevel.HIDDEN_STATES), plain),
             "stage 1, layers compiled": _difference(of(lora, compiled=True), stage1),
         }
     return found

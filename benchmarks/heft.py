@@ -7,12 +7,12 @@ from collections.abc import Callable, Sequence
 from typing import Any, Literal
 
 from heft_engine.adapters import lora
-from heft_engine.adapters.trainable import LoraTrainable
+from heft_engine.adapters.trainable import LoraAdapter
+from heft_engine.config.flops import CacheLevel
 from heft_engine.config.train import LoraStage, ReftStage
 from heft_engine.data.encoding import Example
 from heft_engine.events import Event
 from heft_engine.model.packed_lm import PackedLM
-from heft_engine.training.activation_cache import Rung
 from heft_engine.training.memory_plan import peak
 from heft_engine.training.single_stage import single_stage
 
@@ -21,7 +21,7 @@ def train(
     lm: PackedLM,
     stage: LoraStage | ReftStage,
     rows: Sequence[Example],
-    rung: Rung = "keys_values",
+    level: CacheLevel = CacheLevel.KV,
     compiled: bool | Literal["auto"] = "auto",
 ) -> dict[str, Any]:
     """Trains one stage. Returns seconds (of planning and compiling, of the prefill, of each epoch), the losses step by
@@ -32,7 +32,7 @@ def train(
     listen = _listener(losses, ends)
     with (
         peak(lm.device) as most,
-        single_stage(lm, stage, rows, listen, rung=rung, compile=compiled) as single,
+        single_stage(lm, stage, rows, listen, level=level, compile=compiled) as single,
     ):
         preparing = time.perf_counter() - began
         source = single.source()
@@ -42,7 +42,7 @@ def train(
     plan, trainable = single.plan, single.trainable
     starts = [began + preparing + prefill, *ends[:-1]]
     epochs = [end - start for start, end in zip(starts, ends, strict=True)]
-    if isinstance(stage, LoraStage) and isinstance(trainable, LoraTrainable):
+    if isinstance(stage, LoraStage) and isinstance(trainable, LoraAdapter):
         assert stage.target_modules != "auto"
         adapter = lora.extract(trainable.adapted, stage, stage.target_modules, None)
         lora.detach(trainable.adapted)
@@ -52,7 +52,7 @@ def train(
         "prefill": prefill,
         "epochs": epochs,
         "losses": losses,
-        "rung": plan.cache.rung,
+        "rung": plan.cache.level,
         "compiled": plan.compiled,
         "cache_bytes": plan.cache.bytes,
         "estimated_bytes": plan.memory_bytes,

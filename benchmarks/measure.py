@@ -13,12 +13,12 @@ import torch
 from transformers import AutoConfig
 
 from benchmarks import agreement, heft, memory_prediction, profile, rows
+from heft_engine.config.flops import CacheLevel
 from heft_engine.config.train import Auto, LoraStage, ReftStage
 from heft_engine.model.auto_settings import auto_layer
 from heft_engine.model.base_models import BaseModel
 from heft_engine.model.packing import packed_length
 from heft_engine.runtime.devices import choose_dtype
-from heft_engine.training.activation_cache import Rung
 
 KINDS = (
     "stage1-ours",
@@ -35,7 +35,7 @@ KINDS = (
     "memory",
 )
 COMPILE: dict[str, bool | Auto] = {"auto": "auto", "yes": True, "no": False}
-RUNGS: dict[str, Rung] = {"stage2-states": "states", "stage2-plain": "nothing"}
+LEVELS: dict[str, CacheLevel] = {"stage2-states": CacheLevel.HIDDEN_STATES, "stage2-plain": CacheLevel.NONE}
 
 
 def matrix_rate(dtype: torch.dtype, seconds: float = 1.0) -> float:
@@ -77,7 +77,7 @@ def measure(options: argparse.Namespace) -> dict[str, Any]:
         settings = {"max_length": options.length, "compile": COMPILE[options.compile]}
         found_rows = rows.read(options.data, options.rows)
         return {
-            "stages": memory_prediction.job(options.model, [lora, reft], found_rows, settings, options.rung)
+            "stages": memory_prediction.job(options.model, [lora, reft], found_rows, settings, options.level)
         }
     if options.kind == "reuse":
         return agreement.reuse(options.model, lora, reft, rows.read(options.data, options.rows))
@@ -100,7 +100,7 @@ def measure(options: argparse.Namespace) -> dict[str, Any]:
         if not kind.startswith("stage2"):
             stages.append(heft.train(lm, lora, found, compiled=COMPILE[options.compile]))
         if not kind.startswith("stage1"):
-            stages.append(heft.train(lm, reft, found, RUNGS.get(kind, "keys_values")))
+            stages.append(heft.train(lm, reft, found, LEVELS.get(kind, CacheLevel.KV)))
     rates.append(matrix_rate(dtype))
     return {
         "kind": kind,
@@ -127,7 +127,11 @@ def parser() -> argparse.ArgumentParser:
     top.add_argument("--length", type=int, help="tokens of every prompt; default: as it is")
     top.add_argument("--compile", default="auto", choices=COMPILE, help="our stage 1")
     top.add_argument(
-        "--rung", default="keys_values", choices=memory_prediction.BYTES_A_ROW, help="of `memory`"
+        "--cache-level",
+        dest="level",
+        default="keys_values",
+        choices=memory_prediction.BYTES_A_ROW,
+        help="of `memory`",
     )
     return top
 

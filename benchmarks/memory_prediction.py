@@ -14,7 +14,7 @@ from heft_engine.events import Event
 from heft_engine.training.loss_source import CacheBudget
 from heft_engine.training.run import train
 
-#: By the rung that a budget leaves for rows of passages: see `budget`.
+#: By the level that a budget leaves for rows of passages: see `budget`.
 BYTES_A_ROW = {"keys_values": 1 << 40, "states": 400_000, "nothing": 0}
 #: A token has at most so many characters, in passages of English.
 _CHARACTERS = 8
@@ -37,16 +37,16 @@ CASES: dict[str, dict[str, Any]] = {
 
 
 def job(
-    model: str, stages: list[LoraStage | ReftStage], rows: Sequence[Row], settings: dict[str, Any], rung: str
+    model: str, stages: list[LoraStage | ReftStage], rows: Sequence[Row], settings: dict[str, Any], level: str
 ) -> list[dict[str, Any]]:
-    """Of each stage: its type, the rung of its cache, bytes as estimated and as held."""
+    """Of each stage: its type, the level of its cache, bytes as estimated and as held."""
     told: list[Event] = []
     length = settings.get("max_length")
     if length is not None:
         rows = _long(rows, length)
     with tempfile.TemporaryDirectory() as folder:
         config = TrainConfig(model=model, method="heft", stages=stages, **settings)
-        budget = CacheBudget(memory=min(BYTES_A_ROW[rung] * len(rows) * (length or 200) // 200, 1 << 33))
+        budget = CacheBudget(memory=min(BYTES_A_ROW[level] * len(rows) * (length or 200) // 200, 1 << 33))
         train(config, rows, [], Path(folder) / "out", told.append, cache=budget)
     begun = [event.data for event in told if event.code == "STAGE_STARTED"]
     ended = [event.data for event in told if event.code == "STAGE_COMPLETE"]

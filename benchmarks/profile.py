@@ -8,7 +8,7 @@ from typing import Any
 from torch.profiler import ProfilerActivity, profile
 
 from benchmarks import rows as benchmark_rows
-from heft_engine.adapters.trainable import LoraTrainable
+from heft_engine.adapters.trainable import LoraAdapter
 from heft_engine.config.train import LoraStage
 from heft_engine.data.encoding import Example
 from heft_engine.model.base_models import BaseModel
@@ -23,7 +23,7 @@ _PRODUCTS = ("aten::mm", "aten::addmm", "aten::addmm_")
 def shares(base: BaseModel, stage: LoraStage, rows: Sequence[Example]) -> dict[str, Any]:
     """Of one step's time, in percent, by what was computed; compiled and not."""
     lm = benchmark_rows.packed_model(base)
-    trainable = LoraTrainable.attach(lm, stage)
+    trainable = LoraAdapter.attach(lm, stage)
     trainable.train(False)
     step = range(stage.batch_size)
     source = PlainSource(lm=lm, examples=rows)

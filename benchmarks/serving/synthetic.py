@@ -5,10 +5,10 @@ from __future__ import annotations
 import torch
 
 from heft_engine.adapters import lora
-from heft_engine.adapters.lora import LoraAdapter
+from heft_engine.adapters.lora import LoraWeights
 from heft_engine.adapters.reft import KINDS
-from heft_engine.bundle.format import StoredSite
-from heft_engine.model.interventions import Site
+from heft_engine.bundle.format import StoredIntervention
+from heft_engine.model.interventions import PlacedIntervention
 from heft_engine.model.packed_lm import PackedLM
 from heft_engine.serving.request_queue import Weights
 from heft_engine.serving.row_adapters import UnmergedModel
@@ -17,7 +17,7 @@ from heft_engine.serving.shared_copy import copy_sharing
 LAYER, RANK, LORA_RANK = 15, 4, 8
 
 
-def adapter(lm: PackedLM, seed: int) -> LoraAdapter:
+def adapter(lm: PackedLM, seed: int) -> LoraWeights:
     """LoRA of rank 8 on queries and values, small enough not to break the language."""
     generator = torch.Generator().manual_seed(seed)
     factors = {}
@@ -26,7 +26,7 @@ def adapter(lm: PackedLM, seed: int) -> LoraAdapter:
             rows, columns = module.weight.shape
             down = torch.randn(LORA_RANK, columns, generator=generator) / columns**0.5
             factors[name] = (down, torch.randn(rows, LORA_RANK, generator=generator) * 0.02)
-    return LoraAdapter(
+    return LoraWeights(
         factors=factors,
         scaling=4.0,
         rank=LORA_RANK,
@@ -36,11 +36,11 @@ def adapter(lm: PackedLM, seed: int) -> LoraAdapter:
     )
 
 
-def stored_site(lm: PackedLM, seed: int) -> StoredSite:
+def stored_intervention(lm: PackedLM, seed: int) -> StoredIntervention:
     with torch.random.fork_rng():
         torch.manual_seed(seed)
         intervention = KINDS["loreft"](lm.hidden_size, RANK, trainable=False)
-    return StoredSite(layer=LAYER, positions="l1", rank=RANK, state=intervention.baked_state())
+    return StoredIntervention(layer=LAYER, positions="l1", rank=RANK, state=intervention.export_state())
 
 
 def merged(lm: PackedLM, seed: int) -> Weights:
@@ -49,12 +49,12 @@ def merged(lm: PackedLM, seed: int) -> Weights:
     twin = PackedLM(copy_sharing(lm.model, set(own.factors)))
     lora.merge(twin.model, own)
     twin.pack()
-    site: Site = stored_site(lm, seed).site(lm.hidden_size)
-    twin.sites.add(site)
-    return Weights(lm=twin, sites=(site,), scope=("merged", seed))
+    placed: PlacedIntervention = stored_intervention(lm, seed).restore(lm.hidden_size)
+    twin.interventions.add(placed)
+    return Weights(lm=twin, interventions=(placed,), scope=("merged", seed))
 
 
 def unmerged(lm: PackedLM, seed: int) -> Weights:
     """On the shared base."""
-    added = UnmergedModel(lm, [adapter(lm, seed)], [stored_site(lm, seed)])
-    return Weights(lm=lm, adapter=added, sites=tuple(added.sites), scope=("shared", seed))
+    added = UnmergedModel(lm, [adapter(lm, seed)], [stored_intervention(lm, seed)])
+    return Weights(lm=lm, adapter=added, interventions=tuple(added.interventions), scope=("shared", seed))

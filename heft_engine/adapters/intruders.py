@@ -18,7 +18,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from heft_engine.adapters.lora import LoraAdapter
+from heft_engine.adapters.lora import LoraWeights
 from heft_engine.adapters.lora_concat import concatenate
 
 TOP = 10
@@ -60,8 +60,8 @@ def find(original: Tensor, tuned: Tensor, top: int = TOP, epsilon: float = EPSIL
 
 
 def repaired(
-    adapter: LoraAdapter, weight_of: Callable[[str], Tensor], scale: float
-) -> tuple[LoraAdapter, int]:
+    adapter: LoraWeights, weight_of: Callable[[str], Tensor], scale: float
+) -> tuple[LoraWeights, int]:
     """The adapter with the singular values of its intruders times `scale`, and how many there were.
 
     `weight_of` gives the weight that the adapter was trained on.

@@ -32,7 +32,7 @@ _SIDES = ("lora_A", "lora_B")
 
 
 @dataclass(frozen=True, kw_only=True)
-class LoraAdapter:
+class LoraWeights:
     """A trained adapter apart from any model. `factors[module] = (A, B)`: (rank, in) and (out, rank), float32, CPU.
 
     `magnitudes[module]`, DoRA's m: (out,), of every module, or None for LoRA.
@@ -81,7 +81,7 @@ class LoraAdapter:
         (directory / ADAPTER_CONFIG).write_text(json.dumps(config, indent=2, sort_keys=True))
 
     @staticmethod
-    def load(directory: Path) -> LoraAdapter:
+    def load(directory: Path) -> LoraWeights:
         """Reads what `save` wrote: names and shapes alone, no class of the config is ever imported."""
         try:
             config = json.loads((directory / ADAPTER_CONFIG).read_text())
@@ -95,7 +95,7 @@ class LoraAdapter:
             if config.get("use_dora"):
                 magnitudes = {module: tensors[f"{_PREFIX}{module}.{_MAGNITUDE}"] for module in factors}
             rank, alpha = int(config["r"]), float(config["lora_alpha"])
-            return LoraAdapter(
+            return LoraWeights(
                 factors=factors,
                 scaling=alpha / rank,
                 rank=rank,
@@ -182,7 +182,7 @@ def is_magnitude(name: str) -> bool:
 
 def extract(
     adapted: PeftModel, stage: LoraStage, modules: list[str], base_reference: str | None
-) -> LoraAdapter:
+) -> LoraWeights:
     """The adapter as it stands, copied to the CPU in float32, on the weights that the stage found."""
     factors, magnitudes = {}, {}
     for name, module in _layers(adapted).items():
@@ -195,7 +195,7 @@ def extract(
             magnitudes[name] = _copy(module.lora_magnitude_vector["default"].weight)
     rank = stage.rank if stage.init == "default" else 2 * stage.rank
     alpha = stage.scaling * rank if stage.use_rslora else stage.alpha * (rank // stage.rank)
-    return LoraAdapter(
+    return LoraWeights(
         factors=factors,
         scaling=alpha / rank,
         rank=rank,
@@ -217,7 +217,7 @@ def detach(adapted: PeftModel) -> None:
 
 
 @torch.no_grad()
-def merge(model: nn.Module, adapter: LoraAdapter) -> None:
+def merge(model: nn.Module, adapter: LoraWeights) -> None:
     """W ← cast(what the adapter makes of float32(W)) for every adapted module, in place.
 
     Raises BundleError on a foreign adapter.

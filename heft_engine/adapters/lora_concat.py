@@ -14,19 +14,19 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
-from heft_engine.adapters.lora import LoraAdapter
+from heft_engine.adapters.lora import LoraWeights
 from heft_engine.adapters.lora_variants import Factors, row_norms
 from heft_engine.errors import BundleError
 
 WeightOf = Callable[[str], Tensor]
 
 
-def needs_base(adapters: Sequence[LoraAdapter]) -> bool:
+def needs_base(adapters: Sequence[LoraWeights]) -> bool:
     """Whether joining them takes the base's weights: norms of rows are not known without."""
     return len(adapters) > 1 and any(adapter.magnitudes is not None for adapter in adapters)
 
 
-def concatenate(adapters: Sequence[LoraAdapter], weight_of: WeightOf | None = None) -> LoraAdapter:
+def concatenate(adapters: Sequence[LoraWeights], weight_of: WeightOf | None = None) -> LoraWeights:
     """The adapters, in order, as one of their summed rank; alpha equals rank then.
 
     `weight_of` gives a module's weight in the base: needed where `needs_base` says so.
@@ -47,7 +47,7 @@ def concatenate(adapters: Sequence[LoraAdapter], weight_of: WeightOf | None = No
     first = adapters[0]
     alike = all((a.target_modules, a.layers) == (first.target_modules, first.layers) for a in adapters)
     # Full names where the stages differ: peft would look for every target in every layer.
-    return LoraAdapter(
+    return LoraWeights(
         factors=factors,
         scaling=1.0,
         rank=rank,
@@ -59,7 +59,7 @@ def concatenate(adapters: Sequence[LoraAdapter], weight_of: WeightOf | None = No
     )
 
 
-def _joined(adapters: Sequence[LoraAdapter], module: str, weight: Tensor) -> tuple[Factors, Tensor]:
+def _joined(adapters: Sequence[LoraWeights], module: str, weight: Tensor) -> tuple[Factors, Tensor]:
     """The factors of the direction and the rows' magnitudes."""
     scale = torch.ones(weight.shape[0])
     scales: list[Tensor] = []
@@ -80,7 +80,7 @@ def _joined(adapters: Sequence[LoraAdapter], module: str, weight: Tensor) -> tup
     return _stacked(adapters, module, scales), scale * row_norms(direction)
 
 
-def _stacked(adapters: Sequence[LoraAdapter], module: str, scales: list[Tensor] | None) -> Factors:
+def _stacked(adapters: Sequence[LoraWeights], module: str, scales: list[Tensor] | None) -> Factors:
     """A one above the other, s·B (over the rows' scale at its time) side by side; zeros where an adapter has none."""
     downs, ups = [], []
     shapes = next(a.factors[module] for a in adapters if module in a.factors)

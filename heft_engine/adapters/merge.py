@@ -18,7 +18,7 @@ from transformers.initialization import no_init_weights
 
 from heft_engine.adapters import lora
 from heft_engine.adapters.intruders import repaired
-from heft_engine.adapters.lora import LoraAdapter
+from heft_engine.adapters.lora import LoraWeights
 from heft_engine.config.train import LoraStage
 from heft_engine.data.encoding import Example
 from heft_engine.errors import TrainingError
@@ -50,7 +50,7 @@ class Parity:
 @torch.inference_mode()
 def probe_logits(lm: PackedLM, examples: Sequence[Example]) -> Tensor:
     """Float32 logits at the supervised tokens of probe rows, without interventions: (tokens, vocabulary), CPU."""
-    with lm.sites.muted():
+    with lm.interventions.disabled():
         parts = [_logits(lm, part) for part in micro_batches(examples, TOKEN_BUDGET)]
     return torch.cat(parts)
 
@@ -62,7 +62,7 @@ def _logits(lm: PackedLM, examples: Sequence[Example]) -> Tensor:
 
 
 def merge_and_verify(
-    lm: PackedLM, adapted: Any, stage: LoraStage, adapter: LoraAdapter, examples: Sequence[Example]
+    lm: PackedLM, adapted: Any, stage: LoraStage, adapter: LoraWeights, examples: Sequence[Example]
 ) -> Parity:
     """Detaches the trained adapter, merges it, and compares. Raises TrainingError (parity_broken) above LIMIT."""
     with_adapter = probe_logits(lm, examples)
@@ -95,8 +95,8 @@ def merge_and_verify(
 
 
 def merge_stage(
-    lm: PackedLM, adapted: Any, stage: LoraStage, adapter: LoraAdapter, examples: Sequence[Example]
-) -> tuple[LoraAdapter, dict[str, Any]]:
+    lm: PackedLM, adapted: Any, stage: LoraStage, adapter: LoraWeights, examples: Sequence[Example]
+) -> tuple[LoraWeights, dict[str, Any]]:
     """Merges what a stage has trained, its intruder dimensions scaled if the stage says so (after the comparison, which
     is of what was trained). Returns what was merged, and the record. Raises TrainingError (parity_broken).
     """
@@ -142,7 +142,7 @@ def _as_peft_has_it(
 
 
 @torch.no_grad()
-def _restore(exact: PackedLM, lm: PackedLM, adapter: LoraAdapter) -> None:
+def _restore(exact: PackedLM, lm: PackedLM, adapter: LoraWeights) -> None:
     for module in adapter.factors:
         lora.weight_of(exact.model, module).copy_(lora.weight_of(lm.model, module))
 

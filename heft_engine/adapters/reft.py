@@ -63,7 +63,7 @@ class Intervention(nn.Module):
         self.learned_source = nn.Linear(hidden_size, rank) if self.reads else nn.Parameter(torch.rand(rank))
         self.dropout = nn.Dropout(dropout)
         if trainable:
-            self.thaw()
+            self.unfreeze()
         else:
             self.freeze()
 
@@ -114,7 +114,7 @@ class Intervention(nn.Module):
             remove_parametrizations(self.rotate_layer, "weight", leave_parametrized=True)
         self.requires_grad_(False)
 
-    def thaw(self) -> None:
+    def unfreeze(self) -> None:
         """Makes the intervention trainable, from where it stands."""
         if self.rotated and not is_parametrized(self.rotate_layer):
             # Sets the raw parameter and `base` together. pyreft's own load writes R into `base` alone, which trains
@@ -135,7 +135,7 @@ class Intervention(nn.Module):
         source = {"weight": (rank, hidden_size)} if cls.reads else {}
         return {**projection, **source, "bias": (rank,)}
 
-    def baked_state(self) -> dict[str, Tensor]:
+    def export_state(self) -> dict[str, Tensor]:
         """What is kept for ever: R as one plain matrix, under pyreft's names."""
         return {name: tensor.detach().clone().contiguous() for name, tensor in self._kept().items()}
 
@@ -150,8 +150,8 @@ class Intervention(nn.Module):
             "bias": self.bias,
         }
 
-    def load_baked(self, state: dict[str, Tensor]) -> None:
-        """Sets all matrices from `baked_state` (or a pyreft file) and freezes them; `thaw` makes them trainable.
+    def load_exported_state(self, state: dict[str, Tensor]) -> None:
+        """Sets all matrices from `export_state` (or a pyreft file) and freezes them; `unfreeze` makes them trainable.
 
         Raises TrainingError when the stored R is no rotation.
         """

@@ -14,25 +14,25 @@ from heft_engine.adapters import lora, lora_linear
 from heft_engine.adapters.reft import KINDS
 from heft_engine.config.train import LoraStage, ReftStage
 from heft_engine.model.auto_settings import stage_layers
-from heft_engine.model.interventions import Site
+from heft_engine.model.interventions import PlacedIntervention
 from heft_engine.model.packed_lm import PackedLM
 from heft_engine.training.activation_cache import Boundary
 
 
 @dataclass(kw_only=True)
-class LoraTrainable:
+class LoraAdapter:
     """An adapter inside the model. Both factors may decay; DoRA's magnitudes would take the weights along."""
 
     adapted: PeftModel
     layers: list[int]
 
     @staticmethod
-    def attach(lm: PackedLM, stage: LoraStage) -> LoraTrainable:
+    def attach(lm: PackedLM, stage: LoraStage) -> LoraAdapter:
         assert stage.target_modules != "auto"
         layers = stage.layers or list(range(lm.n_layers))
         adapted = lora.attach(lm, stage, stage.target_modules)
         lora_linear.speed_up(adapted)
-        return LoraTrainable(adapted=adapted, layers=layers)
+        return LoraAdapter(adapted=adapted, layers=layers)
 
     def parameters(self) -> dict[str, nn.Parameter]:
         return lora.trainable(self.adapted)
@@ -59,78 +59,81 @@ class LoraTrainable:
 
 
 @dataclass(kw_only=True)
-class ReftTrainable:
+class ReftAdapter:
     """The interventions of one stage, one for each layer, hooked into the model."""
 
-    sites: list[Site]
-    boundary_sites: list[Site]
+    interventions: list[PlacedIntervention]
+    boundary_interventions: list[PlacedIntervention]
 
     @staticmethod
-    def attach(lm: PackedLM, stage: ReftStage) -> ReftTrainable:
+    def attach(lm: PackedLM, stage: ReftStage) -> ReftAdapter:
         """Goes on with the interventions that stand at the same place with the same shape, adds the others."""
-        sites = []
+        interventions = []
         for layer in stage_layers(stage):
             fresh = KINDS[stage.kind](lm.hidden_size, stage.rank, stage.dropout).to(lm.device)
-            site = Site(layer=layer, positions=stage.positions, intervention=fresh)
-            standing = next((old for old in lm.sites if old.same_place(site)), None)
+            placed = PlacedIntervention(layer=layer, positions=stage.positions, intervention=fresh)
+            standing = next((old for old in lm.interventions if old.same_place(placed)), None)
             if standing is None:
-                lm.sites.add(site)
-                standing = site
+                lm.interventions.add(placed)
+                standing = placed
             standing.intervention.dropout.p = stage.dropout
-            standing.intervention.thaw()
-            sites.append(standing)
-        return ReftTrainable(sites=sites, boundary_sites=_from_first(sites, list(lm.sites)))
+            standing.intervention.unfreeze()
+            interventions.append(standing)
+        return ReftAdapter(
+            interventions=interventions,
+            boundary_interventions=_from_first(interventions, list(lm.interventions)),
+        )
 
     def parameters(self) -> dict[str, nn.Parameter]:
         return {
             f"{index}.{name}": parameter
-            for index, site in enumerate(self.sites)
-            for name, parameter in site.intervention.named_parameters()
+            for index, placed in enumerate(self.interventions)
+            for name, parameter in placed.intervention.named_parameters()
         }
 
     def groups(self) -> tuple[list[nn.Parameter], list[nn.Parameter]]:
-        pairs = [site.intervention.parameter_groups() for site in self.sites]
+        pairs = [placed.intervention.parameter_groups() for placed in self.interventions]
         return [p for decay, _ in pairs for p in decay], [p for _, plain in pairs for p in plain]
 
     def buffers(self) -> dict[str, Tensor]:
         return {
             f"{index}.{name}": buffer
-            for index, site in enumerate(self.sites)
-            for name, buffer in site.intervention.named_buffers()
+            for index, placed in enumerate(self.interventions)
+            for name, buffer in placed.intervention.named_buffers()
         }
 
     def train(self, mode: bool) -> None:
-        for site in self.sites:
-            site.intervention.dropout.train(mode)
+        for placed in self.interventions:
+            placed.intervention.dropout.train(mode)
 
     def check(self) -> None:
-        for site in self.sites:
-            site.intervention.check()
+        for placed in self.interventions:
+            placed.intervention.check()
 
     def boundary(self) -> Boundary:
-        layer = min(site.layer for site in self.sites)
+        layer = min(placed.layer for placed in self.interventions)
         return Boundary(
             layer=layer + 1,
-            sites=tuple(self.boundary_sites),
-            positions=tuple(site.positions for site in self.sites),
-            clear_above=self.boundary_sites == self.sites,
+            interventions=tuple(self.boundary_interventions),
+            positions=tuple(placed.positions for placed in self.interventions),
+            clear_above=self.boundary_interventions == self.interventions,
         )
 
     def freeze(self) -> None:
-        for site in self.sites:
-            site.intervention.freeze()
-            site.intervention.dropout.eval()
+        for placed in self.interventions:
+            placed.intervention.freeze()
+            placed.intervention.dropout.eval()
 
 
-def attach(lm: PackedLM, stage: LoraStage | ReftStage) -> LoraTrainable | ReftTrainable:
+def attach(lm: PackedLM, stage: LoraStage | ReftStage) -> LoraAdapter | ReftAdapter:
     """What a stage trains, put into the model."""
-    return (
-        LoraTrainable.attach(lm, stage) if isinstance(stage, LoraStage) else ReftTrainable.attach(lm, stage)
-    )
+    return LoraAdapter.attach(lm, stage) if isinstance(stage, LoraStage) else ReftAdapter.attach(lm, stage)
 
 
-def _from_first(trained: list[Site], standing: list[Site]) -> list[Site]:
+def _from_first(
+    trained: list[PlacedIntervention], standing: list[PlacedIntervention]
+) -> list[PlacedIntervention]:
     """What acts at the lowest trained layer from the first trained intervention on, in the order of acting."""
-    layer = min(site.layer for site in trained)
-    here = [site for site in standing if site.layer == layer]
-    return here[min(here.index(site) for site in trained if site.layer == layer) :]
+    layer = min(placed.layer for placed in trained)
+    here = [placed for placed in standing if placed.layer == layer]
+    return here[min(here.index(placed) for placed in trained if placed.layer == layer) :]

@@ -67,9 +67,9 @@ def _peft(bundle: Bundle, out_dir: Path, **places: Any) -> None:
 
 def _merged(bundle: Bundle, out_dir: Path, **places: Any) -> None:
     lm = assemble(bundle, device="cpu", **places)
-    check_probe(bundle, Weights(lm=lm, sites=tuple(lm.sites)))
+    check_probe(bundle, Weights(lm=lm, interventions=tuple(lm.interventions)))
     model: Any = lm.model
-    lm.sites.clear()
+    lm.interventions.clear()
     # This engine's attention means nothing to others.
     model.config._attn_implementation = "sdpa"
     model.save_pretrained(out_dir, safe_serialization=True)

@@ -26,12 +26,12 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
-from heft_engine.adapters.lora import LoraAdapter
+from heft_engine.adapters.lora import LoraWeights
 from heft_engine.adapters.reft import KINDS
 from heft_engine.config.train import InterventionKind, parse_positions
 from heft_engine.data.encoding import Example, tokenizer_hash
 from heft_engine.errors import BundleError, TrainingError
-from heft_engine.model.interventions import Site
+from heft_engine.model.interventions import PlacedIntervention
 
 FORMAT = 1
 _PACKAGES = ("torch", "transformers", "peft", "tokenizers", "safetensors")
@@ -83,7 +83,7 @@ class Probe:
 
 
 @dataclass(frozen=True, kw_only=True)
-class StoredSite:
+class StoredIntervention:
     """An intervention on disk: where it sits, and R, W, b (or what its kind has of them) as plain matrices."""
 
     layer: int
@@ -92,7 +92,7 @@ class StoredSite:
     state: dict[str, Tensor]
     kind: InterventionKind = "loreft"
 
-    def site(self, hidden_size: int) -> Site:
+    def restore(self, hidden_size: int) -> PlacedIntervention:
         """The intervention, frozen. Raises BundleError when it does not fit such hidden states, or is damaged."""
         kind = KINDS[self.kind]
         shapes = {name: tuple(tensor.shape) for name, tensor in self.state.items()}
@@ -100,10 +100,12 @@ class StoredSite:
             raise BundleError(f"the intervention at layer {self.layer} is not for hidden size {hidden_size}")
         intervention = kind(hidden_size, self.rank, trainable=False)
         try:
-            intervention.load_baked(self.state)
+            intervention.load_exported_state(self.state)
         except (TrainingError, RuntimeError) as error:
             raise BundleError(f"the intervention at layer {self.layer} is damaged: {error}") from error
-        return Site(layer=self.layer, positions=self.positions, intervention=intervention.eval())
+        return PlacedIntervention(
+            layer=self.layer, positions=self.positions, intervention=intervention.eval()
+        )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -112,8 +114,8 @@ class Bundle:
 
     path: Path
     info: BundleInfo
-    adapters: list[LoraAdapter]
-    interventions: list[StoredSite]
+    adapters: list[LoraWeights]
+    interventions: list[StoredIntervention]
     probe: Probe
 
 
@@ -121,31 +123,31 @@ def package_versions() -> dict[str, str]:
     return {"python": platform.python_version(), **{name: version(name) for name in _PACKAGES}}
 
 
-def write_stages(path: Path, adapters: list[LoraAdapter], sites: list[Site]) -> None:
+def write_stages(path: Path, adapters: list[LoraWeights], interventions: list[PlacedIntervention]) -> None:
     """Writes the trained parts alone, under the names that a bundle gives them."""
     path.mkdir(parents=True, exist_ok=True)
     for name, adapter in zip(_names("lora"), adapters, strict=False):
         adapter.save(path / name)
-    for name, site in zip(_names("reft"), sites, strict=False):
-        _write_site(path / name, site)
+    for name, placed in zip(_names("reft"), interventions, strict=False):
+        _write_intervention(path / name, placed)
 
 
-def read_stages(path: Path) -> tuple[list[LoraAdapter], list[StoredSite]]:
+def read_stages(path: Path) -> tuple[list[LoraWeights], list[StoredIntervention]]:
     """What `write_stages` wrote. Raises BundleError."""
-    adapters = [LoraAdapter.load(path / name) for name in _present(path, "lora")]
-    return adapters, [_read_site(path / name) for name in _present(path, "reft")]
+    adapters = [LoraWeights.load(path / name) for name in _present(path, "lora")]
+    return adapters, [_read_intervention(path / name) for name in _present(path, "reft")]
 
 
 def write_bundle(
     path: Path,
     info: BundleInfo,
-    adapters: list[LoraAdapter],
-    sites: list[Site],
+    adapters: list[LoraWeights],
+    interventions: list[PlacedIntervention],
     tokenizer: PreTrainedTokenizerBase,
     probe: Probe,
 ) -> Bundle:
     """Writes a complete bundle into an empty or new directory and returns it as read back."""
-    write_stages(path, adapters, sites)
+    write_stages(path, adapters, interventions)
     _write_probe(path / "probe.safetensors", probe)
     tokenizer.save_pretrained(path / "tokenizer")
     (path / "heft.json").write_text(info.model_dump_json(indent=1))
@@ -197,19 +199,19 @@ def _present(path: Path, kind: str) -> list[str]:
     return names
 
 
-def _write_site(path: Path, site: Site) -> None:
+def _write_intervention(path: Path, placed: PlacedIntervention) -> None:
     path.mkdir()
-    save_file(site.intervention.baked_state(), path / "intervention.safetensors")
+    save_file(placed.intervention.export_state(), path / "intervention.safetensors")
     record = {
-        "kind": site.intervention.kind,
-        "layer": site.layer,
-        "rank": site.intervention.rank,
-        "positions": site.positions,
+        "kind": placed.intervention.kind,
+        "layer": placed.layer,
+        "rank": placed.intervention.rank,
+        "positions": placed.positions,
     }
     (path / "intervention.json").write_text(json.dumps(record, indent=1))
 
 
-def _read_site(path: Path) -> StoredSite:
+def _read_intervention(path: Path) -> StoredIntervention:
     try:
         record = json.loads((path / "intervention.json").read_text())
         kind = KINDS.get(record["kind"])
@@ -220,7 +222,7 @@ def _read_site(path: Path) -> StoredSite:
         parse_positions(positions)
         if missing := kind.shapes(1, 1).keys() - state.keys():
             raise BundleError(f"the intervention in {path.name} has no {', '.join(sorted(missing))}")
-        return StoredSite(layer=layer, positions=positions, rank=rank, state=state, kind=kind.kind)
+        return StoredIntervention(layer=layer, positions=positions, rank=rank, state=state, kind=kind.kind)
     except (OSError, KeyError, ValueError, SafetensorError) as error:
         raise BundleError(f"the intervention in {path.name} can't be read: {error}") from error
 

@@ -33,7 +33,7 @@ import torch
 from torch import Tensor
 
 from heft_engine.adapters.reft import KINDS, LobireftIntervention, hidden_size_of
-from heft_engine.bundle.format import Bundle, StoredSite
+from heft_engine.bundle.format import Bundle, StoredIntervention
 from heft_engine.config.train import InterventionKind, parse_positions
 from heft_engine.errors import BundleError
 
@@ -70,25 +70,25 @@ _UNREADABLE = (OSError, EOFError, RuntimeError, ValueError, pickle.UnpicklingErr
 
 def write_pyreft(bundle: Bundle, out_dir: Path) -> None:
     """Writes a bundle's interventions, in their order, into an existing directory."""
-    sites = bundle.interventions
+    interventions = bundle.interventions
     representations = [
-        {"layer": site.layer, "component": "block_output", "unit": "pos", "max_number_of_units": 1}
-        | {"low_rank_dimension": site.rank}
-        for site in sites
+        {"layer": intervention.layer, "component": "block_output", "unit": "pos", "max_number_of_units": 1}
+        | {"low_rank_dimension": intervention.rank}
+        for intervention in interventions
     ]
     keys = _keys(representations)
-    hidden_sizes = [hidden_size_of(site.state) for site in sites]
+    hidden_sizes = [hidden_size_of(intervention.state) for intervention in interventions]
     config = {
-        "intervention_constant_sources": [True] * len(sites),
+        "intervention_constant_sources": [True] * len(interventions),
         "intervention_dimensions": hidden_sizes,
-        "intervention_types": [f"<class '{_CLASS_OF[site.kind]}'>" for site in sites],
+        "intervention_types": [f"<class '{_CLASS_OF[intervention.kind]}'>" for intervention in interventions],
         "mode": "parallel",
         "representations": [[fields.get(name) for name in _FIELDS] for fields in representations],
         "sorted_keys": keys,
     }
     (out_dir / "config.json").write_text(json.dumps(config, indent=2, sort_keys=True))
-    for key, site in zip(keys, sites, strict=True):
-        torch.save(_content(site), out_dir / _file(key))
+    for key, intervention in zip(keys, interventions, strict=True):
+        torch.save(_content(intervention), out_dir / _file(key))
     ours = {
         "base_model": bundle.info.base_model.model_dump(),
         "merged_adapters": len(bundle.adapters),
@@ -97,18 +97,18 @@ def write_pyreft(bundle: Bundle, out_dir: Path) -> None:
         "interventions": [
             {
                 "key": key,
-                "layer": site.layer,
-                "kind": site.kind,
-                "rank": site.rank,
-                "positions": site.positions,
+                "layer": intervention.layer,
+                "kind": intervention.kind,
+                "rank": intervention.rank,
+                "positions": intervention.positions,
             }
-            for key, site in zip(keys, sites, strict=True)
+            for key, intervention in zip(keys, interventions, strict=True)
         ],
     }
     (out_dir / "heft.json").write_text(json.dumps(ours, indent=1))
 
 
-def read_pyreft(directory: Path, *, positions: str | Sequence[str] | None = None) -> list[StoredSite]:
+def read_pyreft(directory: Path, *, positions: str | Sequence[str] | None = None) -> list[StoredIntervention]:
     """The interventions of a directory that `reft_model.save` or `write_pyreft` wrote, in pyvene's order.
 
     `positions` is what they were trained at, for all or one by one: pyreft does not store it. None takes it from the
@@ -128,7 +128,7 @@ def read_pyreft(directory: Path, *, positions: str | Sequence[str] | None = None
     layers = [_layer(fields) for fields in representations]
     places = _positions(directory, positions, len(layers))
     return [
-        _site(directory / _file(key), layer, place, _CLASSES[name])
+        _read_intervention(directory / _file(key), layer, place, _CLASSES[name])
         for key, layer, place, name in zip(_keys(representations), layers, places, classes, strict=True)
     ]
 
@@ -186,18 +186,18 @@ def _positions(directory: Path, given: str | Sequence[str] | None, count: int) -
     return places
 
 
-def _content(site: StoredSite) -> dict[str, Tensor]:
+def _content(intervention: StoredIntervention) -> dict[str, Tensor]:
     """What pyreft's own module would save."""
-    if site.kind == "loreft":
-        return site.state
-    hidden_size = hidden_size_of(site.state)
-    intervention = site.site(hidden_size).intervention
-    intervention.thaw()
+    if intervention.kind == "loreft":
+        return intervention.state
+    hidden_size = hidden_size_of(intervention.state)
+    module = intervention.restore(hidden_size).intervention
+    module.unfreeze()
     sizes = {name: torch.tensor(hidden_size) for name in ("embed_dim", "interchange_dim")}
-    return {**sizes, **intervention.raw_state()}
+    return {**sizes, **module.raw_state()}
 
 
-def _site(path: Path, layer: int, positions: str, kind: InterventionKind) -> StoredSite:
+def _read_intervention(path: Path, layer: int, positions: str, kind: InterventionKind) -> StoredIntervention:
     try:
         content = torch.load(path, map_location="cpu", weights_only=True)
     except _UNREADABLE as error:
@@ -206,12 +206,12 @@ def _site(path: Path, layer: int, positions: str, kind: InterventionKind) -> Sto
         raise BundleError(f"{path.name} does not hold tensors by name")
     state = _state(path.name, {name: tensor.detach().float() for name, tensor in content.items()}, kind)
     hidden_size, rank = hidden_size_of(state), len(state["bias"])
-    site = StoredSite(layer=layer, positions=positions, rank=rank, state=state, kind=kind)
+    intervention = StoredIntervention(layer=layer, positions=positions, rank=rank, state=state, kind=kind)
     try:
-        site.site(hidden_size)
+        intervention.restore(hidden_size)
     except BundleError as error:
         raise BundleError(f"{path.name} holds no rotation: {error.message}") from error
-    return site
+    return intervention
 
 
 def _state(name: str, content: dict[str, Tensor], kind: InterventionKind) -> dict[str, Tensor]:

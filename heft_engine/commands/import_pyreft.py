@@ -28,4 +28,8 @@ def run(options: argparse.Namespace) -> None:
         cache_dir=options.cache_dir,
         device=options.device,
     )
-    print(json.dumps({"layers": [site.layer for site in bundle.interventions], "out": str(options.out)}))
+    print(
+        json.dumps(
+            {"layers": [intervention.layer for intervention in bundle.interventions], "out": str(options.out)}
+        )
+    )

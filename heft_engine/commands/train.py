@@ -32,7 +32,7 @@ from heft_engine.errors import ConfigError, RowError
 from heft_engine.preflight.report import FileField
 
 if TYPE_CHECKING:
-    from heft_engine.training.activation_store import PrefillFolder
+    from heft_engine.training.activation_store import ActivationStore
     from heft_engine.training.stage_cache import StageStore
 
 S = TypeVar("S", bound=BaseModel)
@@ -134,12 +134,12 @@ def _results(plan: RunFile, stop: threading.Event) -> StageStore | None:
     return LocalStages(directory=plan.results)
 
 
-def _prefills(plan: RunFile) -> PrefillFolder | None:
-    from heft_engine.training.activation_store import PrefillFolder
+def _prefills(plan: RunFile) -> ActivationStore | None:
+    from heft_engine.training.activation_store import ActivationStore
 
     if plan.prefills is None or plan.prefill_bytes == 0:
         return None
-    folder = PrefillFolder(directory=plan.prefills, owner=plan.owner)
+    folder = ActivationStore(directory=plan.prefills, owner=plan.owner)
     return folder if plan.prefill_bytes is None else replace(folder, max_bytes=plan.prefill_bytes)
 
 

@@ -16,9 +16,15 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Literal
+from enum import StrEnum
 
-Rung = Literal["keys_values", "states", "nothing"]
+
+class CacheLevel(StrEnum):
+    """How much of a stage's frozen part is cached. Checkpoints carry the values."""
+
+    KV = "keys_values"  #: hidden states of the suffix, keys and values of the tokens before it
+    HIDDEN_STATES = "states"  #: every token's hidden state at the first trained layer
+    NONE = "nothing"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -44,7 +50,7 @@ class RowTokens:
 class StageWork:
     """How a stage runs: `first_layer` is the lowest one that its gradient reaches."""
 
-    rung: Rung
+    level: CacheLevel
     first_layer: int
     epochs: float
     adapter: int = 0  #: trained parameters of LoRA
@@ -57,14 +63,14 @@ def stage_flops(shape: Shape, rows: Sequence[RowTokens], work: StageWork) -> int
     supervised = sum(row.supervised for row in rows)
     whole = sum(_forward(shape, row.total, row.total) for row in rows)
     once, epoch, trained = 0, 4 * shape.head * supervised, [(row.total, row.total) for row in rows]
-    if work.rung == "nothing":
+    if work.level == CacheLevel.NONE:
         epoch += work.first_layer * whole
     else:
         trained = [(row.total, row.suffix) for row in rows]
         # Keys and values of the upper layers are kept, or computed again each epoch from the states below.
         left = sum(_forward(shape, row.total - row.suffix, row.total - row.suffix) for row in rows)
-        once += work.first_layer * whole + (upper * left if work.rung == "keys_values" else 0)
-        epoch += upper * left if work.rung == "states" else 0
+        once += work.first_layer * whole + (upper * left if work.level == CacheLevel.KV else 0)
+        epoch += upper * left if work.level == CacheLevel.HIDDEN_STATES else 0
     forward = sum(_forward(shape, *row) for row in trained)
     backward = forward + sum(_attention(shape, *row) for row in trained)
     epoch += upper * ((2 if work.checkpointing else 1) * forward + backward)

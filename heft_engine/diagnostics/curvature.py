@@ -28,10 +28,11 @@ import torch
 from torch import Tensor
 
 from heft_engine.adapters.reft import KINDS, Intervention
+from heft_engine.config.flops import CacheLevel
 from heft_engine.config.train import parse_positions
 from heft_engine.data.encoding import Example
 from heft_engine.diagnostics.eigen import hutchinson, lanczos
-from heft_engine.model.interventions import Site
+from heft_engine.model.interventions import PlacedIntervention
 from heft_engine.model.packed_lm import PackedLM
 from heft_engine.training.activation_cache import Boundary, SuffixCache
 
@@ -50,9 +51,11 @@ class Place:
 
     def cache(self, lm: PackedLM, examples: Sequence[Example]) -> SuffixCache:
         """What is frozen of these rows below and left of the intervention. `lm` has none in place."""
-        site = Site(layer=self.layer, positions=self.positions, intervention=self.intervention)
-        boundary = Boundary(layer=self.layer + 1, sites=(site,), positions=(self.positions,))
-        return SuffixCache(lm, boundary, examples, "keys_values")
+        placed = PlacedIntervention(
+            layer=self.layer, positions=self.positions, intervention=self.intervention
+        )
+        boundary = Boundary(layer=self.layer + 1, interventions=(placed,), positions=(self.positions,))
+        return SuffixCache(lm, boundary, examples, CacheLevel.KV)
 
 
 class _Part:
@@ -82,7 +85,7 @@ class GaussNewton:
     def __init__(self, cache: SuffixCache, place: Place) -> None:
         self._place = place
         self._lm = cache.lm
-        self.parameters: Parameters = place.intervention.baked_state()
+        self.parameters: Parameters = place.intervention.export_state()
         self._functions = [
             self._function(cache, range(start, min(start + ROWS, len(cache.rows))))
             for start in range(0, len(cache.rows), ROWS)
@@ -150,7 +153,7 @@ class GaussNewton:
 
 
 def edit(kind: type[Intervention], parameters: Parameters, h: Tensor) -> Tensor:
-    """Φ(h) − h as a function of the parameters, by the names of `Intervention.baked_state`."""
+    """Φ(h) − h as a function of the parameters, by the names of `Intervention.export_state`."""
     projection = parameters["rotate_layer"] if kind.rotated else parameters["proj_layer"].T
     change = parameters["bias"].expand(len(h), -1)
     if kind.reads:

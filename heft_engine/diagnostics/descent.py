@@ -28,7 +28,7 @@ def descend(
     own = replace(place, intervention=copy.deepcopy(place.intervention))
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)  # R's completion to a square matrix is random
-        own.intervention.thaw()
+        own.intervention.unfreeze()
     source = CachedSource(cache=own.cache(lm, examples))
     count = sum(example.supervised_tokens for example in examples)
     parameters = list(own.intervention.parameters())

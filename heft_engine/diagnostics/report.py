@@ -178,22 +178,22 @@ class _Diagnosis:
         """The stages one by one, with the loss on general text after each; adapters stay, interventions go again."""
         losses = [{"after": "base", "stage_index": None, "loss": self._general_loss()}]
         adapters = iter(self.bundle.adapters)
-        waiting = [stored.site(self.lm.hidden_size) for stored in self.bundle.interventions]
+        waiting = [stored.restore(self.lm.hidden_size) for stored in self.bundle.interventions]
         for index, stage in enumerate(self.bundle.info.stages):
             if stage["type"] == "lora":
                 lora.merge(self.lm.model, next(adapters))
             else:
                 mine = (stage["positions"], stage["rank"], stage.get("kind", "loreft"))
                 own = [
-                    site
-                    for site in waiting
-                    if site.layer in stage["layers"]
-                    and (site.positions, site.intervention.rank, site.intervention.kind) == mine
+                    placed
+                    for placed in waiting
+                    if placed.layer in stage["layers"]
+                    and (placed.positions, placed.intervention.rank, placed.intervention.kind) == mine
                 ]
-                waiting = [site for site in waiting if site not in own]
-                self.lm.sites.extend(own)
+                waiting = [placed for placed in waiting if placed not in own]
+                self.lm.interventions.extend(own)
             losses.append({"after": stage["type"], "stage_index": index, "loss": self._general_loss()})
-        self.lm.sites.clear()
+        self.lm.interventions.clear()
         return losses
 
     def _general_loss(self) -> float | None:

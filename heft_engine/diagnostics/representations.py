@@ -39,7 +39,7 @@ def states(lm: PackedLM, examples: Sequence[Example], layer: int, positions: str
     for part in micro_batches(examples, TOKEN_BUDGET):
         batch = pack(part)
         ids, places = batch.input_ids.to(lm.device)[None], batch.position_ids.to(lm.device)[None]
-        with lm.sites.muted():
+        with lm.interventions.disabled():
             hidden = lm.run_layers(lm.embed(ids), places, batch.layout, 0, layer + 1)
         at = [
             row.start + intervened_positions(row.prompt, *parse_positions(positions))[-1]

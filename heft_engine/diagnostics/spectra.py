@@ -19,7 +19,7 @@ from typing import Any
 from torch import Tensor
 
 from heft_engine.adapters.intruders import EPSILON, TOP, Intruders, find
-from heft_engine.adapters.lora import LoraAdapter
+from heft_engine.adapters.lora import LoraWeights
 
 #: Below this share of its strength at the merge, an intruder counts as repaired by what came later.
 REPAIRED = 0.5
@@ -28,7 +28,7 @@ TOLD = 256
 
 
 def weight_report(
-    adapters: Sequence[LoraAdapter], weight_of: Callable[[str], Tensor], told: Callable[[], None]
+    adapters: Sequence[LoraWeights], weight_of: Callable[[str], Tensor], told: Callable[[], None]
 ) -> dict[str, Any]:
     """Of all adapted modules; `weight_of` gives the original base's weights. `told` is called for each module."""
     modules = list(dict.fromkeys(module for adapter in adapters for module in adapter.factors))
@@ -40,7 +40,7 @@ def weight_report(
     return {"epsilon": EPSILON, "top": TOP, "stages": stages, "modules": records}
 
 
-def _module(module: str, adapters: Sequence[LoraAdapter], original: Tensor) -> dict[str, Any]:
+def _module(module: str, adapters: Sequence[LoraWeights], original: Tensor) -> dict[str, Any]:
     weight, found = original, []
     for index, adapter in enumerate(adapters):
         if module in adapter.factors:

@@ -25,7 +25,7 @@ import torch
 from torch import Tensor
 
 from heft_engine.config.train import parse_positions
-from heft_engine.model.interventions import Site
+from heft_engine.model.interventions import PlacedIntervention
 
 #: Tokens that share one hash. What is kept ends at a multiple of it.
 BLOCK = 8
@@ -33,15 +33,15 @@ BLOCK = 8
 LEAST_GAIN = 32
 
 
-def reach(sites: Iterable[Site], prompt: int, scale: float) -> tuple[int, Hashable]:
+def reach(interventions: Iterable[PlacedIntervention], prompt: int, scale: float) -> tuple[int, Hashable]:
     """(tokens, key): how many first tokens of a prompt are free of interventions that a shorter or longer prompt with
     the same beginning would not have; the key says what else their keys and values depend on.
 
     The last token is never among them: the answer is read from it.
     """
     end, firsts = prompt - 1, []
-    for site in sites if scale else ():
-        first, last = parse_positions(site.positions)
+    for placed in interventions if scale else ():
+        first, last = parse_positions(placed.positions)
         firsts.append(min(first, prompt // 2))
         end = min(end, prompt - min(last, prompt // 2))
     return end, (scale, tuple(firsts)) if any(firsts) else None

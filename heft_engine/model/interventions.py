@@ -13,15 +13,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from heft_engine.adapters.reft import MAX_ROTATION_ERROR, Intervention, LoreftIntervention, rotation_error
+from heft_engine.adapters.reft import Intervention
 from heft_engine.config.train import parse_positions
 from heft_engine.model.packing import Layout
 
-__all__ = ["MAX_ROTATION_ERROR", "Intervention", "LoreftIntervention", "Site", "Sites", "rotation_error"]
-
 
 @dataclass(frozen=True, kw_only=True, eq=False)
-class Site:
+class PlacedIntervention:
     """One intervention at the output of one decoder layer (0-based), at the prompt tokens of `positions`."""
 
     layer: int
@@ -40,7 +38,7 @@ class Site:
         edited = self.intervention(hidden[0, at], _scale(list(scale_at.values()), hidden.device))
         return hidden.index_copy(1, at, edited[None])
 
-    def same_place(self, other: Site) -> bool:
+    def same_place(self, other: PlacedIntervention) -> bool:
         """Whether a later stage goes on with this intervention instead of adding one."""
         mine = (self.layer, self.positions, self.intervention.kind, self.intervention.rank)
         return mine == (other.layer, other.positions, other.intervention.kind, other.intervention.rank)
@@ -53,43 +51,43 @@ def _scale(scales: list[float], device: torch.device) -> float | Tensor:
     return torch.tensor(scales, device=device)[:, None]
 
 
-class Sites:
+class Interventions:
     """The interventions of one model, in the order in which they were added, hooked onto its decoder layers."""
 
     def __init__(self, layers: nn.ModuleList) -> None:
         self._layers = layers
-        self._sites: list[Site] = []
+        self._interventions: list[PlacedIntervention] = []
         self._handles: list[Any] = []
-        self._muted: tuple[Site, ...] = ()
+        self._disabled: tuple[PlacedIntervention, ...] = ()
 
-    def __iter__(self) -> Iterator[Site]:
-        return iter(self._sites)
+    def __iter__(self) -> Iterator[PlacedIntervention]:
+        return iter(self._interventions)
 
-    def add(self, site: Site) -> None:
+    def add(self, placed: PlacedIntervention) -> None:
         """Hooks a site in. It acts only where a layout names the prompt tokens: in prefill, not in decoding."""
 
         def hook(module: nn.Module, args: Any, kwargs: dict[str, Any], output: Any) -> Any:
             layout = kwargs.get("layout")
-            return output if layout is None or site in self._muted else site.apply(output, layout)
+            return output if layout is None or placed in self._disabled else placed.apply(output, layout)
 
-        self._sites.append(site)
-        self._handles.append(self._layers[site.layer].register_forward_hook(hook, with_kwargs=True))
+        self._interventions.append(placed)
+        self._handles.append(self._layers[placed.layer].register_forward_hook(hook, with_kwargs=True))
 
-    def extend(self, sites: Iterable[Site]) -> None:
-        for site in sites:
-            self.add(site)
+    def extend(self, interventions: Iterable[PlacedIntervention]) -> None:
+        for placed in interventions:
+            self.add(placed)
 
     @contextmanager
-    def muted(self, sites: Iterable[Site] | None = None) -> Iterator[None]:
+    def disabled(self, interventions: Iterable[PlacedIntervention] | None = None) -> Iterator[None]:
         """Leaves some interventions out for a while, all by default."""
-        before = self._muted
-        self._muted = tuple(self._sites if sites is None else sites)
+        before = self._disabled
+        self._disabled = tuple(self._interventions if interventions is None else interventions)
         try:
             yield
         finally:
-            self._muted = before
+            self._disabled = before
 
     def clear(self) -> None:
         for handle in self._handles:
             handle.remove()
-        self._sites, self._handles = [], []
+        self._interventions, self._handles = [], []

@@ -23,7 +23,7 @@ from heft_engine.cpu.fused_layers import QuickLayers
 from heft_engine.model.batch_invariant import FixedShapes, unmeasured
 from heft_engine.model.block_sizes import measured
 from heft_engine.model.families import family_of
-from heft_engine.model.interventions import Sites
+from heft_engine.model.interventions import Interventions
 from heft_engine.model.packing import Batch, Layout
 from heft_engine.runtime.devices import free_bytes
 
@@ -47,7 +47,7 @@ class PackedLM:
         self.backbone: Any = getattr(model, self.family.backbone)
         self.layers: nn.ModuleList = self.backbone.layers
         self.head: Any = cast(Any, model).get_output_embeddings()
-        self.sites = Sites(self.layers)
+        self.interventions = Interventions(self.layers)
         #: Called with every pass through layers: long evaluations and prefills show in it that they move.
         self.on_forward: Callable[[], None] = lambda: None
         #: Whether layers keep their input alone and run again for their gradient.

@@ -92,7 +92,9 @@ class Base:
         Raises BundleError, also where its probe rows, computed unmerged, don't lie within the bundle's tolerance.
         """
         adapter = UnmergedModel(self.lm, bundle.adapters, bundle.interventions)
-        weights = Weights(lm=self.lm, adapter=adapter, sites=tuple(adapter.sites), scope=scope)
+        weights = Weights(
+            lm=self.lm, adapter=adapter, interventions=tuple(adapter.interventions), scope=scope
+        )
         self._batcher.run(lambda: check_probe(bundle, weights))
         tokenizer = self._tokenizer(bundle)
         writer = self._writer(bundle.info.tokenizer_sha256, tokenizer)
@@ -104,11 +106,13 @@ class Base:
         lm.pack(self._spare_bytes())
         # It may have packed weights that it shares with the base, too.
         self.memory_bytes = unique_bytes(self.lm.model)
-        weights = Weights(lm=lm, sites=tuple(lm.sites), scope=scope)
+        weights = Weights(lm=lm, interventions=tuple(lm.interventions), scope=scope)
         self._batcher.run(lambda: check_probe(bundle, weights))
         tokenizer = self._tokenizer(bundle)
         own = unique_bytes(lm.model, beside=self.lm.model)
-        own += sum(p.numel() * p.element_size() for s in lm.sites for p in s.intervention.parameters())
+        own += sum(
+            p.numel() * p.element_size() for s in lm.interventions for p in s.intervention.parameters()
+        )
         writer = TextWriter(lm, tokenizer, budget_bytes=self._key_value_bytes)
         return self._predictor(bundle, weights, tokenizer, writer), own
 
@@ -126,7 +130,7 @@ class Base:
         for stored in bundle.interventions:
             if not 0 <= stored.layer < lm.n_layers:
                 raise BundleError(f"the bundle's intervention at layer {stored.layer} is for a deeper model")
-            lm.sites.add(stored.site(lm.hidden_size))
+            lm.interventions.add(stored.restore(lm.hidden_size))
         return lm
 
     def _predictor(

@@ -98,7 +98,7 @@ class Predictor:
     @property
     def memory_bytes(self) -> int:
         """What its parameters hold, and the texts that are being written."""
-        parts = [self.lm.model, *(site.intervention for site in self.lm.sites)]
+        parts = [self.lm.model, *(placed.intervention for placed in self.lm.interventions)]
         own = sum(p.numel() * p.element_size() for part in parts for p in part.parameters())
         return own + self.writer.memory_bytes
 
@@ -246,13 +246,13 @@ def load(
             bundle, model_dir=model_dir, cache_dir=cache_dir, allow_paths=allow_paths, device=device
         )
         lm.pack()
-        check_probe(bundle, Weights(lm=lm, sites=tuple(lm.sites)))
+        check_probe(bundle, Weights(lm=lm, interventions=tuple(lm.interventions)))
         return lm
 
     lm = run_in_short_lived_thread(checked)
     encoder = Encoder(tokenizer, Task.from_json(bundle.info.task), bundle.info.max_length)
     return Predictor(
-        Weights(lm=lm, sites=tuple(lm.sites), scope="merged"),
+        Weights(lm=lm, interventions=tuple(lm.interventions), scope="merged"),
         encoder,
         bundle.info.max_new_tokens,
         temperature=bundle.info.temperature,
@@ -314,7 +314,7 @@ def assemble(
     for stored in bundle.interventions:
         if not 0 <= stored.layer < lm.n_layers:
             raise BundleError(f"the bundle's intervention at layer {stored.layer} is for a deeper model")
-        lm.sites.add(stored.site(lm.hidden_size))
+        lm.interventions.add(stored.restore(lm.hidden_size))
     return lm
 
 

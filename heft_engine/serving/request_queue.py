@@ -19,7 +19,7 @@ from heft_engine.data.encoding import Example
 from heft_engine.inference.prefix_cache import BLOCK, LEAST_GAIN, CachedPrefix, PrefixCache, chain, reach
 from heft_engine.inference.scoring import Scores
 from heft_engine.inference.scoring_pass import ScoringRow
-from heft_engine.model.interventions import Site
+from heft_engine.model.interventions import PlacedIntervention
 from heft_engine.model.packed_lm import PackedLM
 from heft_engine.model.packing import RowAdapter, packed_length
 
@@ -34,7 +34,7 @@ class Weights:
 
     lm: PackedLM
     adapter: RowAdapter | None = None
-    sites: tuple[Site, ...] = ()
+    interventions: tuple[PlacedIntervention, ...] = ()
     scope: Hashable = None
 
 
@@ -70,7 +70,7 @@ class Request:
         for index, example in enumerate(examples):
             hashes: list[bytes] = []
             if keeps and weights.scope is not None:
-                end, depends = reach(weights.sites, len(example.prompt), scale)
+                end, depends = reach(weights.interventions, len(example.prompt), scale)
                 hashes = chain((owner, weights.scope, depends), example.prompt, end)
             request.waiting.append(WaitingRow(request, index, example, hashes, packed_length(example)))
         return request

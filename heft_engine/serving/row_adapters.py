@@ -19,14 +19,14 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from heft_engine.adapters.lora import LoraAdapter, weight_of
+from heft_engine.adapters.lora import LoraWeights, weight_of
 from heft_engine.adapters.lora_variants import row_norms
-from heft_engine.bundle.format import StoredSite
+from heft_engine.bundle.format import StoredIntervention
 from heft_engine.config.train import parse_positions
 from heft_engine.cpu import lanes
 from heft_engine.data.encoding import intervened_positions
 from heft_engine.errors import BundleError
-from heft_engine.model.interventions import Site
+from heft_engine.model.interventions import PlacedIntervention
 from heft_engine.model.packed_lm import PackedLM
 from heft_engine.model.packing import AdapterHook, Layout, PackedRow, RowAdapter
 
@@ -55,26 +55,26 @@ class UnmergedModel:
     """
 
     def __init__(
-        self, lm: PackedLM, adapters: Sequence[LoraAdapter], interventions: Sequence[StoredSite]
+        self, lm: PackedLM, adapters: Sequence[LoraWeights], interventions: Sequence[StoredIntervention]
     ) -> None:
         weights: dict[str, Tensor] = {}
         last_dora = max((i for i, each in enumerate(adapters) if each.magnitudes is not None), default=0)
         self._stages = [
             _stage(lm, adapter, weights, followed=index < last_dora) for index, adapter in enumerate(adapters)
         ]
-        self.sites: list[Site] = []
+        self.interventions: list[PlacedIntervention] = []
         for stored in interventions:
             if not 0 <= stored.layer < lm.n_layers:
                 raise BundleError(f"the bundle's intervention at layer {stored.layer} is for a deeper model")
-            self.sites.append(stored.site(lm.hidden_size))
-        self._by_layer: dict[int, list[Site]] = {}
-        for site in self.sites:
-            self._by_layer.setdefault(site.layer, []).append(site)
+            self.interventions.append(stored.restore(lm.hidden_size))
+        self._by_layer: dict[int, list[PlacedIntervention]] = {}
+        for placed in self.interventions:
+            self._by_layer.setdefault(placed.layer, []).append(placed)
 
     @property
     def memory_bytes(self) -> int:
         factors = [tensor for stage in self._stages for tensor in stage.tensors]
-        own = [p for site in self.sites for p in site.intervention.parameters()]
+        own = [p for placed in self.interventions for p in placed.intervention.parameters()]
         return sum(tensor.numel() * tensor.element_size() for tensor in (*factors, *own))
 
     def touches(self, module: str) -> bool:
@@ -108,18 +108,18 @@ class UnmergedModel:
                 y.add_(bias)
 
     def intervene(self, layer: int, hidden: Tensor, row: PackedRow, scale: float) -> None:
-        for site in self._by_layer.get(layer, ()):
+        for placed in self._by_layer.get(layer, ()):
             at = [
                 position - row.skipped
-                for position in intervened_positions(row.prompt, *parse_positions(site.positions))
+                for position in intervened_positions(row.prompt, *parse_positions(placed.positions))
                 if row.skipped <= position < row.prompt - row.missing
             ]
             if at:
-                site.intervention.to(hidden.device)
-                hidden[at] = site.intervention(hidden[at], scale)
+                placed.intervention.to(hidden.device)
+                hidden[at] = placed.intervention(hidden[at], scale)
 
 
-def _stage(lm: PackedLM, adapter: LoraAdapter, weights: dict[str, Tensor], *, followed: bool) -> _Stage:
+def _stage(lm: PackedLM, adapter: LoraWeights, weights: dict[str, Tensor], *, followed: bool) -> _Stage:
     """`weights`: float32 weights as the stages before left them; `followed`: a later stage, DoRA's, asks for them."""
     places: dict[str, tuple[int, int]] = {}
     grouped: dict[tuple[torch.Size, torch.Size], list[tuple[Tensor, Tensor]]] = {}
@@ -157,7 +157,7 @@ def _stacked(tensors: list[Tensor], scaling: float, lm: PackedLM) -> Tensor:
     return stacked
 
 
-def _ratios(lm: PackedLM, adapter: LoraAdapter, weights: dict[str, Tensor]) -> dict[str, Tensor] | None:
+def _ratios(lm: PackedLM, adapter: LoraWeights, weights: dict[str, Tensor]) -> dict[str, Tensor] | None:
     if adapter.magnitudes is None:
         return None
     ratios = {}

@@ -3,7 +3,7 @@ the layers above it for every token left of the first intervened position (atten
 
 So each row goes through the frozen model once, and an epoch runs only what is left: the suffix from the first
 intervened token on, through the upper layers, against cached keys and values. It is the same mathematics; tests hold
-every rung of the ladder to the plain computation.
+every level to the plain computation.
 
     keys_values     suffix states at the lowest trained layer; keys and values of the layers above, left of the suffix
     states          every token's state at the lowest trained layer; the layers above run again each step, without
@@ -22,20 +22,19 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
 
 import torch
 from torch import Tensor
 
+from heft_engine.config.flops import CacheLevel
 from heft_engine.config.train import parse_positions
 from heft_engine.data.encoding import Example, intervened_positions
-from heft_engine.model.interventions import Site
+from heft_engine.model.interventions import PlacedIntervention
 from heft_engine.model.packed_lm import PackedLM
 from heft_engine.model.packing import Layout, PackedRow, fill, micro_batches, pack, packed_length
 from heft_engine.model.prefix_attention import Prefix
-from heft_engine.training.activation_store import Prefills
+from heft_engine.training.activation_store import StageActivations
 
-Rung = Literal["keys_values", "states", "nothing"]
 #: Tokens of one prefill pass. The same cut gives the same bits when the cache is built again.
 TOKEN_BUDGET = 4_096
 #: Of the keys' and values' bytes: what the states of higher layers may add to a prefill that is kept for later runs.
@@ -50,7 +49,7 @@ class Boundary:
     """
 
     layer: int
-    sites: tuple[Site, ...] = ()
+    interventions: tuple[PlacedIntervention, ...] = ()
     #: Of every trained site, so that the first intervened token of a row is known; none for LoRA.
     positions: tuple[str, ...] = ()
     #: Whether nothing that is trained or among `sites` acts above: states there are those of other stages too.
@@ -82,9 +81,9 @@ class SuffixCache:
         lm: PackedLM,
         boundary: Boundary,
         examples: Sequence[Example],
-        rung: Rung,
+        level: CacheLevel,
         file: Path | None = None,
-        prefills: Prefills | None = None,
+        prefills: StageActivations | None = None,
     ) -> None:
         """Runs the prefill, unless `prefills` (of the keys_values rung) has it.
 
@@ -92,7 +91,7 @@ class SuffixCache:
         """
         self.lm = lm
         self.boundary = boundary
-        self.rung: Rung = rung
+        self.level: CacheLevel = level
         self._examples = examples
         self._skipped = [boundary.first_token(len(example.prompt)) for example in examples]
         #: Seconds that another run has spent on the prefill; below 0, what this one spends on keeping it for others.
@@ -109,12 +108,12 @@ class SuffixCache:
     def _tokens(self) -> int:
         """Whose states are kept."""
         total = sum(map(packed_length, self._examples))
-        return total - sum(self._skipped) if self.rung == "keys_values" else total
+        return total - sum(self._skipped) if self.level == CacheLevel.KV else total
 
-    def _compute(self, file: Path | None, prefills: Prefills | None) -> None:
+    def _compute(self, file: Path | None, prefills: StageActivations | None) -> None:
         lm, boundary = self.lm, self.boundary
         began = time.monotonic()
-        size = size_of(lm, boundary, self._examples, self.rung) // lm.dtype.itemsize
+        size = size_of(lm, boundary, self._examples, self.level) // lm.dtype.itemsize
         flat = (
             torch.empty(size, dtype=lm.dtype)
             if file is None
@@ -141,7 +140,7 @@ class SuffixCache:
                 )
             self.saved_seconds = ready - time.monotonic()
 
-    def _room_above(self, kept: Tensor, prefills: Prefills) -> Tensor | None:
+    def _room_above(self, kept: Tensor, prefills: StageActivations) -> Tensor | None:
         """(depths, tokens, hidden) for the states before each layer above the first; None if not worth it."""
         depths = self.lm.n_layers - 1 - self.boundary.layer
         shape = (depths, self._tokens, self.lm.hidden_size)
@@ -158,7 +157,7 @@ class SuffixCache:
         token = at = 0
         for example, skipped in zip(self._examples, self._skipped, strict=True):
             length, past = packed_length(example), None
-            if self.rung == "keys_values":
+            if self.level == CacheLevel.KV:
                 length -= skipped
                 size = layers * 2 * kv_heads * skipped * head_dim
                 past = kept[at : at + size].view(layers, 2, kv_heads, skipped, head_dim)
@@ -174,7 +173,7 @@ class SuffixCache:
         lm, boundary = self.lm, self.boundary
         batch = pack(examples)
         ids, positions = batch.input_ids.to(lm.device)[None], batch.position_ids.to(lm.device)[None]
-        with lm.sites.muted(boundary.sites):
+        with lm.interventions.disabled(boundary.interventions):
             states = lm.run_layers(lm.embed(ids), positions, batch.layout, 0, boundary.layer)
         at = [  # where the states that are kept lie in the pass
             token
@@ -186,7 +185,7 @@ class SuffixCache:
             rows, torch.split(states[0, suffixes], [len(row.states) for row in rows]), strict=True
         ):
             row.states.copy_(own)
-        if self.rung != "keys_values":
+        if self.level != CacheLevel.KV:
             return
 
         def watch(layer: int, states: Tensor) -> None:
@@ -203,7 +202,7 @@ class SuffixCache:
         """The suffixes of some rows as one batch: states (1, T, hidden), positions (1, T), layout with prefix."""
         rows = [self.rows[index] for index in indices]
         device = self.lm.device
-        if self.rung == "keys_values":
+        if self.level == CacheLevel.KV:
             states = [row.states for row in rows]
             kept = [row.keys_values for row in rows if row.keys_values is not None]
         else:
@@ -289,18 +288,20 @@ def kv_shape(lm: PackedLM) -> tuple[int, int]:
     return int(lm.config.num_key_value_heads or heads), int(head_dim)
 
 
-def size_of(lm: PackedLM, boundary: Boundary, examples: Sequence[Example], rung: Rung) -> int:
+def size_of(lm: PackedLM, boundary: Boundary, examples: Sequence[Example], level: CacheLevel) -> int:
     """Bytes that a rung takes for these rows."""
-    return sum(_row_sizes(lm, boundary, examples, rung)) * lm.dtype.itemsize
+    return sum(_row_sizes(lm, boundary, examples, level)) * lm.dtype.itemsize
 
 
-def _row_sizes(lm: PackedLM, boundary: Boundary, examples: Sequence[Example], rung: Rung) -> Iterator[int]:
+def _row_sizes(
+    lm: PackedLM, boundary: Boundary, examples: Sequence[Example], level: CacheLevel
+) -> Iterator[int]:
     kv_heads, head_dim = kv_shape(lm)
     a_token = 2 * kv_heads * head_dim * (lm.n_layers - boundary.layer)
     for example in examples:
         length = packed_length(example)
-        if rung == "states":
+        if level == CacheLevel.HIDDEN_STATES:
             yield length * lm.hidden_size
-        elif rung == "keys_values":
+        elif level == CacheLevel.KV:
             left = boundary.first_token(len(example.prompt))
             yield (length - left) * lm.hidden_size + left * a_token

@@ -34,7 +34,7 @@ _BYTES_A_SECOND = 200e6
 
 
 @dataclass(frozen=True, kw_only=True)
-class Prefill:
+class SavedActivations:
     """states: (depths, tokens, hidden), depth 0 standing before layer `first`. keys_values: flat, row by row.
 
     seconds: that computing it took.
@@ -51,26 +51,28 @@ class Prefill:
 
 
 @dataclass(frozen=True, kw_only=True)
-class PrefillFolder:
+class ActivationStore:
     """A machine's, under a budget of bytes. `owner`: nobody else finds what is kept for them."""
 
     directory: Path
     max_bytes: int = MAX_BYTES
     owner: str = ""
 
-    def of(self, key: str) -> Prefills:
+    def of(self, key: str) -> StageActivations:
         """`key`: stands for everything that a prefill depends on but its first layer, and its owner."""
-        return Prefills(folder=LocalStages(directory=self.directory, max_bytes=self.max_bytes), key=key)
+        return StageActivations(
+            folder=LocalStages(directory=self.directory, max_bytes=self.max_bytes), key=key
+        )
 
 
 @dataclass(frozen=True, kw_only=True)
-class Prefills:
+class StageActivations:
     """Where one stage's prefills are kept: `key` stands for the model, the rows and where their suffixes begin."""
 
     folder: LocalStages
     key: str
 
-    def find(self, layer: int, tokens: int, hidden: int, dtype: torch.dtype) -> Prefill | None:
+    def find(self, layer: int, tokens: int, hidden: int, dtype: torch.dtype) -> SavedActivations | None:
         """One that reaches from `layer` down to it: the nearest. Its tensors are mapped from files."""
         for first in range(layer, -1, -1):
             # Only one that would do is read through, to see that it is whole.
@@ -113,12 +115,12 @@ class Prefills:
         return f"{self.key}-{first}"
 
 
-def _read(path: Path, tokens: int, hidden: int, dtype: torch.dtype) -> Prefill | None:
+def _read(path: Path, tokens: int, hidden: int, dtype: torch.dtype) -> SavedActivations | None:
     """None for what another process has removed or replaced meanwhile."""
     try:
         about = json.loads((path / _ABOUT).read_text())
         states, keys_values = (_mapped(path / name, dtype) for name in (_STATES, _KEYS_VALUES))
-        return Prefill(
+        return SavedActivations(
             first=about["first"],
             states=states.view(about["depths"], tokens, hidden),
             keys_values=keys_values,

@@ -23,18 +23,18 @@ import torch
 from pydantic import ValidationError
 from torch import Tensor
 
-from heft_engine.adapters.lora import LoraAdapter
-from heft_engine.bundle.format import StoredSite, read_stages, write_stages
+from heft_engine.adapters.lora import LoraWeights
+from heft_engine.bundle.format import StoredIntervention, read_stages, write_stages
 from heft_engine.config.train import TrainConfig
 from heft_engine.data.encoding import Example
 from heft_engine.errors import BundleError
 from heft_engine.events import Event, OnEvent
-from heft_engine.model.interventions import Site
+from heft_engine.model.interventions import PlacedIntervention
 from heft_engine.runtime.sealed_directory import load_state, prune, save_state, seal, verify
 from heft_engine.training.loop import Progress
 
 if TYPE_CHECKING:
-    from heft_engine.training.loop import StageRun
+    from heft_engine.training.loop import TrainLoop
 
 #: Local directories inside stages that are kept: the newest and, should it be damaged, the one before. The ends
 #: of stages stay, they are few and models in their own right.
@@ -62,12 +62,12 @@ class RunState:
     inside_stage: dict[str, Any] | None = None  #: the stage's Progress, when one is in training
     tensors: dict[str, Tensor] = field(default_factory=dict, repr=False)
 
-    def inside(self, progress: dict[str, Any], sites: int) -> dict[str, Any]:
+    def inside(self, progress: dict[str, Any], interventions: int) -> dict[str, Any]:
         """This state as JSON values, in the middle of a stage that found `sites` interventions in place."""
         values = {name: value for name, value in vars(self).items() if name != "tensors"}
-        return {**values, "inside_stage": {"progress": progress, "sites": sites}}
+        return {**values, "inside_stage": {"progress": progress, "sites": interventions}}
 
-    def restore_stage(self, run: StageRun) -> None:
+    def restore_stage(self, run: TrainLoop) -> None:
         """Puts a freshly attached stage back where its checkpoint left it; the random state comes last."""
         assert self.inside_stage is not None
         run.restore(Progress.of(self.inside_stage["progress"]), self.tensors)
@@ -78,8 +78,8 @@ class RunState:
 @dataclass(frozen=True, kw_only=True)
 class Restored:
     state: RunState
-    adapters: list[LoraAdapter]
-    sites: list[StoredSite]
+    adapters: list[LoraWeights]
+    interventions: list[StoredIntervention]
 
 
 @dataclass(kw_only=True)
@@ -100,14 +100,14 @@ class CheckpointWriter:
         run_step: int,
         config: TrainConfig,
         tensors: dict[str, Tensor],
-        adapters: list[LoraAdapter],
-        sites: list[Site],
+        adapters: list[LoraWeights],
+        interventions: list[PlacedIntervention],
         stage: str,
     ) -> None:
         """Inside a stage."""
         path = self._path(run_step, "step")
         save_state(path, {**values, "config": config.model_dump()}, tensors)
-        write_stages(path / "stages", adapters, sites)
+        write_stages(path / "stages", adapters, interventions)
         self._seal(path, run_step, "step", stage, values["stage_index"])
 
     def stage(
@@ -176,10 +176,10 @@ def load_checkpoint(path: Path, config: TrainConfig, rows_sha256: str) -> Restor
     if values["rows_sha256"] != rows_sha256:
         raise BundleError("this checkpoint belongs to a run with other training rows")
     inside = values["inside_stage"]
-    adapters, sites = read_stages(path / ("bundle" if inside is None else "stages"))
+    adapters, interventions = read_stages(path / ("bundle" if inside is None else "stages"))
     # Bits of a matrix product may depend on how it was cut: go on with as many threads as began.
     torch.set_num_threads(values["threads"])
-    return Restored(state=RunState(**values, tensors=tensors), adapters=adapters, sites=sites)
+    return Restored(state=RunState(**values, tensors=tensors), adapters=adapters, interventions=interventions)
 
 
 def _same_settings(stored: dict[str, Any], config: TrainConfig) -> bool:

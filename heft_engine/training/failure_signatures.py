@@ -17,7 +17,7 @@ from heft_engine.data.rows import Row
 from heft_engine.data.task import Task
 from heft_engine.errors import TrainingError
 from heft_engine.model.base_models import load_tokenizer
-from heft_engine.model.interventions import Site
+from heft_engine.model.interventions import PlacedIntervention
 
 #: Nats per token of general text beyond which a stage is said to have forgotten.
 FORGETTING = 0.3
@@ -53,7 +53,9 @@ def forgetting(stage: LoraStage | ReftStage, before: float, after: float) -> Sig
     return Signature(name="forgetting", message=message)
 
 
-def check_positions(bundle: Bundle, encoder: Encoder, rows: Sequence[Row], sites: Iterable[Site]) -> None:
+def check_positions(
+    bundle: Bundle, encoder: Encoder, rows: Sequence[Row], interventions: Iterable[PlacedIntervention]
+) -> None:
     """Serving must see what training saw: the same prompt tokens, the same interventions at the same positions.
 
     Encodes rows anew with the tokenizer and the task that the bundle holds, and compares with the encoder and the
@@ -62,8 +64,8 @@ def check_positions(bundle: Bundle, encoder: Encoder, rows: Sequence[Row], sites
     tokenizer = load_tokenizer(bundle.path / "tokenizer")
     check_tokenizer(bundle.info, tokenizer)
     served = Encoder(tokenizer, Task.from_json(bundle.info.task), bundle.info.max_length)
-    stood = [(site.layer, site.positions) for site in sites]
-    stored = [(site.layer, site.positions) for site in bundle.interventions]
+    stood = [(placed.layer, placed.positions) for placed in interventions]
+    stored = [(placed.layer, placed.positions) for placed in bundle.interventions]
     for row in rows:
         for trained, asked in zip(encoder.encode(row), served.encode(row), strict=True):
             if trained != asked:
@@ -76,7 +78,7 @@ def check_positions(bundle: Bundle, encoder: Encoder, rows: Sequence[Row], sites
                 )
 
 
-def _places(sites: list[tuple[int, str]], example: Example) -> list[tuple[int, list[int]]]:
+def _places(interventions: list[tuple[int, str]], example: Example) -> list[tuple[int, list[int]]]:
     """Layer and intervened tokens of each site, for one prompt."""
     prompt = len(example.prompt)
-    return [(layer, intervened_positions(prompt, *parse_positions(spec))) for layer, spec in sites]
+    return [(layer, intervened_positions(prompt, *parse_positions(spec))) for layer, spec in interventions]

@@ -102,7 +102,7 @@ class Hooks:
 
 
 @dataclass(kw_only=True)
-class StageRun:
+class TrainLoop:
     """One stage's training. `examples` and `evaluation` hold their right answers alone."""
 
     stage: LoraStage | ReftStage

@@ -7,30 +7,31 @@ know optimisers or events.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 
+from heft_engine.config.flops import CacheLevel
 from heft_engine.data.encoding import Example
 from heft_engine.evaluation.evaluate import supervised_loss
 from heft_engine.model.loss import cross_entropy
 from heft_engine.model.packed_lm import PackedLM
 from heft_engine.model.packing import fill, pack, packed_length
 from heft_engine.runtime.devices import memory_share
-from heft_engine.training.activation_cache import Boundary, Rung, SuffixCache, size_of
-from heft_engine.training.activation_store import Prefills
+from heft_engine.training.activation_cache import Boundary, SuffixCache, size_of
+from heft_engine.training.activation_store import StageActivations
 
 #: Kept tokens, keys and values alone, that weigh as much in a pass as one that runs.
 KEPT_TOKENS = 4
 
 
-def pass_tokens(rung: Rung, example: Example, skipped: int) -> int:
+def pass_tokens(level: CacheLevel, example: Example, skipped: int) -> int:
     """Tokens that a row weighs in a pass, `skipped` of which are kept on the highest rung."""
-    if rung != "keys_values":
+    if level != CacheLevel.KV:
         return packed_length(example)
     # What is kept of a row is copied beside the others' for the pass: it counts, though it costs little.
     return packed_length(example) - skipped + skipped // KEPT_TOKENS
@@ -73,7 +74,7 @@ class CachedSource:
 
     def tokens(self, index: int) -> int:
         row = self.cache.rows[index]
-        return pass_tokens(self.cache.rung, row.example, row.skipped)
+        return pass_tokens(self.cache.level, row.example, row.skipped)
 
     def loss(self, indices: Sequence[int]) -> Tensor:
         targets = [token for index in indices for token in self.cache.rows[index].example.answers[0]]
@@ -82,8 +83,8 @@ class CachedSource:
     def hidden(self, indices: Sequence[int]) -> Tensor:
         cache, lm = self.cache, self.cache.lm
         states, positions, layout = cache.suffix(indices)
-        for site in cache.boundary.sites:
-            states = site.apply(states, layout)
+        for placed in cache.boundary.interventions:
+            states = placed.apply(states, layout)
         states = lm.run_layers(states, positions, layout, cache.boundary.layer, lm.n_layers)
         reads: list[int] = []
         for row, index in zip(layout.rows, indices, strict=True):
@@ -122,9 +123,17 @@ class CacheBudget:
 class CachePlan:
     """Which rung a stage trains on, where it lies, and how many bytes it takes; checkpoints carry it."""
 
-    rung: Rung
+    level: CacheLevel
     on_disk: bool
     bytes: int
+
+    @staticmethod
+    def from_json(values: Mapping[str, Any]) -> CachePlan:
+        return CachePlan(level=CacheLevel(values["rung"]), on_disk=values["on_disk"], bytes=values["bytes"])
+
+    def to_json(self) -> dict[str, Any]:
+        """As checkpoints and events carry it."""
+        return {"rung": self.level.value, "on_disk": self.on_disk, "bytes": self.bytes}
 
     def open(
         self,
@@ -132,12 +141,12 @@ class CachePlan:
         boundary: Boundary,
         examples: Sequence[Example],
         file: Path | None,
-        prefills: Prefills | None = None,
+        prefills: StageActivations | None = None,
     ) -> Source:
         """The source of these rows. Runs the prefill for every rung but "nothing", or takes it from `prefills`."""
-        if self.rung == "nothing" or not examples:
+        if self.level == CacheLevel.NONE or not examples:
             return PlainSource(lm=lm, examples=examples)
-        cache = SuffixCache(lm, boundary, examples, self.rung, file if self.on_disk else None, prefills)
+        cache = SuffixCache(lm, boundary, examples, self.level, file if self.on_disk else None, prefills)
         if self.on_disk and file is not None:
             file.unlink(
                 missing_ok=True
@@ -153,16 +162,16 @@ def plan_cache(
     A boundary at layer 0 leaves nothing to keep. One epoch gains too: its backward pass ends at the suffix.
     """
     if boundary.layer == 0 or not examples:
-        return CachePlan(rung="nothing", on_disk=False, bytes=0)
+        return CachePlan(level=CacheLevel.NONE, on_disk=False, bytes=0)
     disk = budget.disk if budget.directory is not None else 0
-    rungs: tuple[Rung, ...] = ("keys_values", "states")
-    for rung in rungs if any(boundary.first_token(len(e.prompt)) for e in examples) else rungs[1:]:
-        size = size_of(lm, boundary, examples, rung)
+    levels: tuple[CacheLevel, ...] = (CacheLevel.KV, CacheLevel.HIDDEN_STATES)
+    for level in levels if any(boundary.first_token(len(e.prompt)) for e in examples) else levels[1:]:
+        size = size_of(lm, boundary, examples, level)
         if size <= budget.memory_bytes():
-            return CachePlan(rung=rung, on_disk=False, bytes=size)
+            return CachePlan(level=level, on_disk=False, bytes=size)
         if size <= disk:
-            return CachePlan(rung=rung, on_disk=True, bytes=size)
-    return CachePlan(rung="nothing", on_disk=False, bytes=0)
+            return CachePlan(level=level, on_disk=True, bytes=size)
+    return CachePlan(level=CacheLevel.NONE, on_disk=False, bytes=0)
 
 
 @torch.inference_mode()

@@ -87,7 +87,7 @@ class Gated(torch.autograd.Function):
 
 
 @contextmanager
-def lean_layers(lm: PackedLM) -> Iterator[None]:
+def low_memory_layers(lm: PackedLM) -> Iterator[None]:
     """Inside, norms and gated activations keep less wherever gradients are computed."""
     changed: list[nn.Module] = []
     try:

@@ -15,6 +15,7 @@ from typing import Any
 import torch
 
 from heft_engine.adapters import merge
+from heft_engine.config.flops import CacheLevel
 from heft_engine.config.train import Auto, LoraStage, ReftStage
 from heft_engine.data.encoding import Example
 from heft_engine.inference.scoring import TOKEN_BUDGET as SCORING_BUDGET
@@ -33,7 +34,7 @@ from heft_engine.training.loss_source import (
     pass_tokens,
     plan_cache,
 )
-from heft_engine.training.low_memory_layers import lean_layers
+from heft_engine.training.low_memory_layers import low_memory_layers
 from heft_engine.training.memory_plan import Fit, Footprint
 
 #: The largest pass is looked for in the first epochs, up to so many rows: a thousand epochs would take as long as some
@@ -93,7 +94,7 @@ class Planner:
             stack.callback(malloc.trim)
             compiled, failure = self._compile(stack, caches[0], earlier)
             if not compiled:
-                stack.enter_context(lean_layers(self.lm))
+                stack.enter_context(low_memory_layers(self.lm))
             fitted = self._fit(caches) if earlier is None else self._as_before(caches[0], earlier)
             stack.callback(setattr, self.lm, "checkpointing", False)
             self.lm.checkpointing = fitted.checkpointing
@@ -111,7 +112,9 @@ class Planner:
         if self.caches is not None:
             return self.caches
         if earlier is not None:
-            return CachePlan(**earlier.cache or {}), CachePlan(**earlier.validation_cache or {})
+            return CachePlan.from_json(earlier.cache or {}), CachePlan.from_json(
+                earlier.validation_cache or {}
+            )
         training = plan_cache(self.lm, self.boundary, self.examples, self.budget)
         return training, plan_cache(self.lm, self.boundary, self.validation, self.budget.less(training))
 
@@ -123,7 +126,7 @@ class Planner:
         """Whether layers run compiled, and what went wrong if they should and can't."""
         tokens = self.stage.n_epochs * sum(map(packed_length, self.examples))
         wanted = pays(self.lm, tokens) if self.compile == "auto" else self.compile
-        if not (earlier.compiled if earlier is not None else wanted and cache.rung == "nothing"):
+        if not (earlier.compiled if earlier is not None else wanted and cache.level == CacheLevel.NONE):
             return False, None
         failure = stack.enter_context(
             compiled_layers(self.lm, self.boundary.layer, self._try_out, self.cache_dir)
@@ -172,10 +175,10 @@ class Planner:
         skipped = [sum(self._skipped(cache, index) for index in part) for part in parts]
         tokens = [sum(packed_length(self.examples[index]) for index in part) for part in parts]
         with_gradient = {whole - left for whole, left in zip(tokens, skipped, strict=True)}
-        if cache.rung == "keys_values":
+        if cache.level == CacheLevel.KV:
             return len(with_gradient)
         device = self.lm.device
-        if cache.rung == "states":
+        if cache.level == CacheLevel.HIDDEN_STATES:
             return len(with_gradient) + len({fill(device, left) for left in skipped})
         return len({fill(device, whole) for whole in tokens})
 
@@ -188,11 +191,11 @@ class Planner:
             self.lm.checkpointing = False
 
     def _weight(self, cache: CachePlan) -> Any:
-        return lambda index: pass_tokens(cache.rung, self.examples[index], self._skipped(cache, index))
+        return lambda index: pass_tokens(cache.level, self.examples[index], self._skipped(cache, index))
 
     def _skipped(self, cache: CachePlan, index: int) -> int:
         """Tokens of a row that run without a gradient."""
-        if cache.rung == "nothing":
+        if cache.level == CacheLevel.NONE:
             return 0
         return self.boundary.first_token(len(self.examples[index].prompt))
 
@@ -200,16 +203,16 @@ class Planner:
         rows = [self.examples[index] for index in part]
         skipped = [self._skipped(cache, index) for index in part]
         with_gradient = [packed_length(row) - left for row, left in zip(rows, skipped, strict=True)]
-        if cache.rung == "nothing":
+        if cache.level == CacheLevel.NONE:
             tokens = sum(with_gradient)
             with_gradient.append(fill(self.lm.device, tokens) - tokens)
         total = found.of(with_gradient)
-        if cache.rung != "nothing":
+        if cache.level != CacheLevel.NONE:
             kv_heads, width = kv_shape(self.lm)
             a_token = 2 * kv_heads * width * (self.lm.n_layers - self.boundary.layer) * self.lm.dtype.itemsize
-            copies = 1 if cache.rung == "keys_values" else 2
+            copies = 1 if cache.level == CacheLevel.KV else 2
             total += copies * len(part) * max(skipped) * a_token
-        if cache.rung == "states":
+        if cache.level == CacheLevel.HIDDEN_STATES:
             total += memory_plan.pass_bytes(self.lm, sum(skipped))
         return total
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
-from heft_engine.bundle.format import Bundle, StoredSite
+from heft_engine.bundle.format import Bundle, StoredIntervention
 from heft_engine.bundle.pyreft_format import read_pyreft
 from heft_engine.config.train import ReftStage, TrainConfig
 from heft_engine.data.rows import Row
@@ -37,30 +37,30 @@ def import_pyreft(
     `rows` are a few of the task with their answers, of which the probe rows are taken. `positions` as `read_pyreft`
     has it. Raises BundleError for a directory that can't be read, ConfigError when the base does not fit, RowError.
     """
-    sites = read_pyreft(directory, positions=positions)
-    stages = reft_stages(sites)
+    interventions = read_pyreft(directory, positions=positions)
+    stages = reft_stages(interventions)
     base = resolve(config.model, model_dir=model_dir, cache_dir=cache_dir, allow_paths=allow_paths)
     config = config.model_copy(update={"stages": stages, "method": "recipe"})
     run = prepare(config, base, rows, (), (), device or choose_device(), lambda event: None, CacheBudget())
-    run.lm.sites.extend(stored.site(run.lm.hidden_size) for stored in sites)
+    run.lm.interventions.extend(stored.restore(run.lm.hidden_size) for stored in interventions)
     run.state.stage_index = len(stages)
     return write_outcome(run, out_dir)
 
 
-def reft_stages(sites: Sequence[StoredSite]) -> list[ReftStage]:
+def reft_stages(interventions: Sequence[StoredIntervention]) -> list[ReftStage]:
     """The stages that would have left these interventions: one for each run of equal rank, positions and kind."""
-    runs: list[list[StoredSite]] = []
-    for site in sites:
+    runs: list[list[StoredIntervention]] = []
+    for intervention in interventions:
         last = runs[-1] if runs else []
         joins = last and (last[0].rank, last[0].positions, last[0].kind) == (
-            site.rank,
-            site.positions,
-            site.kind,
+            intervention.rank,
+            intervention.positions,
+            intervention.kind,
         )
-        if joins and site.layer not in [other.layer for other in last]:
-            last.append(site)
+        if joins and intervention.layer not in [other.layer for other in last]:
+            last.append(intervention)
         else:
-            runs.append([site])
+            runs.append([intervention])
     return [
         ReftStage(
             layers=sorted(s.layer for s in run),

@@ -63,9 +63,11 @@ def write_outcome(run: Run, out_dir: Path) -> Bundle:
         probe_tolerance=tolerance,
         versions=package_versions(),
     )
-    write_bundle(out_dir, info, run.adapters, list(run.lm.sites), run.encoder.tokenizer, probe)
+    write_bundle(out_dir, info, run.adapters, list(run.lm.interventions), run.encoder.tokenizer, probe)
     bundle = read_bundle(out_dir)
-    failure_signatures.check_positions(bundle, run.encoder, [row for row, _ in run.probe_rows], run.lm.sites)
+    failure_signatures.check_positions(
+        bundle, run.encoder, [row for row, _ in run.probe_rows], run.lm.interventions
+    )
     return bundle
 
 
@@ -151,10 +153,10 @@ def _tolerance(lm: PackedLM, probe: Probe) -> float:
     """How far a probe score may lie elsewhere: four times what the dtype alone moves it, at least 1e-3."""
     exact = float32_copy(lm)
     exact.leave_shapes_unmeasured()
-    exact.sites.extend(lm.sites)
+    exact.interventions.extend(lm.interventions)
     pairs = zip(score(exact, probe.examples), probe.scores, strict=True)
     noise = max(abs(a - b) for one, other in pairs for a, b in zip(one.totals, other, strict=True))
-    exact.sites.clear()
+    exact.interventions.clear()
     return max(1e-3, 4 * noise)
 
 

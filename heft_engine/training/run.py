@@ -15,9 +15,9 @@ from typing import Any
 import torch
 
 from heft_engine.adapters import lora
-from heft_engine.adapters.lora import LoraAdapter
+from heft_engine.adapters.lora import LoraWeights
 from heft_engine.adapters.merge import PROBE_ROWS, merge_stage
-from heft_engine.adapters.trainable import LoraTrainable, ReftTrainable, attach
+from heft_engine.adapters.trainable import LoraAdapter, ReftAdapter, attach
 from heft_engine.bundle.format import Bundle, Probe
 from heft_engine.config.train import LoraStage, ReftStage, TrainConfig
 from heft_engine.data.encoding import Encoder, Example
@@ -31,7 +31,7 @@ from heft_engine.inference.scoring import Scores
 from heft_engine.model.base_models import BaseModel, resolve
 from heft_engine.model.packed_lm import PackedLM
 from heft_engine.runtime.devices import choose_device
-from heft_engine.training.activation_store import PrefillFolder
+from heft_engine.training.activation_store import ActivationStore
 from heft_engine.training.checkpoint import CheckpointWriter, RunState, load_checkpoint, rows_hash
 from heft_engine.training.costs import cost_of, outcomes
 from heft_engine.training.loop import Progress, derived_seed
@@ -63,7 +63,7 @@ def train(
     cache: CacheBudget | None = None,
     memory_bytes: int | None = None,
     results: StageStore | None = None,
-    prefills: PrefillFolder | None = None,
+    prefills: ActivationStore | None = None,
     writes_validation: bool = False,
 ) -> Bundle:
     """Trains by the config and writes a bundle to `out_dir`, a new or empty directory.
@@ -132,7 +132,7 @@ class Run:
     scored: tuple[int, tuple[Scores, ...]] | None = None  #: after which stage, the reported rows' scores
     chosen: tuple[Scores, ...] | None = None  #: those of the validation rows that it was last calibrated on
     calibrated: tuple[int, Calibration | None] | None = None  #: after which stage, what came of it
-    adapters: list[LoraAdapter] = field(default_factory=list)
+    adapters: list[LoraWeights] = field(default_factory=list)
     cache_dir: Path | None = None
     memory_bytes: int | None = None
     writes_validation: bool = False
@@ -161,7 +161,7 @@ class Run:
         for adapter in restored.adapters:
             lora.merge(self.lm.model, adapter)
         self.adapters = restored.adapters
-        self.lm.sites.extend(stored.site(self.lm.hidden_size) for stored in restored.sites)
+        self.lm.interventions.extend(stored.restore(self.lm.hidden_size) for stored in restored.interventions)
 
     def go(self, out_dir: Path, writer: CheckpointWriter, should_stop: Callable[[], bool]) -> Bundle:
         announce(self)
@@ -189,7 +189,7 @@ class Run:
     def _stage(self, index: int, writer: CheckpointWriter, should_stop: Callable[[], bool]) -> None:
         stage = self.config.stages[index]
         began = time.monotonic()
-        sites_before = len(list(self.lm.sites))
+        interventions_before = len(list(self.lm.interventions))
         torch.manual_seed(derived_seed(self.config.seed, index))
         trainable = attach(self.lm, stage)
         inside = self.state.inside_stage
@@ -197,7 +197,9 @@ class Run:
         with peak(self.lm.device) as most:
             with planner_of(self, index, trainable).planned(earlier) as plan:
                 tell_plan(self, index, trainable, plan)
-                progress, saved = train_stage(self, index, trainable, plan, sites_before, writer, should_stop)
+                progress, saved = train_stage(
+                    self, index, trainable, plan, interventions_before, writer, should_stop
+                )
             seconds = time.monotonic() - began + (earlier.seconds if earlier is not None else 0)
             self.state.costs.append(cost_of(self, index, trainable, progress, seconds + saved))
             self._end_stage(index, stage, trainable, progress)
@@ -231,11 +233,11 @@ class Run:
         self,
         index: int,
         stage: LoraStage | ReftStage,
-        trainable: LoraTrainable | ReftTrainable,
+        trainable: LoraAdapter | ReftAdapter,
         progress: Progress,
     ) -> None:
         """Merges or freezes what was trained, and measures it."""
-        if isinstance(trainable, LoraTrainable):
+        if isinstance(trainable, LoraAdapter):
             assert isinstance(stage, LoraStage)
             self._merge(index, stage, trainable)
         else:
@@ -245,7 +247,7 @@ class Run:
         self._evaluate(stage.type, index)
         self.state.general_loss.append(mean_loss(self.lm, self.general))
 
-    def _merge(self, index: int, stage: LoraStage, trainable: LoraTrainable) -> None:
+    def _merge(self, index: int, stage: LoraStage, trainable: LoraAdapter) -> None:
         assert stage.target_modules != "auto"
         adapter = lora.extract(trainable.adapted, stage, stage.target_modules, self.base.reference)
         adapter, record = merge_stage(self.lm, trainable.adapted, stage, adapter, self.probe)

@@ -5,10 +5,9 @@ It does NOT decide anything.
 
 from __future__ import annotations
 
-from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
-from heft_engine.adapters.trainable import LoraTrainable, ReftTrainable
+from heft_engine.adapters.trainable import LoraAdapter, ReftAdapter
 from heft_engine.events import Event
 from heft_engine.runtime.devices import dtype_name
 from heft_engine.training import failure_signatures
@@ -38,7 +37,7 @@ def announce(run: Run) -> None:
     )
 
 
-def tell_plan(run: Run, index: int, trainable: LoraTrainable | ReftTrainable, plan: StagePlan) -> None:
+def tell_plan(run: Run, index: int, trainable: LoraAdapter | ReftAdapter, plan: StagePlan) -> None:
     stage = run.config.stages[index]
     run.emit_stage(
         "STAGE_STARTED",
@@ -46,7 +45,7 @@ def tell_plan(run: Run, index: int, trainable: LoraTrainable | ReftTrainable, pl
         index,
         learning_rate=stage.learning_rate,
         trained_parameters=sum(p.numel() for p in trainable.parameters().values()),
-        cache=asdict(plan.cache),
+        cache=plan.cache.to_json(),
         memory_bytes=plan.memory_bytes,
         **plan.of_progress,
     )

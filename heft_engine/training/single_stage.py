@@ -12,13 +12,14 @@ from typing import Any
 
 import torch
 
-from heft_engine.adapters.trainable import LoraTrainable, ReftTrainable, attach
+from heft_engine.adapters.trainable import LoraAdapter, ReftAdapter, attach
+from heft_engine.config.flops import CacheLevel
 from heft_engine.config.train import Auto, LoraStage, ReftStage
 from heft_engine.data.encoding import Example
 from heft_engine.events import OnEvent
 from heft_engine.model.packed_lm import PackedLM
-from heft_engine.training.activation_cache import Rung, size_of
-from heft_engine.training.loop import Hooks, Progress, StageRun
+from heft_engine.training.activation_cache import size_of
+from heft_engine.training.loop import Hooks, Progress, TrainLoop
 from heft_engine.training.loss_source import CacheBudget, CachePlan, PlainSource, Source
 from heft_engine.training.plan import Planner, StagePlan
 
@@ -29,7 +30,7 @@ class SingleStage:
 
     planner: Planner
     plan: StagePlan
-    trainable: LoraTrainable | ReftTrainable
+    trainable: LoraAdapter | ReftAdapter
     on_event: OnEvent
 
     def source(self) -> Source:
@@ -40,7 +41,7 @@ class SingleStage:
     def train(self, source: Source, **progress: Any) -> None:
         """`progress`: what begins otherwise than planned, by the names of `training.Progress`."""
         stage, rows = self.planner.stage, self.planner.examples
-        StageRun(
+        TrainLoop(
             stage=stage,
             index=0,
             seed=0,
@@ -64,7 +65,7 @@ def single_stage(
     rows: Sequence[Example],
     on_event: OnEvent,
     *,
-    rung: Rung = "nothing",
+    level: CacheLevel = CacheLevel.NONE,
     compile: bool | Auto = False,
     cache_dir: Path | None = None,
 ) -> Iterator[SingleStage]:
@@ -75,8 +76,8 @@ def single_stage(
     torch.manual_seed(0)
     trainable = attach(lm, stage)
     boundary = trainable.boundary()
-    rung = rung if boundary.layer else "nothing"
-    cache = CachePlan(rung=rung, on_disk=False, bytes=size_of(lm, boundary, rows, rung))
+    level = level if boundary.layer else CacheLevel.NONE
+    cache = CachePlan(level=level, on_disk=False, bytes=size_of(lm, boundary, rows, level))
     planner = Planner(
         lm=lm,
         stage=stage,
@@ -89,7 +90,7 @@ def single_stage(
         budget=CacheBudget(),
         compile=compile,
         cache_dir=cache_dir,
-        caches=(cache, CachePlan(rung="nothing", on_disk=False, bytes=0)),
+        caches=(cache, CachePlan(level=CacheLevel.NONE, on_disk=False, bytes=0)),
     )
     with planner.planned(None) as plan:
         yield SingleStage(planner=planner, plan=plan, trainable=trainable, on_event=on_event)

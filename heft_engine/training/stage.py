@@ -13,10 +13,11 @@ from uuid import uuid4
 
 from torch import Tensor
 
-from heft_engine.adapters.trainable import LoraTrainable, ReftTrainable
+from heft_engine.adapters.trainable import LoraAdapter, ReftAdapter
+from heft_engine.config.flops import CacheLevel
 from heft_engine.data.encoding import Example
 from heft_engine.training.checkpoint import CheckpointWriter
-from heft_engine.training.loop import Hooks, Progress, StageRun
+from heft_engine.training.loop import Hooks, Progress, TrainLoop
 from heft_engine.training.loss_source import CacheBudget, CachedSource, CachePlan, Source
 from heft_engine.training.plan import Planner, StagePlan
 
@@ -24,7 +25,7 @@ if TYPE_CHECKING:
     from heft_engine.training.run import Run
 
 
-def planner_of(run: Run, index: int, trainable: LoraTrainable | ReftTrainable) -> Planner:
+def planner_of(run: Run, index: int, trainable: LoraAdapter | ReftAdapter) -> Planner:
     return Planner(
         lm=run.lm,
         stage=run.config.stages[index],
@@ -44,9 +45,9 @@ def planner_of(run: Run, index: int, trainable: LoraTrainable | ReftTrainable) -
 def train_stage(
     run: Run,
     index: int,
-    trainable: LoraTrainable | ReftTrainable,
+    trainable: LoraAdapter | ReftAdapter,
     plan: StagePlan,
-    sites_before: int,
+    interventions_before: int,
     writer: CheckpointWriter,
     should_stop: Callable[[], bool],
 ) -> tuple[Progress, float]:
@@ -56,19 +57,19 @@ def train_stage(
     Below 0 are those that this one spent on leaving its own to others.
     """
     stage, boundary = run.config.stages[index], trainable.boundary()
-    standing = list(run.lm.sites)[:sites_before]
+    standing = list(run.lm.interventions)[:interventions_before]
 
     def save(progress: Progress, tensors: Callable[[], dict[str, Tensor]], due: bool) -> None:
         run_step = run.first_steps[index] + progress.step
         if writer.is_due(due):
-            state = run.state.inside(asdict(progress), sites_before)
+            state = run.state.inside(asdict(progress), interventions_before)
             writer.step(state, run_step, run.config, tensors(), run.adapters, standing, stage.type)
 
     def source(cache: CachePlan, examples: Sequence[Example], name: str) -> Source:
         # Interventions of earlier stages that go on in this one act in nobody else's prefill.
-        fresh = not any(site in standing for site in boundary.sites)
+        fresh = not any(placed in standing for placed in boundary.interventions)
         prefills = None
-        if run.reuse is not None and fresh and cache.rung == "keys_values":
+        if run.reuse is not None and fresh and cache.level == CacheLevel.KV:
             prefills = run.reuse.prefills(standing, boundary, examples)
         return cache.open(run.lm, boundary, examples, _cache_file(run.cache, name), prefills)
 
@@ -77,7 +78,7 @@ def train_stage(
     training = source(plan.cache, run.examples, "training")
     validation = source(plan.validation_cache, run.validation, "validation")
 
-    loop = StageRun(
+    loop = TrainLoop(
         stage=stage,
         index=index,
         seed=run.config.seed,
@@ -93,8 +94,8 @@ def train_stage(
     )
     loop.progress = replace(
         loop.progress,
-        cache=asdict(plan.cache),
-        validation_cache=asdict(plan.validation_cache),
+        cache=plan.cache.to_json(),
+        validation_cache=plan.validation_cache.to_json(),
         **plan.of_progress,
     )
     if run.state.inside_stage is not None:

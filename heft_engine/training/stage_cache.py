@@ -27,18 +27,18 @@ from safetensors import SafetensorError
 from torch import Tensor
 
 from heft_engine.adapters import lora
-from heft_engine.adapters.lora import LoraAdapter
+from heft_engine.adapters.lora import LoraWeights
 from heft_engine.bundle.format import Bundle, package_versions, read_bundle
 from heft_engine.data.encoding import Example, tokenizer_hash
 from heft_engine.errors import BundleError
 from heft_engine.evaluation.calibration import Calibration
 from heft_engine.events import Event
-from heft_engine.model.interventions import Site
+from heft_engine.model.interventions import PlacedIntervention
 from heft_engine.model.model_files import weights_hash
 from heft_engine.runtime.devices import dtype_name
 from heft_engine.runtime.sealed_directory import load_state
 from heft_engine.training.activation_cache import Boundary
-from heft_engine.training.activation_store import PrefillFolder, Prefills
+from heft_engine.training.activation_store import ActivationStore, StageActivations
 from heft_engine.training.checkpoint import CheckpointWriter, RunState, rows_hash, write_stage
 from heft_engine.training.run_events import tell_evaluation, tell_warnings
 
@@ -66,13 +66,13 @@ class _Result:
 
     state: RunState
     bundle: Bundle
-    sites: list[Site]
+    interventions: list[PlacedIntervention]
 
 
 class Reuse:
     """One run's dealings with a store. Made after the run has resumed, if it does."""
 
-    def __init__(self, run: Run, store: StageStore, prefills: PrefillFolder | None = None) -> None:
+    def __init__(self, run: Run, store: StageStore, prefills: ActivationStore | None = None) -> None:
         self._run = run
         self._store = store
         self._prefills = prefills
@@ -87,8 +87,8 @@ class Reuse:
         return None if self._keys is None else self._keys[index]
 
     def prefills(
-        self, standing: Sequence[Site], boundary: Boundary, examples: Sequence[Example]
-    ) -> Prefills | None:
+        self, standing: Sequence[PlacedIntervention], boundary: Boundary, examples: Sequence[Example]
+    ) -> StageActivations | None:
         """Where the prefills of rows are kept for stages like this one, that train nothing but fresh interventions.
 
         Keyed by the weights as they stand (a stage's key would not do: its result may round otherwise each time it is
@@ -101,7 +101,7 @@ class Reuse:
             **_of_model(run),
             "threads": torch.get_num_threads(),
             "adapters": [_of_adapter(adapter) for adapter in run.adapters],
-            "sites": [_of_site(site) for site in standing],
+            "sites": [_of_intervention(placed) for placed in standing],
             "rows": rows_hash(examples),
             "skipped": [boundary.first_token(len(example.prompt)) for example in examples],
         }
@@ -141,7 +141,7 @@ class Reuse:
             try:
                 values, _ = load_state(path)
                 bundle = read_bundle(path / "bundle")
-                sites = [stored.site(self._run.lm.hidden_size) for stored in bundle.interventions]
+                interventions = [stored.restore(self._run.lm.hidden_size) for stored in bundle.interventions]
             except BundleError:
                 return
             if values["keys"][:count] != keys[:count] or values["stage_index"] != count:
@@ -149,7 +149,7 @@ class Reuse:
             # What this run trains is still to come, on the threads that this process has.
             values |= {"keys": keys, "trained_tokens": 0, "threads": torch.get_num_threads()}
             del values["config"]
-            yield _Result(state=RunState(**values), bundle=bundle, sites=sites)
+            yield _Result(state=RunState(**values), bundle=bundle, interventions=interventions)
 
     def _stand_behind(self, index: int, result: _Result, writer: CheckpointWriter) -> None:
         run, stage = self._run, self._run.config.stages[index]
@@ -158,8 +158,8 @@ class Reuse:
         run.adapters = [
             replace(adapter, base_reference=run.base.reference) for adapter in result.bundle.adapters
         ]
-        run.lm.sites.clear()
-        run.lm.sites.extend(result.sites)
+        run.lm.interventions.clear()
+        run.lm.interventions.extend(result.interventions)
         run.probed = (index + 1, result.bundle.probe, result.bundle.info.probe_tolerance)
         record = result.bundle.info.calibration
         run.calibrated = (index + 1, Calibration(**record) if record is not None else None)
@@ -209,16 +209,16 @@ def _of_model(run: Run) -> dict[str, Any]:
     }
 
 
-def _of_adapter(adapter: LoraAdapter) -> Any:
+def _of_adapter(adapter: LoraWeights) -> Any:
     """What a merge depends on."""
     tensors = {name: [_bits(factor) for factor in factors] for name, factors in adapter.factors.items()}
     magnitudes = {name: _bits(tensor) for name, tensor in (adapter.magnitudes or {}).items()}
     return [adapter.scaling, tensors, magnitudes]
 
 
-def _of_site(site: Site) -> Any:
-    tensors = {name: _bits(tensor) for name, tensor in site.intervention.state_dict().items()}
-    return [site.layer, site.positions, site.intervention.kind, tensors]
+def _of_intervention(placed: PlacedIntervention) -> Any:
+    tensors = {name: _bits(tensor) for name, tensor in placed.intervention.state_dict().items()}
+    return [placed.layer, placed.positions, placed.intervention.kind, tensors]
 
 
 def _bits(tensor: Tensor) -> str:

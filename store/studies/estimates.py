@@ -12,7 +12,7 @@ from typing import Any
 
 from sqlalchemy.orm import Session
 
-from heft_engine.config.flops import RowTokens, Shape, StageWork, stage_flops
+from heft_engine.config.flops import CacheLevel, RowTokens, Shape, StageWork, stage_flops
 from heft_engine.config.train import LoraStage, ReftStage, Stage
 from store import models
 from store.errors import NotFound
@@ -124,12 +124,12 @@ def _flops(stage: Stage, model: _Model, rows: int) -> float:
     if isinstance(stage, LoraStage):
         first = min(stage.layers) if stage.layers else 0
         work = StageWork(
-            rung="nothing", first_layer=first, epochs=stage.n_epochs, adapter=_trained(stage, model)
+            level=CacheLevel.NONE, first_layer=first, epochs=stage.n_epochs, adapter=_trained(stage, model)
         )
     else:
         row = RowTokens(total=_ROW_TOKENS, suffix=1, supervised=1)
         layer = min(_reft_layers(stage, model)) + 1
-        work = StageWork(rung="keys_values", first_layer=layer, epochs=stage.n_epochs)
+        work = StageWork(level=CacheLevel.KV, first_layer=layer, epochs=stage.n_epochs)
     return float(rows * stage_flops(model.shape, [row], work))
 
 

@@ -113,8 +113,8 @@ def tensors(told: Told) -> dict[str, Tensor]:
         for name, (down, up) in adapter.factors.items():
             found |= {f"{index}/{name}/A": down, f"{index}/{name}/B": up}
         found |= {f"{index}/{name}/m": tensor for name, tensor in (adapter.magnitudes or {}).items()}
-    for index, site in enumerate(told.bundle.interventions):
-        found |= {f"{index}/{name}": tensor for name, tensor in site.state.items()}
+    for index, placed in enumerate(told.bundle.interventions):
+        found |= {f"{index}/{name}": tensor for name, tensor in placed.state.items()}
     return found
 
 

@@ -9,10 +9,10 @@ import torch
 from torch import Tensor
 
 from heft_engine.adapters import lora
-from heft_engine.adapters.lora import LoraAdapter
+from heft_engine.adapters.lora import LoraWeights
 from heft_engine.adapters.lora_variants import row_norms
 from heft_engine.adapters.reft import KINDS
-from heft_engine.bundle.format import StoredSite
+from heft_engine.bundle.format import StoredIntervention
 from heft_engine.config.train import InterventionKind
 from heft_engine.data.encoding import Example
 from heft_engine.model.packed_lm import PackedLM
@@ -23,13 +23,13 @@ from heft_engine.serving.shared_copy import copy_sharing
 
 @dataclass(frozen=True)
 class Made:
-    adapters: list[LoraAdapter]
-    sites: list[StoredSite]
+    adapters: list[LoraWeights]
+    interventions: list[StoredIntervention]
 
 
 def adapter(
     lm: PackedLM, rank: int, seed: int, *, dora: bool = False, suffixes: tuple[str, ...]
-) -> LoraAdapter:
+) -> LoraWeights:
     generator = torch.Generator().manual_seed(seed)
     names = [name for name, _ in lm.model.named_modules() if name.endswith(suffixes)]
     factors, magnitudes = {}, {}
@@ -40,7 +40,7 @@ def adapter(
         factors[name] = (down, up)
         norms = row_norms(weight.float())
         magnitudes[name] = norms * (1 + 0.2 * torch.rand(norms.shape, generator=generator))
-    return LoraAdapter(
+    return LoraWeights(
         factors=factors,
         scaling=2.0,
         rank=rank,
@@ -51,9 +51,9 @@ def adapter(
     )
 
 
-def site(
+def stored_intervention(
     lm: PackedLM, layer: int, positions: str, seed: int, kind: InterventionKind = "loreft", rank: int = 2
-) -> StoredSite:
+) -> StoredIntervention:
     with torch.random.fork_rng():
         torch.manual_seed(seed)
         intervention = KINDS[kind](lm.hidden_size, rank)
@@ -61,23 +61,29 @@ def site(
             for name, parameter in intervention.named_parameters():
                 if "rotate" not in name:  # any other matrix there is no rotation
                     parameter.add_(torch.randn_like(parameter))
-        state: dict[str, Tensor] = intervention.baked_state()
-    return StoredSite(layer=layer, positions=positions, rank=rank, state=state, kind=kind)
+        state: dict[str, Tensor] = intervention.export_state()
+    return StoredIntervention(layer=layer, positions=positions, rank=rank, state=state, kind=kind)
 
 
 def models(lm: PackedLM, *, suffixes: tuple[str, ...], biased: bool = False) -> list[Made]:
     """Ranks mixed, two stages, DoRA first and last, no adapter, no intervention, several of them."""
 
-    def lo(rank: int, seed: int, *, dora: bool = False) -> LoraAdapter:
+    def lo(rank: int, seed: int, *, dora: bool = False) -> LoraWeights:
         return adapter(lm, rank, seed, dora=dora, suffixes=suffixes)
 
     return [
-        Made([lo(2, 1)], [site(lm, 1, "l1", 11)]),
-        Made([lo(4, 2), lo(1, 3)], [site(lm, 2, "f1+l2", 12), site(lm, 0, "l1", 13, "noreft")]),
+        Made([lo(2, 1)], [stored_intervention(lm, 1, "l1", 11)]),
+        Made(
+            [lo(4, 2), lo(1, 3)],
+            [stored_intervention(lm, 2, "f1+l2", 12), stored_intervention(lm, 0, "l1", 13, "noreft")],
+        ),
         Made([lo(3, 4, dora=True)], []),
-        Made([lo(2, 5, dora=True), lo(2, 6), lo(2, 7, dora=True)], [site(lm, 3, "l1", 14, "direft")]),
-        Made([], [site(lm, 1, "l3", 15)]),
-        Made([lo(1, 8)], [site(lm, 1, "f2", 16)]),
+        Made(
+            [lo(2, 5, dora=True), lo(2, 6), lo(2, 7, dora=True)],
+            [stored_intervention(lm, 3, "l1", 14, "direft")],
+        ),
+        Made([], [stored_intervention(lm, 1, "l3", 15)]),
+        Made([lo(1, 8)], [stored_intervention(lm, 1, "f2", 16)]),
     ]
 
 
@@ -87,15 +93,15 @@ def merged(lm: PackedLM, made: Made) -> Weights:
     own = PackedLM(copy_sharing(lm.model, touched))
     for each in made.adapters:
         lora.merge(own.model, each)
-    for stored in made.sites:
-        own.sites.add(stored.site(own.hidden_size))
-    return Weights(lm=own, sites=tuple(own.sites), scope="merged")
+    for stored in made.interventions:
+        own.interventions.add(stored.restore(own.hidden_size))
+    return Weights(lm=own, interventions=tuple(own.interventions), scope="merged")
 
 
 def unmerged(lm: PackedLM, made: Made, scope: str = "shared") -> Weights:
     """The model as what it adds to `lm`, whose rows heed adapters."""
-    added = UnmergedModel(lm, made.adapters, made.sites)
-    return Weights(lm=lm, adapter=added, sites=tuple(added.sites), scope=scope)
+    added = UnmergedModel(lm, made.adapters, made.interventions)
+    return Weights(lm=lm, adapter=added, interventions=tuple(added.interventions), scope=scope)
 
 
 def examples(n: int, seed: int = 0, *, prefix: tuple[int, ...] = (), longest: int = 60) -> list[Example]:

@@ -8,10 +8,11 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from heft_engine.adapters.reft import LoreftIntervention
 from heft_engine.data.encoding import Example
 from heft_engine.model.attention import IMPLEMENTATION
 from heft_engine.model.base_models import load_model, resolve_path
-from heft_engine.model.interventions import LoreftIntervention, Site
+from heft_engine.model.interventions import PlacedIntervention
 from heft_engine.model.packed_lm import PackedLM
 
 
@@ -25,7 +26,7 @@ def with_intervention(path: Path, positions: str, dtype: torch.dtype = torch.flo
     torch.manual_seed(0)
     intervention = LoreftIntervention(lm.hidden_size, 4)
     intervention.freeze()
-    lm.sites.add(Site(layer=1, positions=positions, intervention=intervention.eval()))
+    lm.interventions.add(PlacedIntervention(layer=1, positions=positions, intervention=intervention.eval()))
     return lm
 
 

@@ -8,14 +8,14 @@ from typing import Any
 
 import torch
 
-from heft_engine.adapters.reft import KINDS
+from heft_engine.adapters.reft import KINDS, Intervention
 from heft_engine.bundle.format import Bundle
 from heft_engine.config.train import ReftStage, Stage, TrainConfig
 from heft_engine.data.encoding import Encoder, Example
 from heft_engine.data.rows import Row, parse_row
 from heft_engine.events import Event
 from heft_engine.model.base_models import resolve_path
-from heft_engine.model.interventions import Intervention, Site
+from heft_engine.model.interventions import PlacedIntervention
 from heft_engine.model.packed_lm import PackedLM
 from heft_engine.training.checkpoint import CheckpointWriter
 from heft_engine.training.loop import derived_seed
@@ -86,8 +86,8 @@ def put_interventions(lm: PackedLM, stage: ReftStage) -> list[Intervention]:
     torch.manual_seed(SEED)
     assert stage.layers != "auto"
     fresh = [KINDS[stage.kind](lm.hidden_size, stage.rank) for _ in stage.layers]
-    lm.sites.extend(
-        Site(layer=layer, positions=stage.positions, intervention=one)
+    lm.interventions.extend(
+        PlacedIntervention(layer=layer, positions=stage.positions, intervention=one)
         for layer, one in zip(stage.layers, fresh, strict=True)
     )
     return fresh

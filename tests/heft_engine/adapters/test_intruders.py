@@ -16,8 +16,8 @@ from torch.testing import assert_close
 
 from heft_engine.adapters import lora
 from heft_engine.adapters.intruders import find, repaired
-from heft_engine.adapters.lora import LoraAdapter
-from heft_engine.adapters.trainable import LoraTrainable
+from heft_engine.adapters.lora import LoraWeights
+from heft_engine.adapters.trainable import LoraAdapter
 from heft_engine.config.train import LoraStage
 from heft_engine.serving.predictor import load
 
@@ -38,11 +38,11 @@ def direction(size: int, of: Tensor | None = None, seed: int = 1) -> Tensor:
     return vector / vector.norm()
 
 
-def adapter_of(planted: dict[str, tuple[Tensor, Tensor, float]]) -> LoraAdapter:
+def adapter_of(planted: dict[str, tuple[Tensor, Tensor, float]]) -> LoraWeights:
     factors = {
         name: (right[None], strength * left[:, None]) for name, (left, right, strength) in planted.items()
     }
-    return LoraAdapter(
+    return LoraWeights(
         factors=factors, scaling=1.0, rank=1, alpha=1.0, target_modules=list(planted), layers=None
     )
 
@@ -111,7 +111,7 @@ def test_the_repair_is_pefts_but_for_its_cut_to_the_rank(tiny_llama_dir: Path) -
         name: (layer.lora_A["default"].weight.detach(), layer.lora_B["default"].weight.detach())
         for name, layer in layers.items()
     }
-    adapter = LoraAdapter(
+    adapter = LoraWeights(
         factors=factors, scaling=2.0, rank=2, alpha=4, target_modules=["q_proj"], layers=None
     )
     weights = {name: layer.base_layer.weight.detach() for name, layer in layers.items()}
@@ -146,7 +146,7 @@ def test_a_run_repairs_between_its_stages_and_its_bundle_holds_the_repair(
 def test_a_merge_without_a_scale_is_what_was_trained(tiny_llama_dir: Path) -> None:
     lm = packed(tiny_llama_dir)
     stage = LoraStage(target_modules=["q_proj"])
-    trainable = LoraTrainable.attach(lm, stage)
+    trainable = LoraAdapter.attach(lm, stage)
     adapter = lora.extract(trainable.adapted, stage, ["q_proj"], "tiny")
     from heft_engine.adapters.merge import merge_stage
 

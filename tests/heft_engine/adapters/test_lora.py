@@ -16,7 +16,7 @@ from transformers import AutoModelForCausalLM
 
 from heft_engine.adapters import lora, lora_concat
 from heft_engine.adapters import merge as parity
-from heft_engine.adapters.lora import LoraAdapter
+from heft_engine.adapters.lora import LoraWeights
 from heft_engine.adapters.merge import merge_and_verify, probe_logits
 from heft_engine.config.train import LoraStage
 from heft_engine.errors import BundleError, ConfigError, TrainingError
@@ -27,7 +27,7 @@ from heft_engine.model.packed_lm import PackedLM
 MakeModel = Callable[[str], Path]
 
 
-def trained(lm: PackedLM, stage: LoraStage, seed: int = 0) -> tuple[Any, LoraAdapter]:
+def trained(lm: PackedLM, stage: LoraStage, seed: int = 0) -> tuple[Any, LoraWeights]:
     """An adapter with visible factors, in the model, and a copy of it."""
     assert stage.target_modules != "auto"
     adapted = lora.attach(lm, stage, stage.target_modules)
@@ -124,7 +124,7 @@ def test_a_merge_that_is_not_the_adapter_fails_the_run(
     lm = packed(tiny_llama_dir)
     adapted, adapter = trained(lm, auto(lm))
     merge = lora.merge
-    other = LoraAdapter(**{**vars(adapter), "scaling": adapter.scaling * 1.01})
+    other = LoraWeights(**{**vars(adapter), "scaling": adapter.scaling * 1.01})
     monkeypatch.setattr(parity.lora, "merge", lambda model, _: merge(model, other))
     with pytest.raises(TrainingError, match="is not the adapter that was trained") as broken:
         merge_and_verify(lm, adapted, auto(lm), adapter, probes())
@@ -144,7 +144,7 @@ def test_stages_replayed_from_files_give_equal_bits(
         adapters.append(adapter)
     again = packed(tiny_llama_dir, dtype)
     for seed in range(3):
-        lora.merge(again.model, LoraAdapter.load(tmp_path / str(seed)))
+        lora.merge(again.model, LoraWeights.load(tmp_path / str(seed)))
     assert same(bits(again), bits(lm))
 
 
@@ -213,4 +213,4 @@ def test_a_damaged_adapter_is_refused(tiny_llama_dir: Path, tmp_path: Path, dama
         case _:
             weights.write_bytes(weights.read_bytes().replace(b".lora_B.", b".lora_C."))
     with pytest.raises(BundleError, match="can't be read"):
-        LoraAdapter.load(tmp_path)
+        LoraWeights.load(tmp_path)

@@ -18,11 +18,11 @@ from small_runs import SEED, go, prepared, step_losses, steps_of, yes_no_rows
 from torch.testing import assert_close
 
 from heft_engine.adapters import lora
-from heft_engine.adapters.lora import LoraAdapter
+from heft_engine.adapters.lora import LoraWeights
 from heft_engine.adapters.lora_concat import concatenate
 from heft_engine.adapters.lora_variants import initial_factors, widened
 from heft_engine.adapters.merge import merge_and_verify, probe_logits
-from heft_engine.adapters.trainable import LoraTrainable
+from heft_engine.adapters.trainable import LoraAdapter
 from heft_engine.config.train import LoraStage
 from heft_engine.data.encoding import Example
 from heft_engine.errors import BundleError, ConfigError, TrainingError
@@ -47,10 +47,10 @@ def stage_of(variant: str, **more: Any) -> Any:
     return but(LORA, target_modules=MODULES, rank=4, alpha=8, **VARIANTS[variant], **more)
 
 
-def trained(lm: PackedLM, stage: LoraStage, seed: int = 0) -> tuple[LoraTrainable, LoraAdapter]:
+def trained(lm: PackedLM, stage: LoraStage, seed: int = 0) -> tuple[LoraAdapter, LoraWeights]:
     """An adapter away from where it began, in the model with the engine's own product, and a copy of it."""
     torch.manual_seed(seed)
-    trainable = LoraTrainable.attach(lm, stage)
+    trainable = LoraAdapter.attach(lm, stage)
     with torch.no_grad():
         for name, parameter in trainable.parameters().items():
             factor = 0.2 if lora.is_magnitude(name) else 0.1
@@ -107,7 +107,7 @@ def test_twenty_steps_have_the_losses_of_peft(tiny_llama_dir: Path, tmp_path: Pa
 def test_a_model_begins_as_it_was_and_is_left_as_it_was(tiny_llama_dir: Path, variant: str) -> None:
     lm = packed(tiny_llama_dir)
     base, before = bits(lm), probe_logits(lm, probes())
-    fresh = LoraTrainable.attach(lm, stage_of(variant))
+    fresh = LoraAdapter.attach(lm, stage_of(variant))
     assert_close(probe_logits(lm, probes()), before, rtol=0, atol=1e-5)
     lora.detach(fresh.adapted)
     trainable, _ = trained(lm, stage_of(variant))
@@ -152,7 +152,7 @@ def test_peft_alone_reads_what_is_stored_on_the_original_base(
     theirs.model.config._attn_implementation = lm.model.config._attn_implementation
     assert_close(probe_logits(theirs, probes()), probe_logits(lm, probes()), rtol=0, atol=1e-4)
     again = packed(tiny_llama_dir)
-    lora.merge(again.model, LoraAdapter.load(tmp_path))
+    lora.merge(again.model, LoraWeights.load(tmp_path))
     assert same(bits(again), bits(lm))
     assert adapter.rank == (4 if stage.init == "default" else 8)
     assert (adapter.magnitudes is None) != stage.use_dora
@@ -194,7 +194,7 @@ def test_factors_begin_at_the_weights_largest_part(init: Any) -> None:
 
 
 def test_magnitudes_meet_no_weight_decay(tiny_llama_dir: Path) -> None:
-    trainable = LoraTrainable.attach(packed(tiny_llama_dir), stage_of("dora"))
+    trainable = LoraAdapter.attach(packed(tiny_llama_dir), stage_of("dora"))
     decay, plain_ = trainable.groups()
     assert len(plain_) == 4 * len(MODULES)
     assert all(parameter.dim() == 1 for parameter in plain_)
@@ -205,7 +205,7 @@ def test_magnitudes_meet_no_weight_decay(tiny_llama_dir: Path) -> None:
 def test_a_magnitude_near_one_is_not_rounded_to_one(tiny_llama_dir: Path) -> None:
     """bfloat16 has nothing between 1 and 1.0078."""
     lm = packed(tiny_llama_dir, torch.bfloat16)
-    trainable = LoraTrainable.attach(lm, stage_of("dora"))
+    trainable = LoraAdapter.attach(lm, stage_of("dora"))
     before = probe_logits(lm, probes())
     with torch.no_grad():
         for name, parameter in trainable.parameters().items():
@@ -230,4 +230,4 @@ def test_an_adapter_without_its_magnitudes_is_refused(tiny_llama_dir: Path, tmp_
     weights = tmp_path / lora.ADAPTER_WEIGHTS
     weights.write_bytes(weights.read_bytes().replace(b"lora_magnitude_vector", b"lora_magnitude_vectoR"))
     with pytest.raises(BundleError, match="can't be read"):
-        LoraAdapter.load(tmp_path)
+        LoraWeights.load(tmp_path)

@@ -11,10 +11,10 @@ from real_pyreft import answer_logits, copy_raw, interventions, packed, padded, 
 from small_runs import go, prepared, put_interventions, reft, step_losses, steps_of, text_rows, yes_no_rows
 from torch.testing import assert_close
 
+from heft_engine.adapters.reft import LoreftIntervention
 from heft_engine.data.encoding import Example
 from heft_engine.data.rows import Row
 from heft_engine.events import Event
-from heft_engine.model.interventions import LoreftIntervention
 from heft_engine.model.packed_lm import PackedLM
 from heft_engine.model.packing import pack
 
@@ -54,7 +54,7 @@ def test_an_intervention_has_the_bits_of_pyrefts(tiny_llama_dir: Path) -> None:
 def test_a_baked_intervention_has_the_bits_of_pyrefts(tiny_llama_dir: Path) -> None:
     (theirs,) = interventions(reft_model(plain(tiny_llama_dir), [1], rank=4))
     ours = LoreftIntervention(32, 4)
-    ours.load_baked(theirs.state_dict())
+    ours.load_exported_state(theirs.state_dict())
     hidden = torch.randn(7, 32)
     assert torch.equal(ours(hidden), theirs(hidden))
 

@@ -46,7 +46,7 @@ def test_an_intervention_computes_what_pyrefts_does(kind: str) -> None:
     assert (ours(hidden) - hidden).abs().max() > 0.05
     assert_close(ours(hidden, 0.5), hidden + 0.5 * (ours(hidden) - hidden), rtol=0, atol=1e-6)
     served = KINDS[kind](32, 4, trainable=False)
-    served.load_baked(ours.baked_state())
+    served.load_exported_state(ours.export_state())
     ours.freeze()
     assert torch.equal(served(hidden), ours(hidden))
 
@@ -88,15 +88,19 @@ def loaded(folder: Path) -> Any:
     """As heft_engine.bundle.pyreft_format says: pyreft can't make NoReFT's and NodiReFT's modules by itself."""
     base = plain(folder / "merged")
     representations, files = [], sorted((folder / "pyreft").glob("intkey_*"))
-    for site in read_pyreft(folder / "pyreft"):
-        (file,) = [path for path in files if f"layer_{site.layer}_" in path.name][:1]
+    for intervention in read_pyreft(folder / "pyreft"):
+        (file,) = [path for path in files if f"layer_{intervention.layer}_" in path.name][:1]
         files.remove(file)
-        module = own_class(site.kind)(
-            embed_dim=32, low_rank_dimension=site.rank, dtype=torch.float32, add_bias=False
+        module = own_class(intervention.kind)(
+            embed_dim=32, low_rank_dimension=intervention.rank, dtype=torch.float32, add_bias=False
         )
         module.set_interchange_dim(32)
         module.load_state_dict(torch.load(file))
-        place = {"layer": site.layer, "component": "block_output", "low_rank_dimension": site.rank}
+        place = {
+            "layer": intervention.layer,
+            "component": "block_output",
+            "low_rank_dimension": intervention.rank,
+        }
         representations.append({**place, "intervention": module})
     return pyreft.get_reft_model(base, pyreft.ReftConfig(representations=representations))
 
@@ -112,46 +116,46 @@ def test_pyreft_reads_every_kind_and_gives_the_same_scores(exported: Path) -> No
 
 
 def test_every_kind_is_read_back_as_it_was(exported: Path) -> None:
-    stored = load(exported / "bundle").lm.sites
+    stored = load(exported / "bundle").lm.interventions
     again = read_pyreft(exported / "pyreft")
-    assert [site.kind for site in again] == list(KINDS)
-    for site, mine in zip(again, stored, strict=True):
-        state = mine.intervention.baked_state()
-        assert state.keys() == site.state.keys()
+    assert [intervention.kind for intervention in again] == list(KINDS)
+    for intervention, mine in zip(again, stored, strict=True):
+        state = mine.intervention.export_state()
+        assert state.keys() == intervention.state.keys()
         for name in state:
-            assert_close(site.state[name], state[name], rtol=0, atol=1e-6)
+            assert_close(intervention.state[name], state[name], rtol=0, atol=1e-6)
 
 
 def test_what_pyreft_saves_of_every_kind_is_read(tiny_llama_dir: Path, tmp_path: Path) -> None:
     for kind, cls in KINDS.items():
         theirs = reft_model(plain(tiny_llama_dir), [2], rank=3, kind=kind)
         theirs.save(str(tmp_path / kind))
-        (site,) = read_pyreft(tmp_path / kind, positions="l1")
-        assert (site.kind, site.rank, site.layer) == (kind, 3, 2)
+        (intervention,) = read_pyreft(tmp_path / kind, positions="l1")
+        assert (intervention.kind, intervention.rank, intervention.layer) == (kind, 3, 2)
         hidden = torch.randn(5, 32)
         (their,) = interventions(theirs)
-        assert_close(site.site(32).intervention(hidden), their(hidden), rtol=0, atol=1e-6)
-        assert site.state.keys() == cls.shapes(32, 3).keys()
+        assert_close(intervention.restore(32).intervention(hidden), their(hidden), rtol=0, atol=1e-6)
+        assert intervention.state.keys() == cls.shapes(32, 3).keys()
 
 
 def test_noreft_with_a_bias_of_its_projection_is_read_exactly(tmp_path: Path) -> None:
     path = tmp_path / "model"
     path.mkdir()
     theirs = pyreft.NoreftIntervention(embed_dim=32, low_rank_dimension=3, dtype=torch.float32, add_bias=True)
-    from heft_engine.bundle.pyreft_format import _site
+    from heft_engine.bundle.pyreft_format import _read_intervention
 
     torch.save(theirs.state_dict(), path / "one.bin")
-    site = _site(path / "one.bin", 0, "l1", "noreft")
+    intervention = _read_intervention(path / "one.bin", 0, "l1", "noreft")
     hidden = torch.randn(5, 32)
-    assert_close(site.site(32).intervention(hidden), theirs(hidden), rtol=0, atol=1e-6)
+    assert_close(intervention.restore(32).intervention(hidden), theirs(hidden), rtol=0, atol=1e-6)
 
 
 def test_a_file_of_another_kind_is_refused(exported: Path) -> None:
-    from heft_engine.bundle.pyreft_format import _site
+    from heft_engine.bundle.pyreft_format import _read_intervention
 
     file = next((exported / "pyreft").glob("intkey_layer_2_*"))  # consreft
     with pytest.raises(BundleError, match="does not hold rotate_layer, weight, bias"):
-        _site(file, 2, "l1", "loreft")
+        _read_intervention(file, 2, "l1", "loreft")
 
 
 def test_only_r_and_biases_are_kept_from_weight_decay() -> None:

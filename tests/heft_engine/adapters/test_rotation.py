@@ -10,9 +10,9 @@ from safetensors.torch import load_file
 from small_runs import go, prepared, put_interventions, reft, yes_no_rows
 from torch import Tensor
 
+from heft_engine.adapters.reft import LoreftIntervention, rotation_error
 from heft_engine.errors import Stopped, TrainingError
 from heft_engine.events import Event
-from heft_engine.model.interventions import LoreftIntervention, rotation_error
 from heft_engine.runtime.sealed_directory import MANIFEST
 from heft_engine.training.checkpoint import CheckpointWriter
 from heft_engine.training.run import Run
@@ -53,7 +53,7 @@ def test_weight_decay_set_by_the_user_never_touches_R(tiny_llama_dir: Path, tmp_
         began = ours.rotation.detach().clone()
         go(run, tmp_path / name)
         assert (ours.rotation - began).abs().max() > 0.01
-        return rotation_error(ours), ours.baked_state()
+        return rotation_error(ours), ours.export_state()
 
     error, decayed = train(0.1, "decayed")
     assert error < 1e-5
@@ -81,8 +81,8 @@ def test_a_run_whose_R_collapses_fails_and_keeps_no_checkpoint_of_it(
 
     def collapse(event: Event) -> None:
         if event.code == "METRICS" and event.data["step"] == 7:
-            (site,) = run.lm.sites
-            site.intervention.get_parameter(RAW).data.fill_diagonal_(broken)
+            (placed,) = run.lm.interventions
+            placed.intervention.get_parameter(RAW).data.fill_diagonal_(broken)
 
     run = prepared(tiny_llama_dir, [stage], yes_no_rows(16), collapse)
     writer = CheckpointWriter(directory=tmp_path / "checkpoints", seconds=0.0, on_event=collapse)
@@ -98,7 +98,7 @@ def test_freezing_and_thawing_keep_R_and_let_it_train(intervention: LoreftInterv
     intervention.freeze()
     assert torch.equal(intervention.rotation, began)
     assert not any(parameter.requires_grad for parameter in intervention.parameters())
-    intervention.thaw()
+    intervention.unfreeze()
     assert torch.allclose(intervention.rotation, began, atol=1e-6)
     teach(intervention, adamw(intervention), range(50))
     assert rotation_error(intervention) < 1e-5
@@ -109,7 +109,11 @@ def test_raw_state_goes_on_bit_for_bit_and_baked_R_does_not(intervention: Loreft
     """Why checkpoints hold the raw parameter and the parametrisation's base."""
     optimizer = adamw(intervention)
     teach(intervention, optimizer, range(20))
-    kept, baked, adam = intervention.raw_state(), intervention.baked_state(), deepcopy(optimizer.state_dict())
+    kept, baked, adam = (
+        intervention.raw_state(),
+        intervention.export_state(),
+        deepcopy(optimizer.state_dict()),
+    )
     teach(intervention, optimizer, range(20, 60))
 
     def resumed(load: Callable[[LoreftIntervention], object]) -> LoreftIntervention:
@@ -126,11 +130,11 @@ def test_raw_state_goes_on_bit_for_bit_and_baked_R_does_not(intervention: Loreft
         torch.equal(exact.raw_state()[name], tensor) for name, tensor in intervention.raw_state().items()
     )
 
-    def load_baked(other: LoreftIntervention) -> None:
-        other.load_baked(baked)
-        other.thaw()
+    def load_exported_state(other: LoreftIntervention) -> None:
+        other.load_exported_state(baked)
+        other.unfreeze()
 
-    drifted = resumed(load_baked)
+    drifted = resumed(load_exported_state)
     assert rotation_error(drifted) < 1e-5
     assert (drifted.rotation - intervention.rotation).abs().max() > 0.01
 

@@ -49,7 +49,7 @@ def test_pyreft_loads_an_export_and_gives_the_predictors_scores(bundle: Bundle, 
     rows = yes_no_rows(20)
     predictor = load(bundle.path)
     theirs = load_exactly(exported / "pyreft", plain(exported / "merged"))
-    positions = [site.positions for site in bundle.interventions]
+    positions = [intervention.positions for intervention in bundle.interventions]
     assert positions == ["l1", "l1", "f1+l1"]
     examples = questions(predictor.encoder, rows)
 
@@ -69,7 +69,7 @@ def test_pyreft_as_it_is_agrees_on_a_bfloat16_base_up_to_its_noise(bundle: Bundl
     predictor = load(bundle.path)
     examples = questions(predictor.encoder, yes_no_rows(20))
     theirs = pyreft.ReftModel.load(str(exported / "pyreft"), plain(exported / "merged", torch.bfloat16))
-    positions = [site.positions for site in bundle.interventions]
+    positions = [intervention.positions for intervention in bundle.interventions]
     logits = label_logits(theirs, examples, positions).float()
     scores = torch.tensor([one.totals for one in score(predictor.lm, examples)])
     assert_close(scores, logits, rtol=0, atol=0.05)
@@ -98,10 +98,10 @@ def test_an_export_has_the_files_and_the_config_that_pyreft_writes(exported: Pat
 
 
 def test_an_export_is_read_back_bit_for_bit(bundle: Bundle, exported: Path) -> None:
-    sites = read_pyreft(exported / "pyreft")
-    assert [(s.layer, s.rank, s.positions) for s in sites] == [
+    interventions = read_pyreft(exported / "pyreft")
+    assert [(s.layer, s.rank, s.positions) for s in interventions] == [
         (s.layer, s.rank, s.positions) for s in bundle.interventions
     ]
-    for site, stored in zip(sites, bundle.interventions, strict=True):
-        assert site.state.keys() == stored.state.keys()
-        assert all(torch.equal(site.state[name], stored.state[name]) for name in stored.state)
+    for intervention, stored in zip(interventions, bundle.interventions, strict=True):
+        assert intervention.state.keys() == stored.state.keys()
+        assert all(torch.equal(intervention.state[name], stored.state[name]) for name in stored.state)

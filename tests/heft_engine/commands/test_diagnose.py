@@ -9,10 +9,10 @@ from typing import Any
 import pytest
 from engine_runs import LORA, REFT, but, config, parse, run, text, yes_no
 
+from heft_engine.adapters.reft import LoreftIntervention
 from heft_engine.commands.main import main
 from heft_engine.diagnostics.report import PARTS, Options, diagnose
 from heft_engine.errors import ConfigError, RowError
-from heft_engine.model.interventions import LoreftIntervention
 from heft_engine.training.loop import derived_seed
 
 STRONG = but(LORA, learning_rate=0.05, alpha=64, n_epochs=1)
@@ -72,12 +72,12 @@ def test_the_intervention_is_the_one_that_the_run_began_with(
 ) -> None:
     made: list[Any] = []
 
-    def thaw(self: LoreftIntervention) -> None:
+    def unfreeze(self: LoreftIntervention) -> None:
         original(self)
-        made.append(self.baked_state())
+        made.append(self.export_state())
 
-    original = LoreftIntervention.thaw
-    monkeypatch.setattr(LoreftIntervention, "thaw", thaw)
+    original = LoreftIntervention.unfreeze
+    monkeypatch.setattr(LoreftIntervention, "unfreeze", unfreeze)
     run(
         config(tiny_llama_dir, "heft", [but(LORA, n_epochs=1), but(REFT, n_epochs=1)], seed=3), tmp_path / "b"
     )

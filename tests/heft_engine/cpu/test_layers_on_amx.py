@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from many_models import Made, examples, merged, models, site, unmerged
+from many_models import Made, examples, merged, models, stored_intervention, unmerged
 from needs import needs_amx
 from probe_models import packed
 from tiny_models import FAMILIES, save_tiny_model
@@ -105,7 +105,7 @@ def test_a_kept_prefix_changes_no_bit(
     family: str, positions: str, make_wide_model: Callable[[str], Path]
 ) -> None:
     base = packed(make_wide_model(family), BF16)
-    weights = merged(base, Made([], [site(base, 1, positions, 1)]))
+    weights = merged(base, Made([], [stored_intervention(base, 1, positions, 1)]))
     cache, asked = PrefixCache(2**24), examples(6, prefix=tuple(range(100, 170)), longest=40)
 
     def ask(kept: PrefixCache | None) -> list[Scores]:
@@ -132,7 +132,9 @@ def test_nor_does_it_for_unmerged_models(family: str, make_wide_model: Callable[
         fresh = [replace(row(weights, one, None), adapter=weights.adapter) for one in asked]
         score_rows(base, [replace(row(weights, asked[0], cache), adapter=weights.adapter)], cache)
         kept = [replace(row(weights, one, cache), adapter=weights.adapter) for one in asked]
-        assert any(one.skipped for one in kept) or any("f" in stored.positions for stored in each.sites)
+        assert any(one.skipped for one in kept) or any(
+            "f" in stored.positions for stored in each.interventions
+        )
         assert score_rows(base, kept, cache) == score_rows(base, fresh)
 
 
@@ -158,7 +160,7 @@ def test_what_a_broken_row_leaves_is_nobodys_prefix(make_wide_model: Callable[[s
 def row(weights: Weights, example: Example, kept: PrefixCache | None) -> ScoringRow:
     if kept is None:
         return ScoringRow(example=example)
-    end, depends = reach(weights.sites, len(example.prompt), 1.0)
+    end, depends = reach(weights.interventions, len(example.prompt), 1.0)
     hashes = chain((weights.scope, depends), example.prompt, end)
     return ScoringRow(example=example, scope=weights.scope, hashes=hashes, kept=kept.find(hashes))
 

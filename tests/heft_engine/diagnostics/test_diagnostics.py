@@ -14,7 +14,7 @@ from small_runs import text_rows
 from torch import Tensor
 from torch.testing import assert_close
 
-from heft_engine.adapters.lora import LoraAdapter
+from heft_engine.adapters.lora import LoraWeights
 from heft_engine.adapters.reft import KINDS
 from heft_engine.config.train import TaskSettings
 from heft_engine.data.encoding import Encoder, Example
@@ -31,7 +31,7 @@ from heft_engine.diagnostics.representations import (
 )
 from heft_engine.diagnostics.spectra import weight_report
 from heft_engine.model.base_models import load_tokenizer
-from heft_engine.model.interventions import Site
+from heft_engine.model.interventions import PlacedIntervention
 from heft_engine.model.packing import pack
 from heft_engine.training.loss_source import PlainSource
 
@@ -131,11 +131,11 @@ def test_what_is_differentiated_is_the_model_with_its_intervention(tiny_llama_di
     lm, examples = packed(tiny_llama_dir), examples_of(tiny_llama_dir, "text")
     place = Place(layer=1, positions="f1+l2", intervention=begin(kind, 32, 2, seed=0))
     matrix = GaussNewton(place.cache(lm, examples), place)
-    lm.sites.add(Site(layer=1, positions="f1+l2", intervention=place.intervention))
+    lm.interventions.add(PlacedIntervention(layer=1, positions="f1+l2", intervention=place.intervention))
     batch = pack(examples)
     with torch.no_grad():
         expected = lm.logits(lm.hidden(batch)[batch.supervised()[0]])
-    lm.sites.clear()
+    lm.interventions.clear()
     logits = torch.cat([part(matrix.parameters) for part in matrix.logits()])
     assert_close(logits, expected, rtol=0, atol=2e-5)
 
@@ -145,20 +145,20 @@ def test_a_beginning_is_the_same_in_every_model_and_disturbs_no_random_state() -
     before = torch.get_rng_state()
     one, other = begin("loreft", 32, 4, seed=3), begin("loreft", 32, 4, seed=3)
     assert torch.equal(torch.get_rng_state(), before)
-    assert all(torch.equal(one.baked_state()[n], t) for n, t in other.baked_state().items())
+    assert all(torch.equal(one.export_state()[n], t) for n, t in other.export_state().items())
     assert not torch.equal(one.rotation, begin("loreft", 32, 4, seed=4).rotation)
 
 
 def test_descent_is_of_the_models_own_loss_and_leaves_the_beginning(tiny_llama_dir: Path) -> None:
     lm, examples = packed(tiny_llama_dir), examples_of(tiny_llama_dir)
     place = Place(layer=1, positions="l1", intervention=begin("loreft", 32, 2, seed=0))
-    state = place.intervention.baked_state()
+    state = place.intervention.export_state()
     curve = descent.descend(lm, place, examples, rate=1e-2, steps=12)
     assert len(curve) == 13
     assert curve[-1] < curve[0] - 0.05
-    assert all(torch.equal(place.intervention.baked_state()[n], t) for n, t in state.items())
-    assert list(lm.sites) == []
-    lm.sites.add(Site(layer=1, positions="l1", intervention=place.intervention))
+    assert all(torch.equal(place.intervention.export_state()[n], t) for n, t in state.items())
+    assert list(lm.interventions) == []
+    lm.interventions.add(PlacedIntervention(layer=1, positions="l1", intervention=place.intervention))
     with torch.no_grad():
         plain = PlainSource(lm=lm, examples=examples).loss(range(len(examples)))
     assert curve[0] == pytest.approx(float(plain) / len(examples), abs=1e-5)
@@ -208,9 +208,11 @@ def test_labels_are_told_apart_where_they_differ_and_not_where_they_do_not() -> 
 
 def test_states_are_those_of_the_layer_at_the_prompts_last_token(tiny_llama_dir: Path) -> None:
     lm, examples = packed(tiny_llama_dir), examples_of(tiny_llama_dir)
-    lm.sites.add(Site(layer=1, positions="l1", intervention=begin("loreft", 32, 2, seed=0)))
+    lm.interventions.add(
+        PlacedIntervention(layer=1, positions="l1", intervention=begin("loreft", 32, 2, seed=0))
+    )
     found = states(lm, examples, 1, "l1")
-    lm.sites.clear()
+    lm.interventions.clear()
     seen = []
     hook = lm.layers[1].register_forward_hook(lambda module, args, output: seen.append(output))
     for example in examples:
@@ -222,16 +224,16 @@ def test_states_are_those_of_the_layer_at_the_prompts_last_token(tiny_llama_dir:
 # -- weights -------------------------------------------------------------------------------------------------
 
 
-def planted(strength: float) -> tuple[Tensor, LoraAdapter, Tensor, Tensor]:
+def planted(strength: float) -> tuple[Tensor, LoraWeights, Tensor, Tensor]:
     """A weight whose singular vectors are the axes, and an adapter that brings a direction far from all of them."""
     weight = torch.diag(torch.linspace(10, 1, 32))
     left, right = torch.full((32,), 32**-0.5), torch.full((32,), 32**-0.5)
     return weight, adapter(strength * torch.outer(left, right)), left, right
 
 
-def adapter(delta: Tensor) -> LoraAdapter:
+def adapter(delta: Tensor) -> LoraWeights:
     factors = {"q": (torch.eye(32), delta)}
-    return LoraAdapter(factors=factors, scaling=1.0, rank=32, alpha=32, target_modules=["q"], layers=None)
+    return LoraWeights(factors=factors, scaling=1.0, rank=32, alpha=32, target_modules=["q"], layers=None)
 
 
 def test_a_planted_intruder_is_reported_and_so_is_its_repair_by_a_later_stage() -> None:

@@ -11,6 +11,7 @@ import torch
 from tiny_models import FAMILIES
 from torch import Tensor
 
+from heft_engine.adapters.reft import LoreftIntervention
 from heft_engine.inference.decode_batch import DecodeBatch, DecodeRequest, NewToken
 from heft_engine.inference.kv_cache import CHUNK, capacity_for
 from heft_engine.inference.sampling import Choice, Sampling
@@ -18,7 +19,7 @@ from heft_engine.inference.scheduler import MOST_SEQUENCES, DecodeQueue
 from heft_engine.model.attention import IMPLEMENTATION
 from heft_engine.model.base_models import load_model, resolve_path
 from heft_engine.model.batch_invariant import FixedShapes
-from heft_engine.model.interventions import LoreftIntervention, Site
+from heft_engine.model.interventions import PlacedIntervention
 from heft_engine.model.packed_lm import PackedLM
 
 MakeModel = Callable[[str], Path]
@@ -35,7 +36,7 @@ def loaded(path: Path, dtype: torch.dtype = torch.float32) -> PackedLM:
     intervention = LoreftIntervention(lm.hidden_size, 4)
     torch.nn.init.normal_(intervention.bias)
     intervention.freeze()
-    lm.sites.add(Site(layer=1, positions="f1+l1", intervention=intervention))
+    lm.interventions.add(PlacedIntervention(layer=1, positions="f1+l1", intervention=intervention))
     return lm
 
 
@@ -120,7 +121,7 @@ def test_each_request_has_its_own_scale(llama: PackedLM) -> None:
         written.take(batch.step())
     assert written.tokens == expected
     assert len({choices[0].logprob for choices in expected.values()}) == 4, "a scale that changes nothing"
-    with llama.sites.muted():
+    with llama.interventions.disabled():
         assert alone(llama, named[:1])[0] == expected[1]
 
 

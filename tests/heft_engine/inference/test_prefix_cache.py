@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 import torch
-from many_models import Made, adapter, examples, merged, site, unmerged
+from many_models import Made, adapter, examples, merged, stored_intervention, unmerged
 from probe_models import packed
 from tiny_models import FAMILIES
 from torch import Tensor
@@ -31,7 +31,7 @@ PASSAGE = tuple(range(100, 170))
 
 def row(weights: Weights, example: Example, cache: PrefixCache, scale: float = 1.0) -> ScoringRow:
     """As the batcher makes it."""
-    end, depends = reach(weights.sites, len(example.prompt), scale)
+    end, depends = reach(weights.interventions, len(example.prompt), scale)
     hashes = chain((weights.scope, depends), example.prompt, end)
     return ScoringRow(
         example=example,
@@ -68,7 +68,9 @@ def test_questions_on_one_passage_share_its_prefill(
     family: str, positions: str, make_tiny_model: MakeModel
 ) -> None:
     base = packed(make_tiny_model(family))
-    weights = merged(base, Made([], [site(base, 1, positions, 1), site(base, 2, "l1", 2)]))
+    weights = merged(
+        base, Made([], [stored_intervention(base, 1, positions, 1), stored_intervention(base, 2, "l1", 2)])
+    )
     cache = PrefixCache(2**24)
     asked = examples(5, prefix=PASSAGE, longest=40)
     first, found = ask(weights, asked[:1], cache)
@@ -92,7 +94,7 @@ def test_rows_on_one_passage_attend_to_it_together(
     family: str, make_tiny_model: MakeModel, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     base = packed(make_tiny_model(family))
-    weights = merged(base, Made([], [site(base, 1, "l1", 1)]))
+    weights = merged(base, Made([], [stored_intervention(base, 1, "l1", 1)]))
     cache = PrefixCache(2**24)
     passages = (PASSAGE, tuple(range(300, 380)))
     asked = [one for prefix in passages for one in examples(9, prefix=prefix, longest=40)]
@@ -162,13 +164,13 @@ def test_behind_an_intervention_nothing_is_kept_and_the_scale_tells_f_positions_
 ) -> None:
     base = packed(tiny_llama_dir)
     asked = examples(2, prefix=PASSAGE)
-    last = merged(base, Made([], [site(base, 1, "l40", 1)]))
-    assert reach(last.sites, 100, 1.0) == (60, None)
-    assert reach(last.sites, 60, 1.0) == (30, None)  # clamped to half of the prompt
-    assert reach(last.sites, 100, 0.0) == (99, None)
-    first = merged(base, Made([], [site(base, 1, "f3", 1)]))
-    assert reach(first.sites, 100, 0.5) == (99, (0.5, (3,)))
-    assert reach(first.sites, 4, 0.5) == (3, (0.5, (2,)))
+    last = merged(base, Made([], [stored_intervention(base, 1, "l40", 1)]))
+    assert reach(last.interventions, 100, 1.0) == (60, None)
+    assert reach(last.interventions, 60, 1.0) == (30, None)  # clamped to half of the prompt
+    assert reach(last.interventions, 100, 0.0) == (99, None)
+    first = merged(base, Made([], [stored_intervention(base, 1, "f3", 1)]))
+    assert reach(first.interventions, 100, 0.5) == (99, (0.5, (3,)))
+    assert reach(first.interventions, 4, 0.5) == (3, (0.5, (2,)))
     cache = PrefixCache(2**24)
     for scale in (1.0, 0.5, 0.0):
         assert ask(first, asked[:1], cache, scale)[1] == [0]

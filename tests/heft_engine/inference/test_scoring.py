@@ -77,7 +77,7 @@ def test_many_passes_say_what_one_says(tiny_llama_dir: Path, monkeypatch: pytest
 
 def test_totals_are_the_summed_log_probabilities_of_the_models_own_forward(tiny_llama_dir: Path) -> None:
     lm = packed(tiny_llama_dir)
-    lm.sites.clear()
+    lm.interventions.clear()
     model = AutoModelForCausalLM.from_pretrained(tiny_llama_dir, attn_implementation="eager")
 
     def log_probability(prompt: tuple[int, ...], answer: tuple[int, ...]) -> float:
@@ -140,7 +140,7 @@ def test_a_pass_ends_on_a_whole_block(tiny_llama_dir: Path, monkeypatch: pytest.
     lm, padded = packed(tiny_llama_dir), []
     lm.leave_shapes_unmeasured()
     monkeypatch.setattr(batch_invariant.F, "pad", lambda *rows: padded.append(rows) or F.pad(*rows))
-    lm.sites.clear()
+    lm.interventions.clear()
     score(lm, long_rows(3, 41, 50))
     assert not padded
 

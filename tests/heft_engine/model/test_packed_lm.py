@@ -13,13 +13,14 @@ from tiny_models import FAMILIES
 from torch import Tensor
 from transformers import AutoModelForCausalLM
 
+from heft_engine.adapters.reft import LoreftIntervention
 from heft_engine.data.encoding import Example
 from heft_engine.errors import ModelError
 from heft_engine.inference.greedy import generate
 from heft_engine.model.attention import IMPLEMENTATION, packed_attention
 from heft_engine.model.base_models import load_model, resolve_path
 from heft_engine.model.families import family_of
-from heft_engine.model.interventions import LoreftIntervention, Site
+from heft_engine.model.interventions import PlacedIntervention
 from heft_engine.model.packed_lm import PackedLM
 from heft_engine.model.packing import pack
 
@@ -131,7 +132,9 @@ def test_decoding_on_the_cache_says_what_recomputation_says(make_tiny_model: Mak
     assert generate(lm, [prompt], ends={-1}, max_new_tokens=[24]) == [
         greedy(lambda answer: own_logits(model, prompt.prompt, (*answer, 0))[-1])
     ]
-    lm.sites.add(Site(layer=1, positions="f1+l1", intervention=intervention(lm.hidden_size)))
+    lm.interventions.add(
+        PlacedIntervention(layer=1, positions="f1+l1", intervention=intervention(lm.hidden_size))
+    )
 
     def recompute(answer: tuple[int, ...]) -> Tensor:
         row = Example(prompt=prompt.prompt, answers=((*answer, 0),), labels=("",), gold=0)
@@ -157,7 +160,7 @@ def test_interventions_edit_the_layers_output_at_prompt_tokens(
     path = make_tiny_model(family)
     lm, model = packed(path), own(path)
     edit = intervention(lm.hidden_size)
-    lm.sites.add(Site(layer=1, positions="f2+l1", intervention=edit))
+    lm.interventions.add(PlacedIntervention(layer=1, positions="f2+l1", intervention=edit))
     rows = [example(9, 3), example(3 * WINDOW, 2, 5), example(20, 1)]
 
     def hook(module: Any, arguments: Any, output: Tensor) -> Tensor:
@@ -177,7 +180,9 @@ def test_interventions_edit_the_layers_output_at_prompt_tokens(
 def test_scale_goes_from_the_plain_model_to_the_edited_one(tiny_llama_dir: Path) -> None:
     lm, rows = packed(tiny_llama_dir), [example(9, 3), example(30, 2, 2)]
     plain = packed_logits(lm, rows)
-    lm.sites.add(Site(layer=1, positions="l1", intervention=intervention(lm.hidden_size)))
+    lm.interventions.add(
+        PlacedIntervention(layer=1, positions="l1", intervention=intervention(lm.hidden_size))
+    )
     moved = {s: packed_logits(lm, rows, scale=s) for s in (0.0, 0.5, 1.0)}
     for i, row in enumerate(rows):
         for j in range(len(row.answers)):

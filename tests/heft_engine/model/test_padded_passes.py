@@ -8,7 +8,7 @@ import pytest
 import torch
 from engine_runs import LORA, but
 
-from heft_engine.adapters.trainable import LoraTrainable
+from heft_engine.adapters.trainable import LoraAdapter
 from heft_engine.data.encoding import Example
 from heft_engine.model.attention import IMPLEMENTATION
 from heft_engine.model.base_models import load_model, resolve_path
@@ -46,7 +46,7 @@ def test_a_filled_pass_has_the_same_loss_and_gradient(
 ) -> None:
     lm = PackedLM(load_model(resolve_path(tiny_llama_dir), dtype=torch.float32, attention=IMPLEMENTATION))
     torch.manual_seed(0)
-    trainable = LoraTrainable.attach(lm, but(LORA, target_modules=["q_proj", "v_proj"]))
+    trainable = LoraAdapter.attach(lm, but(LORA, target_modules=["q_proj", "v_proj"]))
     lengths: list[int] = []
     hidden = lm.hidden
 

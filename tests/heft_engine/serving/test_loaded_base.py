@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from many_models import Made, adapter, examples, merged, models, site, unmerged
+from many_models import Made, adapter, examples, merged, models, stored_intervention, unmerged
 from probe_models import packed
 from tiny_models import FAMILIES
 
@@ -113,7 +113,7 @@ def test_a_model_holds_its_own_numbers_and_little_more(tiny_llama_dir: Path) -> 
     base = packed(tiny_llama_dir, torch.bfloat16)
     own = adapter(base, 4, 1, suffixes=("q_proj", "v_proj"))
     numbers = sum(down.numel() + up.numel() for down, up in own.factors.values())
-    held = UnmergedModel(base, [own], [site(base, 1, "l1", 2)])
+    held = UnmergedModel(base, [own], [stored_intervention(base, 1, "l1", 2)])
     assert held.memory_bytes == 2 * numbers + 4 * (2 * 32 * 2 + 2)
 
 
@@ -142,12 +142,12 @@ def test_what_belongs_to_another_base_is_refused(tiny_llama_dir: Path, make_tiny
     with pytest.raises(BundleError, match="which this base model does not have"):
         UnmergedModel(packed(make_tiny_model("gpt_neox")), [good], [])
     with pytest.raises(BundleError, match="deeper model"):
-        UnmergedModel(base, [], [site(base, 4, "l1", 1)])
+        UnmergedModel(base, [], [stored_intervention(base, 4, "l1", 1)])
 
 
 def test_weights_say_where_interventions_act(tiny_llama_dir: Path) -> None:
     base = packed(tiny_llama_dir)
-    made = Made([], [site(base, 1, "l1", 1), site(base, 3, "f1", 2)])
-    assert [(s.layer, s.positions) for s in unmerged(base, made).sites] == [(1, "l1"), (3, "f1")]
-    assert [(s.layer, s.positions) for s in merged(base, made).sites] == [(1, "l1"), (3, "f1")]
-    assert Weights(lm=base).sites == ()
+    made = Made([], [stored_intervention(base, 1, "l1", 1), stored_intervention(base, 3, "f1", 2)])
+    assert [(s.layer, s.positions) for s in unmerged(base, made).interventions] == [(1, "l1"), (3, "f1")]
+    assert [(s.layer, s.positions) for s in merged(base, made).interventions] == [(1, "l1"), (3, "f1")]
+    assert Weights(lm=base).interventions == ()

@@ -17,15 +17,15 @@ from heft_engine.data.rows import Row
 from heft_engine.errors import Stopped
 from heft_engine.runtime.sealed_directory import seal
 from heft_engine.training import activation_cache, plan
-from heft_engine.training.activation_store import PrefillFolder
+from heft_engine.training.activation_store import ActivationStore
 from heft_engine.training.stage_store import LocalStages
 
 VALIDATION = parse(yes_no(6, seed=3))
 
 
 @pytest.fixture
-def folder(tmp_path: Path) -> PrefillFolder:
-    return PrefillFolder(directory=tmp_path / "prefills")
+def folder(tmp_path: Path) -> ActivationStore:
+    return ActivationStore(directory=tmp_path / "prefills")
 
 
 @contextmanager
@@ -51,7 +51,7 @@ def plain(settings: TrainConfig, out: Path) -> Told:
     return run(settings, out, None, VALIDATION)
 
 
-def train(settings: TrainConfig, out: Path, prefills: PrefillFolder, rows: list[Row] | None = None) -> Told:
+def train(settings: TrainConfig, out: Path, prefills: ActivationStore, rows: list[Row] | None = None) -> Told:
     store = LocalStages(directory=out.parent / "stages")
     return run(settings, out, rows, VALIDATION, results=store, prefills=prefills)
 
@@ -77,7 +77,7 @@ def same(one: Told, other: Told) -> None:
 def test_an_arm_takes_over_what_another_has_computed(
     tiny_llama_dir: Path,
     tmp_path: Path,
-    folder: PrefillFolder,
+    folder: ActivationStore,
     monkeypatch: pytest.MonkeyPatch,
     other: ReftStage,
 ) -> None:
@@ -104,7 +104,7 @@ def test_an_arm_takes_over_what_another_has_computed(
 def test_what_does_not_fit_is_computed(
     tiny_llama_dir: Path,
     tmp_path: Path,
-    folder: PrefillFolder,
+    folder: ActivationStore,
     monkeypatch: pytest.MonkeyPatch,
     first: ReftStage,
     second: ReftStage,
@@ -117,13 +117,13 @@ def test_what_does_not_fit_is_computed(
 
 
 def test_another_owner_another_seed_and_other_rows_find_nothing(
-    tiny_llama_dir: Path, tmp_path: Path, folder: PrefillFolder, monkeypatch: pytest.MonkeyPatch
+    tiny_llama_dir: Path, tmp_path: Path, folder: ActivationStore, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     settings = heft(tiny_llama_dir, REFT)
     train(settings, tmp_path / "first", folder)
-    stranger = PrefillFolder(directory=folder.directory, owner="another")
+    stranger = ActivationStore(directory=folder.directory, owner="another")
     rows = parse(yes_no(12, seed=9))
-    cases: list[tuple[TrainConfig, PrefillFolder, list[Row] | None]] = [
+    cases: list[tuple[TrainConfig, ActivationStore, list[Row] | None]] = [
         (heft(tiny_llama_dir, but(REFT, rank=3)), stranger, None),
         (settings.model_copy(update={"seed": 77}), folder, None),
         (settings, folder, rows),
@@ -135,7 +135,7 @@ def test_another_owner_another_seed_and_other_rows_find_nothing(
 
 
 def test_reft_alone_shares_its_prefill_among_seeds(
-    tiny_llama_dir: Path, tmp_path: Path, folder: PrefillFolder, monkeypatch: pytest.MonkeyPatch
+    tiny_llama_dir: Path, tmp_path: Path, folder: ActivationStore, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     settings = config(tiny_llama_dir, "reft", stages=[REFT])
     train(settings, tmp_path / "first", folder)
@@ -145,10 +145,10 @@ def test_reft_alone_shares_its_prefill_among_seeds(
 
 
 def test_a_damaged_one_and_one_that_is_too_large_cost_time_alone(
-    tiny_llama_dir: Path, tmp_path: Path, folder: PrefillFolder, monkeypatch: pytest.MonkeyPatch
+    tiny_llama_dir: Path, tmp_path: Path, folder: ActivationStore, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     settings = heft(tiny_llama_dir, REFT)
-    small = PrefillFolder(directory=tmp_path / "small", max_bytes=1_000)
+    small = ActivationStore(directory=tmp_path / "small", max_bytes=1_000)
     train(settings, tmp_path / "first", small)
     assert not small.directory.exists()
     train(heft(tiny_llama_dir, but(REFT, rank=1)), tmp_path / "second", folder)
@@ -160,7 +160,7 @@ def test_a_damaged_one_and_one_that_is_too_large_cost_time_alone(
     same(told, plain(heft(tiny_llama_dir, but(REFT, rank=3)), tmp_path / "plain"))
 
 
-def test_one_is_kept_where_it_pays_and_none_as_good_is_there(folder: PrefillFolder) -> None:
+def test_one_is_kept_where_it_pays_and_none_as_good_is_there(folder: ActivationStore) -> None:
     prefills = folder.of("key")
     states, kept = [torch.full((4, 2), float(depth)) for depth in range(3)], torch.zeros(6)
 
@@ -183,7 +183,7 @@ def test_one_is_kept_where_it_pays_and_none_as_good_is_there(folder: PrefillFold
 
 
 def test_what_was_taken_over_counts_as_if_it_had_been_computed(
-    tiny_llama_dir: Path, tmp_path: Path, folder: PrefillFolder
+    tiny_llama_dir: Path, tmp_path: Path, folder: ActivationStore
 ) -> None:
     train(heft(tiny_llama_dir, REFT), tmp_path / "first", folder)
     for about in folder.directory.glob("*/prefill.json"):
@@ -194,7 +194,7 @@ def test_what_was_taken_over_counts_as_if_it_had_been_computed(
 
 
 def test_another_result_of_an_equal_stage_has_prefills_of_its_own(
-    tiny_llama_dir: Path, tmp_path: Path, folder: PrefillFolder, monkeypatch: pytest.MonkeyPatch
+    tiny_llama_dir: Path, tmp_path: Path, folder: ActivationStore, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The size of passes moves bits, and with dropout more than that, but not a stage's key."""
     settings = config(tiny_llama_dir, stages=[but(LORA, dropout=0.1), REFT])
@@ -209,7 +209,7 @@ def test_another_result_of_an_equal_stage_has_prefills_of_its_own(
 
 
 def test_a_run_that_was_killed_finds_its_own(
-    tiny_llama_dir: Path, tmp_path: Path, folder: PrefillFolder, monkeypatch: pytest.MonkeyPatch
+    tiny_llama_dir: Path, tmp_path: Path, folder: ActivationStore, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     settings = heft(tiny_llama_dir, but(REFT, layers=[1, 2], dropout=0.3))
     stopped = iter([False] * 8 + [True] * 99)  # behind the first step of stage 2

@@ -14,9 +14,9 @@ from small_runs import prepared, reft, yes_no_rows
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import flop_registry
 
-from heft_engine.adapters.trainable import LoraTrainable, ReftTrainable
+from heft_engine.adapters.trainable import LoraAdapter, ReftAdapter
 from heft_engine.commands.main import main
-from heft_engine.config.flops import RowTokens, Shape, StageWork, stage_flops
+from heft_engine.config.flops import CacheLevel, RowTokens, Shape, StageWork, stage_flops
 from heft_engine.config.train import LoraStage
 from heft_engine.evaluation.row_values import pack_correctness, pack_graded, unpack_correctness
 from heft_engine.model.packing import packed_length
@@ -49,15 +49,15 @@ def rows(*lengths: int) -> list[RowTokens]:
 
 
 def test_a_frozen_base_costs_four_operations_a_weight_and_token() -> None:
-    work = StageWork(rung="nothing", first_layer=0, epochs=3)
+    work = StageWork(level=CacheLevel.NONE, first_layer=0, epochs=3)
     assert stage_flops(SHAPE, rows(10, 20), work) == 3 * (4 * 4 * 1_000 * 30 + 4 * 500 * 2)
 
 
 def test_what_is_kept_is_counted_once() -> None:
-    kept = StageWork(rung="keys_values", first_layer=3, epochs=5)
+    kept = StageWork(level=CacheLevel.KV, first_layer=3, epochs=5)
     once = 2 * 1_000 * (3 * 30 + 1 * 26)  # the lower layers, and the upper one left of the suffixes
     assert stage_flops(SHAPE, rows(10, 20), kept) == once + 5 * (4 * 1_000 * 4 + 4 * 500 * 2)
-    states = StageWork(rung="states", first_layer=3, epochs=5)
+    states = StageWork(level=CacheLevel.HIDDEN_STATES, first_layer=3, epochs=5)
     assert stage_flops(SHAPE, rows(10, 20), states) == (
         2 * 1_000 * 3 * 30 + 5 * (2 * 1_000 * 26 + 4 * 1_000 * 4 + 4 * 500 * 2)
     )
@@ -65,19 +65,19 @@ def test_what_is_kept_is_counted_once() -> None:
 
 def test_attention_grows_with_the_square() -> None:
     wide = Shape(layers=1, layer=0, head=0, width=8)
-    work = StageWork(rung="nothing", first_layer=0, epochs=1)
+    work = StageWork(level=CacheLevel.NONE, first_layer=0, epochs=1)
     assert stage_flops(wide, rows(100), work) == (1 + 2) * 2 * 8 * 100**2
 
 
 def test_it_is_what_torch_counts_for_lora(tiny_llama_dir: Path) -> None:
     stage = LoraStage(n_epochs=1, batch_size=4, learning_rate=1e-3, target_modules=["q_proj", "v_proj"])
     made = prepared(tiny_llama_dir, [stage], yes_no_rows(), lambda event: None)
-    trainable = LoraTrainable.attach(made.lm, stage)
+    trainable = LoraAdapter.attach(made.lm, stage)
     source = PlainSource(lm=made.lm, examples=made.examples)
     adapter = sum(p.numel() for p in trainable.parameters().values())
     with Counted() as counted:
         source.loss(range(len(made.examples))).backward()
-    work = StageWork(rung="nothing", first_layer=0, epochs=1, adapter=adapter)
+    work = StageWork(level=CacheLevel.NONE, first_layer=0, epochs=1, adapter=adapter)
     tokens = [
         RowTokens(total=packed_length(e), suffix=packed_length(e), supervised=e.supervised_tokens)
         for e in made.examples
@@ -90,14 +90,14 @@ def test_it_is_what_torch_counts_for_lora(tiny_llama_dir: Path) -> None:
 def test_it_is_what_torch_counts_for_reft_on_the_cache(tiny_llama_dir: Path) -> None:
     stage = reft(layers=[1], rank=2)
     made = prepared(tiny_llama_dir, [stage], yes_no_rows(), lambda event: None)
-    trainable = ReftTrainable.attach(made.lm, stage)
+    trainable = ReftAdapter.attach(made.lm, stage)
     boundary = trainable.boundary()
-    plan = CachePlan(rung="keys_values", on_disk=False, bytes=0)
+    plan = CachePlan(level=CacheLevel.KV, on_disk=False, bytes=0)
     with Counted() as counted:
         source = plan.open(made.lm, boundary, made.examples, None)
         for _ in range(6):
             source.loss(range(len(made.examples))).backward()
-    work = StageWork(rung="keys_values", first_layer=boundary.layer, epochs=6)
+    work = StageWork(level=CacheLevel.KV, first_layer=boundary.layer, epochs=6)
     tokens = [
         RowTokens(
             total=packed_length(e),

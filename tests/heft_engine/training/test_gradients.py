@@ -1,4 +1,4 @@
-"""Losses and their gradients: packed beside the family's own, and every rung of the cache beside the whole model."""
+"""Losses and their gradients: packed beside the family's own, and every level of the cache beside the whole model."""
 
 from __future__ import annotations
 
@@ -15,15 +15,16 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM
 
 from heft_engine.adapters import lora
-from heft_engine.adapters.trainable import LoraTrainable, ReftTrainable
+from heft_engine.adapters.reft import LoreftIntervention
+from heft_engine.adapters.trainable import LoraAdapter, ReftAdapter
+from heft_engine.config.flops import CacheLevel
 from heft_engine.config.train import LoraStage
 from heft_engine.data.encoding import Example
 from heft_engine.model import attention
 from heft_engine.model.attention import IMPLEMENTATION
 from heft_engine.model.base_models import load_model, resolve_path
-from heft_engine.model.interventions import LoreftIntervention, Site
+from heft_engine.model.interventions import PlacedIntervention
 from heft_engine.model.packed_lm import PackedLM
-from heft_engine.training.activation_cache import Rung
 from heft_engine.training.loss_source import CacheBudget, CachePlan, PlainSource, Source, plan_cache
 
 MakeModel = Callable[[str], Path]
@@ -76,10 +77,12 @@ def standing(lm: PackedLM, layer: int, positions: str, seed: int) -> None:
     intervention = LoreftIntervention(lm.hidden_size, 3)
     torch.nn.init.normal_(intervention.bias)
     intervention.freeze()
-    lm.sites.add(Site(layer=layer, positions=positions, intervention=intervention.eval()))
+    lm.interventions.add(
+        PlacedIntervention(layer=layer, positions=positions, intervention=intervention.eval())
+    )
 
 
-def computed(source: Source, trainable: ReftTrainable | LoraTrainable) -> tuple[float, dict[str, Tensor]]:
+def computed(source: Source, trainable: ReftAdapter | LoraAdapter) -> tuple[float, dict[str, Tensor]]:
     """The loss of all rows in an order of its own, and its gradients."""
     for parameter in trainable.parameters().values():
         parameter.grad = None
@@ -100,7 +103,7 @@ def assert_same(one: tuple[float, dict[str, Tensor]], other: tuple[float, dict[s
 
 @pytest.mark.parametrize("family", FAMILIES)
 @pytest.mark.parametrize("positions", ["l1", "f1+l2"])
-def test_a_reft_stage_on_every_rung(
+def test_a_reft_stage_on_every_cache_level(
     make_tiny_model: MakeModel, tmp_path: Path, family: str, positions: str
 ) -> None:
     """Frozen interventions below, at and above the trained ones, which sit at two layers."""
@@ -108,39 +111,44 @@ def test_a_reft_stage_on_every_rung(
     for seed, (layer, where) in enumerate(((0, "l2"), (1, "f1"), (2, "l1"), (3, "f2+l1"))):
         standing(lm, layer, where, seed)
     torch.manual_seed(9)
-    trainable = ReftTrainable.attach(lm, but(REFT, layers=[1, 3], positions=positions, rank=2))
+    trainable = ReftAdapter.attach(lm, but(REFT, layers=[1, 3], positions=positions, rank=2))
     trainable.train(False)
     plain = computed(PlainSource(lm=lm, examples=rows()), trainable)
-    ladder: list[tuple[Rung, bool]] = [("states", False), ("states", True)]
+    ladder: list[tuple[CacheLevel, bool]] = [
+        (CacheLevel.HIDDEN_STATES, False),
+        (CacheLevel.HIDDEN_STATES, True),
+    ]
     if positions == "l1":
-        ladder += [("keys_values", False), ("keys_values", True)]
-    for rung, on_disk in ladder:
-        plan = CachePlan(rung=rung, on_disk=on_disk, bytes=0)
+        ladder += [(CacheLevel.KV, False), (CacheLevel.KV, True)]
+    for level, on_disk in ladder:
+        plan = CachePlan(level=level, on_disk=on_disk, bytes=0)
         source = plan.open(lm, trainable.boundary(), rows(), tmp_path / "cache")
         assert not (tmp_path / "cache").exists(), "nothing is left behind, however the process ends"
         assert_same(computed(source, trainable), plain)
 
 
 @pytest.mark.parametrize("family", ["llama", "gemma3_text", "gpt_neox"])
-def test_lora_on_upper_layers_on_every_rung(make_tiny_model: MakeModel, family: str) -> None:
+def test_lora_on_upper_layers_on_every_cache_level(make_tiny_model: MakeModel, family: str) -> None:
     lm = packed(make_tiny_model(family))
     for seed, layer in enumerate((0, 1, 3)):
         standing(lm, layer, "f1+l1", seed)
     modules = list(lm.family.attention)
-    trainable = LoraTrainable.attach(lm, LoraStage(layers=[2, 3], target_modules=modules))
+    trainable = LoraAdapter.attach(lm, LoraStage(layers=[2, 3], target_modules=modules))
     with torch.no_grad():
         for parameter in lora.trainable(trainable.adapted).values():
             parameter.normal_(std=0.1)
     trainable.train(False)
     plain = computed(PlainSource(lm=lm, examples=rows()), trainable)
-    source = CachePlan(rung="states", on_disk=False, bytes=0).open(lm, trainable.boundary(), rows(), None)
+    source = CachePlan(level=CacheLevel.HIDDEN_STATES, on_disk=False, bytes=0).open(
+        lm, trainable.boundary(), rows(), None
+    )
     assert_same(computed(source, trainable), plain)
 
 
 def test_the_ladder_is_climbed_as_far_as_the_budget_allows(tiny_llama_dir: Path, tmp_path: Path) -> None:
     lm = packed(tiny_llama_dir)
-    last = ReftTrainable.attach(lm, but(REFT, layers=[1])).boundary()
-    first = ReftTrainable.attach(lm, but(REFT, layers=[1], positions="f1")).boundary()
+    last = ReftAdapter.attach(lm, but(REFT, layers=[1])).boundary()
+    first = ReftAdapter.attach(lm, but(REFT, layers=[1], positions="f1")).boundary()
 
     def plan(boundary: Any = last, **budget: Any) -> CachePlan:
         return plan_cache(lm, boundary, rows(), CacheBudget(directory=tmp_path, **budget))
@@ -148,15 +156,19 @@ def test_the_ladder_is_climbed_as_far_as_the_budget_allows(tiny_llama_dir: Path,
     # 137 tokens are fed in, 109 of them left of a last prompt token; above are two layers of two heads of 8.
     tokens, left = 115 + 1 + 2 + 19, 0 + 1 + 4 + 16 + 39 + 49
     states, keys_values = 4 * 32 * tokens, 4 * (32 * (tokens - left) + 2 * 2 * 16 * left)
-    assert plan(memory=10**9) == CachePlan(rung="keys_values", on_disk=False, bytes=keys_values)
+    assert plan(memory=10**9) == CachePlan(level=CacheLevel.KV, on_disk=False, bytes=keys_values)
     assert plan(memory=keys_values - 1, disk=keys_values).on_disk
-    assert plan(memory=keys_values - 1, disk=keys_values).rung == "keys_values"
-    assert plan(memory=states, disk=0) == CachePlan(rung="states", on_disk=False, bytes=states)
-    assert plan(memory=0, disk=states) == CachePlan(rung="states", on_disk=True, bytes=states)
-    assert plan(memory=0, disk=0).rung == "nothing"
+    assert plan(memory=keys_values - 1, disk=keys_values).level == CacheLevel.KV
+    assert plan(memory=states, disk=0) == CachePlan(
+        level=CacheLevel.HIDDEN_STATES, on_disk=False, bytes=states
+    )
+    assert plan(memory=0, disk=states) == CachePlan(
+        level=CacheLevel.HIDDEN_STATES, on_disk=True, bytes=states
+    )
+    assert plan(memory=0, disk=0).level == CacheLevel.NONE
     # With a first token intervened, nothing is left of the suffix.
-    assert plan(first, memory=10**9) == CachePlan(rung="states", on_disk=False, bytes=states)
+    assert plan(first, memory=10**9) == CachePlan(level=CacheLevel.HIDDEN_STATES, on_disk=False, bytes=states)
     assert (
-        plan(LoraTrainable.attach(lm, LoraStage(target_modules=["q_proj"])).boundary(), memory=10**9).rung
+        plan(LoraAdapter.attach(lm, LoraStage(target_modules=["q_proj"])).boundary(), memory=10**9).level
         == "nothing"
     )

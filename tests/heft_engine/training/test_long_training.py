@@ -1,4 +1,4 @@
-"""Thirty steps on every rung of the cache, and however the passes run, give the losses of the plain computation."""
+"""Thirty steps on every level of the cache, and however the passes run, give the losses of the plain computation."""
 
 from __future__ import annotations
 
@@ -13,6 +13,7 @@ from engine_runs import LORA, REFT, but
 from tiny_models import FAMILIES
 from torch._dynamo.utils import counters
 
+from heft_engine.config.flops import CacheLevel
 from heft_engine.config.train import LoraStage, ReftStage
 from heft_engine.data.encoding import Example
 from heft_engine.events import Event
@@ -20,7 +21,6 @@ from heft_engine.model.attention import IMPLEMENTATION
 from heft_engine.model.base_models import load_model, resolve_path
 from heft_engine.model.packed_lm import PackedLM
 from heft_engine.training import compile as compiled
-from heft_engine.training.activation_cache import Rung
 from heft_engine.training.single_stage import single_stage
 
 MakeModel = Callable[[str], Path]
@@ -44,7 +44,9 @@ def examples() -> list[Example]:
     return made
 
 
-def losses(path: Path, stage: LoraStage | ReftStage, rung: Rung = "nothing", **changes: Any) -> list[float]:
+def losses(
+    path: Path, stage: LoraStage | ReftStage, level: CacheLevel = CacheLevel.NONE, **changes: Any
+) -> list[float]:
     """Of 30 steps in float32."""
     lm = PackedLM(load_model(resolve_path(path), dtype=torch.float32, attention=IMPLEMENTATION))
     found: list[float] = []
@@ -55,9 +57,9 @@ def losses(path: Path, stage: LoraStage | ReftStage, rung: Rung = "nothing", **c
 
     compile, cache_dir = changes.pop("compile", False), changes.pop("cache_dir", None)
     with single_stage(
-        lm, stage, examples(), listen, rung=rung, compile=compile, cache_dir=cache_dir
+        lm, stage, examples(), listen, level=level, compile=compile, cache_dir=cache_dir
     ) as single:
-        assert (single.plan.cache.rung, single.plan.compiled) == (rung, compile)
+        assert (single.plan.cache.level, single.plan.compiled) == (level, compile)
         lm.checkpointing = changes.pop("checkpointing", False)
         single.train(single.source(), **changes)
     assert len(found) == 30
@@ -65,14 +67,16 @@ def losses(path: Path, stage: LoraStage | ReftStage, rung: Rung = "nothing", **c
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_every_rung_trains_alike(make_tiny_model: MakeModel, kind: str) -> None:
+def test_every_cache_level_trains_alike(make_tiny_model: MakeModel, kind: str) -> None:
     stage = but(REFT, **KINDS[kind], n_epochs=10, batch_size=4, learning_rate=1e-2, rank=3)
     for family in ("llama", "gemma2"):
         path = make_tiny_model(family)
         plain = losses(path, stage)
-        rungs: list[Rung] = ["states"] if "f1" in kind else ["states", "keys_values"]
-        for rung in rungs:
-            assert losses(path, stage, rung) == pytest.approx(plain, rel=1e-5)
+        levels: list[CacheLevel] = (
+            [CacheLevel.HIDDEN_STATES] if "f1" in kind else [CacheLevel.HIDDEN_STATES, CacheLevel.KV]
+        )
+        for level in levels:
+            assert losses(path, stage, level) == pytest.approx(plain, rel=1e-5)
         assert sum(plain[-3:]) < sum(plain[:3]), "it learns"
 
 

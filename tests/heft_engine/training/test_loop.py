@@ -13,7 +13,7 @@ import pytest
 import torch
 from engine_runs import LORA, REFT, but, config, parse, run, tensors, yes_no
 
-from heft_engine.adapters.trainable import ReftTrainable
+from heft_engine.adapters.trainable import ReftAdapter
 from heft_engine.config.train import EarlyStopping, LoraStage, ReftStage
 from heft_engine.errors import ConfigError
 from heft_engine.evaluation.evaluate import mean_loss
@@ -95,7 +95,7 @@ def test_a_step_s_loss_and_gradient_are_means_over_its_supervised_tokens(
     encoder = load(tmp_path / "out").encoder
     examples = [example.supervised() for row in rows for example in encoder.encode(row)]
     torch.manual_seed(loop.derived_seed(0, 0))
-    trainable = ReftTrainable.attach(lm, stage)
+    trainable = ReftAdapter.attach(lm, stage)
     mean = PlainSource(lm=lm, examples=examples).loss(range(4)) / sum(e.supervised_tokens for e in examples)
     mean.backward()
     assert told.losses[1] == pytest.approx(float(mean.detach()), abs=1e-5)
@@ -119,9 +119,9 @@ def test_a_cache_changes_nothing_but_rounding(
         VALIDATION,
         cache=CacheBudget(memory=0),
     )
-    rungs = [[data["cache"]["rung"] for data in told.data("STAGE_STARTED")] for told in (cached, plain)]
-    assert "nothing" not in rungs[0]
-    assert set(rungs[1]) == {"nothing"}
+    levels = [[data["cache"]["rung"] for data in told.data("STAGE_STARTED")] for told in (cached, plain)]
+    assert "nothing" not in levels[0]
+    assert set(levels[1]) == {"nothing"}
     assert cached.losses == pytest.approx(plain.losses, abs=1e-4)
 
 

@@ -11,9 +11,9 @@ import pytest
 import torch
 from engine_runs import LORA, REFT, Told, but, config, parse, run, tensors, yes_no
 
+from heft_engine.adapters.reft import LoreftIntervention
 from heft_engine.config.train import EarlyStopping, LoraStage, ReftStage
 from heft_engine.errors import TrainingError
-from heft_engine.model.interventions import LoreftIntervention
 from heft_engine.training import loop
 
 VALIDATION = parse(yes_no(16, seed=1))

@@ -11,14 +11,14 @@ from engine_runs import REFT, but
 from tiny_models import FAMILIES
 from torch import Tensor
 
-from heft_engine.adapters.trainable import ReftTrainable
+from heft_engine.adapters.trainable import ReftAdapter
 from heft_engine.data.encoding import Example
 from heft_engine.model.attention import IMPLEMENTATION
 from heft_engine.model.base_models import load_model, resolve_path
 from heft_engine.model.packed_lm import PackedLM
 from heft_engine.training import memory_plan
 from heft_engine.training.loss_source import PlainSource
-from heft_engine.training.low_memory_layers import lean_layers
+from heft_engine.training.low_memory_layers import low_memory_layers
 
 MakeModel = Callable[[str], Path]
 ROWS = [Example(prompt=(7, 8, 9) * n, answers=((5, n),), labels=("",), gold=0) for n in (1, 7, 20)]
@@ -28,7 +28,7 @@ def packed(path: Path, dtype: torch.dtype) -> PackedLM:
     return PackedLM(load_model(resolve_path(path), dtype=dtype, attention=IMPLEMENTATION))
 
 
-def loss_and_gradients(lm: PackedLM, trainable: ReftTrainable) -> tuple[Tensor, list[Tensor]]:
+def loss_and_gradients(lm: PackedLM, trainable: ReftAdapter) -> tuple[Tensor, list[Tensor]]:
     loss = PlainSource(lm=lm, examples=ROWS).loss(range(len(ROWS)))
     loss.backward()  # type: ignore[no-untyped-call]
     parameters = trainable.parameters().values()
@@ -39,13 +39,13 @@ def loss_and_gradients(lm: PackedLM, trainable: ReftTrainable) -> tuple[Tensor, 
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-def test_lean_layers_are_the_layers(make_tiny_model: MakeModel, family: str) -> None:
+def test_low_memory_layers_are_the_layers(make_tiny_model: MakeModel, family: str) -> None:
     lm = packed(make_tiny_model(family), torch.float32)
     torch.manual_seed(0)
-    trainable = ReftTrainable.attach(lm, but(REFT, layers=[0], positions="l1"))
+    trainable = ReftAdapter.attach(lm, but(REFT, layers=[0], positions="l1"))
     before = {name: module.forward for name, module in lm.layers.named_modules()}
     loss, gradients = loss_and_gradients(lm, trainable)
-    with lean_layers(lm):
+    with low_memory_layers(lm):
         lean_loss, lean_gradients = loss_and_gradients(lm, trainable)
         changed = [name for name, module in lm.layers.named_modules() if "forward" in vars(module)]
     assert (changed == []) == (family == "gpt_neox"), "norms and gated activations of all others"
@@ -58,9 +58,9 @@ def test_lean_layers_are_the_layers(make_tiny_model: MakeModel, family: str) -> 
 
 def test_bfloat16_has_the_same_bits_forward(tiny_llama_dir: Path) -> None:
     lm = packed(tiny_llama_dir, torch.bfloat16)
-    trainable = ReftTrainable.attach(lm, but(REFT, layers=[0]))
+    trainable = ReftAdapter.attach(lm, but(REFT, layers=[0]))
     loss, gradients = loss_and_gradients(lm, trainable)
-    with lean_layers(lm):
+    with low_memory_layers(lm):
         lean_loss, lean_gradients = loss_and_gradients(lm, trainable)
     assert torch.equal(lean_loss, loss)
     for lean, plain in zip(lean_gradients, gradients, strict=True):
@@ -68,11 +68,11 @@ def test_bfloat16_has_the_same_bits_forward(tiny_llama_dir: Path) -> None:
 
 
 @pytest.mark.parametrize("family", ["llama", "gemma2"])
-def test_lean_layers_keep_less(make_tiny_model: MakeModel, family: str) -> None:
+def test_low_memory_layers_keep_less(make_tiny_model: MakeModel, family: str) -> None:
     """A tenth less at least, in the float32 of a tiny model with its narrow layers."""
     lm = packed(make_tiny_model(family), torch.bfloat16)
-    ReftTrainable.attach(lm, but(REFT, layers=[0]))
+    ReftAdapter.attach(lm, but(REFT, layers=[0]))
     usual = memory_plan.footprint(lm)
-    with lean_layers(lm):
+    with low_memory_layers(lm):
         lean = memory_plan.footprint(lm)
     assert lean.per_token < 0.85 * usual.per_token

@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from engine_runs import LORA, REFT, but, config, parse, run, yes_no
 
-from heft_engine.adapters.trainable import LoraTrainable
+from heft_engine.adapters.trainable import LoraAdapter
 from heft_engine.data.encoding import Example
 from heft_engine.errors import TrainingError
 from heft_engine.model import loss as supervised
@@ -53,7 +53,7 @@ def kept(lm: PackedLM, lengths: list[int]) -> int:
 def test_a_pass_keeps_what_was_foretold(tiny_llama_dir: Path, checkpointing: bool) -> None:
     """From passes of 128 tokens at most to rows of 400."""
     lm = packed(tiny_llama_dir)
-    LoraTrainable.attach(lm, but(LORA, target_modules=["q_proj", "v_proj"]))
+    LoraAdapter.attach(lm, but(LORA, target_modules=["q_proj", "v_proj"]))
     lm.checkpointing = checkpointing
     found = memory_plan.footprint(lm)
     for lengths in ([400], [300, 100, 50], [64] * 6):
@@ -62,7 +62,7 @@ def test_a_pass_keeps_what_was_foretold(tiny_llama_dir: Path, checkpointing: boo
 
 def test_layers_that_run_twice_keep_less(tiny_llama_dir: Path) -> None:
     lm = packed(tiny_llama_dir)
-    LoraTrainable.attach(lm, but(LORA, target_modules=["q_proj", "v_proj"]))
+    LoraAdapter.attach(lm, but(LORA, target_modules=["q_proj", "v_proj"]))
     usual = kept(lm, [200])
     lm.checkpointing = True
     assert kept(lm, [200]) < usual / 5

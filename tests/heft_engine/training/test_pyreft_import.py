@@ -55,7 +55,9 @@ def test_what_pyreft_trained_gets_the_same_scores_here(
     run = prepared(tiny_llama_dir, [reft()], yes_no_rows(), lambda event: None)
     examples = questions(run.encoder, yes_no_rows(20))
     before = torch.tensor([one.totals for one in score(run.lm, examples)])
-    run.lm.sites.extend(site.site(run.lm.hidden_size) for site in read_pyreft(folder, positions="l1"))
+    run.lm.interventions.extend(
+        intervention.restore(run.lm.hidden_size) for intervention in read_pyreft(folder, positions="l1")
+    )
     scores = torch.tensor([one.totals for one in score(run.lm, examples)])
     assert_close(scores, label_logits(theirs, examples, ["l1", "l1"]), rtol=0, atol=CLOSE)
     assert (scores - before).abs().max() > 0.1
@@ -68,22 +70,22 @@ def test_training_goes_on_from_what_pyreft_saved_and_R_stays_a_rotation(
     events: list[Event] = []
     stage = reft(layers=[1, 2], n_epochs=10, learning_rate=2e-2)
     run = prepared(tiny_llama_dir, [stage], yes_no_rows(), events.append)
-    sites = read_pyreft(folder, positions="l1")
-    run.lm.sites.extend(site.site(run.lm.hidden_size) for site in sites)
+    interventions = read_pyreft(folder, positions="l1")
+    run.lm.interventions.extend(intervention.restore(run.lm.hidden_size) for intervention in interventions)
     bundle = go(run, tmp_path / "bundle")
     assert len(bundle.interventions) == 2
     losses = step_losses(events)
     assert sum(losses[-3:]) < sum(losses[:3])
-    for site, stored in zip(sites, bundle.interventions, strict=True):
+    for intervention, stored in zip(interventions, bundle.interventions, strict=True):
         rotation = stored.state["rotate_layer"]
         assert torch.linalg.matrix_norm(rotation.T @ rotation - torch.eye(4)) < 1e-5
-        assert (rotation - site.state["rotate_layer"]).abs().max() > 0.01
+        assert (rotation - intervention.state["rotate_layer"]).abs().max() > 0.01
 
 
 def test_pyrefts_own_load_leaves_an_R_that_training_breaks(
     trained: tuple[Any, Path], tiny_llama_dir: Path
 ) -> None:
-    """Why `thaw` completes the parametrisation's base by itself."""
+    """Why `unfreeze` completes the parametrisation's base by itself."""
     _, folder = trained
     loaded = load_exactly(folder, plain(tiny_llama_dir))
     assert max(map(rotation_error, interventions(loaded))) < 1e-5
@@ -108,14 +110,17 @@ def test_a_component_named_by_its_path_is_a_decoder_layer_too(
         }
     )
     pyreft.get_reft_model(plain(tiny_llama_dir), config).save(str(tmp_path / "saved"))
-    (site,) = read_pyreft(tmp_path / "saved", positions="f2")
-    assert (site.layer, site.rank, site.positions) == (3, 4, "f2")
-    assert torch.equal(site.state["rotate_layer"], first.rotate_layer.weight)
+    (intervention,) = read_pyreft(tmp_path / "saved", positions="f2")
+    assert (intervention.layer, intervention.rank, intervention.positions) == (3, 4, "f2")
+    assert torch.equal(intervention.state["rotate_layer"], first.rotate_layer.weight)
 
 
 def test_each_intervention_may_have_positions_of_its_own(trained: tuple[Any, Path]) -> None:
-    sites = read_pyreft(trained[1], positions=["f1", "l1"])
-    assert [(site.layer, site.positions) for site in sites] == [(1, "f1"), (2, "l1")]
+    interventions = read_pyreft(trained[1], positions=["f1", "l1"])
+    assert [(intervention.layer, intervention.positions) for intervention in interventions] == [
+        (1, "f1"),
+        (2, "l1"),
+    ]
 
 
 class _Code:

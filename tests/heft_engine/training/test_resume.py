@@ -140,7 +140,7 @@ def test_resumed_from_a_stage_s_end(tiny_llama_dir: Path, tmp_path: Path) -> Non
 
 
 def test_a_stage_goes_on_with_the_cache_it_began_with(tiny_llama_dir: Path, tmp_path: Path) -> None:
-    """However much memory is free after the restart: another rung would round otherwise."""
+    """However much memory is free after the restart: another level would round otherwise."""
     settings = config(tiny_llama_dir, "reft")
     whole = run(settings, tmp_path / "whole", None, VALIDATION, cache=CacheBudget(memory=0))
     calls = itertools.count(1)

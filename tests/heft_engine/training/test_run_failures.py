@@ -14,7 +14,7 @@ from heft_engine.data import general_text
 from heft_engine.data.task import Task
 from heft_engine.errors import ConfigError, RowError, TrainingError
 from heft_engine.evaluation.evaluate import Evaluation
-from heft_engine.model.interventions import Site
+from heft_engine.model.interventions import PlacedIntervention
 from heft_engine.training import failure_signatures, result
 from heft_engine.training import run as run_module
 
@@ -78,10 +78,14 @@ def test_serving_that_would_differ_from_training_fails_the_run(
     assert failed.value.code == "position_mismatch"
 
 
-def _with_other_positions(path: Path, info: BundleInfo, adapters: Any, sites: list[Site], *rest: Any) -> None:
+def _with_other_positions(
+    path: Path, info: BundleInfo, adapters: Any, interventions: list[PlacedIntervention], *rest: Any
+) -> None:
     for stage in info.stages:
         stage["positions"] = "f1"
-    moved = [Site(layer=s.layer, positions="f1", intervention=s.intervention) for s in sites]
+    moved = [
+        PlacedIntervention(layer=s.layer, positions="f1", intervention=s.intervention) for s in interventions
+    ]
     write_bundle(path, info, adapters, moved, *rest)
 
 
