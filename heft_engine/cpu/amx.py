@@ -1,4 +1,4 @@
-"""Products and attention on a CPU's matrix units (Intel AMX), in bfloat16: csrc/amx.cpp.
+"""Products and attention on a CPU's matrix units (Intel AMX), in bfloat16: csrc/amx_gemm.cpp.
 
 A library's product chooses the order of its sums by its shape, so that a row's bits depend on what it is batched with
 (heft_engine.model.batch_invariant), and it writes to memory what the next operation reads again. Here a number is
@@ -7,7 +7,7 @@ order whatever the number of rows or threads, and what follows a product (a bias
 sum) happens while its numbers are at hand. Attention takes each query against its own keys, from the first one on: its
 bits are the same whether its row is computed whole or continues a kept prefix.
 
-`load` holds the products to torch's, to the bit, and attention to its formula (heft_engine.cpu.amx_selftest).
+`load` holds the products to torch's, to the bit, and attention to its formula (heft_engine.cpu.selftest).
 It does NOT know layers, models or layouts.
 """
 
@@ -25,8 +25,8 @@ import torch
 from torch import Tensor
 
 from heft_engine.cpu import build
-from heft_engine.cpu.amx_selftest import failed_check
 from heft_engine.cpu.amx_types import LoraDelta, Norm, Projection, Segments, fit, is_plain
+from heft_engine.cpu.selftest import failed_check
 
 log = logging.getLogger(__name__)
 
@@ -42,7 +42,7 @@ Source = tuple[Tensor, Tensor]
 
 
 class AmxOps:
-    """csrc/amx.cpp's functions for bfloat16 tensors on a CPU. None of them has a gradient.
+    """csrc/amx_gemm.cpp's functions for bfloat16 tensors on a CPU. None of them has a gradient.
 
     They raise ValueError for tensors of other kinds or shapes: the functions see addresses alone.
     """

@@ -27,7 +27,7 @@ class LoraDelta(NamedTuple):
     place: int
 
     def numbers(self, ins: int, outs: int, rows: int) -> tuple[int, ...]:
-        """As csrc/amx.cpp takes it. Raises ValueError where it does not fit the product."""
+        """As csrc/amx_gemm.cpp takes it. Raises ValueError where it does not fit the product."""
         count, rank, width = self.down.shape
         fits = width == ins and self.up.shape == (count, rank, outs) and 0 <= self.place < count
         fits = fits and self.start >= 0 and self.start + self.tokens <= rows

@@ -1,4 +1,4 @@
-"""The engine's own C++, compiled on the spot: csrc/fused_ops.cpp and csrc/amx.cpp, for this machine's processor.
+"""The engine's own C++, compiled on the spot: csrc/fused_ops.cpp and csrc/amx_gemm.cpp, for this machine's processor.
 
 It takes three seconds, once on a machine. Where there is no compiler, or the operator has turned it off, there is no
 library, and torch's own operations run. It does NOT know what the functions do: see heft_engine.cpu.fused_ops and
@@ -25,7 +25,7 @@ from heft_engine.cpu.lanes import openmp
 log = logging.getLogger(__name__)
 
 _HERE = Path(__file__).parent / "csrc"
-SOURCES = (_HERE / "fused_ops.cpp", _HERE / "amx.cpp")
+SOURCES = (_HERE / "fused_ops.cpp", _HERE / "amx_gemm.cpp")
 _HEADERS = (_HERE / "vectors.h", _HERE / "norms.h")
 #: No contraction: a product that is added without being rounded has other bits. OpenMP is not linked in: `_library`.
 _FLAGS = (
