@@ -18,9 +18,10 @@ import torch
 from torch import Tensor, nn
 from transformers.activations import SiLUActivation
 
-from heft_engine.cpu import fused_ops, packed_weights
-from heft_engine.cpu.amx_types import Norm
+from heft_engine.cpu import operators, packed_weights
+from heft_engine.cpu.amx import Norm
 from heft_engine.cpu.fused_linear import LayerProducts
+from heft_engine.cpu.fused_ops import FusedOps
 from heft_engine.model.attention import amx_attention, amx_for, packed_attention, tiled_attention, tiles_of
 from heft_engine.model.packing import Layout, PackedRow
 
@@ -49,16 +50,16 @@ class QuickLayers:
         kinds: Sequence[str],
         rotary: Callable[[Tensor, Tensor, str], tuple[Tensor, Tensor]],
     ) -> None:
-        compiled = fused_ops.load() if all(map(_fits, layers)) else None
+        compiled = operators.fused_ops() if all(map(_fits, layers)) else None
         self._forwards: dict[nn.Module, Forward] = {}
         self._lock, self._inside = threading.Lock(), 0
         asked: dict[str, dict[str, Any] | None] = {}
         for layer, kind in zip(layers, kinds, strict=True) if compiled is not None else ():
             if kind not in asked:
-                asked[kind] = _options(layer, kind, rotary, cast(fused_ops.FusedOps, compiled))
+                asked[kind] = _options(layer, kind, rotary, cast(FusedOps, compiled))
             options = asked[kind]
             if options is not None:
-                self._forwards[layer] = _Layer(layer, options, cast(fused_ops.FusedOps, compiled))
+                self._forwards[layer] = _Layer(layer, options, cast(FusedOps, compiled))
 
     def __len__(self) -> int:
         return len(self._forwards)
@@ -100,7 +101,7 @@ def _epsilon(norm: Any) -> float | None:
 class _Layer:
     """One layer's quick pass; `asked`: how it asks for attention."""
 
-    def __init__(self, layer: Any, asked: dict[str, Any], compiled: fused_ops.FusedOps) -> None:
+    def __init__(self, layer: Any, asked: dict[str, Any], compiled: FusedOps) -> None:
         self._attention, self._mlp, self._asked, self._compiled = layer.self_attn, layer.mlp, asked, compiled
         self._norms = (layer.input_layernorm, layer.post_attention_layernorm)
         self._products = LayerProducts()
@@ -227,7 +228,7 @@ def _options(
     layer: Any,
     kind: str,
     rotary: Callable[[Tensor, Tensor, str], tuple[Tensor, Tensor]],
-    compiled: fused_ops.FusedOps,
+    compiled: FusedOps,
 ) -> dict[str, Any] | None:
     """How a layer asks for attention; None where the quick pass gives other bits than the layer's own."""
     width = layer.input_layernorm.weight.shape[0]

@@ -12,9 +12,8 @@ from typing import cast
 
 from torch import Tensor, nn
 
-from heft_engine.cpu import amx, packed_weights
-from heft_engine.cpu.amx import AmxOps
-from heft_engine.cpu.amx_types import LoraDelta, Norm, Projection
+from heft_engine.cpu import operators, packed_weights
+from heft_engine.cpu.amx import AmxOps, LoraDelta, Norm, Projection
 from heft_engine.model.packing import AdapterHook, Layout, PackedRow, RowAdapter
 
 #: Rows whose adapters do more than a product can add.
@@ -25,7 +24,7 @@ class LayerProducts:
     """Products of bfloat16 states (1, T, in), without a gradient."""
 
     def __init__(self) -> None:
-        self._amx = amx.load()
+        self._amx = operators.amx_ops()
 
     def amx_for(self, *modules: nn.Module) -> AmxOps | None:
         """The AMX operators, if they support all of these and nothing but products and adapters happens in them."""

@@ -11,17 +11,9 @@ It does NOT know layers or models: tensors go in and come out.
 from __future__ import annotations
 
 import ctypes
-import logging
-from functools import lru_cache
-from pathlib import Path
 
 import torch
-import torch.nn.functional as F  # noqa: N812
 from torch import Tensor
-
-from heft_engine.cpu import build
-
-log = logging.getLogger(__name__)
 
 
 class FusedOps:
@@ -95,63 +87,6 @@ class FusedOps:
         single, out = x.float(), x.new_empty(rows, columns, dtype=torch.float32)
         self._library.heft_logits(_at(single), _at(weight), _at(out), rows, width, columns)
         return out
-
-
-@lru_cache(maxsize=1)
-def load(cache_dir: Path | None = None) -> FusedOps | None:
-    """The kernels, compiled if need be and tried out; None where that can't be, which is logged once.
-
-    `cache_dir` None means the user's own cache.
-    """
-    library = build.library(cache_dir)
-    if library is None:
-        return None
-    kernels = FusedOps(library)
-    wrong = _wrong(kernels)
-    if wrong:
-        log.info("no compiled kernels, torch's own operations instead: %s gives other bits here", wrong)
-        return None
-    return kernels
-
-
-@torch.inference_mode()
-def _wrong(kernels: FusedOps) -> str | None:
-    """The name of the first function that gives other bits than torch's operations, if there is one."""
-    made = torch.Generator().manual_seed(0)
-
-    def some(*shape: int) -> Tensor:
-        return torch.randn(*shape, generator=made).bfloat16()
-
-    every = torch.arange(1 << 16, dtype=torch.int32).to(torch.int16).view(torch.bfloat16)
-    gates = every[every.isfinite()]
-    for gate, up in ((gates, torch.ones_like(gates)), (some(320), some(320))):
-        if not torch.equal(kernels.gate_silu(gate.clone(), up), F.silu(gate) * up):
-            return "the gated activation"
-    for width in (50, 64, 576, 2_048, 4_100, 18_432):
-        x, y, weight = some(40, width), some(40, width), some(width)
-        if not torch.equal(kernels.rms_norm(x, weight, 1e-5), rms_norm(x, weight, 1e-5)):
-            return "the norm"
-        total = y.clone()
-        normed = kernels.add_rms_norm(x, total, weight, 1e-5)
-        if not (torch.equal(total, x + y) and torch.equal(normed, rms_norm(x + y, weight, 1e-5))):
-            return "the sum and its norm"
-    for rows, width in ((1, 576), (6, 72)):
-        x, weight = some(rows, width), some(50, width)
-        exact = (x.double() @ weight.double().T).float()
-        if not torch.allclose(kernels.logits(x, weight), exact, rtol=1e-4, atol=1e-4):
-            return "the head"
-    order = torch.randperm(100, generator=made)
-    places, gaps = order[:90].contiguous(), order[90:].contiguous()
-    for width in (8, 64, 72, 128):
-        x, cosine, sine = some(90, 5, width), some(90, width), some(90, width)
-        turned = torch.cat((-x[..., width // 2 :], x[..., : width // 2]), dim=-1)
-        rotated = x * cosine[:, None] + turned * sine[:, None]
-        placed = [x.new_zeros(100, 5, width).index_copy_(0, places, each) for each in (x, rotated)]
-        if not torch.equal(kernels.place(x, places, gaps), placed[0]):
-            return "placing"
-        if not torch.equal(kernels.rotate(x, cosine, sine, places, gaps), placed[1]):
-            return "the rotary embedding"
-    return None
 
 
 def rms_norm(x: Tensor, weight: Tensor, epsilon: float) -> Tensor:

@@ -15,7 +15,8 @@ from typing import cast
 import torch
 from torch import Tensor, nn
 
-from heft_engine.cpu import amx
+from heft_engine.cpu import operators
+from heft_engine.cpu.amx import AmxOps
 
 #: On a weight: its version when it was packed, the packed tensor, and whether that is for AMX. It lives as
 #: long as the weight, and is no longer valid once the weight is written to.
@@ -27,9 +28,9 @@ def packable(weight: Tensor) -> bool:
     return amx_for_weight(weight) is not None or _is_packed_by_torch(weight)
 
 
-def amx_for_weight(weight: Tensor) -> amx.AmxOps | None:
+def amx_for_weight(weight: Tensor) -> AmxOps | None:
     """The AMX operators, if they support a weight (out, in)."""
-    amx_ops = amx.load()
+    amx_ops = operators.amx_ops()
     return amx_ops if amx_ops is not None and amx_ops.supports(weight) else None
 
 

@@ -8,25 +8,61 @@ LoRA deltas to their formulas, and to themselves in other company.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
-from typing import TYPE_CHECKING
 
 import torch
 import torch.nn.functional as F  # noqa: N812
 from torch import Tensor
 
 from heft_engine.cpu import lanes
-from heft_engine.cpu.amx_types import LoraDelta, Norm, Projection, Segments
-from heft_engine.cpu.fused_ops import rms_norm
-
-if TYPE_CHECKING:
-    from heft_engine.cpu.amx import AmxOps
+from heft_engine.cpu.amx import AmxOps, LoraDelta, Norm, Projection, Segments
+from heft_engine.cpu.fused_ops import FusedOps, rms_norm
 
 #: Numbers that SiLU is tried with at a time.
 _GROUP = 255
 
 
 @torch.inference_mode()
-def failed_check(amx_ops: AmxOps) -> str | None:
+def failed_fused_check(kernels: FusedOps) -> str | None:
+    """The name of the first function that gives other bits than torch's operations, if there is one."""
+    made = torch.Generator().manual_seed(0)
+
+    def some(*shape: int) -> Tensor:
+        return torch.randn(*shape, generator=made).bfloat16()
+
+    every = torch.arange(1 << 16, dtype=torch.int32).to(torch.int16).view(torch.bfloat16)
+    gates = every[every.isfinite()]
+    for gate, up in ((gates, torch.ones_like(gates)), (some(320), some(320))):
+        if not torch.equal(kernels.gate_silu(gate.clone(), up), F.silu(gate) * up):
+            return "the gated activation"
+    for width in (50, 64, 576, 2_048, 4_100, 18_432):
+        x, y, weight = some(40, width), some(40, width), some(width)
+        if not torch.equal(kernels.rms_norm(x, weight, 1e-5), rms_norm(x, weight, 1e-5)):
+            return "the norm"
+        total = y.clone()
+        normed = kernels.add_rms_norm(x, total, weight, 1e-5)
+        if not (torch.equal(total, x + y) and torch.equal(normed, rms_norm(x + y, weight, 1e-5))):
+            return "the sum and its norm"
+    for rows, width in ((1, 576), (6, 72)):
+        x, weight = some(rows, width), some(50, width)
+        exact = (x.double() @ weight.double().T).float()
+        if not torch.allclose(kernels.logits(x, weight), exact, rtol=1e-4, atol=1e-4):
+            return "the head"
+    order = torch.randperm(100, generator=made)
+    places, gaps = order[:90].contiguous(), order[90:].contiguous()
+    for width in (8, 64, 72, 128):
+        x, cosine, sine = some(90, 5, width), some(90, width), some(90, width)
+        turned = torch.cat((-x[..., width // 2 :], x[..., : width // 2]), dim=-1)
+        rotated = x * cosine[:, None] + turned * sine[:, None]
+        placed = [x.new_zeros(100, 5, width).index_copy_(0, places, each) for each in (x, rotated)]
+        if not torch.equal(kernels.place(x, places, gaps), placed[0]):
+            return "placing"
+        if not torch.equal(kernels.rotate(x, cosine, sine, places, gaps), placed[1]):
+            return "the rotary embedding"
+    return None
+
+
+@torch.inference_mode()
+def failed_amx_check(amx_ops: AmxOps) -> str | None:
     """The name of the first function that does not give what it should, if there is one."""
     made = torch.Generator().manual_seed(0)
 

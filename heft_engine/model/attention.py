@@ -15,9 +15,8 @@ import torch.nn.functional as F  # noqa: N812
 from torch import Tensor
 from transformers import AttentionInterface, AttentionMaskInterface
 
-from heft_engine.cpu import amx
-from heft_engine.cpu.amx import AmxOps
-from heft_engine.cpu.amx_types import Segments
+from heft_engine.cpu import operators
+from heft_engine.cpu.amx import AmxOps, Segments
 from heft_engine.model.causal_attention import LONGEST_MATRIX, CausalAttention, causal
 from heft_engine.model.packing import TILE, KVSink, Layout, PackedRow, PrefixKV, Run, Tiles
 from heft_engine.model.prefix_attention import suffix_attention
@@ -101,7 +100,7 @@ def amx_for(
         or softcap is not None
     ):
         return None
-    amx_ops = amx.load()
+    amx_ops = operators.amx_ops()
     alike = query.shape[-1] == key.shape[-1] == value.shape[-1]
     takes = amx_ops is not None and alike and all(map(amx_ops.supports_heads, (query, key, value)))
     return amx_ops if takes else None

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from heft_engine.cpu import fused_ops, lanes, packed_weights
+from heft_engine.cpu import lanes, operators, packed_weights
 from heft_engine.cpu.fused_layers import QuickLayers
 from heft_engine.model.batch_invariant import FixedShapes, unmeasured
 from heft_engine.model.block_sizes import measured
@@ -193,7 +193,7 @@ class PackedLM:
 
     def exact_logits(self, hidden: Tensor) -> Tensor:
         """As `logits`, but multiplied in float32: through a bfloat16 head, 7 of 160 BoolQ rows tied exactly."""
-        weight, compiled = self.head.weight, fused_ops.load()
+        weight, compiled = self.head.weight, operators.fused_ops()
         on_cpu = weight.device.type == "cpu" and weight.dtype == hidden.dtype == torch.bfloat16
         on_cpu = on_cpu and hidden.device == weight.device and weight.is_contiguous()
         if compiled is not None and on_cpu and not torch.is_grad_enabled():

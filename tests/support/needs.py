@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from heft_engine.cpu import amx, build, lanes
+from heft_engine.cpu import build, lanes, operators
 
 needs_runtime = pytest.mark.skipif(
     lanes.openmp() is None, reason="torch has no OpenMP runtime here, or several: nothing is dealt out"
@@ -14,7 +14,7 @@ needs_compiler = pytest.mark.skipif(
     reason="kernels need a C++ compiler and one OpenMP runtime; without them torch's own operations run",
 )
 #: As the engine finds them, whatever a test has put in its place.
-LOAD_AMX = amx.load
+LOAD_AMX = operators.amx_ops
 needs_amx = pytest.mark.skipif(
     LOAD_AMX() is None, reason="this processor has no AMX, or there is no C++ compiler"
 )

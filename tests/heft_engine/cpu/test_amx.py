@@ -13,9 +13,8 @@ from ctypes_signatures import assert_types_are_declared
 from needs import needs_amx
 from torch import Tensor
 
-from heft_engine.cpu import amx, build, fused_ops, lanes
-from heft_engine.cpu.amx import AmxOps
-from heft_engine.cpu.amx_types import LoraDelta, Norm, Projection, Segments
+from heft_engine.cpu import build, lanes, operators
+from heft_engine.cpu.amx import AmxOps, LoraDelta, Norm, Projection, Segments
 from heft_engine.cpu.fused_ops import rms_norm
 
 #: More than one chunk of rows, and blocks of 32 with every kind of rest.
@@ -24,7 +23,7 @@ ROWS = (1, 15, 16, 17, 32, 33, 95, 257, 550)
 
 @pytest.fixture
 def amx_ops() -> AmxOps:
-    found = amx.load()
+    found = operators.amx_ops()
     assert found is not None
     torch.manual_seed(5)
     return found
@@ -38,7 +37,7 @@ def _afresh() -> Iterator[None]:
 
 
 def forget() -> None:
-    for each in (amx.load, fused_ops.load, build.library):
+    for each in (operators.amx_ops, operators.fused_ops, build.library):
         each.cache_clear()
 
 
@@ -204,7 +203,7 @@ def test_additions_are_those_of_their_rows_alone(amx_ops: AmxOps, ins: int) -> N
     added = (to_inner, to_inner[::-1], to_width)
     whole = amx_ops.gated_mlp(x, norm, (gate, up, down), None, added)
     hidden = rms_norm(x, *norm)
-    active = fused_ops.load().gate_silu(  # type: ignore[union-attr]
+    active = operators.fused_ops().gate_silu(  # type: ignore[union-attr]
         amx_ops.linear(hidden, gate, lora_deltas=added[0]), amx_ops.linear(hidden, up, lora_deltas=added[1])
     )
     assert torch.equal(whole, amx_ops.linear(active, down, None, None, x, added[2]))
@@ -219,7 +218,7 @@ def test_what_is_no_number_comes_out_of_a_gate_as_none(amx_ops: AmxOps) -> None:
         gate[7] = broken
         states = some(40, 32)
         hidden = rms_norm(states, *norm)
-        active = fused_ops.load().gate_silu(amx_ops.linear(hidden, gate), amx_ops.linear(hidden, up))  # type: ignore[union-attr]
+        active = operators.fused_ops().gate_silu(amx_ops.linear(hidden, gate), amx_ops.linear(hidden, up))  # type: ignore[union-attr]
         expected = amx_ops.linear(active, down, None, None, states)
         found = amx_ops.gated_mlp(states, norm, (gate, up, down), None)
         torch.testing.assert_close(found, expected, rtol=0, atol=0, equal_nan=True)
@@ -338,7 +337,7 @@ def test_there_are_none_that_give_something_else(
     source.write_text(text.replace(right, wrong))
     monkeypatch.setattr(build, "SOURCES", (source,))
     with caplog.at_level(logging.INFO):
-        assert amx.load(tmp_path) is None
+        assert operators.amx_ops(tmp_path) is None
     assert f"{named} gives other bits" in caplog.text
 
 
@@ -346,9 +345,9 @@ def test_they_are_there_on_a_processor_that_has_them() -> None:
     """What is skipped without them must not be skipped with them."""
     has = "amx_bf16" in Path("/proc/cpuinfo").read_text()
     if has and build.compiler() is not None and lanes.openmp() is not None:
-        assert amx.load() is not None
+        assert operators.amx_ops() is not None
     else:
-        assert amx.load() is None
+        assert operators.amx_ops() is None
 
 
 @needs_amx
@@ -357,8 +356,8 @@ def test_kernels_do_without_them(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     source = tmp_path / "matrix_units.cpp"
     source.write_text("this is no C++")
     monkeypatch.setattr(build, "SOURCES", (build.SOURCES[0], source))
-    assert amx.load(tmp_path) is None
-    assert fused_ops.load(tmp_path) is not None
+    assert operators.amx_ops(tmp_path) is None
+    assert operators.fused_ops(tmp_path) is not None
 
 
 @pytest.mark.usefixtures("_afresh")
@@ -368,13 +367,13 @@ def test_there_are_none_where_the_system_keeps_them(tmp_path: Path, monkeypatch:
             return 0
 
     monkeypatch.setattr(build, "library", lambda cache_dir: Library())
-    assert amx.load(tmp_path) is None
+    assert operators.amx_ops(tmp_path) is None
 
 
 @pytest.mark.usefixtures("_afresh")
 def test_an_operator_turns_them_off(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("HEFT_KERNELS", "off")
-    assert amx.load(tmp_path) is None
+    assert operators.amx_ops(tmp_path) is None
 
 
 def test_types_are_those_of_the_source() -> None:

@@ -15,7 +15,7 @@ from needs import needs_compiler
 from probe_models import with_intervention
 from torch import Tensor, nn
 
-from heft_engine.cpu import build, fused_layers, fused_ops
+from heft_engine.cpu import build, fused_layers, operators
 from heft_engine.cpu.fused_layers import QuickLayers
 from heft_engine.data.encoding import Example
 from heft_engine.inference.scoring import score
@@ -221,5 +221,5 @@ def test_a_row_that_is_no_number_leaves_its_neighbours_alone() -> None:
 def test_kernels_are_there_on_this_machine() -> None:
     """What is skipped without a compiler must not be skipped where there is one."""
     build.library.cache_clear()
-    fused_ops.load.cache_clear()
-    assert fused_ops.load() is not None
+    operators.fused_ops.cache_clear()
+    assert operators.fused_ops() is not None

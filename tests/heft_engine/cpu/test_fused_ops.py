@@ -12,11 +12,12 @@ import torch.nn.functional as F
 from ctypes_signatures import assert_types_are_declared
 from needs import needs_compiler
 
-from heft_engine.cpu import build, fused_ops, lanes
+from heft_engine.cpu import build, lanes, operators
+from heft_engine.cpu.fused_ops import FusedOps
 
 
 def forget() -> None:
-    fused_ops.load.cache_clear()
+    operators.fused_ops.cache_clear()
     build.library.cache_clear()
 
 
@@ -37,7 +38,7 @@ def some(*shape: int) -> torch.Tensor:
 def test_kernels_give_the_bits_of_torchs_operations(tmp_path: Path, threads: int) -> None:
     torch.set_num_threads(threads)
     torch.manual_seed(3)
-    compiled = fused_ops.load(tmp_path)
+    compiled = operators.fused_ops(tmp_path)
     assert compiled is not None
     # More elements than one thread takes, and an odd number of rows.
     x, y, weight = some(1, 301, 576), some(1, 301, 576), some(576)
@@ -58,7 +59,7 @@ def test_kernels_give_the_bits_of_torchs_operations(tmp_path: Path, threads: int
 @torch.inference_mode()
 def test_logits_are_summed_in_one_order() -> None:
     """Whatever the number of rows and threads; torch's differ with both."""
-    compiled = fused_ops.load()
+    compiled = operators.fused_ops()
     assert compiled is not None
     for width in (8, 96, 590):
         x, weight = some(11, width), some(600, width)
@@ -76,7 +77,7 @@ def test_logits_are_summed_in_one_order() -> None:
 @needs_compiler
 def test_tensors_that_do_not_fit_are_refused() -> None:
     """A kernel sees addresses alone."""
-    compiled = fused_ops.load()
+    compiled = operators.fused_ops()
     assert compiled is not None
     x, weight, places, none = some(6, 2, 8), some(8), torch.arange(6), torch.arange(0)
     turned = some(6, 8)
@@ -103,13 +104,13 @@ def test_tensors_that_do_not_fit_are_refused() -> None:
 
 @needs_compiler
 def test_what_was_compiled_is_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    assert fused_ops.load(tmp_path) is not None
+    assert operators.fused_ops(tmp_path) is not None
     (library,) = (tmp_path / "kernels").iterdir()
     assert library.suffix == ".so"
     assert library.parent.stat().st_mode & 0o077 == 0, "others must not be able to leave code there"
     forget()
     monkeypatch.setattr(build, "_compile", lambda *where: pytest.fail("compiled once more"))
-    assert fused_ops.load(tmp_path) is not None
+    assert operators.fused_ops(tmp_path) is not None
 
 
 @needs_compiler
@@ -119,7 +120,7 @@ def test_where_nothing_can_be_kept_they_are_compiled_each_time(
     """A container's user may have no home."""
     (tmp_path / "kernels").write_text("no directory")
     with caplog.at_level(logging.INFO):
-        assert fused_ops.load(tmp_path) is not None
+        assert operators.fused_ops(tmp_path) is not None
     assert "for this process alone" in caplog.text
 
 
@@ -130,7 +131,7 @@ def test_nothing_is_loaded_that_others_may_have_left(
     (tmp_path / "kernels").mkdir()
     (tmp_path / "kernels").chmod(0o777)
     with caplog.at_level(logging.INFO):
-        assert fused_ops.load(tmp_path) is not None
+        assert operators.fused_ops(tmp_path) is not None
     assert "others may leave code" in caplog.text
     assert not list((tmp_path / "kernels").iterdir())
 
@@ -140,7 +141,7 @@ def test_there_are_none_without_a_compiler(
 ) -> None:
     monkeypatch.setattr(build.shutil, "which", lambda name: None)
     with caplog.at_level(logging.INFO):
-        assert fused_ops.load(tmp_path) is None
+        assert operators.fused_ops(tmp_path) is None
     assert "torch's own operations" in caplog.text
 
 
@@ -152,7 +153,7 @@ def test_there_are_none_that_do_not_compile(
     source.write_text("this is no C++")
     monkeypatch.setattr(build, "SOURCES", (source,))
     with caplog.at_level(logging.INFO):
-        assert fused_ops.load(tmp_path) is None
+        assert operators.fused_ops(tmp_path) is None
     assert "failed: " in caplog.text
     assert not list((tmp_path / "kernels").iterdir())
 
@@ -186,13 +187,13 @@ def test_there_are_none_with_other_bits(
         (tmp_path / each.name).write_text(text.replace(right, wrong))
     monkeypatch.setattr(build, "SOURCES", (tmp_path / kept[0].name,))
     with caplog.at_level(logging.INFO):
-        assert fused_ops.load(tmp_path) is None
+        assert operators.fused_ops(tmp_path) is None
     assert f"{named} gives other bits" in caplog.text
 
 
 def test_an_operator_turns_them_off(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("HEFT_KERNELS", "off")
-    assert fused_ops.load(tmp_path) is None
+    assert operators.fused_ops(tmp_path) is None
     assert not list(tmp_path.iterdir())
 
 
@@ -201,9 +202,9 @@ def test_two_openmp_runtimes_are_one_too_many(
 ) -> None:
     monkeypatch.setattr(build, "openmp", lambda: None)
     with caplog.at_level(logging.INFO):
-        assert fused_ops.load(tmp_path) is None
+        assert operators.fused_ops(tmp_path) is None
     assert "OpenMP" in caplog.text
 
 
 def test_types_are_those_of_the_source() -> None:
-    assert_types_are_declared(build.SOURCES[0].read_text(), fused_ops.FusedOps, "heft_")
+    assert_types_are_declared(build.SOURCES[0].read_text(), FusedOps, "heft_")

@@ -14,7 +14,8 @@ from needs import needs_amx
 from probe_models import packed
 from tiny_models import FAMILIES, save_tiny_model
 
-from heft_engine.cpu import amx
+from heft_engine.cpu import operators
+from heft_engine.cpu.amx import AmxOps
 from heft_engine.cpu.packed_weights import bytes_to_pack
 from heft_engine.data.encoding import Example
 from heft_engine.inference.prefix_cache import PrefixCache, chain, reach
@@ -60,17 +61,17 @@ def test_scores_are_torchs_to_rounding(
 ) -> None:
     found = score(packed(make_wide_model(family), BF16), rows())
     attended = []
-    attend = amx.AmxOps.attention
+    attend = AmxOps.attention
 
     def watched(*args: object) -> torch.Tensor:
         attended.append(True)
         return attend(*args)  # type: ignore[arg-type]
 
-    monkeypatch.setattr(amx.AmxOps, "attention", watched)
+    monkeypatch.setattr(AmxOps, "attention", watched)
     assert score(packed(make_wide_model(family), BF16), rows()) == found
     assert bool(attended) == (family != "gemma2"), "soft caps alone are left to torch"
     exact = score(packed(make_wide_model(family), torch.float32), rows())
-    monkeypatch.setattr(amx, "load", lambda: None)
+    monkeypatch.setattr(operators, "amx_ops", lambda: None)
     by_torch = score(packed(make_wide_model(family), BF16), rows())
 
     def farthest(some: list[Scores]) -> float:
@@ -183,13 +184,13 @@ def test_rows_of_many_models_score_as_alone_and_as_merged(
         torch.set_num_threads(threads)
         assert [score_rows(base, [one])[0] for one in mixed] == together
     gated: list[bool] = []
-    run = amx.AmxOps.gated_mlp
+    run = AmxOps.gated_mlp
 
     def watched(*args: object) -> torch.Tensor:
         gated.append(True)
         return run(*args)  # type: ignore[arg-type]
 
-    monkeypatch.setattr(amx.AmxOps, "gated_mlp", watched)
+    monkeypatch.setattr(AmxOps, "gated_mlp", watched)
     plain = [
         one for one in mixed if one.adapter is not held[2].adapter and one.adapter is not held[3].adapter
     ]

@@ -45,11 +45,13 @@ def test_only_bfloat16_on_a_cpu_is_packed() -> None:
 def test_what_is_packed_for_others_is_not_taken(monkeypatch: pytest.MonkeyPatch) -> None:
     layer = linear(48, 64)
     for load in (LOAD_AMX, lambda: None):
-        monkeypatch.setattr(packed_weights.amx, "load", load)
+        monkeypatch.setattr(packed_weights.operators, "amx_ops", load)
         pack([layer])
         assert kept(layer.weight) is not None
         assert kept(layer.weight).is_mkldnn == (load is not LOAD_AMX)  # type: ignore[union-attr]
-        monkeypatch.setattr(packed_weights.amx, "load", LOAD_AMX if load is not LOAD_AMX else lambda: None)
+        monkeypatch.setattr(
+            packed_weights.operators, "amx_ops", LOAD_AMX if load is not LOAD_AMX else lambda: None
+        )
         assert kept(layer.weight) is None
 
 
