@@ -22,7 +22,8 @@ from api.middleware import Envelope
 from api.routes import completions, events, files, health, jobs, models, predict, studies
 from api.routes import metrics as metrics_route
 from store.db.session import make_engine, session_factory
-from store.messages.hints import Hints, Task, make_celery
+from store.messages.broker import Task, make_celery
+from store.messages.hints import Hints
 from store.settings import StoreSettings
 from store.settings import settings as settings_of_process
 from store.storage.artifacts import Artifacts

@@ -62,7 +62,7 @@ async def given_key(credentials: Annotated[HTTPAuthorizationCredentials | None, 
     return credentials.credentials
 
 
-#: For a route that learns whose key it is with what it looks up, in one transaction (`models.asked`).
+#: For a route that learns whose key it is with what it looks up, in one transaction (`models.authorize`).
 Key = Annotated[str, Depends(given_key)]
 
 

@@ -22,7 +22,7 @@ from redis.exceptions import RedisError
 
 from api.database import Database
 from store.errors import Unavailable
-from store.messages.hints import METRICS_PREFIX
+from store.messages.broker import METRICS_PREFIX
 from store.ops import job_statistics
 
 log = logging.getLogger(__name__)

@@ -14,7 +14,7 @@ from sqlalchemy.dialects.postgresql import insert
 from sqlalchemy.orm import Session
 
 from store import models
-from store.db.clock import seconds
+from store.db.session import seconds
 from store.db.tables import Export
 from store.errors import Conflict, InvalidRequest, LostFence
 from store.jobs import jobs

@@ -13,7 +13,7 @@ from sqlalchemy import delete, func, select
 from sqlalchemy.dialects.postgresql import insert
 from sqlalchemy.orm import Session
 
-from store.db.clock import seconds
+from store.db.session import seconds
 from store.db.tables import IdempotencyKey
 from store.errors import Conflict
 

@@ -70,7 +70,7 @@ def get(session: Session, *, owner_id: str, model_id: str) -> Model:
     raise _no_model(model_id)
 
 
-def asked(session: Session, *, key: str, model_id: str) -> tuple[keys.Owner, Model]:
+def authorize(session: Session, *, key: str, model_id: str) -> tuple[keys.Owner, Model]:
     """Who asks a model, and the model. Raises Unauthenticated, then NotFound."""
     owner = keys.authenticate(session, key)
     return owner, get(session, owner_id=owner.id, model_id=model_id)

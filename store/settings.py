@@ -91,7 +91,7 @@ class StoreSettings(BaseSettings):
     )
 
     @property
-    def results_kept(self) -> bool:
+    def reuse_enabled(self) -> bool:
         """Whether what a stage ended with is kept for equal stages of later jobs."""
         return self.reuse_days > 0 and self.reuse_bytes > 0
 

@@ -14,7 +14,8 @@ from prometheus_client import CollectorRegistry
 from heft_engine.runtime.malloc import retain_freed_memory
 from store import logs
 from store.db.session import make_engine, session_factory
-from store.messages.hints import Hints, make_celery
+from store.messages.broker import make_celery
+from store.messages.hints import Hints
 from store.settings import StoreSettings, settings
 from store.storage.artifacts import Artifacts
 from worker import tasks

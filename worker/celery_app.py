@@ -1,4 +1,4 @@
-"""The Celery worker of each role: pool, queues and prefetch, on the settings that `store.messages.hints` shares.
+"""The Celery worker of each role: pool, queues and prefetch, on the settings that `store.messages.broker` shares.
 
 Threads pools everywhere: under prefork a task process is daemonic and SIGTERM does not reach the task. The
 training worker takes one message at a time off the queue, since a message that waits behind a job of hours
@@ -21,7 +21,7 @@ from celery import Celery, signals
 from celery.exceptions import SecurityWarning
 from kombu.transport.virtual import base as virtual
 
-from store.messages.hints import Task, make_celery
+from store.messages.broker import Task, make_celery
 
 log = logging.getLogger(__name__)
 

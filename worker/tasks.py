@@ -17,8 +17,9 @@ from store.db.states import Purpose
 from store.db.tables import Job
 from store.jobs import leases
 from store.logs import bound
+from store.messages.broker import Task
 from store.messages.generate import GenerateMessage
-from store.messages.hints import PredictMessage, Task
+from store.messages.predict import PredictMessage
 from worker.context import Context
 from worker.jobs.export import build_export
 from worker.jobs.prepare import prepare_job

@@ -12,8 +12,9 @@ from typing import Any
 
 from api.clients.predict import PredictClient, Refused
 from store.errors import Unavailable
-from store.messages.generate import GenerateMessage, GenerateReply, Wish
-from store.messages.hints import Intervention, PredictModel, Task
+from store.messages.broker import Task
+from store.messages.generate import GenerateMessage, GenerateReply, SamplingParams
+from store.messages.predict import Intervention, PredictModel
 
 
 class Replies:
@@ -76,7 +77,7 @@ class TextClient:
         inputs: list[dict[str, Any]],
         *,
         n: int,
-        wish: Wish,
+        wish: SamplingParams,
         stream: bool,
         intervention: Intervention,
     ) -> Replies:

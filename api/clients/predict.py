@@ -2,7 +2,7 @@
 
 One listener serves every waiting request: 45 synchronous routes that each waited for their own reply delayed
 all others by 5 s. A request that nobody answers in time ends here, whatever became of its message.
-It does NOT know models or rows; see `store.messages.hints` for the two messages.
+It does NOT know models or rows; see `store.messages.predict` for the two messages.
 """
 
 from __future__ import annotations
@@ -23,8 +23,9 @@ from redis.exceptions import RedisError
 
 from api.cancellation import cancel_and_wait
 from store.errors import Unavailable
+from store.messages.broker import Task, redis_py_url
 from store.messages.generate import GenerateMessage, GenerateReply
-from store.messages.hints import (
+from store.messages.predict import (
     CANCELLED_SECONDS,
     Intervention,
     PredictedRow,
@@ -32,9 +33,7 @@ from store.messages.hints import (
     PredictMessage,
     PredictModel,
     PredictReply,
-    Task,
     cancelled_key,
-    redis_py_url,
 )
 
 log = logging.getLogger(__name__)

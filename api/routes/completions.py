@@ -34,7 +34,7 @@ from api.sse import TextStream
 from store import ids, models
 from store.errors import InvalidRequest
 from store.messages.generate import GeneratedPart, GeneratedUsage, GenerateReply
-from store.messages.hints import Intervention
+from store.messages.predict import Intervention
 
 router = APIRouter(prefix="/v1", tags=["Answers"])
 _STREAMED: dict[int | str, dict[str, Any]] = {
@@ -47,7 +47,7 @@ async def complete(
     request: Request, body: CompletionRequest, key: Key, db: Db, services: ServicesDep
 ) -> Response | Completion:
     """Text that goes on from a prompt, by a fine-tuned text model, a checkpoint of one or a base model."""
-    caller, model = await db(models.asked, key=key, model_id=body.model)
+    caller, model = await db(models.authorize, key=key, model_id=body.model)
     completion = partial(
         Completion,
         id=ids.new_completion_id(),
@@ -77,7 +77,7 @@ async def chat(
     request: Request, body: ChatCompletionRequest, key: Key, db: Db, services: ServicesDep
 ) -> Response | ChatCompletion:
     """The next turn of a conversation, by a fine-tuned text model, a checkpoint of one or a base model."""
-    caller, model = await db(models.asked, key=key, model_id=body.model)
+    caller, model = await db(models.authorize, key=key, model_id=body.model)
     head: dict[str, Any] = {
         "id": ids.new_chat_completion_id(),
         "created": int(time.time()),

@@ -9,7 +9,7 @@ from api.deps import Db, Key, ServicesDep
 from api.schemas.predict import MAX_INPUTS, Answer, Prediction, Predictions, PredictRequest, Usage
 from store import models
 from store.errors import InvalidRequest, TooLarge
-from store.messages.hints import Intervention, PredictModel
+from store.messages.predict import Intervention, PredictModel
 
 router = APIRouter(tags=["Answers"])
 
@@ -24,7 +24,7 @@ async def predict(
     Probabilities are calibrated where the model's job had validation rows. With `abstain_below` an answer that is less
     probable is null, and `abstained` true. Too many inputs waiting at once: 429 or 503, with `Retry-After`.
     """
-    caller, model = await db(models.asked, key=key, model_id=body.model)
+    caller, model = await db(models.authorize, key=key, model_id=body.model)
     rows = body.rows()
     if len(rows) > MAX_INPUTS:
         raise TooLarge(f"at most {MAX_INPUTS:,} inputs at a time", param="inputs")

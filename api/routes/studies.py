@@ -38,14 +38,16 @@ async def create_study(
     body: StudyRequest, caller: Caller, db: Db, services: ServicesDep, idempotency_key: IdempotencyKey = None
 ) -> StudyObject | Estimate:
     """Start a study: a job for every arm with every seed. `dry_run` says what it would take instead."""
-    kept = services.settings.results_kept
+    reuse_enabled = services.settings.reuse_enabled
     if body.dry_run:
         return Estimate.model_validate(
-            await db(estimates.of_study, owner_id=caller.id, spec=body.spec(), results_kept=kept)
+            await db(
+                estimates.estimate_study, owner_id=caller.id, spec=body.spec(), reuse_enabled=reuse_enabled
+            )
         )
     await _check_rows(body, caller.id, db, services.artifacts)
     study, runs = await db(
-        _create, owner_id=caller.id, body=body, idempotency_key=idempotency_key, results_kept=kept
+        _create, owner_id=caller.id, body=body, idempotency_key=idempotency_key, reuse_enabled=reuse_enabled
     )
     log.info("accepted %s from %s, %d jobs", study.id, caller.id, len(runs))
     for run in runs:
@@ -56,7 +58,7 @@ async def create_study(
 
 
 def _create(
-    session: Session, *, owner_id: str, body: StudyRequest, idempotency_key: str | None, results_kept: bool
+    session: Session, *, owner_id: str, body: StudyRequest, idempotency_key: str | None, reuse_enabled: bool
 ) -> tuple[Study, list[Run]]:
     study_id = new_study_id()
     if idempotency_key is not None:
@@ -75,7 +77,7 @@ def _create(
         spec=body.spec(),
         metadata=body.metadata,
         study_id=study_id,
-        results_kept=results_kept,
+        reuse_enabled=reuse_enabled,
     )
     return study, studies.runs_of(session, study.id)
 

@@ -14,7 +14,7 @@ from pydantic_core import PydanticCustomError
 
 from api.schemas.common import RequestBody
 from api.schemas.predict import Intervention
-from store.messages.generate import Wish
+from store.messages.generate import SamplingParams
 
 #: Texts that one request may ask for, prompts times n.
 MOST_TEXTS = 128
@@ -115,9 +115,9 @@ class WriteRequestBody(RequestBody, ABC):
     def inputs(self) -> list[dict[str, Any]]:
         """The prompts as rows."""
 
-    def wish(self) -> Wish:
+    def wish(self) -> SamplingParams:
         stops = [self.stop] if isinstance(self.stop, str) else self.stop or []
-        return Wish(
+        return SamplingParams(
             max_tokens=self.max_tokens,
             temperature=1.0 if self.temperature is None else self.temperature,
             top_p=1.0 if self.top_p is None else self.top_p,
@@ -158,7 +158,7 @@ class CompletionRequest(WriteRequestBody):
         prompts = [self.prompt] if isinstance(self.prompt, str) else self.prompt
         return [{"prompt": prompt} for prompt in prompts]
 
-    def wish(self) -> Wish:
+    def wish(self) -> SamplingParams:
         wish = super().wish()
         wish["max_tokens"] = wish["max_tokens"] or USUAL_MAX_TOKENS
         wish["top_logprobs"] = self.logprobs
@@ -208,7 +208,7 @@ class ChatCompletionRequest(WriteRequestBody):
     def inputs(self) -> list[dict[str, Any]]:
         return [{"messages": [message.model_dump() for message in self.messages]}]
 
-    def wish(self) -> Wish:
+    def wish(self) -> SamplingParams:
         wish = super().wish()
         wish["max_tokens"] = self.max_tokens or self.max_completion_tokens
         wish["top_logprobs"] = (self.top_logprobs or 0) if self.logprobs else None

@@ -7,7 +7,7 @@ from typing import Annotated, Any, Literal
 from pydantic import BaseModel, Field, model_validator
 
 from api.schemas.common import RequestBody
-from store.messages.hints import PredictedRow
+from store.messages.predict import PredictedRow
 
 #: Rows in one request.
 MAX_INPUTS = 1_024

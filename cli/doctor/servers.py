@@ -71,7 +71,7 @@ def broker(settings: StoreSettings) -> Finding:
     from redis.backoff import NoBackoff
     from redis.retry import Retry
 
-    from store.messages.hints import Task, redis_py_url
+    from store.messages.broker import Task, redis_py_url
 
     try:
         with redis.Redis.from_url(

@@ -8,10 +8,11 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from datetime import timedelta
 from typing import Any
 
 import psycopg
-from sqlalchemy import Engine, ExceptionContext, create_engine, event, exc
+from sqlalchemy import BindParameter, Engine, ExceptionContext, Interval, create_engine, event, exc, literal
 from sqlalchemy.orm import Session, sessionmaker
 
 from store.errors import Unavailable
@@ -101,3 +102,8 @@ def transaction(factory: SessionFactory) -> Iterator[Session]:
         if not error.connection_invalidated:
             raise
         raise Unavailable("the connection to the database was lost; try again") from error
+
+
+def seconds(value: float) -> BindParameter[timedelta]:
+    """A Postgres interval to add to `now()`: the database's clock alone decides leases, pauses and order."""
+    return literal(timedelta(seconds=value), Interval())

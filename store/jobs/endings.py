@@ -15,11 +15,11 @@ from sqlalchemy import func, update
 from sqlalchemy.orm import Session
 
 from store import ids
-from store.db.clock import seconds
+from store.db.session import seconds
 from store.db.states import WAITING, JobState
 from store.db.study_tables import Outcome
 from store.db.tables import FineTunedModel, Job
-from store.jobs.fence import Claim, honour, let_go, lock, write_held
+from store.jobs.fence import Claim, apply_stop_request, finish_attempt, lock, write_fenced
 from store.jobs.transitions import NewEvent, cancelled, failed, paused
 from store.storage import files
 from store.storage.files import NewFile
@@ -31,17 +31,17 @@ def finish_prepared(session: Session, claim: Claim, *, report: Mapping[str, Any]
     """The files are good: the job is queued. After the commit, hint (job.id, "train") if its state is
     `queued`.
     """
-    job = write_held(
+    job = write_fenced(
         session,
         claim,
         {"validation": dict(report), "hinted_at": func.now()},
         NewEvent(code="VALIDATION_COMPLETE", message="The files have been checked.", data=report),
     )
-    ended = honour(session, claim, job, resume_to=JobState.QUEUED)
+    ended = apply_stop_request(session, claim, job, resume_to=JobState.QUEUED)
     if ended is not None:
         return ended
     event = NewEvent(code="QUEUED", message="The job waits for a training worker.")
-    return let_go(session, claim, JobState.QUEUED, event, "prepared")
+    return finish_attempt(session, claim, JobState.QUEUED, event, "prepared")
 
 
 def finish_succeeded(
@@ -64,7 +64,7 @@ def finish_succeeded(
     """
     job = lock(session, claim)
     if job.cancel_requested_at is not None:
-        return let_go(session, claim, JobState.CANCELLED, cancelled(), "cancelled")
+        return finish_attempt(session, claim, JobState.CANCELLED, cancelled(), "cancelled")
     model_id = ids.model_id(
         base=claim.spec.model, owner_id=claim.owner_id, suffix=claim.spec.suffix, job_id=claim.job_id
     )
@@ -101,7 +101,7 @@ def finish_succeeded(
         message=f"The job has succeeded; its model is {model_id}.",
         data={"fine_tuned_model": model_id, "evaluation": values["evaluation"]},
     )
-    return let_go(session, claim, JobState.SUCCEEDED, event, "succeeded", values)
+    return finish_attempt(session, claim, JobState.SUCCEEDED, event, "succeeded", values)
 
 
 def finish_failed(
@@ -112,16 +112,16 @@ def finish_failed(
     """
     job = lock(session, claim)
     if job.cancel_requested_at is not None:
-        return let_go(session, claim, JobState.CANCELLED, cancelled(), "cancelled")
+        return finish_attempt(session, claim, JobState.CANCELLED, cancelled(), "cancelled")
     values: dict[str, Any] = {"error": dict(error)}
     if report is not None:
         values["validation"] = dict(report)
-    return let_go(session, claim, JobState.FAILED, failed(error), "failed", values)
+    return finish_attempt(session, claim, JobState.FAILED, failed(error), "failed", values)
 
 
 def finish_cancelled(session: Session, claim: Claim) -> Job:
     """The trainer has been ended because its user asked for it."""
-    return let_go(session, claim, JobState.CANCELLED, cancelled(), "cancelled")
+    return finish_attempt(session, claim, JobState.CANCELLED, cancelled(), "cancelled")
 
 
 def finish_paused(session: Session, claim: Claim) -> Job:
@@ -129,24 +129,24 @@ def finish_paused(session: Session, claim: Claim) -> Job:
     for.
     """
     job = lock(session, claim)
-    ended = honour(session, claim, job, resume_to=WAITING[claim.purpose])
+    ended = apply_stop_request(session, claim, job, resume_to=WAITING[claim.purpose])
     if ended is not None:
         return ended
     values = {"paused_from": WAITING[claim.purpose]}
-    return let_go(session, claim, JobState.PAUSED, paused(), "paused", values)
+    return finish_attempt(session, claim, JobState.PAUSED, paused(), "paused", values)
 
 
 def release(session: Session, claim: Claim, *, reason: str = "Its worker was asked to stop.") -> Job:
     """Put the job back to where it waits, at no cost to it; `cancelled` or `paused` if that was asked for."""
     job = lock(session, claim)
-    ended = honour(session, claim, job, resume_to=WAITING[claim.purpose])
+    ended = apply_stop_request(session, claim, job, resume_to=WAITING[claim.purpose])
     if ended is not None:
         return ended
     event = NewEvent(code="RESTARTED", message=f"{reason} The job waits for another.")
-    return let_go(session, claim, WAITING[claim.purpose], event, "released", {"hinted_at": None})
+    return finish_attempt(session, claim, WAITING[claim.purpose], event, "released", {"hinted_at": None})
 
 
-def trainer_died(
+def record_crash(
     session: Session,
     claim: Claim,
     *,
@@ -161,14 +161,14 @@ def trainer_died(
     param}).
     """
     job = lock(session, claim)
-    ended = honour(session, claim, job, resume_to=WAITING[claim.purpose])
+    ended = apply_stop_request(session, claim, job, resume_to=WAITING[claim.purpose])
     if ended is not None:
         return ended
     deaths = job.trainer_deaths + 1
     values: dict[str, Any] = {"trainer_deaths": deaths}
     if deaths >= max_deaths:
         values["error"] = dict(error)
-        return let_go(session, claim, JobState.FAILED, failed(error), "trainer_died", values)
+        return finish_attempt(session, claim, JobState.FAILED, failed(error), "trainer_died", values)
     pause = pause_seconds * 4 ** (deaths - 1)
     values |= {"not_before": func.now() + seconds(pause), "hinted_at": None}
     event = NewEvent(
@@ -177,7 +177,7 @@ def trainer_died(
         data={"error": dict(error), "deaths": deaths},
         level="warn",
     )
-    return let_go(session, claim, WAITING[claim.purpose], event, "trainer_died", values)
+    return finish_attempt(session, claim, WAITING[claim.purpose], event, "trainer_died", values)
 
 
 def record_cleanup_error(session: Session, claim: Claim, message: str) -> None:

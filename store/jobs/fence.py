@@ -41,8 +41,8 @@ class Claim:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Wishes:
-    """What the job's user wants of it now."""
+class StopRequest:
+    """The cancel and the pause that a job's user has asked for."""
 
     cancel: bool
     pause: bool
@@ -58,16 +58,16 @@ def fence(claim: Claim) -> ColumnElement[bool]:
     )
 
 
-def lost(claim: Claim) -> LostFence:
+def lost_lease(claim: Claim) -> LostFence:
     return LostFence(f"attempt {claim.attempt} of {claim.job_id} is no longer the current one")
 
 
-def write_held(
+def write_fenced(
     session: Session, claim: Claim, values: Mapping[str, Any], event: NewEvent | None = None
 ) -> Job:
     job = write(session, fence(claim), values, event)
     if job is None:
-        raise lost(claim)
+        raise lost_lease(claim)
     return job
 
 
@@ -75,11 +75,11 @@ def lock(session: Session, claim: Claim) -> Job:
     """The job, its row locked: what it says stays true until this transaction ends. Raises LostFence."""
     job = session.scalar(select(Job).where(fence(claim)).with_for_update())
     if job is None:
-        raise lost(claim)
+        raise lost_lease(claim)
     return job
 
 
-def let_go(
+def finish_attempt(
     session: Session,
     claim: Claim,
     to: JobState,
@@ -89,15 +89,15 @@ def let_go(
 ) -> Job:
     job = move(session, fence(claim), to, event, values)
     if job is None:
-        raise lost(claim)
+        raise lost_lease(claim)
     close_attempt(session, claim.job_id, claim.attempt, outcome)
     return job
 
 
-def honour(session: Session, claim: Claim, job: Job, *, resume_to: JobState) -> Job | None:
+def apply_stop_request(session: Session, claim: Claim, job: Job, *, resume_to: JobState) -> Job | None:
     """Carry out the cancel or the pause that the user asked for; None if neither."""
     if job.cancel_requested_at is not None:
-        return let_go(session, claim, JobState.CANCELLED, cancelled(), "cancelled")
+        return finish_attempt(session, claim, JobState.CANCELLED, cancelled(), "cancelled")
     if job.pause_requested_at is not None:
-        return let_go(session, claim, JobState.PAUSED, paused(), "paused", {"paused_from": resume_to})
+        return finish_attempt(session, claim, JobState.PAUSED, paused(), "paused", {"paused_from": resume_to})
     return None

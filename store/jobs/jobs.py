@@ -13,13 +13,12 @@ from sqlalchemy import ARRAY, ColumnElement, Text, and_, cast, func, insert, sel
 from sqlalchemy.orm import Session
 
 from store import ids
-from store.db.clock import seconds
 from store.db.pagination import Page, cursor_of, fetch_page
+from store.db.session import seconds
 from store.db.states import PURPOSES, TERMINAL, JobState
 from store.db.tables import Checkpoint, Event, Job
 from store.errors import Conflict, NotFound
-from store.jobs.known_data import FILE_FIELDS, refuse_misfits
-from store.jobs.spec import TrainingSpec
+from store.jobs.spec import FILE_FIELDS, TrainingSpec, check_known_datasets
 from store.jobs.transitions import (
     NewEvent,
     append,
@@ -50,7 +49,7 @@ def create(
     field of a file that is not there, is deleted, or is another owner's, and of what a dataset's name shows to be
     wrong. After the commit, hint (job.id, "prepare").
     """
-    refuse_misfits(spec)
+    check_known_datasets(spec)
     uploaded = [(field, value) for field in FILE_FIELDS if (value := getattr(spec, field)) is not None]
     files.lock_for_job(
         session,

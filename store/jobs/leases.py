@@ -16,45 +16,14 @@ from sqlalchemy import ColumnElement, and_, func, or_, select
 from sqlalchemy.orm import Session
 
 from store import ids
-from store.db.clock import seconds
+from store.db.session import seconds
 from store.db.states import HELD, WAITING, Purpose
 from store.db.tables import Attempt, Checkpoint, Job
 from store.jobs import checkpoints
-from store.jobs.endings import (
-    finish_cancelled,
-    finish_failed,
-    finish_paused,
-    finish_prepared,
-    finish_succeeded,
-    record_cleanup_error,
-    release,
-    trainer_died,
-)
-from store.jobs.fence import Claim, Wishes, fence, lost, write_held
+from store.jobs.fence import Claim, StopRequest, fence, lost_lease, write_fenced
 from store.jobs.shared_prefix import is_free
 from store.jobs.spec import TrainingSpec
 from store.jobs.transitions import EventType, Level, NewEvent, append, write
-
-#: One door for the worker: how a job ends is written in `endings`.
-__all__ = [
-    "Claim",
-    "Wishes",
-    "claim",
-    "finish_cancelled",
-    "finish_failed",
-    "finish_paused",
-    "finish_prepared",
-    "finish_succeeded",
-    "heartbeat",
-    "longest_waiting",
-    "record_checkpoint",
-    "record_cleanup_error",
-    "record_event",
-    "record_stage_passed",
-    "release",
-    "trainer_died",
-    "wishes",
-]
 
 
 def longest_waiting(session: Session, *, purpose: Purpose) -> str | None:
@@ -98,18 +67,18 @@ def claim(
     )
 
 
-def heartbeat(session: Session, claim: Claim) -> Wishes:
+def heartbeat(session: Session, claim: Claim) -> StopRequest:
     """Renew the lease. Raises LostFence."""
-    job = write_held(session, claim, {"lease_until": func.now() + seconds(claim.lease_seconds)})
-    return _wishes(job)
+    job = write_fenced(session, claim, {"lease_until": func.now() + seconds(claim.lease_seconds)})
+    return _stop_request(job)
 
 
-def wishes(session: Session, claim: Claim) -> Wishes:
+def read_stop_request(session: Session, claim: Claim) -> StopRequest:
     """Read what is wanted without renewing the lease. Raises LostFence."""
     job = session.scalar(select(Job).where(fence(claim)))
     if job is None:
-        raise lost(claim)
-    return _wishes(job)
+        raise lost_lease(claim)
+    return _stop_request(job)
 
 
 def record_event(
@@ -141,7 +110,7 @@ def record_event(
     if resolved is not None:
         values["resolved"] = Job.resolved.concat(dict(resolved))
     event = NewEvent(code=code, message=message, data=data or {}, level=level, type=type)
-    return write_held(session, claim, values, event)
+    return write_fenced(session, claim, values, event)
 
 
 def record_checkpoint(
@@ -176,7 +145,7 @@ def record_checkpoint(
         manifest=dict(manifest),
         metrics=dict(metrics or {}),
     )
-    job = write_held(session, claim, {"trainer_deaths": 0})  # the fence first: it locks the row
+    job = write_fenced(session, claim, {"trainer_deaths": 0})  # the fence first: it locks the row
     committed = checkpoints.committed_key(session, checkpoint)
     if committed is not None:  # the same call again, or the same state saved again under another key
         return [] if committed == storage_key else [storage_key]
@@ -191,7 +160,7 @@ def record_checkpoint(
 
 def record_stage_passed(session: Session, claim: Claim, *, stages: int) -> None:
     """So many stages of this job have ended, and what they ended with is there for others. Raises LostFence."""
-    write_held(session, claim, {"stages_passed": func.greatest(Job.stages_passed, stages)})
+    write_fenced(session, claim, {"stages_passed": func.greatest(Job.stages_passed, stages)})
 
 
 def _is_waiting(purpose: Purpose) -> ColumnElement[bool]:
@@ -203,5 +172,5 @@ def _is_waiting(purpose: Purpose) -> ColumnElement[bool]:
     )
 
 
-def _wishes(job: Job) -> Wishes:
-    return Wishes(cancel=job.cancel_requested_at is not None, pause=job.pause_requested_at is not None)
+def _stop_request(job: Job) -> StopRequest:
+    return StopRequest(cancel=job.cancel_requested_at is not None, pause=job.pause_requested_at is not None)

@@ -12,7 +12,7 @@ from sqlalchemy import ColumnElement, and_, case, func, or_, select, update
 from sqlalchemy.dialects.postgresql import insert
 from sqlalchemy.orm import Session
 
-from store.db.clock import seconds
+from store.db.session import seconds
 from store.db.states import HELD, PURPOSES, WAITING, JobState, Purpose
 from store.db.tables import Job, Reconciler
 from store.jobs.shared_prefix import is_free

@@ -12,6 +12,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field, field_validator, model_validator
 
+from heft_engine.config import known_datasets
 from heft_engine.config.train import (
     Auto,
     Dtype,
@@ -24,6 +25,9 @@ from heft_engine.config.train import (
     TaskSettings,
     recipe,
 )
+from store.errors import InvalidRequest
+
+FILE_FIELDS = ("training_file", "validation_file", "test_file")
 
 #: An alias (`smollm2-135m`), a folder inside HEFT_MODEL_DIR, or a hub id; never a free path (MLflow fell to
 #: this six times).
@@ -130,7 +134,7 @@ class TrainingSpec(Settings):
             )
         return value
 
-    @field_validator("training_file", "validation_file", "test_file")
+    @field_validator(*FILE_FIELDS)
     @classmethod
     def _file_reference(cls, value: str | None) -> str | None:
         if value is not None and not FILE_REFERENCE.fullmatch(value):
@@ -142,3 +146,18 @@ class TrainingSpec(Settings):
 
     def stages(self) -> list[Stage]:
         return self.method.stages()
+
+
+def check_known_datasets(spec: TrainingSpec) -> None:
+    """Raises InvalidRequest naming the file or the part of the task that a well-known dataset's name shows to be wrong.
+
+    Not a validator of TrainingSpec: jobs that were stored before a dataset was known must still be read.
+    """
+    try:
+        for field in FILE_FIELDS:
+            source, _, dataset = (getattr(spec, field) or "").partition(":")
+            if source == "hub":
+                known_datasets.parse_reference(dataset, field)
+        known_datasets.with_dataset_defaults(spec.task, spec.training_file)
+    except known_datasets.DatasetError as fault:
+        raise InvalidRequest(str(fault), param=fault.param) from fault

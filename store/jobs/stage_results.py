@@ -13,7 +13,7 @@ from itertools import takewhile
 from sqlalchemy import ColumnElement, func, or_, select, update
 from sqlalchemy.orm import Session
 
-from store.db.clock import seconds
+from store.db.session import seconds
 from store.db.tables import StageResult
 from store.jobs.fence import Claim, lock
 

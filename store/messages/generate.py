@@ -2,7 +2,7 @@
 
 Like `/predict`, such a request holds no state: it travels in the message, and what is written comes back on the Redis
 list that the message names, piece by piece where it is streamed. A client that goes away is marked under
-`store.messages.hints.cancelled_key`, and its text leaves the worker's batch.
+`store.messages.predict.cancelled_key`, and its text leaves the worker's batch.
 
 It does NOT know OpenAI's shapes: those are the API's.
 """
@@ -11,10 +11,10 @@ from __future__ import annotations
 
 from typing import Any, Literal, NotRequired, TypedDict
 
-from store.messages.hints import Intervention, PredictFault, PredictModel
+from store.messages.predict import Intervention, PredictFault, PredictModel
 
 
-class Wish(TypedDict):
+class SamplingParams(TypedDict):
     """How text is to be written, in the words of OpenAI's API. `top_logprobs` None: no log-probabilities."""
 
     max_tokens: int | None  #: None: as far as the model's answers go
@@ -39,7 +39,7 @@ class GenerateMessage(TypedDict):
     model: PredictModel
     inputs: list[dict[str, Any]]
     n: int
-    wish: Wish
+    wish: SamplingParams
     stream: bool
     intervention: Intervention
     sent_at: float

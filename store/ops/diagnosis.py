@@ -8,7 +8,7 @@ from typing import Any, Literal
 from sqlalchemy import ColumnElement, SQLColumnExpression, and_, func, or_, select
 from sqlalchemy.orm import Session
 
-from store.db.clock import seconds
+from store.db.session import seconds
 from store.db.states import HELD, WAITING, JobState, Purpose
 from store.db.tables import Event, Job, Reconciler, Worker
 

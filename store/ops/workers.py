@@ -9,7 +9,7 @@ from sqlalchemy import delete, func, select, update
 from sqlalchemy.dialects.postgresql import insert
 from sqlalchemy.orm import Session
 
-from store.db.clock import seconds
+from store.db.session import seconds
 from store.db.tables import Worker
 
 

@@ -14,8 +14,7 @@ from typing import Any
 from sqlalchemy import ColumnElement, Delete, Update, delete, func, select, update
 from sqlalchemy.orm import Session
 
-from store.db.clock import seconds
-from store.db.session import SessionFactory, transaction
+from store.db.session import SessionFactory, seconds, transaction
 from store.db.tables import Attempt, Checkpoint, Export, File, FineTunedModel, Job, StageResult
 from store.errors import Damaged
 from store.storage import files

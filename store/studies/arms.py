@@ -9,8 +9,7 @@ from typing import Any, Literal
 from pydantic import ValidationError
 
 from store.errors import InvalidRequest
-from store.jobs.known_data import refuse_misfits
-from store.jobs.spec import TrainingSpec
+from store.jobs.spec import TrainingSpec, check_known_datasets
 from store.studies.dotted_settings import JOB_SETTINGS, Where
 from store.studies.spec import FILES, StudySpec
 
@@ -18,7 +17,7 @@ TrialState = Literal["running", "complete", "failed", "pruned"]
 
 
 @dataclass(frozen=True, kw_only=True)
-class BaseFacts:
+class BaseModelInfo:
     """What a worker has said of the base model."""
 
     n_layers: int
@@ -72,7 +71,7 @@ class Fault:
 
 
 def built(
-    spec: StudySpec, name: str, changes: Mapping[str, Any], where: Where, base: BaseFacts | None
+    spec: StudySpec, name: str, changes: Mapping[str, Any], where: Where, base: BaseModelInfo | None
 ) -> PlannedArm:
     """`changes`: the arm's own part of the job. Raises InvalidRequest naming the request's field that can't be."""
     made = training_spec(spec, changes)
@@ -81,7 +80,7 @@ def built(
         raise InvalidRequest(fault.reason, param=where.of(fault.path))
     assert isinstance(made, TrainingSpec)
     try:
-        refuse_misfits(made)
+        check_known_datasets(made)
     except InvalidRequest as refusal:
         raise InvalidRequest(refusal.message, param=where.of(refusal.param or "")) from refusal
     return PlannedArm(name=name, spec=made)
@@ -104,7 +103,7 @@ def training_spec(spec: StudySpec, changes: Mapping[str, Any]) -> TrainingSpec |
         return Fault(path=path, reason=reason.removeprefix("Value error, "))
 
 
-def misfit(made: TrainingSpec, base: BaseFacts | None) -> Fault | None:
+def misfit(made: TrainingSpec, base: BaseModelInfo | None) -> Fault | None:
     """Why the model can't have these stages; None where it can, or nobody knows it."""
     if base is None:
         return None

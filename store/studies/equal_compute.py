@@ -23,7 +23,9 @@ from store.studies.studies import Run, create_jobs, spec_of
 MOST_EPOCHS = 1_000
 
 
-def follow_up(session: Session, study: Study, runs: Sequence[Run], *, results_kept: bool = True) -> list[str]:
+def follow_up(
+    session: Session, study: Study, runs: Sequence[Run], *, reuse_enabled: bool = True
+) -> list[str]:
     """Make the jobs of arms that wait for another's arithmetic, now that it may be known; the ids of any new.
 
     The study's row is locked. Where it can't be known any more, the arms are given up, with an event.
@@ -40,7 +42,7 @@ def follow_up(session: Session, study: Study, runs: Sequence[Run], *, results_ke
     try:
         # All or nothing: a file may have been deleted since.
         with session.begin_nested():
-            return _create(session, study, measured, place=len(runs), results_kept=results_kept)
+            return _create(session, study, measured, place=len(runs), reuse_enabled=reuse_enabled)
     except InvalidRequest as refusal:
         _give_up(session, study, refusal.message)
         return []
@@ -52,13 +54,13 @@ def _create(
     measured: Sequence[Mapping[str, Any]],
     *,
     place: int,
-    results_kept: bool,
+    reuse_enabled: bool,
 ) -> list[str]:
     spec = spec_of(study)
     arms = [_with_epochs(arm, measured) if arm.like else arm for arm in plan(spec)]
     new = [arm for arm in arms if arm.like]
     wanted = [(arm, seed) for seed in spec.seeds for arm in new]
-    made = create_jobs(session, study, wanted, first=place, results_kept=results_kept)
+    made = create_jobs(session, study, wanted, first=place, reuse_enabled=reuse_enabled)
     planned = [{**arm.to_json(), "like": None} for arm in arms]
     write(session, study.id, spec={**study.spec, "planned": planned})
     epochs = {arm.name: arm.spec.stages()[0].n_epochs for arm in new}

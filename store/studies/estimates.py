@@ -21,7 +21,7 @@ from store.storage import files
 from store.studies.arms import PlannedArm
 from store.studies.plan import plan
 from store.studies.spec import StudySpec
-from store.studies.studies import base_facts
+from store.studies.studies import base_model_info
 
 #: Llama-2-7B and BoolQ's training rows: the paper's own run can be estimated where no worker has seen them.
 _LLAMA = {"n_layers": 32, "hidden_size": 4_096, "parameters": 6_738_415_616, "vocab_size": 32_000}
@@ -50,13 +50,13 @@ class _Model:
     parameters: int
 
 
-def of_study(
-    session: Session, *, owner_id: str, spec: StudySpec, results_kept: bool = True
+def estimate_study(
+    session: Session, *, owner_id: str, spec: StudySpec, reuse_enabled: bool = True
 ) -> dict[str, Any]:
     """Raises InvalidRequest as `studies.create` does. Of a search, as if its trials were like the first ones."""
     spec = spec.completed()
     assert spec.model is not None
-    arms = plan(spec, base_facts(session, spec.model))
+    arms = plan(spec, base_model_info(session, spec.model))
     model, rows = _model(session, spec.model), _rows(session, owner_id, arms)
     shown = [_of_arm(arm, model, rows) for arm in arms]
     by_name = {one["name"]: one for one in shown}
@@ -67,7 +67,7 @@ def of_study(
     if model is not None and rows is not None:
         likened = len(spec.seeds) * sum(by_name[arm.name]["flops"] for arm in arms if arm.like)
         chosen = [(arm, seed) for seed in spec.seeds for arm in arms if arm.like is None]
-        flops = likened + _with_reuse(chosen, model, rows, results_kept)
+        flops = likened + _with_reuse(chosen, model, rows, reuse_enabled)
     weights = model.parameters if model is not None else 0
     adapters = sum(one["trained_parameters"] or 0 for one in shown) * len(spec.seeds)
     more = _more_trials(spec, arms)
@@ -105,13 +105,13 @@ def _of_arm(arm: PlannedArm, model: _Model | None, rows: Rows | None) -> dict[st
     }
 
 
-def _with_reuse(runs: list[tuple[PlannedArm, int]], model: _Model, rows: Rows, results_kept: bool) -> float:
+def _with_reuse(runs: list[tuple[PlannedArm, int]], model: _Model, rows: Rows, reuse_enabled: bool) -> float:
     """Stages that begin several jobs alike are counted once, where the operator keeps them."""
     seen: set[str] = set()
     total = 0.0
     for arm, seed in runs:
         spec = arm.with_seed(seed)
-        keys: Sequence[str | None] = prefix_keys("", spec) if results_kept else []
+        keys: Sequence[str | None] = prefix_keys("", spec) if reuse_enabled else []
         for stage, key in zip(spec.stages(), keys or [None] * len(spec.stages()), strict=True):
             if key is None or key not in seen:
                 total += _flops(stage, model, rows[spec.training_file])

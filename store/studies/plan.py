@@ -5,22 +5,26 @@ An arm becomes one ordinary job a seed. It does NOT know the database: what is k
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import random
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
+from math import prod
+from typing import Any
 
 from store.errors import InvalidRequest
 from store.studies import presets
-from store.studies.arms import BaseFacts, PlannedArm, built
+from store.studies.arms import BaseModelInfo, PlannedArm, built
 from store.studies.dotted_settings import Where, changed, label
-from store.studies.points import grid_points
 from store.studies.search import first_arms
-from store.studies.spec import MAX_JOBS, StudySpec
+from store.studies.spec import MAX_ARMS, MAX_JOBS, StudySpec
 
 #: Arms that are all compared with one another: 190 pairs. More are compared with a baseline.
 MOST_PAIRWISE = 20
+#: Points of a grid that a budget may draw from.
+MOST_POINTS = 10**12
 
 
-def plan(spec: StudySpec, base: BaseFacts | None = None) -> list[PlannedArm]:
+def plan(spec: StudySpec, base: BaseModelInfo | None = None) -> list[PlannedArm]:
     """The arms of a completed spec. Raises InvalidRequest naming the field of the first one that can't be."""
     if spec.search is not None:
         _check_search_size(spec)
@@ -38,7 +42,7 @@ def plan(spec: StudySpec, base: BaseFacts | None = None) -> list[PlannedArm]:
     return arms
 
 
-def _arms(spec: StudySpec, base: BaseFacts | None) -> list[PlannedArm]:
+def _arms(spec: StudySpec, base: BaseModelInfo | None) -> list[PlannedArm]:
     if spec.tasks is not None:
         return _arms_on_tasks(spec, base)
     if spec.preset is not None:
@@ -69,7 +73,7 @@ def _arms(spec: StudySpec, base: BaseFacts | None) -> list[PlannedArm]:
     return arms
 
 
-def _arms_on_tasks(spec: StudySpec, base: BaseFacts | None) -> list[PlannedArm]:
+def _arms_on_tasks(spec: StudySpec, base: BaseModelInfo | None) -> list[PlannedArm]:
     """Every method on every task, task by task."""
     assert spec.preset is not None
     methods = presets.arms(spec.preset, scale=spec.epochs_scale or 1.0, layers=None)
@@ -81,6 +85,35 @@ def _arms_on_tasks(spec: StudySpec, base: BaseFacts | None) -> list[PlannedArm]:
             arm = built(spec, f"{name} on {data.name}", {"method": method, **files}, where, base)
             arms.append(replace(arm, method_name=name, task=data.name))
     return arms
+
+
+def grid_points(spec: StudySpec) -> list[dict[str, Any]]:
+    grid = spec.grid or {}
+    for path, values in grid.items():
+        if not values:
+            raise InvalidRequest("an empty list has no values to try", param=f"grid.{path}")
+    size = prod(len(values) for values in grid.values())
+    if size > MOST_POINTS:
+        message = f"a grid of {size:,} points is too large to draw from: at most {MOST_POINTS:,}"
+        raise InvalidRequest(message, param="grid")
+    if spec.budget is None and size > MAX_ARMS:
+        message = (
+            f"a grid of {size:,} arms needs a budget: so many of them, drawn at random, at most {MAX_ARMS}"
+        )
+        raise InvalidRequest(message, param="grid")
+    chosen: Iterable[int] = range(size)
+    if spec.budget is not None and spec.budget < size:
+        chosen = sorted(random.Random(spec.seeds[0]).sample(range(size), spec.budget))
+    return [_point(grid, number) for number in chosen]
+
+
+def _point(grid: Mapping[str, list[Any]], number: int) -> dict[str, Any]:
+    """The combination of this number; the last setting varies first."""
+    found: dict[str, Any] = {}
+    for path in reversed(list(grid)):
+        number, index = divmod(number, len(grid[path]))
+        found[path] = grid[path][index]
+    return {path: found[path] for path in grid}
 
 
 def _check_names(arms: Sequence[PlannedArm], spec: StudySpec) -> None:

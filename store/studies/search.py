@@ -15,27 +15,27 @@ from typing import Any
 
 from heft_engine.config.search_space import Range, draw, extremes, same, size
 from store.errors import InvalidRequest
-from store.studies.arms import BaseFacts, Fault, PlannedArm, Trial, built, training_spec
+from store.studies.arms import BaseModelInfo, Fault, PlannedArm, Trial, built, training_spec
 from store.studies.dotted_settings import Where, changed, label
 from store.studies.spec import SearchSpec, StudySpec
 
 #: Of points drawn at random, so many that can't be in a row show that (nearly) none can.
 _DRAWS = 100
 #: So many trials that fail before the first that doesn't, and no more are made: something else is wrong.
-HOPELESS = 5
+MAX_INITIAL_FAILURES = 5
 _FIELD = "search.space"
 _TRIAL = "trial "
 
 
 @dataclass(frozen=True, kw_only=True)
-class Round:
-    """What a worker found to try next: arms as they are kept. seen: how many arms the study had when it looked."""
+class Proposal:
+    """Arms that a worker proposes to try next, as JSON. `known_arms`: how many arms the study had when it looked."""
 
-    seen: int
-    new: Sequence[Mapping[str, Any]]
+    known_arms: int
+    new_arms: Sequence[Mapping[str, Any]]
 
 
-def first_arms(spec: StudySpec, base: BaseFacts | None) -> list[PlannedArm]:
+def first_arms(spec: StudySpec, base: BaseModelInfo | None) -> list[PlannedArm]:
     """The baseline, if one is named, and as many trials as run at a time. Raises InvalidRequest, naming the field."""
     search = _search(spec)
     if spec.baseline is not None and spec.baseline.startswith(_TRIAL):
@@ -54,7 +54,7 @@ def first_arms(spec: StudySpec, base: BaseFacts | None) -> list[PlannedArm]:
     return arms
 
 
-def _drawn(spec: StudySpec, number: int, seen: set[str], base: BaseFacts | None) -> PlannedArm | None:
+def _drawn(spec: StudySpec, number: int, seen: set[str], base: BaseModelInfo | None) -> PlannedArm | None:
     """A trial that was not seen and can be; None where none is found. Raises InvalidRequest if it were the first."""
     random = Random(f"{spec.seeds[0]} {number}")
     for _ in range(_DRAWS):
@@ -72,7 +72,7 @@ def _drawn(spec: StudySpec, number: int, seen: set[str], base: BaseFacts | None)
     return None
 
 
-def trial_arm(spec: StudySpec, trial: Trial, base: BaseFacts | None) -> PlannedArm:
+def trial_arm(spec: StudySpec, trial: Trial, base: BaseModelInfo | None) -> PlannedArm:
     """Raises InvalidRequest where that can't be."""
     method = spec.method.model_dump(mode="json", exclude_none=True)
     where = Where(changed=_FIELD, settings=tuple(trial.params))
@@ -87,7 +87,7 @@ def _name(trial: Trial) -> str:
     return f"{_TRIAL}{trial.number}: {label(shown)}"
 
 
-def as_arm(spec: StudySpec, trial: Trial, base: BaseFacts | None) -> dict[str, Any]:
+def trial_json(spec: StudySpec, trial: Trial, base: BaseModelInfo | None) -> dict[str, Any]:
     """A trial as it is kept with the study's arms: pruned where it can't be."""
     try:
         return trial_arm(spec, trial, base).to_json()
@@ -120,7 +120,7 @@ def _search(spec: StudySpec) -> SearchSpec:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Ended:
+class EndedRun:
     """A job of a trial that has ended. value: on the validation rows; None: there is none."""
 
     arm: str
@@ -132,15 +132,17 @@ def trials_of(planned: Sequence[Mapping[str, Any]]) -> list[Trial]:
     return [Trial(**arm["trial"]) for arm in planned if "trial" in arm]
 
 
-def settled(planned: Sequence[Mapping[str, Any]], ended: Sequence[Ended], seeds: int) -> list[dict[str, Any]]:
+def with_trial_results(
+    planned: Sequence[Mapping[str, Any]], ended: Sequence[EndedRun], seeds: int
+) -> list[dict[str, Any]]:
     """The arms, with what came of the trials all of whose jobs have ended."""
-    by_arm: dict[str, list[Ended]] = {}
+    by_arm: dict[str, list[EndedRun]] = {}
     for one in ended:
         by_arm.setdefault(one.arm, []).append(one)
     return [_settled(arm, by_arm.get(arm["name"], []), seeds) for arm in planned]
 
 
-def _settled(arm: Mapping[str, Any], ended: Sequence[Ended], seeds: int) -> dict[str, Any]:
+def _settled(arm: Mapping[str, Any], ended: Sequence[EndedRun], seeds: int) -> dict[str, Any]:
     if "trial" not in arm or len(ended) < seeds:
         return dict(arm)
     trial = Trial(**arm["trial"])
@@ -157,16 +159,16 @@ def _settled(arm: Mapping[str, Any], ended: Sequence[Ended], seeds: int) -> dict
     return {**arm, "trial": trial.to_json()}
 
 
-def open_places(search: Mapping[str, Any], trials: Sequence[Trial]) -> int:
+def free_slots(search: Mapping[str, Any], trials: Sequence[Trial]) -> int:
     """How many trials may be made now."""
     states = Counter(trial.state for trial in trials)
-    if why_no_more(search, trials) is not None:
+    if stop_reason(search, trials) is not None:
         return 0
     spent = len(trials) - states["pruned"]
     return int(min(search["parallel"] - states["running"], search["budget"] - spent))
 
 
-def why_no_more(search: Mapping[str, Any], trials: Sequence[Trial]) -> str | None:
+def stop_reason(search: Mapping[str, Any], trials: Sequence[Trial]) -> str | None:
     """Why a search makes no more trials though its budget is not spent; None if nothing else hinders it."""
     if (closed := search.get("closed")) is not None:
         return str(closed)
@@ -176,7 +178,7 @@ def why_no_more(search: Mapping[str, Any], trials: Sequence[Trial]) -> str | Non
     space = SearchSpec.model_validate(search).space
     if len({same(trial.params) for trial in trials}) >= size(space):
         return "every point of the space has been tried"
-    if states["failed"] >= HOPELESS and not states["complete"]:
+    if states["failed"] >= MAX_INITIAL_FAILURES and not states["complete"]:
         return f"the first {states['failed']} trials have all failed"
     if states["pruned"] >= search["budget"]:
         return f"{states['pruned']} of the points that were chosen can't be"

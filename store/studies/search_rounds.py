@@ -13,13 +13,21 @@ from sqlalchemy.orm import Session
 from store.db.states import TERMINAL, JobState
 from store.db.study_tables import Study
 from store.studies.events import append_event, write
-from store.studies.search import Ended, Round, best, settled, trial_arm, trials_of, why_no_more
+from store.studies.search import (
+    EndedRun,
+    Proposal,
+    best,
+    stop_reason,
+    trial_arm,
+    trials_of,
+    with_trial_results,
+)
 from store.studies.studies import Run, create_jobs, spec_of
 
 
-def ended(runs: Sequence[Run]) -> list[Ended]:
+def ended(runs: Sequence[Run]) -> list[EndedRun]:
     return [
-        Ended(arm=run.arm, status=str(run.job.state), value=_value(run))
+        EndedRun(arm=run.arm, status=str(run.job.state), value=_value(run))
         for run in runs
         if JobState(run.job.state) in TERMINAL
     ]
@@ -30,9 +38,9 @@ def _value(run: Run) -> float | None:
     return ((found or {}).get("validation") or {}).get("value")
 
 
-def arms_after(study: Study, runs: Sequence[Run]) -> list[dict[str, Any]]:
+def arms_with_results(study: Study, runs: Sequence[Run]) -> list[dict[str, Any]]:
     """The study's arms with what came of their trials by now."""
-    return settled(study.spec["planned"], ended(runs), len(study.spec["seeds"]))
+    return with_trial_results(study.spec["planned"], ended(runs), len(study.spec["seeds"]))
 
 
 def is_over(planned: Sequence[Mapping[str, Any]]) -> bool:
@@ -40,30 +48,32 @@ def is_over(planned: Sequence[Mapping[str, Any]]) -> bool:
     return all(trial.state != "running" for trial in trials_of(planned))
 
 
-def is_stale(study: Study, found: Round) -> bool:
+def is_stale(study: Study, proposal: Proposal) -> bool:
     """Whether the study is not any more what a worker looked at: it must look again."""
     is_over = study.cancel_requested_at is not None or "closed" in study.spec["search"]
-    return (is_over and bool(found.new)) or len(study.spec["planned"]) != found.seen
+    return (is_over and bool(proposal.new_arms)) or len(study.spec["planned"]) != proposal.known_arms
 
 
 def follow_up(
-    session: Session, study: Study, runs: Sequence[Run], found: Round, *, results_kept: bool = True
+    session: Session, study: Study, runs: Sequence[Run], proposal: Proposal, *, reuse_enabled: bool = True
 ) -> list[str]:
     """Write down what came of the trials, and make the jobs of those to try next; their ids.
 
-    The study's row is locked, and `found` is not stale. Raises InvalidRequest where no job can be made any more.
+    The study's row is locked, and `proposal` is not stale. Raises InvalidRequest where no job can be made any more.
     """
     spec = spec_of(study)
-    planned = arms_after(study, runs)
+    planned = arms_with_results(study, runs)
     _tell_ended(session, study, planned)
-    arms = [trial_arm(spec, trial, None) for trial in trials_of(found.new) if trial.state == "running"]
+    arms = [
+        trial_arm(spec, trial, None) for trial in trials_of(proposal.new_arms) if trial.state == "running"
+    ]
     wanted = [(arm, seed) for seed in spec.seeds for arm in arms]
     made: list[str] = []
     if wanted:
-        made = create_jobs(session, study, wanted, first=len(runs), results_kept=results_kept)
-    for arm in found.new:
+        made = create_jobs(session, study, wanted, first=len(runs), reuse_enabled=reuse_enabled)
+    for arm in proposal.new_arms:
         _tell_new(session, study, arm)
-    _rewrite(session, study, planned=[*planned, *found.new])
+    _rewrite(session, study, planned=[*planned, *proposal.new_arms])
     return made
 
 
@@ -111,6 +121,6 @@ def summary(study: Study) -> dict[str, Any]:
     return {
         **{name: value for name, value in search.items() if name != "closed"},
         "trials": {state: states.count(state) for state in ("running", "complete", "failed", "pruned")},
-        "ended_because": "it was cancelled" if study.cancel_requested_at else why_no_more(search, trials),
+        "ended_because": "it was cancelled" if study.cancel_requested_at else stop_reason(search, trials),
         "best": chosen,
     }

@@ -23,7 +23,7 @@ from store.jobs import jobs
 from store.jobs.shared_prefix import prefix_keys
 from store.jobs.spec import MODEL_REFERENCE
 from store.storage import files
-from store.studies.arms import BaseFacts, PlannedArm
+from store.studies.arms import BaseModelInfo, PlannedArm
 from store.studies.events import append_event, write
 from store.studies.plan import plan
 from store.studies.spec import FILES, StudySpec
@@ -40,14 +40,14 @@ class Run:
     metric: str | None  #: what its rows were measured by
 
 
-def base_facts(session: Session, model: str | None) -> BaseFacts | None:
+def base_model_info(session: Session, model: str | None) -> BaseModelInfo | None:
     """What a worker has told of this base model, if any has."""
     if model is None or not MODEL_REFERENCE.fullmatch(model):
         return None
     with suppress(NotFound):
         info = models.get(session, owner_id="", model_id=model).info
         if "n_layers" in info and "hidden_size" in info:
-            return BaseFacts(n_layers=int(info["n_layers"]), hidden_size=int(info["hidden_size"]))
+            return BaseModelInfo(n_layers=int(info["n_layers"]), hidden_size=int(info["hidden_size"]))
     return None
 
 
@@ -58,15 +58,15 @@ def create(
     spec: StudySpec,
     metadata: Mapping[str, str] | None = None,
     study_id: str | None = None,
-    results_kept: bool = True,
+    reuse_enabled: bool = True,
 ) -> Study:
     """A new study with the jobs that it begins with, seed by seed. Raises InvalidRequest naming the field that can't
     be: nothing is queued then. After the commit, hint every job's id with "prepare".
 
-    `results_kept`: whether the operator lets stages be reused, so that jobs wait for those that train what they share.
+    `reuse_enabled`: whether the operator lets stages be reused, so that jobs wait for those that train what they share.
     """
     spec = spec.completed()
-    arms = plan(spec, base_facts(session, spec.model))
+    arms = plan(spec, base_model_info(session, spec.model))
     _hold_files_of_tasks(session, owner_id, spec)
     study = Study(
         id=study_id or ids.new_study_id(),
@@ -77,7 +77,7 @@ def create(
     session.add(study)
     session.flush()
     runs = [(arm, seed) for seed in spec.seeds for arm in arms if arm.like is None]
-    create_jobs(session, study, runs, results_kept=results_kept)
+    create_jobs(session, study, runs, reuse_enabled=reuse_enabled)
     message = f"Created study {study.id}: {len(arms)} arms with {len(spec.seeds)} seeds, {len(runs)} jobs."
     append_event(session, study.id, "CREATED", message, {"arms": len(arms), "jobs": len(runs)})
     return get(session, owner_id=owner_id, study_id=study.id)
@@ -100,7 +100,7 @@ def create_jobs(
     runs: Sequence[tuple[PlannedArm, int]],
     *,
     first: int = 0,
-    results_kept: bool = True,
+    reuse_enabled: bool = True,
 ) -> list[str]:
     """Add a job for each arm and seed, in the places from `first` on; their ids. Raises InvalidRequest as jobs.create
     does. After the commit, hint each with "prepare".
@@ -110,7 +110,7 @@ def create_jobs(
     job_ids = jobs.create_all(session, owner_id=study.owner_id, wanted=wanted)
     for place, (job_id, (name, spec)) in enumerate(zip(job_ids, specs, strict=True), first):
         session.add(StudyJob(job_id=job_id, study_id=study.id, place=place, arm=name, seed=spec.seed))
-        for length, key in enumerate(prefix_keys(study.id, spec) if results_kept else [], 1):
+        for length, key in enumerate(prefix_keys(study.id, spec) if reuse_enabled else [], 1):
             session.add(StudyPrefix(job_id=job_id, length=length, key=key, place=place))
     session.flush()
     return job_ids

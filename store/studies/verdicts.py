@@ -19,21 +19,21 @@ from store.db.tables import Job
 from store.errors import InvalidRequest
 from store.studies import equal_compute, search_rounds
 from store.studies.events import append_event, write
-from store.studies.search import Round, best
+from store.studies.search import Proposal, best
 from store.studies.studies import Run
 
 _LEVELS = {JobState.FAILED: "error", JobState.CANCELLED: "warn"}
 
 
-def with_news(session: Session, *, but: Collection[str] = ()) -> Study | None:
+def next_study(session: Session, *, exclude: Collection[str] = ()) -> Study | None:
     """A study of which jobs have ended that no verdict knows, the oldest; None when there is none `but` these."""
     ended = exists().where(StudyJob.study_id == Study.id, Job.id == StudyJob.job_id)
     news = ended.where(Job.state.in_(TERMINAL), StudyJob.told.is_(None))
-    query = select(Study).where(Study.finished_at.is_(None), news, Study.id.not_in(but))
+    query = select(Study).where(Study.finished_at.is_(None), news, Study.id.not_in(exclude))
     return session.scalar(query.order_by(Study.created_at).limit(1))
 
 
-def question(
+def compare_input(
     study: Study, runs: Sequence[Run], arms: Sequence[Mapping[str, Any]] | None = None
 ) -> dict[str, Any]:
     """What `python -m heft_engine compare` reads: the arms in order, and the rows of each run that has succeeded.
@@ -56,7 +56,7 @@ def question(
     }
 
 
-def judged_of_search(planned: Sequence[Mapping[str, Any]]) -> list[Mapping[str, Any]]:
+def arms_to_compare(planned: Sequence[Mapping[str, Any]]) -> list[Mapping[str, Any]]:
     """The best trial and the baseline, once the search is over. The test rows of other trials are looked at by nobody,
     and those of the best not before it is known: what was chosen among is no fair estimate of what was chosen.
     """
@@ -83,14 +83,14 @@ def record(
     study_id: str,
     runs: Sequence[Run],
     verdict: Mapping[str, Any],
-    found: Round | None = None,
+    proposal: Proposal | None = None,
     *,
-    results_kept: bool = True,
+    reuse_enabled: bool = True,
 ) -> list[str] | None:
     """Write down what was found over these runs, tell of those that have ended since, and end the study with its last.
 
     The ids of jobs that follow: after the commit, hint each with "prepare". None for a verdict that says nothing new:
-    others have made it, or overtaken it. `found`: of a search, what to try next.
+    others have made it, or overtaken it. `proposal`: of a search, what to try next.
     """
     study = session.scalars(select(Study).where(Study.id == study_id).with_for_update()).one()
     ended = {run.job.id: run for run in runs if JobState(run.job.state) in TERMINAL}
@@ -98,7 +98,7 @@ def record(
     told = set(session.scalars(known))
     if study.finished_at is not None or not told < ended.keys():
         return None
-    if found is not None and search_rounds.is_stale(study, found):
+    if proposal is not None and search_rounds.is_stale(study, proposal):
         return None
     try:
         # All or nothing: a file may have been deleted since.
@@ -107,7 +107,7 @@ def record(
                 if run.job.id not in told:
                     _tell(session, study_id, run)
             write(session, study_id, verdict=dict(verdict))
-            made = _follow_up(session, study, runs, found, results_kept)
+            made = _follow_up(session, study, runs, proposal, reuse_enabled)
     except InvalidRequest as refusal:
         search_rounds.close(session, study, refusal.message)
         return None
@@ -119,11 +119,11 @@ def record(
 
 
 def _follow_up(
-    session: Session, study: Study, runs: Sequence[Run], found: Round | None, results_kept: bool
+    session: Session, study: Study, runs: Sequence[Run], proposal: Proposal | None, reuse_enabled: bool
 ) -> list[str]:
-    if found is not None:
-        return search_rounds.follow_up(session, study, runs, found, results_kept=results_kept)
-    return equal_compute.follow_up(session, study, runs, results_kept=results_kept)
+    if proposal is not None:
+        return search_rounds.follow_up(session, study, runs, proposal, reuse_enabled=reuse_enabled)
+    return equal_compute.follow_up(session, study, runs, reuse_enabled=reuse_enabled)
 
 
 def _tell(session: Session, study_id: str, run: Run) -> None:

@@ -15,8 +15,9 @@ from stand_in_worker import StandIn
 from cli.stack.process import wait_until
 from store import models
 from store.db.session import SessionFactory, transaction
+from store.messages.broker import redis_py_url
 from store.messages.generate import GeneratedPart, GeneratedToken, GenerateMessage
-from store.messages.hints import cancelled_key, redis_py_url
+from store.messages.predict import cancelled_key
 from store.settings import StoreSettings
 
 MODEL = "tiny"

@@ -9,7 +9,7 @@ import pytest
 from api_calls import JOBS, MINIMAL, create, hint, refusal, running
 
 from store.db.session import SessionFactory, transaction
-from store.jobs import jobs, leases
+from store.jobs import endings, jobs, leases
 from store.settings import StoreSettings
 
 
@@ -168,7 +168,7 @@ class TestWhatARunShows:
         held = running(client, sessions)
         error = {"code": "out_of_memory", "message": "A batch of 4 would fit.", "param": "batch_size"}
         with transaction(sessions) as session:
-            leases.finish_failed(session, held, error=error)
+            endings.finish_failed(session, held, error=error)
 
         job = client.get(f"{JOBS}/{held.job_id}").json()
 

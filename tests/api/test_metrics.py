@@ -20,7 +20,7 @@ from store import models
 from store.db.session import SessionFactory, transaction
 from store.jobs import jobs
 from store.jobs.spec import TrainingSpec
-from store.messages.hints import METRICS_SECONDS, metrics_key, redis_py_url
+from store.messages.broker import METRICS_SECONDS, metrics_key, redis_py_url
 from store.settings import StoreSettings
 
 Serving = Callable[[FastAPI], AbstractContextManager[str]]

@@ -10,7 +10,7 @@ from kombu import Connection
 
 from store import exports, models
 from store.db.session import SessionFactory, transaction
-from store.jobs import leases
+from store.jobs import endings, leases
 from store.settings import StoreSettings
 from store.storage.artifacts import Artifacts
 
@@ -38,10 +38,10 @@ def trained(client: httpx.Client, sessions: SessionFactory, base: str) -> str:
     with transaction(sessions) as session:
         prepare = leases.claim(session, job_id=job_id, worker_id="w", purpose="prepare")
         assert prepare is not None
-        leases.finish_prepared(session, prepare, report={})
+        endings.finish_prepared(session, prepare, report={})
         train = leases.claim(session, job_id=job_id, worker_id="w", purpose="train")
         assert train is not None
-        leases.finish_succeeded(
+        endings.finish_succeeded(
             session,
             train,
             storage_key=f"jobs/{job_id}/{train.attempt}/bundle",

@@ -19,7 +19,8 @@ from api.app import create_app
 from store import keys, models
 from store.db.session import SessionFactory, transaction
 from store.errors import RateLimited, Unavailable
-from store.messages.hints import CANCELLED_SECONDS, cancelled_key, redis_py_url
+from store.messages.broker import redis_py_url
+from store.messages.predict import CANCELLED_SECONDS, cancelled_key
 from store.settings import StoreSettings
 
 MODEL = "tiny"

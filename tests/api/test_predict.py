@@ -15,7 +15,8 @@ from stand_in_worker import StandIn, answered
 
 from store import models
 from store.db.session import SessionFactory, transaction
-from store.messages.hints import PredictMessage, redis_py_url
+from store.messages.broker import redis_py_url
+from store.messages.predict import PredictMessage
 from store.settings import StoreSettings
 
 MODEL = "tiny"

@@ -9,7 +9,7 @@ import pytest
 from api_calls import JOBS, refusal
 
 from store.db.session import SessionFactory, transaction
-from store.jobs import leases
+from store.jobs import endings, leases
 from store.studies import studies, verdicts
 
 STUDIES = "/v1/studies"
@@ -52,7 +52,7 @@ def end_all(sessions: SessionFactory, study_id: str) -> None:
         with transaction(sessions) as session:
             claim = leases.claim(session, job_id=run.job.id, worker_id="w", purpose="prepare")
             assert claim is not None
-            leases.finish_prepared(session, claim, report={})
+            endings.finish_prepared(session, claim, report={})
         with transaction(sessions) as session:
             claim = leases.claim(session, job_id=run.job.id, worker_id="w", purpose="train")
             assert claim is not None
@@ -65,7 +65,7 @@ def end_all(sessions: SessionFactory, study_id: str) -> None:
                 "results": [{**stage, "right": packed}],
             }
             cost = {**stage, "flops": 10 + number, "seconds": 2.5, "trained_parameters": 7, "tokens": 5}
-            leases.finish_succeeded(
+            endings.finish_succeeded(
                 session, claim, storage_key="k", manifest={}, task={}, outcomes=outcomes, costs=[cost, cost]
             )
     verdict = {

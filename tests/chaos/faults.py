@@ -26,7 +26,7 @@ from kombu.exceptions import OperationalError
 from races import cancel_at_point
 
 from cli.stack.process import wait_until
-from store.messages.hints import Task, make_celery
+from store.messages.broker import Task, make_celery
 
 
 class Injector:

@@ -21,7 +21,7 @@ _RACED = (
     "commit worker.jobs.attempt._claim",
     "commit finish_prepared",
     "commit finish_succeeded",
-    "commit trainer_died",
+    "commit record_crash",
 )
 #: The cancels have been sent and are being worked on.
 _UNDER_WAY_SECONDS = 0.7

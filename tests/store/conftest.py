@@ -16,7 +16,7 @@ from store import ids
 from store.db.session import SessionFactory, make_engine, session_factory, transaction
 from store.db.states import JobState
 from store.db.tables import Attempt, Base, Event, Job
-from store.jobs import jobs, leases
+from store.jobs import endings, jobs, leases
 from store.jobs.fence import Claim
 from store.jobs.spec import TrainingSpec
 from store.storage import files
@@ -63,14 +63,14 @@ class Bench:
         return claim
 
     def queued(self) -> Job:
-        return self.do(leases.finish_prepared, self.claim(self.job().id), report={"rows": 3})
+        return self.do(endings.finish_prepared, self.claim(self.job().id), report={"rows": 3})
 
     def running(self) -> Claim:
         return self.claim(self.queued().id)
 
     def succeed(self, claim: Claim) -> Job:
         return self.do(
-            leases.finish_succeeded,
+            endings.finish_succeeded,
             claim,
             storage_key=f"jobs/{claim.job_id}/{claim.attempt}/bundle",
             manifest={"heft.json": SHA},
@@ -102,7 +102,7 @@ class Bench:
             case JobState.SUCCEEDED:
                 return self.succeed(self.running())
             case JobState.FAILED:
-                return self.do(leases.finish_failed, self.running(), error=BOOM)
+                return self.do(endings.finish_failed, self.running(), error=BOOM)
             case JobState.CANCELLED:
                 return self.do(jobs.request_cancel, owner_id=OWNER, job_id=self.queued().id)
 

@@ -11,7 +11,8 @@ from pathlib import Path
 import pytest
 from redis import Redis
 
-from store.messages.hints import Hints, Task, make_celery, redis_py_url
+from store.messages.broker import Task, make_celery, redis_py_url
+from store.messages.hints import Hints
 
 
 @pytest.fixture

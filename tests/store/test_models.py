@@ -41,13 +41,13 @@ def test_a_result_is_found_by_its_owner_alone(bench) -> None:
 def test_whose_key_it_is_comes_before_whose_model(bench) -> None:
     final = bench.succeed(bench.running()).fine_tuned_model
     own, other = (bench.do(keys.create, owner_id=owner, name="one who asks") for owner in (OWNER, "others"))
-    asker, model = bench.do(models.asked, key=own, model_id=final)
+    asker, model = bench.do(models.authorize, key=own, model_id=final)
     assert (asker.id, model.id) == (OWNER, final)
     with pytest.raises(NotFound):
-        bench.do(models.asked, key=other, model_id=final)
+        bench.do(models.authorize, key=other, model_id=final)
     for model_id in (final, "unknown"):
         with pytest.raises(Unauthenticated):
-            bench.do(models.asked, key="nobody's", model_id=model_id)
+            bench.do(models.authorize, key="nobody's", model_id=model_id)
 
 
 def test_a_deleted_model_is_hidden_but_a_worker_in_the_middle_still_finds_it(bench) -> None:

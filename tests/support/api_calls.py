@@ -8,7 +8,7 @@ import httpx
 from kombu import Connection
 
 from store.db.session import SessionFactory, transaction
-from store.jobs import leases
+from store.jobs import endings, leases
 from store.jobs.fence import Claim
 from store.settings import StoreSettings
 
@@ -37,7 +37,7 @@ def running(client: httpx.Client, sessions: SessionFactory, **changes: Any) -> C
     """A job that a worker trains on."""
     job_id = create(client, **changes)["id"]
     with transaction(sessions) as session:
-        leases.finish_prepared(session, claim(sessions, job_id, "prepare"), report={"rows": 3})
+        endings.finish_prepared(session, claim(sessions, job_id, "prepare"), report={"rows": 3})
     return claim(sessions, job_id, "train")
 
 

@@ -11,7 +11,8 @@ from typing import Any
 import redis
 from kombu import Connection
 
-from store.messages.hints import PredictMessage, redis_py_url
+from store.messages.broker import redis_py_url
+from store.messages.predict import PredictMessage
 
 Behaviour = Callable[[PredictMessage], dict[str, Any] | None]
 

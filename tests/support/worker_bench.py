@@ -20,7 +20,7 @@ from sqlalchemy import select
 from store import ids
 from store.db.session import transaction
 from store.db.tables import Attempt, Checkpoint, Event, Job
-from store.jobs import jobs, leases
+from store.jobs import endings, jobs, leases
 from store.jobs.spec import TrainingSpec
 from store.storage import files
 from store.storage.artifacts import file_key
@@ -47,7 +47,7 @@ class Bench:
         with transaction(self.context.sessions) as session:
             claim = leases.claim(session, job_id=job_id, worker_id="prepare", purpose="prepare")
             assert claim is not None
-            leases.finish_prepared(session, claim, report={"rows": 1})
+            endings.finish_prepared(session, claim, report={"rows": 1})
         return job_id
 
     def created(self, content: bytes, **spec: Any) -> str:

@@ -12,7 +12,8 @@ from sqlalchemy import Engine
 from worker_bench import FAKE_ENGINE, Bench
 
 from store.db.session import make_engine, session_factory
-from store.messages.hints import Hints, make_celery
+from store.messages.broker import make_celery
+from store.messages.hints import Hints
 from store.settings import StoreSettings
 from store.storage.artifacts import Artifacts
 from worker.context import Context

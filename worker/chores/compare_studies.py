@@ -16,11 +16,11 @@ from store.db.session import transaction
 from store.db.study_tables import Study
 from store.errors import Unavailable
 from store.studies import search_rounds, studies, verdicts
-from store.studies.arms import BaseFacts
-from store.studies.search import Round
+from store.studies.arms import BaseModelInfo
+from store.studies.search import Proposal
 from store.studies.studies import Run
 from worker.chores.chore import Chore
-from worker.chores.searching import Ask, next_round
+from worker.chores.searching import Ask, next_proposal
 from worker.context import ENGINE, Context
 from worker.engine_process.query import ask
 
@@ -42,16 +42,16 @@ def _judge_one(context: Context, command: Sequence[str], failed: set[str]) -> bo
     A study that can't be judged joins `failed`, so that it does not stand before the others.
     """
     with transaction(context.sessions) as session:
-        study = verdicts.with_news(session, but=failed)
+        study = verdicts.next_study(session, exclude=failed)
         runs = studies.runs_of(session, study.id, rows=True) if study is not None else []
-        base = studies.base_facts(session, study.spec["model"]) if study is not None else None
+        base = studies.base_model_info(session, study.spec["model"]) if study is not None else None
     if study is None:
         return False
     try:
-        verdict, found = _looked_at(partial(ask, context, command), study, runs, base)
-        kept = context.settings.results_kept
+        verdict, proposal = _looked_at(partial(ask, context, command), study, runs, base)
+        reuse_enabled = context.settings.reuse_enabled
         with transaction(context.sessions) as session:
-            made = verdicts.record(session, study.id, runs, verdict, found, results_kept=kept)
+            made = verdicts.record(session, study.id, runs, verdict, proposal, reuse_enabled=reuse_enabled)
     except Unavailable:
         raise
     except Exception as fault:
@@ -66,17 +66,17 @@ def _judge_one(context: Context, command: Sequence[str], failed: set[str]) -> bo
 
 
 def _looked_at(
-    engine: Ask, study: Study, runs: Sequence[Run], base: BaseFacts | None
-) -> tuple[dict[str, Any], Round | None]:
+    engine: Ask, study: Study, runs: Sequence[Run], base: BaseModelInfo | None
+) -> tuple[dict[str, Any], Proposal | None]:
     """The verdict, and what a search tries next."""
     if study.spec.get("search") is None:
-        return engine("compare", verdicts.question(study, runs)), None
-    planned = search_rounds.arms_after(study, runs)
-    found = next_round(engine, study, planned, base)
-    arms = verdicts.judged_of_search([*planned, *found.new])
+        return engine("compare", verdicts.compare_input(study, runs)), None
+    planned = search_rounds.arms_with_results(study, runs)
+    proposal = next_proposal(engine, study, planned, base)
+    arms = verdicts.arms_to_compare([*planned, *proposal.new_arms])
     if not arms:
-        return EMPTY_VERDICT, found
-    return engine("compare", verdicts.question(study, runs, arms)), found
+        return EMPTY_VERDICT, proposal
+    return engine("compare", verdicts.compare_input(study, runs, arms)), proposal
 
 
 def judging(context: Context) -> list[Chore]:

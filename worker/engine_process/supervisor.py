@@ -18,7 +18,7 @@ from enum import StrEnum
 from types import TracebackType
 
 from store.errors import LostFence, Unavailable
-from store.jobs.leases import Wishes
+from store.jobs.fence import StopRequest
 from store.logs import in_context
 from store.settings import StoreSettings
 from worker.engine_process.child import Child
@@ -82,8 +82,8 @@ class Supervisor:
     def __init__(
         self,
         *,
-        renew: Callable[[], Wishes],
-        wishes: Callable[[], Wishes],
+        renew: Callable[[], StopRequest],
+        wishes: Callable[[], StopRequest],
         stopping: threading.Event,
         limits: Limits,
     ) -> None:
@@ -143,7 +143,7 @@ class Supervisor:
     def _pause(self) -> float:
         return min(self._limits.control, max(self._kill_at - time.monotonic(), 0.02))
 
-    def _look(self, ask: Callable[[], Wishes]) -> None:
+    def _look(self, ask: Callable[[], StopRequest]) -> None:
         try:
             wishes = ask()
         except LostFence:
@@ -152,7 +152,7 @@ class Supervisor:
         except Unavailable as fault:
             # Training goes on: whether the lease was kept is for the fence to say, once the database is back.
             log.warning("the database is away, the attempt goes on: %s", fault)
-            wishes = Wishes(cancel=False, pause=False)
+            wishes = StopRequest(cancel=False, pause=False)
         if self._stopping.is_set():
             self._end(StopReason.SHUTDOWN)
         if wishes.pause:

@@ -16,7 +16,7 @@ from typing import Any, cast
 from redis import Redis
 from redis.exceptions import RedisError
 
-from store.messages.hints import cancelled_key
+from store.messages.predict import cancelled_key
 
 log = logging.getLogger(__name__)
 

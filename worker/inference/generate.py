@@ -26,7 +26,7 @@ from store.messages.generate import (
     GenerateReply,
     TopToken,
 )
-from store.messages.hints import REPLY_SECONDS, PredictFault
+from store.messages.predict import REPLY_SECONDS, PredictFault
 from worker.inference.cancellations import LOOK_SECONDS
 from worker.inference.predict import Inference, NobodyWaits, check_somebody_waits, fault_of
 from worker.inference.text_requests import Heard, Texts, begin

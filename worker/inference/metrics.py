@@ -21,7 +21,7 @@ from redis import Redis
 from redis.exceptions import RedisError
 
 from store.errors import Unavailable
-from store.messages.hints import METRICS_SECONDS, metrics_key, redis_py_url
+from store.messages.broker import METRICS_SECONDS, metrics_key, redis_py_url
 from worker.chores.chore import Chore
 from worker.context import Context
 

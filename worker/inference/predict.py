@@ -33,7 +33,8 @@ from heft_engine.serving.batcher import Batcher
 from heft_engine.serving.model_pool import ModelPool
 from heft_engine.serving.predictor import Predictor
 from store.errors import StoreError, Unavailable
-from store.messages.hints import (
+from store.messages.broker import redis_py_url
+from store.messages.predict import (
     REPLY_SECONDS,
     PredictedRow,
     PredictedRows,
@@ -41,7 +42,6 @@ from store.messages.hints import (
     PredictMessage,
     PredictModel,
     PredictReply,
-    redis_py_url,
 )
 from worker.context import Context
 from worker.inference.cancellations import Cancelled

@@ -1,6 +1,6 @@
 """One attempt at one job, from the claim to the write that lets go of it, whatever the work is.
 
-The work is a function that gets the attempt and returns how it ends (one of `store.jobs.leases`' endings). What
+The work is a function that gets the attempt and returns how it ends (a function of `store.jobs.endings`). What
 is the same for every kind of work is here: the fence, the lease, the folder, the child, and what an
 interruption leads to.
 
@@ -28,7 +28,7 @@ from store.db.session import transaction
 from store.db.states import Purpose
 from store.db.tables import Job
 from store.errors import Damaged, LostFence, Unavailable
-from store.jobs import leases
+from store.jobs import endings, leases
 from store.jobs.fence import Claim
 from store.logs import bound
 from worker.context import Context
@@ -39,7 +39,7 @@ log = logging.getLogger(__name__)
 
 T = TypeVar("T")
 
-#: How an attempt ends: a function of `store.jobs.leases`, its arguments filled in.
+#: How an attempt ends: a function of `store.jobs.endings`, its arguments filled in.
 Ending = Callable[[Session, Claim], Job]
 
 #: How long a worker that shall stop waits for a database or a storage that is away. Then the lease ends the
@@ -144,7 +144,7 @@ class Attempt:
         """The ending for a child that went without a word."""
         settings = self.context.settings
         return partial(
-            leases.trainer_died,
+            endings.record_crash,
             error=error,
             max_deaths=settings.max_trainer_deaths,
             pause_seconds=settings.death_pause_seconds,
@@ -154,11 +154,11 @@ class Attempt:
         """The ending for an attempt that was interrupted."""
         match self._watch.reason:
             case StopReason.CANCELLED:
-                return leases.finish_cancelled
+                return endings.finish_cancelled
             case StopReason.PAUSED:
-                return leases.finish_paused
+                return endings.finish_paused
             case StopReason.SHUTDOWN:
-                return leases.release
+                return endings.release
             case StopReason.STALLED:
                 return self.crashed(
                     job_error("stalled", "The training process made no progress and was ended.")
@@ -204,7 +204,7 @@ def _clean_up(context: Context, claim: Claim, folder: Path) -> None:
     except OSError as fault:
         log.exception("files of %s stay behind", claim.job_id)
         with suppress(Unavailable), transaction(context.sessions) as session:
-            leases.record_cleanup_error(session, claim, f"files stay behind: {fault}")
+            endings.record_cleanup_error(session, claim, f"files stay behind: {fault}")
 
 
 def _do(attempt: Attempt, work: Callable[[Attempt], Ending]) -> Ending:
@@ -243,7 +243,7 @@ def crash_error(code: int) -> dict[str, Any]:
 def failed(attempt: Attempt, error: Mapping[str, Any]) -> Ending:
     """The ending for a child that said what was wrong."""
     return (
-        attempt.crashed(error) if error["code"] in _TRANSIENT else partial(leases.finish_failed, error=error)
+        attempt.crashed(error) if error["code"] in _TRANSIENT else partial(endings.finish_failed, error=error)
     )
 
 
@@ -265,7 +265,7 @@ def _watch(context: Context, claim: Claim) -> Supervisor:
 
     return Supervisor(
         renew=partial(ask, leases.heartbeat),
-        wishes=partial(ask, leases.wishes),
+        wishes=partial(ask, leases.read_stop_request),
         stopping=context.stopping,
         limits=Limits.of(context.settings),
     )

@@ -19,7 +19,7 @@ from store import exports
 from store.db.session import transaction
 from store.errors import Damaged, LostFence, NotFound, Unavailable
 from store.exports import DIAGNOSTICS, ExportClaim
-from store.jobs.fence import Wishes
+from store.jobs.fence import StopRequest
 from store.storage.artifacts import Artifacts, export_key
 from worker.context import Context
 from worker.engine_process.child import Child, child_environment
@@ -153,7 +153,7 @@ def _store_tar(artifacts: Artifacts, key: str, directory: Path, name: str) -> in
     return upload.size
 
 
-def _renew(context: Context, claim: ExportClaim) -> Wishes:
+def _renew(context: Context, claim: ExportClaim) -> StopRequest:
     with transaction(context.sessions) as session:
         exports.heartbeat(session, claim)
-    return Wishes(cancel=False, pause=False)
+    return StopRequest(cancel=False, pause=False)

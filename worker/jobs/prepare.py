@@ -12,7 +12,7 @@ from pathlib import Path
 
 from store.db.states import JobState
 from store.db.tables import Job
-from store.jobs import leases
+from store.jobs import endings
 from worker.context import Context
 from worker.jobs.attempt import Attempt, Ending, crash_error, failed, run_attempt
 from worker.jobs.fetch_rows import FIELDS, fetch_uploads, store_rows
@@ -49,7 +49,7 @@ def _check(attempt: Attempt) -> Ending:
     for field, reference in references.items():
         report["files"][field]["reference"] = reference
     if data["error"] is not None:
-        return partial(leases.finish_failed, error=data["error"], report=report)
+        return partial(endings.finish_failed, error=data["error"], report=report)
     for field, made in data["made"].items():
         report["files"][field]["sha256"] = store_rows(attempt, Path(made))
-    return partial(leases.finish_prepared, report=report)
+    return partial(endings.finish_prepared, report=report)

@@ -46,7 +46,7 @@ class LocalRun:
 
 def reuses(spec: TrainingSpec, settings: StoreSettings) -> bool:
     """Whether stages of earlier jobs are used, and this job's kept: its user and the operator both decide."""
-    return spec.reuse and settings.results_kept
+    return spec.reuse and settings.reuse_enabled
 
 
 def train_config(spec: TrainingSpec, *, revision: str | None) -> TrainConfig:

@@ -15,7 +15,7 @@ from typing import Any
 
 from store.db.tables import Job
 from store.errors import Damaged
-from store.jobs import leases
+from store.jobs import endings, leases
 from store.studies import studies
 from worker.chores import activation_folder
 from worker.chores.gpu_handoff import room
@@ -86,7 +86,7 @@ def _train(attempt: Attempt) -> Ending:
 def _succeeded(run: LocalRun, publisher: Publisher, data: Mapping[str, Any]) -> Ending:
     bundle = publisher.bundle(run.out)
     return partial(
-        leases.finish_succeeded,
+        endings.finish_succeeded,
         storage_key=bundle.key,
         manifest=bundle.manifest,
         task=bundle_task(run.out),

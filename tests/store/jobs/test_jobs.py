@@ -7,7 +7,7 @@ import pytest
 from store.db.states import TERMINAL, JobState
 from store.db.tables import Job
 from store.errors import Conflict, InvalidRequest, LostFence, NotFound
-from store.jobs import jobs, leases
+from store.jobs import endings, jobs, leases
 
 OWNER = "team"
 
@@ -140,7 +140,7 @@ def test_cancel_of_a_running_job_is_a_wish_that_may_be_repeated(bench) -> None:
     again = bench.do(jobs.request_cancel, owner_id=OWNER, job_id=claim.job_id)
     assert first.state == again.state == JobState.RUNNING
     assert first.cancel_requested_at == again.cancel_requested_at is not None
-    assert bench.do(leases.wishes, claim).cancel
+    assert bench.do(leases.read_stop_request, claim).cancel
     with pytest.raises(Conflict):
         bench.do(jobs.request_pause, owner_id=OWNER, job_id=claim.job_id)
 
@@ -161,7 +161,7 @@ def test_a_job_paused_while_its_files_are_checked_goes_back_there(bench) -> None
     assert paused.state == JobState.PAUSED
     assert bench.outcomes(claim.job_id) == ["paused"]
     with pytest.raises(LostFence):
-        bench.do(leases.finish_prepared, claim, report={})
+        bench.do(endings.finish_prepared, claim, report={})
     resumed = bench.do(jobs.resume, owner_id=OWNER, job_id=claim.job_id)
     assert resumed.state == JobState.VALIDATING_FILES
     assert bench.codes(claim.job_id) == ["CREATED", "PAUSED", "RESUMED"]

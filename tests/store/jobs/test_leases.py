@@ -9,7 +9,7 @@ import pytest
 from store import models
 from store.db.states import JobState
 from store.errors import LostFence
-from store.jobs import jobs, leases
+from store.jobs import endings, jobs, leases
 from store.storage import files
 from store.storage.files import NewFile
 
@@ -21,15 +21,15 @@ DEAD = {"code": "trainer_died", "message": "The training process ended without a
 #: Every write of a claimed job.
 WRITES = {
     "heartbeat": lambda bench, claim: bench.do(leases.heartbeat, claim),
-    "wishes": lambda bench, claim: bench.do(leases.wishes, claim),
+    "wishes": lambda bench, claim: bench.do(leases.read_stop_request, claim),
     "event": lambda bench, claim: bench.do(leases.record_event, claim, code="METRICS", message="step 1"),
     "checkpoint": lambda bench, claim: bench.checkpoint(claim, 1),
     "succeeded": lambda bench, claim: bench.succeed(claim),
-    "failed": lambda bench, claim: bench.do(leases.finish_failed, claim, error=BOOM),
-    "cancelled": lambda bench, claim: bench.do(leases.finish_cancelled, claim),
-    "paused": lambda bench, claim: bench.do(leases.finish_paused, claim),
-    "released": lambda bench, claim: bench.do(leases.release, claim),
-    "died": lambda bench, claim: bench.do(leases.trainer_died, claim, error=DEAD),
+    "failed": lambda bench, claim: bench.do(endings.finish_failed, claim, error=BOOM),
+    "cancelled": lambda bench, claim: bench.do(endings.finish_cancelled, claim),
+    "paused": lambda bench, claim: bench.do(endings.finish_paused, claim),
+    "released": lambda bench, claim: bench.do(endings.release, claim),
+    "died": lambda bench, claim: bench.do(endings.record_crash, claim, error=DEAD),
 }
 
 
@@ -84,7 +84,7 @@ def test_a_stale_attempt_can_write_nothing(bench, write: str, stale: str) -> Non
     if stale == "other worker":
         claim = replace(claim, worker_id="someone-else")
     else:
-        bench.do(leases.release, claim)
+        bench.do(endings.release, claim)
         if stale == "earlier attempt":
             bench.claim(job_id)
     before = bench.get(job_id)
@@ -103,9 +103,9 @@ def test_a_stale_attempt_can_write_nothing(bench, write: str, stale: str) -> Non
 
 def test_a_checker_of_files_whose_job_was_taken_back_can_write_nothing(bench) -> None:
     claim = bench.claim(bench.job().id)
-    bench.do(leases.release, claim)  # same state, same attempt number: only its worker is gone
+    bench.do(endings.release, claim)  # same state, same attempt number: only its worker is gone
     with pytest.raises(LostFence):
-        bench.do(leases.finish_prepared, claim, report={})
+        bench.do(endings.finish_prepared, claim, report={})
     assert bench.get(claim.job_id).state == JobState.VALIDATING_FILES
 
 
@@ -146,7 +146,7 @@ def test_two_step_checkpoints_are_kept_the_newest_first(bench) -> None:
     assert bench.checkpoint(claim, 10) == []
     assert bench.checkpoint(claim, 20) == []
     assert bench.checkpoint(claim, 30) == [f"jobs/{claim.job_id}/{claim.attempt}/step-10"]
-    bench.do(leases.release, claim)
+    bench.do(endings.release, claim)
     again = bench.claim(claim.job_id)
     assert [checkpoint.step for checkpoint in again.checkpoints] == [30, 20]
     assert again.resume_from == again.checkpoints[0]
@@ -157,7 +157,7 @@ def test_a_stage_end_is_newer_than_the_step_before_it_and_stays(bench) -> None:
     for step in (10, 20):
         bench.checkpoint(claim, step)
     bench.checkpoint(claim, 20, "stage")
-    bench.do(leases.release, claim)
+    bench.do(endings.release, claim)
     again = bench.claim(claim.job_id)
     assert [(row.step, row.kind) for row in again.checkpoints] == [(20, "stage"), (20, "step")]
 
@@ -166,10 +166,10 @@ def test_an_attempt_that_fell_back_goes_on_from_its_own_checkpoints(bench) -> No
     claim = bench.running()
     for step in (10, 20):
         bench.checkpoint(claim, step)
-    bench.do(leases.release, claim)
+    bench.do(endings.release, claim)
     fell_back = bench.claim(claim.job_id)  # its 20 is damaged: it starts from 10 and gets to 15
     bench.checkpoint(fell_back, 15)
-    bench.do(leases.release, fell_back)
+    bench.do(endings.release, fell_back)
     assert [row.step for row in bench.claim(claim.job_id).checkpoints] == [15, 20]
 
 
@@ -189,7 +189,7 @@ def test_the_models_of_equal_stages_have_names_of_their_own(bench) -> None:
     )
     spec = TrainingSpec(model="org/name@abc", training_file="sample:passages", seed=1, method=method)
     job = bench.do(jobs.create, owner_id=OWNER, spec=spec)
-    bench.do(leases.finish_prepared, bench.claim(job.id), report={})
+    bench.do(endings.finish_prepared, bench.claim(job.id), report={})
     claim = bench.claim(job.id)
     for index, stage in enumerate(("lora", "reft", "lora")):
         bench.checkpoint(claim, 10 * (index + 1), "stage", stage=stage, stage_index=index)
@@ -214,7 +214,7 @@ def test_success_sets_state_model_file_and_event_together(bench) -> None:
     bench.checkpoint(claim, 10)
     result = NewFile(file_id="file-r", filename="result.csv", size=9, sha256=SHA, storage_key="jobs/r.csv")
     job = bench.do(
-        leases.finish_succeeded,
+        endings.finish_succeeded,
         claim,
         storage_key="jobs/bundle",
         manifest={"heft.json": SHA},
@@ -271,7 +271,7 @@ def test_a_run_that_was_told_to_pause_pauses_if_it_would_go_on(bench, end: str, 
 
 def test_a_released_job_waits_again_at_no_cost(bench) -> None:
     claim = bench.running()
-    job = bench.do(leases.release, claim)
+    job = bench.do(endings.release, claim)
     assert (job.state, job.trainer_deaths, job.lost_leases) == (JobState.QUEUED, 0, 0)
     assert bench.codes(job.id)[-1] == "RESTARTED"
     assert bench.claim(job.id).attempt == claim.attempt + 1
@@ -281,7 +281,7 @@ def test_a_trainer_that_dies_is_tried_again_after_growing_pauses_then_fails(benc
     job_id = bench.queued().id
     pauses = []
     for _ in range(2):
-        job = bench.do(leases.trainer_died, bench.claim(job_id), error=DEAD)
+        job = bench.do(endings.record_crash, bench.claim(job_id), error=DEAD)
         assert job.state == JobState.QUEUED
         assert bench.do(leases.claim, job_id=job_id, worker_id="w", purpose="train") is None
         [row] = bench.sql("SELECT extract(epoch FROM not_before - now())::float AS pause FROM jobs")
@@ -289,7 +289,7 @@ def test_a_trainer_that_dies_is_tried_again_after_growing_pauses_then_fails(benc
         bench.sql("UPDATE jobs SET not_before = now()")
     assert 8 < pauses[0] <= 10
     assert 38 < pauses[1] <= 40
-    job = bench.do(leases.trainer_died, bench.claim(job_id), error=DEAD)
+    job = bench.do(endings.record_crash, bench.claim(job_id), error=DEAD)
     assert (job.state, job.error, job.trainer_deaths) == (JobState.FAILED, DEAD, 3)
     assert bench.codes(job_id)[-1] == "FAILED"
     assert bench.outcomes(job_id) == ["prepared", "trainer_died", "trainer_died", "trainer_died"]
@@ -300,15 +300,15 @@ def test_a_new_checkpoint_forgets_the_deaths_before_it(bench) -> None:
     for step in (10, 20, 30, 40):
         claim = bench.claim(job_id)
         bench.checkpoint(claim, step)
-        job = bench.do(leases.trainer_died, claim, error=DEAD, pause_seconds=0)
+        job = bench.do(endings.record_crash, claim, error=DEAD, pause_seconds=0)
         assert (job.state, job.trainer_deaths) == (JobState.QUEUED, 1)
 
 
 def test_a_checker_of_files_that_dies_goes_back_to_checking(bench) -> None:
     claim = bench.claim(bench.job().id)
-    job = bench.do(leases.trainer_died, claim, error=DEAD, pause_seconds=0)
+    job = bench.do(endings.record_crash, claim, error=DEAD, pause_seconds=0)
     assert job.state == JobState.VALIDATING_FILES
-    assert bench.do(leases.finish_prepared, bench.claim(job.id), report={}).state == JobState.QUEUED
+    assert bench.do(endings.finish_prepared, bench.claim(job.id), report={}).state == JobState.QUEUED
 
 
 def test_checked_files_queue_the_job_with_their_report(bench) -> None:
@@ -321,7 +321,7 @@ def test_checked_files_queue_the_job_with_their_report(bench) -> None:
 def test_a_bad_file_fails_the_job(bench) -> None:
     claim = bench.claim(bench.job().id)
     error = {"code": "invalid_training_file", "message": "line 7: no answer", "param": "training_file"}
-    job = bench.do(leases.finish_failed, claim, error=error)
+    job = bench.do(endings.finish_failed, claim, error=error)
     assert (job.state, job.error) == (JobState.FAILED, error)
     last = bench.events(job.id)[-1]
     assert (last.level, last.data) == ("error", {"code": "FAILED", "error": error})
@@ -330,7 +330,7 @@ def test_a_bad_file_fails_the_job(bench) -> None:
 def test_trouble_after_the_end_does_not_change_the_end(bench) -> None:
     claim = bench.running()
     bench.succeed(claim)
-    bench.do(leases.record_cleanup_error, claim, "the scratch folder could not be removed")
+    bench.do(endings.record_cleanup_error, claim, "the scratch folder could not be removed")
     job = bench.get(claim.job_id)
     assert job.state == JobState.SUCCEEDED
     assert job.cleanup_error == "the scratch folder could not be removed"

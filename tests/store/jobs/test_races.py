@@ -17,6 +17,7 @@ from store.db.session import transaction
 from store.db.states import JobState
 from store.errors import Conflict, InvalidRequest, LostFence, StoreError
 from store.jobs import jobs, leases, reconcile
+from store.jobs.fence import Claim
 from store.storage import files
 
 OWNER = "team"
@@ -48,7 +49,7 @@ def test_of_eight_workers_one_gets_the_job(bench) -> None:
     for _ in range(5):
         job = bench.queued()
 
-        def claim(number: int, job_id: str = job.id) -> leases.Claim | None:
+        def claim(number: int, job_id: str = job.id) -> Claim | None:
             return bench.do(leases.claim, job_id=job_id, worker_id=f"worker-{number}", purpose="train")
 
         claims = together(*(partial(claim, number) for number in range(8)))

@@ -9,7 +9,7 @@ import pytest
 from store.db.session import transaction
 from store.db.states import JobState
 from store.errors import LostFence
-from store.jobs import jobs, leases, reconcile
+from store.jobs import endings, jobs, leases, reconcile
 
 OWNER = "team"
 
@@ -33,7 +33,7 @@ def test_a_long_queue_is_hinted_from_its_oldest_end(bench) -> None:
 
 def test_a_job_in_its_pause_after_a_death_is_not_hinted(bench) -> None:
     error = {"code": "trainer_died", "message": "It died.", "param": None}
-    job = bench.do(leases.trainer_died, bench.running(), error=error)
+    job = bench.do(endings.record_crash, bench.running(), error=error)
     assert bench.do(reconcile.sweep) == []
     bench.sql("UPDATE jobs SET not_before = now()")
     assert bench.do(reconcile.sweep) == [(job.id, "train")]

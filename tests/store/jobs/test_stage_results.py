@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from store.errors import LostFence, Unavailable
-from store.jobs import leases, stage_results
+from store.jobs import endings, stage_results
 from store.jobs.fence import Claim
 from store.storage import garbage
 from store.storage.artifacts import Artifacts
@@ -61,7 +61,7 @@ def test_a_new_one_stands_in_place_of_an_older_of_the_same_owner(bench) -> None:
 
 def test_an_attempt_that_is_over_adds_nothing(bench) -> None:
     claim = bench.running()
-    bench.do(leases.finish_failed, claim, error=BOOM)
+    bench.do(endings.finish_failed, claim, error=BOOM)
     with pytest.raises(LostFence):
         add(bench, claim, "a")
     assert found(bench, "a") == []
@@ -118,7 +118,7 @@ def test_the_end_of_an_attempt_takes_what_has_no_row_and_leaves_the_rest(bench, 
     unnamed = f"jobs/{claim.job_id}/{claim.attempt}/result-b"
     for key in (named, unnamed):
         artifacts.put_stream(f"{key}/state.json", [b"x"])
-    bench.do(leases.finish_failed, claim, error=BOOM)
+    bench.do(endings.finish_failed, claim, error=BOOM)
     garbage.collect(bench.factory, artifacts, quiet_seconds=0)
     assert artifacts.children(named) == ["state.json"]
     assert artifacts.children(unnamed) == []

@@ -13,7 +13,7 @@ from sqlalchemy import exc
 from store.db.states import TERMINAL, TRANSITIONS, JobState, sources
 from store.db.tables import Job
 from store.errors import Conflict, LostFence
-from store.jobs import jobs, leases, reconcile
+from store.jobs import endings, jobs, leases, reconcile
 from store.jobs.fence import Claim
 from store.jobs.transitions import NewEvent, move
 
@@ -110,13 +110,15 @@ OPERATIONS: st.SearchStrategy[Callable[[Life], None]] = st.one_of(
     st.just(lambda life: life.ask(jobs.request_pause)),
     st.just(lambda life: life.ask(jobs.resume)),
     st.just(lambda life: life.lose()),
-    WHICH.map(lambda which: lambda life: life.write(which, leases.finish_prepared, report={})),
+    WHICH.map(lambda which: lambda life: life.write(which, endings.finish_prepared, report={})),
     WHICH.map(lambda which: lambda life: life.write(which, leases.heartbeat)),
-    WHICH.map(lambda which: lambda life: life.write(which, leases.release)),
-    WHICH.map(lambda which: lambda life: life.write(which, leases.finish_paused)),
-    WHICH.map(lambda which: lambda life: life.write(which, leases.finish_failed, error=DEAD)),
-    WHICH.map(lambda which: lambda life: life.write(which, leases.finish_cancelled)),
-    WHICH.map(lambda which: lambda life: life.write(which, leases.trainer_died, error=DEAD, pause_seconds=0)),
+    WHICH.map(lambda which: lambda life: life.write(which, endings.release)),
+    WHICH.map(lambda which: lambda life: life.write(which, endings.finish_paused)),
+    WHICH.map(lambda which: lambda life: life.write(which, endings.finish_failed, error=DEAD)),
+    WHICH.map(lambda which: lambda life: life.write(which, endings.finish_cancelled)),
+    WHICH.map(
+        lambda which: lambda life: life.write(which, endings.record_crash, error=DEAD, pause_seconds=0)
+    ),
     WHICH.map(lambda which: lambda life: life.checkpoint(which)),
     WHICH.map(lambda which: lambda life: life.succeed(which)),
 )

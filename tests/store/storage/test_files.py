@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from store.errors import InvalidRequest, NotFound
-from store.jobs import jobs, leases
+from store.jobs import endings, jobs
 from store.storage import files
 
 OWNER = "team"
@@ -38,7 +38,7 @@ def test_the_bytes_of_a_deleted_file_stay_while_a_job_needs_them(bench) -> None:
     bench.do(files.delete, owner_id=OWNER, file_id=file_id)
     assert bench.do(files.purgeable) == []
     assert bench.do(files.for_job, owner_id=OWNER, file_id=file_id).storage_key == f"files/{file_id}"
-    bench.do(leases.finish_failed, claim, error={"code": "x", "message": "m", "param": None})
+    bench.do(endings.finish_failed, claim, error={"code": "x", "message": "m", "param": None})
     assert [file.id for file in bench.do(files.purgeable)] == [file_id]
 
 

@@ -10,7 +10,7 @@ import pytest
 
 from store import exports, models
 from store.errors import Unavailable
-from store.jobs import jobs, leases
+from store.jobs import endings, jobs
 from store.storage import files, garbage
 from store.storage.artifacts import Artifacts
 from store.storage.files import NewFile
@@ -56,7 +56,7 @@ def test_old_checkpoints_go_and_the_newest_stay(bench, artifacts: Artifacts, art
         bench.checkpoint(claim, step)
     garbage.collect(bench.factory, artifacts)
     assert stored(artifacts_url) == {f"{prefix}/step-20/state.bin", f"{prefix}/step-30/state.bin"}
-    bench.do(leases.finish_failed, claim, error={"code": "x", "message": "m", "param": None})
+    bench.do(endings.finish_failed, claim, error={"code": "x", "message": "m", "param": None})
     garbage.collect(bench.factory, artifacts)
     assert stored(artifacts_url) == set()
 
@@ -109,7 +109,7 @@ def test_what_an_attempt_left_without_a_row_goes_when_it_is_quiet(
         file_id="file-r", filename="result.csv", size=1, sha256=SHA, storage_key=f"{prefix}/result.csv"
     )
     bench.do(
-        leases.finish_succeeded,
+        endings.finish_succeeded,
         claim,
         storage_key=f"{prefix}/bundle",
         manifest={"heft.json": SHA},
@@ -165,7 +165,7 @@ def test_rows_made_for_a_job_go_when_it_has_ended(bench, artifacts: Artifacts, a
     put(artifacts, f"prepared/{claim.job_id}/{SHA}")
     garbage.collect_prepared(bench.factory, artifacts)
     assert stored(artifacts_url) == {f"prepared/{claim.job_id}/{SHA}"}
-    bench.do(leases.finish_cancelled, claim)
+    bench.do(endings.finish_cancelled, claim)
     garbage.collect_prepared(bench.factory, artifacts)
     assert stored(artifacts_url) == set()
 

@@ -9,12 +9,21 @@ from pydantic import ValidationError
 
 from store.errors import InvalidRequest
 from store.studies import presets
-from store.studies.arms import BaseFacts, PlannedArm, Trial
+from store.studies.arms import BaseModelInfo, PlannedArm, Trial
 from store.studies.plan import plan
-from store.studies.search import HOPELESS, Ended, as_arm, best, open_places, settled, trials_of, why_no_more
+from store.studies.search import (
+    MAX_INITIAL_FAILURES,
+    EndedRun,
+    best,
+    free_slots,
+    stop_reason,
+    trial_json,
+    trials_of,
+    with_trial_results,
+)
 from store.studies.spec import StudySpec
 
-BASE = BaseFacts(n_layers=30, hidden_size=576)
+BASE = BaseModelInfo(n_layers=30, hidden_size=576)
 
 
 def spec(**changes: Any) -> StudySpec:
@@ -22,11 +31,11 @@ def spec(**changes: Any) -> StudySpec:
     return StudySpec.model_validate(given | changes)
 
 
-def arms(base: BaseFacts | None = BASE, **changes: Any) -> list[PlannedArm]:
+def arms(base: BaseModelInfo | None = BASE, **changes: Any) -> list[PlannedArm]:
     return plan(spec(**changes).completed(), base)
 
 
-def refused(base: BaseFacts | None = BASE, **changes: Any) -> str | None:
+def refused(base: BaseModelInfo | None = BASE, **changes: Any) -> str | None:
     with pytest.raises(InvalidRequest) as found:
         arms(base, **changes)
     return found.value.param
@@ -225,24 +234,24 @@ def test_a_point_that_can_not_be_is_no_first_trial() -> None:
 
 def test_what_can_not_be_later_is_left_out_with_a_reason() -> None:
     asked = spec(**search(space={"reft.layers": {"low": 0, "high": 59}})).completed()
-    kept = as_arm(asked, Trial(number=4, params={"reft.layers": 31}), BASE)
+    kept = trial_json(asked, Trial(number=4, params={"reft.layers": 31}), BASE)
     assert kept["name"] == "trial 4: reft.layers=31"
     assert kept["trial"]["state"] == "pruned"
     assert kept["trial"]["reason"] == "there is no layer 31: the model has layers 0 to 29"
-    assert as_arm(asked, Trial(number=4, params={"reft.layers": 29}), BASE)["trial"]["state"] == "running"
+    assert trial_json(asked, Trial(number=4, params={"reft.layers": 29}), BASE)["trial"]["state"] == "running"
 
 
 def test_a_trial_is_the_mean_over_its_seeds_and_fails_with_any_of_them() -> None:
     planned = [arm.to_json() for arm in arms(**search(parallel=3), baseline="as it is")]
     one, two, three = (arm["name"] for arm in planned[1:])
     ended = [
-        *(Ended(arm=one, status="succeeded", value=value) for value in (0.5, 0.6)),
-        Ended(arm=two, status="succeeded", value=0.9),
-        Ended(arm=two, status="failed", value=None),
-        Ended(arm=three, status="succeeded", value=0.9),
-        Ended(arm="as it is", status="succeeded", value=1.0),
+        *(EndedRun(arm=one, status="succeeded", value=value) for value in (0.5, 0.6)),
+        EndedRun(arm=two, status="succeeded", value=0.9),
+        EndedRun(arm=two, status="failed", value=None),
+        EndedRun(arm=three, status="succeeded", value=0.9),
+        EndedRun(arm="as it is", status="succeeded", value=1.0),
     ]
-    after = settled(planned, ended, 2)
+    after = with_trial_results(planned, ended, 2)
     assert after[0] == planned[0]
     found = trials_of(after)
     assert [trial.state for trial in found] == ["complete", "failed", "running"]
@@ -256,7 +265,7 @@ def test_as_many_trials_are_made_as_the_budget_and_the_places_allow() -> None:
     def places(*states: Any, budget: int = 6, parallel: int = 2, **closed: str) -> int:
         found = [Trial(number=n, params={"reft.rank": n}, state=state) for n, state in enumerate(states, 1)]
         space = {"reft.rank": {"low": 1, "high": 100}}
-        return open_places({"space": space, "budget": budget, "parallel": parallel, **closed}, found)
+        return free_slots({"space": space, "budget": budget, "parallel": parallel, **closed}, found)
 
     assert places() == 2
     assert places("running", "complete") == 1
@@ -266,8 +275,8 @@ def test_as_many_trials_are_made_as_the_budget_and_the_places_allow() -> None:
     assert places(*["complete"] * 5, "pruned") == 1  # it has cost nothing
     assert places(*["pruned"] * 6) == 0
     assert places(*["failed"] * 4) == 2
-    assert places(*["failed"] * HOPELESS) == 0
-    assert places("complete", *["failed"] * HOPELESS, budget=9) == 2
+    assert places(*["failed"] * MAX_INITIAL_FAILURES) == 0
+    assert places("complete", *["failed"] * MAX_INITIAL_FAILURES, budget=9) == 2
     assert places(closed="no file") == 0
 
 
@@ -343,8 +352,12 @@ def test_kinds_of_stage_2_are_those_that_the_engine_has() -> None:
     ("budget", "states", "because"),
     [
         (3, ["complete", "failed", "failed"], None),
-        (HOPELESS, ["failed"] * HOPELESS, None),
-        (HOPELESS + 1, ["failed"] * HOPELESS, f"the first {HOPELESS} trials have all failed"),
+        (MAX_INITIAL_FAILURES, ["failed"] * MAX_INITIAL_FAILURES, None),
+        (
+            MAX_INITIAL_FAILURES + 1,
+            ["failed"] * MAX_INITIAL_FAILURES,
+            f"the first {MAX_INITIAL_FAILURES} trials have all failed",
+        ),
         (2, ["complete", "complete", "pruned", "pruned"], None),
         (2, ["complete", "pruned", "pruned"], "2 of the points that were chosen can't be"),
         (50, ["complete"] * 6, "every point of the space has been tried"),
@@ -360,7 +373,7 @@ def test_a_search_says_why_it_ended_before_its_budget_was_spent(
         Trial(number=number, params={"reft.rank": number}, state=state)
         for number, state in enumerate(states, 1)
     ]
-    assert why_no_more(asked.model_dump(mode="json"), trials) == because
+    assert stop_reason(asked.model_dump(mode="json"), trials) == because
 
 
 @pytest.mark.parametrize(

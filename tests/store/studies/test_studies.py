@@ -11,7 +11,7 @@ from sqlalchemy.orm.exc import DetachedInstanceError
 from store.db.states import JobState
 from store.db.study_tables import Study
 from store.errors import Conflict, InvalidRequest, NotFound
-from store.jobs import jobs, leases, reconcile
+from store.jobs import endings, jobs, leases, reconcile
 from store.ops import job_statistics
 from store.studies import studies, verdicts
 from store.studies.spec import StudySpec
@@ -35,8 +35,8 @@ def spec(**changes: Any) -> StudySpec:
     )
 
 
-def create(bench, *, results_kept: bool = True, **changes: Any) -> Study:
-    return bench.do(studies.create, owner_id=OWNER, spec=spec(**changes), results_kept=results_kept)
+def create(bench, *, reuse_enabled: bool = True, **changes: Any) -> Study:
+    return bench.do(studies.create, owner_id=OWNER, spec=spec(**changes), reuse_enabled=reuse_enabled)
 
 
 def runs(bench, study: Study) -> list[studies.Run]:
@@ -51,7 +51,7 @@ def prepared(bench, study: Study) -> list[str]:
     """All its jobs queued; their ids in the study's order."""
     ids = [run.job.id for run in runs(bench, study)]
     for job_id in ids:
-        bench.do(leases.finish_prepared, bench.claim(job_id), report={"rows": 3})
+        bench.do(endings.finish_prepared, bench.claim(job_id), report={"rows": 3})
     return ids
 
 
@@ -68,7 +68,7 @@ def status(bench, study: Study) -> str:
 def succeed(bench, claim: Any, costs: Any = ()) -> None:
     outcomes = {"n": 4, "rows_sha256": "x", "results": [{"stage": "lora", "stage_index": 0, "right": "8A=="}]}
     bench.do(
-        leases.finish_succeeded,
+        endings.finish_succeeded,
         claim,
         storage_key=f"jobs/{claim.job_id}/{claim.attempt}/bundle",
         manifest={},
@@ -139,7 +139,7 @@ def test_jobs_that_share_stage_1_wait_for_the_first_to_pass_it(bench) -> None:
 
 def test_should_the_first_fail_the_next_one_trains_the_stage(bench) -> None:
     one, two, three = prepared(bench, create(bench, grid={"reft.layers": [1, 2, 3]}, seeds=[1]))
-    bench.do(leases.finish_failed, bench.claim(one), error=BOOM)
+    bench.do(endings.finish_failed, bench.claim(one), error=BOOM)
     assert free(bench) == [two]
     claim = bench.claim(two)
     assert free(bench) == []
@@ -163,7 +163,7 @@ def test_what_passed_before_a_failure_is_there(bench) -> None:
     one, two, three = prepared(bench, create(bench, grid={"reft.layers": [1, 2, 3]}, seeds=[1]))
     claim = bench.claim(one)
     bench.do(leases.record_stage_passed, claim, stages=1)
-    bench.do(leases.finish_failed, claim, error=BOOM)
+    bench.do(endings.finish_failed, claim, error=BOOM)
     assert free(bench) == [two, three]
 
 
@@ -187,7 +187,7 @@ def test_jobs_that_share_nothing_do_not_wait(bench) -> None:
     arms = [{"name": "lora", "method": LORA}, {"name": "reft", "method": {"type": "reft"}}]
     assert len(free_of(bench, create(bench, grid=None, arms=arms, seeds=[1]))) == 2
     assert len(free_of(bench, create(bench, reuse=False, seeds=[1]))) == 2
-    assert len(free_of(bench, create(bench, results_kept=False, seeds=[1]))) == 2
+    assert len(free_of(bench, create(bench, reuse_enabled=False, seeds=[1]))) == 2
     assert len(free_of(bench, create(bench, grid={"lora.rank": [2, 4]}, seeds=[1]))) == 2
 
 
@@ -208,25 +208,25 @@ def test_jobs_of_other_studies_and_owners_do_not_wait_for_each_other(bench) -> N
 def test_a_failed_arm_does_not_fail_the_study(bench) -> None:
     study = create(bench, seeds=[1])
     one, two = prepared(bench, study)
-    bench.do(leases.finish_failed, bench.claim(one), error=BOOM)
+    bench.do(endings.finish_failed, bench.claim(one), error=BOOM)
     assert status(bench, study) == "running"
     succeed(bench, bench.claim(two))
     assert status(bench, study) == "running"  # until it is judged
-    news = bench.do(verdicts.with_news)
+    news = bench.do(verdicts.next_study)
     assert news.id == study.id
     found = runs(bench, study)
-    asked = verdicts.question(news, found)
+    asked = verdicts.compare_input(news, found)
     assert [(arm["name"], len(arm["runs"])) for arm in asked["arms"]] == [
         ("reft.layers=1", 0),
         ("reft.layers=2", 1),
     ]
     assert asked["arms"][1]["runs"][0] == {"seed": 1, "n": 4, "rows_sha256": "x", "right": "8A=="}
     found[1].outcome.outcomes["results"][-1] = {"stage": "lora", "stage_index": 0, "values": "AAAA"}
-    graded = verdicts.question(news, found)["arms"][1]["runs"][0]
+    graded = verdicts.compare_input(news, found)["arms"][1]["runs"][0]
     assert graded == {"seed": 1, "n": 4, "rows_sha256": "x", "values": "AAAA"}
     assert bench.do(verdicts.record, study.id, found, VERDICT) is not None
     assert status(bench, study) == "succeeded"
-    assert bench.do(verdicts.with_news) is None
+    assert bench.do(verdicts.next_study) is None
     page = bench.do(studies.list_events, owner_id=OWNER, study_id=study.id)
     told = [(event.data["code"], event.level) for event in reversed(page.items)]
     assert told == [
@@ -241,7 +241,7 @@ def test_a_failed_arm_does_not_fail_the_study(bench) -> None:
 def test_a_study_of_failures_has_failed(bench) -> None:
     study = create(bench, seeds=[1])
     for job_id in prepared(bench, study):
-        bench.do(leases.finish_failed, bench.claim(job_id), error=BOOM)
+        bench.do(endings.finish_failed, bench.claim(job_id), error=BOOM)
     bench.do(verdicts.record, study.id, runs(bench, study), VERDICT)
     assert status(bench, study) == "failed"
 
@@ -265,18 +265,18 @@ def test_a_study_that_can_not_be_judged_does_not_stand_before_others(bench) -> N
     first, second = (create(bench, seeds=[1]) for _ in range(2))
     for study in (first, second):
         succeed(bench, bench.claim(prepared(bench, study)[0]))
-    assert bench.do(verdicts.with_news).id == first.id
-    assert bench.do(verdicts.with_news, but={first.id}).id == second.id
-    assert bench.do(verdicts.with_news, but={first.id, second.id}) is None
+    assert bench.do(verdicts.next_study).id == first.id
+    assert bench.do(verdicts.next_study, exclude={first.id}).id == second.id
+    assert bench.do(verdicts.next_study, exclude={first.id, second.id}) is None
 
 
 def test_a_study_is_judged_while_it_goes_on(bench) -> None:
     study = create(bench, seeds=[1])
     one, _ = prepared(bench, study)
-    assert bench.do(verdicts.with_news) is None
+    assert bench.do(verdicts.next_study) is None
     succeed(bench, bench.claim(one))
     assert bench.do(verdicts.record, study.id, runs(bench, study), VERDICT) is not None
-    assert bench.do(verdicts.with_news) is None
+    assert bench.do(verdicts.next_study) is None
     assert status(bench, study) == "running"
 
 
@@ -374,7 +374,7 @@ def test_who_read_the_runs_before_others_followed_up_does_not_end_the_study(benc
 def test_without_a_run_to_follow_the_study_ends(bench) -> None:
     study = equal_compute(bench)
     for job_id in prepared(bench, study):
-        bench.do(leases.finish_failed, bench.claim(job_id), error=BOOM)
+        bench.do(endings.finish_failed, bench.claim(job_id), error=BOOM)
     bench.do(verdicts.record, study.id, runs(bench, study), VERDICT)
     assert status(bench, study) == "failed"
     page = bench.do(studies.list_events, owner_id=OWNER, study_id=study.id)
@@ -400,7 +400,7 @@ def test_runs_are_judged_by_method_and_task(bench) -> None:
     empty = {"grid": None, "training_file": None, "test_file": None}
     study = create(bench, **empty, preset="cross_task", tasks=tasks, baseline="HEFT 3+3", seeds=[1])
     found = runs(bench, study)
-    asked = verdicts.question(study, found)
+    asked = verdicts.compare_input(study, found)
     assert asked["baseline"] == "HEFT 3+3"
     assert [(arm["method"], arm["task"]) for arm in asked["arms"]][2:4] == [
         ("HEFT 3+3", "boolq"), ("LoRA alone 6", "sst2"),

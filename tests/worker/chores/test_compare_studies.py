@@ -15,7 +15,7 @@ from heft_engine.evaluation.row_values import pack_correctness
 from store.db.session import transaction
 from store.db.states import JobState
 from store.db.study_tables import Outcome, Study
-from store.jobs import leases
+from store.jobs import endings, leases
 from store.jobs.spec import Method
 from store.studies import studies, verdicts
 from store.studies.spec import StudySpec
@@ -41,7 +41,7 @@ def study_of(bench: Bench, acts: list[Act], **changes: Any) -> Study:
         with transaction(bench.context.sessions) as session:
             claim = leases.claim(session, job_id=run.job.id, worker_id="prepare", purpose="prepare")
             assert claim is not None
-            leases.finish_prepared(session, claim, report={"rows": 1})
+            endings.finish_prepared(session, claim, report={"rows": 1})
     return study
 
 

@@ -16,10 +16,10 @@ from heft_engine.evaluation.row_values import pack_correctness
 from heft_engine.studies.suggest import Search, Trial, suggest
 from store.db.session import transaction
 from store.db.study_tables import Study
-from store.jobs import leases
+from store.jobs import endings, leases
 from store.storage import files
 from store.studies import search_rounds, studies, verdicts
-from store.studies.search import Round
+from store.studies.search import Proposal
 from store.studies.spec import StudySpec
 from worker.chores import compare_studies
 from worker.chores.compare_studies import update_studies
@@ -75,17 +75,17 @@ def end(bench: Bench, run: studies.Run, arm: dict[str, Any], judged_by: Quality)
     with transaction(bench.context.sessions) as session:
         claim = leases.claim(session, job_id=run.job.id, worker_id="w", purpose="prepare")
         assert claim is not None
-        leases.finish_prepared(session, claim, report={})
+        endings.finish_prepared(session, claim, report={})
     with transaction(bench.context.sessions) as session:
         claim = leases.claim(session, job_id=run.job.id, worker_id="w", purpose="train")
         assert claim is not None
         value = judged_by(arm["trial"]["params"]) if "trial" in arm else 0.7
         if math.isnan(value):
-            leases.finish_failed(session, claim, error={"code": "x", "message": "x", "param": None})
+            endings.finish_failed(session, claim, error={"code": "x", "message": "x", "param": None})
             return
         value += 0.02 * (run.seed - 1.5)
         right = [row < round(200 * (value - 0.1)) for row in range(200)]
-        leases.finish_succeeded(
+        endings.finish_succeeded(
             session,
             claim,
             storage_key=f"jobs/{run.job.id}",
@@ -228,7 +228,7 @@ def test_what_was_proposed_before_others_went_on_is_dropped(bench: Bench, at_han
     end_all(bench, study)
     with transaction(bench.context.sessions) as session:
         early = studies.runs_of(session, study.id, rows=True)[:1]
-        late = Round(seen=len(read(bench, study).spec["planned"]) + 1, new=())
+        late = Proposal(known_arms=len(read(bench, study).spec["planned"]) + 1, new_arms=())
         assert verdicts.record(session, study.id, early, compare_studies.EMPTY_VERDICT, late) is None
     assert read(bench, study).event_seq == 1
     update_studies(bench.context)
@@ -252,7 +252,7 @@ def test_what_was_proposed_before_the_search_was_over_is_dropped(
             studies.request_cancel(session, owner_id=OWNER, study_id=study.id)
         else:
             search_rounds.close(session, studies.get(session, owner_id=OWNER, study_id=study.id), "no file")
-    found = Round(seen=len(planned), new=again)
+    found = Proposal(known_arms=len(planned), new_arms=again)
     with transaction(bench.context.sessions) as session:
         assert verdicts.record(session, study.id, looked_at, compare_studies.EMPTY_VERDICT, found) is None
     assert len(read(bench, study).spec["planned"]) == len(planned)

@@ -23,7 +23,8 @@ from store import exports
 from store.db.session import transaction
 from store.db.states import JobState
 from store.db.tables import Export, Worker
-from store.messages.hints import Intervention, PredictMessage, PredictModel, Task, make_celery, redis_py_url
+from store.messages.broker import Task, make_celery, redis_py_url
+from store.messages.predict import Intervention, PredictMessage, PredictModel
 
 FAKE_WORKER = Path(worker_bench.__file__).with_name("fake_worker.py")
 STEPS = [{"do": "metrics", "step": 1}, {"do": "metrics", "step": 2}]

@@ -13,7 +13,7 @@ import pytest
 from worker_bench import eventually
 
 from store.errors import LostFence, Unavailable
-from store.jobs.fence import Wishes
+from store.jobs.fence import StopRequest
 from worker.engine_process.child import Child
 from worker.engine_process.supervisor import Limits, StopReason, Supervisor
 
@@ -30,15 +30,15 @@ class Job:
         self.fault: Exception | None = None
         self.renewed = self.read = 0
 
-    def renew(self) -> Wishes:
+    def renew(self) -> StopRequest:
         self.renewed += 1
         return self.wishes()
 
-    def wishes(self) -> Wishes:
+    def wishes(self) -> StopRequest:
         self.read += 1
         if self.fault is not None:
             raise self.fault
-        return Wishes(cancel=self.cancel, pause=self.pause)
+        return StopRequest(cancel=self.cancel, pause=self.pause)
 
 
 @pytest.fixture

@@ -10,7 +10,8 @@ from redis import Redis
 from redis.backoff import NoBackoff
 from redis.retry import Retry
 
-from store.messages.hints import cancelled_key, redis_py_url
+from store.messages.broker import redis_py_url
+from store.messages.predict import cancelled_key
 from worker.inference.cancellations import LOOK_SECONDS, Cancelled
 
 

@@ -16,14 +16,15 @@ from worker_bench import Bench
 
 from cli.stack.process import wait_until
 from heft_engine.serving.predictor import Predictor
-from store.messages.generate import GenerateMessage, GenerateReply, Wish
-from store.messages.hints import PredictModel, cancelled_key, redis_py_url
+from store.messages.broker import redis_py_url
+from store.messages.generate import GenerateMessage, GenerateReply, SamplingParams
+from store.messages.predict import PredictModel, cancelled_key
 from worker.inference.generate import Generation
 from worker.inference.metrics import InferenceMetrics
 from worker.inference.predict import Inference
 
 BASE = PredictModel(id="llama", owner="o", kind="base", base_model="llama", storage_key=None, manifest=None)
-WISH = Wish(
+WISH = SamplingParams(
     max_tokens=12,
     temperature=1.0,
     top_p=1.0,

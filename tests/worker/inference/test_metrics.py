@@ -13,7 +13,7 @@ from worker_bench import Bench
 
 from api.metrics import ApiMetrics
 from store.errors import Unavailable
-from store.messages.hints import METRICS_SECONDS, metrics_key, redis_py_url
+from store.messages.broker import METRICS_SECONDS, metrics_key, redis_py_url
 from worker.inference.metrics import InferenceMetrics, Publisher, worker_registry
 
 

@@ -19,7 +19,8 @@ import heft_engine
 from heft_engine.config.train import LoraStage, ReftStage, TrainConfig
 from heft_engine.data.rows import parse_row
 from heft_engine.runtime import malloc
-from store.messages.hints import PredictMessage, PredictModel, PredictReply, cancelled_key, redis_py_url
+from store.messages.broker import redis_py_url
+from store.messages.predict import PredictMessage, PredictModel, PredictReply, cancelled_key
 from worker.chores.evict_deleted import forget_deleted
 from worker.inference import predict
 from worker.inference.metrics import InferenceMetrics

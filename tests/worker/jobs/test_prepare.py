@@ -16,7 +16,7 @@ from store.db.session import transaction
 from store.db.states import JobState
 from store.db.tables import Job
 from store.jobs import jobs
-from store.messages.hints import Task
+from store.messages.broker import Task
 from worker.context import ENGINE, Context
 from worker.jobs.prepare import prepare_job
 
