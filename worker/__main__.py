@@ -98,7 +98,7 @@ def _register(app: Celery, role: Role, context: Context, stack: ExitStack) -> li
     generation = Generation(inference)
     tasks.register_inference(app, inference.answer, generation.answer)
     return [
-        *handoff_chores(context, inference.pool.make_room),
+        *handoff_chores(context, inference.pool.evict_idle),
         *forgetting(context, inference),
         Chore(name="memory", seconds=_GIVE_BACK_SECONDS, do=inference.give_memory_back),
         *_published(context, stack, registry, inference.count_models),

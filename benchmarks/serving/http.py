@@ -23,9 +23,9 @@ from benchmarks import rows
 from benchmarks.serving.library import questions, scored, seconds
 from cli.stack.home import Home
 from cli.stack.up import running_stack
+from heft_engine.inference.model_variant import ModelVariant
 from heft_engine.runtime.threads import run_in_short_lived_thread
 from heft_engine.serving.batcher import Batcher
-from heft_engine.serving.request_queue import Weights
 
 
 @dataclass(frozen=True)
@@ -104,7 +104,7 @@ def load(stack: Stack, options: argparse.Namespace, **given: Any) -> dict[str, A
 def over_http(options: argparse.Namespace) -> dict[str, Any]:
     """Latencies and rows a second at 1, 8 and 64 clients, the library in between."""
     base = rows.base_model(options.model)
-    weights = Weights(lm=run_in_short_lived_thread(lambda: rows.packed_model(base)))
+    weights = ModelVariant(lm=run_in_short_lived_thread(lambda: rows.packed_model(base)))
     examples = questions(options, base, options.rows)
     batcher = Batcher()
     scored(batcher, weights, examples[:8])

@@ -28,6 +28,7 @@ from heft_engine.cpu.fused_ops import FusedOps
 from heft_engine.data.encoding import Encoder, Example
 from heft_engine.data.rows import infer_task
 from heft_engine.data.task import Task
+from heft_engine.inference.model_variant import ModelVariant
 from heft_engine.inference.scoring import Scores
 from heft_engine.model.base_models import load_tokenizer
 from heft_engine.model.batch_invariant import FixedShapes
@@ -35,7 +36,6 @@ from heft_engine.model.packed_lm import PackedLM
 from heft_engine.model.packing import packed_length
 from heft_engine.runtime.threads import run_in_short_lived_thread
 from heft_engine.serving.batcher import Batcher
-from heft_engine.serving.request_queue import Weights
 from heft_engine.serving.row_adapters import adapt_rows
 
 PREFIX_BYTES = 512 * 1024**2
@@ -74,7 +74,7 @@ def questions(options: argparse.Namespace, base: Any, count: int, per_passage: i
 
 
 def scored(
-    batcher: Batcher, weights: Weights, examples: Sequence[Example], scale: float = 1.0
+    batcher: Batcher, weights: ModelVariant, examples: Sequence[Example], scale: float = 1.0
 ) -> list[Scores]:
     return batcher.submit(weights, examples, scale=scale).result()
 
@@ -126,7 +126,7 @@ def one_model(options: argparse.Namespace, per_passage: int) -> dict[str, Any]:
     }
 
 
-def _spent(weights: Weights, examples: Sequence[Example]) -> dict[str, float]:
+def _spent(weights: ModelVariant, examples: Sequence[Example]) -> dict[str, float]:
     """Of a pass's time, in percent; all lanes together."""
     batcher = Batcher(prefix_bytes=0)
     scored(batcher, weights, examples)
@@ -212,14 +212,14 @@ def _many(examples: Sequence[Example], count: int) -> list[Example]:
     return [short[index % len(short)] for index in range(count)]
 
 
-def _each(batcher: Batcher, weights: Sequence[Weights], examples: Sequence[Example]) -> list[Scores]:
+def _each(batcher: Batcher, weights: Sequence[ModelVariant], examples: Sequence[Example]) -> list[Scores]:
     """A request for each row, all at once."""
     futures = [batcher.submit(w, [e]) for w, e in zip(weights, examples, strict=True)]
     return [future.result()[0] for future in futures]
 
 
 def _merged_too(
-    batcher: Batcher, lm: PackedLM, held: Sequence[Weights], examples: Sequence[Example]
+    batcher: Batcher, lm: PackedLM, held: Sequence[ModelVariant], examples: Sequence[Example]
 ) -> dict[str, float]:
     """Of some models, unmerged against merged: the largest and the usual difference of a row's label margin, beside
     the spread of the margins."""

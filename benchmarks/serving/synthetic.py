@@ -8,9 +8,9 @@ from heft_engine.adapters import lora
 from heft_engine.adapters.lora import LoraWeights
 from heft_engine.adapters.reft import KINDS
 from heft_engine.bundle.format import StoredIntervention
+from heft_engine.inference.model_variant import ModelVariant
 from heft_engine.model.interventions import PlacedIntervention
 from heft_engine.model.packed_lm import PackedLM
-from heft_engine.serving.request_queue import Weights
 from heft_engine.serving.row_adapters import UnmergedModel
 from heft_engine.serving.shared_copy import copy_sharing
 
@@ -43,7 +43,7 @@ def stored_intervention(lm: PackedLM, seed: int) -> StoredIntervention:
     return StoredIntervention(layer=LAYER, positions="l1", rank=RANK, state=intervention.export_state())
 
 
-def merged(lm: PackedLM, seed: int) -> Weights:
+def merged(lm: PackedLM, seed: int) -> ModelVariant:
     """On a copy of the base, as the service holds a hot model."""
     own = adapter(lm, seed)
     twin = PackedLM(copy_sharing(lm.model, set(own.factors)))
@@ -51,10 +51,12 @@ def merged(lm: PackedLM, seed: int) -> Weights:
     twin.pack()
     placed: PlacedIntervention = stored_intervention(lm, seed).restore(lm.hidden_size)
     twin.interventions.add(placed)
-    return Weights(lm=twin, interventions=(placed,), scope=("merged", seed))
+    return ModelVariant(lm=twin, interventions=(placed,), scope=("merged", seed))
 
 
-def unmerged(lm: PackedLM, seed: int) -> Weights:
+def unmerged(lm: PackedLM, seed: int) -> ModelVariant:
     """On the shared base."""
     added = UnmergedModel(lm, [adapter(lm, seed)], [stored_intervention(lm, seed)])
-    return Weights(lm=lm, adapter=added, interventions=tuple(added.interventions), scope=("shared", seed))
+    return ModelVariant(
+        lm=lm, adapter=added, interventions=tuple(added.interventions), scope=("shared", seed)
+    )

@@ -20,8 +20,8 @@ from heft_engine.adapters.lora_concat import concatenate, needs_base
 from heft_engine.bundle.format import Bundle, read_bundle
 from heft_engine.bundle.pyreft_format import write_pyreft
 from heft_engine.errors import ConfigError
+from heft_engine.inference.model_variant import ModelVariant
 from heft_engine.serving.predictor import assemble, check_probe
-from heft_engine.serving.request_queue import Weights
 
 Format = Literal["merged", "peft", "pyreft"]
 
@@ -67,7 +67,7 @@ def _peft(bundle: Bundle, out_dir: Path, **places: Any) -> None:
 
 def _merged(bundle: Bundle, out_dir: Path, **places: Any) -> None:
     lm = assemble(bundle, device="cpu", **places)
-    check_probe(bundle, Weights(lm=lm, interventions=tuple(lm.interventions)))
+    check_probe(bundle, ModelVariant(lm=lm, interventions=tuple(lm.interventions)))
     model: Any = lm.model
     lm.interventions.clear()
     # This engine's attention means nothing to others.

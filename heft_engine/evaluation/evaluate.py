@@ -21,7 +21,7 @@ from heft_engine.data.encoding import Encoder, Example
 from heft_engine.data.metrics import measure
 from heft_engine.evaluation.row_values import mean_interval, pack_correctness, pack_graded
 from heft_engine.inference.detokenizer import decode
-from heft_engine.inference.greedy import ends_of, generate
+from heft_engine.inference.greedy import eos_token_ids, generate
 from heft_engine.inference.scoring import TOKEN_BUDGET, Scores, score
 from heft_engine.model.loss import cross_entropy
 from heft_engine.model.packed_lm import PackedLM
@@ -157,7 +157,7 @@ def _written(
         else min(most, encoder.max_length - len(example.prompt))
         for example in examples
     ]
-    ends = ends_of(lm, tokenizer)
+    ends = eos_token_ids(lm, tokenizer)
     tokens = generate(lm, examples, ends=ends, max_new_tokens=budgets, is_enough=is_wrong)
     return [decode(tokenizer, one) for one in tokens]
 

@@ -16,7 +16,7 @@ from torch import Tensor
 from heft_engine.inference.kv_cache import CHUNK, Chunk
 
 
-class DecodingStep:
+class DecodeAttention:
     """One step of all slots of these chunks, chunk by chunk in the flat batch. See `packing.Decoding`."""
 
     def __init__(self, chunks: Sequence[Chunk]) -> None:

@@ -18,15 +18,15 @@ import torch
 from torch import Tensor
 
 from heft_engine.data.encoding import Example
-from heft_engine.inference.decode_attention import DecodingStep
-from heft_engine.inference.kv_cache import KeyValues, Slot
-from heft_engine.inference.sampling import Choice, Sampler, Sampling
+from heft_engine.inference.decode_attention import DecodeAttention
+from heft_engine.inference.kv_cache import KVCache, Slot
+from heft_engine.inference.sampling import SampledToken, Sampler, SamplingParams
 from heft_engine.inference.scoring import TOKEN_BUDGET
 from heft_engine.model.packed_lm import PackedLM
 from heft_engine.model.packing import Layout, PackedRow, RowAdapter, micro_batches, pack
 
 R = TypeVar("R", bound="DecodeRequest")
-GREEDY = Sampling()
+GREEDY = SamplingParams()
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -36,7 +36,7 @@ class DecodeRequest:
     id: Hashable
     prompt: tuple[int, ...]
     max_tokens: int
-    sampling: Sampling = GREEDY
+    sampling: SamplingParams = GREEDY
     scale: float = 1.0
     #: What the sequence's own model adds to the base.
     adapter: RowAdapter | None = None
@@ -52,7 +52,7 @@ class NewToken:
     """What a pass wrote for one sequence."""
 
     id: Hashable
-    choice: Choice
+    choice: SampledToken
 
 
 class _Sequence:
@@ -73,7 +73,7 @@ class DecodeBatch:
 
     def __init__(self, lm: PackedLM, *, budget_bytes: int) -> None:
         self._lm = lm
-        self._kept = KeyValues(lm, budget_bytes)
+        self._kv_cache = KVCache(lm, budget_bytes)
         self._sequences: dict[Hashable, _Sequence] = {}
 
     def __len__(self) -> int:
@@ -85,19 +85,19 @@ class DecodeBatch:
     @property
     def allocated_bytes(self) -> int:
         """What keys and values hold now."""
-        return self._kept.allocated_bytes
+        return self._kv_cache.allocated_bytes
 
     @property
     def budget_bytes(self) -> int:
-        return self._kept.budget_bytes
+        return self._kv_cache.budget_bytes
 
     def bytes_for(self, request: DecodeRequest) -> int:
         """What a request reserves. One that asks for more than the budget can never join."""
-        return self._kept.bytes_for(request.kept_tokens)
+        return self._kv_cache.bytes_for(request.kept_tokens)
 
     def fitting(self, requests: Sequence[R]) -> list[R]:
         """As many of them, from the first on, as have room together now."""
-        free = self._kept.budget_bytes - self._kept.reserved_bytes
+        free = self._kv_cache.budget_bytes - self._kv_cache.reserved_bytes
         taken: list[R] = []
         for request in requests:
             free -= self.bytes_for(request)
@@ -115,12 +115,12 @@ class DecodeBatch:
         waiting: dict[Hashable, _Sequence] = {}
         try:
             for request in requests:
-                slot = self._kept.take(len(request.prompt), request.kept_tokens)
+                slot = self._kv_cache.allocate(len(request.prompt), request.kept_tokens)
                 waiting[request.id] = _Sequence(request, slot)
             tokens = [token for part in _parts(list(waiting.values())) for token in self._prefill(part)]
         except BaseException:
             for sequence in waiting.values():
-                self._kept.release(sequence.slot)
+                self._kv_cache.free(sequence.slot)
             raise
         self._sequences |= waiting
         return tokens
@@ -134,13 +134,13 @@ class DecodeBatch:
         if over:
             raise ValueError(f"these sequences are written to their end and must leave: {over}")
         for sequence in self._sequences.values():
-            self._kept.grow(sequence.slot)
-        chunks = list(self._kept.chunks())
+            self._kv_cache.grow(sequence.slot)
+        chunks = list(self._kv_cache.chunks())
         by_slot = {id(sequence.slot): sequence for sequence in self._sequences.values()}
         sequences = [by_slot[id(slot)] for chunk in chunks for slot in chunk.slots]
         layout = Layout(
             rows=tuple(sequence.row(start) for start, sequence in enumerate(sequences)),
-            decoding=DecodingStep(chunks),
+            decoding=DecodeAttention(chunks),
             adapters=_adapters(sequences),
         )
         device = self._lm.device
@@ -154,16 +154,16 @@ class DecodeBatch:
         return _chosen(sequences, logits)
 
     @torch.inference_mode()
-    def leave(self, request_id: Hashable) -> None:
+    def remove(self, request_id: Hashable) -> None:
         """Ends a sequence, between two passes, and frees its slot. One that isn't there is none."""
         sequence = self._sequences.pop(request_id, None)
         if sequence is not None:
-            self._kept.release(sequence.slot)
+            self._kv_cache.free(sequence.slot)
 
     def clear(self) -> None:
         """Ends every sequence and gives all memory back, in whatever state a pass has left it."""
         self._sequences.clear()
-        self._kept.clear()
+        self._kv_cache.clear()
 
     def _prefill(self, sequences: Sequence[_Sequence]) -> list[NewToken]:
         batch = pack([_bare(sequence.request.prompt) for sequence in sequences])
@@ -199,7 +199,7 @@ def _chosen(sequences: Sequence[_Sequence], logits: Tensor) -> list[NewToken]:
     tokens = []
     for sequence, best, row in zip(sequences, likeliest, logits, strict=True):
         plain = sequence.request.sampling.is_plain
-        choice = Choice(token=best) if plain else sequence.sampler.choose(row)
+        choice = SampledToken(token=best) if plain else sequence.sampler.choose(row)
         sequence.newest = choice.token
         sequence.written += 1
         tokens.append(NewToken(id=sequence.request.id, choice=choice))

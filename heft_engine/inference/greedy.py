@@ -12,7 +12,7 @@ from transformers import PreTrainedTokenizerBase
 
 from heft_engine.data.encoding import Example
 from heft_engine.inference.decode_batch import DecodeBatch, DecodeRequest
-from heft_engine.inference.scheduler import DecodeQueue
+from heft_engine.inference.scheduler import DecodeScheduler
 from heft_engine.model.packed_lm import PackedLM
 
 #: What keys and values of the sequences that are written at a time may hold; a longer sequence is written alone.
@@ -40,20 +40,20 @@ def generate(
     ]
     batch = DecodeBatch(lm, budget_bytes=BUDGET_BYTES)
     longest = max((batch.bytes_for(request) for request in requests), default=0)
-    queue = DecodeQueue(DecodeBatch(lm, budget_bytes=max(BUDGET_BYTES, longest)))
-    queue.add(requests)
-    while queue.is_busy:
-        for new in queue.turn():
+    scheduler = DecodeScheduler(DecodeBatch(lm, budget_bytes=max(BUDGET_BYTES, longest)))
+    scheduler.add(requests)
+    while scheduler.is_busy:
+        for new in scheduler.step():
             index, token = int(str(new.id)), new.choice.token
             if token not in ends:
                 written[index].append(token)
             full = len(written[index]) == max_new_tokens[index]
             if token in ends or full or is_enough(index, written[index]):
-                queue.drop(index)
+                scheduler.abort(index)
     return written
 
 
-def ends_of(lm: PackedLM, tokenizer: PreTrainedTokenizerBase) -> frozenset[int]:
+def eos_token_ids(lm: PackedLM, tokenizer: PreTrainedTokenizerBase) -> frozenset[int]:
     """The tokens that end a text: the tokenizer's EOS, and those that the model was published with: chat models end a
     turn with a token of their own."""
     published: Any = getattr(getattr(lm.model, "generation_config", None), "eos_token_id", None)

@@ -75,7 +75,7 @@ class Chunk:
             last.index = slot.index
 
 
-class KeyValues:
+class KVCache:
     """All slots of one model. A sequence reserves what it may come to need before it gets one."""
 
     def __init__(self, lm: PackedLM, budget_bytes: int) -> None:
@@ -95,7 +95,7 @@ class KeyValues:
         for capacity in sorted(self._chunks):
             yield from self._chunks[capacity]
 
-    def take(self, tokens: int, final_tokens: int) -> Slot:
+    def allocate(self, tokens: int, final_tokens: int) -> Slot:
         """A slot for `tokens` that may grow to `final_tokens`. The caller has seen that there is room."""
         slot = Slot(capacity_for(final_tokens))
         self._put(slot, capacity_for(tokens))
@@ -113,7 +113,7 @@ class KeyValues:
         for held, before in zip(slot.chunk.layers, kept, strict=True):
             held[:, slot.index, :, : slot.length] = before
 
-    def release(self, slot: Slot) -> None:
+    def free(self, slot: Slot) -> None:
         self.reserved_bytes -= self.bytes_for(slot.final)
         self._take_out(slot)
 

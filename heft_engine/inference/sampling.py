@@ -17,7 +17,7 @@ _LIKELY = 1_024
 
 
 @dataclass(frozen=True, kw_only=True)
-class Sampling:
+class SamplingParams:
     """How tokens are chosen, in the words of OpenAI's API.
 
     temperature 0 takes the most likely token. The penalties are subtracted from the logits of tokens written so far:
@@ -44,7 +44,7 @@ class Sampling:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Choice:
+class SampledToken:
     """The chosen token; its log-probability and the likeliest tokens', if they were asked for."""
 
     token: int
@@ -55,7 +55,7 @@ class Choice:
 class Sampler:
     """Chooses one sequence's tokens, one after another."""
 
-    def __init__(self, sampling: Sampling) -> None:
+    def __init__(self, sampling: SamplingParams) -> None:
         self.sampling = sampling
         self._generator = torch.Generator()
         if sampling.seed is None:
@@ -64,18 +64,18 @@ class Sampler:
             self._generator.manual_seed(sampling.seed)
         self._written: Counter[int] = Counter()
 
-    def choose(self, logits: Tensor) -> Choice:
+    def choose(self, logits: Tensor) -> SampledToken:
         """From float32 logits (vocabulary,)."""
         row = logits.detach().cpu()
         adjusted = self._adjusted(row) if self.sampling.adjusts else row
         token = self._draw(adjusted) if self.sampling.temperature > 0 else int(adjusted.argmax())
         self._written[token] += 1
         if self.sampling.top_logprobs is None:
-            return Choice(token=token)
+            return SampledToken(token=token)
         logprobs = torch.log_softmax(row, dim=-1)
         values, tokens = logprobs.topk(min(self.sampling.top_logprobs, len(row)))
         top = tuple(zip(tokens.tolist(), values.tolist(), strict=True))
-        return Choice(token=token, logprob=float(logprobs[token]), top=top)
+        return SampledToken(token=token, logprob=float(logprobs[token]), top=top)
 
     def _adjusted(self, logits: Tensor) -> Tensor:
         changed = logits.clone()

@@ -16,7 +16,7 @@ MOST_SEQUENCES = 64
 PREFILL_TOKENS = 2_048
 
 
-class DecodeQueue:
+class DecodeScheduler:
     """Requests in front of a batch."""
 
     def __init__(self, batch: DecodeBatch) -> None:
@@ -32,17 +32,17 @@ class DecodeQueue:
         """The batch can hold each of them, when it is alone."""
         self._waiting |= {request.id: request for request in requests}
 
-    def drop(self, request_id: Hashable) -> None:
+    def abort(self, request_id: Hashable) -> None:
         """Forgets a request that waits, ends one that is being written."""
         self._waiting.pop(request_id, None)
-        self.batch.leave(request_id)
+        self.batch.remove(request_id)
 
     def clear(self) -> None:
         """Forgets all, in whatever state the batch is."""
         self._waiting.clear()
         self.batch.clear()
 
-    def turn(self) -> list[NewToken]:
+    def step(self) -> list[NewToken]:
         """One pass. Whoever reads its tokens drops the sequences that end with them."""
         admitted = [] if self._joined_last and len(self.batch) else self._admitted()
         self._joined_last = bool(admitted)

@@ -17,10 +17,11 @@ from concurrent.futures import Future
 from typing import Protocol, TypeVar
 
 from heft_engine.data.encoding import Example
+from heft_engine.inference.model_variant import ModelVariant
 from heft_engine.inference.prefix_cache import PrefixCache
 from heft_engine.inference.scoring import Scores
 from heft_engine.inference.scoring_pass import ScoringRow, score_rows
-from heft_engine.serving.request_queue import Request, WaitingRow, WaitingRows, Weights
+from heft_engine.serving.request_queue import Request, WaitingRow, WaitingRows
 
 log = logging.getLogger(__name__)
 T = TypeVar("T")
@@ -46,14 +47,14 @@ class Observer(Protocol):
         """A row's wait from its request to the start of its pass."""
 
 
-class Turns(Protocol):
+class DecodeWork(Protocol):
     """Other work of the same thread, a pass at a time."""
 
     @property
     def is_busy(self) -> bool:
         """Whether a turn would do something."""
 
-    def turn(self) -> None:
+    def step(self) -> None:
         """One pass. Tells those who wait what went wrong, before it raises."""
 
     def fail(self, fault: Exception) -> None:
@@ -75,7 +76,7 @@ class Batcher:
         self._observer = observer
         self._changed = threading.Condition()
         self._calls: list[Callable[[], None]] = []
-        self._turns: list[Turns] = []
+        self._work: list[DecodeWork] = []
         self._thread: threading.Thread | None = None
         self._closed = False
         self._worked_at = time.monotonic()
@@ -93,7 +94,12 @@ class Batcher:
         return self._worked_at
 
     def submit(
-        self, weights: Weights, examples: Sequence[Example], *, scale: float = 1.0, owner: Hashable = None
+        self,
+        variant: ModelVariant,
+        examples: Sequence[Example],
+        *,
+        scale: float = 1.0,
+        owner: Hashable = None,
     ) -> Future[list[Scores]]:
         """The scores of `examples`, in order, as soon as a pass has had room for each.
 
@@ -101,7 +107,7 @@ class Batcher:
         cancels the future: what has not begun is left.
         """
         keeps = self._cache.budget_bytes > 0
-        request = Request.of(weights, examples, scale=scale, owner=owner, keeps=keeps)
+        request = Request.of(variant, examples, scale=scale, owner=owner, keeps=keeps)
         if not request.rows:
             request.future.set_result([])
             return request.future
@@ -129,16 +135,16 @@ class Batcher:
             self._changed.notify()
         return future.result()
 
-    def keep_at(self, turns: Turns) -> None:
+    def schedule(self, work: DecodeWork) -> None:
         """Gives other work its turns, between scoring passes, until it is not busy any more."""
         with self._changed:
             self._begin()
-            if turns not in self._turns:
-                self._turns.append(turns)
+            if work not in self._work:
+                self._work.append(work)
             self._changed.notify()
 
     def forget(self, scope: Hashable) -> None:
-        """Has all dropped that is kept of some weights, whoever asked."""
+        """Has all dropped that is kept of some variant, whoever asked."""
         with self._changed:
             if self._thread is not None and not self._closed:
                 self._calls.append(lambda: self._cache.forget(scope))
@@ -170,7 +176,7 @@ class Batcher:
             self._worked_at = time.monotonic()
         with self._changed:
             calls, self._calls = self._calls, []
-            turns, self._turns = self._turns, []
+            turns, self._work = self._work, []
         self._waiting.fail(Cancelled())
         for each in turns:
             each.fail(Cancelled())
@@ -180,31 +186,31 @@ class Batcher:
     def _next(self) -> bool:
         """Waits for something to do, and does all but the scoring. False when it is over."""
         with self._changed:
-            while not (self._closed or self._waiting or self._calls or self._busy_turns()):
+            while not (self._closed or self._waiting or self._calls or self._busy_work()):
                 self._changed.wait()
             if self._closed:
                 return False
             calls, self._calls = self._calls, []
-            turns = self._busy_turns()
+            turns = self._busy_work()
             self._gather_more()
         for call in calls:
             call()
         for each in turns:
             try:
-                each.turn()
+                each.step()
             except Exception:
                 # Those who waited for it have been told.
                 log.exception("a pass that writes text failed")
         return not self._closed
 
-    def _busy_turns(self) -> list[Turns]:
-        self._turns = [turns for turns in self._turns if turns.is_busy]
-        return list(self._turns)
+    def _busy_work(self) -> list[DecodeWork]:
+        self._work = [turns for turns in self._work if turns.is_busy]
+        return list(self._work)
 
     def _gather_more(self) -> None:
         """Those who shared the last pass have their answers since a moment, and may ask again at once."""
         end = self._ended + LINGER_SECONDS
-        while self._waiting and not self._closed and not self._calls and not self._busy_turns():
+        while self._waiting and not self._closed and not self._calls and not self._busy_work():
             left = end - time.monotonic()
             if self._waiting.count >= self._shared_last or left <= 0:
                 return
@@ -217,7 +223,7 @@ class Batcher:
             return
         began = time.monotonic()
         try:
-            results = score_rows(rows[0][0].request.weights.lm, [row for _, row in rows], self._cache)
+            results = score_rows(rows[0][0].request.variant.lm, [row for _, row in rows], self._cache)
         except BaseException as fault:  # noqa: BLE001 - whatever it is, it belongs to those who wait
             log.warning("a scoring pass of %d rows failed: %s", len(rows), fault)
             for row, _ in rows:

@@ -19,6 +19,7 @@ from heft_engine.config.train import TaskSettings
 from heft_engine.data.encoding import Encoder, tokenizer_hash
 from heft_engine.data.task import Task
 from heft_engine.errors import BundleError
+from heft_engine.inference.model_variant import ModelVariant
 from heft_engine.model.attention import IMPLEMENTATION
 from heft_engine.model.auto_settings import resolve_max_length
 from heft_engine.model.base_models import BaseModel, load_model, load_tokenizer
@@ -26,10 +27,9 @@ from heft_engine.model.model_files import inspect
 from heft_engine.model.packed_lm import PackedLM
 from heft_engine.serving.batcher import Batcher
 from heft_engine.serving.predictor import Predictor, assemble, check_probe
-from heft_engine.serving.request_queue import Weights
 from heft_engine.serving.row_adapters import UnmergedModel, adapt_rows
 from heft_engine.serving.shared_copy import copy_sharing, unique_bytes
-from heft_engine.serving.text_generator import TextWriter
+from heft_engine.serving.text_generator import TextGenerator
 
 #: merged: its own layers, the fastest for one model. shared: what it adds to the base, row by row. base: nothing.
 Kind = Literal["merged", "shared", "base"]
@@ -66,12 +66,12 @@ class Base:
         self._lock = threading.Lock()
         # A thousand models of one base have one tokenizer, and write their texts in one batch.
         self._tokenizers: dict[str, PreTrainedTokenizerBase] = {}
-        self._writers: dict[str, TextWriter] = {}
+        self._writers: dict[str, TextGenerator] = {}
 
     @property
     def written_bytes(self) -> int:
         """What texts that are being written hold."""
-        return sum(writer.memory_bytes for writer in self._writers.values())
+        return sum(generator.memory_bytes for generator in self._writers.values())
 
     def plain(self, task: TaskType, scope: Hashable) -> Predictor:
         """The base as it is, asked with a task's default template."""
@@ -79,11 +79,11 @@ class Base:
         tokenizer = load_tokenizer(self.model.path)
         encoder = Encoder(tokenizer, Task.resolve(TaskSettings(), task), length)
         return Predictor(
-            Weights(lm=self.lm, scope=scope),
+            ModelVariant(lm=self.lm, scope=scope),
             encoder,
             max_new_tokens=64,
             batcher=self._batcher,
-            writer=self._writer(tokenizer_hash(tokenizer), tokenizer),
+            generator=self._writer(tokenizer_hash(tokenizer), tokenizer),
         )
 
     def shared(self, bundle: Bundle, scope: Hashable) -> tuple[Predictor, int]:
@@ -92,13 +92,13 @@ class Base:
         Raises BundleError, also where its probe rows, computed unmerged, don't lie within the bundle's tolerance.
         """
         adapter = UnmergedModel(self.lm, bundle.adapters, bundle.interventions)
-        weights = Weights(
+        variant = ModelVariant(
             lm=self.lm, adapter=adapter, interventions=tuple(adapter.interventions), scope=scope
         )
-        self._batcher.run(lambda: check_probe(bundle, weights))
+        self._batcher.run(lambda: check_probe(bundle, variant))
         tokenizer = self._tokenizer(bundle)
-        writer = self._writer(bundle.info.tokenizer_sha256, tokenizer)
-        return self._predictor(bundle, weights, tokenizer, writer), adapter.memory_bytes
+        generator = self._writer(bundle.info.tokenizer_sha256, tokenizer)
+        return self._predictor(bundle, variant, tokenizer, generator), adapter.memory_bytes
 
     def merged(self, bundle: Bundle, scope: Hashable) -> tuple[Predictor, int]:
         """A model with its adapters merged, and the bytes that it holds beside the base. Raises BundleError."""
@@ -106,15 +106,15 @@ class Base:
         lm.pack(self._spare_bytes())
         # It may have packed weights that it shares with the base, too.
         self.memory_bytes = unique_bytes(self.lm.model)
-        weights = Weights(lm=lm, interventions=tuple(lm.interventions), scope=scope)
-        self._batcher.run(lambda: check_probe(bundle, weights))
+        variant = ModelVariant(lm=lm, interventions=tuple(lm.interventions), scope=scope)
+        self._batcher.run(lambda: check_probe(bundle, variant))
         tokenizer = self._tokenizer(bundle)
         own = unique_bytes(lm.model, beside=self.lm.model)
         own += sum(
             p.numel() * p.element_size() for s in lm.interventions for p in s.intervention.parameters()
         )
-        writer = TextWriter(lm, tokenizer, budget_bytes=self._key_value_bytes)
-        return self._predictor(bundle, weights, tokenizer, writer), own
+        generator = TextGenerator(lm, tokenizer, budget_bytes=self._key_value_bytes)
+        return self._predictor(bundle, variant, tokenizer, generator), own
 
     def _merged(self, bundle: Bundle) -> PackedLM:
         touched = {module for adapter in bundle.adapters for module in adapter.factors}
@@ -134,16 +134,20 @@ class Base:
         return lm
 
     def _predictor(
-        self, bundle: Bundle, weights: Weights, tokenizer: PreTrainedTokenizerBase, writer: TextWriter
+        self,
+        bundle: Bundle,
+        variant: ModelVariant,
+        tokenizer: PreTrainedTokenizerBase,
+        generator: TextGenerator,
     ) -> Predictor:
         encoder = Encoder(tokenizer, Task.from_json(bundle.info.task), bundle.info.max_length)
         return Predictor(
-            weights,
+            variant,
             encoder,
             bundle.info.max_new_tokens,
             temperature=bundle.info.temperature,
             batcher=self._batcher,
-            writer=writer,
+            generator=generator,
         )
 
     def _tokenizer(self, bundle: Bundle) -> PreTrainedTokenizerBase:
@@ -156,10 +160,10 @@ class Base:
         with self._lock:
             return self._tokenizers.setdefault(bundle.info.tokenizer_sha256, tokenizer)
 
-    def _writer(self, sha256: str, tokenizer: PreTrainedTokenizerBase) -> TextWriter:
+    def _writer(self, sha256: str, tokenizer: PreTrainedTokenizerBase) -> TextGenerator:
         with self._lock:
             if sha256 not in self._writers:
-                self._writers[sha256] = TextWriter(self.lm, tokenizer, budget_bytes=self._key_value_bytes)
+                self._writers[sha256] = TextGenerator(self.lm, tokenizer, budget_bytes=self._key_value_bytes)
             return self._writers[sha256]
 
 

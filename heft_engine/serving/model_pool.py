@@ -2,9 +2,9 @@
 
 A base is loaded once for all its models. A fine-tuned model is held merged (its own copy of the weights that its
 adapters touch; the bits of its evaluation) or shared (what it adds to the base, in one batch with a thousand others).
-`hold` "auto": merged while it has most of its base's requests to itself, shared otherwise; a shared model that becomes
-hot is merged in the background, a merged one that cools down beside busy ones goes back. A model whose probe rows
-don't agree unmerged is held merged.
+`placement` "auto": merged while it has most of its base's requests to itself, shared otherwise; a shared model that
+becomes hot is merged in the background, a merged one that cools down beside busy ones goes back. A model whose probe
+rows don't agree unmerged is held merged.
 
 It does NOT know queues, owners or storage: whoever asks brings the way to a bundle.
 """
@@ -33,7 +33,7 @@ from heft_engine.serving.predictor import KEY_VALUE_BYTES, Predictor, base_of
 
 log = logging.getLogger(__name__)
 
-Hold = Literal["auto", "merged", "shared"]
+Placement = Literal["auto", "merged", "shared"]
 #: Between two looks at the shares of one base.
 CONSIDER_SECONDS = 1.0
 #: Before a change that failed is tried again.
@@ -41,32 +41,32 @@ RETRY_SECONDS = 60.0
 
 
 class ModelPool:
-    """Safe to use from many threads. `put_away` is called after models have left, to give their memory back."""
+    """Safe to use from many threads. `on_evict` is called after models have left, to give their memory back."""
 
     def __init__(
         self,
         *,
         budget_bytes: int,
         batcher: Batcher,
-        hold: Hold = "auto",
+        placement: Placement = "auto",
         model_dir: Path | None = None,
         cache_dir: Path | None = None,
         allow_paths: bool = True,
         device: str | None = None,
         key_value_bytes: int = KEY_VALUE_BYTES,
         out_of_memory: tuple[type[BaseException], ...] = (MemoryError,),
-        put_away: Callable[[], None] = lambda: None,
+        on_evict: Callable[[], None] = lambda: None,
     ) -> None:
         self._budget = budget_bytes
         self._batcher = batcher
-        self._hold = hold
+        self._placement = placement
         self._model_dir = model_dir
         self._cache_dir = cache_dir
         self._allow_paths = allow_paths
         self._device = device or choose_device()
         self._key_value_bytes = key_value_bytes
         self._out_of_memory = out_of_memory
-        self._after_putting_away = put_away
+        self._on_evict = on_evict
         self._lock = threading.RLock()
         self._entries: dict[Hashable, Entry] = {}
         self._considered: dict[Hashable, float] = {}
@@ -93,7 +93,7 @@ class ModelPool:
         ) as held:
             yield held.predictor
 
-    def make_room(self) -> None:
+    def evict_idle(self) -> None:
         """Puts away every model that nobody is asking."""
         with self._lock:
             self._put_away(0)
@@ -170,7 +170,7 @@ class ModelPool:
             return entry.load()
         except self._out_of_memory:
             log.warning("no memory for another model: all idle ones are put away")
-        self.make_room()
+        self.evict_idle()
         return entry.load()
 
     def _leave(self, name: Hashable, entry: Entry) -> None:
@@ -246,8 +246,8 @@ class ModelPool:
 
     def _kind(self, name: str, key: Hashable) -> Kind:
         """How a model that is being loaded shall be held."""
-        if self._hold != "auto":
-            return self._hold
+        if self._placement != "auto":
+            return self._placement
         with self._lock:
             others = [e for e in self._entries.values() if e.now is not None and e.now.base == key]
             return kind_at_first(self._entries[name], others) if name in self._entries else "shared"
@@ -255,7 +255,7 @@ class ModelPool:
     def _reconsider(self, entry: Entry) -> None:
         """Has the models of a base held otherwise, in the background, when their requests ask for it."""
         held = entry.now
-        if self._hold != "auto" or held is None or held.kind == "base":
+        if self._placement != "auto" or held is None or held.kind == "base":
             return
         if time.monotonic() < self._considered.get(held.base, 0.0) + CONSIDER_SECONDS:
             return
@@ -295,7 +295,7 @@ class ModelPool:
             before = entry.held.result()
             entry.stand(held)
             self._has_left = True
-            self._batcher.forget(before.predictor.weights.scope)
+            self._batcher.forget(before.predictor.variant.scope)
         if entry.forgotten and entry.is_idle and self._entries.get(name) is entry:
             self._remove(name)
         self._put_away(self._budget)
@@ -328,7 +328,7 @@ class ModelPool:
         self._has_left = True
         entry = self._entries.pop(name)
         if entry.now is not None:
-            self._batcher.forget(entry.now.predictor.weights.scope)
+            self._batcher.forget(entry.now.predictor.variant.scope)
         gone = entry.memory_bytes
         if all(other.base != entry.base for other in self._entries.values()):
             base = self._bases.pop(entry.base, None)
@@ -340,4 +340,4 @@ class ModelPool:
         with self._lock:
             has_left, self._has_left = self._has_left, False
         if has_left:
-            self._after_putting_away()
+            self._on_evict()

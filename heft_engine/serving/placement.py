@@ -66,7 +66,7 @@ class Entry:
         held = self.now
         if held is None:
             return 0
-        return held.memory_bytes + (held.predictor.writer.memory_bytes if held.kind == "merged" else 0)
+        return held.memory_bytes + (held.predictor.generator.memory_bytes if held.kind == "merged" else 0)
 
     @property
     def is_idle(self) -> bool:

@@ -23,6 +23,7 @@ from heft_engine.data.encoding import Encoder, Example
 from heft_engine.data.rows import Row
 from heft_engine.data.task import Task
 from heft_engine.errors import BundleError
+from heft_engine.inference.model_variant import ModelVariant
 from heft_engine.inference.scoring import TOKEN_BUDGET, Scores
 from heft_engine.inference.scoring_pass import ScoringRow, score_rows
 from heft_engine.model.attention import IMPLEMENTATION
@@ -34,8 +35,7 @@ from heft_engine.model.packing import micro_batches
 from heft_engine.runtime.devices import choose_device, choose_dtype
 from heft_engine.runtime.threads import run_in_short_lived_thread
 from heft_engine.serving.batcher import Batcher, Cancelled
-from heft_engine.serving.request_queue import Weights
-from heft_engine.serving.text_generator import Listener, Piece, TextWriter, WriteRequest
+from heft_engine.serving.text_generator import Listener, TextDelta, TextGenerator, TextRequest
 
 #: What keys and values of texts that are being written may hold, unless told otherwise.
 KEY_VALUE_BYTES = 1024**3
@@ -66,22 +66,24 @@ class Predictor:
 
     def __init__(
         self,
-        weights: Weights,
+        variant: ModelVariant,
         encoder: Encoder,
         max_new_tokens: int,
         *,
         temperature: float = 1.0,
         batcher: Batcher | None = None,
-        writer: TextWriter | None = None,
+        generator: TextGenerator | None = None,
         key_value_bytes: int = KEY_VALUE_BYTES,
         prefix_bytes: int = 0,
     ) -> None:
-        self.weights = weights
+        self.variant = variant
         self.encoder = encoder
         self.max_new_tokens = max_new_tokens
         self.temperature = temperature
         #: Texts that are being written, for all who ask.
-        self.writer = writer or TextWriter(weights.lm, encoder.tokenizer, budget_bytes=key_value_bytes)
+        self.generator = generator or TextGenerator(
+            variant.lm, encoder.tokenizer, budget_bytes=key_value_bytes
+        )
         if batcher is None:
             batcher = Batcher(prefix_bytes=prefix_bytes)
             weakref.finalize(self, batcher.close)
@@ -89,7 +91,7 @@ class Predictor:
 
     @property
     def lm(self) -> PackedLM:
-        return self.weights.lm
+        return self.variant.lm
 
     @property
     def task(self) -> Task:
@@ -100,7 +102,7 @@ class Predictor:
         """What its parameters hold, and the texts that are being written."""
         parts = [self.lm.model, *(placed.intervention for placed in self.lm.interventions)]
         own = sum(p.numel() * p.element_size() for part in parts for p in part.parameters())
-        return own + self.writer.memory_bytes
+        return own + self.generator.memory_bytes
 
     def predict(
         self,
@@ -121,7 +123,7 @@ class Predictor:
         scale = scale if enabled else 0.0
         if self.task.type == "text":
             return self._write(examples, scale, is_wanted)
-        future = self.batcher.submit(self.weights, examples, scale=scale, owner=owner)
+        future = self.batcher.submit(self.variant, examples, scale=scale, owner=owner)
         scores = _wanted(future, is_wanted)
         return [self._labelled(example, one) for example, one in zip(examples, scores, strict=True)]
 
@@ -136,19 +138,19 @@ class Predictor:
             completion_tokens=0,
         )
 
-    def write(self, requests: Sequence[WriteRequest], listener: Listener) -> None:
+    def generate(self, requests: Sequence[TextRequest], listener: Listener) -> None:
         """Has texts written, beside the others; `listener` hears their pieces, on the passes' thread.
 
         Raises RowError when one would never have room.
         """
-        adapter = self.weights.adapter
-        self.writer.submit([replace(request, adapter=adapter) for request in requests], listener)
-        self.batcher.keep_at(self.writer)
+        adapter = self.variant.adapter
+        self.generator.submit([replace(request, adapter=adapter) for request in requests], listener)
+        self.batcher.schedule(self.generator)
 
     def cancel(self, request_id: Hashable) -> None:
         """Lets a text go; its listener hears no more."""
-        self.writer.cancel(request_id)
-        self.batcher.keep_at(self.writer)
+        self.generator.cancel(request_id)
+        self.batcher.schedule(self.generator)
 
     def _write(
         self, examples: Sequence[Example], scale: float, is_wanted: Callable[[], bool]
@@ -162,8 +164,8 @@ class Predictor:
             else:
                 prompt = text.example.prompt
                 name = (call, index)
-                requests.append(WriteRequest(id=name, prompt=prompt, max_tokens=tokens, scale=scale))
-        self.write(requests, lambda name, piece: texts[name[1]].hear(piece))
+                requests.append(TextRequest(id=name, prompt=prompt, max_tokens=tokens, scale=scale))
+        self.generate(requests, lambda name, piece: texts[name[1]].hear(piece))
         try:
             for text in texts:
                 while not text.is_whole.wait(_LOOK_SECONDS):
@@ -199,7 +201,7 @@ class _Text:
         self._tokens = 0
         self._fault: Exception | None = None
 
-    def hear(self, piece: Piece | Exception) -> None:
+    def hear(self, piece: TextDelta | Exception) -> None:
         if isinstance(piece, Exception):
             self._fault = piece
         else:
@@ -246,13 +248,13 @@ def load(
             bundle, model_dir=model_dir, cache_dir=cache_dir, allow_paths=allow_paths, device=device
         )
         lm.pack()
-        check_probe(bundle, Weights(lm=lm, interventions=tuple(lm.interventions)))
+        check_probe(bundle, ModelVariant(lm=lm, interventions=tuple(lm.interventions)))
         return lm
 
     lm = run_in_short_lived_thread(checked)
     encoder = Encoder(tokenizer, Task.from_json(bundle.info.task), bundle.info.max_length)
     return Predictor(
-        Weights(lm=lm, interventions=tuple(lm.interventions), scope="merged"),
+        ModelVariant(lm=lm, interventions=tuple(lm.interventions), scope="merged"),
         encoder,
         bundle.info.max_new_tokens,
         temperature=bundle.info.temperature,
@@ -284,9 +286,9 @@ def load_base(
     run_in_short_lived_thread(lm.pack)
     length = resolve_max_length(None, inspect(base.path).max_position_embeddings)
     encoder = Encoder(load_tokenizer(base.path), Task.resolve(TaskSettings(), task), length)
-    weights = Weights(lm=lm, scope="base")
+    variant = ModelVariant(lm=lm, scope="base")
     return Predictor(
-        weights, encoder, max_new_tokens=64, prefix_bytes=prefix_bytes, key_value_bytes=key_value_bytes
+        variant, encoder, max_new_tokens=64, prefix_bytes=prefix_bytes, key_value_bytes=key_value_bytes
     )
 
 
@@ -332,10 +334,10 @@ def base_of(
     return base
 
 
-def check_probe(bundle: Bundle, weights: Weights) -> None:
+def check_probe(bundle: Bundle, variant: ModelVariant) -> None:
     """Raises BundleError when a probe row's score lies outside the tolerance stated in the bundle."""
-    rows = [ScoringRow(example=example, adapter=weights.adapter) for example in bundle.probe.examples]
-    found = [scores for part in _passes(rows) for scores in score_rows(weights.lm, part)]
+    rows = [ScoringRow(example=example, adapter=variant.adapter) for example in bundle.probe.examples]
+    found = [scores for part in _passes(rows) for scores in score_rows(variant.lm, part)]
     for index, (scores, expected) in enumerate(zip(found, bundle.probe.scores, strict=True)):
         worst = max(abs(a - b) for a, b in zip(scores.totals, expected, strict=True))
         if not worst <= bundle.info.probe_tolerance:

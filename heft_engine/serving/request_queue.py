@@ -16,26 +16,12 @@ from dataclasses import dataclass, field
 from weakref import WeakKeyDictionary
 
 from heft_engine.data.encoding import Example
+from heft_engine.inference.model_variant import ModelVariant
 from heft_engine.inference.prefix_cache import BLOCK, LEAST_GAIN, CachedPrefix, PrefixCache, chain, reach
 from heft_engine.inference.scoring import Scores
 from heft_engine.inference.scoring_pass import ScoringRow
-from heft_engine.model.interventions import PlacedIntervention
 from heft_engine.model.packed_lm import PackedLM
-from heft_engine.model.packing import RowAdapter, packed_length
-
-
-@dataclass(frozen=True, kw_only=True, eq=False)
-class Weights:
-    """What a pass runs with: a model's layers, and what one fine-tuned model adds to them, if they are shared.
-
-    sites: its interventions, wherever they act.
-    scope: names the weights, as far as keys and values depend on them; None keeps nothing of them.
-    """
-
-    lm: PackedLM
-    adapter: RowAdapter | None = None
-    interventions: tuple[PlacedIntervention, ...] = ()
-    scope: Hashable = None
+from heft_engine.model.packing import packed_length
 
 
 @dataclass(eq=False)
@@ -53,7 +39,7 @@ class WaitingRow:
 class Request:
     """Rows of one model that are answered together. Its future may be cancelled at any time."""
 
-    weights: Weights
+    variant: ModelVariant
     scale: float
     future: Future[list[Scores]] = field(default_factory=Future)
     arrived: float = field(default_factory=time.monotonic)
@@ -63,15 +49,15 @@ class Request:
 
     @staticmethod
     def of(
-        weights: Weights, examples: Sequence[Example], *, scale: float, owner: Hashable, keeps: bool
+        variant: ModelVariant, examples: Sequence[Example], *, scale: float, owner: Hashable, keeps: bool
     ) -> Request:
         """`keeps`: whether beginnings of its prompts may be kept, for `owner` alone."""
-        request = Request(weights=weights, scale=scale, rows=len(examples))
+        request = Request(variant=variant, scale=scale, rows=len(examples))
         for index, example in enumerate(examples):
             hashes: list[bytes] = []
-            if keeps and weights.scope is not None:
-                end, depends = reach(weights.interventions, len(example.prompt), scale)
-                hashes = chain((owner, weights.scope, depends), example.prompt, end)
+            if keeps and variant.scope is not None:
+                end, depends = reach(variant.interventions, len(example.prompt), scale)
+                hashes = chain((owner, variant.scope, depends), example.prompt, end)
             request.waiting.append(WaitingRow(request, index, example, hashes, packed_length(example)))
         return request
 
@@ -133,10 +119,10 @@ class WaitingRows:
         if not wanted:
             return []
         # Of those that have waited through as many passes, the one that was asked first.
-        lm = min((request.weights.lm for request in wanted), key=lambda lm: self._served.get(lm, 0))
+        lm = min((request.variant.lm for request in wanted), key=lambda lm: self._served.get(lm, 0))
         self._passes += 1
         self._served[lm] = self._passes
-        return self._packed([request for request in wanted if request.weights.lm is lm])
+        return self._packed([request for request in wanted if request.variant.lm is lm])
 
     def _packed(self, requests: Sequence[Request]) -> list[tuple[WaitingRow, ScoringRow]]:
         taken: list[tuple[WaitingRow, ScoringRow]] = []
@@ -160,12 +146,12 @@ class WaitingRows:
 
 
 def _scoring(row: WaitingRow, kept: CachedPrefix | None) -> ScoringRow:
-    weights = row.request.weights
+    variant = row.request.variant
     return ScoringRow(
         example=row.example,
         scale=row.request.scale,
-        adapter=weights.adapter,
-        scope=weights.scope,
+        adapter=variant.adapter,
+        scope=variant.scope,
         hashes=row.hashes,
         kept=kept,
     )

@@ -16,9 +16,9 @@ from transformers import PreTrainedTokenizerBase
 from heft_engine.errors import RowError
 from heft_engine.inference.decode_batch import DecodeBatch, DecodeRequest, NewToken
 from heft_engine.inference.detokenizer import Detokenizer, Vocabulary
-from heft_engine.inference.greedy import ends_of
-from heft_engine.inference.sampling import Choice
-from heft_engine.inference.scheduler import DecodeQueue
+from heft_engine.inference.greedy import eos_token_ids
+from heft_engine.inference.sampling import SampledToken
+from heft_engine.inference.scheduler import DecodeScheduler
 from heft_engine.inference.stop_strings import Stops
 from heft_engine.model.packed_lm import PackedLM
 
@@ -27,14 +27,14 @@ Finish = Literal["stop", "length"]
 
 
 @dataclass(frozen=True, kw_only=True)
-class WriteRequest(DecodeRequest):
+class TextRequest(DecodeRequest):
     """A prompt and how its text is to be written. `stop`: strings that end it and are not told."""
 
     stop: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True, kw_only=True)
-class WrittenToken:
+class TokenLogprobs:
     """One token with its log-probability, and the likeliest ones in its place. `offset`: characters before it."""
 
     spelling: bytes
@@ -44,17 +44,17 @@ class WrittenToken:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Piece:
+class TextDelta:
     """The next of one text. `tokens` only where log-probabilities were asked for; `written` counts all so far."""
 
     text: str
-    tokens: tuple[WrittenToken, ...] = ()
+    tokens: tuple[TokenLogprobs, ...] = ()
     finish: Finish | None = None
     written: int = 0
 
 
 #: Told a request's id and its next piece; or, once and last, why there will be no more.
-Listener = Callable[[Any, Piece | Exception], None]
+Listener = Callable[[Any, TextDelta | Exception], None]
 
 
 class _Writer:
@@ -62,7 +62,7 @@ class _Writer:
 
     def __init__(
         self,
-        request: WriteRequest,
+        request: TextRequest,
         listener: Listener,
         tokenizer: PreTrainedTokenizerBase,
         eos: frozenset[int],
@@ -76,9 +76,9 @@ class _Writer:
         self._written = 0
         self._certain = 0  #: characters that the detokenizer has given
         self._told = 0
-        self._held: list[WrittenToken] = []
+        self._held: list[TokenLogprobs] = []
 
-    def take(self, choice: Choice) -> Piece:
+    def take(self, choice: SampledToken) -> TextDelta:
         """What is to be told after one more token."""
         if choice.token in self._eos:
             return self._end("stop", self._detokenizer.flush())
@@ -95,22 +95,22 @@ class _Writer:
         self._certain += len(text)
         return self._stops.push(text)
 
-    def _end(self, finish: Finish, text: str) -> Piece:
+    def _end(self, finish: Finish, text: str) -> TextDelta:
         told = self._push(text)
         if self._stops.is_hit:
             return self._piece(told, "stop")
         told += self._stops.flush()
         self._told += len(told)
-        return Piece(text=told, tokens=tuple(self._held), finish=finish, written=self._written)
+        return TextDelta(text=told, tokens=tuple(self._held), finish=finish, written=self._written)
 
-    def _piece(self, told: str, finish: Finish | None) -> Piece:
+    def _piece(self, told: str, finish: Finish | None) -> TextDelta:
         self._told += len(told)
         ready = [token for token in self._held if token.offset < self._told]
         self._held = self._held[len(ready) :]
-        return Piece(text=told, tokens=tuple(ready), finish=finish, written=self._written)
+        return TextDelta(text=told, tokens=tuple(ready), finish=finish, written=self._written)
 
-    def _with_logprobs(self, choice: Choice, logprob: float) -> WrittenToken:
-        return WrittenToken(
+    def _with_logprobs(self, choice: SampledToken, logprob: float) -> TokenLogprobs:
+        return TokenLogprobs(
             spelling=self._vocabulary.bytes_of(choice.token),
             logprob=logprob,
             top=tuple((self._vocabulary.bytes_of(token), value) for token, value in choice.top),
@@ -118,14 +118,14 @@ class _Writer:
         )
 
 
-class TextWriter:
+class TextGenerator:
     """Writes texts with one model. `budget_bytes` is for keys and values; who does not fit waits."""
 
     def __init__(self, lm: PackedLM, tokenizer: PreTrainedTokenizerBase, *, budget_bytes: int) -> None:
         self._tokenizer = tokenizer
         self._lm = lm
         self._batch = DecodeBatch(lm, budget_bytes=budget_bytes)
-        self._queue = DecodeQueue(self._batch)
+        self._scheduler = DecodeScheduler(self._batch)
         self._lock = threading.Lock()
         self._arrived: list[_Writer] = []
         self._cancelled: set[Hashable] = set()
@@ -142,7 +142,7 @@ class TextWriter:
         """What keys and values hold."""
         return self._batch.allocated_bytes
 
-    def submit(self, requests: Sequence[WriteRequest], listener: Listener) -> None:
+    def submit(self, requests: Sequence[TextRequest], listener: Listener) -> None:
         """Takes requests in; their text goes to `listener`, called by whoever takes turns.
 
         Raises RowError, and takes none, when the keys and values of one would never have room.
@@ -155,7 +155,7 @@ class TextWriter:
                     f"{self._batch.budget_bytes:,}: ask for fewer max_tokens",
                     param="max_tokens",
                 )
-        ends = ends_of(self._lm, self._tokenizer)
+        ends = eos_token_ids(self._lm, self._tokenizer)
         writers = [_Writer(request, listener, self._tokenizer, ends) for request in requests]
         with self._lock:
             self._arrived += writers
@@ -165,11 +165,11 @@ class TextWriter:
         with self._lock:
             self._cancelled.add(request_id)
 
-    def turn(self) -> None:
+    def step(self) -> None:
         """One pass. When it fails, everyone who waits is told why, and all are let go."""
         self._take_in()
         try:
-            for new in self._queue.turn():
+            for new in self._scheduler.step():
                 self._tell(new)
         except Exception as fault:
             self._end_all(fault)
@@ -184,7 +184,7 @@ class TextWriter:
         with self._lock:
             writers, self._writers = list(self._writers.values()), {}
         # A pass that failed half-way may have left its slots in any state.
-        self._queue.clear()
+        self._scheduler.clear()
         for writer in writers:
             writer.listener(writer.request.id, fault)
 
@@ -194,7 +194,7 @@ class TextWriter:
             cancelled, self._cancelled = self._cancelled, set()
             wanted = [writer for writer in arrived if writer.request.id not in cancelled]
             self._writers |= {writer.request.id: writer for writer in wanted}
-        self._queue.add([writer.request for writer in wanted])
+        self._scheduler.add([writer.request for writer in wanted])
         for request_id in cancelled:
             self._let_go(request_id)
 
@@ -207,6 +207,6 @@ class TextWriter:
             writer.listener(new.id, piece)
 
     def _let_go(self, request_id: Hashable) -> None:
-        self._queue.drop(request_id)
+        self._scheduler.abort(request_id)
         with self._lock:
             self._writers.pop(request_id, None)

@@ -15,8 +15,8 @@ from heft_engine.adapters.reft import KINDS
 from heft_engine.bundle.format import StoredIntervention
 from heft_engine.config.train import InterventionKind
 from heft_engine.data.encoding import Example
+from heft_engine.inference.model_variant import ModelVariant
 from heft_engine.model.packed_lm import PackedLM
-from heft_engine.serving.request_queue import Weights
 from heft_engine.serving.row_adapters import UnmergedModel
 from heft_engine.serving.shared_copy import copy_sharing
 
@@ -87,21 +87,21 @@ def models(lm: PackedLM, *, suffixes: tuple[str, ...], biased: bool = False) -> 
     ]
 
 
-def merged(lm: PackedLM, made: Made) -> Weights:
+def merged(lm: PackedLM, made: Made) -> ModelVariant:
     """The model as it is merged, on a copy of the base."""
     touched = {module for each in made.adapters for module in each.factors}
     own = PackedLM(copy_sharing(lm.model, touched))
     for each in made.adapters:
         lora.merge(own.model, each)
     for stored in made.interventions:
-        own.interventions.add(stored.restore(own.hidden_size))
-    return Weights(lm=own, interventions=tuple(own.interventions), scope="merged")
+        own.interventions.add(stored.site(own.hidden_size))
+    return ModelVariant(lm=own, interventions=tuple(own.interventions), scope="merged")
 
 
-def unmerged(lm: PackedLM, made: Made, scope: str = "shared") -> Weights:
+def unmerged(lm: PackedLM, made: Made, scope: str = "shared") -> ModelVariant:
     """The model as what it adds to `lm`, whose rows heed adapters."""
     added = UnmergedModel(lm, made.adapters, made.interventions)
-    return Weights(lm=lm, adapter=added, interventions=tuple(added.interventions), scope=scope)
+    return ModelVariant(lm=lm, adapter=added, interventions=tuple(added.interventions), scope=scope)
 
 
 def examples(n: int, seed: int = 0, *, prefix: tuple[int, ...] = (), longest: int = 60) -> list[Example]:

@@ -54,7 +54,7 @@ def room(context: Context, request: str) -> Iterator[None]:
         _note(context, {"asks_for_room": None})
 
 
-def handoff_chores(context: Context, make_room: Callable[[], None]) -> list[Chore]:
+def handoff_chores(context: Context, evict_idle: Callable[[], None]) -> list[Chore]:
     """The inference side's chore: hear who asks, put models away, say so."""
     if context.device is None:
         return []
@@ -63,7 +63,7 @@ def handoff_chores(context: Context, make_room: Callable[[], None]) -> list[Chor
     def look() -> None:
         asked = {row.info["asks_for_room"] for row in _neighbours(context, "train")} - {None}
         if asked - heard:
-            make_room()
+            evict_idle()
         if asked != heard:
             heard.clear()
             heard.update(asked)

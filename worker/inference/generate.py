@@ -16,7 +16,7 @@ from collections.abc import Iterator
 from redis.exceptions import RedisError
 
 from heft_engine.errors import EngineError
-from heft_engine.serving.text_generator import Piece
+from heft_engine.serving.text_generator import TextDelta
 from store.errors import StoreError
 from store.messages.generate import (
     GeneratedPart,
@@ -28,7 +28,7 @@ from store.messages.generate import (
 )
 from store.messages.predict import REPLY_SECONDS, PredictFault
 from worker.inference.cancellations import LOOK_SECONDS
-from worker.inference.predict import Inference, NobodyWaits, check_somebody_waits, fault_of
+from worker.inference.predict import Inference, RequestAbandoned, check_active, fault_of
 from worker.inference.text_requests import Heard, Texts, begin
 
 log = logging.getLogger(__name__)
@@ -51,7 +51,7 @@ class Generation:
         try:
             with self._cancelled.waiting(request_id, sent_at=message["sent_at"]):
                 self._answer(message)
-        except NobodyWaits:
+        except RequestAbandoned:
             log.info("nobody waits for %s any more", request_id)
         except (EngineError, StoreError) as fault:
             self._reply(message, GenerateReply(request_id=request_id, error=fault_of(fault)))
@@ -61,7 +61,7 @@ class Generation:
             raise
 
     def _answer(self, message: GenerateMessage) -> None:
-        self._check_somebody_waits(message)
+        self._check_active(message)
         with self._inference.holding(message["model"], "text") as predictor:
             texts = begin(predictor, message)
             unfinished = set(range(texts.count))
@@ -100,9 +100,9 @@ class Generation:
                 time.sleep(TOGETHER_SECONDS)
 
     def _next(self, message: GenerateMessage, heard: queue.SimpleQueue[Heard]) -> Iterator[Heard]:
-        """Waits for a piece, then takes all that are there. Raises NobodyWaits."""
+        """Waits for a piece, then takes all that are there. Raises RequestAbandoned."""
         while True:
-            self._check_somebody_waits(message)
+            self._check_active(message)
             try:
                 yield heard.get(timeout=LOOK_SECONDS)
                 break
@@ -114,8 +114,8 @@ class Generation:
             except queue.Empty:
                 return
 
-    def _check_somebody_waits(self, message: GenerateMessage) -> None:
-        check_somebody_waits(self._cancelled, message["request_id"], message["deadline"])
+    def _check_active(self, message: GenerateMessage) -> None:
+        check_active(self._cancelled, message["request_id"], message["deadline"])
 
     def _reply(self, message: GenerateMessage, reply: GenerateReply) -> None:
         payload = json.dumps(reply, allow_nan=False)
@@ -128,7 +128,7 @@ class Generation:
             log.warning("no answer to %s: the broker is away: %s", message["request_id"], fault)
 
 
-def _add(parts: dict[int, GeneratedPart], index: int, piece: Piece) -> None:
+def _add(parts: dict[int, GeneratedPart], index: int, piece: TextDelta) -> None:
     part = parts.setdefault(index, GeneratedPart(index=index, text="", tokens=[], finish_reason=None))
     part["text"] += piece.text
     part["tokens"] += [

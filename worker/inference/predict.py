@@ -54,7 +54,7 @@ _REPLY_TIMEOUT_SECONDS = 3.0
 _REST_SECONDS = 20.0
 
 
-class NobodyWaits(Exception):
+class RequestAbandoned(Exception):
     """The request's time is over, or its client has gone."""
 
 
@@ -77,13 +77,13 @@ class Inference:
         self.pool = ModelPool(
             budget_bytes=settings.memory_budget_bytes or three_quarters_of_memory(),
             batcher=self.batcher,
-            hold=settings.hold_models,
+            placement=settings.hold_models,
             model_dir=settings.model_dir,
             cache_dir=settings.cache_dir,
             allow_paths=False,
             key_value_bytes=settings.generate_memory_bytes,
             out_of_memory=(MemoryError, torch.OutOfMemoryError),
-            put_away=self._some_left,
+            on_evict=self._some_left,
         )
         self._gave_back_at = time.monotonic()
         self._have_left = False
@@ -155,7 +155,7 @@ class Inference:
         try:
             ok = PredictedRows(data=self._predict(message))
             _check_numbers(ok)
-        except NobodyWaits:
+        except RequestAbandoned:
             self._metrics.dropped()
             log.info("nobody waits for %s any more", request_id)
         except (EngineError, StoreError) as fault:
@@ -168,11 +168,11 @@ class Inference:
             self._reply(message, PredictReply(request_id=request_id, ok=ok))
 
     def _predict(self, message: PredictMessage) -> list[PredictedRow]:
-        self._check_somebody_waits(message)
+        self._check_active(message)
         model, intervention = message["model"], message["intervention"]
         task = infer_task(parse_inputs(message["inputs"], None)) if model["kind"] == "base" else None
         with self.holding(model, task) as predictor:
-            self._check_somebody_waits(message)
+            self._check_active(message)
             self._metrics.queued(time.time() - message["sent_at"])
             labels = predictor.task.labels if predictor.task.type == "choice" else None
             rows = parse_inputs(message["inputs"], labels)
@@ -182,18 +182,18 @@ class Inference:
                     enabled=intervention["enabled"],
                     scale=intervention["scale"],
                     owner=model["owner"],
-                    is_wanted=lambda: self._is_waited_for(message),
+                    is_wanted=lambda: self._is_active(message),
                 )
             except batching.Cancelled as left:
-                raise NobodyWaits from left
+                raise RequestAbandoned from left
         return [cast(PredictedRow, asdict(answer)) for answer in answers]
 
-    def _is_waited_for(self, message: PredictMessage) -> bool:
-        return is_waited_for(self.cancelled, message["request_id"], message["deadline"])
+    def _is_active(self, message: PredictMessage) -> bool:
+        return is_active(self.cancelled, message["request_id"], message["deadline"])
 
-    def _check_somebody_waits(self, message: PredictMessage) -> None:
-        """Raises NobodyWaits."""
-        check_somebody_waits(self.cancelled, message["request_id"], message["deadline"])
+    def _check_active(self, message: PredictMessage) -> None:
+        """Raises RequestAbandoned."""
+        check_active(self.cancelled, message["request_id"], message["deadline"])
 
     def _reply(self, message: PredictMessage, reply: PredictReply) -> None:
         payload = json.dumps(reply, allow_nan=False)
@@ -206,15 +206,15 @@ class Inference:
             log.warning("no answer to %s: the broker is away: %s", message["request_id"], fault)
 
 
-def is_waited_for(cancelled: Cancelled, request_id: str, deadline: float) -> bool:
+def is_active(cancelled: Cancelled, request_id: str, deadline: float) -> bool:
     """Whether its time is not over and its client still there."""
     return time.time() <= deadline and not cancelled.is_cancelled(request_id)
 
 
-def check_somebody_waits(cancelled: Cancelled, request_id: str, deadline: float) -> None:
-    """Raises NobodyWaits."""
-    if not is_waited_for(cancelled, request_id, deadline):
-        raise NobodyWaits
+def check_active(cancelled: Cancelled, request_id: str, deadline: float) -> None:
+    """Raises RequestAbandoned."""
+    if not is_active(cancelled, request_id, deadline):
+        raise RequestAbandoned
 
 
 def parse_inputs(inputs: Sequence[dict[str, Any]], labels: Sequence[str] | None) -> list[Row]:

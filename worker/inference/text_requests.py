@@ -11,16 +11,16 @@ from dataclasses import dataclass
 from heft_engine.data.encoding import Example
 from heft_engine.data.rows import parse_row
 from heft_engine.errors import RowError
-from heft_engine.inference.sampling import Sampling
+from heft_engine.inference.sampling import SamplingParams
 from heft_engine.serving.predictor import Predictor
-from heft_engine.serving.text_generator import Piece, WriteRequest
+from heft_engine.serving.text_generator import TextDelta, TextRequest
 from store.messages.generate import GenerateMessage
 
 #: How far an answer goes that nobody set an end to, where the model was not trained on longer ones.
 USUAL_TOKENS = 256
 
 #: A text's number, and what was heard of it.
-Heard = tuple[int, Piece | Exception]
+Heard = tuple[int, TextDelta | Exception]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -41,7 +41,7 @@ def begin(predictor: Predictor, message: GenerateMessage) -> Texts:
     request_id, count = message["request_id"], len(examples) * message["n"]
     intervention = message["intervention"]
     requests = [
-        WriteRequest(
+        TextRequest(
             id=(request_id, index),
             prompt=examples[index // message["n"]].prompt,
             max_tokens=tokens[index // message["n"]],
@@ -51,7 +51,7 @@ def begin(predictor: Predictor, message: GenerateMessage) -> Texts:
         )
         for index in range(count)
     ]
-    predictor.write(requests, lambda name, piece: heard.put((int(str(name[1])), piece)))
+    predictor.generate(requests, lambda name, piece: heard.put((int(str(name[1])), piece)))
     return Texts(
         request_id=request_id,
         prompt_tokens=sum(len(example.prompt) for example in examples),
@@ -97,11 +97,11 @@ def _max_tokens(predictor: Predictor, example: Example, message: GenerateMessage
     return min(room, max(USUAL_TOKENS, predictor.max_new_tokens)) if asked is None else asked
 
 
-def _sampling(message: GenerateMessage, index: int) -> Sampling:
+def _sampling(message: GenerateMessage, index: int) -> SamplingParams:
     """Several texts of one seed differ, and the first is the one that comes alone."""
     wish = message["wish"]
     seed = wish["seed"]
-    return Sampling(
+    return SamplingParams(
         temperature=wish["temperature"],
         top_p=wish["top_p"],
         seed=None if seed is None else (seed + index) % 2**63,

@@ -18,10 +18,10 @@ from heft_engine.cpu import operators
 from heft_engine.cpu.amx import AmxOps
 from heft_engine.cpu.packed_weights import bytes_to_pack
 from heft_engine.data.encoding import Example
+from heft_engine.inference.model_variant import ModelVariant
 from heft_engine.inference.prefix_cache import PrefixCache, chain, reach
 from heft_engine.inference.scoring import Scores, score
 from heft_engine.inference.scoring_pass import ScoringRow, score_rows
-from heft_engine.serving.request_queue import Weights
 from heft_engine.serving.row_adapters import adapt_rows
 
 pytestmark = needs_amx
@@ -158,7 +158,7 @@ def test_what_a_broken_row_leaves_is_nobodys_prefix(make_wide_model: Callable[[s
     assert cache.held_bytes
 
 
-def row(weights: Weights, example: Example, kept: PrefixCache | None) -> ScoringRow:
+def row(weights: ModelVariant, example: Example, kept: PrefixCache | None) -> ScoringRow:
     if kept is None:
         return ScoringRow(example=example)
     end, depends = reach(weights.interventions, len(example.prompt), 1.0)
@@ -174,7 +174,7 @@ def test_rows_of_many_models_score_as_alone_and_as_merged(
     base = packed(make_wide_model(family), BF16)
     adapt_rows(base)
     made = models(base, suffixes=("q_proj", "o_proj", "gate_proj", "up_proj", "down_proj"))
-    held = [unmerged(base, each) for each in made] + [Weights(lm=base, scope="base")]
+    held = [unmerged(base, each) for each in made] + [ModelVariant(lm=base, scope="base")]
     asked = examples(len(held) * 2, longest=90)
     mixed = [
         ScoringRow(example=one, adapter=held[index % len(held)].adapter) for index, one in enumerate(asked)

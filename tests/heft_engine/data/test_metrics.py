@@ -24,11 +24,11 @@ from heft_engine.evaluation import evaluate as evaluation_module
 from heft_engine.evaluation.evaluate import Evaluation, evaluate
 from heft_engine.evaluation.row_values import mean_interval, pack_graded, unpack_correctness, unpack_graded
 from heft_engine.inference.detokenizer import decode
+from heft_engine.inference.model_variant import ModelVariant
 from heft_engine.model.attention import IMPLEMENTATION
 from heft_engine.model.base_models import load_model, load_tokenizer, resolve_path
 from heft_engine.model.packed_lm import PackedLM
 from heft_engine.serving.predictor import Predictor
-from heft_engine.serving.request_queue import Weights
 
 SENTENCES = [
     ("the cat sat on the mat", "a cat is on the mat"),
@@ -250,7 +250,7 @@ def test_what_is_measured_is_what_serving_writes(tiny_llama_dir: Path) -> None:
     end = whole[-1]
     model.generation_config.eos_token_id = [end]
     (written,) = evaluation_module._written(lm, encoder, [example], ["any"], 12)
-    predictor = Predictor(Weights(lm=lm), encoder, max_new_tokens=12)
+    predictor = Predictor(ModelVariant(lm=lm), encoder, max_new_tokens=12)
     (served,) = predictor.predict([row])
     assert written == served.answer == decode(encoder.tokenizer, whole[: whole.index(end)])
     assert end != encoder.tokenizer.eos_token_id

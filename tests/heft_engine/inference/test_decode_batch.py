@@ -14,8 +14,8 @@ from torch import Tensor
 from heft_engine.adapters.reft import LoreftIntervention
 from heft_engine.inference.decode_batch import DecodeBatch, DecodeRequest, NewToken
 from heft_engine.inference.kv_cache import CHUNK, capacity_for
-from heft_engine.inference.sampling import Choice, Sampling
-from heft_engine.inference.scheduler import MOST_SEQUENCES, DecodeQueue
+from heft_engine.inference.sampling import SampledToken, SamplingParams
+from heft_engine.inference.scheduler import MOST_SEQUENCES, DecodeScheduler
 from heft_engine.model.attention import IMPLEMENTATION
 from heft_engine.model.base_models import load_model, resolve_path
 from heft_engine.model.batch_invariant import FixedShapes
@@ -24,7 +24,7 @@ from heft_engine.model.packed_lm import PackedLM
 
 MakeModel = Callable[[str], Path]
 PLENTY = 2**30
-EXACT = Sampling(top_logprobs=0)
+EXACT = SamplingParams(top_logprobs=0)
 #: Shorter and longer than the windows of 16; some outgrow their slots of 64, 96 and 128 tokens.
 LENGTHS = (60, 3, 21, 93, 40, 2, 63)
 
@@ -60,18 +60,18 @@ class Written:
     def __init__(self, batch: DecodeBatch, requests: Sequence[DecodeRequest]) -> None:
         self.batch = batch
         self.most = {request.id: request.max_tokens for request in requests}
-        self.tokens: dict[Hashable, list[Choice]] = {}
+        self.tokens: dict[Hashable, list[SampledToken]] = {}
 
     def take(self, new: Sequence[NewToken]) -> None:
         for one in new:
             self.tokens.setdefault(one.id, []).append(one.choice)
             if len(self.tokens[one.id]) == self.most[one.id]:
-                self.batch.leave(one.id)
+                self.batch.remove(one.id)
 
 
-def alone(lm: PackedLM, requests: Sequence[DecodeRequest]) -> dict[Hashable, list[Choice]]:
+def alone(lm: PackedLM, requests: Sequence[DecodeRequest]) -> dict[Hashable, list[SampledToken]]:
     """Each written by itself."""
-    tokens: dict[Hashable, list[Choice]] = {}
+    tokens: dict[Hashable, list[SampledToken]] = {}
     for request in requests:
         batch = DecodeBatch(lm, budget_bytes=PLENTY)
         written = Written(batch, [request])
@@ -98,7 +98,7 @@ def test_tokens_do_not_depend_on_who_joins_and_leaves(
     written.take(batch.join(requests[:3]))
     written.take(batch.step())
     written.take(batch.join(requests[3:4]))
-    batch.leave(1)
+    batch.remove(1)
     written.take(batch.step())
     written.take(batch.join(requests[4:]))
     while len(batch):
@@ -132,12 +132,12 @@ def test_keys_and_values_stay_within_their_budget(llama: PackedLM) -> None:
     room = batch.bytes_for(requests[0])
     assert room == 2 * 4 * 2 * 8 * capacity_for(69) * 4  # two tensors a layer, heads, width, tokens, float32
     batch = DecodeBatch(llama, budget_bytes=4 * room)
-    queue = DecodeQueue(batch)
-    queue.add(requests)
+    scheduler = DecodeScheduler(batch)
+    scheduler.add(requests)
     written = Written(batch, requests)
     most, sizes = 0, []
-    while queue.is_busy:
-        new = queue.turn()
+    while scheduler.is_busy:
+        new = scheduler.step()
         most, sizes = max(most, batch.allocated_bytes), [*sizes, len(batch)]
         written.take(new)
     assert written.tokens == alone(llama, requests)
@@ -149,20 +149,20 @@ def test_keys_and_values_stay_within_their_budget(llama: PackedLM) -> None:
 
 def test_many_sequences_fill_several_chunks(llama: PackedLM) -> None:
     requests = [asked(name, 4, max_tokens=2) for name in range(2 * CHUNK + 1)]
-    queue = DecodeQueue(DecodeBatch(llama, budget_bytes=PLENTY))
-    queue.add(requests)
-    written = Written(queue.batch, requests)
-    while queue.is_busy:
-        written.take(queue.turn())
+    scheduler = DecodeScheduler(DecodeBatch(llama, budget_bytes=PLENTY))
+    scheduler.add(requests)
+    written = Written(scheduler.batch, requests)
+    while scheduler.is_busy:
+        written.take(scheduler.step())
     some = requests[:: CHUNK // 2]
     assert {one.id: written.tokens[one.id] for one in some} == alone(llama, some)
     assert len(written.tokens) == len(requests) <= MOST_SEQUENCES
 
 
 def test_those_who_wait_and_those_who_are_written_alternate(llama: PackedLM) -> None:
-    queue = DecodeQueue(DecodeBatch(llama, budget_bytes=PLENTY))
-    queue.add([asked(name, 1_500, max_tokens=9) for name in range(3)])
-    passes = [[one.id for one in queue.turn()] for _ in range(6)]
+    scheduler = DecodeScheduler(DecodeBatch(llama, budget_bytes=PLENTY))
+    scheduler.add([asked(name, 1_500, max_tokens=9) for name in range(3)])
+    passes = [[one.id for one in scheduler.step()] for _ in range(6)]
     assert passes == [[0], [0], [1], [0, 1], [2], [0, 1, 2]]
 
 
@@ -188,14 +188,14 @@ def test_a_sequence_at_its_end_must_leave(llama: PackedLM) -> None:
     batch.join([asked(0, 10, max_tokens=1)])
     with pytest.raises(ValueError, match="must leave"):
         batch.step()
-    batch.leave(0)
-    batch.leave("nobody")
+    batch.remove(0)
+    batch.remove("nobody")
     assert batch.step() == []
 
 
 def test_a_seed_means_the_same_tokens_whatever_is_beside(llama: PackedLM) -> None:
     def drawn(name: int, seed: int | None) -> DecodeRequest:
-        sampling = Sampling(temperature=1.5, top_p=0.9, seed=seed, frequency_penalty=0.1)
+        sampling = SamplingParams(temperature=1.5, top_p=0.9, seed=seed, frequency_penalty=0.1)
         return DecodeRequest(id=name, prompt=asked(7, 30).prompt, max_tokens=8, sampling=sampling)
 
     requests = [drawn(0, 3), drawn(1, 4), drawn(2, 3), drawn(3, None), asked(4, 12, max_tokens=3)]

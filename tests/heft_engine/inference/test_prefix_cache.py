@@ -16,20 +16,20 @@ from tiny_models import FAMILIES
 from torch import Tensor
 
 from heft_engine.data.encoding import Example
+from heft_engine.inference.model_variant import ModelVariant
 from heft_engine.inference.prefix_cache import BLOCK, PrefixCache, chain, reach
 from heft_engine.inference.scoring import Scores
 from heft_engine.inference.scoring_pass import ScoringRow, score_rows
 from heft_engine.model import attention, packing
 from heft_engine.model.packed_lm import PackedLM
 from heft_engine.model.packing import Layout, PackedRow, PrefixKV
-from heft_engine.serving.request_queue import Weights
 from heft_engine.serving.row_adapters import adapt_rows
 
 MakeModel = Callable[[str], Path]
 PASSAGE = tuple(range(100, 170))
 
 
-def row(weights: Weights, example: Example, cache: PrefixCache, scale: float = 1.0) -> ScoringRow:
+def row(weights: ModelVariant, example: Example, cache: PrefixCache, scale: float = 1.0) -> ScoringRow:
     """As the batcher makes it."""
     end, depends = reach(weights.interventions, len(example.prompt), scale)
     hashes = chain((weights.scope, depends), example.prompt, end)
@@ -44,7 +44,7 @@ def row(weights: Weights, example: Example, cache: PrefixCache, scale: float = 1
 
 
 def ask(
-    weights: Weights, asked: Sequence[Example], cache: PrefixCache, scale: float = 1.0
+    weights: ModelVariant, asked: Sequence[Example], cache: PrefixCache, scale: float = 1.0
 ) -> tuple[list[Scores], list[int]]:
     """Scores, and how many tokens of each were found."""
     rows = [row(weights, example, cache, scale) for example in asked]
@@ -52,7 +52,7 @@ def ask(
     return score_rows(weights.lm, rows, cache), found
 
 
-def plain(weights: Weights, asked: Sequence[Example], scale: float = 1.0) -> list[Scores]:
+def plain(weights: ModelVariant, asked: Sequence[Example], scale: float = 1.0) -> list[Scores]:
     rows = [ScoringRow(example=each, adapter=weights.adapter, scale=scale) for each in asked]
     return score_rows(weights.lm, rows)
 
@@ -191,7 +191,7 @@ def test_a_chain_of_hashes_says_scope_and_all_tokens_before() -> None:
 
 
 def filled(cache: PrefixCache, lm: PackedLM, prompts: Sequence[tuple[int, ...]], scope: str = "s") -> None:
-    weights = Weights(lm=lm, scope=scope)
+    weights = ModelVariant(lm=lm, scope=scope)
     for prompt in prompts:
         ask(weights, [Example(prompt=prompt, answers=((7,), (9,)), labels=("a", "b"), gold=None)], cache)
 
@@ -247,7 +247,7 @@ def test_without_a_budget_nothing_is_kept(tiny_llama_dir: Path) -> None:
 def test_whatever_comes_and_goes_is_what_was_left(tiny_llama_dir: Path) -> None:
     """Long and short prompts with common beginnings, in a cache that is always too small."""
     lm = packed(tiny_llama_dir)
-    weights = Weights(lm=lm, scope="s")
+    weights = ModelVariant(lm=lm, scope="s")
     cache = PrefixCache(lm.n_layers * 2 * 2 * 8 * 4 * 160)
     generator = torch.Generator().manual_seed(0)
     stems = [tuple(torch.randint(5, 600, (48,), generator=generator).tolist()) for _ in range(3)]

@@ -15,11 +15,11 @@ from many_models import examples, merged, models, unmerged
 from probe_models import packed
 
 from heft_engine.data.encoding import Example
+from heft_engine.inference.model_variant import ModelVariant
 from heft_engine.inference.scoring import Scores, score
 from heft_engine.model.packed_lm import PackedLM
 from heft_engine.serving import batcher as batching
 from heft_engine.serving.batcher import Batcher, Cancelled
-from heft_engine.serving.request_queue import Weights
 from heft_engine.serving.row_adapters import adapt_rows
 
 PASSAGE = tuple(range(100, 170))
@@ -106,7 +106,7 @@ def test_those_who_wait_together_share_passes_and_keep_their_bits(
 ) -> None:
     asked = [examples(3, seed=seed) for seed in range(12)]
     with Gate(batcher):
-        futures = [batcher.submit(Weights(lm=lm), each) for each in asked]
+        futures = [batcher.submit(ModelVariant(lm=lm), each) for each in asked]
     assert results(futures) == [score(lm, each) for each in asked]
     assert sum(rows for rows, _, _ in told.passes) == 36
     assert max(rows for rows, _, _ in told.passes) > 3
@@ -118,7 +118,7 @@ def test_from_many_threads_each_gets_its_own(lm: PackedLM, batcher: Batcher) -> 
     asked = [examples(2, seed=seed) for seed in range(40)]
 
     def ask(each: list[Example]) -> list[Scores]:
-        return batcher.submit(Weights(lm=lm), each).result(60)
+        return batcher.submit(ModelVariant(lm=lm), each).result(60)
 
     with ThreadPoolExecutor(8) as pool:
         assert list(pool.map(ask, asked)) == [score(lm, each) for each in asked]
@@ -128,7 +128,7 @@ def test_alone_a_request_does_not_wait_for_others(
     lm: PackedLM, batcher: Batcher, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     with Gate(batcher):
-        many = [batcher.submit(Weights(lm=lm), examples(5, seed=1, longest=20)) for _ in range(4)]
+        many = [batcher.submit(ModelVariant(lm=lm), examples(5, seed=1, longest=20)) for _ in range(4)]
     results(many)
     lingered = batcher._ended + batching.LINGER_SECONDS
     while batching.time.monotonic() < lingered:
@@ -137,7 +137,7 @@ def test_alone_a_request_does_not_wait_for_others(
         batcher._changed, "wait", lambda timeout=None: pytest.fail("it waits") if timeout else wait()
     )
     wait = threading.Condition.wait.__get__(batcher._changed)
-    assert batcher.submit(Weights(lm=lm), examples(1)).result(60) == score(lm, examples(1))
+    assert batcher.submit(ModelVariant(lm=lm), examples(1)).result(60) == score(lm, examples(1))
 
 
 def test_after_a_shared_pass_those_who_ask_again_are_waited_for(
@@ -146,15 +146,15 @@ def test_after_a_shared_pass_those_who_ask_again_are_waited_for(
     monkeypatch.setattr(batching, "LINGER_SECONDS", 30.0)
     one = examples(1, longest=10)
     with Gate(batcher):
-        futures = [batcher.submit(Weights(lm=lm), one) for _ in range(6)]
+        futures = [batcher.submit(ModelVariant(lm=lm), one) for _ in range(6)]
     results(futures)
-    again = [batcher.submit(Weights(lm=lm), one) for _ in range(6)]  # the sixth ends the waiting
+    again = [batcher.submit(ModelVariant(lm=lm), one) for _ in range(6)]  # the sixth ends the waiting
     results(again)
     assert [rows for rows, _, _ in told.passes] == [6, 6]
 
 
 def test_questions_on_one_passage_compute_it_once(lm: PackedLM, batcher: Batcher, told: Told) -> None:
-    weights = Weights(lm=lm, scope="model")
+    weights = ModelVariant(lm=lm, scope="model")
     asked = examples(8, prefix=PASSAGE, longest=20)
     with Gate(batcher):
         together = batcher.submit(weights, asked)
@@ -176,8 +176,8 @@ def test_a_large_request_does_not_hold_up_a_small_one(
     other = lm if of == "the same model" else packed(tiny_llama_dir)
     ended: list[str] = []
     with Gate(batcher):
-        large = batcher.submit(Weights(lm=lm), examples(60, seed=1))
-        small = batcher.submit(Weights(lm=other), examples(1, seed=2))
+        large = batcher.submit(ModelVariant(lm=lm), examples(60, seed=1))
+        small = batcher.submit(ModelVariant(lm=other), examples(1, seed=2))
         large.add_done_callback(lambda _: ended.append("large"))
         small.add_done_callback(lambda _: ended.append("small"))
     assert large.result(60) == score(lm, examples(60, seed=1))
@@ -185,7 +185,7 @@ def test_a_large_request_does_not_hold_up_a_small_one(
     assert ended == ["small", "large"]
 
 
-def test_models_on_one_base_share_passes_and_others_take_turns(tiny_llama_dir: Path, told: Told) -> None:
+def test_models_on_one_base_share_passes_and_others_take_work(tiny_llama_dir: Path, told: Told) -> None:
     base = packed(tiny_llama_dir)
     adapt_rows(base)
     made = models(base, suffixes=("q_proj", "v_proj"))[:4]
@@ -205,8 +205,8 @@ def test_models_on_one_base_share_passes_and_others_take_turns(tiny_llama_dir: P
 
 def test_what_nobody_wants_any_more_is_left(lm: PackedLM, batcher: Batcher, told: Told) -> None:
     with Gate(batcher):
-        gone = batcher.submit(Weights(lm=lm), examples(3))
-        stays = batcher.submit(Weights(lm=lm), examples(1, seed=5))
+        gone = batcher.submit(ModelVariant(lm=lm), examples(3))
+        stays = batcher.submit(ModelVariant(lm=lm), examples(1, seed=5))
         assert gone.cancel()
     assert stays.result(60) == score(lm, examples(1, seed=5))
     assert sum(rows for rows, _, _ in told.passes) == 1
@@ -224,11 +224,11 @@ def test_an_answer_that_comes_after_all_is_dropped(
         return plain(*arguments)
 
     monkeypatch.setattr(batching, "score_rows", slow)
-    gone = batcher.submit(Weights(lm=lm), examples(1))
+    gone = batcher.submit(ModelVariant(lm=lm), examples(1))
     assert begun.wait(60)
     assert gone.cancel()
     cancelled.set()
-    assert batcher.submit(Weights(lm=lm), examples(2)).result(60) == score(lm, examples(2))
+    assert batcher.submit(ModelVariant(lm=lm), examples(2)).result(60) == score(lm, examples(2))
 
 
 def test_whatever_breaks_beside_a_pass_is_told_and_the_thread_goes_on(
@@ -237,16 +237,16 @@ def test_whatever_breaks_beside_a_pass_is_told_and_the_thread_goes_on(
     with monkeypatch.context() as patch:
         patch.setattr(batcher._waiting, "take", lambda: 1 // 0)
         with pytest.raises(ZeroDivisionError):
-            batcher.submit(Weights(lm=lm), examples(2)).result(60)
+            batcher.submit(ModelVariant(lm=lm), examples(2)).result(60)
     assert "what waited failed" in caplog.text
-    assert batcher.submit(Weights(lm=lm), examples(2)).result(60) == score(lm, examples(2))
+    assert batcher.submit(ModelVariant(lm=lm), examples(2)).result(60) == score(lm, examples(2))
 
 
 def test_rows_that_wait_for_a_prefix_that_finds_no_room_run_together(lm: PackedLM, told: Told) -> None:
     tiny = Batcher(prefix_bytes=100, token_budget=2_000, observer=told)
     asked = examples(8, prefix=PASSAGE, longest=20)
     with Gate(tiny):
-        together = tiny.submit(Weights(lm=lm, scope="model"), asked)
+        together = tiny.submit(ModelVariant(lm=lm, scope="model"), asked)
     assert together.result(60) == score(lm, asked)
     tiny.close()
     assert [rows for rows, _, _ in told.passes] == [1, 7]
@@ -261,21 +261,21 @@ def test_a_pass_that_fails_is_told_to_its_own_and_the_next_goes_on(
     with monkeypatch.context() as patch:
         patch.setattr(batching, "score_rows", broken)
         with pytest.raises(torch.OutOfMemoryError, match="no room"):
-            batcher.submit(Weights(lm=lm), examples(2)).result(60)
-    assert batcher.submit(Weights(lm=lm), examples(2)).result(60) == score(lm, examples(2))
+            batcher.submit(ModelVariant(lm=lm), examples(2)).result(60)
+    assert batcher.submit(ModelVariant(lm=lm), examples(2)).result(60) == score(lm, examples(2))
     with pytest.raises(ZeroDivisionError):
         batcher.run(lambda: 1 // 0)
 
 
 def test_nothing_asked_is_answered_at_once(lm: PackedLM, batcher: Batcher) -> None:
-    assert batcher.submit(Weights(lm=lm), []).result(0) == []
+    assert batcher.submit(ModelVariant(lm=lm), []).result(0) == []
 
 
 def test_closing_tells_those_who_wait(lm: PackedLM) -> None:
     batcher = Batcher()
     closing: Callable[[], None] = batcher.close
     with Gate(batcher):
-        waiting = batcher.submit(Weights(lm=lm), examples(2))
+        waiting = batcher.submit(ModelVariant(lm=lm), examples(2))
         thread = threading.Thread(target=closing)
         thread.start()
         while not batcher._closed:
@@ -284,7 +284,7 @@ def test_closing_tells_those_who_wait(lm: PackedLM) -> None:
     with pytest.raises(Cancelled):
         waiting.result(60)
     with pytest.raises(RuntimeError, match="closed"):
-        batcher.submit(Weights(lm=lm), examples(1))
+        batcher.submit(ModelVariant(lm=lm), examples(1))
 
 
 def test_texts_get_their_turns_between_scores(lm: PackedLM, batcher: Batcher) -> None:
@@ -296,7 +296,7 @@ def test_texts_get_their_turns_between_scores(lm: PackedLM, batcher: Batcher) ->
         def is_busy(self) -> bool:
             return self.left > 0
 
-        def turn(self) -> None:
+        def step(self) -> None:
             self.left -= 1
             if self.left == 3:
                 raise RuntimeError("told to those who wait")
@@ -305,13 +305,13 @@ def test_texts_get_their_turns_between_scores(lm: PackedLM, batcher: Batcher) ->
             raise AssertionError(fault)
 
     writing = Writing()
-    batcher.keep_at(writing)
-    assert batcher.submit(Weights(lm=lm), examples(2)).result(60) == score(lm, examples(2))
+    batcher.schedule(writing)
+    assert batcher.submit(ModelVariant(lm=lm), examples(2)).result(60) == score(lm, examples(2))
     batcher.run(lambda: None)
     while writing.left:
         batcher.run(lambda: None)
     batcher.run(lambda: None)
-    assert batcher._turns == []
+    assert batcher._work == []
 
 
 def test_closing_tells_those_who_wait_for_text(lm: PackedLM) -> None:
@@ -320,13 +320,13 @@ def test_closing_tells_those_who_wait_for_text(lm: PackedLM) -> None:
     class Writing:
         is_busy = True
 
-        def turn(self) -> None:
+        def step(self) -> None:
             pass
 
         def fail(self, fault: Exception) -> None:
             told.append(fault)
 
     batcher = Batcher()
-    batcher.keep_at(Writing())
+    batcher.schedule(Writing())
     batcher.close()
     assert [type(fault) for fault in told] == [Cancelled]

@@ -15,9 +15,9 @@ from tiny_models import FAMILIES
 
 from heft_engine.errors import BundleError
 from heft_engine.inference.decode_batch import DecodeBatch, DecodeRequest
+from heft_engine.inference.model_variant import ModelVariant
 from heft_engine.inference.scoring import Scores, score
 from heft_engine.inference.scoring_pass import ScoringRow, score_rows
-from heft_engine.serving.request_queue import Weights
 from heft_engine.serving.row_adapters import UnmergedModel, adapt_rows
 from heft_engine.serving.shared_copy import unique_bytes
 
@@ -104,7 +104,7 @@ def written(batch: DecodeBatch, requests: list[DecodeRequest]) -> dict[object, l
         for token in new:
             tokens[token.id].append(token.choice.token)
             if len(tokens[token.id]) == 8:
-                batch.leave(token.id)
+                batch.remove(token.id)
         new = batch.step()
     return tokens
 
@@ -150,4 +150,4 @@ def test_weights_say_where_interventions_act(tiny_llama_dir: Path) -> None:
     made = Made([], [stored_intervention(base, 1, "l1", 1), stored_intervention(base, 3, "f1", 2)])
     assert [(s.layer, s.positions) for s in unmerged(base, made).interventions] == [(1, "l1"), (3, "f1")]
     assert [(s.layer, s.positions) for s in merged(base, made).interventions] == [(1, "l1"), (3, "f1")]
-    assert Weights(lm=base).interventions == ()
+    assert ModelVariant(lm=base).interventions == ()

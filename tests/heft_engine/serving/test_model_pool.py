@@ -69,7 +69,7 @@ def make_pool() -> Iterator[Callable[..., ModelPool]]:
     made: list[ModelPool] = []
 
     def make(**options: Any) -> ModelPool:
-        settings = {"budget_bytes": ROOMY, "hold": "auto", "device": "cpu", **options}
+        settings = {"budget_bytes": ROOMY, "placement": "auto", "device": "cpu", **options}
         made.append(ModelPool(batcher=Batcher(prefix_bytes=0), **settings))
         return made[-1]
 
@@ -92,7 +92,7 @@ def test_merged_it_answers_with_the_librarys_bits_and_shared_as_closely_as_probe
     make_pool: Callable[..., ModelPool], library: Library, bundles: Path
 ) -> None:
     expected = {name: load(bundles / name, device="cpu").predict(ROWS) for name in ("m0", "m1")}
-    merged, shared = make_pool(hold="merged"), make_pool(hold="shared")
+    merged, shared = make_pool(placement="merged"), make_pool(placement="shared")
     for name, answers in expected.items():
         assert ask(merged, library, name) == answers
         assert close(ask(shared, library, name), answers)
@@ -119,7 +119,7 @@ def test_what_loads_a_model_leaves_no_thread_behind_that_slows_the_passes(
     make_pool: Callable[..., ModelPool], library: Library, hold: str
 ) -> None:
     """A thread that has computed in parallel keeps a team of threads, which the passes' own then gives way to."""
-    pool, loaders = make_pool(hold=hold), []
+    pool, loaders = make_pool(placement=hold), []
 
     @contextmanager
     def fetch() -> Iterator[Path]:
@@ -148,7 +148,7 @@ def test_a_shared_model_that_becomes_hot_is_merged_and_a_merged_one_that_cools_i
 ) -> None:
     monkeypatch.setattr(placement, "COOL", 0.2)
     left: list[bool] = []
-    pool = make_pool(put_away=lambda: left.append(True))
+    pool = make_pool(on_evict=lambda: left.append(True))
     for _ in range(5):
         ask(pool, library, "m0")
     before = ask(pool, library, "m1")
@@ -167,11 +167,11 @@ def test_a_shared_model_that_becomes_hot_is_merged_and_a_merged_one_that_cools_i
 
 
 def test_the_longest_unused_is_put_away(make_pool: Callable[..., ModelPool], library: Library) -> None:
-    roomy = make_pool(hold="shared")
+    roomy = make_pool(placement="shared")
     for name in ("m0", "m1", "m2"):
         ask(roomy, library, name)
     left: list[bool] = []
-    pool = make_pool(hold="shared", budget_bytes=roomy.memory_bytes, put_away=lambda: left.append(True))
+    pool = make_pool(placement="shared", budget_bytes=roomy.memory_bytes, on_evict=lambda: left.append(True))
     for name in ("m0", "m1", "m2", "m0", "m3"):
         ask(pool, library, name)
     assert set(pool.names) == {"m0", "m2", "m3"}
@@ -193,7 +193,7 @@ def test_one_that_is_larger_than_the_budget_still_answers_and_leaves(
 def test_nobody_is_put_away_while_it_is_asked(make_pool: Callable[..., ModelPool], library: Library) -> None:
     pool = make_pool(budget_bytes=1)
     with pool.model("m0", library.fetch("m0")) as predictor:
-        pool.make_room()
+        pool.evict_idle()
         ask(pool, library, "m1")
         assert pool.names == ["m0"]
         assert predictor.predict(ROWS[:1])
@@ -238,7 +238,7 @@ def test_one_whose_probe_rows_do_not_agree_unmerged_is_held_merged(
     shutil.copytree(bundles / "m0", tmp_path / "m0")
     described = json.loads((tmp_path / "m0" / "heft.json").read_text())
     (tmp_path / "m0" / "heft.json").write_text(json.dumps(described | {"probe_tolerance": 0.0}))
-    pool = make_pool(hold="shared")
+    pool = make_pool(placement="shared")
     ask(pool, Library(tmp_path), "m0")
     assert pool.kinds()["merged"][0] == 1
 
@@ -277,7 +277,7 @@ def test_a_base_on_which_nothing_could_be_loaded_is_let_go(
     described = json.loads((tmp_path / "m0" / "heft.json").read_text())
     (tmp_path / "m0" / "heft.json").write_text(json.dumps(described | {"tokenizer_sha256": "another"}))
     left: list[bool] = []
-    pool = make_pool(put_away=lambda: left.append(True))
+    pool = make_pool(on_evict=lambda: left.append(True))
     with pytest.raises(BundleError, match="tokenizer"):
         ask(pool, Library(tmp_path), "m0")
     assert pool.kinds()["base"][0] == 0
@@ -292,7 +292,7 @@ def test_a_base_that_nobody_asks_goes_before_another_is_loaded(
         shutil.copytree(bundles / "base", tmp_path / name)
     loading: list[tuple[int, int]] = []
     given_back: list[bool] = []
-    pool = make_pool(model_dir=tmp_path, budget_bytes=1, put_away=lambda: given_back.append(True))
+    pool = make_pool(model_dir=tmp_path, budget_bytes=1, on_evict=lambda: given_back.append(True))
     plain = model_pool.Base
 
     def base(*arguments: Any, **options: Any) -> Any:

@@ -13,11 +13,11 @@ from transformers import AutoTokenizer, PreTrainedTokenizerBase
 from heft_engine.data.rows import parse_row
 from heft_engine.errors import RowError
 from heft_engine.inference.detokenizer import Detokenizer, Vocabulary
-from heft_engine.inference.kv_cache import KeyValues
-from heft_engine.inference.sampling import Sampling
+from heft_engine.inference.kv_cache import KVCache
+from heft_engine.inference.sampling import SamplingParams
 from heft_engine.inference.stop_strings import Stops
 from heft_engine.serving.predictor import Predictor, load_base
-from heft_engine.serving.text_generator import Piece, WriteRequest
+from heft_engine.serving.text_generator import TextDelta, TextRequest
 
 SCRIPTS = "Plain, naïve, “quoted” — Ελληνικά, 日本語, עברית, 👩‍👩‍👧 and 𝔘𝔫𝔦. </s>"
 
@@ -95,10 +95,10 @@ class Heard:
 
     def __init__(self, predictor: Predictor) -> None:
         self.predictor = predictor
-        self.pieces: dict[Any, list[Piece]] = {}
+        self.pieces: dict[Any, list[TextDelta]] = {}
         self.faults: dict[Any, Exception] = {}
 
-    def listen(self, name: Any, piece: Piece | Exception) -> None:
+    def listen(self, name: Any, piece: TextDelta | Exception) -> None:
         if isinstance(piece, Exception):
             self.faults[name] = piece
         else:
@@ -106,19 +106,19 @@ class Heard:
 
     def submit(self, name: Any, prompt: str = "Once upon a time", **settings: Any) -> None:
         tokens = self.predictor.encoder.raw(prompt).prompt
-        request = WriteRequest(id=name, prompt=tokens, **{"max_tokens": 24, "sampling": DRAWN} | settings)
-        self.predictor.writer.submit([request], self.listen)
+        request = TextRequest(id=name, prompt=tokens, **{"max_tokens": 24, "sampling": DRAWN} | settings)
+        self.predictor.generator.submit([request], self.listen)
 
     def text(self, name: Any) -> str:
         return "".join(piece.text for piece in self.pieces[name])
 
     def run(self) -> None:
-        while self.predictor.writer.is_busy:
-            self.predictor.writer.turn()
+        while self.predictor.generator.is_busy:
+            self.predictor.generator.step()
 
 
 #: Drawn, because the tiny model's likeliest word is always the same one.
-DRAWN = Sampling(temperature=1.0, seed=11, top_logprobs=1)
+DRAWN = SamplingParams(temperature=1.0, seed=11, top_logprobs=1)
 
 
 @pytest.fixture
@@ -147,7 +147,7 @@ def test_a_text_ends_before_its_stop_string(heard: Heard) -> None:
     told = [token for piece in heard.pieces["stopped"] for token in piece.tokens]
     assert told == tokens[: len(told)]
     assert all(token.offset < len(heard.text("stopped")) for token in told)
-    assert heard.predictor.writer.memory_bytes == 0
+    assert heard.predictor.generator.memory_bytes == 0
 
 
 def test_the_models_own_end_is_not_told(heard: Heard) -> None:
@@ -168,13 +168,13 @@ def test_a_cancelled_text_leaves_at_once(heard: Heard) -> None:
     heard.submit("gone", max_tokens=200)
     heard.submit("never began", max_tokens=200)
     heard.submit("stays")
-    heard.predictor.writer.cancel("never began")
-    heard.predictor.writer.turn()
-    heard.predictor.writer.turn()
-    held = heard.predictor.writer.memory_bytes
-    heard.predictor.writer.cancel("gone")
-    heard.predictor.writer.turn()
-    assert 0 < heard.predictor.writer.memory_bytes < held
+    heard.predictor.generator.cancel("never began")
+    heard.predictor.generator.step()
+    heard.predictor.generator.step()
+    held = heard.predictor.generator.memory_bytes
+    heard.predictor.generator.cancel("gone")
+    heard.predictor.generator.step()
+    assert 0 < heard.predictor.generator.memory_bytes < held
     before = list(heard.pieces["gone"])
     heard.run()
     assert heard.pieces["gone"] == before
@@ -187,14 +187,14 @@ def test_everybody_hears_of_a_pass_that_fails(heard: Heard, monkeypatch: pytest.
         raise MemoryError("no room")
 
     heard.submit("one")
-    heard.predictor.writer.turn()
+    heard.predictor.generator.step()
     heard.submit("two")
     with monkeypatch.context() as patch:
         patch.setattr(heard.predictor.lm, "finish", fail)
         with pytest.raises(MemoryError):
-            heard.predictor.writer.turn()
+            heard.predictor.generator.step()
     assert set(heard.faults) == {"one", "two"}
-    assert not heard.predictor.writer.is_busy
+    assert not heard.predictor.generator.is_busy
     heard.submit("three")
     heard.run()
     assert heard.pieces["three"][-1].finish == "length"
@@ -208,13 +208,13 @@ def test_memory_that_is_out_while_slots_grow_ends_all_and_leaks_nothing(
 
     for name in ("one", "two", "three"):
         heard.submit(name, max_tokens=200)
-    heard.predictor.writer.turn()
+    heard.predictor.generator.step()
     with monkeypatch.context() as patch:
-        patch.setattr(KeyValues, "_put", fail)
+        patch.setattr(KVCache, "_put", fail)
         with pytest.raises(MemoryError):
             heard.run()
     assert set(heard.faults) == {"one", "two", "three"}
-    assert heard.predictor.writer.memory_bytes == 0
+    assert heard.predictor.generator.memory_bytes == 0
     heard.submit("four")
     heard.run()
     assert heard.pieces["four"][-1].finish == "length"
@@ -225,7 +225,7 @@ def test_what_never_has_room_is_refused(tiny_llama_dir: Path) -> None:
     with pytest.raises(RowError, match="fewer max_tokens") as refusal:
         Heard(small).submit("long", max_tokens=300)
     assert refusal.value.param == "max_tokens"
-    assert not small.writer.is_busy
+    assert not small.generator.is_busy
 
 
 class TestPredict:
@@ -246,4 +246,4 @@ class TestPredict:
         expected = predictor.predict(rows)
         with ThreadPoolExecutor(6) as pool:
             assert list(pool.map(lambda row: predictor.predict([row])[0], rows)) == expected
-        assert predictor.writer.memory_bytes == 0
+        assert predictor.generator.memory_bytes == 0

@@ -21,7 +21,7 @@ class Held:
     def __init__(self) -> None:
         self.bytes, self.given = 100, 0
 
-    def make_room(self) -> None:
+    def evict_idle(self) -> None:
         self.bytes, self.given = 0, self.given + 1
 
 
@@ -31,7 +31,7 @@ def on(bench: Bench, worker_id: str, device: str | None) -> Context:
 
 def serve(stack: ExitStack, context: Context, held: Held) -> None:
     stack.enter_context(present(context, Role.INFERENCE))
-    stack.enter_context(chores(handoff_chores(context, held.make_room)))
+    stack.enter_context(chores(handoff_chores(context, held.evict_idle)))
 
 
 def test_models_on_the_same_gpu_are_put_away_before_training(bench: Bench) -> None:
