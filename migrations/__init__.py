@@ -1,4 +1,4 @@
-"""Brings a database to the tables that `store.db.tables` names. Runs from an installed package, anywhere."""
+"""Migrations of the database to the tables of `store.db`. They run from the installed package, in any folder."""
 
 from __future__ import annotations
 
@@ -16,9 +16,10 @@ _LOCK = 0x4845465400
 _ANSWER_SECONDS = 10
 
 
-def upgrade(url: str) -> None:
-    """Apply what is missing, in one transaction. Raises sqlalchemy's OperationalError when the database is
-    away.
+def upgrade(url: str, *, revision: str = "head") -> None:
+    """Apply the missing revisions up to `revision`, in one transaction.
+
+    Raises sqlalchemy's OperationalError when the database is away.
     """
     engine = create_engine(url, poolclass=NullPool, connect_args={"connect_timeout": _ANSWER_SECONDS})
     try:
@@ -26,13 +27,13 @@ def upgrade(url: str) -> None:
             connection.execute(text("SELECT pg_advisory_xact_lock(:lock)"), {"lock": _LOCK})
             config = _config()
             config.attributes["connection"] = connection
-            command.upgrade(config, "head")
+            command.upgrade(config, revision)
     finally:
         engine.dispose()
 
 
 def is_current(engine: Engine) -> bool:
-    """Whether the database has exactly the revisions of this code."""
+    """True when the database has exactly the revisions of this code."""
     with engine.connect() as connection:
         applied = MigrationContext.configure(connection).get_current_heads()
     return set(applied) == set(ScriptDirectory.from_config(_config()).get_heads())

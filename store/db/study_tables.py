@@ -57,7 +57,7 @@ class StudyJob(Base):
     place: Mapped[int]  #: in the study's order
     arm: Mapped[str]
     seed: Mapped[int]
-    told: Mapped[str | None]  #: the end that the study's events have told of
+    reported_state: Mapped[str | None]  #: the final state that the study's events have reported
 
     __table_args__ = (UniqueConstraint("study_id", "place", name="study_jobs_in_order"),)
 

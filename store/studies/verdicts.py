@@ -28,7 +28,7 @@ _LEVELS = {JobState.FAILED: "error", JobState.CANCELLED: "warn"}
 def next_study(session: Session, *, exclude: Collection[str] = ()) -> Study | None:
     """A study of which jobs have ended that no verdict knows, the oldest; None when there is none `but` these."""
     ended = exists().where(StudyJob.study_id == Study.id, Job.id == StudyJob.job_id)
-    news = ended.where(Job.state.in_(TERMINAL), StudyJob.told.is_(None))
+    news = ended.where(Job.state.in_(TERMINAL), StudyJob.reported_state.is_(None))
     query = select(Study).where(Study.finished_at.is_(None), news, Study.id.not_in(exclude))
     return session.scalar(query.order_by(Study.created_at).limit(1))
 
@@ -94,7 +94,7 @@ def record(
     """
     study = session.scalars(select(Study).where(Study.id == study_id).with_for_update()).one()
     ended = {run.job.id: run for run in runs if JobState(run.job.state) in TERMINAL}
-    known = select(StudyJob.job_id).where(StudyJob.study_id == study_id, StudyJob.told.is_not(None))
+    known = select(StudyJob.job_id).where(StudyJob.study_id == study_id, StudyJob.reported_state.is_not(None))
     told = set(session.scalars(known))
     if study.finished_at is not None or not told < ended.keys():
         return None
@@ -112,7 +112,7 @@ def record(
         search_rounds.close(session, study, refusal.message)
         return None
     # Counted here, under the lock: others may have made jobs since `runs` was read.
-    untold = exists().where(StudyJob.study_id == study_id, StudyJob.told.is_(None))
+    untold = exists().where(StudyJob.study_id == study_id, StudyJob.reported_state.is_(None))
     if not made and not session.scalar(select(untold)):
         _finish(session, study, runs, verdict)
     return made
@@ -130,7 +130,7 @@ def _tell(session: Session, study_id: str, run: Run) -> None:
     session.execute(
         update(StudyJob)
         .where(StudyJob.job_id == run.job.id)
-        .values(told=run.job.state)
+        .values(reported_state=run.job.state)
         .execution_options(synchronize_session=False)
     )
     message = f"{run.arm}, seed {run.seed}: {run.job.state}."

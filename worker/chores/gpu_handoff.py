@@ -44,14 +44,14 @@ def room(context: Context, request: str) -> Iterator[None]:
     if context.device is None:
         yield
         return
-    _note(context, {"asks_for_room": request})
+    _note(context, {"gpu_requested": request})
     deadline = time.monotonic() + _PATIENCE_SECONDS
     while not _is_given(context, request) and time.monotonic() < deadline and not context.stopping.is_set():
         context.stopping.wait(_LOOK_SECONDS)
     try:
         yield
     finally:
-        _note(context, {"asks_for_room": None})
+        _note(context, {"gpu_requested": None})
 
 
 def handoff_chores(context: Context, evict_idle: Callable[[], None]) -> list[Chore]:
@@ -61,20 +61,22 @@ def handoff_chores(context: Context, evict_idle: Callable[[], None]) -> list[Cho
     heard: set[str] = set()
 
     def look() -> None:
-        asked = {row.info["asks_for_room"] for row in _neighbours(context, "train")} - {None}
+        asked = {row.info.get("gpu_requested") for row in _neighbours(context, "train")} - {None}
         if asked - heard:
             evict_idle()
         if asked != heard:
             heard.clear()
             heard.update(asked)
-            _note(context, {"gave_room_to": sorted(heard)})
+            _note(context, {"gpu_released_to": sorted(heard)})
 
     return [Chore(name="room", seconds=_LOOK_SECONDS, do=look)]
 
 
 def _is_given(context: Context, request: str) -> bool:
     try:
-        return all(request in row.info["gave_room_to"] for row in _neighbours(context, "inference"))
+        return all(
+            request in row.info.get("gpu_released_to", ()) for row in _neighbours(context, "inference")
+        )
     except Unavailable:
         return True
 

@@ -59,8 +59,8 @@ def _enter(context: Context, role: Role) -> None:
         "pid": os.getpid(),
         "version": version("heft-service"),
         "device": context.device,
-        "asks_for_room": None,
-        "gave_room_to": [],
+        "gpu_requested": None,
+        "gpu_released_to": [],
     }
     with transaction(context.sessions) as session:
         workers.register(session, worker_id=context.worker_id, role=role, info=info)

@@ -8,11 +8,32 @@ from pathlib import Path
 import pytest
 from alembic.autogenerate import compare_metadata
 from alembic.runtime.migration import MigrationContext
-from sqlalchemy import inspect
+from sqlalchemy import inspect, select
 
 import migrations
-from store.db.session import make_engine
-from store.db.tables import Base
+from store.db.session import make_engine, session_factory, transaction
+from store.db.study_tables import StudyJob
+from store.db.tables import Base, Job, Worker
+from store.jobs import leases
+from store.jobs.spec import TrainingSpec
+from store.studies import verdicts
+
+_SPEC = TrainingSpec(model="smollm2-135m", training_file="sample:passages", seed=1).model_dump_json()
+_ROWS_OF_0004 = f"""
+INSERT INTO jobs (id, owner_id, state, spec, finished_at) VALUES
+    ('queued', 'team', 'queued', '{_SPEC}', NULL),
+    ('running', 'team', 'running', '{_SPEC}', NULL),
+    ('reported', 'team', 'succeeded', '{_SPEC}', now()),
+    ('unreported', 'team', 'failed', '{_SPEC}', now());
+INSERT INTO studies (id, owner_id, spec) VALUES ('study_1', 'team', '{{}}'), ('study_2', 'team', '{{}}');
+INSERT INTO study_jobs (job_id, study_id, place, arm, seed, told) VALUES
+    ('reported', 'study_1', 0, 'heft', 1, 'succeeded'), ('queued', 'study_1', 1, 'heft', 2, NULL),
+    ('unreported', 'study_2', 0, 'heft', 1, NULL);
+INSERT INTO workers (id, role, info) VALUES
+    ('train-1', 'train', '{{"pid": 7, "asks_for_room": "ftjob-1/2", "gave_room_to": []}}'),
+    ('inference-1', 'inference', '{{"asks_for_room": null, "gave_room_to": ["ftjob-1/2"]}}'),
+    ('old', 'train', '{{}}');
+"""
 
 
 @pytest.fixture
@@ -60,4 +81,28 @@ def test_the_folder_of_the_caller_does_not_matter(
     migrations.upgrade(empty_url)
     engine = make_engine(empty_url)
     assert migrations.is_current(engine)
+    engine.dispose()
+
+
+def test_a_database_of_revision_0004_migrates_with_its_rows(empty_url: str) -> None:
+    migrations.upgrade(empty_url, revision="0004")
+    engine = make_engine(empty_url)
+    with engine.begin() as connection:
+        connection.exec_driver_sql(_ROWS_OF_0004)
+    migrations.upgrade(empty_url)
+    sessions = session_factory(engine)
+    with transaction(sessions) as session:
+        states = {row.job_id: row.reported_state for row in session.scalars(select(StudyJob))}
+        assert states == {"reported": "succeeded", "queued": None, "unreported": None}
+        study = verdicts.next_study(session)
+        assert study is not None
+        assert study.id == "study_2", "the end that was reported before is not reported again"
+        assert {row.id: row.info for row in session.scalars(select(Worker))} == {
+            "train-1": {"pid": 7, "gpu_requested": "ftjob-1/2", "gpu_released_to": []},
+            "inference-1": {"gpu_requested": None, "gpu_released_to": ["ftjob-1/2"]},
+            "old": {},
+        }
+        claim = leases.claim(session, job_id="queued", worker_id="train-1", purpose="train")
+        assert claim is not None
+        assert session.get_one(Job, "running").state == "running"
     engine.dispose()
