@@ -75,7 +75,7 @@ def reuse(model: str, lora: LoraStage, reft: ReftStage, rows: Sequence[Row]) -> 
             stages = [lora, reft.model_copy(update={"rank": rank})]
             config = TrainConfig(model=model, stages=stages, method="heft")
             out = Path(folder) / str(number)
-            train(config, rows, [], out, listen, results=LocalStages(directory=Path(folder) / "stages"))
+            train(config, rows, [], out, listen, stage_store=LocalStages(directory=Path(folder) / "stages"))
             jobs.append(
                 {
                     "stage1_seconds": marks["reft"] - marks[""],

@@ -8,10 +8,10 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from heft_engine.config.run_file import RunOptions
 from heft_engine.config.train import LoraStage, ReftStage, TrainConfig
 from heft_engine.data.rows import Row
 from heft_engine.events import Event
-from heft_engine.training.loss_source import CacheBudget
 from heft_engine.training.run import train
 
 #: By the level that a budget leaves for rows of passages: see `budget`.
@@ -46,8 +46,9 @@ def job(
         rows = _long(rows, length)
     with tempfile.TemporaryDirectory() as folder:
         config = TrainConfig(model=model, method="heft", stages=stages, **settings)
-        budget = CacheBudget(memory=min(BYTES_A_ROW[level] * len(rows) * (length or 200) // 200, 1 << 33))
-        train(config, rows, [], Path(folder) / "out", told.append, cache=budget)
+        cache_bytes = min(BYTES_A_ROW[level] * len(rows) * (length or 200) // 200, 1 << 33)
+        options = RunOptions(cache_memory_bytes=cache_bytes)
+        train(config, rows, [], Path(folder) / "out", told.append, options=options)
     begun = [event.data for event in told if event.code == "STAGE_STARTED"]
     ended = [event.data for event in told if event.code == "STAGE_COMPLETE"]
     return [

@@ -10,6 +10,7 @@ from __future__ import annotations
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
+from heft_engine.config.run_file import RunOptions
 from heft_engine.config.train import TrainConfig
 
 if TYPE_CHECKING:
@@ -17,7 +18,7 @@ if TYPE_CHECKING:
     from heft_engine.serving.predictor import Prediction, Predictor, load, load_base
     from heft_engine.training.run import train
 
-__all__ = ["Bundle", "Prediction", "Predictor", "TrainConfig", "load", "load_base", "train"]
+__all__ = ["Bundle", "Prediction", "Predictor", "RunOptions", "TrainConfig", "load", "load_base", "train"]
 
 _HOMES = {
     "Bundle": "bundle.format",

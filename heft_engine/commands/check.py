@@ -5,31 +5,13 @@ events out, CHECKING now and then and at the end CHECKED or FAILED.
 from __future__ import annotations
 
 import argparse
-from pathlib import Path
-
-from pydantic import BaseModel, ConfigDict
 
 from heft_engine.commands.child_process import die_with_parent, dump_stacks_on_signal
 from heft_engine.commands.telling import print_event, telling_faults
-from heft_engine.config.train import TrainConfig
+from heft_engine.config.run_file import CheckFile
 from heft_engine.events import Event
 from heft_engine.preflight.check_rows import Limits
 from heft_engine.preflight.prepare import Places, Prepared, prepare
-from heft_engine.preflight.report import FileField
-
-
-class CheckFile(BaseModel):
-    """What is to be checked. `files`: a path, or a reference `hub:…` or `sample:…`, for each field."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True)
-
-    config: TrainConfig
-    files: dict[FileField, str]
-    out: Path
-    max_rows: int
-    max_line_bytes: int
-    model_dir: Path | None = None
-    cache_dir: Path | None = None
 
 
 def run(options: argparse.Namespace) -> None:

@@ -23,6 +23,7 @@ from torch import Tensor
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from heft_engine.bundle.format import read_bundle
+from heft_engine.config.run_file import RunOptions
 from heft_engine.config.train import LoraStage, ReftStage, TrainConfig
 from heft_engine.data.rows import Row, parse_row
 from heft_engine.data.samples import generate
@@ -153,7 +154,15 @@ def _train(folder: Path, device: str) -> None:
     config = TrainConfig(model=str(folder / "model"), method="heft", stages=stages, max_length=512)
     test = _rows("test", TEST_ROWS)
     _forget_peak(device)
-    train(config, _rows("train", TRAIN_ROWS), [], folder / "bundle", _tell, test_rows=test, device=device)
+    train(
+        config,
+        _rows("train", TRAIN_ROWS),
+        [],
+        folder / "bundle",
+        _tell,
+        test_rows=test,
+        options=RunOptions(device=device),
+    )
     _memory("training", device)
 
 

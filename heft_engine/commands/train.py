@@ -6,19 +6,18 @@ import argparse
 import json
 import signal
 import threading
-from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from platformdirs import user_cache_path
-from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic import BaseModel, ValidationError
 
 from heft_engine.commands.child_process import die_with_parent, dump_stacks_on_signal
 from heft_engine.commands.stage_exchange import AskedStages
 from heft_engine.commands.telling import print_event, telling_faults
 from heft_engine.config.known_datasets import DatasetError, with_dataset_defaults
+from heft_engine.config.run_file import FileField, RunFile
 from heft_engine.config.train import (
-    MAX_LINE_BYTES,
     EarlyStopping,
     LoraStage,
     MethodType,
@@ -29,7 +28,6 @@ from heft_engine.config.train import (
 )
 from heft_engine.data.rows import Row, read_rows
 from heft_engine.errors import ConfigError, RowError
-from heft_engine.preflight.report import FileField
 
 if TYPE_CHECKING:
     from heft_engine.training.activation_store import ActivationStore
@@ -38,46 +36,6 @@ if TYPE_CHECKING:
 S = TypeVar("S", bound=BaseModel)
 #: Settings that `--set` leaves to flags of their own.
 _FLAGS = ("model", "method", "stages", "seed", "task", "early_stopping")
-
-
-class RunFile(BaseModel):
-    """Everything a run needs, as the worker writes it. Paths are this machine's."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True)
-
-    config: TrainConfig
-    train: Path
-    eval: Path | None = None
-    test: Path | None = None
-    out: Path
-    checkpoint_dir: Path | None = None
-    resume: Path | None = None
-    checkpoint_seconds: float = 300.0
-    model_dir: Path | None = None
-    cache_dir: Path | None = None
-    device: str | None = None
-    #: What a stage's cache may take; None is a quarter of the memory that is free when the stage starts.
-    cache_memory_bytes: int | None = None
-    cache_disk_bytes: int = 0
-    #: Runs at a time that share what is free, this one among them.
-    sharers: int = 1
-    #: That a stage may take beyond what this process holds; None is what is free.
-    memory_bytes: int | None = None
-    max_line_bytes: int = MAX_LINE_BYTES
-    #: A folder of what stages of earlier runs ended with; None: nothing is reused or kept.
-    results: Path | None = None
-    #: Whether the starter brings them there when it is asked, and keeps new ones: see
-    #: heft_engine.commands.stage_exchange.
-    results_on_request: bool = False
-    #: A folder for the frozen activations that runs like this one share on this machine, of at most so many bytes.
-    prefills: Path | None = None
-    prefill_bytes: int | None = None
-    #: Who else's runs may find them there: the same owner's.
-    owner: str = ""
-    #: Whether text is written on validation rows too: a search chooses by it.
-    writes_validation: bool = False
-    #: Whether `config.model` may be any directory: a person's right, never a request's.
-    allow_paths: bool = False
 
 
 def run(options: argparse.Namespace) -> None:
@@ -92,63 +50,51 @@ def run(options: argparse.Namespace) -> None:
         _train(_run_file(options), stop)
 
 
-def _train(plan: RunFile, stop: threading.Event) -> None:
-    from heft_engine.training.loss_source import CacheBudget
+def _train(run_file: RunFile, stop: threading.Event) -> None:
     from heft_engine.training.run import train
 
     train(
-        plan.config,
-        _read("training_file", plan.train, plan),
-        _read("validation_file", plan.eval, plan),
-        plan.out,
+        run_file.config,
+        _read("training_file", run_file.train, run_file),
+        _read("validation_file", run_file.eval, run_file),
+        run_file.out,
         print_event,
-        test_rows=_read("test_file", plan.test, plan),
-        model_dir=plan.model_dir,
-        cache_dir=plan.cache_dir,
-        allow_paths=plan.allow_paths,
-        device=plan.device,
-        checkpoint_dir=plan.checkpoint_dir,
-        checkpoint_seconds=plan.checkpoint_seconds,
-        resume=plan.resume,
+        test_rows=_read("test_file", run_file.test, run_file),
+        options=run_file,
+        stage_store=_stage_store(run_file, stop),
+        activations=_activations(run_file),
         should_stop=stop.is_set,
-        cache=CacheBudget(
-            memory=plan.cache_memory_bytes,
-            disk=plan.cache_disk_bytes,
-            directory=plan.out.parent,
-            sharers=plan.sharers,
-        ),
-        memory_bytes=plan.memory_bytes,
-        results=_results(plan, stop),
-        prefills=_prefills(plan),
-        writes_validation=plan.writes_validation,
     )
 
 
-def _results(plan: RunFile, stop: threading.Event) -> StageStore | None:
+def _stage_store(run_file: RunFile, stop: threading.Event) -> StageStore | None:
     from heft_engine.training.stage_store import LocalStages
 
-    if plan.results is None:
+    if run_file.stage_dir is None:
         return None
-    if plan.results_on_request:
-        return AskedStages(directory=plan.results, on_event=print_event, should_stop=stop.is_set)
-    return LocalStages(directory=plan.results)
+    if run_file.stages_on_request:
+        return AskedStages(directory=run_file.stage_dir, on_event=print_event, should_stop=stop.is_set)
+    return LocalStages(directory=run_file.stage_dir)
 
 
-def _prefills(plan: RunFile) -> ActivationStore | None:
-    from heft_engine.training.activation_store import ActivationStore
+def _activations(run_file: RunFile) -> ActivationStore | None:
+    from heft_engine.training.activation_store import MAX_BYTES, ActivationStore
 
-    if plan.prefills is None or plan.prefill_bytes == 0:
+    if run_file.activation_dir is None or run_file.activation_bytes == 0:
         return None
-    folder = ActivationStore(directory=plan.prefills, owner=plan.owner)
-    return folder if plan.prefill_bytes is None else replace(folder, max_bytes=plan.prefill_bytes)
+    return ActivationStore(
+        directory=run_file.activation_dir,
+        max_bytes=run_file.activation_bytes or MAX_BYTES,
+        owner=run_file.owner,
+    )
 
 
-def _read(field: FileField, path: Path | None, plan: RunFile) -> list[Row]:
+def _read(field: FileField, path: Path | None, run_file: RunFile) -> list[Row]:
     """The rows of a file, none without one. Raises RowError."""
     if path is None:
         return []
     try:
-        return read_rows(path, labels=plan.config.task.labels, max_line_bytes=plan.max_line_bytes)
+        return read_rows(path, labels=run_file.config.task.labels, max_line_bytes=run_file.max_line_bytes)
     except OSError as error:
         raise RowError(f"{path} can't be read: {error.strerror}", param=field) from error
 
@@ -164,7 +110,7 @@ def _run_file(options: argparse.Namespace) -> RunFile:
         task = with_dataset_defaults(config.task, options.train)
     except DatasetError as fault:
         raise ConfigError(str(fault), param=fault.param) from fault
-    kept = options.cache_dir or user_cache_path("heft")
+    cache_dir = options.cache_dir or user_cache_path("heft")
     return RunFile(
         config=config.model_copy(update={"task": task}),
         train=_rows(options, "training_file", options.train),
@@ -176,8 +122,8 @@ def _run_file(options: argparse.Namespace) -> RunFile:
         model_dir=options.model_dir,
         cache_dir=options.cache_dir,
         device=options.device,
-        results=kept / "stages" if options.reuse else None,
-        prefills=kept / "prefills" if options.reuse else None,
+        stage_dir=cache_dir / "stages" if options.reuse else None,
+        activation_dir=cache_dir / "prefills" if options.reuse else None,
         allow_paths=True,
     )
 

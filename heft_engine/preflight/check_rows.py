@@ -11,6 +11,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
+from heft_engine.config.run_file import FileField
 from heft_engine.config.train import MAX_LINE_BYTES, TaskSettings
 from heft_engine.data.encoding import Encoder, Example
 from heft_engine.data.rows import Row, infer_task, scan_rows
@@ -20,7 +21,7 @@ from heft_engine.model.auto_settings import resolve_max_length
 from heft_engine.model.base_models import load_tokenizer
 from heft_engine.model.model_files import inspect
 from heft_engine.preflight.duplicates import RowHashes
-from heft_engine.preflight.report import Fault, FileField, FileReport, Report, Warn
+from heft_engine.preflight.report import Fault, FileReport, Report, Warn
 
 _PROGRESS_ROWS = 10_000
 _LISTED_LINES = 5

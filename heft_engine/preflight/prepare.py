@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from heft_engine.config.known_datasets import SPLITS
+from heft_engine.config.run_file import FileField
 from heft_engine.config.train import TrainConfig
 from heft_engine.data import samples
 from heft_engine.data.hub import load_hub_rows
@@ -22,7 +23,7 @@ from heft_engine.model.base_models import BaseModel, resolve
 from heft_engine.model.families import FAMILIES
 from heft_engine.model.model_files import ModelInfo, inspect
 from heft_engine.preflight.check_rows import Limits, check_files
-from heft_engine.preflight.report import FileField, Report
+from heft_engine.preflight.report import Report
 
 
 @dataclass(frozen=True, kw_only=True)

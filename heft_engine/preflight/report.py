@@ -7,12 +7,11 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
-from typing import Any, Literal
+from typing import Any
 
 from heft_engine.config.metric_names import TaskType
+from heft_engine.config.run_file import FileField
 from heft_engine.errors import RowError
-
-FileField = Literal["training_file", "validation_file", "test_file"]
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -19,6 +19,7 @@ from heft_engine.adapters.lora import LoraWeights
 from heft_engine.adapters.merge import PROBE_ROWS, merge_stage
 from heft_engine.adapters.trainable import LoraAdapter, ReftAdapter, attach
 from heft_engine.bundle.format import Bundle, Probe
+from heft_engine.config.run_file import RunOptions
 from heft_engine.config.train import LoraStage, ReftStage, TrainConfig
 from heft_engine.data.encoding import Encoder, Example
 from heft_engine.data.general_text import general_examples
@@ -52,41 +53,44 @@ def train(
     on_event: OnEvent,
     *,
     test_rows: Sequence[Row] = (),
-    model_dir: Path | None = None,
-    cache_dir: Path | None = None,
-    allow_paths: bool = True,
-    device: str | None = None,
-    checkpoint_dir: Path | None = None,
-    checkpoint_seconds: float = 300.0,
-    resume: Path | None = None,
+    options: RunOptions | None = None,
+    stage_store: StageStore | None = None,
+    activations: ActivationStore | None = None,
     should_stop: Callable[[], bool] = lambda: False,
-    cache: CacheBudget | None = None,
-    memory_bytes: int | None = None,
-    results: StageStore | None = None,
-    prefills: ActivationStore | None = None,
-    writes_validation: bool = False,
 ) -> Bundle:
-    """Trains by the config and writes a bundle to `out_dir`, a new or empty directory.
+    """Trains the stages of a config and writes a bundle to `out_dir`, a new or empty directory.
 
-    `eval_rows` steer (early stopping) and `test_rows` only report. `resume` is a checkpoint directory of an earlier
-    run of the same config and rows. `memory_bytes`: what a stage may take beyond what the process holds; None is what
-    is free. `results` holds what stages of earlier runs ended with: a run that begins starts after the longest prefix
-    of its stages that is there, and every run adds its own; `prefills` holds the frozen activations of their rows
-    beside it, on this machine alone. `writes_validation`: text is written and measured on the
-    validation rows too, beside the test rows. Raises EngineError: RowError, ConfigError, ModelError, TrainingError, or
-    Stopped after `should_stop` returned True and a checkpoint was written.
+    `eval_rows` decide early stopping and `test_rows` are only reported. `stage_store` holds the results of stages of
+    earlier runs: a new run starts after the longest prefix of its stages found there, and stores its own results.
+    `activations`: frozen activations that runs on this machine share; used only with a `stage_store`.
+    Raises EngineError: RowError, ConfigError, ModelError, TrainingError, or Stopped after `should_stop` returned True
+    and a checkpoint was written.
     """
+    options = options or RunOptions()
     if out_dir.exists() and any(out_dir.iterdir()):
         raise ConfigError(f"{out_dir} is not empty: a bundle needs a directory of its own", param="out")
-    cache = cache or CacheBudget(directory=out_dir.parent)
-    base = resolve(config.model, model_dir=model_dir, cache_dir=cache_dir, allow_paths=allow_paths)
-    run = prepare(config, base, train_rows, eval_rows, test_rows, device or choose_device(), on_event, cache)
-    run.cache_dir, run.memory_bytes = cache_dir, memory_bytes
-    run.writes_validation = writes_validation
-    writer = CheckpointWriter(directory=checkpoint_dir, seconds=checkpoint_seconds, on_event=on_event)
-    if resume is not None:
-        run.resume(resume)
-    run.reuse = Reuse(run, results, prefills) if results is not None else None
+    base = resolve(
+        config.model,
+        model_dir=options.model_dir,
+        cache_dir=options.cache_dir,
+        allow_paths=options.allow_paths,
+    )
+    cache = CacheBudget(
+        memory=options.cache_memory_bytes,
+        disk=options.cache_disk_bytes,
+        directory=out_dir.parent,
+        sharers=options.sharers,
+    )
+    device = options.device or choose_device()
+    run = prepare(config, base, train_rows, eval_rows, test_rows, device, on_event, cache)
+    run.cache_dir, run.memory_bytes = options.cache_dir, options.memory_bytes
+    run.writes_validation = options.evaluate_validation
+    writer = CheckpointWriter(
+        directory=options.checkpoint_dir, seconds=options.checkpoint_seconds, on_event=on_event
+    )
+    if options.resume is not None:
+        run.resume(options.resume)
+    run.reuse = Reuse(run, stage_store, activations) if stage_store is not None else None
     return run.go(out_dir, writer, should_stop)
 
 

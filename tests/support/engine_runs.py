@@ -11,10 +11,13 @@ from typing import Any, get_args
 from torch import Tensor
 
 from heft_engine.bundle.format import Bundle
+from heft_engine.config.run_file import RunOptions
 from heft_engine.config.train import InterventionKind, LoraStage, ReftStage, Stage, TrainConfig, recipe
 from heft_engine.data.rows import Row, parse_row
 from heft_engine.events import Event
+from heft_engine.training.activation_store import ActivationStore
 from heft_engine.training.run import train
+from heft_engine.training.stage_cache import StageStore
 
 _THINGS = ("sea", "river", "stone", "name", "list", "class", "string", "number")
 
@@ -125,11 +128,27 @@ def run(
     validation: Sequence[Row] = (),
     *,
     told: Told | None = None,
+    test_rows: Sequence[Row] = (),
+    stage_store: StageStore | None = None,
+    activations: ActivationStore | None = None,
+    should_stop: Callable[[], bool] = lambda: False,
     **options: Any,
 ) -> Told:
-    """Trains on 24 yes/no rows, or those given. `told` is filled as events come, and outlives an error."""
+    """Trains on 24 yes/no rows, or those passed. `told` is filled as events come, and outlives an error.
+
+    `options`: fields of RunOptions.
+    """
     told = told or Told()
     told.bundle = train(
-        config, rows or parse(yes_no(24)), validation, out, told.events.append, device="cpu", **options
+        config,
+        rows or parse(yes_no(24)),
+        validation,
+        out,
+        told.events.append,
+        test_rows=test_rows,
+        options=RunOptions(device="cpu", **options),
+        stage_store=stage_store,
+        activations=activations,
+        should_stop=should_stop,
     )
     return told

@@ -10,13 +10,15 @@ from __future__ import annotations
 import hashlib
 from functools import partial
 from pathlib import Path
+from typing import get_args
 
+from heft_engine.config.run_file import FileField
 from store.storage import files
 from store.storage.artifacts import prepared_key
 from worker.jobs.attempt import Attempt
 
 #: The job's fields that name rows.
-FIELDS = ("training_file", "validation_file", "test_file")
+FIELDS: tuple[FileField, ...] = get_args(FileField)
 
 
 def store_rows(attempt: Attempt, path: Path) -> str:
@@ -28,7 +30,7 @@ def store_rows(attempt: Attempt, path: Path) -> str:
     return attempt.retrying(partial(attempt.context.artifacts.put_file, key, path))
 
 
-def fetch_uploads(attempt: Attempt) -> dict[str, Path]:
+def fetch_uploads(attempt: Attempt) -> dict[FileField, Path]:
     """The uploaded ones among the job's files, by field."""
     return {
         field: _fetch_upload(attempt, field, reference)
@@ -37,7 +39,7 @@ def fetch_uploads(attempt: Attempt) -> dict[str, Path]:
     }
 
 
-def fetch_rows(attempt: Attempt) -> dict[str, Path]:
+def fetch_rows(attempt: Attempt) -> dict[FileField, Path]:
     """All of the job's files, by field. Only after `prepare`, whose report names the rows that it made."""
     paths = fetch_uploads(attempt)
     report = attempt.claim.validation or {}

@@ -6,7 +6,6 @@ torch. It does NOT know what a good row is.
 
 from __future__ import annotations
 
-import json
 from functools import partial
 from pathlib import Path
 
@@ -36,7 +35,7 @@ def _check(attempt: Attempt) -> Ending:
     uploaded = fetch_uploads(attempt)
     files = references | {field: str(path) for field, path in uploaded.items()}
     path = attempt.folder / "check.json"
-    path.write_text(json.dumps(check_file(spec, files, attempt.folder, attempt.context.settings)))
+    path.write_text(check_file(spec, files, attempt.folder, attempt.context.settings).model_dump_json())
     command = [*attempt.context.engine_command, "check", "--run-file", str(path), "--die-with-parent"]
     ended = attempt.run_engine(command, lambda event: event["code"] in _FINAL_CODES)
 

@@ -6,13 +6,13 @@ does.
 
 from __future__ import annotations
 
-import json
 import logging
 from collections.abc import Mapping
 from functools import partial
 from pathlib import Path
 from typing import Any
 
+from heft_engine.config.run_file import FileField, RunFile
 from store.db.tables import Job
 from store.errors import Damaged
 from store.jobs import endings, leases
@@ -25,7 +25,7 @@ from worker.jobs.event_recorder import EventRecorder
 from worker.jobs.fetch_rows import fetch_rows
 from worker.jobs.loss_history import FILE_NAME, LossHistory
 from worker.jobs.publish import Publisher, bundle_task
-from worker.jobs.run_file import LocalRun, reuses, run_file, train_config
+from worker.jobs.run_file import CHECKPOINTS, STAGES, reuses, run_file, train_config
 from worker.jobs.stage_results import StageResults
 
 log = logging.getLogger(__name__)
@@ -40,18 +40,11 @@ def train_job(context: Context, job_id: str) -> Job | None:
 def _train(attempt: Attempt) -> Ending:
     rows = fetch_rows(attempt)
     resume = _fetch_checkpoint(attempt)
-    run = LocalRun(
-        folder=attempt.folder,
-        train=rows["training_file"],
-        validation=rows.get("validation_file"),
-        test=rows.get("test_file"),
-        resume=resume,
-        prefills=activation_folder.folder(attempt.context),
-        owner=attempt.claim.owner_id,
-    )
+    run = _run_file(attempt, rows, resume)
     history = LossHistory.load(resume / FILE_NAME) if resume else LossHistory()
     publisher = Publisher(attempt, history)
-    results = StageResults(attempt, run.results)
+    stage_dir = attempt.folder / STAGES
+    results = StageResults(attempt, stage_dir)
 
     def save_checkpoint(data: Mapping[str, Any]) -> None:
         publisher.checkpoint(data)
@@ -64,14 +57,10 @@ def _train(attempt: Attempt) -> Ending:
     )
 
     attempt.raise_if_stopping()
-    run.checkpoints.mkdir()
-    run.results.mkdir()
-    config = train_config(attempt.claim.spec, revision=_revision(attempt))
+    (attempt.folder / CHECKPOINTS).mkdir()
+    stage_dir.mkdir()
     path = attempt.folder / "run.json"
-    settings = attempt.context.settings
-    reuse = reuses(attempt.claim.spec, settings)
-    searched = attempt.write(lambda session, claim: studies.is_trial(session, claim.job_id))
-    path.write_text(json.dumps(run_file(config, run, settings, reuse=reuse, writes_validation=searched)))
+    path.write_text(run.model_dump_json())
     command = [*attempt.context.engine_command, "train", "--run-file", str(path), "--die-with-parent"]
     with room(attempt.context, f"{attempt.claim.job_id}/{attempt.claim.attempt}"):
         ended = attempt.run_engine(command, reporter.hear)
@@ -80,16 +69,31 @@ def _train(attempt: Attempt) -> Ending:
         return attempt.crashed(crash_error(ended.code))
     if ended.final_event["code"] == "FAILED":
         return failed(attempt, ended.final_event["data"]["error"])
-    return _succeeded(run, publisher, ended.final_event["data"])
+    return _succeeded(run.out, publisher, ended.final_event["data"])
 
 
-def _succeeded(run: LocalRun, publisher: Publisher, data: Mapping[str, Any]) -> Ending:
-    bundle = publisher.bundle(run.out)
+def _run_file(attempt: Attempt, rows: Mapping[FileField, Path], resume: Path | None) -> RunFile:
+    spec, settings = attempt.claim.spec, attempt.context.settings
+    is_trial = attempt.write(lambda session, claim: studies.is_trial(session, claim.job_id))
+    return run_file(
+        train_config(spec, revision=_revision(attempt)),
+        attempt.folder,
+        rows,
+        settings,
+        resume=resume,
+        activation_dir=activation_folder.folder(attempt.context) if reuses(spec, settings) else None,
+        owner=attempt.claim.owner_id,
+        evaluate_validation=is_trial,
+    )
+
+
+def _succeeded(bundle_path: Path, publisher: Publisher, data: Mapping[str, Any]) -> Ending:
+    bundle = publisher.bundle(bundle_path)
     return partial(
         endings.finish_succeeded,
         storage_key=bundle.key,
         manifest=bundle.manifest,
-        task=bundle_task(run.out),
+        task=bundle_task(bundle_path),
         evaluation=data["evaluation"],
         parity=data["parity"],
         trained_tokens=data["trained_tokens"],

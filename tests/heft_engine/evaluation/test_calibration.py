@@ -176,7 +176,7 @@ def once(tiny_llama_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> Once
         folder / "out",
         None,
         parse(VALIDATION),
-        results=kept,
+        stage_store=kept,
         checkpoint_dir=folder / "checkpoints",
     )
     return Once(settings=settings, told=told, out=folder / "out", kept=kept)
@@ -205,7 +205,7 @@ def test_a_text_task_has_none(tiny_llama_dir: Path, tmp_path: Path) -> None:
 
 def test_a_reused_or_resumed_result_has_the_same_temperature(once: Once, tmp_path: Path) -> None:
     rows = parse(VALIDATION)
-    reused = run(once.settings, tmp_path / "reused", None, rows, results=once.kept)
+    reused = run(once.settings, tmp_path / "reused", None, rows, stage_store=once.kept)
     end = [data["path"] for data in once.told.data("CHECKPOINT_SAVED") if data["kind"] == "stage"]
     resumed = run(once.settings, tmp_path / "resumed", None, rows, resume=Path(end[-1]))
     assert reused.one("STAGE_REUSED")["stage"] == "lora"

@@ -53,7 +53,7 @@ def plain(settings: TrainConfig, out: Path) -> Told:
 
 def train(settings: TrainConfig, out: Path, prefills: ActivationStore, rows: list[Row] | None = None) -> Told:
     store = LocalStages(directory=out.parent / "stages")
-    return run(settings, out, rows, VALIDATION, results=store, prefills=prefills)
+    return run(settings, out, rows, VALIDATION, stage_store=store, activations=prefills)
 
 
 def same(one: Told, other: Told) -> None:
@@ -198,12 +198,12 @@ def test_another_result_of_an_equal_stage_has_prefills_of_its_own(
 ) -> None:
     """The size of passes moves bits, and with dropout more than that, but not a stage's key."""
     settings = config(tiny_llama_dir, stages=[but(LORA, dropout=0.1), REFT])
-    run(settings, tmp_path / "first", results=LocalStages(directory=tmp_path / "one"), prefills=folder)
+    run(settings, tmp_path / "first", stage_store=LocalStages(directory=tmp_path / "one"), activations=folder)
     monkeypatch.setattr(plan, "TOKEN_BUDGET", 100)
     own = run(settings, tmp_path / "plain")
     with counting(monkeypatch) as computed:
         store = LocalStages(directory=tmp_path / "two")
-        second = run(settings, tmp_path / "second", results=store, prefills=folder)
+        second = run(settings, tmp_path / "second", stage_store=store, activations=folder)
     assert computed
     same(second, own)
 
@@ -215,7 +215,7 @@ def test_a_run_that_was_killed_finds_its_own(
     stopped = iter([False] * 8 + [True] * 99)  # behind the first step of stage 2
     store = LocalStages(directory=tmp_path / "stages")
     kept = tmp_path / "checkpoints"
-    options: dict[str, Any] = {"results": store, "prefills": folder, "checkpoint_dir": kept}
+    options: dict[str, Any] = {"stage_store": store, "activations": folder, "checkpoint_dir": kept}
     with pytest.raises(Stopped):
         run(settings, tmp_path / "first", should_stop=lambda: next(stopped), **options)
     (path,) = kept.glob("*7-0-*")

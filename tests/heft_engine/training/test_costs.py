@@ -113,9 +113,13 @@ def test_it_is_what_torch_counts_for_reft_on_the_cache(tiny_llama_dir: Path) -> 
 
 def test_a_run_says_what_it_cost_and_what_was_right(tiny_llama_dir: Path, tmp_path: Path) -> None:
     kept = LocalStages(directory=tmp_path / "stages")
-    first = run(config(tiny_llama_dir, stages=[LORA, REFT]), tmp_path / "one", test_rows=TEST, results=kept)
+    first = run(
+        config(tiny_llama_dir, stages=[LORA, REFT]), tmp_path / "one", test_rows=TEST, stage_store=kept
+    )
     other = REFT.model_copy(update={"rank": 1})
-    second = run(config(tiny_llama_dir, stages=[LORA, other]), tmp_path / "two", test_rows=TEST, results=kept)
+    second = run(
+        config(tiny_llama_dir, stages=[LORA, other]), tmp_path / "two", test_rows=TEST, stage_store=kept
+    )
     succeeded = first.one("SUCCEEDED")
     completed = first.data("STAGE_COMPLETE")
     assert [cost["flops"] for cost in succeeded["costs"]] == [stage["flops"] for stage in completed]
@@ -157,7 +161,11 @@ def test_text_is_written_on_validation_rows_where_a_search_asks(tiny_llama_dir: 
     plain = run(config(tiny_llama_dir, "lora", stages), tmp_path / "plain", rows[:4], **given)
     assert plain.one("SUCCEEDED")["outcomes"]["validation"] is None
     asked = run(
-        config(tiny_llama_dir, "lora", stages), tmp_path / "asked", rows[:4], **given, writes_validation=True
+        config(tiny_llama_dir, "lora", stages),
+        tmp_path / "asked",
+        rows[:4],
+        **given,
+        evaluate_validation=True,
     )
     found = asked.one("SUCCEEDED")["outcomes"]["validation"]
     assert (found["n"], found["metric"]) == (4, "exact_match")

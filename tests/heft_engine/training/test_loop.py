@@ -23,7 +23,7 @@ from heft_engine.model.packed_lm import PackedLM
 from heft_engine.serving.predictor import load
 from heft_engine.training import loop, loss_source
 from heft_engine.training.loop import Progress
-from heft_engine.training.loss_source import CacheBudget, PlainSource
+from heft_engine.training.loss_source import PlainSource
 
 VALIDATION = parse(yes_no(16, seed=1))
 
@@ -117,7 +117,7 @@ def test_a_cache_changes_nothing_but_rounding(
         tmp_path / "plain",
         None,
         VALIDATION,
-        cache=CacheBudget(memory=0),
+        cache_memory_bytes=0,
     )
     levels = [[data["cache"]["rung"] for data in told.data("STAGE_STARTED")] for told in (cached, plain)]
     assert "nothing" not in levels[0]
@@ -180,12 +180,12 @@ def test_metrics_count_on(tiny_llama_dir: Path, tmp_path: Path) -> None:
 
 def test_a_cache_on_disk_leaves_nothing_behind(tiny_llama_dir: Path, tmp_path: Path) -> None:
     folder = tmp_path / "to be made"
-    budget = CacheBudget(memory=0, disk=10**9, directory=folder)
-    on_disk = run(config(tiny_llama_dir, "reft"), tmp_path / "disk", None, VALIDATION, cache=budget)
+    limits = {"cache_memory_bytes": 0, "cache_disk_bytes": 10**9}
+    on_disk = run(config(tiny_llama_dir, "reft"), folder / "disk", None, VALIDATION, **limits)
     in_memory = run(config(tiny_llama_dir, "reft"), tmp_path / "memory", None, VALIDATION)
     assert on_disk.one("STAGE_STARTED")["cache"]["on_disk"]
     assert on_disk.losses == in_memory.losses
-    assert list(folder.iterdir()) == []
+    assert list(folder.iterdir()) == [folder / "disk"]
 
 
 def test_a_checkpoint_of_another_version_is_read_for_what_is_known() -> None:

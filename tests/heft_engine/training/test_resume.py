@@ -16,7 +16,6 @@ from heft_engine.bundle.format import read_bundle
 from heft_engine.config.train import EarlyStopping, Stage, TrainConfig, recipe
 from heft_engine.errors import Stopped
 from heft_engine.serving.predictor import load
-from heft_engine.training.loss_source import CacheBudget
 
 VALIDATION = parse(yes_no(16, seed=1))
 DROPOUT = {"dropout": 0.2}
@@ -142,7 +141,7 @@ def test_resumed_from_a_stage_s_end(tiny_llama_dir: Path, tmp_path: Path) -> Non
 def test_a_stage_goes_on_with_the_cache_it_began_with(tiny_llama_dir: Path, tmp_path: Path) -> None:
     """However much memory is free after the restart: another level would round otherwise."""
     settings = config(tiny_llama_dir, "reft")
-    whole = run(settings, tmp_path / "whole", None, VALIDATION, cache=CacheBudget(memory=0))
+    whole = run(settings, tmp_path / "whole", None, VALIDATION, cache_memory_bytes=0)
     calls = itertools.count(1)
     told = Told()
     with pytest.raises(Stopped):
@@ -154,11 +153,10 @@ def test_a_stage_goes_on_with_the_cache_it_began_with(tiny_llama_dir: Path, tmp_
             told=told,
             checkpoint_dir=tmp_path / "checkpoints",
             should_stop=lambda: next(calls) == 2,
-            cache=CacheBudget(memory=0),
+            cache_memory_bytes=0,
         )
     resume = Path(told.data("CHECKPOINT_SAVED")[-1]["path"])
-    plenty = CacheBudget(memory=10**9)
-    again = run(settings, tmp_path / "out", None, VALIDATION, resume=resume, cache=plenty)
+    again = run(settings, tmp_path / "out", None, VALIDATION, resume=resume, cache_memory_bytes=10**9)
     assert again.data("STAGE_STARTED")[0]["cache"]["rung"] == "nothing"
     equal(again, whole)
 

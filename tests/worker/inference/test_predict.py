@@ -16,6 +16,7 @@ from redis import Redis
 from worker_bench import Bench
 
 import heft_engine
+from heft_engine.config.run_file import RunOptions
 from heft_engine.config.train import LoraStage, ReftStage, TrainConfig
 from heft_engine.data.rows import parse_row
 from heft_engine.runtime import malloc
@@ -42,7 +43,9 @@ def bundle(tiny_llama_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> Pa
     )
     out = tmp_path_factory.mktemp("bundle") / "bundle"
     rows = [parse_row(row) for row in ROWS]
-    heft_engine.train(config, rows, [], out, lambda _: None, model_dir=tiny_llama_dir.parent)
+    heft_engine.train(
+        config, rows, [], out, lambda _: None, options=RunOptions(model_dir=tiny_llama_dir.parent)
+    )
     return out
 
 

@@ -13,6 +13,7 @@ from sqlalchemy import select
 from worker_bench import OWNER, Bench
 
 import heft_engine
+from heft_engine.config.run_file import RunOptions
 from heft_engine.config.train import LoraStage, ReftStage, TrainConfig
 from heft_engine.data.rows import parse_row
 from heft_engine.events import Event
@@ -73,7 +74,9 @@ def test_paused_and_resumed_a_job_has_the_losses_of_the_library(
             losses.append((event.data["step"], event.data["loss"]))
 
     rows = [parse_row(row) for row in ROWS]
-    heft_engine.train(config, rows, [], tmp_path / "out", hear, model_dir=tiny_llama_dir.parent)
+    heft_engine.train(
+        config, rows, [], tmp_path / "out", hear, options=RunOptions(model_dir=tiny_llama_dir.parent)
+    )
 
     method = {"type": "lora", "lora": stage}
     job_id = bench.queued(ROWS, model="llama", method=method, dtype="float32")
@@ -120,7 +123,7 @@ def test_a_sweep_pays_for_its_first_stage_once(
         tmp_path / "plain",
         lambda _: None,
         test_rows=rows,
-        model_dir=tiny_llama_dir.parent,
+        options=RunOptions(model_dir=tiny_llama_dir.parent),
     )
     files = [
         plain.path / name for name in ("lora/adapter_model.safetensors", "reft/intervention.safetensors")

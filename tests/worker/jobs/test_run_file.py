@@ -7,11 +7,10 @@ from typing import Any
 
 import pytest
 
-from heft_engine.commands.check import CheckFile
-from heft_engine.commands.train import RunFile
+from heft_engine.config.run_file import CheckFile, FileField, RunFile
 from store.jobs.spec import TrainingSpec
 from store.settings import StoreSettings
-from worker.jobs.run_file import LocalRun, check_file, reuses, run_file, train_config
+from worker.jobs.run_file import check_file, reuses, run_file, train_config
 
 
 def spec(**fields: Any) -> TrainingSpec:
@@ -62,35 +61,46 @@ def test_a_hub_model_is_pinned_to_the_revision_it_was_checked_with(
     assert train_config(spec(model=model), revision=revision).model == pinned
 
 
-def test_the_engine_reads_the_run_file(settings: StoreSettings, tmp_path: Path) -> None:
-    run = LocalRun(
-        folder=tmp_path,
-        train=tmp_path / "t",
-        validation=tmp_path / "v",
-        test=None,
-        resume=tmp_path / "r",
-        prefills=tmp_path / "p",
-        owner="key_1",
-    )
+ROWS: dict[FileField, Path] = {"training_file": Path("/t"), "validation_file": Path("/v")}
+
+
+def test_the_run_file_has_the_job_s_rows_and_the_operator_s_settings(
+    settings: StoreSettings, tmp_path: Path
+) -> None:
     config = train_config(spec(), revision=None)
-    read = RunFile.model_validate(run_file(config, run, settings))
-    assert read.config == config
-    assert (read.train, read.eval, read.test) == (run.train, run.validation, None)
-    assert (read.out, read.checkpoint_dir, read.resume) == (run.out, run.checkpoints, run.resume)
-    assert (read.checkpoint_seconds, read.model_dir, read.cache_dir) == (300, Path("/models"), None)
-    assert not read.allow_paths
-    assert (read.memory_bytes, read.max_line_bytes, read.sharers) == (None, 8 * 1024**2, 1)
-    bounded = settings.model_copy(
-        update={"train_memory_bytes": 10**9, "max_line_bytes": 10**8, "trainers": 3}
-    )
-    own = RunFile.model_validate(run_file(config, run, bounded))
-    assert (own.memory_bytes, own.max_line_bytes, own.sharers) == (10**9, 10**8, 3)
-    assert (read.results, read.results_on_request, read.prefills) == (None, False, None)
-    read = RunFile.model_validate(run_file(config, run, settings, reuse=True))
-    assert (read.results, read.results_on_request) == (run.results, True)
-    assert (read.prefills, read.prefill_bytes, read.owner) == (run.prefills, 4 * 1024**3, "key_1")
-    assert not read.writes_validation
-    assert RunFile.model_validate(run_file(config, run, settings, writes_validation=True)).writes_validation
+    plain = run_file(config, tmp_path, ROWS, settings, resume=tmp_path / "r")
+    assert RunFile.model_validate_json(plain.model_dump_json()) == plain
+    assert plain.config == config
+    assert (plain.train, plain.eval, plain.test) == (Path("/t"), Path("/v"), None)
+    assert plain.out.parent == tmp_path
+    assert (plain.checkpoint_dir, plain.resume) == (tmp_path / "checkpoints", tmp_path / "r")
+    assert (plain.checkpoint_seconds, plain.model_dir, plain.cache_dir) == (300, Path("/models"), None)
+    assert not plain.allow_paths
+    assert not plain.evaluate_validation
+    assert (plain.memory_bytes, plain.max_line_bytes, plain.sharers) == (None, 8 * 1024**2, 1)
+    assert (plain.cache_memory_bytes, plain.cache_disk_bytes) == (None, 0)
+    limits = {
+        "train_memory_bytes": 10**9,
+        "max_line_bytes": 10**8,
+        "trainers": 3,
+        "cache_memory_bytes": 10**7,
+        "cache_disk_bytes": 10**6,
+    }
+    bounded = run_file(config, tmp_path, ROWS, settings.model_copy(update=limits), evaluate_validation=True)
+    assert (bounded.memory_bytes, bounded.max_line_bytes, bounded.sharers) == (10**9, 10**8, 3)
+    assert (bounded.cache_memory_bytes, bounded.cache_disk_bytes) == (10**7, 10**6)
+    assert bounded.evaluate_validation
+
+
+def test_a_job_that_reuses_stages_is_told_where_they_and_the_activations_are(
+    settings: StoreSettings, tmp_path: Path
+) -> None:
+    config = train_config(spec(), revision=None)
+    plain = run_file(config, tmp_path, ROWS, settings, owner="key_1")
+    assert (plain.stage_dir, plain.stages_on_request, plain.activation_dir) == (None, False, None)
+    reuse = run_file(config, tmp_path, ROWS, settings, activation_dir=Path("/p"), owner="key_1")
+    assert (reuse.stage_dir, reuse.stages_on_request) == (tmp_path / "stages", True)
+    assert (reuse.activation_dir, reuse.activation_bytes, reuse.owner) == (Path("/p"), 4 * 1024**3, "key_1")
 
 
 @pytest.mark.parametrize(
@@ -114,11 +124,14 @@ def test_a_dataset_that_is_known_says_what_its_task_is() -> None:
     assert task.template == "Question: {prompt}\nAnswer:"
 
 
-def test_the_engine_reads_the_check_file(settings: StoreSettings, tmp_path: Path) -> None:
-    files = {"training_file": "/rows.jsonl", "test_file": "hub:org/data:test"}
-    read = CheckFile.model_validate(check_file(spec(), files, tmp_path, settings))
-    assert read.files == files
-    assert (read.out, read.max_rows, read.max_line_bytes) == (
+def test_the_check_file_has_the_job_s_files_and_the_operator_s_limits(
+    settings: StoreSettings, tmp_path: Path
+) -> None:
+    files: dict[FileField, str] = {"training_file": "/rows.jsonl", "test_file": "hub:org/data:test"}
+    check = check_file(spec(), files, tmp_path, settings)
+    assert CheckFile.model_validate_json(check.model_dump_json()) == check
+    assert check.files == files
+    assert (check.out, check.max_rows, check.max_line_bytes) == (
         tmp_path,
         settings.max_rows,
         settings.max_line_bytes,

@@ -1,0 +1,69 @@
+"""The JSON files that `python -m heft_engine train` and `check` are started with.
+
+The worker builds them, the commands read them. Paths are those of the machine that trains.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Literal
+
+from pydantic import Field
+
+from heft_engine.config.train import MAX_LINE_BYTES, Settings, TrainConfig
+
+FileField = Literal["training_file", "validation_file", "test_file"]
+
+
+class RunOptions(Settings):
+    """How a run uses its machine. None of it is part of the result, apart from rounding."""
+
+    model_dir: Path | None = None  #: a folder of base models, by name
+    cache_dir: Path | None = None  #: converted and downloaded models, compiled layers
+    allow_paths: bool = True  #: `config.model` may be any directory
+    device: str | None = None  #: None: the GPU when there is one
+    checkpoint_dir: Path | None = None  #: None: no checkpoints
+    checkpoint_seconds: Annotated[float, Field(ge=0)] = 300.0  #: between two checkpoints inside an epoch
+    resume: Path | None = None  #: a checkpoint of an earlier run of the same config and rows
+    #: Bytes that a stage's activation cache may take in memory; None: a quarter of what is free at its start.
+    cache_memory_bytes: Annotated[int, Field(ge=0)] | None = None
+    cache_disk_bytes: Annotated[int, Field(ge=0)] = 0  #: the same in files beside the bundle
+    #: Bytes that a stage may take beyond what the process already has; None: what is free.
+    memory_bytes: Annotated[int, Field(ge=0)] | None = None
+    sharers: Annotated[int, Field(ge=1)] = 1  #: runs that share the free memory, this one included
+    #: A text task is also generated and measured on the validation rows at the end, for a search to choose by.
+    evaluate_validation: bool = False
+
+
+class RunFile(RunOptions):
+    """One run of the engine: what is trained on which rows, where the bundle goes, and on which machine."""
+
+    config: TrainConfig
+    train: Path
+    eval: Path | None = None
+    test: Path | None = None
+    out: Path
+    allow_paths: bool = False  # the config may come from a request
+    max_line_bytes: int = MAX_LINE_BYTES
+    #: A folder of results of earlier runs' stages; None: no stage is reused, and none is stored.
+    stage_dir: Path | None = None
+    #: The starter puts results there on request and stores new ones: heft_engine.commands.stage_exchange.
+    stages_on_request: bool = False
+    #: A folder of frozen activations that runs on this machine share; None: none are reused.
+    activation_dir: Path | None = None
+    activation_bytes: Annotated[int, Field(ge=0)] | None = (
+        None  #: the folder's budget; None: the default, 0: none
+    )
+    owner: str = ""  #: activations are shared between runs of the same owner only
+
+
+class CheckFile(Settings):
+    """A model, settings and files to check before training. `files`: a path, `hub:…` or `sample:…` for each field."""
+
+    config: TrainConfig
+    files: dict[FileField, str]
+    out: Path
+    max_rows: int
+    max_line_bytes: int
+    model_dir: Path | None = None
+    cache_dir: Path | None = None
