@@ -1,11 +1,11 @@
-"""`python -m worker train|prepare|inference`: one worker process, until SIGTERM or SIGINT."""
+"""`python -m worker train|prepare|inference` runs one worker process until SIGTERM or SIGINT."""
 
 from __future__ import annotations
 
 import argparse
 import threading
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, closing, contextmanager
 
 from celery import Celery
 from platformdirs import user_cache_path
@@ -21,18 +21,18 @@ from store.storage.artifacts import Artifacts
 from worker import tasks
 from worker.celery_app import Role, run_worker, worker_app
 from worker.chores.activation_folder import activation_chore
-from worker.chores.chore import Chore, chores
-from worker.chores.compare_studies import judging
-from worker.chores.evict_deleted import forgetting
-from worker.chores.gpu_handoff import handoff_chores, own_device
-from worker.chores.presence import offer_base_models, present
+from worker.chores.chore import Chore, run_chores
+from worker.chores.compare_studies import study_chore
+from worker.chores.evict_deleted import eviction_chore
+from worker.chores.gpu_handoff import handoff_chores, visible_device
+from worker.chores.presence import offer_base_models, registered
 from worker.chores.reconcile import reconcile_chores
 from worker.context import ENGINE, Context
 from worker.inference.metrics import InferenceMetrics, Publisher, worker_registry
 from worker.scratch import acquire_slot
 
 _OFFER_SECONDS = 3_600.0
-_GIVE_BACK_SECONDS = 30.0
+_TRIM_SECONDS = 30.0
 
 
 def main() -> None:
@@ -46,15 +46,15 @@ def main() -> None:
 def run(
     role: Role, values: StoreSettings, *, log_level: str = "INFO", engine_command: Sequence[str] = ENGINE
 ) -> None:
-    """Be a worker of this role until SIGTERM or SIGINT."""
+    """Runs a worker of this role until SIGTERM or SIGINT."""
     logs.configure(values.log_format, level=log_level)
     if role is Role.INFERENCE:
         retain_freed_memory()
     with _context(role, values, engine_command) as context, ExitStack() as stack:
         app = worker_app(values.redis_url, role)
-        own_chores = _register(app, role, context, stack)
-        stack.enter_context(present(context, role))
-        stack.enter_context(chores([*reconcile_chores(context), *own_chores]))
+        role_chores = _register(app, role, context, stack)
+        stack.enter_context(registered(context, role))
+        stack.enter_context(run_chores([*reconcile_chores(context), *role_chores]))
         run_worker(app, role, worker_id=context.worker_id, stopping=context.stopping, log_level=log_level)
 
 
@@ -62,34 +62,32 @@ def run(
 def _context(role: Role, values: StoreSettings, engine_command: Sequence[str]) -> Iterator[Context]:
     root = (values.cache_dir or user_cache_path("heft")) / "workers"
     engine = make_engine(values.database_url)
-    hints = Hints(make_celery(values.redis_url))
-    with acquire_slot(root, role) as place:
+    with acquire_slot(root, role) as slot, closing(Hints(make_celery(values.redis_url))) as hints:
         yield Context(
-            worker_id=place.worker_id,
+            worker_id=slot.worker_id,
             settings=values,
             sessions=session_factory(engine),
             artifacts=Artifacts(values.artifacts_url),
             hints=hints,
-            scratch=place.folder,
+            scratch=slot.folder,
             shared=root / "shared",
             stopping=threading.Event(),
-            device=own_device(),
+            device=visible_device(),
             engine_command=engine_command,
         )
-    hints.close()
     engine.dispose()
 
 
 def _register(app: Celery, role: Role, context: Context, stack: ExitStack) -> list[Chore]:
-    """The role's tasks and chores. The inference worker alone loads torch into its own process."""
+    """Registers the role's tasks and returns its chores. Only the inference worker imports torch."""
     registry = worker_registry(role)
     if role is Role.TRAIN:
         tasks.register_training(app, context)
-        offers = Chore(name="offers", seconds=_OFFER_SECONDS, do=lambda: offer_base_models(context))
-        return [offers, activation_chore(context), *_published(context, stack, registry)]
+        offers = Chore(name="offers", seconds=_OFFER_SECONDS, run=lambda: offer_base_models(context))
+        return [offers, activation_chore(context), *_metrics_chores(context, stack, registry)]
     if role is Role.PREPARE:
         tasks.register_preparing(app, context)
-        return [*judging(context), *_published(context, stack, registry)]
+        return [study_chore(context), *_metrics_chores(context, stack, registry)]
     from worker.inference.generate import Generation
     from worker.inference.predict import Inference
 
@@ -99,13 +97,13 @@ def _register(app: Celery, role: Role, context: Context, stack: ExitStack) -> li
     tasks.register_inference(app, inference.answer, generation.answer)
     return [
         *handoff_chores(context, inference.pool.evict_idle),
-        *forgetting(context, inference),
-        Chore(name="memory", seconds=_GIVE_BACK_SECONDS, do=inference.give_memory_back),
-        *_published(context, stack, registry, inference.count_models),
+        eviction_chore(context, inference),
+        Chore(name="memory", seconds=_TRIM_SECONDS, run=inference.give_memory_back),
+        *_metrics_chores(context, stack, registry, inference.count_models),
     ]
 
 
-def _published(
+def _metrics_chores(
     context: Context,
     stack: ExitStack,
     registry: CollectorRegistry,

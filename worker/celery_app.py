@@ -1,10 +1,8 @@
-"""The Celery worker of each role: pool, queues and prefetch, on the settings that `store.messages.broker` shares.
+"""The Celery worker of each role: its pool, queues and prefetch, on top of the settings in `store.messages.broker`.
 
-Threads pools everywhere: under prefork a task process is daemonic and SIGTERM does not reach the task. The
-training worker takes one message at a time off the queue, since a message that waits behind a job of hours
-helps nobody; the inference worker must prefetch, or its 64 threads see a fifth of the requests.
-
-It does NOT know what the tasks do (worker.tasks), nor anything of jobs.
+All pools are threads: under prefork a task process is daemonic and SIGTERM does not reach the task. The training
+worker does not prefetch, since a message that waits behind a job of hours helps nobody. The inference worker must:
+without prefetch its 64 threads get a fifth of the requests.
 """
 
 from __future__ import annotations
@@ -28,8 +26,8 @@ log = logging.getLogger(__name__)
 
 class Role(StrEnum):
     TRAIN = "train"  #: Trains one job at a time, in a child process.
-    PREPARE = "prepare"  #: Checks files before a job is queued, and builds exports.
-    INFERENCE = "inference"  #: Holds models, answers /predict and writes text.
+    PREPARE = "prepare"  #: Validates files before a job is queued, builds exports, compares studies.
+    INFERENCE = "inference"  #: Loads models, answers predict and generate requests.
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -37,52 +35,52 @@ class Pool:
     tasks: tuple[Task, ...]
     threads: int
     prefetch: bool
-    #: Whether a message that a dead worker had taken comes back. Redis has no such thing: Celery writes each message
-    #: down and strikes it out again, which took most of its time (2.5 ms of processor a message, measured). A question
-    #: that comes back finds nobody who waits. One that ends in order puts back what it has not begun, behind others.
-    restored: bool = True
+    #: Whether kombu stores each unacknowledged message in Redis, to deliver it again if the worker dies. That took
+    #: most of Celery's time (2.5 ms of CPU a message, measured), and nobody waits for a request that comes back. A
+    #: worker that shuts down in order requeues the messages that it has not started either way.
+    ack_emulation: bool = True
 
 
 POOLS = {
     Role.TRAIN: Pool(tasks=(Task.TRAIN,), threads=1, prefetch=False),
     Role.PREPARE: Pool(tasks=(Task.PREPARE, Task.EXPORT), threads=2, prefetch=False),
-    Role.INFERENCE: Pool(tasks=(Task.PREDICT, Task.GENERATE), threads=64, prefetch=True, restored=False),
+    Role.INFERENCE: Pool(tasks=(Task.PREDICT, Task.GENERATE), threads=64, prefetch=True, ack_emulation=False),
 }
 
 
 def worker_app(redis_url: str, role: Role) -> Celery:
-    """The Celery app that a worker of this role runs; its tasks are registered by `worker.tasks`."""
+    """Returns the Celery app of this role; `worker.tasks` registers its tasks."""
     app = make_celery(redis_url, name=f"heft-{role}")
     pool = POOLS[role]
     app.conf.update(
         worker_concurrency=pool.threads,
         worker_prefetch_multiplier=1,
         worker_disable_prefetch=not pool.prefetch,
-        broker_transport_options={**app.conf.broker_transport_options, "ack_emulation": pool.restored},
+        broker_transport_options={**app.conf.broker_transport_options, "ack_emulation": pool.ack_emulation},
     )
-    if not pool.restored:
-        # What can't be put back, kombu writes to a file that nobody removes: users' rows.
-        virtual.emergency_dump_state = _lose
+    if not pool.ack_emulation:
+        # kombu would write messages that it can't requeue, with users' rows, to a file that nobody removes.
+        virtual.emergency_dump_state = _discard
     return app
 
 
-def _lose(messages: Sequence[Any], **_: Any) -> None:
-    log.warning("%d requests are lost: the broker is away", len(messages))
+def _discard(messages: Sequence[Any], **_: Any) -> None:
+    log.warning("%d requests are lost: the broker is not reachable", len(messages))
 
 
 def run_worker(app: Celery, role: Role, *, worker_id: str, stopping: threading.Event, log_level: str) -> None:
-    """Consume the role's queues until SIGTERM or SIGINT; `stopping` is set the moment that one arrives."""
+    """Consumes the role's queues until SIGTERM or SIGINT, and sets `stopping` as soon as one arrives."""
 
-    def shutting_down(**_: Any) -> None:
+    def on_shutdown(**_: Any) -> None:
         stopping.set()
 
-    # Celery warns of root because of pickle; these workers accept JSON alone, and containers run as root.
+    # Celery warns against root because of pickle; these workers accept JSON alone, and containers run as root.
     warnings.filterwarnings("ignore", category=SecurityWarning)
-    # Celery tells of each task when it comes and when it goes: two lines a question would flood the log.
+    # Celery logs when a task is received and when it succeeds: two lines a request would flood the log.
     for name in ("celery.worker.strategy", "celery.app.trace"):
         logging.getLogger(name).setLevel(logging.WARNING)
-    signals.worker_shutting_down.connect(shutting_down, weak=False)
+    signals.worker_shutting_down.connect(on_shutdown, weak=False)
     queues = ",".join(sorted({task.queue for task in POOLS[role].tasks}))
     command = f"--quiet worker --pool threads --queues {queues} --hostname {worker_id} --loglevel {log_level}"
-    # Workers need not know each other: Postgres says who is there.
+    # Workers don't need each other's events: Postgres has the list of workers.
     app.worker_main([*command.split(), "--without-mingle", "--without-gossip", "--without-heartbeat"])

@@ -1,5 +1,4 @@
-"""What every part of a worker process needs, put together once in `worker.__main__`. It does NOT know any
-job."""
+"""The dependencies of a worker process, created once in `worker.__main__`."""
 
 from __future__ import annotations
 
@@ -14,23 +13,30 @@ from store.messages.hints import Hints
 from store.settings import StoreSettings
 from store.storage.artifacts import Artifacts
 
-#: -P: what lies in a job's folder is never imported.
+#: -P: Python files in a job's folder are never imported.
 ENGINE = (sys.executable, "-P", "-m", "heft_engine")
 
 
 @dataclass(frozen=True, kw_only=True)
 class Context:
-    """One worker process: who it is, where things are, and `stopping`, set when it shall end."""
-
     worker_id: str
     settings: StoreSettings
     sessions: SessionFactory
     artifacts: Artifacts
     hints: Hints
-    scratch: Path
-    shared: Path  #: all workers of this machine have it, and none clears it away
-    stopping: threading.Event
-    #: Names the GPUs that this process shares with others (worker.chores.gpu_handoff); None without a GPU.
+    scratch: Path  #: this worker's own folder, emptied when its slot is taken again
+    shared: Path  #: a folder of all workers on this machine
+    stopping: threading.Event  #: set when the worker is asked to shut down
+    #: The name of the GPUs that this process shares with others (worker.chores.gpu_handoff); None without a GPU.
     device: str | None = None
-    #: How a child of the engine is started; tests put a stand-in here.
+    #: The command that starts an engine process; tests put a fake here.
     engine_command: Sequence[str] = ENGINE
+
+    def model_options(self) -> list[str]:
+        """Returns the options that tell an engine command where models lie."""
+        options: list[str] = []
+        if self.settings.model_dir is not None:
+            options += ["--model-dir", str(self.settings.model_dir)]
+        if self.settings.cache_dir is not None:
+            options += ["--cache-dir", str(self.settings.cache_dir)]
+        return options

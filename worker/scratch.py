@@ -1,10 +1,7 @@
-"""A place for one worker process: a folder for its files, and a name that is its alone.
+"""Numbered slots for the worker processes of a machine: a worker id and an empty folder, held by a file lock.
 
-Places are numbered folders, held by a lock that ends with the process, however it ends. So whoever holds a
-place knows that the worker that had it before is dead: its files can go, and what it held can be taken back
-at once. It does NOT know what is put there.
-
-Beside the places lie folders that all workers of the machine share.
+The lock ends with the process, however it ends. The next holder of a slot therefore knows that the previous one is
+dead: its files are deleted, and its jobs can be taken back at once, under the same worker id.
 """
 
 from __future__ import annotations
@@ -26,7 +23,7 @@ _IDENTITY = "identity"
 
 @dataclass(frozen=True, kw_only=True)
 class Slot:
-    """`worker_id` is the same for every holder of this place, one after the other, and nobody else's."""
+    """`worker_id` is the same for every holder of this slot, one after the other, and unique otherwise."""
 
     worker_id: str
     folder: Path
@@ -34,60 +31,59 @@ class Slot:
 
 @contextmanager
 def acquire_slot(root: Path, role: str) -> Iterator[Slot]:
-    """Hold the first free place of this role below `root`, with an empty folder; waits for nobody."""
+    """Holds the first free slot of this role below `root`, with an empty folder."""
     root.mkdir(parents=True, exist_ok=True)
-    with (root / _LOCK).open("w") as choosing:
-        fcntl.flock(choosing, fcntl.LOCK_EX)
-        identity = _identity(root / _IDENTITY)
-        for abandoned in root.glob("*-*/"):
-            _clear_if_free(abandoned)
-        number, lock = _first_free(root, role)
-    place = root / f"{role}-{number}"
-    folder = place / "files"
+    with (root / _LOCK).open("w") as root_lock:
+        fcntl.flock(root_lock, fcntl.LOCK_EX)
+        identity = _machine_identity(root / _IDENTITY)
+        for slot in root.glob("*-*/"):
+            _delete_files_if_free(slot)
+        number, slot_lock = _lock_first_free(root, role)
+    folder = root / f"{role}-{number}" / "files"
     folder.mkdir()
     try:
         yield Slot(worker_id=f"{role}-{number}-{identity}", folder=folder)
     finally:
         shutil.rmtree(folder)
-        lock.close()
+        slot_lock.close()
 
 
 def remove_older_than(folder: Path, seconds: float) -> None:
-    """Removes what in a shared folder has not been touched for so long."""
+    """Removes the directories in `folder` that have not been touched for this time."""
     for path in folder.glob("*"):
-        with suppress(FileNotFoundError):  # another worker was quicker
+        with suppress(FileNotFoundError):  # another worker has removed it
             if time.time() - path.stat().st_mtime > seconds:
                 shutil.rmtree(path, ignore_errors=True)
 
 
-def _identity(path: Path) -> str:
-    """Tells this root from those of other machines; made once."""
-    known = path.read_text() if path.exists() else ""
-    if not known:
-        known = uuid.uuid4().hex[:12]
-        path.write_text(known)
-    return known
+def _machine_identity(path: Path) -> str:
+    """Returns a random name of this root, created once, which differs from those of other machines."""
+    identity = path.read_text() if path.exists() else ""
+    if not identity:
+        identity = uuid.uuid4().hex[:12]
+        path.write_text(identity)
+    return identity
 
 
-def _clear_if_free(place: Path) -> None:
-    lock = _try_lock(place)
+def _delete_files_if_free(slot: Path) -> None:
+    lock = _try_lock(slot)
     if lock is not None:
-        shutil.rmtree(place / "files", ignore_errors=True)
+        shutil.rmtree(slot / "files", ignore_errors=True)
         lock.close()
 
 
-def _first_free(root: Path, role: str) -> tuple[int, IO[str]]:
+def _lock_first_free(root: Path, role: str) -> tuple[int, IO[str]]:
     for number in count():
-        place = root / f"{role}-{number}"
-        place.mkdir(exist_ok=True)
-        lock = _try_lock(place)
+        slot = root / f"{role}-{number}"
+        slot.mkdir(exist_ok=True)
+        lock = _try_lock(slot)
         if lock is not None:
             return number, lock
-    raise AssertionError("numbers don't end")
+    raise AssertionError("count() does not end")
 
 
-def _try_lock(place: Path) -> IO[str] | None:
-    lock = (place / _LOCK).open("w")
+def _try_lock(slot: Path) -> IO[str] | None:
+    lock = (slot / _LOCK).open("w")
     try:
         fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:

@@ -1,8 +1,8 @@
-"""The Celery tasks of each role: names on one side, functions on the other. They do NOT do the work.
+"""The Celery tasks of each role.
 
-A hint whose job or archive is done already stands for the one that has waited longest. There are many such hints:
-while all workers train, the reconciler goes on hinting. The first job behind them would wait until all are dropped,
-which Celery does one a second.
+A task for a job or an export that is done already takes the one that has waited longest instead. There are many such
+messages: while all workers train, the reconciler goes on sending hints. Without prefetch Celery takes one message a
+second, so the next job would otherwise wait until all of them are dropped.
 """
 
 from __future__ import annotations
@@ -25,19 +25,21 @@ from worker.jobs.export import build_export
 from worker.jobs.prepare import prepare_job
 from worker.jobs.train import train_job
 
-Work = Callable[[Context, str], Job | None]
+RunJob = Callable[[Context, str], Job | None]
 
 
 def register_inference(
-    app: Celery, answer: Callable[[PredictMessage], None], write: Callable[[GenerateMessage], None]
+    app: Celery,
+    answer_predict: Callable[[PredictMessage], None],
+    answer_generate: Callable[[GenerateMessage], None],
 ) -> None:
     def predict(message: PredictMessage) -> None:
         with bound(request_id=message["request_id"]):
-            answer(message)
+            answer_predict(message)
 
     def generate(message: GenerateMessage) -> None:
         with bound(request_id=message["request_id"]):
-            write(message)
+            answer_generate(message)
 
     app.task(predict, name=Task.PREDICT.value)
     app.task(generate, name=Task.GENERATE.value)
@@ -45,40 +47,41 @@ def register_inference(
 
 def register_training(app: Celery, context: Context) -> None:
     def train(job_id: str) -> None:
-        _one_job(context, "train", job_id, train_job)
+        _run_job(context, "train", job_id, train_job)
 
     app.task(train, name=Task.TRAIN.value)
 
 
 def register_preparing(app: Celery, context: Context) -> None:
     def prepare(job_id: str) -> None:
-        _one_job(context, "prepare", job_id, prepare_job)
+        _run_job(context, "prepare", job_id, prepare_job)
 
     def export(model_id: str, export_format: str) -> None:
-        with bound(model_id=model_id):
-            found = build_export(context, model_id, export_format)
-        if not found and not context.stopping.is_set():
-            _longest_waiting_export(context)
+        _run_export(context, model_id, export_format)
 
     app.task(prepare, name=Task.PREPARE.value)
     app.task(export, name=Task.EXPORT.value)
 
 
-def _longest_waiting_export(context: Context) -> None:
-    with transaction(context.sessions) as session:
-        waiting = exports.waiting(session, limit=1)
-    for model_id, export_format in waiting:
-        with bound(model_id=model_id):
-            build_export(context, model_id, export_format)
-
-
-def _one_job(context: Context, purpose: Purpose, hinted: str, work: Work) -> None:
-    with bound(job_id=hinted):
-        found = work(context, hinted)
-    if found is not None or context.stopping.is_set():
+def _run_job(context: Context, purpose: Purpose, job_id: str, run_job: RunJob) -> None:
+    with bound(job_id=job_id):
+        job = run_job(context, job_id)
+    if job is not None or context.stopping.is_set():
         return
     with transaction(context.sessions) as session:
-        other = leases.longest_waiting(session, purpose=purpose)
-    if other is not None:
-        with bound(job_id=other):
-            work(context, other)
+        waiting_id = leases.longest_waiting(session, purpose=purpose)
+    if waiting_id is not None:
+        with bound(job_id=waiting_id):
+            run_job(context, waiting_id)
+
+
+def _run_export(context: Context, model_id: str, export_format: str) -> None:
+    with bound(model_id=model_id):
+        was_waiting = build_export(context, model_id, export_format)
+    if was_waiting or context.stopping.is_set():
+        return
+    with transaction(context.sessions) as session:
+        longest_waiting = exports.waiting(session, limit=1)
+    for waiting_id, waiting_format in longest_waiting:
+        with bound(model_id=waiting_id):
+            build_export(context, waiting_id, waiting_format)

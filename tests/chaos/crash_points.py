@@ -5,8 +5,9 @@ They are put in from outside, by `launch`, into the few functions through which 
 has none, so nothing can ever trip over one in production, and no place is forgotten: what is committed or renamed
 tomorrow is a crash point tomorrow.
 
-A point is named by what happens and who does it: `commit finish_succeeded`, `commit worker.chores.reconcile.sweep`,
-`publish heft.train`, `fsync store.storage.atomic_write.commit`, `rename heft_engine.runtime.sealed_directory.seal`.
+A point is named by what happens and who does it: `commit finish_succeeded`,
+`commit worker.chores.reconcile.recover_lost`, `publish heft.train`, `fsync store.storage.atomic_write.commit`,
+`rename heft_engine.runtime.sealed_directory.seal`.
 It does NOT know which fault is wanted: `<control>/<role>.armed` says that, for one crossing.
 """
 

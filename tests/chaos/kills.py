@@ -32,7 +32,7 @@ _API_POINTS = ("commit _create", "commit _record", "commit request_cancel", "com
                "publish heft.prepare", "rename store.storage.atomic_write", "fsync store.storage.atomic_write",
                "commit", "publish")  # fmt: skip
 _TRAINER_POINTS = ("rename", "fsync")
-SWEEP = "commit worker.chores.reconcile.sweep"
+SWEEP = "commit worker.chores.reconcile.recover_lost"
 #: How long a process, a point or a moment is waited for.
 PROMPT_SECONDS = 6.0
 

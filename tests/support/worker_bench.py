@@ -119,6 +119,9 @@ class Bench:
         """Wait until the job has that many events of this code."""
         eventually(lambda: self.codes(job_id).count(code) >= times)
 
+    def with_engine(self, *command: str) -> Context:
+        return replace(self.context, engine_command=command)
+
     def with_settings(self, **changes: Any) -> Context:
         return replace(self.context, settings=self.context.settings.model_copy(update=changes))
 

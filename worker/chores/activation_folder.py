@@ -1,8 +1,7 @@
-"""Frozen activations that training stages on the same rows share, in a folder of this machine.
+"""The machine's folder of cached activations, which training stages on the same rows share.
 
-The engine keeps them under a budget of bytes (heft_engine.training.activation_store). Here they are forgotten a
-day after their last
-use, whether or not anything trains: somebody may have deleted the rows since. It does NOT know what is in them.
+The engine keeps it within a budget of bytes (heft_engine.training.activation_store). This chore deletes entries a day
+after their last use, whether or not anything trains: the rows may have been deleted since.
 """
 
 from __future__ import annotations
@@ -14,15 +13,14 @@ from worker.chores.chore import Chore
 from worker.context import Context
 from worker.scratch import remove_older_than
 
-_LOOK_SECONDS = 3_600.0
-_KEPT_SECONDS = 86_400.0
+_PERIOD_SECONDS = 3_600.0
+_MAX_AGE_SECONDS = 86_400.0
 
 
-def folder(context: Context) -> Path:
+def activation_folder(context: Context) -> Path:
     return context.shared / "prefills"
 
 
 def activation_chore(context: Context) -> Chore:
-    return Chore(
-        name="prefills", seconds=_LOOK_SECONDS, do=partial(remove_older_than, folder(context), _KEPT_SECONDS)
-    )
+    expire = partial(remove_older_than, activation_folder(context), _MAX_AGE_SECONDS)
+    return Chore(name="prefills", seconds=_PERIOD_SECONDS, run=expire)

@@ -1,4 +1,4 @@
-"""Chores of a worker process: small things done again and again beside its tasks. It does NOT know which."""
+"""Periodic tasks of a worker process, run on threads beside its Celery tasks."""
 
 from __future__ import annotations
 
@@ -12,45 +12,44 @@ from store.errors import StoreError
 
 log = logging.getLogger(__name__)
 
-#: A chore that is being done may end; one that takes longer is left behind with the process.
-_LAST_SECONDS = 5.0
+#: A chore that is running may finish; one that takes longer is abandoned with the process.
+_JOIN_SECONDS = 5.0
 
 
 @dataclass(frozen=True, kw_only=True)
 class Chore:
-    """`do` is called at once and then every `seconds`. A database or a storage that is away is tried again
-    then."""
+    """A periodic task: `run` is called at once and then every `seconds`, whether or not the last call failed."""
 
     name: str
     seconds: float
-    do: Callable[[], None]
+    run: Callable[[], None]
 
 
 @contextmanager
-def chores(todo: Sequence[Chore]) -> Iterator[None]:
-    """Do the chores, each on a thread of its own, until the body ends."""
-    over = threading.Event()
+def run_chores(chores: Sequence[Chore]) -> Iterator[None]:
+    """Runs the chores, each on a thread of its own, until the body ends."""
+    stop = threading.Event()
     threads = [
-        threading.Thread(target=_run, args=(chore, over), name=chore.name, daemon=True) for chore in todo
+        threading.Thread(target=_loop, args=(chore, stop), name=chore.name, daemon=True) for chore in chores
     ]
     for thread in threads:
         thread.start()
     try:
         yield
     finally:
-        over.set()
+        stop.set()
         for thread in threads:
-            thread.join(_LAST_SECONDS)
+            thread.join(_JOIN_SECONDS)
 
 
-def _run(chore: Chore, over: threading.Event) -> None:
+def _loop(chore: Chore, stop: threading.Event) -> None:
     while True:
         try:
-            chore.do()
-        except StoreError as fault:
-            log.warning("%s: %s", chore.name, fault)
+            chore.run()
+        except StoreError as error:
+            log.warning("%s: %s", chore.name, error)
         except Exception:
-            # A chore that ended would be missed only when its work was: it tries again at its next turn.
+            # A thread that ended would be noticed late: the chore runs again at its next turn.
             log.exception("%s failed", chore.name)
-        if over.wait(chore.seconds):
+        if stop.wait(chore.seconds):
             return

@@ -1,6 +1,6 @@
-"""The inference side forgets models that were deleted: what it holds of them goes within half a minute.
+"""Evicts deleted models from an inference worker's memory, within half a minute.
 
-A database that is away changes nothing: what is held goes on answering. It does NOT know how models are held.
+While the database is away nothing is evicted: loaded models go on answering.
 """
 
 from __future__ import annotations
@@ -13,31 +13,30 @@ from store.db.session import transaction
 from worker.chores.chore import Chore
 from worker.context import Context
 
-SECONDS = 30.0
+_PERIOD_SECONDS = 30.0
 
 
-class Holder(Protocol):
-    """Models in memory."""
+class LoadedModels(Protocol):
+    """The models in an inference worker's memory."""
 
     def fine_tuned(self) -> Sequence[str]:
-        """The ids of the fine-tuned models that are held."""
+        """Returns the ids of the fine-tuned models that are loaded."""
 
     def forget(self, model_id: str) -> None:
-        """Lets go of a model, after the answers that are under way. Unknown ids are no fault."""
+        """Evicts a model after the requests under way. Ignores unknown ids."""
 
 
-def forgetting(context: Context, holder: Holder) -> list[Chore]:
-    """The chore of an inference worker."""
-    return [Chore(name="forgetting", seconds=SECONDS, do=lambda: forget_deleted(context, holder))]
+def eviction_chore(context: Context, loaded: LoadedModels) -> Chore:
+    return Chore(name="forgetting", seconds=_PERIOD_SECONDS, run=lambda: evict_deleted(context, loaded))
 
 
-def forget_deleted(context: Context, holder: Holder) -> None:
+def evict_deleted(context: Context, loaded: LoadedModels) -> None:
     """Raises Unavailable."""
-    held = holder.fine_tuned()
-    if not held:
+    model_ids = loaded.fine_tuned()
+    if not model_ids:
         return
     with transaction(context.sessions) as session:
-        present = models.present(session, model_ids=held)
-    for model_id in held:
-        if model_id not in present:
-            holder.forget(model_id)
+        existing = models.present(session, model_ids=model_ids)
+    for model_id in model_ids:
+        if model_id not in existing:
+            loaded.forget(model_id)

@@ -1,9 +1,8 @@
-"""One GPU may have to train and to answer: who is about to train asks those who answer there for room.
+"""Hands a GPU over from inference to training: before a job trains, inference workers on its GPU evict idle models.
 
-Both sides speak through their workers' rows: the trainer notes its request, the inference worker those that
-it has heard. Without a GPU nobody asks: a machine's memory is swapped and shared by its system. It does NOT
-measure memory: the inference side puts away every model that nobody is asking just then, once for each
-request, and may load them again when they are asked for.
+Both sides communicate through their rows in `workers`: the trainer writes its request, each inference worker writes
+the requests that it has served. An inference worker evicts every idle model once for each request, and may load
+models again when they are asked for. Without a GPU there is nothing to hand over: the system shares and swaps memory.
 """
 
 from __future__ import annotations
@@ -25,71 +24,72 @@ from worker.context import Context
 
 log = logging.getLogger(__name__)
 
-_LOOK_SECONDS = 1.0
-#: How long a trainer waits for room; then it takes what there is.
-_PATIENCE_SECONDS = 15.0
+#: Keys of a worker's `info`. A worker of an older version may lack them.
+REQUEST = "gpu_requested"
+SERVED = "gpu_released_to"
+
+_POLL_SECONDS = 1.0
+#: A trainer waits this long for inference workers; then it starts with the memory that there is.
+_MAX_WAIT_SECONDS = 15.0
 
 
-def own_device() -> str | None:
-    """What names the GPUs that this process may use, the same for all processes that share them; None
-    without."""
+def visible_device() -> str | None:
+    """Returns a name for the GPUs that this process sees, the same for all processes that share them; None without."""
     if not Path("/dev/nvidiactl").exists():
         return None
     return f"{socket.gethostname()}/{os.environ.get('CUDA_VISIBLE_DEVICES', 'all')}"
 
 
 @contextmanager
-def room(context: Context, request: str) -> Iterator[None]:
-    """Ask for room, wait until it is given or patience ends, and take the request back after the body."""
+def gpu_requested(context: Context, request: str) -> Iterator[None]:
+    """Requests the GPU under this id, waits for the inference workers on it, and withdraws the request afterwards."""
     if context.device is None:
         yield
         return
-    _note(context, {"gpu_requested": request})
-    deadline = time.monotonic() + _PATIENCE_SECONDS
-    while not _is_given(context, request) and time.monotonic() < deadline and not context.stopping.is_set():
-        context.stopping.wait(_LOOK_SECONDS)
+    _write_info(context, {REQUEST: request})
+    deadline = time.monotonic() + _MAX_WAIT_SECONDS
+    while not _is_served(context, request) and time.monotonic() < deadline and not context.stopping.is_set():
+        context.stopping.wait(_POLL_SECONDS)
     try:
         yield
     finally:
-        _note(context, {"gpu_requested": None})
+        _write_info(context, {REQUEST: None})
 
 
 def handoff_chores(context: Context, evict_idle: Callable[[], None]) -> list[Chore]:
-    """The inference side's chore: hear who asks, put models away, say so."""
+    """Returns the inference worker's chore: serve new requests by evicting idle models. Empty without a GPU."""
     if context.device is None:
         return []
-    heard: set[str] = set()
+    served: set[str] = set()
 
-    def look() -> None:
-        asked = {row.info.get("gpu_requested") for row in _neighbours(context, "train")} - {None}
-        if asked - heard:
+    def serve() -> None:
+        requests = {row.info.get(REQUEST) for row in _workers_on_device(context, "train")} - {None}
+        if requests - served:
             evict_idle()
-        if asked != heard:
-            heard.clear()
-            heard.update(asked)
-            _note(context, {"gpu_released_to": sorted(heard)})
+        if requests != served:
+            served.clear()
+            served.update(requests)
+            _write_info(context, {SERVED: sorted(served)})
 
-    return [Chore(name="room", seconds=_LOOK_SECONDS, do=look)]
+    return [Chore(name="room", seconds=_POLL_SECONDS, run=serve)]
 
 
-def _is_given(context: Context, request: str) -> bool:
+def _is_served(context: Context, request: str) -> bool:
     try:
-        return all(
-            request in row.info.get("gpu_released_to", ()) for row in _neighbours(context, "inference")
-        )
+        return all(request in row.info.get(SERVED, ()) for row in _workers_on_device(context, "inference"))
     except Unavailable:
         return True
 
 
-def _neighbours(context: Context, role: str) -> list[Any]:
+def _workers_on_device(context: Context, role: str) -> list[Any]:
     with transaction(context.sessions) as session:
         rows = workers.list_workers(session, role=role)
     return [row for row in rows if row.info.get("device") == context.device]
 
 
-def _note(context: Context, changes: Mapping[str, Any]) -> None:
+def _write_info(context: Context, changes: Mapping[str, Any]) -> None:
     try:
         with transaction(context.sessions) as session:
             workers.note(session, worker_id=context.worker_id, changes=changes)
-    except Unavailable as fault:
-        log.warning("not noted: %s: %s", dict(changes), fault)
+    except Unavailable as error:
+        log.warning("could not write %s to the worker's row: %s", dict(changes), error)

@@ -1,7 +1,6 @@
-"""A worker makes itself known: its row while it lives, and the base models that it can offer.
+"""Registers a worker process in the database, and the base models that its machine offers.
 
-The API, which may run on another machine, knows workers and models from these rows alone.
-It does NOT take part in any job.
+The API, which may run on another machine, knows workers and base models from these rows alone.
 """
 
 from __future__ import annotations
@@ -21,7 +20,8 @@ from store.errors import Unavailable
 from store.jobs import reconcile
 from store.ops import workers
 from worker.celery_app import Role
-from worker.chores.chore import Chore, chores
+from worker.chores.chore import Chore, run_chores
+from worker.chores.gpu_handoff import REQUEST, SERVED
 from worker.context import Context
 from worker.engine_process.child import Child, child_environment
 
@@ -31,36 +31,37 @@ _RETRY_SECONDS = 2.0
 
 
 @contextmanager
-def present(context: Context, role: Role) -> Iterator[None]:
-    """Be known while the body runs; it begins when the database has answered.
+def registered(context: Context, role: Role) -> Iterator[None]:
+    """Keeps the worker's row while the body runs, with a heartbeat. Waits for the database first.
 
-    What the former holder of this worker's name held is taken back first: it is dead, and need not be waited
-    for.
+    Jobs that the last worker of this name held are taken back at once: it is dead, and its leases need not run out.
     """
-    patient = tenacity.Retrying(
+    retrying = tenacity.Retrying(
         retry=tenacity.retry_if_exception_type(Unavailable),
         wait=tenacity.wait_fixed(_RETRY_SECONDS),
         before_sleep=tenacity.before_sleep_log(log, logging.WARNING),
     )
-    patient(_enter, context, role)
-    seen = Chore(name="presence", seconds=context.settings.heartbeat_seconds, do=lambda: _seen(context))
-    with chores([seen]):
+    retrying(_register, context, role)
+    heartbeat = Chore(
+        name="presence", seconds=context.settings.heartbeat_seconds, run=lambda: _heartbeat(context)
+    )
+    with run_chores([heartbeat]):
         yield
     try:
         with transaction(context.sessions) as session:
             workers.forget(session, worker_id=context.worker_id)
-    except Unavailable as fault:
-        log.warning("the worker's row stays behind: %s", fault)
+    except Unavailable as error:
+        log.warning("could not remove the worker's row: %s", error)
 
 
-def _enter(context: Context, role: Role) -> None:
+def _register(context: Context, role: Role) -> None:
     info = {
         "host": socket.gethostname(),
         "pid": os.getpid(),
         "version": version("heft-service"),
         "device": context.device,
-        "gpu_requested": None,
-        "gpu_released_to": [],
+        REQUEST: None,
+        SERVED: [],
     }
     with transaction(context.sessions) as session:
         workers.register(session, worker_id=context.worker_id, role=role, info=info)
@@ -69,25 +70,24 @@ def _enter(context: Context, role: Role) -> None:
         )
 
 
-def _seen(context: Context) -> None:
+def _heartbeat(context: Context) -> None:
     with transaction(context.sessions) as session:
         workers.heartbeat(session, worker_id=context.worker_id)
 
 
 def offer_base_models(context: Context) -> None:
-    """Find this machine's base models, in a child since that takes torch, and make them known. Raises
-    Unavailable."""
-    settings = context.settings
-    command = [*context.engine_command, "models", "--die-with-parent"]
-    for option, path in (("--model-dir", settings.model_dir), ("--cache-dir", settings.cache_dir)):
-        command += [option, str(path)] if path is not None else []
+    """Lists this machine's base models, in a child process since that needs torch, and registers them.
+
+    Raises Unavailable.
+    """
+    command = [*context.engine_command, "models", "--die-with-parent", *context.model_options()]
     with Child(command, env=child_environment(os.environ), cwd=context.scratch) as child:
-        for found in child.lines():
+        for line in child.lines():
             with transaction(context.sessions) as session:
                 models.offer_base(
                     session,
-                    model_id=found["id"],
-                    source=found["source"],
-                    revision=found["revision"],
-                    info=found["info"],
+                    model_id=line["id"],
+                    source=line["source"],
+                    revision=line["revision"],
+                    info=line["info"],
                 )

@@ -1,7 +1,7 @@
-"""The reconciler's legs: every worker looks now and then for what was lost, and sends it on its way again.
+"""The reconciler's schedule: every worker recovers lost jobs and deletes what nobody needs any more.
 
-What is lost and what is to be done about it is decided in `store.jobs.reconcile`, one process at a time; what
-nobody needs any more is deleted by `store.storage.garbage`. It does NOT run jobs.
+`store.jobs.reconcile` decides what is lost and what is done about it, one process at a time; `store.storage.garbage`
+decides what is deleted.
 """
 
 from __future__ import annotations
@@ -18,13 +18,16 @@ _GARBAGE_SECONDS = 120.0
 _LISTING_SECONDS = 3_600.0
 
 
-def sweep(context: Context) -> None:
-    """Take back what lost workers held; send hints for what waits unheard. Raises Unavailable."""
+def recover_lost(context: Context) -> None:
+    """Takes back jobs whose lease has expired, and sends hints again for waiting jobs and exports.
+
+    Raises Unavailable.
+    """
     settings = context.settings
     with transaction(context.sessions) as session:
-        # Enough for everyone who may be idle; hints that nobody hears would pile up for hours.
+        # Enough for all workers that may be idle; hints that nobody takes would pile up for hours.
         limit = 1 + 2 * len(workers.list_workers(session))
-        waiting = reconcile.sweep(
+        waiting_jobs = reconcile.sweep(
             session,
             lease_seconds=settings.lease_seconds,
             grace_seconds=settings.lease_grace_seconds,
@@ -32,23 +35,26 @@ def sweep(context: Context) -> None:
             max_lost_leases=settings.max_lost_leases,
             limit=limit,
         )
-        archives = exports.waiting(session, limit=limit)
-    for job_id, purpose in waiting:
+        waiting_exports = exports.waiting(session, limit=limit)
+    for job_id, purpose in waiting_jobs:
         context.hints.hint(job_id, purpose)
-    for model_id, export_format in archives:
+    for model_id, export_format in waiting_exports:
         context.hints.export(model_id, export_format)
 
 
-def collect(context: Context) -> None:
-    """Delete what rows have given up or attempts have left. Raises Unavailable."""
+def collect_garbage(context: Context) -> None:
+    """Deletes files whose rows were removed, and those that earlier attempts have left. Raises Unavailable."""
     settings = context.settings
     with transaction(context.sessions) as session:
         stage_results.expire(session, days=settings.reuse_days, max_bytes=settings.reuse_bytes)
     garbage.collect(context.sessions, context.artifacts)
 
 
-def collect_listed(context: Context) -> None:
-    """Delete what only a listing of the storage can find, and keys of requests long past. Raises Unavailable."""
+def collect_unlisted(context: Context) -> None:
+    """Deletes files without a row, which only a listing of the storage finds, and old idempotency keys.
+
+    Raises Unavailable.
+    """
     with transaction(context.sessions) as session:
         idempotency.forget_old(session)
     garbage.collect_uploads(context.sessions, context.artifacts)
@@ -58,7 +64,7 @@ def collect_listed(context: Context) -> None:
 
 def reconcile_chores(context: Context) -> list[Chore]:
     return [
-        Chore(name="sweep", seconds=context.settings.sweep_seconds, do=lambda: sweep(context)),
-        Chore(name="garbage", seconds=_GARBAGE_SECONDS, do=lambda: collect(context)),
-        Chore(name="listed garbage", seconds=_LISTING_SECONDS, do=lambda: collect_listed(context)),
+        Chore(name="sweep", seconds=context.settings.sweep_seconds, run=lambda: recover_lost(context)),
+        Chore(name="garbage", seconds=_GARBAGE_SECONDS, run=lambda: collect_garbage(context)),
+        Chore(name="listed garbage", seconds=_LISTING_SECONDS, run=lambda: collect_unlisted(context)),
     ]

@@ -1,1 +1,1 @@
-"""The engine as a child process: started, supervised, asked."""
+"""The engine as a child process: started, supervised and queried."""

@@ -1,10 +1,8 @@
-"""One engine process: started with little, listened to line by line, ended with everything that it started.
+"""One engine process: a minimal environment, JSON lines on stdout, and an end that leaves nothing behind.
 
-The engine runs in a child because a forking parent must never touch CUDA, and because an out-of-memory kill
-then takes the child and not the worker. The thread that starts a child must outlive it: PR_SET_PDEATHSIG
-follows the thread. So `train_job` starts, supervises and reaps it in one call, on one thread.
-
-It does NOT know what the events mean, nor why a child is ended.
+The engine runs in a child because a forking parent must never touch CUDA, and because the kernel's out-of-memory
+killer then ends the child and not the worker. The thread that starts a child must outlive it, since PR_SET_PDEATHSIG
+follows the thread: `train_job` starts, supervises and reaps it in one call.
 """
 
 from __future__ import annotations
@@ -27,9 +25,9 @@ from store.logs import in_context
 
 log = logging.getLogger(__name__)
 
-#: What a child may see of the worker's environment: paths, locale, hub access, proxies, devices and thread
+#: The variables of the worker's environment that a child gets: paths, locale, hub access, proxies, devices and thread
 #: counts. The service's addresses, passwords and keys are not among them.
-PASSED_ON = {
+_INHERITED = {
     "PATH",
     "HOME",
     "USER",
@@ -43,7 +41,7 @@ PASSED_ON = {
     "HEFT_KERNELS",
     "GLIBC_TUNABLES",
 }
-PASSED_ON_PREFIXES = (
+_INHERITED_PREFIXES = (
     "LC_",
     "XDG_",
     "HF_",
@@ -56,42 +54,40 @@ PASSED_ON_PREFIXES = (
     "MKL_",
     "OPENBLAS_",
 )
-PROXIES = {"http_proxy", "https_proxy", "no_proxy", "ssl_cert_file", "requests_ca_bundle"}
+_PROXY_VARIABLES = {"http_proxy", "https_proxy", "no_proxy", "ssl_cert_file", "requests_ca_bundle"}
 
+#: Threads of OpenMP spin only briefly before they sleep. With the default, two busy processes on two cores took several
+#: times as long as one after the other; without any spinning a process that is alone takes twice as long.
+_SHORT_SPIN = {"GOMP_SPINCOUNT": "30000"}
+#: Activations are large and are allocated in every layer: with huge pages training is 4 to 8 % faster.
+_HUGE_PAGES = {"GLIBC_TUNABLES": "glibc.malloc.hugetlb=1"}
+_QUIET = {"TQDM_DISABLE": "1", "HF_HUB_DISABLE_PROGRESS_BARS": "1", "TOKENIZERS_PARALLELISM": "false"}
 
-#: torch's threads soon sleep while they wait for each other. Spinning as long as they like, two busy processes on two
-#: cores were several times slower than one after the other; sleeping at once doubles the time of one that is alone.
-SHORT_SPIN = {"GOMP_SPINCOUNT": "30000"}
-#: Activations are large and come and go with every layer: in huge pages training is 4 to 8 % quicker.
-HUGE_PAGES = {"GLIBC_TUNABLES": "glibc.malloc.hugetlb=1"}
+#: In bytes; longer lines of stderr are logged in pieces.
+_MAX_LINE = 8_192
 
 
 def child_environment(environment: Mapping[str, str]) -> dict[str, str]:
-    """The few variables that a child gets, out of the worker's own."""
-    passed = {
+    """Returns the environment of a child: a few variables of the worker's own, and defaults for performance."""
+    inherited = {
         name: value
         for name, value in environment.items()
-        if name in PASSED_ON or name.startswith(PASSED_ON_PREFIXES) or name.lower() in PROXIES
+        if name in _INHERITED or name.startswith(_INHERITED_PREFIXES) or name.lower() in _PROXY_VARIABLES
     }
-    quiet = {"TQDM_DISABLE": "1", "HF_HUB_DISABLE_PROGRESS_BARS": "1", "TOKENIZERS_PARALLELISM": "false"}
-    return SHORT_SPIN | HUGE_PAGES | passed | quiet | {"PYTHONUNBUFFERED": "1"}
-
-
-#: Bytes; what is longer is logged in pieces.
-_LONGEST_LINE = 8_192
+    return _SHORT_SPIN | _HUGE_PAGES | inherited | _QUIET | {"PYTHONUNBUFFERED": "1"}
 
 
 class Child:
-    """A process in its own group whose stdout is one JSON object a line. Its stderr is logged, line by line.
+    """A process in its own group that writes one JSON object a line to stdout. Its stderr is logged, line by line.
 
-    Its stdin is a pipe that only this process holds: end-of-file there means that the worker is gone. As a
-    context manager: killed if the body fails, and gone in any case afterwards.
+    Its stdin is a pipe that only this process holds: end-of-file there means that the worker is gone. As a context
+    manager it kills the child if the body raises, and waits for its end in any case.
     """
 
     def __init__(self, argv: Sequence[str], *, env: Mapping[str, str], cwd: Path) -> None:
-        #: monotonic time of its last sign of life on stdout; the stall watchdog reads it from another thread
+        #: monotonic time of its last line on stdout; the supervisor reads it from another thread
         self.last_line_at = time.monotonic()
-        self.has_spoken = False
+        self.has_output = False
         self._process = subprocess.Popen(
             argv,
             env=dict(env),
@@ -106,12 +102,14 @@ class Child:
         self._lines: queue.SimpleQueue[dict[str, Any] | None] = queue.SimpleQueue()
         self._readers = [
             threading.Thread(target=in_context(read), name=f"read-{self.pid}", daemon=True)
-            for read in (self._read, self._read_stderr)
+            for read in (self._read_stdout, self._read_stderr)
         ]
         for reader in self._readers:
             reader.start()
-        self._ender = threading.Thread(target=self._end_stragglers, name=f"end-{self.pid}", daemon=True)
-        self._ender.start()
+        self._group_killer = threading.Thread(
+            target=self._kill_group_at_end, name=f"end-{self.pid}", daemon=True
+        )
+        self._group_killer.start()
 
     def __enter__(self) -> Child:
         return self
@@ -124,14 +122,16 @@ class Child:
         self.wait()
 
     def lines(self) -> Iterator[dict[str, Any]]:
-        """Every JSON object it wrote, in order, until it has ended. Other output is logged and left out."""
+        """Yields the JSON objects that it writes, in order, until it has ended. Other output is logged."""
         while (line := self._lines.get()) is not None:
             yield line
 
     def wait(self) -> int:
-        """Its exit code, when it has ended; negative: the signal that did it. Nothing of its group is
-        left."""
-        self._ender.join()
+        """Waits for its end and returns the exit code; a negative one is the signal that ended it.
+
+        No process of its group is left then.
+        """
+        self._group_killer.join()
         for reader in self._readers:
             reader.join()
         with self._reap_lock:
@@ -141,28 +141,28 @@ class Child:
         return code
 
     def terminate(self) -> None:
-        """Ask it to write a checkpoint and go (SIGTERM). Its own helpers stay, it may need them for that."""
+        """Asks it to write a checkpoint and exit (SIGTERM). Its own children stay: it may need them for that."""
         self._send(os.kill, signal.SIGTERM)
 
     def kill(self) -> None:
-        """End its whole process group now (SIGKILL)."""
+        """Ends its whole process group (SIGKILL)."""
         self._send(os.killpg, signal.SIGKILL)
 
     def dump_stacks(self) -> None:
-        """Have it write the stacks of all its threads to stderr (SIGUSR1)."""
+        """Makes it write the stacks of all its threads to stderr (SIGUSR1)."""
         self._send(os.kill, signal.SIGUSR1)
 
     def _send(self, kill: Callable[[int, int], None], number: signal.Signals) -> None:
-        # While it is not reaped, the pid names it and its group, and nobody else's.
+        # Until it is reaped, the pid belongs to it and its group alone.
         with self._reap_lock:
             if self._process.returncode is None:
                 kill(self.pid, number)
 
-    def _read(self) -> None:
+    def _read_stdout(self) -> None:
         assert self._process.stdout is not None
         with self._process.stdout as stdout:
             for line in stdout:
-                self.last_line_at, self.has_spoken = time.monotonic(), True
+                self.last_line_at, self.has_output = time.monotonic(), True
                 try:
                     value = json.loads(line)
                 except ValueError:
@@ -174,15 +174,15 @@ class Child:
         self._lines.put(None)
 
     def _read_stderr(self) -> None:
-        """Its warnings, tracebacks and stacks, with the ids of what it works on."""
+        """Logs its warnings, tracebacks and stacks, with the ids of its job and attempt."""
         assert self._process.stderr is not None
         with self._process.stderr as stderr:
-            for line in iter(partial(stderr.readline, _LONGEST_LINE), b""):
-                said = line.decode(errors="replace").rstrip()
-                if said:
-                    log.warning("child %d: %s", self.pid, said)
+            for line in iter(partial(stderr.readline, _MAX_LINE), b""):
+                text = line.decode(errors="replace").rstrip()
+                if text:
+                    log.warning("child %d: %s", self.pid, text)
 
-    def _end_stragglers(self) -> None:
-        """When the child ends, so does what it started: a straggler would hold its stdout, and the GPU."""
+    def _kill_group_at_end(self) -> None:
+        """Ends the processes that the child has left: they would keep its stdout open, and the GPU busy."""
         os.waitid(os.P_PID, self.pid, os.WEXITED | os.WNOWAIT)
         self.kill()

@@ -1,9 +1,7 @@
-"""The watch over one attempt: lease, cancel, pause, shutdown, stalls; and how long its child may take to end.
+"""Supervises one attempt on a thread of its own: lease, cancel, pause, shutdown, stalls, and the end of its child.
 
-It runs on a thread of its own from the claim to the last write, so that no download, upload or slow write
-can delay a heartbeat or a kill.
-
-It does NOT read events, and it does not decide what becomes of the job: `worker.jobs.attempt` does, from `reason`.
+It runs from the claim to the last write, so that no download, upload or slow write delays a heartbeat or a kill.
+`worker.jobs.attempt` decides from `stop_reason` what becomes of the job.
 """
 
 from __future__ import annotations
@@ -27,38 +25,35 @@ log = logging.getLogger(__name__)
 
 
 class StopReason(StrEnum):
-    """Why an attempt shall end, the lightest first: a graver one replaces it, so whoever pauses may still
-    cancel."""
+    """Why an attempt must end, by rising priority: a later reason replaces an earlier one of lower priority."""
 
-    SHUTDOWN = "shutdown"  #: The worker ends: a checkpoint, then back to the queue.
-    PAUSED = "paused"  #: Its user wants to go on later: a checkpoint, if it comes in time.
-    STALLED = "stalled"  #: No sign of life for too long: counts as a death of the trainer.
-    CANCELLED = "cancelled"  #: Its user ended the job: no checkpoint.
+    SHUTDOWN = "shutdown"  #: The worker shuts down: a checkpoint, then back to the queue.
+    PAUSED = "paused"  #: The user paused the job: a checkpoint, if it comes in time.
+    STALLED = "stalled"  #: The child wrote nothing for too long: counts as a crash.
+    CANCELLED = "cancelled"  #: The user cancelled the job: no checkpoint.
     LOST = "lost"  #: The attempt is no longer the current one: killed at once, nothing more is written.
 
 
 _PRIORITY = list(StopReason)
 
-
-#: A child that has yet to say a word may be downloading its model: it gets so many times the patience.
+#: The first line of a child may take this many stall times: it may be downloading its model.
 _STARTUP_FACTOR = 4
 
 
 @dataclass(frozen=True, kw_only=True)
 class Limits:
-    """Seconds between two looks at what is wanted, between two renewals of the lease, and without a sign of
-    life."""
+    """Intervals and timeouts in seconds."""
 
-    control: float
-    heartbeat: float
-    stall: float
+    control: float  #: between two reads of what the user requests
+    heartbeat: float  #: between two renewals of the lease
+    stall: float  #: without a line on the child's stdout
     #: From SIGTERM to SIGKILL. A stalled child gets SIGUSR1 instead, and the time to write its stacks.
     cancel_grace: float
     checkpoint_grace: float
     dump_grace: float = 2.0
 
     @classmethod
-    def of(cls, settings: StoreSettings) -> Limits:
+    def from_settings(cls, settings: StoreSettings) -> Limits:
         return cls(
             control=settings.control_seconds,
             heartbeat=settings.heartbeat_seconds,
@@ -68,35 +63,42 @@ class Limits:
         )
 
     def grace(self, reason: StopReason) -> float:
-        return {
-            StopReason.LOST: 0.0,
-            StopReason.CANCELLED: self.cancel_grace,
-            StopReason.STALLED: self.dump_grace,
-        }.get(reason, self.checkpoint_grace)
+        match reason:
+            case StopReason.LOST:
+                return 0.0
+            case StopReason.CANCELLED:
+                return self.cancel_grace
+            case StopReason.STALLED:
+                return self.dump_grace
+            case _:
+                return self.checkpoint_grace
 
 
 class Supervisor:
-    """A context manager around an attempt. `reason` says why it shall end, None while nothing is in its
-    way."""
+    """A context manager around an attempt. `stop_reason` is None until the attempt must end.
+
+    `renew_lease` and `read_stop_request` return what the user requests. They may raise LostFence, which ends the
+    attempt, and Unavailable, which does not.
+    """
 
     def __init__(
         self,
         *,
-        renew: Callable[[], StopRequest],
-        wishes: Callable[[], StopRequest],
+        renew_lease: Callable[[], StopRequest],
+        read_stop_request: Callable[[], StopRequest],
         stopping: threading.Event,
         limits: Limits,
     ) -> None:
-        self.reason: StopReason | None = None
-        self._renew = renew
-        self._wishes = wishes
+        self.stop_reason: StopReason | None = None
+        self._renew_lease = renew_lease
+        self._read_stop_request = read_stop_request
         self._stopping = stopping
         self._limits = limits
         self._lock = threading.Lock()
         self._child: Child | None = None
         self._kill_at = float("inf")
         self._over = threading.Event()
-        self._thread = threading.Thread(target=in_context(self._run), name="watch", daemon=True)
+        self._thread = threading.Thread(target=in_context(self._run), name="supervisor", daemon=True)
 
     def __enter__(self) -> Supervisor:
         self._thread.start()
@@ -110,11 +112,11 @@ class Supervisor:
 
     @contextmanager
     def supervising(self, child: Child) -> Iterator[None]:
-        """While the body runs, `child` is ended when the attempt shall end; at once if that is so already."""
+        """Ends `child` when the attempt must end while the body runs; at once if it must end already."""
         with self._lock:
             self._child = child
-            if self.reason is not None:
-                self._begin_to_end(child, self.reason)
+            if self.stop_reason is not None:
+                self._end_child(child, self.stop_reason)
         try:
             yield
         finally:
@@ -123,61 +125,61 @@ class Supervisor:
 
     def _run(self) -> None:
         try:
-            self._watch()
+            self._loop()
         except Exception:
-            log.exception("the watch has failed: nobody renews the lease or hears a cancel any more")
-            self._end(StopReason.LOST)
+            log.exception("the supervisor failed: without it nobody renews the lease, so the attempt ends")
+            self._stop(StopReason.LOST)
 
-    def _watch(self) -> None:
+    def _loop(self) -> None:
         renew_at = 0.0
-        while not self._over.wait(self._pause()):
+        while not self._over.wait(self._next_wait()):
             now = time.monotonic()
-            due = now >= renew_at
-            if due:
+            is_due = now >= renew_at
+            if is_due:
                 renew_at = now + self._limits.heartbeat
-            self._look(self._renew if due else self._wishes)
+            self._check(self._renew_lease if is_due else self._read_stop_request)
             with self._lock:
                 if self._child is not None and time.monotonic() >= self._kill_at:
                     self._child.kill()
 
-    def _pause(self) -> float:
+    def _next_wait(self) -> float:
         return min(self._limits.control, max(self._kill_at - time.monotonic(), 0.02))
 
-    def _look(self, ask: Callable[[], StopRequest]) -> None:
+    def _check(self, read_request: Callable[[], StopRequest]) -> None:
         try:
-            wishes = ask()
+            request = read_request()
         except LostFence:
-            self._end(StopReason.LOST)
+            self._stop(StopReason.LOST)
             return
-        except Unavailable as fault:
-            # Training goes on: whether the lease was kept is for the fence to say, once the database is back.
-            log.warning("the database is away, the attempt goes on: %s", fault)
-            wishes = StopRequest(cancel=False, pause=False)
+        except Unavailable as error:
+            # Training goes on: the fence decides whether the lease was kept, once the database is back.
+            log.warning("the database is not reachable, the attempt goes on: %s", error)
+            request = StopRequest(cancel=False, pause=False)
         if self._stopping.is_set():
-            self._end(StopReason.SHUTDOWN)
-        if wishes.pause:
-            self._end(StopReason.PAUSED)
-        if self._stalls():
-            self._end(StopReason.STALLED)
-        if wishes.cancel:
-            self._end(StopReason.CANCELLED)
+            self._stop(StopReason.SHUTDOWN)
+        if request.pause:
+            self._stop(StopReason.PAUSED)
+        if self._is_stalled():
+            self._stop(StopReason.STALLED)
+        if request.cancel:
+            self._stop(StopReason.CANCELLED)
 
-    def _stalls(self) -> bool:
+    def _is_stalled(self) -> bool:
         child = self._child
         if child is None:
             return False
-        patience = self._limits.stall * (1 if child.has_spoken else _STARTUP_FACTOR)
-        return time.monotonic() - child.last_line_at > patience
+        timeout = self._limits.stall * (1 if child.has_output else _STARTUP_FACTOR)
+        return time.monotonic() - child.last_line_at > timeout
 
-    def _end(self, reason: StopReason) -> None:
+    def _stop(self, reason: StopReason) -> None:
         with self._lock:
-            if self.reason is not None and _PRIORITY.index(reason) <= _PRIORITY.index(self.reason):
+            if self.stop_reason is not None and _PRIORITY.index(reason) <= _PRIORITY.index(self.stop_reason):
                 return
-            self.reason = reason
+            self.stop_reason = reason
             if self._child is not None:
-                self._begin_to_end(self._child, reason)
+                self._end_child(self._child, reason)
 
-    def _begin_to_end(self, child: Child, reason: StopReason) -> None:
+    def _end_child(self, child: Child, reason: StopReason) -> None:
         log.info("ending child %d: %s", child.pid, reason)
         self._kill_at = min(self._kill_at, time.monotonic() + self._limits.grace(reason))
         if reason is StopReason.STALLED:

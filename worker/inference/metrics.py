@@ -136,7 +136,7 @@ class Publisher:
 
     @property
     def chores(self) -> list[Chore]:
-        return [Chore(name="metrics", seconds=SECONDS, do=self.publish)]
+        return [Chore(name="metrics", seconds=SECONDS, run=self.publish)]
 
     def publish(self) -> None:
         """Raises Unavailable."""

@@ -88,8 +88,8 @@ class Attempt:
         Interrupted once the job is cancelled or lost: a storage that is full would hold its end up for good."""
 
         def once() -> T:
-            if self._watch.reason in (StopReason.CANCELLED, StopReason.LOST):
-                raise Interrupted(self._watch.reason)
+            if self._watch.stop_reason in (StopReason.CANCELLED, StopReason.LOST):
+                raise Interrupted(self._watch.stop_reason)
             return do()
 
         return self._retry(once)
@@ -110,13 +110,13 @@ class Attempt:
     @property
     def is_stopping(self) -> bool:
         """Whether it shall end: what the child says now are its last words."""
-        return self._watch.reason is not None
+        return self._watch.stop_reason is not None
 
     def raise_if_stopping(self) -> None:
         """Raises Interrupted if the attempt shall end. For the moments in which no child is there to be
         ended."""
-        if self._watch.reason is not None:
-            raise Interrupted(self._watch.reason)
+        if self._watch.stop_reason is not None:
+            raise Interrupted(self._watch.stop_reason)
 
     def run_engine(self, argv: Sequence[str], hear: Callable[[dict[str, Any]], bool]) -> EngineExit:
         """Run a child to its end and hand every event to `hear`, which returns True for its last word.
@@ -132,7 +132,7 @@ class Attempt:
         ):
             for event in child.lines():
                 # Once cancelled, nothing that it still says is written.
-                if self._watch.reason not in (StopReason.CANCELLED, StopReason.LOST) and hear(event):
+                if self._watch.stop_reason not in (StopReason.CANCELLED, StopReason.LOST) and hear(event):
                     final_event = event
             code = child.wait()
         log.info("child %d of %s ended: %d", child.pid, self.claim.job_id, code)
@@ -152,7 +152,7 @@ class Attempt:
 
     def interrupted(self) -> Ending:
         """The ending for an attempt that was interrupted."""
-        match self._watch.reason:
+        match self._watch.stop_reason:
             case StopReason.CANCELLED:
                 return endings.finish_cancelled
             case StopReason.PAUSED:
@@ -264,8 +264,8 @@ def _watch(context: Context, claim: Claim) -> Supervisor:
             return question(session, claim)
 
     return Supervisor(
-        renew=partial(ask, leases.heartbeat),
-        wishes=partial(ask, leases.read_stop_request),
+        renew_lease=partial(ask, leases.heartbeat),
+        read_stop_request=partial(ask, leases.read_stop_request),
         stopping=context.stopping,
-        limits=Limits.of(context.settings),
+        limits=Limits.from_settings(context.settings),
     )

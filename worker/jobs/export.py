@@ -54,8 +54,10 @@ def build_export(context: Context, model_id: str, export_format: str) -> bool:
     folder = Path(tempfile.mkdtemp(prefix="export-", dir=context.scratch))
     renew = partial(_renew, context, claim)
     try:
-        limits = Limits.of(context.settings)
-        with Supervisor(renew=renew, wishes=renew, stopping=context.stopping, limits=limits) as watch:
+        limits = Limits.from_settings(context.settings)
+        with Supervisor(
+            renew_lease=renew, read_stop_request=renew, stopping=context.stopping, limits=limits
+        ) as watch:
             _build(context, claim, folder, watch)
     except (LostFence, Unavailable) as fault:
         log.warning("%s of %s is left to the next attempt: %s", export_format, model_id, fault)
@@ -117,11 +119,11 @@ def _make(context: Context, claim: ExportClaim, folder: Path, watch: Supervisor)
         for outcome in child.lines():
             error = outcome.get("error", error)
         code = child.wait()
-    if watch.reason is StopReason.SHUTDOWN:
+    if watch.stop_reason is StopReason.SHUTDOWN:
         with transaction(context.sessions) as session:
             exports.release(session, claim)
-    if watch.reason is not None:
-        raise LostFence(f"the export of {claim.model.id} shall end: {watch.reason}")
+    if watch.stop_reason is not None:
+        raise LostFence(f"the export of {claim.model.id} shall end: {watch.stop_reason}")
     if code != 0:
         raise ExportFailed(error)
     return out

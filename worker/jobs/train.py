@@ -17,8 +17,8 @@ from store.db.tables import Job
 from store.errors import Damaged
 from store.jobs import endings, leases
 from store.studies import studies
-from worker.chores import activation_folder
-from worker.chores.gpu_handoff import room
+from worker.chores.activation_folder import activation_folder
+from worker.chores.gpu_handoff import gpu_requested
 from worker.context import Context
 from worker.jobs.attempt import Attempt, Ending, crash_error, failed, run_attempt
 from worker.jobs.event_recorder import EventRecorder
@@ -62,7 +62,7 @@ def _train(attempt: Attempt) -> Ending:
     path = attempt.folder / "run.json"
     path.write_text(run.model_dump_json())
     command = [*attempt.context.engine_command, "train", "--run-file", str(path), "--die-with-parent"]
-    with room(attempt.context, f"{attempt.claim.job_id}/{attempt.claim.attempt}"):
+    with gpu_requested(attempt.context, f"{attempt.claim.job_id}/{attempt.claim.attempt}"):
         ended = attempt.run_engine(command, reporter.hear)
 
     if ended.final_event is None:
@@ -81,7 +81,7 @@ def _run_file(attempt: Attempt, rows: Mapping[FileField, Path], resume: Path | N
         rows,
         settings,
         resume=resume,
-        activation_dir=activation_folder.folder(attempt.context) if reuses(spec, settings) else None,
+        activation_dir=activation_folder(attempt.context) if reuses(spec, settings) else None,
         owner=attempt.claim.owner_id,
         evaluate_validation=is_trial,
     )

@@ -4,7 +4,7 @@ import threading
 
 from worker_bench import eventually
 
-from worker.chores.chore import Chore, chores
+from worker.chores.chore import Chore, run_chores
 
 
 def test_a_chore_that_failed_unexpectedly_is_done_again() -> None:
@@ -14,6 +14,6 @@ def test_a_chore_that_failed_unexpectedly_is_done_again() -> None:
         turns.append(len(turns))
         raise ZeroDivisionError
 
-    with chores([Chore(name="failing", seconds=0.01, do=do)]):
+    with run_chores([Chore(name="failing", seconds=0.01, run=do)]):
         eventually(lambda: len(turns) >= 3)
     assert "failing" not in [thread.name for thread in threading.enumerate()]

@@ -96,7 +96,7 @@ def test_a_study_is_judged_by_the_real_statistics(bench: Bench) -> None:
     study = study_of(bench, [{"do": "metrics", "step": 4}, left(30, 31)])
     for run in runs(bench, study):
         assert bench.run(run.job.id).state == JobState.SUCCEEDED
-    update_studies(bench.context, ENGINE)
+    update_studies(bench.with_engine(*ENGINE))
     found = read(bench, study)
     assert found.finished_at is not None
     assert found.verdict is not None
@@ -108,9 +108,9 @@ def test_a_study_is_judged_by_the_real_statistics(bench: Bench) -> None:
 def test_a_study_that_can_not_be_judged_waits(bench: Bench) -> None:
     study = study_of(bench, [left(30)], seeds=[1])
     assert bench.run(runs(bench, study)[0].job.id).state == JobState.SUCCEEDED
-    update_studies(bench.context, (sys.executable, "-c", "raise SystemExit(1)"))
+    update_studies(bench.with_engine(sys.executable, "-c", "raise SystemExit(1)"))
     assert read(bench, study).verdict is None
-    update_studies(bench.context, ENGINE)
+    update_studies(bench.with_engine(*ENGINE))
     assert read(bench, study).verdict is not None
     assert read(bench, study).finished_at is None
 
@@ -129,7 +129,7 @@ def test_one_that_breaks_whoever_looks_at_it_does_not_stand_before_the_others(
         return record(session, study_id, *arguments, **options)
 
     monkeypatch.setattr(verdicts, "record", failing)
-    update_studies(bench.context, ENGINE)
+    update_studies(bench.with_engine(*ENGINE))
     assert (read(bench, broken).verdict is None, read(bench, whole).verdict is None) == (True, False)
 
 

@@ -9,9 +9,9 @@ from worker_bench import Bench
 
 from store.db.states import JobState
 from worker.celery_app import Role
-from worker.chores.chore import chores
-from worker.chores.gpu_handoff import handoff_chores, room
-from worker.chores.presence import present
+from worker.chores.chore import run_chores
+from worker.chores.gpu_handoff import gpu_requested, handoff_chores
+from worker.chores.presence import registered
 from worker.context import Context
 
 
@@ -30,8 +30,8 @@ def on(bench: Bench, worker_id: str, device: str | None) -> Context:
 
 
 def serve(stack: ExitStack, context: Context, held: Held) -> None:
-    stack.enter_context(present(context, Role.INFERENCE))
-    stack.enter_context(chores(handoff_chores(context, held.evict_idle)))
+    stack.enter_context(registered(context, Role.INFERENCE))
+    stack.enter_context(run_chores(handoff_chores(context, held.evict_idle)))
 
 
 def test_models_on_the_same_gpu_are_put_away_before_training(bench: Bench) -> None:
@@ -40,18 +40,18 @@ def test_models_on_the_same_gpu_are_put_away_before_training(bench: Bench) -> No
     with ExitStack() as stack:
         serve(stack, on(bench, "inference-1", "host/0"), here)
         serve(stack, on(bench, "inference-2", "host/1"), elsewhere)
-        stack.enter_context(present(trainer, Role.TRAIN))
-        with room(trainer, "job/1"):
+        stack.enter_context(registered(trainer, Role.TRAIN))
+        with gpu_requested(trainer, "job/1"):
             assert (here.bytes, elsewhere.bytes) == (0, 100)
             here.bytes = 50  # asked for again in the meantime
-        with room(trainer, "job/2"):
+        with gpu_requested(trainer, "job/2"):
             assert here.bytes == 0
         assert (here.given, elsewhere.given) == (2, 0), "once for each request"
 
 
 def test_without_a_gpu_nobody_asks(bench: Bench) -> None:
     assert handoff_chores(bench.context, lambda: None) == []
-    with room(bench.context, "job/1"):
+    with gpu_requested(bench.context, "job/1"):
         pass
     job_id = bench.queued([{"do": "metrics", "step": 1}])
     assert bench.run(job_id).state == JobState.SUCCEEDED

@@ -32,9 +32,9 @@ class Job:
 
     def renew(self) -> StopRequest:
         self.renewed += 1
-        return self.wishes()
+        return self.read_stop_request()
 
-    def wishes(self) -> StopRequest:
+    def read_stop_request(self) -> StopRequest:
         self.read += 1
         if self.fault is not None:
             raise self.fault
@@ -64,7 +64,10 @@ def start(tmp_path: Path) -> Iterator[Callable[[str], Child]]:
 
 def watch(job: Job, limits: Limits = LIMITS, stopping: threading.Event | None = None) -> Supervisor:
     return Supervisor(
-        renew=job.renew, wishes=job.wishes, stopping=stopping or threading.Event(), limits=limits
+        renew_lease=job.renew,
+        read_stop_request=job.read_stop_request,
+        stopping=stopping or threading.Event(),
+        limits=limits,
     )
 
 
@@ -78,18 +81,18 @@ def test_a_pause_may_become_a_cancel_and_never_the_reverse(job: Job, start: Call
     child = start(DEAF)
     with watch(job) as watching, watching.supervising(child):
         job.pause = True
-        eventually(lambda: watching.reason is StopReason.PAUSED)
+        eventually(lambda: watching.stop_reason is StopReason.PAUSED)
         job.cancel = True
         assert child.wait() == -signal.SIGKILL, "the shorter patience counts"
         job.cancel = False
-        assert watching.reason is StopReason.CANCELLED
+        assert watching.stop_reason is StopReason.CANCELLED
 
 
 def test_a_child_that_comes_too_late_is_ended_at_once(job: Job, start: Callable[[str], Child]) -> None:
     stopping = threading.Event()
     stopping.set()
     with watch(job, stopping=stopping) as watching:
-        eventually(lambda: watching.reason is StopReason.SHUTDOWN)
+        eventually(lambda: watching.stop_reason is StopReason.SHUTDOWN)
         child = start(LISTENS)
         with watching.supervising(child):
             assert child.wait() == 75
@@ -100,10 +103,10 @@ def test_an_outage_of_the_database_ends_nothing(job: Job, start: Callable[[str],
     child = start(DEAF)
     with watch(job) as watching, watching.supervising(child):
         eventually(lambda: job.read > 5)
-        assert watching.reason is None
+        assert watching.stop_reason is None
         job.fault = LostFence("taken over meanwhile")
         assert child.wait() == -signal.SIGKILL
-    assert watching.reason is StopReason.LOST
+    assert watching.stop_reason is StopReason.LOST
 
 
 def test_a_watch_that_fails_leaves_no_child_unwatched(job: Job, start: Callable[[str], Child]) -> None:
@@ -111,7 +114,7 @@ def test_a_watch_that_fails_leaves_no_child_unwatched(job: Job, start: Callable[
     with watch(job) as watching, watching.supervising(child):
         job.fault = RuntimeError("a fault of ours")
         assert child.wait() == -signal.SIGKILL
-    assert watching.reason is StopReason.LOST
+    assert watching.stop_reason is StopReason.LOST
 
 
 def test_silence_is_a_stall(job: Job, start: Callable[[str], Child]) -> None:
@@ -120,5 +123,5 @@ def test_silence_is_a_stall(job: Job, start: Callable[[str], Child]) -> None:
     began = time.monotonic()
     with watch(job, limits) as watching, watching.supervising(child):
         child.wait()
-    assert watching.reason is StopReason.STALLED
+    assert watching.stop_reason is StopReason.STALLED
     assert time.monotonic() - began >= 0.3

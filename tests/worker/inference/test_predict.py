@@ -22,7 +22,7 @@ from heft_engine.data.rows import parse_row
 from heft_engine.runtime import malloc
 from store.messages.broker import redis_py_url
 from store.messages.predict import PredictMessage, PredictModel, PredictReply, cancelled_key
-from worker.chores.evict_deleted import forget_deleted
+from worker.chores.evict_deleted import evict_deleted
 from worker.inference import predict
 from worker.inference.metrics import InferenceMetrics
 from worker.inference.predict import Inference
@@ -156,7 +156,7 @@ def test_a_deleted_model_is_forgotten_and_others_are_not(
     assert inference.fine_tuned() == [model["id"]]
     held = inference.pool.memory_bytes
     inference.count_models()
-    forget_deleted(bench.context, inference)  # the database has never heard of it
+    evict_deleted(bench.context, inference)  # the database has never heard of it
     assert inference.fine_tuned() == []
     assert 0 < inference.pool.memory_bytes < held
 

@@ -18,7 +18,7 @@ from store.db.tables import StageResult
 from store.errors import Unavailable
 from store.jobs import jobs, stage_results
 from store.storage import garbage
-from worker.chores.reconcile import collect
+from worker.chores.reconcile import collect_garbage
 
 KEYS = ["a" * 64, "b" * 64, "c" * 64]
 ASK: Act = {"do": "ask", "keys": KEYS}
@@ -90,7 +90,7 @@ def test_a_newer_result_takes_the_place_of_an_older(bench: Bench, first: str) ->
     bench.run(bench.queued([end_of_stage(6, KEYS[0])]))
     old, new = kept(bench)
     assert old.removed_at is not None
-    collect(bench.context)
+    collect_garbage(bench.context)
     assert [row.storage_key for row in kept(bench)] == [new.storage_key]
     assert bench.context.artifacts.children(old.storage_key) == []
     assert reused(bench) == KEYS[:1]

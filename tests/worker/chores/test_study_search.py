@@ -104,27 +104,27 @@ def end(bench: Bench, run: studies.Run, arm: dict[str, Any], judged_by: Quality)
 def at_hand(monkeypatch: pytest.MonkeyPatch) -> None:
     """The engine answers in this process: its children take half a second to start."""
 
-    def ask(_context: Any, _command: Any, verb: str, question: dict[str, Any]) -> dict[str, Any]:
-        command: Any = {"suggest": suggest_command, "compare": compare_command}[verb]
+    def query(_context: Any, command_name: str, question: dict[str, Any]) -> dict[str, Any]:
+        command: Any = {"suggest": suggest_command, "compare": compare_command}[command_name]
         answer: dict[str, Any] = command.answer(command.Question.model_validate(question))
         return answer
 
-    monkeypatch.setattr(compare_studies, "ask", ask)
+    monkeypatch.setattr(compare_studies, "query_engine", query)
 
 
 def test_a_search_finds_the_planted_best_and_survives_a_restart(bench: Bench, sent: list[Any]) -> None:
     study = search_of(bench, baseline="as it is")
     assert len(trials(bench, study)) == 2
     assert end_all(bench, study) == 6
-    update_studies(bench.context, ENGINE)
+    update_studies(bench.with_engine(*ENGINE))
     assert [task for task, _ in sent].count("heft.prepare") == 4  # at once, not at the next sweep
     assert end_all(bench, study) == 4
     # Its worker dies while it is asked: nothing is lost, nothing made twice, and another goes on from what there is.
     before = read(bench, study)
-    update_studies(bench.context, (sys.executable, "-c", "raise SystemExit(1)"))
+    update_studies(bench.with_engine(sys.executable, "-c", "raise SystemExit(1)"))
     assert (read(bench, study).spec, read(bench, study).event_seq) == (before.spec, before.event_seq)
     while read(bench, study).finished_at is None:
-        update_studies(bench.context, ENGINE)
+        update_studies(bench.with_engine(*ENGINE))
         end_all(bench, study)
 
     # The same as one that nothing has interrupted.
@@ -167,7 +167,7 @@ def test_trials_that_can_not_be_are_left_out_and_those_that_fail_count(bench: Be
     study = search_of(bench, seeds=[1], search={"space": space, "budget": 4, "parallel": 1})
     end_all(bench, study, lambda params: math.nan)
     while read(bench, study).finished_at is None:
-        update_studies(bench.context, ENGINE)
+        update_studies(bench.context)
         end_all(bench, study, lambda params: 0.5)
     found = trials(bench, study)
     assert found[0].state == "failed"
@@ -189,7 +189,7 @@ def test_a_cancelled_search_tries_nothing_more(bench: Bench, at_hand: None) -> N
     end_all(bench, study)
     with transaction(bench.context.sessions) as session:
         studies.request_cancel(session, owner_id=OWNER, study_id=study.id)
-    update_studies(bench.context, ENGINE)
+    update_studies(bench.context)
     assert read(bench, study).finished_at is not None
     assert len(trials(bench, study)) == 2
     verdict = read(bench, study).verdict
