@@ -11,7 +11,7 @@ from heft_engine.commands.telling import print_event, telling_faults
 from heft_engine.config.run_file import CheckFile
 from heft_engine.events import Event
 from heft_engine.preflight.check_rows import Limits
-from heft_engine.preflight.prepare import Places, Prepared, prepare
+from heft_engine.preflight.prepare import Directories, Prepared, prepare
 
 
 def run(options: argparse.Namespace) -> None:
@@ -24,7 +24,7 @@ def run(options: argparse.Namespace) -> None:
         prepared = prepare(
             order.config,
             order.files,
-            Places(out=order.out, model_dir=order.model_dir, cache_dir=order.cache_dir),
+            Directories(out=order.out, model_dir=order.model_dir, cache_dir=order.cache_dir),
             limits=Limits(max_rows=order.max_rows, max_line_bytes=order.max_line_bytes),
             on_progress=_progress,
         )
@@ -39,7 +39,7 @@ def _outcome(prepared: Prepared) -> Event:
     fault = prepared.report.error()
     data = {
         "report": prepared.to_json(),
-        "made": {field: str(path) for field, path in prepared.made.items()},
+        "made": {field: str(path) for field, path in prepared.written.items()},
         "error": fault and {"code": fault.code, "message": fault.message, "param": fault.param},
     }
     return Event(code="CHECKED", message=fault.message if fault else "the files can be used", data=data)

@@ -143,11 +143,11 @@ def _rows(options: argparse.Namespace, field: FileField, reference: str) -> Path
     """A path as it is; the rows of `hub:…` and `sample:…` are written beside the bundle first."""
     if not reference.startswith(("hub:", "sample:")):
         return Path(reference)
-    from heft_engine.preflight.prepare import Places, materialise
+    from heft_engine.preflight.prepare import Directories, write_reference
 
     folder: Path = options.out.parent / f"{options.out.name}-rows"
     folder.mkdir(parents=True, exist_ok=True)
-    path = materialise(field, reference, Places(out=folder, cache_dir=options.cache_dir))
+    path = write_reference(field, reference, Directories(out=folder, cache_dir=options.cache_dir))
     assert path is not None
     return path
 

@@ -1,1 +1,1 @@
-"""Configuration of runs, stages and known datasets. Imports no torch: the service's store reads it too."""
+"""Configuration of runs and known datasets. Store, API and CLI import it, so it imports no torch."""

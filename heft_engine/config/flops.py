@@ -1,15 +1,15 @@
-"""How much arithmetic a stage takes: floating-point operations, counted from the tokens that it runs.
+"""Floating-point operations of a training stage, computed from token counts and model sizes.
 
-    forward     2 · P a token and layer, P being the layer's weights (Kaplan et al., arXiv 2001.08361, section 2.1),
-                and 2 · w · n² a row and layer for attention (w: width of all heads; causal, so half of 4 · w · n²)
-    backward    the same again where a gradient passes, and twice attention's, both of whose factors need one. The base
-                is frozen: its weights get no gradient, so training costs 4 · P a token instead of the usual 6 · P
-    head        2 · P_head forward and as much backward for each supervised token; it reads no others
-    adapter     6 times LoRA's parameters a token. LoReFT's few on a few tokens are left out
+    forward     per layer and token 2 · P, with P weights in the layer (Kaplan et al., arXiv 2001.08361, section 2.1);
+                per layer and row 2 · w · n² for attention over n tokens (w: width of all heads; causal, so half of
+                4 · w · n²)
+    backward    2 · P wherever a gradient passes, and twice attention's forward, since both factors get gradients. Base
+                weights are frozen and get none, so training costs 4 · P a token instead of the usual 6 · P
+    head        2 · P_head forward and as much backward for each supervised token; other tokens never reach it
+    adapter     6 · LoRA's parameters a token. LoReFT's few parameters on a few tokens are neglected
 
-What is computed once (heft_engine.training.activation_cache) is counted once, and layers that run twice (gradient
-checkpointing)
-twice. Evaluation and checks are no part of it. It does NOT know models or torch: sizes go in, a number comes out.
+Activations that are cached (heft_engine.training.activation_cache) count once, layers that are recomputed (gradient
+checkpointing) twice. Evaluation and merge checks are not included.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ class CacheLevel(StrEnum):
 
 @dataclass(frozen=True, kw_only=True)
 class Shape:
-    """A model's sizes. `layer`: weights of one decoder layer. `width`: of all attention heads together."""
+    """Sizes of a model. `layers`: their number; `layer`, `head`: weights in one of them; `width`: of all heads."""
 
     layers: int
     layer: int
@@ -39,7 +39,7 @@ class Shape:
 
 @dataclass(frozen=True, kw_only=True)
 class RowTokens:
-    """A training row: all its tokens, and those from the first on that training can change or that is read."""
+    """Token counts of a training row. `suffix`: tokens from the first intervened or supervised one on."""
 
     total: int
     suffix: int
@@ -48,29 +48,29 @@ class RowTokens:
 
 @dataclass(frozen=True, kw_only=True)
 class StageWork:
-    """How a stage runs: `first_layer` is the lowest one that its gradient reaches."""
+    """Settings of a stage that decide its operations. `first_layer`: the lowest one that gets a gradient."""
 
     level: CacheLevel
     first_layer: int
     epochs: float
-    adapter: int = 0  #: trained parameters of LoRA
+    adapter: int = 0  #: LoRA's trained parameters
     checkpointing: bool = False
 
 
 def stage_flops(shape: Shape, rows: Sequence[RowTokens], work: StageWork) -> int:
-    """Operations of the whole stage over these rows."""
+    """Operations of the whole stage, all epochs, over these rows."""
     upper = shape.layers - work.first_layer
     supervised = sum(row.supervised for row in rows)
-    whole = sum(_forward(shape, row.total, row.total) for row in rows)
+    full_forward = sum(_forward(shape, row.total, row.total) for row in rows)
     once, epoch, trained = 0, 4 * shape.head * supervised, [(row.total, row.total) for row in rows]
     if work.level == CacheLevel.NONE:
-        epoch += work.first_layer * whole
+        epoch += work.first_layer * full_forward
     else:
         trained = [(row.total, row.suffix) for row in rows]
-        # Keys and values of the upper layers are kept, or computed again each epoch from the states below.
-        left = sum(_forward(shape, row.total - row.suffix, row.total - row.suffix) for row in rows)
-        once += work.first_layer * whole + (upper * left if work.level == CacheLevel.KV else 0)
-        epoch += upper * left if work.level == CacheLevel.HIDDEN_STATES else 0
+        # The prefix of each row in the upper layers is computed once, or once per epoch from cached hidden states.
+        prefix = sum(_forward(shape, row.total - row.suffix, row.total - row.suffix) for row in rows)
+        once += work.first_layer * full_forward + (upper * prefix if work.level == CacheLevel.KV else 0)
+        epoch += upper * prefix if work.level == CacheLevel.HIDDEN_STATES else 0
     forward = sum(_forward(shape, *row) for row in trained)
     backward = forward + sum(_attention(shape, *row) for row in trained)
     epoch += upper * ((2 if work.checkpointing else 1) * forward + backward)
@@ -79,10 +79,10 @@ def stage_flops(shape: Shape, rows: Sequence[RowTokens], work: StageWork) -> int
 
 
 def _forward(shape: Shape, total: int, run: int) -> int:
-    """One layer over the last `run` tokens of a row of `total`."""
+    """One layer's operations for the last `run` of a row's `total` tokens."""
     return 2 * shape.layer * run + _attention(shape, total, run)
 
 
 def _attention(shape: Shape, total: int, run: int) -> int:
-    """Each of the last `run` tokens attends to all before it: a product with the keys and one with the values."""
+    """Products with keys and values, for each of the last `run` tokens with all tokens before it."""
     return 2 * shape.width * run * (2 * total - run)

@@ -1,9 +1,9 @@
-"""Datasets of the hub that are known by name: their task, template and metrics, their configurations and splits.
+"""Known datasets of the hub: their task, template, metrics, columns, configurations and splits.
 
     hub:<org>/<name>[:<config>][:<split>]
 
-What a reference leaves out is filled in here. It does NOT read datasets (heft_engine.data.hub does), and imports
-nothing heavy: the service refuses with it what can't be, before anything is queued.
+Fills in the parts that a reference leaves out. heft_engine.data.hub reads the datasets themselves; the API refuses
+faulty references with this module before a job is queued.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from dataclasses import dataclass, field, replace
 from heft_engine.config.metric_names import MetricName, TaskType, metrics_error
 from heft_engine.config.train import TaskSettings
 
-#: Of the job's files, which split stands behind a dataset's bare name.
+#: The default split for each of a job's files.
 SPLITS: Mapping[str, str] = {"training_file": "train", "validation_file": "validation", "test_file": "test"}
 _NAME = r"[A-Za-z0-9][A-Za-z0-9._-]*"
 _REFERENCE = re.compile(
@@ -26,7 +26,7 @@ _REFERENCE = re.compile(
 
 
 class DatasetError(ValueError):
-    """What can't be said of a known dataset; `param` is the field at fault."""
+    """A reference, or a task setting, that does not fit a known dataset; `param` is the field at fault."""
 
     def __init__(self, message: str, param: str) -> None:
         super().__init__(message)
@@ -35,9 +35,11 @@ class DatasetError(ValueError):
 
 @dataclass(frozen=True, kw_only=True)
 class KnownDataset:
-    """`columns`: what its rows must have. `configs`: the first is meant where none is named; `choose` asks for one.
+    """The properties of a known dataset.
 
-    `splits`: which of its splits stands behind each of a job's files; a file that is not there must name one.
+    columns: its rows must have these.
+    configs: the first is the default, unless `config_required`.
+    splits: the default split for each of a job's files; a reference for any other file must name a split.
     """
 
     type: TaskType
@@ -45,13 +47,13 @@ class KnownDataset:
     metrics: tuple[MetricName, ...] = ("accuracy",)
     template: str | None = None
     configs: tuple[str, ...] = ()
-    choose: bool = False
+    config_required: bool = False
     splits: Mapping[str, str] = field(default_factory=lambda: SPLITS)
 
 
 @dataclass(frozen=True, kw_only=True)
 class HubReference:
-    """Where rows are. `config` None: the dataset has one alone, or its own default."""
+    """A parsed `hub:` reference. `config` None: the dataset's only or default configuration."""
 
     repository: str
     config: str | None
@@ -59,7 +61,7 @@ class HubReference:
 
     @property
     def known(self) -> KnownDataset | None:
-        return _KNOWN.get(self.repository.lower())
+        return _BY_LOWER_NAME.get(self.repository.lower())
 
 
 STORY_COLUMNS = tuple(f"input_sentence_{number}" for number in range(1, 5))
@@ -67,9 +69,9 @@ ENDING_COLUMNS = ("sentence_quiz1", "sentence_quiz2", "answer_right_ending")
 SENTENCE_COLUMNS = tuple(f"sentence{number}" for number in range(1, 6))
 
 _TRAIN_AND_TEST = {"training_file": "train", "test_file": "test"}
-_TEST_ALONE = {"test_file": "test"}
-_CLOZE = KnownDataset(type="choice", columns=(*STORY_COLUMNS, *ENDING_COLUMNS), splits=_TEST_ALONE)
-#: StoryCloze has no rows for training: its validation rows are trained on, as everybody does.
+_TEST_ONLY = {"test_file": "test"}
+_CLOZE = KnownDataset(type="choice", columns=(*STORY_COLUMNS, *ENDING_COLUMNS), splits=_TEST_ONLY)
+#: StoryCloze has no training rows; by convention its validation rows are trained on.
 _CLOZE_SPLITS = {"training_file": "validation", "test_file": "test"}
 _STORIES = KnownDataset(
     type="text", columns=SENTENCE_COLUMNS, metrics=("rouge_l", "f1"), splits={"training_file": "train"}
@@ -79,7 +81,7 @@ KNOWN_DATASETS: Mapping[str, KnownDataset] = {
     "google/boolq": KnownDataset(
         type="yes_no",
         columns=("question", "passage", "answer"),
-        splits={**SPLITS, "test_file": "validation"},  # its test answers were never published
+        splits={**SPLITS, "test_file": "validation"},  # the answers of its test split were never published
     ),
     "ChilleD/StrategyQA": _STRATEGY,
     "wics/strategy-qa": replace(_STRATEGY, splits={"training_file": "test"}),
@@ -95,7 +97,7 @@ KNOWN_DATASETS: Mapping[str, KnownDataset] = {
         type="choice",
         columns=("question", "choices", "answerKey"),
         configs=("ARC-Easy", "ARC-Challenge"),
-        choose=True,
+        config_required=True,
     ),
     "LSDSem/story_cloze": replace(_CLOZE, configs=("2016", "2018"), splits=_CLOZE_SPLITS),
     "MoE-UNC/story_cloze": replace(_CLOZE, splits=_CLOZE_SPLITS),
@@ -108,51 +110,52 @@ KNOWN_DATASETS: Mapping[str, KnownDataset] = {
     "wza/roc_stories": _STORIES,
     "igormorgado/ROCStories2018": _STORIES,
 }
-_KNOWN = {name.lower(): task for name, task in KNOWN_DATASETS.items()}
+_BY_LOWER_NAME = {name.lower(): dataset for name, dataset in KNOWN_DATASETS.items()}
 
 
 def parse_reference(text: str, file: str | None = None) -> HubReference:
-    """What stands behind `hub:` with every gap filled that can be; `file` is the field of the job that names it.
+    """Parses the part after `hub:` and fills in defaults. `file` is the job's field that holds it.
 
-    Raises DatasetError where it is no reference, or leaves out what can't be guessed.
+    Raises DatasetError for malformed references and for parts that are missing and have no default.
     """
     match = _REFERENCE.fullmatch(text)
     param = file or "training_file"
     if match is None:
-        raise DatasetError(f"{text!r} is no dataset: write hub:<org>/<name>[:<config>][:<split>]", param)
-    found = HubReference(repository=match["repository"], config=match["config"], split=match["split"])
-    known = found.known
+        message = f"{text!r} is not a dataset reference: it must have the form hub:<org>/<name>[:<config>][:<split>]"
+        raise DatasetError(message, param)
+    reference = HubReference(repository=match["repository"], config=match["config"], split=match["split"])
+    known = reference.known
     if known is None:
-        return replace(found, split=found.split or SPLITS.get(param))
-    if found.config is None and found.split in known.configs:
-        found = replace(found, config=found.split, split=None)
-    if found.config is None and known.configs:
-        if known.choose:
-            these = " or ".join(known.configs)
-            raise DatasetError(f"say which of {found.repository} is meant: {these}", param)
-        found = replace(found, config=known.configs[0])
-    if found.split is None and param not in known.splits:
-        others = list(dict.fromkeys(known.splits.values()))
-        part = f"hub:{text}:{others[0]}[:10%]"
+        return replace(reference, split=reference.split or SPLITS.get(param))
+    if reference.config is None and reference.split in known.configs:
+        reference = replace(reference, config=reference.split, split=None)
+    if reference.config is None and known.configs:
+        if known.config_required:
+            configs = " or ".join(known.configs)
+            raise DatasetError(f"{reference.repository} needs a configuration: {configs}", param)
+        reference = replace(reference, config=known.configs[0])
+    if reference.split is None and param not in known.splits:
+        splits = list(dict.fromkeys(known.splits.values()))
         message = (
-            f"{found.repository} has no split for {param}, only {', '.join(others)}: say which, as in {part}"
+            f"{reference.repository} has no default split for {param}, only {', '.join(splits)}: "
+            f"name a split, for example hub:{text}:{splits[0]}[:10%]"
         )
         raise DatasetError(message, param)
-    return replace(found, split=found.split or known.splits[param])
+    return replace(reference, split=reference.split or known.splits[param])
 
 
 def with_dataset_defaults(task: TaskSettings, training_file: str) -> TaskSettings:
-    """The task with what its training data is known for, where its user has not said otherwise.
+    """Returns the task with type, metrics and template of a known training dataset where its user set none.
 
-    `training_file` is a reference of any kind. Raises DatasetError where both can't be.
+    `training_file` is a reference of any kind. Raises DatasetError where a setting does not fit the dataset.
     """
     source, _, rest = training_file.partition(":")
     if source != "hub" or (known := parse_reference(rest).known) is None:
         return task
     if task.type not in (None, known.type):
-        raise DatasetError(f"{rest} holds rows of a {known.type} task, not {task.type}", "task.type")
+        raise DatasetError(f"{rest} is a {known.type} dataset, but task.type is {task.type}", "task.type")
     if task.labels is not None:
-        raise DatasetError(f"the rows of {rest} bring answers of their own", "task.labels")
+        raise DatasetError(f"labels can't be set: the rows of {rest} have their own answers", "task.labels")
     if task.metrics is not None and (reason := metrics_error(task.metrics, known.type)):
         raise DatasetError(reason, "task.metrics")
     metrics = task.metrics if task.metrics is not None else list(known.metrics)

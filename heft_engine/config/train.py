@@ -1,8 +1,7 @@
-"""What a run is: base model, task, an ordered list of stages, and how each is trained.
+"""The configuration of a training run: base model, task, an ordered list of stages, and the settings of each.
 
-This module imports pydantic and nothing heavier, so that the service can check a request without torch.
-The names are those of the REST API and of `--set`: `lora.rank`, `reft.layers`, `lora.n_epochs`, …
-It does NOT know models, tokenizers or files: whether layer 40 exists is for the run to find out.
+The names are those of the REST API and of `--set`: `lora.rank`, `reft.layers`, `lora.n_epochs`, … Only what needs no
+model is validated here; the run finds out whether layer 40 exists.
 """
 
 from __future__ import annotations
@@ -37,13 +36,13 @@ class Settings(BaseModel):
 
 
 class StageSettings(Settings):
-    """What LoRA and ReFT stages have in common: how long and with which optimiser."""
+    """Settings that LoRA and ReFT stages share: epochs, batches and optimiser."""
 
     n_epochs: Annotated[int, Field(ge=1, le=1_000)] = 3
     learning_rate: Annotated[float, Field(gt=0, le=1)] | Auto = "auto"
-    #: Multiplies the automatic learning rate; refused beside a rate given as a number.
+    #: Multiplies the automatic learning rate; not allowed together with a numeric `learning_rate`.
     learning_rate_multiplier: Annotated[float, Field(gt=0, le=1_000)] = 1.0
-    #: Rows in one optimiser step, however the step is cut into micro-batches.
+    #: Rows of one optimiser step, over all its micro-batches.
     batch_size: Annotated[int, Field(ge=1, le=4_096)] = 16
     warmup_ratio: Annotated[float, Field(ge=0, le=1)] = 0.05
     scheduler: Scheduler = "linear"
@@ -69,7 +68,7 @@ class StageSettings(Settings):
     @model_validator(mode="after")
     def _one_learning_rate(self) -> StageSettings:
         if self.learning_rate != "auto" and self.learning_rate_multiplier != 1.0:
-            raise ValueError("give learning_rate as a number or learning_rate_multiplier, not both")
+            raise ValueError("set learning_rate to a number or learning_rate_multiplier, not both")
         return self
 
 
@@ -77,63 +76,61 @@ Layer = Annotated[int, Field(ge=0, le=MAX_LAYER)]
 
 
 class MergeSettings(Settings):
-    """What happens to an adapter's change between its training and its merge."""
+    """Changes to a trained adapter before it is merged."""
 
-    #: Scales the singular values of intruder dimensions (arXiv 2410.21228); None leaves the change as it was trained.
+    #: Factor for the singular values of intruder dimensions (arXiv 2410.21228); None merges the adapter as trained.
     intruder_scale: Annotated[float, Field(ge=0, le=1)] | None = None
 
 
 class LoraStage(StageSettings):
     """Stage 1: ΔW = (alpha/rank)·B·A on the target projections (arXiv 2106.09685), merged when the stage ends.
 
-    Variants by peft's names; each ends as LoRA or DoRA on the weights that the stage found.
+    Variants have peft's names. Each is saved as LoRA or DoRA relative to the weights before the stage.
     """
 
     type: Literal["lora"] = "lora"
     rank: Annotated[int, Field(ge=1, le=1_024)] = 8
     alpha: Annotated[float, Field(gt=0, le=65_536)] = 32
-    #: "auto" is the query and value projections under the family's own names.
+    #: "auto": the query and value projections, under the model family's names.
     target_modules: Annotated[list[str], Field(min_length=1, max_length=64)] | Auto = "auto"
-    #: The layers that get an adapter; None is all of them.
+    #: Layers with an adapter; None: all.
     layers: Annotated[list[Layer], Field(min_length=1, max_length=MAX_LAYER)] | None = None
     #: Rank-stabilised: ΔW = (alpha/√rank)·B·A (arXiv 2312.03732).
     use_rslora: bool = False
-    #: A trained magnitude for each row beside the low-rank direction (DoRA, arXiv 2402.09353).
+    #: A trained magnitude for each output row beside the low-rank direction (DoRA, arXiv 2402.09353).
     use_dora: bool = False
-    #: Where A and B begin: "default" at ΔW = 0 with random A; "pissa" at the weight's largest singular values
-    #: (arXiv 2404.02948; "pissa_niter_4" finds them by a faster randomised method); "olora" at its QR decomposition
-    #: (arXiv 2406.01775). The weight keeps the rest, so the model begins as it was.
+    #: Initial A and B. "default": random A and B = 0, so ΔW = 0. "pissa": the weight's largest singular values and
+    #: vectors (arXiv 2404.02948); "pissa_niter_4" computes them by a faster randomised SVD. "olora": the weight's QR
+    #: decomposition (arXiv 2406.01775). The weight keeps the residual, so the initial model is unchanged.
     init: LoraInit = "default"
     merge: MergeSettings = MergeSettings()
 
     @property
     def scaling(self) -> float:
-        """What B·A is multiplied with."""
+        """The factor of B·A."""
         return self.alpha / (math.sqrt(self.rank) if self.use_rslora else self.rank)
 
     @field_validator("layers", mode="before")
     @classmethod
-    def _one_layer(cls, value: Any) -> Any:
-        return [value] if isinstance(value, int) and not isinstance(value, bool) else value
+    def _layers_as_list(cls, value: Any) -> Any:
+        return _as_list(value)
 
     @model_validator(mode="after")
-    def _no_dropout_of_the_model(self) -> LoraStage:
+    def _no_dropout_with_pissa_or_olora(self) -> LoraStage:
         if self.init != "default" and self.dropout > 0:
-            message = (
-                "dropout must be 0 with init pissa or olora: it would drop the weight's own largest part"
-            )
+            message = "dropout must be 0 with init pissa or olora: it would drop the largest part of the weight itself"
             raise ValueError(message)
         return self
 
 
 class ReftStage(StageSettings):
-    """Stage 2: ReFT, as LoReFT Φ(h) = h + Rᵀ(Wh + b − Rh) (arXiv 2404.03592), on the frozen result of what came before.
+    """Stage 2: ReFT on the frozen, merged model of the earlier stages; LoReFT: Φ(h) = h + Rᵀ(Wh + b − Rh).
 
-    The other kinds, by pyreft's names, are written down in heft_engine.adapters.reft.
+    arXiv 2404.03592; heft_engine.adapters.reft has the formulas of the other kinds. They have pyreft's names.
     """
 
     type: Literal["reft"] = "reft"
-    #: "auto" is the paper's relative depth, layer 15 of 32: round(15/32 · n_layers).
+    #: "auto": the HEFT paper's relative depth, layer 15 of 32, so round(15/32 · n_layers).
     layers: Annotated[list[Layer], Field(min_length=1, max_length=MAX_LAYER)] | Auto = "auto"
     rank: Annotated[int, Field(ge=1, le=1_024)] = 4
     positions: str = "l1"
@@ -141,31 +138,36 @@ class ReftStage(StageSettings):
 
     @field_validator("layers", mode="before")
     @classmethod
-    def _one_layer(cls, value: Any) -> Any:
-        return [value] if isinstance(value, int) and not isinstance(value, bool) else value
+    def _layers_as_list(cls, value: Any) -> Any:
+        return _as_list(value)
 
     @field_validator("layers")
     @classmethod
-    def _sorted_layers(cls, value: Any) -> Any:
+    def _unique_sorted_layers(cls, value: Any) -> Any:
         if isinstance(value, list) and len(set(value)) != len(value):
-            raise ValueError("each layer once")
+            raise ValueError("layers must be unique")
         return sorted(value) if isinstance(value, list) else value
 
     @field_validator("positions")
     @classmethod
-    def _positions(cls, value: str) -> str:
+    def _valid_positions(cls, value: str) -> str:
         parse_positions(value)
         return value
+
+
+def _as_list(layers: Any) -> Any:
+    """A single layer may be given as a bare integer."""
+    return [layers] if isinstance(layers, int) and not isinstance(layers, bool) else layers
 
 
 Stage = Annotated[LoraStage | ReftStage, Field(discriminator="type")]
 
 
 class TaskSettings(Settings):
-    """What the model is asked. A type of None is inferred from the rows; so is a template."""
+    """The task. Type and template are inferred from the rows if they are None."""
 
     type: TaskType | None = None
-    #: `choice` only: the labels every row shares, for rows that bring no choices of their own.
+    #: `choice` only: the labels of rows without choices of their own.
     labels: (
         Annotated[
             list[Annotated[str, Field(min_length=1, max_length=200)]], Field(min_length=2, max_length=100)
@@ -174,8 +176,7 @@ class TaskSettings(Settings):
     ) = None
     #: The prompt, with {question}, {passage}, {choices} or {prompt}; see heft_engine.data.encoding.
     template: Annotated[str, Field(min_length=1, max_length=20_000)] | None = None
-    #: What answers are measured by, all of it reported; the first is what counts. None:
-    #: heft_engine.config.metric_names says.
+    #: All are reported, and the first is the primary one. None: the task's default (heft_engine.config.metric_names).
     metrics: Annotated[list[MetricName], Field(min_length=1, max_length=8)] | None = None
 
     @field_validator("metrics")
@@ -196,46 +197,46 @@ class TaskSettings(Settings):
 
 
 class EarlyStopping(Settings):
-    """End a stage when the loss on the validation rows has not improved for `patience` epochs; keep the best."""
+    """Ends a stage when the validation loss has not improved for `patience` epochs, and keeps the best epoch."""
 
     patience: Annotated[int, Field(ge=1, le=100)] = 2
 
 
 class TrainConfig(Settings):
-    """One run of the engine. `model` is an alias (`smollm2-135m`), a directory, or a hub id (`org/name[@revision]`)."""
+    """One training run. `model` is an alias (`smollm2-135m`), a directory, or a hub id (`org/name[@revision]`)."""
 
     model: str
     stages: Annotated[list[Stage], Field(min_length=1, max_length=MAX_STAGES)]
     method: MethodType = "recipe"
     task: TaskSettings = TaskSettings()
     seed: Annotated[int, Field(ge=0, le=2**31 - 1)] = 0
-    #: Tokens a row may have, prompt and answer together; the passage is shortened to fit.
-    #: None: what the model takes, at most 2,048.
+    #: Maximum tokens of a row, prompt and answer together; longer passages are truncated.
+    #: None: the model's maximum, at most 2,048.
     max_length: Annotated[int, Field(ge=16, le=1_048_576)] | None = None
     dtype: Dtype = "auto"
     early_stopping: EarlyStopping | None = None
-    #: Whether decoder layers are compiled while stage 1 trains; "auto": on a CPU, where the stage is long enough.
+    #: Compile decoder layers (torch.compile) in LoRA stages; "auto": on a CPU, if the stage is long enough to pay off.
     compile: bool | Auto = "auto"
 
 
 def recipe(method: MethodType, lora: LoraStage | None = None, reft: ReftStage | None = None) -> list[Stage]:
-    """The stages of a named method, in order. Raises ValueError for `recipe`, which has no fixed list."""
+    """Returns the stages of a named method, in order. Raises ValueError for `recipe`, which has no fixed list."""
     lora, reft = lora or LoraStage(), reft or ReftStage()
-    lists: dict[str, list[Stage]] = {
+    stages: dict[str, list[Stage]] = {
         "heft": [lora, reft],
         "lora": [lora],
         "reft": [reft],
         "heft_reversed": [reft, lora],
         "heft_interleaved": [lora, reft, lora, reft],
     }
-    if method not in lists:
+    if method not in stages:
         raise ValueError(f"method {method!r} has no fixed list of stages")
-    return lists[method]
+    return stages[method]
 
 
 def parse_positions(positions: str) -> tuple[int, int]:
-    """`"f1+l2"` → (1, 2): how many first and last prompt tokens. Raises ValueError with the accepted forms."""
+    """Returns the numbers of first and last prompt tokens: `"f1+l2"` → (1, 2). Raises ValueError for other forms."""
     match = re.fullmatch(r"(?:f([1-9]\d{0,2}))?(\+)?(?:l([1-9]\d{0,2}))?", positions)
     if match is None or not (match[1] or match[3]) or bool(match[2]) != bool(match[1] and match[3]):
-        raise ValueError("positions are written l1, f1 or f1+l1: the first and the last prompt tokens")
+        raise ValueError("positions must have the form f1, l1 or f1+l1 (first and last prompt tokens)")
     return int(match[1] or 0), int(match[3] or 0)

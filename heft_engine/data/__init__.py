@@ -1,1 +1,1 @@
-"""Rows and tasks: reading rows, encoding them, metrics of answers."""
+"""Rows, tasks and metrics: reading, validating and encoding rows."""

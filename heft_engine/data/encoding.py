@@ -1,37 +1,35 @@
-"""The one written contract for encoding: how a row becomes prompt tokens, answer tokens and intervened positions.
-
-Training, evaluation and serving all use this module and nothing else. It does NOT know models or batches.
+"""Encoding of rows as prompt tokens, answer tokens and intervened positions, for training, evaluation and serving.
 
 Prompt
-    yes_no, choice: the task's template, filled. A line that holds only `{passage}` or `{choices}` goes away when the
-    row has none. One question mark ends the question, whether the row had one or not.
-    prompt rows: the template (`{prompt}`); a prompt that does not end in white space gets one newline.
-    message rows: the tokenizer's chat template up to and including the header of the assistant's turn; a tokenizer
-    without one gets PLAIN_CHAT.
-    A BOS token stands first if the tokenizer puts one there itself. Chat templates bring their own.
+    yes_no, choice: the filled template of the task. A line with only `{passage}` or `{choices}` is dropped if the row
+    has none. The question ends in exactly one question mark.
+    prompt rows: the filled template (`{prompt}`); one newline is appended unless it ends in white space.
+    message rows: the tokenizer's chat template, up to and including the header of the assistant turn; PLAIN_CHAT for
+    a tokenizer without one.
+    BOS is prepended if the tokenizer does so itself. Chat templates contain their own.
 Answer
-    yes_no: " yes" or " no". choice: a space and the choice. Nothing follows, so that only the label is scored.
-    prompt rows: the completion as written, then EOS. message rows: the turn's content, then the token that ends a
-    turn (EOS).
-    Each supervised assistant turn (weight 1) is an example of its own, whose prompt is the conversation before it:
-    in training as in serving.
+    yes_no: " yes" or " no". choice: a space and the choice. No EOS, so that only the label is scored.
+    prompt rows: the completion, then EOS. message rows: the turn's content, then EOS.
+    Each supervised assistant turn (weight 1) is an example of its own with the turns before it as its prompt, as in
+    serving.
 Boundary
-    Prompt and answer are tokenised apart, so the boundary never moves with the words on either side. The answer is
-    tokenised after a fixed anchor, so that a leading space means the same to BPE and to SentencePiece.
+    Prompt and answer are tokenised separately, so that the boundary does not depend on the words around it. The answer
+    is tokenised after a fixed anchor, so that BPE and SentencePiece treat its leading space alike.
 Supervised tokens
-    The answer's, all of them, and no others. The loss of an optimiser step is the sum over all its supervised tokens
-    divided by their number, however the step was cut into micro-batches.
+    All tokens of the answer and no others. The loss of an optimiser step is the sum over its supervised tokens divided
+    by their number, however the step is divided into micro-batches.
 Truncation
-    Only the passage is shortened, at its end, until prompt and longest answer fit into `max_length`. What does not
-    fit even without a passage is refused.
+    The passage is truncated at its end until prompt and longest answer fit into `max_length`. A row that does not fit
+    without its passage is refused.
 Intervened positions
-    `f<n>` and `l<m>` are the first n and last m prompt tokens, each clamped to half the prompt's length as in pyreft.
+    `f<n>` and `l<m>` are the first n and last m prompt tokens, each at most half of the prompt as in pyreft.
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
+import re
 import string
 from dataclasses import dataclass, replace
 from typing import cast
@@ -55,7 +53,7 @@ _ANCHOR = "x:"
 
 @dataclass(frozen=True, kw_only=True)
 class Example:
-    """A row in tokens. `answers[i]` belongs to `labels[i]`; `gold` is the index of the right one, if known."""
+    """An encoded row. `answers[i]` are the tokens of `labels[i]`; `gold` is the index of the right label, if known."""
 
     prompt: tuple[int, ...]
     answers: tuple[tuple[int, ...], ...]
@@ -64,9 +62,9 @@ class Example:
     truncated: bool = False
 
     def supervised(self) -> Example:
-        """The example with its right answer alone: what training packs. Raises ValueError without one."""
+        """Returns the example with its right answer only, for training. Raises ValueError without an answer."""
         if self.gold is None:
-            raise ValueError("a row without an answer can't be trained on")
+            raise ValueError("training needs rows with an answer")
         return replace(self, answers=(self.answers[self.gold],), labels=(self.labels[self.gold],), gold=0)
 
     @property
@@ -75,13 +73,13 @@ class Example:
 
 
 def intervened_positions(prompt_length: int, first: int, last: int) -> list[int]:
-    """The prompt positions that `f<first>+l<last>` means: pyreft's clamp, each part at most half of the prompt."""
+    """Returns the prompt positions of `f<first>+l<last>`; each part is at most half of the prompt, as in pyreft."""
     first, last = min(prompt_length // 2, first), min(prompt_length // 2, last)
     return [*range(first), *range(prompt_length - last, prompt_length)]
 
 
 def tokenizer_hash(tokenizer: PreTrainedTokenizerBase) -> str:
-    """SHA-256 over what decides the tokens: vocabulary, merges and normaliser, special tokens, chat template."""
+    """SHA-256 of everything that decides tokens: vocabulary, merges, normaliser, special tokens, chat template."""
     backend = getattr(tokenizer, "backend_tokenizer", None)
     core = backend.to_str() if backend is not None else json.dumps(tokenizer.get_vocab(), sort_keys=True)
     special = json.dumps(tokenizer.special_tokens_map, sort_keys=True, default=str)
@@ -89,7 +87,7 @@ def tokenizer_hash(tokenizer: PreTrainedTokenizerBase) -> str:
 
 
 class Encoder:
-    """Turns rows into examples for one tokenizer, one task and one length."""
+    """Encodes rows for one tokenizer, task and maximum length."""
 
     def __init__(
         self, tokenizer: PreTrainedTokenizerBase, task: Task, max_length: int = DEFAULT_MAX_LENGTH
@@ -102,15 +100,14 @@ class Encoder:
         self._bos: list[int] = [bos] if bos is not None and probe[:1] == [bos] else []
         if task.type == "text" and tokenizer.eos_token_id is None:
             raise ConfigError(
-                "this model's tokenizer has no EOS token, which a text task needs", param="model"
+                "text tasks need a tokenizer with an EOS token, and the model's has none", param="model"
             )
-        self._fixed = self._answers(task.labels) if task.labels else None
+        self._task_answers = self._answers(task.labels) if task.labels else None
 
     def encode(self, row: Row) -> list[Example]:
-        """The examples of one training row: one, or one for each supervised turn of a conversation.
+        """Returns the examples of a training row: one, or one for each supervised turn of a conversation.
 
-        Raises RowError when the row does not fit the task or its metrics, or does not fit into `max_length` without
-        its passage.
+        Raises RowError if the row does not fit the task, its metrics, or `max_length` without its passage.
         """
         if "final_number" in self.task.metrics:
             check_numbers(row)
@@ -121,47 +118,46 @@ class Encoder:
         return [self.question(row)]
 
     def question(self, row: Row) -> Example:
-        """One row as a question: its prompt and, for labels, every possible answer. Raises RowError like `encode`."""
+        """Returns a row to be answered: its prompt and, for labels, every possible answer. Raises RowError."""
         if row.kind == "messages":
             assert row.messages is not None
             return self._conversation(row.messages, None)
         if row.kind == "prompt":
             return self._completion(row)
         if self.task.type != row.kind:
-            raise RowError(f"this is a {row.kind} row, the task is {self.task.type}", param="question")
+            raise RowError(f"the row is a {row.kind} row, but the task is {self.task.type}", param="question")
         return self._labelled(row)
 
     def raw(self, text: str) -> Example:
-        """Bare text to go on from, without the task's template. Raises RowError like `encode`."""
+        """Returns text to be continued, without the task's template. Raises RowError if it is too long."""
         return self._free(self._bos + self.text(text), None, "prompt")
 
     def text(self, text: str) -> list[int]:
-        """Tokens of free text, without BOS or EOS."""
+        """Returns the tokens of text, without BOS or EOS."""
         return cast(list[int], self.tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"])
 
     def continuation(self, text: str) -> list[int]:
-        """Tokens of a text that follows other text."""
+        """Returns the tokens of text that follows other text."""
         anchor = self.text(_ANCHOR)
-        whole = self.text(_ANCHOR + text)
-        return whole[len(anchor) :] if whole[: len(anchor)] == anchor else self.text(text)
+        anchored = self.text(_ANCHOR + text)
+        return anchored[len(anchor) :] if anchored[: len(anchor)] == anchor else self.text(text)
 
     def _answers(self, labels: tuple[str, ...]) -> tuple[tuple[int, ...], ...]:
         answers = tuple(tuple(self.continuation(" " + label)) for label in labels)
         if len(set(answers)) != len(answers) or not all(answers):
-            raise RowError(
-                f"this tokenizer can't tell these labels apart: {', '.join(labels)}", param="choices"
-            )
+            message = f"labels must have different tokens with the model's tokenizer: {', '.join(labels)}"
+            raise RowError(message, param="choices")
         return answers
 
     def _labelled(self, row: Row) -> Example:
         labels = row.choices if row.kind == "choice" and row.choices else self.task.labels
         if labels is None:
-            raise RowError("this row has no choices, and the task has no labels", param="choices")
-        fixed = self._fixed if labels == self.task.labels else None
-        answers = fixed or self._answers(labels)
+            raise RowError("the row has no choices, and the task has no labels", param="choices")
+        task_answers = self._task_answers if labels == self.task.labels else None
+        answers = task_answers or self._answers(labels)
         prompt, truncated = self._prompt(row, labels, self.max_length - max(map(len, answers)))
         if row.answer is not None and row.answer not in labels:
-            raise RowError(f"answer {row.answer!r} is none of the labels", param="answer")
+            raise RowError(f"answer {row.answer!r} is not one of the labels", param="answer")
         gold = labels.index(row.answer) if row.answer is not None else None
         return Example(prompt=prompt, answers=answers, labels=labels, gold=gold, truncated=truncated)
 
@@ -172,7 +168,7 @@ class Encoder:
         while len(ids) > budget:
             if not passage:
                 raise RowError(
-                    f"question and answer alone are {len(ids) + self.max_length - budget} tokens long, "
+                    f"question and answer have {len(ids) + self.max_length - budget} tokens without the passage, "
                     f"more than max_length {self.max_length}",
                     param="question",
                 )
@@ -196,14 +192,14 @@ class Encoder:
 
     def _completion(self, row: Row) -> Example:
         if self.task.type != "text":
-            raise RowError(f"this row has a prompt, the task is {self.task.type}", param="prompt")
+            raise RowError(f"the row is a prompt row, but the task is {self.task.type}", param="prompt")
         text = _fill(self.task.template, {"prompt": row.prompt or ""})
         prompt = self._bos + self.text(text if text[-1:].isspace() else text + "\n")
         return self._free(prompt, row.answer, "prompt")
 
     def _conversation(self, turns: tuple[Message, ...], answer: str | None) -> Example:
         if self.task.type != "text":
-            raise RowError(f"this row has messages, the task is {self.task.type}", param="messages")
+            raise RowError(f"the row is a messages row, but the task is {self.task.type}", param="messages")
         try:
             text = self.tokenizer.apply_chat_template(
                 [{"role": turn.role, "content": turn.content} for turn in turns],
@@ -212,9 +208,9 @@ class Encoder:
                 tokenize=False,
             )
         except TemplateError as error:
-            # Many templates know no system turn, or insist on user and assistant in turns.
+            # Many templates have no system turn, or need alternating user and assistant turns.
             raise RowError(
-                f"this model's chat template refuses the conversation: {error}", param="messages"
+                f"the model's chat template refuses the messages: {error}", param="messages"
             ) from error
         return self._free(self.text(cast(str, text)), answer, "messages")
 
@@ -224,23 +220,12 @@ class Encoder:
         length = len(prompt) + sum(map(len, answers))
         if length > self.max_length:
             raise RowError(
-                f"this row is {length} tokens long, more than max_length {self.max_length}", param=param
+                f"the row has {length} tokens, more than max_length {self.max_length}", param=param
             )
         labels = (answer,) if answer is not None else ()
         return Example(prompt=tuple(prompt), answers=answers, labels=labels, gold=0 if answers else None)
 
 
 def _fill(template: str, fields: dict[str, str]) -> str:
-    """Replaces {name} in one pass, so that braces inside a value stay what they are."""
-    parts, rest = [], template
-    while rest:
-        found = min(
-            ((rest.find("{" + name + "}"), name) for name in fields if "{" + name + "}" in rest), default=None
-        )
-        if found is None:
-            parts.append(rest)
-            break
-        index, name = found
-        parts += [rest[:index], fields[name]]
-        rest = rest[index + len(name) + 2 :]
-    return "".join(parts)
+    """Replaces each {name} in one pass, so that braces inside a value are left alone."""
+    return re.sub(r"\{(" + "|".join(fields) + r")\}", lambda match: fields[match[1]], template)

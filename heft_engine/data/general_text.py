@@ -1,7 +1,7 @@
-"""General text that the task never saw: what a fine-tuned model forgets shows in its loss here.
+"""General text to measure forgetting: a fine-tuned model's loss on text unrelated to its task.
 
-Python's own documentation of its topics (465 kB in every installation) is cut into pieces; the first half of a piece
-is its prompt, the second half is supervised, so that interventions act as they do in serving.
+Python's topic documentation (465 kB in every installation) is divided into pieces. The first half of a piece is its
+prompt and the second half is supervised, so that interventions act as in serving.
 """
 
 from __future__ import annotations
@@ -13,14 +13,13 @@ from heft_engine.errors import ConfigError
 
 PIECES = 8
 PIECE_TOKENS = 256
-#: Supervised tokens that a piece must have.
-LEAST_HALF = 4
+MIN_SUPERVISED_TOKENS = 4
 
 
 def general_examples(encoder: Encoder, text: str | None = None) -> list[Example]:
-    """PIECES examples of PIECE_TOKENS tokens each, the same for every run with this tokenizer.
+    """Returns PIECES examples of PIECE_TOKENS tokens each, the same for every run with this tokenizer.
 
-    `text` takes the place of Python's documentation. Raises ConfigError when there is too little of it.
+    `text` replaces Python's documentation. Raises ConfigError if it is too short.
     """
     if text is None:
         text = "\n".join(topics[name] for name in sorted(topics))
@@ -28,10 +27,10 @@ def general_examples(encoder: Encoder, text: str | None = None) -> list[Example]
     stride = len(text) // PIECES
     examples = []
     for index in range(PIECES):
-        # Eight characters a token is more than any tokenizer makes of English.
+        # No tokenizer has more than eight characters a token in English.
         ids = encoder.text(text[index * stride : index * stride + min(8 * size, stride)])[:size]
         half = len(ids) // 2
-        if half < LEAST_HALF:
-            raise ConfigError(f"the text is too short to be cut into {PIECES} pieces", param="general")
+        if half < MIN_SUPERVISED_TOKENS:
+            raise ConfigError(f"the text is too short for {PIECES} pieces", param="general")
         examples.append(Example(prompt=tuple(ids[:half]), answers=(tuple(ids[half:]),), labels=("",), gold=0))
     return examples

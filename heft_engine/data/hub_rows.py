@@ -1,7 +1,4 @@
-"""How a row of a hub's dataset becomes one of ours: by the dataset's name, else by its columns.
-
-It does NOT download or judge datasets: see heft_engine.data.hub.
-"""
+"""Conversion of hub datasets' rows to the formats of heft_engine.data.rows, by the dataset's name or its columns."""
 
 from __future__ import annotations
 
@@ -13,30 +10,30 @@ from heft_engine.config.known_datasets import ENDING_COLUMNS, SENTENCE_COLUMNS, 
 from heft_engine.errors import RowError
 
 Fields = Mapping[str, Any]
-Reader = Callable[[Fields], dict[str, Any]]
+Converter = Callable[[Fields], dict[str, Any]]
 
 _ENDING_QUESTION = "How does the story end?"
-#: GSM8K's notes to a calculator: `48/2 = <<48/2=24>>24`.
+#: GSM8K's calculator annotations: `48/2 = <<48/2=24>>24`.
 _CALCULATION = re.compile(r"<<[^<>]*>>")
 
 
-def reader_of(where: HubReference, columns: Sequence[str]) -> Reader:
-    """How rows with these columns become ours; columns that no format has (ids, sources) are left out.
+def row_converter(dataset: HubReference, columns: Sequence[str]) -> Converter:
+    """Returns the function that converts rows with these columns; it ignores other columns (ids, sources).
 
-    Raises RowError that tells the columns that were expected and those that are there.
+    Raises RowError with the expected and the actual columns if no format fits.
     """
-    found = ", ".join(columns)
-    if (known := where.known) is not None:
+    actual = ", ".join(columns)
+    if (known := dataset.known) is not None:
         if set(known.columns) - set(columns):
             expected = ", ".join(known.columns)
-            raise RowError(f"{where.repository} should have the columns {expected}; it has {found}")
-        if where.repository.lower() in _BY_NAME:
-            return _BY_NAME[where.repository.lower()]
-    for needed, reader in _BY_COLUMNS:
-        if needed <= set(columns):
-            return reader
+            raise RowError(f"{dataset.repository} must have the columns {expected}; it has {actual}")
+        if dataset.repository.lower() in _BY_NAME:
+            return _BY_NAME[dataset.repository.lower()]
+    for required, converter in _BY_COLUMNS:
+        if required <= set(columns):
+            return converter
     raise RowError(
-        f"the columns {found} fit none of the formats: question and answer (with passage or choices), question, "
+        f"the columns {actual} fit none of the formats: question and answer (with passage or choices), question, "
         "choices and answerKey, prompt and completion, messages, input_sentence_1 to 4 with sentence_quiz1, "
         "sentence_quiz2 and answer_right_ending, or sentence1 to sentence5"
     )
@@ -51,10 +48,7 @@ def _completion(fields: Fields) -> dict[str, Any]:
 
 
 def _keyed_choices(fields: Fields) -> dict[str, Any]:
-    """Choices with labels of their own ("A" or "1") and the label of the right one, as in ARC and CommonsenseQA.
-
-    Where the same choice stands there twice, once is enough.
-    """
+    """Choices with labels ("A" or "1") and the right label, as in ARC and CommonsenseQA. Drops duplicate choices."""
     choices = fields["choices"]
     answer = choices["text"][choices["label"].index(fields["answerKey"])]
     return {
@@ -65,7 +59,7 @@ def _keyed_choices(fields: Fields) -> dict[str, Any]:
 
 
 def _choices(fields: Fields) -> dict[str, Any]:
-    """A list of choices; the right one by itself, or as its number, as in MMLU."""
+    """A list of choices, and the right one or its index, as in MMLU."""
     answer = fields["answer"]
     if isinstance(answer, int):
         answer = fields["choices"][answer]
@@ -73,7 +67,7 @@ def _choices(fields: Fields) -> dict[str, Any]:
 
 
 def _question_answer(fields: Fields) -> dict[str, Any]:
-    """True, false, yes or no; any other text is an answer to be written."""
+    """A yes/no row if the answer is a boolean, "yes" or "no", else prompt and completion."""
     answer = fields["answer"]
     if isinstance(answer, str) and answer.strip().lower() not in ("yes", "no"):
         return {"prompt": fields["question"], "completion": answer}
@@ -86,7 +80,7 @@ def _question(fields: Fields) -> dict[str, Any]:
 
 
 def _gsm8k(fields: Fields) -> dict[str, Any]:
-    """The worked answer without its notes to a calculator, which nobody reads here; it ends in `#### 42`."""
+    """The worked solution without calculator annotations; it ends in `#### 42`."""
     return {"prompt": fields["question"], "completion": _CALCULATION.sub("", fields["answer"])}
 
 
@@ -95,7 +89,7 @@ def _story_ending(fields: Fields) -> dict[str, Any]:
     endings = [fields["sentence_quiz1"], fields["sentence_quiz2"]]
     number = int(fields["answer_right_ending"])
     if number not in (1, 2):
-        raise ValueError(f"answer_right_ending is {number}, neither 1 nor 2")
+        raise ValueError(f"answer_right_ending must be 1 or 2, not {number}")
     return {
         "question": _ENDING_QUESTION,
         "passage": " ".join(fields[name].strip() for name in STORY_COLUMNS),
@@ -105,13 +99,13 @@ def _story_ending(fields: Fields) -> dict[str, Any]:
 
 
 def _story(fields: Fields) -> dict[str, Any]:
-    """ROCStories: the fifth sentence is to be written behind the four before it."""
-    *told, ending = (fields[name].strip() for name in SENTENCE_COLUMNS)
-    return {"prompt": " ".join(told), "completion": ending}
+    """ROCStories: four sentences as the prompt, the fifth as the completion."""
+    *beginning, ending = (fields[name].strip() for name in SENTENCE_COLUMNS)
+    return {"prompt": " ".join(beginning), "completion": ending}
 
 
-_BY_NAME: Mapping[str, Reader] = {"openai/gsm8k": _gsm8k}
-_BY_COLUMNS: tuple[tuple[set[str], Reader], ...] = (
+_BY_NAME: Mapping[str, Converter] = {"openai/gsm8k": _gsm8k}
+_BY_COLUMNS: tuple[tuple[set[str], Converter], ...] = (
     ({"messages"}, _messages),
     ({"prompt", "completion"}, _completion),
     ({*STORY_COLUMNS, *ENDING_COLUMNS}, _story_ending),

@@ -1,7 +1,4 @@
-"""One field of a row at a time: what a text is, and which names an object may have.
-
-It does NOT know the formats: those are in `heft_engine.data.rows` and `heft_engine.data.chat_rows`.
-"""
+"""Validation of single fields of a row, for all row formats."""
 
 from __future__ import annotations
 
@@ -11,7 +8,7 @@ from heft_engine.errors import RowError
 
 
 def without_nulls(obj: object, what: str, param: str | None = None) -> dict[str, object]:
-    """A JSON object's fields; null counts as absent. Raises RowError for anything but an object."""
+    """Returns the fields of a JSON object that are not null. Raises RowError for anything but an object."""
     if not isinstance(obj, dict):
         raise RowError(f"{what} must be a JSON object, not {json_type(obj)}", param=param)
     return {name: value for name, value in obj.items() if value is not None}
@@ -20,18 +17,18 @@ def without_nulls(obj: object, what: str, param: str | None = None) -> dict[str,
 def refuse_unknown(
     fields: Collection[str], known: Collection[str], *, why: Mapping[str, str] | None = None, prefix: str = ""
 ) -> None:
-    """Raise RowError for the first field that is not known; `why` explains those that other services take."""
+    """Raises RowError for the first unknown field; `why` explains fields that other services support."""
     for name in fields:
         if name in known:
             continue
         param = prefix + name
         if why and name in why:
             raise RowError(f"{param} is not supported: {why[name]}", param=param)
-        raise RowError(f"unknown field {param!r}; this row may have {', '.join(known)}", param=param)
+        raise RowError(f"unknown field {param!r}; the allowed fields are {', '.join(known)}", param=param)
 
 
 def text(value: object, name: str, *, empty: bool = False) -> str:
-    """A string that a tokenizer can take. Raises RowError if missing, no string, blank or broken Unicode."""
+    """Returns the value as a string. Raises RowError if it is missing, not a string, blank or not valid Unicode."""
     if value is None:
         raise RowError(f"{name} is missing", param=name)
     if not isinstance(value, str):
@@ -41,11 +38,11 @@ def text(value: object, name: str, *, empty: bool = False) -> str:
     try:
         value.encode()
     except UnicodeEncodeError as error:
-        raise RowError(f"{name} holds half of a surrogate pair, which is no character", param=name) from error
+        raise RowError(f"{name} is not valid Unicode: it contains a lone surrogate", param=name) from error
     return value
 
 
 def json_type(value: object) -> str:
-    """The name that JSON has for a value's type."""
+    """Returns JSON's name of a value's type, with its article."""
     names = {dict: "an object", list: "an array", str: "a string", bool: "a boolean", type(None): "null"}
     return names.get(type(value), "a number")

@@ -1,7 +1,6 @@
-"""Training and question rows: what a JSON object must hold, and the one record the rest of the engine sees.
+"""Rows: reads and validates the JSON objects that users train on and ask.
 
 Four formats: yes/no questions, questions with choices, prompt and completion, chat messages (`chat_rows`).
-It does NOT know tokens, prompts or models: that is `heft_engine.data.encoding`.
 """
 
 from __future__ import annotations
@@ -36,12 +35,12 @@ _FORMATS = (
 
 @dataclass(frozen=True, kw_only=True)
 class Row:
-    """One row, checked. Which fields are set depends on `kind`; `answer` is None where a question is asked.
+    """A validated row. Its `kind` decides which fields are set; `answer` is None in a row to be answered.
 
     yes_no: question, passage (may be None), answer "yes" or "no".
-    choice: question, passage, choices (None where the task's labels are meant), answer (one of them).
+    choice: question, passage, choices (None: the task's labels), answer (one of them).
     prompt: prompt, answer (the completion).
-    messages: messages; the assistant's turns with weight 1 are the answers.
+    messages: messages; the assistant turns with weight 1 are the answers.
     """
 
     kind: RowKind
@@ -54,10 +53,10 @@ class Row:
 
 
 def parse_row(obj: Any, *, labels: Sequence[str] | None = None, need_answer: bool = True) -> Row:
-    """One JSON object as a Row. A field that is null counts as absent; a blank passage as none.
+    """Returns a JSON object as a Row. A null field counts as absent, a blank passage as None.
 
-    `labels` are the task's, for rows that bring no choices of their own; ("yes", "no") makes it a yes/no row.
-    `need_answer` False is for questions: an answer may be there and is checked, but need not.
+    `labels`: the task's labels, for rows without choices; ("yes", "no") makes it a yes/no row.
+    `need_answer`: False makes the answer optional; it is validated if present.
     Raises RowError with `param` set to the field at fault.
     """
     fields = without_nulls(obj, "a row")
@@ -70,16 +69,16 @@ def parse_row(obj: Any, *, labels: Sequence[str] | None = None, need_answer: boo
         return Row(kind="prompt", prompt=text(fields.get("prompt"), "prompt"), answer=answer)
     if "question" in fields or "answer" in fields:
         return _question_row(fields, labels, need_answer)
-    raise RowError(f"no known format: {_FORMATS}", param=next(iter(fields), None))
+    raise RowError(f"unknown row format: {_FORMATS}", param=next(iter(fields), None))
 
 
 def infer_task(rows: Iterable[Row]) -> TaskType:
-    """The task that these rows are for. Raises RowError when they are of several formats, or none."""
+    """Returns the task type of rows. Raises RowError for no rows or several formats."""
     kinds = sorted({row.kind for row in rows})
     if not kinds:
         raise RowError("there are no rows")
     if len(kinds) > 1:
-        raise RowError(f"rows of several formats in one file: {', '.join(kinds)}")
+        raise RowError(f"all rows of a file must have one format, but it has {', '.join(kinds)}")
     return _TASKS[kinds[0]]
 
 
@@ -90,7 +89,7 @@ def read_rows(
     need_answer: bool = True,
     max_line_bytes: int = MAX_LINE_BYTES,
 ) -> list[Row]:
-    """All rows of a JSONL file. Raises RowError with the line of the first bad one, or if none is there."""
+    """Returns all rows of a JSONL file. Raises RowError for its first invalid row, or if it is empty."""
     rows = []
     scan = scan_rows(path, labels=labels, need_answer=need_answer, max_line_bytes=max_line_bytes)
     for line, row in scan:
@@ -98,7 +97,7 @@ def read_rows(
             raise RowError(f"line {line}: {row.message}", param=row.param, line=line)
         rows.append(row)
     if not rows:
-        raise RowError("the file holds no rows")
+        raise RowError("the file has no rows")
     return rows
 
 
@@ -109,9 +108,9 @@ def scan_rows(
     need_answer: bool = True,
     max_line_bytes: int = MAX_LINE_BYTES,
 ) -> Iterator[tuple[int, Row | RowError]]:
-    """Every row of a JSONL file with its line, counted from 1; a bad one as its error, and the next goes on.
+    """Yields (line number, row or its error) for every row of a JSONL file; lines are counted from 1.
 
-    Reads one line at a time and no line beyond its bound; blank lines and a byte order mark are skipped.
+    Holds one line in memory, of at most `max_line_bytes`. Skips blank lines and a byte order mark.
     """
     with path.open("rb") as stream:
         if stream.read(len(codecs.BOM_UTF8)) != codecs.BOM_UTF8:
@@ -121,7 +120,7 @@ def scan_rows(
                 continue
             try:
                 if line is None:
-                    raise RowError(f"this line is longer than {max_line_bytes:,} bytes")
+                    raise RowError(f"the line is longer than {max_line_bytes:,} bytes")
                 yield number, parse_row(_decode(line), labels=labels, need_answer=need_answer)
             except RowError as error:
                 error.line = number
@@ -129,7 +128,7 @@ def scan_rows(
 
 
 def _lines(stream: BinaryIO, limit: int) -> Iterator[bytes | None]:
-    """Lines of at most `limit` bytes; None in place of a longer one, which is passed over in pieces."""
+    """Yields lines of at most `limit` bytes, and None for each longer one, which is skipped in pieces."""
     while line := stream.readline(limit + 1):
         if len(line) <= limit or line.endswith(b"\n"):
             yield line
@@ -143,11 +142,11 @@ def _decode(line: bytes) -> Any:
     try:
         return json.loads(line.decode("utf-8"))
     except UnicodeDecodeError as error:
-        raise RowError(f"not UTF-8: byte {error.start + 1} of this line") from error
+        raise RowError(f"the line is not valid UTF-8 at byte {error.start + 1}") from error
     except json.JSONDecodeError as error:
-        raise RowError(f"not JSON: {error.msg} at character {error.pos + 1}") from error
+        raise RowError(f"the line is not valid JSON: {error.msg} at character {error.pos + 1}") from error
     except (RecursionError, ValueError) as error:
-        raise RowError("JSON nested too deeply, or a number too long") from error
+        raise RowError("the line's JSON is nested too deeply, or has too long a number") from error
 
 
 def _question_row(fields: dict[str, object], labels: Sequence[str] | None, need_answer: bool) -> Row:
@@ -156,15 +155,14 @@ def _question_row(fields: dict[str, object], labels: Sequence[str] | None, need_
     passage = text(fields["passage"], "passage", empty=True) if "passage" in fields else ""
     choices = _choices(fields["choices"]) if "choices" in fields else None
     allowed = choices or (tuple(labels) if labels and tuple(labels) != _YES_NO else None)
-    given = fields.get("answer")
-    if given is None and need_answer:
+    raw_answer = fields.get("answer")
+    if raw_answer is None and need_answer:
         raise RowError("answer is missing", param="answer")
-    kind: RowKind = "choice" if allowed else "yes_no"
     answer = None
-    if given is not None:
-        answer = _choice(given, allowed, own=choices is not None) if allowed else _yes_no(given)
+    if raw_answer is not None:
+        answer = _choice(raw_answer, allowed, of_row=choices is not None) if allowed else _yes_no(raw_answer)
     return Row(
-        kind=kind,
+        kind="choice" if allowed else "yes_no",
         question=question,
         passage=passage if passage.strip() else None,
         choices=choices,
@@ -176,18 +174,18 @@ def _choices(value: object) -> tuple[str, ...]:
     if not isinstance(value, list):
         raise RowError(f"choices must be an array, not {json_type(value)}", param="choices")
     if not 2 <= len(value) <= MAX_CHOICES:
-        raise RowError(f"{len(value)} choices; there must be 2 to {MAX_CHOICES}", param="choices")
+        raise RowError(f"choices must have 2 to {MAX_CHOICES} items, not {len(value)}", param="choices")
     choices = tuple(text(item, f"choices[{index}]") for index, item in enumerate(value))
     if len(set(choices)) != len(choices):
-        raise RowError("two choices are the same", param="choices")
+        raise RowError("choices must be unique", param="choices")
     return choices
 
 
-def _choice(value: object, allowed: tuple[str, ...], *, own: bool) -> str:
+def _choice(value: object, allowed: tuple[str, ...], *, of_row: bool) -> str:
     answer = text(value, "answer")
     if answer not in allowed:
-        known = "the row's choices" if own else f"the task's labels ({', '.join(allowed)})"
-        raise RowError(f"answer {answer[:80]!r} is none of {known}", param="answer")
+        source = "the row's choices" if of_row else f"the task's labels ({', '.join(allowed)})"
+        raise RowError(f"answer {answer[:80]!r} is not one of {source}", param="answer")
     return answer
 
 
@@ -198,6 +196,6 @@ def _yes_no(value: object) -> str:
         return value.strip().lower()
     shown = repr(value[:80]) if isinstance(value, str) else json_type(value)
     raise RowError(
-        f'answer is {shown}; it must be true, false, "yes" or "no" (other labels: choices or task.labels)',
+        f'answer must be true, false, "yes" or "no", not {shown} (for other labels use choices or task.labels)',
         param="answer",
     )

@@ -1,7 +1,7 @@
-"""What the sample `passages` is made of: scenes, each with a question and statements that settle it.
+"""Text of the sample `passages`: scenes, each with a question and statements that answer it.
 
-Data only; `heft_engine.data.samples` puts it together. Both answers of a scene use the question's own words about
-equally often, so that counting common words does not find the answer.
+heft_engine.data.samples combines them. Statements for yes and for no share words with the question about equally often,
+so that counting common words does not give the answer.
 """
 
 from __future__ import annotations
@@ -11,9 +11,9 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True, kw_only=True)
 class Scene:
-    """`question` and statements about {x}; each statement of `yes` means yes, each of `no` means no.
+    """A question about {x}, statements that answer it with yes and with no, and irrelevant ones (`aside`).
 
-    `kind` is put after a name to make {x}: "the Harlow" + " bakery".
+    {x} is a name and the scene's kind: "the Harlow bakery".
     """
 
     kind: str

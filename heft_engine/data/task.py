@@ -1,7 +1,4 @@
-"""What a model is asked and measured by: task, template, labels, metrics, with nothing left to infer.
-
-It does NOT encode rows (heft_engine.data.encoding) or compute metrics (heft_engine.data.metrics).
-"""
+"""The task of a model: type, template, labels and metrics, with every default filled in."""
 
 from __future__ import annotations
 
@@ -22,37 +19,40 @@ TEMPLATES: dict[TaskType, str] = {
 
 @dataclass(frozen=True, kw_only=True)
 class Task:
-    """What the model is asked, with nothing left to infer: this is what a bundle freezes."""
+    """A resolved task, as a bundle stores it."""
 
     type: TaskType
     template: str
     labels: tuple[str, ...] | None = None
-    #: What answers are measured by; the first is what counts.
+    #: All are computed; the first is the primary one.
     metrics: tuple[MetricName, ...] = ()
 
     def __post_init__(self) -> None:
-        # Bundles of before there was a choice have none.
+        # Older bundles store no metrics.
         object.__setattr__(self, "metrics", self.metrics or METRICS[self.type][:1])
 
     @staticmethod
     def resolve(settings: TaskSettings, inferred: TaskType) -> Task:
-        """The settings with their gaps filled. Raises ConfigError when the rows are of another type."""
-        kind = settings.type or inferred
-        if kind != inferred:
-            raise ConfigError(f"the task is {kind}, but the rows are {inferred} rows", param="task.type")
-        template = settings.template or TEMPLATES[kind]
-        needed = "{prompt}" if kind == "text" else "{question}"
-        if needed not in template:
-            raise ConfigError(f"the template must hold {needed}", param="task.template")
-        labels = YES_NO_LABELS if kind == "yes_no" else tuple(settings.labels) if settings.labels else None
+        """Fills in the defaults of `settings`. Raises ConfigError if they don't fit rows of the inferred type."""
+        if settings.type not in (None, inferred):
+            raise ConfigError(
+                f"task.type is {settings.type}, but the rows are {inferred} rows", param="task.type"
+            )
+        template = settings.template or TEMPLATES[inferred]
+        placeholder = "{prompt}" if inferred == "text" else "{question}"
+        if placeholder not in template:
+            raise ConfigError(f"the template must contain {placeholder}", param="task.template")
+        labels = tuple(settings.labels) if settings.labels else None
+        if inferred == "yes_no":
+            labels = YES_NO_LABELS
         metrics = tuple(settings.metrics or ())
-        if metrics and (reason := metrics_error(metrics, kind)):
+        if metrics and (reason := metrics_error(metrics, inferred)):
             raise ConfigError(reason, param="task.metrics")
-        return Task(type=kind, template=template, labels=labels, metrics=metrics)
+        return Task(type=inferred, template=template, labels=labels, metrics=metrics)
 
     @property
     def row_labels(self) -> tuple[str, ...] | None:
-        """What `heft_engine.data.rows` must know to read rows of this task: the labels of a `choice` task."""
+        """The labels for `heft_engine.data.rows.parse_row`: those of a `choice` task."""
         return self.labels if self.type == "choice" else None
 
     def to_json(self) -> dict[str, Any]:

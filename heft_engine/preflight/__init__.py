@@ -1,1 +1,1 @@
-"""Checks of data before a run: rows, duplicates, leakage, lengths."""
+"""Checks of a job before it is trained: model, settings, rows, duplicates and leakage."""

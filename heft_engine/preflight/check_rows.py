@@ -1,7 +1,6 @@
-"""The files of a job, read line by line before anything is trained: faults, counts, warnings.
+"""Checks of a job's files before training, line by line: faults, counts and warnings.
 
-Nothing of a file is held but a hash and a line number for each row, so that it may have millions.
-It does NOT know where the files came from, nor who reads the report.
+Only a hash and a line number of each row stay in memory, so that files may have millions of rows.
 """
 
 from __future__ import annotations
@@ -26,11 +25,11 @@ from heft_engine.preflight.report import Fault, FileReport, Report, Warn
 _PROGRESS_ROWS = 10_000
 _LISTED_LINES = 5
 _UNBALANCED = 0.9
-_SAYS_LITTLE = "what is measured on them says little"
-#: Files that should hold other rows than this one, and why.
-_EARLIER: Mapping[FileField, Mapping[FileField, str]] = {
-    "validation_file": {"training_file": _SAYS_LITTLE},
-    "test_file": {"training_file": _SAYS_LITTLE, "validation_file": "they may have steered the training"},
+_LEAKED = "the model is trained on them, so its metrics on them are too high"
+#: Files that should share no rows with this one, and why.
+_DISJOINT_FROM: Mapping[FileField, Mapping[FileField, str]] = {
+    "validation_file": {"training_file": _LEAKED},
+    "test_file": {"training_file": _LEAKED, "validation_file": "training may have been tuned on them"},
 }
 
 
@@ -53,9 +52,9 @@ def check_files(
     limits: Limits | None = None,
     on_progress: Callable[[int], None] = lambda rows: None,
 ) -> Report:
-    """Read the files as training will. `on_progress` hears how many rows were read, every few thousand.
+    """Reads the files as training does. `on_progress` is called with the number of rows every few thousand rows.
 
-    Faults of rows are in the report. Raises ConfigError and ModelError where task, length and model don't fit.
+    Faults of rows are in the report. Raises ConfigError and ModelError if task, length and model don't fit.
     """
     paths: dict[FileField, Path | None] = {"training_file": train, "validation_file": eval, "test_file": test}
     checker = _Checker(model_path, task or TaskSettings(), max_length, limits or Limits(), on_progress)
@@ -66,7 +65,7 @@ def check_files(
 
 
 class _Checker:
-    """Reads one file after the other; the first good row of the first file settles the task."""
+    """Reads one file after the other. The first valid row of the first file decides the task."""
 
     def __init__(
         self,
@@ -85,19 +84,19 @@ class _Checker:
         self._kind: str | None = None
         self._rows = 0
         self._files: dict[FileField, FileReport] = {}
-        self._seen: dict[FileField, RowHashes] = {}
+        self._hashes: dict[FileField, RowHashes] = {}
         self._faults: list[Fault] = []
 
     def read(self, name: FileField, path: Path) -> None:
-        report, seen, labels = FileReport(), RowHashes(), Counter[str]()
-        self._files[name], self._seen[name] = report, seen
+        report, hashes, labels = FileReport(), RowHashes(), Counter[str]()
+        self._files[name], self._hashes[name] = report, hashes
         scan = scan_rows(path, labels=self._settings.labels, max_line_bytes=self._limits.max_line_bytes)
         for line, row in scan:
             self._rows += 1
             if self._rows % _PROGRESS_ROWS == 0:
                 self._on_progress(self._rows)
             if report.rows + report.faults >= self._limits.max_rows:
-                self._fault(name, RowError(f"more than {self._limits.max_rows:,} rows"))
+                self._fault(name, RowError(f"the file has more than {self._limits.max_rows:,} rows"))
                 break
             try:
                 if isinstance(row, RowError):
@@ -107,12 +106,12 @@ class _Checker:
                 error.line = line
                 self._fault(name, error)
                 continue
-            seen.add(row, line)
+            hashes.add(row, line)
             _count(report, labels, row, examples)
         if not report.rows and not report.faults:
-            self._fault(name, RowError("the file holds no rows"))
+            self._fault(name, RowError("the file has no rows"))
         report.labels = dict(sorted(labels.items()))
-        report.duplicates = len(seen.repeated())
+        report.duplicates = len(hashes.repeated())
 
     def report(self) -> Report:
         return Report(
@@ -128,7 +127,7 @@ class _Checker:
             task = Task.resolve(self._settings, infer_task([row]))
             self._encoder, self._kind = Encoder(self._tokenizer, task, self._max_length), row.kind
         if row.kind != self._kind:
-            raise RowError(f"a row of format {row.kind}, where the rows before it are {self._kind}")
+            raise RowError(f"all rows must have one format: this is a {row.kind} row after {self._kind} rows")
         return self._encoder.encode(row)
 
     def _fault(self, name: FileField, error: RowError) -> None:
@@ -138,19 +137,19 @@ class _Checker:
             self._faults.append(fault)
 
     def _warnings(self, name: FileField) -> list[Warn]:
-        report, found = self._files[name], []
-        if repeated := self._seen[name].repeated():
-            found.append(("duplicates", f"{_rows_on(repeated)} repeat a question of an earlier line"))
-        for earlier, why in _EARLIER.get(name, {}).items():
-            if earlier in self._seen and (shared := self._seen[name].also_in(self._seen[earlier])):
-                found.append(("overlap", f"{_rows_on(shared)} are in {earlier} too: {why}"))
+        report, messages = self._files[name], []
+        if repeated := self._hashes[name].repeated():
+            messages.append(("duplicates", f"{_rows_on(repeated)} repeat the question of an earlier line"))
+        for other, why in _DISJOINT_FROM.get(name, {}).items():
+            if other in self._hashes and (shared := self._hashes[name].also_in(self._hashes[other])):
+                messages.append(("overlap", f"{_rows_on(shared)} are in {other} too: {why}"))
         if report.truncated:
             message = f"{report.truncated} of {report.rows} rows are longer than {self._max_length} tokens"
-            found.append(("truncation", f"{message}: their passages will be shortened"))
+            messages.append(("truncation", f"{message}: their passages will be truncated"))
         label, most = max(report.labels.items(), key=lambda item: item[1], default=("", 0))
         if most > _UNBALANCED * report.rows:
-            found.append(("unbalanced", f"{most} of {report.rows} rows have the answer {label!r}"))
-        return [Warn(code=code, file=name, message=message) for code, message in found]
+            messages.append(("unbalanced", f"{most} of {report.rows} rows have the answer {label!r}"))
+        return [Warn(code=code, file=name, message=message) for code, message in messages]
 
 
 def _count(report: FileReport, labels: Counter[str], row: Row, examples: list[Example]) -> None:

@@ -1,7 +1,4 @@
-"""Which rows of a file repeat each other or stand in another file too, at 12 bytes a row.
-
-It does NOT know files: rows come in with their lines.
-"""
+"""Duplicate rows within a file and between files, found by hashes that take 12 bytes a row."""
 
 from __future__ import annotations
 
@@ -17,7 +14,7 @@ from heft_engine.data.rows import Row
 
 @dataclass(kw_only=True)
 class RowHashes:
-    """The rows of one file: a hash of each without its answer, and its line."""
+    """The rows of a file: for each the hash of everything but its answer, and its line."""
 
     hashes: array[int] = field(default_factory=lambda: array("Q"))
     lines: array[int] = field(default_factory=lambda: array("I"))
@@ -28,18 +25,18 @@ class RowHashes:
         self.lines.append(line)
 
     def repeated(self) -> list[int]:
-        """Lines whose row stands on an earlier line already."""
+        """Returns the lines of rows that are on an earlier line too."""
         _, first = np.unique(self._hashes(), return_index=True)
-        again = np.ones(len(self.hashes), dtype=bool)
-        again[first] = False
-        return self._lines(again)
+        is_repeated = np.ones(len(self.hashes), dtype=bool)
+        is_repeated[first] = False
+        return self._lines(is_repeated)
 
     def also_in(self, other: RowHashes) -> list[int]:
-        """Lines whose row is in the other file too."""
+        """Returns the lines of rows that are in the other file too."""
         return self._lines(np.isin(self._hashes(), other._hashes()))
 
     def _hashes(self) -> npt.NDArray[np.uint64]:
         return np.frombuffer(self.hashes, dtype=np.uint64) if self.hashes else np.empty(0, dtype=np.uint64)
 
-    def _lines(self, chosen: npt.NDArray[np.bool_]) -> list[int]:
-        return [self.lines[index] for index in np.flatnonzero(chosen)]
+    def _lines(self, mask: npt.NDArray[np.bool_]) -> list[int]:
+        return [self.lines[index] for index in np.flatnonzero(mask)]

@@ -1,7 +1,7 @@
-"""Everything that can be known of a job before it is trained: its model, its rows, whether its settings fit them.
+"""All checks of a job before it is trained: its base model, its settings and its rows.
 
-Resolves the base model (which may download or convert it), writes the rows of `hub:` and `sample:` references
-to files, and checks every file line by line. It does NOT know jobs, nor what becomes of the files that it writes.
+Resolves the base model (and downloads or converts it), writes the rows of `hub:` and `sample:` references to files, and
+checks every file line by line.
 """
 
 from __future__ import annotations
@@ -27,8 +27,8 @@ from heft_engine.preflight.report import Report
 
 
 @dataclass(frozen=True, kw_only=True)
-class Places:
-    """Where things are on this machine. `out` is a directory for the rows of references."""
+class Directories:
+    """Directories of a check. `out`: for the rows of references."""
 
     out: Path
     model_dir: Path | None = None
@@ -37,15 +37,15 @@ class Places:
 
 @dataclass(frozen=True, kw_only=True)
 class Prepared:
-    """`made` are the files that were written for references, by field."""
+    """The result. `written`: the files of references, by field."""
 
     base: BaseModel
     info: ModelInfo
     report: Report
-    made: Mapping[FileField, Path]
+    written: Mapping[FileField, Path]
 
     def to_json(self) -> dict[str, Any]:
-        """The report as a job keeps it, with the base model that its rows were checked for."""
+        """The report as it is stored with the job, with the base model."""
         base = {"reference": self.base.reference, "source": self.base.source, "revision": self.base.revision}
         return {"base_model": {**base, **asdict(self.info)}, **self.report.to_json()}
 
@@ -53,17 +53,17 @@ class Prepared:
 def prepare(
     config: TrainConfig,
     files: Mapping[FileField, str],
-    places: Places,
+    directories: Directories,
     *,
     limits: Limits | None = None,
     on_progress: Callable[[int], None] = lambda rows: None,
 ) -> Prepared:
-    """Check it all. `files` are paths, or references `hub:…` or `sample:…`.
+    """Runs all checks. `files` are paths, or references `hub:…` or `sample:…`.
 
-    Faults of rows are in the report (`report.error()`). Raises EngineError for everything else: a model or a
-    dataset that is not to be had, a task or a setting that does not fit.
+    Faults of rows are in the report (`report.error()`). Raises EngineError for everything else: a model or a dataset
+    that is not available, a task or a setting that does not fit.
     """
-    base = resolve(config.model, model_dir=places.model_dir, cache_dir=places.cache_dir)
+    base = resolve(config.model, model_dir=directories.model_dir, cache_dir=directories.cache_dir)
     info = inspect(base.path)
     for stage in config.stages:
         resolve_stage(
@@ -74,13 +74,13 @@ def prepare(
             parameters=info.parameters,
         )
     if config.early_stopping is not None and "validation_file" not in files:
-        raise ConfigError("early stopping needs a validation_file to watch", param="early_stopping")
-    made = {
+        raise ConfigError("early_stopping needs a validation_file", param="early_stopping")
+    written = {
         name: path
         for name, reference in files.items()
-        if (path := materialise(name, reference, places)) is not None
+        if (path := write_reference(name, reference, directories)) is not None
     }
-    paths = {name: Path(reference) for name, reference in files.items()} | made
+    paths = {name: Path(reference) for name, reference in files.items()} | written
     report = check_files(
         paths["training_file"],
         paths.get("validation_file"),
@@ -91,17 +91,19 @@ def prepare(
         limits=limits,
         on_progress=on_progress,
     )
-    return Prepared(base=base, info=info, report=report, made=made)
+    return Prepared(base=base, info=info, report=report, written=written)
 
 
-def materialise(name: FileField, reference: str, places: Places) -> Path | None:
-    """The rows behind `hub:…` or `sample:…` as a file in `places.out`; None for a path. Raises EngineError."""
-    rows = _referenced(name, reference, places.cache_dir)
-    return _write(rows, places.out / f"{name}.jsonl") if rows is not None else None
+def write_reference(name: FileField, reference: str, directories: Directories) -> Path | None:
+    """Writes the rows of a `hub:…` or `sample:…` reference to a file in `out`. None for a path. Raises EngineError."""
+    rows = _referenced_rows(name, reference, directories.cache_dir)
+    return _write(rows, directories.out / f"{name}.jsonl") if rows is not None else None
 
 
-def _referenced(name: FileField, reference: str, cache_dir: Path | None) -> Iterable[dict[str, Any]] | None:
-    """The rows behind a reference; None for a path."""
+def _referenced_rows(
+    name: FileField, reference: str, cache_dir: Path | None
+) -> Iterable[dict[str, Any]] | None:
+    """Returns the rows of a reference, or None for a path."""
     source, _, rest = reference.partition(":")
     if source == "sample":
         sample, _, split = rest.partition(":")

@@ -1,7 +1,4 @@
-"""What a check of a job's files found, as it is stored with the job and shown to its user.
-
-It does NOT know how rows are read: that is `heft_engine.preflight.check_rows`.
-"""
+"""The report of a check of a job's files, as it is stored with the job and shown to its user."""
 
 from __future__ import annotations
 
@@ -16,7 +13,7 @@ from heft_engine.errors import RowError
 
 @dataclass(frozen=True, kw_only=True)
 class Fault:
-    """A row that can't be used. `line` 0 is the file itself."""
+    """An invalid row. `line` 0 is the file itself."""
 
     file: FileField
     line: int
@@ -26,7 +23,7 @@ class Fault:
 
 @dataclass(frozen=True, kw_only=True)
 class Warn:
-    """Something that works and is seldom meant: duplicates, overlap, truncation, unbalanced."""
+    """Something that can be trained on but is rarely intended: duplicates, overlap, truncation, unbalanced labels."""
 
     code: str
     file: FileField
@@ -35,7 +32,7 @@ class Warn:
 
 @dataclass(kw_only=True)
 class FileReport:
-    """Counts of one file. `tokens` are all that is read, `supervised_tokens` those that are learned."""
+    """Counts of a file. `tokens`: of prompts and answers; `supervised_tokens`: of answers."""
 
     rows: int = 0
     faults: int = 0
@@ -44,13 +41,13 @@ class FileReport:
     supervised_tokens: int = 0
     truncated: int = 0
     duplicates: int = 0
-    #: Rows of each label; of each position, where every row has choices of its own; empty for text.
+    #: Rows of each label, or of each position of the right choice where rows have their own choices; empty for text.
     labels: dict[str, int] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, kw_only=True)
 class Report:
-    """What is known of a job's files. `faults` lists the first, each file counts all of its own."""
+    """The report of all files. `faults` lists the first few; each FileReport counts all of its file."""
 
     task: TaskType | None
     max_length: int
@@ -66,10 +63,10 @@ class Report:
         return {**asdict(self), "fault_count": self.fault_count}
 
     def error(self) -> RowError | None:
-        """The fault that the job fails with, or None if it may be trained."""
+        """Returns the error of the job, or None if its files are valid."""
         if not self.faults:
             return None
         first, others = self.faults[0], self.fault_count - 1
-        where = f"{first.file}, line {first.line}" if first.line else first.file
+        location = f"{first.file}, line {first.line}" if first.line else first.file
         more = f" ({others} more faults)" if others > 1 else " (one more fault)" if others else ""
-        return RowError(f"{where}: {first.reason}{more}", param=first.file, line=first.line)
+        return RowError(f"{location}: {first.reason}{more}", param=first.file, line=first.line)

@@ -1,1 +1,1 @@
-"""The process: devices, threads, memory, and directories written whole or not at all."""
+"""Process-level services: devices and memory, malloc, threads, sealed directories."""

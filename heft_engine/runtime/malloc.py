@@ -1,11 +1,11 @@
-"""The C library's heap, where torch's tensors on a CPU lie.
+"""glibc's malloc, which holds torch's tensors on a CPU: keep freed memory in the process, or return it.
 
-By itself glibc gives what a pass has freed back to the system and asks for it again in the next one, which has the
-kernel fill it with zeros page by page. How often depends on the order in which a process happened to free things: of
-equal processes that scored equal rows some had 14,000 page faults and others 430,000, and were a fifth slower
-(SmolLM2-135M, 40 rows, 2 cores). So a process whose work is passes keeps what it has freed.
+By default glibc returns memory that a forward pass has freed to the kernel and requests it again in the next pass;
+the kernel then zeroes it page by page. How often this happens depends on the order in which a process frees its blocks:
+of equal processes that scored equal rows, some had 14,000 page faults and others 430,000, and were a fifth slower
+(SmolLM2-135M, 40 rows, 2 cores). Processes that run forward passes therefore retain freed memory.
 
-It does NOT know tensors. Where the C library is another one, nothing happens.
+Both functions do nothing where the C library is not glibc.
 """
 
 from __future__ import annotations
@@ -14,17 +14,17 @@ import ctypes
 import os
 from contextlib import suppress
 
-#: mallopt's parameters (malloc.h), and what they are set to: larger blocks than the first are mapped one by one, more
-#: than the second is given back from a heap's end, and a thread's heap of 64 MB goes as a whole, once it is empty, only
-#: where the third is less than what it holds.
+#: Parameters of mallopt (malloc.h). Blocks above the mmap threshold are mapped one by one; free memory above the trim
+#: threshold is returned from a heap's end; a thread's empty heap of 64 MB is returned whole unless the top pad is
+#: larger than it.
 _MMAP_THRESHOLD, _TRIM_THRESHOLD, _TOP_PAD = -3, -1, -2
 _SETTINGS = {_MMAP_THRESHOLD: 32 << 20, _TRIM_THRESHOLD: 512 << 20, _TOP_PAD: 128 << 20}
 
 
 def retain_freed_memory() -> None:
-    """From now on freed memory stays with the process, but for `trim`. For a process's start.
+    """Keeps freed memory in the process until `trim`. Call it at the start of a process.
 
-    Whoever has set glibc's own variables (MALLOC_…, GLIBC_TUNABLES) has decided otherwise.
+    Does nothing if malloc was configured through the environment (MALLOC_…, GLIBC_TUNABLES).
     """
     if any(name.startswith("MALLOC_") or name == "GLIBC_TUNABLES" for name in os.environ):
         return
@@ -35,6 +35,6 @@ def retain_freed_memory() -> None:
 
 
 def trim() -> None:
-    """Hands the heap's free pages back to the system: what is gone for good leaves holes."""
+    """Returns the heap's free pages to the system, also those between blocks in use."""
     with suppress(OSError, AttributeError):
         ctypes.CDLL(None).malloc_trim(0)

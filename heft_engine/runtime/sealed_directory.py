@@ -1,7 +1,6 @@
-"""Checkpoints on a local disk: a new directory each, files first, then a manifest with every file's SHA-256.
+"""Sealed directories: files first, then a manifest with the SHA-256 of every file. Without one, it is incomplete.
 
-A directory without a manifest is no checkpoint. Everything is safetensors and JSON. It does NOT know what is in them
-beyond tensors and JSON values, nor where they go afterwards.
+Checkpoints and cached stages are such directories; their contents are safetensors and JSON.
 """
 
 from __future__ import annotations
@@ -26,18 +25,21 @@ _VALUES = "state.json"
 
 
 def save_state(directory: Path, values: dict[str, Any], tensors: dict[str, Tensor]) -> None:
-    """Writes JSON values and tensors; the torch random state goes along under its own name."""
+    """Writes JSON values and tensors, and adds torch's random state to the tensors as "rng"."""
     directory.mkdir(parents=True, exist_ok=True)
-    everything = {**tensors, "rng": torch.get_rng_state()}
+    with_rng = {**tensors, "rng": torch.get_rng_state()}
     save_file(
-        {name: tensor.detach().cpu().contiguous() for name, tensor in everything.items()},
+        {name: tensor.detach().cpu().contiguous() for name, tensor in with_rng.items()},
         directory / _TENSORS,
     )
     (directory / _VALUES).write_text(json.dumps(values, allow_nan=False))
 
 
 def load_state(directory: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
-    """What `save_state` wrote. The random state is among the tensors: restore it last."""
+    """Returns the values and tensors of `save_state`. Restore the random state, among the tensors, last.
+
+    Raises BundleError if they can't be read.
+    """
     try:
         return json.loads((directory / _VALUES).read_text()), load_file(directory / _TENSORS)
     except (OSError, ValueError, SafetensorError) as error:
@@ -45,7 +47,7 @@ def load_state(directory: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
 
 
 def seal(directory: Path) -> dict[str, str]:
-    """Makes a directory's files durable and writes its manifest last. Returns {relative path: sha256}."""
+    """Syncs a directory's files to disk, then writes its manifest. Returns {relative path: sha256}."""
     hashes = {}
     for path in sorted(p for p in directory.rglob("*") if p.is_file() and p.name != MANIFEST):
         with path.open("rb") as file:
@@ -66,26 +68,27 @@ def seal(directory: Path) -> dict[str, str]:
 
 
 def verify(directory: Path) -> None:
-    """Raises BundleError unless every file is as its manifest says."""
+    """Raises BundleError unless every file has the hash in the manifest."""
     try:
         hashes = json.loads((directory / MANIFEST).read_text())
         for name, digest in hashes.items():
             with (directory / name).open("rb") as file:
                 if hashlib.file_digest(file, "sha256").hexdigest() != digest:
                     raise BundleError(
-                        f"checkpoint {directory.name} is damaged: {name} is not what was written"
+                        f"checkpoint {directory.name} is damaged: {name} does not have the SHA-256 of its manifest"
                     )
     except (OSError, ValueError) as error:
         raise BundleError(f"checkpoint {directory.name} is incomplete: {error}") from error
 
 
-def prune(parent: Path, keep: int, *, kept: str, ours: str) -> None:
-    """Removes all but the `keep` last sealed directories whose names fit `kept`, and unsealed leftovers among `ours`.
+def prune(parent: Path, keep: int, *, sealed: str, unsealed: str) -> None:
+    """Removes sealed directories that match the glob `sealed`, all but the `keep` newest, and those that match
+    `unsealed` and have no manifest.
 
-    Nothing else in the folder is touched: it may be anybody's. A resumed run may write lower steps than are there.
+    Nothing else in `parent` is touched. Age is the manifest's time: a resumed run may write lower steps than exist.
     """
-    sealed = [path for path in parent.glob(kept) if (path / MANIFEST).exists()]
-    sealed.sort(key=lambda path: ((path / MANIFEST).stat().st_mtime_ns, path.name))
-    leftovers = [path for path in parent.glob(ours) if path.is_dir() and not (path / MANIFEST).exists()]
-    for path in [*sealed[:-keep], *leftovers]:
+    complete = [path for path in parent.glob(sealed) if (path / MANIFEST).exists()]
+    complete.sort(key=lambda path: ((path / MANIFEST).stat().st_mtime_ns, path.name))
+    incomplete = [path for path in parent.glob(unsealed) if path.is_dir() and not (path / MANIFEST).exists()]
+    for path in [*complete[:-keep], *incomplete]:
         shutil.rmtree(path)

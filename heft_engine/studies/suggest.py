@@ -22,7 +22,7 @@ from optuna.distributions import (
 )
 from optuna.trial import FrozenTrial, TrialState, create_trial
 
-from heft_engine.config.search_space import Point, Range, Space, draw, same, size
+from heft_engine.config.search_space import Point, Range, Space, draw, point_key, size
 
 Sampler = Literal["tpe", "random"]
 State = Literal["running", "complete", "failed", "pruned"]
@@ -71,17 +71,17 @@ def suggest(search: Search, trials: Sequence[Trial], count: int) -> list[Point]:
 
 
 def _next(search: Search, known: Sequence[Trial]) -> Point | None:
-    seen = {same(trial.point) for trial in known}
+    seen = {point_key(trial.point) for trial in known}
     if len(seen) >= size(search.space):
         return None
     for again in range(_TRIES):
         point = _ask(search, known, seed=_seed(search, len(known), again))
-        if same(point) not in seen:
+        if point_key(point) not in seen:
             return point
     # Few are left, and the sampler does not care for them.
     random = Random(_seed(search, len(known), _TRIES))
     for _ in range(_LAST_TRIES):
-        if same(point := draw(search.space, random)) not in seen:
+        if point_key(point := draw(search.space, random)) not in seen:
             return point
     return None
 
@@ -121,7 +121,7 @@ def _distribution(values: list[Any] | Range) -> BaseDistribution:
     """A list's values are known to optuna by their places: they may be lists themselves."""
     if not isinstance(values, Range):
         return CategoricalDistribution(tuple(range(len(values))))
-    if values.whole:
+    if values.is_integer:
         return IntDistribution(int(values.low), int(values.high), log=values.log)
     return FloatDistribution(float(values.low), float(values.high), log=values.log)
 

@@ -143,7 +143,7 @@ class CheckpointWriter:
         seal(path)
         self.last = time.monotonic()
         assert self.directory is not None
-        prune(self.directory, KEEP, kept=_STEPS, ours=_ANY)
+        prune(self.directory, KEEP, sealed=_STEPS, unsealed=_ANY)
         data = {"stage": stage, "stage_index": index, "step": run_step, "kind": kind, "path": str(path)}
         data |= {"key": key} if key is not None else {}
         self.on_event(Event(code="CHECKPOINT_SAVED", message=f"Checkpoint at step {run_step}", data=data))

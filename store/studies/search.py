@@ -13,7 +13,7 @@ from dataclasses import dataclass, replace
 from random import Random
 from typing import Any
 
-from heft_engine.config.search_space import Range, draw, extremes, same, size
+from heft_engine.config.search_space import Range, draw, extremes, point_key, size
 from store.errors import InvalidRequest
 from store.studies.arms import BaseModelInfo, Fault, PlannedArm, Trial, built, training_spec
 from store.studies.dotted_settings import Where, changed, label
@@ -59,9 +59,9 @@ def _drawn(spec: StudySpec, number: int, seen: set[str], base: BaseModelInfo | N
     random = Random(f"{spec.seeds[0]} {number}")
     for _ in range(_DRAWS):
         params = draw(_search(spec).space, random)
-        if same(params) in seen:
+        if point_key(params) in seen:
             continue
-        seen.add(same(params))
+        seen.add(point_key(params))
         try:
             return trial_arm(spec, Trial(number=number, params=params), base)
         except InvalidRequest as refusal:
@@ -107,7 +107,7 @@ def _check_settings(spec: StudySpec, search: SearchSpec) -> None:
                 raise InvalidRequest(made.reason, param=f"{_FIELD}.{path}")
             if isinstance(made, Fault) and not made.path.startswith("method"):
                 raise InvalidRequest(made.reason, param=made.path)
-        if not isinstance(values, Range) and len({same({"": value}) for value in values}) < len(values):
+        if not isinstance(values, Range) and len({point_key({"": value}) for value in values}) < len(values):
             raise InvalidRequest("each value once", param=f"{_FIELD}.{path}")
 
 
@@ -176,7 +176,7 @@ def stop_reason(search: Mapping[str, Any], trials: Sequence[Trial]) -> str | Non
     if len(trials) - states["pruned"] >= search["budget"]:
         return None
     space = SearchSpec.model_validate(search).space
-    if len({same(trial.params) for trial in trials}) >= size(space):
+    if len({point_key(trial.params) for trial in trials}) >= size(space):
         return "every point of the space has been tried"
     if states["failed"] >= MAX_INITIAL_FAILURES and not states["complete"]:
         return f"the first {states['failed']} trials have all failed"

@@ -11,7 +11,7 @@ from typing import Annotated, Any, Literal
 from pydantic import Field, field_validator, model_validator
 from pydantic_core import PydanticCustomError
 
-from heft_engine.config.search_space import MOST_SETTINGS, Values
+from heft_engine.config.search_space import MAX_SETTINGS, Values
 from heft_engine.config.train import Dtype, EarlyStopping, Settings, TaskSettings
 from store.errors import InvalidRequest
 from store.jobs.spec import Method
@@ -38,7 +38,7 @@ class SearchSpec(Settings):
     """Trials of the study's method, each chosen by what those before it came to on the validation rows."""
 
     #: `{"reft.rank": [2, 4, 8], "reft.learning_rate": {"low": 1e-5, "high": 1e-3, "log": true}}`
-    space: Annotated[dict[str, Values], Field(min_length=1, max_length=MOST_SETTINGS)]
+    space: Annotated[dict[str, Values], Field(min_length=1, max_length=MAX_SETTINGS)]
     #: So many trials, each with every seed.
     budget: Annotated[int, Field(ge=1, le=MAX_ARMS)]
     sampler: Literal["tpe", "random"] = "tpe"

@@ -181,7 +181,7 @@ def test_a_changed_adapter_fails_the_probe(bundle: Path) -> None:
         ({"layer": -1}, "for a deeper model"),
         ({"rank": 3}, "is not for hidden size 32"),
         ({"positions": "f1"}, "not the model that was trained"),
-        ({"positions": "middle"}, "can't be read: positions are written"),
+        ({"positions": "middle"}, "can't be read: positions must have the form"),
         ({"kind": "os.system"}, "'os.system' are not known"),
         ({"kind": "direft"}, "not the model that was trained"),
         ({"kind": "noreft"}, "has no proj_layer"),

@@ -49,8 +49,8 @@ def test_settings_reach_their_stage() -> None:
         ("lora.rank=eight", "lora.rank", "valid integer"),
         ("lora.learning_rate=fast", "lora.learning_rate", ""),
         ("lora.learning_rate=2", "lora.learning_rate", "less than or equal to 1"),
-        ("reft.positions=x1", "reft.positions", "positions are written l1, f1 or f1+l1"),
-        ("reft.layers=[1,1]", "reft.layers", "each layer once"),
+        ("reft.positions=x1", "reft.positions", "positions must have the form f1, l1 or f1+l1"),
+        ("reft.layers=[1,1]", "reft.layers", "layers must be unique"),
         ("max_lenght=3", "max_lenght", "there are model, stages"),
         ("max_length=3", "max_length", "greater than or equal to 16"),
         ("task.type=poem", "task.type", "'yes_no', 'choice' or 'text'"),
@@ -157,7 +157,7 @@ def test_a_dataset_that_is_known_is_held_against_its_task(
     error = failed(command(*asked, "--set", "task.type=choice"))
     assert error["param"] == "task.type"
     path = write_rows(tmp_path / "rows.jsonl", [{"prompt": "2+2?", "completion": "no number"}])
-    monkeypatch.setattr("heft_engine.preflight.prepare.materialise", lambda *args: path)
+    monkeypatch.setattr("heft_engine.preflight.prepare.write_reference", lambda *args: path)
     error = failed(command(*asked))
     assert (error["code"], error["param"]) == ("invalid_training_file", "completion")
     assert "final_number" in error["message"]

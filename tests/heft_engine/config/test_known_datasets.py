@@ -17,7 +17,7 @@ from heft_engine.config.known_datasets import (
 from heft_engine.config.metric_names import METRICS
 from heft_engine.config.train import TaskSettings
 from heft_engine.data.encoding import Encoder
-from heft_engine.data.hub_rows import reader_of
+from heft_engine.data.hub_rows import row_converter
 from heft_engine.data.rows import infer_task, parse_row
 from heft_engine.data.task import Task
 from heft_engine.errors import RowError
@@ -130,7 +130,7 @@ def test_a_row_of_the_hub_becomes_prompt_and_answer(
     metrics: tuple[str, ...],
 ) -> None:
     where = parse_reference(reference)
-    row = parse_row(reader_of(where, list(fields))(fields))
+    row = parse_row(row_converter(where, list(fields))(fields))
     task = Task.resolve(with_dataset_defaults(TaskSettings(), f"hub:{reference}"), infer_task([row]))
     tokenizer = load_tokenizer(tiny_llama_dir)
     encoder = Encoder(tokenizer, task)
@@ -208,9 +208,9 @@ def test_what_the_user_says_stands() -> None:
 def test_columns_that_dont_match_are_told_beside_those_expected() -> None:
     arc = HubReference(repository="allenai/ai2_arc", config=None, split=None)
     with pytest.raises(RowError, match=r"columns question, choices, answerKey; it has question, answer$"):
-        reader_of(arc, ["question", "answer"])
+        row_converter(arc, ["question", "answer"])
     with pytest.raises(RowError, match=r"sentence, label fit none .* answer_right_ending"):
-        reader_of(HubReference(repository="org/odd", config=None, split=None), ["sentence", "label"])
+        row_converter(HubReference(repository="org/odd", config=None, split=None), ["sentence", "label"])
 
 
 @pytest.mark.parametrize(
@@ -222,7 +222,7 @@ def test_columns_that_dont_match_are_told_beside_those_expected() -> None:
     ],
 )
 def test_rows_that_are_not_like_the_others(fields: dict[str, Any], fault: type[Exception]) -> None:
-    read = reader_of(HubReference(repository="org/some", config=None, split=None), list(fields))
+    read = row_converter(HubReference(repository="org/some", config=None, split=None), list(fields))
     with pytest.raises(fault):
         read(fields)
 

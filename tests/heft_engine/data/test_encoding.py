@@ -167,7 +167,9 @@ def test_shared_labels_serve_rows_without_choices(bpe: Any) -> None:
 
 
 def test_labels_that_tokenise_alike_are_refused(pieces: Any) -> None:
-    with pytest.raises(RowError, match="can't tell these labels apart: Ω, Δ") as refused:
+    with pytest.raises(
+        RowError, match="labels must have different tokens with the model's tokenizer: Ω, Δ"
+    ) as refused:
         ask(encoder(pieces, "choice"), question="what", choices=["Ω", "Δ"], answer="Ω")
     assert refused.value.param == "choices"
 

@@ -257,7 +257,7 @@ def test_datasets_that_are_known_by_name_need_nothing_else(hub: FakeHub, ask: As
         files={"train.jsonl": json.dumps(gsm8k).encode()}
     )
     error = ask("rows", "google/boolq", file="training_file")["error"]["message"]
-    assert error == "google/boolq should have the columns question, passage, answer; it has question, answer"
+    assert error == "google/boolq must have the columns question, passage, answer; it has question, answer"
 
 
 def test_faults_of_datasets_are_clear(hub: FakeHub, ask: Ask) -> None:

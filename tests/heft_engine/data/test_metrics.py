@@ -102,11 +102,11 @@ def test_f1_and_rouge_are_the_librarys() -> None:
     ("settings", "where", "words"),
     [
         ({"type": "text", "metrics": ["bleu"]}, ("metrics", 0), "exact_match"),
-        ({"type": "text", "metrics": ["accuracy"]}, ("metrics",), "no metric of a text task"),
-        ({"type": "yes_no", "metrics": ["f1"]}, ("metrics",), "it has accuracy"),
-        ({"labels": ["a", "b"], "metrics": ["rouge_l"]}, ("metrics",), "no metric of a choice task"),
+        ({"type": "text", "metrics": ["accuracy"]}, ("metrics",), "not a metric of text tasks"),
+        ({"type": "yes_no", "metrics": ["f1"]}, ("metrics",), "which have accuracy"),
+        ({"labels": ["a", "b"], "metrics": ["rouge_l"]}, ("metrics",), "not a metric of choice tasks"),
         ({"metrics": ["accuracy", "f1"]}, ("metrics",), "no task has all of"),
-        ({"metrics": ["f1", "f1"]}, ("metrics",), "each metric once"),
+        ({"metrics": ["f1", "f1"]}, ("metrics",), "metrics must be unique"),
         ({"metrics": []}, ("metrics",), "at least 1"),
     ],
 )
@@ -121,7 +121,7 @@ def test_metrics_that_cant_be_are_refused(
 
 
 def test_metrics_are_held_against_the_task_that_rows_imply() -> None:
-    with pytest.raises(ConfigError, match="no metric of a yes_no task") as refused:
+    with pytest.raises(ConfigError, match="not a metric of yes_no tasks") as refused:
         Task.resolve(TaskSettings(metrics=["final_number"]), "yes_no")
     assert refused.value.param == "task.metrics"
     assert Task.resolve(TaskSettings(metrics=["f1", "rouge_l"]), "text").metrics == ("f1", "rouge_l")
@@ -212,7 +212,7 @@ def test_a_run_measures_by_the_metrics_of_its_task(
 def test_an_answer_without_a_number_is_a_fault_of_its_row(tiny_llama_dir: Path, tmp_path: Path) -> None:
     task = TaskSettings(metrics=["final_number"])
     settings = config(tiny_llama_dir, "reft", [reft()]).model_copy(update={"task": task})
-    with pytest.raises(RowError, match="no number in this answer") as refused:
+    with pytest.raises(RowError, match="needs a number in every answer") as refused:
         run(settings, tmp_path / "out", rows_of([*sums(2), {"prompt": "is it", "completion": " no"}]))
     assert refused.value.param == "completion"
 

@@ -95,8 +95,8 @@ def test_a_conversation_to_go_on_with() -> None:
     ("obj", "param", "words"),
     [
         ([], None, "an array"),
-        ({}, None, "no known format"),
-        ({"text": "x"}, "text", "no known format"),
+        ({}, None, "unknown row format"),
+        ({"text": "x"}, "text", "unknown row format"),
         ({"question": "q"}, "answer", "missing"),
         ({"answer": True}, "question", "missing"),
         ({"question": " ", "answer": True}, "question", "empty"),
@@ -106,10 +106,10 @@ def test_a_conversation_to_go_on_with() -> None:
         ({"question": "q", "answer": "maybe"}, "answer", "'maybe'"),
         ({"question": "q", "anwser": True}, "anwser", "unknown field"),
         ({"question": "\ud800", "answer": True}, "question", "surrogate"),
-        ({**CHOICE, "answer": "c"}, "answer", "none of the row's choices"),
+        ({**CHOICE, "answer": "c"}, "answer", "not one of the row's choices"),
         ({**CHOICE, "choices": "ab"}, "choices", "a string"),
-        ({**CHOICE, "choices": ["a"]}, "choices", "1 choices"),
-        ({**CHOICE, "choices": ["a", "a"]}, "choices", "the same"),
+        ({**CHOICE, "choices": ["a"]}, "choices", "2 to 100 items, not 1"),
+        ({**CHOICE, "choices": ["a", "a"]}, "choices", "unique"),
         ({**CHOICE, "choices": ["a", 2]}, "choices[1]", "a number"),
         ({"prompt": "p"}, "completion", "missing"),
         ({"completion": "c"}, "prompt", "missing"),
@@ -125,7 +125,7 @@ def test_faults_name_their_field(obj: object, param: str | None, words: str) -> 
 
 
 def test_an_unknown_label_is_named() -> None:
-    with pytest.raises(RowError, match="none of the task's labels") as caught:
+    with pytest.raises(RowError, match="not one of the task's labels") as caught:
         parse_row({"question": "q", "answer": "ugly"}, labels=["good", "bad"])
     assert caught.value.param == "answer"
 
@@ -144,14 +144,14 @@ def test_an_unknown_label_is_named() -> None:
         ([USER, {**ASSISTANT, "tool_calls": []}], "messages[1].tool_calls", "not supported"),
         ([USER, {**ASSISTANT, "weight": 2}], "messages[1].weight", "0 or 1"),
         ([USER, {**ASSISTANT, "weight": True}], "messages[1].weight", "0 or 1"),
-        ([{**USER, "weight": 1}, ASSISTANT], "messages[0].weight", "only the assistant"),
+        ([{**USER, "weight": 1}, ASSISTANT], "messages[0].weight", "assistant turns only"),
         (
             [{"role": "user", "content": [{"type": "image_url"}]}, ASSISTANT],
             "messages[0].content[0]",
             "only text",
         ),
-        ([USER], "messages", "no assistant turn"),
-        ([USER, {**ASSISTANT, "weight": 0}], "messages", "no assistant turn"),
+        ([USER], "messages", "an assistant turn with weight 1"),
+        ([USER, {**ASSISTANT, "weight": 0}], "messages", "an assistant turn with weight 1"),
         ([ASSISTANT], "messages[0]", "first turn"),
     ],
 )
@@ -162,7 +162,7 @@ def test_faults_in_conversations_name_the_turn(messages: object, param: str, wor
 
 
 def test_tools_beside_the_messages_are_refused_by_name() -> None:
-    with pytest.raises(RowError, match="tools is not supported: tool and function calls"):
+    with pytest.raises(RowError, match="tools is not supported: training on tool and function calls"):
         parse_row({"messages": [USER, ASSISTANT], "tools": [{}]})
 
 
@@ -217,7 +217,7 @@ def test_a_file_with_a_byte_order_mark_and_blank_lines(tmp_path: Path) -> None:
 def test_the_one_bad_row_of_5000_is_named_by_its_line(tmp_path: Path) -> None:
     rows: list[bytes | dict[str, Any]] = [QUESTION] * 5_000
     rows[4_321] = {"question": "q", "answer": "perhaps"}
-    with pytest.raises(RowError, match="line 4322: answer is 'perhaps'") as caught:
+    with pytest.raises(RowError, match=r"line 4322: answer must be .* not 'perhaps'") as caught:
         read_rows(write(tmp_path / "rows.jsonl", *rows))
     assert (caught.value.line, caught.value.param) == (4_322, "answer")
 
@@ -225,11 +225,11 @@ def test_the_one_bad_row_of_5000_is_named_by_its_line(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("line", "words"),
     [
-        (b"not json", "not JSON"),
-        (b'{"question": "q", "answer": true', "not JSON"),
-        (b'{"question": "\xff", "answer": true}', "not UTF-8: byte 15"),
+        (b"not json", "not valid JSON"),
+        (b'{"question": "q", "answer": true', "not valid JSON"),
+        (b'{"question": "\xff", "answer": true}', "not valid UTF-8 at byte 15"),
         (b"[" * 100_000, "nested too deeply"),
-        (b'{"question": ' + b"9" * 5_000 + b"}", "number too long"),
+        (b'{"question": ' + b"9" * 5_000 + b"}", "too long a number"),
         (b'"' + b"x" * 2_000 + b'"', "longer than 1,000 bytes"),
         (b"[1]", "an array"),
     ],
@@ -254,5 +254,5 @@ def test_a_line_just_as_long_as_allowed(tmp_path: Path) -> None:
 
 
 def test_an_empty_file_is_an_error(tmp_path: Path) -> None:
-    with pytest.raises(RowError, match="holds no rows"):
+    with pytest.raises(RowError, match="has no rows"):
         read_rows(write(tmp_path / "rows.jsonl", b"", b""))

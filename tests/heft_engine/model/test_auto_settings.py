@@ -52,7 +52,7 @@ def test_positions_are_written_as_in_pyreft(positions: str, parts: tuple[int, in
     "wrong", ["", "+", "f0", "l0", "f1l1", "f1+", "+l1", "l1+f1", "f1+l1+l2", "x1", "f1000", "l1\n"]
 )
 def test_other_positions_are_refused(wrong: str) -> None:
-    with pytest.raises(ValidationError, match="positions are written l1, f1 or f1"):
+    with pytest.raises(ValidationError, match="positions must have the form f1, l1 or f1"):
         ReftStage(positions=wrong)
 
 

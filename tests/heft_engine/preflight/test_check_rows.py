@@ -15,7 +15,7 @@ from heft_engine.data.task import Task
 from heft_engine.errors import ConfigError, ModelError
 from heft_engine.model.base_models import load_tokenizer
 from heft_engine.preflight.check_rows import Limits, check_files
-from heft_engine.preflight.prepare import Places, prepare
+from heft_engine.preflight.prepare import Directories, prepare
 from heft_engine.preflight.report import Fault
 
 
@@ -81,7 +81,7 @@ def test_each_file_has_its_own_faults(tmp_path: Path, tiny_llama_dir: Path) -> N
     empty = write(tmp_path / "empty.jsonl", ["", ""])
     report = check_files(good, other, empty, model_path=tiny_llama_dir)
     assert [(fault.file, fault.line) for fault in report.faults] == [("validation_file", 1), ("test_file", 0)]
-    assert "holds no rows" in report.faults[1].reason
+    assert "has no rows" in report.faults[1].reason
 
 
 def test_long_rows(tmp_path: Path, tiny_llama_dir: Path) -> None:
@@ -149,17 +149,17 @@ def test_conversations_count_every_supervised_turn(tmp_path: Path, tiny_llama_di
 def test_bounds_on_rows_and_lines(tmp_path: Path, tiny_llama_dir: Path) -> None:
     path = write(tmp_path / "rows.jsonl", [question(n) for n in range(9)])
     report = check_files(path, model_path=tiny_llama_dir, limits=Limits(max_rows=5))
-    assert [fault.reason for fault in report.faults] == ["more than 5 rows"]
+    assert [fault.reason for fault in report.faults] == ["the file has more than 5 rows"]
     long = write(tmp_path / "long.jsonl", [question(1), question(2, passage="x" * 2_000)])
     report = check_files(long, model_path=tiny_llama_dir, limits=Limits(max_line_bytes=1_000))
     assert [(fault.line, fault.reason) for fault in report.faults] == [
-        (2, "this line is longer than 1,000 bytes")
+        (2, "the line is longer than 1,000 bytes")
     ]
 
 
 def test_a_task_that_the_rows_are_not_for(tmp_path: Path, tiny_llama_dir: Path) -> None:
     path = write(tmp_path / "rows.jsonl", [question(1)])
-    with pytest.raises(ConfigError, match="the task is text") as caught:
+    with pytest.raises(ConfigError, match=r"task\.type is text") as caught:
         check_files(path, model_path=tiny_llama_dir, task=TaskSettings(type="text"))
     assert caught.value.param == "task.type"
 
@@ -168,18 +168,18 @@ def test_a_task_that_the_rows_are_not_for(tmp_path: Path, tiny_llama_dir: Path) 
 
 
 @pytest.fixture
-def places(tmp_path: Path, tiny_llama_dir: Path) -> Places:
+def places(tmp_path: Path, tiny_llama_dir: Path) -> Directories:
     (tmp_path / "models").mkdir()
     (tmp_path / "out").mkdir()
     shutil.copytree(tiny_llama_dir, tmp_path / "models" / "tiny")
-    return Places(out=tmp_path / "out", model_dir=tmp_path / "models")
+    return Directories(out=tmp_path / "out", model_dir=tmp_path / "models")
 
 
-def test_samples_are_written_and_checked(places: Places) -> None:
+def test_samples_are_written_and_checked(places: Directories) -> None:
     config = TrainConfig(model="tiny", stages=recipe("heft"))
     files = {"training_file": "sample:passages", "validation_file": "sample:passages:test"}
     prepared = prepare(config, files, places)  # type: ignore[arg-type]
-    written = [json.loads(line) for line in prepared.made["training_file"].read_text().splitlines()]
+    written = [json.loads(line) for line in prepared.written["training_file"].read_text().splitlines()]
     assert written == generate("passages", "train")
     assert prepared.report.error() is None
     assert prepared.report.warnings == []
@@ -189,14 +189,14 @@ def test_samples_are_written_and_checked(places: Places) -> None:
     assert said["files"]["validation_file"]["rows"] == 200
 
 
-def test_uploaded_files_stay_where_they_are(places: Places) -> None:
+def test_uploaded_files_stay_where_they_are(places: Directories) -> None:
     path = write(places.out / "rows.jsonl", [question(1)])
     prepared = prepare(TrainConfig(model="tiny", stages=recipe("lora")), {"training_file": str(path)}, places)
-    assert prepared.made == {}
+    assert prepared.written == {}
     assert prepared.report.files["training_file"].rows == 1
 
 
-def test_settings_that_the_model_does_not_allow(places: Places) -> None:
+def test_settings_that_the_model_does_not_allow(places: Directories) -> None:
     path = str(write(places.out / "rows.jsonl", [question(1)]))
     config = TrainConfig(model="tiny", stages=[ReftStage(layers=[9])])
     with pytest.raises(ConfigError, match="layers 0 to 3") as caught:

@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 from pydantic import TypeAdapter, ValidationError
 
-from heft_engine.config.search_space import Range, Values, draw, same, size
+from heft_engine.config.search_space import Range, Values, draw, point_key, size
 from heft_engine.studies.suggest import Search, Trial, suggest
 
 RATE = Range(low=1e-5, high=1e-1, log=True)
@@ -40,7 +40,7 @@ def test_points_lie_in_the_space_and_are_never_the_same() -> None:
         Search(space=SPACE | whole, budget=12, sampler="random"),
     ):
         points = [trial.point for trial in searched(search)]
-        assert len({same(point) for point in points}) == 12
+        assert len({point_key(point) for point in points}) == 12
         for point in points:
             assert list(point) == list(search.space)
             assert point["a"] in (1, 2, 3, 4)
@@ -84,7 +84,7 @@ def test_what_has_failed_or_can_not_be_teaches_no_wrong_thing() -> None:
     bad = [Trial(point=past[0].point | {"rate": 0.05 + i / 100}, state="failed") for i in range(3)]
     pruned = [Trial(point=past[0].point | {"rate": 0.01 + i / 1000}, state="pruned") for i in range(3)]
     found = suggest(Search(space=SPACE, budget=40), [*past, *bad, *pruned], 4)
-    assert len({same(point) for point in found}) == 4
+    assert len({point_key(point) for point in found}) == 4
 
 
 @pytest.mark.parametrize(

@@ -191,7 +191,7 @@ def test_pruning_leaves_what_is_not_ours(tmp_path: Path) -> None:
         if name[-4:] == "step":
             seal(tmp_path / name)
     (tmp_path / "00000003-0-0-step" / MANIFEST).touch()
-    prune(tmp_path, 1, kept="????????-0-*-step", ours="????????-[01]-*-st*")
+    prune(tmp_path, 1, sealed="????????-0-*-step", unsealed="????????-[01]-*-st*")
     assert {path.name for path in tmp_path.iterdir()} == {"photos", "00000003-0-0-step"}
 
 
