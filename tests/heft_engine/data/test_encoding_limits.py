@@ -93,7 +93,7 @@ def test_the_length_named_in_a_refusal_is_what_would_do(tokenizer: Any) -> None:
     row = parse_row({"question": WORDS * 3, "answer": True})
     with pytest.raises(RowError) as refused:
         encoder(tokenizer, 32).question(row)
-    needed = int(refused.value.message.split(" are ")[1].split()[0])
+    needed = int(refused.value.message.split(" have ")[1].split()[0])
     assert encoder(tokenizer, needed).question(row).prompt
     with pytest.raises(RowError):
         encoder(tokenizer, needed - 1).question(row)

@@ -291,4 +291,4 @@ def test_scripts_and_odd_files_are_not_run(hub: FakeHub, ask: Ask) -> None:
     hub.repositories["datasets", "org/script"] = Repository(files={"script.py": b"raise SystemExit"})
     hub.repositories["datasets", "org/text"] = Repository(files={"train.txt": b"some text"})
     assert "no longer supported" in ask("rows", "org/script", file="training_file")["error"]["message"]
-    assert "other files than" in ask("rows", "org/text", file="training_file")["error"]["message"]
+    assert "are not JSON, CSV or Parquet" in ask("rows", "org/text", file="training_file")["error"]["message"]

@@ -59,7 +59,7 @@ def test_faults_are_listed_to_a_limit_and_all_counted(tmp_path: Path, tiny_llama
         (13, None),
         (41, "answer"),
     ]
-    assert "format prompt, where the rows before it are yes_no" in report.faults[2].reason
+    assert "this is a prompt row after yes_no rows" in report.faults[2].reason
     error = report.error()
     assert error is not None
     assert error.message == "training_file, line 8: answer is missing (52 more faults)"
@@ -168,17 +168,17 @@ def test_a_task_that_the_rows_are_not_for(tmp_path: Path, tiny_llama_dir: Path) 
 
 
 @pytest.fixture
-def places(tmp_path: Path, tiny_llama_dir: Path) -> Directories:
+def directories(tmp_path: Path, tiny_llama_dir: Path) -> Directories:
     (tmp_path / "models").mkdir()
     (tmp_path / "out").mkdir()
     shutil.copytree(tiny_llama_dir, tmp_path / "models" / "tiny")
     return Directories(out=tmp_path / "out", model_dir=tmp_path / "models")
 
 
-def test_samples_are_written_and_checked(places: Directories) -> None:
+def test_samples_are_written_and_checked(directories: Directories) -> None:
     config = TrainConfig(model="tiny", stages=recipe("heft"))
     files = {"training_file": "sample:passages", "validation_file": "sample:passages:test"}
-    prepared = prepare(config, files, places)  # type: ignore[arg-type]
+    prepared = prepare(config, files, directories)  # type: ignore[arg-type]
     written = [json.loads(line) for line in prepared.written["training_file"].read_text().splitlines()]
     assert written == generate("passages", "train")
     assert prepared.report.error() is None
@@ -189,29 +189,33 @@ def test_samples_are_written_and_checked(places: Directories) -> None:
     assert said["files"]["validation_file"]["rows"] == 200
 
 
-def test_uploaded_files_stay_where_they_are(places: Directories) -> None:
-    path = write(places.out / "rows.jsonl", [question(1)])
-    prepared = prepare(TrainConfig(model="tiny", stages=recipe("lora")), {"training_file": str(path)}, places)
+def test_uploaded_files_stay_where_they_are(directories: Directories) -> None:
+    path = write(directories.out / "rows.jsonl", [question(1)])
+    prepared = prepare(
+        TrainConfig(model="tiny", stages=recipe("lora")), {"training_file": str(path)}, directories
+    )
     assert prepared.written == {}
     assert prepared.report.files["training_file"].rows == 1
 
 
-def test_settings_that_the_model_does_not_allow(places: Directories) -> None:
-    path = str(write(places.out / "rows.jsonl", [question(1)]))
+def test_settings_that_the_model_does_not_allow(directories: Directories) -> None:
+    path = str(write(directories.out / "rows.jsonl", [question(1)]))
     config = TrainConfig(model="tiny", stages=[ReftStage(layers=[9])])
     with pytest.raises(ConfigError, match="layers 0 to 3") as caught:
-        prepare(config, {"training_file": path}, places)
+        prepare(config, {"training_file": path}, directories)
     assert caught.value.param == "reft.layers"
     with pytest.raises(ConfigError, match="takes 512 tokens"):
         prepare(
             config.model_copy(update={"stages": recipe("lora"), "max_length": 4_096}),
             {"training_file": path},
-            places,
+            directories,
         )
     watching = config.model_copy(update={"stages": recipe("lora"), "early_stopping": EarlyStopping()})
     with pytest.raises(ConfigError, match="needs a validation_file"):
-        prepare(watching, {"training_file": path}, places)
+        prepare(watching, {"training_file": path}, directories)
     with pytest.raises(ModelError, match="no model 'absent'"):
-        prepare(config.model_copy(update={"model": "absent"}), {"training_file": path}, places)
-    with pytest.raises(ConfigError, match="no sample"):
-        prepare(TrainConfig(model="tiny", stages=recipe("lora")), {"training_file": "sample:absent"}, places)
+        prepare(config.model_copy(update={"model": "absent"}), {"training_file": path}, directories)
+    with pytest.raises(ConfigError, match="sample 'absent' does not exist"):
+        prepare(
+            TrainConfig(model="tiny", stages=recipe("lora")), {"training_file": "sample:absent"}, directories
+        )
