@@ -23,8 +23,8 @@ Code = Literal[
     "EPOCH_COMPLETE",  #: data: stage, stage_index, epoch, train_loss; eval_loss with validation rows
     "STAGE_KEYS",  #: data: keys of what the stages will end with, in order; see heft_engine.commands.stage_exchange
     "STAGE_REUSED",  #: in place of training. data: stage, stage_index, step (its last), total_steps, epoch, key
-    #: data: stage, stage_index, step, kind, path (a complete directory, manifest written last); key, if later runs may
-    #: go on from it
+    #: data: stage, stage_index, step, kind, path (a complete directory, manifest written last); metrics (step and,
+    #: where known, train_loss and valid_loss); key, if later runs may start from it
     "CHECKPOINT_SAVED",
     "STAGE_COMPLETE",  #: data: stage, stage_index, seconds, steps, tokens, general_loss, flops
     "MERGE_VERIFIED",  #: data: the parity record of this merge

@@ -21,6 +21,7 @@ from pathlib import Path
 from platformdirs import user_cache_path
 
 from heft_engine.cpu.lanes import openmp
+from heft_engine.runtime.devices import kernels_enabled
 
 log = logging.getLogger(__name__)
 
@@ -35,8 +36,6 @@ _FLAGS = (
     *(("-mprefer-vector-width=512",) if platform.machine() == "x86_64" else ()),
 )
 _SECONDS = 120
-#: Set to "off", nothing is compiled or loaded.
-_SWITCH = "HEFT_KERNELS"
 
 
 @lru_cache(maxsize=1)
@@ -45,7 +44,7 @@ def library(cache_dir: Path | None = None) -> ctypes.CDLL | None:
 
     `cache_dir` None means the user's own cache.
     """
-    if os.environ.get(_SWITCH, "").lower() == "off":
+    if not kernels_enabled():
         return None
     try:
         return _library((cache_dir or user_cache_path("heft")) / "kernels")

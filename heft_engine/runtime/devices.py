@@ -40,6 +40,11 @@ def _cpu_has_bfloat16() -> bool:
     return bool(torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported())
 
 
+def kernels_enabled() -> bool:
+    """Returns False if HEFT_KERNELS=off keeps the engine's own C++ from being compiled and loaded."""
+    return os.environ.get("HEFT_KERNELS", "").lower() != "off"
+
+
 def dtype_name(dtype: torch.dtype) -> str:
     """The name without its module: "bfloat16"."""
     return str(dtype).removeprefix("torch.")

@@ -55,6 +55,9 @@ class RunState:
     parity: list[dict[str, Any]] = field(default_factory=list)
     general_loss: list[float] = field(default_factory=list)
     trained_tokens: int = 0
+    losses: dict[str, float] = field(
+        default_factory=dict
+    )  #: Progress.losses of the last stage that has ended
     costs: list[dict[str, Any]] = field(
         default_factory=list
     )  #: of each stage that has ended (heft_engine.training.costs)
@@ -108,7 +111,8 @@ class CheckpointWriter:
         path = self._path(run_step, "step")
         save_state(path, {**values, "config": config.model_dump()}, tensors)
         write_stages(path / "stages", adapters, interventions)
-        self._seal(path, run_step, "step", stage, values["stage_index"])
+        losses = Progress.of(values["inside_stage"]["progress"]).losses
+        self._seal(path, run_step, "step", stage, values["stage_index"], losses)
 
     def stage(
         self,
@@ -125,7 +129,7 @@ class CheckpointWriter:
             return
         path = self._path(run_step, "stage")
         write_stage(path, state, config, write_bundle)
-        self._seal(path, run_step, "stage", stage, index, key)
+        self._seal(path, run_step, "stage", stage, index, state.losses, key)
 
     def _path(self, run_step: int, kind: str) -> Path:
         assert self.directory is not None
@@ -138,13 +142,21 @@ class CheckpointWriter:
         return path
 
     def _seal(
-        self, path: Path, run_step: int, kind: str, stage: str, index: int, key: str | None = None
+        self,
+        path: Path,
+        run_step: int,
+        kind: str,
+        stage: str,
+        index: int,
+        losses: dict[str, float],
+        key: str | None = None,
     ) -> None:
         seal(path)
         self.last = time.monotonic()
         assert self.directory is not None
         prune(self.directory, KEEP, sealed=_STEPS, unsealed=_ANY)
-        data = {"stage": stage, "stage_index": index, "step": run_step, "kind": kind, "path": str(path)}
+        data: dict[str, Any] = {"stage": stage, "stage_index": index, "step": run_step, "kind": kind}
+        data |= {"path": str(path), "metrics": {"step": run_step, **losses}}
         data |= {"key": key} if key is not None else {}
         self.on_event(Event(code="CHECKPOINT_SAVED", message=f"Checkpoint at step {run_step}", data=data))
 

@@ -70,6 +70,10 @@ class Progress:
     seconds: float = 0.0
     epoch_loss: float = 0.0  #: sum over the epoch's supervised tokens so far
     epoch_tokens: int = 0
+    loss: float | None = None  #: of the last step, mean over its supervised tokens
+    valid_loss: float | None = (
+        None  #: at the end of the last epoch; None without validation rows or if infinite
+    )
     running: float | None = None  #: exponential mean of the step losses
     lowest: float | None = None
     warned: bool = False
@@ -83,6 +87,12 @@ class Progress:
     #: How the stage's rows and the validation rows are cached: decided at the stage's start, because it moves bits.
     cache: dict[str, Any] | None = None
     validation_cache: dict[str, Any] | None = None
+
+    @property
+    def losses(self) -> dict[str, float]:
+        """The latest losses in nats a token, by OpenAI's names; without those that are not known."""
+        values = {"train_loss": self.loss, "valid_loss": self.valid_loss}
+        return {name: value for name, value in values.items() if value is not None}
 
     @classmethod
     def of(cls, values: Mapping[str, Any]) -> Progress:
@@ -152,6 +162,7 @@ class TrainLoop:
             self._check_trains()  # stopped early, before the usual time to look
         if self.best:
             self._load(self.best)
+            self.progress.valid_loss = self.progress.best_loss
         self._check()
 
     # -- one step ---------------------------------------------------------------------------------------------------
@@ -179,6 +190,7 @@ class TrainLoop:
         self.optimizer.step()
         progress.step += 1
         progress.tokens += sum(packed_length(self.examples[row]) for row in rows)
+        progress.loss = mean
         progress.epoch_loss += total
         progress.epoch_tokens += count
         progress.seconds += time.monotonic() - began
@@ -212,7 +224,7 @@ class TrainLoop:
         progress.epoch_loss, progress.epoch_tokens = 0.0, 0
         if self.validation:
             loss = mean_source_loss(self.validation_source, self.validation, progress.token_budget)
-            data["eval_loss"] = loss if math.isfinite(loss) else None
+            data["eval_loss"] = progress.valid_loss = loss if math.isfinite(loss) else None
             self._consider(loss)
         self._emit(
             "EPOCH_COMPLETE", f"Epoch {progress.epoch} of {self.stage.n_epochs}", epoch=progress.epoch, **data

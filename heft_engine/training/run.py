@@ -247,6 +247,7 @@ class Run:
         else:
             trainable.freeze()
         self.state.trained_tokens += progress.tokens
+        self.state.losses = progress.losses
         self.state.stage_index, self.state.inside_stage = index + 1, None
         self._evaluate(stage.type, index)
         self.state.general_loss.append(mean_loss(self.lm, self.general))

@@ -35,7 +35,7 @@ from heft_engine.evaluation.calibration import Calibration
 from heft_engine.events import Event
 from heft_engine.model.interventions import PlacedIntervention
 from heft_engine.model.model_files import weights_hash
-from heft_engine.runtime.devices import dtype_name
+from heft_engine.runtime.devices import dtype_name, kernels_enabled
 from heft_engine.runtime.sealed_directory import load_state
 from heft_engine.training.activation_cache import Boundary
 from heft_engine.training.activation_store import ActivationStore, StageActivations
@@ -48,6 +48,10 @@ if TYPE_CHECKING:
 
 #: Settings that count as what they came to, or not at all (the method's name). A new one counts unless it is here.
 _ELSEWHERE = {"model", "method", "stages", "task", "max_length", "dtype"}
+
+
+#: Of files whose content may change numbers; .pyc: packages without their source.
+_SOURCE_SUFFIXES = {".py", ".pyc", ".cpp", ".h"}
 
 
 class StageStore(Protocol):
@@ -200,6 +204,7 @@ def _of_model(run: Run) -> dict[str, Any]:
     """What computes: the base, this code, its libraries."""
     return {
         "code": code_hash(),
+        "kernels": kernels_enabled(),
         "versions": package_versions(),
         "device": run.lm.device.type,
         "dtype": dtype_name(run.lm.dtype),
@@ -240,11 +245,11 @@ def examples_hash(examples: Sequence[Example]) -> str:
 
 @lru_cache(maxsize=1)
 def code_hash() -> str:
-    """SHA-256 over this package's source: any change of it may move numbers, and none is worth a wrong hit."""
+    """Returns the SHA-256 of this package's Python and C++ source: any change may change numbers."""
     package = Path(__file__).parents[1]
     total = hashlib.sha256()
-    for path in sorted(package.rglob("*.py*")):
-        if path.suffix in (".py", ".pyc") and path.parent.name != "__pycache__":
+    for path in sorted(package.rglob("*")):
+        if path.suffix in _SOURCE_SUFFIXES and path.parent.name != "__pycache__":
             digest = hashlib.sha256(path.read_bytes()).hexdigest()
             total.update(f"{path.relative_to(package)} {digest}\n".encode())
     return total.hexdigest()

@@ -154,6 +154,27 @@ def test_no_checkpoint_is_ever_rewritten_and_the_newest_are_kept(
         assert (Path(data["path"]) / "bundle" / "heft.json").exists()
 
 
+def test_a_checkpoint_has_the_metrics_of_its_step(tiny_llama_dir: Path, tmp_path: Path) -> None:
+    """By OpenAI's names; a validation loss once an epoch has ended."""
+    folder = tmp_path / "checkpoints"
+    told = run(
+        config(tiny_llama_dir),
+        tmp_path / "out",
+        None,
+        parse(yes_no(8, seed=1)),
+        checkpoint_dir=folder,
+        checkpoint_seconds=0,
+    )
+    epochs = [data["eval_loss"] for data in told.data("EPOCH_COMPLETE")]
+    saved = [(data["stage"], data["metrics"]) for data in told.data("CHECKPOINT_SAVED")]
+    assert all(metrics["train_loss"] == told.losses[metrics["step"]] for _, metrics in saved)
+    # Three steps and the end of the epoch, twice; then the end of the stage.
+    lora = [metrics.get("valid_loss") for stage, metrics in saved if stage == "lora"]
+    assert lora == [None] * 3 + [epochs[0]] * 4 + [epochs[1]] * 2
+    alone = run(config(tiny_llama_dir, "lora"), tmp_path / "alone", checkpoint_dir=folder)
+    assert "valid_loss" not in alone.data("CHECKPOINT_SAVED")[-1]["metrics"]
+
+
 def test_a_run_that_goes_back_keeps_what_it_writes(tiny_llama_dir: Path, tmp_path: Path) -> None:
     """Older attempts left later steps in the same folder."""
     folder = tmp_path / "checkpoints"

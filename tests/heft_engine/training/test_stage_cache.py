@@ -275,7 +275,7 @@ def test_code_libraries_and_where_they_compute_make_another_key(
     assert not set(before) & set(keys(config(tiny_llama_dir)))
 
 
-def test_the_hash_of_the_code_is_of_every_source_file(
+def test_the_hash_of_the_code_is_of_every_python_and_cpp_file(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     package = Path(stage_cache.__file__).parents[1]
@@ -283,13 +283,25 @@ def test_the_hash_of_the_code_is_of_every_source_file(
     monkeypatch.setattr(stage_cache, "__file__", str(copy / "training" / "stage_cache.py"))
     hashed = stage_cache.code_hash.__wrapped__
     before = hashed()
-    for path in (copy / "training" / "loop.py", copy / "commands" / "train.py"):
+    cpp, header = (min((copy / "cpu" / "csrc").glob(f"*.{suffix}")) for suffix in ("cpp", "h"))
+    for path in (copy / "training" / "loop.py", copy / "commands" / "train.py", cpp, header):
         path.write_text(path.read_text() + "\n")
         assert hashed() != before
         before = hashed()
     (copy / "__pycache__").mkdir()
     (copy / "__pycache__" / "training.cpython-311.pyc").write_bytes(b"x")
+    (copy / "notes.txt").write_text("x")
     assert hashed() == before
+
+
+def test_kernels_on_and_off_have_different_keys(
+    tiny_llama_dir: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Their sums are rounded in another order."""
+    monkeypatch.delenv("HEFT_KERNELS", raising=False)
+    before = keys(config(tiny_llama_dir))
+    monkeypatch.setenv("HEFT_KERNELS", "off")
+    assert not set(before) & set(keys(config(tiny_llama_dir)))
 
 
 def test_what_means_the_same_has_the_same_key(tiny_llama_dir: Path, tmp_path: Path) -> None:
