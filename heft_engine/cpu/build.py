@@ -12,7 +12,6 @@ import hashlib
 import logging
 import os
 import platform
-import shutil
 import subprocess
 import tempfile
 from functools import lru_cache
@@ -20,8 +19,8 @@ from pathlib import Path
 
 from platformdirs import user_cache_path
 
-from heft_engine.cpu.lanes import openmp
-from heft_engine.runtime.devices import kernels_enabled
+from heft_engine.runtime.devices import cpp_compiler, kernels_enabled
+from heft_engine.runtime.threads import openmp_runtime
 
 log = logging.getLogger(__name__)
 
@@ -53,12 +52,6 @@ def library(cache_dir: Path | None = None) -> ctypes.CDLL | None:
         return None
 
 
-def compiler() -> str | None:
-    """A C++ compiler's path."""
-    names = (os.environ.get("CXX"), "g++", "clang++", "c++")
-    return next((found for name in names if name and (found := shutil.which(name))), None)
-
-
 class _Unfit(Exception):
     """What stands against kernels on this machine."""
 
@@ -67,9 +60,9 @@ def _library(directory: Path) -> ctypes.CDLL:
     """Raises OSError, SubprocessError and _Unfit."""
     # The kernels find the runtime that torch has. A second one beside it would have threads of its own, which wait
     # awake where torch's want to compute.
-    if openmp() is None:
+    if openmp_runtime() is None:
         raise _Unfit("torch has no OpenMP runtime, or several")
-    found = compiler()
+    found = cpp_compiler()
     if found is None:
         raise _Unfit("there is no C++ compiler")
     name = f"{_key(found)}.so"

@@ -9,27 +9,26 @@ It does NOT know rows or models: jobs go in, results come out.
 
 from __future__ import annotations
 
-import ctypes
 import threading
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
-from contextlib import contextmanager
 from functools import lru_cache
 from typing import TypeVar
 
 import torch
 
+from heft_engine.runtime.threads import openmp_runtime, torch_threads
+
 T = TypeVar("T")
 
 #: Between two operations a lane holds Python's lock: more lanes than this would wait for it.
 MOST = 8
-_RUNTIMES = ("libgomp", "libiomp5", "libomp")
 _here = threading.local()
 
 
 def count(device: torch.device) -> int:
     """How many lanes there are for this thread's work; 1 where rows are not dealt out."""
-    if device.type != "cpu" or is_lane() or openmp() is None:
+    if device.type != "cpu" or is_lane() or openmp_runtime() is None:
         return 1
     return min(MOST, torch.get_num_threads())
 
@@ -92,32 +91,6 @@ def cut(sizes: Sequence[int], count: int) -> list[list[int]]:
     return found
 
 
-@contextmanager
-def computing_with(threads: int) -> Iterator[None]:
-    """Inside, this thread computes with so many; the others as before (torch's own way would tell those that start
-    meanwhile)."""
-    before, runtime = torch.get_num_threads(), openmp()
-    if threads == before or runtime is None:
-        yield
-        return
-    runtime.omp_set_num_threads(threads)
-    try:
-        yield
-    finally:
-        runtime.omp_set_num_threads(before)
-
-
-@lru_cache(maxsize=1)
-def openmp() -> ctypes.CDLL | None:
-    """The runtime that torch computes with, for all libraries to find; None where it has none, or several."""
-    try:
-        with open("/proc/self/maps") as maps:
-            mapped = {line.split()[-1] for line in maps if any(f"/{name}" in line for name in _RUNTIMES)}
-        return ctypes.CDLL(mapped.pop(), mode=ctypes.RTLD_GLOBAL) if len(mapped) == 1 else None
-    except OSError:
-        return None
-
-
 def is_lane() -> bool:
     """Whether this thread is one."""
     return getattr(_here, "is_lane", False)
@@ -131,6 +104,5 @@ def _threads(lanes: int, threads: int) -> ThreadPoolExecutor:
 def _begin(threads: int) -> None:
     _here.is_lane = True
     torch.get_num_threads()  # torch sets a thread's number when it is first asked for it
-    runtime = openmp()
-    assert runtime is not None
-    runtime.omp_set_num_threads(threads)
+    _here.threads = torch_threads(threads)
+    _here.threads.__enter__()

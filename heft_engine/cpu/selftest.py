@@ -13,9 +13,9 @@ import torch
 import torch.nn.functional as F  # noqa: N812
 from torch import Tensor
 
-from heft_engine.cpu import lanes
 from heft_engine.cpu.amx import AmxOps, LoraDelta, Norm, Projection, Segments
 from heft_engine.cpu.fused_ops import FusedOps, rms_norm
+from heft_engine.runtime.threads import torch_threads
 
 #: Numbers that SiLU is tried with at a time.
 _GROUP = 255
@@ -86,7 +86,7 @@ def failed_amx_check(amx_ops: AmxOps) -> str | None:
         if not all(map(torch.equal, found, (_product(normed, up), _product(normed, gate, bias)))):
             return "a product of normed states"
     # One thread: several leave torch rests, which it rounds otherwise.
-    with lanes.computing_with(1):
+    with torch_threads(1):
         expected = _product(F.silu(_product(normed, gate)) * _product(normed, up), down) + x
         every = torch.arange(1 << 16, dtype=torch.int32).to(torch.int16).view(torch.bfloat16)
         # AMX flushes to zero what is smaller than 2⁻¹²⁶.

@@ -33,7 +33,8 @@ import torch.nn.functional as F  # noqa: N812
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
-from heft_engine.cpu import lanes, packed_weights
+from heft_engine.cpu import packed_weights
+from heft_engine.runtime.threads import torch_threads
 
 #: Heights are multiples of so many rows. A GPU pays by the launch, a CPU by the row.
 UNIT = {"cpu": 32}
@@ -106,7 +107,7 @@ class FixedShapes(TorchFunctionMode):
         if shape in self._known or weight.numel() > _SMALL or weight.device.type != "cpu":
             return self._linear(x, weight, bias, shape)
         # An intervention's: nobody has looked whether more threads round otherwise.
-        with lanes.computing_with(1):
+        with torch_threads(1):
             return self._linear(x, weight, bias, shape)
 
     def _linear(self, x: Tensor, weight: Tensor, bias: Tensor | None, shape: Shape) -> Tensor:

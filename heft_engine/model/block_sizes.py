@@ -26,6 +26,7 @@ from heft_engine.model.batch_invariant import (
     product,
     quickest,
 )
+from heft_engine.runtime.threads import torch_threads
 
 HEIGHTS = (32, 64, 96, 128, 160, 192, 224, 256, 320, 384, 448, 512, 640, 768, 1_024, 1_536, 2_048)
 #: Rows of a step of writing that are tried without padding them up to a unit.
@@ -59,12 +60,12 @@ def measured(layers: Iterable[nn.Module], device: torch.device) -> dict[int, Fix
             weights[shape] = weights.get(shape) or _Weight(module)
     threads = torch.get_num_threads()
     of_a_lane = lanes.threads_of_a_lane() if lanes.count(device) > 1 else threads
-    with lanes.computing_with(1):
+    with torch_threads(1):
         families = {shape: _family(weight) for shape, weight in weights.items()}
         alone = torch.get_num_threads() == 1
     found: dict[int, Found] = {}
     for number in {threads, of_a_lane}:
-        with lanes.computing_with(number):
+        with torch_threads(number):
             found[number] = _heights(weights, families, as_found=alone and number == 1)
             _measure(weights, found[number])
     is_alike = all(each[False].keys() == weights.keys() for each in found.values())

@@ -26,6 +26,7 @@ from heft_engine.model.families import family_of
 from heft_engine.model.interventions import Interventions
 from heft_engine.model.packing import Batch, Layout
 from heft_engine.runtime.devices import free_bytes
+from heft_engine.runtime.threads import torch_threads
 
 #: On a CPU every shape of a matrix product has machine code of its own, 0.9 MB of it, of which oneDNN keeps the last
 #: 1,024 otherwise: as much memory as a pass takes, for shapes that mostly don't come again. It reads this at its first
@@ -199,7 +200,7 @@ class PackedLM:
         if compiled is not None and on_cpu and not torch.is_grad_enabled():
             return self._cap(compiled.logits(hidden, weight.detach()) + self._bias())
         # One copy of the head at a time, and as many threads wherever it is: more of them might round otherwise.
-        with _EXACT, lanes.computing_with(1):
+        with _EXACT, torch_threads(1):
             return self._cap(hidden.float() @ weight.float().T + self._bias())
 
     def label_logits(self, hidden: Tensor, tokens: Tensor) -> Tensor:

@@ -6,6 +6,7 @@ Memory limits of containers (control groups, version 2) are respected.
 from __future__ import annotations
 
 import os
+import shutil
 from contextlib import suppress
 from pathlib import Path
 
@@ -98,3 +99,9 @@ def _training_bytes() -> int:
         if (is_training or process.info["pid"] == os.getpid()) and process.info["memory_info"] is not None:
             total += process.info["memory_info"].rss
     return total
+
+
+def cpp_compiler() -> str | None:
+    """Returns the path of a C++ compiler: $CXX, g++, clang++ or c++."""
+    names = (os.environ.get("CXX"), "g++", "clang++", "c++")
+    return next((path for name in names if name and (path := shutil.which(name))), None)

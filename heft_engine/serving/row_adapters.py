@@ -23,12 +23,12 @@ from heft_engine.adapters.lora import LoraWeights, weight_of
 from heft_engine.adapters.lora_variants import row_norms
 from heft_engine.bundle.format import StoredIntervention
 from heft_engine.config.train import parse_positions
-from heft_engine.cpu import lanes
 from heft_engine.data.encoding import intervened_positions
 from heft_engine.errors import BundleError
 from heft_engine.model.interventions import PlacedIntervention
 from heft_engine.model.packed_lm import PackedLM
 from heft_engine.model.packing import AdapterHook, Layout, PackedRow, RowAdapter
+from heft_engine.runtime.threads import torch_threads
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -214,7 +214,7 @@ class _LinearHook(AdapterHook):
     ) -> None:
         # Small products for every row: what a mode has to look at takes longer than they do. On one thread:
         # more of them might round otherwise.
-        with torch._C.DisableTorchFunction(), lanes.computing_with(1):
+        with torch._C.DisableTorchFunction(), torch_threads(1):
             x, y = x.view(-1, x.shape[-1]), y.view(-1, y.shape[-1])
             for row, adapter in rows:
                 own = slice(row.start, row.start + row.length)

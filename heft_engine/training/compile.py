@@ -18,9 +18,9 @@ import torch
 from platformdirs import user_cache_path
 from transformers import AttentionInterface
 
-from heft_engine.cpu.build import compiler
 from heft_engine.model.attention import IMPLEMENTATION, packed_attention
 from heft_engine.model.packed_lm import PackedLM
+from heft_engine.runtime.devices import cpp_compiler
 
 #: Arithmetic of a stage (floating-point operations) from which compiling its layers pays: a minute and a half of two
 #: cores' time, of which it saves a quarter to a third.
@@ -35,7 +35,7 @@ def pays(lm: PackedLM, tokens: int) -> bool:
 
 def can_compile() -> bool:
     """Whether there is a C++ compiler."""
-    return compiler() is not None
+    return cpp_compiler() is not None
 
 
 @contextmanager

@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import pytest
 
-from heft_engine.cpu import build, lanes, operators
+from heft_engine.cpu import operators
+from heft_engine.runtime.devices import cpp_compiler
+from heft_engine.runtime.threads import openmp_runtime
 
 needs_runtime = pytest.mark.skipif(
-    lanes.openmp() is None, reason="torch has no OpenMP runtime here, or several: nothing is dealt out"
+    openmp_runtime() is None, reason="torch has no OpenMP runtime here, or several: nothing is dealt out"
 )
 needs_compiler = pytest.mark.skipif(
-    build.compiler() is None or lanes.openmp() is None,
+    cpp_compiler() is None or openmp_runtime() is None,
     reason="kernels need a C++ compiler and one OpenMP runtime; without them torch's own operations run",
 )
 #: As the engine finds them, whatever a test has put in its place.

@@ -13,9 +13,11 @@ from ctypes_signatures import assert_types_are_declared
 from needs import needs_amx
 from torch import Tensor
 
-from heft_engine.cpu import build, lanes, operators
+from heft_engine.cpu import build, operators
 from heft_engine.cpu.amx import AmxOps, LoraDelta, Norm, Projection, Segments
 from heft_engine.cpu.fused_ops import rms_norm
+from heft_engine.runtime.devices import cpp_compiler
+from heft_engine.runtime.threads import openmp_runtime, torch_threads
 
 #: More than one chunk of rows, and blocks of 32 with every kind of rest.
 ROWS = (1, 15, 16, 17, 32, 33, 95, 257, 550)
@@ -79,7 +81,7 @@ def test_half_a_layer_has_the_bits_of_its_operations(amx_ops: AmxOps, width: int
     gate, up, down, norm = some(inner, width), some(inner, width), some(width, inner), Norm(some(width), 1e-6)
     states = some(max(ROWS), width)
     normed = rms_norm(states, *norm)
-    with lanes.computing_with(1):  # several threads leave torch rests, which it rounds otherwise
+    with torch_threads(1):  # several threads leave torch rests, which it rounds otherwise
         expected = exact(F.silu(exact(normed, gate)) * exact(normed, up), down) + states
     packed = (amx_ops.pack(gate), amx_ops.pack(up), amx_ops.pack(down))
     for threads in (1, 3):
@@ -344,7 +346,7 @@ def test_there_are_none_that_give_something_else(
 def test_they_are_there_on_a_processor_that_has_them() -> None:
     """What is skipped without them must not be skipped with them."""
     has = "amx_bf16" in Path("/proc/cpuinfo").read_text()
-    if has and build.compiler() is not None and lanes.openmp() is not None:
+    if has and cpp_compiler() is not None and openmp_runtime() is not None:
         assert operators.amx_ops() is not None
     else:
         assert operators.amx_ops() is None

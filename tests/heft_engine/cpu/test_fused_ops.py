@@ -12,8 +12,10 @@ import torch.nn.functional as F
 from ctypes_signatures import assert_types_are_declared
 from needs import needs_compiler
 
-from heft_engine.cpu import build, lanes, operators
+from heft_engine.cpu import build, operators
 from heft_engine.cpu.fused_ops import FusedOps
+from heft_engine.runtime import devices
+from heft_engine.runtime.threads import torch_threads
 
 
 def forget() -> None:
@@ -50,7 +52,7 @@ def test_kernels_give_the_bits_of_torchs_operations(tmp_path: Path, threads: int
     assert torch.equal(total, x + y)
     assert torch.equal(again, compiled.rms_norm(x + y, weight, 1e-6))
     gate, up = some(301, 1_536), some(301, 1_536)
-    with lanes.computing_with(1):  # several threads leave torch rests, which it rounds otherwise
+    with torch_threads(1):  # several threads leave torch rests, which it rounds otherwise
         expected = F.silu(gate) * up
     assert torch.equal(compiled.gate_silu(gate.clone(), up), expected)
 
@@ -139,7 +141,7 @@ def test_nothing_is_loaded_that_others_may_have_left(
 def test_there_are_none_without_a_compiler(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    monkeypatch.setattr(build.shutil, "which", lambda name: None)
+    monkeypatch.setattr(devices.shutil, "which", lambda name: None)
     with caplog.at_level(logging.INFO):
         assert operators.fused_ops(tmp_path) is None
     assert "torch's own operations" in caplog.text
@@ -200,7 +202,7 @@ def test_an_operator_turns_them_off(tmp_path: Path, monkeypatch: pytest.MonkeyPa
 def test_two_openmp_runtimes_are_one_too_many(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    monkeypatch.setattr(build, "openmp", lambda: None)
+    monkeypatch.setattr(build, "openmp_runtime", lambda: None)
     with caplog.at_level(logging.INFO):
         assert operators.fused_ops(tmp_path) is None
     assert "OpenMP" in caplog.text

@@ -21,6 +21,8 @@ from heft_engine.inference.scoring import score
 from heft_engine.model.attention import IMPLEMENTATION
 from heft_engine.model.base_models import load_model, resolve_path
 from heft_engine.model.packed_lm import PackedLM
+from heft_engine.runtime import threads as runtime_threads
+from heft_engine.runtime.threads import torch_threads
 
 CPU = torch.device("cpu")
 
@@ -125,7 +127,7 @@ def test_one_job_stays_here_unless_it_must_not() -> None:
 @needs_runtime
 def test_a_thread_computes_with_fewer_for_a_while_and_no_other_does() -> None:
     other: list[int] = []
-    with lanes.computing_with(1):
+    with torch_threads(1):
         assert torch.get_num_threads() == 1
         thread = threading.Thread(target=lambda: other.append(torch.get_num_threads()))
         thread.start()
@@ -135,9 +137,10 @@ def test_a_thread_computes_with_fewer_for_a_while_and_no_other_does() -> None:
 
 
 def test_without_a_runtime_of_torchs_nothing_is_dealt_out(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(lanes, "openmp", lambda: None)
+    monkeypatch.setattr(lanes, "openmp_runtime", lambda: None)
+    monkeypatch.setattr(runtime_threads, "openmp_runtime", lambda: None)
     assert lanes.count(CPU) == 1
-    with lanes.computing_with(1):
+    with torch_threads(1):
         assert torch.get_num_threads() == 3
 
 
