@@ -6,8 +6,8 @@ import time
 from collections.abc import Callable, Sequence
 from typing import Any, Literal
 
-from heft_engine.adapters import lora
-from heft_engine.adapters.trainable import LoraAdapter
+from heft_engine.adapters.lora import peft_layers as lora
+from heft_engine.adapters.registry import LoraAdapter
 from heft_engine.config.flops import CacheLevel
 from heft_engine.config.train import LoraStage, ReftStage
 from heft_engine.data.encoding import Example

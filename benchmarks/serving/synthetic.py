@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import torch
 
-from heft_engine.adapters import lora
-from heft_engine.adapters.lora import LoraWeights
+from heft_engine.adapters.lora import peft_layers as lora
+from heft_engine.adapters.lora.peft_layers import LoraWeights
 from heft_engine.adapters.reft import KINDS
 from heft_engine.bundle.format import StoredIntervention
 from heft_engine.inference.model_variant import ModelVariant

@@ -15,8 +15,8 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal
 
-from heft_engine.adapters.lora import weight_of
-from heft_engine.adapters.lora_concat import concatenate, needs_base
+from heft_engine.adapters.lora.concat import concatenate, needs_base
+from heft_engine.adapters.lora.peft_layers import weight_of
 from heft_engine.bundle.format import Bundle, read_bundle
 from heft_engine.bundle.pyreft_format import write_pyreft
 from heft_engine.errors import ConfigError

@@ -26,7 +26,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
-from heft_engine.adapters.lora import LoraWeights
+from heft_engine.adapters.lora.peft_layers import LoraWeights
 from heft_engine.adapters.reft import KINDS
 from heft_engine.config.train import InterventionKind, parse_positions
 from heft_engine.data.encoding import Example, tokenizer_hash

@@ -22,7 +22,7 @@ from typing import Any, Literal, get_args
 
 import torch
 
-from heft_engine.adapters import lora
+from heft_engine.adapters.lora import peft_layers as lora
 from heft_engine.bundle.format import Bundle, check_tokenizer, read_bundle
 from heft_engine.config.train import ReftStage
 from heft_engine.data.encoding import Encoder

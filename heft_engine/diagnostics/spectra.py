@@ -3,7 +3,7 @@
     spectrum          σ₁ ≥ σ₂ ≥ … of W and of the merged W' (their SVDs)
     stable rank       ‖W‖²_F / σ₁² (Rudelson and Vershynin, arXiv math/0503442)
     relative change   ‖W' − W‖_F / ‖W‖_F
-    intruders         heft_engine.adapters.intruders (arXiv 2410.21228): directions among the ten largest of W'
+    intruders         heft_engine.adapters.lora.intruders (arXiv 2410.21228): directions among the ten largest of W'
     that W has
                       nothing like; and how strong each still is in the last weights, which later stages may have
                       changed: uᵀW_end·v / σ, 1 where nothing repaired it
@@ -18,8 +18,8 @@ from typing import Any
 
 from torch import Tensor
 
-from heft_engine.adapters.intruders import EPSILON, TOP, Intruders, find
-from heft_engine.adapters.lora import LoraWeights
+from heft_engine.adapters.lora.intruders import EPSILON, TOP, Intruders, find
+from heft_engine.adapters.lora.peft_layers import LoraWeights
 
 #: Below this share of its strength at the merge, an intruder counts as repaired by what came later.
 REPAIRED = 0.5

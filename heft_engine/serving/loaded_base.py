@@ -12,7 +12,7 @@ from typing import Literal
 import torch
 from transformers import PreTrainedTokenizerBase
 
-from heft_engine.adapters import lora
+from heft_engine.adapters.lora import peft_layers as lora
 from heft_engine.bundle.format import Bundle, check_tokenizer
 from heft_engine.config.metric_names import TaskType
 from heft_engine.config.train import TaskSettings

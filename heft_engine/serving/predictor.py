@@ -15,7 +15,7 @@ from pathlib import Path
 
 import torch
 
-from heft_engine.adapters import lora
+from heft_engine.adapters.lora import peft_layers as lora
 from heft_engine.bundle.format import Bundle, check_tokenizer, read_bundle
 from heft_engine.config.metric_names import TaskType
 from heft_engine.config.train import TaskSettings

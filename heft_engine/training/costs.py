@@ -20,7 +20,7 @@ from heft_engine.training.loop import Progress
 from heft_engine.training.loss_source import CachePlan
 
 if TYPE_CHECKING:
-    from heft_engine.adapters.trainable import LoraAdapter, ReftAdapter
+    from heft_engine.adapters.registry import LoraAdapter, ReftAdapter
     from heft_engine.training.run import Run
 
 

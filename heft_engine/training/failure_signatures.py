@@ -1,7 +1,7 @@
 """The paper's failure signatures: what a run looks like when HEFT goes wrong, each with what to do about it.
 
 Divergence and "does not train" are seen inside the loop (heft_engine.training.loop), a broken merge in
-heft_engine.adapters.merge;
+heft_engine.adapters.lora.merge;
 these are the ones that show at the end of a stage. It does NOT emit events.
 """
 

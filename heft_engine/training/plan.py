@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 
-from heft_engine.adapters import merge
+from heft_engine.adapters.lora import merge
 from heft_engine.config.flops import CacheLevel
 from heft_engine.config.train import Auto, LoraStage, ReftStage
 from heft_engine.data.encoding import Example

@@ -14,10 +14,10 @@ from typing import Any
 
 import torch
 
-from heft_engine.adapters import lora
-from heft_engine.adapters.lora import LoraWeights
-from heft_engine.adapters.merge import PROBE_ROWS, merge_stage
-from heft_engine.adapters.trainable import LoraAdapter, ReftAdapter, attach
+from heft_engine.adapters.lora import peft_layers as lora
+from heft_engine.adapters.lora.merge import PROBE_ROWS, merge_stage
+from heft_engine.adapters.lora.peft_layers import LoraWeights
+from heft_engine.adapters.registry import LoraAdapter, ReftAdapter, attach
 from heft_engine.bundle.format import Bundle, Probe
 from heft_engine.config.run_file import RunOptions
 from heft_engine.config.train import LoraStage, ReftStage, TrainConfig

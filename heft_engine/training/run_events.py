@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from heft_engine.adapters.trainable import LoraAdapter, ReftAdapter
+from heft_engine.adapters.registry import LoraAdapter, ReftAdapter
 from heft_engine.events import Event
 from heft_engine.runtime.devices import dtype_name
 from heft_engine.training import failure_signatures

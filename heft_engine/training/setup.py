@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from heft_engine.adapters import lora
+from heft_engine.adapters.lora import peft_layers as lora
 from heft_engine.config.train import LoraStage, TrainConfig
 from heft_engine.data.encoding import Encoder, Example
 from heft_engine.data.rows import Row, infer_task

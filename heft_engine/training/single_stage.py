@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 
-from heft_engine.adapters.trainable import LoraAdapter, ReftAdapter, attach
+from heft_engine.adapters.registry import LoraAdapter, ReftAdapter, attach
 from heft_engine.config.flops import CacheLevel
 from heft_engine.config.train import Auto, LoraStage, ReftStage
 from heft_engine.data.encoding import Example

@@ -13,7 +13,7 @@ from uuid import uuid4
 
 from torch import Tensor
 
-from heft_engine.adapters.trainable import LoraAdapter, ReftAdapter
+from heft_engine.adapters.registry import LoraAdapter, ReftAdapter
 from heft_engine.config.flops import CacheLevel
 from heft_engine.data.encoding import Example
 from heft_engine.training.checkpoint import CheckpointWriter

@@ -26,8 +26,8 @@ import torch
 from safetensors import SafetensorError
 from torch import Tensor
 
-from heft_engine.adapters import lora
-from heft_engine.adapters.lora import LoraWeights
+from heft_engine.adapters.lora import peft_layers as lora
+from heft_engine.adapters.lora.peft_layers import LoraWeights
 from heft_engine.bundle.format import Bundle, package_versions, read_bundle
 from heft_engine.data.encoding import Example, tokenizer_hash
 from heft_engine.errors import BundleError

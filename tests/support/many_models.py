@@ -8,9 +8,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from heft_engine.adapters import lora
-from heft_engine.adapters.lora import LoraWeights
-from heft_engine.adapters.lora_variants import row_norms
+from heft_engine.adapters.lora import peft_layers as lora
+from heft_engine.adapters.lora.peft_layers import LoraWeights
+from heft_engine.adapters.lora.variants import row_norms
 from heft_engine.adapters.reft import KINDS
 from heft_engine.bundle.format import StoredIntervention
 from heft_engine.config.train import InterventionKind

@@ -14,9 +14,9 @@ from tiny_models import FAMILIES
 from torch import Tensor
 from transformers import AutoModelForCausalLM
 
-from heft_engine.adapters import lora
+from heft_engine.adapters.lora import peft_layers as lora
 from heft_engine.adapters.reft import LoreftIntervention
-from heft_engine.adapters.trainable import LoraAdapter, ReftAdapter
+from heft_engine.adapters.registry import LoraAdapter, ReftAdapter
 from heft_engine.config.flops import CacheLevel
 from heft_engine.config.train import LoraStage
 from heft_engine.data.encoding import Example

@@ -13,7 +13,7 @@ import pytest
 import torch
 from engine_runs import LORA, REFT, but, config, parse, run, tensors, yes_no
 
-from heft_engine.adapters.trainable import ReftAdapter
+from heft_engine.adapters.registry import ReftAdapter
 from heft_engine.config.train import EarlyStopping, LoraStage, ReftStage
 from heft_engine.errors import ConfigError
 from heft_engine.evaluation.evaluate import mean_loss

@@ -10,7 +10,8 @@ from dataclasses import dataclass
 from peft import PeftModel
 from torch import Tensor, nn
 
-from heft_engine.adapters import lora, lora_linear
+from heft_engine.adapters.lora import linear as lora_linear
+from heft_engine.adapters.lora import peft_layers as lora
 from heft_engine.adapters.reft import KINDS
 from heft_engine.config.train import LoraStage, ReftStage
 from heft_engine.model.auto_settings import stage_layers

@@ -6,7 +6,7 @@ matrices take. Here the factors are rounded to the model's dtype for the product
 part is added in place; the factors themselves, their gradients' sums and Adam's state stay float32. In a float32 model
 the arithmetic is peft's.
 
-PiSSA's and OLoRA's frozen half is part of the two factors (heft_engine.adapters.lora_variants.widened); DoRA
+PiSSA's and OLoRA's frozen half is part of the two factors (heft_engine.adapters.lora.variants.widened); DoRA
 scales the rows of
 the product: y = (m/‖V‖) ⊙ x·Vᵀ + b, V = W + s·BA, its norm without a gradient (arXiv 2402.09353, eq. 11).
 
@@ -24,8 +24,8 @@ from peft import PeftModel
 from peft.tuners.lora import Linear
 from torch import Tensor
 
-from heft_engine.adapters.lora import initial_of
-from heft_engine.adapters.lora_variants import row_norms, widened
+from heft_engine.adapters.lora.peft_layers import initial_of
+from heft_engine.adapters.lora.variants import row_norms, widened
 
 
 class LoraProduct(torch.autograd.Function):

@@ -17,12 +17,12 @@ from real_pyreft import plain
 from small_runs import SEED, go, prepared, step_losses, steps_of, yes_no_rows
 from torch.testing import assert_close
 
-from heft_engine.adapters import lora
-from heft_engine.adapters.lora import LoraWeights
-from heft_engine.adapters.lora_concat import concatenate
-from heft_engine.adapters.lora_variants import initial_factors, widened
-from heft_engine.adapters.merge import merge_and_verify, probe_logits
-from heft_engine.adapters.trainable import LoraAdapter
+from heft_engine.adapters.lora import peft_layers as lora
+from heft_engine.adapters.lora.concat import concatenate
+from heft_engine.adapters.lora.merge import merge_and_verify, probe_logits
+from heft_engine.adapters.lora.peft_layers import LoraWeights
+from heft_engine.adapters.lora.variants import initial_factors, widened
+from heft_engine.adapters.registry import LoraAdapter
 from heft_engine.config.train import LoraStage
 from heft_engine.data.encoding import Example
 from heft_engine.errors import BundleError, ConfigError, TrainingError

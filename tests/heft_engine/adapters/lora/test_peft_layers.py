@@ -14,10 +14,11 @@ from probe_models import bits, packed, probes, same
 from tiny_models import FAMILIES
 from transformers import AutoModelForCausalLM
 
-from heft_engine.adapters import lora, lora_concat
-from heft_engine.adapters import merge as parity
-from heft_engine.adapters.lora import LoraWeights
-from heft_engine.adapters.merge import merge_and_verify, probe_logits
+from heft_engine.adapters.lora import lora_concat
+from heft_engine.adapters.lora import merge as parity
+from heft_engine.adapters.lora import peft_layers as lora
+from heft_engine.adapters.lora.merge import merge_and_verify, probe_logits
+from heft_engine.adapters.lora.peft_layers import LoraWeights
 from heft_engine.config.train import LoraStage
 from heft_engine.errors import BundleError, ConfigError, TrainingError
 from heft_engine.model.attention import IMPLEMENTATION

@@ -14,8 +14,8 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
-from heft_engine.adapters.lora import LoraWeights
-from heft_engine.adapters.lora_variants import Factors, row_norms
+from heft_engine.adapters.lora.peft_layers import LoraWeights
+from heft_engine.adapters.lora.variants import Factors, row_norms
 from heft_engine.errors import BundleError
 
 WeightOf = Callable[[str], Tensor]

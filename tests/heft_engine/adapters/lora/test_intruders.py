@@ -14,10 +14,10 @@ from real_pyreft import plain
 from torch import Tensor
 from torch.testing import assert_close
 
-from heft_engine.adapters import lora
-from heft_engine.adapters.intruders import find, repaired
-from heft_engine.adapters.lora import LoraWeights
-from heft_engine.adapters.trainable import LoraAdapter
+from heft_engine.adapters.lora import peft_layers as lora
+from heft_engine.adapters.lora.intruders import find, repaired
+from heft_engine.adapters.lora.peft_layers import LoraWeights
+from heft_engine.adapters.registry import LoraAdapter
 from heft_engine.config.train import LoraStage
 from heft_engine.serving.predictor import load
 
@@ -148,7 +148,7 @@ def test_a_merge_without_a_scale_is_what_was_trained(tiny_llama_dir: Path) -> No
     stage = LoraStage(target_modules=["q_proj"])
     trainable = LoraAdapter.attach(lm, stage)
     adapter = lora.extract(trainable.adapted, stage, ["q_proj"], "tiny")
-    from heft_engine.adapters.merge import merge_stage
+    from heft_engine.adapters.lora.merge import merge_stage
 
     merged, record = merge_stage(lm, trainable.adapted, stage, adapter, probes())
     assert merged is adapter

@@ -18,8 +18,8 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from heft_engine.adapters.lora import LoraWeights
-from heft_engine.adapters.lora_concat import concatenate
+from heft_engine.adapters.lora.concat import concatenate
+from heft_engine.adapters.lora.peft_layers import LoraWeights
 
 TOP = 10
 EPSILON = 0.5

@@ -19,7 +19,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from heft_engine.adapters.lora_variants import Factors, initial_factors, row_norms, widened, with_magnitude
+from heft_engine.adapters.lora.variants import Factors, initial_factors, row_norms, widened, with_magnitude
 from heft_engine.config.train import LoraStage
 from heft_engine.errors import BundleError, ConfigError
 from heft_engine.model.packed_lm import PackedLM
@@ -124,7 +124,7 @@ def attach(lm: PackedLM, stage: LoraStage, modules: list[str]) -> PeftModel:
     """Puts a trainable adapter into the model, in place; its parameters are float32, the base stays frozen.
 
     PiSSA's and OLoRA's A₀ and B₀ are kept beside A and B (`initial`), and W whole: peft's own forward pass does not
-    know that. heft_engine.adapters.lora_linear's does. Raises ConfigError for modules that this model does not have.
+    know that. heft_engine.adapters.lora.linear's does. Raises ConfigError for modules that this model does not have.
     """
     check_modules(lm, modules)
     adapted = cast(PeftModel, get_peft_model(cast(Any, lm.model), _peft_config(stage, modules)))

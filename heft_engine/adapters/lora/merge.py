@@ -16,9 +16,9 @@ import torch
 from torch import Tensor, nn
 from transformers.initialization import no_init_weights
 
-from heft_engine.adapters import lora
-from heft_engine.adapters.intruders import repaired
-from heft_engine.adapters.lora import LoraWeights
+from heft_engine.adapters.lora import peft_layers as lora
+from heft_engine.adapters.lora.intruders import repaired
+from heft_engine.adapters.lora.peft_layers import LoraWeights
 from heft_engine.config.train import LoraStage
 from heft_engine.data.encoding import Example
 from heft_engine.errors import TrainingError
