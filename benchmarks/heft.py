@@ -7,7 +7,7 @@ from collections.abc import Callable, Sequence
 from typing import Any, Literal
 
 from heft_engine.adapters.lora import peft_layers as lora
-from heft_engine.adapters.registry import LoraAdapter
+from heft_engine.adapters.lora.adapter import LoraAdapter
 from heft_engine.config.flops import CacheLevel
 from heft_engine.config.train import LoraStage, ReftStage
 from heft_engine.data.encoding import Example
@@ -44,9 +44,9 @@ def train(
     epochs = [end - start for start, end in zip(starts, ends, strict=True)]
     if isinstance(stage, LoraStage) and isinstance(trainable, LoraAdapter):
         assert stage.target_modules != "auto"
-        adapter = lora.extract(trainable.adapted, stage, stage.target_modules, None)
-        lora.detach(trainable.adapted)
-        lora.merge(lm.model, adapter)
+        adapter = lora.extract(trainable.peft_model, stage, stage.target_modules)
+        lora.detach(trainable.peft_model)
+        adapter.merge_into(lm.model)
     return {
         "preparing": preparing,
         "prefill": prefill,

@@ -8,7 +8,7 @@ from typing import Any
 from torch.profiler import ProfilerActivity, profile
 
 from benchmarks import rows as benchmark_rows
-from heft_engine.adapters.registry import LoraAdapter
+from heft_engine.adapters.lora.adapter import LoraAdapter
 from heft_engine.config.train import LoraStage
 from heft_engine.data.encoding import Example
 from heft_engine.model.base_models import BaseModel

@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from heft_engine.adapters.lora import peft_layers as lora
-from heft_engine.adapters.lora.peft_layers import LoraWeights
+from heft_engine.adapters.lora.weights import LoraWeights
 from heft_engine.adapters.reft import KINDS
 from heft_engine.bundle.format import StoredIntervention
 from heft_engine.inference.model_variant import ModelVariant
@@ -47,7 +46,7 @@ def merged(lm: PackedLM, seed: int) -> ModelVariant:
     """On a copy of the base, as the service holds a hot model."""
     own = adapter(lm, seed)
     twin = PackedLM(copy_sharing(lm.model, set(own.factors)))
-    lora.merge(twin.model, own)
+    own.merge_into(twin.model)
     twin.pack()
     placed: PlacedIntervention = stored_intervention(lm, seed).restore(lm.hidden_size)
     twin.interventions.add(placed)

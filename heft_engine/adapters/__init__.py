@@ -1,1 +1,1 @@
-"""Adapters: how a stage changes the model. LoRA and its variants, six kinds of ReFT; merging, and its check."""
+"""Adapters: what a stage trains. LoRA with its variants, and six kinds of ReFT; merging, and its parity check."""

@@ -1,4 +1,4 @@
-"""The interventions of ReFT (arXiv 2404.03592), by pyreft's names: small learned edits of a hidden state.
+"""ReFT (arXiv 2404.03592): small learned edits of hidden states, by pyreft's names, and the adapter that trains them.
 
     loreft     Φ(h) = h + Rᵀ(Wh + b − Rh)         (eq. 5)
     direft     Φ(h) = h + Rᵀ(Wh + b)              (section 3.2: without the difference; pyreft ties R to be a rotation)
@@ -8,13 +8,13 @@
     nodireft   Φ(h) = h + W₂ᵀ(W₁h + b)
 
 R has orthonormal rows; arithmetic and names of parameters follow pyreft, whose `rotate_layer` holds Rᵀ: shape
-(hidden, rank), orthonormal columns. Which classes there are is fixed here: no file names one to be imported.
-
-It does NOT know where an intervention sits, nor training.
+(hidden, rank), orthonormal columns. Files name a kind, never a class to import.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import ClassVar, cast
 
 import torch
@@ -23,10 +23,15 @@ from torch import Tensor, nn
 from torch.nn.utils.parametrizations import orthogonal
 from torch.nn.utils.parametrize import is_parametrized, remove_parametrizations
 
-from heft_engine.config.train import InterventionKind
+from heft_engine.adapters.adapter import Adapter, Boundary
+from heft_engine.config.train import InterventionKind, ReftStage
+from heft_engine.data.encoding import Example
 from heft_engine.errors import TrainingError
+from heft_engine.model.auto_settings import stage_layers
+from heft_engine.model.interventions import PlacedIntervention
+from heft_engine.model.packed_lm import PackedLM
 
-#: ‖RRᵀ − I‖ above this means that R is no rotation any more. Householder products stay below 1e-5 in float32.
+#: ‖RRᵀ − I‖ above this means that R has lost its orthonormal rows. Householder products stay below 1e-5 in float32.
 MAX_ROTATION_ERROR = 1e-3
 
 
@@ -42,17 +47,20 @@ class _Rotation(nn.Module):
         return x @ self.weight
 
 
-class Intervention(nn.Module):
+class ReftIntervention(nn.Module):
     """Φ(h) = h + Pᵀ(source(h) − Ph). Parameters, state and arithmetic are float32 whatever the model's dtype."""
 
     kind: ClassVar[InterventionKind]
     rotated: ClassVar[bool] = True  #: P is R; otherwise W₂, any matrix
     reads: ClassVar[bool] = True  #: source(h) = Wh + b; otherwise b
-    subtracts: ClassVar[bool] = True  #: Ph is taken away
+    subtracts: ClassVar[bool] = True  #: Ph is subtracted; otherwise Φ(h) = h + Pᵀ·source(h)
 
     def __init__(self, hidden_size: int, rank: int, dropout: float = 0.0, *, trainable: bool = True) -> None:
-        """A fresh one, trainable; or, for serving, a frozen one whose R is a plain matrix from the start: the
-        parametrisation decomposes a (hidden, hidden) matrix, seconds at 4,096."""
+        """Initialises the parameters at random. Not trainable: R is a plain matrix from the start, as serving needs it;
+        the parametrisation decomposes a (hidden, hidden) matrix, seconds at 4,096.
+
+        Raises ValueError when `rank` is more than `hidden_size`.
+        """
         super().__init__()
         if rank > hidden_size:
             raise ValueError(f"rank {rank} is more than the hidden size {hidden_size}")
@@ -69,7 +77,7 @@ class Intervention(nn.Module):
 
     @property
     def rotation(self) -> Tensor:
-        """Pᵀ, (hidden, rank): Rᵀ, or W₂ᵀ. R is computed anew at every access while it is trained."""
+        """Pᵀ, (hidden, rank): Rᵀ or W₂ᵀ. While R is trained, every access computes it anew."""
         return cast(Tensor, self.rotate_layer.weight) if self.rotated else self.proj_layer.weight.T
 
     @property
@@ -82,9 +90,9 @@ class Intervention(nn.Module):
         return self.bias.shape[0]
 
     def forward(self, hidden: Tensor, scale: float | Tensor = 1.0) -> Tensor:
-        """h (…, hidden) in any float dtype → h + scale·(Φ(h) − h), in the same dtype.
+        """Returns h + scale·(Φ(h) − h) for h (…, hidden) of any float dtype, in that dtype.
 
-        `scale` may be a tensor (…, 1) of one for each h.
+        scale: a number, or a tensor (…, 1).
         """
         h = hidden.float()
         edit = self._edit(h)
@@ -96,39 +104,45 @@ class Intervention(nn.Module):
         """Φ(h) − h."""
         rotation = self.rotation
         source = self.learned_source
-        # As linear layers, so that scoring cuts these products into its fixed shapes too.
+        # As linear layers, so that batch-invariant scoring replaces these products too.
         change = source(h) if isinstance(source, nn.Linear) else source.expand(*h.shape[:-1], -1)
         if self.subtracts:
             change = change - F.linear(h, rotation.T)
         return F.linear(change, rotation)
 
-    def parameter_groups(self) -> tuple[list[nn.Parameter], list[nn.Parameter]]:
-        """(may decay, must not). R must not: its raw parameter keeps ±1 on the diagonal, and any decay zeroes R."""
-        named = dict(self.named_parameters())
-        plain = [one for name, one in named.items() if one is self.bias or name.startswith("rotate_layer.")]
-        return [one for one in named.values() if not any(one is other for other in plain)], plain
+    def no_decay(self) -> set[str]:
+        """Returns the names of parameters that weight decay must not touch: b, and the raw parameter of R.
+
+        The latter keeps ±1 on its diagonal; any decay makes R zero.
+        """
+        names = {name for name, _ in self.named_parameters()}
+        return {
+            name
+            for name in names
+            if self.get_parameter(name) is self.bias or name.startswith("rotate_layer.")
+        }
 
     def freeze(self) -> None:
-        """Turns R into the plain matrix it is, as a bundle keeps it: served and evaluated R have the same bits."""
+        """Replaces R's parametrisation by the plain matrix that a bundle stores: served R has the same bits."""
         if self.rotated and is_parametrized(self.rotate_layer):
             remove_parametrizations(self.rotate_layer, "weight", leave_parametrized=True)
         self.requires_grad_(False)
 
     def unfreeze(self) -> None:
-        """Makes the intervention trainable, from where it stands."""
+        """Makes the intervention trainable, from its present parameters."""
         if self.rotated and not is_parametrized(self.rotate_layer):
-            # Sets the raw parameter and `base` together. pyreft's own load writes R into `base` alone, which trains
-            # to a matrix that is no rotation (‖RRᵀ − I‖ = 0.37, seen).
+            # Sets the raw parameter and `base` together. pyreft's own load writes R into `base` alone, and training
+            # then breaks R (‖RRᵀ − I‖ = 0.37, measured).
             orthogonal(self.rotate_layer)
         self.requires_grad_(True)
 
     def raw_state(self) -> dict[str, Tensor]:
-        """What training continues from, bit for bit: the raw parameter and the parametrisation's base, not R itself."""
+        """Returns a copy of what training continues from: the raw parameter and the parametrisation's base."""
         return {name: tensor.detach().clone() for name, tensor in self.state_dict().items()}
 
     @classmethod
     def shapes(cls, hidden_size: int, rank: int) -> dict[str, tuple[int, ...]]:
-        """Of the matrices that are kept, by name."""
+        """Returns the shapes of `export_state`'s matrices."""
         projection = (
             {"rotate_layer": (hidden_size, rank)} if cls.rotated else {"proj_layer": (rank, hidden_size)}
         )
@@ -136,10 +150,10 @@ class Intervention(nn.Module):
         return {**projection, **source, "bias": (rank,)}
 
     def export_state(self) -> dict[str, Tensor]:
-        """What is kept for ever: R as one plain matrix, under pyreft's names."""
-        return {name: tensor.detach().clone().contiguous() for name, tensor in self._kept().items()}
+        """Returns a copy of the matrices under pyreft's names, R as one plain matrix."""
+        return {name: tensor.detach().clone().contiguous() for name, tensor in self._matrices().items()}
 
-    def _kept(self) -> dict[str, Tensor]:
+    def _matrices(self) -> dict[str, Tensor]:
         projection = (
             {"rotate_layer": self.rotation} if self.rotated else {"proj_layer": self.proj_layer.weight}
         )
@@ -151,13 +165,13 @@ class Intervention(nn.Module):
         }
 
     def load_exported_state(self, state: dict[str, Tensor]) -> None:
-        """Sets all matrices from `export_state` (or a pyreft file) and freezes them; `unfreeze` makes them trainable.
+        """Sets all matrices from `export_state` (or a pyreft file) and freezes them.
 
-        Raises TrainingError when the stored R is no rotation.
+        Raises TrainingError when the rows of the stored R are not orthonormal.
         """
         self.freeze()
         with torch.no_grad():
-            for name, tensor in self._kept().items():
+            for name, tensor in self._matrices().items():
                 tensor.copy_(state[name])
         self.check()
 
@@ -172,47 +186,47 @@ class Intervention(nn.Module):
             raise TrainingError(message, code="rotation_collapsed")
 
 
-def rotation_error(intervention: Intervention) -> float:
-    """‖RRᵀ − I‖, Frobenius."""
+def rotation_error(intervention: ReftIntervention) -> float:
+    """Returns ‖RRᵀ − I‖ (Frobenius)."""
     rotation = intervention.rotation.detach()
     eye = torch.eye(rotation.shape[1], dtype=rotation.dtype, device=rotation.device)
     return float(torch.linalg.matrix_norm(rotation.T @ rotation - eye))
 
 
-class LoreftIntervention(Intervention):
+class LoreftIntervention(ReftIntervention):
     kind = "loreft"
 
 
-class DireftIntervention(Intervention):
+class DireftIntervention(ReftIntervention):
     kind = "direft"
     subtracts = False
 
 
-class ConsreftIntervention(Intervention):
+class ConsreftIntervention(ReftIntervention):
     kind = "consreft"
     reads = False
 
 
-class LobireftIntervention(Intervention):
+class LobireftIntervention(ReftIntervention):
     kind = "lobireft"
     reads = False
     subtracts = False
 
 
-class NoreftIntervention(Intervention):
+class NoreftIntervention(ReftIntervention):
     kind = "noreft"
     rotated = False
 
 
-class NodireftIntervention(Intervention):
+class NodireftIntervention(ReftIntervention):
     kind = "nodireft"
     rotated = False
     subtracts = False
 
 
-KINDS: dict[str, type[Intervention]] = {
-    one.kind: one
-    for one in (
+KINDS: dict[str, type[ReftIntervention]] = {
+    intervention.kind: intervention
+    for intervention in (
         LoreftIntervention,
         DireftIntervention,
         ConsreftIntervention,
@@ -224,5 +238,85 @@ KINDS: dict[str, type[Intervention]] = {
 
 
 def hidden_size_of(state: dict[str, Tensor]) -> int:
-    """Of the hidden states that a baked state is for."""
+    """Returns the size of the hidden states that an exported state is for."""
     return state["rotate_layer"].shape[0] if "rotate_layer" in state else state["proj_layer"].shape[1]
+
+
+@dataclass(kw_only=True)
+class ReftAdapter(Adapter):
+    """One intervention for each of the stage's layers. It stays in place when the stage ends.
+
+    A stage goes on with earlier interventions of the same layer, positions, kind and rank, and adds the others.
+    """
+
+    placed: list[PlacedIntervention]
+    #: All interventions at the lowest trained layer from the first trained one on, in their order.
+    at_boundary: list[PlacedIntervention]
+    merges: ClassVar[bool] = False
+
+    @classmethod
+    def attach(cls, lm: PackedLM, stage: ReftStage) -> ReftAdapter:
+        adapter = cls(placed=[], at_boundary=[])
+        for layer in stage_layers(stage):
+            fresh = KINDS[stage.kind](lm.hidden_size, stage.rank, stage.dropout).to(lm.device)
+            placed = PlacedIntervention(layer=layer, positions=stage.positions, intervention=fresh)
+            earlier = next((other for other in lm.interventions if other.same_place(placed)), None)
+            if earlier is None:
+                lm.interventions.add(placed)
+            adapter.placed.append(placed if earlier is None else earlier)
+            adapter.modules[-1].dropout.p = stage.dropout
+            adapter.modules[-1].unfreeze()
+        adapter.at_boundary = _from_first_trained(adapter.placed, list(lm.interventions))
+        return adapter
+
+    @property
+    def modules(self) -> list[ReftIntervention]:
+        return [cast(ReftIntervention, placed.intervention) for placed in self.placed]
+
+    def parameters(self) -> dict[str, nn.Parameter]:
+        return {
+            f"{index}.{name}": parameter
+            for index, module in enumerate(self.modules)
+            for name, parameter in module.named_parameters()
+        }
+
+    def boundary(self) -> Boundary:
+        layer = min(placed.layer for placed in self.placed)
+        return Boundary(
+            layer=layer + 1,
+            interventions=tuple(self.at_boundary),
+            positions=tuple(placed.positions for placed in self.placed),
+            clear_above=self.at_boundary == self.placed,
+        )
+
+    def train(self, mode: bool) -> None:
+        for module in self.modules:
+            module.dropout.train(mode)
+
+    def finish(self, probes: Sequence[Example]) -> None:
+        for module in self.modules:
+            module.freeze()
+            module.dropout.eval()
+
+    def no_decay(self) -> set[str]:
+        return {f"{index}.{name}" for index, module in enumerate(self.modules) for name in module.no_decay()}
+
+    def buffers(self) -> dict[str, Tensor]:
+        return {
+            f"{index}.{name}": buffer
+            for index, module in enumerate(self.modules)
+            for name, buffer in module.named_buffers()
+        }
+
+    def check(self) -> None:
+        for module in self.modules:
+            module.check()
+
+
+def _from_first_trained(
+    trained: list[PlacedIntervention], placed: list[PlacedIntervention]
+) -> list[PlacedIntervention]:
+    layer = min(intervention.layer for intervention in trained)
+    at_layer = [intervention for intervention in placed if intervention.layer == layer]
+    first = min(at_layer.index(intervention) for intervention in trained if intervention.layer == layer)
+    return at_layer[first:]

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from heft_engine.adapters.lora.concat import concatenate, needs_base
-from heft_engine.adapters.lora.peft_layers import weight_of
+from heft_engine.adapters.lora.weights import weight_of
 from heft_engine.bundle.format import Bundle, read_bundle
 from heft_engine.bundle.pyreft_format import write_pyreft
 from heft_engine.errors import ConfigError
@@ -59,10 +59,11 @@ def export(
 
 def _peft(bundle: Bundle, out_dir: Path, **places: Any) -> None:
     if not needs_base(bundle.adapters):
-        concatenate(bundle.adapters).save(out_dir)
+        concatenate(bundle.adapters).save(out_dir, bundle.info.base_model.reference)
         return
     base = assemble(replace(bundle, adapters=[], interventions=[]), device="cpu", **places).model
-    concatenate(bundle.adapters, lambda module: weight_of(base, module)).save(out_dir)
+    adapter = concatenate(bundle.adapters, lambda module: weight_of(base, module))
+    adapter.save(out_dir, bundle.info.base_model.reference)
 
 
 def _merged(bundle: Bundle, out_dir: Path, **places: Any) -> None:

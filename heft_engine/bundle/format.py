@@ -26,8 +26,8 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
-from heft_engine.adapters.lora.peft_layers import LoraWeights
-from heft_engine.adapters.reft import KINDS
+from heft_engine.adapters.lora.weights import LoraWeights
+from heft_engine.adapters.reft import KINDS, ReftIntervention
 from heft_engine.config.train import InterventionKind, parse_positions
 from heft_engine.data.encoding import Example, tokenizer_hash
 from heft_engine.errors import BundleError, TrainingError
@@ -94,6 +94,11 @@ class StoredIntervention:
 
     def restore(self, hidden_size: int) -> PlacedIntervention:
         """The intervention, frozen. Raises BundleError when it does not fit such hidden states, or is damaged."""
+        intervention = self.module(hidden_size)
+        return PlacedIntervention(layer=self.layer, positions=self.positions, intervention=intervention)
+
+    def module(self, hidden_size: int) -> ReftIntervention:
+        """The same without its place."""
         kind = KINDS[self.kind]
         shapes = {name: tuple(tensor.shape) for name, tensor in self.state.items()}
         if shapes != kind.shapes(hidden_size, self.rank):
@@ -103,9 +108,7 @@ class StoredIntervention:
             intervention.load_exported_state(self.state)
         except (TrainingError, RuntimeError) as error:
             raise BundleError(f"the intervention at layer {self.layer} is damaged: {error}") from error
-        return PlacedIntervention(
-            layer=self.layer, positions=self.positions, intervention=intervention.eval()
-        )
+        return intervention.eval()
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -123,11 +126,16 @@ def package_versions() -> dict[str, str]:
     return {"python": platform.python_version(), **{name: version(name) for name in _PACKAGES}}
 
 
-def write_stages(path: Path, adapters: list[LoraWeights], interventions: list[PlacedIntervention]) -> None:
+def write_stages(
+    path: Path,
+    adapters: list[LoraWeights],
+    interventions: list[PlacedIntervention],
+    base_reference: str | None = None,
+) -> None:
     """Writes the trained parts alone, under the names that a bundle gives them."""
     path.mkdir(parents=True, exist_ok=True)
     for name, adapter in zip(_names("lora"), adapters, strict=False):
-        adapter.save(path / name)
+        adapter.save(path / name, base_reference)
     for name, placed in zip(_names("reft"), interventions, strict=False):
         _write_intervention(path / name, placed)
 
@@ -147,7 +155,7 @@ def write_bundle(
     probe: Probe,
 ) -> Bundle:
     """Writes a complete bundle into an empty or new directory and returns it as read back."""
-    write_stages(path, adapters, interventions)
+    write_stages(path, adapters, interventions, info.base_model.reference)
     _write_probe(path / "probe.safetensors", probe)
     tokenizer.save_pretrained(path / "tokenizer")
     (path / "heft.json").write_text(info.model_dump_json(indent=1))

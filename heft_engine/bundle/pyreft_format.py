@@ -191,7 +191,7 @@ def _content(intervention: StoredIntervention) -> dict[str, Tensor]:
     if intervention.kind == "loreft":
         return intervention.state
     hidden_size = hidden_size_of(intervention.state)
-    module = intervention.restore(hidden_size).intervention
+    module = intervention.module(hidden_size)
     module.unfreeze()
     sizes = {name: torch.tensor(hidden_size) for name in ("embed_dim", "interchange_dim")}
     return {**sizes, **module.raw_state()}

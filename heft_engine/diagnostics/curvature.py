@@ -27,14 +27,15 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from heft_engine.adapters.reft import KINDS, Intervention
+from heft_engine.adapters.adapter import Boundary
+from heft_engine.adapters.reft import KINDS, ReftIntervention
 from heft_engine.config.flops import CacheLevel
 from heft_engine.config.train import parse_positions
 from heft_engine.data.encoding import Example
 from heft_engine.diagnostics.eigen import hutchinson, lanczos
 from heft_engine.model.interventions import PlacedIntervention
 from heft_engine.model.packed_lm import PackedLM
-from heft_engine.training.activation_cache import Boundary, SuffixCache
+from heft_engine.training.activation_cache import SuffixCache
 
 #: Rows that go through the upper layers together.
 ROWS = 16
@@ -47,7 +48,7 @@ class Place:
 
     layer: int
     positions: str
-    intervention: Intervention
+    intervention: ReftIntervention
 
     def cache(self, lm: PackedLM, examples: Sequence[Example]) -> SuffixCache:
         """What is frozen of these rows below and left of the intervention. `lm` has none in place."""
@@ -152,7 +153,7 @@ class GaussNewton:
         return logits
 
 
-def edit(kind: type[Intervention], parameters: Parameters, h: Tensor) -> Tensor:
+def edit(kind: type[ReftIntervention], parameters: Parameters, h: Tensor) -> Tensor:
     """Φ(h) − h as a function of the parameters, by the names of `Intervention.export_state`."""
     projection = parameters["rotate_layer"] if kind.rotated else parameters["proj_layer"].T
     change = parameters["bias"].expand(len(h), -1)
@@ -184,7 +185,7 @@ def curvature(
     }
 
 
-def begin(kind: str, hidden_size: int, rank: int, seed: int) -> Intervention:
+def begin(kind: str, hidden_size: int, rank: int, seed: int) -> ReftIntervention:
     """A fresh intervention, the same for every model it is put into."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)

@@ -22,7 +22,7 @@ from typing import Any, Literal, get_args
 
 import torch
 
-from heft_engine.adapters.lora import peft_layers as lora
+from heft_engine.adapters.lora.weights import weight_of
 from heft_engine.bundle.format import Bundle, check_tokenizer, read_bundle
 from heft_engine.config.train import ReftStage
 from heft_engine.data.encoding import Encoder
@@ -129,7 +129,7 @@ class _Diagnosis:
         }
         adapters = self.bundle.adapters
         if "weights" in wanted and adapters:
-            weight = lambda module: lora.weight_of(self.lm.model, module)  # noqa: E731
+            weight = lambda module: weight_of(self.lm.model, module)  # noqa: E731
             report["weights"] = weight_report(adapters, weight, self.lm.on_forward)
         before = self._measure()
         losses = self._put_stages_on() if "forgetting" in wanted or adapters else []
@@ -181,7 +181,7 @@ class _Diagnosis:
         waiting = [stored.restore(self.lm.hidden_size) for stored in self.bundle.interventions]
         for index, stage in enumerate(self.bundle.info.stages):
             if stage["type"] == "lora":
-                lora.merge(self.lm.model, next(adapters))
+                next(adapters).merge_into(self.lm.model)
             else:
                 mine = (stage["positions"], stage["rank"], stage.get("kind", "loreft"))
                 own = [

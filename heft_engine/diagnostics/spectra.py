@@ -19,7 +19,7 @@ from typing import Any
 from torch import Tensor
 
 from heft_engine.adapters.lora.intruders import EPSILON, TOP, Intruders, find
-from heft_engine.adapters.lora.peft_layers import LoraWeights
+from heft_engine.adapters.lora.weights import LoraWeights
 
 #: Below this share of its strength at the merge, an intruder counts as repaired by what came later.
 REPAIRED = 0.5

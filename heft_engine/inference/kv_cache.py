@@ -16,7 +16,6 @@ import torch
 from torch import Tensor, nn
 
 from heft_engine.model.packed_lm import PackedLM
-from heft_engine.training.activation_cache import kv_shape
 
 SMALLEST = 64
 CHUNK = 8
@@ -81,7 +80,7 @@ class KVCache:
     def __init__(self, lm: PackedLM, budget_bytes: int) -> None:
         self._places = [_device_of(layer) for layer in lm.layers]
         self._dtype = lm.dtype
-        self._shape = kv_shape(lm)
+        self._shape = lm.kv_shape
         self.budget_bytes = budget_bytes
         self.reserved_bytes = 0
         self.allocated_bytes = 0

@@ -1,21 +1,34 @@
-"""Where interventions sit: at the output of a decoder layer, at some prompt tokens.
-
-It does NOT know their kinds (heft_engine.adapters.reft), packing beyond a layout's positions, nor training.
-"""
+"""Interventions in a model: learned edits of hidden states at the output of decoder layers, at some prompt tokens."""
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
 
-from heft_engine.adapters.reft import Intervention
-from heft_engine.config.train import parse_positions
+from heft_engine.config.train import InterventionKind, parse_positions
 from heft_engine.model.packing import Layout
+
+
+class Intervention(Protocol):
+    """A module that edits hidden states. heft_engine.adapters.reft has the six kinds of ReFT."""
+
+    @property
+    def kind(self) -> InterventionKind: ...
+    @property
+    def rank(self) -> int: ...
+    def __call__(self, hidden: Tensor, scale: float | Tensor = 1.0) -> Tensor:
+        """Returns h + scale·(Φ(h) − h) for h (n, hidden); `scale` is a number, or a tensor (n, 1)."""
+
+    def to(self, device: torch.device) -> Any: ...
+    def parameters(self) -> Iterator[nn.Parameter]: ...
+    def state_dict(self) -> dict[str, Any]: ...
+    def export_state(self) -> dict[str, Tensor]:
+        """Returns the matrices that a bundle stores."""
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -27,50 +40,54 @@ class PlacedIntervention:
     intervention: Intervention
 
     def apply(self, hidden: Tensor, layout: Layout) -> Tensor:
-        """hidden (1, T, hidden) → the same with the intervened tokens edited."""
+        """Returns hidden (1, T, hidden) with the intervened tokens edited."""
         by_row = layout.intervened_by_row(*parse_positions(self.positions))
         scales = layout.scales or (layout.scale,) * len(by_row)
-        scale_at = {index: s for indices, s in zip(by_row, scales, strict=True) if s for index in indices}
-        if not scale_at:
+        scale_of = {
+            token: scale for tokens, scale in zip(by_row, scales, strict=True) if scale for token in tokens
+        }
+        if not scale_of:
             return hidden
-        at = torch.tensor(list(scale_at), device=hidden.device)
+        tokens = torch.tensor(list(scale_of), device=hidden.device)
         self.intervention.to(hidden.device)
-        edited = self.intervention(hidden[0, at], _scale(list(scale_at.values()), hidden.device))
-        return hidden.index_copy(1, at, edited[None])
+        edited = self.intervention(hidden[0, tokens], _scale(list(scale_of.values()), hidden.device))
+        return hidden.index_copy(1, tokens, edited[None])
 
     def same_place(self, other: PlacedIntervention) -> bool:
-        """Whether a later stage goes on with this intervention instead of adding one."""
-        mine = (self.layer, self.positions, self.intervention.kind, self.intervention.rank)
-        return mine == (other.layer, other.positions, other.intervention.kind, other.intervention.rank)
+        """Returns whether a later stage goes on with this intervention instead of adding the other."""
+        return self._place() == other._place()
+
+    def _place(self) -> tuple[int, str, str, int]:
+        return self.layer, self.positions, self.intervention.kind, self.intervention.rank
 
 
 def _scale(scales: list[float], device: torch.device) -> float | Tensor:
-    """One number where they are all alike, else (n, 1)."""
+    """Returns one number where all are alike, else (n, 1)."""
     if len(set(scales)) == 1:
         return scales[0]
     return torch.tensor(scales, device=device)[:, None]
 
 
 class Interventions:
-    """The interventions of one model, in the order in which they were added, hooked onto its decoder layers."""
+    """A model's interventions, in the order in which they were added, hooked onto its decoder layers."""
 
     def __init__(self, layers: nn.ModuleList) -> None:
         self._layers = layers
-        self._interventions: list[PlacedIntervention] = []
+        self._placed: list[PlacedIntervention] = []
         self._handles: list[Any] = []
         self._disabled: tuple[PlacedIntervention, ...] = ()
 
     def __iter__(self) -> Iterator[PlacedIntervention]:
-        return iter(self._interventions)
+        return iter(self._placed)
 
     def add(self, placed: PlacedIntervention) -> None:
-        """Hooks a site in. It acts only where a layout names the prompt tokens: in prefill, not in decoding."""
+        """Hooks an intervention in. It acts where a layout names prompt tokens: in prefill, not in decoding."""
 
         def hook(module: nn.Module, args: Any, kwargs: dict[str, Any], output: Any) -> Any:
             layout = kwargs.get("layout")
             return output if layout is None or placed in self._disabled else placed.apply(output, layout)
 
-        self._interventions.append(placed)
+        self._placed.append(placed)
         self._handles.append(self._layers[placed.layer].register_forward_hook(hook, with_kwargs=True))
 
     def extend(self, interventions: Iterable[PlacedIntervention]) -> None:
@@ -79,9 +96,9 @@ class Interventions:
 
     @contextmanager
     def disabled(self, interventions: Iterable[PlacedIntervention] | None = None) -> Iterator[None]:
-        """Leaves some interventions out for a while, all by default."""
+        """Inside, these interventions do nothing; by default all."""
         before = self._disabled
-        self._disabled = tuple(self._interventions if interventions is None else interventions)
+        self._disabled = tuple(self._placed if interventions is None else interventions)
         try:
             yield
         finally:
@@ -90,4 +107,4 @@ class Interventions:
     def clear(self) -> None:
         for handle in self._handles:
             handle.remove()
-        self._interventions, self._handles = [], []
+        self._placed, self._handles = [], []

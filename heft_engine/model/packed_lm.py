@@ -74,6 +74,15 @@ class PackedLM:
         return cast(torch.dtype, getattr(self.backbone, self.family.embedding).weight.dtype)
 
     @property
+    def kv_shape(self) -> tuple[int, int]:
+        """Number of key/value heads, and their dimension."""
+        heads = int(self.config.num_attention_heads)
+        if not self.family.grouped_heads:
+            return heads, self.hidden_size // heads
+        head_dim = getattr(self.config, "head_dim", None) or self.hidden_size // heads
+        return int(self.config.num_key_value_heads or heads), int(head_dim)
+
+    @property
     def parameters(self) -> int:
         return sum(parameter.numel() for parameter in self.model.parameters())
 

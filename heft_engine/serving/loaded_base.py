@@ -12,7 +12,7 @@ from typing import Literal
 import torch
 from transformers import PreTrainedTokenizerBase
 
-from heft_engine.adapters.lora import peft_layers as lora
+from heft_engine.adapters.lora.weights import weight_of
 from heft_engine.bundle.format import Bundle, check_tokenizer
 from heft_engine.config.metric_names import TaskType
 from heft_engine.config.train import TaskSettings
@@ -119,14 +119,14 @@ class Base:
     def _merged(self, bundle: Bundle) -> PackedLM:
         touched = {module for adapter in bundle.adapters for module in adapter.factors}
         for module in touched:
-            lora.weight_of(self.lm.model, module)
+            weight_of(self.lm.model, module)
         if self._device == "auto":
             # Layers on several devices are bound to their modules.
             return assemble(bundle, base=self.model, device=self._device, dtype=self.lm.dtype)
         lm = PackedLM(copy_sharing(self.lm.model, touched))
         lm.share_fixed_shapes(self.lm)
         for adapter in bundle.adapters:
-            lora.merge(lm.model, adapter)
+            adapter.merge_into(lm.model)
         for stored in bundle.interventions:
             if not 0 <= stored.layer < lm.n_layers:
                 raise BundleError(f"the bundle's intervention at layer {stored.layer} is for a deeper model")

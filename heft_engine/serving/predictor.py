@@ -15,7 +15,6 @@ from pathlib import Path
 
 import torch
 
-from heft_engine.adapters.lora import peft_layers as lora
 from heft_engine.bundle.format import Bundle, check_tokenizer, read_bundle
 from heft_engine.config.metric_names import TaskType
 from heft_engine.config.train import TaskSettings
@@ -100,9 +99,10 @@ class Predictor:
     @property
     def memory_bytes(self) -> int:
         """What its parameters hold, and the texts that are being written."""
-        parts = [self.lm.model, *(placed.intervention for placed in self.lm.interventions)]
-        own = sum(p.numel() * p.element_size() for part in parts for p in part.parameters())
-        return own + self.generator.memory_bytes
+        parameters = list(self.lm.model.parameters())
+        for placed in self.lm.interventions:
+            parameters += placed.intervention.parameters()
+        return sum(p.numel() * p.element_size() for p in parameters) + self.generator.memory_bytes
 
     def predict(
         self,
@@ -312,7 +312,7 @@ def assemble(
     )
     lm = PackedLM(model)
     for adapter in bundle.adapters:
-        lora.merge(lm.model, adapter)
+        adapter.merge_into(lm.model)
     for stored in bundle.interventions:
         if not 0 <= stored.layer < lm.n_layers:
             raise BundleError(f"the bundle's intervention at layer {stored.layer} is for a deeper model")

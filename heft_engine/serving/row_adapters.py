@@ -19,8 +19,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from heft_engine.adapters.lora.peft_layers import LoraWeights, weight_of
 from heft_engine.adapters.lora.variants import row_norms
+from heft_engine.adapters.lora.weights import LoraWeights, weight_of
 from heft_engine.bundle.format import StoredIntervention
 from heft_engine.config.train import parse_positions
 from heft_engine.data.encoding import intervened_positions

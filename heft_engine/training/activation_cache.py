@@ -26,10 +26,9 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from heft_engine.adapters.adapter import Boundary
 from heft_engine.config.flops import CacheLevel
-from heft_engine.config.train import parse_positions
-from heft_engine.data.encoding import Example, intervened_positions
-from heft_engine.model.interventions import PlacedIntervention
+from heft_engine.data.encoding import Example
 from heft_engine.model.packed_lm import PackedLM
 from heft_engine.model.packing import Layout, PackedRow, fill, micro_batches, pack, packed_length
 from heft_engine.model.prefix_attention import Prefix
@@ -39,28 +38,6 @@ from heft_engine.training.activation_store import StageActivations
 TOKEN_BUDGET = 4_096
 #: Of the keys' and values' bytes: what the states of higher layers may add to a prefill that is kept for later runs.
 _STATES_SHARE = 0.1
-
-
-@dataclass(frozen=True, kw_only=True)
-class Boundary:
-    """Where training begins: `layer` is the first decoder layer that runs each step; `sites` act on its input.
-
-    LoReFT at layer L: layer L + 1, with the stage's interventions at L as sites. LoRA from layer l on: layer l.
-    """
-
-    layer: int
-    interventions: tuple[PlacedIntervention, ...] = ()
-    #: Of every trained site, so that the first intervened token of a row is known; none for LoRA.
-    positions: tuple[str, ...] = ()
-    #: Whether nothing that is trained or among `sites` acts above: states there are those of other stages too.
-    clear_above: bool = False
-
-    def first_token(self, prompt: int) -> int:
-        """The first token of a prompt that training can change, or that is read: left of it all is constant."""
-        if not self.positions:
-            return 0
-        found = [p for spec in self.positions for p in intervened_positions(prompt, *parse_positions(spec))]
-        return min([prompt - 1, *found])
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -152,7 +129,7 @@ class SuffixCache:
 
     def _rows(self, states: Tensor, kept: Tensor, first: int) -> list[CachedRow]:
         """Views of the rows, one behind the other. states: (tokens, hidden). kept: flat, of the layers from `first`."""
-        layers, (kv_heads, head_dim) = self.lm.n_layers - first, kv_shape(self.lm)
+        layers, (kv_heads, head_dim) = self.lm.n_layers - first, self.lm.kv_shape
         rows: list[CachedRow] = []
         token = at = 0
         for example, skipped in zip(self._examples, self._skipped, strict=True):
@@ -269,7 +246,7 @@ def left_keys_values(
     `watch` is told the states (1, T, hidden) before each layer.
     """
     if layer == lm.n_layers:
-        kv_heads, head_dim = kv_shape(lm)
+        kv_heads, head_dim = lm.kv_shape
         return [states.new_empty(0, 2, kv_heads, length, head_dim) for length in lengths]
     kv_sink = FirstTokens(layer, lengths)
     offsets = [torch.arange(row.length) for row in layout.rows]
@@ -277,15 +254,6 @@ def left_keys_values(
     collecting = Layout(rows=layout.rows, scale=layout.scale, kv_sink=kv_sink)
     lm.run_layers(states[None], positions, collecting, layer, lm.n_layers, watch)
     return kv_sink.rows()
-
-
-def kv_shape(lm: PackedLM) -> tuple[int, int]:
-    """Key/value heads and their dimension."""
-    heads = int(lm.config.num_attention_heads)
-    if not lm.family.grouped_heads:
-        return heads, lm.hidden_size // heads
-    head_dim = getattr(lm.config, "head_dim", None) or lm.hidden_size // heads
-    return int(lm.config.num_key_value_heads or heads), int(head_dim)
 
 
 def size_of(lm: PackedLM, boundary: Boundary, examples: Sequence[Example], level: CacheLevel) -> int:
@@ -296,7 +264,7 @@ def size_of(lm: PackedLM, boundary: Boundary, examples: Sequence[Example], level
 def _row_sizes(
     lm: PackedLM, boundary: Boundary, examples: Sequence[Example], level: CacheLevel
 ) -> Iterator[int]:
-    kv_heads, head_dim = kv_shape(lm)
+    kv_heads, head_dim = lm.kv_shape
     a_token = 2 * kv_heads * head_dim * (lm.n_layers - boundary.layer)
     for example in examples:
         length = packed_length(example)

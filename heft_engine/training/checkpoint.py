@@ -23,7 +23,7 @@ import torch
 from pydantic import ValidationError
 from torch import Tensor
 
-from heft_engine.adapters.lora.peft_layers import LoraWeights
+from heft_engine.adapters.lora.weights import LoraWeights
 from heft_engine.bundle.format import StoredIntervention, read_stages, write_stages
 from heft_engine.config.train import TrainConfig
 from heft_engine.data.encoding import Example

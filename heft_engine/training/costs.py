@@ -10,17 +10,15 @@ from collections.abc import Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
+from heft_engine.adapters.adapter import Adapter, Boundary
 from heft_engine.config.flops import CacheLevel, RowTokens, Shape, StageWork, stage_flops
-from heft_engine.config.train import LoraStage
 from heft_engine.data.encoding import Example
 from heft_engine.model.packed_lm import PackedLM
 from heft_engine.model.packing import packed_length
-from heft_engine.training.activation_cache import Boundary
 from heft_engine.training.loop import Progress
 from heft_engine.training.loss_source import CachePlan
 
 if TYPE_CHECKING:
-    from heft_engine.adapters.registry import LoraAdapter, ReftAdapter
     from heft_engine.training.run import Run
 
 
@@ -36,9 +34,7 @@ def shape_of(lm: PackedLM) -> Shape:
     )
 
 
-def cost_of(
-    run: Run, index: int, trainable: LoraAdapter | ReftAdapter, progress: Progress, seconds: float
-) -> dict[str, Any]:
+def cost_of(run: Run, index: int, trainable: Adapter, progress: Progress, seconds: float) -> dict[str, Any]:
     """A stage that has been trained, before it is merged: its arithmetic is that of the tokens it went through.
 
     `flops_once` of `flops` are the same however many epochs there are.
@@ -50,7 +46,7 @@ def cost_of(
         level=CachePlan.from_json(progress.cache).level if progress.cache else CacheLevel.NONE,
         first_layer=boundary.layer,
         epochs=progress.tokens / sum(row.total for row in rows),
-        adapter=trained if isinstance(stage, LoraStage) else 0,
+        adapter=0 if boundary.positions else trained,
         checkpointing=progress.checkpointing,
     )
     return {

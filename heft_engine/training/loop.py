@@ -15,12 +15,13 @@ import math
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, fields
-from typing import Any, Protocol
+from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from heft_engine.config.train import EarlyStopping, LoraStage, ReftStage
+from heft_engine.adapters.adapter import Adapter
+from heft_engine.config.train import EarlyStopping, Stage
 from heft_engine.data.encoding import Example
 from heft_engine.errors import Stopped, TrainingError
 from heft_engine.events import Event, OnEvent
@@ -48,16 +49,6 @@ def epoch_order(seed: int, stage_index: int, epoch: int, rows: int) -> list[int]
     """An epoch's order of rows: a function of seed, stage and epoch alone, so that resuming needs no state."""
     generator = torch.Generator().manual_seed(derived_seed(seed, stage_index, epoch))
     return [int(i) for i in torch.randperm(rows, generator=generator)]
-
-
-class Trainable(Protocol):
-    """What the loop trains: raw parameters by name, split by whether weight decay may touch them."""
-
-    def parameters(self) -> dict[str, nn.Parameter]: ...
-    def groups(self) -> tuple[list[nn.Parameter], list[nn.Parameter]]: ...
-    def buffers(self) -> dict[str, Tensor]: ...  #: what else must be restored, bit for bit
-    def train(self, mode: bool) -> None: ...  #: switches the user's dropout, and nothing of the base
-    def check(self) -> None: ...  #: raises TrainingError when a constraint is broken
 
 
 @dataclass(kw_only=True)
@@ -115,10 +106,10 @@ class Hooks:
 class TrainLoop:
     """One stage's training. `examples` and `evaluation` hold their right answers alone."""
 
-    stage: LoraStage | ReftStage
+    stage: Stage
     index: int
     seed: int
-    trainable: Trainable
+    trainable: Adapter
     examples: Sequence[Example]
     source: Source  #: of the examples' losses
     validation: Sequence[Example]
@@ -132,7 +123,9 @@ class TrainLoop:
     before: Tensor | None = None  #: what the model said of the probe rows before the first step
 
     def __post_init__(self) -> None:
-        decay, plain = self.trainable.groups()
+        parameters, no_decay = self.trainable.parameters(), self.trainable.no_decay()
+        decay = [parameter for name, parameter in parameters.items() if name not in no_decay]
+        plain = [parameter for name, parameter in parameters.items() if name in no_decay]
         groups = [
             {"params": decay, "weight_decay": self.stage.weight_decay},
             {"params": plain, "weight_decay": 0.0},

@@ -15,6 +15,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
+from heft_engine.adapters.adapter import Boundary
 from heft_engine.config.flops import CacheLevel
 from heft_engine.data.encoding import Example
 from heft_engine.evaluation.evaluate import supervised_loss
@@ -22,7 +23,7 @@ from heft_engine.model.loss import cross_entropy
 from heft_engine.model.packed_lm import PackedLM
 from heft_engine.model.packing import fill, pack, packed_length
 from heft_engine.runtime.devices import memory_share
-from heft_engine.training.activation_cache import Boundary, SuffixCache, size_of
+from heft_engine.training.activation_cache import SuffixCache, size_of
 from heft_engine.training.activation_store import StageActivations
 
 #: Kept tokens, keys and values alone, that weigh as much in a pass as one that runs.

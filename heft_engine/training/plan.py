@@ -14,18 +14,18 @@ from typing import Any
 
 import torch
 
-from heft_engine.adapters.lora import merge
+from heft_engine.adapters import parity
+from heft_engine.adapters.adapter import Adapter, Boundary
 from heft_engine.config.flops import CacheLevel
-from heft_engine.config.train import Auto, LoraStage, ReftStage
+from heft_engine.config.train import Auto, Stage
 from heft_engine.data.encoding import Example
 from heft_engine.inference.scoring import TOKEN_BUDGET as SCORING_BUDGET
 from heft_engine.model.packed_lm import PackedLM
 from heft_engine.model.packing import fill, packed_length
 from heft_engine.runtime import devices, malloc
 from heft_engine.training import memory_plan
-from heft_engine.training.activation_cache import Boundary, kv_shape
 from heft_engine.training.compile import compiled_layers, pays
-from heft_engine.training.loop import TOKEN_BUDGET, Progress, Trainable, epoch_order
+from heft_engine.training.loop import TOKEN_BUDGET, Progress, epoch_order
 from heft_engine.training.loss_source import (
     CacheBudget,
     CachePlan,
@@ -68,10 +68,10 @@ class Planner:
     """
 
     lm: PackedLM
-    stage: LoraStage | ReftStage
+    stage: Stage
     index: int
     seed: int
-    trainable: Trainable
+    trainable: Adapter
     boundary: Boundary
     examples: Sequence[Example]
     validation: Sequence[Example]
@@ -208,7 +208,7 @@ class Planner:
             with_gradient.append(fill(self.lm.device, tokens) - tokens)
         total = found.of(with_gradient)
         if cache.level != CacheLevel.NONE:
-            kv_heads, width = kv_shape(self.lm)
+            kv_heads, width = self.lm.kv_shape
             a_token = 2 * kv_heads * width * (self.lm.n_layers - self.boundary.layer) * self.lm.dtype.itemsize
             copies = 1 if cache.level == CacheLevel.KV else 2
             total += copies * len(part) * max(skipped) * a_token
@@ -232,12 +232,12 @@ class Planner:
         code = memory_plan.code_bytes(lm, self._lengths(caches[0], parts))
         training = fitted.bytes + self._head()
         scoring = memory_plan.pass_bytes(lm, SCORING_BUDGET)
-        merging = self._merging() if isinstance(self.stage, LoraStage) and lm.device.type == "cpu" else 0
+        merging = self._merging() if self.trainable.merges and lm.device.type == "cpu" else 0
         most = max(int(memory_plan.OVERHEAD * training), scoring, merging)
         return devices.resident_bytes(lm.device) + self._standing(caches) + code + most
 
     def _merging(self) -> int:
         """The merge is held to a copy of the model in float32, which always lies on the CPU, on a few of the rows."""
         longest = max(map(packed_length, self.examples))
-        tokens = max(longest, min(merge.TOKEN_BUDGET, merge.PROBE_ROWS * longest))
+        tokens = max(longest, min(parity.TOKEN_BUDGET, parity.PROBE_ROWS * longest))
         return 4 * self.lm.parameters + memory_plan.pass_bytes(self.lm, tokens) * 4 // self.lm.dtype.itemsize

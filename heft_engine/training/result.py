@@ -10,7 +10,7 @@ from pathlib import Path
 from random import Random
 from typing import TYPE_CHECKING, Any
 
-from heft_engine.adapters.lora.merge import float32_copy
+from heft_engine.adapters.parity import float32_copy
 from heft_engine.bundle.format import (
     BaseRecord,
     Bundle,

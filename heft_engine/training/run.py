@@ -14,13 +14,13 @@ from typing import Any
 
 import torch
 
-from heft_engine.adapters.lora import peft_layers as lora
-from heft_engine.adapters.lora.merge import PROBE_ROWS, merge_stage
-from heft_engine.adapters.lora.peft_layers import LoraWeights
-from heft_engine.adapters.registry import LoraAdapter, ReftAdapter, attach
+from heft_engine.adapters.adapter import Adapter, Merge
+from heft_engine.adapters.lora.weights import LoraWeights
+from heft_engine.adapters.parity import PROBE_ROWS
+from heft_engine.adapters.registry import attach
 from heft_engine.bundle.format import Bundle, Probe
 from heft_engine.config.run_file import RunOptions
-from heft_engine.config.train import LoraStage, ReftStage, TrainConfig
+from heft_engine.config.train import Stage, TrainConfig
 from heft_engine.data.encoding import Encoder, Example
 from heft_engine.data.general_text import general_examples
 from heft_engine.data.rows import Row
@@ -163,7 +163,7 @@ class Run:
         restored = load_checkpoint(checkpoint, self.config, self.state.rows_sha256)
         self.state = restored.state
         for adapter in restored.adapters:
-            lora.merge(self.lm.model, adapter)
+            adapter.merge_into(self.lm.model)
         self.adapters = restored.adapters
         self.lm.interventions.extend(stored.restore(self.lm.hidden_size) for stored in restored.interventions)
 
@@ -236,30 +236,25 @@ class Run:
     def _end_stage(
         self,
         index: int,
-        stage: LoraStage | ReftStage,
-        trainable: LoraAdapter | ReftAdapter,
+        stage: Stage,
+        trainable: Adapter,
         progress: Progress,
     ) -> None:
         """Merges or freezes what was trained, and measures it."""
-        if isinstance(trainable, LoraAdapter):
-            assert isinstance(stage, LoraStage)
-            self._merge(index, stage, trainable)
-        else:
-            trainable.freeze()
+        merge = trainable.finish(self.probe)
+        if merge is not None:
+            self._record_merge(index, merge)
         self.state.trained_tokens += progress.tokens
         self.state.losses = progress.losses
         self.state.stage_index, self.state.inside_stage = index + 1, None
         self._evaluate(stage.type, index)
         self.state.general_loss.append(mean_loss(self.lm, self.general))
 
-    def _merge(self, index: int, stage: LoraStage, trainable: LoraAdapter) -> None:
-        assert stage.target_modules != "auto"
-        adapter = lora.extract(trainable.adapted, stage, stage.target_modules, self.base.reference)
-        adapter, record = merge_stage(self.lm, trainable.adapted, stage, adapter, self.probe)
-        self.adapters.append(adapter)
-        self.state.parity.append({"stage_index": index, **record})
-        message = f"Merged; float32 logits differ from the adapter's by {record['float32']:.1e}"
-        self.emit_stage("MERGE_VERIFIED", message, index, **record)
+    def _record_merge(self, index: int, merge: Merge) -> None:
+        self.adapters.append(merge.weights)
+        self.state.parity.append({"stage_index": index, **merge.record})
+        message = f"Merged; float32 logits differ from the adapter's by {merge.record['float32']:.1e}"
+        self.emit_stage("MERGE_VERIFIED", message, index, **merge.record)
 
     def _evaluate(self, stage: str, index: int | None) -> None:
         if not self.reported:

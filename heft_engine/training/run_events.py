@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from heft_engine.adapters.registry import LoraAdapter, ReftAdapter
+from heft_engine.adapters.adapter import Adapter
 from heft_engine.events import Event
 from heft_engine.runtime.devices import dtype_name
 from heft_engine.training import failure_signatures
@@ -37,7 +37,7 @@ def announce(run: Run) -> None:
     )
 
 
-def tell_plan(run: Run, index: int, trainable: LoraAdapter | ReftAdapter, plan: StagePlan) -> None:
+def tell_plan(run: Run, index: int, trainable: Adapter, plan: StagePlan) -> None:
     stage = run.config.stages[index]
     run.emit_stage(
         "STAGE_STARTED",

@@ -12,9 +12,10 @@ from typing import Any
 
 import torch
 
-from heft_engine.adapters.registry import LoraAdapter, ReftAdapter, attach
+from heft_engine.adapters.adapter import Adapter
+from heft_engine.adapters.registry import attach
 from heft_engine.config.flops import CacheLevel
-from heft_engine.config.train import Auto, LoraStage, ReftStage
+from heft_engine.config.train import Auto, Stage
 from heft_engine.data.encoding import Example
 from heft_engine.events import OnEvent
 from heft_engine.model.packed_lm import PackedLM
@@ -30,7 +31,7 @@ class SingleStage:
 
     planner: Planner
     plan: StagePlan
-    trainable: LoraAdapter | ReftAdapter
+    trainable: Adapter
     on_event: OnEvent
 
     def source(self) -> Source:
@@ -61,7 +62,7 @@ class SingleStage:
 @contextmanager
 def single_stage(
     lm: PackedLM,
-    stage: LoraStage | ReftStage,
+    stage: Stage,
     rows: Sequence[Example],
     on_event: OnEvent,
     *,

@@ -13,7 +13,7 @@ from uuid import uuid4
 
 from torch import Tensor
 
-from heft_engine.adapters.registry import LoraAdapter, ReftAdapter
+from heft_engine.adapters.adapter import Adapter
 from heft_engine.config.flops import CacheLevel
 from heft_engine.data.encoding import Example
 from heft_engine.training.checkpoint import CheckpointWriter
@@ -25,7 +25,7 @@ if TYPE_CHECKING:
     from heft_engine.training.run import Run
 
 
-def planner_of(run: Run, index: int, trainable: LoraAdapter | ReftAdapter) -> Planner:
+def planner_of(run: Run, index: int, trainable: Adapter) -> Planner:
     return Planner(
         lm=run.lm,
         stage=run.config.stages[index],
@@ -45,7 +45,7 @@ def planner_of(run: Run, index: int, trainable: LoraAdapter | ReftAdapter) -> Pl
 def train_stage(
     run: Run,
     index: int,
-    trainable: LoraAdapter | ReftAdapter,
+    trainable: Adapter,
     plan: StagePlan,
     interventions_before: int,
     writer: CheckpointWriter,

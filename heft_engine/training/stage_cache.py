@@ -17,7 +17,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
@@ -26,8 +26,8 @@ import torch
 from safetensors import SafetensorError
 from torch import Tensor
 
-from heft_engine.adapters.lora import peft_layers as lora
-from heft_engine.adapters.lora.peft_layers import LoraWeights
+from heft_engine.adapters.adapter import Boundary
+from heft_engine.adapters.lora.weights import LoraWeights
 from heft_engine.bundle.format import Bundle, package_versions, read_bundle
 from heft_engine.data.encoding import Example, tokenizer_hash
 from heft_engine.errors import BundleError
@@ -37,7 +37,6 @@ from heft_engine.model.interventions import PlacedIntervention
 from heft_engine.model.model_files import weights_hash
 from heft_engine.runtime.devices import dtype_name, kernels_enabled
 from heft_engine.runtime.sealed_directory import load_state
-from heft_engine.training.activation_cache import Boundary
 from heft_engine.training.activation_store import ActivationStore, StageActivations
 from heft_engine.training.checkpoint import CheckpointWriter, RunState, rows_hash, write_stage
 from heft_engine.training.run_events import tell_evaluation, tell_warnings
@@ -121,7 +120,7 @@ class Reuse:
         for index, result in enumerate(list(self._read(self._keys))):
             self._stand_behind(index, result, writer)
         for adapter in self._run.adapters:
-            lora.merge(self._run.lm.model, adapter)
+            adapter.merge_into(self._run.lm.model)
 
     def keep(self, index: int) -> None:
         """Keeps the result of the stage that has just ended. A store that can't is no reason to fail."""
@@ -159,9 +158,7 @@ class Reuse:
         run, stage = self._run, self._run.config.stages[index]
         run.state = result.state
         run.state.costs = [{**cost, "reused": True} for cost in result.state.costs]
-        run.adapters = [
-            replace(adapter, base_reference=run.base.reference) for adapter in result.bundle.adapters
-        ]
+        run.adapters = list(result.bundle.adapters)
         run.lm.interventions.clear()
         run.lm.interventions.extend(result.interventions)
         run.probed = (index + 1, result.bundle.probe, result.bundle.info.probe_tolerance)

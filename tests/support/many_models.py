@@ -8,9 +8,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from heft_engine.adapters.lora import peft_layers as lora
-from heft_engine.adapters.lora.peft_layers import LoraWeights
 from heft_engine.adapters.lora.variants import row_norms
+from heft_engine.adapters.lora.weights import LoraWeights, weight_of
 from heft_engine.adapters.reft import KINDS
 from heft_engine.bundle.format import StoredIntervention
 from heft_engine.config.train import InterventionKind
@@ -34,7 +33,7 @@ def adapter(
     names = [name for name, _ in lm.model.named_modules() if name.endswith(suffixes)]
     factors, magnitudes = {}, {}
     for name in names:
-        weight = lora.weight_of(lm.model, name)
+        weight = weight_of(lm.model, name)
         down = torch.randn(rank, weight.shape[1], generator=generator) * 0.1
         up = torch.randn(weight.shape[0], rank, generator=generator) * 0.1
         factors[name] = (down, up)
@@ -92,7 +91,7 @@ def merged(lm: PackedLM, made: Made) -> ModelVariant:
     touched = {module for each in made.adapters for module in each.factors}
     own = PackedLM(copy_sharing(lm.model, touched))
     for each in made.adapters:
-        lora.merge(own.model, each)
+        each.merge_into(own.model)
     for stored in made.interventions:
         own.interventions.add(stored.site(own.hidden_size))
     return ModelVariant(lm=own, interventions=tuple(own.interventions), scope="merged")

@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from heft_engine.adapters.reft import KINDS, Intervention
+from heft_engine.adapters.reft import KINDS, ReftIntervention
 from heft_engine.bundle.format import Bundle
 from heft_engine.config.train import ReftStage, Stage, TrainConfig
 from heft_engine.data.encoding import Encoder, Example
@@ -81,7 +81,7 @@ def go(run: Run, out: Path) -> Bundle:
     return run.go(out, CheckpointWriter(directory=None, seconds=0, on_event=run.on_event), lambda: False)
 
 
-def put_interventions(lm: PackedLM, stage: ReftStage) -> list[Intervention]:
+def put_interventions(lm: PackedLM, stage: ReftStage) -> list[ReftIntervention]:
     """Fresh interventions where the stage will look for standing ones: it goes on with them, raw weights and all."""
     torch.manual_seed(SEED)
     assert stage.layers != "auto"

@@ -14,8 +14,8 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
-from heft_engine.adapters.lora.peft_layers import LoraWeights
 from heft_engine.adapters.lora.variants import Factors, row_norms
+from heft_engine.adapters.lora.weights import LoraWeights
 from heft_engine.errors import BundleError
 
 WeightOf = Callable[[str], Tensor]
@@ -54,7 +54,6 @@ def concatenate(adapters: Sequence[LoraWeights], weight_of: WeightOf | None = No
         alpha=float(rank),
         target_modules=first.target_modules if alike else modules,
         layers=first.layers if alike else None,
-        base_reference=first.base_reference,
         magnitudes=magnitudes or None,
     )
 

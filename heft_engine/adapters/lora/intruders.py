@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from heft_engine.adapters.lora.concat import concatenate
-from heft_engine.adapters.lora.peft_layers import LoraWeights
+from heft_engine.adapters.lora.weights import LoraWeights
 
 TOP = 10
 EPSILON = 0.5

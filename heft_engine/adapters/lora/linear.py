@@ -59,12 +59,12 @@ class LoraProduct(torch.autograd.Function):
         return change, None, None, down_gradient.float(), up_gradient.float(), None
 
 
-def speed_up(adapted: PeftModel) -> None:
+def use_fused_forward(peft_model: PeftModel) -> None:
     """Gives every adapted linear layer without dropout the product above, until the adapter is taken out again.
 
     Layers with dropout keep peft's (they have no frozen half: heft_engine.config.train refuses it).
     """
-    for module in adapted.modules():
+    for module in peft_model.modules():
         if isinstance(module, Linear) and not _drops(module):
             module.forward = MethodType(_forward, module)
 

@@ -40,7 +40,9 @@ def teach(intervention: LoreftIntervention, optimizer: torch.optim.Optimizer, st
 
 def adamw(intervention: LoreftIntervention, decay: float = 0.0) -> torch.optim.AdamW:
     """As the training loop groups them."""
-    decaying, plain = intervention.parameter_groups()
+    named = dict(intervention.named_parameters())
+    plain = [named.pop(name) for name in sorted(intervention.no_decay())]
+    decaying = list(named.values())
     groups = [{"params": decaying, "weight_decay": decay}, {"params": plain, "weight_decay": 0.0}]
     return torch.optim.AdamW(groups, lr=1e-2)
 

@@ -14,7 +14,7 @@ from small_runs import text_rows
 from torch import Tensor
 from torch.testing import assert_close
 
-from heft_engine.adapters.lora.peft_layers import LoraWeights
+from heft_engine.adapters.lora.weights import LoraWeights
 from heft_engine.adapters.reft import KINDS
 from heft_engine.config.train import TaskSettings
 from heft_engine.data.encoding import Encoder, Example

@@ -8,7 +8,7 @@ import pytest
 import torch
 from engine_runs import LORA, but
 
-from heft_engine.adapters.registry import LoraAdapter
+from heft_engine.adapters.lora.adapter import LoraAdapter
 from heft_engine.data.encoding import Example
 from heft_engine.model.attention import IMPLEMENTATION
 from heft_engine.model.base_models import load_model, resolve_path

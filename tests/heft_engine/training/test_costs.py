@@ -14,7 +14,8 @@ from small_runs import prepared, reft, yes_no_rows
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import flop_registry
 
-from heft_engine.adapters.registry import LoraAdapter, ReftAdapter
+from heft_engine.adapters.lora.adapter import LoraAdapter
+from heft_engine.adapters.reft import ReftAdapter
 from heft_engine.commands.main import main
 from heft_engine.config.flops import CacheLevel, RowTokens, Shape, StageWork, stage_flops
 from heft_engine.config.train import LoraStage

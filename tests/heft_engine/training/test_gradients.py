@@ -14,9 +14,8 @@ from tiny_models import FAMILIES
 from torch import Tensor
 from transformers import AutoModelForCausalLM
 
-from heft_engine.adapters.lora import peft_layers as lora
-from heft_engine.adapters.reft import LoreftIntervention
-from heft_engine.adapters.registry import LoraAdapter, ReftAdapter
+from heft_engine.adapters.lora.adapter import LoraAdapter
+from heft_engine.adapters.reft import LoreftIntervention, ReftAdapter
 from heft_engine.config.flops import CacheLevel
 from heft_engine.config.train import LoraStage
 from heft_engine.data.encoding import Example
@@ -135,7 +134,7 @@ def test_lora_on_upper_layers_on_every_cache_level(make_tiny_model: MakeModel, f
     modules = list(lm.family.attention)
     trainable = LoraAdapter.attach(lm, LoraStage(layers=[2, 3], target_modules=modules))
     with torch.no_grad():
-        for parameter in lora.trainable(trainable.adapted).values():
+        for parameter in trainable.parameters().values():
             parameter.normal_(std=0.1)
     trainable.train(False)
     plain = computed(PlainSource(lm=lm, examples=rows()), trainable)

@@ -34,7 +34,7 @@ def test_a_rotation_that_collapses_fails_the_run(
     tiny_llama_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """As it does once the raw parameter of R meets weight decay."""
-    monkeypatch.setattr(LoreftIntervention, "parameter_groups", lambda self: (list(self.parameters()), []))
+    monkeypatch.setattr(LoreftIntervention, "no_decay", lambda self: set())
     stage = but(REFT, weight_decay=0.1)
     with pytest.raises(
         TrainingError, match=r"rotation R collapsed .* R must not meet weight decay"

@@ -11,7 +11,7 @@ from engine_runs import REFT, but
 from tiny_models import FAMILIES
 from torch import Tensor
 
-from heft_engine.adapters.registry import ReftAdapter
+from heft_engine.adapters.reft import ReftAdapter
 from heft_engine.data.encoding import Example
 from heft_engine.model.attention import IMPLEMENTATION
 from heft_engine.model.base_models import load_model, resolve_path

@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from engine_runs import LORA, REFT, but, config, parse, run, yes_no
 
-from heft_engine.adapters.registry import LoraAdapter
+from heft_engine.adapters.lora.adapter import LoraAdapter
 from heft_engine.data.encoding import Example
 from heft_engine.errors import TrainingError
 from heft_engine.model import loss as supervised

@@ -14,10 +14,10 @@ from real_pyreft import plain
 from torch import Tensor
 from torch.testing import assert_close
 
-from heft_engine.adapters.lora import peft_layers as lora
+from heft_engine.adapters.lora import peft_layers
+from heft_engine.adapters.lora.adapter import LoraAdapter
 from heft_engine.adapters.lora.intruders import find, repaired
-from heft_engine.adapters.lora.peft_layers import LoraWeights
-from heft_engine.adapters.registry import LoraAdapter
+from heft_engine.adapters.lora.weights import LoraWeights
 from heft_engine.config.train import LoraStage
 from heft_engine.serving.predictor import load
 
@@ -147,9 +147,8 @@ def test_a_merge_without_a_scale_is_what_was_trained(tiny_llama_dir: Path) -> No
     lm = packed(tiny_llama_dir)
     stage = LoraStage(target_modules=["q_proj"])
     trainable = LoraAdapter.attach(lm, stage)
-    adapter = lora.extract(trainable.adapted, stage, ["q_proj"], "tiny")
-    from heft_engine.adapters.lora.merge import merge_stage
-
-    merged, record = merge_stage(lm, trainable.adapted, stage, adapter, probes())
-    assert merged is adapter
-    assert "intruders" not in record
+    trained = peft_layers.extract(trainable.peft_model, stage, ["q_proj"])
+    merge = trainable.finish(probes())
+    for name, pair in trained.factors.items():
+        assert all(map(torch.equal, pair, merge.weights.factors[name]))
+    assert "intruders" not in merge.record

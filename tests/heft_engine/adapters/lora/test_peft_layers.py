@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -14,11 +15,12 @@ from probe_models import bits, packed, probes, same
 from tiny_models import FAMILIES
 from transformers import AutoModelForCausalLM
 
-from heft_engine.adapters.lora import lora_concat
-from heft_engine.adapters.lora import merge as parity
+from heft_engine.adapters import parity
 from heft_engine.adapters.lora import peft_layers as lora
-from heft_engine.adapters.lora.merge import merge_and_verify, probe_logits
-from heft_engine.adapters.lora.peft_layers import LoraWeights
+from heft_engine.adapters.lora.concat import concatenate
+from heft_engine.adapters.lora.merge import merge_and_verify
+from heft_engine.adapters.lora.weights import ADAPTER_CONFIG, ADAPTER_WEIGHTS, LoraWeights
+from heft_engine.adapters.parity import probe_logits
 from heft_engine.config.train import LoraStage
 from heft_engine.errors import BundleError, ConfigError, TrainingError
 from heft_engine.model.attention import IMPLEMENTATION
@@ -36,7 +38,7 @@ def trained(lm: PackedLM, stage: LoraStage, seed: int = 0) -> tuple[Any, LoraWei
     with torch.no_grad():
         for parameter in lora.trainable(adapted).values():
             parameter.copy_(torch.randn(parameter.shape, generator=generator) * 0.1)
-    return adapted, lora.extract(adapted, stage, stage.target_modules, "tiny")
+    return adapted, lora.extract(adapted, stage, stage.target_modules)
 
 
 def auto(lm: PackedLM, **settings: Any) -> LoraStage:
@@ -56,7 +58,7 @@ def test_the_merged_model_is_the_adapted_one(make_tiny_model: MakeModel, family:
     assert (with_adapter - before).abs().max() > 0.1
     lora.detach(adapted)
     assert same(bits(lm), base), "taking an adapter out leaves the base as it was"
-    lora.merge(lm.model, adapter)
+    adapter.merge_into(lm.model)
     torch.testing.assert_close(probe_logits(lm, probes()), with_adapter, atol=1e-4, rtol=0)
     changed = {name for name in base if not torch.equal(base[name], bits(lm)[name])}
     assert changed == {f"{module}.weight" for module in adapter.factors}
@@ -81,7 +83,7 @@ def test_a_merge_adds_in_float32_and_rounds_once(tiny_llama_dir: Path) -> None:
     weight = bits(lm)[f"{module}.weight"]
     down, up = adapter.factors[module]
     assert down.dtype == up.dtype == torch.float32
-    lora.merge(lm.model, adapter)
+    adapter.merge_into(lm.model)
     exact = weight.float() + 3.0 * (up @ down)
     assert torch.equal(bits(lm)[f"{module}.weight"], exact.to(torch.bfloat16))
 
@@ -124,9 +126,9 @@ def test_a_merge_that_is_not_the_adapter_fails_the_run(
 ) -> None:
     lm = packed(tiny_llama_dir)
     adapted, adapter = trained(lm, auto(lm))
-    merge = lora.merge
-    other = LoraWeights(**{**vars(adapter), "scaling": adapter.scaling * 1.01})
-    monkeypatch.setattr(parity.lora, "merge", lambda model, _: merge(model, other))
+    merge_into = LoraWeights.merge_into
+    other = replace(adapter, scaling=adapter.scaling * 1.01)
+    monkeypatch.setattr(LoraWeights, "merge_into", lambda self, model: merge_into(other, model))
     with pytest.raises(TrainingError, match="is not the adapter that was trained") as broken:
         merge_and_verify(lm, adapted, auto(lm), adapter, probes())
     assert broken.value.code == "parity_broken"
@@ -145,7 +147,7 @@ def test_stages_replayed_from_files_give_equal_bits(
         adapters.append(adapter)
     again = packed(tiny_llama_dir, dtype)
     for seed in range(3):
-        lora.merge(again.model, LoraWeights.load(tmp_path / str(seed)))
+        LoraWeights.load(tmp_path / str(seed)).merge_into(again.model)
     assert same(bits(again), bits(lm))
 
 
@@ -159,11 +161,11 @@ def test_what_is_saved_is_what_peft_reads(tiny_llama_dir: Path, tmp_path: Path) 
     for seed, stage in enumerate([*stages, stages[0]]):
         lm = packed(tiny_llama_dir)
         adapters.append(trained(lm, stage, seed)[1])
-    joined = lora_concat.concatenate(adapters)
+    joined = concatenate(adapters)
     assert (joined.rank, joined.scaling) == (24, 1.0)
     merged = packed(tiny_llama_dir)
     for adapter in adapters:
-        lora.merge(merged.model, adapter)
+        adapter.merge_into(merged.model)
     for module in joined.factors:
         total = sum(a.delta(module) for a in adapters if module in a.factors)
         torch.testing.assert_close(joined.delta(module), total, atol=1e-5, rtol=0)
@@ -188,18 +190,18 @@ def test_modules_that_a_models_layers_do_not_have_are_refused(tiny_llama_dir: Pa
 def test_a_foreign_adapter_is_refused(make_tiny_model: MakeModel) -> None:
     llama, neox = packed(make_tiny_model("llama")), packed(make_tiny_model("gpt_neox"))
     with pytest.raises(BundleError, match=r"names model\.layers\.0\.self_attn\.q_proj, which this base"):
-        lora.merge(neox.model, trained(llama, auto(llama))[1])
+        trained(llama, auto(llama))[1].merge_into(neox.model)
     narrow = trained(packed(make_tiny_model("llama")), LoraStage(target_modules=["up_proj"]))[1]
     down, up = narrow.factors["model.layers.0.mlp.up_proj"]
     narrow.factors["model.layers.0.mlp.up_proj"] = (down, torch.cat([up, up]))
     with pytest.raises(BundleError, match=r"up_proj is \(128, 32\), the base's \(64, 32\)"):
-        lora.merge(packed(make_tiny_model("llama")).model, narrow)
+        narrow.merge_into(packed(make_tiny_model("llama")).model)
 
 
 @pytest.mark.parametrize("damage", ["no config", "no rank", "no weights", "cut", "half"])
 def test_a_damaged_adapter_is_refused(tiny_llama_dir: Path, tmp_path: Path, damage: str) -> None:
     trained(packed(tiny_llama_dir), LoraStage(target_modules=["q_proj"]))[1].save(tmp_path)
-    config, weights = tmp_path / lora.ADAPTER_CONFIG, tmp_path / lora.ADAPTER_WEIGHTS
+    config, weights = tmp_path / ADAPTER_CONFIG, tmp_path / ADAPTER_WEIGHTS
     match damage:
         case "no config":
             config.unlink()

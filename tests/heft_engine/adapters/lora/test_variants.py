@@ -18,11 +18,12 @@ from small_runs import SEED, go, prepared, step_losses, steps_of, yes_no_rows
 from torch.testing import assert_close
 
 from heft_engine.adapters.lora import peft_layers as lora
+from heft_engine.adapters.lora.adapter import LoraAdapter
 from heft_engine.adapters.lora.concat import concatenate
-from heft_engine.adapters.lora.merge import merge_and_verify, probe_logits
-from heft_engine.adapters.lora.peft_layers import LoraWeights
+from heft_engine.adapters.lora.merge import merge_and_verify
 from heft_engine.adapters.lora.variants import initial_factors, widened
-from heft_engine.adapters.registry import LoraAdapter
+from heft_engine.adapters.lora.weights import ADAPTER_WEIGHTS, LoraWeights, weight_of
+from heft_engine.adapters.parity import probe_logits
 from heft_engine.config.train import LoraStage
 from heft_engine.data.encoding import Example
 from heft_engine.errors import BundleError, ConfigError, TrainingError
@@ -55,7 +56,7 @@ def trained(lm: PackedLM, stage: LoraStage, seed: int = 0) -> tuple[LoraAdapter,
         for name, parameter in trainable.parameters().items():
             factor = 0.2 if lora.is_magnitude(name) else 0.1
             parameter.add_(factor * parameter.abs().mean().clamp_min(0.5) * torch.randn(parameter.shape))
-    return trainable, lora.extract(trainable.adapted, stage, MODULES, "tiny")
+    return trainable, lora.extract(trainable.peft_model, stage, MODULES)
 
 
 def peft_losses(path: Path, stage: LoraStage, steps: list[list[Example]]) -> list[float]:
@@ -109,10 +110,10 @@ def test_a_model_begins_as_it_was_and_is_left_as_it_was(tiny_llama_dir: Path, va
     base, before = bits(lm), probe_logits(lm, probes())
     fresh = LoraAdapter.attach(lm, stage_of(variant))
     assert_close(probe_logits(lm, probes()), before, rtol=0, atol=1e-5)
-    lora.detach(fresh.adapted)
+    lora.detach(fresh.peft_model)
     trainable, _ = trained(lm, stage_of(variant))
     assert (probe_logits(lm, probes()) - before).abs().max() > 0.1
-    lora.detach(trainable.adapted)
+    lora.detach(trainable.peft_model)
     assert same(bits(lm), base)
 
 
@@ -122,7 +123,7 @@ def test_what_is_merged_is_what_was_trained(tiny_llama_dir: Path, variant: str, 
     lm, stage = packed(tiny_llama_dir, dtype), stage_of(variant)
     trainable, adapter = trained(lm, stage)
     as_trained = probe_logits(lm, probes())
-    record = merge_and_verify(lm, trainable.adapted, stage, adapter, probes())
+    record = merge_and_verify(lm, trainable.peft_model, stage, adapter, probes())
     assert 0 < record.float32 < 1e-4
     if dtype == torch.float32:
         assert_close(probe_logits(lm, probes()), as_trained, rtol=0, atol=1e-4)
@@ -137,7 +138,7 @@ def test_a_conversion_that_is_not_the_adapter_fails_the_run(tiny_llama_dir: Path
     for module, (down, up) in adapter.factors.items():
         adapter.factors[module] = (down, torch.cat([up[:, :4] + up[:, 4:], 0 * up[:, 4:]], dim=1))
     with pytest.raises(TrainingError, match="is not the adapter that was trained"):
-        merge_and_verify(lm, trainable.adapted, stage, adapter, probes())
+        merge_and_verify(lm, trainable.peft_model, stage, adapter, probes())
 
 
 @each_variant
@@ -146,13 +147,13 @@ def test_peft_alone_reads_what_is_stored_on_the_original_base(
 ) -> None:
     lm, stage = packed(tiny_llama_dir), stage_of(variant)
     trainable, adapter = trained(lm, stage)
-    merge_and_verify(lm, trainable.adapted, stage, adapter, probes())
+    merge_and_verify(lm, trainable.peft_model, stage, adapter, probes())
     adapter.save(tmp_path)
     theirs = PackedLM(PeftModel.from_pretrained(plain(tiny_llama_dir), tmp_path).merge_and_unload())
     theirs.model.config._attn_implementation = lm.model.config._attn_implementation
     assert_close(probe_logits(theirs, probes()), probe_logits(lm, probes()), rtol=0, atol=1e-4)
     again = packed(tiny_llama_dir)
-    lora.merge(again.model, LoraWeights.load(tmp_path))
+    LoraWeights.load(tmp_path).merge_into(again.model)
     assert same(bits(again), bits(lm))
     assert adapter.rank == (4 if stage.init == "default" else 8)
     assert (adapter.magnitudes is None) != stage.use_dora
@@ -169,10 +170,10 @@ def test_stages_with_magnitudes_become_one_adapter(
         # Of different layers, so that some modules have had no DoRA.
         stage = stage_of(variant, layers=[0, 1 + seed])
         trainable, adapter = trained(lm, stage, seed)
-        merge_and_verify(lm, trainable.adapted, stage, adapter, probes())
+        merge_and_verify(lm, trainable.peft_model, stage, adapter, probes())
         adapters.append(adapter)
     base = packed(tiny_llama_dir).model
-    joined = concatenate(adapters, lambda module: lora.weight_of(base, module))
+    joined = concatenate(adapters, lambda module: weight_of(base, module))
     joined.save(tmp_path)
     theirs = PackedLM(PeftModel.from_pretrained(plain(tiny_llama_dir), tmp_path).merge_and_unload())
     theirs.model.config._attn_implementation = lm.model.config._attn_implementation
@@ -195,11 +196,10 @@ def test_factors_begin_at_the_weights_largest_part(init: Any) -> None:
 
 def test_magnitudes_meet_no_weight_decay(tiny_llama_dir: Path) -> None:
     trainable = LoraAdapter.attach(packed(tiny_llama_dir), stage_of("dora"))
-    decay, plain_ = trainable.groups()
-    assert len(plain_) == 4 * len(MODULES)
-    assert all(parameter.dim() == 1 for parameter in plain_)
-    assert all(parameter.dim() == 2 for parameter in decay)
-    assert len(decay) == 2 * len(plain_)
+    dims = {name: parameter.dim() for name, parameter in trainable.parameters().items()}
+    assert len(trainable.no_decay()) == 4 * len(MODULES)
+    assert trainable.no_decay() == {name for name, dim in dims.items() if dim == 1}
+    assert len(dims) == 3 * len(trainable.no_decay())
 
 
 def test_a_magnitude_near_one_is_not_rounded_to_one(tiny_llama_dir: Path) -> None:
@@ -227,7 +227,7 @@ def test_what_no_variant_can_do_is_refused(tiny_llama_dir: Path) -> None:
 def test_an_adapter_without_its_magnitudes_is_refused(tiny_llama_dir: Path, tmp_path: Path) -> None:
     _, adapter = trained(packed(tiny_llama_dir), stage_of("dora"))
     adapter.save(tmp_path)
-    weights = tmp_path / lora.ADAPTER_WEIGHTS
+    weights = tmp_path / ADAPTER_WEIGHTS
     weights.write_bytes(weights.read_bytes().replace(b"lora_magnitude_vector", b"lora_magnitude_vectoR"))
     with pytest.raises(BundleError, match="can't be read"):
         LoraWeights.load(tmp_path)
