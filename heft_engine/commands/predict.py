@@ -18,7 +18,7 @@ from heft_engine.commands.resumable_output import Answers, Input, resumed
 from heft_engine.data.encoding import Example
 from heft_engine.data.rows import Row, parse_row, read_rows
 from heft_engine.errors import ConfigError, RowError
-from heft_engine.evaluation.calibration import Labelled, expected_calibration_error, negative_log_likelihood
+from heft_engine.evaluation.calibration import LabelledScores, expected_calibration_error, negative_log_likelihood
 from heft_engine.evaluation.evaluate import Evaluation
 from heft_engine.evaluation.evaluate import evaluate as evaluate_examples
 from heft_engine.serving.predictor import Predictor, load
@@ -43,7 +43,7 @@ def evaluate(options: argparse.Namespace) -> None:
 
 
 def _trust(predictor: Predictor, result: Evaluation, examples: Sequence[Example]) -> dict[str, float]:
-    rows = Labelled.of(result.scores, [example.gold for example in examples]) if result.scores else None
+    rows = LabelledScores.of(result.scores, [example.gold for example in examples]) if result.scores else None
     if not rows:
         return {}
     at = np.full(len(rows), predictor.temperature)

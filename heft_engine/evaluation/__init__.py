@@ -1,1 +1,1 @@
-"""Evaluation of a model on rows, and calibration of its probabilities."""
+"""Evaluation: metrics with confidence intervals, calibration, and packed values of rows."""

@@ -1,8 +1,6 @@
-"""How right a model's answers are by the task's metrics, with intervals, and the losses that training steers by.
+"""Evaluation of a model on rows with known answers: the task's metrics with confidence intervals, and the mean loss.
 
-Labels are scored (heft_engine.inference.scoring), text is generated and compared (heft_engine.data.metrics). It
-does NOT know stages
-or events.
+Labels are scored (heft_engine.inference.scoring); text is generated greedily and compared (heft_engine.data.metrics).
 """
 
 from __future__ import annotations
@@ -27,26 +25,26 @@ from heft_engine.model.loss import cross_entropy
 from heft_engine.model.packed_lm import PackedLM
 from heft_engine.model.packing import micro_batches, pack
 
-#: What must be written word for word is generated up to this many tokens beyond its own length.
+#: For exact_match, tokens generated beyond the length of the reference.
 EXTRA_NEW_TOKENS = 8
-#: Rows from which packing the weights takes less time than it saves.
+#: Rows from which packing the weights saves more time than it takes.
 WORTH_PACKING = 32
 
 
 @dataclass(frozen=True, kw_only=True)
-class Measured:
-    """One metric over the rows: 0 or 1 each, or any value between for a graded one. The interval is of its mean."""
+class MetricMean:
+    """The mean of a metric over rows and its confidence interval: Wilson's for 0 and 1, else `mean_interval`'s."""
 
     value: float
     interval_95: tuple[float, float]
 
     @staticmethod
-    def of(name: MetricName, values: Sequence[float]) -> Measured:
+    def of(name: MetricName, values: Sequence[float]) -> MetricMean:
         value = sum(values) / len(values)
         if name in GRADED:
-            return Measured(value=value, interval_95=mean_interval(values))
+            return MetricMean(value=value, interval_95=mean_interval(values))
         interval = binomtest(round(sum(values)), len(values)).proportion_ci(0.95, method="wilson")
-        return Measured(value=value, interval_95=(float(interval.low), float(interval.high)))
+        return MetricMean(value=value, interval_95=(float(interval.low), float(interval.high)))
 
     def to_json(self) -> dict[str, Any]:
         return {"value": self.value, "interval_95": list(self.interval_95)}
@@ -54,13 +52,13 @@ class Measured:
 
 @dataclass(frozen=True, kw_only=True)
 class Evaluation:
-    """n rows by each of a task's metrics, the one that counts first.
+    """The metrics of n rows; the first is the primary one.
 
-    rows: that one's values, row by row. scores: the rows' own, in order, where labels were scored.
+    rows: the primary metric of each row. scores: of each row, if labels were scored.
     """
 
     n: int
-    metrics: Mapping[MetricName, Measured]
+    metrics: Mapping[MetricName, MetricMean]
     rows: tuple[float, ...] = field(repr=False)
     scores: tuple[Scores, ...] = field(default=(), repr=False)
 
@@ -68,15 +66,15 @@ class Evaluation:
     def of(
         values: Mapping[MetricName, Sequence[float]] | Sequence[bool], scores: Sequence[Scores] = ()
     ) -> Evaluation:
-        """From values row by row, by metric; a bare sequence is accuracy's."""
+        """Makes an evaluation from each metric's values for the rows; a bare sequence is accuracy's."""
         by_name: Mapping[MetricName, Sequence[float]] = (
-            values if isinstance(values, Mapping) else {"accuracy": [float(one) for one in values]}
+            values if isinstance(values, Mapping) else {"accuracy": [float(correct) for correct in values]}
         )
-        rows = tuple(next(iter(by_name.values())))
+        primary = tuple(next(iter(by_name.values())))
         return Evaluation(
-            n=len(rows),
-            metrics={name: Measured.of(name, found) for name, found in by_name.items()},
-            rows=rows,
+            n=len(primary),
+            metrics={name: MetricMean.of(name, of_rows) for name, of_rows in by_name.items()},
+            rows=primary,
             scores=tuple(scores),
         )
 
@@ -90,7 +88,7 @@ class Evaluation:
 
     @property
     def accuracy(self) -> float:
-        """The mean of the metric that counts: the share of right rows, unless that is graded."""
+        """The mean of the primary metric: the share of correct rows, unless it is graded."""
         return self.metrics[self.metric].value
 
     @property
@@ -99,22 +97,22 @@ class Evaluation:
 
     @property
     def correct(self) -> int | None:
-        """Rows that are right; None where they are more or less so."""
+        """The number of correct rows; None for a graded metric."""
         return None if self.is_graded else round(sum(self.rows))
 
     def to_json(self) -> dict[str, Any]:
-        """For people: without the single rows."""
+        """The evaluation without the values of single rows."""
         return {
             "n": self.n,
             "correct": self.correct,
             "accuracy": self.accuracy,
             "interval_95": list(self.interval_95),
             "metric": self.metric,
-            "metrics": {name: found.to_json() for name, found in self.metrics.items()},
+            "metrics": {name: mean.to_json() for name, mean in self.metrics.items()},
         }
 
     def packed_rows(self) -> dict[str, str]:
-        """Row by row, as heft_engine.evaluation.row_values packs it: `right`, or `values` of a graded metric."""
+        """The primary metric of each row, packed by heft_engine.evaluation.row_values: `right`, or graded `values`."""
         if self.is_graded:
             return {"values": pack_graded(self.rows)}
         return {"right": pack_correctness([row == 1 for row in self.rows])}
@@ -123,23 +121,28 @@ class Evaluation:
 def evaluate(
     lm: PackedLM, encoder: Encoder, examples: Sequence[Example], *, max_new_tokens: int
 ) -> Evaluation:
-    """The task's metrics over rows whose answers are known: labels by score, text as it is written greedily."""
+    """Evaluates the task's metrics on examples with known answers."""
     if encoder.task.type != "text":
         with lm.packed() if len(examples) >= WORTH_PACKING else nullcontext():
             scores = score(lm, examples)
-        right = [one.best == example.gold for one, example in zip(scores, examples, strict=True)]
-        return Evaluation.of(right, scores)
-    wanted = [example.labels[0] for example in examples]
-    written = _written(lm, encoder, examples, wanted, max_new_tokens)
-    return Evaluation.of({name: measure(name, written, wanted) for name in encoder.task.metrics})
+        correct = [row.best == example.gold for row, example in zip(scores, examples, strict=True)]
+        return Evaluation.of(correct, scores)
+    references = [example.labels[0] for example in examples]
+    generated = _generated(lm, encoder, examples, references, max_new_tokens)
+    return Evaluation.of({name: measure(name, generated, references) for name in encoder.task.metrics})
 
 
-def _written(
-    lm: PackedLM, encoder: Encoder, examples: Sequence[Example], wanted: Sequence[str], most: int
+def _generated(
+    lm: PackedLM,
+    encoder: Encoder,
+    examples: Sequence[Example],
+    references: Sequence[str],
+    max_new_tokens: int,
 ) -> list[str]:
-    """What the model writes, as serving would write it: a limit from the right answer would give that away.
+    """Generates as serving does: the length limit does not depend on the reference, which would leak its length.
 
-    Where it must be right word for word, it is ended as soon as it can't be any more, and its limit gives nothing away.
+    Where exact_match is the only metric, it does, and generation ends as soon as the answer is wrong: neither can
+    change the metric.
     """
     tokenizer = encoder.tokenizer
     exact = set(encoder.task.metrics) == {"exact_match"}
@@ -147,27 +150,27 @@ def _written(
     def is_wrong(index: int, tokens: list[int]) -> bool:
         if not exact:
             return False
-        # A character of several tokens is a replacement character until the last of them.
-        begun = decode(tokenizer, tokens).rstrip("\ufffd").strip()
-        return not wanted[index].strip().startswith(begun)
+        # A character of several tokens decodes to a replacement character until its last token.
+        beginning = decode(tokenizer, tokens).rstrip("\ufffd").strip()
+        return not references[index].strip().startswith(beginning)
 
     budgets = [
         len(example.answers[0]) + EXTRA_NEW_TOKENS
         if exact
-        else min(most, encoder.max_length - len(example.prompt))
+        else min(max_new_tokens, encoder.max_length - len(example.prompt))
         for example in examples
     ]
     ends = eos_token_ids(lm, tokenizer)
     tokens = generate(lm, examples, ends=ends, max_new_tokens=budgets, is_enough=is_wrong)
-    return [decode(tokenizer, one) for one in tokens]
+    return [decode(tokenizer, answer) for answer in tokens]
 
 
 def supervised_loss(
     lm: PackedLM, examples: Sequence[Example], length: int | None = None
 ) -> tuple[torch.Tensor, int]:
-    """Sum of the cross-entropy over all supervised tokens of packed examples, and their number.
+    """Returns the summed cross-entropy (nats) of all supervised tokens of packed examples, and their number.
 
-    `length`: the tokens that the pass is filled up to.
+    `length`: tokens that the forward pass is padded to.
     """
     batch = pack(examples, length=length)
     positions, targets = batch.supervised()
@@ -178,9 +181,9 @@ def supervised_loss(
 
 @torch.inference_mode()
 def mean_loss(lm: PackedLM, examples: Sequence[Example]) -> float:
-    """Cross-entropy per supervised token (nats) over supervised examples; infinite where it overflows."""
+    """Mean cross-entropy per supervised token (nats) of examples; infinite if it overflows."""
     total, tokens = 0.0, 0
-    for part in micro_batches(examples, TOKEN_BUDGET):
-        loss, count = supervised_loss(lm, part)
+    for micro_batch in micro_batches(examples, TOKEN_BUDGET):
+        loss, count = supervised_loss(lm, micro_batch)
         total, tokens = total + float(loss), tokens + count
     return total / tokens if math.isfinite(total) else math.inf

@@ -21,7 +21,7 @@ from heft_engine.bundle.format import (
     write_bundle,
 )
 from heft_engine.data.encoding import Example, tokenizer_hash
-from heft_engine.evaluation.calibration import MOST_ROWS, Calibration, Labelled, calibrate
+from heft_engine.evaluation.calibration import MAX_ROWS, Calibration, LabelledScores, calibrate
 from heft_engine.evaluation.evaluate import evaluate
 from heft_engine.inference.scoring import Scores, score
 from heft_engine.model.model_files import weights_hash
@@ -132,11 +132,11 @@ def on_validation(run: Run) -> dict[str, Any] | None:
 
 
 def _chosen(run: Run) -> list[Example]:
-    return Random(run.config.seed).sample(run.questions, min(MOST_ROWS, len(run.questions)))
+    return Random(run.config.seed).sample(run.questions, min(MAX_ROWS, len(run.questions)))
 
 
-def _labelled(scores: Sequence[Scores], examples: Sequence[Example]) -> Labelled:
-    return Labelled.of(scores, [example.gold for example in examples])
+def _labelled(scores: Sequence[Scores], examples: Sequence[Example]) -> LabelledScores:
+    return LabelledScores.of(scores, [example.gold for example in examples])
 
 
 def _probe(run: Run) -> tuple[Probe, float]:

@@ -18,9 +18,9 @@ from engine_runs import LORA, REFT, ROWS, Told, but, config, parse, run, yes_no
 from heft_engine.bundle.format import read_bundle
 from heft_engine.config.train import TrainConfig
 from heft_engine.evaluation.calibration import (
-    Labelled,
+    LabelledScores,
     calibrate,
-    cross_fitted,
+    cross_fit,
     expected_calibration_error,
     fit_temperature,
     negative_log_likelihood,
@@ -34,7 +34,7 @@ __all__ = ["command"]
 QUICK: list[Any] = [but(LORA, n_epochs=1), but(REFT, n_epochs=1)]
 
 
-def drawn(n: int, temperature: float, *, seed: int = 0, widths: tuple[int, ...] = (2, 3, 5)) -> Labelled:
+def drawn(n: int, temperature: float, *, seed: int = 0, widths: tuple[int, ...] = (2, 3, 5)) -> LabelledScores:
     """Rows of 2, 3 and 5 labels whose right label is drawn from softmax(totals / temperature)."""
     chance = np.random.default_rng(seed)
     scores, gold = [], []
@@ -43,7 +43,7 @@ def drawn(n: int, temperature: float, *, seed: int = 0, widths: tuple[int, ...] 
         one = Scores(totals=tuple(totals), means=())
         scores.append(one)
         gold.append(int(chance.choice(len(totals), p=one.probabilities_at(temperature))))
-    return Labelled.of(scores, gold)
+    return LabelledScores.of(scores, gold)
 
 
 @pytest.mark.parametrize("temperature", [0.5, 1.0, 3.0])
@@ -67,11 +67,11 @@ def test_after_is_measured_on_rows_that_the_temperature_has_not_seen() -> None:
     assert held_out.temperature == fit_temperature(fitted)
     assert held_out.nll_after > held_out.nll_before, "rows that want another temperature say so"
 
-    temperatures = cross_fitted(fitted)
+    temperatures = cross_fit(fitted)
     assert len(set(temperatures)) == 5
     one = temperatures == temperatures[0]
     assert 60 <= one.sum() <= 100
-    assert temperatures[0] == fit_temperature(fitted.where(~one))
+    assert temperatures[0] == fit_temperature(fitted[~one])
 
 
 def test_a_handful_of_rows_or_none_leave_the_temperature_at_one() -> None:
@@ -85,14 +85,14 @@ def test_a_handful_of_rows_or_none_leave_the_temperature_at_one() -> None:
 
 
 def test_rows_that_are_all_right_claim_no_certainty() -> None:
-    rows = Labelled.of([Scores(totals=(1.0, 0.0), means=())] * 50, [0] * 50)
+    rows = LabelledScores.of([Scores(totals=(1.0, 0.0), means=())] * 50, [0] * 50)
     sure = Scores(totals=(1.0, 0.0), means=()).probabilities_at(fit_temperature(rows))[0]
     assert 0.95 < sure < 0.99
     assert sure == pytest.approx(1 - 1 / 52, abs=1e-3)
 
 
 def test_rows_that_are_all_wrong_stay_within_bounds() -> None:
-    rows = Labelled.of([Scores(totals=(9.0, 0.0), means=())] * 50, [1] * 50)
+    rows = LabelledScores.of([Scores(totals=(9.0, 0.0), means=())] * 50, [1] * 50)
     assert 20 < fit_temperature(rows) <= 50
 
 
@@ -100,7 +100,7 @@ def test_the_error_is_that_of_the_paper() -> None:
     """Three rows in one bin and one in another, by hand."""
     confident = Scores(totals=(math.log(0.9), math.log(0.1)), means=())
     unsure = Scores(totals=(math.log(0.4), math.log(0.6)), means=())
-    rows = Labelled.of([confident, confident, confident, unsure], [0, 0, 1, 1])
+    rows = LabelledScores.of([confident, confident, confident, unsure], [0, 0, 1, 1])
     ones = np.ones(4)
     expected = 3 / 4 * abs(2 / 3 - 0.9) + 1 / 4 * abs(1 - 0.6)
     assert expected_calibration_error(rows, ones) == pytest.approx(expected)
@@ -110,7 +110,7 @@ def test_the_error_is_that_of_the_paper() -> None:
 
 def test_rows_without_an_answer_or_a_number_are_left_out() -> None:
     good, bad = Scores(totals=(0.0, 1.0), means=()), Scores(totals=(math.nan, 1.0), means=())
-    rows = Labelled.of([good, bad, good], [None, 1, 1])
+    rows = LabelledScores.of([good, bad, good], [None, 1, 1])
     assert len(rows) == 1
     assert rows.gold.tolist() == [1]
 
