@@ -18,7 +18,11 @@ from heft_engine.commands.resumable_output import Answers, Input, resumed
 from heft_engine.data.encoding import Example
 from heft_engine.data.rows import Row, parse_row, read_rows
 from heft_engine.errors import ConfigError, RowError
-from heft_engine.evaluation.calibration import LabelledScores, expected_calibration_error, negative_log_likelihood
+from heft_engine.evaluation.calibration import (
+    LabelledScores,
+    expected_calibration_error,
+    negative_log_likelihood,
+)
 from heft_engine.evaluation.evaluate import Evaluation
 from heft_engine.evaluation.evaluate import evaluate as evaluate_examples
 from heft_engine.serving.predictor import Predictor, load

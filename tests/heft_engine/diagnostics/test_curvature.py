@@ -1,8 +1,7 @@
-"""The diagnostics' figures on cases whose answer is known."""
+"""Lanczos, Gauss-Newton curvature and descent on cases whose answer is known."""
 
 from __future__ import annotations
 
-import math
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +13,6 @@ from small_runs import text_rows
 from torch import Tensor
 from torch.testing import assert_close
 
-from heft_engine.adapters.lora.weights import LoraWeights
 from heft_engine.adapters.reft import KINDS
 from heft_engine.config.train import TaskSettings
 from heft_engine.data.encoding import Encoder, Example
@@ -22,14 +20,6 @@ from heft_engine.data.task import Task
 from heft_engine.diagnostics import descent
 from heft_engine.diagnostics.curvature import GaussNewton, Place, begin, curvature
 from heft_engine.diagnostics.eigen import hutchinson, lanczos
-from heft_engine.diagnostics.representations import (
-    cka,
-    effective_rank,
-    fisher,
-    separability,
-    states,
-)
-from heft_engine.diagnostics.spectra import weight_report
 from heft_engine.model.base_models import load_tokenizer
 from heft_engine.model.interventions import PlacedIntervention
 from heft_engine.model.packing import pack
@@ -168,99 +158,3 @@ def test_steps_to_a_loss() -> None:
     told = descent.compare([3.0, 2.0, 1.5, 1.2], [2.5, 1.4, 1.0, 0.9])
     assert (told["target"], told["steps_before"], told["steps_after"]) == (1.2, 3, 2)
     assert descent.compare([3.0, 2.0], [2.5, 1.4], target=1.5)["steps_before"] is None
-
-
-# -- representations -----------------------------------------------------------------------------------------
-
-
-def test_cka_is_one_for_the_same_up_to_rotation_scale_and_shift() -> None:
-    x = random(60, 12)
-    turn, _ = torch.linalg.qr(random(12, 12, seed=1))
-    assert cka(x, x) == pytest.approx(1, abs=1e-12)
-    assert cka(x, 3 * x @ turn + 7) == pytest.approx(1, abs=1e-5)
-    assert cka(x, random(60, 12, seed=2)) < 0.5
-    one, two = torch.zeros(4, 2), torch.zeros(4, 2)
-    one[:2, 0], two[::2, 0] = 1, 1
-    assert cka(one, two) == pytest.approx(0, abs=1e-12)
-
-
-def test_effective_rank_counts_equal_directions() -> None:
-    assert effective_rank(torch.tensor([2.0, 2.0, 2.0, 0.0])) == pytest.approx(3)
-    assert effective_rank(torch.tensor([5.0, 0.0])) == pytest.approx(1)
-    assert 1 < effective_rank(torch.tensor([1.0, 0.1])) < 2
-
-
-def test_labels_are_told_apart_where_they_differ_and_not_where_they_do_not() -> None:
-    labels = [i % 2 for i in range(80)]
-    noise = random(80, 200)
-    lifted = noise.clone()
-    lifted[:, 0] += 20 * torch.tensor(labels)
-    clear, blind = separability(lifted, labels), separability(noise, labels)
-    assert clear is not None
-    assert blind is not None
-    assert clear["probe_accuracy"] == 1
-    assert blind["probe_interval_95"][0] < 0.5 < blind["probe_interval_95"][1]
-    assert clear["majority"] == 0.5
-    assert separability(noise, [0] * 80) is None
-    rows = torch.tensor([[0.0], [2.0], [10.0], [12.0]])
-    assert fisher(rows, torch.tensor([0, 0, 1, 1])) == pytest.approx(100 / 4)
-
-
-def test_states_are_those_of_the_layer_at_the_prompts_last_token(tiny_llama_dir: Path) -> None:
-    lm, examples = packed(tiny_llama_dir), examples_of(tiny_llama_dir)
-    lm.interventions.add(
-        PlacedIntervention(layer=1, positions="l1", intervention=begin("loreft", 32, 2, seed=0))
-    )
-    found = states(lm, examples, 1, "l1")
-    lm.interventions.clear()
-    seen = []
-    hook = lm.layers[1].register_forward_hook(lambda module, args, output: seen.append(output))
-    for example in examples:
-        lm.hidden(pack([Example(prompt=example.prompt, answers=((),), labels=("",), gold=0)]))
-    hook.remove()
-    assert_close(found, torch.stack([each[0, -1] for each in seen]), rtol=0, atol=1e-5)
-
-
-# -- weights -------------------------------------------------------------------------------------------------
-
-
-def planted(strength: float) -> tuple[Tensor, LoraWeights, Tensor, Tensor]:
-    """A weight whose singular vectors are the axes, and an adapter that brings a direction far from all of them."""
-    weight = torch.diag(torch.linspace(10, 1, 32))
-    left, right = torch.full((32,), 32**-0.5), torch.full((32,), 32**-0.5)
-    return weight, adapter(strength * torch.outer(left, right)), left, right
-
-
-def adapter(delta: Tensor) -> LoraWeights:
-    factors = {"q": (torch.eye(32), delta)}
-    return LoraWeights(factors=factors, scaling=1.0, rank=32, alpha=32, target_modules=["q"], layers=None)
-
-
-def test_a_planted_intruder_is_reported_and_so_is_its_repair_by_a_later_stage() -> None:
-    weight, brings, left, right = planted(40)
-    takes = adapter(-40 * torch.outer(left, right))
-    told: list[None] = []
-    alone = weight_report([brings], lambda _: weight, lambda: told.append(None))
-    assert alone["stages"] == [
-        {
-            "adapter": 0,
-            "matrices": 1,
-            "matrices_with_intruders": 1,
-            "intruders": 1,
-            "share": 0.1,
-            "repaired_later": 0,
-        }
-    ]
-    (module,) = alone["modules"]
-    assert module["stages"][0]["strength_at_the_end"] == pytest.approx([1.0], abs=1e-4)
-    assert module["after"]["singular_values"][0] > 39
-    assert module["before"]["stable_rank"] == pytest.approx(
-        float((weight**2).sum()) / module["before"]["singular_values"][0] ** 2, rel=1e-4
-    )
-    assert len(told) == 1
-    both = weight_report([brings, takes], lambda _: weight, lambda: None)
-    assert [stage["intruders"] for stage in both["stages"]] == [1, 0]
-    assert both["stages"][0]["repaired_later"] == 1
-    (strength,) = both["modules"][0]["stages"][0]["strength_at_the_end"]
-    assert abs(strength) < 0.2
-    assert not math.isnan(both["modules"][0]["relative_change"])

@@ -34,7 +34,9 @@ __all__ = ["command"]
 QUICK: list[Any] = [but(LORA, n_epochs=1), but(REFT, n_epochs=1)]
 
 
-def drawn(n: int, temperature: float, *, seed: int = 0, widths: tuple[int, ...] = (2, 3, 5)) -> LabelledScores:
+def drawn(
+    n: int, temperature: float, *, seed: int = 0, widths: tuple[int, ...] = (2, 3, 5)
+) -> LabelledScores:
     """Rows of 2, 3 and 5 labels whose right label is drawn from softmax(totals / temperature)."""
     chance = np.random.default_rng(seed)
     scores, gold = [], []

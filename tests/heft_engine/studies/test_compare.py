@@ -1,4 +1,4 @@
-"""The statistics of studies: figures held against scipy and statsmodels, and sentences that claim no more."""
+"""Comparisons of arms: accuracies, corrected p-values, and sentences that claim no more than the numbers."""
 
 from __future__ import annotations
 
@@ -8,16 +8,10 @@ from collections.abc import Iterator
 import numpy as np
 import pytest
 from scipy import stats
-from statsmodels.stats.contingency_tables import mcnemar
 from statsmodels.stats.multitest import multipletests
-from statsmodels.stats.power import TTestPower
 
-from heft_engine.evaluation.row_values import pack_correctness, unpack_correctness
-from heft_engine.studies import Arm, RowValues, accuracy_of, compare_arms, compare_methods, compare_models
+from heft_engine.studies import Arm, RowValues, accuracy_of, compare_arms
 from heft_engine.studies.arms import paired
-from heft_engine.studies.intervals import half_width, p_value, row_variance, seed_variance
-from heft_engine.studies.mcnemar import sign_flips
-from heft_engine.studies.power import Noise, power, rows_needed, seeds_needed
 
 
 @pytest.fixture(autouse=True, scope="module")
@@ -36,75 +30,6 @@ def outcome(seed: int, right: int, rows: int = 100, first: int = 0) -> RowValues
 def arm(name: str, *rights: int, rows: int = 100, seeds: int | None = None) -> Arm:
     outcomes = [outcome(seed, right, rows) for seed, right in enumerate(rights, 1)]
     return Arm(name=name, seeds=list(range(1, (seeds or len(rights)) + 1)), outcomes=outcomes)
-
-
-def random_differences(seeds: int = 3, rows: int = 300, shift: float = 0.05) -> np.ndarray:
-    rng = np.random.default_rng(seeds + rows)
-    difficulty = rng.normal(size=rows)
-    a = difficulty + 0.4 * rng.normal(size=(seeds, rows)) < 0.8 + shift
-    b = difficulty + 0.4 * rng.normal(size=(seeds, rows)) < 0.8
-    return a.astype(float) - b
-
-
-# -- models -----------------------------------------------------------------------------------------------------------
-
-
-def test_mcnemar_is_that_of_statsmodels() -> None:
-    row = random_differences()[0]
-    found = compare_models(row)
-    b, c = int((row > 0).sum()), int((row < 0).sum())
-    assert (found.only_a, found.only_b) == (b, c)
-    assert found.p_value == pytest.approx(mcnemar([[0, b], [c, 0]], exact=True).pvalue)
-    assert found.p_value == pytest.approx(stats.binomtest(b, b + c).pvalue)
-
-
-def test_the_bootstrap_is_that_of_scipy() -> None:
-    row = random_differences(rows=400)[0]
-    mine = compare_models(row).interval_95
-    theirs = stats.bootstrap(
-        (row,), np.mean, method="percentile", rng=np.random.default_rng(7)
-    ).confidence_interval
-    assert mine == pytest.approx((theirs.low, theirs.high), abs=1 / 400)  # a row's worth: the draws differ
-
-
-def test_equal_models_are_not_told_apart() -> None:
-    found = compare_models(np.zeros(50))
-    assert (found.difference, found.p_value, found.interval_95) == (0.0, 1.0, (0.0, 0.0))
-
-
-def test_graded_rows_are_compared_by_flipping_signs_as_scipy_does() -> None:
-    few = np.array([0.3, 0.2, -0.1, 0.25, 0.4, 0.0, 0.15, 0.0, 0.05, -0.02])
-    found = compare_models(few)
-    theirs = stats.permutation_test((few,), np.sum, permutation_type="samples", n_resamples=10_000)
-    assert found.p_value == pytest.approx(theirs.pvalue)
-    assert (found.test, found.only_a, found.only_b) == ("a sign-flip test", 6, 2)
-    assert found.difference == pytest.approx(few.mean())
-    assert found.interval_95[0] < found.difference < found.interval_95[1]
-    many = np.random.default_rng(3).normal(0.02, 0.1, size=80)
-    theirs = stats.permutation_test(
-        (many,), np.sum, permutation_type="samples", n_resamples=9_999, rng=np.random.default_rng(1)
-    )
-    assert compare_models(many).p_value == pytest.approx(theirs.pvalue, abs=0.02)
-    assert compare_models(np.full(5, 0.25)).p_value == pytest.approx(2 / 2**5)
-
-
-@pytest.mark.parametrize(("a", "b"), [(5, 0), (9, 2), (30, 14), (100, 60)])
-def test_sign_flips_of_right_and_wrong_are_mcnemars(a: int, b: int) -> None:
-    row = np.array([1.0] * a + [-1.0] * b + [0.0] * 50)
-    exact = mcnemar([[0, a], [b, 0]], exact=True).pvalue
-    corrected = mcnemar([[0, a], [b, 0]], exact=False, correction=True).pvalue
-    assert sign_flips(row) == pytest.approx(exact if a + b <= 16 else corrected)
-    assert sign_flips(row) == pytest.approx(exact, rel=0.1)
-
-
-def test_sign_flips_keep_their_level() -> None:
-    """Models that are alike: no more than 5 of 100 are called different, with few rows that differ or many."""
-    rng = np.random.default_rng(11)
-    for rows, differ in ((60, 0.1), (60, 0.4), (300, 0.9)):
-        moved = rng.random((2_000, rows)) < differ
-        drawn = moved * rng.choice([-1, 1], (2_000, rows)) * rng.beta(2, 3, (2_000, rows))
-        called = np.mean([sign_flips(one) < 0.05 for one in drawn[:400]])
-        assert called <= 0.05 + 2 * (0.05 * 0.95 / 400) ** 0.5
 
 
 def test_graded_arms_are_judged_like_others() -> None:
@@ -134,102 +59,6 @@ def test_graded_arms_are_judged_like_others() -> None:
     assert "a sign-flip test" in compare_arms(alone)["comparisons"][0]["sentence"]
 
 
-# -- methods ----------------------------------------------------------------------------------------------------------
-
-
-def test_seeds_that_vary_give_the_paired_t_test() -> None:
-    """With endless rows the rows' part vanishes: what is left is scipy's."""
-    differences = np.array([0.03, 0.01, 0.06, -0.01])
-    p = p_value(float(differences.mean()), float(differences.var(ddof=1) / 4), 0.0, 4, float("inf"))
-    assert p == pytest.approx(stats.ttest_1samp(differences, 0).pvalue, rel=1e-6)
-
-
-def test_seeds_that_agree_leave_the_noise_of_the_rows() -> None:
-    row = random_differences()[0]
-    found = compare_methods(np.stack([row, row, row]))
-    assert (found.seed_deviation, found.cohens_dz) == (0.0, None)
-    padded = np.concatenate([row, [1.0, -1.0]])
-    expected = (abs(found.difference) - 0.5 / len(row)) / (padded.std() / len(padded) ** 0.5)
-    assert found.p_value == pytest.approx(2 * stats.norm.sf(expected), rel=1e-6)
-    # Three equal seeds are worth no more than one.
-    assert found.p_value == pytest.approx(compare_methods(np.stack([row, row])).p_value)
-
-
-def test_a_handful_of_rows_all_one_way_is_no_certainty() -> None:
-    row = np.zeros(1_000)
-    row[:4] = 1
-    found = compare_methods(np.stack([row, row]))
-    assert found.p_value > 0.05
-    assert found.interval_95[0] < 0 < found.interval_95[1]
-
-
-def test_methods_without_any_difference() -> None:
-    found = compare_methods(np.zeros((3, 40)))
-    assert (found.difference, found.p_value, found.seeds_needed(0.05), found.rows_needed(0.05)) == (
-        0,
-        1,
-        None,
-        None,
-    )
-    assert found.interval_95[0] < 0 < found.interval_95[1]
-
-
-@pytest.mark.parametrize("seeds", [2, 3, 5, 10])
-def test_p_and_interval_agree(seeds: int) -> None:
-    differences = random_differences(seeds, shift=0.1)
-    found = compare_methods(differences)
-    assert (found.p_value < 0.05) == (found.interval_95[0] > 0 or found.interval_95[1] < 0)
-    of_seeds, of_rows = float(seed_variance(differences)), float(row_variance(differences.mean(axis=0)))
-    touching = float(half_width(of_seeds, of_rows, seeds, found.rows, found.p_value))
-    assert touching == pytest.approx(abs(found.difference), rel=1e-6)
-
-
-def test_one_seed_compares_no_methods() -> None:
-    with pytest.raises(ValueError, match="two seeds"):
-        compare_methods(np.zeros((1, 10)))
-
-
-# -- power ------------------------------------------------------------------------------------------------------------
-
-
-def noise(seed: float, row: float = 0.0, residual: float = 0.0, rows: int = 1_000_000) -> Noise:
-    return Noise(rows=rows, seed=seed**2, row=row, residual=residual)
-
-
-@pytest.mark.parametrize("seeds", [3, 6, 12])
-def test_power_is_that_of_the_paired_t_test_where_rows_do_not_matter(seeds: int) -> None:
-    expected = TTestPower().power(effect_size=1.2, nobs=seeds, alpha=0.05)
-    assert power(0.012, noise(0.01), seeds) == pytest.approx(
-        expected, abs=2e-3
-    )  # theirs counts the wrong way round too
-
-
-def test_seeds_needed_is_the_first_number_that_reaches_the_power() -> None:
-    needed = seeds_needed(0.01, noise(0.01, row=0.01, residual=0.05, rows=1_000))
-    assert needed is not None
-    assert power(0.01, noise(0.01, row=0.01, residual=0.05, rows=1_000), needed) >= 0.8
-    assert power(0.01, noise(0.01, row=0.01, residual=0.05, rows=1_000), needed - 1) < 0.8
-    assert seeds_needed(0.01, noise(0.01)) == int(
-        np.ceil(TTestPower().solve_power(1.0, power=0.8, alpha=0.05))
-    )
-
-
-@pytest.mark.parametrize("effect", [0.002, 0.01, 0.05, 0.3])
-def test_more_seeds_never_have_less_power(effect: float) -> None:
-    """scipy's noncentral t is NaN in places."""
-    powers = [
-        power(effect, noise(0.03, row=0.01, residual=0.1, rows=1_000), seeds) for seeds in range(2, 200)
-    ]
-    assert np.all(np.diff(powers) > -5e-3)
-
-
-def test_no_number_of_seeds_makes_up_for_few_rows() -> None:
-    few = noise(0.01, row=0.1, rows=200)
-    assert seeds_needed(0.01, few) is None
-    rows = rows_needed(0.01, few)
-    assert rows == pytest.approx((1.96 + 0.8416) ** 2 * 0.1 / 0.01**2, rel=1e-3)
-
-
 # -- arms -------------------------------------------------------------------------------------------------------------
 
 
@@ -256,13 +85,6 @@ def test_an_arm_that_is_always_right_is_not_certain() -> None:
     assert found is not None
     assert found.interval_95[0] < 0.98
     assert found.interval_95[1] == 1
-
-
-def test_rows_survive_being_packed() -> None:
-    right = [True, False, True] * 7
-    assert unpack_correctness(pack_correctness(right), 21).tolist() == right
-    with pytest.raises(ValueError, match="don't hold 25 rows"):
-        unpack_correctness(pack_correctness(right), 25)
 
 
 def test_pairs_are_of_the_same_rows() -> None:

@@ -1,8 +1,7 @@
-"""What a run leaves for comparisons: its arithmetic, held against torch's own count, and its rows."""
+"""Costs and row values that a run reports, and its operations against the count of torch."""
 
 from __future__ import annotations
 
-import json
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -16,17 +15,15 @@ from torch.utils.flop_counter import flop_registry
 
 from heft_engine.adapters.lora.adapter import LoraAdapter
 from heft_engine.adapters.reft import ReftAdapter
-from heft_engine.commands.main import main
-from heft_engine.config.flops import CacheLevel, RowTokens, Shape, StageWork, stage_flops
+from heft_engine.config.flops import CacheLevel, RowTokens, StageWork, stage_flops
 from heft_engine.config.train import LoraStage
-from heft_engine.evaluation.row_values import pack_correctness, pack_graded, unpack_correctness
+from heft_engine.evaluation.row_values import unpack_correctness
 from heft_engine.model.packing import packed_length
 from heft_engine.training.costs import shape_of
 from heft_engine.training.loss_source import CachePlan, PlainSource
 from heft_engine.training.stage_store import LocalStages
 
 TEST, EVAL = parse(yes_no(20, seed=9)), parse(yes_no(24, seed=10))
-SHAPE = Shape(layers=4, layer=1_000, head=500, width=0)
 
 
 class Counted(TorchDispatchMode):
@@ -43,31 +40,6 @@ class Counted(TorchDispatchMode):
         if packet in (torch.ops.aten.mm, torch.ops.aten.addmm):
             self.total += flop_registry[packet](*args, **(kwargs or {}), out_val=out)
         return out
-
-
-def rows(*lengths: int) -> list[RowTokens]:
-    return [RowTokens(total=length, suffix=2, supervised=1) for length in lengths]
-
-
-def test_a_frozen_base_costs_four_operations_a_weight_and_token() -> None:
-    work = StageWork(level=CacheLevel.NONE, first_layer=0, epochs=3)
-    assert stage_flops(SHAPE, rows(10, 20), work) == 3 * (4 * 4 * 1_000 * 30 + 4 * 500 * 2)
-
-
-def test_what_is_kept_is_counted_once() -> None:
-    kept = StageWork(level=CacheLevel.KV, first_layer=3, epochs=5)
-    once = 2 * 1_000 * (3 * 30 + 1 * 26)  # the lower layers, and the upper one left of the suffixes
-    assert stage_flops(SHAPE, rows(10, 20), kept) == once + 5 * (4 * 1_000 * 4 + 4 * 500 * 2)
-    states = StageWork(level=CacheLevel.HIDDEN_STATES, first_layer=3, epochs=5)
-    assert stage_flops(SHAPE, rows(10, 20), states) == (
-        2 * 1_000 * 3 * 30 + 5 * (2 * 1_000 * 26 + 4 * 1_000 * 4 + 4 * 500 * 2)
-    )
-
-
-def test_attention_grows_with_the_square() -> None:
-    wide = Shape(layers=1, layer=0, head=0, width=8)
-    work = StageWork(level=CacheLevel.NONE, first_layer=0, epochs=1)
-    assert stage_flops(wide, rows(100), work) == (1 + 2) * 2 * 8 * 100**2
 
 
 def test_it_is_what_torch_counts_for_lora(tiny_llama_dir: Path) -> None:
@@ -175,24 +147,3 @@ def test_text_is_written_on_validation_rows_where_a_search_asks(tiny_llama_dir: 
 
 def test_a_run_without_rows_to_measure_on_has_no_outcomes(tiny_llama_dir: Path, tmp_path: Path) -> None:
     assert run(config(tiny_llama_dir, "lora"), tmp_path / "one").one("SUCCEEDED")["outcomes"] is None
-
-
-def test_judge_answers_in_json(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    def arm(name: str, right: int) -> dict[str, object]:
-        packed = pack_correctness([i < right for i in range(50)])
-        runs = [{"seed": seed, "n": 50, "rows_sha256": "x", "right": packed} for seed in (1, 2)]
-        return {"name": name, "seeds": [1, 2], "runs": runs}
-
-    path = tmp_path / "question.json"
-    path.write_text(json.dumps({"arms": [arm("a", 40), arm("b", 10)]}))
-    assert main(["compare", "--run-file", str(path)]) == 0
-    verdict = json.loads(capsys.readouterr().out)
-    assert [one["accuracy"] for one in verdict["arms"]] == [0.8, 0.2]
-    assert verdict["comparisons"][0]["separable"]
-    graded = {"seed": 1, "n": 3, "rows_sha256": "x", "values": pack_graded([0.5, 1.0, 0.0])}
-    path.write_text(json.dumps({"arms": [{"name": "a", "seeds": [1], "runs": [graded]}]}))
-    assert main(["compare", "--run-file", str(path)]) == 0
-    assert json.loads(capsys.readouterr().out)["arms"][0]["accuracy"] == pytest.approx(0.5, abs=1e-5)
-    path.write_text("{}")
-    assert main(["compare", "--run-file", str(path)]) == 1
-    assert json.loads(capsys.readouterr().err)["error"]["param"] == "run-file"

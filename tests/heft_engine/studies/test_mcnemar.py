@@ -1,0 +1,70 @@
+"""Comparison of single models."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+from random_differences import random_differences
+from scipy import stats
+from statsmodels.stats.contingency_tables import mcnemar
+
+from heft_engine.studies import compare_models
+from heft_engine.studies.mcnemar import sign_flips
+
+
+def test_mcnemar_is_that_of_statsmodels() -> None:
+    row = random_differences()[0]
+    found = compare_models(row)
+    b, c = int((row > 0).sum()), int((row < 0).sum())
+    assert (found.only_a, found.only_b) == (b, c)
+    assert found.p_value == pytest.approx(mcnemar([[0, b], [c, 0]], exact=True).pvalue)
+    assert found.p_value == pytest.approx(stats.binomtest(b, b + c).pvalue)
+
+
+def test_the_bootstrap_is_that_of_scipy() -> None:
+    row = random_differences(rows=400)[0]
+    mine = compare_models(row).interval_95
+    theirs = stats.bootstrap(
+        (row,), np.mean, method="percentile", rng=np.random.default_rng(7)
+    ).confidence_interval
+    assert mine == pytest.approx((theirs.low, theirs.high), abs=1 / 400)  # a row's worth: the draws differ
+
+
+def test_equal_models_are_not_told_apart() -> None:
+    found = compare_models(np.zeros(50))
+    assert (found.difference, found.p_value, found.interval_95) == (0.0, 1.0, (0.0, 0.0))
+
+
+def test_graded_rows_are_compared_by_flipping_signs_as_scipy_does() -> None:
+    few = np.array([0.3, 0.2, -0.1, 0.25, 0.4, 0.0, 0.15, 0.0, 0.05, -0.02])
+    found = compare_models(few)
+    theirs = stats.permutation_test((few,), np.sum, permutation_type="samples", n_resamples=10_000)
+    assert found.p_value == pytest.approx(theirs.pvalue)
+    assert (found.test, found.only_a, found.only_b) == ("a sign-flip test", 6, 2)
+    assert found.difference == pytest.approx(few.mean())
+    assert found.interval_95[0] < found.difference < found.interval_95[1]
+    many = np.random.default_rng(3).normal(0.02, 0.1, size=80)
+    theirs = stats.permutation_test(
+        (many,), np.sum, permutation_type="samples", n_resamples=9_999, rng=np.random.default_rng(1)
+    )
+    assert compare_models(many).p_value == pytest.approx(theirs.pvalue, abs=0.02)
+    assert compare_models(np.full(5, 0.25)).p_value == pytest.approx(2 / 2**5)
+
+
+@pytest.mark.parametrize(("a", "b"), [(5, 0), (9, 2), (30, 14), (100, 60)])
+def test_sign_flips_of_right_and_wrong_are_mcnemars(a: int, b: int) -> None:
+    row = np.array([1.0] * a + [-1.0] * b + [0.0] * 50)
+    exact = mcnemar([[0, a], [b, 0]], exact=True).pvalue
+    corrected = mcnemar([[0, a], [b, 0]], exact=False, correction=True).pvalue
+    assert sign_flips(row) == pytest.approx(exact if a + b <= 16 else corrected)
+    assert sign_flips(row) == pytest.approx(exact, rel=0.1)
+
+
+def test_sign_flips_keep_their_level() -> None:
+    """Models that are alike: no more than 5 of 100 are called different, with few rows that differ or many."""
+    rng = np.random.default_rng(11)
+    for rows, differ in ((60, 0.1), (60, 0.4), (300, 0.9)):
+        moved = rng.random((2_000, rows)) < differ
+        drawn = moved * rng.choice([-1, 1], (2_000, rows)) * rng.beta(2, 3, (2_000, rows))
+        called = np.mean([sign_flips(one) < 0.05 for one in drawn[:400]])
+        assert called <= 0.05 + 2 * (0.05 * 0.95 / 400) ** 0.5
