@@ -22,7 +22,7 @@ from benchmarks.measure import matrix_rate
 from benchmarks.serving import synthetic
 from benchmarks.serving.baselines import Plain, Pyreft
 from heft_engine.config.train import TaskSettings
-from heft_engine.cpu import fused_layers, lanes
+from heft_engine.cpu import fused_layers
 from heft_engine.cpu.amx import AmxOps
 from heft_engine.cpu.fused_ops import FusedOps
 from heft_engine.data.encoding import Encoder, Example
@@ -34,6 +34,7 @@ from heft_engine.model.base_models import load_tokenizer
 from heft_engine.model.batch_invariant import FixedShapes
 from heft_engine.model.packed_lm import PackedLM
 from heft_engine.model.packing import packed_length
+from heft_engine.runtime import parallel
 from heft_engine.runtime.threads import run_in_short_lived_thread
 from heft_engine.serving.batcher import Batcher
 from heft_engine.serving.row_adapters import adapt_rows
@@ -137,7 +138,7 @@ def _spent(weights: ModelVariant, examples: Sequence[Example]) -> dict[str, floa
                 timed = _timed(getattr(owner, function), spent, name)
                 stack.enter_context(mock.patch.object(owner, function, timed))
         whole = seconds(lambda: scored(batcher, weights, examples))
-    lanes_used = min(lanes.count(weights.lm.device), len(examples))
+    lanes_used = min(parallel.count(weights.lm.device), len(examples))
     batcher.close()
     found = {name: 100 * taken / (whole * lanes_used) for name, taken in spent.items()}
     return found | {"the rest (residuals' sums, calls, lanes that wait)": 100 - sum(found.values())}

@@ -16,10 +16,10 @@ from typing import TypeVar
 import torch
 from torch import Tensor
 
-from heft_engine.cpu import lanes
 from heft_engine.data.encoding import Example
 from heft_engine.model.packed_lm import PackedLM
 from heft_engine.model.packing import Batch, micro_batches, pack, packed_length
+from heft_engine.runtime import parallel
 
 #: Tokens that one scoring pass takes at once: in all, and in a lane, whose activations stay in its processor's cache.
 TOKEN_BUDGET = 4_096
@@ -74,11 +74,11 @@ def pieces(
     `skipped`: tokens that need not be computed; neighbours may share these, and stay together.
     """
     sizes = [packed_length(example) for example in examples]
-    count = lanes.count(lm.device)
+    count = parallel.count(lm.device)
     if count > 1:
         left = [size - skip for size, skip in zip(sizes, skipped or [0] * len(sizes), strict=True)]
-        share_out = lanes.cut if skipped is not None and any(skipped) else lanes.deal
-        return share_out(left, lanes.pieces(left, count, LANE_TOKENS))
+        share_out = parallel.cut if skipped is not None and any(skipped) else parallel.deal
+        return share_out(left, parallel.pieces(left, count, LANE_TOKENS))
     ends = list(itertools.accumulate(len(part) for part in micro_batches(examples, TOKEN_BUDGET)))
     return [list(range(start, end)) for start, end in zip([0, *ends], ends, strict=False)]
 
@@ -96,11 +96,11 @@ def in_lanes(lm: PackedLM, work: Callable[[P], R], parts: Sequence[P]) -> list[R
 
     def job(part: P) -> R:
         # On this thread everything is as it must be already.
-        with torch.inference_mode(), lm.answering() if lanes.is_lane() else nullcontext():
+        with torch.inference_mode(), lm.answering() if parallel.is_lane() else nullcontext():
             return work(part)
 
     with lm.answering() as is_alike:
-        return lanes.run([partial(job, part) for part in parts], lm.device, alone=is_alike)
+        return parallel.run([partial(job, part) for part in parts], lm.device, alone=is_alike)
 
 
 def _score(lm: PackedLM, examples: Sequence[Example], scale: float) -> list[Scores]:

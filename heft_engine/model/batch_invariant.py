@@ -10,7 +10,7 @@ measured: that choice moves no bits. Weights of other shapes (the head, interven
 Where a CPU has matrix units that heft_engine.cpu.amx can use, none of this is needed: a row's sums are the same
 in every product there, and all layers' products are theirs.
 
-Packed weights (heft_engine.cpu.packed_weights) are taken where they are kept, and lanes (heft_engine.cpu.lanes)
+Packed weights (heft_engine.cpu.packed_weights) are taken where they are kept, and lanes (heft_engine.runtime.parallel)
 compute with
 fewer threads than a row alone gets. Each has families of its own, with the same bits: it does not matter for a score
 whether a process had the memory to pack its weights, nor how many rows there were to deal out.

@@ -16,7 +16,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from heft_engine.cpu import lanes, packed_weights
+from heft_engine.cpu import packed_weights
 from heft_engine.model.batch_invariant import (
     UNIT,
     UNIT_ELSEWHERE,
@@ -26,6 +26,7 @@ from heft_engine.model.batch_invariant import (
     product,
     quickest,
 )
+from heft_engine.runtime import parallel
 from heft_engine.runtime.threads import torch_threads
 
 HEIGHTS = (32, 64, 96, 128, 160, 192, 224, 256, 320, 384, 448, 512, 640, 768, 1_024, 1_536, 2_048)
@@ -59,7 +60,7 @@ def measured(layers: Iterable[nn.Module], device: torch.device) -> dict[int, Fix
         elif module.weight.device == device:
             weights[shape] = weights.get(shape) or _Weight(module)
     threads = torch.get_num_threads()
-    of_a_lane = lanes.threads_of_a_lane() if lanes.count(device) > 1 else threads
+    of_a_lane = parallel.threads_of_a_lane() if parallel.count(device) > 1 else threads
     with torch_threads(1):
         families = {shape: _family(weight) for shape, weight in weights.items()}
         alone = torch.get_num_threads() == 1

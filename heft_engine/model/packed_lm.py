@@ -18,13 +18,14 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from heft_engine.cpu import lanes, operators, packed_weights
+from heft_engine.cpu import operators, packed_weights
 from heft_engine.cpu.fused_layers import QuickLayers
 from heft_engine.model.batch_invariant import FixedShapes, unmeasured
 from heft_engine.model.block_sizes import measured
 from heft_engine.model.families import family_of
 from heft_engine.model.interventions import Interventions
 from heft_engine.model.packing import Batch, Layout
+from heft_engine.runtime import parallel
 from heft_engine.runtime.devices import free_bytes
 from heft_engine.runtime.threads import torch_threads
 
@@ -104,7 +105,7 @@ class PackedLM:
 
     def leave_shapes_unmeasured(self) -> None:
         """Blocks of one height alone: measuring takes longer than the few rows that this model is asked."""
-        threads = {torch.get_num_threads(), lanes.threads_of_a_lane()}
+        threads = {torch.get_num_threads(), parallel.threads_of_a_lane()}
         self._fixed_shapes = dict.fromkeys(threads, unmeasured(self.device))
 
     def share_fixed_shapes(self, other: PackedLM) -> None:

@@ -14,13 +14,13 @@ from hypothesis import given
 from hypothesis import strategies as st
 from needs import needs_runtime
 
-from heft_engine.cpu import lanes
 from heft_engine.data.encoding import Example
 from heft_engine.inference import scoring
 from heft_engine.inference.scoring import score
 from heft_engine.model.attention import IMPLEMENTATION
 from heft_engine.model.base_models import load_model, resolve_path
 from heft_engine.model.packed_lm import PackedLM
+from heft_engine.runtime import parallel
 from heft_engine.runtime import threads as runtime_threads
 from heft_engine.runtime.threads import torch_threads
 
@@ -38,7 +38,7 @@ def _three_threads() -> Iterator[None]:
 @given(st.lists(st.integers(1, 300), min_size=1, max_size=40), st.integers(1, 12))
 def test_every_row_is_dealt_out_once_and_evenly(sizes: list[int], count: int) -> None:
     whole = list(range(len(sizes)))
-    for share_out in (lanes.deal, lanes.cut):
+    for share_out in (parallel.deal, parallel.cut):
         found = share_out(sizes, count)
         assert sorted(row for piece in found for row in piece) == whole
         assert all(piece == sorted(piece) for piece in found)
@@ -46,14 +46,14 @@ def test_every_row_is_dealt_out_once_and_evenly(sizes: list[int], count: int) ->
         assert len(found) <= count
         held = [sum(sizes[row] for row in piece) for piece in found]
         assert max(held) <= sum(sizes) / count + 2 * max(sizes)
-    assert [row for piece in lanes.cut(sizes, count) for row in piece] == whole
+    assert [row for piece in parallel.cut(sizes, count) for row in piece] == whole
 
 
 def test_equal_rows_make_equal_pieces() -> None:
-    assert lanes.cut([100] * 30, 2) == [list(range(15)), list(range(15, 30))]
-    assert [len(piece) for piece in lanes.deal([100] * 30, 4)] == [8, 8, 7, 7]
-    assert lanes.deal([90, 10, 50, 50], 2) == [[0, 1], [2, 3]]
-    assert [lanes.pieces(sizes, 2, 800) for sizes in ([100] * 8, [100] * 17, [5_000], [1, 1, 1])] == [
+    assert parallel.cut([100] * 30, 2) == [list(range(15)), list(range(15, 30))]
+    assert [len(piece) for piece in parallel.deal([100] * 30, 4)] == [8, 8, 7, 7]
+    assert parallel.deal([90, 10, 50, 50], 2) == [[0, 1], [2, 3]]
+    assert [parallel.pieces(sizes, 2, 800) for sizes in ([100] * 8, [100] * 17, [5_000], [1, 1, 1])] == [
         2,
         4,
         1,
@@ -67,9 +67,9 @@ def test_jobs_run_side_by_side_each_with_one_thread() -> None:
 
     def job() -> tuple[str, int, int]:
         both.wait()
-        return threading.current_thread().name, torch.get_num_threads(), lanes.count(CPU)
+        return threading.current_thread().name, torch.get_num_threads(), parallel.count(CPU)
 
-    found = lanes.run([job, job], CPU)
+    found = parallel.run([job, job], CPU)
     assert len({name for name, _, _ in found}) == 2
     assert [rest for _, *rest in found] == [[1, 1], [1, 1]], "and a lane deals nothing out"
     assert torch.get_num_threads() == 3
@@ -77,10 +77,10 @@ def test_jobs_run_side_by_side_each_with_one_thread() -> None:
 
 @needs_runtime
 def test_many_threads_are_divided_among_the_lanes(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(lanes, "MOST", 1)
-    monkeypatch.setattr(lanes, "count", lambda device: 2)
-    assert lanes.threads_of_a_lane() == 3
-    assert lanes.run([torch.get_num_threads] * 2, CPU) == [3, 3]
+    monkeypatch.setattr(parallel, "MOST", 1)
+    monkeypatch.setattr(parallel, "count", lambda device: 2)
+    assert parallel.threads_of_a_lane() == 3
+    assert parallel.run([torch.get_num_threads] * 2, CPU) == [3, 3]
 
 
 @needs_runtime
@@ -97,7 +97,7 @@ def test_what_goes_wrong_is_raised_when_all_have_ended() -> None:
         ended.set()
 
     with pytest.raises(KeyError, match="first"):
-        lanes.run([fails, goes_on], CPU)
+        parallel.run([fails, goes_on], CPU)
     assert ended.is_set()
 
 
@@ -112,16 +112,16 @@ def test_what_has_not_begun_is_left_when_one_fails() -> None:
         threading.Event().wait(0.02)
 
     with pytest.raises(KeyError, match="first"):
-        lanes.run([partial(job, number) for number in range(200)], CPU)
+        parallel.run([partial(job, number) for number in range(200)], CPU)
     assert len(begun) < 100
 
 
 @needs_runtime
 def test_one_job_stays_here_unless_it_must_not() -> None:
     here = threading.current_thread()
-    assert lanes.run([threading.current_thread], CPU) == [here]
-    assert lanes.run([threading.current_thread], CPU, alone=False) != [here]
-    assert lanes.run([threading.current_thread] * 2, torch.device("meta")) == [here, here]
+    assert parallel.run([threading.current_thread], CPU) == [here]
+    assert parallel.run([threading.current_thread], CPU, alone=False) != [here]
+    assert parallel.run([threading.current_thread] * 2, torch.device("meta")) == [here, here]
 
 
 @needs_runtime
@@ -137,9 +137,9 @@ def test_a_thread_computes_with_fewer_for_a_while_and_no_other_does() -> None:
 
 
 def test_without_a_runtime_of_torchs_nothing_is_dealt_out(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(lanes, "openmp_runtime", lambda: None)
+    monkeypatch.setattr(parallel, "openmp_runtime", lambda: None)
     monkeypatch.setattr(runtime_threads, "openmp_runtime", lambda: None)
-    assert lanes.count(CPU) == 1
+    assert parallel.count(CPU) == 1
     with torch_threads(1):
         assert torch.get_num_threads() == 3
 
