@@ -28,7 +28,7 @@ from typing import Any
 #: Whose frames name a point.
 _OURS = ("api", "worker", "store", "heft_engine", "cli", "__main__")
 #: Frames through which every commit goes: the one who asked for it stands in these local names.
-_DOORS = {"api.database": "work", "worker.jobs.attempt": "do"}
+_DOORS = {"api.database": "work", "worker.jobs.attempt": "operation"}
 
 #: What an attempt's folder is called (worker.jobs.attempt).
 _FOLDER = re.compile(r"(ftjob-\w+)-\w+")

@@ -23,7 +23,7 @@ KILLED = ("api", "worker", "prepare", "trainer", "reconciler", "postgres", "valk
 WORKER_POINTS = (
     "commit claim", "commit finish_prepared", "commit finish_succeeded", "commit finish_cancelled",
     "commit finish_paused", "commit record_event", "commit record_checkpoint", "commit release",
-    "commit record_crash", "commit worker.jobs.attempt._claim", "commit worker.jobs.attempt.ask",
+    "commit record_crash", "commit worker.jobs.attempt._claim", "commit worker.jobs.attempt.renew_lease",
     "commit worker.chores.presence", "commit worker.jobs.export", "publish heft.train",
     "publish heft.prepare", "publish heft.export",
     "rename store.storage.atomic_write", "fsync store.storage.atomic_write", "commit", "publish", "rename", "fsync",

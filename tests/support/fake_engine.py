@@ -10,7 +10,7 @@ Each line of that file is one act, {"do": …}:
   die code          exit so without a word (negative: by that signal); `once` skips it after a resume
   fail code message FAILED, exit 1
   (checkpoint with spoil: "remove", "cut" or "change" is gone, lacks a file, or has another, before its event)
-  (checkpoint with key: what its stage's end may be kept under)
+  (checkpoint with key: what its stage's end may be kept under; with metrics: {name: number} at its step)
   ask keys          STAGE_KEYS, and a STAGE_REUSED for each that is brought
   told field=value  exit 3 unless the run file says so
   leave right n costs   what SUCCEEDED shall say for comparisons: rows by seed (the first is seed 1)
@@ -84,12 +84,12 @@ class Play:
         elif act.get("spoil") == "change":
             (path / "state.json").write_text("{}")
         kind = act.get("kind", "step")
-        key = {"key": act["key"]} if "key" in act else {}
+        optional = {name: act[name] for name in ("key", "metrics") if name in act}
         stage = STAGE | {"stage_index": act.get("stage_index", 0)}
-        emit("CHECKPOINT_SAVED", **stage, step=self.step, kind=kind, path=str(path), **key)
+        emit("CHECKPOINT_SAVED", **stage, step=self.step, kind=kind, path=str(path), **optional)
 
     def ask(self, act: dict[str, Any]) -> None:
-        folder = Path(self.run["results"])
+        folder = Path(self.run["stage_dir"])
         emit("STAGE_KEYS", keys=act["keys"])
         while not (folder / "answered").exists():
             threading.Event().wait(0.02)

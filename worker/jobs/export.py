@@ -1,37 +1,44 @@
-"""Archives of models: fetch the bundle, have the engine write the wanted format, store it as one tar. Diagnostics are
-made in the same way, and stored as one JSON file.
+"""Builds exports: fetch the bundle, let the engine convert it, store one tar file. Diagnostics are one JSON file.
 
-It does NOT know formats: the engine does. Nobody's job waits for this; a lost attempt is made again.
+An export has a lease as a job has; one that is lost is built again.
 """
 
 from __future__ import annotations
 
+import base64
+import json
 import logging
 import os
 import shutil
 import tarfile
 import tempfile
-from functools import partial
 from pathlib import Path
 from typing import IO, Any, cast
 
+from sqlalchemy.orm import Session
+
 from store import exports
 from store.db.session import transaction
+from store.db.tables import Job
 from store.errors import Damaged, LostFence, NotFound, Unavailable
 from store.exports import DIAGNOSTICS, ExportClaim
 from store.jobs.fence import StopRequest
-from store.storage.artifacts import Artifacts, export_key
+from store.jobs.spec import TrainingSpec
+from store.storage import files
+from store.storage.artifacts import Artifacts, export_key, prepared_key
 from worker.context import Context
 from worker.engine_process.child import Child, child_environment
 from worker.engine_process.supervisor import Limits, StopReason, Supervisor
-from worker.jobs import diagnostics
 from worker.jobs.attempt import job_error
 
 log = logging.getLogger(__name__)
 
+#: Diagnostics use the first of these files that the job has: rows that it was not trained on tell more.
+_DIAGNOSTIC_FIELDS = ("validation_file", "test_file", "training_file")
+
 
 class ExportFailed(Exception):
-    """It can't be made. `error` is {code, message, param}."""
+    """The export can't be built. `error` is {code, message, param}."""
 
     def __init__(self, error: dict[str, Any]) -> None:
         super().__init__(error["message"])
@@ -39,7 +46,7 @@ class ExportFailed(Exception):
 
 
 def build_export(context: Context, model_id: str, export_format: str) -> bool:
-    """Build this archive if it is waited for; False if it is not, or not any more."""
+    """Builds this export if it is waited for; returns False if it is not."""
     if context.stopping.is_set():
         return False
     with transaction(context.sessions) as session:
@@ -52,100 +59,91 @@ def build_export(context: Context, model_id: str, export_format: str) -> bool:
     if claim is None:
         return False
     folder = Path(tempfile.mkdtemp(prefix="export-", dir=context.scratch))
-    renew = partial(_renew, context, claim)
     try:
-        limits = Limits.from_settings(context.settings)
-        with Supervisor(
-            renew_lease=renew, read_stop_request=renew, stopping=context.stopping, limits=limits
-        ) as watch:
-            _build(context, claim, folder, watch)
-    except (LostFence, Unavailable) as fault:
-        log.warning("%s of %s is left to the next attempt: %s", export_format, model_id, fault)
+        with _supervisor(context, claim) as supervisor:
+            _build(context, claim, folder, supervisor)
+    except (LostFence, Unavailable) as error:
+        log.warning("%s of %s is left to the next attempt: %s", export_format, model_id, error)
     finally:
         shutil.rmtree(folder)
     return True
 
 
-def _build(context: Context, claim: ExportClaim, folder: Path, watch: Supervisor) -> None:
-    try:
-        made = _make(context, claim, folder, watch)
-    except ExportFailed as fault:
+def _supervisor(context: Context, claim: ExportClaim) -> Supervisor:
+    def renew_lease() -> StopRequest:
         with transaction(context.sessions) as session:
-            exports.fail(session, claim, error=fault.error)
+            exports.heartbeat(session, claim)
+        return StopRequest(cancel=False, pause=False)
+
+    return Supervisor(
+        renew_lease=renew_lease,
+        read_stop_request=renew_lease,
+        stopping=context.stopping,
+        limits=Limits.from_settings(context.settings),
+    )
+
+
+def _build(context: Context, claim: ExportClaim, folder: Path, supervisor: Supervisor) -> None:
+    try:
+        directory = _convert(context, claim, folder, supervisor)
+    except ExportFailed as failure:
+        with transaction(context.sessions) as session:
+            exports.fail(session, claim, error=failure.error)
         return
     name, job_id = claim.model.id.rpartition(":")[2], claim.model.job_id or ""
     if claim.format == DIAGNOSTICS:
         key = export_key(job_id, name, claim.format, claim.attempt, suffix="json")
-        joined = diagnostics.join(made, folder / "joined.json")
-        context.artifacts.put_file(key, joined)
-        size = joined.stat().st_size
+        report = _report_with_plots(directory, folder / "report.json")
+        context.artifacts.put_file(key, report)
+        size = report.stat().st_size
     else:
         key = export_key(job_id, name, claim.format, claim.attempt)
-        size = _store_tar(context.artifacts, key, made, f"{name}-{claim.format}")
+        size = _store_tar(context.artifacts, key, directory, f"{name}-{claim.format}")
     with transaction(context.sessions) as session:
         exports.finish(session, claim, storage_key=key, size=size)
 
 
-def _make(context: Context, claim: ExportClaim, folder: Path, watch: Supervisor) -> Path:
-    """The directory to archive. Raises ExportFailed; LostFence when it shall not be finished."""
+def _convert(context: Context, claim: ExportClaim, folder: Path, supervisor: Supervisor) -> Path:
+    """Returns the directory to store. Raises ExportFailed; LostFence when the attempt must end."""
     bundle, out = folder / "bundle", folder / "out"
     try:
         context.artifacts.fetch_directory(claim.model.storage_key or "", bundle, claim.model.manifest)
-    except Damaged as fault:
-        raise ExportFailed(job_error("storage_damaged", f"A stored file can't be used: {fault}.")) from fault
+    except Damaged as damage:
+        raise ExportFailed(_damaged(damage)) from damage
     if claim.format == "bundle":
         return bundle
     if claim.format == DIAGNOSTICS:
         command = ["diagnose", "--data", str(_fetch_rows(context, claim, folder))]
     else:
         command = ["export", "--format", claim.format]
-    command = [
-        *context.engine_command,
-        *command,
-        "--bundle",
-        str(bundle),
-        "--out",
-        str(out),
-        "--die-with-parent",
-    ]
-    for option, path in (
-        ("--model-dir", context.settings.model_dir),
-        ("--cache-dir", context.settings.cache_dir),
-    ):
-        command += [option, str(path)] if path is not None else []
-    error = job_error("export_failed", "The export ended without a word; the worker's log says more.")
-    environment = child_environment(os.environ)
-    with Child(command, env=environment, cwd=folder) as child, watch.supervising(child):
-        for outcome in child.lines():
-            error = outcome.get("error", error)
-        code = child.wait()
-    if watch.stop_reason is StopReason.SHUTDOWN:
-        with transaction(context.sessions) as session:
-            exports.release(session, claim)
-    if watch.stop_reason is not None:
-        raise LostFence(f"the export of {claim.model.id} shall end: {watch.stop_reason}")
-    if code != 0:
-        raise ExportFailed(error)
+    command += ["--bundle", str(bundle), "--out", str(out), "--die-with-parent", *context.model_options()]
+    _run_engine(context, claim, folder, supervisor, command)
     return out
 
 
-def _fetch_rows(context: Context, claim: ExportClaim, folder: Path) -> Path:
-    try:
+def _run_engine(
+    context: Context, claim: ExportClaim, folder: Path, supervisor: Supervisor, command: list[str]
+) -> None:
+    error = job_error("export_failed", "The export ended without a result; the worker's log says more.")
+    argv = [*context.engine_command, *command]
+    with Child(argv, env=child_environment(os.environ), cwd=folder) as child, supervisor.supervising(child):
+        for line in child.lines():
+            error = line.get("error", error)
+        exit_code = child.wait()
+    if supervisor.stop_reason is StopReason.SHUTDOWN:
         with transaction(context.sessions) as session:
-            key, sha256 = diagnostics.rows_of(session, claim.model.job_id or "")
-        context.artifacts.fetch_file(key, folder / "rows.jsonl", sha256)
-    except NotFound as fault:
-        raise ExportFailed(job_error("file_not_found", "The job's rows have been deleted.")) from fault
-    except Damaged as fault:
-        raise ExportFailed(job_error("storage_damaged", f"A stored file can't be used: {fault}.")) from fault
-    return folder / "rows.jsonl"
+            exports.release(session, claim)
+    if supervisor.stop_reason is not None:
+        raise LostFence(f"the export of {claim.model.id} must end: {supervisor.stop_reason}")
+    if exit_code != 0:
+        raise ExportFailed(error)
 
 
 def _store_tar(artifacts: Artifacts, key: str, directory: Path, name: str) -> int:
-    """Store a directory as one tar without a second copy on this machine; returns its size in bytes."""
+    """Streams a directory into storage as one tar file; returns its size in bytes."""
     upload = artifacts.upload(key)
     try:
-        # A stream is only ever written to; typeshed asks for a whole file.
+        # tarfile only writes to a stream; typeshed requires a complete file object.
         with tarfile.open(fileobj=cast(IO[bytes], upload), mode="w|") as tar:
             tar.add(directory, arcname=name)
     except BaseException:
@@ -155,7 +153,43 @@ def _store_tar(artifacts: Artifacts, key: str, directory: Path, name: str) -> in
     return upload.size
 
 
-def _renew(context: Context, claim: ExportClaim) -> StopRequest:
-    with transaction(context.sessions) as session:
-        exports.heartbeat(session, claim)
-    return StopRequest(cancel=False, pause=False)
+def _fetch_rows(context: Context, claim: ExportClaim, folder: Path) -> Path:
+    """Returns the path of the rows for diagnostics. Raises ExportFailed."""
+    path = folder / "rows.jsonl"
+    try:
+        with transaction(context.sessions) as session:
+            key, sha256 = _rows_in_storage(session, claim.model.job_id or "")
+        context.artifacts.fetch_file(key, path, sha256)
+    except NotFound as error:
+        raise ExportFailed(job_error("file_not_found", "The job's rows have been deleted.")) from error
+    except Damaged as damage:
+        raise ExportFailed(_damaged(damage)) from damage
+    return path
+
+
+def _rows_in_storage(session: Session, job_id: str) -> tuple[str, str]:
+    """Returns storage key and SHA-256 of the rows for diagnostics. Raises NotFound when they have been deleted."""
+    job = session.get(Job, job_id)
+    if job is None:
+        raise NotFound(f"no fine-tuning job {job_id!r}", param="fine_tuning_job_id", code="job_not_found")
+    spec = TrainingSpec.model_validate(job.spec)
+    field, reference = next((name, value) for name in _DIAGNOSTIC_FIELDS if (value := getattr(spec, name)))
+    if reference.startswith("file-"):
+        row = files.for_job(session, owner_id=job.owner_id, file_id=reference)
+        return row.storage_key, row.sha256
+    sha256 = (job.validation or {})["files"][field]["sha256"]
+    return prepared_key(job_id, sha256), sha256
+
+
+def _report_with_plots(directory: Path, path: Path) -> Path:
+    """Writes the report of diagnostics with its plots as `data:` URLs."""
+    report = json.loads((directory / "diagnostics.json").read_text())
+    plots = {}
+    for plot in sorted(directory.glob("*.png")):
+        plots[plot.stem] = f"data:image/png;base64,{base64.b64encode(plot.read_bytes()).decode()}"
+    path.write_text(json.dumps({**report, "object": "fine_tuning.job.diagnostics", "plots": plots}))
+    return path
+
+
+def _damaged(damage: Damaged) -> dict[str, Any]:
+    return job_error("storage_damaged", f"A stored file can't be used: {damage}.")

@@ -1,8 +1,7 @@
-"""The rows that a job names, brought to this machine.
+"""Copies the rows that a job names to this machine.
 
-Uploaded files lie in storage already. Rows from the hub and samples are put there by `prepare`, under the
-job and their own SHA-256, so that what is trained on is what was checked, wherever and however often that
-happens. It does NOT know what is in them.
+Uploaded files are in storage already. `prepare` puts rows from the hub and samples there too, under the job and their
+own SHA-256. So a job trains on the rows that were checked, wherever and however often it runs.
 """
 
 from __future__ import annotations
@@ -17,30 +16,30 @@ from store.storage import files
 from store.storage.artifacts import prepared_key
 from worker.jobs.attempt import Attempt
 
-#: The job's fields that name rows.
+#: The fields of a job that name rows.
 FIELDS: tuple[FileField, ...] = get_args(FileField)
 
 
 def store_rows(attempt: Attempt, path: Path) -> str:
-    """Store rows that were made for this job; returns their SHA-256. Same rows, same key: attempts can't
-    clash."""
+    """Stores rows that `prepare` has created and returns their SHA-256, which is part of their key."""
     with path.open("rb") as file:
         sha256 = hashlib.file_digest(file, "sha256").hexdigest()
     key = prepared_key(attempt.claim.job_id, sha256)
-    return attempt.retrying(partial(attempt.context.artifacts.put_file, key, path))
+    return attempt.retry_storage(partial(attempt.context.artifacts.put_file, key, path))
 
 
 def fetch_uploads(attempt: Attempt) -> dict[FileField, Path]:
-    """The uploaded ones among the job's files, by field."""
-    return {
-        field: _fetch_upload(attempt, field, reference)
-        for field in FIELDS
-        if (reference := getattr(attempt.claim.spec, field)) and reference.startswith("file-")
-    }
+    """Returns the paths of the job's uploaded files, by field."""
+    paths: dict[FileField, Path] = {}
+    for field in FIELDS:
+        reference: str | None = getattr(attempt.claim.spec, field)
+        if reference and reference.startswith("file-"):
+            paths[field] = _fetch_upload(attempt, field, reference)
+    return paths
 
 
 def fetch_rows(attempt: Attempt) -> dict[FileField, Path]:
-    """All of the job's files, by field. Only after `prepare`, whose report names the rows that it made."""
+    """Returns the paths of all of the job's files, by field. Needs the report of `prepare`."""
     paths = fetch_uploads(attempt)
     report = attempt.claim.validation or {}
     for field in FIELDS:
@@ -60,5 +59,5 @@ def _fetch_upload(attempt: Attempt, field: str, file_id: str) -> Path:
 def _fetch(attempt: Attempt, field: str, key: str, sha256: str) -> Path:
     attempt.raise_if_stopping()
     path = attempt.folder / f"{field}.jsonl"
-    attempt.retrying(partial(attempt.context.artifacts.fetch_file, key, path, sha256))
+    attempt.retry_storage(partial(attempt.context.artifacts.fetch_file, key, path, sha256))
     return path

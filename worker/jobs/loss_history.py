@@ -1,7 +1,6 @@
-"""Every step's loss and every score of a run, as rows of a CSV file: what `result_files` names in the end.
+"""The losses and scores of a run as a CSV file, which becomes the job's result file.
 
-The history so far goes along with each checkpoint, so that a run that was resumed elsewhere still has all
-its steps. It does NOT know where the file is kept.
+Each checkpoint carries the history so far: a run that is resumed on another machine still has all of its steps.
 """
 
 from __future__ import annotations
@@ -11,14 +10,24 @@ from pathlib import Path
 from typing import Any
 
 COLUMNS = (
-    *("step", "stage", "stage_index", "epoch", "train_loss", "learning_rate", "tokens"),
-    *("valid_loss", "accuracy", "correct", "n", "split"),
+    "step",
+    "stage",
+    "stage_index",
+    "epoch",
+    "train_loss",
+    "learning_rate",
+    "tokens",
+    "valid_loss",
+    "accuracy",
+    "correct",
+    "n",
+    "split",
 )
 FILE_NAME = "history.csv"
 
 
 class LossHistory:
-    """Lines in the order in which they became known; nothing but numbers and plain words is in them."""
+    """Lines in the order of their events. Values are numbers and names of stages: nothing needs quoting."""
 
     def __init__(self) -> None:
         self._lines: list[str] = []
@@ -26,7 +35,7 @@ class LossHistory:
 
     @classmethod
     def load(cls, path: Path) -> LossHistory:
-        """What `save` wrote; empty if there is no such file."""
+        """Reads a file that `save` wrote; an empty history if there is none."""
         history = cls()
         if path.exists():
             history._lines = path.read_text().splitlines()[1:]
@@ -38,19 +47,19 @@ class LossHistory:
         path.write_text("\n".join([",".join(COLUMNS), *self._lines]) + "\n")
 
     def add(self, event: Mapping[str, Any]) -> None:
-        """Keep what an event says of losses and scores; other events say nothing of them."""
+        """Adds the losses or scores of an event; ignores events that have none."""
         data = event["data"]
         match event["code"]:
             case "METRICS":
                 self._append({**data, "train_loss": data["loss"]})
             case "EPOCH_COMPLETE":
-                # Its own train_loss is the epoch's mean; the column holds what each step had.
+                # Its own train_loss is the mean of the epoch; the column has the loss of each step.
                 self._append({**data, "train_loss": None, "valid_loss": data.get("eval_loss")})
             case "EVALUATION":
                 self._append(data)
 
     def _append(self, data: Mapping[str, Any]) -> None:
         self._step = str(data.get("step", self._step))
-        known = {**data, "step": self._step}
-        values = (known.get(name) for name in COLUMNS)
+        row = {**data, "step": self._step}
+        values = [row.get(column) for column in COLUMNS]
         self._lines.append(",".join("" if value is None else str(value) for value in values))

@@ -1,9 +1,8 @@
-"""What stages ended with, between the owner's earlier jobs and this attempt's engine.
+"""Passes results of stages between the owner's earlier jobs and this attempt's engine.
 
-The engine asks by its stages' keys (heft_engine.commands.stage_exchange); what the owner has of them is put into
-the attempt's
-folder. What comes of a new stage is copied to storage for later jobs. It saves work and nothing else: whatever goes
-wrong here is a miss, and the job never waits for it. It does NOT know what keys are made of.
+The engine asks for the keys of its stages (heft_engine.commands.stage_exchange); stored results of these keys are
+fetched into the attempt's folder. The end of each new stage is stored for later jobs. An error here is a cache miss:
+it never fails or delays the job.
 """
 
 from __future__ import annotations
@@ -26,36 +25,36 @@ log = logging.getLogger(__name__)
 
 
 class StageResults:
-    """One attempt's. `folder` is there and empty: where its engine looks."""
+    """The stage results of one attempt. `folder` exists, empty, and the engine reads it."""
 
     def __init__(self, attempt: Attempt, folder: Path) -> None:
         self._attempt = attempt
         self._folder = folder
         self._artifacts = attempt.context.artifacts
 
-    def bring(self, data: Mapping[str, Any]) -> None:
-        """Answer a STAGE_KEYS event."""
+    def fetch(self, data: Mapping[str, Any]) -> None:
+        """Answers a STAGE_KEYS event with the stored results of the first of its stages."""
         try:
             for row in self._rows(data["keys"]):
                 self._fetch(row)
-        except (Unavailable, OSError) as fault:
-            log.warning("%s reuses nothing (more): %s", self._attempt.claim.job_id, fault)
-        except Damaged as fault:
-            log.error("a stage's result is damaged and given up: %s", fault)
+        except (Unavailable, OSError) as error:
+            log.warning("%s reuses no further stages: %s", self._attempt.claim.job_id, error)
+        except Damaged as damage:
+            log.error("a stage result is damaged and will be deleted: %s", damage)
         finally:
             (self._folder / ANSWERED).touch()
 
-    def keep(self, data: Mapping[str, Any]) -> None:
-        """Copy the stage's end that a CHECKPOINT_SAVED event names, if it may be reused. Raises LostFence."""
+    def store(self, data: Mapping[str, Any]) -> None:
+        """Stores the end of a stage that a CHECKPOINT_SAVED event describes, if it has a key. Raises LostFence."""
         if "key" not in data:
             return
         try:
-            self._copy(Path(data["path"]), data["key"])
-        except (Unavailable, OSError) as fault:
-            # What is stored without a row goes with the attempt's leavings.
-            log.warning("a stage of %s is not kept for later jobs: %s", self._attempt.claim.job_id, fault)
+            self._store(Path(data["path"]), data["key"])
+        except (Unavailable, OSError) as error:
+            # Files without a row are deleted with the attempt's other files.
+            log.warning("a stage of %s is not stored for later jobs: %s", self._attempt.claim.job_id, error)
 
-    def _copy(self, path: Path, key: str) -> None:
+    def _store(self, path: Path, key: str) -> None:
         context, claim = self._attempt.context, self._attempt.claim
         sealed: dict[str, str] = json.loads((path / MANIFEST).read_text())
         size = sum((path / name).stat().st_size for name in sealed)
@@ -64,16 +63,9 @@ class StageResults:
         storage_key = f"{attempt_prefix(claim.job_id, claim.attempt)}/result-{key}"
         manifest = self._artifacts.put_directory(storage_key, path)
         if not sealed.items() <= manifest.items():
-            return
+            return  # changed or removed meanwhile
         with transaction(context.sessions) as session:
-            stage_results.add(
-                session,
-                claim,
-                key=key,
-                storage_key=storage_key,
-                manifest=manifest,
-                size=size,
-            )
+            stage_results.add(session, claim, key=key, storage_key=storage_key, manifest=manifest, size=size)
 
     def _rows(self, keys: Sequence[str]) -> list[StageResult]:
         with transaction(self._attempt.context.sessions) as session:

@@ -113,7 +113,7 @@ def test_switched_off_by_the_job_or_the_operator(bench: Bench, first: str, switc
     settings = {"days": {"reuse_days": 0}, "bytes": {"reuse_bytes": 0}}.get(switch, {})
     # A job that is told of no folder may not ask: the stand-in would fail.
     job_id = bench.queued(
-        [{"do": "metrics", "step": 9}, {"do": "told", "results": None}], reuse=switch != "job"
+        [{"do": "metrics", "step": 9}, {"do": "told", "stage_dir": None}], reuse=switch != "job"
     )
     assert bench.run(job_id, bench.with_settings(**settings)).state == JobState.SUCCEEDED
 

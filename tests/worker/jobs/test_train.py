@@ -45,6 +45,22 @@ def test_a_job_that_succeeds(bench: Bench) -> None:
     assert checkpoint.model_id == f"{job.fine_tuned_model}:ckpt-lora"
 
 
+def test_a_checkpoint_has_the_metrics_of_its_step(bench: Bench) -> None:
+    of_step = {"train_loss": 0.5, "learning_rate": 0.001}
+    at_end = {"train_loss": 0.25, "eval_loss": 0.75, "accuracy": 0.9}
+    job_id = bench.queued(
+        [
+            *STEPS,
+            {"do": "checkpoint", "step": 2, "metrics": of_step},
+            {"do": "checkpoint", "step": 3, "kind": "stage", "metrics": at_end},
+            {"do": "checkpoint", "step": 4},
+        ]
+    )
+    assert bench.run(job_id).state == JobState.SUCCEEDED
+    metrics = {checkpoint.step: checkpoint.metrics for checkpoint in bench.checkpoints(job_id)}
+    assert metrics == {2: of_step, 3: at_end, 4: {}}
+
+
 def test_every_step_is_in_the_result_file(bench: Bench) -> None:
     acts = [{"do": "metrics", "step": step} for step in range(1, 11)]
     job_id = bench.queued([{"do": "eval", "accuracy": 0.5}, *acts])
