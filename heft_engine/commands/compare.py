@@ -1,6 +1,6 @@
-"""`compare`: which rows the runs of several arms got right (or how right), in; the verdict, out. JSON both ways.
+"""`compare`: compares the arms of a study. Reads their runs' row values as JSON, prints the comparison as JSON.
 
-It loads no torch.
+Imports no torch.
 """
 
 from __future__ import annotations
@@ -13,15 +13,16 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_valida
 
 from heft_engine.errors import ConfigError
 from heft_engine.evaluation.row_values import unpack_correctness, unpack_graded
-from heft_engine.studies import Arm, RowValues, compare_arms
+from heft_engine.studies.arms import Arm, RowValues
+from heft_engine.studies.compare import compare_arms
 
 
 class _Strict(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True)
 
 
-class RunOutcome(_Strict):
-    """`right`, or `values` of a graded metric: row by row, as `heft_engine.evaluation.row_values` packs them."""
+class RunInput(_Strict):
+    """The row values of a run, packed by heft_engine.evaluation.row_values: `right`, or `values` of a graded metric."""
 
     seed: int
     n: Annotated[int, Field(ge=1)]
@@ -30,33 +31,41 @@ class RunOutcome(_Strict):
     values: str | None = None
 
     @model_validator(mode="after")
-    def _one_kind(self) -> RunOutcome:
+    def _right_or_values(self) -> RunInput:
         if (self.right is None) == (self.values is None):
-            raise ValueError("give right or values")
+            raise ValueError("a run must have either right or values")
         return self
 
-    def outcome(self) -> RowValues:
-        """Raises ValueError where there are not `n` rows."""
-        rows = (
-            unpack_correctness(self.right, self.n)
-            if self.right is not None
-            else unpack_graded(self.values or "", self.n)
-        )
-        return RowValues(seed=self.seed, right=rows, rows_sha256=self.rows_sha256)
+    def row_values(self) -> RowValues:
+        """Unpacks the values. Raises ValueError unless there are `n`."""
+        if self.right is not None:
+            values: Any = unpack_correctness(self.right, self.n)
+        else:
+            values = unpack_graded(self.values or "", self.n)
+        return RowValues(seed=self.seed, values=values, rows_sha256=self.rows_sha256)
 
 
-class ArmOutcomes(_Strict):
+class ArmInput(_Strict):
     name: str
     seeds: list[int]
-    runs: list[RunOutcome]
+    runs: list[RunInput]
     task: str | None = None
     method: str | None = None
 
+    def arm(self) -> Arm:
+        return Arm(
+            name=self.name,
+            seeds=self.seeds,
+            task=self.task,
+            method=self.method,
+            runs=[run.row_values() for run in self.runs],
+        )
+
 
 class Question(_Strict):
-    """`baseline`: the arm, or the method, that all others are compared with; None compares every pair."""
+    """`baseline`: the arm or method that all others are compared with; None compares every pair."""
 
-    arms: list[ArmOutcomes]
+    arms: list[ArmInput]
     baseline: str | None = None
 
 
@@ -64,19 +73,11 @@ def run(options: argparse.Namespace) -> None:
     try:
         question = Question.model_validate_json(options.run_file.read_text())
     except ValidationError as error:
-        raise ConfigError(f"no question for compare: {error.errors()[0]['msg']}", param="run-file") from None
+        raise ConfigError(
+            f"the run file is not valid: {error.errors()[0]['msg']}", param="run-file"
+        ) from None
     print(json.dumps(answer(question), allow_nan=False))
 
 
 def answer(question: Question) -> dict[str, Any]:
-    arms = [
-        Arm(
-            name=arm.name,
-            seeds=arm.seeds,
-            task=arm.task,
-            method=arm.method,
-            outcomes=[one.outcome() for one in arm.runs],
-        )
-        for arm in question.arms
-    ]
-    return compare_arms(arms, baseline=question.baseline)
+    return compare_arms([arm.arm() for arm in question.arms], baseline=question.baseline)

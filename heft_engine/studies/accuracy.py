@@ -1,8 +1,7 @@
-"""An arm's accuracy with an interval: over the rows by Wilson's score, over the seeds by t, both where there are both.
+"""An arm's mean accuracy with a confidence interval over rows and seeds.
 
-Where rows are more or less right it is the mean of their metric, with heft_engine.evaluation.row_values's interval
-over the rows. It
-does NOT compare arms.
+Over the rows it is Wilson's interval, or heft_engine.evaluation.row_values.mean_interval for graded metrics; over the
+seeds Student's t. With several seeds the squares of both half-widths add, as in `intervals`.
 """
 
 from __future__ import annotations
@@ -23,24 +22,24 @@ Interval = tuple[float, float]
 
 @dataclass(frozen=True, kw_only=True)
 class Accuracy:
-    """The mean over the seeds there are. One seed tells nothing of others: its interval covers the rows alone."""
+    """The mean over an arm's runs. With one run the interval covers the rows only."""
 
     mean: float
     interval_95: Interval
     covers: str  #: "rows" or "rows and seeds"
-    over_seeds: Interval | None  #: t alone: of this method on these very rows
-    deviation: float | None  #: from seed to seed
+    over_seeds: Interval | None  #: Student's t interval: of this method on these very rows
+    deviation: float | None  #: standard deviation over the seeds
     per_seed: list[dict[str, Any]]
 
 
 def accuracy_of(arm: Arm) -> Accuracy | None:
-    """None for an arm of which nothing has succeeded."""
-    if not arm.outcomes:
+    """Returns the accuracy of an arm, or None if it has no runs."""
+    if not arm.runs:
         return None
-    values = [outcome.accuracy for outcome in arm.outcomes]
-    mean, seeds = float(np.mean(values)), len(values)
-    low, high = _over_rows(arm, mean)
-    per_seed = [_of_seed(outcome) for outcome in arm.outcomes]
+    accuracies = [run.accuracy for run in arm.runs]
+    mean, seeds = float(np.mean(accuracies)), len(accuracies)
+    low, high = _interval_over_rows(arm, mean)
+    per_seed = [_of_seed(run) for run in arm.runs]
     if seeds == 1:
         return Accuracy(
             mean=mean,
@@ -50,48 +49,47 @@ def accuracy_of(arm: Arm) -> Accuracy | None:
             deviation=None,
             per_seed=per_seed,
         )
-    deviation = float(np.std(values, ddof=1))
-    half = float(stats.t.ppf((1 + LEVEL) / 2, seeds - 1)) * deviation / seeds**0.5
+    deviation = float(np.std(accuracies, ddof=1))
+    half_width = float(stats.t.ppf((1 + LEVEL) / 2, seeds - 1)) * deviation / seeds**0.5
     return Accuracy(
         mean=mean,
-        interval_95=_within(mean - _add(mean - low, half), mean + _add(high - mean, half)),
+        interval_95=_clip(
+            mean - float(np.hypot(mean - low, half_width)), mean + float(np.hypot(high - mean, half_width))
+        ),
         covers="rows and seeds",
-        over_seeds=_within(mean - half, mean + half),
+        over_seeds=_clip(mean - half_width, mean + half_width),
         deviation=deviation,
         per_seed=per_seed,
     )
 
 
 def wilson(correct: float, rows: int) -> Interval:
+    """Wilson's interval of a proportion."""
     low, high = proportion_confint(correct, rows, alpha=1 - LEVEL, method="wilson")
     return float(low), float(high)
 
 
-def _over_rows(arm: Arm, mean: float) -> Interval:
-    """Of the mean over the seeds. A graded row counts by its mean over the seeds."""
-    rows = min(len(outcome.right) for outcome in arm.outcomes)
-    if not any(outcome.is_graded for outcome in arm.outcomes):
+def _interval_over_rows(arm: Arm, mean: float) -> Interval:
+    """The interval of the mean over the seeds. The value of a graded row is its mean over the seeds."""
+    rows = min(len(run.values) for run in arm.runs)
+    if not any(run.is_graded for run in arm.runs):
         return wilson(mean * rows, rows)
-    found = np.mean([outcome.right[:rows].astype(float) for outcome in arm.outcomes], axis=0)
-    low, high = mean_interval(found, LEVEL)
+    row_means = np.mean([run.values[:rows].astype(float) for run in arm.runs], axis=0)
+    low, high = mean_interval(row_means, LEVEL)
     return min(low, mean), max(high, mean)
 
 
-def _of_seed(outcome: RowValues) -> dict[str, Any]:
-    right, rows = float(outcome.right.sum()), len(outcome.right)
-    interval = mean_interval(outcome.right, LEVEL) if outcome.is_graded else wilson(right, rows)
+def _of_seed(run: RowValues) -> dict[str, Any]:
+    total, rows = float(run.values.sum()), len(run.values)
+    interval = mean_interval(run.values, LEVEL) if run.is_graded else wilson(total, rows)
     return {
-        "seed": outcome.seed,
-        "accuracy": right / rows,
-        "correct": None if outcome.is_graded else int(right),
+        "seed": run.seed,
+        "accuracy": total / rows,
+        "correct": None if run.is_graded else int(total),
         "n": rows,
         "interval_95": list(interval),
     }
 
 
-def _add(one: float, other: float) -> float:
-    return float(np.hypot(one, other))
-
-
-def _within(low: float, high: float) -> Interval:
+def _clip(low: float, high: float) -> Interval:
     return max(0.0, low), min(1.0, high)

@@ -1,4 +1,4 @@
-"""What is compared: which rows each run of each arm got right, or how right. It does NOT know where that comes from."""
+"""Arms of a study: the value of every test row, for each seed of a method."""
 
 from __future__ import annotations
 
@@ -13,59 +13,58 @@ from heft_engine.evaluation.row_values import Correctness, GradedValues
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class RowValues:
-    """One run: its seed, and row by row whether it was right, or by how much (0 to 1) where its metric is graded.
+    """The values of a run's test rows: right or wrong, or a graded metric from 0 to 1.
 
-    `rows_sha256` says which rows, in which order.
+    `rows_sha256` identifies the rows and their order.
     """
 
     seed: int
-    right: Correctness | GradedValues
+    values: Correctness | GradedValues
     rows_sha256: str = ""
 
     @property
     def is_graded(self) -> bool:
-        return self.right.dtype != np.bool_
+        return bool(self.values.dtype != np.bool_)
 
     @property
     def accuracy(self) -> float:
-        return float(self.right.mean())
+        return float(self.values.mean())
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class Arm:
-    """A method as it was run: the seeds that were asked for, and the outcomes there are (a run may have failed).
+    """A method with its planned seeds and its runs so far; some runs may have failed.
 
-    Where methods are run on several tasks, each with each is an arm, `method` on `task`.
+    In a study of several tasks an arm is one `method` on one `task`.
     """
 
     name: str
     seeds: Sequence[int]
-    outcomes: Sequence[RowValues]
+    runs: Sequence[RowValues]
     task: str | None = None
     method: str | None = None
 
     @property
     def by_seed(self) -> dict[int, RowValues]:
-        return {outcome.seed: outcome for outcome in self.outcomes}
+        return {run.seed: run for run in self.runs}
 
     @property
-    def missing(self) -> list[int]:
-        """Seeds that were asked for and have no outcome."""
+    def missing_seeds(self) -> list[int]:
+        """Planned seeds without a run."""
         return [seed for seed in self.seeds if seed not in self.by_seed]
 
 
-def paired(a: Arm, b: Arm) -> tuple[list[int], NDArray[np.float64] | None]:
-    """The seeds that both arms have, and a's rows minus b's, (seeds, rows); None if no seed is shared.
+def paired_differences(a: Arm, b: Arm) -> tuple[list[int], NDArray[np.float64] | None]:
+    """Returns the common seeds and a's row values minus b's, (seeds, rows); None without a common seed.
 
-    Of right and wrong they are -1, 0 and 1. Raises ValueError where the two were measured on different rows: nothing is
-    paired then.
+    Differences of right and wrong are -1, 0 and 1. Raises ValueError if the arms were evaluated on different rows.
     """
-    ours, theirs = a.by_seed, b.by_seed
-    shared = [seed for seed in a.seeds if seed in ours and seed in theirs]
-    if not shared:
+    runs_a, runs_b = a.by_seed, b.by_seed
+    seeds = [seed for seed in a.seeds if seed in runs_a and seed in runs_b]
+    if not seeds:
         return [], None
-    pairs = [(ours[seed], theirs[seed]) for seed in shared]
-    kinds = {(one.rows_sha256, len(one.right)) for pair in pairs for one in pair}
-    if len(kinds) > 1:
-        raise ValueError("measured on different rows")
-    return shared, np.stack([one.right.astype(float) - other.right.astype(float) for one, other in pairs])
+    pairs = [(runs_a[seed], runs_b[seed]) for seed in seeds]
+    row_sets = {(run.rows_sha256, len(run.values)) for pair in pairs for run in pair}
+    if len(row_sets) > 1:
+        raise ValueError("the arms were evaluated on different rows")
+    return seeds, np.stack([of_a.values.astype(float) - of_b.values.astype(float) for of_a, of_b in pairs])

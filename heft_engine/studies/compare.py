@@ -1,13 +1,11 @@
-"""The verdict over all arms: every arm's accuracy, every comparison with its sentence, Holm's correction over each of
-the two kinds of question. It does NOT choose a winner.
-"""
+"""Comparison of a study's arms: accuracies, every pair's difference with its sentence, and Holm-corrected p-values."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Hashable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from itertools import combinations
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
@@ -15,40 +13,52 @@ from statsmodels.stats.multitest import multipletests
 
 from heft_engine.studies import sentences
 from heft_engine.studies.accuracy import accuracy_of
-from heft_engine.studies.arms import Arm, paired
+from heft_engine.studies.arms import Arm, paired_differences
 from heft_engine.studies.mcnemar import ModelComparison, compare_models
 from heft_engine.studies.over_tasks import TaskComparison, compare_over_tasks
 from heft_engine.studies.paired_seeds import MethodComparison, compare_methods
-from heft_engine.studies.sentences import Judged, Needed
+from heft_engine.studies.sentences import RequiredSize, Significance
 
 ALPHA = 0.05
+
+Key = TypeVar("Key", bound=Hashable)
 
 
 @dataclass(kw_only=True)
 class _Pair:
-    """Two arms and what was found; p-values are corrected once all pairs are known."""
+    """Two arms and their comparisons, whose p-values are corrected once all pairs are known."""
 
     a: Arm
     b: Arm
     same_rows: bool = True
-    differences: NDArray[np.float64] | None = None  #: a's rows minus b's, (seeds, rows)
+    differences: NDArray[np.float64] | None = None  #: a's row values minus b's, (seeds, rows)
     models: dict[int, ModelComparison] = field(default_factory=dict)  #: by seed
     methods: MethodComparison | None = None
 
 
 def compare_arms(arms: Sequence[Arm], *, baseline: str | None = None) -> dict[str, Any]:
-    """`{"arms": […], "comparisons": […], "over_tasks": […]}`.
+    """Returns `{"arms": […], "comparisons": […], "over_tasks": […]}`.
 
-    Each pair of arms of one task is compared, or each arm with the one (or the one of the method) named `baseline`. The
-    p-values of methods are one family for Holm's correction, those of models, seed by seed, another, and those of
-    methods over tasks a third.
+    Compares each pair of arms of a task, or each arm with the `baseline`, an arm or a method. Holm's correction has
+    three families: comparisons of methods, of models (one for each seed), and of methods over tasks.
     """
     pairs = [_compare(a, b) for a, b in _pairs(arms, baseline)]
-    methods = _holm([pair.methods.p_value for pair in pairs if pair.methods is not None])
-    models = _holm([found.p_value for pair in pairs for found in pair.models.values()])
+    methods = _holm(
+        {index: pair.methods.p_value for index, pair in enumerate(pairs) if pair.methods is not None}
+    )
+    models = _holm(
+        {
+            (index, seed): result.p_value
+            for index, pair in enumerate(pairs)
+            for seed, result in pair.models.items()
+        }
+    )
     return {
-        "arms": [_arm(arm) for arm in arms],
-        "comparisons": [_to_json(pair, methods, models) for pair in pairs],
+        "arms": [_arm_json(arm) for arm in arms],
+        "comparisons": [
+            _pair_json(pair, methods.get(index), {seed: models[index, seed] for seed in pair.models})
+            for index, pair in enumerate(pairs)
+        ],
         "over_tasks": _over_tasks(pairs),
     }
 
@@ -58,8 +68,8 @@ def _pairs(arms: Sequence[Arm], baseline: str | None) -> list[tuple[Arm, Arm]]:
     if baseline is None:
         return pairs
     if all(baseline not in (arm.name, arm.method) for arm in arms):
-        raise ValueError(f"no arm is called {baseline!r}")
-    # Whatever is compared with it stands first.
+        raise ValueError(f"baseline {baseline!r} is not an arm or a method")
+    # The baseline is the second of its pair.
     return [
         (b, a) if baseline in (a.name, a.method) else (a, b)
         for a, b in pairs
@@ -69,137 +79,136 @@ def _pairs(arms: Sequence[Arm], baseline: str | None) -> list[tuple[Arm, Arm]]:
 
 def _compare(a: Arm, b: Arm) -> _Pair:
     try:
-        seeds, differences = paired(a, b)
+        seeds, differences = paired_differences(a, b)
     except ValueError:
         return _Pair(a=a, b=b, same_rows=False)
     if differences is None:
         return _Pair(a=a, b=b)
     models = {seed: compare_models(row) for seed, row in zip(seeds, differences, strict=True)}
-    return _Pair(a=a, b=b, differences=differences, models=models, methods=_methods(differences))
+    methods = compare_methods(differences) if len(seeds) > 1 else None
+    return _Pair(a=a, b=b, differences=differences, models=models, methods=methods)
 
 
-def _methods(differences: NDArray[np.float64]) -> MethodComparison | None:
-    return compare_methods(differences) if len(differences) > 1 else None
-
-
-class _Corrected:
-    """p-values of one family, in the order in which they were found."""
-
-    def __init__(self, values: Sequence[float], adjusted: Sequence[float]) -> None:
-        self.family = len(values)
-        self._left = list(adjusted)
-
-    def next(self) -> Judged:
-        p = self._left.pop(0)
-        return Judged(p_adjusted=p, family=self.family, separable=p < ALPHA, alpha=ALPHA / self.family)
-
-
-def _holm(values: Sequence[float]) -> _Corrected:
-    if not values:
-        return _Corrected([], [])
-    adjusted = multipletests(values, alpha=ALPHA, method="holm")[1]
-    return _Corrected(values, [float(value) for value in adjusted])
-
-
-def _arm(arm: Arm) -> dict[str, Any]:
-    found = accuracy_of(arm)
-    known: dict[str, Any] = {"name": arm.name, "seeds": list(arm.seeds), "missing_seeds": arm.missing}
-    if found is None:
-        nothing = dict.fromkeys(("accuracy", "interval_95", "interval_covers", "interval_over_seeds_95"))
-        return {**known, **nothing, "seed_deviation": None, "per_seed": []}
+def _holm(p_values: Mapping[Key, float]) -> dict[Key, Significance]:
+    """Corrects the p-values of one family."""
+    if not p_values:
+        return {}
+    corrected = multipletests(list(p_values.values()), alpha=ALPHA, method="holm")[1]
+    family = len(p_values)
     return {
-        **known,
-        "accuracy": found.mean,
-        "interval_95": list(found.interval_95),
-        "interval_covers": found.covers,
-        "interval_over_seeds_95": None if found.over_seeds is None else list(found.over_seeds),
-        "seed_deviation": found.deviation,
-        "per_seed": found.per_seed,
+        key: Significance(
+            p_adjusted=float(p), family=family, significant=bool(p < ALPHA), alpha=ALPHA / family
+        )
+        for key, p in zip(p_values, corrected, strict=True)
     }
 
 
-def _to_json(pair: _Pair, methods: _Corrected, models: _Corrected) -> dict[str, Any]:
-    judged_models = {seed: models.next() for seed in pair.models}
-    told = {"a": pair.a.name, "b": pair.b.name}
+def _arm_json(arm: Arm) -> dict[str, Any]:
+    accuracy = accuracy_of(arm)
+    known: dict[str, Any] = {"name": arm.name, "seeds": list(arm.seeds), "missing_seeds": arm.missing_seeds}
+    if accuracy is None:
+        unknown = dict.fromkeys(("accuracy", "interval_95", "interval_covers", "interval_over_seeds_95"))
+        return {**known, **unknown, "seed_deviation": None, "per_seed": []}
+    return {
+        **known,
+        "accuracy": accuracy.mean,
+        "interval_95": list(accuracy.interval_95),
+        "interval_covers": accuracy.covers,
+        "interval_over_seeds_95": None if accuracy.over_seeds is None else list(accuracy.over_seeds),
+        "seed_deviation": accuracy.deviation,
+        "per_seed": accuracy.per_seed,
+    }
+
+
+def _pair_json(
+    pair: _Pair, methods: Significance | None, models: Mapping[int, Significance]
+) -> dict[str, Any]:
+    names = {"a": pair.a.name, "b": pair.b.name}
     per_model = [
         {
             "seed": seed,
             **pair.models[seed].to_json(),
-            "p_adjusted": judged.p_adjusted,
-            "separable": judged.separable,
+            "p_adjusted": test.p_adjusted,
+            "separable": test.significant,
         }
-        for seed, judged in judged_models.items()
+        for seed, test in models.items()
     ]
-    if pair.methods is not None:
-        judged = methods.next()
-        return {**told, **_of_methods(pair, pair.methods, judged), "models": per_model}
+    if pair.methods is not None and methods is not None:
+        return {**names, **_methods_json(pair, pair.methods, methods), "models": per_model}
     if pair.models:
-        ((seed, judged),) = judged_models.items()
-        return {**told, **_of_models(pair, seed, judged), "models": per_model}
-    sentence = sentences.of_nothing if pair.same_rows else sentences.of_other_rows
-    empty = dict.fromkeys(("difference", "interval_95", "p_value", "p_adjusted"))
-    nothing = {"question": None, **empty, "separable": False, "sentence": sentence(pair.a, pair.b)}
-    return {**told, **nothing, "models": []}
-
-
-def _of_methods(pair: _Pair, found: MethodComparison, judged: Judged) -> dict[str, Any]:
-    needed = Needed(seeds=found.seeds_needed(judged.alpha), rows=found.rows_needed(judged.alpha))
+        return {**names, **_models_json(pair, models), "models": per_model}
+    sentence = sentences.without_common_seed if pair.same_rows else sentences.with_different_rows
+    unknown = dict.fromkeys(("difference", "interval_95", "p_value", "p_adjusted"))
     return {
-        "question": "methods",
-        "difference": found.difference,
-        "interval_95": list(found.interval_95),
-        "p_value": found.p_value,
-        "p_adjusted": judged.p_adjusted,
-        "separable": judged.separable,
-        "seeds": found.seeds,
-        "rows": found.rows,
-        "per_seed": found.per_seed,
-        "seed_deviation": found.seed_deviation,
-        "effect_size": found.cohens_dz,
-        "seeds_needed": needed.seeds,
-        "rows_needed": needed.rows,
-        "sentence": sentences.of_methods(pair.a, pair.b, found, judged, needed),
+        **names,
+        "question": None,
+        **unknown,
+        "separable": False,
+        "sentence": sentence(pair.a, pair.b),
+        "models": [],
     }
 
 
-def _of_models(pair: _Pair, seed: int, judged: Judged) -> dict[str, Any]:
-    found = pair.models[seed]
+def _methods_json(pair: _Pair, result: MethodComparison, test: Significance) -> dict[str, Any]:
+    required = RequiredSize(seeds=result.seeds_needed(test.alpha), rows=result.rows_needed(test.alpha))
+    return {
+        "question": "methods",
+        "difference": result.difference,
+        "interval_95": list(result.interval_95),
+        "p_value": result.p_value,
+        "p_adjusted": test.p_adjusted,
+        "separable": test.significant,
+        "seeds": result.seeds,
+        "rows": result.rows,
+        "per_seed": result.per_seed,
+        "seed_deviation": result.seed_deviation,
+        "effect_size": result.cohens_dz,
+        "seeds_needed": required.seeds,
+        "rows_needed": required.rows,
+        "sentence": sentences.of_methods(pair.a, pair.b, result, test, required),
+    }
+
+
+def _models_json(pair: _Pair, models: Mapping[int, Significance]) -> dict[str, Any]:
+    """The comparison of two arms with a single common seed."""
+    ((seed, test),) = models.items()
+    result = pair.models[seed]
     return {
         "question": "models",
-        "difference": found.difference,
-        "interval_95": list(found.interval_95),
-        "p_value": found.p_value,
-        "p_adjusted": judged.p_adjusted,
-        "separable": judged.separable,
+        "difference": result.difference,
+        "interval_95": list(result.interval_95),
+        "p_value": result.p_value,
+        "p_adjusted": test.p_adjusted,
+        "separable": test.significant,
         "seeds": 1,
-        "rows": found.rows,
-        "sentence": sentences.of_models(pair.a, pair.b, seed, found, judged),
+        "rows": result.rows,
+        "sentence": sentences.of_models(pair.a, pair.b, seed, result, test),
     }
 
 
 def _over_tasks(pairs: Sequence[_Pair]) -> list[dict[str, Any]]:
-    """One statement for each two methods that were compared on several tasks."""
+    """Compares each two methods that were compared on several tasks."""
     by_methods: dict[tuple[str, str], dict[str, NDArray[np.float64]]] = {}
     for pair in pairs:
         a, b, task = pair.a.method, pair.b.method, pair.a.task
         if a is not None and b is not None and task is not None and pair.differences is not None:
             by_methods.setdefault((a, b), {})[task] = pair.differences
-    found = {
+    results = {
         methods: compare_over_tasks(differences)
         for methods, differences in by_methods.items()
         if len(differences) > 1
     }
-    corrected = _holm([one.p_value for one in found.values()])
-    return [_of_tasks(a, b, one, corrected.next()) for (a, b), one in found.items()]
+    tests = _holm({methods: result.p_value for methods, result in results.items()})
+    return [_tasks_json(*methods, result, tests[methods]) for methods, result in results.items()]
 
 
-def _of_tasks(a: str, b: str, found: TaskComparison, judged: Judged) -> dict[str, Any]:
+def _tasks_json(a: str, b: str, result: TaskComparison, test: Significance) -> dict[str, Any]:
     return {
         "a": a,
         "b": b,
-        **asdict(found),
-        "interval_95": list(found.interval_95),
-        "p_adjusted": judged.p_adjusted,
-        "separable": judged.separable,
-        "sentence": sentences.over_tasks(a, b, found, judged),
+        **asdict(result),
+        "interval_95": list(result.interval_95),
+        "p_adjusted": test.p_adjusted,
+        "separable": test.significant,
+        "sentence": sentences.over_tasks(a, b, result, test),
     }

@@ -1,8 +1,8 @@
-"""Is one method better than another over several tasks? A task is one case: its difference is the mean over its seeds.
+"""Comparison of two methods over several tasks: a t interval over the tasks' mean differences.
 
-A t interval over the tasks' differences, with the noise that each of them has from its own rows and seeds added as
-`intervals` adds it: t alone would take two or three tasks that happen to agree for certain. The tasks stand for tasks
-like them only as far as they were chosen so; nothing here knows how they were. It does NOT compare within a task.
+Each task is one observation. The variance from its own rows and seeds is added as in `intervals`: Student's t alone
+would be overconfident for two or three tasks that happen to agree. The result generalises to other tasks only as far as
+these are a random sample of them.
 """
 
 from __future__ import annotations
@@ -26,27 +26,27 @@ class TaskComparison:
 
 
 def compare_over_tasks(differences: Mapping[str, NDArray[np.float64]]) -> TaskComparison:
-    """From a's rows minus b's, (seeds, rows) of each task. Raises ValueError for one task, which tells of no other."""
+    """Compares two methods by a's row values minus b's, (seeds, rows), of each task. Raises ValueError for one task."""
     tasks = len(differences)
     if tasks < 2:
-        raise ValueError("tasks are compared over two or more")
-    per_task = {name: float(found.mean()) for name, found in differences.items()}
+        raise ValueError("a comparison over tasks needs at least two tasks")
+    per_task = {name: float(of_task.mean()) for name, of_task in differences.items()}
     means = np.array(list(per_task.values()))
     between = float(means.var(ddof=1)) / tasks
-    within = sum(_noise(found) for found in differences.values()) / tasks**2
-    rows = sum(found.shape[-1] for found in differences.values())
+    within = sum(_variance(of_task) for of_task in differences.values()) / tasks**2
+    rows = sum(of_task.shape[-1] for of_task in differences.values())
     difference = float(means.mean())
-    half = float(intervals.half_width(between, within, tasks, rows))
+    half_width = float(intervals.half_width(between, within, tasks, rows))
     return TaskComparison(
         tasks=tasks,
         per_task=per_task,
         difference=difference,
-        interval_95=(max(-1.0, difference - half), min(1.0, difference + half)),
+        interval_95=(max(-1.0, difference - half_width), min(1.0, difference + half_width)),
         p_value=intervals.p_value(difference, between, within, tasks, rows),
     )
 
 
-def _noise(differences: NDArray[np.float64]) -> float:
-    """Variance of a task's mean difference: of its seeds, where there are several, and of its rows."""
+def _variance(differences: NDArray[np.float64]) -> float:
+    """Variance of a task's mean difference: of its rows, and of its seeds if there are several."""
     of_rows = float(intervals.row_variance(differences.mean(axis=0)))
     return of_rows + (float(intervals.seed_variance(differences)) if len(differences) > 1 else 0.0)

@@ -1,7 +1,7 @@
-"""Are two *methods* different? Their seeds are paired, and the differences' mean gets an interval over seeds and rows.
+"""Comparison of two *methods*: the mean of paired differences over seeds, with an interval over seeds and rows.
 
-With seeds that vary by one to two points, rows pooled over seeds call equal methods different in 16 to 38 of 100 cases;
-a single seed says nothing of methods at all. It does NOT compare single models.
+Where seeds vary by one to two points, tests on rows pooled over seeds reject 16 to 38 of 100 true null hypotheses. A
+single seed says nothing about methods.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from heft_engine.studies.power import Noise, rows_needed, seeds_needed
 
 @dataclass(frozen=True, kw_only=True)
 class MethodComparison:
-    """cohens_dz: the mean difference in deviations of the seeds' differences; None where those are all equal."""
+    """a's mean minus b's. cohens_dz: in standard deviations of the seeds' differences; None if those are all equal."""
 
     seeds: int
     rows: int
@@ -30,34 +30,34 @@ class MethodComparison:
     noise: Noise
 
     def seeds_needed(self, alpha: float) -> int | None:
-        """How many seeds would tell a true difference of this size apart, at 80 % power; None: no number would."""
+        """Seeds needed to detect a true difference of this size with 80 % power; None if no number suffices."""
         return seeds_needed(self.difference, self.noise, alpha=alpha)
 
     def rows_needed(self, alpha: float) -> int | None:
-        """How many test rows would be needed even with endless seeds; None without a difference."""
+        """Test rows needed with any number of seeds; None without a difference."""
         return rows_needed(self.difference, self.noise, alpha=alpha)
 
 
 def compare_methods(differences: NDArray[np.float64]) -> MethodComparison:
-    """From a's rows minus b's, (seeds, rows). Raises ValueError for one seed, which can't tell methods apart."""
+    """Compares two methods by a's row values minus b's, (seeds, rows). Raises ValueError for a single seed."""
     seeds, rows = differences.shape
     if seeds < 2:
-        raise ValueError("methods are compared over two seeds or more")
+        raise ValueError("a comparison of methods needs at least two seeds")
     per_seed = differences.mean(axis=1)
     difference = float(per_seed.mean())
-    of_seeds = float(intervals.seed_variance(differences))
-    of_rows = float(intervals.row_variance(differences.mean(axis=0)))
-    half = float(intervals.half_width(of_seeds, of_rows, seeds, rows))
+    seed_variance = float(intervals.seed_variance(differences))
+    row_variance = float(intervals.row_variance(differences.mean(axis=0)))
+    half_width = float(intervals.half_width(seed_variance, row_variance, seeds, rows))
     deviation = float(per_seed.std(ddof=1))
-    # Means of equal differences differ in their last bit.
+    # Means of equal differences can differ in their last bit.
     deviation = 0.0 if deviation < 1e-12 else deviation
     return MethodComparison(
         seeds=seeds,
         rows=rows,
         per_seed=[float(value) for value in per_seed],
         difference=difference,
-        interval_95=(max(-1.0, difference - half), min(1.0, difference + half)),
-        p_value=intervals.p_value(difference, of_seeds, of_rows, seeds, rows),
+        interval_95=(max(-1.0, difference - half_width), min(1.0, difference + half_width)),
+        p_value=intervals.p_value(difference, seed_variance, row_variance, seeds, rows),
         seed_deviation=deviation,
         cohens_dz=difference / deviation if deviation else None,
         noise=Noise.of(differences),

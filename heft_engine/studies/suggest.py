@@ -1,8 +1,7 @@
-"""Which points a search shall try next, by optuna, from all that have been tried before.
+"""Suggestions of the next points of a search, by optuna, from all trials so far.
 
-Nothing is kept: the optuna study is built anew from the trials each time, and each proposal's sampler is seeded with
-the search's seed and the trial's number, so the same past gives the same proposals, wherever and whenever they are
-made. It does NOT know what a trial is: points and values go in, points come out.
+Nothing is stored: the optuna study is rebuilt from the trials each time, and each suggestion's sampler is seeded with
+the search's seed and the trial's number, so equal trials give equal suggestions on every machine.
 """
 
 from __future__ import annotations
@@ -27,12 +26,12 @@ from heft_engine.config.search_space import Point, Range, Space, draw, point_key
 Sampler = Literal["tpe", "random"]
 State = Literal["running", "complete", "failed", "pruned"]
 
-#: TPE begins with points at random: half of the budget, at most optuna's own number.
-_MOST_RANDOM = 10
-#: How often a point that was tried before is drawn again before those that are left are looked for.
-_TRIES = 20
-#: And in the end: a range of two neighbouring numbers counts as endless, and is not.
-_LAST_TRIES = 10_000
+#: TPE starts with random points: half of the budget, at most optuna's default number.
+_MAX_STARTUP_TRIALS = 10
+#: Samples of a known point before random points are drawn instead.
+_MAX_SAMPLES = 20
+#: Random draws of known points before the space counts as exhausted: two adjacent floats are a range of infinite size.
+_MAX_DRAWS = 10_000
 _STATES = {
     "running": TrialState.RUNNING,
     "complete": TrialState.COMPLETE,
@@ -43,7 +42,7 @@ _STATES = {
 
 @dataclass(frozen=True, kw_only=True)
 class Trial:
-    """value: what came of it, higher is better; of complete ones alone."""
+    """A tried point. `value`: its result if complete; higher is better."""
 
     point: Point
     state: State
@@ -52,6 +51,8 @@ class Trial:
 
 @dataclass(frozen=True, kw_only=True)
 class Search:
+    """The settings of a search. `budget`: its number of trials."""
+
     space: Space
     budget: int
     sampler: Sampler = "tpe"
@@ -59,56 +60,57 @@ class Search:
 
 
 def suggest(search: Search, trials: Sequence[Trial], count: int) -> list[Point]:
-    """So many points that are not among the trials; fewer where the space has no more."""
-    known, new = list(trials), []
+    """Returns `count` points that differ from all trials; fewer if the space has no more."""
+    known, points = list(trials), []
     for _ in range(count):
-        point = _next(search, known)
+        point = _next_point(search, known)
         if point is None:
             break
-        new.append(point)
+        points.append(point)
         known.append(Trial(point=point, state="running"))
-    return new
+    return points
 
 
-def _next(search: Search, known: Sequence[Trial]) -> Point | None:
-    seen = {point_key(trial.point) for trial in known}
-    if len(seen) >= size(search.space):
+def _next_point(search: Search, trials: Sequence[Trial]) -> Point | None:
+    known = {point_key(trial.point) for trial in trials}
+    if len(known) >= size(search.space):
         return None
-    for again in range(_TRIES):
-        point = _ask(search, known, seed=_seed(search, len(known), again))
-        if point_key(point) not in seen:
+    for sample in range(_MAX_SAMPLES):
+        point = _sample(search, trials, seed=_seed(search, len(trials), sample))
+        if point_key(point) not in known:
             return point
-    # Few are left, and the sampler does not care for them.
-    random = Random(_seed(search, len(known), _TRIES))
-    for _ in range(_LAST_TRIES):
-        if point_key(point := draw(search.space, random)) not in seen:
+    # Few points are left, and the sampler does not prefer them.
+    random = Random(_seed(search, len(trials), _MAX_SAMPLES))
+    for _ in range(_MAX_DRAWS):
+        point = draw(search.space, random)
+        if point_key(point) not in known:
             return point
     return None
 
 
-def _seed(search: Search, number: int, again: int) -> int:
-    return Random(f"{search.seed} {number} {again}").getrandbits(32)
+def _seed(search: Search, number: int, sample: int) -> int:
+    return Random(f"{search.seed} {number} {sample}").getrandbits(32)
 
 
-def _ask(search: Search, known: Sequence[Trial], *, seed: int) -> Point:
+def _sample(search: Search, trials: Sequence[Trial], *, seed: int) -> Point:
     optuna.logging.set_verbosity(optuna.logging.WARNING)
     distributions = {name: _distribution(values) for name, values in search.space.items()}
     study = optuna.create_study(direction="maximize", sampler=_sampler(search, seed))
-    study.add_trials([_frozen(trial, search.space, distributions) for trial in known])
-    asked = study.ask(distributions).params
-    return {name: _value(search.space[name], asked[name]) for name in search.space}
+    study.add_trials([_frozen_trial(trial, search.space, distributions) for trial in trials])
+    params = study.ask(distributions).params
+    return {name: _from_param(search.space[name], params[name]) for name in search.space}
 
 
 def _sampler(search: Search, seed: int) -> optuna.samplers.BaseSampler:
     if search.sampler == "random":
         return optuna.samplers.RandomSampler(seed=seed)
-    # Trials that run count as bad ones: those that run beside them shall lie elsewhere.
-    at_random = min(_MOST_RANDOM, max(1, search.budget // 2))
-    return optuna.samplers.TPESampler(seed=seed, n_startup_trials=at_random, constant_liar=True)
+    # constant_liar: running trials count as bad ones, so that points suggested meanwhile lie elsewhere.
+    startup_trials = min(_MAX_STARTUP_TRIALS, max(1, search.budget // 2))
+    return optuna.samplers.TPESampler(seed=seed, n_startup_trials=startup_trials, constant_liar=True)
 
 
-def _frozen(trial: Trial, space: Space, distributions: dict[str, BaseDistribution]) -> FrozenTrial:
-    params = {name: _stored(space[name], value) for name, value in trial.point.items()}
+def _frozen_trial(trial: Trial, space: Space, distributions: dict[str, BaseDistribution]) -> FrozenTrial:
+    params = {name: _to_param(space[name], value) for name, value in trial.point.items()}
     return create_trial(
         state=_STATES[trial.state],
         value=trial.value if trial.state == "complete" else None,
@@ -118,7 +120,7 @@ def _frozen(trial: Trial, space: Space, distributions: dict[str, BaseDistributio
 
 
 def _distribution(values: list[Any] | Range) -> BaseDistribution:
-    """A list's values are known to optuna by their places: they may be lists themselves."""
+    """A list's values are represented by their indices, because optuna takes no lists as values."""
     if not isinstance(values, Range):
         return CategoricalDistribution(tuple(range(len(values))))
     if values.is_integer:
@@ -126,11 +128,12 @@ def _distribution(values: list[Any] | Range) -> BaseDistribution:
     return FloatDistribution(float(values.low), float(values.high), log=values.log)
 
 
-def _value(values: list[Any] | Range, stored: Any) -> Any:
-    return stored if isinstance(values, Range) else values[stored]
+def _from_param(values: list[Any] | Range, param: Any) -> Any:
+    return param if isinstance(values, Range) else values[param]
 
 
-def _stored(values: list[Any] | Range, value: Any) -> Any:
+def _to_param(values: list[Any] | Range, value: Any) -> Any:
     if isinstance(values, Range):
         return value
-    return [json.dumps(one, sort_keys=True) for one in values].index(json.dumps(value, sort_keys=True))
+    keys = [json.dumps(choice, sort_keys=True) for choice in values]
+    return keys.index(json.dumps(value, sort_keys=True))

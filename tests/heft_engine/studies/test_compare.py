@@ -10,8 +10,9 @@ import pytest
 from scipy import stats
 from statsmodels.stats.multitest import multipletests
 
-from heft_engine.studies import Arm, RowValues, accuracy_of, compare_arms
-from heft_engine.studies.arms import paired
+from heft_engine.studies.accuracy import accuracy_of
+from heft_engine.studies.arms import Arm, RowValues, paired_differences
+from heft_engine.studies.compare import compare_arms
 
 
 @pytest.fixture(autouse=True, scope="module")
@@ -24,12 +25,12 @@ def _quick_collections() -> Iterator[None]:
 
 def outcome(seed: int, right: int, rows: int = 100, first: int = 0) -> RowValues:
     """Right on `right` rows from row `first` on."""
-    return RowValues(seed=seed, right=np.roll(np.arange(rows) < right, first))
+    return RowValues(seed=seed, values=np.roll(np.arange(rows) < right, first))
 
 
 def arm(name: str, *rights: int, rows: int = 100, seeds: int | None = None) -> Arm:
-    outcomes = [outcome(seed, right, rows) for seed, right in enumerate(rights, 1)]
-    return Arm(name=name, seeds=list(range(1, (seeds or len(rights)) + 1)), outcomes=outcomes)
+    runs = [outcome(seed, right, rows) for seed, right in enumerate(rights, 1)]
+    return Arm(name=name, seeds=list(range(1, (seeds or len(rights)) + 1)), runs=runs)
 
 
 def test_graded_arms_are_judged_like_others() -> None:
@@ -41,7 +42,7 @@ def test_graded_arms_are_judged_like_others() -> None:
         return Arm(
             name=name,
             seeds=[1, 2, 3],
-            outcomes=[RowValues(seed=i, right=one) for i, one in enumerate(rows, 1)],
+            runs=[RowValues(seed=i, values=one) for i, one in enumerate(rows, 1)],
         )
 
     verdict = compare_arms([graded("high", 0.1), graded("low", 0.0)])
@@ -53,7 +54,7 @@ def test_graded_arms_are_judged_like_others() -> None:
     assert (compared["question"], compared["separable"]) == ("methods", True)
     assert compared["models"][0]["test"] == "a sign-flip test"
     alone = [
-        Arm(name=arm, seeds=[1], outcomes=[RowValues(seed=1, right=base * k)])
+        Arm(name=arm, seeds=[1], runs=[RowValues(seed=1, values=base * k)])
         for arm, k in (("a", 1.0), ("b", 0.9))
     ]
     assert "a sign-flip test" in compare_arms(alone)["comparisons"][0]["sentence"]
@@ -88,12 +89,12 @@ def test_an_arm_that_is_always_right_is_not_certain() -> None:
 
 
 def test_pairs_are_of_the_same_rows() -> None:
-    other = Arm(name="b", seeds=[1], outcomes=[RowValues(seed=1, right=np.ones(4, bool), rows_sha256="b")])
-    mine = Arm(name="a", seeds=[1], outcomes=[RowValues(seed=1, right=np.ones(4, bool), rows_sha256="a")])
+    other = Arm(name="b", seeds=[1], runs=[RowValues(seed=1, values=np.ones(4, bool), rows_sha256="b")])
+    mine = Arm(name="a", seeds=[1], runs=[RowValues(seed=1, values=np.ones(4, bool), rows_sha256="a")])
     with pytest.raises(ValueError, match="different rows"):
-        paired(mine, other)
+        paired_differences(mine, other)
     told = compare_arms([mine, other])["comparisons"][0]
-    assert told["sentence"] == "a and b were measured on different rows: nothing can be compared."
+    assert told["sentence"] == "a and b can't be compared: they were evaluated on different rows."
     assert told["p_value"] is None
 
 
@@ -117,8 +118,8 @@ def test_three_seeds_that_do_not_suffice() -> None:
     needed = told["seeds_needed"]
     low, high = (f"{100 * abs(end):.1f}" for end in reversed(told["interval_95"]))
     assert told["sentence"] == (
-        f"HEFT 3+3 is 1.5 points above LoRA alone, 95 % interval −{low} to {high}: not separable with 3 seeds; "
-        f"about {needed} would be needed."
+        f"HEFT 3+3 is 1.5 points above LoRA alone (95 % confidence interval −{low} to {high}): "
+        f"not significant with 3 seeds; about {needed} seeds would be needed."
     )
     assert [one["seed"] for one in told["models"]] == [1, 2, 3]
 
@@ -126,15 +127,17 @@ def test_three_seeds_that_do_not_suffice() -> None:
 def test_a_difference_that_is_there() -> None:
     told = only(compare_arms([arm("a", 900, 905, 902, rows=1000), arm("b", 700, 701, 706, rows=1000)]))
     assert told["separable"]
-    assert told["sentence"].startswith("a is 20.0 points above b, 95 % interval ")
-    assert told["sentence"].endswith(": separable with 3 seeds (p < 0.001).") or "p = 0.0" in told["sentence"]
+    assert told["sentence"].startswith("a is 20.0 points above b (95 % confidence interval ")
+    assert (
+        told["sentence"].endswith(": significant with 3 seeds (p < 0.001).") or "p = 0.0" in told["sentence"]
+    )
 
 
 def test_one_seed_compares_models_alone_and_says_so() -> None:
     told = only(compare_arms([arm("a", 90), arm("b", 60)]))
     assert told["question"] == "models"
     assert told["sentence"].startswith(
-        "With one seed in common only models can be compared, not methods: with seed 1 "
+        "With one common seed only models can be compared, not methods: with seed 1 "
     )
     assert "the model of a is 30.0 points above that of b" in told["sentence"]
     assert told["separable"]
@@ -149,15 +152,15 @@ def test_a_seed_that_failed_is_named() -> None:
 def test_an_arm_that_failed_is_compared_with_nobody() -> None:
     verdict = compare_arms([arm("a", 90, 91), arm("b", seeds=2)])
     told = only(verdict)
-    assert told["sentence"] == "a and b have no seed in common (b lacks seeds 1, 2): nothing can be compared."
+    assert told["sentence"] == "a and b can't be compared: they have no common seed (b lacks seeds 1, 2)."
     assert (told["question"], told["difference"], told["separable"]) == (None, None, False)
     assert verdict["arms"][1]["accuracy"] is None
 
 
 def test_no_difference_is_not_called_one() -> None:
     told = only(compare_arms([arm("a", 80, 82), arm("b", 80, 82)]))
-    assert told["sentence"].startswith("a and b differ by less than 0.1 points, 95 % interval −")
-    assert told["sentence"].endswith("not separable with 2 seeds; there is no difference to look for.")
+    assert told["sentence"].startswith("a and b differ by less than 0.1 points (95 % confidence interval −")
+    assert told["sentence"].endswith("not significant with 2 seeds; there is no difference to detect.")
 
 
 def test_many_arms_are_corrected_by_holm_in_two_families() -> None:
@@ -180,6 +183,6 @@ def test_a_baseline_narrows_the_comparisons() -> None:
 
 def test_few_rows_are_named_as_what_is_missing() -> None:
     told = only(compare_arms([arm("a", 84, 84, 84), arm("b", 82, 82, 82)]))
-    assert "no number of seeds would be enough on 100 test rows, about " in told["sentence"]
+    assert "no number of seeds would suffice with 100 test rows, about " in told["sentence"]
     assert told["seeds_needed"] is None
     assert told["rows_needed"] > 100

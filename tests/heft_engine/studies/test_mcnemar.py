@@ -8,8 +8,7 @@ from random_differences import random_differences
 from scipy import stats
 from statsmodels.stats.contingency_tables import mcnemar
 
-from heft_engine.studies import compare_models
-from heft_engine.studies.mcnemar import sign_flips
+from heft_engine.studies.mcnemar import compare_models, sign_flips
 
 
 def test_mcnemar_is_that_of_statsmodels() -> None:

@@ -5,18 +5,17 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from heft_engine.studies import Arm, RowValues, compare_arms
+from heft_engine.studies.arms import Arm, RowValues
+from heft_engine.studies.compare import compare_arms
 from heft_engine.studies.over_tasks import compare_over_tasks
 
 
 def arm(method: str, task: str, *rights: int, rows: int = 200, seeds: int = 2) -> Arm:
-    outcomes = [
-        RowValues(seed=seed, right=np.arange(rows) < right, rows_sha256=task)
+    runs = [
+        RowValues(seed=seed, values=np.arange(rows) < right, rows_sha256=task)
         for seed, right in enumerate(rights, 1)
     ]
-    return Arm(
-        name=f"{method} on {task}", seeds=range(1, seeds + 1), outcomes=outcomes, task=task, method=method
-    )
+    return Arm(name=f"{method} on {task}", seeds=range(1, seeds + 1), runs=runs, task=task, method=method)
 
 
 def verdict_of(*accuracies: tuple[int, int], baseline: str | None = None) -> dict:
@@ -51,8 +50,8 @@ def test_over_tasks_a_task_is_one_case() -> None:
     t_alone = 4.303 * means.std(ddof=1) / 3**0.5
     low, high = found["interval_95"]
     assert (high - low) / 2 > t_alone
-    assert found["sentence"].startswith("On average over these 3 tasks, HEFT is 3.3 points above LoRA, 95 %")
-    assert found["sentence"].endswith(": not separable with 3 tasks.")
+    assert found["sentence"].startswith("On average over 3 tasks, HEFT is 3.3 points above LoRA (95 %")
+    assert found["sentence"].endswith(": not significant.")
     assert not found["separable"]
 
 
@@ -66,7 +65,7 @@ def test_two_tasks_that_happen_to_agree_prove_nothing() -> None:
 def test_one_task_tells_of_no_other() -> None:
     assert verdict_of((150, 160))["over_tasks"] == []
     assert compare_arms([arm("LoRA", "t0", 100, 102), arm("HEFT", "t1", 100, 102)])["comparisons"] == []
-    with pytest.raises(ValueError, match="two or more"):
+    with pytest.raises(ValueError, match="at least two tasks"):
         compare_over_tasks({"t0": np.zeros((2, 50))})
 
 

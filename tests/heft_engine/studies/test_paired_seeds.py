@@ -8,8 +8,8 @@ from random_differences import random_differences
 from scipy import stats
 from statsmodels.stats.power import TTestPower
 
-from heft_engine.studies import compare_methods
 from heft_engine.studies.intervals import half_width, p_value, row_variance, seed_variance
+from heft_engine.studies.paired_seeds import compare_methods
 from heft_engine.studies.power import Noise, power, rows_needed, seeds_needed
 
 

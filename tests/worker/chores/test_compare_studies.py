@@ -165,7 +165,7 @@ def test_a_study_with_the_real_engine_trains_what_its_arms_share_once(
     assert [len(arm["per_seed"]) for arm in found.verdict["arms"]] == [1, 1, 1]
     sentences = [one["sentence"] for one in found.verdict["comparisons"]]
     assert len(sentences) == 3
-    assert all(text.startswith("With one seed in common only models can be compared") for text in sentences)
+    assert all(text.startswith("With one common seed only models can be compared") for text in sentences)
     costs = [run.outcome.costs for run in runs(bench, study) if run.outcome is not None]
     assert [cost[0].get("reused", False) for cost in costs] == [False, True, True]
     assert len({cost[0]["flops"] for cost in costs}) == 1
