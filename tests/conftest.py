@@ -24,6 +24,10 @@ pytest_plugins = ["tiny_models", "amx_fixtures"]  # tests/support: tiny_llama_di
 # Before torch is loaded: on busy cores, threads that spin while they wait make every step several times as long.
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
+# Child processes import this checkout, even if another one is the installed one.
+_ROOT = str(Path(__file__).parents[1])
+os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, [_ROOT, os.environ.get("PYTHONPATH")]))
+
 _TEMPLATE = "heft_template"
 _numbers = itertools.count()
 

@@ -18,11 +18,11 @@ from pathlib import Path
 from typing import Any
 
 import ledger
-from chaos_stack import ChaosStack
-from evidence import Evidence
-from faults import Injector
-from judge import judge, points
-from user import User
+from clients.evidence import Evidence
+from clients.user import User
+from faults.schedule import Injector
+from harness.chaos_stack import ChaosStack
+from verdict.judge import judge, points
 
 from cli.stack.process import wait_until
 

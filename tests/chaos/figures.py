@@ -19,11 +19,11 @@ from typing import Any
 
 import ledger
 import psutil
-from chaos_stack import LEASE, PATIENCE, ROLES, ChaosStack
-from evidence import Evidence
-from frozen import stopped
-from rows import stand_in_job
-from user import ENDED, JOBS, Client
+from clients.evidence import Evidence
+from clients.jobs import stand_in_job
+from clients.user import ENDED, JOBS, Client
+from faults.frozen import stopped
+from harness.chaos_stack import LEASE, PATIENCE, ROLES, ChaosStack
 
 from cli.stack.process import wait_until
 

@@ -24,8 +24,8 @@ sys.path.append(str(Path(__file__).parents[1] / "support"))
 
 import ledger
 import torch
-from damage import damage
 from engine_runs import LORA, REFT, Told, but, config, parse, run, tensors, yes_no
+from faults.damage import damage
 from tiny_models import save_tiny_model
 
 from heft_engine.config.train import TrainConfig, recipe

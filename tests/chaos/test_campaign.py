@@ -7,12 +7,12 @@ from pathlib import Path
 
 import campaign
 import pytest
-import user
-import verdict
-from chaos_stack import ChaosStack
-from evidence import Evidence
+from clients import user
+from clients.evidence import Evidence
+from harness.chaos_stack import ChaosStack
 from summary import campaigns
-from test_verdict import books
+from verdict import invariants
+from verdict.test_invariants import books
 
 from cli.stack.home import Home
 
@@ -53,4 +53,4 @@ def test_a_user_who_can_not_go_on_says_so(tmp_path: Path, monkeypatch: pytest.Mo
     with pytest.raises(KeyError):
         person.run()
     log.close()
-    assert verdict.one_end(log.entries(), books()) == ["a user gave up: KeyError('id')"]
+    assert invariants.one_end(log.entries(), books()) == ["a user gave up: KeyError('id')"]

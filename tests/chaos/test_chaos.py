@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 from campaign import run
-from kills import KILLED
+from faults.kills import KILLED
 
 
 @pytest.mark.timeout(400)

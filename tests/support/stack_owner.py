@@ -44,7 +44,9 @@ def start_owner(
     home: Home, *, user: User | None = None, packages: Path | None = None
 ) -> subprocess.Popen[str]:
     """A process that starts the stack of `home` and holds it. `packages` come before the installed ones."""
-    environment = {"PATH": os.defpath} | ({"PYTHONPATH": str(packages)} if packages else {})
+    python_path = [str(packages)] if packages else []
+    python_path.append(os.environ["PYTHONPATH"])
+    environment = {"PATH": os.defpath, "PYTHONPATH": os.pathsep.join(python_path)}
     return subprocess.Popen(
         [sys.executable, "-c", _OWNER, str(home.path), *([str(user.uid), str(user.gid)] if user else [])],
         stdin=subprocess.PIPE,

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from random import Random
 from typing import Any
 
-from stand_in import BAD
+from harness.stand_in import BAD
 
 _STAGE = {"n_epochs": 1, "batch_size": 8, "rank": 2}
 

@@ -17,8 +17,8 @@ from random import Random
 from typing import Any
 
 import httpx
-from evidence import Evidence
-from rows import real_job, stand_in_job
+from clients.evidence import Evidence
+from clients.jobs import real_job, stand_in_job
 
 ENDED = ("succeeded", "failed", "cancelled")
 JOBS = "/v1/fine_tuning/jobs"

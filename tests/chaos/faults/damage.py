@@ -15,10 +15,10 @@ from typing import Any
 
 import psutil
 import psycopg
-from chaos_stack import ChaosStack
-from crash_points import job_in
-from frozen import stopped
-from kills import PROMPT_SECONDS
+from faults.frozen import stopped
+from faults.kills import PROMPT_SECONDS
+from harness.chaos_stack import ChaosStack
+from harness.crash_points import job_in
 from psycopg.rows import dict_row
 
 from cli.stack.process import wait_until

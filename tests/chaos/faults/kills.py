@@ -11,8 +11,8 @@ from random import Random
 from typing import Any
 
 import psutil
-from chaos_stack import ROLES, ChaosStack
-from crash_points import job_in
+from harness.chaos_stack import ROLES, ChaosStack
+from harness.crash_points import job_in
 
 from cli.stack.process import wait_until
 

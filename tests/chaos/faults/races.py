@@ -12,10 +12,10 @@ import time
 from contextlib import suppress
 from typing import Any
 
-from chaos_stack import ROLES, ChaosStack
-from evidence import Evidence
-from kills import Kills
-from user import ENDED, JOBS, Client
+from clients.evidence import Evidence
+from clients.user import ENDED, JOBS, Client
+from faults.kills import Kills
+from harness.chaos_stack import ROLES, ChaosStack
 
 _RACED = (
     "commit worker.jobs.attempt._claim",

@@ -17,13 +17,13 @@ from typing import Any
 
 import psutil
 import redis
-from chaos_stack import LEASE, ROLES, ChaosStack
-from damage import damage_checkpoint
-from evidence import Evidence
-from frozen import stopped
-from kills import KILLED, PROMPT_SECONDS, SWEEP, WORKER_POINTS, Kills, write
+from clients.evidence import Evidence
+from faults.damage import damage_checkpoint
+from faults.frozen import stopped
+from faults.kills import KILLED, PROMPT_SECONDS, SWEEP, WORKER_POINTS, Kills, write
+from faults.races import cancel_at_point
+from harness.chaos_stack import LEASE, ROLES, ChaosStack
 from kombu.exceptions import OperationalError
-from races import cancel_at_point
 
 from cli.stack.process import wait_until
 from store.messages.broker import Task, make_celery

@@ -18,7 +18,7 @@ from typing import Any
 import httpx
 import psutil
 import redis
-from leftovers import left_behind
+from harness.leftovers import left_behind
 
 from cli.stack.home import Home
 from cli.stack.postgres import database_url

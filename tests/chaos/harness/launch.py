@@ -11,14 +11,14 @@ import runpy
 import sys
 from pathlib import Path
 
-HERE = Path(__file__).parent
+CHAOS = Path(__file__).parents[1]
 STAND_IN_MARK = '{"stand_in"'
 
 
 def main() -> None:
     control, role, arguments = Path(sys.argv[1]), sys.argv[2], sys.argv[3:]
-    sys.path.append(str(HERE))
-    from crash_points import CrashPoints
+    sys.path.append(str(CHAOS))
+    from harness.crash_points import CrashPoints
 
     points = CrashPoints(control, role)
     if role == "engine":
@@ -45,7 +45,7 @@ def _worker(control: Path, role: str) -> None:
 
 def _engine(arguments: list[str]) -> None:
     if _is_for_stand_in(arguments):
-        import stand_in
+        from harness import stand_in
 
         stand_in.main(arguments)
         return

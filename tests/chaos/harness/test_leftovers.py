@@ -10,7 +10,7 @@ from pathlib import Path
 
 import psutil
 import pytest
-from leftovers import left_behind
+from harness.leftovers import left_behind
 
 from cli.stack.home import Home
 from cli.stack.process import locked

@@ -11,7 +11,7 @@ from collections import Counter
 from collections.abc import Iterable
 from typing import Any
 
-from evidence import Entry
+from clients.evidence import Entry
 
 Row = dict[str, Any]
 _DEATHS = ("trainer_died", "out_of_memory")

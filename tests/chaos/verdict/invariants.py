@@ -20,10 +20,10 @@ from dataclasses import dataclass
 from typing import Any
 
 import psycopg
-from evidence import Entry
+from clients.evidence import Entry
+from clients.user import ENDED, JOBS, manifest_of
+from harness.stand_in import WEIGHTS, trained
 from psycopg.rows import dict_row
-from stand_in import WEIGHTS, trained
-from user import ENDED, JOBS, manifest_of
 
 from store.errors import Damaged
 from store.storage.artifacts import Artifacts

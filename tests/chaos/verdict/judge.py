@@ -10,12 +10,10 @@ import time
 from collections import Counter
 from typing import Any
 
-import causes
-import resumed
-import verdict
-from chaos_stack import PATIENCE, ChaosStack
-from evidence import Evidence
-from user import ENDED, JOBS, Client, GaveUp, fetch_model
+from clients.evidence import Evidence
+from clients.user import ENDED, JOBS, Client, GaveUp, fetch_model
+from harness.chaos_stack import PATIENCE, ChaosStack
+from verdict import causes, invariants, resumed
 
 from cli.stack.process import wait_until
 from store.db.session import make_engine, session_factory
@@ -30,22 +28,22 @@ def judge(stack: ChaosStack, log: Evidence) -> dict[str, Any]:
     ended, not_served = _look_at_all(stack, client, log)
     client.close()
     _collect_garbage(stack)
-    books = verdict.Books.read(stack.database_url)
+    books = invariants.Books.read(stack.database_url)
     for record in _fired(stack):
         log.write("fired", **record)
     entries = log.entries()
     violations = {
         "served": not_served,
-        "one end": verdict.one_end(entries, books),
+        "one end": invariants.one_end(entries, books),
         "causes": causes.unfounded(
             entries, books.jobs, books.attempts, max_deaths=int(PATIENCE["HEFT_MAX_TRAINER_DEATHS"])
         ),
         "resumed": resumed.wrongly(entries, books.attempts, books.checkpoints, books.events),
-        "one success": verdict.one_success(entries, books),
-        "stale writes": verdict.no_stale_write(books),
-        "changed ends": verdict.ends_never_change(entries),
-        "stored": verdict.stored(books, stack.artifacts),
-        "answers": verdict.only_503(entries),
+        "one success": invariants.one_success(entries, books),
+        "stale writes": invariants.no_stale_write(books),
+        "changed ends": invariants.ends_never_change(entries),
+        "stored": invariants.stored(books, stack.artifacts),
+        "answers": invariants.only_503(entries),
     }
     status = stack.stop()
     violations["left behind"] = stack.left_behind() + (
@@ -67,8 +65,8 @@ def _look_at_all(stack: ChaosStack, client: Client, log: Evidence) -> tuple[list
     """Every accepted job as it is shown now; and what is wrong with the models that are served."""
     until = time.monotonic() + 120
     expected = {entry["job"]: entry["expect"] for entry in log.entries() if entry["kind"] == "accepted"}
-    ended = [client.look(job_id, until) for job_id in sorted(verdict.accepted(log.entries()))]
-    manifests = {model["id"]: model["manifest"] for model in verdict.Books.read(stack.database_url).models}
+    ended = [client.look(job_id, until) for job_id in sorted(invariants.accepted(log.entries()))]
+    manifests = {model["id"]: model["manifest"] for model in invariants.Books.read(stack.database_url).models}
     wrong, real_weights = [], set()
     for job in ended:
         model_id = job["fine_tuned_model"]
@@ -80,7 +78,7 @@ def _look_at_all(stack: ChaosStack, client: Client, log: Evidence) -> tuple[list
             wrong.append(str(reason))
             continue
         expect = expected.get(job["id"], {})
-        wrong += [f"{job['id']}: {fault}" for fault in verdict.served(expect, files, manifests[model_id])]
+        wrong += [f"{job['id']}: {fault}" for fault in invariants.served(expect, files, manifests[model_id])]
         if expect.get("real"):
             real_weights.add(json.dumps(_weights(manifests[model_id]), sort_keys=True))
     if len(real_weights) > 1:
@@ -108,7 +106,7 @@ def _collect_garbage(stack: ChaosStack) -> None:
     try:
         factory = session_factory(engine)
         # At most a hundred of each kind a turn.
-        for _ in range(20 + len(verdict.Books.read(stack.database_url).attempts) // 100 * 2):
+        for _ in range(20 + len(invariants.Books.read(stack.database_url).attempts) // 100 * 2):
             garbage.collect(factory, stack.artifacts, quiet_seconds=0)
         garbage.collect_uploads(factory, stack.artifacts, quiet_seconds=0)
         garbage.collect_prepared(factory, stack.artifacts)

@@ -9,7 +9,7 @@ from collections import defaultdict
 from collections.abc import Iterable
 from typing import Any
 
-from evidence import Entry
+from clients.evidence import Entry
 
 Row = dict[str, Any]
 _TRIED = 2

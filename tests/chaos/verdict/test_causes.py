@@ -6,10 +6,9 @@ import signal
 from datetime import UTC, datetime, timedelta
 from typing import Any
 
-import causes
 import pytest
-import resumed
-from crash_points import job_in
+from harness.crash_points import job_in
+from verdict import causes, resumed
 
 JOB = "ftjob-1"
 NOON = datetime(2026, 1, 1, 12, tzinfo=UTC)

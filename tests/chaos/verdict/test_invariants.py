@@ -11,11 +11,11 @@ from random import Random
 from typing import Any
 
 import pytest
-import verdict
-from damage import damage
-from evidence import Evidence
-from stand_in import WEIGHTS, trained
-from user import JOBS
+from clients.evidence import Evidence
+from clients.user import JOBS
+from faults.damage import damage
+from harness.stand_in import WEIGHTS, trained
+from verdict import invariants
 
 from store.storage.artifacts import Artifacts
 
@@ -53,7 +53,7 @@ class Client:
         return self.ask("GET", f"{JOBS}/{JOB}", 200, shown(status, **more))
 
 
-def books(state: str = "succeeded", **changes: Any) -> verdict.Books:
+def books(state: str = "succeeded", **changes: Any) -> invariants.Books:
     """One job that went through two attempts, as it should be."""
     codes = [("CREATED", 0), ("VALIDATION_COMPLETE", 1), ("STARTED", 2), ("SUCCEEDED", 2)]
     events = [
@@ -80,16 +80,16 @@ def books(state: str = "succeeded", **changes: Any) -> verdict.Books:
         "files": [],
         "stage_results": [],
     }
-    return verdict.Books(**(sound | changes))
+    return invariants.Books(**(sound | changes))
 
 
 def test_a_sound_run_is_found_sound() -> None:
     log = Client().create("k").create("k").look("running").look("succeeded").look("succeeded").log
-    assert verdict.one_end(log, books()) == []
-    assert verdict.one_success(log, books()) == []
-    assert verdict.no_stale_write(books()) == []
-    assert verdict.ends_never_change(log) == []
-    assert verdict.only_503(log) == []
+    assert invariants.one_end(log, books()) == []
+    assert invariants.one_success(log, books()) == []
+    assert invariants.no_stale_write(books()) == []
+    assert invariants.ends_never_change(log) == []
+    assert invariants.only_503(log) == []
 
 
 @pytest.mark.parametrize(
@@ -101,26 +101,26 @@ def test_a_sound_run_is_found_sound() -> None:
     ],
 )
 def test_an_end_too_few_another_or_too_many(log: Client, found: str) -> None:
-    assert found in verdict.one_end(log.log, books())[0]
+    assert found in invariants.one_end(log.log, books())[0]
 
 
 def test_a_lost_job() -> None:
     log = Client().create().look("succeeded").log
-    assert "is not there" in verdict.one_end(log, books(jobs={}))[0]
+    assert "is not there" in invariants.one_end(log, books(jobs={}))[0]
 
 
 def test_two_models_two_successes_or_none() -> None:
     two = books().models * 2
-    assert "2 models" in verdict.one_success([], books(models=two))[0]
-    assert "0 models" in verdict.one_success([], books(models=[]))[0]
-    assert "1 models, 1 successes" in verdict.one_success([], books("cancelled"))[0]
+    assert "2 models" in invariants.one_success([], books(models=two))[0]
+    assert "0 models" in invariants.one_success([], books(models=[]))[0]
+    assert "1 models, 1 successes" in invariants.one_success([], books("cancelled"))[0]
     twice = [*books().events, {**books().events[-1], "seq": 5}]
-    assert "2 successes" in verdict.one_success([], books(events=twice))[0]
+    assert "2 successes" in invariants.one_success([], books(events=twice))[0]
 
 
 def test_one_key_that_made_two_jobs() -> None:
     log = Client().create("k").create("k", id="ftjob-2").log
-    assert verdict.one_success(log, books()) == ["key k made ['ftjob-1', 'ftjob-2']"]
+    assert invariants.one_success(log, books()) == ["key k made ['ftjob-1', 'ftjob-2']"]
 
 
 @pytest.mark.parametrize(
@@ -133,20 +133,20 @@ def test_one_key_that_made_two_jobs() -> None:
 )
 def test_a_write_of_a_stale_attempt(changes: dict[str, Any], found: str) -> None:
     events = [*books().events[:3], {**books().events[3], **changes}]
-    assert any(found in wrong for wrong in verdict.no_stale_write(books(events=events)))
+    assert any(found in wrong for wrong in invariants.no_stale_write(books(events=events)))
 
 
 def test_a_checkpoint_of_a_stale_attempt_and_an_attempt_without_an_end() -> None:
     late = [{"job_id": JOB, "attempt": 1, "step": 3, "created_at": at(3)}]
-    assert "saved step 3 after its end" in verdict.no_stale_write(books(checkpoints=late))[0]
+    assert "saved step 3 after its end" in invariants.no_stale_write(books(checkpoints=late))[0]
     open_end = [*books().attempts[:1], {**books().attempts[1], "ended_at": None}]
-    assert "has no end" in verdict.no_stale_write(books(attempts=open_end))[0]
+    assert "has no end" in invariants.no_stale_write(books(attempts=open_end))[0]
 
 
 @pytest.mark.parametrize("later", [shown("failed"), shown("running"), shown("succeeded", finished_at=2)])
 def test_an_end_that_changed(later: dict[str, Any]) -> None:
     log = Client().create().look("succeeded").ask("GET", JOBS, 200, {"object": "list", "data": [later]}).log
-    assert "changed after its end" in verdict.ends_never_change(log)[0]
+    assert "changed after its end" in invariants.ends_never_change(log)[0]
 
 
 def test_an_answer_that_was_overtaken_shows_the_job_as_it_was() -> None:
@@ -156,9 +156,9 @@ def test_an_answer_that_was_overtaken_shows_the_job_as_it_was() -> None:
     client.look("succeeded")
     late = {"kind": "answer", "n": next(client.numbers), "to": asked, "status": 200, "body": shown("running")}
     client.log.append({**late, "retry_after": None})
-    assert verdict.ends_never_change(client.log) == []
+    assert invariants.ends_never_change(client.log) == []
     client.look("running")
-    assert "changed after its end" in verdict.ends_never_change(client.log)[0]
+    assert "changed after its end" in invariants.ends_never_change(client.log)[0]
 
 
 def bundle(weights: bytes) -> tuple[dict[str, bytes], dict[str, str]]:
@@ -169,21 +169,21 @@ def bundle(weights: bytes) -> tuple[dict[str, bytes], dict[str, str]]:
 
 def test_served_weights() -> None:
     files, manifest = bundle(trained("a", 1, 6))
-    assert verdict.served(EXPECT, files, manifest) == []
-    assert verdict.served(EXPECT, {**files, WEIGHTS: b""}, manifest) != []
+    assert invariants.served(EXPECT, files, manifest) == []
+    assert invariants.served(EXPECT, {**files, WEIGHTS: b""}, manifest) != []
     one_step_less, its_manifest = bundle(trained("a", 1, 5))
-    assert "uninterrupted" in verdict.served(EXPECT, one_step_less, its_manifest)[0]
+    assert "uninterrupted" in invariants.served(EXPECT, one_step_less, its_manifest)[0]
 
 
 def test_damaged_missing_and_forgotten_bytes(tmp_path: Path) -> None:
     artifacts = Artifacts(tmp_path.as_uri())
     sha256 = artifacts.put_stream("m/weights", [b"weights"])
     model = {**books().models[0], "manifest": {"weights": sha256}}
-    assert verdict.stored(books(models=[model]), artifacts) == []
+    assert invariants.stored(books(models=[model]), artifacts) == []
     (tmp_path / "m/weights").write_bytes(b"weight5")
-    assert "other bytes" in verdict.stored(books(models=[model]), artifacts)[0]
+    assert "other bytes" in invariants.stored(books(models=[model]), artifacts)[0]
     (tmp_path / "m/weights").rename(tmp_path / "forgotten")
-    missing, forgotten = verdict.stored(books(models=[model]), artifacts)
+    missing, forgotten = invariants.stored(books(models=[model]), artifacts)
     assert "is missing" in missing
     assert "no row names it" in forgotten
 
@@ -192,7 +192,7 @@ def test_damaged_missing_and_forgotten_bytes(tmp_path: Path) -> None:
 def test_an_answer_that_is_a_fault(status: int, retry_after: str | None) -> None:
     log = Client().ask("GET", JOBS, status, {}).log
     log[-1]["retry_after"] = retry_after
-    assert len(verdict.only_503(log)) == 1
+    assert len(invariants.only_503(log)) == 1
 
 
 def test_damage_always_changes_the_file(tmp_path: Path) -> None:

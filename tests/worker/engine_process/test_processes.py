@@ -42,11 +42,12 @@ def start_worker(bench: Bench, tmp_path: Path) -> Iterator[StartWorker]:
     names = ("database_url", "redis_url", "artifacts_url", "cache_dir", "sweep_seconds", "lease_seconds")
     names += ("heartbeat_seconds", "control_seconds", "checkpoint_seconds", "death_pause_seconds")
     environment = {f"HEFT_{name.upper()}": str(getattr(settings, name)) for name in names}
+    environment["PYTHONPATH"] = os.pathsep.join([os.environ["PYTHONPATH"], str(FAKE_WORKER.parent)])
 
     def start(role: str, **more: Any) -> subprocess.Popen[bytes]:
         process = subprocess.Popen(
             [sys.executable, "-P", str(FAKE_WORKER), role],
-            env=os.environ | environment | {"PYTHONPATH": str(FAKE_WORKER.parent)} | more.pop("env", {}),
+            env=os.environ | environment | more.pop("env", {}),
             **more,
         )
         processes.append(process)
