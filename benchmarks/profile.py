@@ -14,7 +14,7 @@ from heft_engine.data.encoding import Example
 from heft_engine.model.base_models import BaseModel
 from heft_engine.model.packing import packed_length
 from heft_engine.training.compile import compiled_layers
-from heft_engine.training.loss_source import PlainSource
+from heft_engine.training.forward_pass import PlainSource
 
 _ATTENTION = ("CausalAttention", "CausalAttentionBackward")
 _PRODUCTS = ("aten::mm", "aten::addmm", "aten::addmm_")

@@ -17,8 +17,8 @@ import torch
 from heft_engine.data.encoding import Example
 from heft_engine.diagnostics.curvature import Place
 from heft_engine.model.packed_lm import PackedLM
+from heft_engine.training.forward_pass import CachedSource, cut
 from heft_engine.training.loop import BETAS, EPSILON, TOKEN_BUDGET
-from heft_engine.training.loss_source import CachedSource, cut
 
 
 def descend(

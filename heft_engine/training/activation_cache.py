@@ -8,7 +8,7 @@ every level to the plain computation.
     keys_values     suffix states at the lowest trained layer; keys and values of the layers above, left of the suffix
     states          every token's state at the lowest trained layer; the layers above run again each step, without
                     gradient left of the suffix
-    nothing         the whole model runs each step (heft_engine.training.loss_source.PlainSource)
+    nothing         the whole model runs each step (heft_engine.training.forward_pass.PlainSource)
 
 Rows lie one behind the other in one flat tensor, in memory or mapped from a file. It does NOT know losses or
 optimisers.

@@ -15,8 +15,8 @@ from heft_engine.config.flops import CacheLevel, RowTokens, Shape, StageWork, st
 from heft_engine.data.encoding import Example
 from heft_engine.model.packed_lm import PackedLM
 from heft_engine.model.packing import packed_length
+from heft_engine.training.forward_pass import CachePlan
 from heft_engine.training.loop import Progress
-from heft_engine.training.loss_source import CachePlan
 
 if TYPE_CHECKING:
     from heft_engine.training.run import Run

@@ -26,7 +26,7 @@ from heft_engine.data.encoding import Example
 from heft_engine.errors import Stopped, TrainingError
 from heft_engine.events import Event, OnEvent
 from heft_engine.model.packing import packed_length
-from heft_engine.training.loss_source import Source, cut, mean_source_loss
+from heft_engine.training.forward_pass import Source, cut, mean_source_loss
 
 BETAS, EPSILON = (0.9, 0.999), 1e-8
 #: Tokens of one forward and backward pass, at most: larger ones are no quicker. Bits of the gradient's sum depend on

@@ -25,7 +25,7 @@ from heft_engine.model.causal_attention import LONGEST_MATRIX, STEP
 from heft_engine.model.loss import CHUNK
 from heft_engine.model.packed_lm import PackedLM
 from heft_engine.runtime import malloc
-from heft_engine.training.loss_source import PlainSource
+from heft_engine.training.forward_pass import PlainSource
 
 #: Of what a pass keeps: its own results on the way, and the holes between them.
 OVERHEAD = 1.35

@@ -25,8 +25,7 @@ from heft_engine.model.packing import fill, packed_length
 from heft_engine.runtime import devices, malloc
 from heft_engine.training import memory_plan
 from heft_engine.training.compile import compiled_layers, pays
-from heft_engine.training.loop import TOKEN_BUDGET, Progress, epoch_order
-from heft_engine.training.loss_source import (
+from heft_engine.training.forward_pass import (
     CacheBudget,
     CachePlan,
     PlainSource,
@@ -34,6 +33,7 @@ from heft_engine.training.loss_source import (
     pass_tokens,
     plan_cache,
 )
+from heft_engine.training.loop import TOKEN_BUDGET, Progress, epoch_order
 from heft_engine.training.low_memory_layers import low_memory_layers
 from heft_engine.training.memory_plan import Fit, Footprint
 

@@ -20,8 +20,8 @@ from heft_engine.data.encoding import Example
 from heft_engine.events import OnEvent
 from heft_engine.model.packed_lm import PackedLM
 from heft_engine.training.activation_cache import size_of
+from heft_engine.training.forward_pass import CacheBudget, CachePlan, PlainSource, Source
 from heft_engine.training.loop import Hooks, Progress, TrainLoop
-from heft_engine.training.loss_source import CacheBudget, CachePlan, PlainSource, Source
 from heft_engine.training.plan import Planner, StagePlan
 
 

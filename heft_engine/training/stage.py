@@ -17,8 +17,8 @@ from heft_engine.adapters.adapter import Adapter
 from heft_engine.config.flops import CacheLevel
 from heft_engine.data.encoding import Example
 from heft_engine.training.checkpoint import CheckpointWriter
+from heft_engine.training.forward_pass import CacheBudget, CachedSource, CachePlan, Source
 from heft_engine.training.loop import Hooks, Progress, TrainLoop
-from heft_engine.training.loss_source import CacheBudget, CachedSource, CachePlan, Source
 from heft_engine.training.plan import Planner, StagePlan
 
 if TYPE_CHECKING:

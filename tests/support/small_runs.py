@@ -18,8 +18,8 @@ from heft_engine.model.base_models import resolve_path
 from heft_engine.model.interventions import PlacedIntervention
 from heft_engine.model.packed_lm import PackedLM
 from heft_engine.training.checkpoint import CheckpointWriter
+from heft_engine.training.forward_pass import CacheBudget
 from heft_engine.training.loop import derived_seed
-from heft_engine.training.loss_source import CacheBudget
 from heft_engine.training.run import Run, prepare
 
 SEED = 3

@@ -23,7 +23,7 @@ from heft_engine.diagnostics.eigen import hutchinson, lanczos
 from heft_engine.model.base_models import load_tokenizer
 from heft_engine.model.interventions import PlacedIntervention
 from heft_engine.model.packing import pack
-from heft_engine.training.loss_source import PlainSource
+from heft_engine.training.forward_pass import PlainSource
 
 
 def examples_of(path: Path, kind: str = "yes_no", count: int = 6) -> list[Example]:

@@ -14,8 +14,8 @@ from heft_engine.model.attention import IMPLEMENTATION
 from heft_engine.model.base_models import load_model, resolve_path
 from heft_engine.model.packed_lm import PackedLM
 from heft_engine.model.packing import Batch, filled_length, pack
-from heft_engine.training import loss_source
-from heft_engine.training.loss_source import PlainSource
+from heft_engine.training import forward_pass
+from heft_engine.training.forward_pass import PlainSource
 
 ROWS = [Example(prompt=(7, 8, 9) * n, answers=((5, n),), labels=("",), gold=0) for n in (1, 7, 12)]
 
@@ -62,7 +62,7 @@ def test_a_filled_pass_has_the_same_loss_and_gradient(
         return loss.detach(), list(torch.autograd.grad(loss, parameters))
 
     filled, gradients = of()
-    monkeypatch.setattr(loss_source, "fill", lambda device, tokens: tokens)
+    monkeypatch.setattr(forward_pass, "fill", lambda device, tokens: tokens)
     plain, expected = of()
     assert lengths == [64, 63]
     torch.testing.assert_close(filled, plain, rtol=1e-6, atol=0)

@@ -24,7 +24,7 @@ from heft_engine.model.attention import IMPLEMENTATION
 from heft_engine.model.base_models import load_model, resolve_path
 from heft_engine.model.interventions import PlacedIntervention
 from heft_engine.model.packed_lm import PackedLM
-from heft_engine.training.loss_source import CacheBudget, CachePlan, PlainSource, Source, plan_cache
+from heft_engine.training.forward_pass import CacheBudget, CachePlan, PlainSource, Source, plan_cache
 
 MakeModel = Callable[[str], Path]
 

@@ -21,9 +21,9 @@ from heft_engine.model.attention import IMPLEMENTATION
 from heft_engine.model.base_models import load_model, resolve_path
 from heft_engine.model.packed_lm import PackedLM
 from heft_engine.serving.predictor import load
-from heft_engine.training import loop, loss_source
+from heft_engine.training import forward_pass, loop
+from heft_engine.training.forward_pass import PlainSource
 from heft_engine.training.loop import Progress
-from heft_engine.training.loss_source import PlainSource
 
 VALIDATION = parse(yes_no(16, seed=1))
 
@@ -49,7 +49,7 @@ def test_every_epoch_has_every_row_once_in_an_order_of_its_own(
 
     def recording(source: Any, indices: Any, budget: int) -> list[list[int]]:
         steps.append(list(indices))
-        return loss_source.cut(source, indices, budget)
+        return forward_pass.cut(source, indices, budget)
 
     monkeypatch.setattr(loop, "cut", recording)
     run(config(tiny_llama_dir, "heft"), tmp_path / "out", parse(yes_no(20)))
@@ -69,7 +69,7 @@ def test_how_a_step_is_cut_changes_nothing_but_rounding(
     parts = []
 
     def small(source: Any, indices: Any, budget: int) -> list[list[int]]:
-        parts.append(loss_source.cut(source, indices, 20))
+        parts.append(forward_pass.cut(source, indices, 20))
         return parts[-1]
 
     monkeypatch.setattr(loop, "cut", small)

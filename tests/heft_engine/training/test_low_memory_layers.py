@@ -17,7 +17,7 @@ from heft_engine.model.attention import IMPLEMENTATION
 from heft_engine.model.base_models import load_model, resolve_path
 from heft_engine.model.packed_lm import PackedLM
 from heft_engine.training import memory_plan
-from heft_engine.training.loss_source import PlainSource
+from heft_engine.training.forward_pass import PlainSource
 from heft_engine.training.low_memory_layers import low_memory_layers
 
 MakeModel = Callable[[str], Path]

@@ -22,7 +22,7 @@ from heft_engine.model.packed_lm import PackedLM
 from heft_engine.runtime import devices
 from heft_engine.training import compile, loop, memory_plan
 from heft_engine.training import plan as stage_plan
-from heft_engine.training.loss_source import CacheBudget, PlainSource
+from heft_engine.training.forward_pass import CacheBudget, PlainSource
 from heft_engine.training.memory_plan import Fit, Footprint
 from heft_engine.training.single_stage import single_stage
 
