@@ -35,9 +35,9 @@ def train(
         single_stage(lm, stage, rows, listen, level=level, compile=compiled) as single,
     ):
         preparing = time.perf_counter() - began
-        source = single.source()
+        forward = single.forward()
         prefill = time.perf_counter() - began - preparing
-        single.train(source)
+        single.train(forward)
         held = most()
     plan, trainable = single.plan, single.trainable
     starts = [began + preparing + prefill, *ends[:-1]]

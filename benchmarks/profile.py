@@ -13,8 +13,9 @@ from heft_engine.config.train import LoraStage
 from heft_engine.data.encoding import Example
 from heft_engine.model.base_models import BaseModel
 from heft_engine.model.packing import packed_length
+from heft_engine.objectives.supervised import SupervisedObjective
 from heft_engine.training.compile import compiled_layers
-from heft_engine.training.forward_pass import PlainSource
+from heft_engine.training.forward_pass import FullPass, summed_loss
 
 _ATTENTION = ("CausalAttention", "CausalAttentionBackward")
 _PRODUCTS = ("aten::mm", "aten::addmm", "aten::addmm_")
@@ -26,10 +27,10 @@ def shares(base: BaseModel, stage: LoraStage, rows: Sequence[Example]) -> dict[s
     trainable = LoraAdapter.attach(lm, stage)
     trainable.train(False)
     step = range(stage.batch_size)
-    source = PlainSource(lm=lm, examples=rows)
+    forward = FullPass(lm=lm, examples=rows)
 
     def run() -> None:
-        source.loss(step).backward()  # type: ignore[no-untyped-call]
+        summed_loss(forward, SupervisedObjective(), step).backward()  # type: ignore[no-untyped-call]
 
     found: dict[str, Any] = {"tokens": sum(packed_length(rows[index]) for index in step)}
     found["as they are"] = _measured(run)

@@ -35,8 +35,18 @@ class Settings(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
 
 
+class SupervisedSettings(Settings):
+    """Cross-entropy on the tokens of the right answer."""
+
+    type: Literal["supervised"] = "supervised"
+
+
+#: What a stage can be trained for; heft_engine.objectives implements each.
+ObjectiveSettings = SupervisedSettings
+
+
 class StageSettings(Settings):
-    """Settings that LoRA and ReFT stages share: epochs, batches and optimiser."""
+    """Settings that LoRA and ReFT stages share: epochs, batches, optimiser and objective."""
 
     n_epochs: Annotated[int, Field(ge=1, le=1_000)] = 3
     learning_rate: Annotated[float, Field(gt=0, le=1)] | Auto = "auto"
@@ -49,6 +59,10 @@ class StageSettings(Settings):
     weight_decay: Annotated[float, Field(ge=0, le=1)] = 0.0
     max_grad_norm: Annotated[float, Field(gt=0, le=1_000)] = 1.0
     dropout: Annotated[float, Field(ge=0, lt=1)] = 0.0
+    #: What the stage is trained for. Dumps leave the default out, as stored settings always did.
+    objective: ObjectiveSettings = Field(
+        default=SupervisedSettings(), exclude_if=lambda objective: objective == SupervisedSettings()
+    )
 
     @field_validator("n_epochs", mode="before")
     @classmethod

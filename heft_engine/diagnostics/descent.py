@@ -17,7 +17,8 @@ import torch
 from heft_engine.data.encoding import Example
 from heft_engine.diagnostics.curvature import Place
 from heft_engine.model.packed_lm import PackedLM
-from heft_engine.training.forward_pass import CachedSource, cut
+from heft_engine.objectives.supervised import SupervisedObjective
+from heft_engine.training.forward_pass import SuffixPass, split_by_tokens, summed_loss
 from heft_engine.training.loop import BETAS, EPSILON, TOKEN_BUDGET
 
 
@@ -29,16 +30,16 @@ def descend(
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)  # R's completion to a square matrix is random
         own.intervention.unfreeze()
-    source = CachedSource(cache=own.cache(lm, examples))
-    count = sum(example.supervised_tokens for example in examples)
+    forward, objective = SuffixPass(cache=own.cache(lm, examples)), SupervisedObjective()
+    count = objective.count(examples)
     parameters = list(own.intervention.parameters())
     optimizer = torch.optim.AdamW(parameters, lr=rate, betas=BETAS, eps=EPSILON, weight_decay=0.0)
     curve = []
     for _ in range(steps + 1):
         optimizer.zero_grad(set_to_none=True)
         total = 0.0
-        for part in cut(source, range(len(examples)), TOKEN_BUDGET):
-            loss = source.loss(part)
+        for part in split_by_tokens(forward.tokens, range(len(examples)), TOKEN_BUDGET):
+            loss = summed_loss(forward, objective, part)
             (loss / count).backward()  # type: ignore[no-untyped-call]
             total += float(loss.detach())
         curve.append(total / count)

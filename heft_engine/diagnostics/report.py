@@ -39,7 +39,7 @@ from heft_engine.model.auto_settings import auto_layer, auto_learning_rate, stag
 from heft_engine.model.base_models import load_tokenizer
 from heft_engine.model.packed_lm import PackedLM
 from heft_engine.serving.predictor import assemble
-from heft_engine.training.loop import derived_seed
+from heft_engine.training.schedule import derived_seed
 
 Part = Literal["weights", "representations", "curvature", "descent", "forgetting"]
 PARTS: tuple[Part, ...] = get_args(Part)

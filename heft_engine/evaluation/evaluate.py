@@ -21,9 +21,9 @@ from heft_engine.evaluation.row_values import mean_interval, pack_correctness, p
 from heft_engine.inference.detokenizer import decode
 from heft_engine.inference.greedy import eos_token_ids, generate
 from heft_engine.inference.scoring import TOKEN_BUDGET, Scores, score
-from heft_engine.model.loss import cross_entropy
+from heft_engine.model.loss import supervised_loss
 from heft_engine.model.packed_lm import PackedLM
-from heft_engine.model.packing import micro_batches, pack
+from heft_engine.model.packing import micro_batches
 
 #: For exact_match, tokens generated beyond the length of the reference.
 EXTRA_NEW_TOKENS = 8
@@ -163,20 +163,6 @@ def _generated(
     ends = eos_token_ids(lm, tokenizer)
     tokens = generate(lm, examples, ends=ends, max_new_tokens=budgets, is_enough=is_wrong)
     return [decode(tokenizer, answer) for answer in tokens]
-
-
-def supervised_loss(
-    lm: PackedLM, examples: Sequence[Example], length: int | None = None
-) -> tuple[torch.Tensor, int]:
-    """Returns the summed cross-entropy (nats) of all supervised tokens of packed examples, and their number.
-
-    `length`: tokens that the forward pass is padded to.
-    """
-    batch = pack(examples, length=length)
-    positions, targets = batch.supervised()
-    hidden = lm.hidden(batch)
-    at = torch.tensor(positions, device=hidden.device)
-    return cross_entropy(lm, hidden[at], targets), len(targets)
 
 
 @torch.inference_mode()

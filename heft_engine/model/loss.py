@@ -1,31 +1,54 @@
-"""The loss of supervised tokens from last hidden states, never with more than a few tokens' logits in memory.
+"""Cross-entropy from last hidden states, never with more than a few tokens' logits in memory.
 
 A token's logits are as many numbers as the vocabulary has words, several times over by the time its gradient is known:
 2,000 supervised tokens of SmolLM2 would take 2 GB. The head is frozen, so each chunk's gradient is computed with its
-loss, in the forward pass: nothing is kept and nothing is computed twice. It does NOT know rows or layers.
+loss, in the forward pass: nothing is stored and nothing is computed twice.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
 import torch.nn.functional as F  # noqa: N812
 from torch import Tensor
 
+from heft_engine.data.encoding import Example
 from heft_engine.model.packed_lm import PackedLM
+from heft_engine.model.packing import pack
 
 #: Supervised tokens whose logits are in memory at a time.
 CHUNK = 256
 
 
+def supervised_loss(
+    lm: PackedLM, examples: Sequence[Example], length: int | None = None
+) -> tuple[Tensor, int]:
+    """Returns the summed cross-entropy over the supervised tokens of packed examples, and their number.
+
+    length: the pass is filled up to so many tokens.
+    """
+    batch = pack(examples, length=length)
+    positions, targets = batch.supervised()
+    hidden = lm.hidden(batch)
+    return cross_entropy(lm, hidden[torch.tensor(positions, device=hidden.device)], targets), len(targets)
+
+
 def cross_entropy(lm: PackedLM, hidden: Tensor, targets: list[int]) -> Tensor:
-    """Sum of the cross-entropy (nats) of hidden (n, hidden) against n target tokens, differentiable in hidden."""
+    """Returns the summed cross-entropy (nats) of hidden (n, hidden) and n target tokens, differentiable in hidden."""
     if torch.is_grad_enabled() and hidden.requires_grad and not lm.head.weight.requires_grad:
         total: Tensor = _CrossEntropy.apply(hidden, lm, targets)  # type: ignore[no-untyped-call]
         return total
-    return torch.stack([_loss(lm, part, wanted) for part, wanted in _chunks(hidden, targets)]).sum()
+    return torch.stack([_loss(lm, *chunk) for chunk in _chunks(hidden, targets)]).sum()
+
+
+def logits_bytes(lm: PackedLM, tokens: int) -> int:
+    """Returns the memory that `cross_entropy` of so many tokens takes for one chunk.
+
+    These are its logits in the model's dtype and in float32, their softmax and two gradients.
+    """
+    return min(CHUNK, tokens) * int(lm.config.vocab_size) * (4 * 4 + 2 * lm.dtype.itemsize)
 
 
 class _CrossEntropy(torch.autograd.Function):
@@ -33,24 +56,24 @@ class _CrossEntropy(torch.autograd.Function):
     def forward(ctx: Any, hidden: Tensor, lm: PackedLM, targets: list[int]) -> Tensor:
         losses: list[Tensor] = []
         gradients: list[Tensor] = []
-        for part, wanted in _chunks(hidden, targets):
+        for chunk, chunk_targets in _chunks(hidden, targets):
             with torch.enable_grad():
-                own = part.detach().requires_grad_()
-                loss = _loss(lm, own, wanted)
-                gradients += torch.autograd.grad(loss, own)
+                leaf = chunk.detach().requires_grad_()
+                loss = _loss(lm, leaf, chunk_targets)
+                gradients += torch.autograd.grad(loss, leaf)
             losses.append(loss.detach())
         ctx.save_for_backward(torch.cat(gradients))
         return torch.stack(losses).sum()
 
     @staticmethod
-    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None, None]:
-        (change,) = ctx.saved_tensors
-        return change * gradients[0], None, None
+    def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor, None, None]:
+        (gradient,) = ctx.saved_tensors
+        return gradient * grad_outputs[0], None, None
 
 
 def _chunks(hidden: Tensor, targets: list[int]) -> Iterator[tuple[Tensor, Tensor]]:
-    wanted = torch.tensor(targets, device=hidden.device)
-    return zip(torch.split(hidden, CHUNK), torch.split(wanted, CHUNK), strict=True)
+    target_ids = torch.tensor(targets, device=hidden.device)
+    return zip(torch.split(hidden, CHUNK), torch.split(target_ids, CHUNK), strict=True)
 
 
 def _loss(lm: PackedLM, hidden: Tensor, targets: Tensor) -> Tensor:

@@ -1,1 +1,1 @@
-"""Objectives: what a stage is trained for."""
+"""Objectives: what a stage is trained for, whatever adapter it trains."""

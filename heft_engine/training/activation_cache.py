@@ -8,7 +8,7 @@ every level to the plain computation.
     keys_values     suffix states at the lowest trained layer; keys and values of the layers above, left of the suffix
     states          every token's state at the lowest trained layer; the layers above run again each step, without
                     gradient left of the suffix
-    nothing         the whole model runs each step (heft_engine.training.forward_pass.PlainSource)
+    nothing         the whole model runs each step (heft_engine.training.forward_pass.FullPass)
 
 Rows lie one behind the other in one flat tensor, in memory or mapped from a file. It does NOT know losses or
 optimisers.
@@ -69,7 +69,7 @@ class SuffixCache:
         self.lm = lm
         self.boundary = boundary
         self.level: CacheLevel = level
-        self._examples = examples
+        self.examples = examples
         self._skipped = [boundary.first_token(len(example.prompt)) for example in examples]
         #: Seconds that another run has spent on the prefill; below 0, what this one spends on keeping it for others.
         self.saved_seconds = 0.0
@@ -84,13 +84,13 @@ class SuffixCache:
     @property
     def _tokens(self) -> int:
         """Whose states are kept."""
-        total = sum(map(packed_length, self._examples))
+        total = sum(map(packed_length, self.examples))
         return total - sum(self._skipped) if self.level == CacheLevel.KV else total
 
     def _compute(self, file: Path | None, prefills: StageActivations | None) -> None:
         lm, boundary = self.lm, self.boundary
         began = time.monotonic()
-        size = size_of(lm, boundary, self._examples, self.level) // lm.dtype.itemsize
+        size = size_of(lm, boundary, self.examples, self.level) // lm.dtype.itemsize
         flat = (
             torch.empty(size, dtype=lm.dtype)
             if file is None
@@ -105,7 +105,7 @@ class SuffixCache:
         above = self._room_above(kept, prefills) if prefills is not None and file is None else None
         start = tokens = 0
         with torch.no_grad():
-            for part in micro_batches(self._examples, TOKEN_BUDGET):
+            for part in micro_batches(self.examples, TOKEN_BUDGET):
                 rows = self.rows[start : start + len(part)]
                 self._prefill(part, rows, above[:, tokens:] if above is not None else None)
                 start, tokens = start + len(rows), tokens + sum(len(row.states) for row in rows)
@@ -132,7 +132,7 @@ class SuffixCache:
         layers, (kv_heads, head_dim) = self.lm.n_layers - first, self.lm.kv_shape
         rows: list[CachedRow] = []
         token = at = 0
-        for example, skipped in zip(self._examples, self._skipped, strict=True):
+        for example, skipped in zip(self.examples, self._skipped, strict=True):
             length, past = packed_length(example), None
             if self.level == CacheLevel.KV:
                 length -= skipped

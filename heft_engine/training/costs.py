@@ -15,7 +15,7 @@ from heft_engine.config.flops import CacheLevel, RowTokens, Shape, StageWork, st
 from heft_engine.data.encoding import Example
 from heft_engine.model.packed_lm import PackedLM
 from heft_engine.model.packing import packed_length
-from heft_engine.training.forward_pass import CachePlan
+from heft_engine.training.cache_plan import CachePlan
 from heft_engine.training.loop import Progress
 
 if TYPE_CHECKING:

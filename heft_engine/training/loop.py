@@ -1,19 +1,15 @@
-"""The one training loop, for every stage of every recipe.
+"""The training loop, one for every adapter and every objective.
 
-A stage hands in its parameters; the loop shuffles, packs, steps, reports, checkpoints and stops. The loss of a step is
-the sum over its supervised tokens divided by their number, however the step was cut into micro-batches. The same seed
-gives the same losses, step for step, and a stage that goes on from a checkpoint the same weights, bit for bit
-(float32 on a CPU).
-
-It does NOT know LoRA from LoReFT, nor where checkpoints and events go.
+The loss of an optimizer step is the sum over its micro-batches divided by the objective's count, however the step was
+cut. The same seed gives the same losses, step for step, and a stage that resumes from a checkpoint ends with the same
+weights, bit for bit (float32 on a CPU).
 """
 
 from __future__ import annotations
 
-import hashlib
 import math
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from typing import Any
 
@@ -22,33 +18,23 @@ from torch import Tensor
 
 from heft_engine.adapters.adapter import Adapter
 from heft_engine.config.train import EarlyStopping, Stage
-from heft_engine.data.encoding import Example
 from heft_engine.errors import Stopped, TrainingError
 from heft_engine.events import Event, OnEvent
 from heft_engine.model.packing import packed_length
-from heft_engine.training.forward_pass import Source, cut, mean_source_loss
+from heft_engine.objectives.objective import Objective
+from heft_engine.training.forward_pass import ForwardPass, split_by_tokens, summed_loss
+from heft_engine.training.schedule import epoch_order, learning_rate_at
 
 BETAS, EPSILON = (0.9, 0.999), 1e-8
-#: Tokens of one forward and backward pass, at most: larger ones are no quicker. Bits of the gradient's sum depend on
-#: it, so checkpoints carry it.
+#: Tokens of one micro-batch, at most: larger ones are no faster. Bits of the gradient's sum depend on it, so
+#: checkpoints carry it.
 TOKEN_BUDGET = 1_536
-#: After so many steps (or at the end of a shorter stage) the stage must have changed what the model says.
+#: After so many steps (or at the end of a shorter stage) the hidden states of probe rows must have changed.
 TRAINS_AFTER = 20
-#: That is looked for in this many rows, the shortest of so many.
+#: Probe rows are so many, the shortest of the first so many.
 _PROBE_ROWS, _PROBE_CANDIDATES = 4, 64
-#: A loss this many times the lowest running mean, and above 1 nat more, is called divergence.
+#: A running mean of the loss this many times its lowest value, and more than 1 nat above it, is called divergence.
 DIVERGED = 2.0
-
-
-def derived_seed(*parts: int) -> int:
-    """A seed of its own for each stage, epoch and purpose, the same on every machine."""
-    return int.from_bytes(hashlib.sha256(repr(parts).encode()).digest()[:4], "big")
-
-
-def epoch_order(seed: int, stage_index: int, epoch: int, rows: int) -> list[int]:
-    """An epoch's order of rows: a function of seed, stage and epoch alone, so that resuming needs no state."""
-    generator = torch.Generator().manual_seed(derived_seed(seed, stage_index, epoch))
-    return [int(i) for i in torch.randperm(rows, generator=generator)]
 
 
 @dataclass(kw_only=True)
@@ -56,26 +42,24 @@ class Progress:
     """Where a stage stands; JSON values only, because checkpoints carry it."""
 
     epoch: int = 0
-    step: int = 0  #: optimiser steps of this stage so far
+    step: int = 0  #: optimizer steps of this stage
     tokens: int = 0
     seconds: float = 0.0
-    epoch_loss: float = 0.0  #: sum over the epoch's supervised tokens so far
-    epoch_tokens: int = 0
-    loss: float | None = None  #: of the last step, mean over its supervised tokens
-    valid_loss: float | None = (
-        None  #: at the end of the last epoch; None without validation rows or if infinite
-    )
+    epoch_loss: float = 0.0  #: summed loss of the epoch so far
+    epoch_tokens: int = 0  #: the objective's count of the epoch so far
+    loss: float | None = None  #: of the last step
+    valid_loss: float | None = None  #: of the last epoch; None without validation rows, or if it is infinite
     running: float | None = None  #: exponential mean of the step losses
     lowest: float | None = None
     warned: bool = False
     best_loss: float | None = None
     bad_epochs: int = 0
-    #: How passes run: decided at the stage's start, because it moves bits.
+    #: How passes run. Decided when the stage starts, because it changes rounding.
     token_budget: int = TOKEN_BUDGET
     compiled: bool = False
     checkpointing: bool = False
     finished: bool = False
-    #: How the stage's rows and the validation rows are cached: decided at the stage's start, because it moves bits.
+    #: How training and validation rows are cached. Decided when the stage starts, because it changes rounding.
     cache: dict[str, Any] | None = None
     validation_cache: dict[str, Any] | None = None
 
@@ -87,159 +71,163 @@ class Progress:
 
     @classmethod
     def of(cls, values: Mapping[str, Any]) -> Progress:
-        """From a checkpoint's values; what other versions keep there besides is left out."""
-        known = {each.name for each in fields(cls)}
+        """Returns the progress in a checkpoint; values that only other versions know are left out."""
+        known = {one.name for one in fields(cls)}
         return cls(**{name: value for name, value in values.items() if name in known})
 
 
 @dataclass(frozen=True, kw_only=True)
 class Hooks:
-    """What the loop asks of its owner: to publish, to save, and whether to go on."""
+    """Callbacks of the loop: to publish events, to save checkpoints, and to ask whether to stop."""
 
     on_event: OnEvent
-    #: Progress, how to get the tensors, and whether a checkpoint is due whatever the clock says.
+    #: Takes the progress, a function that returns the tensors, and whether to save whatever the clock says.
     save: Callable[[Progress, Callable[[], dict[str, Tensor]], bool], None]
     should_stop: Callable[[], bool]
 
 
 @dataclass(kw_only=True)
 class TrainLoop:
-    """One stage's training. `examples` and `evaluation` hold their right answers alone."""
+    """One stage's training."""
 
     stage: Stage
     index: int
     seed: int
-    trainable: Adapter
-    examples: Sequence[Example]
-    source: Source  #: of the examples' losses
-    validation: Sequence[Example]
-    validation_source: Source
+    adapter: Adapter
+    objective: Objective
+    forward: ForwardPass  #: of the training examples
+    validation: ForwardPass  #: of the validation examples, maybe none
     early_stopping: EarlyStopping | None
-    first_step: int  #: optimiser steps of the run before this stage
+    first_step: int  #: optimizer steps of the run before this stage
     total_steps: int  #: of the whole run
     hooks: Hooks
     progress: Progress = field(default_factory=Progress)
-    best: dict[str, Tensor] = field(default_factory=dict)
-    before: Tensor | None = None  #: what the model said of the probe rows before the first step
+    best: dict[str, Tensor] = field(default_factory=dict)  #: parameters of the best epoch, for early stopping
+    probe_before: Tensor | None = None  #: hidden states of the probe rows before the first step
 
     def __post_init__(self) -> None:
-        parameters, no_decay = self.trainable.parameters(), self.trainable.no_decay()
-        decay = [parameter for name, parameter in parameters.items() if name not in no_decay]
-        plain = [parameter for name, parameter in parameters.items() if name in no_decay]
+        parameters, no_decay = self.adapter.parameters(), self.adapter.no_decay()
+        decaying = [parameter for name, parameter in parameters.items() if name not in no_decay]
+        constant = [parameter for name, parameter in parameters.items() if name in no_decay]
         groups = [
-            {"params": decay, "weight_decay": self.stage.weight_decay},
-            {"params": plain, "weight_decay": 0.0},
+            {"params": decaying, "weight_decay": self.stage.weight_decay},
+            {"params": constant, "weight_decay": 0.0},
         ]
         self.optimizer = torch.optim.AdamW(groups, lr=0.0, betas=BETAS, eps=EPSILON)
 
     @property
     def steps_per_epoch(self) -> int:
-        return math.ceil(len(self.examples) / self.stage.batch_size)
+        return math.ceil(len(self.forward.examples) / self.stage.batch_size)
+
+    @property
+    def stage_steps(self) -> int:
+        return self.stage.n_epochs * self.steps_per_epoch
 
     def run(self) -> None:
         """Trains to the end. Raises Stopped after a checkpoint, TrainingError when training can't succeed."""
-        self.trainable.train(
-            False
-        )  # new modules begin in training mode, where dropout would move the probe rows
-        if self.before is None:
-            self.before = self._probe_hidden()
+        self.adapter.train(False)  # fresh modules are in training mode: dropout would change the probe rows
+        if self.probe_before is None:
+            self.probe_before = self._probe()
         while self.progress.epoch < self.stage.n_epochs and not self.progress.finished:
-            order = self._order(self.progress.epoch)
-            for start in range(self._done_in_epoch(), len(order), self.stage.batch_size):
-                self._step(order[start : start + self.stage.batch_size])
-                if self.progress.step == min(TRAINS_AFTER, self.stage.n_epochs * self.steps_per_epoch):
+            for rows in self._remaining_batches():
+                started = time.monotonic()
+                loss, count = self._forward_backward(rows)
+                learning_rate = learning_rate_at(self.stage, self.progress.step, self.stage_steps)
+                self._optimizer_step(learning_rate)
+                self._record_step(rows, loss, count, time.monotonic() - started)
+                self._warn_of_divergence(loss / count)
+                self._emit_metrics(loss / count, learning_rate)
+                if self.progress.step == min(TRAINS_AFTER, self.stage_steps):
                     self._check_trains()
                 self._save_or_stop()
             self._end_epoch()
         if self.progress.step < TRAINS_AFTER:
-            self._check_trains()  # stopped early, before the usual time to look
+            self._check_trains()  # early stopping ended it before the usual step
         if self.best:
             self._load(self.best)
             self.progress.valid_loss = self.progress.best_loss
-        self._check()
+        self._check_parameters()
 
     # -- one step ---------------------------------------------------------------------------------------------------
 
-    def _step(self, rows: Sequence[int]) -> None:
-        began = time.monotonic()
-        progress = self.progress
-        count = sum(self.examples[row].supervised_tokens for row in rows)
-        self.trainable.train(True)
+    def _remaining_batches(self) -> Iterator[list[int]]:
+        """Yields the rows of each optimizer step of this epoch that is still to come."""
+        size = self.stage.batch_size
+        order = epoch_order(self.seed, self.index, self.progress.epoch, len(self.forward.examples))
+        done = self.progress.step - self.progress.epoch * self.steps_per_epoch
+        for start in range(done * size, len(order), size):
+            yield order[start : start + size]
+
+    def _forward_backward(self, rows: Sequence[int]) -> tuple[float, int]:
+        """Accumulates the gradients of one step. Returns its summed loss, and the count to divide it by."""
+        count = self.objective.count([self.forward.examples[row] for row in rows])
+        self.adapter.train(True)
         self.optimizer.zero_grad(set_to_none=True)
         total = 0.0
-        for part in cut(self.source, rows, progress.token_budget):
-            loss = self.source.loss(part)
+        for micro_batch in split_by_tokens(self.forward.tokens, rows, self.progress.token_budget):
+            loss = summed_loss(self.forward, self.objective, micro_batch)
             (loss / count).backward()  # type: ignore[no-untyped-call]
             total += float(loss.detach())
-        self.trainable.train(False)
-        mean = total / count
-        if not math.isfinite(mean):
-            raise TrainingError(self._divergence(mean), code="diverged")
-        rate = float(self.stage.learning_rate) * self._schedule(progress.step)
+        self.adapter.train(False)
+        if not math.isfinite(total / count):
+            raise TrainingError(self._divergence(total / count), code="diverged")
+        return total, count
+
+    def _optimizer_step(self, learning_rate: float) -> None:
         for group in self.optimizer.param_groups:
-            group["lr"] = rate
+            group["lr"] = learning_rate
         parameters = [p for group in self.optimizer.param_groups for p in group["params"]]
         torch.nn.utils.clip_grad_norm_(parameters, self.stage.max_grad_norm)
         self.optimizer.step()
+
+    def _record_step(self, rows: Sequence[int], loss: float, count: int, seconds: float) -> None:
+        progress = self.progress
         progress.step += 1
-        progress.tokens += sum(packed_length(self.examples[row]) for row in rows)
-        progress.loss = mean
-        progress.epoch_loss += total
+        progress.tokens += sum(packed_length(self.forward.examples[row]) for row in rows)
+        progress.loss = loss / count
+        progress.epoch_loss += loss
         progress.epoch_tokens += count
-        progress.seconds += time.monotonic() - began
-        self._watch(mean)
-        self._emit_metrics(mean, rate)
-
-    def _schedule(self, step: int) -> float:
-        """The learning rate's factor at a step (0-based): linear warm-up, then linear, cosine or constant."""
-        total = self.stage.n_epochs * self.steps_per_epoch
-        warmup = min(total - 1, round(self.stage.warmup_ratio * total))
-        if step < warmup:
-            return (step + 1) / (warmup + 1)
-        left = (total - step) / (total - warmup)
-        if self.stage.scheduler == "cosine":
-            return 0.5 * (1 - math.cos(math.pi * left))
-        return left if self.stage.scheduler == "linear" else 1.0
-
-    def _order(self, epoch: int) -> list[int]:
-        return epoch_order(self.seed, self.index, epoch, len(self.examples))
-
-    def _done_in_epoch(self) -> int:
-        return (self.progress.step - self.progress.epoch * self.steps_per_epoch) * self.stage.batch_size
+        progress.seconds += seconds
 
     # -- the end of an epoch ----------------------------------------------------------------------------------------
 
     def _end_epoch(self) -> None:
         progress = self.progress
-        self._check()
+        self._check_parameters()
         data: dict[str, Any] = {"train_loss": progress.epoch_loss / progress.epoch_tokens}
         progress.epoch += 1
         progress.epoch_loss, progress.epoch_tokens = 0.0, 0
-        if self.validation:
-            loss = mean_source_loss(self.validation_source, self.validation, progress.token_budget)
+        if self.validation.examples:
+            loss = self._validation_loss()
             data["eval_loss"] = progress.valid_loss = loss if math.isfinite(loss) else None
-            self._consider(loss)
-        self._emit(
-            "EPOCH_COMPLETE", f"Epoch {progress.epoch} of {self.stage.n_epochs}", epoch=progress.epoch, **data
-        )
+            self._stop_early(loss)
+        message = f"Epoch {progress.epoch} of {self.stage.n_epochs}"
+        self._emit("EPOCH_COMPLETE", message, epoch=progress.epoch, **data, **self.objective.report())
         self._save_or_stop(due=True)
 
-    def _consider(self, loss: float) -> None:
-        """Early stopping: keep the best parameters, stop after `patience` epochs without an improvement."""
+    @torch.inference_mode()
+    def _validation_loss(self) -> float:
+        rows = range(len(self.validation.examples))
+        micro_batches = split_by_tokens(self.validation.tokens, rows, self.progress.token_budget)
+        total = sum(float(summed_loss(self.validation, self.objective, part)) for part in micro_batches)
+        return total / self.objective.count(self.validation.examples) if math.isfinite(total) else math.inf
+
+    def _stop_early(self, loss: float) -> None:
+        """Keeps the best parameters, and finishes after `patience` epochs without an improvement."""
         progress = self.progress
         if self.early_stopping is None:
             return
         if math.isfinite(loss) and (progress.best_loss is None or loss < progress.best_loss):
             progress.best_loss, progress.bad_epochs = loss, 0
-            self.best = {name: p.detach().clone() for name, p in self.trainable.parameters().items()}
+            self.best = {name: p.detach().clone() for name, p in self.adapter.parameters().items()}
             return
         progress.bad_epochs += 1
         if progress.bad_epochs >= self.early_stopping.patience:
             progress.finished = True
 
-    # -- what goes wrong --------------------------------------------------------------------------------------------
+    # -- failures ---------------------------------------------------------------------------------------------------
 
-    def _watch(self, loss: float) -> None:
+    def _warn_of_divergence(self, loss: float) -> None:
         progress = self.progress
         progress.running = loss if progress.running is None else 0.9 * progress.running + 0.1 * loss
         progress.lowest = min(progress.running, progress.lowest if progress.lowest is not None else math.inf)
@@ -250,23 +238,26 @@ class TrainLoop:
     def _divergence(self, loss: float) -> str:
         kind = self.stage.type
         lower = f"Lower {kind}.learning_rate (now {float(self.stage.learning_rate):.1e})"
-        return f"Stage {kind} diverges: its loss rose to {loss:.3g}. {lower} or {kind}.rank (now {self.stage.rank})"
+        rank = getattr(self.stage, "rank", None)
+        smaller = f" or {kind}.rank (now {rank})" if rank is not None else ""
+        return f"Stage {kind} diverges: its loss rose to {loss:.3g}. {lower}{smaller}"
+
+    def _check_parameters(self) -> None:
+        """Raises TrainingError for parameters that are not finite (the last step may do it) or break an invariant."""
+        if not all(parameter.isfinite().all() for parameter in self.adapter.parameters().values()):
+            raise TrainingError(self._divergence(math.nan), code="diverged")
+        self.adapter.check()
 
     @torch.inference_mode()
-    def _probe_hidden(self) -> Tensor:
-        """What the model says of a few short rows, through the cache: whole rows would take longer than steps."""
-        first = range(min(len(self.examples), _PROBE_CANDIDATES))
-        shortest = sorted(first, key=lambda index: packed_length(self.examples[index]))[:_PROBE_ROWS]
-        return self.source.hidden(shortest).float().cpu()
-
-    def _check(self) -> None:
-        """Raises TrainingError for parameters that are no numbers (the last step may do it) or break a constraint."""
-        if not all(parameter.isfinite().all() for parameter in self.trainable.parameters().values()):
-            raise TrainingError(self._divergence(math.nan), code="diverged")
-        self.trainable.check()
+    def _probe(self) -> Tensor:
+        """Returns hidden states of a few short rows, through the cache: whole rows would take longer than steps."""
+        examples = self.forward.examples
+        candidates = range(min(len(examples), _PROBE_CANDIDATES))
+        shortest = sorted(candidates, key=lambda row: packed_length(examples[row]))[:_PROBE_ROWS]
+        return self.forward.hidden(shortest).float().cpu()
 
     def _check_trains(self) -> None:
-        if self.before is not None and not torch.equal(self.before, self._probe_hidden()):
+        if self.probe_before is not None and not torch.equal(self.probe_before, self._probe()):
             return
         raise TrainingError(
             f"stage {self.stage.type} does not train: after {self.progress.step} steps its parameters have changed "
@@ -274,24 +265,28 @@ class TrainLoop:
             code="does_not_train",
         )
 
-    # -- saving and telling -----------------------------------------------------------------------------------------
+    # -- checkpoints and events -------------------------------------------------------------------------------------
 
     def _save_or_stop(self, due: bool = False) -> None:
         stop = self.hooks.should_stop()
         self.hooks.save(self.progress, self._tensors, due or stop)
         if stop:
-            raise Stopped("stopped at a checkpoint, as asked")
+            raise Stopped("stopped at a checkpoint, as requested")
+
+    def _buffers(self) -> dict[str, Tensor]:
+        tensors = {f"buffer/{name}": tensor for name, tensor in self.adapter.buffers().items()}
+        return tensors | {f"objective/{name}": tensor for name, tensor in self.objective.buffers().items()}
 
     def _tensors(self) -> dict[str, Tensor]:
-        """All that the stage continues from: raw parameters, Adam's state, the best parameters so far.
+        """Returns all that the stage continues from: raw parameters, buffers, Adam's state, the best parameters.
 
-        Raises TrainingError instead of letting a checkpoint keep what is broken.
+        Raises TrainingError for parameters that a checkpoint must not carry.
         """
-        self._check()
-        tensors = {f"buffer/{name}": tensor for name, tensor in self.trainable.buffers().items()}
-        if self.before is not None:
-            tensors["before"] = self.before
-        for name, parameter in self.trainable.parameters().items():
+        self._check_parameters()
+        tensors = self._buffers()
+        if self.probe_before is not None:
+            tensors["before"] = self.probe_before
+        for name, parameter in self.adapter.parameters().items():
             tensors[f"parameter/{name}"] = parameter
             for key, value in self.optimizer.state.get(parameter, {}).items():
                 tensors[f"adam/{key}/{name}"] = value
@@ -300,12 +295,12 @@ class TrainLoop:
     def restore(self, progress: Progress, tensors: dict[str, Tensor]) -> None:
         """Continues from `_tensors`. The caller restores the random state afterwards."""
         self.progress = progress
-        self.before = tensors.get("before")
-        self.best = {name[5:]: t for name, t in tensors.items() if name.startswith("best/")}
-        self._load({name[10:]: t for name, t in tensors.items() if name.startswith("parameter/")})
-        for name, buffer in self.trainable.buffers().items():
-            buffer.copy_(tensors[f"buffer/{name}"])
-        for name, parameter in self.trainable.parameters().items():
+        self.probe_before = tensors.get("before")
+        self.best = _with_prefix("best/", tensors)
+        self._load(_with_prefix("parameter/", tensors))
+        for name, buffer in self._buffers().items():
+            buffer.copy_(tensors[name])
+        for name, parameter in self.adapter.parameters().items():
             if f"adam/step/{name}" in tensors:
                 moments = {
                     key: tensors[f"adam/{key}/{name}"].to(parameter.device, copy=True)
@@ -315,10 +310,10 @@ class TrainLoop:
 
     @torch.no_grad()
     def _load(self, tensors: dict[str, Tensor]) -> None:
-        for name, parameter in self.trainable.parameters().items():
+        for name, parameter in self.adapter.parameters().items():
             parameter.copy_(tensors[name])
 
-    def _emit_metrics(self, loss: float, rate: float) -> None:
+    def _emit_metrics(self, loss: float, learning_rate: float) -> None:
         progress = self.progress
         run_step = self.first_step + progress.step
         self._emit(
@@ -328,7 +323,7 @@ class TrainLoop:
             total_steps=self.total_steps,
             epoch=(progress.step - 1) // self.steps_per_epoch + 1,
             loss=loss,
-            learning_rate=rate,
+            learning_rate=learning_rate,
             tokens=progress.tokens,
             seconds=round(progress.seconds, 3),
         )
@@ -336,3 +331,7 @@ class TrainLoop:
     def _emit(self, code: Any, message: str, *, level: Any = "info", **data: Any) -> None:
         data = {"stage": self.stage.type, "stage_index": self.index, **data}
         self.hooks.on_event(Event(code=code, message=message, data=data, level=level))
+
+
+def _with_prefix(prefix: str, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    return {name.removeprefix(prefix): t for name, t in tensors.items() if name.startswith(prefix)}

@@ -22,10 +22,9 @@ from torch import Tensor
 from heft_engine.data.encoding import Example
 from heft_engine.errors import TrainingError
 from heft_engine.model.causal_attention import LONGEST_MATRIX, STEP
-from heft_engine.model.loss import CHUNK
+from heft_engine.model.loss import supervised_loss
 from heft_engine.model.packed_lm import PackedLM
 from heft_engine.runtime import malloc
-from heft_engine.training.forward_pass import PlainSource
 
 #: Of what a pass keeps: its own results on the way, and the holes between them.
 OVERHEAD = 1.35
@@ -96,14 +95,8 @@ def _kept(lm: PackedLM, lengths: Sequence[int]) -> int:
 
     examples = [Example(prompt=(1,) * n, answers=((1,),), labels=("",), gold=0) for n in lengths]
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
-        PlainSource(lm=lm, examples=examples).loss(range(len(examples)))
+        supervised_loss(lm, examples)
     return sum(sizes.values())
-
-
-def head_bytes(lm: PackedLM, tokens: int) -> int:
-    """Of the logits in memory at a time, of a pass with so many supervised tokens: in the model's dtype, in float32,
-    their softmax and two gradients."""
-    return min(CHUNK, tokens) * int(lm.config.vocab_size) * (4 * 4 + 2 * lm.dtype.itemsize)
 
 
 def code_bytes(lm: PackedLM, lengths: int) -> int:

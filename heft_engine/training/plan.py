@@ -20,22 +20,19 @@ from heft_engine.config.flops import CacheLevel
 from heft_engine.config.train import Auto, Stage
 from heft_engine.data.encoding import Example
 from heft_engine.inference.scoring import TOKEN_BUDGET as SCORING_BUDGET
+from heft_engine.model.loss import supervised_loss
 from heft_engine.model.packed_lm import PackedLM
 from heft_engine.model.packing import fill, packed_length
+from heft_engine.objectives.registry import create
 from heft_engine.runtime import devices, malloc
 from heft_engine.training import memory_plan
+from heft_engine.training.cache_plan import CacheBudget, CachePlan, plan_cache
 from heft_engine.training.compile import compiled_layers, pays
-from heft_engine.training.forward_pass import (
-    CacheBudget,
-    CachePlan,
-    PlainSource,
-    cut_by,
-    pass_tokens,
-    plan_cache,
-)
-from heft_engine.training.loop import TOKEN_BUDGET, Progress, epoch_order
+from heft_engine.training.forward_pass import pass_tokens, split_by_tokens
+from heft_engine.training.loop import TOKEN_BUDGET, Progress
 from heft_engine.training.low_memory_layers import low_memory_layers
 from heft_engine.training.memory_plan import Fit, Footprint
+from heft_engine.training.schedule import epoch_order
 
 #: The largest pass is looked for in the first epochs, up to so many rows: a thousand epochs would take as long as some
 #: stages to count out, and hardly hold a larger one.
@@ -116,7 +113,7 @@ class Planner:
                 earlier.validation_cache or {}
             )
         training = plan_cache(self.lm, self.boundary, self.examples, self.budget)
-        return training, plan_cache(self.lm, self.boundary, self.validation, self.budget.less(training))
+        return training, plan_cache(self.lm, self.boundary, self.validation, self.budget.without(training))
 
     # -- compiling --------------------------------------------------------------------------------------------------
 
@@ -137,7 +134,8 @@ class Planner:
         """A pass over two short rows that leaves no trace."""
         short = sorted(self.examples, key=packed_length)[:2]
         with torch.random.fork_rng():
-            PlainSource(lm=self.lm, examples=short).loss(range(len(short))).backward()  # type: ignore[no-untyped-call]
+            length = fill(self.lm.device, sum(map(packed_length, short)))
+            supervised_loss(self.lm, short, length)[0].backward()  # type: ignore[no-untyped-call]
         for parameter in self.trainable.parameters().values():
             parameter.grad = None
 
@@ -168,7 +166,7 @@ class Planner:
         epochs = min(self.stage.n_epochs, max(1, COUNTED_ROWS // rows))
         orders = (epoch_order(self.seed, self.index, epoch, rows) for epoch in range(epochs))
         steps = (order[start : start + size] for order in orders for start in range(0, rows, size))
-        return {tuple(part) for step in steps for part in cut_by(self._weight(cache), step, budget)}
+        return {tuple(part) for step in steps for part in split_by_tokens(self._weight(cache), step, budget)}
 
     def _lengths(self, cache: CachePlan, parts: set[tuple[int, ...]]) -> int:
         """How many lengths passes have, with a gradient and without."""
@@ -218,8 +216,8 @@ class Planner:
 
     def _head(self) -> int:
         """Of logits, in a step of the rows with the longest answers."""
-        supervised = sorted(example.supervised_tokens for example in self.examples)
-        return memory_plan.head_bytes(self.lm, sum(supervised[-self.stage.batch_size :]))
+        tokens = sorted(sum(map(len, example.answers)) for example in self.examples)
+        return create(self.stage.objective).loss_bytes(self.lm, sum(tokens[-self.stage.batch_size :]))
 
     def _standing(self, caches: tuple[CachePlan, CachePlan]) -> int:
         """What stays for the whole stage: caches in memory, gradients, Adam's state."""

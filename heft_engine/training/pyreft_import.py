@@ -14,7 +14,7 @@ from heft_engine.config.train import ReftStage, TrainConfig
 from heft_engine.data.rows import Row
 from heft_engine.model.base_models import resolve
 from heft_engine.runtime.devices import choose_device
-from heft_engine.training.forward_pass import CacheBudget
+from heft_engine.training.cache_plan import CacheBudget
 from heft_engine.training.result import write_outcome
 from heft_engine.training.run import prepare
 

@@ -33,13 +33,14 @@ from heft_engine.model.base_models import BaseModel, resolve
 from heft_engine.model.packed_lm import PackedLM
 from heft_engine.runtime.devices import choose_device
 from heft_engine.training.activation_store import ActivationStore
+from heft_engine.training.cache_plan import CacheBudget
 from heft_engine.training.checkpoint import CheckpointWriter, RunState, load_checkpoint, rows_hash
 from heft_engine.training.costs import cost_of, outcomes
-from heft_engine.training.forward_pass import CacheBudget
-from heft_engine.training.loop import Progress, derived_seed
+from heft_engine.training.loop import Progress
 from heft_engine.training.memory_plan import peak
 from heft_engine.training.result import max_new_tokens, on_validation, write_outcome
 from heft_engine.training.run_events import announce, tell_evaluation, tell_plan, tell_warnings
+from heft_engine.training.schedule import derived_seed
 from heft_engine.training.setup import PROBE_CANDIDATES, load
 from heft_engine.training.stage import planner_of, train_stage
 from heft_engine.training.stage_cache import Reuse, StageStore

@@ -19,6 +19,7 @@ from heft_engine.model.auto_settings import resolve_max_length, resolve_stage
 from heft_engine.model.base_models import BaseModel, load_model, load_tokenizer
 from heft_engine.model.model_files import inspect
 from heft_engine.model.packed_lm import PackedLM
+from heft_engine.objectives.registry import create
 from heft_engine.runtime.devices import choose_dtype
 
 #: The rows that probe rows are chosen from.
@@ -63,13 +64,14 @@ def load(
         load_model(base, dtype=choose_dtype(config.dtype, device), device=device, attention=IMPLEMENTATION)
     )
     reported = test_rows or eval_rows
+    objective = create(config.stages[0].objective)
     return Loaded(
         config=_resolved(config, lm, model_info.parameters),
         base=base,
         lm=lm,
         encoder=encoder,
-        examples=_supervised(encoder, train_rows),
-        validation=_supervised(encoder, eval_rows),
+        examples=objective.examples(encoder, train_rows),
+        validation=objective.examples(encoder, eval_rows),
         questions=[example for row in eval_rows for example in encoder.encode(row)],
         reported=[example for row in reported for example in encoder.encode(row)],
         split="test" if test_rows else "validation",
@@ -85,7 +87,3 @@ def _resolved(config: TrainConfig, lm: PackedLM, parameters: int) -> TrainConfig
         if isinstance(stage, LoraStage) and stage.target_modules != "auto":
             lora.check_modules(lm, stage.target_modules)
     return config.model_copy(update={"stages": stages})
-
-
-def _supervised(encoder: Encoder, rows: Sequence[Row]) -> list[Example]:
-    return [example.supervised() for row in rows for example in encoder.encode(row)]

@@ -19,8 +19,10 @@ from heft_engine.config.train import Auto, Stage
 from heft_engine.data.encoding import Example
 from heft_engine.events import OnEvent
 from heft_engine.model.packed_lm import PackedLM
+from heft_engine.objectives.registry import create
 from heft_engine.training.activation_cache import size_of
-from heft_engine.training.forward_pass import CacheBudget, CachePlan, PlainSource, Source
+from heft_engine.training.cache_plan import CacheBudget, CachePlan
+from heft_engine.training.forward_pass import ForwardPass, FullPass
 from heft_engine.training.loop import Hooks, Progress, TrainLoop
 from heft_engine.training.plan import Planner, StagePlan
 
@@ -34,23 +36,22 @@ class SingleStage:
     trainable: Adapter
     on_event: OnEvent
 
-    def source(self) -> Source:
-        """Of the examples' losses. Runs the prefill."""
+    def forward(self) -> ForwardPass:
+        """Returns the forward pass of the rows. Fills its cache."""
         planner = self.planner
         return self.plan.cache.open(planner.lm, planner.boundary, planner.examples, None)
 
-    def train(self, source: Source, **progress: Any) -> None:
+    def train(self, forward: ForwardPass, **progress: Any) -> None:
         """`progress`: what begins otherwise than planned, by the names of `training.Progress`."""
         stage, rows = self.planner.stage, self.planner.examples
         TrainLoop(
             stage=stage,
             index=0,
             seed=0,
-            trainable=self.trainable,
-            examples=rows,
-            source=source,
-            validation=[],
-            validation_source=PlainSource(lm=self.planner.lm, examples=[]),
+            adapter=self.trainable,
+            objective=create(stage.objective),
+            forward=forward,
+            validation=FullPass(lm=self.planner.lm, examples=[]),
             early_stopping=None,
             first_step=0,
             total_steps=stage.n_epochs * -(-len(rows) // stage.batch_size),

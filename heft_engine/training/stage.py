@@ -16,8 +16,10 @@ from torch import Tensor
 from heft_engine.adapters.adapter import Adapter
 from heft_engine.config.flops import CacheLevel
 from heft_engine.data.encoding import Example
+from heft_engine.objectives.registry import create
+from heft_engine.training.cache_plan import CacheBudget, CachePlan
 from heft_engine.training.checkpoint import CheckpointWriter
-from heft_engine.training.forward_pass import CacheBudget, CachedSource, CachePlan, Source
+from heft_engine.training.forward_pass import ForwardPass, SuffixPass
 from heft_engine.training.loop import Hooks, Progress, TrainLoop
 from heft_engine.training.plan import Planner, StagePlan
 
@@ -65,7 +67,7 @@ def train_stage(
             state = run.state.inside(asdict(progress), interventions_before)
             writer.step(state, run_step, run.config, tensors(), run.adapters, standing, stage.type)
 
-    def source(cache: CachePlan, examples: Sequence[Example], name: str) -> Source:
+    def source(cache: CachePlan, examples: Sequence[Example], name: str) -> ForwardPass:
         # Interventions of earlier stages that go on in this one act in nobody else's prefill.
         fresh = not any(placed in standing for placed in boundary.interventions)
         prefills = None
@@ -82,11 +84,10 @@ def train_stage(
         stage=stage,
         index=index,
         seed=run.config.seed,
-        trainable=trainable,
-        examples=run.examples,
-        source=training,
-        validation=run.validation,
-        validation_source=validation,
+        adapter=trainable,
+        objective=create(stage.objective),
+        forward=training,
+        validation=validation,
         early_stopping=run.config.early_stopping,
         first_step=run.first_steps[index],
         total_steps=run.total_steps,
@@ -101,7 +102,7 @@ def train_stage(
     if run.state.inside_stage is not None:
         run.state.restore_stage(loop)
     loop.run()
-    caches = [source.cache for source in (training, validation) if isinstance(source, CachedSource)]
+    caches = [one.cache for one in (training, validation) if isinstance(one, SuffixPass)]
     return loop.progress, sum(cache.saved_seconds for cache in caches)
 
 

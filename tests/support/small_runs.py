@@ -17,10 +17,10 @@ from heft_engine.events import Event
 from heft_engine.model.base_models import resolve_path
 from heft_engine.model.interventions import PlacedIntervention
 from heft_engine.model.packed_lm import PackedLM
+from heft_engine.training.cache_plan import CacheBudget
 from heft_engine.training.checkpoint import CheckpointWriter
-from heft_engine.training.forward_pass import CacheBudget
-from heft_engine.training.loop import derived_seed
 from heft_engine.training.run import Run, prepare
+from heft_engine.training.schedule import derived_seed
 
 SEED = 3
 #: Prompts of 2 to 29 tokens: shorter than `f4+l3` asks for, and longer than the tiny models' windows.

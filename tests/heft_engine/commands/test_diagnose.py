@@ -13,7 +13,7 @@ from heft_engine.adapters.reft import LoreftIntervention
 from heft_engine.commands.main import main
 from heft_engine.diagnostics.report import PARTS, Options, diagnose
 from heft_engine.errors import ConfigError, RowError
-from heft_engine.training.loop import derived_seed
+from heft_engine.training.schedule import derived_seed
 
 STRONG = but(LORA, learning_rate=0.05, alpha=64, n_epochs=1)
 SMALL = Options(rows=24, curvature_rows=6, lanczos_steps=8, probes=4, descent_steps=6)

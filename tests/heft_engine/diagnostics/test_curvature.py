@@ -23,7 +23,8 @@ from heft_engine.diagnostics.eigen import hutchinson, lanczos
 from heft_engine.model.base_models import load_tokenizer
 from heft_engine.model.interventions import PlacedIntervention
 from heft_engine.model.packing import pack
-from heft_engine.training.forward_pass import PlainSource
+from heft_engine.objectives.supervised import SupervisedObjective
+from heft_engine.training.forward_pass import FullPass, summed_loss
 
 
 def examples_of(path: Path, kind: str = "yes_no", count: int = 6) -> list[Example]:
@@ -150,7 +151,7 @@ def test_descent_is_of_the_models_own_loss_and_leaves_the_beginning(tiny_llama_d
     assert list(lm.interventions) == []
     lm.interventions.add(PlacedIntervention(layer=1, positions="l1", intervention=place.intervention))
     with torch.no_grad():
-        plain = PlainSource(lm=lm, examples=examples).loss(range(len(examples)))
+        plain = summed_loss(FullPass(lm=lm, examples=examples), SupervisedObjective(), range(len(examples)))
     assert curve[0] == pytest.approx(float(plain) / len(examples), abs=1e-5)
 
 

@@ -14,8 +14,9 @@ from heft_engine.model.attention import IMPLEMENTATION
 from heft_engine.model.base_models import load_model, resolve_path
 from heft_engine.model.packed_lm import PackedLM
 from heft_engine.model.packing import Batch, filled_length, pack
+from heft_engine.objectives.supervised import SupervisedObjective
 from heft_engine.training import forward_pass
-from heft_engine.training.forward_pass import PlainSource
+from heft_engine.training.forward_pass import FullPass, summed_loss
 
 ROWS = [Example(prompt=(7, 8, 9) * n, answers=((5, n),), labels=("",), gold=0) for n in (1, 7, 12)]
 
@@ -57,7 +58,7 @@ def test_a_filled_pass_has_the_same_loss_and_gradient(
     monkeypatch.setattr(lm, "hidden", seen)
 
     def of() -> tuple[torch.Tensor, list[torch.Tensor]]:
-        loss = PlainSource(lm=lm, examples=ROWS).loss(range(len(ROWS)))
+        loss = summed_loss(FullPass(lm=lm, examples=ROWS), SupervisedObjective(), range(len(ROWS)))
         parameters = list(trainable.parameters().values())
         return loss.detach(), list(torch.autograd.grad(loss, parameters))
 

@@ -19,8 +19,10 @@ from heft_engine.config.flops import CacheLevel, RowTokens, StageWork, stage_flo
 from heft_engine.config.train import LoraStage
 from heft_engine.evaluation.row_values import unpack_correctness
 from heft_engine.model.packing import packed_length
+from heft_engine.objectives.supervised import SupervisedObjective
+from heft_engine.training.cache_plan import CachePlan
 from heft_engine.training.costs import shape_of
-from heft_engine.training.forward_pass import CachePlan, PlainSource
+from heft_engine.training.forward_pass import FullPass, summed_loss
 from heft_engine.training.stage_store import LocalStages
 
 TEST, EVAL = parse(yes_no(20, seed=9)), parse(yes_no(24, seed=10))
@@ -46,10 +48,10 @@ def test_it_is_what_torch_counts_for_lora(tiny_llama_dir: Path) -> None:
     stage = LoraStage(n_epochs=1, batch_size=4, learning_rate=1e-3, target_modules=["q_proj", "v_proj"])
     made = prepared(tiny_llama_dir, [stage], yes_no_rows(), lambda event: None)
     trainable = LoraAdapter.attach(made.lm, stage)
-    source = PlainSource(lm=made.lm, examples=made.examples)
+    forward = FullPass(lm=made.lm, examples=made.examples)
     adapter = sum(p.numel() for p in trainable.parameters().values())
     with Counted() as counted:
-        source.loss(range(len(made.examples))).backward()
+        summed_loss(forward, SupervisedObjective(), range(len(made.examples))).backward()
     work = StageWork(level=CacheLevel.NONE, first_layer=0, epochs=1, adapter=adapter)
     tokens = [
         RowTokens(total=packed_length(e), suffix=packed_length(e), supervised=e.supervised_tokens)
@@ -67,9 +69,9 @@ def test_it_is_what_torch_counts_for_reft_on_the_cache(tiny_llama_dir: Path) -> 
     boundary = trainable.boundary()
     plan = CachePlan(level=CacheLevel.KV, on_disk=False, bytes=0)
     with Counted() as counted:
-        source = plan.open(made.lm, boundary, made.examples, None)
+        forward = plan.open(made.lm, boundary, made.examples, None)
         for _ in range(6):
-            source.loss(range(len(made.examples))).backward()
+            summed_loss(forward, SupervisedObjective(), range(len(made.examples))).backward()
     work = StageWork(level=CacheLevel.KV, first_layer=boundary.layer, epochs=6)
     tokens = [
         RowTokens(

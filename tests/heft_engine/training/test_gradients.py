@@ -24,7 +24,9 @@ from heft_engine.model.attention import IMPLEMENTATION
 from heft_engine.model.base_models import load_model, resolve_path
 from heft_engine.model.interventions import PlacedIntervention
 from heft_engine.model.packed_lm import PackedLM
-from heft_engine.training.forward_pass import CacheBudget, CachePlan, PlainSource, Source, plan_cache
+from heft_engine.objectives.supervised import SupervisedObjective
+from heft_engine.training.cache_plan import CacheBudget, CachePlan, plan_cache
+from heft_engine.training.forward_pass import ForwardPass, FullPass, summed_loss
 
 MakeModel = Callable[[str], Path]
 
@@ -53,7 +55,7 @@ def test_gradients_are_those_of_the_familys_own_forward(
     path = make_tiny_model(family)
     lm = packed(path)
     lm.model.requires_grad_(True)
-    loss = PlainSource(lm=lm, examples=rows()).loss(range(6))
+    loss = summed_loss(FullPass(lm=lm, examples=rows()), SupervisedObjective(), range(6))
     loss.backward()  # type: ignore[no-untyped-call]
     model: Any = AutoModelForCausalLM.from_pretrained(path, attn_implementation="eager").eval()
     total = 0.0
@@ -81,11 +83,11 @@ def standing(lm: PackedLM, layer: int, positions: str, seed: int) -> None:
     )
 
 
-def computed(source: Source, trainable: ReftAdapter | LoraAdapter) -> tuple[float, dict[str, Tensor]]:
+def computed(forward: ForwardPass, trainable: ReftAdapter | LoraAdapter) -> tuple[float, dict[str, Tensor]]:
     """The loss of all rows in an order of its own, and its gradients."""
     for parameter in trainable.parameters().values():
         parameter.grad = None
-    loss = source.loss([4, 0, 5, 1, 3, 2])
+    loss = summed_loss(forward, SupervisedObjective(), [4, 0, 5, 1, 3, 2])
     loss.backward()  # type: ignore[no-untyped-call]
     grads = {name: p.grad.clone() for name, p in trainable.parameters().items() if p.grad is not None}
     assert grads
@@ -112,7 +114,7 @@ def test_a_reft_stage_on_every_cache_level(
     torch.manual_seed(9)
     trainable = ReftAdapter.attach(lm, but(REFT, layers=[1, 3], positions=positions, rank=2))
     trainable.train(False)
-    plain = computed(PlainSource(lm=lm, examples=rows()), trainable)
+    plain = computed(FullPass(lm=lm, examples=rows()), trainable)
     ladder: list[tuple[CacheLevel, bool]] = [
         (CacheLevel.HIDDEN_STATES, False),
         (CacheLevel.HIDDEN_STATES, True),
@@ -121,9 +123,9 @@ def test_a_reft_stage_on_every_cache_level(
         ladder += [(CacheLevel.KV, False), (CacheLevel.KV, True)]
     for level, on_disk in ladder:
         plan = CachePlan(level=level, on_disk=on_disk, bytes=0)
-        source = plan.open(lm, trainable.boundary(), rows(), tmp_path / "cache")
+        forward = plan.open(lm, trainable.boundary(), rows(), tmp_path / "cache")
         assert not (tmp_path / "cache").exists(), "nothing is left behind, however the process ends"
-        assert_same(computed(source, trainable), plain)
+        assert_same(computed(forward, trainable), plain)
 
 
 @pytest.mark.parametrize("family", ["llama", "gemma3_text", "gpt_neox"])
@@ -137,11 +139,11 @@ def test_lora_on_upper_layers_on_every_cache_level(make_tiny_model: MakeModel, f
         for parameter in trainable.parameters().values():
             parameter.normal_(std=0.1)
     trainable.train(False)
-    plain = computed(PlainSource(lm=lm, examples=rows()), trainable)
-    source = CachePlan(level=CacheLevel.HIDDEN_STATES, on_disk=False, bytes=0).open(
+    plain = computed(FullPass(lm=lm, examples=rows()), trainable)
+    forward = CachePlan(level=CacheLevel.HIDDEN_STATES, on_disk=False, bytes=0).open(
         lm, trainable.boundary(), rows(), None
     )
-    assert_same(computed(source, trainable), plain)
+    assert_same(computed(forward, trainable), plain)
 
 
 def test_the_ladder_is_climbed_as_far_as_the_budget_allows(tiny_llama_dir: Path, tmp_path: Path) -> None:

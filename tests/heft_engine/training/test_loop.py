@@ -20,10 +20,12 @@ from heft_engine.evaluation.evaluate import mean_loss
 from heft_engine.model.attention import IMPLEMENTATION
 from heft_engine.model.base_models import load_model, resolve_path
 from heft_engine.model.packed_lm import PackedLM
+from heft_engine.objectives.supervised import SupervisedObjective
 from heft_engine.serving.predictor import load
 from heft_engine.training import forward_pass, loop
-from heft_engine.training.forward_pass import PlainSource
+from heft_engine.training.forward_pass import FullPass, summed_loss
 from heft_engine.training.loop import Progress
+from heft_engine.training.schedule import derived_seed
 
 VALIDATION = parse(yes_no(16, seed=1))
 
@@ -47,11 +49,11 @@ def test_every_epoch_has_every_row_once_in_an_order_of_its_own(
 ) -> None:
     steps: list[list[int]] = []
 
-    def recording(source: Any, indices: Any, budget: int) -> list[list[int]]:
+    def recording(tokens_of: Any, indices: Any, budget: int) -> list[list[int]]:
         steps.append(list(indices))
-        return forward_pass.cut(source, indices, budget)
+        return forward_pass.split_by_tokens(tokens_of, indices, budget)
 
-    monkeypatch.setattr(loop, "cut", recording)
+    monkeypatch.setattr(loop, "split_by_tokens", recording)
     run(config(tiny_llama_dir, "heft"), tmp_path / "out", parse(yes_no(20)))
     assert [len(step) for step in steps] == [8, 8, 4] * 4
     epochs = [tuple(itertools.chain(*steps[i : i + 3])) for i in range(0, 12, 3)]
@@ -68,11 +70,11 @@ def test_how_a_step_is_cut_changes_nothing_but_rounding(
     whole = run(config(tiny_llama_dir, method), tmp_path / "whole", rows)
     parts = []
 
-    def small(source: Any, indices: Any, budget: int) -> list[list[int]]:
-        parts.append(forward_pass.cut(source, indices, 20))
+    def small(tokens_of: Any, indices: Any, budget: int) -> list[list[int]]:
+        parts.append(forward_pass.split_by_tokens(tokens_of, indices, 20))
         return parts[-1]
 
-    monkeypatch.setattr(loop, "cut", small)
+    monkeypatch.setattr(loop, "split_by_tokens", small)
     cut = run(config(tiny_llama_dir, method), tmp_path / "cut", rows)
     assert max(map(len, parts)) > 4
     assert cut.losses == pytest.approx(whole.losses, abs=2e-5)
@@ -94,9 +96,11 @@ def test_a_step_s_loss_and_gradient_are_means_over_its_supervised_tokens(
     lm = PackedLM(load_model(resolve_path(tiny_llama_dir), dtype=torch.float32, attention=IMPLEMENTATION))
     encoder = load(tmp_path / "out").encoder
     examples = [example.supervised() for row in rows for example in encoder.encode(row)]
-    torch.manual_seed(loop.derived_seed(0, 0))
+    torch.manual_seed(derived_seed(0, 0))
     trainable = ReftAdapter.attach(lm, stage)
-    mean = PlainSource(lm=lm, examples=examples).loss(range(4)) / sum(e.supervised_tokens for e in examples)
+    objective = SupervisedObjective()
+    loss = summed_loss(FullPass(lm=lm, examples=examples), objective, range(4))
+    mean = loss / objective.count(examples)
     mean.backward()
     assert told.losses[1] == pytest.approx(float(mean.detach()), abs=1e-5)
     named = trainable.parameters().items()

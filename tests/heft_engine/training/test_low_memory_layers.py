@@ -16,8 +16,9 @@ from heft_engine.data.encoding import Example
 from heft_engine.model.attention import IMPLEMENTATION
 from heft_engine.model.base_models import load_model, resolve_path
 from heft_engine.model.packed_lm import PackedLM
+from heft_engine.objectives.supervised import SupervisedObjective
 from heft_engine.training import memory_plan
-from heft_engine.training.forward_pass import PlainSource
+from heft_engine.training.forward_pass import FullPass, summed_loss
 from heft_engine.training.low_memory_layers import low_memory_layers
 
 MakeModel = Callable[[str], Path]
@@ -29,7 +30,7 @@ def packed(path: Path, dtype: torch.dtype) -> PackedLM:
 
 
 def loss_and_gradients(lm: PackedLM, trainable: ReftAdapter) -> tuple[Tensor, list[Tensor]]:
-    loss = PlainSource(lm=lm, examples=ROWS).loss(range(len(ROWS)))
+    loss = summed_loss(FullPass(lm=lm, examples=ROWS), SupervisedObjective(), range(len(ROWS)))
     loss.backward()  # type: ignore[no-untyped-call]
     parameters = trainable.parameters().values()
     gradients = [parameter.grad for parameter in parameters if parameter.grad is not None]

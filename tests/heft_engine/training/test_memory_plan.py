@@ -19,10 +19,12 @@ from heft_engine.model import loss as supervised
 from heft_engine.model.attention import IMPLEMENTATION
 from heft_engine.model.base_models import load_model, resolve_path
 from heft_engine.model.packed_lm import PackedLM
+from heft_engine.objectives.supervised import SupervisedObjective
 from heft_engine.runtime import devices
-from heft_engine.training import compile, loop, memory_plan
+from heft_engine.training import compile, loop, memory_plan, schedule
 from heft_engine.training import plan as stage_plan
-from heft_engine.training.forward_pass import CacheBudget, PlainSource
+from heft_engine.training.cache_plan import CacheBudget
+from heft_engine.training.forward_pass import FullPass, summed_loss
 from heft_engine.training.memory_plan import Fit, Footprint
 from heft_engine.training.single_stage import single_stage
 
@@ -45,7 +47,7 @@ def kept(lm: PackedLM, lengths: list[int]) -> int:
 
     rows = [Example(prompt=(7,) * n, answers=((9,),), labels=("",), gold=0) for n in lengths]
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
-        PlainSource(lm=lm, examples=rows).loss(range(len(rows)))
+        summed_loss(FullPass(lm=lm, examples=rows), SupervisedObjective(), range(len(rows)))
     return sum(tensor.untyped_storage().nbytes() for tensor in held.values())
 
 
@@ -174,7 +176,7 @@ def test_many_epochs_are_not_all_counted_out(
 
     def counting(seed: int, index: int, epoch: int, rows: int) -> list[int]:
         counted.append(epoch)
-        return loop.epoch_order(seed, index, epoch, rows)
+        return schedule.epoch_order(seed, index, epoch, rows)
 
     monkeypatch.setattr(stage_plan, "epoch_order", counting)
     monkeypatch.setattr(stage_plan, "COUNTED_ROWS", 40)

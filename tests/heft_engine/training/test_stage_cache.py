@@ -23,7 +23,7 @@ from heft_engine.model.base_models import resolve_path
 from heft_engine.runtime.sealed_directory import seal, verify
 from heft_engine.serving.predictor import load
 from heft_engine.training import stage_cache
-from heft_engine.training.forward_pass import CacheBudget
+from heft_engine.training.cache_plan import CacheBudget
 from heft_engine.training.run import prepare
 from heft_engine.training.stage_store import LocalStages
 

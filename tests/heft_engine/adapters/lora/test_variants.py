@@ -29,7 +29,7 @@ from heft_engine.data.encoding import Example
 from heft_engine.errors import BundleError, ConfigError, TrainingError
 from heft_engine.events import Event
 from heft_engine.model.packed_lm import PackedLM
-from heft_engine.training.loop import derived_seed
+from heft_engine.training.schedule import derived_seed
 
 VARIANTS: dict[str, dict[str, Any]] = {
     "rslora": {"use_rslora": True},
