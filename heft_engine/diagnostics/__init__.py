@@ -1,4 +1,4 @@
-"""Why a model is as it is: what its stages did to weights, representations, curvature and to what it knew before.
+"""Diagnostics of a trained model: how its stages changed weights, representations, curvature and general knowledge.
 
-Each module states its formulas and where they come from; `heft_engine.diagnostics.report` brings them together.
+Each module states its formulas and their sources; `report` runs them all.
 """

@@ -1,21 +1,20 @@
-"""The curvature that stage 2 meets: the Gauss-Newton matrix of its loss in the intervention's own parameters.
+"""Curvature of stage 2's loss: the Gauss-Newton matrix in the parameters of the intervention.
 
-With logits z = f(θ) of N supervised tokens, cross-entropy has H_t = diag(p_t) − p_t·p_tᵀ in them, and
+With logits z = f(θ) of N supervised tokens, the Hessian of cross-entropy in them is H_t = diag(p_t) − p_t·p_tᵀ, and
 
     G = 1/N Σ_t J_tᵀ H_t J_t,   J_t = ∂z_t/∂θ          (Schraudolph 2002; Martens, arXiv 1412.1193, section 8)
 
-positive semidefinite, and the Hessian where the logits are linear in θ. R moves on the Stiefel manifold of matrices
-with orthonormal columns Q = Rᵀ, so G acts between projections onto its tangent space at Q (Edelman, Arias and Smith,
-arXiv physics/9806030, section 2.2):
+is positive semidefinite, and equals the Hessian if the logits are linear in θ. R is constrained to the Stiefel manifold
+of matrices with orthonormal columns Q = Rᵀ, so G is projected onto its tangent space at Q on both sides (Edelman, Arias
+and Smith, arXiv physics/9806030, section 2.2):
 
     P(Z) = Z − Q·sym(QᵀZ)
 
-W, b and the matrices of other kinds are free. Largest eigenvalue by Lanczos, trace by Hutchinson's estimator; their
-ratio tr/λ₁ says over how many directions the curvature is spread: 1 is one steep direction.
+W, b and the matrices of other kinds are unconstrained. The largest eigenvalue λ₁ is computed by Lanczos, the trace by
+Hutchinson's estimator; tr/λ₁ is the effective number of directions with curvature: 1 means one steep direction.
 
-Rows run through the suffix cache once, in float32, with its attention written out (the library's own has no second
-derivative on a CPU); a product with G is then two backward passes: J·v as the gradient, in u, of (Jᵀu)·v, and Jᵀ of the
-rest. It does NOT know stages or bundles.
+Rows run through the activation cache once, in float32, with an explicit attention (torch's has no second derivative on
+a CPU). A product with G is two backward passes: J·v as the gradient of (Jᵀu)·v in u, then Jᵀ of the result.
 """
 
 from __future__ import annotations
@@ -37,21 +36,21 @@ from heft_engine.model.interventions import PlacedIntervention
 from heft_engine.model.packed_lm import PackedLM
 from heft_engine.training.activation_cache import SuffixCache
 
-#: Rows that go through the upper layers together.
-ROWS = 16
+#: Rows of one forward pass through the upper layers.
+BATCH_ROWS = 16
 Parameters = dict[str, Tensor]
 
 
 @dataclass(frozen=True, kw_only=True)
-class Place:
-    """Where stage 2 begins: an intervention, unchanged by what is measured, at a layer's output."""
+class InitialIntervention:
+    """The initial intervention of stage 2, at a layer's output. Measurements leave it unchanged."""
 
     layer: int
     positions: str
     intervention: ReftIntervention
 
     def cache(self, lm: PackedLM, examples: Sequence[Example]) -> SuffixCache:
-        """What is frozen of these rows below and left of the intervention. `lm` has none in place."""
+        """Caches the activations of examples that don't depend on the intervention. `lm` must have none."""
         placed = PlacedIntervention(
             layer=self.layer, positions=self.positions, intervention=self.intervention
         )
@@ -59,39 +58,39 @@ class Place:
         return SuffixCache(lm, boundary, examples, CacheLevel.KV)
 
 
-class _Part:
-    """Some rows' logits at fixed parameters, with the graphs of their first and second derivatives kept."""
+class _Batch:
+    """The logits of a batch of rows at fixed parameters, with the graphs of their first and second derivatives."""
 
     def __init__(self, logits: Callable[[Parameters], Tensor], parameters: Parameters) -> None:
-        own = {name: tensor.clone().requires_grad_() for name, tensor in parameters.items()}
-        self._names, self._own = list(own), list(own.values())
-        self._logits = logits(own)
+        leaves = {name: tensor.clone().requires_grad_() for name, tensor in parameters.items()}
+        self._names, self._leaves = list(leaves), list(leaves.values())
+        self._logits = logits(leaves)
         self._probabilities = torch.softmax(self._logits.detach(), dim=-1)
         self._u = torch.zeros_like(self._logits, requires_grad=True)
-        self._pulled = torch.autograd.grad(self._logits, self._own, self._u, create_graph=True)
+        self._jt_u = torch.autograd.grad(self._logits, self._leaves, self._u, create_graph=True)
 
     def product(self, direction: Parameters) -> Parameters:
         """Σ_t J_tᵀ H_t J_t·v."""
-        given = [direction[name] for name in self._names]
-        (moved,) = torch.autograd.grad(self._pulled, self._u, given, retain_graph=True)
+        v = [direction[name] for name in self._names]
+        (j_v,) = torch.autograd.grad(self._jt_u, self._u, v, retain_graph=True)
         p = self._probabilities
-        curved = p * moved - p * (p * moved).sum(-1, keepdim=True)
-        found = torch.autograd.grad(self._logits, self._own, curved, retain_graph=True)
-        return dict(zip(self._names, found, strict=True))
+        h_j_v = p * j_v - p * (p * j_v).sum(-1, keepdim=True)
+        g_v = torch.autograd.grad(self._logits, self._leaves, h_j_v, retain_graph=True)
+        return dict(zip(self._names, g_v, strict=True))
 
 
 class GaussNewton:
-    """G, at the place's own parameters, over the rows of a cache; vectors are all parameters flat, (n,)."""
+    """G at the initial intervention, over the rows of a cache. Vectors are all parameters, flattened: (n,)."""
 
-    def __init__(self, cache: SuffixCache, place: Place) -> None:
-        self._place = place
+    def __init__(self, cache: SuffixCache, initial: InitialIntervention) -> None:
+        self._initial = initial
         self._lm = cache.lm
-        self.parameters: Parameters = place.intervention.export_state()
+        self.parameters: Parameters = initial.intervention.export_state()
         self._functions = [
-            self._function(cache, range(start, min(start + ROWS, len(cache.rows))))
-            for start in range(0, len(cache.rows), ROWS)
+            self._function(cache, range(start, min(start + BATCH_ROWS, len(cache.rows))))
+            for start in range(0, len(cache.rows), BATCH_ROWS)
         ]
-        self._parts = [_Part(function, self.parameters) for function in self._functions]
+        self._batches = [_Batch(function, self.parameters) for function in self._functions]
         self.tokens = sum(row.example.supervised_tokens for row in cache.rows)
 
     @property
@@ -102,17 +101,17 @@ class GaussNewton:
         """P·G·P·v."""
         direction = self._project(self._split(vector.float()))
         total = torch.zeros(self.size)
-        for part in self._parts:
-            total += self._join(part.product(direction))
+        for batch in self._batches:
+            total += self._join(batch.product(direction))
         self._lm.on_forward()
         return self._join(self._project(self._split(total))) / self.tokens
 
     def tangent(self, generator: torch.Generator) -> Tensor:
-        """A random vector of the tangent space."""
+        """Returns a random vector of the tangent space."""
         return self._join(self._project(self._split(torch.randn(self.size, generator=generator))))
 
     def logits(self) -> list[Callable[[Parameters], Tensor]]:
-        """Of the supervised tokens, part by part, as functions of the parameters."""
+        """Returns the supervised tokens' logits as functions of the parameters, one for each batch."""
         return self._functions
 
     def _project(self, direction: Parameters) -> Parameters:
@@ -133,28 +132,28 @@ class GaussNewton:
         return torch.cat([tensor.reshape(-1) for tensor in parameters.values()])
 
     def _function(self, cache: SuffixCache, indices: Sequence[int]) -> Callable[[Parameters], Tensor]:
-        lm, kind = self._lm, type(self._place.intervention)
+        lm, kind = self._lm, type(self._initial.intervention)
         states, positions, layout = cache.suffix(indices)
-        at = torch.tensor(layout.intervened(*parse_positions(self._place.positions)), device=states.device)
+        at = torch.tensor(layout.intervened(*parse_positions(self._initial.positions)), device=states.device)
         reads = [
             start + offset
             for row, index in zip(layout.rows, indices, strict=True)
             for start in [row.start + row.prompt - row.skipped - 1]
             for offset in range(len(cache.rows[index].example.answers[0]))
         ]
-        wanted = torch.tensor(reads, device=states.device)
+        supervised = torch.tensor(reads, device=states.device)
 
         def logits(parameters: Parameters) -> Tensor:
             h = states[0, at]
             edited = states.index_copy(1, at, (h + edit(kind, parameters, h))[None])
             last = lm.run_layers(edited, positions, layout, cache.boundary.layer, lm.n_layers)
-            return lm.logits(lm.finish(last)[0, wanted])
+            return lm.logits(lm.finish(last)[0, supervised])
 
         return logits
 
 
 def edit(kind: type[ReftIntervention], parameters: Parameters, h: Tensor) -> Tensor:
-    """Φ(h) − h as a function of the parameters, by the names of `Intervention.export_state`."""
+    """Φ(h) − h as a function of the parameters, under the names of `export_state`."""
     projection = parameters["rotate_layer"] if kind.rotated else parameters["proj_layer"].T
     change = parameters["bias"].expand(len(h), -1)
     if kind.reads:
@@ -165,10 +164,16 @@ def edit(kind: type[ReftIntervention], parameters: Parameters, h: Tensor) -> Ten
 
 
 def curvature(
-    lm: PackedLM, place: Place, examples: Sequence[Example], *, seed: int, steps: int, probes: int
+    lm: PackedLM,
+    initial: InitialIntervention,
+    examples: Sequence[Example],
+    *,
+    seed: int,
+    steps: int,
+    probes: int,
 ) -> dict[str, Any]:
-    """λ₁, trace and their ratio, with the errors of their estimates."""
-    matrix = GaussNewton(place.cache(lm, examples), place)
+    """Estimates λ₁, the trace and their ratio, with the errors of the estimates."""
+    matrix = GaussNewton(initial.cache(lm, examples), initial)
     generator = torch.Generator().manual_seed(seed)
     ritz = lanczos(matrix.product, matrix.tangent(generator), steps)
     trace = hutchinson(matrix.product, matrix.size, probes, generator)
@@ -185,8 +190,8 @@ def curvature(
     }
 
 
-def begin(kind: str, hidden_size: int, rank: int, seed: int) -> ReftIntervention:
-    """A fresh intervention, the same for every model it is put into."""
+def new_intervention(kind: str, hidden_size: int, rank: int, seed: int) -> ReftIntervention:
+    """Returns a newly initialised, frozen intervention; equal arguments give equal ones."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         intervention = KINDS[kind](hidden_size, rank)

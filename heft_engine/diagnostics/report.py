@@ -1,15 +1,14 @@
-"""All diagnostics of one bundle: its base with and without its LoRA stages, on some rows of its task.
+"""All diagnostics of a bundle: its base with and without its LoRA stages, on some rows of its task.
 
     weights           heft_engine.diagnostics.spectra: spectra, stable ranks, intruder dimensions and their repair
     representations   heft_engine.diagnostics.representations, at the layer and position of stage 2
-    curvature         heft_engine.diagnostics.curvature, of the same fresh intervention in both models: the one that
-                      the run itself began with
-    descent           heft_engine.diagnostics.descent: steps to a given loss, from that intervention
-    forgetting        mean loss (nats a token) on general text, of the base and after each stage. A ReFT stage that
-                      went on with an earlier one's intervention has left only the last state of it: both count there
+    curvature         heft_engine.diagnostics.curvature, at the initial intervention of the run, in both models
+    descent           heft_engine.diagnostics.descent: steps to a loss, from that intervention
+    forgetting        mean loss (nats per token) on general text, of the base and after each stage. Where a ReFT stage
+                      continued an earlier one's intervention, the bundle has only its final state, used for both
 
-"before" is the base, "after" the base with every LoRA stage merged; interventions that were trained are in neither. A
-model without a LoRA stage has no "after". Everything is computed in float32. It does NOT know jobs or services.
+"before" is the base, "after" the base with every LoRA stage merged; neither has trained interventions. A model without
+a LoRA stage has no "after". Everything is computed in float32.
 """
 
 from __future__ import annotations
@@ -17,6 +16,7 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal, get_args
 
@@ -30,7 +30,7 @@ from heft_engine.data.general_text import general_examples
 from heft_engine.data.rows import Row
 from heft_engine.data.task import Task
 from heft_engine.diagnostics import descent, plots
-from heft_engine.diagnostics.curvature import Place, begin, curvature
+from heft_engine.diagnostics.curvature import InitialIntervention, curvature, new_intervention
 from heft_engine.diagnostics.representations import compare, describe, states
 from heft_engine.diagnostics.spectra import weight_report
 from heft_engine.errors import ConfigError, RowError
@@ -48,7 +48,7 @@ REPORT = "diagnostics.json"
 
 @dataclass(frozen=True, kw_only=True)
 class Options:
-    """How much is looked at. `target`: the loss of `descent`; None is the lowest that both models reach."""
+    """Parts and sizes of a diagnosis. `target`: the loss of `descent`; None: the lowest that both models reach."""
 
     parts: tuple[Part, ...] = PARTS
     rows: int = 256  #: of representations
@@ -67,22 +67,23 @@ def diagnose(
     options: Options | None = None,
     *,
     on_forward: Callable[[], None] = lambda: None,
-    **places: Any,
+    **load_options: Any,
 ) -> dict[str, Any]:
-    """Writes diagnostics.json and a plot for each part into a new or empty directory; returns what the file holds.
+    """Writes diagnostics.json and a plot for each part into a new or empty directory, and returns the report.
 
-    `places` are model_dir, cache_dir, allow_paths and device, as for `load`. Raises ConfigError, RowError, BundleError.
+    `load_options`: model_dir, cache_dir, allow_paths and device, as for `load`. Raises ConfigError, RowError and
+    BundleError.
     """
     options = options or Options()
     bundle = read_bundle(bundle_dir)
     if out_dir.exists() and any(out_dir.iterdir()):
         raise ConfigError(f"{out_dir} is not empty", param="out")
     if not rows:
-        raise RowError("there are no rows to look at", param="data")
+        raise RowError("diagnostics need at least one row", param="data")
     tokenizer = load_tokenizer(bundle.path / "tokenizer")
     check_tokenizer(bundle.info, tokenizer)
     encoder = Encoder(tokenizer, Task.from_json(bundle.info.task), bundle.info.max_length)
-    lm = assemble(replace(bundle, adapters=[], interventions=[]), dtype=torch.float32, **places)
+    lm = assemble(replace(bundle, adapters=[], interventions=[]), dtype=torch.float32, **load_options)
     lm.on_forward = on_forward
     report = _Diagnosis(bundle, encoder, lm, rows, options).report()
     out_dir.mkdir(parents=True, exist_ok=True)
@@ -92,7 +93,7 @@ def diagnose(
 
 
 class _Diagnosis:
-    """One pass: the base is measured, stages are put on it one by one, what they came to is measured."""
+    """One diagnosis: measures the base, applies the stages one by one, and measures the result."""
 
     def __init__(
         self, bundle: Bundle, encoder: Encoder, lm: PackedLM, rows: Sequence[Row], options: Options
@@ -101,19 +102,20 @@ class _Diagnosis:
         self.lm = lm
         self.options = options
         examples = [example for row in rows[: options.rows] for example in encoder.encode(row)]
-        shared = encoder.task.labels is not None and all(example.gold is not None for example in examples)
-        self.labels = [int(example.gold or 0) for example in examples] if shared else None
+        has_labels = encoder.task.labels is not None and all(example.gold is not None for example in examples)
+        self.labels = [int(example.gold or 0) for example in examples] if has_labels else None
         self.examples = [example.supervised() for example in examples]
         self.general = [example.supervised() for example in general_examples(encoder, options.general)]
         self.stage, self.seed = _stage_two(bundle, lm)
-        self.place = Place(
+        intervention = new_intervention(self.stage.kind, lm.hidden_size, self.stage.rank, self.seed)
+        self.initial = InitialIntervention(
             layer=stage_layers(self.stage)[0],
             positions=self.stage.positions,
-            intervention=begin(self.stage.kind, lm.hidden_size, self.stage.rank, self.seed).to(lm.device),
+            intervention=intervention.to(lm.device),
         )
 
     def report(self) -> dict[str, Any]:
-        info, wanted = self.bundle.info, self.options.parts
+        info, parts = self.bundle.info, self.options.parts
         report: dict[str, Any] = {
             "object": "diagnostics",
             "method": info.method,
@@ -122,76 +124,77 @@ class _Diagnosis:
             "stage_two": {
                 "kind": self.stage.kind,
                 "rank": self.stage.rank,
-                "layer": self.place.layer,
-                "positions": self.place.positions,
+                "layer": self.initial.layer,
+                "positions": self.initial.positions,
                 "seed": self.seed,
             },
         }
         adapters = self.bundle.adapters
-        if "weights" in wanted and adapters:
-            weight = lambda module: weight_of(self.lm.model, module)  # noqa: E731
-            report["weights"] = weight_report(adapters, weight, self.lm.on_forward)
+        if "weights" in parts and adapters:
+            report["weights"] = weight_report(adapters, partial(weight_of, self.lm.model), self.lm.on_forward)
         before = self._measure()
-        losses = self._put_stages_on() if "forgetting" in wanted or adapters else []
+        losses = self._apply_stages() if "forgetting" in parts or adapters else []
         after = self._measure() if adapters else {}
-        report |= self._sides(before, after)
-        if "forgetting" in wanted:
+        report |= self._before_and_after(before, after)
+        if "forgetting" in parts:
             report["forgetting"] = {"losses": losses}
         return report
 
     def _measure(self) -> dict[str, Any]:
-        """Of the model as it stands, without interventions."""
-        wanted, options, lm = self.options.parts, self.options, self.lm
-        few = self.examples[: options.curvature_rows]
-        found: dict[str, Any] = {}
-        if "representations" in wanted:
-            found["states"] = states(lm, self.examples, self.place.layer, self.place.positions)
-        if "curvature" in wanted:
-            found["curvature"] = curvature(
-                lm, self.place, few, seed=self.seed, steps=options.lanczos_steps, probes=options.probes
+        """Measures the model as it is now, without interventions."""
+        options, lm = self.options, self.lm
+        examples = self.examples[: options.curvature_rows]
+        measured: dict[str, Any] = {}
+        if "representations" in options.parts:
+            measured["states"] = states(lm, self.examples, self.initial.layer, self.initial.positions)
+        if "curvature" in options.parts:
+            measured["curvature"] = curvature(
+                lm, self.initial, examples, seed=self.seed, steps=options.lanczos_steps, probes=options.probes
             )
-        if "descent" in wanted:
+        if "descent" in options.parts:
             rate = float(self.stage.learning_rate)
-            found["descent"] = descent.descend(lm, self.place, few, rate=rate, steps=options.descent_steps)
-        return found
+            measured["descent"] = descent.descend(
+                lm, self.initial, examples, rate=rate, steps=options.descent_steps
+            )
+        return measured
 
-    def _sides(self, before: dict[str, Any], after: dict[str, Any]) -> dict[str, Any]:
-        sides: dict[str, Any] = {}
+    def _before_and_after(self, before: dict[str, Any], after: dict[str, Any]) -> dict[str, Any]:
+        report: dict[str, Any] = {}
         if "states" in before and after:
-            sides["representations"] = compare(before["states"], after["states"], self.labels)
+            report["representations"] = compare(before["states"], after["states"], self.labels)
         elif "states" in before:
-            sides["representations"] = {
+            report["representations"] = {
                 "rows": len(before["states"]),
                 "before": describe(before["states"], self.labels),
             }
         if "curvature" in before:
-            sides["curvature"] = {"before": before["curvature"]}
-            sides["curvature"] |= {"after": after["curvature"]} if after else {}
+            report["curvature"] = {"before": before["curvature"]}
+            report["curvature"] |= {"after": after["curvature"]} if after else {}
         if "descent" in before:
             rate = float(self.stage.learning_rate)
             curves = descent.compare(before["descent"], after.get("descent"), self.options.target)
-            sides["descent"] = {"learning_rate": rate, **curves}
-        return sides
+            report["descent"] = {"learning_rate": rate, **curves}
+        return report
 
     @torch.no_grad()
-    def _put_stages_on(self) -> list[dict[str, Any]]:
-        """The stages one by one, with the loss on general text after each; adapters stay, interventions go again."""
+    def _apply_stages(self) -> list[dict[str, Any]]:
+        """Applies the stages one by one and returns the loss on general text after each; removes interventions last."""
         losses = [{"after": "base", "stage_index": None, "loss": self._general_loss()}]
         adapters = iter(self.bundle.adapters)
-        waiting = [stored.restore(self.lm.hidden_size) for stored in self.bundle.interventions]
+        unapplied = [stored.restore(self.lm.hidden_size) for stored in self.bundle.interventions]
         for index, stage in enumerate(self.bundle.info.stages):
             if stage["type"] == "lora":
                 next(adapters).merge_into(self.lm.model)
             else:
-                mine = (stage["positions"], stage["rank"], stage.get("kind", "loreft"))
-                own = [
+                settings = (stage["positions"], stage["rank"], stage.get("kind", "loreft"))
+                of_stage = [
                     placed
-                    for placed in waiting
+                    for placed in unapplied
                     if placed.layer in stage["layers"]
-                    and (placed.positions, placed.intervention.rank, placed.intervention.kind) == mine
+                    and (placed.positions, placed.intervention.rank, placed.intervention.kind) == settings
                 ]
-                waiting = [placed for placed in waiting if placed not in own]
-                self.lm.interventions.extend(own)
+                unapplied = [placed for placed in unapplied if placed not in of_stage]
+                self.lm.interventions.extend(of_stage)
             losses.append({"after": stage["type"], "stage_index": index, "loss": self._general_loss()})
         self.lm.interventions.clear()
         return losses
@@ -203,7 +206,7 @@ class _Diagnosis:
 
 
 def _stage_two(bundle: Bundle, lm: PackedLM) -> tuple[ReftStage, int]:
-    """The bundle's first ReFT stage and the seed it began with; one by default settings where it has none."""
+    """Returns the bundle's first ReFT stage and its seed; without one, a stage with default settings."""
     for index, stage in enumerate(bundle.info.stages):
         if stage["type"] == "reft":
             return ReftStage.model_validate(stage), derived_seed(bundle.info.seed, index)

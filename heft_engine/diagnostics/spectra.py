@@ -1,14 +1,13 @@
-"""Singular values of the adapted weights before and after, and what came into them.
+"""Singular values of the adapted weights before and after training, and intruder dimensions.
 
     spectrum          σ₁ ≥ σ₂ ≥ … of W and of the merged W' (their SVDs)
     stable rank       ‖W‖²_F / σ₁² (Rudelson and Vershynin, arXiv math/0503442)
     relative change   ‖W' − W‖_F / ‖W‖_F
-    intruders         heft_engine.adapters.lora.intruders (arXiv 2410.21228): directions among the ten largest of W'
-    that W has
-                      nothing like; and how strong each still is in the last weights, which later stages may have
-                      changed: uᵀW_end·v / σ, 1 where nothing repaired it
+    intruders         among the ten largest singular directions of W', those that no direction of W resembles
+                      (heft_engine.adapters.lora.intruders, arXiv 2410.21228), and the strength of each in the final
+                      weights, which later stages may have reduced: uᵀW_end·v / σ, 1 if it is unchanged
 
-Every LoRA stage's result is compared with the original base, as the paper does. It does NOT know models.
+Every LoRA stage's result is compared with the original base, as in the paper.
 """
 
 from __future__ import annotations
@@ -21,70 +20,70 @@ from torch import Tensor
 from heft_engine.adapters.lora.intruders import EPSILON, TOP, Intruders, find
 from heft_engine.adapters.lora.weights import LoraWeights
 
-#: Below this share of its strength at the merge, an intruder counts as repaired by what came later.
+#: An intruder with less than this share of its strength at the merge counts as repaired by later stages.
 REPAIRED = 0.5
-#: Singular values of a spectrum that are told.
-TOLD = 256
+#: Singular values of a spectrum that are reported.
+MAX_SINGULAR_VALUES = 256
 
 
 def weight_report(
-    adapters: Sequence[LoraWeights], weight_of: Callable[[str], Tensor], told: Callable[[], None]
+    adapters: Sequence[LoraWeights], weight_of: Callable[[str], Tensor], on_progress: Callable[[], None]
 ) -> dict[str, Any]:
-    """Of all adapted modules; `weight_of` gives the original base's weights. `told` is called for each module."""
+    """Reports on all adapted modules. `weight_of` returns a weight of the original base."""
     modules = list(dict.fromkeys(module for adapter in adapters for module in adapter.factors))
     records = []
     for module in modules:
         records.append(_module(module, adapters, weight_of(module).detach().float().cpu()))
-        told()
+        on_progress()
     stages = [_stage(index, records) for index in range(len(adapters))]
     return {"epsilon": EPSILON, "top": TOP, "stages": stages, "modules": records}
 
 
 def _module(module: str, adapters: Sequence[LoraWeights], original: Tensor) -> dict[str, Any]:
-    weight, found = original, []
+    weight, by_adapter = original, []
     for index, adapter in enumerate(adapters):
         if module in adapter.factors:
             weight = adapter.merged(module, weight)
-            found.append((index, find(original, weight)))
+            by_adapter.append((index, find(original, weight)))
     return {
         "module": module,
         "shape": list(original.shape),
-        "before": _spectrum(found[0][1].before),
-        "after": _spectrum(found[-1][1].after),
+        "before": _spectrum(by_adapter[0][1].before),
+        "after": _spectrum(by_adapter[-1][1].after),
         "relative_change": float((weight - original).norm() / original.norm()),
-        "stages": [_intruders(index, one, weight) for index, one in found],
+        "stages": [_intruders(index, intruders, weight) for index, intruders in by_adapter],
     }
 
 
 def _spectrum(values: Tensor) -> dict[str, Any]:
     stable_rank = float(values.square().sum() / values[0].square())
-    return {"singular_values": _rounded(values[:TOLD]), "stable_rank": stable_rank}
+    return {"singular_values": _rounded(values[:MAX_SINGULAR_VALUES]), "stable_rank": stable_rank}
 
 
-def _intruders(stage: int, one: Intruders, end: Tensor) -> dict[str, Any]:
-    strength = one.strength(end)
+def _intruders(adapter: int, intruders: Intruders, final_weight: Tensor) -> dict[str, Any]:
+    strength = intruders.strength(final_weight)
     return {
-        "adapter": stage,
-        "intruders": one.count,
-        "singular_values": _rounded(one.values),
+        "adapter": adapter,
+        "intruders": intruders.count,
+        "singular_values": _rounded(intruders.values),
         "strength_at_the_end": _rounded(strength),
         "repaired": int((strength.abs() < REPAIRED).sum()),
-        "cosines": _rounded(one.cosines),
+        "cosines": _rounded(intruders.cosines),
     }
 
 
 def _stage(adapter: int, modules: Sequence[dict[str, Any]]) -> dict[str, Any]:
-    """Count and share over all the matrices that this adapter changed."""
-    mine = [stage for module in modules for stage in module["stages"] if stage["adapter"] == adapter]
-    looked_at = sum(len(stage["cosines"]) for stage in mine)
-    count = sum(stage["intruders"] for stage in mine)
+    """Sums over all matrices that the adapter changed."""
+    matrices = [stage for module in modules for stage in module["stages"] if stage["adapter"] == adapter]
+    directions = sum(len(matrix["cosines"]) for matrix in matrices)
+    count = sum(matrix["intruders"] for matrix in matrices)
     return {
         "adapter": adapter,
-        "matrices": len(mine),
-        "matrices_with_intruders": sum(stage["intruders"] > 0 for stage in mine),
+        "matrices": len(matrices),
+        "matrices_with_intruders": sum(matrix["intruders"] > 0 for matrix in matrices),
         "intruders": count,
-        "share": count / looked_at if looked_at else 0.0,
-        "repaired_later": sum(stage["repaired"] for stage in mine),
+        "share": count / directions if directions else 0.0,
+        "repaired_later": sum(matrix["repaired"] for matrix in matrices),
     }
 
 

@@ -127,7 +127,7 @@ def test_the_command_writes_a_report(
 
 
 def test_what_can_not_be_diagnosed_is_refused(heft: tuple[Path, dict[str, Any]], tmp_path: Path) -> None:
-    with pytest.raises(RowError, match="no rows"):
+    with pytest.raises(RowError, match="at least one row"):
         diagnose(heft[0], [], tmp_path / "out")
     (tmp_path / "file").write_text("")
     with pytest.raises(ConfigError, match="is not empty"):

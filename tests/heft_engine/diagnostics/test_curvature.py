@@ -18,7 +18,7 @@ from heft_engine.config.train import TaskSettings
 from heft_engine.data.encoding import Encoder, Example
 from heft_engine.data.task import Task
 from heft_engine.diagnostics import descent
-from heft_engine.diagnostics.curvature import GaussNewton, Place, begin, curvature
+from heft_engine.diagnostics.curvature import GaussNewton, InitialIntervention, curvature, new_intervention
 from heft_engine.diagnostics.eigen import hutchinson, lanczos
 from heft_engine.model.base_models import load_tokenizer
 from heft_engine.model.interventions import PlacedIntervention
@@ -103,11 +103,13 @@ def test_the_eigenvalues_are_those_of_a_dense_gauss_newton_matrix(
 ) -> None:
     path = make_tiny_model(family)
     lm, examples = packed(path), examples_of(path, task, 5 if task == "yes_no" else 2)
-    place = Place(layer=1, positions=positions, intervention=begin(kind, lm.hidden_size, 2, seed=0))
-    matrix = GaussNewton(place.cache(lm, examples), place)
+    initial = InitialIntervention(
+        layer=1, positions=positions, intervention=new_intervention(kind, lm.hidden_size, 2, seed=0)
+    )
+    matrix = GaussNewton(initial.cache(lm, examples), initial)
     exact = dense(matrix)
     values = torch.linalg.eigvalsh(exact).flip(0)
-    found = curvature(lm, place, examples, seed=0, steps=30, probes=50)
+    found = curvature(lm, initial, examples, seed=0, steps=30, probes=50)
     assert found["largest"] == pytest.approx(float(values[0]), rel=1e-3)
     assert found["ritz_values"][:3] == pytest.approx(values[:3].tolist(), rel=1e-3)
     assert abs(found["trace"] - float(exact.trace())) < 5 * found["trace_standard_error"]
@@ -120,9 +122,11 @@ def test_the_eigenvalues_are_those_of_a_dense_gauss_newton_matrix(
 @pytest.mark.parametrize("kind", KINDS)
 def test_what_is_differentiated_is_the_model_with_its_intervention(tiny_llama_dir: Path, kind: str) -> None:
     lm, examples = packed(tiny_llama_dir), examples_of(tiny_llama_dir, "text")
-    place = Place(layer=1, positions="f1+l2", intervention=begin(kind, 32, 2, seed=0))
-    matrix = GaussNewton(place.cache(lm, examples), place)
-    lm.interventions.add(PlacedIntervention(layer=1, positions="f1+l2", intervention=place.intervention))
+    initial = InitialIntervention(
+        layer=1, positions="f1+l2", intervention=new_intervention(kind, 32, 2, seed=0)
+    )
+    matrix = GaussNewton(initial.cache(lm, examples), initial)
+    lm.interventions.add(PlacedIntervention(layer=1, positions="f1+l2", intervention=initial.intervention))
     batch = pack(examples)
     with torch.no_grad():
         expected = lm.logits(lm.hidden(batch)[batch.supervised()[0]])
@@ -134,22 +138,24 @@ def test_what_is_differentiated_is_the_model_with_its_intervention(tiny_llama_di
 def test_a_beginning_is_the_same_in_every_model_and_disturbs_no_random_state() -> None:
     torch.manual_seed(5)
     before = torch.get_rng_state()
-    one, other = begin("loreft", 32, 4, seed=3), begin("loreft", 32, 4, seed=3)
+    one, other = new_intervention("loreft", 32, 4, seed=3), new_intervention("loreft", 32, 4, seed=3)
     assert torch.equal(torch.get_rng_state(), before)
     assert all(torch.equal(one.export_state()[n], t) for n, t in other.export_state().items())
-    assert not torch.equal(one.rotation, begin("loreft", 32, 4, seed=4).rotation)
+    assert not torch.equal(one.rotation, new_intervention("loreft", 32, 4, seed=4).rotation)
 
 
 def test_descent_is_of_the_models_own_loss_and_leaves_the_beginning(tiny_llama_dir: Path) -> None:
     lm, examples = packed(tiny_llama_dir), examples_of(tiny_llama_dir)
-    place = Place(layer=1, positions="l1", intervention=begin("loreft", 32, 2, seed=0))
-    state = place.intervention.export_state()
-    curve = descent.descend(lm, place, examples, rate=1e-2, steps=12)
+    initial = InitialIntervention(
+        layer=1, positions="l1", intervention=new_intervention("loreft", 32, 2, seed=0)
+    )
+    state = initial.intervention.export_state()
+    curve = descent.descend(lm, initial, examples, rate=1e-2, steps=12)
     assert len(curve) == 13
     assert curve[-1] < curve[0] - 0.05
-    assert all(torch.equal(place.intervention.export_state()[n], t) for n, t in state.items())
+    assert all(torch.equal(initial.intervention.export_state()[n], t) for n, t in state.items())
     assert list(lm.interventions) == []
-    lm.interventions.add(PlacedIntervention(layer=1, positions="l1", intervention=place.intervention))
+    lm.interventions.add(PlacedIntervention(layer=1, positions="l1", intervention=initial.intervention))
     with torch.no_grad():
         plain = summed_loss(FullPass(lm=lm, examples=examples), SupervisedObjective(), range(len(examples)))
     assert curve[0] == pytest.approx(float(plain) / len(examples), abs=1e-5)

@@ -15,7 +15,7 @@ from torch.testing import assert_close
 from heft_engine.config.train import TaskSettings
 from heft_engine.data.encoding import Encoder, Example
 from heft_engine.data.task import Task
-from heft_engine.diagnostics.curvature import begin
+from heft_engine.diagnostics.curvature import new_intervention
 from heft_engine.diagnostics.representations import (
     cka,
     effective_rank,
@@ -74,7 +74,7 @@ def test_labels_are_told_apart_where_they_differ_and_not_where_they_do_not() -> 
 def test_states_are_those_of_the_layer_at_the_prompts_last_token(tiny_llama_dir: Path) -> None:
     lm, examples = packed(tiny_llama_dir), examples_of(tiny_llama_dir)
     lm.interventions.add(
-        PlacedIntervention(layer=1, positions="l1", intervention=begin("loreft", 32, 2, seed=0))
+        PlacedIntervention(layer=1, positions="l1", intervention=new_intervention("loreft", 32, 2, seed=0))
     )
     found = states(lm, examples, 1, "l1")
     lm.interventions.clear()
