@@ -1,8 +1,8 @@
-"""HEFT (arXiv 2509.09801) as a library: LoRA, merge, LoReFT; paths and a config go in, a bundle comes out.
+"""HEFT (arXiv 2509.09801) as a library: trains a bundle from a configuration and paths, and loads bundles to predict.
 
     from heft_engine import TrainConfig, train, load
 
-The heavy parts are imported when first asked for, so that `heft_engine.config.train` stays usable without torch.
+Names are imported on first use, so that `heft_engine.config` can be imported without torch.
 """
 
 from __future__ import annotations

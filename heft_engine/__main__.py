@@ -1,4 +1,4 @@
-"""The engine from a shell: `python -m heft_engine train|evaluate|predict|export|diagnose|import-pyreft|gpu-check`.
+"""The engine's command line: `python -m heft_engine train|evaluate|predict|export|diagnose|import-pyreft|gpu-check`.
 
 See heft_engine.commands.
 """

@@ -1,19 +1,19 @@
-"""Everything the engine refuses, drawn once.
+"""The exceptions of the engine.
 
-EngineError                 code, message, param: what went wrong, in words that say what to change
-├── RowError                a training row that can't be read (line, field, reason)
-├── ConfigError             a setting that this model or this data does not allow
+EngineError                 code, message, param; the message says what to change
+├── RowError                an invalid training row (line, field, reason)
+├── ConfigError             a setting that the model or the data does not allow
 ├── ModelError              a base model that can't be found, read or trusted
-├── TrainingError           diverged, does not train, collapsed rotation, parity broken
-├── BundleError             a bundle that is damaged, or whose probe rows don't give their scores
-└── Stopped                 not a fault: the run was asked to stop and has written its checkpoint
+├── TrainingError           diverged, no progress, collapsed rotation, failed merge check
+├── BundleError             a damaged bundle, or one whose probe rows don't give their stored scores
+└── Stopped                 no fault: the run was asked to stop and has written its checkpoint
 """
 
 from __future__ import annotations
 
 
 class EngineError(Exception):
-    """A fault that a user can act on. `code` is stable, `param` names the field at fault (or None)."""
+    """An error that a user can act on. `code` is stable; `param` is the field at fault, or None."""
 
     code = "engine_error"
 
@@ -26,7 +26,7 @@ class EngineError(Exception):
 
 
 class RowError(EngineError):
-    """A row that can't be used. `line` counts from 1; 0 when the row came from no file."""
+    """An invalid row. `line` counts from 1; 0 for a row that is not from a file."""
 
     code = "invalid_training_file"
 

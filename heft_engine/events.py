@@ -1,7 +1,4 @@
-"""What a run says while it runs: one frozen record per event, and the closed list of codes.
-
-It does NOT know where events go: `on_event` is any callable. `python -m heft_engine train` prints them as JSON lines.
-"""
+"""Events of a run, and the closed list of their codes. `python -m heft_engine train` prints them as JSON lines."""
 
 from __future__ import annotations
 
@@ -14,15 +11,14 @@ from typing import Any, Literal
 
 Level = Literal["info", "warn", "error"]
 
-#: The codes an engine run may emit; the service adds VALIDATION_COMPLETE, QUEUED, PAUSED, RESUMED, RESTARTED and
-#: CANCELLED.
+#: The codes of the engine; the service adds VALIDATION_COMPLETE, QUEUED, PAUSED, RESUMED, RESTARTED and CANCELLED.
 Code = Literal[
     "STARTED",  #: data: method, stages as resolved (learning rate, layers, modules), device, dtype, rows, total_steps
     "STAGE_STARTED",  #: data: stage, stage_index, learning_rate, trained_parameters, cache
     "METRICS",  #: data: stage, stage_index, step, epoch, loss, learning_rate, tokens, seconds; total_steps of the run
     "EPOCH_COMPLETE",  #: data: stage, stage_index, epoch, train_loss; eval_loss with validation rows
-    "STAGE_KEYS",  #: data: keys of what the stages will end with, in order; see heft_engine.commands.stage_exchange
-    "STAGE_REUSED",  #: in place of training. data: stage, stage_index, step (its last), total_steps, epoch, key
+    "STAGE_KEYS",  #: data: keys of the stages' results, in order; see heft_engine.commands.stage_exchange
+    "STAGE_REUSED",  #: a stored result replaced training. data: stage, stage_index, step, total_steps, epoch, key
     #: data: stage, stage_index, step, kind, path (a complete directory, manifest written last); metrics (step and,
     #: where known, train_loss and valid_loss); key, if later runs may start from it
     "CHECKPOINT_SAVED",
@@ -30,9 +26,9 @@ Code = Literal[
     "MERGE_VERIFIED",  #: data: the parity record of this merge
     "EVALUATION",  #: data: stage ("base", "lora", "reft"), accuracy, correct, n, interval_95, split
     "WARNING",  #: data: signature (a name), and what to do in the message
-    "WORKING",  #: at most every half minute of computing, for whoever watches whether a run still moves. No data
+    "WORKING",  #: a heartbeat, at most every 30 seconds, for the supervisor's stall timeout. No data
     "CHECKING",  #: of `check`. data: rows read so far
-    "CHECKED",  #: of `check`. data: report, made (paths of rows written for references), error (or None)
+    "CHECKED",  #: of `check`. data: report, made (paths of the files written for references), error (or None)
     "SUCCEEDED",  #: data: bundle (path), evaluation, parity, costs and outcomes (heft_engine.training.costs)
     "FAILED",  #: data: error {code, message, param}
 ]
@@ -40,7 +36,7 @@ Code = Literal[
 
 @dataclass(frozen=True, kw_only=True)
 class Event:
-    """One thing that happened. `data` holds JSON values only."""
+    """An event. `data` has JSON values only."""
 
     code: Code
     message: str
@@ -49,7 +45,7 @@ class Event:
     time: float = field(default_factory=time.time)
 
     def to_json(self) -> str:
-        """One line without a newline; `type` tells numbers from sentences, as in the REST API."""
+        """Returns the event as one line of JSON. `type` is "metrics" or "message", as in the REST API."""
         kind = "metrics" if self.code == "METRICS" else "message"
         return json.dumps(
             {
@@ -68,13 +64,13 @@ OnEvent = Callable[[Event], None]
 
 
 class Pulse:
-    """Called with every forward pass, says WORKING at most every `seconds`."""
+    """Called with every forward pass; emits WORKING at most every `seconds`."""
 
     def __init__(self, on_event: OnEvent, seconds: float = 30.0) -> None:
         self._on_event = on_event
         self._seconds = seconds
         self._next = time.monotonic() + seconds
-        self._lock = threading.Lock()  # lanes compute side by side
+        self._lock = threading.Lock()  # forward passes of several threads call it
 
     def __call__(self) -> None:
         with self._lock:
