@@ -31,7 +31,7 @@ from heft_engine.data.task import Task
 from heft_engine.inference.model_variant import ModelVariant
 from heft_engine.inference.scoring import Scores
 from heft_engine.model.base_models import load_tokenizer
-from heft_engine.model.batch_invariant import FixedShapes
+from heft_engine.model.batch_invariant import BatchInvariantMode
 from heft_engine.model.packed_lm import PackedLM
 from heft_engine.model.packing import packed_length
 from heft_engine.runtime import parallel
@@ -43,7 +43,7 @@ PREFIX_BYTES = 512 * 1024**2
 #: What passes are made of: the functions that do it.
 _OPERATIONS: dict[str, tuple[tuple[Any, str], ...]] = {
     "matrix products (on matrix units with the norms and gated activations around them)": (
-        (FixedShapes, "linear"),
+        (BatchInvariantMode, "linear"),
         *((AmxOps, name) for name in ("norm_linears", "linear", "gated_mlp")),
     ),
     "attention": tuple(
@@ -138,7 +138,7 @@ def _spent(weights: ModelVariant, examples: Sequence[Example]) -> dict[str, floa
                 timed = _timed(getattr(owner, function), spent, name)
                 stack.enter_context(mock.patch.object(owner, function, timed))
         whole = seconds(lambda: scored(batcher, weights, examples))
-    lanes_used = min(parallel.count(weights.lm.device), len(examples))
+    lanes_used = min(parallel.job_threads(weights.lm.device), len(examples))
     batcher.close()
     found = {name: 100 * taken / (whole * lanes_used) for name, taken in spent.items()}
     return found | {"the rest (residuals' sums, calls, lanes that wait)": 100 - sum(found.values())}

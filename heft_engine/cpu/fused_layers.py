@@ -37,7 +37,7 @@ _OTHERS = ("pre_feedforward_layernorm", "post_feedforward_layernorm")
 Forward = Callable[..., Tensor]
 
 
-class QuickLayers:
+class FusedLayers:
     """The quick forward passes of a model's layers, as far as there are any.
 
     `rotary(states, positions, kind)` gives cosine and sine; `kinds`, of each layer: layers of one kind differ in their
@@ -134,7 +134,7 @@ class _Layer:
         seen = self._attended(*self._by_head(products), turned, layout)
         seen = seen.reshape(*states.shape[:2], -1)
         after = amx_ops.linear(
-            seen, last.weight, packed_weights.kept(last.weight), last.bias, states, added[3]
+            seen, last.weight, packed_weights.packed_copy(last.weight), last.bias, states, added[3]
         )
         return self._products.gated(amx_ops, after, self._second, gates, added[4:])
 

@@ -40,7 +40,7 @@ class LayerProducts:
         if amx_ops is None:
             return cast(Tensor, module(x))
         lora_deltas, others = _adapters(module, layout)
-        packed = packed_weights.kept(module.weight)
+        packed = packed_weights.packed_copy(module.weight)
         out = amx_ops.linear(x, module.weight, packed, module.bias, None, lora_deltas)
         if others:
             _hook(module).adapt(others, module, x, out)
@@ -61,7 +61,7 @@ class LayerProducts:
     ) -> list[Tensor]:
         """Of norm(states), the output of each module that `amx_for` has found, with the LoRA deltas to it."""
         asked = [
-            Projection(module.weight, packed_weights.kept(module.weight), module.bias, more)
+            Projection(module.weight, packed_weights.packed_copy(module.weight), module.bias, more)
             for module, more in zip(modules, lora_deltas, strict=True)
         ]
         return amx_ops.norm_linears(states, norm, asked)
@@ -79,7 +79,7 @@ class LayerProducts:
         modules: gate, up and down, without biases, as `amx_for` has found them.
         """
         gate, up, down = (module.weight for module in modules)
-        packed = [found for w in (gate, up, down) if (found := packed_weights.kept(w)) is not None]
+        packed = [found for w in (gate, up, down) if (found := packed_weights.packed_copy(w)) is not None]
         kept = (packed[0], packed[1], packed[2]) if len(packed) == len(modules) else None
         added = (lora_deltas[0], lora_deltas[1], lora_deltas[2])
         return amx_ops.gated_mlp(states, norm, (gate, up, down), kept, added)

@@ -20,7 +20,7 @@ from torch import Tensor
 from heft_engine.config.train import parse_positions
 from heft_engine.data.encoding import Example, intervened_positions
 from heft_engine.evaluation.evaluate import Evaluation
-from heft_engine.inference.scoring import TOKEN_BUDGET
+from heft_engine.inference.partition import TOKEN_BUDGET
 from heft_engine.model.packed_lm import PackedLM
 from heft_engine.model.packing import micro_batches, pack
 

@@ -20,7 +20,8 @@ from heft_engine.data.metrics import measure
 from heft_engine.evaluation.row_values import mean_interval, pack_correctness, pack_graded
 from heft_engine.inference.detokenizer import decode
 from heft_engine.inference.greedy import eos_token_ids, generate
-from heft_engine.inference.scoring import TOKEN_BUDGET, Scores, score
+from heft_engine.inference.partition import TOKEN_BUDGET
+from heft_engine.inference.scoring import Scores, score
 from heft_engine.model.loss import supervised_loss
 from heft_engine.model.packed_lm import PackedLM
 from heft_engine.model.packing import micro_batches

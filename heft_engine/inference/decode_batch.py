@@ -20,8 +20,8 @@ from torch import Tensor
 from heft_engine.data.encoding import Example
 from heft_engine.inference.decode_attention import DecodeAttention
 from heft_engine.inference.kv_cache import KVCache, Slot
+from heft_engine.inference.partition import TOKEN_BUDGET
 from heft_engine.inference.sampling import SampledToken, Sampler, SamplingParams
-from heft_engine.inference.scoring import TOKEN_BUDGET
 from heft_engine.model.packed_lm import PackedLM
 from heft_engine.model.packing import Layout, PackedRow, RowAdapter, micro_batches, pack
 
@@ -146,7 +146,7 @@ class DecodeBatch:
         device = self._lm.device
         ids = torch.tensor([[sequence.newest for sequence in sequences]], device=device)
         positions = torch.tensor([[sequence.slot.length for sequence in sequences]], device=device)
-        with self._lm.answering(steps=True):
+        with self._lm.inference_mode(one_token=True):
             states = self._lm.run_layers(self._lm.embed(ids), positions, layout, 0, self._lm.n_layers)
             logits = self._lm.logits(self._lm.finish(states)[0])
         for sequence in sequences:
@@ -176,9 +176,10 @@ class DecodeBatch:
         ends = [row.start + row.prompt - 1 for row in layout.rows]
         device = self._lm.device
         positions = batch.position_ids.to(device)[None]
-        with self._lm.answering():
+        with self._lm.inference_mode():
             states = self._lm.embed(batch.input_ids.to(device)[None])
             states = self._lm.run_layers(states, positions, layout, 0, self._lm.n_layers)
+        with self._lm.inference_mode(one_token=True):
             logits = self._lm.logits(self._lm.finish(states[:, ends])[0])
         return _chosen(sequences, logits)
 

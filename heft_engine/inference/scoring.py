@@ -5,28 +5,17 @@ Final evaluation and serving share this path, so their scores have the same bits
 
 from __future__ import annotations
 
-import itertools
 import math
-from collections.abc import Callable, Sequence
-from contextlib import nullcontext
+from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import partial
-from typing import TypeVar
 
 import torch
 from torch import Tensor
 
 from heft_engine.data.encoding import Example
+from heft_engine.inference.partition import in_row_order, partition, run_parts
 from heft_engine.model.packed_lm import PackedLM
-from heft_engine.model.packing import Batch, micro_batches, pack, packed_length
-from heft_engine.runtime import parallel
-
-#: Tokens that one scoring pass takes at once: in all, and in a lane, whose activations stay in its processor's cache.
-TOKEN_BUDGET = 4_096
-LANE_TOKENS = 2_048
-
-P = TypeVar("P")
-R = TypeVar("R")
+from heft_engine.model.packing import Batch, pack, packed_length
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -61,50 +50,13 @@ class Scores:
 @torch.inference_mode()
 def score(lm: PackedLM, examples: Sequence[Example], *, scale: float = 1.0) -> list[Scores]:
     """Scores of every example, in order. Bits of a row don't depend on the rows beside it."""
-    parts = pieces(lm, examples)
-    found = in_lanes(lm, lambda rows: _score(lm, [examples[row] for row in rows], scale), parts)
-    return in_order(parts, found)
-
-
-def pieces(
-    lm: PackedLM, examples: Sequence[Example], skipped: Sequence[int] | None = None
-) -> list[list[int]]:
-    """The rows that are scored in one go each, beside other such pieces where there are lanes.
-
-    `skipped`: tokens that need not be computed; neighbours may share these, and stay together.
-    """
-    sizes = [packed_length(example) for example in examples]
-    count = parallel.count(lm.device)
-    if count > 1:
-        left = [size - skip for size, skip in zip(sizes, skipped or [0] * len(sizes), strict=True)]
-        share_out = parallel.cut if skipped is not None and any(skipped) else parallel.deal
-        return share_out(left, parallel.pieces(left, count, LANE_TOKENS))
-    ends = list(itertools.accumulate(len(part) for part in micro_batches(examples, TOKEN_BUDGET)))
-    return [list(range(start, end)) for start, end in zip([0, *ends], ends, strict=False)]
-
-
-def in_order(parts: Sequence[Sequence[int]], found: Sequence[Sequence[R]]) -> list[R]:
-    """What was found for each piece's rows, in the order of all rows."""
-    by_row = {
-        row: one for rows, each in zip(parts, found, strict=True) for row, one in zip(rows, each, strict=True)
-    }
-    return [by_row[row] for row in range(len(by_row))]
-
-
-def in_lanes(lm: PackedLM, work: Callable[[P], R], parts: Sequence[P]) -> list[R]:
-    """What `work` makes of each part, in order, where a row's bits don't depend on its neighbours."""
-
-    def job(part: P) -> R:
-        # On this thread everything is as it must be already.
-        with torch.inference_mode(), lm.answering() if parallel.is_lane() else nullcontext():
-            return work(part)
-
-    with lm.answering() as is_alike:
-        return parallel.run([partial(job, part) for part in parts], lm.device, alone=is_alike)
+    parts = partition(lm, examples)
+    scores = run_parts(lm, lambda rows: _score(lm, [examples[row] for row in rows], scale), parts)
+    return in_row_order(parts, scores)
 
 
 def _score(lm: PackedLM, examples: Sequence[Example], scale: float) -> list[Scores]:
-    length = lm.fixed_shapes().whole(sum(map(packed_length, examples)))
+    length = lm.pass_length(sum(map(packed_length, examples)))
     batch = pack(examples, scale=scale, length=length)
     return score_hidden(lm, batch, lm.hidden(batch))
 

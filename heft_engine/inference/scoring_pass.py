@@ -13,8 +13,9 @@ import torch
 from torch import Tensor
 
 from heft_engine.data.encoding import Example
+from heft_engine.inference.partition import in_row_order, partition, run_parts
 from heft_engine.inference.prefix_cache import CachedPrefix, PrefixCache, PrefixWriter
-from heft_engine.inference.scoring import Scores, in_lanes, in_order, pieces, score_hidden
+from heft_engine.inference.scoring import Scores, score_hidden
 from heft_engine.model.packed_lm import PackedLM
 from heft_engine.model.packing import RowAdapter, pack, packed_length
 
@@ -42,13 +43,13 @@ def score_rows(lm: PackedLM, rows: Sequence[ScoringRow], cache: PrefixCache | No
     # Rows that continue the same prefix stand beside each other: attention takes them together.
     first: dict[CachedPrefix | None, int] = {}
     order = sorted(range(len(rows)), key=lambda index: first.setdefault(rows[index].kept, index))
-    return in_order([order], [_score([rows[index] for index in order], lm, cache)])
+    return in_row_order([order], [_score([rows[index] for index in order], lm, cache)])
 
 
 def _score(rows: Sequence[ScoringRow], lm: PackedLM, cache: PrefixCache | None) -> list[Scores]:
-    shares = pieces(lm, [row.example for row in rows], [row.skipped for row in rows])
+    shares = partition(lm, [row.example for row in rows], [row.skipped for row in rows])
     parts = [_Part(lm, [rows[row] for row in own], cache) for own in shares]
-    scores = in_order(shares, in_lanes(lm, _Part.score, parts))
+    scores = in_row_order(shares, run_parts(lm, _Part.score, parts))
     for part in parts:
         part.leave()
     return scores
@@ -65,7 +66,7 @@ class _Part:
     def score(self) -> list[Scores]:
         rows, skipped = self._rows, [row.skipped for row in self._rows]
         tokens = sum(packed_length(row.example) for row in rows) - sum(skipped)
-        length = self._lm.fixed_shapes().whole(tokens)
+        length = self._lm.pass_length(tokens)
         batch = pack([row.example for row in rows], skipped=skipped, length=length)
         # The row that fills the pass, where there is one.
         nothing = (None,) * (len(batch.layout.rows) - len(rows))

@@ -80,13 +80,22 @@ def packed_attention(
         return tiled_attention(layer, q, k, v, layout, tiles, scaling, sliding_window, softcap)[None], None
     # One split a tensor, never a slice a row: the gradient of a slice is a tensor of zeros as long as the batch.
     lengths = [length for run in layout.runs for length in _segments(layout.rows[run.first : run.end])]
-    parts: Parts = zip(*(torch.split(each, lengths, 2) for each in (query, key, value)), strict=True)
+    parts: Parts = zip(*(_split(each, lengths) for each in (query, key, value)), strict=True)
     outs = [
         out
         for run in layout.runs
         for out in _run(run, layer, layout, parts, scaling, sliding_window, softcap)
     ]
     return torch.cat([out.transpose(1, 2) for out in outs], dim=1), None
+
+
+def _split(states: Tensor, lengths: list[int]) -> list[Tensor]:
+    """(1, heads, T, head_dim) → one tensor a segment. On a CPU each is a copy, in whose memory everything lies as if
+    the segment were alone: a library's sums may depend on that."""
+    parts = torch.split(states, lengths, 2)
+    if states.device.type != "cpu" or torch.is_grad_enabled():
+        return list(parts)
+    return [part.clone(memory_format=torch.contiguous_format) for part in parts]
 
 
 def amx_for(

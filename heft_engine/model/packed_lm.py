@@ -19,14 +19,13 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from heft_engine.cpu import operators, packed_weights
-from heft_engine.cpu.fused_layers import QuickLayers
-from heft_engine.model.batch_invariant import FixedShapes, unmeasured
-from heft_engine.model.block_sizes import measured
+from heft_engine.cpu.fused_layers import FusedLayers
+from heft_engine.model.batch_invariant import BLOCK_ROWS, STEP_ROWS, BatchInvariantMode
 from heft_engine.model.families import family_of
 from heft_engine.model.interventions import Interventions
 from heft_engine.model.packing import Batch, Layout
-from heft_engine.runtime import parallel
 from heft_engine.runtime.devices import free_bytes
+from heft_engine.runtime.parallel import one_thread
 from heft_engine.runtime.threads import torch_threads
 
 #: On a CPU every shape of a matrix product has machine code of its own, 0.9 MB of it, of which oneDNN keeps the last
@@ -35,6 +34,8 @@ from heft_engine.runtime.threads import torch_threads
 os.environ.setdefault("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "256")
 
 
+#: Held while fused layers are built: threads may ask for them side by side.
+_BUILDING = threading.Lock()
 #: Held while a head is there in float32: lanes ask side by side, and it may be two gigabytes.
 _EXACT = threading.Lock()
 
@@ -54,8 +55,7 @@ class PackedLM:
         self.on_forward: Callable[[], None] = lambda: None
         #: Whether layers keep their input alone and run again for their gradient.
         self.checkpointing = False
-        self._fixed_shapes: dict[int, FixedShapes] = {}
-        self._quick_layers: QuickLayers | None = None
+        self._fused_layers: FusedLayers | None = None
 
     @property
     def n_layers(self) -> int:
@@ -87,40 +87,34 @@ class PackedLM:
     def parameters(self) -> int:
         return sum(parameter.numel() for parameter in self.model.parameters())
 
-    def fixed_shapes(self) -> FixedShapes:
-        """The mode in which a row's bits don't depend on its neighbours; measured once for a number of threads, and
-        with it for what a lane has."""
-        threads = torch.get_num_threads()
-        if threads not in self._fixed_shapes:
-            self._fixed_shapes = measured(self.layers, self.device)
-        return self._fixed_shapes[threads]
-
-    def quick_layers(self) -> QuickLayers:
-        """The layers' quick passes, tried out once."""
-        if self._quick_layers is None:
-            kinds = [self._kind(index) or "" for index in range(self.n_layers)]
-            with self.fixed_shapes():
-                self._quick_layers = QuickLayers(list(self.layers), kinds, self._turned)
-        return self._quick_layers
-
-    def leave_shapes_unmeasured(self) -> None:
-        """Blocks of one height alone: measuring takes longer than the few rows that this model is asked."""
-        threads = {torch.get_num_threads(), parallel.threads_of_a_lane()}
-        self._fixed_shapes = dict.fromkeys(threads, unmeasured(self.device))
-
-    def share_fixed_shapes(self, other: PackedLM) -> None:
-        """Takes over what was measured for another model with layers of the same shapes."""
-        self._fixed_shapes = other._fixed_shapes
+    def fused_layers(self) -> FusedLayers:
+        """The layers' fused passes, each kind compared with its module's own `forward` once."""
+        with _BUILDING:
+            if self._fused_layers is None:
+                kinds = [self._kind(index) or "" for index in range(self.n_layers)]
+                with one_thread(), BatchInvariantMode():
+                    self._fused_layers = FusedLayers(list(self.layers), kinds, self._turned)
+            return self._fused_layers
 
     @contextmanager
-    def answering(self, *, steps: bool = False) -> Iterator[bool]:
-        """For passes without a gradient: inside, a row's bits don't depend on its neighbours, and layers run as
-        quickly as they can with the same bits. `steps`: passes of one token a text.
+    def inference_mode(self, *, one_token: bool = False) -> Iterator[None]:
+        """For passes without a gradient. On a CPU a row's numbers don't depend on the rows beside it inside, nor on
+        the number of threads (heft_engine.model.batch_invariant); on a GPU to rounding.
 
-        Yields whether a lane gives a row the bits that it gets here."""
-        shapes = self.fixed_shapes()
-        with shapes.steps if steps else shapes, self.quick_layers().active():
-            yield shapes.is_alike
+        `one_token`: for passes of one token a sequence, and for the head.
+        """
+        if self.device.type != "cpu":
+            yield
+            return
+        mode = BatchInvariantMode(STEP_ROWS if one_token else BLOCK_ROWS)
+        with self.fused_layers().active(), one_thread(), mode:
+            yield
+
+    def pass_length(self, tokens: int) -> int:
+        """Returns the tokens of a pass, filled up to whole blocks where products are cut into blocks."""
+        weights = (m.weight for m in self.layers[0].modules() if isinstance(m, nn.Linear))
+        in_blocks = self.device.type == "cpu" and not all(map(packed_weights.amx_for_weight, weights))
+        return -(-tokens // BLOCK_ROWS) * BLOCK_ROWS if in_blocks else tokens
 
     def pack(self, spare_bytes: int | None = None) -> None:
         """Keeps the layers' weights packed too where that takes no more than so many bytes: by default than half of

@@ -1,17 +1,17 @@
-"""Parts of a pass side by side on a CPU, each on a thread that computes alone.
+"""Threads for the forward passes of a CPU, each of which computes alone.
 
-A pass is a thousand small operations, and torch divides every one of them among all threads, which then wait for one
-another: two cores get two thirds of what they give when each takes half of the rows for itself (and keeps them in its
-own cache). So rows are dealt out among lanes, as many as torch has threads; one row alone is computed by all of them.
-
-It does NOT know rows or models: jobs go in, results come out.
+torch divides every single operation among all threads, which then wait for one another: in a pass of a thousand small
+operations two cores give two thirds of what they give when each takes half of the rows (and keeps them in its own
+cache). It also makes results depend on the number of threads. So torch's operations run on one thread here, and threads
+share whole pieces of work: `run_jobs` passes over different rows, `run_tasks` the parts of one operation.
 """
 
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Sequence
-from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import FIRST_EXCEPTION, Future, ThreadPoolExecutor, wait
+from contextlib import contextmanager
 from functools import lru_cache
 from typing import TypeVar
 
@@ -21,88 +21,119 @@ from heft_engine.runtime.threads import openmp_runtime, torch_threads
 
 T = TypeVar("T")
 
-#: Between two operations a lane holds Python's lock: more lanes than this would wait for it.
-MOST = 8
-_here = threading.local()
+#: Between two operations a thread holds Python's lock: more jobs at a time than this would wait for it.
+MOST_JOBS = 8
 
 
-def count(device: torch.device) -> int:
-    """How many lanes there are for this thread's work; 1 where rows are not dealt out."""
-    if device.type != "cpu" or is_lane() or openmp_runtime() is None:
+class _Thread(threading.local):
+    #: Whether this thread runs a job of `run_jobs`.
+    runs_job = False
+    #: Threads that `run_tasks` may use, this one included.
+    threads = 1
+
+
+_this = _Thread()
+
+
+def job_threads(device: torch.device) -> int:
+    """Returns how many jobs `run_jobs` runs at a time: 1 on a GPU, inside a job, and without control over OpenMP."""
+    if device.type != "cpu" or _this.runs_job or openmp_runtime() is None:
         return 1
-    return min(MOST, torch.get_num_threads())
+    return min(MOST_JOBS, _available())
 
 
-def threads_of_a_lane() -> int:
-    """What each computes with, where there are several."""
-    threads = torch.get_num_threads()
-    return threads // min(MOST, threads)
+def run_jobs(jobs: Sequence[Callable[[], T]], device: torch.device) -> list[T]:
+    """Returns the jobs' results, in order. A single job runs on this thread and has all threads for its tasks.
 
-
-def run(jobs: Sequence[Callable[[], T]], device: torch.device, *, alone: bool = True) -> list[T]:
-    """What they return, in order; a single one on this thread, with all its threads, unless `alone` is false.
-
-    Raises what the first of them raised; those that had not begun are left, the others have ended then.
+    Raises the first job's exception; jobs that had not begun are cancelled, the others have ended by then.
     """
-    lanes = count(device)
-    if (len(jobs) < 2 and alone) or lanes < 2:
+    at_once = job_threads(device)
+    if len(jobs) < 2 or at_once < 2:
         return [job() for job in jobs]
-    futures = [_threads(lanes, threads_of_a_lane()).submit(job) for job in jobs]
+    threads = _available() // at_once
+    futures = [_pool("jobs", at_once).submit(_run_job, job, threads) for job in jobs]
     try:
         wait(futures, return_when=FIRST_EXCEPTION)
     finally:
-        for future in futures:
-            future.cancel()
-        wait(futures)
-    failed = [fault for future in futures if not future.cancelled() and (fault := future.exception())]
-    if failed:
-        raise failed[0]
+        _end(futures)
+    for future in futures:
+        if not future.cancelled():
+            future.result()
     return [future.result() for future in futures]
 
 
-def pieces(sizes: Sequence[int], lanes: int, most: int) -> int:
-    """How many to make of rows of these sizes: one for each lane, or so many for each that none is much larger than
-    `most`."""
-    return min(len(sizes), lanes * -(-sum(sizes) // (lanes * most)))
+def run_tasks(tasks: Sequence[Callable[[], object]]) -> None:
+    """Runs each task on one thread: on this one and, inside `one_thread`, on the others that it has.
+
+    Which thread takes which task is chance. Raises a task's exception after all tasks that had begun have ended.
+    """
+    helpers = min(_this.threads, len(tasks)) - 1
+    if helpers < 1:
+        for task in tasks:
+            task()
+        return
+    is_inference = torch.is_inference_mode_enabled()
+    queue = iter(tasks)
+
+    def work() -> None:
+        with torch_threads(1), torch.inference_mode(is_inference):
+            for task in queue:
+                task()
+
+    futures = [_pool("tasks", _this.threads - 1).submit(work) for _ in range(helpers)]
+    try:
+        work()
+    finally:
+        _end(futures)
+    for future in futures:
+        if not future.cancelled():
+            future.result()
 
 
-def deal(sizes: Sequence[int], count: int) -> list[list[int]]:
-    """The rows of each of so many pieces, about equally large: the largest row first, each to the smallest piece."""
-    dealt: list[list[int]] = [[] for _ in range(count)]
-    held = [0] * count
-    for row in sorted(range(len(sizes)), key=lambda row: -sizes[row]):
-        least = held.index(min(held))
-        dealt[least].append(row)
-        held[least] += sizes[row]
-    return [sorted(piece) for piece in dealt if piece]
+@contextmanager
+def one_thread() -> Iterator[None]:
+    """Inside, torch's operations run on this thread alone, and `run_tasks` has all threads that they had before."""
+    threads = torch.get_num_threads()
+    if threads == 1 or openmp_runtime() is None:
+        yield
+        return
+    before, _this.threads = _this.threads, threads
+    try:
+        with torch_threads(1):
+            yield
+    finally:
+        _this.threads = before
 
 
-def cut(sizes: Sequence[int], count: int) -> list[list[int]]:
-    """The same of neighbours, which want to stay together."""
-    whole, reached = sum(sizes), 0
-    found: list[list[int]] = [[]]
-    for row, size in enumerate(sizes):
-        # A piece ends with the row that comes closest to its share.
-        goal = whole * len(found) / count
-        if found[-1] and reached + size - goal > goal - reached and len(found) < count:
-            found.append([])
-        found[-1].append(row)
-        reached += size
-    return found
+@contextmanager
+def all_threads() -> Iterator[None]:
+    """Inside, operations are divided among all threads again, for those that give the same bits with any number."""
+    with torch_threads(_available()):
+        yield
 
 
-def is_lane() -> bool:
-    """Whether this thread is one."""
-    return getattr(_here, "is_lane", False)
+def task_threads() -> int:
+    """Returns how many threads `run_tasks` uses here."""
+    return _this.threads
 
 
-@lru_cache(maxsize=1)
-def _threads(lanes: int, threads: int) -> ThreadPoolExecutor:
-    return ThreadPoolExecutor(lanes, "lane", _begin, (threads,))
+def _available() -> int:
+    return max(torch.get_num_threads(), _this.threads)
 
 
-def _begin(threads: int) -> None:
-    _here.is_lane = True
-    torch.get_num_threads()  # torch sets a thread's number when it is first asked for it
-    _here.threads = torch_threads(threads)
-    _here.threads.__enter__()
+def _run_job(job: Callable[[], T], threads: int) -> T:
+    _this.runs_job = True
+    with torch_threads(threads):
+        return job()
+
+
+def _end(futures: Sequence[Future[T]]) -> None:
+    """Cancels what has not begun and waits for the rest."""
+    for future in futures:
+        future.cancel()
+    wait(futures)
+
+
+@lru_cache(maxsize=2)
+def _pool(name: str, threads: int) -> ThreadPoolExecutor:
+    return ThreadPoolExecutor(threads, name)

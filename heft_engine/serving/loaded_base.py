@@ -56,9 +56,6 @@ class Base:
         adapt_rows(self.lm)
         self._spare_bytes = spare_bytes
         self.lm.pack(spare_bytes() - unique_bytes(self.lm.model))
-        # Measured and tried out now, once for all that stands on this base.
-        self.lm.fixed_shapes()
-        self.lm.quick_layers()
         self.memory_bytes = unique_bytes(self.lm.model)
         self._device = device
         self._batcher = batcher
@@ -124,7 +121,6 @@ class Base:
             # Layers on several devices are bound to their modules.
             return assemble(bundle, base=self.model, device=self._device, dtype=self.lm.dtype)
         lm = PackedLM(copy_sharing(self.lm.model, touched))
-        lm.share_fixed_shapes(self.lm)
         for adapter in bundle.adapters:
             adapter.merge_into(lm.model)
         for stored in bundle.interventions:

@@ -23,7 +23,8 @@ from heft_engine.data.rows import Row
 from heft_engine.data.task import Task
 from heft_engine.errors import BundleError
 from heft_engine.inference.model_variant import ModelVariant
-from heft_engine.inference.scoring import TOKEN_BUDGET, Scores
+from heft_engine.inference.partition import TOKEN_BUDGET
+from heft_engine.inference.scoring import Scores
 from heft_engine.inference.scoring_pass import ScoringRow, score_rows
 from heft_engine.model.attention import IMPLEMENTATION
 from heft_engine.model.auto_settings import resolve_max_length

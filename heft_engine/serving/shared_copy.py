@@ -11,7 +11,7 @@ from collections.abc import Collection
 import torch
 from torch import nn
 
-from heft_engine.cpu.packed_weights import kept_bytes
+from heft_engine.cpu.packed_weights import packed_bytes
 
 
 def copy_sharing(model: nn.Module, own: Collection[str]) -> nn.Module:
@@ -44,7 +44,7 @@ def unique_bytes(model: nn.Module, beside: nn.Module | None = None) -> int:
     seen: dict[int, int] = {}
     for tensor in _tensors(model):
         if tensor.data_ptr() not in known:
-            seen[tensor.data_ptr()] = tensor.numel() * tensor.element_size() + kept_bytes(tensor)
+            seen[tensor.data_ptr()] = tensor.numel() * tensor.element_size() + packed_bytes(tensor)
     return sum(seen.values())
 
 

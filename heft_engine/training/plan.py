@@ -19,7 +19,7 @@ from heft_engine.adapters.adapter import Adapter, Boundary
 from heft_engine.config.flops import CacheLevel
 from heft_engine.config.train import Auto, Stage
 from heft_engine.data.encoding import Example
-from heft_engine.inference.scoring import TOKEN_BUDGET as SCORING_BUDGET
+from heft_engine.inference.partition import TOKEN_BUDGET as SCORING_BUDGET
 from heft_engine.model.loss import supervised_loss
 from heft_engine.model.packed_lm import PackedLM
 from heft_engine.model.packing import fill, packed_length

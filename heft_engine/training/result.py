@@ -152,7 +152,6 @@ def _probe(run: Run) -> tuple[Probe, float]:
 def _tolerance(lm: PackedLM, probe: Probe) -> float:
     """How far a probe score may lie elsewhere: four times what the dtype alone moves it, at least 1e-3."""
     exact = float32_copy(lm)
-    exact.leave_shapes_unmeasured()
     exact.interventions.extend(lm.interventions)
     pairs = zip(score(exact, probe.examples), probe.scores, strict=True)
     noise = max(abs(a - b) for one, other in pairs for a, b in zip(one.totals, other, strict=True))

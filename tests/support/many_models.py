@@ -93,7 +93,7 @@ def merged(lm: PackedLM, made: Made) -> ModelVariant:
     for each in made.adapters:
         each.merge_into(own.model)
     for stored in made.interventions:
-        own.interventions.add(stored.site(own.hidden_size))
+        own.interventions.add(stored.restore(own.hidden_size))
     return ModelVariant(lm=own, interventions=tuple(own.interventions), scope="merged")
 
 

@@ -16,7 +16,7 @@ from probe_models import with_intervention
 from torch import Tensor, nn
 
 from heft_engine.cpu import build, fused_layers, operators
-from heft_engine.cpu.fused_layers import QuickLayers
+from heft_engine.cpu.fused_layers import FusedLayers
 from heft_engine.data.encoding import Example
 from heft_engine.inference.scoring import score
 from heft_engine.model import attention
@@ -56,18 +56,18 @@ def test_scores_have_the_bits_of_the_modules_own(
 ) -> None:
     examples = rows(12, branched=branched)
     quick, plain = model(make_tiny_model(family)), model(make_tiny_model(family))
-    plain._quick_layers = QuickLayers([], [], lambda *_: pytest.fail("nothing to turn"))
+    plain._fused_layers = FusedLayers([], [], lambda *_: pytest.fail("nothing to turn"))
     assert totals(quick, examples) == totals(plain, examples)
-    assert quick._quick_layers is not None
-    assert len(quick._quick_layers) == (quick.n_layers if family in QUICK else 0)
+    assert quick._fused_layers is not None
+    assert len(quick._fused_layers) == (quick.n_layers if family in QUICK else 0)
 
 
 @needs_compiler
 def test_only_bfloat16_layers_are_quick(make_tiny_model: MakeModel) -> None:
     lm = model(make_tiny_model("llama"), torch.float32)
     totals(lm, rows(2, branched=False))
-    assert lm._quick_layers is not None
-    assert len(lm._quick_layers) == 0
+    assert lm._fused_layers is not None
+    assert len(lm._fused_layers) == 0
 
 
 @needs_compiler
@@ -83,8 +83,8 @@ def test_a_layer_that_is_not_what_it_looks_like_keeps_its_own_pass(
 
     monkeypatch.setattr(type(first), "forward", other)
     expected = totals(lm, rows(3, branched=False))
-    assert lm._quick_layers is not None
-    assert len(lm._quick_layers) == 0
+    assert lm._fused_layers is not None
+    assert len(lm._fused_layers) == 0
     assert totals(lm, rows(3, branched=False)) == expected
 
 
@@ -105,8 +105,8 @@ def test_hooks_on_layers_and_on_products_act(make_tiny_model: MakeModel) -> None
         module.register_forward_hook(lambda module, args, output, name=name: seen.append(name))
     doubled = layer.mlp.up_proj.register_forward_hook(lambda module, args, output: output * 2)
     assert totals(lm, examples) != before
-    assert lm._quick_layers is not None
-    assert len(lm._quick_layers) == lm.n_layers
+    assert lm._fused_layers is not None
+    assert len(lm._fused_layers) == lm.n_layers
     assert set(seen) == set(modules)
     doubled.remove()
     assert totals(lm, examples) == before
@@ -115,12 +115,12 @@ def test_hooks_on_layers_and_on_products_act(make_tiny_model: MakeModel) -> None
 @needs_compiler
 def test_layers_are_their_own_again_when_the_last_thread_has_left(make_tiny_model: MakeModel) -> None:
     lm = model(make_tiny_model("llama"))
-    with lm.answering():
+    with lm.inference_mode():
         assert "forward" in lm.layers[0].__dict__
         ended = threading.Event()
 
         def other() -> None:
-            with lm.answering():
+            with lm.inference_mode():
                 ended.set()
 
         thread = threading.Thread(target=other)
@@ -144,7 +144,7 @@ def test_a_family_asks_once_for_each_kind_of_layer(
         return options(layer, kind, *rest)
 
     monkeypatch.setattr(fused_layers, "_options", watched)
-    with model(make_tiny_model("qwen2")).answering():
+    with model(make_tiny_model("qwen2")).inference_mode():
         assert sorted(asked) == ["full_attention", "sliding_attention"]
 
 

@@ -90,7 +90,7 @@ def test_a_rows_bits_are_its_own(family: str, make_wide_model: Callable[[str], P
     """Whatever stands beside it, with one thread and with several, with packed weights and with plain ones."""
     lm, asked = packed(make_wide_model(family), BF16), rows()
     together = score(lm, asked)
-    assert bool(len(lm.quick_layers())) == (family in QUICK)
+    assert bool(len(lm.fused_layers())) == (family in QUICK)
     for threads in (1, 3):
         torch.set_num_threads(threads)
         assert [score(lm, [one])[0] for one in asked] == together

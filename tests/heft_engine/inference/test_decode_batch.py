@@ -16,9 +16,10 @@ from heft_engine.inference.decode_batch import DecodeBatch, DecodeRequest, NewTo
 from heft_engine.inference.kv_cache import CHUNK, capacity_for
 from heft_engine.inference.sampling import SampledToken, SamplingParams
 from heft_engine.inference.scheduler import MOST_SEQUENCES, DecodeScheduler
+from heft_engine.model import batch_invariant
 from heft_engine.model.attention import IMPLEMENTATION
 from heft_engine.model.base_models import load_model, resolve_path
-from heft_engine.model.batch_invariant import FixedShapes
+from heft_engine.model.batch_invariant import BLOCK_ROWS, STEP_ROWS
 from heft_engine.model.interventions import PlacedIntervention
 from heft_engine.model.packed_lm import PackedLM
 
@@ -218,18 +219,19 @@ def test_capacities_grow_by_about_half(tokens: int, capacity: int) -> None:
     assert capacity_for(tokens) == capacity
 
 
-def test_steps_multiply_in_blocks_of_their_own(llama: PackedLM, monkeypatch: pytest.MonkeyPatch) -> None:
-    seen: list[FixedShapes] = []
-    multiply = FixedShapes.linear
+def test_steps_multiply_in_blocks_of_fewer_rows(llama: PackedLM, monkeypatch: pytest.MonkeyPatch) -> None:
+    seen: list[int] = []
+    multiply = batch_invariant.linear_in_blocks
 
-    def linear(self: FixedShapes, *operands: Tensor) -> Tensor:
-        seen.append(self)
-        return multiply(self, *operands)
+    def linear(x: Tensor, weight: Tensor, bias: Tensor | None, block_rows: int) -> Tensor:
+        if weight is not llama.head.weight:
+            seen.append(block_rows)
+        return multiply(x, weight, bias, block_rows)
 
-    monkeypatch.setattr(FixedShapes, "linear", linear)
+    monkeypatch.setattr(batch_invariant, "linear_in_blocks", linear)
     batch = DecodeBatch(llama, budget_bytes=PLENTY)
     batch.join([asked(0, 12)])
-    assert set(seen) == {llama.fixed_shapes()}
+    assert set(seen) == {BLOCK_ROWS}
     seen.clear()
     batch.step()
-    assert set(seen) == {llama.fixed_shapes().steps}
+    assert set(seen) == {STEP_ROWS}
