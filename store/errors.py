@@ -1,14 +1,14 @@
-"""Every way a request can fail, drawn once. `api.errors` maps this tree to HTTP; nothing else does.
+"""The errors of the service. `api.errors` alone maps them to HTTP.
 
-StoreError              message, param (the field at fault), code (stable, for programs)
-├── InvalidRequest      the caller sent something that can't be        → 422 (400 where it isn't JSON)
-├── Unauthenticated     no key, or one that nobody issued              → 401
-├── Forbidden           a valid key that may not do this               → 403
-├── NotFound            no such thing, or another owner's              → 404
+StoreError              message, param (the invalid field), code (stable, for programs)
+├── InvalidRequest      an invalid value                               → 422 (400 where it isn't JSON)
+├── Unauthenticated     no API key, or an unknown one                  → 401
+├── Forbidden           a valid key without permission                 → 403
+├── NotFound            an unknown id, or another owner's              → 404
 ├── Conflict            a state or an idempotency key forbids it       → 409, never retried
 ├── TooLarge            more bytes, rows or inputs than allowed        → 413
-├── RateLimited         too much at once                               → 429 with Retry-After
-├── Unavailable         database, broker or workers are away           → 503 with Retry-After
+├── RateLimited         too many requests at once                      → 429 with Retry-After
+├── Unavailable         database, broker or workers do not answer      → 503 with Retry-After
 ├── Damaged             stored bytes are missing or differ from their SHA-256        → 500
 └── LostFence           a worker's attempt is no longer the current one (never leaves the worker)
 """

@@ -1,4 +1,4 @@
-"""Names for things: random, safe in URLs, and telling what they name by their prefix."""
+"""Ids: random, safe in URLs, with a prefix that names the kind of object."""
 
 from __future__ import annotations
 
@@ -6,8 +6,8 @@ import secrets
 import string
 
 _ALPHABET = string.ascii_letters + string.digits
-_LENGTH = 24  #: 62^24: no two are ever equal, and none can be guessed
-_SHORT = 8
+_LENGTH = 24  #: 62^24 ids: unique, and too many to guess
+_SHORT_LENGTH = 8
 
 
 def _new(prefix: str) -> str:
@@ -47,12 +47,13 @@ def new_chat_completion_id() -> str:
 
 
 def model_id(*, base: str, owner_id: str, suffix: str | None, job_id: str) -> str:
-    """`ft:<base>:<owner>:<suffix>:<short id>`. A job's model has one name, known before it exists, so that
-    the models of its checkpoints can be named after it.
+    """Returns `ft:<base>:<owner>:<suffix>:<short id>`, the id of a job's model.
+
+    It depends on the job alone: its checkpoints' models have ids before the job has a result.
     """
-    return f"ft:{base}:{owner_id}:{suffix or ''}:{job_id[-_SHORT:]}"
+    return f"ft:{base}:{owner_id}:{suffix or ''}:{job_id[-_SHORT_LENGTH:]}"
 
 
 def checkpoint_model_id(final: str, label: str) -> str:
-    """`ft:…:ckpt-lora`: the model of a checkpoint, named after the job's."""
+    """Returns `ft:…:ckpt-lora`, the id of a checkpoint's model."""
     return f"{final}:ckpt-{label}"

@@ -1,8 +1,7 @@
-"""How every process of the service logs: lines for people, or JSON for programs, with the ids of what is being done.
+"""Logging of every process: text lines, or JSON, with the ids of the request or job at hand.
 
-`with bound(job_id=…, attempt=…)` names what the lines inside are about; a thread that goes on with it is started with
-`in_context`. Keys and passwords are blotted out of whatever is logged, should one ever get there.
-It does NOT decide what is worth a line.
+`with bound(job_id=…, attempt=…)` adds ids to the lines inside; `in_context` hands them to another thread. API keys and
+passwords are replaced by *** in every line.
 """
 
 from __future__ import annotations
@@ -19,14 +18,14 @@ from pythonjsonlogger.json import JsonFormatter
 LogFormat = Literal["text", "json"]
 
 _BOUND: contextvars.ContextVar[Mapping[str, str | int]] = contextvars.ContextVar("bound")
-#: API keys, whoever's Bearer token, and the user and password of an address.
+#: API keys, Bearer tokens, and the user and password of a URL.
 _SECRETS = re.compile(r"heft_\w+?_[\w-]{8,}|(?<=Bearer )\S+|(?<=://)[^/@\s]*:[^/@\s]*(?=@)")
-_BLOT = "***"
+_REDACTED = "***"
 
 
 @contextmanager
 def bound(**ids: str | int) -> Iterator[None]:
-    """Lines that the body logs carry these ids: request_id, job_id, attempt, …"""
+    """Adds these ids to the lines that the body logs: request_id, job_id, attempt, …"""
     token = _BOUND.set({**_BOUND.get({}), **ids})
     try:
         yield
@@ -34,14 +33,14 @@ def bound(**ids: str | int) -> Iterator[None]:
         _BOUND.reset(token)
 
 
-def in_context(do: Callable[[], Any]) -> Callable[[], Any]:
-    """`do`, for another thread, with the ids that are bound here and now."""
+def in_context(function: Callable[[], Any]) -> Callable[[], Any]:
+    """Returns `function` for another thread, with the ids that are bound in this one."""
     context = contextvars.copy_context()
-    return lambda: context.run(do)
+    return lambda: context.run(function)
 
 
 def configure(log_format: LogFormat, *, level: str | int = "INFO") -> None:
-    """Have the whole process log to stderr. Replaces what was configured before."""
+    """Makes the whole process log to stderr, in place of any earlier configuration."""
     handler = logging.StreamHandler()
     handler.addFilter(add_ids)
     handler.setFormatter(_Json() if log_format == "json" else _Text())
@@ -49,23 +48,23 @@ def configure(log_format: LogFormat, *, level: str | int = "INFO") -> None:
 
 
 def add_ids(record: logging.LogRecord) -> bool:
-    """A handler's filter: the record gets the ids that are bound, as `ids`."""
-    record.ids = _BOUND.get({})  # where it is logged, not where it is formatted
+    """A filter for handlers: sets the bound ids as `record.ids`."""
+    record.ids = _BOUND.get({})  # in the thread that logs, not in the one that formats
     return True
 
 
 class _Text(logging.Formatter):
     def __init__(self) -> None:
-        super().__init__("%(asctime)s %(levelname)s %(name)s: %(message)s%(told)s")
+        super().__init__("%(asctime)s %(levelname)s %(name)s: %(message)s%(id_suffix)s")
 
     def format(self, record: logging.LogRecord) -> str:
         ids: Mapping[str, str | int] = getattr(record, "ids", {})
-        record.told = "".join(f" {name}={value}" for name, value in ids.items())
-        return _SECRETS.sub(_BLOT, super().format(record))
+        record.id_suffix = "".join(f" {name}={value}" for name, value in ids.items())
+        return _SECRETS.sub(_REDACTED, super().format(record))
 
 
 class _Json(JsonFormatter):
-    """One object a line: time (RFC 3339), level, logger, message, the ids, and exc_info after a fault."""
+    """One object a line: time (RFC 3339), level, logger, message, the ids, and exc_info with an exception."""
 
     def __init__(self) -> None:
         names = {"levelname": "level", "name": "logger", "timestamp": "time"}
@@ -79,4 +78,4 @@ class _Json(JsonFormatter):
         log_data.update(getattr(record, "ids", {}))
 
     def format(self, record: logging.LogRecord) -> str:
-        return _SECRETS.sub(_BLOT, super().format(record))
+        return _SECRETS.sub(_REDACTED, super().format(record))

@@ -1,7 +1,4 @@
-"""Models that can be asked: the base models that workers offer, and what jobs left behind, in one shape.
-
-It does NOT load models, nor touch their bytes.
-"""
+"""Models in one shape: base models that workers offer, results of jobs, and checkpoints."""
 
 from __future__ import annotations
 
@@ -23,10 +20,10 @@ Kind = Literal["base", "final", "checkpoint"]
 
 @dataclass(frozen=True, kw_only=True)
 class Model:
-    """A base model (no owner, no files of ours), a job's result, or a checkpoint of one.
+    """A base model (without owner and bundle), a job's result (`final`), or a checkpoint of a job.
 
-    `manifest` is {file: sha256} of the bundle under `storage_key`; `info` is what a worker said of a base
-    model.
+    `manifest` is {file: sha256} of the bundle under `storage_key`; `info` describes a base model, as its worker sent
+    it.
     """
 
     id: str
@@ -42,28 +39,28 @@ class Model:
 
 
 def list_models(session: Session, *, owner_id: str) -> list[Model]:
-    """All base models, and this owner's results, newest first. Checkpoints are found through their job."""
+    """Returns this owner's results, then all base models, each newest first. Checkpoints are listed by their job."""
     base = session.scalars(select(BaseModelRow).order_by(BaseModelRow.created_at.desc(), BaseModelRow.id))
-    own = session.scalars(
+    results = session.scalars(
         select(FineTunedModel)
         .where(FineTunedModel.owner_id == owner_id, FineTunedModel.kind == "final")
         .where(FineTunedModel.deleted_at.is_(None))
         .order_by(FineTunedModel.created_at.desc(), FineTunedModel.id.desc())
     )
-    return [_fine_tuned(row) for row in own] + [_base(row) for row in base]
+    return [_fine_tuned(row) for row in results] + [_base(row) for row in base]
 
 
 def get(session: Session, *, owner_id: str, model_id: str) -> Model:
-    """Raises NotFound for a model that nobody offers, is deleted, or belongs to someone else."""
-    own = session.scalar(
+    """Returns a model. Raises NotFound for one that is unknown, deleted, or another owner's."""
+    fine_tuned = session.scalar(
         select(FineTunedModel).where(
             FineTunedModel.id == model_id,
             FineTunedModel.owner_id == owner_id,
             FineTunedModel.deleted_at.is_(None),
         )
     )
-    if own is not None:
-        return _fine_tuned(own)
+    if fine_tuned is not None:
+        return _fine_tuned(fine_tuned)
     base = session.scalar(select(BaseModelRow).where(BaseModelRow.id == model_id))
     if base is not None:
         return _base(base)
@@ -71,14 +68,16 @@ def get(session: Session, *, owner_id: str, model_id: str) -> Model:
 
 
 def authorize(session: Session, *, key: str, model_id: str) -> tuple[keys.Owner, Model]:
-    """Who asks a model, and the model. Raises Unauthenticated, then NotFound."""
+    """Returns the owner of `key` and a model that they may use. Raises Unauthenticated, then NotFound."""
     owner = keys.authenticate(session, key)
     return owner, get(session, owner_id=owner.id, model_id=model_id)
 
 
 def for_worker(session: Session, *, model_id: str) -> Model:
-    """A model by its id alone, for a worker whose user was checked when the work was accepted: found although
-    it has been deleted since. Raises NotFound for one that never was."""
+    """Returns a model whatever its owner, also a deleted one: the work was authorized when it was accepted.
+
+    Raises NotFound for an unknown id.
+    """
     row = session.get(FineTunedModel, model_id)
     if row is not None:
         return _fine_tuned(row)
@@ -89,7 +88,7 @@ def for_worker(session: Session, *, model_id: str) -> Model:
 
 
 def present(session: Session, *, model_ids: Collection[str]) -> set[str]:
-    """Those of these fine-tuned models and checkpoints that are there and not deleted."""
+    """Returns those of these fine-tuned models and checkpoints that exist and are not deleted."""
     query = select(FineTunedModel.id).where(
         FineTunedModel.id.in_(model_ids), FineTunedModel.deleted_at.is_(None)
     )
@@ -97,10 +96,8 @@ def present(session: Session, *, model_ids: Collection[str]) -> set[str]:
 
 
 def delete(session: Session, *, owner_id: str, model_id: str) -> None:
-    """Hide a fine-tuned model or a checkpoint's; its bytes go later. Raises NotFound; Forbidden for a base
-    model.
-    """
-    hidden = session.scalar(
+    """Hides a fine-tuned model or a checkpoint; its bytes are deleted later. Raises NotFound; Forbidden for a base."""
+    hidden_id = session.scalar(
         update(FineTunedModel)
         .where(
             FineTunedModel.id == model_id,
@@ -109,27 +106,26 @@ def delete(session: Session, *, owner_id: str, model_id: str) -> None:
         )
         .values(deleted_at=func.now())
         .returning(FineTunedModel.id)
-        .execution_options(synchronize_session=False)
     )
-    if hidden is None:
+    if hidden_id is None:
         get(session, owner_id=owner_id, model_id=model_id)
-        raise Forbidden("a base model belongs to the service; it can't be deleted", param="model")
+        raise Forbidden("a base model belongs to the service and can't be deleted", param="model")
 
 
 def offer_base(
     session: Session, *, model_id: str, source: str, revision: str | None = None, info: Mapping[str, Any]
 ) -> None:
-    """Make a base model known, or seen again. `source` is alias, directory or hub."""
-    known = {"source": source, "revision": revision, "info": dict(info)}
+    """Adds a base model, or updates it. `source` is alias, directory or hub."""
+    values = {"source": source, "revision": revision, "info": dict(info)}
     session.execute(
         insert(BaseModelRow)
-        .values({"id": model_id, **known})
-        .on_conflict_do_update(index_elements=[BaseModelRow.id], set_={**known, "seen_at": func.now()})
+        .values({"id": model_id, **values})
+        .on_conflict_do_update(index_elements=[BaseModelRow.id], set_={**values, "seen_at": func.now()})
     )
 
 
 def _no_model(model_id: str) -> NotFound:
-    return NotFound(f"no model {model_id!r}", param="model", code="model_not_found")
+    return NotFound(f"there is no model {model_id!r}", param="model", code="model_not_found")
 
 
 def _base(row: BaseModelRow) -> Model:

@@ -1,4 +1,4 @@
-"""Every setting an operator can give, read from the environment once: prefix HEFT_."""
+"""The operator's settings, read from environment variables with the prefix HEFT_."""
 
 from __future__ import annotations
 
@@ -15,88 +15,78 @@ Hold = Literal["auto", "merged", "shared"]
 
 
 class StoreSettings(BaseSettings):
-    """Where things are and how patient the service is. `heft up` fills the three addresses for a single
-    machine.
-    """
+    """Settings of API and workers. `heft up` sets the three URLs on a single machine."""
 
     model_config = SettingsConfigDict(env_prefix="HEFT_", extra="ignore", frozen=True)
 
     database_url: str  #: postgresql+psycopg://…
     redis_url: str  #: redis://…, rediss://… or redis+socket://<path>?virtual_host=0
-    artifacts_url: str  #: file:///…, s3://bucket/prefix: bytes by key
-    model_dir: Path | None = None  #: the operator's folder of base models; a name in it is a model id
-    cache_dir: Path | None = None  #: converted aliases and hub downloads
+    artifacts_url: str  #: file:///… or s3://bucket/prefix
+    model_dir: Path | None = None  #: a folder of base models; a folder's name is a model id
+    cache_dir: Path | None = None  #: for converted models and hub downloads
 
     host: str = "127.0.0.1"
     port: int = 8000
+    log_format: LogFormat = "text"  #: json: one object a line
 
-    lease_seconds: float = Field(
-        default=60, gt=0
-    )  #: a worker that has not written for so long has lost its job
+    lease_seconds: float = Field(default=60, gt=0)  #: a worker without a heartbeat for so long loses its job
     lease_grace_seconds: float = Field(default=5, ge=0)
     heartbeat_seconds: float = Field(default=10, gt=0)
-    control_seconds: float = Field(default=2, gt=0)  #: how often a supervisor reads cancel and pause
-    sweep_seconds: float = Field(
-        default=15, gt=0
-    )  #: how often the reconciler looks for lost hints and leases
-    stall_seconds: float = Field(default=900, gt=0)  #: a trainer without progress for so long is ended
-    cancel_grace_seconds: float = Field(default=5, ge=0)  #: from SIGTERM to SIGKILL when a job is cancelled
-    checkpoint_grace_seconds: float = Field(default=30, ge=0)  #: the same for a pause, with a checkpoint
-    checkpoint_seconds: float = Field(default=300, ge=0)  #: the most training a crash may cost; 0: every step
-    max_trainer_deaths: int = 3  #: in a row without a new checkpoint: then the job fails
+    control_seconds: float = Field(default=2, gt=0)  #: between two looks for a cancel or pause request
+    sweep_seconds: float = Field(default=15, gt=0)  #: between two sweeps for lost hints and leases
+    stall_seconds: float = Field(default=900, gt=0)  #: a trainer without progress for so long is stopped
+    cancel_grace_seconds: float = Field(default=5, ge=0)  #: from SIGTERM to SIGKILL at a cancel
+    checkpoint_grace_seconds: float = Field(default=30, ge=0)  #: the same at a pause, for a checkpoint
+    checkpoint_seconds: float = Field(
+        default=300, ge=0
+    )  #: the most training that a crash loses; 0: every step
+    max_trainer_deaths: int = 3  #: so many crashes in a row without a new checkpoint fail the job
     max_lost_leases: int = 20
-    death_pause_seconds: float = Field(
-        default=10, ge=0
-    )  #: before a job whose trainer died is tried again; four times as long after each further death
+    #: Before a job whose trainer crashed is tried again; four times as long after each further crash.
+    death_pause_seconds: float = Field(default=10, ge=0)
 
     max_file_bytes: int = 2 * 1024**3
     max_line_bytes: int = 8 * 1024**2
     max_rows: int = 5_000_000
+
     predict_timeout_seconds: float = 30
-    predict_max_waiting: int = Field(
-        default=4_096, gt=0
-    )  #: inputs that wait in one API process for their answers; more are refused with 429
-    predict_max_queued: int = Field(
-        default=2_000, gt=0
-    )  #: requests that wait in the broker for a worker; more are refused with 503
-    generate_timeout_seconds: float = Field(default=120, gt=0)  #: for the whole of a completion
-    generate_max_waiting: int = Field(
-        default=256, gt=0
-    )  #: texts that one API process waits for at a time; more are refused with 429
-    generate_memory_bytes: int = Field(
-        default=1024**3, gt=0
-    )  #: what a model's keys and values may hold on a worker while it writes; what has no room waits
-    log_format: LogFormat = "text"  #: json: one object a line
-    cache_memory_bytes: int | None = Field(
-        default=None, ge=0
-    )  #: of a training stage; None: a quarter of what is free
-    cache_disk_bytes: int = Field(default=0, ge=0)  #: the same, in files beside the job's; 0: none
-    train_memory_bytes: int | None = Field(
-        default=None, ge=0
-    )  #: that a stage may take beyond what its process holds; None: what is free
+    #: Inputs that wait for their answers in one API process; more are refused with 429.
+    predict_max_waiting: int = Field(default=4_096, gt=0)
+    #: Requests that wait for a worker in the broker; more are refused with 503.
+    predict_max_queued: int = Field(default=2_000, gt=0)
+    generate_timeout_seconds: float = Field(default=120, gt=0)  #: of a whole completion
+    #: Texts that one API process waits for at a time; more are refused with 429.
+    generate_max_waiting: int = Field(default=256, gt=0)
+    #: Of a worker's memory, for KV caches while it generates text; requests beyond it wait.
+    generate_memory_bytes: int = Field(default=1024**3, gt=0)
+
+    #: Of memory, for a training stage's cached activations; None: a quarter of what is free.
+    cache_memory_bytes: int | None = Field(default=None, ge=0)
+    #: Of disk, for the same; 0: none.
+    cache_disk_bytes: int = Field(default=0, ge=0)
+    #: Of memory, for a training stage beyond what its process holds already; None: what is free.
+    train_memory_bytes: int | None = Field(default=None, ge=0)
     trainers: int = Field(default=1, ge=1)  #: jobs that train at a time on this machine, and share its memory
-    reuse_days: float = Field(
-        default=30, ge=0
-    )  #: what a stage ended with is kept so long after its last use, for equal stages of later jobs; 0: not at all
-    reuse_bytes: int = Field(default=20 * 1024**3, ge=0)  #: of all that is kept so
-    prefill_bytes: int = Field(
-        default=4 * 1024**3, ge=0
-    )  #: of a training machine's disk: frozen activations, for the next stages on the same rows; 0: none
-    memory_budget_bytes: int = 0  #: what one worker may hold in models; 0: three quarters of the machine
-    prefix_cache_bytes: int = Field(
-        default=512 * 1024**2, ge=0
-    )  #: of that, what beginnings of prompts may hold that are kept for whoever repeats them; 0: scores have equal bits
-    hold_models: Hold = (
-        "auto"  #: how a worker holds fine-tuned models: merged, shared, or as they are asked for
+    #: A stage's result is stored so long after its last use, for equal stages of later jobs; 0: not at all.
+    reuse_days: float = Field(default=30, ge=0)
+    reuse_bytes: int = Field(default=20 * 1024**3, ge=0)  #: of all stored stage results
+    #: Of a training machine's disk, for frozen activations that later stages on the same rows reuse; 0: none.
+    prefill_bytes: int = Field(default=4 * 1024**3, ge=0)
+
+    memory_budget_bytes: int = (
+        0  #: of models in one inference worker; 0: three quarters of the machine's memory
     )
+    #: Of that budget, for the prefix cache; 0: none, and scores have equal bits.
+    prefix_cache_bytes: int = Field(default=512 * 1024**2, ge=0)
+    hold_models: Hold = "auto"  #: fine-tuned models in memory: merged, shared, or chosen by use
 
     @property
     def reuse_enabled(self) -> bool:
-        """Whether what a stage ended with is kept for equal stages of later jobs."""
+        """True when stage results are stored for equal stages of later jobs."""
         return self.reuse_days > 0 and self.reuse_bytes > 0
 
 
 @lru_cache(maxsize=1)
 def settings() -> StoreSettings:
-    """This process's settings. Raises pydantic's ValidationError naming the missing variable."""
+    """Returns this process's settings. Raises pydantic's ValidationError naming a missing variable."""
     return StoreSettings()

@@ -1,4 +1,4 @@
-"""Keyset pagination, as OpenAI's lists have it: `limit` items after the one named `after`."""
+"""Keyset pagination in the manner of OpenAI's lists: `limit` items after the one named `after`."""
 
 from __future__ import annotations
 
@@ -29,25 +29,26 @@ def fetch_page(
     limit: int,
     order: Order = "desc",
 ) -> Page[T]:
-    """The items of `query` in the order of the columns `by`, after the one whose values of `by` are `cursor`.
+    """Returns the items of `query`, ordered by the columns `by`, after the one whose values of `by` are `cursor`.
 
-    A keyset rather than an offset: rows that arrive or go while someone turns pages shift nothing.
+    A keyset instead of an offset: rows that arrive or go between two pages shift nothing.
     """
     if cursor is not None:
-        here = tuple_(*by)
-        query = query.where(here < cursor if order == "desc" else here > cursor)
+        keyset = tuple_(*by)
+        query = query.where(keyset < cursor if order == "desc" else keyset > cursor)
     ordered = query.order_by(*(column.desc() if order == "desc" else column.asc() for column in by))
     rows = list(session.scalars(ordered.limit(limit + 1)))
     return Page(items=rows[:limit], has_more=len(rows) > limit)
 
 
 def cursor_of(session: Session, query: Select[*tuple[Any, ...]], after: str | None) -> tuple[Any, ...] | None:
-    """The keyset values of the item named `after`, which `query` selects. Raises InvalidRequest when there is
-    none.
+    """Returns the keyset values of the item named `after`, which `query` selects; None when `after` is None.
+
+    Raises InvalidRequest when there is no such item.
     """
     if after is None:
         return None
     row = session.execute(query).one_or_none()
     if row is None:
-        raise InvalidRequest(f"no item {after!r} to list after", param="after")
+        raise InvalidRequest(f"after: there is no item {after!r}", param="after")
     return tuple(row)

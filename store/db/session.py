@@ -1,7 +1,7 @@
-"""The engine, sessions and transactions. It does NOT know any table.
+"""The SQLAlchemy engine, sessions and transactions.
 
-Rows that a session returns are records to read: they stay readable after the transaction, every query reads
-them fresh, and a change made to one in Python is refused. Rows change by guarded UPDATEs alone.
+Rows that a session returns are read-only records: they stay readable after the transaction, every query reads them
+anew, and a change to one in Python is refused. Rows change by guarded UPDATEs alone.
 """
 
 from __future__ import annotations
@@ -21,25 +21,23 @@ _CONNECT_SECONDS = 3
 _POOL_SECONDS = 3
 _STATEMENT_MS = 4_000
 _LOCK_MS = 3_000
-#: An owner of a transaction that went to sleep in it must not hold its locks for ever.
-_IDLE_MS = 30_000
-
-#: SQLSTATE's class of values that can't be: "invalid input syntax for type integer: …".
+_IDLE_MS = 30_000  #: the longest that a client which sleeps inside a transaction holds its locks
+#: SQLSTATE's class "data exception": "invalid input syntax for type integer: …".
 _DATA_ERRORS = "22"
 
 SessionFactory = sessionmaker[Session]
 
 
 def make_engine(url: str, *, pool_size: int = 10) -> Engine:
-    """An engine that gives up within seconds on a database that is away.
+    """Returns an engine that gives up within seconds on a database that does not answer.
 
-    These limits are the server's and the kernel's; a server that is frozen (not gone) can hold a socket for
-    longer, so that routes need a deadline of their own.
+    The server and the kernel enforce these limits. A server that is frozen (not gone) can hold a socket for longer, so
+    routes need a deadline of their own.
     """
     engine = create_engine(
         url,
         pool_pre_ping=True,
-        hide_parameters=True,  # an error's text goes into logs, and values are users' data
+        hide_parameters=True,  # error messages are logged, and parameters are users' data
         pool_size=pool_size,
         max_overflow=pool_size,
         pool_timeout=_POOL_SECONDS,
@@ -54,30 +52,35 @@ def make_engine(url: str, *, pool_size: int = 10) -> Engine:
             f" -c idle_in_transaction_session_timeout={_IDLE_MS} -c timezone=UTC",
         },
     )
-    event.listen(engine, "handle_error", _without_values)
+    event.listen(engine, "handle_error", _remove_values)
     return engine
 
 
-def _without_values(context: ExceptionContext) -> None:
-    """Postgres tells the whole row that broke a constraint, and the value that it could not read: users' data.
+def _remove_values(context: ExceptionContext) -> None:
+    """Reduces an error's text to its first line: Postgres quotes rows and values in the others, which are users' data.
 
-    What stays is the first line of what it says; `diag` of the original keeps the rest, for programs.
+    `diag` of the original exception keeps all of it, for programs.
     """
-    fault = context.original_exception
-    if not isinstance(fault, psycopg.Error) or context.sqlalchemy_exception is None:
+    error = context.original_exception
+    if not isinstance(error, psycopg.Error) or context.sqlalchemy_exception is None:
         return
-    told = fault.diag.message_primary
-    if told is None:
-        return  # not the server's words: the connection's
-    if (fault.sqlstate or "").startswith(_DATA_ERRORS):
-        told = told.partition(":")[0]
-    fault.args = (told,)
-    context.sqlalchemy_exception.args = (f"({type(fault).__name__}) {told}",)
+    message = error.diag.message_primary
+    if message is None:
+        return  # an error of the connection, not of the server
+    if (error.sqlstate or "").startswith(_DATA_ERRORS):
+        message = message.partition(":")[0]
+    error.args = (message,)
+    context.sqlalchemy_exception.args = (f"({type(error).__name__}) {message}",)
 
 
 def session_factory(engine: Engine) -> SessionFactory:
+    """Returns a factory of sessions whose rows are read-only records."""
     factory = sessionmaker(
-        engine, expire_on_commit=False, autoflush=False, execution_options={"populate_existing": True}
+        engine,
+        expire_on_commit=False,
+        autoflush=False,
+        # Queries read rows anew, so UPDATE and DELETE need not change those that the session holds.
+        execution_options={"populate_existing": True, "synchronize_session": False},
     )
     event.listen(factory, "before_flush", _refuse_changed_rows)
     return factory
@@ -85,19 +88,20 @@ def session_factory(engine: Engine) -> SessionFactory:
 
 def _refuse_changed_rows(session: Session, _context: Any, _instances: Any) -> None:
     if session.dirty or session.deleted:
-        raise RuntimeError("rows are records: they change by a guarded UPDATE in the store, not in Python")
+        raise RuntimeError("rows are read-only: change them by a guarded UPDATE in the store")
 
 
 @contextmanager
 def transaction(factory: SessionFactory) -> Iterator[Session]:
-    """One transaction: committed at the end, rolled back on any error. Raises Unavailable when the database
-    is away, too slow, or gave this transaction up for another (deadlock, lock timeout).
+    """One transaction: committed at the end, rolled back on any error.
+
+    Raises Unavailable when the database does not answer in time, or aborts the transaction (deadlock, lock timeout).
     """
     try:
         with factory.begin() as session:
             yield session
     except (exc.OperationalError, exc.InterfaceError, exc.TimeoutError) as error:
-        raise Unavailable("the database does not answer just now; try again") from error
+        raise Unavailable("the database does not answer; try again") from error
     except exc.DBAPIError as error:
         if not error.connection_invalidated:
             raise

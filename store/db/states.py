@@ -1,4 +1,4 @@
-"""The states of a job and the allowed ways between them. Pure: no database, no clock."""
+"""The states of a job and the transitions between them."""
 
 from __future__ import annotations
 
@@ -7,21 +7,19 @@ from typing import Literal
 
 
 class JobState(StrEnum):
-    VALIDATING_FILES = (
-        "validating_files"  #: Rows are being checked, or wait to be; a `prepare` worker claims it.
-    )
-    QUEUED = "queued"  #: The rows are good; waits for a training worker.
+    VALIDATING_FILES = "validating_files"  #: A `prepare` worker checks its rows, or will.
+    QUEUED = "queued"  #: Its rows are valid; it waits for a training worker.
     RUNNING = "running"  #: A worker holds its lease and trains.
-    PAUSED = "paused"  #: At a checkpoint, until resume; no worker holds it.
+    PAUSED = "paused"  #: Stopped at a checkpoint until its user resumes it; no worker holds it.
     SUCCEEDED = "succeeded"  #: Final. Exactly one model row names this job.
     FAILED = "failed"  #: Final. `error` says what to change.
-    CANCELLED = "cancelled"  #: Final. Its user ended it.
+    CANCELLED = "cancelled"  #: Final. Its user cancelled it.
 
 
 TERMINAL = frozenset({JobState.SUCCEEDED, JobState.FAILED, JobState.CANCELLED})
 
 TRANSITIONS: dict[JobState, frozenset[JobState]] = {
-    # To itself: the worker that checked its files was lost or stopped, and it waits for another.
+    # To itself: the worker that checked its files was lost or stopped; the job waits for another.
     JobState.VALIDATING_FILES: frozenset(
         {JobState.VALIDATING_FILES, JobState.QUEUED, JobState.FAILED, JobState.CANCELLED, JobState.PAUSED}
     ),
@@ -37,17 +35,16 @@ TRANSITIONS: dict[JobState, frozenset[JobState]] = {
 }
 
 
-#: What a worker claims a waiting job for, by the state the job waits in. A message to a worker carries this
-#: word.
+#: The work that a worker claims a job for. Messages to workers carry this word.
 Purpose = Literal["prepare", "train"]
+#: The purpose of claiming a job, by the state in which it waits.
 PURPOSES: dict[JobState, Purpose] = {JobState.VALIDATING_FILES: "prepare", JobState.QUEUED: "train"}
-
-#: Where a job stands while a worker holds it, and where it goes back to when that worker lets go of it or is
-#: lost.
-HELD: dict[Purpose, JobState] = {"prepare": JobState.VALIDATING_FILES, "train": JobState.RUNNING}
-WAITING: dict[Purpose, JobState] = {"prepare": JobState.VALIDATING_FILES, "train": JobState.QUEUED}
+#: A job's state while it waits to be claimed, and after its worker releases it or is lost.
+WAITING: dict[Purpose, JobState] = {purpose: state for state, purpose in PURPOSES.items()}
+#: A job's state while a worker holds it.
+CLAIMED: dict[Purpose, JobState] = {"prepare": JobState.VALIDATING_FILES, "train": JobState.RUNNING}
 
 
 def sources(target: JobState) -> list[JobState]:
-    """The states from which `target` may be entered: the guard of its UPDATE."""
+    """Returns the states from which a job may enter `target`: the guard of that UPDATE."""
     return [state for state, targets in TRANSITIONS.items() if target in targets]

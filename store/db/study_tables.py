@@ -1,7 +1,4 @@
-"""The tables of studies, and of what jobs leave for comparisons. `migrations/` builds them, as those of tables.
-
-It does NOT hold queries: see studies, study_order and verdicts.
-"""
+"""The tables of studies, and of the per-row results of jobs that they compare."""
 
 from __future__ import annotations
 
@@ -15,31 +12,31 @@ from store.db.tables import Base
 
 
 class Outcome(Base):
-    """Which rows a job got right after each of its stages, and what the stages cost. Written with the job's end."""
+    """A job's per-row results after each of its stages, and the stages' costs. Written with the job's end."""
 
     __tablename__ = "outcomes"
 
     job_id: Mapped[str] = mapped_column(ForeignKey("jobs.id"), primary_key=True)
     outcomes: Mapped[
         dict[str, Any] | None
-    ]  #: heft_engine.training.costs.outcomes; None: there were no rows to measure on
-    costs: Mapped[list[Any]]  #: heft_engine.training.costs.cost_of, stage by stage
+    ]  #: of the engine's SUCCEEDED event; None: there were no rows to score
+    costs: Mapped[list[Any]]  #: of the same event, one a stage
 
 
 class Study(Base):
-    """Several arms on the same data. Its status is derived from its jobs; `finished_at` follows its last verdict."""
+    """A study: several arms on the same data. Its status is derived from its jobs and from `finished_at`."""
 
     __tablename__ = "studies"
 
     id: Mapped[str] = mapped_column(primary_key=True)  #: study_…
     owner_id: Mapped[str]
-    spec: Mapped[dict[str, Any]]  #: StudySpec as JSON, and the arms that came of it
+    spec: Mapped[dict[str, Any]]  #: StudySpec as JSON, with the arms that were planned from it (`planned`)
     metadata_: Mapped[dict[str, Any]] = mapped_column("metadata", server_default=text("'{}'::jsonb"))
     created_at: Mapped[datetime] = mapped_column(server_default=func.now())
-    finished_at: Mapped[datetime | None]
+    finished_at: Mapped[datetime | None]  #: set with the last verdict
     cancel_requested_at: Mapped[datetime | None]
     event_seq: Mapped[int] = mapped_column(server_default=text("0"))
-    verdict: Mapped[dict[str, Any] | None]  #: heft_engine.studies.compare over the jobs that have ended
+    verdict: Mapped[dict[str, Any] | None]  #: heft_engine.studies.compare of the jobs that have ended
 
     __table_args__ = (
         Index("studies_by_owner", "owner_id", text("created_at DESC"), text("id DESC")),
@@ -48,7 +45,7 @@ class Study(Base):
 
 
 class StudyJob(Base):
-    """One arm with one seed: an ordinary job."""
+    """A job of a study: one arm with one seed."""
 
     __tablename__ = "study_jobs"
 
@@ -63,7 +60,7 @@ class StudyJob(Base):
 
 
 class StudyPrefix(Base):
-    """The first `length` stages of a study's job, by a hash of all that goes into them (store.jobs.shared_prefix)."""
+    """The first `length` stages of a study's job, by a hash of their settings (store.jobs.shared_prefix)."""
 
     __tablename__ = "study_prefixes"
 
@@ -76,7 +73,7 @@ class StudyPrefix(Base):
 
 
 class StudyEvent(Base):
-    """What happened to a study, numbered without gaps, as a job's events are."""
+    """An event of a study, numbered without gaps."""
 
     __tablename__ = "study_events"
 

@@ -1,7 +1,4 @@
-"""The tables, as SQLAlchemy sees them. `migrations/` builds them; a test holds the two together.
-
-It does NOT hold queries: those live in the modules named after what they ask for.
-"""
+"""The tables of jobs, files, models and workers. `migrations/` creates them; a test compares the two."""
 
 from __future__ import annotations
 
@@ -42,7 +39,7 @@ def _now() -> Mapped[datetime]:
 
 
 class ApiKey(Base):
-    """A caller. Only the SHA-256 of the secret is kept; the key is shown once."""
+    """An API key of an owner. Only the SHA-256 of its secret is stored."""
 
     __tablename__ = "api_keys"
 
@@ -56,7 +53,7 @@ class ApiKey(Base):
 
 
 class File(Base):
-    """An uploaded file. Deleted hides it at once; its bytes go when no unfinished job uses it."""
+    """An uploaded file, or a result file of a job."""
 
     __tablename__ = "files"
 
@@ -68,14 +65,14 @@ class File(Base):
     sha256: Mapped[str]
     storage_key: Mapped[str]
     created_at: Mapped[datetime] = _now()
-    deleted_at: Mapped[datetime | None]
-    purged_at: Mapped[datetime | None]
+    deleted_at: Mapped[datetime | None]  #: hidden from its owner since then
+    purged_at: Mapped[datetime | None]  #: its bytes were deleted then
 
     __table_args__ = (Index("files_by_owner", "owner_id", text("created_at DESC"), text("id DESC")),)
 
 
 class Job(Base):
-    """A fine-tuning job: the system of record. Every change is a guarded UPDATE (store.jobs.transitions)."""
+    """A fine-tuning job. Every change is a guarded UPDATE (store.jobs.transitions)."""
 
     __tablename__ = "jobs"
 
@@ -88,39 +85,38 @@ class Job(Base):
     started_at: Mapped[datetime | None]
     finished_at: Mapped[datetime | None]
 
-    # Who works on it, and since when.
+    # The attempt and its lease.
     attempt: Mapped[int] = mapped_column(server_default=text("0"))  #: the fencing token
     worker_id: Mapped[str | None]
     lease_until: Mapped[datetime | None]
     hinted_at: Mapped[datetime | None]  #: when a message was last sent for it
-    not_before: Mapped[datetime | None]  #: growing pause after a trainer died
-    trainer_deaths: Mapped[int] = mapped_column(server_default=text("0"))  #: since the last new checkpoint
-    lost_leases: Mapped[int] = mapped_column(server_default=text("0"))
-    paused_from: Mapped[str | None]  #: where resume goes back to
-    stages_passed: Mapped[int] = mapped_column(
+    not_before: Mapped[datetime | None]  #: the end of the pause after a crash of its trainer
+    trainer_deaths: Mapped[int] = mapped_column(
         server_default=text("0")
-    )  #: stages whose results are there for other jobs
+    )  #: crashes since the last checkpoint
+    lost_leases: Mapped[int] = mapped_column(server_default=text("0"))
+    paused_from: Mapped[str | None]  #: the state that resume goes back to
+    #: Stages whose results other jobs can reuse.
+    stages_passed: Mapped[int] = mapped_column(server_default=text("0"))
 
-    # What its user wants of it now.
+    # Requests of its user.
     cancel_requested_at: Mapped[datetime | None]
     pause_requested_at: Mapped[datetime | None]
 
-    # What is known so far.
-    event_seq: Mapped[int] = mapped_column(server_default=text("0"))
+    # Progress and results.
+    event_seq: Mapped[int] = mapped_column(server_default=text("0"))  #: the number of its last event
     stage: Mapped[str | None]
     progress: Mapped[dict[str, Any]] = mapped_column(server_default=text("'{}'::jsonb"))
-    metrics: Mapped[dict[str, Any]] = mapped_column(
-        server_default=text("'{}'::jsonb")
-    )  #: latest of each stage
-    resolved: Mapped[dict[str, Any]] = mapped_column(
-        server_default=text("'{}'::jsonb")
-    )  #: "auto" settings as the engine chose them
+    #: {stage: its latest metrics}
+    metrics: Mapped[dict[str, Any]] = mapped_column(server_default=text("'{}'::jsonb"))
+    #: "auto" settings as the engine resolved them
+    resolved: Mapped[dict[str, Any]] = mapped_column(server_default=text("'{}'::jsonb"))
     validation: Mapped[dict[str, Any] | None]  #: the report on its files
     evaluation: Mapped[dict[str, Any] | None]
     parity: Mapped[dict[str, Any] | None]
     trained_tokens: Mapped[int | None]
     error: Mapped[dict[str, Any] | None]  #: {code, message, param}
-    cleanup_error: Mapped[str | None]  #: trouble after the end never changes the end
+    cleanup_error: Mapped[str | None]  #: an error after the end, which does not change the end
     result_file_id: Mapped[str | None]
     fine_tuned_model: Mapped[str | None]
 
@@ -145,16 +141,13 @@ class Attempt(Base):
     purpose: Mapped[str]  #: prepare or train
     started_at: Mapped[datetime] = _now()
     ended_at: Mapped[datetime | None]
-    outcome: Mapped[
-        str | None
-    ]  #: prepared, succeeded, failed, cancelled, paused, released, trainer_died, lease_lost
-    swept_at: Mapped[datetime | None]  #: when what it left in storage and no row names was deleted
+    #: prepared, succeeded, failed, cancelled, paused, released, trainer_died or lease_lost
+    outcome: Mapped[str | None]
+    swept_at: Mapped[datetime | None]  #: when the bytes that it stored and no row names were deleted
 
 
 class Event(Base):
-    """What happened to a job, numbered without gaps: the sequence is taken by UPDATE … RETURNING on the job's
-    row.
-    """
+    """An event of a job, numbered without gaps by UPDATE … RETURNING on the job's row."""
 
     __tablename__ = "events"
 
@@ -170,43 +163,43 @@ class Event(Base):
 
 
 class Checkpoint(Base):
-    """The commit point of a checkpoint: its files were durable before this row was written."""
+    """A checkpoint that is committed: its files were durable before this row was written."""
 
     __tablename__ = "checkpoints"
 
     id: Mapped[str] = mapped_column(primary_key=True)  #: ftckpt-…
     job_id: Mapped[str] = mapped_column(ForeignKey("jobs.id"), index=True)
     attempt: Mapped[int]
-    step: Mapped[int]  #: optimiser steps of the whole run
+    step: Mapped[int]  #: optimizer steps of the whole run
     stage: Mapped[str]
     stage_index: Mapped[int]
-    kind: Mapped[str]  #: step (resume only) or stage (also a model that can be asked)
+    kind: Mapped[str]  #: step (to resume from) or stage (the end of a stage, also a model)
     storage_key: Mapped[str]
     manifest: Mapped[dict[str, Any]]  #: {file: sha256}
-    metrics: Mapped[dict[str, Any]]
+    metrics: Mapped[dict[str, Any]]  #: train_loss, valid_loss, … by OpenAI's names
     model_id: Mapped[str | None]
     created_at: Mapped[datetime] = _now()
-    removed_at: Mapped[datetime | None]  #: no longer a place to resume from
-    purged_at: Mapped[datetime | None]  #: its bytes are gone
+    removed_at: Mapped[datetime | None]  #: not to be resumed from since then
+    purged_at: Mapped[datetime | None]  #: its bytes were deleted then
 
     __table_args__ = (UniqueConstraint("job_id", "attempt", "step", "kind", name="checkpoints_once"),)
 
 
 class BaseModelRow(Base):
-    """A base model that some worker can offer; the API knows models from these rows alone."""
+    """A base model that a worker offers. The API knows base models from these rows alone."""
 
     __tablename__ = "base_models"
 
     id: Mapped[str] = mapped_column(primary_key=True)  #: smollm2-135m, a folder's name, org/name
     source: Mapped[str]  #: alias, directory or hub
-    revision: Mapped[str | None]  #: pinned once resolved
+    revision: Mapped[str | None]  #: a commit on the hub
     info: Mapped[dict[str, Any]]  #: model_type, n_layers, hidden_size, parameters
     created_at: Mapped[datetime] = _now()
     seen_at: Mapped[datetime] = _now()
 
 
 class FineTunedModel(Base):
-    """What a job left behind. One success, one model: the unique constraint says so."""
+    """A model that a job trained: its result (`final`, at most one a job) or a checkpoint's."""
 
     __tablename__ = "models"
 
@@ -228,25 +221,25 @@ class FineTunedModel(Base):
 
 
 class StageResult(Base):
-    """What a stage ended with, for later jobs of the same owner (store.jobs.stage_results)."""
+    """The result of a stage, which later jobs of the same owner can reuse (store.jobs.stage_results)."""
 
     __tablename__ = "stage_results"
 
     storage_key: Mapped[str] = mapped_column(primary_key=True)
     owner_id: Mapped[str]
-    key: Mapped[str]  #: SHA-256 of everything that went into it (heft_engine.training.stage_cache)
-    job_id: Mapped[str] = mapped_column(ForeignKey("jobs.id"), index=True)  #: whose attempt stored it
+    key: Mapped[str]  #: SHA-256 of all its inputs (heft_engine.training.stage_cache)
+    job_id: Mapped[str] = mapped_column(ForeignKey("jobs.id"), index=True)  #: the job that stored it
     manifest: Mapped[dict[str, Any]]  #: {file: sha256}
     bytes: Mapped[int]
     created_at: Mapped[datetime] = _now()
     last_used_at: Mapped[datetime] = _now()
-    removed_at: Mapped[datetime | None]  #: given up; the row goes after its bytes
+    removed_at: Mapped[datetime | None]  #: not reused since then; the row is deleted after its bytes
 
     __table_args__ = (Index("stage_results_by_key", "owner_id", "key"),)
 
 
 class Export(Base):
-    """An archive of a model in one format, built by a worker when first asked for."""
+    """An archive of a model in one format, built by a worker at the first request."""
 
     __tablename__ = "exports"
 
@@ -254,7 +247,9 @@ class Export(Base):
     format: Mapped[str] = mapped_column(primary_key=True)  #: bundle, merged, peft, pyreft; diagnostics
     state: Mapped[str]  #: pending, building, ready or failed
     attempt: Mapped[int] = mapped_column(server_default=text("0"))  #: the fencing token
-    losses: Mapped[int] = mapped_column(server_default=text("0"))  #: workers that were lost over it
+    losses: Mapped[int] = mapped_column(
+        server_default=text("0")
+    )  #: workers that were lost while they built it
     lease_until: Mapped[datetime | None]
     storage_key: Mapped[str | None]
     bytes: Mapped[int | None]
@@ -264,7 +259,7 @@ class Export(Base):
 
 
 class Reconciler(Base):
-    """One row: when the reconciler last looked, and until when it takes nothing over (after an outage)."""
+    """One row: the time of the last sweep, and the time from which expired leases are taken back (after an outage)."""
 
     __tablename__ = "reconciler"
 
@@ -274,19 +269,19 @@ class Reconciler(Base):
 
 
 class Worker(Base):
-    """A worker process that has been seen, what it does and when it last wrote."""
+    """A running worker process."""
 
     __tablename__ = "workers"
 
     id: Mapped[str] = mapped_column(primary_key=True)
     role: Mapped[str]  #: train or inference
-    info: Mapped[dict[str, Any]]  #: host, pid, device, dtype, version
+    info: Mapped[dict[str, Any]]  #: host, pid, version, device; gpu_requested and gpu_released_to
     started_at: Mapped[datetime] = _now()
-    seen_at: Mapped[datetime] = _now()
+    seen_at: Mapped[datetime] = _now()  #: its last heartbeat
 
 
 class IdempotencyKey(Base):
-    """A POST that was answered: the same key and body get the same answer again."""
+    """The Idempotency-Key of a POST, and the resource that it created."""
 
     __tablename__ = "idempotency_keys"
 

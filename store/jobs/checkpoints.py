@@ -1,7 +1,7 @@
-"""Checkpoint rows: the commit points of a run. It does NOT touch bytes, nor check the fence: see leases.
+"""Checkpoint rows. The caller checks the fence and stores the bytes.
 
-Two step checkpoints are kept for each job: the newest to resume from, and the one before in case that is
-damaged. The checkpoint at a stage's end stays, for it is a model that can be asked.
+Each job keeps two step checkpoints: the newest, and the one before in case that is damaged. The checkpoints at the end
+of stages stay, since they are models.
 """
 
 from __future__ import annotations
@@ -17,22 +17,21 @@ from store import ids
 from store.db.tables import Checkpoint, FineTunedModel, Job
 from store.jobs.spec import TrainingSpec
 
-_KEPT = 2
+_KEPT_STEPS = 2
 _BUNDLE = "bundle/"
 
-#: Newest first. An attempt that fell back to an older step goes on from there: its own are newer than all
-#: before.
-_NEWEST = (Checkpoint.attempt.desc(), Checkpoint.step.desc(), Checkpoint.created_at.desc())
+#: Newest first. Those of a later attempt are newer, also where it fell back to an earlier step.
+_NEWEST_FIRST = (Checkpoint.attempt.desc(), Checkpoint.step.desc(), Checkpoint.created_at.desc())
 
 
 def resumable(session: Session, job_id: str) -> list[Checkpoint]:
-    """Where a run may go on from, the best first: the newest checkpoint and the one before."""
+    """Returns the checkpoints to resume from, the best first: the newest and the one before."""
     query = select(Checkpoint).where(Checkpoint.job_id == job_id, Checkpoint.removed_at.is_(None))
-    return list(session.scalars(query.order_by(*_NEWEST).limit(_KEPT)))
+    return list(session.scalars(query.order_by(*_NEWEST_FIRST).limit(_KEPT_STEPS)))
 
 
 def committed_key(session: Session, checkpoint: Checkpoint) -> str | None:
-    """Where the checkpoint of the same attempt, step and kind is stored, if there is one already."""
+    """Returns the storage key of the committed checkpoint of the same attempt, step and kind; None without one."""
     query = select(Checkpoint.storage_key).where(
         Checkpoint.job_id == checkpoint.job_id,
         Checkpoint.attempt == checkpoint.attempt,
@@ -43,7 +42,7 @@ def committed_key(session: Session, checkpoint: Checkpoint) -> str | None:
 
 
 def add(session: Session, job: Job, checkpoint: Checkpoint, task: Mapping[str, Any]) -> Checkpoint:
-    """Write the row; for a stage's end, also its model."""
+    """Adds the row; of a stage checkpoint, also its model, which answers `task`."""
     if checkpoint.kind == "stage":
         checkpoint.model_id = _add_model(session, job, checkpoint, task)
     session.add(checkpoint)
@@ -51,18 +50,17 @@ def add(session: Session, job: Job, checkpoint: Checkpoint, task: Mapping[str, A
     return checkpoint
 
 
-def remove_old(session: Session, job_id: str, *, keep: int = _KEPT) -> list[str]:
-    """Mark all but the newest `keep` step checkpoints as removed. Returns the storage keys to delete."""
+def remove_old(session: Session, job_id: str, *, keep: int = _KEPT_STEPS) -> list[str]:
+    """Marks all but the newest `keep` step checkpoints as removed. Returns their storage keys."""
     steps = select(Checkpoint.id).where(
         Checkpoint.job_id == job_id, Checkpoint.kind == "step", Checkpoint.removed_at.is_(None)
     )
-    old = steps.order_by(*_NEWEST).offset(keep)
+    old = steps.order_by(*_NEWEST_FIRST).offset(keep)
     statement = (
         update(Checkpoint)
         .where(Checkpoint.id.in_(old))
         .values(removed_at=func.now())
         .returning(Checkpoint.storage_key)
-        .execution_options(synchronize_session=False)
     )
     return list(session.scalars(statement))
 
@@ -70,7 +68,7 @@ def remove_old(session: Session, job_id: str, *, keep: int = _KEPT) -> list[str]
 def _add_model(session: Session, job: Job, checkpoint: Checkpoint, task: Mapping[str, Any]) -> str:
     spec = TrainingSpec.model_validate(job.spec)
     final = ids.model_id(base=spec.model, owner_id=job.owner_id, suffix=spec.suffix, job_id=job.id)
-    model_id = ids.checkpoint_model_id(final, _label(spec, checkpoint))
+    model_id = ids.checkpoint_model_id(final, spec.stage_label(checkpoint.stage, checkpoint.stage_index))
     manifest = {
         name.removeprefix(_BUNDLE): sha256
         for name, sha256 in checkpoint.manifest.items()
@@ -86,12 +84,6 @@ def _add_model(session: Session, job: Job, checkpoint: Checkpoint, task: Mapping
         "manifest": manifest,
         "task": dict(task),
     }
-    # An attempt that had to fall back behind a stage's end reaches it a second time: the first model stands.
+    # An attempt that fell back behind the end of a stage reaches it a second time: the first model stays.
     session.execute(insert(FineTunedModel).values(row).on_conflict_do_nothing())
     return model_id
-
-
-def _label(spec: TrainingSpec, checkpoint: Checkpoint) -> str:
-    """`lora`; `lora-3` where the recipe has more than one stage of that type (counted from 1)."""
-    alone = sum(stage.type == checkpoint.stage for stage in spec.stages()) == 1
-    return checkpoint.stage if alone else f"{checkpoint.stage}-{checkpoint.stage_index + 1}"

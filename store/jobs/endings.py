@@ -1,9 +1,7 @@
-"""How a claimed job is let go of: prepared, succeeded, failed, cancelled, paused; released, or its trainer
-died.
+"""The ends of an attempt: prepared, succeeded, failed, cancelled, paused, released, or its trainer crashed.
 
-Each is one transaction that sets the state, what came of it, and the last event. A job that was told to
-cancel ends as cancelled however it was about to end; so each returns the job as it now stands. Each raises
-LostFence.
+Each function sets the job's state, its results and the last event in one transaction, and returns the job. The user's
+requests come first: a job that is to be cancelled becomes `cancelled` however its attempt ends. Each raises LostFence.
 """
 
 from __future__ import annotations
@@ -28,18 +26,16 @@ MAX_TRAINER_DEATHS = 3
 
 
 def finish_prepared(session: Session, claim: Claim, *, report: Mapping[str, Any]) -> Job:
-    """The files are good: the job is queued. After the commit, hint (job.id, "train") if its state is
-    `queued`.
-    """
+    """Queues a job whose files are valid. After the commit, hint (job.id, "train") if its state is `queued`."""
     job = write_fenced(
         session,
         claim,
         {"validation": dict(report), "hinted_at": func.now()},
         NewEvent(code="VALIDATION_COMPLETE", message="The files have been checked.", data=report),
     )
-    ended = apply_stop_request(session, claim, job, resume_to=JobState.QUEUED)
-    if ended is not None:
-        return ended
+    stopped_job = apply_stop_request(session, claim, job, resume_to=JobState.QUEUED)
+    if stopped_job is not None:
+        return stopped_job
     event = NewEvent(code="QUEUED", message="The job waits for a training worker.")
     return finish_attempt(session, claim, JobState.QUEUED, event, "prepared")
 
@@ -58,9 +54,9 @@ def finish_succeeded(
     outcomes: Mapping[str, Any] | None = None,
     costs: Sequence[Mapping[str, Any]] = (),
 ) -> Job:
-    """End state, model row, result file and last event in one transaction. The model's files are durable
-    under `storage_key`. `outcomes` and `costs` serve comparisons with other jobs. Returns the job: `succeeded`,
-    or `cancelled` if that was asked for first. Raises LostFence.
+    """Adds the model, whose files are durable under `storage_key`, and ends the job as succeeded.
+
+    `outcomes` and `costs` are those of the engine's SUCCEEDED event, for comparisons with other jobs.
     """
     job = lock(session, claim)
     if job.cancel_requested_at is not None:
@@ -107,9 +103,7 @@ def finish_succeeded(
 def finish_failed(
     session: Session, claim: Claim, *, error: Mapping[str, Any], report: Mapping[str, Any] | None = None
 ) -> Job:
-    """The job can't be done: `error` is {code, message, param} in words that say what to change. Never
-    retried. `report`: what the check of its files found, if that is why.
-    """
+    """Ends a job as failed. `error` is {code, message, param}; `report` that on its files, if they are invalid."""
     job = lock(session, claim)
     if job.cancel_requested_at is not None:
         return finish_attempt(session, claim, JobState.CANCELLED, cancelled(), "cancelled")
@@ -120,28 +114,26 @@ def finish_failed(
 
 
 def finish_cancelled(session: Session, claim: Claim) -> Job:
-    """The trainer has been ended because its user asked for it."""
+    """Ends a job as cancelled: its user asked for it, and the trainer is stopped."""
     return finish_attempt(session, claim, JobState.CANCELLED, cancelled(), "cancelled")
 
 
 def finish_paused(session: Session, claim: Claim) -> Job:
-    """The trainer has been ended for a pause; its last checkpoint is recorded. `cancelled` if that was asked
-    for.
-    """
+    """Pauses a job: the trainer is stopped, and its last checkpoint is recorded."""
     job = lock(session, claim)
-    ended = apply_stop_request(session, claim, job, resume_to=WAITING[claim.purpose])
-    if ended is not None:
-        return ended
+    stopped_job = apply_stop_request(session, claim, job, resume_to=WAITING[claim.purpose])
+    if stopped_job is not None:
+        return stopped_job
     values = {"paused_from": WAITING[claim.purpose]}
     return finish_attempt(session, claim, JobState.PAUSED, paused(), "paused", values)
 
 
 def release(session: Session, claim: Claim, *, reason: str = "Its worker was asked to stop.") -> Job:
-    """Put the job back to where it waits, at no cost to it; `cancelled` or `paused` if that was asked for."""
+    """Gives the job back, to wait for another worker."""
     job = lock(session, claim)
-    ended = apply_stop_request(session, claim, job, resume_to=WAITING[claim.purpose])
-    if ended is not None:
-        return ended
+    stopped_job = apply_stop_request(session, claim, job, resume_to=WAITING[claim.purpose])
+    if stopped_job is not None:
+        return stopped_job
     event = NewEvent(code="RESTARTED", message=f"{reason} The job waits for another.")
     return finish_attempt(session, claim, WAITING[claim.purpose], event, "released", {"hinted_at": None})
 
@@ -154,16 +146,15 @@ def record_crash(
     max_deaths: int = MAX_TRAINER_DEATHS,
     pause_seconds: float = 10.0,
 ) -> Job:
-    """The trainer ended without a word while its supervisor lives.
+    """Ends an attempt whose trainer crashed; `error` is {code, message, param}.
 
-    The job waits `pause_seconds`, four times as long after each further death, and is tried again; the
-    `max_deaths`-th one without a new checkpoint between them ends it as failed with `error` ({code, message,
-    param}).
+    The job is tried again after `pause_seconds`, four times as many after each further crash; the `max_deaths`-th crash
+    without a new checkpoint in between fails it with `error`.
     """
     job = lock(session, claim)
-    ended = apply_stop_request(session, claim, job, resume_to=WAITING[claim.purpose])
-    if ended is not None:
-        return ended
+    stopped_job = apply_stop_request(session, claim, job, resume_to=WAITING[claim.purpose])
+    if stopped_job is not None:
+        return stopped_job
     deaths = job.trainer_deaths + 1
     values: dict[str, Any] = {"trainer_deaths": deaths}
     if deaths >= max_deaths:
@@ -181,10 +172,7 @@ def record_crash(
 
 
 def record_cleanup_error(session: Session, claim: Claim, message: str) -> None:
-    """Trouble after the end: noted beside the end, which it does not change."""
+    """Records an error after the attempt's end, which it does not change."""
     session.execute(
-        update(Job)
-        .where(Job.id == claim.job_id, Job.attempt == claim.attempt)
-        .values(cleanup_error=message)
-        .execution_options(synchronize_session=False)
+        update(Job).where(Job.id == claim.job_id, Job.attempt == claim.attempt).values(cleanup_error=message)
     )

@@ -1,7 +1,4 @@
-"""What every write of a claimed job says: this attempt, this worker, still in the state it claimed.
-
-It does NOT decide how a job ends, except that what its user asked for comes first.
-"""
+"""Fenced writes of a claimed job: they change it only while this attempt of this worker is the current one."""
 
 from __future__ import annotations
 
@@ -12,7 +9,7 @@ from typing import Any
 from sqlalchemy import ColumnElement, and_, select
 from sqlalchemy.orm import Session
 
-from store.db.states import HELD, JobState, Purpose
+from store.db.states import CLAIMED, JobState, Purpose
 from store.db.tables import Checkpoint, Job
 from store.errors import LostFence
 from store.jobs.spec import TrainingSpec
@@ -21,9 +18,7 @@ from store.jobs.transitions import NewEvent, cancelled, close_attempt, move, pau
 
 @dataclass(frozen=True, kw_only=True)
 class Claim:
-    """One attempt at one job, held by one worker. `checkpoints`: where to resume from, the best first; may be
-    empty.
-    """
+    """A worker's claim on a job: one attempt."""
 
     job_id: str
     owner_id: str
@@ -32,12 +27,8 @@ class Claim:
     attempt: int
     lease_seconds: float
     spec: TrainingSpec
-    checkpoints: tuple[Checkpoint, ...]
+    checkpoints: tuple[Checkpoint, ...]  #: to resume from, the best first; may be empty
     validation: Mapping[str, Any] | None = None  #: the report on its files, once they are checked
-
-    @property
-    def resume_from(self) -> Checkpoint | None:
-        return self.checkpoints[0] if self.checkpoints else None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -49,22 +40,25 @@ class StopRequest:
 
 
 def fence(claim: Claim) -> ColumnElement[bool]:
+    """Returns the condition under which `claim` is current."""
     return and_(
         Job.id == claim.job_id,
         Job.attempt == claim.attempt,
-        # Taken back while files were checked, a job keeps its state and its attempt's number; not its worker.
+        # A job that is taken back while its files are checked keeps state and attempt, but not the worker.
         Job.worker_id == claim.worker_id,
-        Job.state == HELD[claim.purpose],
+        Job.state == CLAIMED[claim.purpose],
     )
 
 
 def lost_lease(claim: Claim) -> LostFence:
+    """Returns the error of a write whose claim is no longer current."""
     return LostFence(f"attempt {claim.attempt} of {claim.job_id} is no longer the current one")
 
 
 def write_fenced(
     session: Session, claim: Claim, values: Mapping[str, Any], event: NewEvent | None = None
 ) -> Job:
+    """Changes the claimed job and adds `event`. Returns the job. Raises LostFence."""
     job = write(session, fence(claim), values, event)
     if job is None:
         raise lost_lease(claim)
@@ -72,7 +66,7 @@ def write_fenced(
 
 
 def lock(session: Session, claim: Claim) -> Job:
-    """The job, its row locked: what it says stays true until this transaction ends. Raises LostFence."""
+    """Locks the claimed job's row until this transaction ends. Returns the job. Raises LostFence."""
     job = session.scalar(select(Job).where(fence(claim)).with_for_update())
     if job is None:
         raise lost_lease(claim)
@@ -87,6 +81,7 @@ def finish_attempt(
     outcome: str,
     values: Mapping[str, Any] | None = None,
 ) -> Job:
+    """Ends the attempt with `outcome` and moves its job into state `to`. Returns the job. Raises LostFence."""
     job = move(session, fence(claim), to, event, values)
     if job is None:
         raise lost_lease(claim)
@@ -95,7 +90,7 @@ def finish_attempt(
 
 
 def apply_stop_request(session: Session, claim: Claim, job: Job, *, resume_to: JobState) -> Job | None:
-    """Carry out the cancel or the pause that the user asked for; None if neither."""
+    """Ends the attempt as the user's cancel or pause request says. Returns the job, None without such a request."""
     if job.cancel_requested_at is not None:
         return finish_attempt(session, claim, JobState.CANCELLED, cancelled(), "cancelled")
     if job.pause_requested_at is not None:

@@ -1,7 +1,6 @@
-"""The user's side of jobs: create, read, and say what is wanted. The worker's side is in leases.
+"""The user's side of jobs: create, read, cancel, pause, resume. The worker's side is in leases and endings.
 
-Every function takes the owner, and another owner's job is not found. Nothing here sends a message: the caller
-does, after its transaction is committed.
+Another owner's job is never found. The caller sends the hints, after its transaction is committed.
 """
 
 from __future__ import annotations
@@ -18,7 +17,7 @@ from store.db.session import seconds
 from store.db.states import PURPOSES, TERMINAL, JobState
 from store.db.tables import Checkpoint, Event, Job
 from store.errors import Conflict, NotFound
-from store.jobs.spec import FILE_FIELDS, TrainingSpec, check_known_datasets
+from store.jobs.spec import TrainingSpec, check_known_datasets
 from store.jobs.transitions import (
     NewEvent,
     append,
@@ -31,7 +30,7 @@ from store.jobs.transitions import (
 )
 from store.storage import files
 
-#: Nobody trains on these: cancel and pause are carried out at once.
+#: No trainer runs in these states: a cancel is carried out at once.
 _AT_REST = (JobState.VALIDATING_FILES, JobState.QUEUED, JobState.PAUSED)
 
 
@@ -43,19 +42,13 @@ def create(
     metadata: Mapping[str, str] | None = None,
     job_id: str | None = None,
 ) -> Job:
-    """A new job in `validating_files`, with its first event.
+    """Creates a job in `validating_files`, with its first event. After the commit, hint (job.id, "prepare").
 
-    Its uploaded files are held against deletion until this transaction ends. Raises InvalidRequest naming the
-    field of a file that is not there, is deleted, or is another owner's, and of what a dataset's name shows to be
-    wrong. After the commit, hint (job.id, "prepare").
+    Its uploaded files are locked against deletion until this transaction ends. Raises InvalidRequest naming the field
+    of a file that is unknown, deleted or another owner's, or as `check_known_datasets`.
     """
     check_known_datasets(spec)
-    uploaded = [(field, value) for field in FILE_FIELDS if (value := getattr(spec, field)) is not None]
-    files.lock_for_job(
-        session,
-        owner_id=owner_id,
-        references=[(field, value) for field, value in uploaded if value.startswith("file-")],
-    )
+    files.lock_for_job(session, owner_id=owner_id, references=spec.files().items())
     job = Job(
         id=job_id or ids.new_job_id(),
         owner_id=owner_id,
@@ -71,16 +64,14 @@ def create(
 
 
 def create_all(
-    session: Session, *, owner_id: str, wanted: Sequence[tuple[TrainingSpec, Mapping[str, str]]]
+    session: Session, *, owner_id: str, jobs: Sequence[tuple[TrainingSpec, Mapping[str, str]]]
 ) -> list[str]:
-    """As `create`, many jobs of the same files in a few statements; their ids. They queue in this order.
+    """Creates many jobs, (settings, metadata) each, in a few statements. Returns their ids; they queue in this order.
 
-    What datasets' names show of them has been looked at: a study's arms are, when they are built.
+    Raises InvalidRequest as `create`, but `check_known_datasets` is the caller's.
     """
-    for field in FILE_FIELDS:
-        uploaded = {value for spec, _ in wanted if (value := getattr(spec, field)) is not None}
-        references = [(field, value) for value in sorted(uploaded) if value.startswith("file-")]
-        files.lock_for_job(session, owner_id=owner_id, references=references)
+    references = dict.fromkeys(reference for spec, _ in jobs for reference in spec.files().items())
+    files.lock_for_job(session, owner_id=owner_id, references=references)
     rows: list[dict[str, Any]] = [
         {
             "id": ids.new_job_id(),
@@ -90,32 +81,30 @@ def create_all(
             "metadata_": dict(metadata),
             "event_seq": 1,
         }
-        for spec, metadata in wanted
+        for spec, metadata in jobs
     ]
     session.execute(insert(Job), rows)
     session.execute(insert(Event), [first_event(row["id"], _created(row["id"])) for row in rows])
-    # One transaction has one time; the queue takes jobs in the order of theirs.
-    made = [row["id"] for row in rows]
-    place = func.array_position(cast(made, ARRAY(Text)), Job.id)
-    in_order = update(Job).where(Job.id.in_(made))
-    later = func.now() + place * seconds(1e-6)
-    session.execute(
-        in_order.values(hinted_at=func.now(), created_at=later).execution_options(synchronize_session=False)
-    )
-    return made
+    # now() is the same for a whole transaction, and the queue is ordered by created_at: a microsecond apart.
+    job_ids = [row["id"] for row in rows]
+    place = func.array_position(cast(job_ids, ARRAY(Text)), Job.id)
+    created_at = func.now() + place * seconds(1e-6)
+    statement = update(Job).where(Job.id.in_(job_ids))
+    session.execute(statement.values(hinted_at=func.now(), created_at=created_at))
+    return job_ids
 
 
 def _created(job_id: str) -> NewEvent:
-    return NewEvent(
-        code="CREATED", message=f"Created fine-tuning job {job_id}; its files wait to be checked."
-    )
+    message = f"Created fine-tuning job {job_id}; its files wait to be checked."
+    return NewEvent(code="CREATED", message=message)
 
 
 def get(session: Session, *, owner_id: str, job_id: str) -> Job:
-    """Raises NotFound, for another owner's job too."""
-    job = session.scalar(select(Job).where(_mine(owner_id, job_id)))
+    """Returns a job. Raises NotFound for an unknown one or another owner's."""
+    job = session.scalar(select(Job).where(_is_job(owner_id, job_id)))
     if job is None:
-        raise NotFound(f"no fine-tuning job {job_id!r}", param="fine_tuning_job_id", code="job_not_found")
+        message = f"there is no fine-tuning job {job_id!r}"
+        raise NotFound(message, param="fine_tuning_job_id", code="job_not_found")
     return job
 
 
@@ -127,58 +116,51 @@ def list_page(
     after: str | None = None,
     metadata: Mapping[str, str] | None = None,
 ) -> Page[Job]:
-    """This owner's jobs, newest first, those whose metadata has all of `metadata`.
+    """Returns a page of this owner's jobs whose metadata contains `metadata`, newest first.
 
     Raises InvalidRequest (param `after`) for an unknown cursor.
     """
-    place = select(Job.created_at, Job.id).where(Job.id == after, Job.owner_id == owner_id)
+    keyset = select(Job.created_at, Job.id).where(Job.id == after, Job.owner_id == owner_id)
     query = select(Job).where(Job.owner_id == owner_id)
     if metadata:
         query = query.where(Job.metadata_.contains(dict(metadata)))
-    return fetch_page(
-        session,
-        query,
-        by=(Job.created_at, Job.id),
-        cursor=cursor_of(session, place, after),
-        limit=limit,
-    )
+    cursor = cursor_of(session, keyset, after)
+    return fetch_page(session, query, by=(Job.created_at, Job.id), cursor=cursor, limit=limit)
 
 
 def request_cancel(session: Session, *, owner_id: str, job_id: str) -> Job:
-    """End a job. At once where nobody trains on it; a running one is told, and stays `running` until its
-    worker has ended the trainer (`cancel_requested_at` is set, and whatever the run does from now on it ends
-    as cancelled).
+    """Cancels a job: at once unless it runs.
 
-    Asking again is fine. Raises NotFound; Conflict when the job has already ended.
+    A running job stays `running`, with `cancel_requested_at`, until its worker has stopped the trainer; however that
+    run ends, it ends as cancelled. May be repeated. Raises NotFound; Conflict when the job has already ended.
     """
-    mine = _mine(owner_id, job_id)
-    job = move(session, and_(mine, Job.state.in_(_AT_REST)), JobState.CANCELLED, cancelled())
+    is_job = _is_job(owner_id, job_id)
+    job = move(session, and_(is_job, Job.state.in_(_AT_REST)), JobState.CANCELLED, cancelled())
     if job is not None:
         close_attempt(session, job.id, job.attempt, "cancelled")
         return job
     job = write(
         session,
-        and_(mine, Job.state == JobState.RUNNING),
+        and_(is_job, Job.state == JobState.RUNNING),
         {"cancel_requested_at": func.coalesce(Job.cancel_requested_at, func.now())},
     )
     return job or _refuse(get(session, owner_id=owner_id, job_id=job_id), "cancelled")
 
 
 def request_pause(session: Session, *, owner_id: str, job_id: str) -> Job:
-    """Put a job aside. At once where nobody trains on it; a running one is told, writes a checkpoint and then
-    pauses.
+    """Pauses a job: at once unless it runs; a running one writes a checkpoint first.
 
-    Asking again is fine. Raises NotFound; Conflict when the job has ended or is being cancelled.
+    May be repeated. Raises NotFound; Conflict when the job has ended or is being cancelled.
     """
-    mine = _mine(owner_id, job_id)
-    waiting = and_(mine, Job.state.in_((JobState.VALIDATING_FILES, JobState.QUEUED)))
+    is_job = _is_job(owner_id, job_id)
+    waiting = and_(is_job, Job.state.in_(tuple(PURPOSES)))
     job = move(session, waiting, JobState.PAUSED, paused(), {"paused_from": Job.state})
     if job is not None:
         close_attempt(session, job.id, job.attempt, "paused")
         return job
     job = write(
         session,
-        and_(mine, Job.state == JobState.RUNNING, Job.cancel_requested_at.is_(None)),
+        and_(is_job, Job.state == JobState.RUNNING, Job.cancel_requested_at.is_(None)),
         {"pause_requested_at": func.coalesce(Job.pause_requested_at, func.now())},
     )
     if job is not None:
@@ -188,14 +170,14 @@ def request_pause(session: Session, *, owner_id: str, job_id: str) -> Job:
 
 
 def resume(session: Session, *, owner_id: str, job_id: str) -> Job:
-    """Let a paused job go on from where it was. After the commit, hint (job.id, PURPOSES[job.state]).
+    """Resumes a paused job in the state that it was paused from. After the commit, hint (job.id, PURPOSES[job.state]).
 
     Raises NotFound; Conflict when the job is not paused.
     """
-    event = NewEvent(code="RESUMED", message="The job goes on.")
+    event = NewEvent(code="RESUMED", message="The job is resumed.")
     values = {"paused_from": None, "not_before": None, "hinted_at": func.now()}
     for state in PURPOSES:
-        guard = and_(_mine(owner_id, job_id), Job.state == JobState.PAUSED, Job.paused_from == state)
+        guard = and_(_is_job(owner_id, job_id), Job.state == JobState.PAUSED, Job.paused_from == state)
         job = move(session, guard, state, event, values)
         if job is not None:
             return job
@@ -205,20 +187,20 @@ def resume(session: Session, *, owner_id: str, job_id: str) -> Job:
 def list_events(
     session: Session, *, owner_id: str, job_id: str, limit: int = 20, after: str | None = None
 ) -> Page[Event]:
-    """A job's events, the latest first. Raises NotFound; InvalidRequest (param `after`) for an unknown
-    cursor.
+    """Returns a page of a job's events, newest first.
+
+    Raises NotFound; InvalidRequest (param `after`) for an unknown cursor.
     """
     get(session, owner_id=owner_id, job_id=job_id)
-    place = select(Event.seq).where(Event.job_id == job_id, Event.id == after)
+    keyset = select(Event.seq).where(Event.job_id == job_id, Event.id == after)
     query = select(Event).where(Event.job_id == job_id)
-    return fetch_page(session, query, by=(Event.seq,), cursor=cursor_of(session, place, after), limit=limit)
+    return fetch_page(session, query, by=(Event.seq,), cursor=cursor_of(session, keyset, after), limit=limit)
 
 
 def events_after(session: Session, *, owner_id: str, job_id: str, seq: int, limit: int = 100) -> list[Event]:
-    """Up to `limit` events numbered above `seq`, in order: 1, 2, 3, … without gaps.
+    """Returns up to `limit` events numbered above `seq`, in order and without gaps. Raises NotFound.
 
-    A stream ends when a job's state, read BEFORE the events, is terminal and no event is left. Raises
-    NotFound.
+    A stream ends when the job's state, read BEFORE the events, is terminal and no event is left.
     """
     get(session, owner_id=owner_id, job_id=job_id)
     query = select(Event).where(Event.job_id == job_id, Event.seq > seq).order_by(Event.seq)
@@ -228,32 +210,26 @@ def events_after(session: Session, *, owner_id: str, job_id: str, seq: int, limi
 def list_checkpoints(
     session: Session, *, owner_id: str, job_id: str, limit: int = 10, after: str | None = None
 ) -> Page[Checkpoint]:
-    """The checkpoints of a job that can be asked as models (the end of each stage), the latest first.
+    """Returns a page of a job's stage checkpoints, which are models, newest first.
 
-    Those inside a stage serve to resume from and come and go. Raises NotFound; InvalidRequest for an unknown
-    cursor.
+    Step checkpoints are left out: they serve to resume from, and come and go. Raises NotFound; InvalidRequest (param
+    `after`) for an unknown cursor.
     """
     get(session, owner_id=owner_id, job_id=job_id)
-    place = select(Checkpoint.created_at, Checkpoint.id).where(
-        Checkpoint.job_id == job_id, Checkpoint.id == after
-    )
+    by = (Checkpoint.created_at, Checkpoint.id)
+    keyset = select(*by).where(Checkpoint.job_id == job_id, Checkpoint.id == after)
     query = select(Checkpoint).where(Checkpoint.job_id == job_id, Checkpoint.kind == "stage")
-    return fetch_page(
-        session,
-        query,
-        by=(Checkpoint.created_at, Checkpoint.id),
-        cursor=cursor_of(session, place, after),
-        limit=limit,
-    )
+    return fetch_page(session, query, by=by, cursor=cursor_of(session, keyset, after), limit=limit)
 
 
-def _mine(owner_id: str, job_id: str) -> ColumnElement[bool]:
+def _is_job(owner_id: str, job_id: str) -> ColumnElement[bool]:
     return and_(Job.id == job_id, Job.owner_id == owner_id)
 
 
-def _refuse(job: Job, wish: str) -> Job:
+def _refuse(job: Job, participle: str) -> Job:
+    """Raises the Conflict that says why a job can't be cancelled, paused or resumed."""
     if job.state in TERMINAL:
-        raise Conflict(f"the job has already ended: {job.state}", code="job_ended")
+        raise Conflict(f"the job has already ended: it is {job.state}", code="job_ended")
     if job.cancel_requested_at is not None:
         raise Conflict("the job is being cancelled", code="job_being_cancelled")
-    raise Conflict(f"a job that is {job.state} can't be {wish}", code="wrong_state")
+    raise Conflict(f"a job that is {job.state} can't be {participle}", code="wrong_state")

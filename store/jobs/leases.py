@@ -1,10 +1,9 @@
-"""The worker's side of jobs: claim one, keep it, tell what happens, let it go.
+"""The worker's side of a running job: claim it, renew its lease, record events and checkpoints. See endings for its
+end.
 
-A claim raises the job's attempt number, the fencing token, and sets a lease. Every later write of that
-attempt says `WHERE attempt = :mine`; a worker that was thought dead changes nothing and gets LostFence, on
-which it must kill its trainer and forget the job. What the user asked for meanwhile wins: a run that was told
-to cancel ends as cancelled, however it was about to end, so the functions that let go return the job as it
-now stands. It does NOT know trainers, files or bytes.
+A claim raises the job's attempt number, the fencing token, and sets a lease. Every later write of that attempt says
+`WHERE attempt = :mine`: a worker whose lease was taken over changes nothing and gets LostFence, on which it must kill
+its trainer and drop the job.
 """
 
 from __future__ import annotations
@@ -17,32 +16,42 @@ from sqlalchemy.orm import Session
 
 from store import ids
 from store.db.session import seconds
-from store.db.states import HELD, WAITING, Purpose
+from store.db.states import CLAIMED, WAITING, Purpose
 from store.db.tables import Attempt, Checkpoint, Job
 from store.jobs import checkpoints
 from store.jobs.fence import Claim, StopRequest, fence, lost_lease, write_fenced
-from store.jobs.shared_prefix import is_free
+from store.jobs.shared_prefix import may_train
 from store.jobs.spec import TrainingSpec
 from store.jobs.transitions import EventType, Level, NewEvent, append, write
 
 
+def is_claimable(purpose: Purpose) -> ColumnElement[bool]:
+    """Returns the condition under which a job can be claimed for `purpose`."""
+    return and_(
+        Job.state == WAITING[purpose],
+        Job.lease_until.is_(None),
+        or_(Job.not_before.is_(None), Job.not_before <= func.now()),
+        *([may_train()] if purpose == "train" else []),
+    )
+
+
 def longest_waiting(session: Session, *, purpose: Purpose) -> str | None:
-    """The id of the job that has waited longest to be claimed for `purpose`; None when nobody waits."""
-    query = select(Job.id).where(_is_waiting(purpose)).order_by(Job.created_at, Job.id).limit(1)
+    """Returns the id of the oldest job that can be claimed for `purpose`; None when there is none."""
+    query = select(Job.id).where(is_claimable(purpose)).order_by(Job.created_at, Job.id).limit(1)
     return session.scalar(query)
 
 
 def claim(
     session: Session, *, job_id: str, worker_id: str, purpose: Purpose, lease_seconds: float = 60.0
 ) -> Claim | None:
-    """Take a waiting job. None when it isn't waiting (any more): drop the message.
+    """Claims a job; None when it can't be claimed (any more).
 
-    An expired lease is not taken over here: the reconciler takes it back first, so that one place counts it,
-    carries out a cancel, and waits after an outage of the database.
+    A job with an expired lease can't be claimed: the reconciler takes it back first, so that one place counts lost
+    leases, carries out cancel requests, and waits after an outage of the database.
     """
-    guard = and_(Job.id == job_id, _is_waiting(purpose))
+    guard = and_(Job.id == job_id, is_claimable(purpose))
     values = {
-        "state": HELD[purpose],
+        "state": CLAIMED[purpose],
         "attempt": Job.attempt + 1,
         "worker_id": worker_id,
         "lease_until": func.now() + seconds(lease_seconds),
@@ -68,13 +77,13 @@ def claim(
 
 
 def heartbeat(session: Session, claim: Claim) -> StopRequest:
-    """Renew the lease. Raises LostFence."""
+    """Renews the lease. Returns the user's stop request. Raises LostFence."""
     job = write_fenced(session, claim, {"lease_until": func.now() + seconds(claim.lease_seconds)})
     return _stop_request(job)
 
 
 def read_stop_request(session: Session, claim: Claim) -> StopRequest:
-    """Read what is wanted without renewing the lease. Raises LostFence."""
+    """Returns the user's stop request without renewing the lease. Raises LostFence."""
     job = session.scalar(select(Job).where(fence(claim)))
     if job is None:
         raise lost_lease(claim)
@@ -95,10 +104,9 @@ def record_event(
     metrics: Mapping[str, Any] | None = None,
     resolved: Mapping[str, Any] | None = None,
 ) -> Job:
-    """Add an event, and with it what the job shows from now on; None leaves a column as it is.
+    """Adds an event and changes the columns that are not None. Returns the job. Raises LostFence.
 
-    `progress` replaces what was shown, `metrics` ({stage: its latest}) and `resolved` replace the names they
-    give. Raises LostFence.
+    `progress` replaces the job's; `metrics` ({stage: its latest metrics}) and `resolved` are merged into the job's.
     """
     values: dict[str, Any] = {}
     if stage is not None:
@@ -126,12 +134,12 @@ def record_checkpoint(
     metrics: Mapping[str, Any] | None = None,
     task: Mapping[str, Any] | None = None,
 ) -> list[str]:
-    """Commit a checkpoint whose files are already durable under `storage_key`, with its CHECKPOINT_SAVED
-    event.
+    """Commits a checkpoint whose files are durable under `storage_key`, with its CHECKPOINT_SAVED event.
 
-    One at a stage's end also becomes a model (files `bundle/…` of it), answering `task`. The trainer has
-    proved that it moves: its deaths are forgotten. Returns the storage keys of step checkpoints that are no
-    longer needed, to be deleted after the commit (the sweep deletes them otherwise). Raises LostFence.
+    A stage checkpoint also becomes a model for `task`, of its files `bundle/…`. `metrics` have OpenAI's names
+    (train_loss, valid_loss, …). The job's count of crashes starts again at 0. Returns the storage keys of older step
+    checkpoints that are no longer needed, to be deleted after the commit (else the sweep deletes them). Raises
+    LostFence.
     """
     checkpoint = Checkpoint(
         id=ids.new_checkpoint_id(),
@@ -145,9 +153,9 @@ def record_checkpoint(
         manifest=dict(manifest),
         metrics=dict(metrics or {}),
     )
-    job = write_fenced(session, claim, {"trainer_deaths": 0})  # the fence first: it locks the row
+    job = write_fenced(session, claim, {"trainer_deaths": 0})  # first, since it locks the row
     committed = checkpoints.committed_key(session, checkpoint)
-    if committed is not None:  # the same call again, or the same state saved again under another key
+    if committed is not None:  # this call was repeated, or the same state was saved again under another key
         return [] if committed == storage_key else [storage_key]
     checkpoints.add(session, job, checkpoint, task or {})
     data = {"stage": stage, "stage_index": stage_index, "step": step, "checkpoint": checkpoint.id}
@@ -159,17 +167,8 @@ def record_checkpoint(
 
 
 def record_stage_passed(session: Session, claim: Claim, *, stages: int) -> None:
-    """So many stages of this job have ended, and what they ended with is there for others. Raises LostFence."""
+    """Records that the results of the first `stages` stages can be reused by other jobs. Raises LostFence."""
     write_fenced(session, claim, {"stages_passed": func.greatest(Job.stages_passed, stages)})
-
-
-def _is_waiting(purpose: Purpose) -> ColumnElement[bool]:
-    return and_(
-        Job.state == WAITING[purpose],
-        Job.lease_until.is_(None),
-        or_(Job.not_before.is_(None), Job.not_before <= func.now()),
-        *([is_free()] if purpose == "train" else []),
-    )
 
 
 def _stop_request(job: Job) -> StopRequest:

@@ -1,7 +1,6 @@
-"""The reconciler: finds jobs whose message or whose worker was lost. It does NOT send messages; its caller
-does, after the commit.
+"""The reconciler: finds jobs whose hint or whose worker was lost. The caller sends the hints, after its commit.
 
-One sweep at a time in the whole cluster, by an advisory lock that ends with the transaction.
+An advisory lock, which ends with the transaction, allows one sweep at a time in the whole cluster.
 """
 
 from __future__ import annotations
@@ -13,9 +12,9 @@ from sqlalchemy.dialects.postgresql import insert
 from sqlalchemy.orm import Session
 
 from store.db.session import seconds
-from store.db.states import HELD, PURPOSES, WAITING, JobState, Purpose
+from store.db.states import CLAIMED, WAITING, JobState, Purpose
 from store.db.tables import Job, Reconciler
-from store.jobs.shared_prefix import is_free
+from store.jobs.leases import is_claimable
 from store.jobs.transitions import NewEvent, cancelled, close_attempt, failed, move, paused
 
 _LOCK = 0x48454654  #: "HEFT"
@@ -33,33 +32,29 @@ def sweep(
     max_lost_leases: int = 20,
     limit: int = 50,
 ) -> list[Hint]:
-    """Take back expired leases; return (job id, purpose) of waiting jobs whose last hint is `stale_seconds`
-    old.
+    """Takes back expired leases. Returns (job id, purpose) of waiting jobs whose last hint is `stale_seconds` old.
 
-    At most `limit` of each purpose, the oldest first, so that a long queue does not send itself again and
-    again. Empty while another process sweeps. When nobody has swept for a lease's length, the database was
-    away and no worker could renew anything: nothing is taken over for one full lease.
+    They are at most `limit` of each purpose, the oldest first, so that a long queue is not hinted whole again and
+    again. Empty while another process sweeps. When no process has swept for half a lease, the database was away and
+    workers could not renew their leases: none is taken back for one full lease.
     """
     if not session.scalar(select(func.pg_try_advisory_xact_lock(_LOCK))):
         return []
-    if _may_take_over(session, lease_seconds):
-        expired = and_(Job.lease_until < func.now() - seconds(grace_seconds))
-        _take_back(session, expired, max_lost_leases)
-    return [hint for state in PURPOSES for hint in _stale(session, state, stale_seconds, limit)]
+    if _may_take_back(session, lease_seconds):
+        _take_back(session, Job.lease_until < func.now() - seconds(grace_seconds), max_lost_leases)
+    return [hint for purpose in WAITING for hint in _stale(session, purpose, stale_seconds, limit)]
 
 
 def take_back_from(session: Session, *, worker_id: str, max_lost_leases: int = 20) -> None:
-    """Take back at once what `worker_id` held in an earlier life. For a worker that starts under a name that
-    is its alone, and so knows that the one before it is dead; the next sweep hints what was taken back.
+    """Takes back the jobs of an earlier process of this worker, when it starts; the next sweep hints them.
+
+    Only for a worker whose id no other process can have: so the earlier process is dead.
     """
     _take_back(session, Job.worker_id == worker_id, max_lost_leases)
 
 
-def _may_take_over(session: Session, lease_seconds: float) -> bool:
-    """Note this sweep; False for one lease after an outage.
-
-    A gap of half a lease counts as one: leases that ran out in it may belong to workers that live.
-    """
+def _may_take_back(session: Session, lease_seconds: float) -> bool:
+    """Records this sweep. Returns False for one lease after an outage."""
     lease, outage = seconds(lease_seconds), seconds(lease_seconds / 2)
     first = {"id": _ROW, "swept_at": func.now(), "takeover_after": func.now()}
     statement = insert(Reconciler).values(first)
@@ -69,14 +64,13 @@ def _may_take_over(session: Session, lease_seconds: float) -> bool:
     statement = statement.on_conflict_do_update(
         index_elements=[Reconciler.id], set_={"swept_at": func.now(), "takeover_after": after_gap}
     )
-    open_now = session.scalar(statement.returning(Reconciler.takeover_after <= func.now()))
-    return bool(open_now)
+    return bool(session.scalar(statement.returning(Reconciler.takeover_after <= func.now())))
 
 
-def _take_back(session: Session, where: ColumnElement[bool], max_lost_leases: int) -> None:
-    held = or_(*(Job.state == state for state in HELD.values()))
-    query = select(Job).where(held, Job.lease_until.is_not(None), where).order_by(Job.id)
-    # SKIP LOCKED: a row that someone is writing just now has a worker that lives.
+def _take_back(session: Session, condition: ColumnElement[bool], max_lost_leases: int) -> None:
+    claimed = Job.state.in_(tuple(CLAIMED.values()))
+    query = select(Job).where(claimed, Job.lease_until.is_not(None), condition).order_by(Job.id)
+    # SKIP LOCKED: a row that is being written has a living worker.
     for job in session.scalars(query.with_for_update(skip_locked=True)).all():
         purpose: Purpose = "train" if job.state == JobState.RUNNING else "prepare"
         close_attempt(session, job.id, job.attempt, "lease_lost")
@@ -87,7 +81,7 @@ def _take_back(session: Session, where: ColumnElement[bool], max_lost_leases: in
 def _after_loss(
     job: Job, purpose: Purpose, max_lost_leases: int
 ) -> tuple[JobState, NewEvent, dict[str, Any]]:
-    """Where a job goes whose worker is gone: what its user asked for comes first."""
+    """Returns the next state of a job whose worker was lost, its event, and values. Its user's requests come first."""
     values: dict[str, Any] = {"lost_leases": job.lost_leases + 1, "hinted_at": None}
     if job.cancel_requested_at is not None:
         return JobState.CANCELLED, cancelled(), values
@@ -102,31 +96,18 @@ def _after_loss(
         return JobState.FAILED, failed(error), values | {"error": error}
     event = NewEvent(
         code="RESTARTED",
-        message="The job's worker was lost; it goes on elsewhere from its last checkpoint.",
+        message="The job's worker was lost. Another one continues from the last checkpoint.",
         data={"lost_leases": job.lost_leases + 1},
         level="warn",
     )
     return WAITING[purpose], event, values
 
 
-def _stale(session: Session, state: JobState, stale_seconds: float, limit: int) -> list[Hint]:
-    waiting = and_(
-        Job.state == state,
-        Job.lease_until.is_(None),
-        or_(Job.not_before.is_(None), Job.not_before <= func.now()),
-        *([is_free()] if PURPOSES[state] == "train" else []),
-    )
-    unheard = or_(Job.hinted_at.is_(None), Job.hinted_at <= func.now() - seconds(stale_seconds))
-    # A study's cancel locks many jobs in an order of its own: who is locked is left to the next sweep.
-    oldest = select(Job.id).where(waiting).order_by(Job.created_at, Job.id).limit(limit)
-    oldest = oldest.with_for_update(of=Job, skip_locked=True)
-    in_order = list(session.scalars(oldest))
-    statement = (
-        update(Job)
-        .where(Job.id.in_(in_order), waiting, unheard)
-        .values(hinted_at=func.now())
-        .returning(Job.id)
-        .execution_options(synchronize_session=False)
-    )
-    hinted = set(session.scalars(statement))
-    return [(job_id, PURPOSES[state]) for job_id in in_order if job_id in hinted]
+def _stale(session: Session, purpose: Purpose, stale_seconds: float, limit: int) -> list[Hint]:
+    is_stale = or_(Job.hinted_at.is_(None), Job.hinted_at <= func.now() - seconds(stale_seconds))
+    # SKIP LOCKED: a study's cancel locks many jobs in its own order; the next sweep looks at them.
+    oldest = select(Job.id).where(is_claimable(purpose)).order_by(Job.created_at, Job.id).limit(limit)
+    job_ids = list(session.scalars(oldest.with_for_update(of=Job, skip_locked=True)))
+    to_hint = update(Job).where(Job.id.in_(job_ids), is_claimable(purpose), is_stale)
+    hinted = set(session.scalars(to_hint.values(hinted_at=func.now()).returning(Job.id)))
+    return [(job_id, purpose) for job_id in job_ids if job_id in hinted]

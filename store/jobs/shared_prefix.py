@@ -1,14 +1,17 @@
-"""In which order the jobs of a study may train: stages that several of them share are trained once.
+"""The order in which jobs of a study train, so that the stages which they share are trained once.
 
-The rule. Two jobs of a study that begin with the same stages (same settings, seed, files) share that prefix. A job
-waits while another job before it in the study shares a prefix with it, may still train, and has not passed that prefix;
-unless some job has passed it: then what its stages ended with is there to be reused, and all that share it may start at
-once. A job before it that has ended or is paused holds nobody back. So exactly one job of those that share stages
-trains them at a time, and should it fail, the next one does. The first of the jobs that are left never waits.
+Two jobs of a study share a prefix when they begin with the same stages: equal settings, seed and files. Of the jobs
+that share a prefix, the first in the study's order trains it, and the others wait. A job waits when both are true:
 
-A pure condition on rows, looked at when a job is hinted and when it is claimed: there is nothing to be undone or lost.
-Where a result could not be kept, each job trains its own stages, as any other does. It does NOT know what the engine's
-own keys are made of; equal settings are enough for them to be equal.
+- An earlier job shares a prefix with it, has not trained all of it yet, and is neither ended nor paused.
+- No job at all has trained that whole prefix yet. Once one has, its stage results are there to be reused, and all jobs
+  that share the prefix may start.
+
+So if the first job fails or is paused, the next one trains the prefix. The first unfinished job never waits. Where a
+stage result could not be stored, each job trains the stage itself.
+
+The rule is a condition on rows, evaluated when a job is hinted and when it is claimed. It stores nothing but
+`study_prefixes`, which never change.
 """
 
 from __future__ import annotations
@@ -24,35 +27,39 @@ from store.db.study_tables import StudyPrefix
 from store.db.tables import Job
 from store.jobs.spec import TrainingSpec
 
-#: What the engine's result of a stage does not depend on, or what its stages say better.
-_ELSEWHERE = {"method", "suffix", "reuse"}
+#: Settings on which the result of a stage does not depend, or only through its stage settings.
+_NOT_IN_KEY = {"method", "suffix", "reuse"}
 
 
 def prefix_keys(study_id: str, spec: TrainingSpec) -> list[str]:
-    """A key for the first stage, for the first two, … of this job; none if it reuses nothing."""
+    """Returns a key of the job's first stage, of its first two stages, …; an empty list for a job without reuse.
+
+    Equal keys stand for equal settings, for which the engine's keys of stage results are equal too.
+    """
     if not spec.reuse:
         return []
-    common = spec.model_dump(mode="json", exclude=_ELSEWHERE)
+    shared = spec.model_dump(mode="json", exclude=_NOT_IN_KEY)
     stages = [stage.model_dump(mode="json") for stage in spec.stages()]
-    parts = ([study_id, common, stages[: count + 1]] for count in range(len(stages)))
+    parts = ([study_id, shared, stages[: count + 1]] for count in range(len(stages)))
     return [hashlib.sha256(json.dumps(part, sort_keys=True).encode()).hexdigest() for part in parts]
 
 
-def is_free() -> ColumnElement[bool]:
-    """The rule, as a condition on a row of jobs; true for every job outside studies."""
-    mine, theirs, passed = aliased(StudyPrefix), aliased(StudyPrefix), aliased(StudyPrefix)
-    other, done = aliased(Job), aliased(Job)
-    may_still_train = and_(other.finished_at.is_(None), other.state != JobState.PAUSED)
-    held_back = (
+def may_train() -> ColumnElement[bool]:
+    """Returns the condition on a row of `jobs`; true for every job outside studies."""
+    prefix, earlier_prefix, trained_prefix = aliased(StudyPrefix), aliased(StudyPrefix), aliased(StudyPrefix)
+    earlier, trained = aliased(Job), aliased(Job)
+    earlier_trains_it = (
         exists()
-        .where(theirs.key == mine.key, theirs.place < mine.place, other.id == theirs.job_id)
-        .where(may_still_train, other.stages_passed < mine.length)
-        .correlate(mine)
+        .where(earlier_prefix.key == prefix.key, earlier_prefix.place < prefix.place)
+        .where(earlier.id == earlier_prefix.job_id, earlier.stages_passed < prefix.length)
+        .where(earlier.finished_at.is_(None), earlier.state != JobState.PAUSED)
+        .correlate(prefix)
     )
-    is_there = (
+    is_trained = (
         exists()
-        .where(passed.key == mine.key, done.id == passed.job_id, done.stages_passed >= mine.length)
-        .correlate(mine)
+        .where(trained_prefix.key == prefix.key, trained.id == trained_prefix.job_id)
+        .where(trained.stages_passed >= prefix.length)
+        .correlate(prefix)
     )
-    waits = exists().where(mine.job_id == Job.id, held_back, not_(is_there)).correlate(Job)
+    waits = exists().where(prefix.job_id == Job.id, and_(earlier_trains_it, not_(is_trained))).correlate(Job)
     return not_(waits)

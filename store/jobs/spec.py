@@ -1,8 +1,7 @@
-"""What the user chose for a job, with bounds, as it is stored in JSON.
+"""A job's settings as its user chose them and as they are stored in JSON.
 
-The stage settings themselves (rank, layers, learning rate, …) are defined once, in `heft_engine.config.train`,
-which imports no torch. This module adds what belongs to the service: files, the method as OpenAI's API writes
-it, and how that becomes an ordered list of stages.
+The settings of stages (rank, layers, learning rate, …) are defined in `heft_engine.config.train`. This module adds
+those of the service: files, the method in the form of OpenAI's API, and the list of stages that it stands for.
 """
 
 from __future__ import annotations
@@ -26,11 +25,9 @@ from heft_engine.config.train import (
     recipe,
 )
 from store.errors import InvalidRequest
+from store.storage.files import FILE_FIELDS
 
-FILE_FIELDS = ("training_file", "validation_file", "test_file")
-
-#: An alias (`smollm2-135m`), a folder inside HEFT_MODEL_DIR, or a hub id; never a free path (MLflow fell to
-#: this six times).
+#: An alias (`smollm2-135m`), a folder inside HEFT_MODEL_DIR, or a hub id; never a path, which could leave that folder.
 MODEL_REFERENCE = re.compile(
     r"[A-Za-z0-9][A-Za-z0-9._-]*(/[A-Za-z0-9][A-Za-z0-9._-]*)?(@[A-Za-z0-9._-]{1,64})?"
 )
@@ -42,7 +39,7 @@ FILE_REFERENCE = re.compile(
 
 
 class Stages(Settings):
-    """The settings block of a named method: how its LoRA and its ReFT stages are trained."""
+    """The settings of a method that is made of LoRA and ReFT stages."""
 
     lora: LoraStage = LoraStage()
     reft: ReftStage = ReftStage()
@@ -53,13 +50,14 @@ class RecipeStages(Settings):
 
 
 class Hyperparameters(Settings):
-    """OpenAI's three, for callers who know nothing of stages: they go to every stage."""
+    """OpenAI's three hyperparameters, which apply to every stage."""
 
     n_epochs: Annotated[int, Field(ge=1, le=1_000)] | Auto = "auto"
     batch_size: Annotated[int, Field(ge=1, le=4_096)] | Auto = "auto"
     learning_rate_multiplier: Annotated[float, Field(gt=0, le=1_000)] | Auto = "auto"
 
     def overrides(self) -> dict[str, Any]:
+        """Returns the values that are not "auto"."""
         return {name: value for name, value in self if value != "auto"}
 
 
@@ -68,7 +66,9 @@ class Supervised(Settings):
 
 
 class Method(Settings):
-    """`{"type": "heft", "heft": {…}}`: the type, and that type's settings under its own name."""
+    """A method in OpenAI's form: its type, and that type's settings under its name (`{"type": "heft", "heft":
+    {…}}`).
+    """
 
     type: Literal["heft", "lora", "reft", "heft_reversed", "heft_interleaved", "recipe", "supervised"] = (
         "heft"
@@ -87,14 +87,15 @@ class Method(Settings):
             if name not in ("type", self.type) and getattr(self, name) is not None:
                 raise ValueError(f"method.{name} does not belong to a method of type {self.type!r}")
         if self.type == "recipe" and self.recipe is None:
-            raise ValueError("method.recipe.stages is needed: the list of stages to train, in order")
+            raise ValueError("method.recipe.stages is required: the stages to train, in order")
         return self
 
     def engine_method(self) -> MethodType:
+        """Returns the engine's name of this method: OpenAI's `supervised` is `heft`."""
         return "heft" if self.type == "supervised" else self.type
 
     def stages(self) -> list[Stage]:
-        """The stages in order, every default filled in."""
+        """Returns the stages in order, with all defaults."""
         if self.type == "recipe":
             assert self.recipe is not None
             return list(self.recipe.stages)
@@ -103,12 +104,12 @@ class Method(Settings):
             return recipe("heft", LoraStage(**overrides), ReftStage(**overrides))
         if self.type in ("lora", "reft"):
             return recipe(self.type, self.lora, self.reft)
-        block: Stages = getattr(self, self.type) or Stages()
-        return recipe(self.type, block.lora, block.reft)
+        settings: Stages = getattr(self, self.type) or Stages()
+        return recipe(self.type, settings.lora, settings.reft)
 
 
 class TrainingSpec(Settings):
-    """A job as its user asked for it. Stored whole; `worker.jobs.run_file` turns it into the engine's TrainConfig."""
+    """A job's settings. `worker.jobs.run_file` makes the engine's TrainConfig of them."""
 
     model: Annotated[str, Field(min_length=1, max_length=200)]
     training_file: str
@@ -121,7 +122,7 @@ class TrainingSpec(Settings):
     early_stopping: EarlyStopping | None = None
     max_length: Annotated[int, Field(ge=16, le=1_048_576)] | None = None
     dtype: Dtype = "auto"
-    #: Whether to start after stages that an equal job of this owner has trained, and to leave this job's own to others.
+    #: Start from stage results of this owner's jobs with equal settings, and store this job's for others.
     reuse: bool = True
 
     @field_validator("model")
@@ -129,8 +130,8 @@ class TrainingSpec(Settings):
     def _model_reference(cls, value: str) -> str:
         if not MODEL_REFERENCE.fullmatch(value) or ".." in value:
             raise ValueError(
-                "a model is an alias, a folder of the operator's model directory, or a hub id org/name;"
-                " not a path or an address"
+                "a model must be an alias, a folder of the operator's model directory, or a hub id org/name;"
+                " paths and URLs are not accepted"
             )
         return value
 
@@ -139,23 +140,34 @@ class TrainingSpec(Settings):
     def _file_reference(cls, value: str | None) -> str | None:
         if value is not None and not FILE_REFERENCE.fullmatch(value):
             raise ValueError(
-                "a file is an uploaded file's id (file-…), hub:<dataset>[:<config>][:<split>] or"
+                "a file must be an uploaded file's id (file-…), hub:<dataset>[:<config>][:<split>] or"
                 " sample:<name>[:<split>]"
             )
         return value
 
     def stages(self) -> list[Stage]:
+        """Returns the stages in order, with all defaults."""
         return self.method.stages()
+
+    def stage_label(self, stage: str, index: int | None) -> str:
+        """Returns `lora`; `lora-3` for the third stage of a recipe with more than one of that type."""
+        is_only = sum(settings.type == stage for settings in self.stages()) <= 1
+        return stage if is_only or index is None else f"{stage}-{index + 1}"
+
+    def files(self) -> dict[str, str]:
+        """Returns {field: reference} of the files that are set."""
+        return {field: value for field in FILE_FIELDS if (value := getattr(self, field)) is not None}
 
 
 def check_known_datasets(spec: TrainingSpec) -> None:
-    """Raises InvalidRequest naming the file or the part of the task that a well-known dataset's name shows to be wrong.
+    """Checks hub datasets and the task against what is known of well-known datasets.
 
-    Not a validator of TrainingSpec: jobs that were stored before a dataset was known must still be read.
+    Raises InvalidRequest naming the field. This is no validator of TrainingSpec: jobs that were stored before a dataset
+    became known must still load.
     """
     try:
-        for field in FILE_FIELDS:
-            source, _, dataset = (getattr(spec, field) or "").partition(":")
+        for field, reference in spec.files().items():
+            source, _, dataset = reference.partition(":")
             if source == "hub":
                 known_datasets.parse_reference(dataset, field)
         known_datasets.with_dataset_defaults(spec.task, spec.training_file)

@@ -1,8 +1,7 @@
-"""The one way a job changes its state: an UPDATE whose WHERE is the guard, with the event that tells of it.
+"""Changes of a job's row: guarded UPDATEs, each with its event.
 
-Events are numbered by the same UPDATE (`event_seq + 1`), in the same transaction: the row's lock orders them,
-so a reader never sees number 8 before number 7. It does NOT know who may ask for a change: see jobs, leases,
-reconcile.
+The same UPDATE numbers the event (`event_seq + 1`): the row's lock orders events, so a reader never sees number 8
+before number 7.
 """
 
 from __future__ import annotations
@@ -25,7 +24,7 @@ EventType = Literal["message", "metrics"]
 
 @dataclass(frozen=True, kw_only=True)
 class NewEvent:
-    """What happened. `code` is one of the codes of the REST API's events; it is stored as `data.code`."""
+    """An event to be added to a job. `code` is one of the REST API's event codes; it is stored as `data.code`."""
 
     code: str
     message: str
@@ -37,16 +36,15 @@ class NewEvent:
 def write(
     session: Session, guard: ColumnElement[bool], values: Mapping[str, Any], event: NewEvent | None = None
 ) -> Job | None:
-    """Change the one job that `guard` finds, and number and add `event`. None: the guard found no row."""
+    """Changes the one job that matches `guard` and adds `event`. Returns the job, None when no job matches."""
     changes = dict(values)
     if event is not None:
         changes["event_seq"] = Job.event_seq + 1
-    statement = (
-        update(Job).where(guard).values(changes).returning(Job).execution_options(synchronize_session=False)
-    )
+    statement = update(Job).where(guard).values(changes).returning(Job)
     job = session.scalars(statement).one_or_none()
     if job is not None and event is not None:
-        _append(session, job, event)
+        session.add(Event(**_event_row(job.id, job.event_seq, job.attempt, event)))
+        session.flush()
     return job
 
 
@@ -57,10 +55,9 @@ def move(
     event: NewEvent,
     values: Mapping[str, Any] | None = None,
 ) -> Job | None:
-    """Bring the one job that `guard` finds into state `to`, if `states.TRANSITIONS` allows it from where it
-    stands.
+    """Moves the one job that matches `guard` into state `to`, if `states.TRANSITIONS` allows it, and adds `event`.
 
-    Whoever held it holds it no longer (a claim sets its holder in `values`).
+    The job's claim ends. Returns the job, None when no job matches.
     """
     changes: dict[str, Any] = {"state": to, "worker_id": None, "lease_until": None, "stage": None}
     if to is JobState.PAUSED:
@@ -69,39 +66,27 @@ def move(
         changes["finished_at"] = func.now()
     job = write(session, and_(guard, Job.state.in_(sources(to))), changes | dict(values or {}), event)
     if job is not None and to in TERMINAL:
-        checkpoints.remove_old(session, job.id, keep=0)  # nothing resumes from them any more
+        checkpoints.remove_old(session, job.id, keep=0)  # no attempt resumes from them any more
     return job
 
 
 def append(session: Session, job_id: str, event: NewEvent) -> None:
-    """Add an event to a job whose row this transaction has already locked or made."""
+    """Adds an event to a job whose row this transaction has locked or created."""
     if write(session, Job.id == job_id, {}, event) is None:
         raise LookupError(job_id)
 
 
-def _append(session: Session, job: Job, event: NewEvent) -> None:
-    session.add(
-        Event(
-            job_id=job.id,
-            seq=job.event_seq,
-            id=ids.new_event_id(),
-            attempt=job.attempt,
-            level=event.level,
-            type=event.type,
-            message=event.message,
-            data={**event.data, "code": event.code},
-        )
-    )
-    session.flush()
-
-
 def first_event(job_id: str, event: NewEvent) -> dict[str, Any]:
-    """The row of event 1 of a job that is made with `event_seq` 1: nobody else can see it yet."""
+    """Returns the values of event 1 of a job that is inserted with `event_seq` 1."""
+    return _event_row(job_id, 1, 0, event)
+
+
+def _event_row(job_id: str, seq: int, attempt: int, event: NewEvent) -> dict[str, Any]:
     return {
         "job_id": job_id,
-        "seq": 1,
+        "seq": seq,
         "id": ids.new_event_id(),
-        "attempt": 0,
+        "attempt": attempt,
         "level": event.level,
         "type": event.type,
         "message": event.message,
@@ -110,21 +95,20 @@ def first_event(job_id: str, event: NewEvent) -> dict[str, Any]:
 
 
 def close_attempt(session: Session, job_id: str, number: int, outcome: str) -> None:
-    """Note how an attempt ended. One that has ended already keeps its outcome."""
+    """Writes the outcome of an attempt. An earlier outcome stays."""
     session.execute(
         update(Attempt)
         .where(Attempt.job_id == job_id, Attempt.number == number, Attempt.ended_at.is_(None))
         .values(ended_at=func.now(), outcome=outcome)
-        .execution_options(synchronize_session=False)
     )
 
 
-def cancelled(reason: str = "The job was cancelled.") -> NewEvent:
-    return NewEvent(code="CANCELLED", message=reason)
+def cancelled() -> NewEvent:
+    return NewEvent(code="CANCELLED", message="The job was cancelled.")
 
 
 def paused() -> NewEvent:
-    return NewEvent(code="PAUSED", message="The job is paused; resume goes on from its last checkpoint.")
+    return NewEvent(code="PAUSED", message="The job is paused. Resume continues from its last checkpoint.")
 
 
 def failed(error: Mapping[str, Any]) -> NewEvent:

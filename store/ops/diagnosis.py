@@ -9,7 +9,7 @@ from sqlalchemy import ColumnElement, SQLColumnExpression, and_, func, or_, sele
 from sqlalchemy.orm import Session
 
 from store.db.session import seconds
-from store.db.states import HELD, WAITING, JobState, Purpose
+from store.db.states import CLAIMED, WAITING, JobState, Purpose
 from store.db.tables import Event, Job, Reconciler, Worker
 
 #: A lease that ran out so long ago should have been taken back.
@@ -82,7 +82,7 @@ def queues(session: Session) -> list[Queue]:
         )
         waited = func.extract("epoch", func.now() - func.min(_last_event()))
         length, oldest = session.execute(select(func.count(), waited).where(free)).one()
-        held = and_(Job.state == HELD[purpose], Job.lease_until.is_not(None))
+        held = and_(Job.state == CLAIMED[purpose], Job.lease_until.is_not(None))
         working = session.scalar(select(func.count()).select_from(Job).where(held)) or 0
         found.append(Queue(purpose=purpose, length=length, oldest_seconds=float(oldest or 0), held=working))
     return found

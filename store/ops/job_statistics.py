@@ -15,7 +15,7 @@ from sqlalchemy.orm import Session
 
 from store.db.states import PURPOSES, JobState
 from store.db.tables import Job
-from store.jobs.shared_prefix import is_free
+from store.jobs.shared_prefix import may_train
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -39,7 +39,7 @@ def jobs(session: Session) -> JobStatistics:
         select(Job.state, age)
         .where(Job.state.in_(waiting), or_(Job.lease_until.is_(None), Job.lease_until < func.now()))
         .where(or_(Job.not_before.is_(None), Job.not_before <= func.now()))
-        .where(or_(Job.state != JobState.QUEUED, is_free()))  # others wait for a stage that they share
+        .where(or_(Job.state != JobState.QUEUED, may_train()))  # others wait for a stage that they share
         .group_by(Job.state)
     ).all()
     running = session.execute(

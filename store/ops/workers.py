@@ -21,27 +21,19 @@ def register(session: Session, *, worker_id: str, role: str, info: Mapping[str, 
 
 
 def heartbeat(session: Session, *, worker_id: str) -> None:
-    session.execute(
-        update(Worker)
-        .where(Worker.id == worker_id)
-        .values(seen_at=func.now())
-        .execution_options(synchronize_session=False)
-    )
+    session.execute(update(Worker).where(Worker.id == worker_id).values(seen_at=func.now()))
 
 
 def note(session: Session, *, worker_id: str, changes: Mapping[str, Any]) -> None:
     """Add to what a worker says of itself in `info`, or change it."""
     session.execute(
-        update(Worker)
-        .where(Worker.id == worker_id)
-        .values(info=Worker.info.concat(dict(changes)))
-        .execution_options(synchronize_session=False)
+        update(Worker).where(Worker.id == worker_id).values(info=Worker.info.concat(dict(changes)))
     )
 
 
 def forget(session: Session, *, worker_id: str) -> None:
     """A worker that ends in good order takes its row with it."""
-    session.execute(delete(Worker).where(Worker.id == worker_id).execution_options(synchronize_session=False))
+    session.execute(delete(Worker).where(Worker.id == worker_id))
 
 
 def list_workers(session: Session, *, role: str | None = None, seen_within: float = 60.0) -> list[Worker]:

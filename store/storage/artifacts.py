@@ -1,9 +1,9 @@
-"""Bytes by key, on fsspec: `file://` on one machine, `s3://` on a cluster.
+"""Artifact storage: bytes by key, on fsspec. `file://` on one machine, `s3://` on a cluster.
 
-What is put under a key is there whole or not at all: a local file is written beside its place, made durable
-(fsync of the file and of its folders) and renamed; an object store shows an object when its upload completes,
-and has no rename. A key is never written twice with different bytes: every attempt has a prefix of its own.
-It does NOT know what is referred to: the commit point of anything stored is its row in Postgres.
+A key holds a whole file or nothing: a local file is written to a temporary one, made durable (fsync of the file and of
+its folders) and renamed; an object store shows an object when its upload completes, and has no rename. A key is never
+written twice with different bytes, since every attempt has a prefix of its own. The commit point of anything stored is
+its row in Postgres.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ from store.errors import Damaged, InvalidRequest
 from store.storage.atomic_write import PART_BYTES, LocalUpload, RemoteUpload, Upload, storage_faults
 
 MANIFEST = "manifest.json"
-#: Under the root, local storage only: files that are still being written. No key can name it.
+#: A folder of local storage for files that are still being written. No key can name it.
 _TEMPORARY = ".incomplete"
 _CHUNK = 1024 * 1024
 _SEGMENT = re.compile(r"[A-Za-z0-9_@+=-][A-Za-z0-9_.@+= -]{0,254}")
@@ -39,52 +39,44 @@ EXPORTS = "exports"
 
 
 def file_key(file_id: str) -> str:
-    """Where an uploaded file's bytes are."""
+    """Returns the key of an uploaded file's bytes."""
     return f"{FILES}/{file_id}"
 
 
 def prepared_key(job_id: str, sha256: str) -> str:
-    """Where rows are that were made for a job out of a data set of the hub or a sample: by what they are, so
-    that all attempts at checking it write the same.
-    """
+    """Returns the key of a job's rows of a hub dataset or a sample: by their content, the same for all attempts."""
     return f"{PREPARED}/{job_id}/{sha256}"
 
 
 def attempt_prefix(job_id: str, attempt: int) -> str:
-    """Where one attempt at a job puts everything: no other attempt ever writes there."""
+    """Returns the prefix of all keys of one attempt at a job; no other attempt writes there."""
     return f"jobs/{job_id}/{attempt}"
 
 
 def export_key(job_id: str, name: str, format: str, attempt: int, *, suffix: str = "tar") -> str:
-    """Where one attempt at an archive of a job's model puts it. `name`: the part of the model's id that is
-    its own.
-    """
+    """Returns the key of one attempt at an archive of a job's model. `name`: the last part of the model's id."""
     return f"{EXPORTS}/{job_id}/{name}-{format}-{attempt}.{suffix}"
 
 
 class Artifacts:
-    """The storage under one URL. Safe to use from several threads."""
+    """The storage under one URL. Thread-safe."""
 
     def __init__(self, url: str) -> None:
-        # Another process writes here too: a listing must never come from a cache.
+        # Other processes write here too: a listing must never come from a cache.
         options = {} if url.startswith("file:") else {"use_listings_cache": False}
         self._fs, root = fsspec.core.url_to_fs(url, **options)
         self._root = str(root).rstrip("/")
         self._local = isinstance(self._fs, LocalFileSystem)
 
     def upload(self, key: str) -> Upload:
-        """Write piece by piece: `write(chunk)`…, then `commit()`, else `abort()`. Nothing is seen before
-        commit.
-        """
+        """Starts an upload: call `write(chunk)`…, then `commit()`, else `abort()`. Nothing is visible before commit."""
         path = self._path(key)
         if self._local:
             return LocalUpload(Path(path), Path(self._root) / _TEMPORARY)
         return RemoteUpload(self._fs, path)
 
     def put_stream(self, key: str, chunks: Iterable[bytes]) -> str:
-        """Store what `chunks` gives; returns its SHA-256 in hex. An error in the middle leaves nothing
-        behind.
-        """
+        """Stores the joined `chunks`; returns their SHA-256 in hex. An error leaves nothing behind."""
         upload = self.upload(key)
         try:
             for chunk in chunks:
@@ -95,14 +87,14 @@ class Artifacts:
             raise
 
     def put_file(self, key: str, path: Path) -> str:
-        """Store a local file; returns its SHA-256 in hex."""
+        """Stores a local file; returns its SHA-256 in hex."""
         with path.open("rb") as file:
             return self.put_stream(key, iter(lambda: file.read(_CHUNK), b""))
 
     def put_directory(self, prefix: str, path: Path) -> dict[str, str]:
-        """Store every file of a local directory; returns {file: SHA-256}, the manifest to keep in Postgres.
+        """Stores all files of a local directory; returns {file: SHA-256}, the manifest for Postgres.
 
-        `manifest.json` is written last: the directory's own, or else one that holds what is returned.
+        `manifest.json` is written last: the directory's own, or else the returned manifest.
         """
         names = sorted(file.relative_to(path).as_posix() for file in path.rglob("*") if file.is_file())
         manifest = {
@@ -115,9 +107,9 @@ class Artifacts:
         return manifest
 
     def fetch_directory(self, prefix: str, path: Path, manifest: Mapping[str, str]) -> None:
-        """Bring the files of `manifest` to `path`, which must not exist (or be empty): all of them or none.
+        """Downloads the files of `manifest`, all or none, to `path`, which must be missing or empty.
 
-        Raises Damaged when one is missing or is not what its SHA-256 says.
+        Raises Damaged when one is missing or differs from its SHA-256.
         """
         path.parent.mkdir(parents=True, exist_ok=True)
         scratch = Path(tempfile.mkdtemp(prefix=f".{path.name}-", dir=path.parent))
@@ -132,7 +124,7 @@ class Artifacts:
             raise
 
     def fetch_file(self, key: str, path: Path, sha256: str) -> None:
-        """Bring one file to `path`. Raises Damaged when it is missing or is not what its SHA-256 says."""
+        """Downloads one file to `path`. Raises Damaged when it is missing or differs from its SHA-256."""
         try:
             self._fetch(key, path, sha256)
         except BaseException:
@@ -140,16 +132,18 @@ class Artifacts:
             raise
 
     def open(self, key: str) -> IO[bytes]:
-        """A stored file to read and seek in. Raises Damaged when it is missing."""
+        """Opens a stored file to read and seek. Raises Damaged when it is missing."""
         path = self._path(key)
         with storage_faults(key):
             if self._local:
                 return Path(path).open("rb")
-            size = self._fs.info(path)["size"]  # asked for here: its file objects complain when they fail to
+            size = self._fs.info(path)[
+                "size"
+            ]  # here, since fsspec's file objects report their own failure badly
             return cast("IO[bytes]", self._fs.open(path, "rb", block_size=PART_BYTES, size=size))
 
     def iter_bytes(self, key: str) -> Iterator[bytes]:
-        """A stored file in pieces of at most 1 MiB. Raises Damaged when it is missing."""
+        """Yields a stored file in chunks of at most 1 MiB. Raises Damaged when it is missing."""
         with self.open(key) as file:
             while True:
                 with storage_faults(key):
@@ -159,7 +153,7 @@ class Artifacts:
                 yield chunk
 
     def children(self, prefix: str) -> list[str]:
-        """The names directly under `prefix`, sorted; none when there is nothing."""
+        """Returns the names directly under `prefix`, sorted; an empty list when there are none."""
         with storage_faults(prefix):
             try:
                 paths = self._fs.ls(self._path(prefix), detail=False)
@@ -168,25 +162,23 @@ class Artifacts:
         return sorted(str(path).rstrip("/").rpartition("/")[2] for path in paths)
 
     def age_seconds(self, key: str) -> float:
-        """How long ago a file was stored, by this machine's clock. Raises Damaged when it is missing."""
+        """Returns the seconds since a file was stored, by this machine's clock. Raises Damaged when it is missing."""
         with storage_faults(key):
             stored_at: datetime = self._fs.modified(self._path(key))
         return (datetime.now(UTC) - stored_at).total_seconds()
 
     def delete_incomplete(self, *, older_than_seconds: float) -> None:
-        """Remove what uploads left that were killed in the middle. An object store's own lifecycle rules do
-        it there.
-        """
+        """Deletes temporary files of uploads whose process was killed. In an object store lifecycle rules do that."""
         if not self._local:
             return
         for path in (Path(self._root) / _TEMPORARY).glob("*"):
-            # Another process may finish or clean up while this one looks.
+            # Another process may rename or delete the file meanwhile.
             with suppress(FileNotFoundError):
                 if time.time() - path.stat().st_mtime > older_than_seconds:
                     path.unlink()
 
     def delete(self, prefix: str) -> None:
-        """Remove a file, or all there is under a prefix. Nothing there: nothing to do."""
+        """Deletes a file, or all files under a prefix, if there are any."""
         path = self._path(prefix)
         with storage_faults(prefix):
             try:
@@ -201,15 +193,15 @@ class Artifacts:
                 digest.update(chunk)
                 file.write(chunk)
         if digest.hexdigest() != sha256:
-            raise Damaged(f"{key} is not what was stored: its SHA-256 differs")
+            raise Damaged(f"{key} is damaged: its SHA-256 differs from the stored one")
 
     def _path(self, key: str) -> str:
         return f"{self._root}/{_checked(key)}"
 
 
 def _checked(key: str) -> str:
-    """Refuse whatever could leave the root: keys are made of plain names between single slashes."""
+    """Returns `key`. Raises InvalidRequest unless it consists of plain names between single slashes (no `..`)."""
     for segment in key.split("/"):
         if not _SEGMENT.fullmatch(segment):
-            raise InvalidRequest(f"not a storage key: {key!r}")
+            raise InvalidRequest(f"{key!r} is not a valid storage key")
     return key

@@ -1,4 +1,4 @@
-"""How one file gets into storage: whole or not at all. It does NOT know keys: see artifacts."""
+"""Atomic uploads of one file, to a local disk or an object store: the whole file becomes visible, or nothing."""
 
 from __future__ import annotations
 
@@ -14,33 +14,33 @@ from store.errors import Damaged, Unavailable
 
 try:
     from botocore.exceptions import BotoCoreError
-except ImportError:  # without the extra `s3` there is no S3 that could fail
+except ImportError:  # without the extra `s3`
 
     class BotoCoreError(Exception):  # type: ignore[no-redef]
         pass
 
 
-#: One part of a multipart upload, held in memory. S3 takes 10,000 of them: 160 GB a file.
+#: One part of a multipart upload, in memory. S3 allows 10,000 of them: 160 GB a file.
 PART_BYTES = 16 * 1024 * 1024
 
 
 class Upload(Protocol):
-    """A file on its way into storage: nobody sees it before `commit`."""
+    """An upload of one file, which is invisible before `commit`."""
 
     size: int  #: bytes written so far
 
     def write(self, chunk: bytes) -> None:
-        """Raises Unavailable when storage does not take it; then `abort`."""
+        """Appends a chunk. Raises Unavailable when the storage fails; then call `abort`."""
 
     def commit(self) -> str:
-        """Make it durable and visible; returns its SHA-256 in hex. Raises Unavailable."""
+        """Makes the file durable and visible; returns its SHA-256 in hex. Raises Unavailable."""
 
     def abort(self) -> None:
-        """Leave nothing behind."""
+        """Deletes what was written."""
 
 
 class LocalUpload:
-    """Into the storage's folder for what is not complete; then fsync, rename, and fsync of the folder."""
+    """An upload to a local disk: a temporary file, fsync, rename, and fsync of the folder."""
 
     def __init__(self, path: Path, temporary: Path) -> None:
         self.size = 0
@@ -48,7 +48,7 @@ class LocalUpload:
         self._digest = hashlib.sha256()
         with storage_faults(path.name):
             _make_durable_folder(temporary)
-            # Not mkstemp: another user's process (the API's, the worker's) may have to read what this one wrote.
+            # Not mkstemp: processes of another user (API and worker) must be able to read the file.
             self._temporary = temporary / secrets.token_hex(16)
             self._file = self._temporary.open("xb")
 
@@ -69,30 +69,30 @@ class LocalUpload:
         return self._digest.hexdigest()
 
     def abort(self) -> None:
-        with suppress(OSError):  # on a full disk closing fails too: what it still holds can't be written
+        with suppress(OSError):  # on a full disk close() fails too: it can't flush its buffer
             self._file.close()
         self._temporary.unlink(missing_ok=True)
 
 
 class RemoteUpload:
-    """An object appears when its put, or its multipart upload, is complete; an aborted one never does."""
+    """An upload to an object store: one put, or a multipart upload of more than one part."""
 
     def __init__(self, fs: Any, path: str) -> None:
         self.size = 0
         self._fs = fs
         self._path = path
         self._digest = hashlib.sha256()
-        self._small = bytearray()  # one request is enough for what fits into one part
+        self._first_part = bytearray()  # a file that fits into one part takes one request
         self._parts: Any = None
 
     def write(self, chunk: bytes) -> None:
         self._digest.update(chunk)
         self.size += len(chunk)
         if self._parts is None:
-            self._small += chunk
-            if len(self._small) < PART_BYTES:
+            self._first_part += chunk
+            if len(self._first_part) < PART_BYTES:
                 return
-            chunk, self._small = bytes(self._small), bytearray()
+            chunk, self._first_part = bytes(self._first_part), bytearray()
         with storage_faults(self._path):
             if self._parts is None:
                 self._parts = self._fs.open(self._path, "wb", autocommit=False, block_size=PART_BYTES)
@@ -101,7 +101,7 @@ class RemoteUpload:
     def commit(self) -> str:
         with storage_faults(self._path):
             if self._parts is None:
-                self._fs.pipe_file(self._path, bytes(self._small))
+                self._fs.pipe_file(self._path, bytes(self._first_part))
             else:
                 self._parts.close()
                 self._parts.commit()
@@ -116,14 +116,14 @@ class RemoteUpload:
 
 @contextmanager
 def storage_faults(key: str) -> Iterator[None]:
-    """Raises Damaged for what is missing, Unavailable for a storage that does not answer (or is full)."""
+    """Raises Damaged for a missing file, Unavailable when the storage does not answer or is full."""
     try:
         yield
     except FileNotFoundError as error:
         raise Damaged(f"{key} is missing in storage") from error
     except OSError as error:
         raise Unavailable(f"the artifact storage does not answer: {error.strerror or error}") from error
-    except BotoCoreError as error:  # its text may hold an address
+    except BotoCoreError as error:  # its message may contain an address
         raise Unavailable("the artifact storage does not answer") from error
 
 

@@ -1,6 +1,6 @@
-"""Files that users uploaded, and result files that jobs left. It does NOT touch bytes: see artifacts.
+"""The rows of uploaded files and of jobs' result files.
 
-Deleting hides a file at once; its bytes stay until the last unfinished job that uses it has ended.
+Deleting a file hides it at once; its bytes stay until the last unfinished job that uses it has ended.
 """
 
 from __future__ import annotations
@@ -15,13 +15,15 @@ from store.db.pagination import Order, Page, cursor_of, fetch_page
 from store.db.tables import File, Job
 from store.errors import InvalidRequest, NotFound
 
+#: The settings of a job that name files.
+FILE_FIELDS = ("training_file", "validation_file", "test_file")
 TRAINING_PURPOSE = "fine-tune"
 RESULTS_PURPOSE = "fine-tune-results"
 
 
 @dataclass(frozen=True, kw_only=True)
 class NewFile:
-    """A file whose bytes are already durable under `storage_key`. `size` in bytes, `sha256` in hex."""
+    """A file whose bytes are durable under `storage_key`. `size` in bytes, `sha256` in hex."""
 
     file_id: str
     filename: str
@@ -41,7 +43,7 @@ def create(
     sha256: str,
     storage_key: str,
 ) -> File:
-    """Record a file whose bytes are already durable under `storage_key`."""
+    """Adds the row of a file whose bytes are durable under `storage_key`."""
     row = File(
         id=file_id,
         owner_id=owner_id,
@@ -57,7 +59,7 @@ def create(
 
 
 def create_result(session: Session, *, owner_id: str, file: NewFile) -> File:
-    """Record what a job measured as a file of its owner."""
+    """Adds the row of a job's result file."""
     return create(
         session,
         owner_id=owner_id,
@@ -71,7 +73,7 @@ def create_result(session: Session, *, owner_id: str, file: NewFile) -> File:
 
 
 def get(session: Session, *, owner_id: str, file_id: str) -> File:
-    """Raises NotFound for a file that never was, is deleted, or belongs to someone else."""
+    """Returns a file. Raises NotFound for one that is unknown, deleted, or another owner's."""
     row = session.scalar(
         select(File).where(File.id == file_id, File.owner_id == owner_id, File.deleted_at.is_(None))
     )
@@ -89,9 +91,9 @@ def list_page(
     order: Order = "desc",
     purpose: str | None = None,
 ) -> Page[File]:
-    """This owner's files, newest first. Raises InvalidRequest (param `after`) for an unknown cursor."""
-    # A cursor that was deleted between two pages still marks its place.
-    place = select(File.created_at, File.id).where(File.id == after, File.owner_id == owner_id)
+    """Returns a page of this owner's files in `order`. Raises InvalidRequest (param `after`) for an unknown cursor."""
+    # A file that was deleted between two pages is still a valid cursor.
+    keyset = select(File.created_at, File.id).where(File.id == after, File.owner_id == owner_id)
     query = select(File).where(File.owner_id == owner_id, File.deleted_at.is_(None))
     if purpose is not None:
         query = query.where(File.purpose == purpose)
@@ -99,27 +101,26 @@ def list_page(
         session,
         query,
         by=(File.created_at, File.id),
-        cursor=cursor_of(session, place, after),
+        cursor=cursor_of(session, keyset, after),
         limit=limit,
         order=order,
     )
 
 
 def delete(session: Session, *, owner_id: str, file_id: str) -> None:
-    """Hide a file. Waits for a job that is being created on it; that job keeps its bytes. Raises NotFound."""
-    hidden = session.scalar(
+    """Hides a file. Waits for a transaction that creates a job on it; that job keeps the bytes. Raises NotFound."""
+    hidden_id = session.scalar(
         update(File)
         .where(File.id == file_id, File.owner_id == owner_id, File.deleted_at.is_(None))
         .values(deleted_at=func.now())
         .returning(File.id)
-        .execution_options(synchronize_session=False)
     )
-    if hidden is None:
+    if hidden_id is None:
         raise _no_file(file_id)
 
 
 def for_job(session: Session, *, owner_id: str, file_id: str) -> File:
-    """A file that a job of this owner uses: deleted ones too, while they have bytes. Raises NotFound."""
+    """Returns a file that a job of this owner uses, also a deleted one that has its bytes. Raises NotFound."""
     row = session.scalar(
         select(File).where(File.id == file_id, File.owner_id == owner_id, File.purged_at.is_(None))
     )
@@ -129,39 +130,37 @@ def for_job(session: Session, *, owner_id: str, file_id: str) -> File:
 
 
 def lock_for_job(session: Session, *, owner_id: str, references: Iterable[tuple[str, str]]) -> None:
-    """Hold the named files against deletion until this transaction ends.
+    """Locks uploaded files against deletion until this transaction ends.
 
-    `references` are pairs of the request's field and file id. Raises InvalidRequest naming the field of the
-    first one that is not there, is another owner's, or was not uploaded for fine-tuning.
+    `references` are pairs of the request's field and its value, of which only file ids (file-…) are looked at. Raises
+    InvalidRequest naming the field of the first file that is unknown, deleted, another owner's, or not for fine-tuning.
     """
-    wanted = list(references)
+    uploads = [(param, value) for param, value in references if value.startswith("file-")]
     statement = (
         select(File.id, File.purpose)
-        .where(File.id.in_([file_id for _, file_id in wanted]), File.owner_id == owner_id)
+        .where(File.id.in_([file_id for _, file_id in uploads]), File.owner_id == owner_id)
         .where(File.deleted_at.is_(None))
-        .order_by(File.id)  # one order for everyone: no deadlock between two jobs on the same files
+        .order_by(File.id)  # one order for all: no deadlock between two jobs on the same files
         .with_for_update(read=True)
     )
     purposes = {row.id: row.purpose for row in session.execute(statement)}
-    for param, file_id in wanted:
+    for param, file_id in uploads:
         if file_id not in purposes:
-            raise InvalidRequest(f"no file {file_id!r}", param=param, code="file_not_found")
+            raise InvalidRequest(f"there is no file {file_id!r}", param=param, code="file_not_found")
         if purposes[file_id] != TRAINING_PURPOSE:
-            raise InvalidRequest(
-                f"file {file_id!r} was uploaded with purpose {purposes[file_id]!r}, not {TRAINING_PURPOSE!r}",
-                param=param,
+            message = (
+                f"file {file_id!r} was uploaded with purpose {purposes[file_id]!r}, not {TRAINING_PURPOSE!r}"
             )
+            raise InvalidRequest(message, param=param)
 
 
 def purgeable(session: Session, *, limit: int = 100) -> list[File]:
-    """Deleted files that no unfinished job uses and whose bytes are still there."""
-    uses = or_(
-        *(Job.spec[field].astext == File.id for field in ("training_file", "validation_file", "test_file"))
-    )
+    """Returns deleted files that no unfinished job uses and that still have their bytes."""
+    uses = or_(*(Job.spec[field].astext == File.id for field in FILE_FIELDS))
     in_use = exists().where(Job.owner_id == File.owner_id, Job.finished_at.is_(None), uses)
     query = select(File).where(File.deleted_at.is_not(None), File.purged_at.is_(None), ~in_use)
     return list(session.scalars(query.order_by(File.deleted_at).limit(limit)))
 
 
 def _no_file(file_id: str) -> NotFound:
-    return NotFound(f"no file {file_id!r}", param="file_id", code="file_not_found")
+    return NotFound(f"there is no file {file_id!r}", param="file_id", code="file_not_found")

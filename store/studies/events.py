@@ -14,9 +14,7 @@ from store.db.study_tables import Study, StudyEvent
 
 def write(session: Session, study_id: str, **values: Any) -> None:
     """Change a study whose row this transaction has locked."""
-    session.execute(
-        update(Study).where(Study.id == study_id).values(values).execution_options(synchronize_session=False)
-    )
+    session.execute(update(Study).where(Study.id == study_id).values(values))
 
 
 def append_event(
@@ -33,7 +31,6 @@ def append_event(
         .where(Study.id == study_id)
         .values(event_seq=Study.event_seq + 1)
         .returning(Study.event_seq)
-        .execution_options(synchronize_session=False)
     )
     seq = session.execute(statement).scalar_one()
     session.add(

@@ -106,8 +106,8 @@ def create_jobs(
     does. After the commit, hint each with "prepare".
     """
     specs = [(arm.name, arm.with_seed(seed)) for arm, seed in runs]
-    wanted = [(spec, {"study": study.id, "arm": name}) for name, spec in specs]
-    job_ids = jobs.create_all(session, owner_id=study.owner_id, wanted=wanted)
+    new_jobs = [(spec, {"study": study.id, "arm": name}) for name, spec in specs]
+    job_ids = jobs.create_all(session, owner_id=study.owner_id, jobs=new_jobs)
     for place, (job_id, (name, spec)) in enumerate(zip(job_ids, specs, strict=True), first):
         session.add(StudyJob(job_id=job_id, study_id=study.id, place=place, arm=name, seed=spec.seed))
         for length, key in enumerate(prefix_keys(study.id, spec) if reuse_enabled else [], 1):

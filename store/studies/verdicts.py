@@ -128,10 +128,7 @@ def _follow_up(
 
 def _tell(session: Session, study_id: str, run: Run) -> None:
     session.execute(
-        update(StudyJob)
-        .where(StudyJob.job_id == run.job.id)
-        .values(reported_state=run.job.state)
-        .execution_options(synchronize_session=False)
+        update(StudyJob).where(StudyJob.job_id == run.job.id).values(reported_state=run.job.state)
     )
     message = f"{run.arm}, seed {run.seed}: {run.job.state}."
     data = {"arm": run.arm, "seed": run.seed, "job": run.job.id, "status": run.job.state}

@@ -45,6 +45,6 @@ def test_a_key_of_last_week_is_as_good_as_new(bench) -> None:
     reserve(bench, "first", key="recent")
     bench.sql("UPDATE idempotency_keys SET created_at = now() - interval '8 days' WHERE key = 'old'")
     bench.sql("UPDATE idempotency_keys SET created_at = now() - interval '6 days' WHERE key = 'recent'")
-    bench.do(idempotency.forget_old)
+    bench.do(idempotency.delete_old)
     assert reserve(bench, "second", key="old", body="other").is_new
     assert not reserve(bench, "second", key="recent").is_new

@@ -56,7 +56,7 @@ def collect_unlisted(context: Context) -> None:
     Raises Unavailable.
     """
     with transaction(context.sessions) as session:
-        idempotency.forget_old(session)
+        idempotency.delete_old(session)
     garbage.collect_uploads(context.sessions, context.artifacts)
     garbage.collect_archives(context.sessions, context.artifacts)
     garbage.collect_prepared(context.sessions, context.artifacts)

@@ -12,7 +12,6 @@ from functools import partial
 from typing import Any
 
 from store.jobs import leases
-from store.jobs.spec import TrainingSpec
 from worker.jobs.attempt import Attempt, Event
 from worker.jobs.loss_history import LossHistory
 
@@ -123,7 +122,7 @@ class EventRecorder:
         metrics = {name: data[name] for name in names if data.get(name) is not None}
         if "stage" not in data or not metrics:
             return None
-        label = stage_label(self._attempt.claim.spec, data)
+        label = self._attempt.claim.spec.stage_label(data["stage"], data.get("stage_index"))
         self._stage_metrics[label] = self._stage_metrics.get(label, {}) | metrics
         return {label: self._stage_metrics[label]}
 
@@ -156,10 +155,3 @@ class ProgressMeter:
             average = self._step_seconds if self._step_seconds is not None else seconds
             self._step_seconds = 0.9 * average + 0.1 * seconds
         self._last = (now, step)
-
-
-def stage_label(spec: TrainingSpec, data: Mapping[str, Any]) -> str:
-    """Returns `lora`, or `lora-3` (counted from 1) where the recipe has several stages of that type."""
-    stage_type: str = data["stage"]
-    is_only = sum(stage.type == stage_type for stage in spec.stages()) <= 1
-    return stage_type if is_only or "stage_index" not in data else f"{stage_type}-{data['stage_index'] + 1}"

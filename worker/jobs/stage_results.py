@@ -76,5 +76,5 @@ class StageResults:
             self._artifacts.fetch_directory(row.storage_key, self._folder / row.key, row.manifest)
         except Damaged:
             with transaction(self._attempt.context.sessions) as session:
-                stage_results.forget(session, storage_key=row.storage_key)
+                stage_results.remove(session, storage_key=row.storage_key)
             raise

@@ -204,6 +204,6 @@ def test_a_row_is_a_record_and_refuses_to_be_changed(bench) -> None:
     def meddle(session) -> None:
         session.get_one(Job, job.id).state = JobState.SUCCEEDED
 
-    with pytest.raises(RuntimeError, match="records"):
+    with pytest.raises(RuntimeError, match="read-only"):
         bench.do(meddle)
     assert bench.get(job.id).state == JobState.VALIDATING_FILES

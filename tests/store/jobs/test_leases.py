@@ -40,7 +40,7 @@ def test_a_claim_takes_a_lease_and_raises_the_attempt(bench) -> None:
     assert (held.state, held.attempt, held.worker_id) == (JobState.RUNNING, 2, "worker-7")
     assert claim.attempt == 2  # the first was the checking of its files
     assert claim.spec == bench.spec
-    assert claim.resume_from is None
+    assert claim.checkpoints == ()
     assert held.started_at is not None
     assert held.lease_until is not None
     assert 50 < (held.lease_until - held.started_at).total_seconds() <= 60
@@ -149,7 +149,6 @@ def test_two_step_checkpoints_are_kept_the_newest_first(bench) -> None:
     bench.do(endings.release, claim)
     again = bench.claim(claim.job_id)
     assert [checkpoint.step for checkpoint in again.checkpoints] == [30, 20]
-    assert again.resume_from == again.checkpoints[0]
 
 
 def test_a_stage_end_is_newer_than_the_step_before_it_and_stays(bench) -> None:

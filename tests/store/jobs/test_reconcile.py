@@ -80,8 +80,7 @@ def test_a_pause_is_carried_out_although_the_worker_is_lost(bench) -> None:
     assert bench.get(claim.job_id).state == JobState.PAUSED
     assert bench.do(jobs.resume, owner_id=OWNER, job_id=claim.job_id).state == JobState.QUEUED
     resumed = bench.claim(claim.job_id)
-    assert resumed.resume_from is not None
-    assert resumed.resume_from.step == 10
+    assert [checkpoint.step for checkpoint in resumed.checkpoints] == [10]
 
 
 def test_a_job_that_loses_every_worker_fails_in_the_end(bench) -> None:

@@ -55,7 +55,7 @@ def test_a_new_one_stands_in_place_of_an_older_of_the_same_owner(bench) -> None:
     old, new = (add(bench, bench.running(), "a") for _ in range(2))
     assert old != new
     assert found(bench, "a") == [new]
-    bench.do(stage_results.forget, storage_key=new)
+    bench.do(stage_results.remove, storage_key=new)
     assert found(bench, "a") == []
 
 
@@ -96,7 +96,7 @@ def test_bytes_go_first_and_then_the_row(
     gone, stays = add(bench, claim, "a"), add(bench, claim, "b")
     for key in (gone, stays):
         artifacts.put_stream(f"{key}/state.json", [b"x"])
-    bench.do(stage_results.forget, storage_key=gone)
+    bench.do(stage_results.remove, storage_key=gone)
 
     def away(_prefix: str) -> None:
         raise Unavailable("the artifact storage does not answer")

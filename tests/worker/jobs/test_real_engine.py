@@ -145,7 +145,7 @@ def test_a_job_that_reused_a_stage_is_paused_and_goes_on(bench: Bench, real: Con
     with transaction(real.sessions) as session:
         # What the job ends with would be reused too.
         _, last = session.scalars(select(StageResult).order_by(StageResult.created_at))
-        stage_results.forget(session, storage_key=last.storage_key)
+        stage_results.remove(session, storage_key=last.storage_key)
     job_id = queued(bench, n_epochs=30)
     attempt = bench.start(job_id, real)
     bench.saw(job_id, "STAGE_REUSED")
