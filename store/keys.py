@@ -86,9 +86,7 @@ def list_keys(session: Session, *, owner_id: str | None = None) -> list[ApiKey]:
 
 
 def revoke(session: Session, *, key_id: str, owner_id: str | None = None) -> None:
-    """Revokes a key for good. Raises NotFound for one that is unknown, revoked already, or not `owner_id`'s (if
-    set).
-    """
+    """Revokes a key for good. Raises NotFound for a key that is unknown, revoked or not `owner_id`'s (if set)."""
     statement = (
         update(ApiKey)
         .where(ApiKey.id == key_id, ApiKey.revoked_at.is_(None))

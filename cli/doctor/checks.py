@@ -82,7 +82,7 @@ def _books(sessions: SessionFactory, settings: StoreSettings) -> Iterator[Findin
             yield _silent(worker)
     yield _reconciler(swept, settings)
     for queue in queues:
-        yield _queue(queue, idle=sum(worker.role == queue.purpose for worker in alive) > queue.held)
+        yield _queue(queue, idle=sum(worker.role == queue.purpose for worker in alive) > queue.claimed)
     yield from _jobs(troubled)
 
 

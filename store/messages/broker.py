@@ -1,4 +1,4 @@
-"""The broker: task names, queues, the Celery settings of every process, and the keys of workers' metrics in Redis."""
+"""The broker: names of tasks and queues, Celery settings, and the Redis keys of workers' metrics."""
 
 from __future__ import annotations
 
@@ -9,32 +9,32 @@ from celery import Celery
 
 
 class Task(StrEnum):
-    PREPARE = "heft.prepare"  #: args: job id. Check the job's files, then queue it.
-    TRAIN = "heft.train"  #: args: job id. Claim it and train.
-    EXPORT = "heft.export"  #: args: model id, format. Build that archive.
-    PREDICT = "heft.predict"  #: args: one PredictMessage.
-    GENERATE = "heft.generate"  #: args: one GenerateMessage (store.messages.generate).
+    PREPARE = "heft.prepare"  #: Checks a job's files, then queues the job. args: job id
+    TRAIN = "heft.train"  #: Claims a job and trains it. args: job id
+    EXPORT = "heft.export"  #: Builds an archive. args: model id, format
+    PREDICT = "heft.predict"  #: args: one PredictMessage
+    GENERATE = "heft.generate"  #: args: one GenerateMessage
 
     @property
     def queue(self) -> str:
-        """The queue that carries it: `prepare`, `train`, `export` or `predict`, which has all that asks a model."""
+        """The task's queue: `prepare`, `train`, `export` or `predict`, which carries all requests to models."""
         return "predict" if self is Task.GENERATE else self.value.removeprefix("heft.")
 
 
-#: A worker's metrics in Redis, in Prometheus's text format; they expire when it has put none there for so long.
 METRICS_PREFIX = "heft:metrics:"
-METRICS_SECONDS = 60
+METRICS_SECONDS = 60  #: the expiry of a worker's metrics in Redis
 
 
 def metrics_key(worker_id: str) -> str:
+    """Returns the Redis key of a worker's metrics, which are in Prometheus's text format."""
     return f"{METRICS_PREFIX}{worker_id}"
 
 
 def make_celery(redis_url: str, *, name: str = "heft") -> Celery:
-    """The Celery app as every process of the service uses it. Knows names and queues; tasks are the worker's.
+    """Returns the Celery app of any process, with queues and settings but without tasks.
 
-    No results, no ETA, no time limits, no retries inside a publish: a frozen broker costs its caller 3 s,
-    not 10 min.
+    It has no results, ETAs or time limits, and does not retry a publish: a frozen broker costs its caller 3 s, not
+    10 min.
     """
     app = Celery(name, broker=redis_url, set_as_current=False)
     app.conf.update(
@@ -53,7 +53,7 @@ def make_celery(redis_url: str, *, name: str = "heft") -> Celery:
             "health_check_interval": 10,
             "client_name": name,
         },
-        # A restart of the broker must not end a job that trains well without it.
+        # Training needs no broker: a restart of it must not end a job.
         worker_cancel_long_running_tasks_on_connection_loss=False,
         worker_enable_remote_control=False,
         worker_send_task_events=False,
@@ -64,7 +64,7 @@ def make_celery(redis_url: str, *, name: str = "heft") -> Celery:
 
 
 def redis_py_url(redis_url: str) -> str:
-    """The same server as redis-py writes it: `redis+socket://<path>?virtual_host=0` is `unix://<path>?db=0`."""
+    """Returns Celery's URL in redis-py's form: `redis+socket://<path>?virtual_host=0` becomes `unix://<path>?db=0`."""
     if not redis_url.startswith("redis+socket:"):
         return redis_url
     parts = urlsplit(redis_url)

@@ -1,10 +1,8 @@
-"""Messages of requests for text: `/v1/completions` and `/v1/chat/completions`, from the API to a worker and back.
+"""Messages of `/v1/completions` and `/v1/chat/completions`, from the API to a worker and back.
 
-Like `/predict`, such a request holds no state: it travels in the message, and what is written comes back on the Redis
-list that the message names, piece by piece where it is streamed. A client that goes away is marked under
-`store.messages.predict.cancelled_key`, and its text leaves the worker's batch.
-
-It does NOT know OpenAI's shapes: those are the API's.
+Like `/predict`, such a request holds no state: it travels in the message, and the text comes back on the Redis list
+that the message names, in parts where it is streamed. When a client disconnects, the API sets `cancelled_key`, and the
+request leaves the worker's batch.
 """
 
 from __future__ import annotations
@@ -15,9 +13,9 @@ from store.messages.predict import Intervention, PredictFault, PredictModel
 
 
 class SamplingParams(TypedDict):
-    """How text is to be written, in the words of OpenAI's API. `top_logprobs` None: no log-probabilities."""
+    """Sampling parameters by OpenAI's names. `top_logprobs` None: no log-probabilities."""
 
-    max_tokens: int | None  #: None: as far as the model's answers go
+    max_tokens: int | None  #: None: up to the model's limit
     temperature: float
     top_p: float
     seed: int | None
@@ -29,10 +27,10 @@ class SamplingParams(TypedDict):
 
 
 class GenerateMessage(TypedDict):
-    """One request for `n` texts to each of `inputs`: rows with a prompt or with messages, as the user wrote them.
+    """A request for `n` texts of each of `inputs`: rows with a prompt or with messages, as the user sent them.
 
-    Text number i is the (i % n)th to input i // n. `sent_at` and `deadline` are unix time: when it was sent, and after
-    which nobody waits.
+    Text i is choice i % n of input i // n. `sent_at` and `deadline` are unix times; after the deadline nobody waits for
+    the text.
     """
 
     request_id: str
@@ -53,7 +51,7 @@ class TopToken(TypedDict):
 
 
 class GeneratedToken(TypedDict):
-    """`offset`: characters of the text before it."""
+    """A token with its log-probability. `offset`: characters of the text before it."""
 
     bytes: list[int]
     logprob: float
@@ -62,7 +60,7 @@ class GeneratedToken(TypedDict):
 
 
 class GeneratedPart(TypedDict):
-    """The next of text number `index`. `tokens` stays empty unless log-probabilities were asked for."""
+    """The next part of text `index`. `tokens` is empty unless the request has `top_logprobs`."""
 
     index: int
     text: str
@@ -76,7 +74,9 @@ class GeneratedUsage(TypedDict):
 
 
 class GenerateReply(TypedDict):
-    """Pushed as JSON to `reply_to`: any number with a `chunk`; the last has `done` (perhaps with one) or `error`."""
+    """A reply, pushed as JSON to `reply_to`: the last one has `done` or `error`; each but an error may have a
+    `chunk`.
+    """
 
     request_id: str
     chunk: NotRequired[list[GeneratedPart]]

@@ -8,20 +8,20 @@ from __future__ import annotations
 
 from typing import Any, Literal, NotRequired, TypedDict
 
-#: Seconds that a list of replies outlives its last reply when the API process that reads it is gone.
-REPLY_SECONDS = 60
-#: Seconds that a cancelled request is remembered; no message waits longer.
-CANCELLED_SECONDS = 600
+REPLY_SECONDS = 60  #: the expiry of a list of replies, after its last reply
+CANCELLED_SECONDS = 600  #: the expiry of `cancelled_key`; no message waits longer
 
 
 def cancelled_key(request_id: str) -> str:
-    """The Redis key that exists once nobody waits for this request any more."""
+    """Returns the Redis key that exists once a request is cancelled."""
     return f"heft:cancelled:{request_id}"
 
 
 class PredictModel(TypedDict):
-    """Which weights answer: a `base` model by its id, or a `final` or `checkpoint` bundle by its key in
-    storage. `owner` is who asks: what a worker keeps of one owner's prompts serves no other."""
+    """The model that answers: a `base` model by its id, or a `final` or `checkpoint` bundle by its storage key.
+
+    `owner` is the caller: workers share no cached prefixes between owners.
+    """
 
     id: str
     owner: str
@@ -37,8 +37,10 @@ class Intervention(TypedDict):
 
 
 class PredictMessage(TypedDict):
-    """One request. `inputs` are rows as the user wrote them; `sent_at` and `deadline` are unix time: when it was
-    sent, and after which nobody waits."""
+    """A request to `/predict`. `inputs` are rows as the user sent them.
+
+    `sent_at` and `deadline` are unix times; after the deadline nobody waits for the reply.
+    """
 
     request_id: str
     model: PredictModel
@@ -62,7 +64,7 @@ class PredictedRows(TypedDict):
 
 
 class PredictFault(TypedDict):
-    """An answer that is a refusal: the HTTP status and the error object that the API shall give."""
+    """A refusal: the HTTP status and the error object of the API's response."""
 
     status: int
     code: str
@@ -71,7 +73,7 @@ class PredictFault(TypedDict):
 
 
 class PredictReply(TypedDict):
-    """Pushed as JSON to `reply_to` (RPUSH; read it with BLPOP). Exactly one of `ok` and `error` is there."""
+    """A reply, pushed as JSON to `reply_to` (RPUSH; read it with BLPOP): either `ok` or `error`."""
 
     request_id: str
     ok: NotRequired[PredictedRows]

@@ -1,29 +1,30 @@
-"""What the tables say about the service's health. It reads only, and does NOT advise: `heft doctor` does."""
+"""The service's health as its tables show it, for `heft doctor`. Read-only."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from sqlalchemy import ColumnElement, SQLColumnExpression, and_, func, or_, select
+from sqlalchemy import ColumnElement, SQLColumnExpression, and_, func, select
 from sqlalchemy.orm import Session
 
 from store.db.session import seconds
 from store.db.states import CLAIMED, WAITING, JobState, Purpose
 from store.db.tables import Event, Job, Reconciler, Worker
+from store.jobs.leases import is_claimable
 
-#: A lease that ran out so long ago should have been taken back.
+#: A lease that expired so long ago should have been taken back.
 _TAKEN_BACK_SECONDS = 120.0
-#: Losing its worker now and then is a job's everyday life.
+#: Fewer lost workers of one job are normal.
 _MANY_LOSSES = 3
-_LISTED = 20
+_MAX_LISTED = 20
 
 Trouble = Literal["lease_expired", "no_progress", "trainer_dies", "workers_lost", "files_left"]
 
 
 @dataclass(frozen=True, kw_only=True)
 class SeenWorker:
-    """`silent_seconds`: since it last wrote its row."""
+    """A worker's row. `silent_seconds`: since its last heartbeat."""
 
     id: str
     role: str
@@ -34,24 +35,26 @@ class SeenWorker:
 
 @dataclass(frozen=True, kw_only=True)
 class Queue:
-    """Jobs that wait for a worker to `prepare` or `train` them, and how long the first of them has waited."""
+    """The jobs that wait to be claimed for one purpose."""
 
     purpose: Purpose
     length: int
-    oldest_seconds: float
-    held: int  #: jobs that are being worked on for the same purpose
+    oldest_seconds: float  #: the longest wait, since the job's last event
+    claimed: int  #: jobs that workers hold for the same purpose
 
 
 @dataclass(frozen=True, kw_only=True)
 class TroubledJob:
+    """A job that an operator should look at."""
+
     id: str
     state: str
     trouble: Trouble
-    number: float  #: of seconds, deaths or losses
+    number: float  #: of seconds, crashes or lost workers
 
 
 def seen_workers(session: Session) -> list[SeenWorker]:
-    """Every worker that did not say goodbye, by id."""
+    """Returns all workers that have not removed their row, by id."""
     silent = func.extract("epoch", func.now() - Worker.seen_at)
     return [
         SeenWorker(
@@ -66,69 +69,53 @@ def seen_workers(session: Session) -> list[SeenWorker]:
 
 
 def seconds_since_sweep(session: Session) -> float | None:
-    """None: no worker has ever looked for lost jobs."""
+    """Returns the seconds since the last sweep for lost jobs; None when there was none."""
     age = session.scalar(select(func.extract("epoch", func.now() - Reconciler.swept_at)))
     return None if age is None else float(age)
 
 
 def queues(session: Session) -> list[Queue]:
-    """What waits and is free to be taken."""
-    found = []
-    for purpose, state in WAITING.items():
-        free = and_(
-            Job.state == state,
-            Job.lease_until.is_(None),
-            or_(Job.not_before.is_(None), Job.not_before <= func.now()),
-        )
+    """Returns the queue of each purpose."""
+    result = []
+    for purpose in WAITING:
         waited = func.extract("epoch", func.now() - func.min(_last_event()))
-        length, oldest = session.execute(select(func.count(), waited).where(free)).one()
-        held = and_(Job.state == CLAIMED[purpose], Job.lease_until.is_not(None))
-        working = session.scalar(select(func.count()).select_from(Job).where(held)) or 0
-        found.append(Queue(purpose=purpose, length=length, oldest_seconds=float(oldest or 0), held=working))
-    return found
+        length, oldest = session.execute(select(func.count(), waited).where(is_claimable(purpose))).one()
+        is_claimed = and_(Job.state == CLAIMED[purpose], Job.lease_until.is_not(None))
+        claimed = session.scalar(select(func.count()).select_from(Job).where(is_claimed)) or 0
+        result.append(
+            Queue(purpose=purpose, length=length, oldest_seconds=float(oldest or 0), claimed=claimed)
+        )
+    return result
 
 
 def troubled_jobs(session: Session, *, stall_seconds: float) -> list[TroubledJob]:
-    """Unfinished jobs that an operator should look at, and ended ones whose files stayed behind."""
-    expired = func.extract("epoch", func.now() - Job.lease_until)
-    quiet = func.extract("epoch", func.now() - _last_event())
-    return [
-        *_jobs(
-            session, "lease_expired", expired, Job.lease_until < func.now() - seconds(_TAKEN_BACK_SECONDS)
-        ),
-        *_jobs(
-            session,
-            "no_progress",
-            quiet,
-            and_(Job.state == JobState.RUNNING, _last_event() < func.now() - seconds(stall_seconds)),
-        ),
-        *_jobs(
-            session,
-            "trainer_dies",
-            Job.trainer_deaths,
-            and_(Job.finished_at.is_(None), Job.trainer_deaths > 0),
-        ),
-        *_jobs(
-            session,
-            "workers_lost",
-            Job.lost_leases,
-            and_(Job.finished_at.is_(None), Job.lost_leases >= _MANY_LOSSES),
-        ),
-        *_jobs(session, "files_left", Job.attempt, Job.cleanup_error.is_not(None)),
+    """Returns unfinished jobs that an operator should look at, and ended ones whose files could not be deleted."""
+    now, unfinished = func.now(), Job.finished_at.is_(None)
+    expired_seconds = func.extract("epoch", now - Job.lease_until)
+    quiet_seconds = func.extract("epoch", now - _last_event())
+    stalls = and_(Job.state == JobState.RUNNING, _last_event() < now - seconds(stall_seconds))
+    troubles: list[tuple[Trouble, SQLColumnExpression[Any], ColumnElement[bool]]] = [
+        ("lease_expired", expired_seconds, Job.lease_until < now - seconds(_TAKEN_BACK_SECONDS)),
+        ("no_progress", quiet_seconds, stalls),
+        ("trainer_dies", Job.trainer_deaths, and_(unfinished, Job.trainer_deaths > 0)),
+        ("workers_lost", Job.lost_leases, and_(unfinished, Job.lost_leases >= _MANY_LOSSES)),
+        ("files_left", Job.attempt, Job.cleanup_error.is_not(None)),
     ]
+    return [job for trouble in troubles for job in _jobs(session, *trouble)]
 
 
 def _jobs(
-    session: Session, trouble: Trouble, number: SQLColumnExpression[Any], where: ColumnElement[bool]
+    session: Session, trouble: Trouble, number: SQLColumnExpression[Any], condition: ColumnElement[bool]
 ) -> list[TroubledJob]:
-    query = select(Job.id, Job.state, number).where(where).order_by(Job.created_at.desc()).limit(_LISTED)
+    query = select(Job.id, Job.state, number).where(condition)
+    rows = session.execute(query.order_by(Job.created_at.desc()).limit(_MAX_LISTED))
     return [
         TroubledJob(id=job_id, state=state, trouble=trouble, number=float(value))
-        for job_id, state, value in session.execute(query)
+        for job_id, state, value in rows
     ]
 
 
 def _last_event() -> ColumnElement[object]:
-    """When a job's last event happened; it was made if it has none."""
+    """The time of a job's last event, or of its creation."""
     last = select(func.max(Event.created_at)).where(Event.job_id == Job.id).correlate(Job).scalar_subquery()
     return func.coalesce(last, Job.created_at)

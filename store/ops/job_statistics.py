@@ -1,7 +1,4 @@
-"""The service in numbers, for its operator: jobs by state, how long they wait, how fast those that run are.
-
-Of all owners together, and naming none. It does NOT know Prometheus.
-"""
+"""Statistics of the jobs of all owners: counts by state, waiting times, training speed."""
 
 from __future__ import annotations
 
@@ -20,17 +17,16 @@ from store.jobs.shared_prefix import may_train
 
 @dataclass(frozen=True, kw_only=True)
 class JobStatistics:
-    """by_state: every state, 0 included. waiting_seconds: age of the oldest job that waits, by state; 0 where none
-    does. step_seconds: mean over the running jobs, and tokens_per_second: their sum, by the stage they are in.
-    """
+    """Numbers for an operator."""
 
-    by_state: Mapping[str, int]
-    waiting_seconds: Mapping[str, float]
-    step_seconds: Mapping[str, float]
-    tokens_per_second: Mapping[str, float]
+    by_state: Mapping[str, int]  #: of every state, also 0
+    waiting_seconds: Mapping[str, float]  #: the oldest waiting job's age by state; 0 where none waits
+    step_seconds: Mapping[str, float]  #: the mean over running jobs, by stage
+    tokens_per_second: Mapping[str, float]  #: the sum over running jobs, by stage
 
 
 def jobs(session: Session) -> JobStatistics:
+    """Returns the statistics of all jobs."""
     counts = session.execute(select(Job.state, func.count()).group_by(Job.state)).all()
     by_state = {state.value: 0 for state in JobState} | {row.state: row[1] for row in counts}
     waiting = [state.value for state in PURPOSES]
@@ -39,7 +35,7 @@ def jobs(session: Session) -> JobStatistics:
         select(Job.state, age)
         .where(Job.state.in_(waiting), or_(Job.lease_until.is_(None), Job.lease_until < func.now()))
         .where(or_(Job.not_before.is_(None), Job.not_before <= func.now()))
-        .where(or_(Job.state != JobState.QUEUED, may_train()))  # others wait for a stage that they share
+        .where(or_(Job.state != JobState.QUEUED, may_train()))  # others wait for a shared stage
         .group_by(Job.state)
     ).all()
     running = session.execute(
@@ -54,20 +50,21 @@ def jobs(session: Session) -> JobStatistics:
             tokens[stage or "none"] += rate
     return JobStatistics(
         by_state=by_state,
-        waiting_seconds=dict.fromkeys(waiting, 0.0) | {state: max(0.0, float(old)) for state, old in ages},
-        step_seconds={stage: sum(found) / len(found) for stage, found in steps.items()},
+        waiting_seconds=dict.fromkeys(waiting, 0.0)
+        | {state: max(0.0, float(oldest)) for state, oldest in ages},
+        step_seconds={stage: sum(values) / len(values) for stage, values in steps.items()},
         tokens_per_second=dict(tokens),
     )
 
 
 def _step_seconds(progress: Mapping[str, Any]) -> float | None:
-    """The pace by which a job's remaining time was reckoned."""
-    left, eta = progress.get("total_steps", 0) - progress.get("step", 0), progress.get("eta_seconds")
-    return eta / left if eta is not None and left > 0 else None
+    """Returns the seconds a step from which the job's `eta_seconds` were computed."""
+    steps_left, eta = progress.get("total_steps", 0) - progress.get("step", 0), progress.get("eta_seconds")
+    return eta / steps_left if eta is not None and steps_left > 0 else None
 
 
 def _tokens_per_second(metrics: Mapping[str, Any]) -> float | None:
-    """Of the stage that trained last."""
+    """Returns the speed of the stage that trained last."""
     stages: list[dict[str, Any]] = list(metrics.values())
     latest = max(stages, key=lambda stage: stage.get("step", 0), default={})
     tokens, seconds = latest.get("tokens"), latest.get("seconds")

@@ -1,4 +1,4 @@
-"""Worker processes that have been seen. A worker writes its row at the start and with every heartbeat."""
+"""The rows of worker processes."""
 
 from __future__ import annotations
 
@@ -14,30 +14,31 @@ from store.db.tables import Worker
 
 
 def register(session: Session, *, worker_id: str, role: str, info: Mapping[str, Any]) -> None:
-    """Make a worker known, or known again under the id it had. `role` is train or inference."""
-    row = {"id": worker_id, "role": role, "info": dict(info)}
-    fresh = {"role": role, "info": dict(info), "started_at": func.now(), "seen_at": func.now()}
-    session.execute(insert(Worker).values(row).on_conflict_do_update(index_elements=[Worker.id], set_=fresh))
+    """Adds a worker, or replaces the row of an earlier process with the same id. `role` is train or inference."""
+    values = {"role": role, "info": dict(info)}
+    restarted = {**values, "started_at": func.now(), "seen_at": func.now()}
+    statement = insert(Worker).values({"id": worker_id, **values})
+    session.execute(statement.on_conflict_do_update(index_elements=[Worker.id], set_=restarted))
 
 
 def heartbeat(session: Session, *, worker_id: str) -> None:
+    """Updates the time at which a worker was last seen."""
     session.execute(update(Worker).where(Worker.id == worker_id).values(seen_at=func.now()))
 
 
-def note(session: Session, *, worker_id: str, changes: Mapping[str, Any]) -> None:
-    """Add to what a worker says of itself in `info`, or change it."""
-    session.execute(
-        update(Worker).where(Worker.id == worker_id).values(info=Worker.info.concat(dict(changes)))
-    )
+def update_info(session: Session, *, worker_id: str, changes: Mapping[str, Any]) -> None:
+    """Merges `changes` into a worker's `info`."""
+    info = Worker.info.concat(dict(changes))
+    session.execute(update(Worker).where(Worker.id == worker_id).values(info=info))
 
 
-def forget(session: Session, *, worker_id: str) -> None:
-    """A worker that ends in good order takes its row with it."""
+def unregister(session: Session, *, worker_id: str) -> None:
+    """Deletes the row of a worker that ends in good order."""
     session.execute(delete(Worker).where(Worker.id == worker_id))
 
 
 def list_workers(session: Session, *, role: str | None = None, seen_within: float = 60.0) -> list[Worker]:
-    """Workers that wrote within the last `seen_within` seconds, by id."""
+    """Returns the workers, of one role or of both, that were seen within `seen_within` seconds, by id."""
     query = select(Worker).where(Worker.seen_at > func.now() - seconds(seen_within)).order_by(Worker.id)
     if role is not None:
         query = query.where(Worker.role == role)

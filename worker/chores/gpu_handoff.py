@@ -90,6 +90,6 @@ def _workers_on_device(context: Context, role: str) -> list[Any]:
 def _write_info(context: Context, changes: Mapping[str, Any]) -> None:
     try:
         with transaction(context.sessions) as session:
-            workers.note(session, worker_id=context.worker_id, changes=changes)
+            workers.update_info(session, worker_id=context.worker_id, changes=changes)
     except Unavailable as error:
         log.warning("could not write %s to the worker's row: %s", dict(changes), error)

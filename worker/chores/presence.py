@@ -49,7 +49,7 @@ def registered(context: Context, role: Role) -> Iterator[None]:
         yield
     try:
         with transaction(context.sessions) as session:
-            workers.forget(session, worker_id=context.worker_id)
+            workers.unregister(session, worker_id=context.worker_id)
     except Unavailable as error:
         log.warning("could not remove the worker's row: %s", error)
 

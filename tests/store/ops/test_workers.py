@@ -15,5 +15,5 @@ def test_workers_are_seen_while_they_write(bench) -> None:
     assert bench.do(workers.list_workers) == []
     bench.do(workers.heartbeat, worker_id="b")
     assert [row.id for row in bench.do(workers.list_workers)] == ["b"]
-    bench.do(workers.forget, worker_id="b")
+    bench.do(workers.unregister, worker_id="b")
     assert bench.do(workers.list_workers) == []

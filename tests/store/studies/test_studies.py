@@ -12,7 +12,7 @@ from store.db.states import JobState
 from store.db.study_tables import Study
 from store.errors import Conflict, InvalidRequest, NotFound
 from store.jobs import endings, jobs, leases, reconcile
-from store.ops import job_statistics
+from store.ops import diagnosis, job_statistics
 from store.studies import studies, verdicts
 from store.studies.spec import StudySpec
 
@@ -310,6 +310,8 @@ def test_who_waits_for_a_shared_stage_is_not_late(bench) -> None:
     one, _ = prepared(bench, study)
     bench.claim(one)
     assert bench.do(job_statistics.jobs).waiting_seconds["queued"] == 0
+    [queue] = [queue for queue in bench.do(diagnosis.queues) if queue.purpose == "train"]
+    assert (queue.length, queue.claimed) == (0, 1)
 
 
 def test_a_study_whose_jobs_are_all_put_aside_is_paused(bench) -> None:

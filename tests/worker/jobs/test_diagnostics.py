@@ -60,7 +60,7 @@ def test_rows_that_were_held_out_come_first(bench: Bench) -> None:
 
 def test_a_job_without_a_model_has_none(bench: Bench) -> None:
     failed = finished(bench, {"do": "fail", "code": "diverged", "message": "it did"})
-    with pytest.raises(Conflict, match="this job is failed") as refused:
+    with pytest.raises(Conflict, match="the job is failed") as refused:
         asked(bench, failed)
     assert refused.value.code == "job_has_no_model"
     with pytest.raises(NotFound):
