@@ -2,18 +2,21 @@
 
 from __future__ import annotations
 
+import itertools
 import random
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, get_args
 
+import torch
 from torch import Tensor
 
 from heft_engine.bundle.format import Bundle
 from heft_engine.config.run_file import RunOptions
 from heft_engine.config.train import InterventionKind, LoraStage, ReftStage, Stage, TrainConfig, recipe
 from heft_engine.data.rows import Row, parse_row
+from heft_engine.errors import Stopped
 from heft_engine.events import Event
 from heft_engine.training.activation_store import ActivationStore
 from heft_engine.training.run import train
@@ -68,15 +71,14 @@ def but(stage: LoraStage | ReftStage, **changes: Any) -> Any:
     return type(stage).model_validate({**stage.model_dump(), **changes})
 
 
-#: Every variant of stage 1, each on what the one before it left.
+#: Variants of LoRA.
 VARIANTS = [
     but(LORA, use_rslora=True, init="olora"),
     but(LORA, use_dora=True, learning_rate=2e-2),
     but(LORA, init="pissa"),
     but(LORA, use_dora=True, init="pissa_niter_4"),
-    REFT,
 ]
-#: Every kind of stage 2 beside LoReFT, at several layers.
+#: Every kind of ReFT beside LoReFT, at several layers.
 KINDS = [but(REFT, kind=kind, layers=[at % 4]) for at, kind in enumerate(get_args(InterventionKind)[1:])]
 
 
@@ -152,3 +154,48 @@ def run(
         should_stop=should_stop,
     )
     return told
+
+
+def interrupted(
+    settings: TrainConfig, folder: Path, stops: list[int], validation: Sequence[Row] = (), **options: Any
+) -> tuple[dict[int, float], Told]:
+    """Stops at these calls of `should_stop`, counted over all attempts; resumes from the newest checkpoint each time.
+
+    Returns the losses of all attempts, step by step, and the last attempt.
+    """
+    calls = itertools.count(1)
+    losses: dict[int, float] = {}
+    resume = None
+    for attempt in range(len(stops) + 1):
+        told = Told()
+        # Elsewhere a process has used random numbers of its own.
+        torch.manual_seed(1_000 + attempt)
+        try:
+            run(
+                settings,
+                folder / "out",
+                None,
+                validation,
+                told=told,
+                checkpoint_dir=folder / f"checkpoints-{attempt}",
+                resume=resume,
+                should_stop=lambda: next(calls) in stops,
+                **options,
+            )
+        except Stopped:
+            resume = Path(told.data("CHECKPOINT_SAVED")[-1]["path"])
+        assert not losses.keys() & told.losses.keys(), "no step is done twice"
+        losses |= told.losses
+    return losses, told
+
+
+def assert_equal(one: Told, other: Told) -> None:
+    """Same weights and same record: what was trained, evaluated and measured."""
+    mine, theirs = tensors(one), tensors(other)
+    assert mine.keys() == theirs.keys()
+    assert all(torch.equal(mine[name], theirs[name]) for name in mine)
+    assert one.bundle is not None
+    assert other.bundle is not None
+    assert one.bundle.info == other.bundle.info
+    assert one.bundle.probe == other.bundle.probe
+    assert one.one("SUCCEEDED")["trained_tokens"] == other.one("SUCCEEDED")["trained_tokens"]

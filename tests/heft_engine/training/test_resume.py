@@ -9,8 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
-from engine_runs import KINDS, LORA, REFT, VARIANTS, Told, but, config, parse, run, tensors, yes_no
+from engine_runs import LORA, REFT, Told, assert_equal, but, config, interrupted, parse, run, yes_no
 
 from heft_engine.bundle.format import read_bundle
 from heft_engine.config.train import EarlyStopping, Stage, TrainConfig, recipe
@@ -38,12 +37,9 @@ CASES: dict[str, Callable[[Path], TrainConfig]] = {
             but(REFT, **DROPOUT, positions="f1+l1", layers=[0, 2]),
         ),
     ),
-    "variants": lambda model: config(
-        model,
-        "recipe",
-        [but(LORA, use_dora=True, init="pissa_niter_4"), but(LORA, use_dora=True, **DROPOUT)]
-        # The last goes on with the first one's intervention.
-        + [but(REFT, kind=kind, n_epochs=1) for kind in ("direft", "noreft", "direft")],
+    # The last stage goes on with the first one's intervention.
+    "kinds": lambda model: config(
+        model, "recipe", [but(REFT, kind=kind, n_epochs=1) for kind in ("direft", "noreft", "direft")]
     ),
     "early stopping": lambda model: config(
         model,
@@ -52,39 +48,6 @@ CASES: dict[str, Callable[[Path], TrainConfig]] = {
         early_stopping=EarlyStopping(patience=1),
     ),
 }
-
-
-def interrupted(
-    settings: TrainConfig, folder: Path, stops: list[int], **options: Any
-) -> tuple[dict[int, float], Told]:
-    """Stops at these calls of `should_stop`, counted over all attempts; resumes from the newest checkpoint each time.
-
-    Returns the losses that all attempts told, step by step, and the last attempt.
-    """
-    calls = itertools.count(1)
-    losses: dict[int, float] = {}
-    resume = None
-    for attempt in range(len(stops) + 1):
-        told = Told()
-        # Elsewhere a process has used random numbers of its own.
-        torch.manual_seed(1_000 + attempt)
-        try:
-            run(
-                settings,
-                folder / "out",
-                None,
-                VALIDATION,
-                told=told,
-                checkpoint_dir=folder / f"checkpoints-{attempt}",
-                resume=resume,
-                should_stop=lambda: next(calls) in stops,
-                **options,
-            )
-        except Stopped:
-            resume = Path(told.data("CHECKPOINT_SAVED")[-1]["path"])
-        assert not losses.keys() & told.losses.keys(), "no step is done twice"
-        losses |= told.losses
-    return losses, told
 
 
 @pytest.mark.parametrize("case", CASES)
@@ -98,22 +61,9 @@ def test_stopped_and_resumed_is_never_stopped(
     # Once after every step, and once at every epoch's end.
     asked = len(whole.losses) + len(whole.data("EPOCH_COMPLETE"))
     stops = sorted(random.Random(f"{case}/{seed}").sample(range(1, asked), 4))
-    losses, last = interrupted(settings, tmp_path / "parts", stops)
+    losses, last = interrupted(settings, tmp_path / "parts", stops, VALIDATION)
     assert losses == whole.losses
-    equal(last, whole)
-
-
-@pytest.mark.parametrize("each", [VARIANTS, KINDS], ids=["stage 1", "stage 2"])
-def test_every_variant_goes_on_from_its_middle(
-    tiny_llama_dir: Path, tmp_path: Path, each: list[Stage]
-) -> None:
-    settings = config(tiny_llama_dir, "recipe", [but(stage, n_epochs=1) for stage in each])
-    whole = run(settings, tmp_path / "whole", None, VALIDATION)
-    a_stage = (len(whole.losses) + len(each)) // len(each)
-    middles = [index * a_stage + 2 for index in range(len(each))]
-    losses, last = interrupted(settings, tmp_path / "parts", middles)
-    assert losses == whole.losses
-    equal(last, whole)
+    assert_equal(last, whole)
 
 
 def test_stopped_at_every_place_of_a_stage(tiny_llama_dir: Path, tmp_path: Path) -> None:
@@ -121,9 +71,9 @@ def test_stopped_at_every_place_of_a_stage(tiny_llama_dir: Path, tmp_path: Path)
     settings = config(tiny_llama_dir, "heft_reversed", stages("heft_reversed", **DROPOUT, batch_size=12))
     whole = run(settings, tmp_path / "whole", None, VALIDATION)
     assert len(whole.losses) == 8
-    losses, last = interrupted(settings, tmp_path / "parts", list(range(1, 13)))
+    losses, last = interrupted(settings, tmp_path / "parts", list(range(1, 13)), VALIDATION)
     assert losses == whole.losses
-    equal(last, whole)
+    assert_equal(last, whole)
 
 
 def test_resumed_from_a_stage_s_end(tiny_llama_dir: Path, tmp_path: Path) -> None:
@@ -135,7 +85,7 @@ def test_resumed_from_a_stage_s_end(tiny_llama_dir: Path, tmp_path: Path) -> Non
         again = run(settings, tmp_path / f"again-{index}", None, VALIDATION, resume=end)
         steps = [step for step in whole.losses if step > 6 * (index + 1)]
         assert again.losses == {step: whole.losses[step] for step in steps}
-        equal(again, whole)
+        assert_equal(again, whole)
 
 
 def test_a_stage_goes_on_with_the_cache_it_began_with(tiny_llama_dir: Path, tmp_path: Path) -> None:
@@ -158,7 +108,7 @@ def test_a_stage_goes_on_with_the_cache_it_began_with(tiny_llama_dir: Path, tmp_
     resume = Path(told.data("CHECKPOINT_SAVED")[-1]["path"])
     again = run(settings, tmp_path / "out", None, VALIDATION, resume=resume, cache_memory_bytes=10**9)
     assert again.data("STAGE_STARTED")[0]["cache"]["rung"] == "nothing"
-    equal(again, whole)
+    assert_equal(again, whole)
 
 
 @pytest.mark.parametrize("method", ["heft", "heft_interleaved"])
@@ -182,15 +132,3 @@ def test_a_stage_s_bundle_is_the_model_so_far(tiny_llama_dir: Path, tmp_path: Pa
         answers = load(end / "bundle", device="cpu").predict(VALIDATION)
         right = sum(answer.answer == row.answer for answer, row in zip(answers, VALIDATION, strict=True))
         assert right == evaluation["correct"]
-
-
-def equal(one: Told, other: Told) -> None:
-    """Same weights and same record: what was trained, evaluated and measured."""
-    mine, theirs = tensors(one), tensors(other)
-    assert mine.keys() == theirs.keys()
-    assert all(torch.equal(mine[name], theirs[name]) for name in mine)
-    assert one.bundle is not None
-    assert other.bundle is not None
-    assert one.bundle.info == other.bundle.info
-    assert one.bundle.probe == other.bundle.probe
-    assert one.one("SUCCEEDED")["trained_tokens"] == other.one("SUCCEEDED")["trained_tokens"]

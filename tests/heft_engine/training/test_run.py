@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any, get_args
 
 import pytest
-from engine_runs import KINDS, LORA, REFT, ROWS, VARIANTS, but, config, parse, run
+from engine_runs import LORA, REFT, ROWS, but, config, parse, run
 
 from heft_engine.config.train import MethodType, TaskSettings
 from heft_engine.data.encoding import Encoder, Example
@@ -29,8 +29,6 @@ STAGES = {
     "heft_reversed": [REFT, LORA],
     "heft_interleaved": [LORA, REFT, LORA, REFT],
     "recipe": FOUR,
-    "variants": VARIANTS,
-    "kinds": KINDS,
 }
 
 
