@@ -10,7 +10,7 @@ from typing import Any, cast
 import httpx
 import pytest
 import redis
-from stand_in_worker import StandIn
+from stub_worker import StubWorker
 
 from cli.stack.process import wait_until
 from store import models
@@ -29,15 +29,15 @@ FAULT = {"status": 422, "code": "invalid_value", "message": "too long", "param":
 
 
 @pytest.fixture(scope="module")
-def worker(settings: StoreSettings, sessions: SessionFactory) -> Iterator[StandIn]:
+def worker(settings: StoreSettings, sessions: SessionFactory) -> Iterator[StubWorker]:
     with transaction(sessions) as session:
         models.offer_base(session, model_id=MODEL, source="directory", info={})
-    with StandIn(settings.redis_url) as stand_in:
+    with StubWorker(settings.redis_url) as stand_in:
         yield stand_in
 
 
 @pytest.fixture
-def says(worker: StandIn) -> Callable[..., list[GenerateMessage]]:
+def says(worker: StubWorker) -> Callable[..., list[GenerateMessage]]:
     """`says(reply, …)`: what the worker answers from now on; returns what it will have heard."""
     worker.heard.clear()
 
@@ -204,7 +204,7 @@ def test_a_fault_under_way_is_an_event_in_the_services_shape(client: httpx.Clien
 @pytest.mark.parametrize("path", PATHS)
 @pytest.mark.parametrize("stream", [False, True])
 def test_a_client_that_goes_away_is_marked(
-    client: httpx.Client, says: Any, worker: StandIn, path: str, stream: bool
+    client: httpx.Client, says: Any, worker: StubWorker, path: str, stream: bool
 ) -> None:
     """Before the first piece, and in the middle of a stream."""
     heard = says({"chunk": [part("Hi")]}) if stream else says()
@@ -221,7 +221,9 @@ def test_a_client_that_goes_away_is_marked(
         assert 0 < cast(int, connection.ttl(key)) <= 600
 
 
-def test_an_answer_that_is_whole_is_not_cancelled(client: httpx.Client, says: Any, worker: StandIn) -> None:
+def test_an_answer_that_is_whole_is_not_cancelled(
+    client: httpx.Client, says: Any, worker: StubWorker
+) -> None:
     heard = says({"chunk": [part("x", finish="stop")]} | DONE)
     for stream in (False, True):
         client.post("/v1/completions", json=COMPLETION | {"stream": stream})

@@ -11,8 +11,8 @@ import pytest
 import redis
 from fastapi import FastAPI
 from prometheus_client.parser import text_string_to_metric_families
-from stand_in_worker import StandIn, answered
 from starlette.requests import Request
+from stub_worker import StubWorker, answered
 
 from api.app import create_app
 from api.routes.metrics import is_local
@@ -55,7 +55,10 @@ def test_requests_are_counted_by_route_and_status(
 ) -> None:
     with transaction(sessions) as session:
         models.offer_base(session, model_id=MODEL, source="directory", info={})
-    with StandIn(settings.redis_url) as worker, httpx.Client(base_url=fresh, headers=client.headers) as mine:
+    with (
+        StubWorker(settings.redis_url) as worker,
+        httpx.Client(base_url=fresh, headers=client.headers) as mine,
+    ):
         worker.behaviour = answered
         for _ in range(2):
             assert mine.post("/predict", json={"model": MODEL, "question": "q"}).status_code == 200

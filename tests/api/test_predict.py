@@ -11,7 +11,7 @@ from typing import Any
 import httpx
 import pytest
 import redis
-from stand_in_worker import StandIn, answered
+from stub_worker import StubWorker, answered
 
 from store import models
 from store.db.session import SessionFactory, transaction
@@ -24,15 +24,15 @@ QUESTION = {"model": MODEL, "question": "is the sky blue", "passage": "The sky i
 
 
 @pytest.fixture(scope="module")
-def stand_in(settings: StoreSettings, sessions: SessionFactory) -> Iterator[StandIn]:
+def stand_in(settings: StoreSettings, sessions: SessionFactory) -> Iterator[StubWorker]:
     with transaction(sessions) as session:
         models.offer_base(session, model_id=MODEL, source="directory", info={})
-    with StandIn(settings.redis_url) as stand_in:
+    with StubWorker(settings.redis_url) as stand_in:
         yield stand_in
 
 
 @pytest.fixture
-def worker(stand_in: StandIn) -> StandIn:
+def worker(stand_in: StubWorker) -> StubWorker:
     """A worker that has heard nothing yet and answers everything."""
     stand_in.heard.clear()
     stand_in.behaviour = answered
@@ -40,7 +40,7 @@ def worker(stand_in: StandIn) -> StandIn:
 
 
 @pytest.mark.parametrize("path", ["/predict", "/v1/predict"])
-def test_one_question(client: httpx.Client, worker: StandIn, path: str) -> None:
+def test_one_question(client: httpx.Client, worker: StubWorker, path: str) -> None:
     answer = client.post(path, json=QUESTION)
     assert answer.status_code == 200
     assert answer.json() == {
@@ -54,7 +54,7 @@ def test_one_question(client: httpx.Client, worker: StandIn, path: str) -> None:
     }
 
 
-def test_the_message_tells_the_worker_all(client: httpx.Client, worker: StandIn, owner: str) -> None:
+def test_the_message_tells_the_worker_all(client: httpx.Client, worker: StubWorker, owner: str) -> None:
     before = time.time()
     answer = client.post("/predict", json=QUESTION | {"intervention": {"enabled": False}})
     (message,) = worker.heard
@@ -81,13 +81,13 @@ def test_the_message_tells_the_worker_all(client: httpx.Client, worker: StandIn,
     ],
 )
 def test_every_form_of_a_question_reaches_the_worker_as_it_was_written(
-    client: httpx.Client, worker: StandIn, asked: dict[str, Any]
+    client: httpx.Client, worker: StubWorker, asked: dict[str, Any]
 ) -> None:
     assert client.post("/predict", json={"model": MODEL, **asked}).status_code == 200
     assert worker.heard[0]["inputs"] == [asked]
 
 
-def test_many_questions_are_answered_in_order(client: httpx.Client, worker: StandIn) -> None:
+def test_many_questions_are_answered_in_order(client: httpx.Client, worker: StubWorker) -> None:
     def numbered(message: PredictMessage) -> dict[str, Any]:
         reply = answered(message)
         for row, given in zip(reply["ok"]["data"], message["inputs"], strict=True):
@@ -103,7 +103,7 @@ def test_many_questions_are_answered_in_order(client: httpx.Client, worker: Stan
 
 
 def test_an_answer_that_is_less_probable_than_asked_for_is_withheld(
-    client: httpx.Client, worker: StandIn
+    client: httpx.Client, worker: StubWorker
 ) -> None:
     def ask(abstain_below: float) -> dict[str, Any]:
         answer = client.post("/predict", json=QUESTION | {"abstain_below": abstain_below})
@@ -121,7 +121,7 @@ def test_an_answer_that_is_less_probable_than_asked_for_is_withheld(
     assert [(row["answer"], row["abstained"]) for row in many.json()["data"]] == [(None, True)] * 2
 
 
-def test_replies_find_their_own_request(client: httpx.Client, worker: StandIn) -> None:
+def test_replies_find_their_own_request(client: httpx.Client, worker: StubWorker) -> None:
     """Sixty at once, answered in pairs and each pair the wrong way round."""
     held: list[PredictMessage] = []
 
@@ -150,7 +150,7 @@ def test_replies_find_their_own_request(client: httpx.Client, worker: StandIn) -
     assert [answer.json()["answer"] for answer in answers] == [f"q{number}" for number in range(60)]
 
 
-def test_a_workers_refusal_is_passed_on(client: httpx.Client, worker: StandIn) -> None:
+def test_a_workers_refusal_is_passed_on(client: httpx.Client, worker: StubWorker) -> None:
     fault = {"status": 422, "code": "invalid_value", "message": "no choices", "param": "choices"}
     worker.behaviour = lambda _: {"error": fault}
     answer = client.post("/predict", json=QUESTION)
@@ -163,7 +163,7 @@ def test_a_workers_refusal_is_passed_on(client: httpx.Client, worker: StandIn) -
     }
 
 
-def test_a_model_that_is_not_loaded_in_time_is_503(client: httpx.Client, worker: StandIn) -> None:
+def test_a_model_that_is_not_loaded_in_time_is_503(client: httpx.Client, worker: StubWorker) -> None:
     worker.behaviour = lambda _: None
     started = time.monotonic()
     answer = client.post("/predict", json=QUESTION)
@@ -172,7 +172,7 @@ def test_a_model_that_is_not_loaded_in_time_is_503(client: httpx.Client, worker:
     assert answer.json()["error"]["code"] == "model_not_ready"
 
 
-def test_late_and_broken_replies_harm_nobody(client: httpx.Client, worker: StandIn) -> None:
+def test_late_and_broken_replies_harm_nobody(client: httpx.Client, worker: StubWorker) -> None:
     client.post("/predict", json=QUESTION)
     reply_to = worker.heard[0]["reply_to"]
     with redis.Redis.from_url(redis_py_url(worker.url)) as connection:
@@ -182,7 +182,7 @@ def test_late_and_broken_replies_harm_nobody(client: httpx.Client, worker: Stand
     assert client.post("/predict", json=QUESTION).json()["answer"] == "yes"
 
 
-def test_lost_connections_to_the_broker_are_made_again(client: httpx.Client, worker: StandIn) -> None:
+def test_lost_connections_to_the_broker_are_made_again(client: httpx.Client, worker: StubWorker) -> None:
     """As after a restart of the broker: all that the API holds are gone, and the next question is answered."""
     assert client.post("/predict", json=QUESTION).status_code == 200
     with redis.Redis.from_url(redis_py_url(worker.url)) as connection:
@@ -220,14 +220,14 @@ def test_lost_connections_to_the_broker_are_made_again(client: httpx.Client, wor
     ],
 )
 def test_what_can_not_be_asked_is_refused(
-    client: httpx.Client, worker: StandIn, body: dict[str, Any], status: int, param: str | None
+    client: httpx.Client, worker: StubWorker, body: dict[str, Any], status: int, param: str | None
 ) -> None:
     answer = client.post("/predict", json=body)
     assert (answer.status_code, answer.json()["error"]["param"]) == (status, param)
     assert worker.heard == []
 
 
-def test_waiting_questions_hold_up_nobody_else(client: httpx.Client, worker: StandIn) -> None:
+def test_waiting_questions_hold_up_nobody_else(client: httpx.Client, worker: StubWorker) -> None:
     """Sixty requests that nobody answers, and the others are served as if they were not there."""
     worker.behaviour = lambda _: None
     with ThreadPoolExecutor(60) as threads:

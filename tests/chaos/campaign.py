@@ -1,8 +1,8 @@
 """A chaos campaign: `python tests/chaos/campaign.py --kills 1000 --seed 7`, or `make chaos N=1000 SEED=7`.
 
-Starts the real stack, has users work with it, kills and freezes and cuts whatever the seed says, lets it come to rest,
-and judges. One line of JSON for each campaign is added to `--results`; the exit code is 1 if anything was violated.
-Parts with different seeds add up (`summary.py`).
+Starts the real stack with simulated users, injects the faults of the seed, waits until all jobs have ended, and checks
+the invariants. One line of JSON is appended to `--results`; the exit code is 1 if an invariant was violated. Campaigns
+with different seeds add up (`summary.py`).
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 import ledger
-from clients.evidence import Evidence
+from clients.client_log import ClientLog
 from clients.user import User
 from faults.schedule import Injector
 from harness.chaos_stack import ChaosStack
@@ -28,7 +28,7 @@ from cli.stack.process import wait_until
 
 HERE = Path(__file__).parent
 RESULTS = ledger.FOLDER / "campaigns.jsonl"
-#: What a campaign that broke off has to tell of its end.
+#: The verdict of a campaign that was aborted.
 _NOT_JUDGED: dict[str, Any] = {
     "jobs": {}, "attempts": 0, "outcomes": {}, "resumed_after_damage": 0, "models_checked": 0,
 }  # fmt: skip
@@ -37,10 +37,10 @@ _NOT_JUDGED: dict[str, Any] = {
 def run(
     *, kills: int, seed: int, users: int, real_share: float, others: float, keep: Path | None
 ) -> dict[str, Any]:
-    """One campaign; what it did and what it found. `others`: faults that are no kill, for each kill."""
+    """Runs a campaign; returns its statistics and violations. `others`: other faults for each kill."""
     started = time.monotonic()
     stack = ChaosStack()
-    log = Evidence(stack.folder / "client.jsonl")
+    log = ClientLog(stack.folder / "client.jsonl")
     injector = Injector(stack, log, seed, others=others)
     try:
         try:
@@ -48,17 +48,17 @@ def run(
                 _add_real_model(stack.folder / "models" / "tiny")
             stack.wait_until_ready()
             _attack(stack, log, injector, kills=kills, seed=seed, users=users, real_share=real_share)
-            found = judge(stack, log)
-        except (Exception, KeyboardInterrupt) as reason:  # noqa: BLE001
-            # What could not be judged counts as violated, and its kills are told with the rest.
+            verdict = judge(stack, log)
+        except (Exception, KeyboardInterrupt) as error:  # noqa: BLE001
+            # An aborted campaign counts as a violation, and its kills are counted with the others.
             traceback.print_exc()
-            found = {**_NOT_JUDGED, "violations": {"aborted": [_in_words(reason)]}}
+            verdict = {**_NOT_JUDGED, "violations": {"aborted": [_summary(error)]}}
         return {
             **ledger.stamp(),
             "seed": seed,
             "seconds": round(time.monotonic() - started),
-            **_what_was_done(stack, log, injector),
-            **found,
+            **_statistics(stack, log, injector),
+            **verdict,
         }
     finally:
         log.close()
@@ -69,7 +69,7 @@ def run(
         stack.close()
 
 
-def _what_was_done(stack: ChaosStack, log: Evidence, injector: Injector) -> dict[str, Any]:
+def _statistics(stack: ChaosStack, log: ClientLog, injector: Injector) -> dict[str, Any]:
     entries = log.entries()
     return {
         "kills": dict(injector.kills),
@@ -81,14 +81,14 @@ def _what_was_done(stack: ChaosStack, log: Evidence, injector: Injector) -> dict
     }
 
 
-def _in_words(reason: BaseException) -> str:
-    first = str(reason).partition("\n")[0]
-    return f"{type(reason).__name__}: {first}"[:300]
+def _summary(error: BaseException) -> str:
+    first_line = str(error).partition("\n")[0]
+    return f"{type(error).__name__}: {first_line}"[:300]
 
 
 def _attack(
     stack: ChaosStack,
-    log: Evidence,
+    log: ClientLog,
     injector: Injector,
     *,
     kills: int,
@@ -96,28 +96,28 @@ def _attack(
     users: int,
     real_share: float,
 ) -> None:
-    enough = threading.Event()
-    people = [
+    stop = threading.Event()
+    simulated = [
         User(
-            name=f"user-{seed}-{number}", seed=seed, url=stack.url, key=stack.key, log=log, enough=enough,
-            patience=300, real_share=real_share,
+            name=f"user-{seed}-{number}", seed=seed, url=stack.url, key=stack.key, log=log, stop=stop,
+            timeout=300, real_share=real_share,
         )
         for number in range(users)
     ]  # fmt: skip
-    for person in people:
-        person.start()
+    for user in simulated:
+        user.start()
     try:
         injector.play(kills)
     finally:
-        enough.set()
+        stop.set()
         log.write("quiet")
-        # What was killed last has to be started again for anything to end.
-        wait_until(lambda: _all_done(stack, people), seconds=320)
+        # The stack is started again after its last kill, so that the jobs can end.
+        wait_until(lambda: _all_done(stack, simulated), seconds=320)
 
 
-def _all_done(stack: ChaosStack, people: list[User]) -> bool:
+def _all_done(stack: ChaosStack, users: list[User]) -> bool:
     stack.start()
-    return not any(person.is_alive() for person in people)
+    return not any(user.is_alive() for user in users)
 
 
 def _add_real_model(path: Path) -> None:
@@ -135,13 +135,13 @@ def main() -> int:
     parser.add_argument("--seed", type=int, default=1)
     parser.add_argument("--users", type=int, default=4)
     parser.add_argument(
-        "--real-share", type=float, default=0.03, help="of the jobs, trained by the real engine"
+        "--real-share", type=float, default=0.03, help="share of the jobs that the real engine trains"
     )
     parser.add_argument("--results", type=Path, default=RESULTS)
-    parser.add_argument("--keep", type=Path, help="a folder for the client's log and the service's logs")
-    parser.add_argument("--others", type=float, default=0.5, help="faults that are no kill, for each kill")
+    parser.add_argument("--keep", type=Path, help="folder for copies of the client's and the service's logs")
+    parser.add_argument("--others", type=float, default=0.5, help="other faults for each kill")
     options = parser.parse_args()
-    signal.signal(signal.SIGTERM, signal.default_int_handler)  # whoever ends it gets what there is
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # a terminated campaign still writes its result
     result = run(
         kills=options.kills,
         seed=options.seed,

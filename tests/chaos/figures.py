@@ -1,8 +1,7 @@
-"""How long things take when something is away or has died: `make chaos-figures`.
+"""Measures recovery times and the latency during outages: `make chaos-figures`.
 
-Measured on a running stack with the service's own settings for leases and sweeps (a minute, not the campaign's
-seconds) unless `--quick` is given. One line of JSON is added to `--results`. It does NOT judge: docs/reliability.md
-says what was promised.
+The stack has the service's own leases and sweep intervals (a minute) unless `--quick` is given. One line of JSON is
+appended to `--results`. The promised times are in docs/reliability.md.
 """
 
 from __future__ import annotations
@@ -19,77 +18,77 @@ from typing import Any
 
 import ledger
 import psutil
-from clients.evidence import Evidence
-from clients.jobs import stand_in_job
+from clients.client_log import ClientLog
+from clients.jobs import fake_job
 from clients.user import ENDED, JOBS, Client
-from faults.frozen import stopped
-from harness.chaos_stack import LEASE, PATIENCE, ROLES, ChaosStack
+from faults.freeze import frozen
+from harness.chaos_stack import LEASE, QUICK_SETTINGS, ROLES, ChaosStack
 
 from cli.stack.process import wait_until
 
 RESULTS = ledger.FOLDER / "figures.jsonl"
 _POSTS = 200
-_PATIENT = 300.0
+_TIMEOUT = 300.0
 
 
 class Bench:
-    """A stack, and one user of it."""
+    """A running stack and one client."""
 
-    def __init__(self, patience: dict[str, str]) -> None:
-        self.stack = ChaosStack(patience=patience)
-        self.log = Evidence(self.stack.folder / "client.jsonl")
+    def __init__(self, settings: dict[str, str]) -> None:
+        self.stack = ChaosStack(settings=settings)
+        self.log = ClientLog(self.stack.folder / "client.jsonl")
         self.client = Client(self.stack.url, self.stack.key, self.log)
         self.random = Random(1)
         self.count = 0
 
     def until(self) -> float:
-        return time.monotonic() + _PATIENT
+        return time.monotonic() + _TIMEOUT
 
     def body(self, **changes: Any) -> dict[str, Any]:
-        """A job of many slow steps, its rows uploaded."""
+        """Uploads the rows of a job of many slow steps and returns the body of its request."""
         self.count += 1
-        wanted = stand_in_job(self.random, f"figure-{self.count}")
+        job = fake_job(self.random, f"figure-{self.count}")
         rows = {
-            **json.loads(wanted.rows)["stand_in"],
+            **json.loads(job.rows)["fake_trainer"],
             "dies": False,
             "bad": False,
             "steps": 2_000,
             "step_seconds": 0.1,
         }
-        content = json.dumps({"stand_in": rows | changes}).encode()
-        answer = self.client.insist(
+        content = json.dumps({"fake_trainer": rows | changes}).encode()
+        answer = self.client.request(
             "POST",
             "/v1/files",
             until=self.until(),
             data={"purpose": "fine-tune"},
             files={"file": ("r", content)},
         )
-        return {**wanted.body, "training_file": answer.json()["id"]}
+        return {**job.body, "training_file": answer.json()["id"]}
 
     def running(self) -> str:
-        """A job that trains and has saved a checkpoint."""
-        answer = self.client.insist("POST", JOBS, until=self.until(), json=self.body())
+        """Creates a job and waits until it has saved a checkpoint; returns its id."""
+        answer = self.client.request("POST", JOBS, until=self.until(), json=self.body())
         job_id = str(answer.json()["id"])
         self.wait(lambda: self.step(job_id) > 4)
         return job_id
 
     def step(self, job_id: str) -> int:
-        return int(self.client.look(job_id, self.until())["progress"].get("step") or 0)
+        return int(self.client.get_job(job_id, self.until())["progress"].get("step") or 0)
 
     def attempts(self, job_id: str) -> int:
-        answer = self.client.insist(
+        answer = self.client.request(
             "GET", f"{JOBS}/{job_id}/events", until=self.until(), params={"limit": 100}
         )
         return sum(event["data"]["code"] == "STARTED" for event in answer.json()["data"])
 
     def cancel(self, job_id: str) -> None:
-        self.client.insist("POST", f"{JOBS}/{job_id}/cancel", until=self.until())
-        self.wait(lambda: self.client.look(job_id, self.until())["status"] in ENDED)
+        self.client.request("POST", f"{JOBS}/{job_id}/cancel", until=self.until())
+        self.wait(lambda: self.client.get_job(job_id, self.until())["status"] in ENDED)
 
     def wait(self, condition: Callable[[], bool]) -> float:
-        """Seconds until it held."""
+        """Waits for a condition; returns the seconds that it took."""
         started = time.monotonic()
-        if not wait_until(condition, seconds=_PATIENT):
+        if not wait_until(condition, seconds=_TIMEOUT):
             raise AssertionError("it did not happen in time")
         return time.monotonic() - started
 
@@ -100,18 +99,20 @@ class Bench:
 
 
 def death_of_worker(bench: Bench, *, machine: bool) -> float:
-    """Seconds from a worker's death until its job trains again. `machine`: it does not come back, so that the lease
-    has to run out and another takes over; else it is started again and takes back its own.
+    """Returns the seconds from a worker's death until its job trains again.
+
+    machine: the worker does not come back, so that its lease has to expire and another takes over. Otherwise it is
+    restarted and takes its job back.
     """
     job_id = bench.running()
     before = bench.attempts(job_id)
-    found = bench.stack.look()
-    [trainer] = found["engine"]
+    processes = bench.stack.processes()
+    [trainer] = processes["engine"]
     holder = next(
-        process for role in ROLES for process in found.get(role, []) if trainer.ppid() == process.pid
+        process for role in ROLES for process in processes.get(role, []) if trainer.ppid() == process.pid
     )
     if machine:
-        # As good as gone: it neither works nor writes, and what stands in for it finds its name taken.
+        # Frozen instead of killed: its successor must find its slot taken.
         holder.suspend()
     trainer.kill()
     if not machine:
@@ -124,34 +125,34 @@ def death_of_worker(bench: Bench, *, machine: bool) -> float:
 
 
 def cancel_of_running(bench: Bench) -> float:
-    """Seconds from the request until no process of the job is left."""
+    """Returns the seconds from the request until no process of the job is left."""
     job_id = bench.running()
-    processes = bench.stack.look()["engine"]
+    processes = bench.stack.processes()["engine"]
     started = time.monotonic()
-    bench.client.insist("POST", f"{JOBS}/{job_id}/cancel", until=bench.until())
-    psutil.wait_procs(processes, timeout=_PATIENT)
+    bench.client.request("POST", f"{JOBS}/{job_id}/cancel", until=bench.until())
+    psutil.wait_procs(processes, timeout=_TIMEOUT)
     seconds = time.monotonic() - started
-    bench.wait(lambda: bench.client.look(job_id, bench.until())["status"] in ENDED)
+    bench.wait(lambda: bench.client.get_job(job_id, bench.until())["status"] in ENDED)
     return seconds
 
 
 def posts_without_broker(bench: Bench, *, frozen: bool) -> dict[str, Any]:
-    """POST of a job, `_POSTS` times, while the broker is killed again and again, or frozen."""
+    """Creates `_POSTS` jobs while the broker is killed again and again, or frozen."""
     body = bench.body(steps=6)
     answers, seconds = [], []
     servers = bench.stack.servers("valkey")
-    with stopped(servers if frozen else []):
+    with frozen(servers if frozen else []):
         for _ in range(_POSTS):
             if not frozen:
-                for server in bench.stack.look().get("valkey", []):
+                for server in bench.stack.processes().get("valkey", []):
                     server.kill()
             started = time.monotonic()
-            answer = bench.client.once("POST", JOBS, json=body)
+            answer = bench.client.send("POST", JOBS, json=body)
             seconds.append(time.monotonic() - started)
             answers.append(0 if answer is None else answer.status_code)
-    for job in bench.client.insist("GET", JOBS, until=bench.until(), params={"limit": 100}).json()["data"]:
+    for job in bench.client.request("GET", JOBS, until=bench.until(), params={"limit": 100}).json()["data"]:
         if job["status"] not in ENDED:
-            bench.client.insist("POST", f"{JOBS}/{job['id']}/cancel", until=bench.until())
+            bench.client.request("POST", f"{JOBS}/{job['id']}/cancel", until=bench.until())
     return {
         "answered": sum(status == 200 for status in answers) / _POSTS,
         "p50_ms": round(1000 * statistics.median(seconds), 1),
@@ -160,29 +161,34 @@ def posts_without_broker(bench: Bench, *, frozen: bool) -> dict[str, Any]:
 
 
 def api_without_postgres(bench: Bench, seconds: float) -> dict[str, Any]:
-    """What the API answers while every process of Postgres stands still, and how soon afterwards it is well."""
+    """Returns the API's answers while Postgres is frozen, and the seconds until it answers normally afterwards."""
     body = bench.body(steps=6)
     statuses: dict[str, int] = {}
     slowest = 0.0
-    with stopped(bench.stack.servers("postgres")):
+    with frozen(bench.stack.servers("postgres")):
         deadline = time.monotonic() + seconds
         while time.monotonic() < deadline:
             for method, path, options in (("GET", JOBS, {}), ("POST", JOBS, {"json": body})):
                 started = time.monotonic()
-                answer = bench.client.once(method, path, **options)
+                answer = bench.client.send(method, path, **options)
                 slowest = max(slowest, time.monotonic() - started)
-                told = "none" if answer is None else f"{answer.status_code}"
-                told += " with Retry-After" if answer is not None and "retry-after" in answer.headers else ""
-                statuses[told] = statuses.get(told, 0) + 1
+                status = "none" if answer is None else f"{answer.status_code}"
+                if answer is not None and "retry-after" in answer.headers:
+                    status += " with Retry-After"
+                statuses[status] = statuses.get(status, 0) + 1
 
-    def well() -> bool:
-        answer = bench.client.once("GET", JOBS)
+    def answers_again() -> bool:
+        answer = bench.client.send("GET", JOBS)
         return answer is not None and answer.status_code == 200
 
-    return {"answers": statuses, "slowest_s": round(slowest, 2), "well_after_s": round(bench.wait(well), 2)}
+    return {
+        "answers": statuses,
+        "slowest_s": round(slowest, 2),
+        "well_after_s": round(bench.wait(answers_again), 2),
+    }
 
 
-#: What can be measured, and how: each with the bench, the repeats and whether it has to be quick.
+#: The measurements by name, as functions of the bench, the number of repeats, and whether settings are quick.
 FIGURES: dict[str, Callable[[Bench, int, bool], Any]] = {
     "worker_killed_running_again_s": lambda bench, repeats, _: _several(
         repeats, lambda: death_of_worker(bench, machine=False)
@@ -198,8 +204,7 @@ FIGURES: dict[str, Callable[[Bench, int, bool], Any]] = {
 
 
 def measure(names: list[str], *, quick: bool, repeats: int) -> dict[str, Any]:
-    own = {"HEFT_CHECKPOINT_SECONDS": "0.5"}
-    bench = Bench(PATIENCE if quick else own)
+    bench = Bench(QUICK_SETTINGS if quick else {"HEFT_CHECKPOINT_SECONDS": "0.5"})
     try:
         bench.stack.wait_until_ready()
         return {
@@ -221,13 +226,13 @@ def main() -> int:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--quick", action="store_true", help="with the campaign's short leases")
+    parser.add_argument("--quick", action="store_true", help="use the campaign's short leases")
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--only", nargs="+", choices=FIGURES, default=list(FIGURES), metavar="FIGURE")
     parser.add_argument("--results", type=Path, default=RESULTS)
     options = parser.parse_args()
-    found = measure(options.only, quick=options.quick, repeats=options.repeats)
-    ledger.add(options.results, found)
+    result = measure(options.only, quick=options.quick, repeats=options.repeats)
+    ledger.add(options.results, result)
     return 0
 
 

@@ -1,4 +1,4 @@
-"""Results as lines of JSON, one for each run, with when and of which commit. It does NOT sum up: `summary` does."""
+"""Results of runs as JSON lines, each with its time and commit."""
 
 from __future__ import annotations
 

@@ -1,11 +1,11 @@
-"""Interrupted runs of the real engine against straight ones, and damaged checkpoints: `make chaos-resume`.
+"""Compares interrupted with uninterrupted runs of the real engine, and loads damaged checkpoints: `make chaos-resume`.
 
-For each seed a tiny model is trained straight through, and then again with an interruption at a random step of each
-stage: asked to stop (it writes a checkpoint and goes), or cut off without a word (it goes on from the last one). In
-float32 on a CPU the weights must be equal to the last bit; in bfloat16 the losses are compared. Then bits are turned
-and files cut in copies of a checkpoint: neither the engine nor the service's storage may give any of them back.
+For each seed a tiny model is trained once without and once with an interruption at a random step of each stage. The run
+is stopped (it writes a checkpoint) or killed (it resumes from its last one). In float32 on a CPU the weights must be
+equal bit for bit; in bfloat16 the losses are compared. Then bits are flipped and files truncated in copies of a
+checkpoint: neither the engine nor the service's storage may accept any of them.
 
-One line of JSON is added to `--results`; the exit code is 1 if anything was not as it must be.
+One line of JSON is appended to `--results`; the exit code is 1 if anything differs.
 """
 
 from __future__ import annotations
@@ -42,11 +42,11 @@ _ROUNDING = 2.0**-8
 
 
 class Cut(BaseException):
-    """In place of a SIGKILL: nothing in the engine catches it."""
+    """Stands for a SIGKILL: nothing in the engine catches it."""
 
 
 def settings(model: Path, seed: int, dtype: str) -> TrainConfig:
-    """Dropout, so that the random state matters; two epochs a stage, so that the order of the rows does."""
+    """Returns a config with dropout, so that the random state matters, and two epochs, so that the row order does."""
     stages = recipe("heft", but(LORA, dropout=0.1), but(REFT, dropout=0.1))
     return config(model, "heft", stages, seed=seed, dtype=dtype)
 
@@ -56,7 +56,7 @@ def straight(plan: TrainConfig, folder: Path) -> Told:
 
 
 def interrupted(plan: TrainConfig, folder: Path, step: int, *, softly: bool) -> Told:
-    """The last of two attempts: the first ended at this step of the run."""
+    """Runs two attempts, of which the first ends at this step; returns the second."""
     told, checkpoints = Told(), folder / "checkpoints"
 
     def heard(event: Any) -> None:
@@ -76,7 +76,7 @@ def interrupted(plan: TrainConfig, folder: Path, step: int, *, softly: bool) -> 
     else:
         raise AssertionError(f"it was not interrupted at step {step}")
     saved = [Path(data["path"]) for data in told.data("CHECKPOINT_SAVED")]
-    torch.manual_seed(step)  # another process has random numbers of its own
+    torch.manual_seed(step)  # a new process has another random state
     return run(
         plan,
         folder / "out",
@@ -94,7 +94,7 @@ class _Listening(list[Any]):
 
 
 def compare(model: Path, seeds: range) -> dict[str, Any]:
-    """Runs that differ by a bit, of each stage; there must be none."""
+    """Returns how many runs interrupted in each stage differ by a bit."""
     differ = dict.fromkeys(STAGES, 0)
     for seed in seeds:
         with tempfile.TemporaryDirectory() as name:
@@ -111,7 +111,7 @@ def compare(model: Path, seeds: range) -> dict[str, Any]:
 
 
 def compare_bfloat16(model: Path, seeds: int) -> float:
-    """The largest difference of a step's loss, as a share of it."""
+    """Returns the largest relative difference of a step's loss."""
     largest = 0.0
     for seed in range(seeds):
         with tempfile.TemporaryDirectory() as name:
@@ -131,7 +131,7 @@ def _equal(one: Told, other: Told) -> bool:
 
 
 def damaged(model: Path, count: int) -> dict[str, int]:
-    """Damaged checkpoints that were taken for whole: by the engine, and by the storage."""
+    """Returns how many damaged checkpoints the engine and the storage accepted."""
     random, loaded = Random(count), {"engine": 0, "storage": 0}
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
@@ -142,15 +142,15 @@ def damaged(model: Path, count: int) -> dict[str, int]:
         manifest = artifacts.put_directory("stored", sound)
         names = sorted(manifest)
         for number in range(count):
-            hurt = names[number % len(names)]
+            name = names[number % len(names)]
             copy = Path(shutil.copytree(sound, folder / "copy"))
-            damage(random, copy / hurt)
+            damage(random, copy / name)
             loaded["engine"] += _passes(lambda copy=copy: verify(copy), BundleError)
-            os.replace(copy / hurt, folder / "stored" / hurt)
+            os.replace(copy / name, folder / "stored" / name)
             loaded["storage"] += _passes(
                 lambda: artifacts.fetch_directory("stored", folder / "fetched", manifest), Damaged
             )
-            shutil.copy(sound / hurt, folder / "stored" / hurt)
+            shutil.copy(sound / name, folder / "stored" / name)
             shutil.rmtree(copy)
         artifacts.fetch_directory("stored", folder / "whole", manifest)
         assert MANIFEST in names
@@ -190,10 +190,10 @@ def main() -> int:
     parser.add_argument("--results", type=Path, default=RESULTS)
     options = parser.parse_args()
     seeds = range(options.first, options.first + options.seeds)
-    found = measure(seeds=seeds, bfloat16_seeds=options.bfloat16_seeds, damages=options.damages)
-    ledger.add(options.results, found)
-    bad = any(itertools.chain(found["differ"].values(), found["damaged_loaded"].values()))
-    return int(bad or found["bfloat16_largest_difference"] > _ROUNDING)
+    result = measure(seeds=seeds, bfloat16_seeds=options.bfloat16_seeds, damages=options.damages)
+    ledger.add(options.results, result)
+    bad = any(itertools.chain(result["differ"].values(), result["damaged_loaded"].values()))
+    return int(bad or result["bfloat16_largest_difference"] > _ROUNDING)
 
 
 if __name__ == "__main__":

@@ -1,6 +1,6 @@
-"""Sums up all results so far and writes them into docs/reliability.md, between its two marks: `make chaos-summary`.
+"""Sums up all results and writes them into docs/reliability.md, between its two marks: `make chaos-summary`.
 
-It does NOT leave anything out: a part in which something was violated is counted with the rest, and told.
+Campaigns with violations are counted with the others, and their violations are listed.
 """
 
 from __future__ import annotations
@@ -16,9 +16,9 @@ RESULTS = Path(__file__).parent / "results"
 PAGE = Path(__file__).parents[2] / "docs" / "reliability.md"
 BEGIN, END = "<!-- results: written by `make chaos-summary` -->", "<!-- end of results -->"
 
-#: Of one kind in one part; the rest is counted.
+#: Violations of one kind in one campaign that are listed; the others are counted.
 _LISTED = 1
-_WORDS = 150
+_MAX_CHARACTERS = 150
 
 Result = dict[str, Any]
 
@@ -89,7 +89,7 @@ def _violations(results: list[Result]) -> list[str]:
 
 
 def _short(text: str) -> str:
-    return text if len(text) <= _WORDS else text[:_WORDS] + "…"
+    return text if len(text) <= _MAX_CHARACTERS else text[:_MAX_CHARACTERS] + "…"
 
 
 def _clean(results: list[Result]) -> str:
@@ -100,7 +100,7 @@ def _clean(results: list[Result]) -> str:
 def resumes(results: list[Result]) -> list[str]:
     if not results:
         return []
-    # Of the newest commit, all parts together.
+    # All parts of the newest commit.
     parts = [result for result in results if result.get("commit") == results[-1].get("commit")]
     differ, seeds = added(parts, "differ"), sum(part["seeds"] for part in parts)
     stages = parts[0]["differ"]

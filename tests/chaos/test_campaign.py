@@ -1,4 +1,4 @@
-"""A campaign that breaks off leaves its result as well, and a user whom an answer takes by surprise is heard."""
+"""An aborted campaign leaves its result, and a simulated user that fails is a violation."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from pathlib import Path
 import campaign
 import pytest
 from clients import user
-from clients.evidence import Evidence
+from clients.client_log import ClientLog
 from harness.chaos_stack import ChaosStack
 from summary import campaigns
 from verdict import invariants
@@ -18,7 +18,7 @@ from cli.stack.home import Home
 
 
 class DeadStack(ChaosStack):
-    """One that never starts."""
+    """A stack that never starts."""
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
@@ -36,17 +36,17 @@ def test_a_campaign_that_breaks_off_is_a_violation_and_counted(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(campaign, "ChaosStack", lambda: DeadStack(tmp_path))
-    found = campaign.run(kills=8, seed=1, users=1, real_share=0.0, others=0.0, keep=None)
+    result = campaign.run(kills=8, seed=1, users=1, real_share=0.0, others=0.0, keep=None)
     reason = "AssertionError: the stack did not become ready in 120 s:"
-    assert found["violations"] == {"aborted": [reason]}
-    assert found["kills"] == {}
-    assert f"- {found['commit']}, seed 1: aborted: {reason}" in campaigns([found])
+    assert result["violations"] == {"aborted": [reason]}
+    assert result["kills"] == {}
+    assert f"- {result['commit']}, seed 1: aborted: {reason}" in campaigns([result])
 
 
 def test_a_user_who_can_not_go_on_says_so(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    log = Evidence(tmp_path / "log")
+    log = ClientLog(tmp_path / "log")
     person = user.User(
-        name="u", seed=1, url="http://127.0.0.1:1", key="k", log=log, enough=threading.Event(), patience=1,
+        name="u", seed=1, url="http://127.0.0.1:1", key="k", log=log, stop=threading.Event(), timeout=1,
         real_share=0.0,
     )  # fmt: skip
     monkeypatch.setattr(person, "_one_job", lambda: {}["id"])

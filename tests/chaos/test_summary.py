@@ -1,4 +1,4 @@
-"""Parts add up, and nothing that was violated is left out."""
+"""Campaigns add up, and no violation is left out."""
 
 from __future__ import annotations
 

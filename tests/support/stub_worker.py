@@ -32,7 +32,7 @@ def answered(message: PredictMessage) -> dict[str, Any]:
     return {"ok": {"data": rows}}
 
 
-class StandIn:
+class StubWorker:
     """An inference worker in a thread. `behaviour` gives the reply to a message, or None for silence."""
 
     def __init__(self, redis_url: str) -> None:
@@ -42,7 +42,7 @@ class StandIn:
         self._ended = threading.Event()
         self._thread = threading.Thread(target=self._work)
 
-    def __enter__(self) -> StandIn:
+    def __enter__(self) -> StubWorker:
         self._thread.start()
         return self
 

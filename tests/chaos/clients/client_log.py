@@ -1,6 +1,6 @@
-"""The client's own log, JSON lines: every request it sent, every answer or none, everything it saw, every fault.
+"""The client's log as JSON lines: requests, answers, missing answers, and the faults that were injected.
 
-It is what the verdict goes by; nothing in it comes from the service's own books. It does NOT judge.
+The verdict is based on it. Nothing in it comes from the service's own database.
 """
 
 from __future__ import annotations
@@ -16,8 +16,8 @@ from typing import Any
 Entry = dict[str, Any]
 
 
-class Evidence:
-    """Appends; safe from many threads. `entries()` reads it all back from the file."""
+class ClientLog:
+    """An append-only log, safe to use from several threads."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
@@ -26,11 +26,11 @@ class Evidence:
         self._numbers = itertools.count(1)
         self._started = time.monotonic()
 
-    def write(self, kind: str, **what: Any) -> int:
-        """Returns the entry's number."""
+    def write(self, kind: str, **fields: Any) -> int:
+        """Appends an entry and returns its number."""
         with self._lock:
             number = next(self._numbers)
-            entry = {"n": number, "t": round(time.monotonic() - self._started, 3), "kind": kind, **what}
+            entry = {"n": number, "t": round(time.monotonic() - self._started, 3), "kind": kind, **fields}
             self._file.write(json.dumps(entry) + "\n")
             self._file.flush()
         return number

@@ -1,4 +1,4 @@
-"""Jobs that users make, and what each must come to. Most are for the stand-in; a few train a tiny model for real."""
+"""The jobs of the simulated users, with their expected results. Most use the fake trainer; a few train a tiny model."""
 
 from __future__ import annotations
 
@@ -7,21 +7,21 @@ from dataclasses import dataclass
 from random import Random
 from typing import Any
 
-from harness.stand_in import BAD
+from harness.fake_trainer import BAD
 
 _STAGE = {"n_epochs": 1, "batch_size": 8, "rank": 2}
 
 
 @dataclass(frozen=True, kw_only=True)
-class Wanted:
-    """`expect` goes into the client's log: what the job's model must hold, if it is known beforehand."""
+class JobRequest:
+    """A training file, the body of the request, and the expected result, which goes into the client's log."""
 
     rows: bytes
     body: dict[str, Any]
     expect: dict[str, Any]
 
 
-def stand_in_job(random: Random, name: str) -> Wanted:
+def fake_job(random: Random, name: str) -> JobRequest:
     steps, seed = random.randrange(6, 14), random.randrange(1000)
     rows = {
         "steps": steps,
@@ -30,8 +30,8 @@ def stand_in_job(random: Random, name: str) -> Wanted:
         "dies": random.random() < 0.04,
         "bad": random.random() < 0.03,
     }
-    return Wanted(
-        rows=json.dumps({"stand_in": rows}).encode() + b"\n",
+    return JobRequest(
+        rows=json.dumps({"fake_trainer": rows}).encode() + b"\n",
         body={"model": "tiny", "seed": seed},
         expect={
             "salt": name,
@@ -44,14 +44,14 @@ def stand_in_job(random: Random, name: str) -> Wanted:
     )
 
 
-def real_job(random: Random) -> Wanted:
-    """Equal for all: every one of them must end with the same weights, whether it reuses what others have trained."""
+def real_job(random: Random) -> JobRequest:
+    """Returns the same training run each time: all must end with the same weights, with or without reused stages."""
     rows = [
         {"question": f"is {number} larger than {number * 7 % 24}", "answer": number > number * 7 % 24}
         for number in range(24)
     ]
     method = {"type": "heft", "heft": {"lora": _STAGE, "reft": {**_STAGE, "layers": [2]}}}
-    return Wanted(
+    return JobRequest(
         rows="".join(json.dumps(row) + "\n" for row in rows).encode(),
         body={
             "model": "tiny",

@@ -1,7 +1,7 @@
-"""Stored bytes that are not what they were: a file cut short, or with one bit turned over.
+"""Damages stored files: truncates one, or flips one of its bits.
 
-`damage_checkpoint` does it to a job that trains, and in such a way that the job meets it: its trainer stands still
-meanwhile and then dies, so that the damaged checkpoint is the one it would go on from.
+`damage_checkpoint` freezes the trainer of a running job, damages the checkpoint that the job would resume from, and
+kills the trainer.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from typing import Any
 
 import psutil
 import psycopg
-from faults.frozen import stopped
+from faults.freeze import frozen
 from faults.kills import PROMPT_SECONDS
 from harness.chaos_stack import ChaosStack
 from harness.crash_points import job_in
@@ -23,9 +23,9 @@ from psycopg.rows import dict_row
 
 from cli.stack.process import wait_until
 
-#: So long nothing new was written of a job whose trainer stands still: nothing more is to come.
+#: After this time without a new checkpoint, the worker has stored everything that the frozen trainer had reported.
 _STILL_SECONDS = 0.4
-#: Of both checkpoints that a job could go on from, now and then: it has to begin at the beginning.
+#: The share of cases in which both checkpoints are damaged, so that the job must start from step 0.
 _BOTH = 0.3
 _RESUMABLE = """
     SELECT c.id, c.storage_key, c.manifest, c.step, j.attempt
@@ -37,47 +37,51 @@ _RESUMABLE = """
 
 
 def damage_checkpoint(stack: ChaosStack, random: Random) -> dict[str, Any]:
-    """Wait for a job that trains and has saved something, and damage what it would resume from."""
-    how_many = 2 if random.random() < _BOTH else 1
-    done: dict[str, Any] = {"done": False, "reason": "no job trains that has saved a checkpoint"}
+    """Waits for a running job with a checkpoint and damages what it would resume from."""
+    count = 2 if random.random() < _BOTH else 1
+    outcome: dict[str, Any] = {"done": False, "reason": "no running job has a checkpoint"}
 
-    def met() -> bool:
+    def damage_any() -> bool:
         stack.start()
-        for trainer in stack.look().get("engine", []):
-            found = _damage_under(stack, random, trainer, how_many)
-            if found["done"]:
-                done.clear()
-                done.update(found)
+        for trainer in stack.processes().get("engine", []):
+            attempt = _damage_under(stack, random, trainer, count)
+            if attempt["done"]:
+                outcome.clear()
+                outcome.update(attempt)
                 return True
         return False
 
-    wait_until(met, seconds=2 * PROMPT_SECONDS)
-    return done
+    wait_until(damage_any, seconds=2 * PROMPT_SECONDS)
+    return outcome
 
 
-def _damage_under(
-    stack: ChaosStack, random: Random, trainer: psutil.Process, how_many: int
-) -> dict[str, Any]:
-    hurt: list[dict[str, Any]] = []
+def _damage_under(stack: ChaosStack, random: Random, trainer: psutil.Process, count: int) -> dict[str, Any]:
+    damaged: list[dict[str, Any]] = []
     rows: list[dict[str, Any]] = []
     job_id = None
     with suppress(OSError, psutil.Error, psycopg.Error):
         job_id = job_in(trainer.cwd())
         if job_id is None or not _resumable(stack, job_id):
             return {"done": False}
-        with stopped([trainer]):
+        with frozen([trainer]):
             rows = _when_still(stack, job_id)
-            for row in rows[:how_many]:
-                hurt.append(_damage_one(stack, random, row))
-            if hurt:
+            for row in rows[:count]:
+                damaged.append(_damage_one(stack, random, row))
+            if damaged:
                 trainer.kill()
-    if not hurt:
+    if not damaged:
         return {"done": False}
-    return {"done": True, "job": job_id, "attempt": rows[0]["attempt"], "pid": trainer.pid, "damaged": hurt}
+    return {
+        "done": True,
+        "job": job_id,
+        "attempt": rows[0]["attempt"],
+        "pid": trainer.pid,
+        "damaged": damaged,
+    }
 
 
 def _when_still(stack: ChaosStack, job_id: str) -> list[dict[str, Any]]:
-    """What it could resume from, once its worker has stored all that the trainer had said."""
+    """Returns the checkpoints that it could resume from, once no new ones arrive."""
     rows = _resumable(stack, job_id)
     until = time.monotonic() + PROMPT_SECONDS
     while time.monotonic() < until:
@@ -95,23 +99,23 @@ def _resumable(stack: ChaosStack, job_id: str) -> list[dict[str, Any]]:
 
 
 def _damage_one(stack: ChaosStack, random: Random, row: dict[str, Any]) -> dict[str, Any]:
-    # What lies in the bundle of a stage's end is a model as well, and is judged as one.
+    # Not a file of a bundle: that is a model as well, which must stay undamaged.
     name = random.choice(sorted(name for name in row["manifest"] if not name.startswith("bundle/")))
     how = damage(random, stack.home.artifacts / row["storage_key"] / name)
     return {"checkpoint": row["id"], "step": row["step"], "how": how}
 
 
 def damage(random: Random, path: Path) -> str:
-    """Cut a file short, or turn one bit of it over; says what was done."""
+    """Truncates a file or flips one of its bits; returns a description."""
     size = path.stat().st_size
     if size == 0 or random.random() < 0.5:
         cut = random.randrange(size) if size else 0
         os.truncate(path, cut)
         return f"{path.name} cut from {size} to {cut}"
     with path.open("r+b") as file:
-        place = random.randrange(size)
-        file.seek(place)
+        position = random.randrange(size)
+        file.seek(position)
         byte = file.read(1)[0]
-        file.seek(place)
+        file.seek(position)
         file.write(bytes([byte ^ 1 << random.randrange(8)]))
-    return f"{path.name} bit at {place}"
+    return f"{path.name} bit at {position}"

@@ -1,26 +1,25 @@
-"""Processes that stand still for a while. It does NOT choose which."""
+"""Freezes processes for a while."""
 
 from __future__ import annotations
 
 import signal
-from contextlib import suppress
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 
 import psutil
 
 
-class stopped:
-    """SIGSTOP for as long as the body runs."""
+@contextmanager
+def frozen(processes: list[psutil.Process]) -> Iterator[None]:
+    """Sends SIGSTOP before the body and SIGCONT after it."""
+    _send(processes, signal.SIGSTOP)
+    try:
+        yield
+    finally:
+        _send(processes, signal.SIGCONT)
 
-    def __init__(self, processes: list[psutil.Process]) -> None:
-        self._processes = processes
 
-    def __enter__(self) -> None:
-        self._send(signal.SIGSTOP)
-
-    def __exit__(self, *_: object) -> None:
-        self._send(signal.SIGCONT)
-
-    def _send(self, number: signal.Signals) -> None:
-        for process in self._processes:
-            with suppress(psutil.NoSuchProcess):
-                process.send_signal(number)
+def _send(processes: list[psutil.Process], number: signal.Signals) -> None:
+    for process in processes:
+        with suppress(psutil.NoSuchProcess):
+            process.send_signal(number)

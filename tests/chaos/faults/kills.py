@@ -1,4 +1,4 @@
-"""`kill -9`, at any time or at a named point, of each kind of process. It does NOT choose when: `faults` does."""
+"""Kills each kind of process with SIGKILL, at any time or at a crash point."""
 
 from __future__ import annotations
 
@@ -14,31 +14,45 @@ import psutil
 from harness.chaos_stack import ROLES, ChaosStack
 from harness.crash_points import job_in
 
+from api.routes import files as file_routes
+from api.routes import jobs as job_routes
 from cli.stack.process import wait_until
+from store.jobs import endings, jobs, leases
+from store.messages.broker import Task
+from store.storage import atomic_write
+from worker.chores import presence, reconcile
+from worker.jobs import attempt, export
 
-#: Kinds of process that are killed, each as often as the others. The supervisor of a job is its worker; the reconciler
-#: is a thread of every worker, killed while it holds its lock.
+#: The kinds of process that are killed, equally often. The reconciler is a thread of every worker: a worker is killed
+#: while it holds the reconciler's lock.
 KILLED = ("api", "worker", "prepare", "trainer", "reconciler", "postgres", "valkey", "up")
-#: What a worker's process is killed at.
-WORKER_POINTS = (
-    "commit claim", "commit finish_prepared", "commit finish_succeeded", "commit finish_cancelled",
-    "commit finish_paused", "commit record_event", "commit record_checkpoint", "commit release",
-    "commit record_crash", "commit worker.jobs.attempt._claim", "commit worker.jobs.attempt.renew_lease",
-    "commit worker.chores.presence", "commit worker.jobs.export", "publish heft.train",
-    "publish heft.prepare", "publish heft.export",
-    "rename store.storage.atomic_write", "fsync store.storage.atomic_write", "commit", "publish", "rename", "fsync",
+_UPLOAD_POINTS = (f"rename {atomic_write.__name__}", f"fsync {atomic_write.__name__}")
+CLAIM = f"commit {attempt.__name__}._claim"
+RECONCILE = f"commit {reconcile.__name__}.{reconcile.recover_lost.__name__}"
+#: Store functions that a worker runs in a transaction.
+_WORKER_COMMITS = (
+    endings.finish_prepared, endings.finish_succeeded, endings.finish_cancelled, endings.finish_paused,
+    endings.record_crash, endings.release, leases.record_event, leases.record_checkpoint,
 )  # fmt: skip
-_API_POINTS = ("commit _create", "commit _record", "commit request_cancel", "commit request_pause", "commit resume",
-               "publish heft.prepare", "rename store.storage.atomic_write", "fsync store.storage.atomic_write",
-               "commit", "publish")  # fmt: skip
+#: Crash points of worker processes.
+WORKER_POINTS = (
+    CLAIM, f"commit {attempt.__name__}.renew_lease", f"commit {presence.__name__}", f"commit {export.__name__}",
+    *(f"commit {function.__name__}" for function in _WORKER_COMMITS),
+    *(f"publish {task.value}" for task in (Task.TRAIN, Task.PREPARE, Task.EXPORT)),
+    *_UPLOAD_POINTS, "commit", "publish", "rename", "fsync",
+)  # fmt: skip
+_API_COMMITS = (job_routes._create, file_routes._record, jobs.request_cancel, jobs.request_pause, jobs.resume)
+_API_POINTS = (
+    *(f"commit {function.__name__}" for function in _API_COMMITS),
+    f"publish {Task.PREPARE.value}", *_UPLOAD_POINTS, "commit", "publish",
+)  # fmt: skip
 _TRAINER_POINTS = ("rename", "fsync")
-SWEEP = "commit worker.chores.reconcile.recover_lost"
-#: How long a process, a point or a moment is waited for.
+#: The time that a fault waits for its process or point.
 PROMPT_SECONDS = 6.0
 
 
 class Kills:
-    """Counts what it really killed, by kind."""
+    """`done` counts the processes that were killed, by kind."""
 
     def __init__(self, stack: ChaosStack, random: Random) -> None:
         self.stack, self.random = stack, random
@@ -48,7 +62,7 @@ class Kills:
         at_point = self.random.random() < 0.5
         pick = self.random.random()
         if kind == "reconciler":
-            done = self._kill_at(ROLES, SWEEP, "before", 0)
+            done = self._kill_at(ROLES, RECONCILE, "before", 0)
         elif kind in ("postgres", "valkey", "up"):
             done = self._kill_now(kind, pick)
         elif at_point:
@@ -68,20 +82,20 @@ class Kills:
         roles = {"worker": ("train", "train-2"), "trainer": ("engine",)}.get(kind, (kind,))
         targets: list[psutil.Process] = []
 
-        def there() -> bool:
+        def find_targets() -> bool:
             self.stack.start()
-            found = self.stack.look()
-            targets[:] = [process for role in roles for process in found.get(role, [])]
+            by_role = self.stack.processes()
+            targets[:] = [process for role in roles for process in by_role.get(role, [])]
             return bool(targets)
 
-        if not wait_until(there, seconds=PROMPT_SECONDS):
+        if not wait_until(find_targets, seconds=PROMPT_SECONDS):
             return {"done": False, "reason": f"no {kind} lives"}
         if kind == "postgres" and pick < 0.3:
-            # One of its processes: the server then restarts itself, and every connection is lost.
+            # One of its backends: the server then restarts itself, and every connection is lost.
             with suppress(psutil.Error):
                 targets = targets[0].children() or targets
         target = targets[int(pick * len(targets))]
-        return kill(target) or {"done": False, "reason": "it was just gone"}
+        return kill(target) or {"done": False, "reason": "it had just ended"}
 
     def _kill_at(self, roles: tuple[str, ...], point: str, side: str, skip: int) -> dict[str, Any]:
         return self.at_point(roles, f"{point}|{side}", skip, signal.SIGKILL)
@@ -89,7 +103,7 @@ class Kills:
     def at_point(
         self, roles: tuple[str, ...], point: str, skip: int, number: signal.Signals
     ) -> dict[str, Any]:
-        """Have the first process of these roles that comes there do it to itself."""
+        """Makes the first process of these roles that crosses the point send itself this signal."""
         fired = self.stack.control / "fired.jsonl"
         before = fired.read_text().count("\n") if fired.exists() else 0
         name, _, side = point.partition("|")
@@ -104,15 +118,15 @@ class Kills:
         done = wait_until(has_fired, seconds=PROMPT_SECONDS)
         for role in roles:
             (self.stack.control / f"{role}.armed").unlink(missing_ok=True)
-        # One may have taken the order at the last moment.
+        # A process may have crossed it at the last moment.
         done = done or has_fired()
         if not done:
-            return {"done": False, "reason": f"nobody came to {point}"}
+            return {"done": False, "reason": f"no process crossed {point}"}
         return {"done": True, "at": "point", **json.loads(fired.read_text().splitlines()[before])}
 
 
 def kill(process: psutil.Process) -> dict[str, Any] | None:
-    """What was done, with the job that a trainer was at; None when it was gone already."""
+    """Kills a process; returns the outcome, with the job of a trainer, or None if it had ended already."""
     try:
         job = job_in(process.cwd())
         process.kill()
@@ -122,7 +136,7 @@ def kill(process: psutil.Process) -> dict[str, Any] | None:
 
 
 def write(path: Path, text: str) -> None:
-    """All of it at once, for whoever reads it."""
+    """Writes a file atomically."""
     partial = path.with_name(path.name + ".new")
     partial.write_text(text)
     partial.rename(path)

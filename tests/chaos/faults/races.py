@@ -1,6 +1,6 @@
-"""A cancel that meets a claim or an end just as it happens: the worker stands still at that commit meanwhile.
+"""Cancels jobs while a worker is frozen at the commit of a claim or an end.
 
-Before the commit it holds the job's row, so that the cancel has to wait for it. It does NOT judge who should win.
+Frozen before the commit, the worker holds the lock of the job's row, and the cancel waits for it.
 """
 
 from __future__ import annotations
@@ -12,52 +12,53 @@ import time
 from contextlib import suppress
 from typing import Any
 
-from clients.evidence import Evidence
+from clients.client_log import ClientLog
 from clients.user import ENDED, JOBS, Client
-from faults.kills import Kills
+from faults.kills import CLAIM, Kills
 from harness.chaos_stack import ROLES, ChaosStack
 
+from store.jobs import endings
+
 _RACED = (
-    "commit worker.jobs.attempt._claim",
-    "commit finish_prepared",
-    "commit finish_succeeded",
-    "commit record_crash",
+    CLAIM,
+    *(f"commit {function.__name__}" for function in (endings.finish_prepared, endings.finish_succeeded)),
+    f"commit {endings.record_crash.__name__}",
 )
-#: The cancels have been sent and are being worked on.
-_UNDER_WAY_SECONDS = 0.7
+#: The time after which the cancel requests have reached the database.
+_RACE_SECONDS = 0.7
 
 
-def cancel_at_point(stack: ChaosStack, log: Evidence, kills: Kills) -> dict[str, Any]:
-    """Every unfinished job is cancelled, for any of them may be the one that is being claimed or ended."""
+def cancel_at_point(stack: ChaosStack, log: ClientLog, kills: Kills) -> dict[str, Any]:
+    """Cancels every unfinished job: any of them may be the one that is claimed or ended."""
     point, side = kills.random.choice(_RACED), kills.random.choice(("before", "after"))
-    what = kills.at_point(ROLES, f"{point}|{side}", 0, signal.SIGSTOP)
-    if not what["done"]:
-        return what
+    outcome = kills.at_point(ROLES, f"{point}|{side}", 0, signal.SIGSTOP)
+    if not outcome["done"]:
+        return outcome
     try:
         threads = [
             threading.Thread(target=_cancel, args=(stack, log, job_id)) for job_id in _unfinished(stack, log)
         ]
         for thread in threads:
             thread.start()
-        time.sleep(_UNDER_WAY_SECONDS)
+        time.sleep(_RACE_SECONDS)
     finally:
         with suppress(ProcessLookupError):
-            os.kill(what["pid"], signal.SIGCONT)
+            os.kill(outcome["pid"], signal.SIGCONT)
     for thread in threads:
         thread.join()
-    return {**what, "cancelled": len(threads)}
+    return {**outcome, "cancelled": len(threads)}
 
 
-def _unfinished(stack: ChaosStack, log: Evidence) -> list[str]:
+def _unfinished(stack: ChaosStack, log: ClientLog) -> list[str]:
     client = Client(stack.url, stack.key, log)
-    answer = client.once("GET", JOBS, params={"limit": 20})
+    answer = client.send("GET", JOBS, params={"limit": 20})
     client.close()
     if answer is None or answer.status_code != 200:
         return []
     return [job["id"] for job in answer.json()["data"] if job["status"] not in ENDED]
 
 
-def _cancel(stack: ChaosStack, log: Evidence, job_id: str) -> None:
+def _cancel(stack: ChaosStack, log: ClientLog, job_id: str) -> None:
     client = Client(stack.url, stack.key, log)
-    client.once("POST", f"{JOBS}/{job_id}/cancel")
+    client.send("POST", f"{JOBS}/{job_id}/cancel")
     client.close()

@@ -1,7 +1,7 @@
-"""What is done to the stack, and in what order: a schedule drawn from a seed, one fault after the other.
+"""Injects faults into the stack, one after the other, by a schedule that a seed determines.
 
-A seed gives the same schedule again: the same faults, places and pauses. What each meets depends on the machine.
-It does NOT look at what comes of it: `verdict` does.
+The same seed gives the same faults, points and pauses. The state of the service in which each strikes depends on the
+machine.
 """
 
 from __future__ import annotations
@@ -17,10 +17,10 @@ from typing import Any
 
 import psutil
 import redis
-from clients.evidence import Evidence
+from clients.client_log import ClientLog
 from faults.damage import damage_checkpoint
-from faults.frozen import stopped
-from faults.kills import KILLED, PROMPT_SECONDS, SWEEP, WORKER_POINTS, Kills, write
+from faults.freeze import frozen
+from faults.kills import KILLED, PROMPT_SECONDS, RECONCILE, WORKER_POINTS, Kills, write
 from faults.races import cancel_at_point
 from harness.chaos_stack import LEASE, ROLES, ChaosStack
 from kombu.exceptions import OperationalError
@@ -30,19 +30,19 @@ from store.messages.broker import Task, make_celery
 
 
 class Injector:
-    """Does one fault after the other. `kills` and `faults` count what was really done."""
+    """Runs the schedule. `kills` and `faults` count the faults that took effect."""
 
-    def __init__(self, stack: ChaosStack, log: Evidence, seed: int, *, others: float = 0.5) -> None:
+    def __init__(self, stack: ChaosStack, log: ClientLog, seed: int, *, others: float = 0.5) -> None:
         self.stack, self.log = stack, log
         self._seed = seed
-        #: Of the fault that is done now: what it meets, and how it draws, must not move those that follow.
+        #: The generator of the current fault, new for each one: its draws must not change the faults that follow.
         self.random = Random(seed)
         self._order = Random(seed)
         self._others_share = others
         self._kills = Kills(stack, self.random)
         self.kills = self._kills.done
         self.faults: Counter[str] = Counter()
-        self._stand_still: dict[str, Callable[[], dict[str, Any]]] = {
+        self._other_faults: dict[str, Callable[[], dict[str, Any]]] = {
             "worker frozen past its lease": self._freeze_worker,
             "worker frozen at a point past its lease": self._freeze_at_point,
             "trainer frozen": self._freeze_trainer,
@@ -61,27 +61,27 @@ class Injector:
         }
 
     def schedule(self, kills: int) -> Iterator[tuple[str, Callable[[], dict[str, Any]]]]:
-        """Faults until there were as many kills; every kind of kill in its turn, in an order of its own each round."""
+        """Yields faults until there were this many kills: rounds of every kind of kill, each in a random order."""
         others: list[str] = []
         while sum(self.kills.values()) < kills:
             for kind in self._order.sample(KILLED, len(KILLED)):
                 yield f"kill {kind}", lambda kind=kind: self._kills.kill(kind)
                 if self._order.random() < self._others_share:
-                    others = others or self._order.sample(list(self._stand_still), len(self._stand_still))
+                    others = others or self._order.sample(list(self._other_faults), len(self._other_faults))
                     name = others.pop()
-                    yield name, self._stand_still[name]
+                    yield name, self._other_faults[name]
                 if sum(self.kills.values()) >= kills:
                     return
 
     def play(self, kills: int) -> None:
-        for number, (name, do) in enumerate(self.schedule(kills)):
+        for number, (name, inject) in enumerate(self.schedule(kills)):
             self.random = self._kills.random = Random(f"{self._seed}/{number}")
             self.stack.start()
-            what = do()
-            self.faults[name] += bool(what.get("done", True))
-            self.log.write("fault", name=name, **what)
+            outcome = inject()
+            self.faults[name] += bool(outcome.get("done", True))
+            self.log.write("fault", name=name, **outcome)
             if name == "kill up":
-                # All of it starts anew; a fault in the middle of that is as good as none.
+                # While everything starts again, most faults would have no effect.
                 self.stack.wait_until_ready()
             self._pause(self.random.uniform(0.1, 1.0))
 
@@ -94,32 +94,32 @@ class Injector:
     # Frozen for a while
 
     def _freeze_worker(self) -> dict[str, Any]:
-        workers = [process for role in ROLES for process in self.stack.look().get(role, [])]
+        workers = [process for role in ROLES for process in self.stack.processes().get(role, [])]
         if not workers:
             return {"done": False}
         worker = self.random.choice(workers)
-        with stopped([worker]):
+        with frozen([worker]):
             self._pause(LEASE * self.random.uniform(1.5, 2.5))
         return {"pid": worker.pid}
 
     def _freeze_at_point(self) -> dict[str, Any]:
-        point = self.random.choice([*WORKER_POINTS, SWEEP])
+        point = self.random.choice([*WORKER_POINTS, RECONCILE])
         side = self.random.choice(("before", "after"))
-        what = self._kills.at_point(ROLES, f"{point}|{side}", 0, signal.SIGSTOP)
-        if what["done"]:
+        outcome = self._kills.at_point(ROLES, f"{point}|{side}", 0, signal.SIGSTOP)
+        if outcome["done"]:
             self._pause(LEASE * self.random.uniform(1.5, 2.5))
             with suppress(ProcessLookupError):
-                os.kill(what["pid"], signal.SIGCONT)
-        return what
+                os.kill(outcome["pid"], signal.SIGCONT)
+        return outcome
 
     def _freeze_trainer(self) -> dict[str, Any]:
-        trainers = self.stack.look().get("engine", [])
-        with stopped(trainers):
+        trainers = self.stack.processes().get("engine", [])
+        with frozen(trainers):
             self._pause(self.random.uniform(1, 4))
         return {"done": bool(trainers)}
 
     def _stop_postgres(self) -> dict[str, Any]:
-        servers = self.stack.look().get("postgres", [])
+        servers = self.stack.processes().get("postgres", [])
         for server in servers:
             with suppress(psutil.NoSuchProcess):
                 server.send_signal(signal.SIGQUIT)
@@ -127,7 +127,7 @@ class Injector:
 
     def _freeze_server(self, name: str, seconds: float) -> dict[str, Any]:
         processes = self.stack.servers(name)
-        with stopped(processes):
+        with frozen(processes):
             self._pause(seconds)
         return {"done": bool(processes), "seconds": seconds}
 
@@ -142,7 +142,7 @@ class Injector:
         return {}
 
     def _double_hints(self) -> dict[str, Any]:
-        """Messages for jobs in every state, for each kind of work, more than once."""
+        """Sends messages for jobs in every state, for each kind of work, twice."""
         jobs = [entry["job"] for entry in self.log.entries() if entry["kind"] == "accepted"]
         chosen = self.random.sample(jobs, min(len(jobs), 8)) + jobs[-3:]
         app = make_celery(f"redis+socket://{self.stack.home.run}/valkey/socket?virtual_host=0", name="chaos")
@@ -157,7 +157,7 @@ class Injector:
         return {"jobs": len(chosen)}
 
     def _shuffle_hints(self) -> dict[str, Any]:
-        """What waits in the queues is taken out; most of it is put back in another order."""
+        """Takes the messages out of the queues and puts two thirds of them back in another order."""
         moved = 0
         try:
             with self.stack.redis() as client:
@@ -165,9 +165,9 @@ class Injector:
                     with client.pipeline() as pipe:
                         messages = pipe.lrange(queue, 0, -1).delete(queue).execute()[0]
                     self.random.shuffle(messages)
-                    kept = messages[: len(messages) * 2 // 3]
-                    if kept:
-                        client.rpush(queue, *kept)
+                    returned = messages[: len(messages) * 2 // 3]
+                    if returned:
+                        client.rpush(queue, *returned)
                     moved += len(messages)
         except redis.RedisError as error:
             return {"done": False, "reason": type(error).__name__}
@@ -192,13 +192,13 @@ class Injector:
                     file.write(bytes(1 << 16))
                     file.flush()
         except OSError:
-            pass  # closing it writes what was left
+            pass  # closing the file writes the rest of its buffer
         self._pause(self.random.uniform(1.5, 4))
         filler.unlink()
         return {}
 
     def _step_clock(self) -> dict[str, Any]:
-        """The wall clock of every process of the service, by up to an hour either way; Postgres' own runs on."""
+        """Shifts the wall clock of the service's processes by up to an hour; that of Postgres stays."""
         offset = self.random.uniform(-3600, 3600)
         write(self.stack.control / "clock", f"{offset:.3f}")
         return {"seconds": round(offset)}

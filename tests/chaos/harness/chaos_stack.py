@@ -1,7 +1,4 @@
-"""The stack under attack: `heft up` on patience of seconds, its processes by what they are, and what is left of it.
-
-It does NOT decide what is done to them.
-"""
+"""The stack under test: `heft up` with timeouts of seconds, its processes by role, and what remains after it."""
 
 from __future__ import annotations
 
@@ -27,14 +24,14 @@ from store.storage.artifacts import Artifacts
 
 HERE = Path(__file__).parent
 ROLES = ("train", "train-2", "prepare")
-#: Seconds. What takes a minute in production takes two seconds here, all in proportion.
-PATIENCE = {
+#: In seconds. What takes a minute in production takes two seconds here, in proportion.
+QUICK_SETTINGS = {
     "HEFT_LEASE_SECONDS": "2.5",
     "HEFT_LEASE_GRACE_SECONDS": "0.3",
     "HEFT_HEARTBEAT_SECONDS": "0.4",
     "HEFT_CONTROL_SECONDS": "0.15",
     "HEFT_SWEEP_SECONDS": "0.5",
-    "HEFT_STALL_SECONDS": "120",  # a crowded machine is no stalled trainer; nothing here freezes one for so long
+    "HEFT_STALL_SECONDS": "120",  # a busy machine must not count as a stalled trainer; no fault freezes one that long
     "HEFT_CANCEL_GRACE_SECONDS": "1",
     "HEFT_CHECKPOINT_GRACE_SECONDS": "3",
     "HEFT_CHECKPOINT_SECONDS": "0.1",
@@ -42,14 +39,14 @@ PATIENCE = {
     "HEFT_MAX_LOST_LEASES": "200",
     "HEFT_MAX_TRAINER_DEATHS": "5",
 }
-LEASE = float(PATIENCE["HEFT_LEASE_SECONDS"])
+LEASE = float(QUICK_SETTINGS["HEFT_LEASE_SECONDS"])
 STORAGE_MB = 96
 
 
 class ChaosStack:
-    """Call everything from the main thread: children are started there."""
+    """Starts and stops the stack. Call its methods from the main thread, which starts the children."""
 
-    def __init__(self, *, patience: dict[str, str] | None = None) -> None:
+    def __init__(self, *, settings: dict[str, str] | None = None) -> None:
         self.folder = Path(tempfile.mkdtemp(prefix="heft-chaos-", dir="/tmp"))
         self.folder.chmod(0o711)
         self.home = Home.at(self.folder / "home")
@@ -58,17 +55,17 @@ class ChaosStack:
         self.port = _free_port()
         self.url = f"http://127.0.0.1:{self.port}"
         self.key = "heft_chaos_" + os.urandom(16).hex()
-        self._patience = PATIENCE if patience is None else patience
+        self._settings = QUICK_SETTINGS if settings is None else settings
         self._owner: subprocess.Popen[bytes] | None = None
         self._proxy: subprocess.Popen[bytes] | None = None
-        #: Everything that was ever seen below an owner.
+        #: Every process that was ever seen below an owner, by pid and start time.
         self.seen: dict[tuple[int, float], psutil.Process] = {}
         self.starts = 0
         self.has_small_storage = self._mount_storage()
 
     @property
     def database_url(self) -> str:
-        """Past the proxy."""
+        """The URL of the server itself, not of the proxy."""
         return database_url(self.home.run / "postgres")
 
     @property
@@ -79,7 +76,7 @@ class ChaosStack:
         return redis.Redis(unix_socket_path=str(self.home.run / "valkey" / "socket"), socket_timeout=2)
 
     def start(self) -> None:
-        """Start it if it does not run; returns at once."""
+        """Starts the parts that do not run; does not wait for them."""
         if self._proxy is None or self._proxy.poll() is not None:
             self._proxy = self._spawn(
                 "pg_proxy.py",
@@ -108,41 +105,41 @@ class ChaosStack:
     def owner(self) -> psutil.Process | None:
         return None if self._owner is None else _process(self._owner.pid)
 
-    def look(self) -> dict[str, list[psutil.Process]]:
-        """Its processes now, by what they are: up, api, train, train-2, prepare, engine, postgres, valkey, other."""
-        found: dict[str, list[psutil.Process]] = {}
+    def processes(self) -> dict[str, list[psutil.Process]]:
+        """Returns its processes by role: up, api, train, train-2, prepare, engine, postgres, valkey, other."""
+        by_role: dict[str, list[psutil.Process]] = {}
         owner = self.owner()
         if owner is None:
-            return found
+            return by_role
         try:
-            below = owner.children(recursive=True)
+            descendants = owner.children(recursive=True)
         except psutil.Error:
-            return found
-        for process in [owner, *below]:
+            return by_role
+        for process in [owner, *descendants]:
             try:
                 command = process.cmdline()
                 self.seen[process.pid, process.create_time()] = process
             except psutil.Error:
                 continue
             if command:
-                found.setdefault(_kind(command), []).append(process)
-        return found
+                by_role.setdefault(_role(command), []).append(process)
+        return by_role
 
     def servers(self, name: str) -> list[psutil.Process]:
-        """A server with the processes it has started."""
-        found: list[psutil.Process] = []
-        for process in self.look().get(name, []):
-            found.append(process)
+        """Returns the processes of a server and their children."""
+        processes: list[psutil.Process] = []
+        for process in self.processes().get(name, []):
+            processes.append(process)
             try:
-                found += process.children(recursive=True)
+                processes += process.children(recursive=True)
             except psutil.Error:
                 continue
-        return found
+        return processes
 
     def stop(self) -> int | None:
-        """SIGTERM, as an operator does it; its exit status, or None when it had to be killed."""
+        """Sends SIGTERM; returns the exit status, or None if it had to be killed."""
         assert self._owner is not None
-        self.look()
+        self.processes()
         self._owner.terminate()
         try:
             return self._owner.wait(90)
@@ -152,12 +149,12 @@ class ChaosStack:
             return None
 
     def left_behind(self) -> list[str]:
-        """Processes, locks and temporary files that should be gone once it has stopped."""
+        """Returns the processes, locks and temporary files that remain after it has stopped."""
         proxy = set() if self._proxy is None else {self._proxy.pid}
         return left_behind(self.home, self.folder, self.seen.values(), exempt=proxy)
 
     def close(self) -> None:
-        """Leave nothing, whatever state it is in."""
+        """Kills what still runs and removes its folder."""
         for process in (self._owner, self._proxy):
             if process is not None and process.poll() is None:
                 process.kill()
@@ -170,7 +167,7 @@ class ChaosStack:
         shutil.rmtree(self.folder, ignore_errors=True)
 
     def logs(self) -> str:
-        """The end of every log."""
+        """Returns the end of every log."""
         parts = []
         for path in [*sorted(self.home.logs.glob("*.log")), *sorted(self.folder.glob("*.log"))]:
             lines = path.read_text(errors="replace").splitlines()[-25:]
@@ -179,22 +176,22 @@ class ChaosStack:
 
     def _spawn(self, script: str, *arguments: Any) -> subprocess.Popen[bytes]:
         inherited = {name: value for name, value in os.environ.items() if not name.startswith("HEFT_")}
-        own = {
+        stack_environment = {
             "HEFT_API_KEY": self.key,
             "HEFT_MODEL_DIR": str(self.folder / "models"),
             "OMP_NUM_THREADS": "1",
-            **self._patience,
+            **self._settings,
         }
         (self.folder / "models").mkdir(exist_ok=True)
         return spawn(
             [sys.executable, "-P", HERE / script, *arguments],
             log=self.folder / f"{script.removesuffix('.py')}.log",
-            environment=inherited | own,
+            environment=inherited | stack_environment,
             death_signal=signal.SIGKILL,
         )
 
     def _mount_storage(self) -> bool:
-        """A small disk of its own for the storage, where this user may mount one."""
+        """Mounts a small tmpfs for the storage; returns False if this user may not."""
         self.home.path.mkdir(mode=0o711)
         self.home.path.chmod(0o711)
         self.home.artifacts.mkdir(mode=0o700)
@@ -204,13 +201,13 @@ class ChaosStack:
         return subprocess.run([*command, str(self.home.artifacts)], capture_output=True).returncode == 0
 
 
-def _kind(command: list[str]) -> str:
+def _role(command: list[str]) -> str:
     text = " ".join(command)
     if "owner.py" in text:
         return "up"
     if "launch.py" in text:
-        place = next(index for index, word in enumerate(command) if word.endswith("launch.py"))
-        return command[place + 2]
+        position = next(index for index, word in enumerate(command) if word.endswith("launch.py"))
+        return command[position + 2]
     if "bin/postgres" in command[0]:
         return "postgres"
     return "valkey" if "valkey-server" in command[0] else "other"

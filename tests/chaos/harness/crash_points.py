@@ -1,14 +1,12 @@
-"""Named places at which a process under test kills or freezes itself: before and after every commit, publish, rename
-and fsync that it makes.
+"""Crash points: a process under test kills or freezes itself before or after a commit, publish, rename or fsync.
 
-They are put in from outside, by `launch`, into the few functions through which all of these go. The service's own code
-has none, so nothing can ever trip over one in production, and no place is forgotten: what is committed or renamed
-tomorrow is a crash point tomorrow.
+`launch` patches the few functions through which all of these go. The service's code has no crash points of its own, and
+every new commit or rename becomes one without a change here.
 
-A point is named by what happens and who does it: `commit finish_succeeded`,
+A point is named by the call and its caller: `commit finish_succeeded`,
 `commit worker.chores.reconcile.recover_lost`, `publish heft.train`, `fsync store.storage.atomic_write.commit`,
 `rename heft_engine.runtime.sealed_directory.seal`.
-It does NOT know which fault is wanted: `<control>/<role>.armed` says that, for one crossing.
+`<control>/<role>.armed` says which point, which side of it and which signal, for one crossing.
 """
 
 from __future__ import annotations
@@ -25,17 +23,17 @@ from pathlib import Path
 from types import FrameType
 from typing import Any
 
-#: Whose frames name a point.
-_OURS = ("api", "worker", "store", "heft_engine", "cli", "__main__")
-#: Frames through which every commit goes: the one who asked for it stands in these local names.
-_DOORS = {"api.database": "work", "worker.jobs.attempt": "operation"}
+#: Packages whose frames name a point.
+_PACKAGES = ("api", "worker", "store", "heft_engine", "cli", "__main__")
+#: Modules that commit for others: the local variable with the function that they run in the transaction.
+_TRANSACTION_VARIABLES = {"api.database": "work", "worker.jobs.attempt": "operation"}
 
-#: What an attempt's folder is called (worker.jobs.attempt).
+#: The name of an attempt's folder (worker.jobs.attempt).
 _FOLDER = re.compile(r"(ftjob-\w+)-\w+")
 
 
 class CrashPoints:
-    """What one process does at its points. `role`: `api`, `train`, `train-2`, `prepare` or `engine`."""
+    """The crash points of one process. `role`: `api`, `train`, `train-2`, `prepare` or `engine`."""
 
     def __init__(self, control: Path, role: str) -> None:
         self._armed = control / f"{role}.armed"
@@ -47,7 +45,7 @@ class CrashPoints:
         self._write, self._open = os.write, os.open
 
     def install(self, *, database: bool) -> None:
-        """Before anything of the service is imported. `database`: also what the store's processes do."""
+        """Patches this process, before anything of the service is imported. `database`: commits and publishes too."""
         self._shift_clock()
         for name in ("fsync", "rename", "replace"):
             setattr(os, name, self._around(name, getattr(os, name)))
@@ -100,7 +98,7 @@ class CrashPoints:
         os.kill(os.getpid(), signal.Signals(order["signal"]))
 
     def _shift_clock(self) -> None:
-        """Wall clocks are set, by people and by daemons: `time.time` jumps by what stands in `<control>/clock`."""
+        """Patches `time.time` to add the seconds in `<control>/clock`, as if the wall clock were set."""
         real = time.time
         state = {"look_at": 0.0, "offset": 0.0}
 
@@ -118,31 +116,31 @@ class CrashPoints:
 
 
 def job_in(folder: str) -> str | None:
-    """The job whose attempt this folder is for: a trainer works in one."""
-    found = _FOLDER.fullmatch(Path(folder).name)
-    return found[1] if found else None
+    """Returns the job of an attempt's folder, the working directory of its trainer; None for other folders."""
+    match = _FOLDER.fullmatch(Path(folder).name)
+    return match[1] if match else None
 
 
 def _caller() -> str:
-    """Who of the service asks: a function of the store where the frame at its door knows it, else module.function."""
+    """Returns the name of the function that a transaction runs, or else `module.function` of the innermost frame."""
     frame: FrameType | None = sys._getframe(2)
-    named = ""
+    caller = ""
     while frame is not None:
         module = str(frame.f_globals.get("__name__", ""))
-        door = _DOORS.get(module)
-        work = frame.f_locals.get(door) if door is not None else None
-        if callable(work):
-            return _name(work)
-        # The store's transactions commit for somebody; whoever that is, is further out.
-        if not named and module.partition(".")[0] in _OURS and module != "store.db.session":
-            named = f"{module}.{frame.f_code.co_name}"
+        variable = _TRANSACTION_VARIABLES.get(module)
+        operation = frame.f_locals.get(variable) if variable is not None else None
+        if callable(operation):
+            return _name(operation)
+        # `transaction` commits for its caller, which is further out.
+        if not caller and module.partition(".")[0] in _PACKAGES and module != "store.db.session":
+            caller = f"{module}.{frame.f_code.co_name}"
             if module != "worker.jobs.attempt":
-                return named
+                return caller
         frame = frame.f_back
-    return named or "somewhere"
+    return caller or "unknown"
 
 
-def _name(work: Any) -> str:
-    while isinstance(work, functools.partial):
-        work = work.func
-    return str(getattr(work, "__name__", work))
+def _name(operation: Any) -> str:
+    while isinstance(operation, functools.partial):
+        operation = operation.func
+    return str(getattr(operation, "__name__", operation))

@@ -1,11 +1,10 @@
-"""A trainer in a tenth of a second: the engine's commands, events, checkpoints and exit codes, with arithmetic in
-place of a model.
+"""A fake trainer: the engine's commands, events, checkpoints and exit codes, with hashes in place of a model.
 
-What it "trains" is a chain of hashes that starts with the job's rows and seed: after n steps there is one right
-result (`trained`), which whoever asked for the job can work out alone. A step that was left out or done twice, a
-checkpoint of another job or with a flipped bit, all end in another result.
+Its weights are a chain of hashes that starts with the job's rows and seed, so the client can compute the right result
+(`trained`) itself. A step that was skipped or done twice, or a checkpoint of another job or with a flipped bit, leads
+to another result.
 
-Its rows: one line `{"stand_in": {"steps": 10, "step_seconds": 0.1, "salt": "…", "dies": false, "bad": false}}`.
+Its rows are one line, `{"fake_trainer": {"steps": 10, "step_seconds": 0.1, "salt": "…", "dies": false, "bad": false}}`.
 """
 
 from __future__ import annotations
@@ -29,7 +28,7 @@ _PR_SET_PDEATHSIG = 1
 
 
 def trained(salt: str, seed: int, steps: int) -> bytes:
-    """The right result, 4 KiB."""
+    """Returns the weights after this number of steps, 4 KiB."""
     state = first(salt, seed)
     for step in range(1, steps + 1):
         state = after(state, step)
@@ -68,7 +67,7 @@ def _die_with_parent() -> None:
 
 def _check(order: dict[str, Any]) -> None:
     report = {"files": {field: {"rows": 1} for field in order["files"]}, "faults": [], "base_model": {}}
-    rows = json.loads(Path(order["files"]["training_file"]).read_text())["stand_in"]
+    rows = json.loads(Path(order["files"]["training_file"]).read_text())["fake_trainer"]
     error = {"code": BAD, "message": "The rows ask to be refused.", "param": "training_file"}
     _emit("CHECKED", report=report, made={}, error=error if rows["bad"] else None)
 
@@ -76,7 +75,7 @@ def _check(order: dict[str, Any]) -> None:
 class _Run:
     def __init__(self, order: dict[str, Any]) -> None:
         self.order = order
-        rows = json.loads(Path(order["train"]).read_text())["stand_in"]
+        rows = json.loads(Path(order["train"]).read_text())["fake_trainer"]
         self.steps, self.seconds, self.salt = rows["steps"], rows["step_seconds"], rows["salt"]
         self.dies = rows["dies"]
         self.step, self.state = 0, first(self.salt, order["config"]["seed"])
@@ -135,14 +134,14 @@ class _Run:
         _seal(path)
 
     def _resume(self, path: Path) -> None:
-        """What it is given is taken as it is, without another look: a damaged one shall show in the result."""
+        """Loads a checkpoint without verifying it, so that a damaged one shows in the result."""
         values = json.loads((path / "state.json").read_text())
         self.step = values["step"]
         self.state = (path / WEIGHTS).read_bytes()[:32].hex()
 
 
 def _seal(path: Path) -> None:
-    """Files durable, then the manifest under its name: as the engine does it."""
+    """Syncs the files and then renames the manifest into place, as the engine does."""
     hashes = {}
     for file in sorted(p for p in path.rglob("*") if p.is_file()):
         with file.open("rb") as content:

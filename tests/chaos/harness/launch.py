@@ -1,7 +1,6 @@
 """Starts one process of the service with crash points in it: `launch.py <control folder> <role> [arguments]`.
 
-It does NOT change what the process does otherwise, but for one thing: a job whose rows ask for it is trained by the
-quick stand-in (`stand_in.py`) instead of the engine.
+Jobs whose rows ask for it are trained by `fake_trainer` instead of the engine; nothing else is changed.
 """
 
 from __future__ import annotations
@@ -12,7 +11,7 @@ import sys
 from pathlib import Path
 
 CHAOS = Path(__file__).parents[1]
-STAND_IN_MARK = '{"stand_in"'
+FAKE_TRAINER_MARK = '{"fake_trainer"'
 
 
 def main() -> None:
@@ -44,24 +43,24 @@ def _worker(control: Path, role: str) -> None:
 
 
 def _engine(arguments: list[str]) -> None:
-    if _is_for_stand_in(arguments):
-        from harness import stand_in
+    if _is_for_fake_trainer(arguments):
+        from harness import fake_trainer
 
-        stand_in.main(arguments)
+        fake_trainer.main(arguments)
         return
     sys.argv = ["heft_engine", *arguments]
     runpy.run_module("heft_engine", run_name="__main__", alter_sys=True)
 
 
-def _is_for_stand_in(arguments: list[str]) -> bool:
+def _is_for_fake_trainer(arguments: list[str]) -> bool:
     if arguments[0] == "models":
-        return True  # looking for base models takes torch, and seconds of every start of a worker
+        return True  # listing base models imports torch, which takes seconds at each start of a worker
     if arguments[0] not in ("train", "check"):
         return False
     order = json.loads(Path(arguments[arguments.index("--run-file") + 1]).read_text())
     rows = Path(order["train"] if arguments[0] == "train" else order["files"]["training_file"])
     with rows.open() as file:
-        return file.read(len(STAND_IN_MARK)) == STAND_IN_MARK
+        return file.read(len(FAKE_TRAINER_MARK)) == FAKE_TRAINER_MARK
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""What must be gone once a stack has stopped: every process, lock and temporary file of it. It does NOT remove any."""
+"""Finds the processes, locks and temporary files that a stopped stack has left behind."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from cli.stack.home import Home
 from cli.stack.process import locked
 
 _LOCKS = ("heft.lock", "postgres.lock", "valkey.lock", "cache/workers/*/lock", "cache/workers/lock")
-#: Of trainers and archives, of uploads, and of whatever is written beside its place first.
+#: Files of attempts and exports, of uploads, and of writes that were not renamed.
 _TEMPORARY = ("cache/workers/*/files", "artifacts/.incomplete/*", "**/*.partial", "**/*.tmp", "**/*.new")
 
 
@@ -23,19 +23,22 @@ def left_behind(
     seen: Iterable[psutil.Process],
     *,
     exempt: Collection[int] = (),
-    patience: float = 15.0,
+    timeout: float = 15.0,
 ) -> list[str]:
-    """In words. `seen`: processes that were of the stack; one that nobody saw is found by `folder`, all of whose
-    stacks are to be gone: it works there, or its command line names it."""
+    """Returns a sentence for each leftover.
+
+    seen: processes that were seen in the stack. Others are found by `folder`: they work there, or their command line
+    names it.
+    """
     processes = {process.pid: process for process in [*seen, *_processes_of(folder)]}
-    suspects = [process for pid, process in processes.items() if pid not in exempt]
-    _, alive = psutil.wait_procs(suspects, timeout=patience)
+    expected_gone = [process for pid, process in processes.items() if pid not in exempt]
+    _, alive = psutil.wait_procs(expected_gone, timeout=timeout)
     left = [f"process {process.pid}: {_command(process)}" for process in alive]
     left += [str(path) for pattern in _TEMPORARY for path in home.path.glob(pattern)]
     left += [str(path) for path in (home.run, home.state_file) if path.exists()]
     for path in [path for pattern in _LOCKS for path in home.path.glob(pattern)]:
         try:
-            with locked(path, wait_seconds=patience / 3, busy="held"):
+            with locked(path, wait_seconds=timeout / 3, busy="held"):
                 pass
         except CommandError as error:
             left.append(f"lock {path}: {error}")
@@ -50,7 +53,7 @@ def _processes_of(folder: Path) -> Iterator[psutil.Process]:
         try:
             words = [*process.cmdline(), process.cwd() + os.sep]
         except psutil.Error:
-            continue  # it is gone, or somebody else's
+            continue  # it has ended, or belongs to another user
         if any(inside in word for word in words):
             yield process
 

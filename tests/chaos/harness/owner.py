@@ -1,6 +1,7 @@
-"""`heft up`, the real one, with four things changed: its programs start through `launch` and so have crash points,
-there are two training workers and none that loads torch to answer, the database is reached through `pg_proxy`, and
-what dies starts again after half a second however often it has died.
+"""Runs the real `heft up` with four changes.
+
+Its programs start through `launch`, so they have crash points. There are two training workers and no inference worker.
+The database is reached through `pg_proxy`. A program that dies is restarted after half a second each time.
 
 `owner.py <control folder> <home> <port>`
 """

@@ -1,8 +1,10 @@
-"""Stands between the service and its Postgres, and can cut a connection around a COMMIT: before it reaches the server
-(nothing happened) or when the server has answered it (it happened, and nobody was told). The caller sees the same.
+"""A proxy in front of Postgres that can close a connection at a COMMIT.
 
-`pg_proxy.py <folder to listen in> <folder of the server's socket> <armed file>`; the armed file holds `before` or
-`after` and serves once. It does NOT understand the protocol beyond that one word.
+It closes it before the COMMIT reaches the server (nothing is committed) or before the server's answer reaches the
+client (it is committed). The client sees the same in both cases.
+
+`pg_proxy.py <folder to listen in> <folder of the server's socket> <armed file>`; the armed file contains
+`before` or `after` and is removed when it is used.
 """
 
 from __future__ import annotations
@@ -33,14 +35,14 @@ class Proxy:
             to_client.close()
             return
         cut = asyncio.Event()
-        ways = [
+        directions = [
             asyncio.create_task(self._to_server(client, to_server, cut)),
             asyncio.create_task(self._to_client(server, to_client, cut)),
         ]
-        await asyncio.wait(ways, return_when=asyncio.FIRST_COMPLETED)
-        for way in ways:
-            way.cancel()
-        await asyncio.gather(*ways, return_exceptions=True)
+        await asyncio.wait(directions, return_when=asyncio.FIRST_COMPLETED)
+        for direction in directions:
+            direction.cancel()
+        await asyncio.gather(*directions, return_exceptions=True)
         for writer in (to_client, to_server):
             writer.close()
 
@@ -63,7 +65,7 @@ class Proxy:
         with suppress(OSError):
             while chunk := await server.read(65_536):
                 if cut.is_set():
-                    return  # the answer to the COMMIT: it never arrives
+                    return  # the answer to the COMMIT is dropped
                 client.write(chunk)
                 await client.drain()
 

@@ -1,4 +1,4 @@
-"""What a stack leaves is found: each kind of leaving, planted by hand."""
+"""Each kind of leftover is found."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ _WAITS = "import sys; print('here', flush=True); sys.stdin.read()"
 
 @pytest.fixture
 def folder(tmp_path: Path) -> Path:
-    """As a stack leaves it that has stopped well: locks that nobody holds, caches, nothing else."""
+    """A folder as a stopped stack leaves it: caches, and locks that nobody holds."""
     for name in ("cache/workers/train-0", "artifacts/.incomplete", "artifacts/jobs", "logs"):
         (tmp_path / "home" / name).mkdir(parents=True)
     for name in ("heft.lock", "postgres.lock", "cache/workers/lock", "cache/workers/train-0/lock"):
@@ -29,7 +29,7 @@ def folder(tmp_path: Path) -> Path:
 
 
 def found(folder: Path, *seen: psutil.Process) -> list[str]:
-    return left_behind(Home.at(folder / "home"), folder, seen, patience=0.1)
+    return left_behind(Home.at(folder / "home"), folder, seen, timeout=0.1)
 
 
 @contextmanager

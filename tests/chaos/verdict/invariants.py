@@ -1,14 +1,14 @@
-"""The six invariants, judged from the client's own log, the database as it stands at the end, and the stored bytes.
+"""The six invariants, checked in the client's log, the database at the end, and the stored files.
 
     1  every accepted job has ended, in exactly one way
     2  at most one success and one model a job
     3  no write of a stale attempt was accepted
-    4  what has ended never changed
-    5  what is served is what the manifest says, and what the job had to come to
-    6  nothing is left: no process, lock or temporary file (`ChaosStack.left_behind`)
+    4  a job that has ended never changes
+    5  a served model is what its manifest says, and the right result of its job
+    6  no process, lock or temporary file remains (`ChaosStack.left_behind`)
 
-Each function returns the violations it found, in words. It does NOT repair or excuse anything. Whether a job had a
-cause to fail is judged in `causes`, where its attempts had to go on from in `resumed`.
+Each function returns a sentence for each violation. `causes` checks whether a job had a cause to fail, `resumes` where
+its attempts resumed.
 """
 
 from __future__ import annotations
@@ -20,17 +20,17 @@ from dataclasses import dataclass
 from typing import Any
 
 import psycopg
-from clients.evidence import Entry
+from clients.client_log import Entry
 from clients.user import ENDED, JOBS, manifest_of
-from harness.stand_in import WEIGHTS, trained
+from harness.fake_trainer import WEIGHTS, trained
 from psycopg.rows import dict_row
 
 from store.errors import Damaged
 from store.storage.artifacts import Artifacts
 
 Row = dict[str, Any]
-#: Events that only the attempt which holds the job may write.
-_HELD = {
+#: Events that only the current attempt may write.
+_ATTEMPT_EVENTS = {
     "STARTED",
     "STAGE_STARTED",
     "METRICS",
@@ -74,13 +74,13 @@ class Books:
 
 
 def accepted(log: Iterable[Entry]) -> set[str]:
-    """Every job that any POST was answered with, whatever became of the other answers."""
-    found = set()
+    """Returns the ids of all jobs in answers to a POST."""
+    job_ids = set()
     posts = {entry["n"] for entry in log if entry["kind"] == "request" and _creates_job(entry)}
     for entry in log:
         if entry["kind"] == "answer" and entry["to"] in posts and entry["status"] == 200:
-            found.add(entry["body"]["id"])
-    return found
+            job_ids.add(entry["body"]["id"])
+    return job_ids
 
 
 def _creates_job(entry: Entry) -> bool:
@@ -89,7 +89,7 @@ def _creates_job(entry: Entry) -> bool:
 
 @dataclass(frozen=True, kw_only=True)
 class Sighting:
-    """A job as one answer showed it. What it shows was so at some moment between the request and the answer."""
+    """A job in one answer: its state at some time between the request and the answer."""
 
     asked: int
     answered: int
@@ -101,34 +101,34 @@ class Sighting:
 
 
 def sightings(log: Iterable[Entry]) -> dict[str, list[Sighting]]:
-    """Every job object that the client was ever shown, by job, in the order of the answers."""
-    seen: dict[str, list[Sighting]] = defaultdict(list)
+    """Returns all job objects in answers, by job, in the order of the answers."""
+    by_job: dict[str, list[Sighting]] = defaultdict(list)
     for entry in log:
         body = entry.get("body")
         if entry["kind"] == "answer" and entry["status"] == 200 and isinstance(body, dict):
             for job in body["data"] if body.get("object") == "list" else [body]:
                 if job.get("object") == "fine_tuning.job":
-                    seen[job["id"]].append(Sighting(asked=entry["to"], answered=entry["n"], job=job))
-    return seen
+                    by_job[job["id"]].append(Sighting(asked=entry["to"], answered=entry["n"], job=job))
+    return by_job
 
 
 def one_end(log: list[Entry], books: Books) -> list[str]:
-    """1: nothing that was accepted is lost, and each has one end, the same for the client and in the books."""
+    """Invariant 1: no accepted job is lost, and each has one end, the same for the client and in the tables."""
     wrong = []
     seen = sightings(log)
     for job_id in sorted(accepted(log)):
-        ends = {one.job["status"] for one in seen[job_id] if one.has_ended}
+        ends = {sighting.job["status"] for sighting in seen[job_id] if sighting.has_ended}
         row = books.jobs.get(job_id)
         if row is None:
-            wrong.append(f"{job_id} was accepted and is not there")
+            wrong.append(f"{job_id} was accepted and does not exist")
         elif len(ends) != 1 or row["state"] not in ends:
-            wrong.append(f"{job_id} was seen to end as {sorted(ends)}; the books say {row['state']}")
+            wrong.append(f"{job_id} was seen to end as {sorted(ends)}; the database says {row['state']}")
     wrong += [f"a user gave up: {entry['reason']}" for entry in log if entry["kind"] == "gave_up"]
     return wrong
 
 
 def one_success(log: list[Entry], books: Books) -> list[str]:
-    """2: at most one success and one model a job, and one job for each idempotency key."""
+    """Invariant 2: at most one success and one model a job, and one job for each idempotency key."""
     finals = Counter(model["job_id"] for model in books.models if model["kind"] == "final")
     successes = Counter(event["job_id"] for event in books.events if event["data"]["code"] == "SUCCEEDED")
     wrong = []
@@ -146,7 +146,7 @@ def one_success(log: list[Entry], books: Books) -> list[str]:
 
 
 def no_stale_write(books: Books) -> list[str]:
-    """3: attempts follow one another, and none wrote after its end or after a later one had begun."""
+    """Invariant 3: no attempt wrote after its end or after a later attempt had begun."""
     wrong = []
     ended = {(row["job_id"], row["number"]): row["ended_at"] for row in books.attempts}
     last: dict[str, Row] = {}
@@ -157,7 +157,7 @@ def no_stale_write(books: Books) -> list[str]:
         if before and event["attempt"] < before["attempt"]:
             wrong.append(f"{job_id}: attempt {event['attempt']} wrote event {event['seq']} after a later one")
         end = ended.get((job_id, event["attempt"]))
-        if event["data"]["code"] in _HELD and end is not None and event["created_at"] > end:
+        if event["data"]["code"] in _ATTEMPT_EVENTS and end is not None and event["created_at"] > end:
             wrong.append(f"{job_id}: attempt {event['attempt']} wrote {event['data']['code']} after its end")
         last[job_id] = event
     for row in books.checkpoints:
@@ -166,7 +166,7 @@ def no_stale_write(books: Books) -> list[str]:
             wrong.append(f"{row['job_id']}: attempt {row['attempt']} saved step {row['step']} after its end")
     wrong += [f"{key}: attempt has no end" for key, end in ended.items() if end is None]
     wrong += [
-        f"{job_id}: {job['event_seq']} events are counted, {last[job_id]['seq']} are there"
+        f"{job_id}: {job['event_seq']} events are counted, {last[job_id]['seq']} exist"
         for job_id, job in books.jobs.items()
         if job["event_seq"] != last[job_id]["seq"]
     ]
@@ -174,26 +174,32 @@ def no_stale_write(books: Books) -> list[str]:
 
 
 def ends_never_change(log: list[Entry]) -> list[str]:
-    """4: once the client was shown that a job has ended, all that it asks from then on shows the same, to the last
-    field. What it had asked before and is answered after may show the job as it was."""
+    """Invariant 4: every answer to a request sent after an answer with the end of a job shows the same job.
+
+    Answers to requests that were sent before may still show the job before its end.
+    """
     wrong = []
     for job_id, seen in sightings(log).items():
-        ends = [one for one in seen if one.has_ended]
+        ends = [sighting for sighting in seen if sighting.has_ended]
         if not ends:
             continue
-        later = [one for one in seen if one.has_ended or one.asked > ends[0].answered]
-        if any(one.job != ends[0].job for one in later):
-            wrong.append(f"{job_id} changed after its end: {[one.job['status'] for one in later]}")
+        first = ends[0]
+        later = [sighting for sighting in seen if sighting.has_ended or sighting.asked > first.answered]
+        if any(sighting.job != first.job for sighting in later):
+            statuses = [sighting.job["status"] for sighting in later]
+            wrong.append(f"{job_id} changed after its end: {statuses}")
     return wrong
 
 
 def served(expect: dict[str, Any], files: dict[str, bytes], manifest: dict[str, str]) -> list[str]:
-    """5: a model as it was downloaded: what its own manifest and its row say, and what it had to come to."""
-    told = manifest_of(files)
+    """Invariant 5: a downloaded model matches its own manifest, its row, and the expected weights."""
+    own_manifest = manifest_of(files)
     hashes = {name: hashlib.sha256(content).hexdigest() for name, content in files.items()}
     wrong = [f"{name} is not what was stored" for name in manifest if hashes.get(name) != manifest[name]]
     wrong += [
-        f"{name} differs from the bundle's own manifest" for name in told if hashes.get(name) != told[name]
+        f"{name} differs from the bundle's own manifest"
+        for name in own_manifest
+        if hashes.get(name) != own_manifest[name]
     ]
     wrong += [f"{name} was never stored" for name in hashes.keys() - manifest.keys()]
     if "salt" in expect and files[WEIGHTS] != trained(expect["salt"], expect["seed"], expect["steps"]):
@@ -202,30 +208,30 @@ def served(expect: dict[str, Any], files: dict[str, bytes], manifest: dict[str, 
 
 
 def stored(books: Books, artifacts: Artifacts) -> list[str]:
-    """5: everything that a row names is there, bit for bit; nothing is there that no row names."""
-    wrong, known = [], set()
+    """Invariant 5: every file that a row names is stored, bit for bit, and no other file is."""
+    wrong, file_keys = [], set()
     for row in books.files:
         if row["purged_at"] is None:
-            known.add(row["storage_key"])
+            file_keys.add(row["storage_key"])
             wrong += _differs(artifacts, row["storage_key"], row["sha256"])
-    kept = [row for row in books.stage_results if row["removed_at"] is None]
-    for row in [*books.models, *kept]:
+    current_results = [row for row in books.stage_results if row["removed_at"] is None]
+    for row in [*books.models, *current_results]:
         for name, sha256 in row["manifest"].items():
             wrong += _differs(artifacts, f"{row['storage_key']}/{name}", sha256)
     not_purged = [row for row in [*books.models, *books.checkpoints] if row["purged_at"] is None]
     prefixes = [row["storage_key"] for row in [*not_purged, *books.stage_results]]
     for key in _keys(artifacts):
-        if key not in known and not any(key.startswith(f"{prefix}/") for prefix in prefixes):
+        if key not in file_keys and not any(key.startswith(f"{prefix}/") for prefix in prefixes):
             wrong.append(f"{key} is stored and no row names it")
     return wrong
 
 
 def only_503(log: list[Entry]) -> list[str]:
-    """While servers were away: 503 with Retry-After, and no other fault of the service's own."""
-    faults = [entry for entry in log if entry["kind"] == "answer" and entry["status"] >= 500]
+    """No answer is a server error other than 503 with Retry-After."""
+    errors = [entry for entry in log if entry["kind"] == "answer" and entry["status"] >= 500]
     return [
         f"{entry['status']} in answer {entry['n']}: {entry['body']}"
-        for entry in faults
+        for entry in errors
         if entry["status"] != 503 or not entry["retry_after"]
     ]
 
@@ -235,8 +241,8 @@ def _differs(artifacts: Artifacts, key: str, sha256: str) -> list[str]:
     try:
         for chunk in artifacts.iter_bytes(key):
             digest.update(chunk)
-    except Damaged as fault:
-        return [str(fault)]
+    except Damaged as damage:
+        return [str(damage)]
     return [] if digest.hexdigest() == sha256 else [f"{key} is stored with other bytes"]
 
 

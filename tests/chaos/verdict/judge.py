@@ -1,7 +1,4 @@
-"""After quiet: look at everything a last time, as a client, in the tables and in the stored bytes, and judge it.
-
-It does NOT know what is a violation: `verdict`, `causes` and `resumed` do.
-"""
+"""Checks everything after the last fault: over HTTP as a client, in the tables, and in the stored files."""
 
 from __future__ import annotations
 
@@ -10,22 +7,22 @@ import time
 from collections import Counter
 from typing import Any
 
-from clients.evidence import Evidence
+from clients.client_log import ClientLog
 from clients.user import ENDED, JOBS, Client, GaveUp, fetch_model
-from harness.chaos_stack import PATIENCE, ChaosStack
-from verdict import causes, invariants, resumed
+from harness.chaos_stack import QUICK_SETTINGS, ChaosStack
+from verdict import causes, invariants, resumes
 
 from cli.stack.process import wait_until
 from store.db.session import make_engine, session_factory
 from store.storage import garbage
 
 
-def judge(stack: ChaosStack, log: Evidence) -> dict[str, Any]:
+def judge(stack: ChaosStack, log: ClientLog) -> dict[str, Any]:
     stack.wait_until_ready()
     client = Client(stack.url, stack.key, log)
-    # Jobs that somebody made without learning of it end as well; they come last.
-    _wait_for_stragglers(stack, client, time.monotonic() + 120)
-    ended, not_served = _look_at_all(stack, client, log)
+    # Jobs whose creation was never answered must end as well.
+    _wait_for_all_jobs(stack, client, time.monotonic() + 120)
+    ended, not_served = _check_models(stack, client, log)
     client.close()
     _collect_garbage(stack)
     books = invariants.Books.read(stack.database_url)
@@ -35,10 +32,10 @@ def judge(stack: ChaosStack, log: Evidence) -> dict[str, Any]:
     violations = {
         "served": not_served,
         "one end": invariants.one_end(entries, books),
-        "causes": causes.unfounded(
-            entries, books.jobs, books.attempts, max_deaths=int(PATIENCE["HEFT_MAX_TRAINER_DEATHS"])
+        "causes": causes.unexplained_failures(
+            entries, books.jobs, books.attempts, max_deaths=int(QUICK_SETTINGS["HEFT_MAX_TRAINER_DEATHS"])
         ),
-        "resumed": resumed.wrongly(entries, books.attempts, books.checkpoints, books.events),
+        "resumed": resumes.wrong_resumes(entries, books.attempts, books.checkpoints, books.events),
         "one success": invariants.one_success(entries, books),
         "stale writes": invariants.no_stale_write(books),
         "changed ends": invariants.ends_never_change(entries),
@@ -61,11 +58,13 @@ def judge(stack: ChaosStack, log: Evidence) -> dict[str, Any]:
     }
 
 
-def _look_at_all(stack: ChaosStack, client: Client, log: Evidence) -> tuple[list[dict[str, Any]], list[str]]:
-    """Every accepted job as it is shown now; and what is wrong with the models that are served."""
+def _check_models(
+    stack: ChaosStack, client: Client, log: ClientLog
+) -> tuple[list[dict[str, Any]], list[str]]:
+    """Returns all accepted jobs, and the violations in the models that are served."""
     until = time.monotonic() + 120
     expected = {entry["job"]: entry["expect"] for entry in log.entries() if entry["kind"] == "accepted"}
-    ended = [client.look(job_id, until) for job_id in sorted(invariants.accepted(log.entries()))]
+    ended = [client.get_job(job_id, until) for job_id in sorted(invariants.accepted(log.entries()))]
     manifests = {model["id"]: model["manifest"] for model in invariants.Books.read(stack.database_url).models}
     wrong, real_weights = [], set()
     for job in ended:
@@ -86,26 +85,26 @@ def _look_at_all(stack: ChaosStack, client: Client, log: Evidence) -> tuple[list
     return ended, wrong
 
 
-def _wait_for_stragglers(stack: ChaosStack, client: Client, until: float) -> None:
+def _wait_for_all_jobs(stack: ChaosStack, client: Client, until: float) -> None:
     def all_ended() -> bool:
         stack.start()
-        page = client.insist("GET", JOBS, params={"limit": 100}, until=until).json()["data"]
+        page = client.request("GET", JOBS, params={"limit": 100}, until=until).json()["data"]
         return all(job["status"] in ENDED for job in page)
 
     wait_until(all_ended, seconds=max(1.0, until - time.monotonic()))
 
 
 def _weights(manifest: dict[str, str]) -> dict[str, str]:
-    """Without the files that tell of the way: times, paths and the like."""
+    """Returns the hashes of the weights: other files contain times and paths."""
     return {name: sha256 for name, sha256 in manifest.items() if name.endswith(".safetensors")}
 
 
 def _collect_garbage(stack: ChaosStack) -> None:
-    """What the workers do in the background, all of it now: nothing is being written any more."""
+    """Runs the workers' garbage collection to its end: nothing is written any more."""
     engine = make_engine(stack.database_url, pool_size=1)
     try:
         factory = session_factory(engine)
-        # At most a hundred of each kind a turn.
+        # A turn deletes at most a hundred of each kind.
         for _ in range(20 + len(invariants.Books.read(stack.database_url).attempts) // 100 * 2):
             garbage.collect(factory, stack.artifacts, quiet_seconds=0)
         garbage.collect_uploads(factory, stack.artifacts, quiet_seconds=0)
@@ -119,6 +118,6 @@ def points(stack: ChaosStack) -> dict[str, int]:
 
 
 def _fired(stack: ChaosStack) -> list[dict[str, Any]]:
-    """What processes under test did to themselves at crash points."""
+    """Returns the crash points at which processes killed or froze themselves."""
     path = stack.control / "fired.jsonl"
     return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []

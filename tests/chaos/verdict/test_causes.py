@@ -1,4 +1,4 @@
-"""Failures without a cause and resumes from the wrong place are found: each broken by hand."""
+"""Failures without a cause and resumes from the wrong checkpoint are violations."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 from harness.crash_points import job_in
-from verdict import causes, resumed
+from verdict import causes, resumes
 
 JOB = "ftjob-1"
 NOON = datetime(2026, 1, 1, 12, tzinfo=UTC)
@@ -30,47 +30,47 @@ def fired(number: signal.Signals = signal.SIGKILL) -> dict[str, Any]:
     return {"kind": "fired", "role": "engine", "signal": int(number), "job": JOB}
 
 
-def unfounded(log: list[dict[str, Any]], *outcomes: str, code: str | None = "out_of_memory") -> list[str]:
-    """What is found wrong with a job that failed with `code` (None: it succeeded) after these attempts."""
+def unexplained(log: list[dict[str, Any]], *outcomes: str, code: str | None = "out_of_memory") -> list[str]:
+    """Returns the violations for a job that failed with `code` (None: it succeeded) after these attempts."""
     job = {
         "state": "succeeded" if code is None else "failed",
         "error": None if code is None else {"code": code},
     }
     attempts = [{"job_id": JOB, "outcome": outcome} for outcome in outcomes]
-    return causes.unfounded(log, {JOB: job}, attempts, max_deaths=2)
+    return causes.unexplained_failures(log, {JOB: job}, attempts, max_deaths=2)
 
 
 class TestCauses:
     def test_as_many_kills_as_end_a_job_are_a_cause(self) -> None:
         log = [accepted(), killed(), fired()]
-        assert unfounded(log, "trainer_died", "trainer_died") == []
+        assert unexplained(log, "trainer_died", "trainer_died") == []
 
     @pytest.mark.parametrize(
         "second", [killed(done=False), killed(at="point"), fired(signal.SIGSTOP), {**fired(), "job": None}]
     )
     def test_what_killed_no_trainer_of_it_is_none(self, second: dict[str, Any]) -> None:
-        died, failed = unfounded([accepted(), killed(), second], "trainer_died", "trainer_died")
-        assert "2 trainers died, 1 were killed" in died
+        crashed, failed = unexplained([accepted(), killed(), second], "trainer_died", "trainer_died")
+        assert "2 trainers crashed, 1 were killed" in crashed
         assert "failed without a cause, 1 kills" in failed
 
     @pytest.mark.parametrize("code", ["internal_error", "stalled", "worker_lost", "storage_damaged"])
     def test_no_kill_explains_another_end(self, code: str) -> None:
-        assert "failed without a cause" in unfounded([accepted(), killed(), killed()], code=code)[0]
+        assert "failed without a cause" in unexplained([accepted(), killed(), killed()], code=code)[0]
 
     def test_a_trainer_that_always_dies(self) -> None:
         log = [accepted(dies=True)]
-        assert unfounded(log, *["trainer_died"] * 2, code="trainer_died") == []
-        assert "which it can not" in unfounded(log, "succeeded", code=None)[0]
+        assert unexplained(log, *["trainer_died"] * 2, code="trainer_died") == []
+        assert "which it must not" in unexplained(log, "succeeded", code=None)[0]
 
     def test_a_bad_file_fails_at_once_and_with_its_own_code(self) -> None:
         log = [accepted(bad=True, code="invalid_file")]
-        assert unfounded(log, "failed", code="invalid_file") == []
-        assert "without a cause" in unfounded(log, "failed", code="out_of_memory")[0]
-        assert "found 2 times" in unfounded(log, "failed", "failed", code="invalid_file")[0]
+        assert unexplained(log, "failed", code="invalid_file") == []
+        assert "without a cause" in unexplained(log, "failed", code="out_of_memory")[0]
+        assert "rejected 2 times" in unexplained(log, "failed", "failed", code="invalid_file")[0]
 
     def test_a_trainer_that_died_of_itself_counts_although_the_job_succeeded(self) -> None:
-        assert unfounded([accepted(), killed()], "trainer_died", "succeeded", code=None) == []
-        assert "1 trainers died, 0 were killed" in unfounded([accepted()], "trainer_died", code=None)[0]
+        assert unexplained([accepted(), killed()], "trainer_died", "succeeded", code=None) == []
+        assert "1 trainers crashed, 0 were killed" in unexplained([accepted()], "trainer_died", code=None)[0]
 
 
 def attempt(number: int) -> dict[str, Any]:
@@ -103,12 +103,12 @@ class TestResumed:
     @staticmethod
     def wrongly(log: list[dict[str, Any]], *events: dict[str, Any]) -> list[str]:
         saves = [saved("old", 1, 1, removed=15), saved("a", 1, 2, removed=99), saved("b", 1, 4)]
-        return resumed.wrongly(log, [attempt(1), attempt(2)], saves, [began(1, 0), *events])
+        return resumes.wrong_resumes(log, [attempt(1), attempt(2)], saves, [began(1, 0), *events])
 
     def test_the_newest_is_where_it_goes_on(self) -> None:
         assert self.wrongly([], began(2, 4)) == []
         assert self.wrongly([], began(2, 2)) == [
-            f"{JOB}, attempt 2: went on from step 2 past [], not from 4 past []"
+            f"{JOB}, attempt 2: resumed from step 2 past [], not from 4 past []"
         ]
         assert "from step 0" in self.wrongly([], began(2, 0))[0]
 
@@ -124,8 +124,8 @@ class TestResumed:
         assert len(self.wrongly([hurt("a", "b")], *events, began(2, 1))) == 1
 
     def test_a_whole_one_is_not_called_damaged(self) -> None:
-        told, elsewhere = self.wrongly([], warned(2, "b"), began(2, 2))
-        assert "is said to be damaged, and was not" in told
+        reported, elsewhere = self.wrongly([], warned(2, "b"), began(2, 2))
+        assert "was reported as damaged and was not" in reported
         assert "not from 4" in elsewhere
         assert "was not" in self.wrongly([hurt("b", during=2)], warned(2, "b"))[0], (
             "damaged after it was read"

@@ -1,4 +1,4 @@
-"""The verdict finds what it is there to find: each invariant, broken by hand."""
+"""Each invariant, with a log or tables that violate it."""
 
 from __future__ import annotations
 
@@ -11,10 +11,10 @@ from random import Random
 from typing import Any
 
 import pytest
-from clients.evidence import Evidence
+from clients.client_log import ClientLog
 from clients.user import JOBS
 from faults.damage import damage
-from harness.stand_in import WEIGHTS, trained
+from harness.fake_trainer import WEIGHTS, trained
 from verdict import invariants
 
 from store.storage.artifacts import Artifacts
@@ -33,7 +33,7 @@ def shown(status: str, **more: Any) -> dict[str, Any]:
 
 
 class Client:
-    """A log as a client would have written it."""
+    """A client's log, built by hand."""
 
     def __init__(self) -> None:
         self.log: list[dict[str, Any]] = []
@@ -54,7 +54,7 @@ class Client:
 
 
 def books(state: str = "succeeded", **changes: Any) -> invariants.Books:
-    """One job that went through two attempts, as it should be."""
+    """Returns the tables of one job with two attempts, without a violation."""
     codes = [("CREATED", 0), ("VALIDATION_COMPLETE", 1), ("STARTED", 2), ("SUCCEEDED", 2)]
     events = [
         {"job_id": JOB, "seq": seq, "attempt": attempt, "created_at": at(seq), "data": {"code": code}}
@@ -68,7 +68,7 @@ def books(state: str = "succeeded", **changes: Any) -> invariants.Books:
         "manifest": {},
         "purged_at": None,
     }
-    sound: dict[str, Any] = {
+    tables: dict[str, Any] = {
         "jobs": {JOB: {"id": JOB, "state": state, "error": None, "event_seq": len(events)}},
         "attempts": [
             {"job_id": JOB, "number": 1, "ended_at": at(2)},
@@ -80,7 +80,7 @@ def books(state: str = "succeeded", **changes: Any) -> invariants.Books:
         "files": [],
         "stage_results": [],
     }
-    return invariants.Books(**(sound | changes))
+    return invariants.Books(**(tables | changes))
 
 
 def test_a_sound_run_is_found_sound() -> None:
@@ -96,7 +96,7 @@ def test_a_sound_run_is_found_sound() -> None:
     ("log", "found"),
     [
         (Client().create().look("running"), "seen to end as []"),
-        (Client().create().look("failed"), "the books say succeeded"),
+        (Client().create().look("failed"), "the database says succeeded"),
         (Client().create().look("failed").look("succeeded"), "['failed', 'succeeded']"),
     ],
 )
@@ -106,7 +106,7 @@ def test_an_end_too_few_another_or_too_many(log: Client, found: str) -> None:
 
 def test_a_lost_job() -> None:
     log = Client().create().look("succeeded").log
-    assert "is not there" in invariants.one_end(log, books(jobs={}))[0]
+    assert "does not exist" in invariants.one_end(log, books(jobs={}))[0]
 
 
 def test_two_models_two_successes_or_none() -> None:
@@ -204,7 +204,7 @@ def test_damage_always_changes_the_file(tmp_path: Path) -> None:
 
 
 def test_the_log_is_read_back_as_it_was_written(tmp_path: Path) -> None:
-    log = Evidence(tmp_path / "log")
+    log = ClientLog(tmp_path / "log")
     log.write("request", path="/x", key=None)
     log.write("quiet")
     log.close()
