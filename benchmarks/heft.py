@@ -6,6 +6,7 @@ import time
 from collections.abc import Callable, Sequence
 from typing import Any, Literal
 
+from benchmarks.single_stage import single_stage
 from heft_engine.adapters.lora import peft_layers as lora
 from heft_engine.adapters.lora.adapter import LoraAdapter
 from heft_engine.config.flops import CacheLevel
@@ -14,7 +15,6 @@ from heft_engine.data.encoding import Example
 from heft_engine.events import Event
 from heft_engine.model.packed_lm import PackedLM
 from heft_engine.training.memory_plan import peak
-from heft_engine.training.single_stage import single_stage
 
 
 def train(
@@ -39,14 +39,14 @@ def train(
         prefill = time.perf_counter() - began - preparing
         single.train(forward)
         held = most()
-    plan, trainable = single.plan, single.trainable
+    plan, adapter = single.plan, single.inputs.adapter
     starts = [began + preparing + prefill, *ends[:-1]]
     epochs = [end - start for start, end in zip(starts, ends, strict=True)]
-    if isinstance(stage, LoraStage) and isinstance(trainable, LoraAdapter):
+    if isinstance(stage, LoraStage) and isinstance(adapter, LoraAdapter):
         assert stage.target_modules != "auto"
-        adapter = lora.extract(trainable.peft_model, stage, stage.target_modules)
-        lora.detach(trainable.peft_model)
-        adapter.merge_into(lm.model)
+        weights = lora.extract(adapter.peft_model, stage, stage.target_modules)
+        lora.detach(adapter.peft_model)
+        weights.merge_into(lm.model)
     return {
         "preparing": preparing,
         "prefill": prefill,

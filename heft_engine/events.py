@@ -1,51 +1,172 @@
-"""Events of a run, and the closed list of their codes. `python -m heft_engine train` prints them as JSON lines."""
+"""Events of an engine process: one frozen record each, from a closed list of codes, with a TypedDict of its data.
+
+`python -m heft_engine` prints them as JSON lines; `train()` hands them to its `on_event`.
+"""
 
 from __future__ import annotations
 
 import json
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Any, Literal, NotRequired, TypedDict
 
 Level = Literal["info", "warn", "error"]
 
-#: The codes of the engine; the service adds VALIDATION_COMPLETE, QUEUED, PAUSED, RESUMED, RESTARTED and CANCELLED.
+#: The service adds VALIDATION_COMPLETE, QUEUED, PAUSED, RESUMED, RESTARTED and CANCELLED.
 Code = Literal[
-    "STARTED",  #: data: method, stages as resolved (learning rate, layers, modules), device, dtype, rows, total_steps
-    "STAGE_STARTED",  #: data: stage, stage_index, learning_rate, trained_parameters, cache
-    "METRICS",  #: data: stage, stage_index, step, epoch, loss, learning_rate, tokens, seconds; total_steps of the run
-    "EPOCH_COMPLETE",  #: data: stage, stage_index, epoch, train_loss; eval_loss with validation rows
-    "STAGE_KEYS",  #: data: keys of the stages' results, in order; see heft_engine.commands.stage_exchange
-    "STAGE_REUSED",  #: a stored result replaced training. data: stage, stage_index, step, total_steps, epoch, key
-    #: data: stage, stage_index, step, kind, path (a complete directory, manifest written last); metrics (step and,
-    #: where known, train_loss and valid_loss); key, if later runs may start from it
-    "CHECKPOINT_SAVED",
-    "STAGE_COMPLETE",  #: data: stage, stage_index, seconds, steps, tokens, general_loss, flops
-    "MERGE_VERIFIED",  #: data: the parity record of this merge
-    "EVALUATION",  #: data: stage ("base", "lora", "reft"), accuracy, correct, n, interval_95, split
-    "WARNING",  #: data: signature (a name), and what to do in the message
-    "WORKING",  #: a heartbeat, at most every 30 seconds, for the supervisor's stall timeout. No data
-    "CHECKING",  #: of `check`. data: rows read so far
-    "CHECKED",  #: of `check`. data: report, made (paths of the files written for references), error (or None)
-    "SUCCEEDED",  #: data: bundle (path), evaluation, parity, costs and outcomes (heft_engine.training.costs)
-    "FAILED",  #: data: error {code, message, param}
+    "STARTED",  #: the run's resolved settings: StartedData
+    "STAGE_STARTED",  #: the stage's plan: StageStartedData
+    "METRICS",  #: after every optimizer step: MetricsData
+    "EPOCH_COMPLETE",  #: EpochCompleteData
+    "STAGE_KEYS",  #: a request for results of these stages: StageKeysData, heft_engine.commands.stage_exchange
+    "STAGE_REUSED",  #: in place of a stage's training: StageReusedData
+    "CHECKPOINT_SAVED",  #: CheckpointSavedData
+    "STAGE_COMPLETE",  #: StageCompleteData
+    "MERGE_VERIFIED",  #: stage, stage_index and the fields of heft_engine.adapters.parity.Parity
+    "EVALUATION",  #: EvaluationData
+    "WARNING",  #: WarningData
+    "WORKING",  #: a heartbeat, at most every 30 seconds, for the supervisor's stall timeout; no data
+    "CHECKING",  #: of `check`: CheckingData
+    "CHECKED",  #: the result of `check`: CheckedData
+    "SUCCEEDED",  #: the last event of a run that has written its bundle: SucceededData
+    "FAILED",  #: the last event of a run or check that failed: FailedData
 ]
+
+
+class StageData(TypedDict):
+    """`stage`: the type of the stage; `stage_index` counts from 0."""
+
+    stage: str
+    stage_index: int
+
+
+class StartedData(TypedDict):
+    method: str
+    resolved: dict[str, Any]  #: stages, task, dtype, device, max_length, base_model: nothing left on "auto"
+    rows: int
+    truncated: int  #: rows whose passage was shortened
+    total_steps: int
+
+
+class StageStartedData(StageData):
+    learning_rate: float | str
+    trained_parameters: int
+    cache: dict[str, Any]  #: CachePlan.to_json
+    memory_bytes: int  #: predicted peak of the process
+    token_budget: int  #: tokens of a forward pass, at most
+    compiled: bool
+    checkpointing: bool  #: gradient checkpointing
+
+
+class MetricsData(StageData):
+    step: int  #: of the run, from 1
+    total_steps: int
+    epoch: int  #: of the stage, from 1
+    loss: float  #: mean over the step's supervised tokens, nats
+    learning_rate: float
+    tokens: int  #: of the stage so far
+    seconds: float  #: in the stage's steps so far
+
+
+class EpochCompleteData(StageData):
+    epoch: int
+    train_loss: float
+    eval_loss: NotRequired[float | None]  #: with validation rows; None if infinite
+
+
+class StageKeysData(TypedDict):
+    keys: list[str]
+
+
+class StageReusedData(StageData):
+    step: int  #: the stage's last, of the run
+    total_steps: int
+    epoch: int
+    key: str | None
+
+
+class CheckpointSavedData(StageData):
+    step: int  #: of the run
+    kind: str  #: "step" inside a stage, "stage" at its end
+    path: str  #: of a complete directory, whose manifest was written last
+    metrics: dict[str, float]  #: step and, where known, train_loss and valid_loss
+    key: NotRequired[str]  #: of the stage's result, if later runs may reuse it
+
+
+class StageCompleteData(StageData):
+    seconds: float
+    steps: int
+    tokens: int
+    general_loss: float
+    memory_bytes: int | None  #: peak of the process; None where the system does not report it
+    flops: int
+
+
+class EvaluationData(TypedDict):
+    """After a stage ("base": before all stages) on rows of `split`."""
+
+    stage: str
+    stage_index: int | None
+    split: str
+    n: int
+    accuracy: float  #: mean of the metric that counts
+    correct: int | None  #: None for a graded metric
+    interval_95: list[float]
+    metric: str
+    metrics: dict[str, Any]
+    reused: NotRequired[bool]
+    step: NotRequired[int]
+
+
+class WarningData(TypedDict):
+    signature: str
+    stage: NotRequired[str]
+    stage_index: NotRequired[int]
+
+
+class CheckingData(TypedDict):
+    rows: int
+
+
+class ErrorData(TypedDict):
+    code: str
+    message: str
+    param: str | None
+
+
+class CheckedData(TypedDict):
+    report: dict[str, Any]
+    made: dict[str, str]  #: paths of rows that were written for references, by field
+    error: ErrorData | None
+
+
+class SucceededData(TypedDict):
+    bundle: str
+    evaluation: dict[str, Any] | None
+    parity: dict[str, Any]
+    trained_tokens: int
+    costs: list[dict[str, Any]]  #: heft_engine.training.costs.stage_cost of each stage
+    outcomes: dict[str, Any] | None  #: heft_engine.training.result.row_results
+
+
+class FailedData(TypedDict):
+    error: ErrorData
 
 
 @dataclass(frozen=True, kw_only=True)
 class Event:
-    """An event. `data` has JSON values only."""
+    """`data` holds JSON values only."""
 
     code: Code
     message: str
-    data: dict[str, Any] = field(default_factory=dict)
+    data: Mapping[str, Any] = field(default_factory=dict)
     level: Level = "info"
     time: float = field(default_factory=time.time)
 
     def to_json(self) -> str:
-        """Returns the event as one line of JSON. `type` is "metrics" or "message", as in the REST API."""
+        """Returns one line without its newline. `type` is "metrics" or "message", as in the REST API."""
         kind = "metrics" if self.code == "METRICS" else "message"
         return json.dumps(
             {
@@ -64,7 +185,7 @@ OnEvent = Callable[[Event], None]
 
 
 class Pulse:
-    """Called with every forward pass; emits WORKING at most every `seconds`."""
+    """Emits WORKING at most every `seconds`. Call it with every forward pass."""
 
     def __init__(self, on_event: OnEvent, seconds: float = 30.0) -> None:
         self._on_event = on_event

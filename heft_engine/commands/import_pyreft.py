@@ -6,6 +6,7 @@ import argparse
 import json
 
 from heft_engine.commands.train import configure
+from heft_engine.config.run_file import RunOptions
 from heft_engine.config.train import recipe
 from heft_engine.data.rows import read_rows
 from heft_engine.errors import ConfigError
@@ -24,9 +25,7 @@ def run(options: argparse.Namespace) -> None:
         read_rows(options.rows, labels=config.task.labels),
         options.out,
         positions=given[0] if given and len(given) == 1 else given,
-        model_dir=options.model_dir,
-        cache_dir=options.cache_dir,
-        device=options.device,
+        options=RunOptions(model_dir=options.model_dir, cache_dir=options.cache_dir, device=options.device),
     )
     print(
         json.dumps(

@@ -48,5 +48,5 @@ class AskedStages:
             time.sleep(_LOOK_SECONDS)
         return list(takewhile(Path.is_dir, (self.directory / key for key in keys)))
 
-    def keep(self, key: str, write: Callable[[Path], None]) -> None:
+    def put(self, key: str, write: Callable[[Path], None]) -> None:
         """The starter does it, when it hears of the checkpoint."""

@@ -102,7 +102,7 @@ class StageActivations:
             _write(path / _STATES, states)
             _write(path / _KEYS_VALUES, [keys_values])
 
-        self.folder.keep(self._name(first), write)
+        self.folder.put(self._name(first), write)
 
     def _depths(self, first: int) -> int:
         """Of the prefill from this layer on; 0 where there is none."""

@@ -1,11 +1,9 @@
-"""What a checkpoint of a run holds, how it is written and how it is read back.
+"""Checkpoints of a run: what they hold, how they are written and how they are read back.
 
-    state.json, state.safetensors   where the run stands, the stage in training, the random state
-    stages/                         adapters merged and interventions in place so far (kind "step")
-    bundle/                         the same as a complete bundle (kind "stage", at the end of a stage)
-    manifest.json                   SHA-256 of every file, written last
-
-It does NOT know how a stage is trained.
+state.json, state.safetensors   the RunState, the stage in training, torch's random state
+stages/                         merged adapters and interventions in place so far (kind "step")
+bundle/                         the same as a complete bundle (kind "stage", at the end of a stage)
+manifest.json                   SHA-256 of every file, written last
 """
 
 from __future__ import annotations
@@ -14,124 +12,152 @@ import hashlib
 import itertools
 import time
 from array import array
-from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass, field
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from pydantic import ValidationError
 from torch import Tensor
 
+from heft_engine.adapters.adapter import Merge
 from heft_engine.adapters.lora.weights import LoraWeights
 from heft_engine.bundle.format import StoredIntervention, read_stages, write_stages
 from heft_engine.config.train import TrainConfig
 from heft_engine.data.encoding import Example
 from heft_engine.errors import BundleError
-from heft_engine.events import Event, OnEvent
-from heft_engine.model.interventions import PlacedIntervention
 from heft_engine.runtime.sealed_directory import load_state, prune, save_state, seal, verify
 from heft_engine.training.loop import Progress
+from heft_engine.training.stage_inputs import StageInputs
 
-if TYPE_CHECKING:
-    from heft_engine.training.loop import TrainLoop
-
-#: Local directories inside stages that are kept: the newest and, should it be damaged, the one before. The ends
-#: of stages stay, they are few and models in their own right.
+#: Step checkpoints that are kept: the newest, and the one before it should that be damaged. The ends of stages stay:
+#: they are few, and models in their own right.
 KEEP = 2
 _STEPS, _ANY = "????????-0-*-step", "????????-[01]-*-st*"
 
 
-@dataclass(kw_only=True)
-class RunState:
-    """Where a run stands between steps; JSON values only, but for the tensors of the stage in training."""
+@dataclass(frozen=True, kw_only=True)
+class StageSnapshot:
+    """A stage in the middle of its training. tensors: by TrainLoop's names, and torch's random state as "rng"."""
 
-    rows_sha256: str  #: of the training examples: a checkpoint of other rows would go on without a word
-    #: Of what the stages will end with (heft_engine.training.stage_cache), as known when the run began; none if it
-    #: reuses nothing.
+    progress: Progress
+    tensors: dict[str, Tensor]
+
+
+@dataclass(frozen=True, kw_only=True)
+class RunState:
+    """The results of a run's finished stages, and the snapshot of the one in training. Interventions are the model's.
+
+    evaluations, general_loss: of the base and after each stage. parity: of each merge.
+    """
+
+    rows_sha256: str  #: of the training examples: a checkpoint of other rows must not be continued
+    #: Keys of the stages' results (heft_engine.training.stage_cache) when the run began; empty without a cache.
     keys: list[str] = field(default_factory=list)
-    stage_index: int = 0
+    stage_index: int = 0  #: of the stage in training or next
     evaluations: list[dict[str, Any]] = field(default_factory=list)
     parity: list[dict[str, Any]] = field(default_factory=list)
     general_loss: list[float] = field(default_factory=list)
     trained_tokens: int = 0
-    losses: dict[str, float] = field(
-        default_factory=dict
-    )  #: Progress.losses of the last stage that has ended
+    losses: dict[str, float] = field(default_factory=dict)  #: Progress.losses of the last finished stage
     costs: list[dict[str, Any]] = field(
         default_factory=list
-    )  #: of each stage that has ended (heft_engine.training.costs)
+    )  #: heft_engine.training.costs.stage_cost of each stage
     threads: int = field(default_factory=torch.get_num_threads)
-    inside_stage: dict[str, Any] | None = None  #: the stage's Progress, when one is in training
-    tensors: dict[str, Tensor] = field(default_factory=dict, repr=False)
+    adapters: list[LoraWeights] = field(default_factory=list)
+    snapshot: StageSnapshot | None = None
 
-    def inside(self, progress: dict[str, Any], interventions: int) -> dict[str, Any]:
-        """This state as JSON values, in the middle of a stage that found `sites` interventions in place."""
-        values = {name: value for name, value in vars(self).items() if name != "tensors"}
-        return {**values, "inside_stage": {"progress": progress, "sites": interventions}}
+    def with_base(self, evaluation: dict[str, Any], general_loss: float) -> RunState:
+        """Returns the state of a run whose base has been measured."""
+        return replace(self, evaluations=[evaluation], general_loss=[general_loss])
 
-    def restore_stage(self, run: TrainLoop) -> None:
-        """Puts a freshly attached stage back where its checkpoint left it; the random state comes last."""
-        assert self.inside_stage is not None
-        run.restore(Progress.of(self.inside_stage["progress"]), self.tensors)
-        torch.set_rng_state(self.tensors["rng"])
-        self.inside_stage, self.tensors = None, {}
+    def after_stage(
+        self,
+        progress: Progress,
+        merge: Merge | None,
+        evaluation: dict[str, Any],
+        general_loss: float,
+        cost: dict[str, Any],
+    ) -> RunState:
+        """Returns the state after the stage in training has been finished and measured."""
+        merges = [merge] if merge is not None else []
+        return replace(
+            self,
+            stage_index=self.stage_index + 1,
+            evaluations=[*self.evaluations, evaluation],
+            parity=[*self.parity, *({"stage_index": self.stage_index, **each.record} for each in merges)],
+            general_loss=[*self.general_loss, general_loss],
+            trained_tokens=self.trained_tokens + progress.tokens,
+            losses=progress.losses,
+            costs=[*self.costs, cost],
+            adapters=[*self.adapters, *(each.weights for each in merges)],
+            snapshot=None,
+        )
+
+    def to_json(self, progress: Progress | None = None, standing: int = 0) -> dict[str, Any]:
+        """Returns the values of state.json. progress, standing: of the stage in training."""
+        values = {name: getattr(self, name) for name in _SAVED}
+        inside = {"progress": asdict(progress), "sites": standing} if progress is not None else None
+        return {**values, "inside_stage": inside}
+
+    @staticmethod
+    def from_json(
+        values: Mapping[str, Any], adapters: list[LoraWeights], tensors: dict[str, Tensor]
+    ) -> RunState:
+        """The inverse of `to_json`. Values that only other versions have are ignored."""
+        inside = values["inside_stage"]
+        return RunState(
+            **{name: values[name] for name in _SAVED if name in values},
+            adapters=adapters,
+            snapshot=inside
+            and StageSnapshot(progress=Progress.of(inside["progress"]), tensors=dict(tensors)),
+        )
+
+
+_SAVED = [each.name for each in fields(RunState) if each.name not in ("adapters", "snapshot")]
 
 
 @dataclass(frozen=True, kw_only=True)
-class Restored:
+class Checkpoint:
+    """A checkpoint that has been read. `interventions` were in place, before the stage in training."""
+
     state: RunState
-    adapters: list[LoraWeights]
     interventions: list[StoredIntervention]
 
 
 @dataclass(kw_only=True)
 class CheckpointWriter:
-    """Writes a run's checkpoints into `directory` (nowhere, when None) and says so."""
+    """Writes checkpoints into `directory`, each into a new one of its own; None: none are written."""
 
     directory: Path | None
-    seconds: float
-    on_event: OnEvent
+    seconds: float  #: between two checkpoints inside an epoch
     last: float = field(default_factory=time.monotonic)
 
-    def is_due(self, due: bool) -> bool:
-        return self.directory is not None and (due or time.monotonic() - self.last >= self.seconds)
+    def is_due(self, forced: bool) -> bool:
+        return self.directory is not None and (forced or time.monotonic() - self.last >= self.seconds)
 
-    def step(
-        self,
-        values: dict[str, Any],
-        run_step: int,
-        config: TrainConfig,
-        tensors: dict[str, Tensor],
-        adapters: list[LoraWeights],
-        interventions: list[PlacedIntervention],
-        stage: str,
-    ) -> None:
-        """Inside a stage."""
-        path = self._path(run_step, "step")
-        save_state(path, {**values, "config": config.model_dump()}, tensors)
-        write_stages(path / "stages", adapters, interventions)
-        losses = Progress.of(values["inside_stage"]["progress"]).losses
-        self._seal(path, run_step, "step", stage, values["stage_index"], losses)
+    def save_step(
+        self, state: RunState, config: TrainConfig, stage: StageInputs, snapshot: StageSnapshot
+    ) -> Path:
+        """Writes a checkpoint inside a stage and returns its directory."""
+        path = self._new_directory(stage.first_step + snapshot.progress.step, "step")
+        values = state.to_json(snapshot.progress, len(stage.standing))
+        save_state(path, {**values, "config": config.model_dump()}, snapshot.tensors)
+        write_stages(path / "stages", state.adapters, list(stage.standing))
+        self._seal(path)
+        return path
 
-    def stage(
-        self,
-        state: RunState,
-        run_step: int,
-        config: TrainConfig,
-        write_bundle: Callable[[Path], Any],
-        stage: str,
-        index: int,
-        key: str | None,
-    ) -> None:
-        """At the end of a stage: also a bundle that can be asked. `key`: what later runs may find it by."""
-        if self.directory is None:
-            return
-        path = self._path(run_step, "stage")
+    def save_stage(
+        self, state: RunState, config: TrainConfig, run_step: int, write_bundle: Callable[[Path], Any]
+    ) -> Path:
+        """Writes a checkpoint at the end of a stage, with a bundle that can be served. Returns its directory."""
+        path = self._new_directory(run_step, "stage")
         write_stage(path, state, config, write_bundle)
-        self._seal(path, run_step, "stage", stage, index, state.losses, key)
+        self._seal(path)
+        return path
 
-    def _path(self, run_step: int, kind: str) -> Path:
+    def _new_directory(self, run_step: int, kind: str) -> Path:
         assert self.directory is not None
         # "step" sorts behind "stage", but the end of a stage comes after its last step. The last step of an epoch
         # may be saved twice, and whoever reads the first must not see it change.
@@ -141,37 +167,22 @@ class CheckpointWriter:
         path.mkdir(parents=True)
         return path
 
-    def _seal(
-        self,
-        path: Path,
-        run_step: int,
-        kind: str,
-        stage: str,
-        index: int,
-        losses: dict[str, float],
-        key: str | None = None,
-    ) -> None:
+    def _seal(self, path: Path) -> None:
         seal(path)
         self.last = time.monotonic()
-        assert self.directory is not None
-        prune(self.directory, KEEP, sealed=_STEPS, unsealed=_ANY)
-        data: dict[str, Any] = {"stage": stage, "stage_index": index, "step": run_step, "kind": kind}
-        data |= {"path": str(path), "metrics": {"step": run_step, **losses}}
-        data |= {"key": key} if key is not None else {}
-        self.on_event(Event(code="CHECKPOINT_SAVED", message=f"Checkpoint at step {run_step}", data=data))
+        prune(path.parent, KEEP, sealed=_STEPS, unsealed=_ANY)
 
 
 def write_stage(
     path: Path, state: RunState, config: TrainConfig, write_bundle: Callable[[Path], Any]
 ) -> None:
-    """The end of a stage: where the run stands, and its bundle. The directory is still to be sealed."""
-    values = {name: value for name, value in asdict(state).items() if name != "tensors"}
-    save_state(path, {**values, "config": config.model_dump()}, {})
+    """Writes the result of a stage into `path`: the run's state, and its bundle. The caller seals the directory."""
+    save_state(path, {**state.to_json(), "config": config.model_dump()}, {})
     write_bundle(path / "bundle")
 
 
 def rows_hash(examples: Sequence[Example]) -> str:
-    """SHA-256 over the examples' tokens."""
+    """Returns the SHA-256 of the examples' tokens."""
     total = hashlib.sha256()
     for example in examples:
         for tokens in (example.prompt, *example.answers):
@@ -179,23 +190,25 @@ def rows_hash(examples: Sequence[Example]) -> str:
     return total.hexdigest()
 
 
-def load_checkpoint(path: Path, config: TrainConfig, rows_sha256: str) -> Restored:
-    """Reads and verifies a checkpoint of a run of this very config and rows. Raises BundleError otherwise."""
+def load_checkpoint(path: Path, config: TrainConfig, rows_sha256: str) -> Checkpoint:
+    """Reads and verifies a checkpoint of a run of the same config and rows; sets torch's threads to that run's.
+
+    Raises BundleError for a damaged checkpoint, or one of another run.
+    """
     verify(path)
     values, tensors = load_state(path)
-    if not _same_settings(values.pop("config"), config):
+    if not _same_settings(values["config"], config):
         raise BundleError("this checkpoint belongs to a run with other settings")
     if values["rows_sha256"] != rows_sha256:
         raise BundleError("this checkpoint belongs to a run with other training rows")
-    inside = values["inside_stage"]
-    adapters, interventions = read_stages(path / ("bundle" if inside is None else "stages"))
-    # Bits of a matrix product may depend on how it was cut: go on with as many threads as began.
+    adapters, interventions = read_stages(path / ("bundle" if values["inside_stage"] is None else "stages"))
+    # The order of sums in a matrix product may depend on the number of threads.
     torch.set_num_threads(values["threads"])
-    return Restored(state=RunState(**values, tensors=tensors), adapters=adapters, interventions=interventions)
+    return Checkpoint(state=RunState.from_json(values, adapters, tensors), interventions=interventions)
 
 
 def _same_settings(stored: dict[str, Any], config: TrainConfig) -> bool:
-    """Compared as settings, not as JSON: an older version's checkpoint does not name what has been added since."""
+    """Compares settings rather than JSON: checkpoints of older versions lack settings that were added later."""
     try:
         return TrainConfig.model_validate(stored) == config
     except ValidationError:

@@ -1,8 +1,7 @@
 """The paper's failure signatures: what a run looks like when HEFT goes wrong, each with what to do about it.
 
-Divergence and "does not train" are seen inside the loop (heft_engine.training.loop), a broken merge in
-heft_engine.adapters.lora.merge;
-these are the ones that show at the end of a stage. It does NOT emit events.
+Those at the end of a stage are here. Divergence and "does not train" are found in heft_engine.training.loop, a broken
+merge in heft_engine.adapters.parity.
 """
 
 from __future__ import annotations
@@ -11,7 +10,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 from heft_engine.bundle.format import Bundle, check_tokenizer
-from heft_engine.config.train import LoraStage, ReftStage, parse_positions
+from heft_engine.config.train import Stage, parse_positions
 from heft_engine.data.encoding import Encoder, Example, intervened_positions
 from heft_engine.data.rows import Row
 from heft_engine.data.task import Task
@@ -24,61 +23,60 @@ FORGETTING = 0.3
 
 
 @dataclass(frozen=True, kw_only=True)
-class Signature:
+class FailureSignature:
     name: str
     message: str
 
 
-def below_previous(
-    stage: LoraStage | ReftStage, before: float | None, after: float | None
-) -> Signature | None:
-    """A stage that ends below the one before it."""
+def below_previous(stage: Stage, before: float | None, after: float | None) -> FailureSignature | None:
+    """Returns "stage_below_previous" if a stage's metric is below that of the stage before it."""
     if before is None or after is None or after >= before:
         return None
     message = (
         f"Stage {stage.type} ends below the one before it: {after:.1%} after {before:.1%}. "
         f"Lower {stage.type}.learning_rate, or train fewer epochs; on few rows this may be chance"
     )
-    return Signature(name="stage_below_previous", message=message)
+    return FailureSignature(name="stage_below_previous", message=message)
 
 
-def forgetting(stage: LoraStage | ReftStage, before: float, after: float) -> Signature | None:
-    """General text that the task never saw has become harder, compared with the base."""
+def forgetting(stage: Stage, before: float, after: float) -> FailureSignature | None:
+    """Returns "forgetting" if the loss on general text has risen too far above the base's (nats a token)."""
     if not after - before > FORGETTING:
         return None
     message = (
         f"The model forgets: its loss on general text rose from {before:.2f} to {after:.2f} nats a token. "
         f"Lower {stage.type}.learning_rate or {stage.type}.rank, or train fewer epochs"
     )
-    return Signature(name="forgetting", message=message)
+    return FailureSignature(name="forgetting", message=message)
 
 
 def check_positions(
     bundle: Bundle, encoder: Encoder, rows: Sequence[Row], interventions: Iterable[PlacedIntervention]
 ) -> None:
-    """Serving must see what training saw: the same prompt tokens, the same interventions at the same positions.
+    """Compares prompts and intervened positions of serving with those of training, on some rows.
 
-    Encodes rows anew with the tokenizer and the task that the bundle holds, and compares with the encoder and the
-    interventions of training. Raises TrainingError (position_mismatch).
+    Encodes the rows with the bundle's tokenizer and task, and with the encoder and interventions of training. Raises
+    TrainingError (position_mismatch) if they differ.
     """
     tokenizer = load_tokenizer(bundle.path / "tokenizer")
     check_tokenizer(bundle.info, tokenizer)
-    served = Encoder(tokenizer, Task.from_json(bundle.info.task), bundle.info.max_length)
-    stood = [(placed.layer, placed.positions) for placed in interventions]
-    stored = [(placed.layer, placed.positions) for placed in bundle.interventions]
+    serving = Encoder(tokenizer, Task.from_json(bundle.info.task), bundle.info.max_length)
+    placed = [(each.layer, each.positions) for each in interventions]
+    stored = [(each.layer, each.positions) for each in bundle.interventions]
     for row in rows:
-        for trained, asked in zip(encoder.encode(row), served.encode(row), strict=True):
-            if trained != asked:
-                raise TrainingError(
-                    "serving would ask other tokens than training saw", code="position_mismatch"
-                )
-            if _places(stood, trained) != _places(stored, asked):
-                raise TrainingError(
-                    "serving would intervene at other positions than training did", code="position_mismatch"
-                )
+        for trained, served in zip(encoder.encode(row), serving.encode(row), strict=True):
+            if trained != served:
+                message = "serving would encode this task's rows to other tokens than training did"
+                raise TrainingError(message, code="position_mismatch")
+            if _intervened_tokens(placed, trained) != _intervened_tokens(stored, served):
+                message = "serving would intervene at other positions than training did"
+                raise TrainingError(message, code="position_mismatch")
 
 
-def _places(interventions: list[tuple[int, str]], example: Example) -> list[tuple[int, list[int]]]:
-    """Layer and intervened tokens of each site, for one prompt."""
+def _intervened_tokens(interventions: list[tuple[int, str]], example: Example) -> list[tuple[int, list[int]]]:
+    """Returns the layer and the intervened tokens of each intervention, for one prompt."""
     prompt = len(example.prompt)
-    return [(layer, intervened_positions(prompt, *parse_positions(spec))) for layer, spec in interventions]
+    return [
+        (layer, intervened_positions(prompt, *parse_positions(positions)))
+        for layer, positions in interventions
+    ]

@@ -1,6 +1,6 @@
-"""A pyreft directory becomes a bundle: the base as it is (or as the user merged it), the interventions in place.
+"""Import of a directory that pyreft saved as a bundle: the base as it is, the interventions in place.
 
-Opens pickles: for library users and the command line, never for the service. It does NOT know the file format.
+It unpickles: for library users and the command line, never for the service.
 """
 
 from __future__ import annotations
@@ -10,13 +10,14 @@ from pathlib import Path
 
 from heft_engine.bundle.format import Bundle, StoredIntervention
 from heft_engine.bundle.pyreft_format import read_pyreft
+from heft_engine.config.run_file import RunOptions
 from heft_engine.config.train import ReftStage, TrainConfig
 from heft_engine.data.rows import Row
 from heft_engine.model.base_models import resolve
 from heft_engine.runtime.devices import choose_device
-from heft_engine.training.cache_plan import CacheBudget
-from heft_engine.training.result import write_outcome
-from heft_engine.training.run import prepare
+from heft_engine.training.checkpoint import RunState, rows_hash
+from heft_engine.training.result import measure_stage, write_result
+from heft_engine.training.setup import load
 
 
 def import_pyreft(
@@ -26,47 +27,51 @@ def import_pyreft(
     out_dir: Path,
     *,
     positions: str | Sequence[str] | None = None,
-    model_dir: Path | None = None,
-    cache_dir: Path | None = None,
-    allow_paths: bool = True,
-    device: str | None = None,
+    options: RunOptions | None = None,
 ) -> Bundle:
     """Writes a bundle that answers as pyreft's model did, given the prompts it was trained on (`config.task`).
 
-    Of `config`, base model, task, length and dtype count; its stages are replaced by what the directory holds.
-    `rows` are a few of the task with their answers, of which the probe rows are taken. `positions` as `read_pyreft`
-    has it. Raises BundleError for a directory that can't be read, ConfigError when the base does not fit, RowError.
+    `config`: base model, task, length and dtype; its stages are replaced by the directory's. `rows`: a few of the task
+    with their answers, for the probe rows. `positions`: see `read_pyreft`. `options`: where models are, and the device.
+    Raises BundleError for a directory that can't be read, ConfigError when the base does not fit, RowError.
     """
-    interventions = read_pyreft(directory, positions=positions)
-    stages = reft_stages(interventions)
-    base = resolve(config.model, model_dir=model_dir, cache_dir=cache_dir, allow_paths=allow_paths)
+    options = options or RunOptions()
+    stored = read_pyreft(directory, positions=positions)
+    stages = reft_stages(stored)
+    base = resolve(
+        config.model,
+        model_dir=options.model_dir,
+        cache_dir=options.cache_dir,
+        allow_paths=options.allow_paths,
+    )
     config = config.model_copy(update={"stages": stages, "method": "recipe"})
-    run = prepare(config, base, rows, (), (), device or choose_device(), lambda event: None, CacheBudget())
-    run.lm.interventions.extend(stored.restore(run.lm.hidden_size) for stored in interventions)
-    run.state.stage_index = len(stages)
-    return write_outcome(run, out_dir)
+    inputs = load(config, base, rows, (), (), options.device or choose_device())
+    interventions = [intervention.restore(inputs.lm.hidden_size) for intervention in stored]
+    inputs.lm.interventions.extend(interventions)
+    state = RunState(rows_sha256=rows_hash(inputs.examples), stage_index=len(stages))
+    return write_result(inputs, state, measure_stage(inputs), interventions, out_dir)
 
 
 def reft_stages(interventions: Sequence[StoredIntervention]) -> list[ReftStage]:
-    """The stages that would have left these interventions: one for each run of equal rank, positions and kind."""
-    runs: list[list[StoredIntervention]] = []
+    """Returns stages that would leave these interventions: neighbours of the same rank, positions and kind are one."""
+    groups: list[list[StoredIntervention]] = []
     for intervention in interventions:
-        last = runs[-1] if runs else []
-        joins = last and (last[0].rank, last[0].positions, last[0].kind) == (
-            intervention.rank,
-            intervention.positions,
-            intervention.kind,
-        )
-        if joins and intervention.layer not in [other.layer for other in last]:
-            last.append(intervention)
+        group = groups[-1] if groups else []
+        layers = [member.layer for member in group]
+        if group and _shape(group[0]) == _shape(intervention) and intervention.layer not in layers:
+            group.append(intervention)
         else:
-            runs.append([intervention])
+            groups.append([intervention])
     return [
         ReftStage(
-            layers=sorted(s.layer for s in run),
-            rank=run[0].rank,
-            positions=run[0].positions,
-            kind=run[0].kind,
+            layers=sorted(member.layer for member in group),
+            rank=group[0].rank,
+            positions=group[0].positions,
+            kind=group[0].kind,
         )
-        for run in runs
+        for group in groups
     ]
+
+
+def _shape(intervention: StoredIntervention) -> tuple[int, str, str]:
+    return intervention.rank, intervention.positions, intervention.kind

@@ -1,14 +1,13 @@
-"""What a run leaves behind: its bundle, with probe rows, evaluation and parity, checked against training itself.
-
-It does NOT train, and it does not decide where bundles go.
-"""
+"""The result of a run so far: evaluated, measured for its bundle, and written and checked against training."""
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from random import Random
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from heft_engine.adapters.parity import float32_copy
 from heft_engine.bundle.format import (
@@ -24,142 +23,200 @@ from heft_engine.data.encoding import Example, tokenizer_hash
 from heft_engine.evaluation.calibration import MAX_ROWS, Calibration, LabelledScores, calibrate
 from heft_engine.evaluation.evaluate import evaluate
 from heft_engine.inference.scoring import Scores, score
+from heft_engine.model.interventions import PlacedIntervention
 from heft_engine.model.model_files import weights_hash
 from heft_engine.model.packed_lm import PackedLM
 from heft_engine.runtime.devices import dtype_name
 from heft_engine.training import failure_signatures
+from heft_engine.training.checkpoint import RunState
+from heft_engine.training.setup import RunInputs
 
-if TYPE_CHECKING:
-    from heft_engine.training.run import Run
-
-#: A text task's answers may be as long as the longest that was trained on, within these bounds (tokens).
-LEAST_NEW_TOKENS, MOST_NEW_TOKENS = 64, 1_024
+#: A text task's answers may be as long as the longest training answer, within these bounds (tokens).
+_LEAST_NEW_TOKENS, _MOST_NEW_TOKENS = 64, 1_024
 
 
-def write_outcome(run: Run, out_dir: Path) -> Bundle:
-    """The bundle of the result so far. Raises TrainingError when serving would see other prompts than training."""
-    probe, tolerance = _probe(run)
-    calibrated = calibration(run)
-    info = BundleInfo(
-        method=run.config.method,
-        stages=[stage.model_dump() for stage in run.config.stages[: run.state.stage_index]],
-        base_model=BaseRecord(
-            reference=run.base.reference,
-            source=run.base.source,
-            revision=run.base.revision,
-            model_type=run.lm.config.model_type,
-            weights_sha256=weights_hash(run.base.path),
-        ),
-        task=run.encoder.task.to_json(),
-        tokenizer_sha256=tokenizer_hash(run.encoder.tokenizer),
-        dtype=dtype_name(run.lm.dtype),
-        max_length=run.encoder.max_length,
-        seed=run.config.seed,
-        max_new_tokens=max_new_tokens(run),
-        temperature=calibrated.temperature if calibrated is not None else 1.0,
-        calibration=calibrated.to_json() if calibrated is not None else None,
-        evaluation=evaluation(run),
-        parity=run.state.parity,
+@dataclass(frozen=True, kw_only=True)
+class StageMeasurements:
+    """Measurements of a stage's result that its bundle holds.
+
+    calibration: None for text, and without rows to measure on. validation_scores: of `validation_sample`, where they
+    have been computed for the calibration.
+    """
+
+    probe: Probe
+    probe_tolerance: float
+    calibration: Calibration | None
+    validation_scores: tuple[Scores, ...] | None = None
+
+
+def evaluate_stage(inputs: RunInputs, index: int | None) -> tuple[dict[str, Any], tuple[Scores, ...]]:
+    """Evaluates the model after stage `index` (None: the base) on the reported rows.
+
+    Returns the record that RunState.evaluations holds, and the rows' scores where labels were scored.
+    """
+    stage = "base" if index is None else inputs.config.stages[index].type
+    record = {"stage": stage, "stage_index": index}
+    if not inputs.reported:
+        return record, ()
+    limit = max_new_tokens(inputs.examples)
+    evaluation = evaluate(inputs.lm, inputs.encoder, inputs.reported, max_new_tokens=limit)
+    return {**record, **evaluation.to_json(), **evaluation.packed_rows()}, evaluation.scores
+
+
+def measure_stage(inputs: RunInputs, scores: Sequence[Scores] = ()) -> StageMeasurements:
+    """Measures the model as it is now. scores: of the reported rows, if they are known."""
+    examples = [example for _, example in inputs.bundle_probes]
+    probe = Probe(examples=examples, scores=[row.totals for row in score(inputs.lm, examples)])
+    tolerance = _tolerance(inputs.lm, probe)
+    if inputs.encoder.task.type == "text" or not inputs.reported:
+        return StageMeasurements(probe=probe, probe_tolerance=tolerance, calibration=None)
+    reported = _labelled(scores or score(inputs.lm, inputs.reported), inputs.reported)
+    if inputs.split == "validation":
+        calibration = calibrate(reported, None, inputs.split)
+        return StageMeasurements(probe=probe, probe_tolerance=tolerance, calibration=calibration)
+    sample = validation_sample(inputs)
+    validation_scores = tuple(score(inputs.lm, sample))
+    return StageMeasurements(
+        probe=probe,
         probe_tolerance=tolerance,
+        calibration=calibrate(_labelled(validation_scores, sample), reported, inputs.split),
+        validation_scores=validation_scores,
+    )
+
+
+def write_result(
+    inputs: RunInputs,
+    state: RunState,
+    measured: StageMeasurements,
+    interventions: Sequence[PlacedIntervention],
+    out_dir: Path,
+) -> Bundle:
+    """Writes the bundle of the result so far. Raises TrainingError if serving would see other prompts than training."""
+    calibration = measured.calibration
+    info = BundleInfo(
+        method=inputs.config.method,
+        stages=[stage.model_dump() for stage in inputs.config.stages[: state.stage_index]],
+        base_model=BaseRecord(
+            reference=inputs.base.reference,
+            source=inputs.base.source,
+            revision=inputs.base.revision,
+            model_type=inputs.lm.config.model_type,
+            weights_sha256=weights_hash(inputs.base.path),
+        ),
+        task=inputs.encoder.task.to_json(),
+        tokenizer_sha256=tokenizer_hash(inputs.encoder.tokenizer),
+        dtype=dtype_name(inputs.lm.dtype),
+        max_length=inputs.encoder.max_length,
+        seed=inputs.config.seed,
+        max_new_tokens=max_new_tokens(inputs.examples),
+        temperature=calibration.temperature if calibration is not None else 1.0,
+        calibration=calibration.to_json() if calibration is not None else None,
+        evaluation=evaluation_summary(inputs, state, calibration),
+        parity=state.parity,
+        probe_tolerance=measured.probe_tolerance,
         versions=package_versions(),
     )
-    write_bundle(out_dir, info, run.adapters, list(run.lm.interventions), run.encoder.tokenizer, probe)
+    write_bundle(out_dir, info, state.adapters, list(interventions), inputs.encoder.tokenizer, measured.probe)
     bundle = read_bundle(out_dir)
-    failure_signatures.check_positions(
-        bundle, run.encoder, [row for row, _ in run.probe_rows], run.lm.interventions
-    )
+    rows = [row for row, _ in inputs.bundle_probes]
+    failure_signatures.check_positions(bundle, inputs.encoder, rows, interventions)
     return bundle
 
 
-def evaluation(run: Run) -> dict[str, Any] | None:
-    """The job's evaluation so far: None without rows to evaluate on."""
-    results = [record for record in run.state.evaluations if "accuracy" in record]
-    if not results:
+def evaluation_summary(
+    inputs: RunInputs, state: RunState, calibration: Calibration | None
+) -> dict[str, Any] | None:
+    """Returns the evaluations so far as the bundle and the job show them; None without rows to evaluate on."""
+    evaluations = [record for record in state.evaluations if "accuracy" in record]
+    if not evaluations:
         return None
-    calibrated = calibration(run)
-    kept = ("stage", "stage_index", "accuracy", "correct", "interval_95", "metrics")
+    names = ("stage", "stage_index", "accuracy", "correct", "interval_95", "metrics")
     return {
-        "n": results[0]["n"],
-        "metric": results[0]["metric"],
-        "split": run.split,
-        "held_out": run.split == "test",
-        "results": [{name: record[name] for name in kept if name in record} for record in results],
-        "calibration": calibrated.to_json() if calibrated is not None else None,
-        "general_loss": run.state.general_loss,
+        "n": evaluations[0]["n"],
+        "metric": evaluations[0]["metric"],
+        "split": inputs.split,
+        "held_out": inputs.split == "test",
+        "results": [_select(record, names) for record in evaluations],
+        "calibration": calibration.to_json() if calibration is not None else None,
+        "general_loss": state.general_loss,
     }
 
 
-def calibration(run: Run) -> Calibration | None:
-    """The result's temperature, computed once a stage: its checkpoint is a model that can be asked, as the end is.
+def row_results(
+    inputs: RunInputs, state: RunState, validation: dict[str, Any] | None
+) -> dict[str, Any] | None:
+    """Returns which rows were right (or how right they were) after each stage, for comparisons between runs.
 
-    None for text, and without rows to measure on.
+    None without rows to evaluate on, or if an evaluation was made without them. validation: `validation_result`.
     """
-    if run.encoder.task.type == "text" or not run.reported:
+    evaluations = [record for record in state.evaluations if "right" in record or "values" in record]
+    if not evaluations or len(evaluations) < len(state.evaluations):
         return None
-    index = run.state.stage_index
-    if run.calibrated is None or run.calibrated[0] != index:
-        if run.scored is None or run.scored[0] != index:
-            run.scored = (index, tuple(score(run.lm, run.reported)))
-        reported = _labelled(run.scored[1], run.reported)
-        if run.split == "validation":
-            found = calibrate(reported, None, run.split)
-        else:
-            chosen = _chosen(run)
-            run.chosen = tuple(score(run.lm, chosen))
-            found = calibrate(_labelled(run.chosen, chosen), reported, run.split)
-        run.calibrated = (index, found)
-    return run.calibrated[1]
+    names = ("stage", "stage_index", "right", "values")
+    return {
+        "n": evaluations[0]["n"],
+        "metric": evaluations[0]["metric"],
+        "split": inputs.split,
+        "rows_sha256": answers_hash(inputs.reported),
+        "results": [_select(record, names) for record in evaluations],
+        "validation": validation,
+    }
 
 
-def on_validation(run: Run) -> dict[str, Any] | None:
-    """What the result came to on validation rows, where others are reported: what a search chooses by.
+def validation_result(
+    inputs: RunInputs, measured: StageMeasurements, *, generate_text: bool
+) -> dict[str, Any] | None:
+    """Returns the metric on validation rows where test rows are reported: a search chooses by it.
 
-    At most so many rows as calibration takes, and its own scores where it has any. None without validation rows, and
-    for text unless the run was told to write it: that may take as long as an epoch.
+    It is of at most MAX_ROWS rows. None without validation rows, and for text unless `generate_text`: generating may
+    take as long as an epoch.
     """
-    if run.split != "test" or not run.questions:
+    if inputs.split != "test" or not inputs.questions:
         return None
-    chosen = _chosen(run)
-    if run.encoder.task.type == "text":
-        if not run.writes_validation:
+    sample = validation_sample(inputs)
+    if inputs.encoder.task.type == "text":
+        if not generate_text:
             return None
-        found = evaluate(run.lm, run.encoder, chosen, max_new_tokens=max_new_tokens(run))
-        return {"n": found.n, "metric": found.metric, "value": found.accuracy}
-    calibration(run)
-    assert run.chosen is not None
-    right = sum(one.best == example.gold for one, example in zip(run.chosen, chosen, strict=True))
-    return {"n": len(chosen), "metric": "accuracy", "value": right / len(chosen)}
+        limit = max_new_tokens(inputs.examples)
+        evaluation = evaluate(inputs.lm, inputs.encoder, sample, max_new_tokens=limit)
+        return {"n": evaluation.n, "metric": evaluation.metric, "value": evaluation.accuracy}
+    scores = measured.validation_scores or score(inputs.lm, sample)
+    correct = sum(row.best == example.gold for row, example in zip(scores, sample, strict=True))
+    return {"n": len(sample), "metric": "accuracy", "value": correct / len(sample)}
 
 
-def _chosen(run: Run) -> list[Example]:
-    return Random(run.config.seed).sample(run.questions, min(MAX_ROWS, len(run.questions)))
+def validation_sample(inputs: RunInputs) -> list[Example]:
+    """Returns at most MAX_ROWS validation rows, drawn by the run's seed, with every label as an answer."""
+    return Random(inputs.config.seed).sample(inputs.questions, min(MAX_ROWS, len(inputs.questions)))
+
+
+def answers_hash(examples: Sequence[Example]) -> str:
+    """Returns the SHA-256 of the possible and the right answers, in order: the same however rows are truncated."""
+    total = hashlib.sha256()
+    for example in examples:
+        total.update(repr((example.labels, example.gold)).encode())
+    return total.hexdigest()
+
+
+def max_new_tokens(examples: Sequence[Example]) -> int:
+    """Returns the limit of generated answers, for measuring and serving a model trained on these examples."""
+    longest = max(example.supervised_tokens for example in examples)
+    return min(max(_LEAST_NEW_TOKENS, longest), _MOST_NEW_TOKENS)
+
+
+def _select(record: dict[str, Any], names: Sequence[str]) -> dict[str, Any]:
+    return {name: record[name] for name in names if name in record}
 
 
 def _labelled(scores: Sequence[Scores], examples: Sequence[Example]) -> LabelledScores:
     return LabelledScores.of(scores, [example.gold for example in examples])
 
 
-def _probe(run: Run) -> tuple[Probe, float]:
-    """The probe rows' scores and their tolerance, computed once a stage: its checkpoint and the end both write them."""
-    if run.probed is None or run.probed[0] != run.state.stage_index:
-        examples = [example for _, example in run.probe_rows]
-        totals = [scores.totals for scores in score(run.lm, examples)]
-        probe = Probe(examples=examples, scores=totals)
-        run.probed = (run.state.stage_index, probe, _tolerance(run.lm, probe))
-    return run.probed[1], run.probed[2]
-
-
 def _tolerance(lm: PackedLM, probe: Probe) -> float:
-    """How far a probe score may lie elsewhere: four times what the dtype alone moves it, at least 1e-3."""
+    """Returns how far a probe score may lie elsewhere: four times the error of the dtype alone, at least 1e-3."""
     exact = float32_copy(lm)
     exact.interventions.extend(lm.interventions)
     pairs = zip(score(exact, probe.examples), probe.scores, strict=True)
-    noise = max(abs(a - b) for one, other in pairs for a, b in zip(one.totals, other, strict=True))
+    errors = [abs(a - b) for row, totals in pairs for a, b in zip(row.totals, totals, strict=True)]
     exact.interventions.clear()
-    return max(1e-3, 4 * noise)
-
-
-def max_new_tokens(run: Run) -> int:
-    """How far an answer of this run's models may go, measured or served."""
-    longest = max(example.supervised_tokens for example in run.examples)
-    return min(max(LEAST_NEW_TOKENS, longest), MOST_NEW_TOKENS)
+    return max(1e-3, 4 * max(errors))

@@ -1,49 +1,60 @@
 """One run, from rows to bundle: the recipe's stages in order, each on the frozen result of those before it.
 
-A LoRA stage ends merged; a ReFT stage leaves an intervention in place that later stages train through. Paths and a
-config come in, a bundle comes out. It does NOT know HTTP, databases or users.
+A LoRA stage ends merged; a ReFT stage leaves an intervention in place that later stages train through. This module
+alone holds the run's state, emits its events and writes its files.
 """
 
 from __future__ import annotations
 
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
-from typing import Any
 
-import torch
+from safetensors import SafetensorError
+from torch import Tensor
 
-from heft_engine.adapters.adapter import Adapter, Merge
 from heft_engine.adapters.lora.weights import LoraWeights
-from heft_engine.adapters.parity import PROBE_ROWS
-from heft_engine.adapters.registry import attach
-from heft_engine.bundle.format import Bundle, Probe
+from heft_engine.bundle.format import Bundle
 from heft_engine.config.run_file import RunOptions
-from heft_engine.config.train import Stage, TrainConfig
-from heft_engine.data.encoding import Encoder, Example
-from heft_engine.data.general_text import general_examples
+from heft_engine.config.train import TrainConfig
+from heft_engine.data.encoding import Example
 from heft_engine.data.rows import Row
 from heft_engine.errors import ConfigError
-from heft_engine.evaluation.calibration import Calibration
-from heft_engine.evaluation.evaluate import evaluate, mean_loss
+from heft_engine.evaluation.evaluate import mean_loss
 from heft_engine.events import Event, OnEvent, Pulse
-from heft_engine.inference.scoring import Scores
-from heft_engine.model.base_models import BaseModel, resolve
+from heft_engine.model.base_models import resolve
+from heft_engine.model.interventions import PlacedIntervention
 from heft_engine.model.packed_lm import PackedLM
 from heft_engine.runtime.devices import choose_device
-from heft_engine.training.activation_store import ActivationStore
+from heft_engine.training import run_events
+from heft_engine.training.activation_store import ActivationStore, StageActivations
 from heft_engine.training.cache_plan import CacheBudget
-from heft_engine.training.checkpoint import CheckpointWriter, RunState, load_checkpoint, rows_hash
-from heft_engine.training.costs import cost_of, outcomes
-from heft_engine.training.loop import Progress
+from heft_engine.training.checkpoint import (
+    CheckpointWriter,
+    RunState,
+    StageSnapshot,
+    load_checkpoint,
+    rows_hash,
+    write_stage,
+)
+from heft_engine.training.costs import stage_cost
+from heft_engine.training.loop import Hooks, Progress
 from heft_engine.training.memory_plan import peak
-from heft_engine.training.result import max_new_tokens, on_validation, write_outcome
-from heft_engine.training.run_events import announce, tell_evaluation, tell_plan, tell_warnings
-from heft_engine.training.schedule import derived_seed
-from heft_engine.training.setup import PROBE_CANDIDATES, load
-from heft_engine.training.stage import planner_of, train_stage
-from heft_engine.training.stage_cache import Reuse, StageStore
+from heft_engine.training.plan import plan_stage
+from heft_engine.training.result import (
+    StageMeasurements,
+    evaluate_stage,
+    measure_stage,
+    row_results,
+    validation_result,
+    write_result,
+)
+from heft_engine.training.setup import RunInputs, load
+from heft_engine.training.stage import train_stage
+from heft_engine.training.stage_cache import StageCache, StageStore, activation_key, stage_keys
+from heft_engine.training.stage_inputs import StageInputs, StageOptions, attach_stage
 
 
 def train(
@@ -63,7 +74,7 @@ def train(
 
     `eval_rows` decide early stopping and `test_rows` are only reported. `stage_store` holds the results of stages of
     earlier runs: a new run starts after the longest prefix of its stages found there, and stores its own results.
-    `activations`: frozen activations that runs on this machine share; used only with a `stage_store`.
+    `activations`: frozen activations that runs on this machine share.
     Raises EngineError: RowError, ConfigError, ModelError, TrainingError, or Stopped after `should_stop` returned True
     and a checkpoint was written.
     """
@@ -76,199 +87,204 @@ def train(
         cache_dir=options.cache_dir,
         allow_paths=options.allow_paths,
     )
+    inputs = load(config, base, train_rows, eval_rows, test_rows, options.device or choose_device())
+    return run_stages(
+        inputs,
+        out_dir,
+        on_event,
+        options,
+        stage_store=stage_store,
+        activations=activations,
+        should_stop=should_stop,
+    )
+
+
+def run_stages(
+    inputs: RunInputs,
+    out_dir: Path,
+    on_event: OnEvent,
+    options: RunOptions,
+    *,
+    stage_store: StageStore | None = None,
+    activations: ActivationStore | None = None,
+    should_stop: Callable[[], bool] = lambda: False,
+) -> Bundle:
+    """Trains the stages of loaded inputs and writes the bundle. Parameters and errors are those of `train`."""
+    config, lm = inputs.config, inputs.lm
+    lm.on_forward = Pulse(on_event)
+    state, output = _open(inputs, options, on_event, stage_store)
+    output.emit(run_events.started(inputs))
+    state, measured = _begin(inputs, state, output)
+    stage_options = _stage_options(config, options, out_dir.parent)
+    for index in range(state.stage_index, len(config.stages)):
+        began = time.monotonic()
+        stage = attach_stage(inputs, index)
+        with peak(lm.device) as peak_bytes:
+            progress, other_seconds = _train(stage, state, stage_options, output, activations, should_stop)
+            cost = stage_cost(stage, progress, time.monotonic() - began + other_seconds)
+            merge = stage.adapter.finish(inputs.merge_probes)
+            if merge is not None:
+                output.emit(run_events.merge_verified(config, index, merge))
+            evaluation, scores = evaluate_stage(inputs, index)
+            general_loss = mean_loss(lm, inputs.general)
+            memory_bytes = peak_bytes()
+        state = state.after_stage(progress, merge, evaluation, general_loss, cost)
+        output.emit(*run_events.stage_ended(inputs, state, progress, time.monotonic() - began, memory_bytes))
+        measured = measure_stage(inputs, scores)
+        output.save_stage(state, measured, list(lm.interventions), key=output.cache.key(index))
+        output.store_stage(state, measured)
+    measured = measured or measure_stage(inputs)
+    bundle = write_result(inputs, state, measured, list(lm.interventions), out_dir)
+    validation = validation_result(inputs, measured, generate_text=options.evaluate_validation)
+    output.emit(run_events.succeeded(state, bundle, row_results(inputs, state, validation)))
+    return bundle
+
+
+def _open(
+    inputs: RunInputs, options: RunOptions, on_event: OnEvent, stage_store: StageStore | None
+) -> tuple[RunState, _Output]:
+    """Returns the state to continue, a checkpoint's or a new one, and the outputs of a run that does."""
+    rows_sha256 = rows_hash(inputs.examples)
+    keys = stage_keys(inputs) if stage_store is not None else []
+    state = RunState(rows_sha256=rows_sha256, keys=keys)
+    if options.resume is not None:
+        checkpoint = load_checkpoint(options.resume, inputs.config, rows_sha256)
+        state = checkpoint.state
+        interventions = [stored.restore(inputs.lm.hidden_size) for stored in checkpoint.interventions]
+        _apply(inputs.lm, state.adapters, interventions)
+    # A checkpoint may be continued by newer code, or beside other test rows: its results belong to no key.
+    cache = StageCache(store=stage_store, keys=keys if state.keys == keys else [])
+    checkpoints = CheckpointWriter(directory=options.checkpoint_dir, seconds=options.checkpoint_seconds)
+    return state, _Output(inputs=inputs, on_event=on_event, checkpoints=checkpoints, cache=cache)
+
+
+def _begin(inputs: RunInputs, state: RunState, output: _Output) -> tuple[RunState, StageMeasurements | None]:
+    """Returns the state before the first stage to train, and its measurements where they are known.
+
+    A new run starts after its longest cached prefix, each stage of which is announced and saved as if it had just
+    ended; without one, with the evaluation of the base.
+    """
+    if state.evaluations:
+        return state, None
+    cached_stages = output.cache.restore(inputs)
+    if not cached_stages:
+        general_loss = mean_loss(inputs.lm, inputs.general)
+        evaluation, _ = evaluate_stage(inputs, None)
+        output.emit(*run_events.evaluation(evaluation, inputs.split))
+        return state.with_base(evaluation, general_loss), None
+    for index, cached in enumerate(cached_stages):
+        output.emit(*run_events.stage_reused(inputs, cached.state, output.cache.key(index)))
+        output.save_stage(cached.state, cached.measured, cached.interventions)
+    last = cached_stages[-1]
+    _apply(inputs.lm, last.state.adapters, last.interventions)
+    return last.state, last.measured
+
+
+def _train(
+    stage: StageInputs,
+    state: RunState,
+    options: StageOptions,
+    output: _Output,
+    activations: ActivationStore | None,
+    should_stop: Callable[[], bool],
+) -> tuple[Progress, float]:
+    """Trains an attached stage, from the state's snapshot if it has one, with checkpoints on the way.
+
+    Returns the progress at its end, and the seconds that its training took before and elsewhere: in earlier attempts,
+    and to compute activations that another run has saved; less those that this run spent on saving them.
+    """
+    inputs, snapshot = output.inputs, state.snapshot
+    earlier = snapshot.progress if snapshot is not None else None
+    earlier_seconds = earlier.seconds if earlier is not None else 0.0
+
+    def save(progress: Progress, tensors: Callable[[], dict[str, Tensor]], due: bool) -> None:
+        if output.checkpoints.is_due(due):
+            output.save_step(state, stage, StageSnapshot(progress=progress, tensors=tensors()))
+
+    def find_activations(examples: Sequence[Example]) -> StageActivations | None:
+        if activations is None:
+            return None
+        return activations.of(activation_key(inputs, state.adapters, stage, examples, activations.owner))
+
+    with plan_stage(stage, options, earlier) as plan:
+        output.emit(*run_events.stage_started(inputs.config, stage, plan))
+        result = train_stage(
+            stage,
+            plan,
+            Hooks(on_event=output.on_event, save=save, should_stop=should_stop),
+            cache_directory=options.cache.directory,
+            snapshot=snapshot,
+            find_activations=find_activations,
+        )
+    return result.progress, earlier_seconds + result.saved_seconds
+
+
+def _apply(
+    lm: PackedLM, adapters: Sequence[LoraWeights], interventions: Sequence[PlacedIntervention]
+) -> None:
+    """Puts the model where finished stages left it: adapters merged, interventions in place."""
+    for adapter in adapters:
+        adapter.merge_into(lm.model)
+    lm.interventions.extend(interventions)
+
+
+def _stage_options(config: TrainConfig, options: RunOptions, cache_directory: Path) -> StageOptions:
     cache = CacheBudget(
         memory=options.cache_memory_bytes,
         disk=options.cache_disk_bytes,
-        directory=out_dir.parent,
+        directory=cache_directory,
         sharers=options.sharers,
     )
-    device = options.device or choose_device()
-    run = prepare(config, base, train_rows, eval_rows, test_rows, device, on_event, cache)
-    run.cache_dir, run.memory_bytes = options.cache_dir, options.memory_bytes
-    run.writes_validation = options.evaluate_validation
-    writer = CheckpointWriter(
-        directory=options.checkpoint_dir, seconds=options.checkpoint_seconds, on_event=on_event
+    return StageOptions(
+        cache=cache,
+        compile=config.compile,
+        memory_bytes=options.memory_bytes,
+        cache_dir=options.cache_dir,
     )
-    if options.resume is not None:
-        run.resume(options.resume)
-    run.reuse = Reuse(run, stage_store, activations) if stage_store is not None else None
-    return run.go(out_dir, writer, should_stop)
 
 
-def prepare(
-    config: TrainConfig,
-    base: BaseModel,
-    train_rows: Sequence[Row],
-    eval_rows: Sequence[Row],
-    test_rows: Sequence[Row],
-    device: str,
-    on_event: OnEvent,
-    cache: CacheBudget,
-) -> Run:
-    """Resolves a config against its base and rows: everything loaded, nothing trained. Raises as `train` does."""
-    loaded = load(config, base, train_rows, eval_rows, test_rows, device)
-    return Run(**vars(loaded), on_event=on_event, cache=cache)
+@dataclass(frozen=True, kw_only=True)
+class _Output:
+    """Everything that leaves a run before its bundle: events, checkpoints, results of stages for later runs."""
 
-
-def _prompt_length(example: Example) -> int:
-    return len(example.prompt)
-
-
-@dataclass(kw_only=True)
-class Run:
-    """A prepared run. `state` is what a checkpoint carries besides the stage in training."""
-
-    config: TrainConfig  #: its stages resolved
-    base: BaseModel
-    lm: PackedLM
-    encoder: Encoder
-    examples: list[Example]
-    validation: list[Example]
-    questions: list[Example]  #: the validation rows with every label
-    reported: list[Example]
-    split: str
-    probe_row_source: list[Row]
+    inputs: RunInputs
     on_event: OnEvent
-    cache: CacheBudget
-    state: RunState = field(init=False)
-    probed: tuple[int, Probe, float] | None = (
-        None  #: after which stage, the probe rows' scores, their tolerance
-    )
-    scored: tuple[int, tuple[Scores, ...]] | None = None  #: after which stage, the reported rows' scores
-    chosen: tuple[Scores, ...] | None = None  #: those of the validation rows that it was last calibrated on
-    calibrated: tuple[int, Calibration | None] | None = None  #: after which stage, what came of it
-    adapters: list[LoraWeights] = field(default_factory=list)
-    cache_dir: Path | None = None
-    memory_bytes: int | None = None
-    writes_validation: bool = False
-    reuse: Reuse | None = None
+    checkpoints: CheckpointWriter
+    cache: StageCache
 
-    def __post_init__(self) -> None:
-        self.state = RunState(rows_sha256=rows_hash(self.examples))
-        self.lm.on_forward = Pulse(self.on_event)
-        self.probe = sorted(self.examples[:PROBE_CANDIDATES], key=_prompt_length)[:PROBE_ROWS]
-        rows = [(row, example) for row in self.probe_row_source for example in self.encoder.encode(row)]
-        self.probe_rows = sorted(rows, key=lambda pair: _prompt_length(pair[1]))[:PROBE_ROWS]
-        self.general = [example.supervised() for example in general_examples(self.encoder)]
-        per_stage = [
-            stage.n_epochs * -(-len(self.examples) // stage.batch_size) for stage in self.config.stages
-        ]
-        self.first_steps = [sum(per_stage[:index]) for index in range(len(per_stage) + 1)]
+    def emit(self, *events: Event) -> None:
+        for event in events:
+            self.on_event(event)
 
-    @property
-    def total_steps(self) -> int:
-        return self.first_steps[-1]
+    def save_step(self, state: RunState, stage: StageInputs, snapshot: StageSnapshot) -> None:
+        """Writes a checkpoint inside a stage."""
+        config, progress = self.inputs.config, snapshot.progress
+        path = self.checkpoints.save_step(state, config, stage, snapshot)
+        step = stage.first_step + progress.step
+        self.emit(run_events.checkpoint_saved(config, stage.index, step, "step", path, progress.losses))
 
-    def resume(self, checkpoint: Path) -> None:
-        """Rebuilds the state of a checkpoint: merges what was merged, hooks in what was left in place."""
-        restored = load_checkpoint(checkpoint, self.config, self.state.rows_sha256)
-        self.state = restored.state
-        for adapter in restored.adapters:
-            adapter.merge_into(self.lm.model)
-        self.adapters = restored.adapters
-        self.lm.interventions.extend(stored.restore(self.lm.hidden_size) for stored in restored.interventions)
-
-    def go(self, out_dir: Path, writer: CheckpointWriter, should_stop: Callable[[], bool]) -> Bundle:
-        announce(self)
-        if self.reuse is not None:
-            self.reuse.take(writer)
-        if not self.state.evaluations:
-            self.state.general_loss.append(mean_loss(self.lm, self.general))
-            self._evaluate("base", None)
-        for index in range(self.state.stage_index, len(self.config.stages)):
-            self._stage(index, writer, should_stop)
-        bundle = self.outcome(out_dir)
-        data = {
-            "bundle": str(out_dir),
-            "evaluation": bundle.info.evaluation,
-            "parity": {"merges": bundle.info.parity},
-            "trained_tokens": self.state.trained_tokens,
-            "costs": self.state.costs,
-            "outcomes": outcomes(self, on_validation(self)),
-        }
-        self.emit("SUCCEEDED", "The model is ready", **data)
-        return bundle
-
-    # -- a stage ----------------------------------------------------------------------------------------------------
-
-    def _stage(self, index: int, writer: CheckpointWriter, should_stop: Callable[[], bool]) -> None:
-        stage = self.config.stages[index]
-        began = time.monotonic()
-        interventions_before = len(list(self.lm.interventions))
-        torch.manual_seed(derived_seed(self.config.seed, index))
-        trainable = attach(self.lm, stage)
-        inside = self.state.inside_stage
-        earlier = Progress.of(inside["progress"]) if inside is not None else None
-        with peak(self.lm.device) as most:
-            with planner_of(self, index, trainable).planned(earlier) as plan:
-                tell_plan(self, index, trainable, plan)
-                progress, saved = train_stage(
-                    self, index, trainable, plan, interventions_before, writer, should_stop
-                )
-            seconds = time.monotonic() - began + (earlier.seconds if earlier is not None else 0)
-            self.state.costs.append(cost_of(self, index, trainable, progress, seconds + saved))
-            self._end_stage(index, stage, trainable, progress)
-            memory_bytes = most()
-        tell_warnings(self, index)
-        self.emit_stage(
-            "STAGE_COMPLETE",
-            f"Stage {index + 1} of {len(self.config.stages)} is complete",
-            index,
-            seconds=round(time.monotonic() - began, 3),
-            steps=progress.step,
-            tokens=progress.tokens,
-            general_loss=self.state.general_loss[-1],
-            memory_bytes=memory_bytes,
-            flops=self.state.costs[-1]["flops"],
-        )
-        self.save_stage(writer, index, self.reuse.key(index) if self.reuse is not None else None)
-        if self.reuse is not None:
-            self.reuse.keep(index)
-
-    def save_stage(self, writer: CheckpointWriter, index: int, key: str | None = None) -> None:
-        """Writes the checkpoint of a stage's end. `key`: what later runs may find it by."""
-        kind, step = self.config.stages[index].type, self.first_steps[index + 1]
-        writer.stage(self.state, step, self.config, self.outcome, kind, index, key)
-
-    def outcome(self, path: Path) -> Bundle:
-        """Writes the bundle of the result so far."""
-        return write_outcome(self, path)
-
-    def _end_stage(
+    def save_stage(
         self,
-        index: int,
-        stage: Stage,
-        trainable: Adapter,
-        progress: Progress,
+        state: RunState,
+        measured: StageMeasurements,
+        interventions: Sequence[PlacedIntervention],
+        key: str | None = None,
     ) -> None:
-        """Merges or freezes what was trained, and measures it."""
-        merge = trainable.finish(self.probe)
-        if merge is not None:
-            self._record_merge(index, merge)
-        self.state.trained_tokens += progress.tokens
-        self.state.losses = progress.losses
-        self.state.stage_index, self.state.inside_stage = index + 1, None
-        self._evaluate(stage.type, index)
-        self.state.general_loss.append(mean_loss(self.lm, self.general))
-
-    def _record_merge(self, index: int, merge: Merge) -> None:
-        self.adapters.append(merge.weights)
-        self.state.parity.append({"stage_index": index, **merge.record})
-        message = f"Merged; float32 logits differ from the adapter's by {merge.record['float32']:.1e}"
-        self.emit_stage("MERGE_VERIFIED", message, index, **merge.record)
-
-    def _evaluate(self, stage: str, index: int | None) -> None:
-        if not self.reported:
-            self.state.evaluations.append({"stage": stage, "stage_index": index})
+        """Writes a checkpoint at the end of a stage, which is a model too. key: that later runs find it by."""
+        if self.checkpoints.directory is None:
             return
-        result = evaluate(self.lm, self.encoder, self.reported, max_new_tokens=max_new_tokens(self))
-        self.scored = (self.state.stage_index, result.scores)
-        record = {"stage": stage, "stage_index": index, **result.to_json(), **result.packed_rows()}
-        self.state.evaluations.append(record)
-        tell_evaluation(self, record)
+        config, index = self.inputs.config, state.stage_index - 1
+        step = self.inputs.first_step(state.stage_index)
+        write = partial(write_result, self.inputs, state, measured, interventions)
+        path = self.checkpoints.save_stage(state, config, step, write)
+        self.emit(run_events.checkpoint_saved(config, index, step, "stage", path, state.losses, key))
 
-    def emit_stage(self, code: Any, message: str, index: int, **data: Any) -> None:
-        self.emit(code, message, stage=self.config.stages[index].type, stage_index=index, **data)
-
-    def emit(self, code: Any, message: str, **data: Any) -> None:
-        self.on_event(Event(code=code, message=message, data=data))
+    def store_stage(self, state: RunState, measured: StageMeasurements) -> None:
+        """Stores the result of a stage for later runs. A store that can't take it does not fail the run."""
+        config, index = self.inputs.config, state.stage_index - 1
+        interventions = list(self.inputs.lm.interventions)
+        write = partial(write_result, self.inputs, state, measured, interventions)
+        try:
+            self.cache.put(index, partial(write_stage, state=state, config=config, write_bundle=write))
+        except (OSError, SafetensorError) as error:
+            self.emit(run_events.stage_not_stored(config, index, error))

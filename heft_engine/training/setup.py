@@ -1,16 +1,15 @@
-"""What a run trains: its model, encoder and examples, from a config, a base and rows. Nothing is trained here.
-
-It does NOT know files, events or stages beyond their settings.
-"""
+"""A run's inputs: its model, encoder and examples, made from a config, a base and rows."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from heft_engine.adapters.lora import peft_layers as lora
+from heft_engine.adapters.lora import peft_layers
+from heft_engine.adapters.parity import PROBE_ROWS
 from heft_engine.config.train import LoraStage, TrainConfig
 from heft_engine.data.encoding import Encoder, Example
+from heft_engine.data.general_text import general_examples
 from heft_engine.data.rows import Row, infer_task
 from heft_engine.data.task import Task
 from heft_engine.errors import ConfigError, RowError
@@ -22,24 +21,35 @@ from heft_engine.model.packed_lm import PackedLM
 from heft_engine.objectives.registry import create
 from heft_engine.runtime.devices import choose_dtype
 
-#: The rows that probe rows are chosen from.
-PROBE_CANDIDATES = 64
+#: Probe rows are the shortest of this many rows.
+_PROBE_CANDIDATES = 64
 
 
 @dataclass(frozen=True, kw_only=True)
-class Loaded:
-    """By the names of `heft_engine.training.run.Run`."""
+class RunInputs:
+    """Everything that a run trains and measures. Its model changes with every stage, nothing else does."""
 
-    config: TrainConfig  #: its stages resolved
+    config: TrainConfig  #: stages resolved, nothing left on "auto"
     base: BaseModel
     lm: PackedLM
     encoder: Encoder
-    examples: list[Example]
-    validation: list[Example]
-    questions: list[Example]  #: the validation rows with every label
-    reported: list[Example]
-    split: str
-    probe_row_source: list[Row]
+    examples: list[Example]  #: training rows, as the objective encodes them
+    validation: list[Example]  #: validation rows, as the objective encodes them
+    questions: list[Example]  #: validation rows with every label as an answer
+    reported: list[Example]  #: rows of `split` with every label as an answer: the evaluation's
+    split: str  #: "test", or "validation" where there are no test rows
+    merge_probes: list[Example]  #: training rows on which a merged model is compared with the adapter
+    bundle_probes: list[tuple[Row, Example]]  #: rows on which a loaded bundle is compared with training
+    general: list[Example]  #: text that has nothing to do with the task, to measure forgetting on
+
+    def first_step(self, index: int) -> int:
+        """Returns the number of optimizer steps before stage `index`."""
+        stages = self.config.stages[:index]
+        return sum(stage.n_epochs * -(-len(self.examples) // stage.batch_size) for stage in stages)
+
+    @property
+    def total_steps(self) -> int:
+        return self.first_step(len(self.config.stages))
 
 
 def load(
@@ -49,41 +59,52 @@ def load(
     eval_rows: Sequence[Row],
     test_rows: Sequence[Row],
     device: str,
-) -> Loaded:
-    """Resolves a config against its base and rows. Raises RowError, ConfigError and ModelError."""
+) -> RunInputs:
+    """Loads the base and encodes the rows. Raises RowError, ConfigError and ModelError."""
     if not train_rows:
         raise RowError("there are no training rows", param="training_file")
     if config.early_stopping is not None and not eval_rows:
-        raise ConfigError("early stopping needs validation rows to watch", param="early_stopping")
+        raise ConfigError("early stopping needs validation rows", param="early_stopping")
     model_info = inspect(base.path)
     tokenizer = load_tokenizer(base.path)
     task = Task.resolve(config.task, infer_task(train_rows))
     max_length = resolve_max_length(config.max_length, model_info.max_position_embeddings)
     encoder = Encoder(tokenizer, task, max_length)
-    lm = PackedLM(
-        load_model(base, dtype=choose_dtype(config.dtype, device), device=device, attention=IMPLEMENTATION)
-    )
-    reported = test_rows or eval_rows
+    dtype = choose_dtype(config.dtype, device)
+    lm = PackedLM(load_model(base, dtype=dtype, device=device, attention=IMPLEMENTATION))
     objective = create(config.stages[0].objective)
-    return Loaded(
+    examples = objective.examples(encoder, train_rows)
+    probe_rows = (eval_rows or train_rows)[:_PROBE_CANDIDATES]
+    probes = [(row, example) for row in probe_rows for example in encoder.encode(row)]
+    return RunInputs(
         config=_resolved(config, lm, model_info.parameters),
         base=base,
         lm=lm,
         encoder=encoder,
-        examples=objective.examples(encoder, train_rows),
+        examples=examples,
         validation=objective.examples(encoder, eval_rows),
-        questions=[example for row in eval_rows for example in encoder.encode(row)],
-        reported=[example for row in reported for example in encoder.encode(row)],
+        questions=_questions(encoder, eval_rows),
+        reported=_questions(encoder, test_rows or eval_rows),
         split="test" if test_rows else "validation",
-        probe_row_source=list((eval_rows or train_rows)[:PROBE_CANDIDATES]),
+        merge_probes=sorted(examples[:_PROBE_CANDIDATES], key=_prompt_length)[:PROBE_ROWS],
+        bundle_probes=sorted(probes, key=lambda probe: _prompt_length(probe[1]))[:PROBE_ROWS],
+        general=[example.supervised() for example in general_examples(encoder)],
     )
 
 
 def _resolved(config: TrainConfig, lm: PackedLM, parameters: int) -> TrainConfig:
-    """With stages that fit this model."""
+    """Returns the config with stages that fit this model."""
     sizes = {"n_layers": lm.n_layers, "hidden_size": lm.hidden_size, "parameters": parameters}
     stages = [resolve_stage(stage, lm.family, **sizes) for stage in config.stages]
     for stage in stages:
         if isinstance(stage, LoraStage) and stage.target_modules != "auto":
-            lora.check_modules(lm, stage.target_modules)
+            peft_layers.check_modules(lm, stage.target_modules)
     return config.model_copy(update={"stages": stages})
+
+
+def _questions(encoder: Encoder, rows: Sequence[Row]) -> list[Example]:
+    return [example for row in rows for example in encoder.encode(row)]
+
+
+def _prompt_length(example: Example) -> int:
+    return len(example.prompt)

@@ -1,114 +1,95 @@
-"""One stage of a run in training: its planner, the loop, its checkpoints.
-
-It does NOT know what becomes of a stage that has ended.
-"""
+"""The training of one stage: its forward passes, and the loop, from a checkpoint's snapshot if there is one."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, replace
+from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
 from uuid import uuid4
 
-from torch import Tensor
+import torch
 
-from heft_engine.adapters.adapter import Adapter
 from heft_engine.config.flops import CacheLevel
 from heft_engine.data.encoding import Example
 from heft_engine.objectives.registry import create
-from heft_engine.training.cache_plan import CacheBudget, CachePlan
-from heft_engine.training.checkpoint import CheckpointWriter
+from heft_engine.training.activation_store import StageActivations
+from heft_engine.training.cache_plan import CachePlan
+from heft_engine.training.checkpoint import StageSnapshot
 from heft_engine.training.forward_pass import ForwardPass, SuffixPass
 from heft_engine.training.loop import Hooks, Progress, TrainLoop
-from heft_engine.training.plan import Planner, StagePlan
+from heft_engine.training.plan import StagePlan
+from heft_engine.training.stage_inputs import StageInputs
 
-if TYPE_CHECKING:
-    from heft_engine.training.run import Run
+#: Returns the saved activations of some rows, to be read or written; None: they are not shared between runs.
+FindActivations = Callable[[Sequence[Example]], StageActivations | None]
 
 
-def planner_of(run: Run, index: int, trainable: Adapter) -> Planner:
-    return Planner(
-        lm=run.lm,
-        stage=run.config.stages[index],
-        index=index,
-        seed=run.config.seed,
-        trainable=trainable,
-        boundary=trainable.boundary(),
-        examples=run.examples,
-        validation=run.validation,
-        budget=run.cache,
-        compile=run.config.compile,
-        cache_dir=run.cache_dir,
-        room=run.memory_bytes,
-    )
+@dataclass(frozen=True, kw_only=True)
+class StageResult:
+    """A stage trained to its end.
+
+    saved_seconds: of prefills, computed by earlier runs and found saved; negative: spent on saving this run's.
+    """
+
+    progress: Progress
+    saved_seconds: float
 
 
 def train_stage(
-    run: Run,
-    index: int,
-    trainable: Adapter,
+    inputs: StageInputs,
     plan: StagePlan,
-    interventions_before: int,
-    writer: CheckpointWriter,
-    should_stop: Callable[[], bool],
-) -> tuple[Progress, float]:
-    """Trains to the end, from the run's checkpoint if that lies inside the stage.
+    hooks: Hooks,
+    *,
+    cache_directory: Path | None = None,
+    snapshot: StageSnapshot | None = None,
+    find_activations: FindActivations = lambda examples: None,
+) -> StageResult:
+    """Trains to the end under a plan that is in force. `cache_directory`: of caches on disk.
 
-    Also gives the seconds that earlier runs had spent on prefills found here: they count among what the stage costs.
-    Below 0 are those that this one spent on leaving its own to others.
+    Raises Stopped after a checkpoint, TrainingError when training can't succeed.
     """
-    stage, boundary = run.config.stages[index], trainable.boundary()
-    standing = list(run.lm.interventions)[:interventions_before]
+    # New modules start in training mode, in which an intervention above the first would drop out of the prefill.
+    inputs.adapter.train(False)
 
-    def save(progress: Progress, tensors: Callable[[], dict[str, Tensor]], due: bool) -> None:
-        run_step = run.first_steps[index] + progress.step
-        if writer.is_due(due):
-            state = run.state.inside(asdict(progress), interventions_before)
-            writer.step(state, run_step, run.config, tensors(), run.adapters, standing, stage.type)
+    def open_pass(cache: CachePlan, examples: Sequence[Example], name: str) -> ForwardPass:
+        activations = find_activations(examples) if _shareable(inputs, cache) else None
+        file = _cache_file(cache_directory, name)
+        return cache.open(inputs.lm, inputs.adapter.boundary(), examples, file, activations)
 
-    def source(cache: CachePlan, examples: Sequence[Example], name: str) -> ForwardPass:
-        # Interventions of earlier stages that go on in this one act in nobody else's prefill.
-        fresh = not any(placed in standing for placed in boundary.interventions)
-        prefills = None
-        if run.reuse is not None and fresh and cache.level == CacheLevel.KV:
-            prefills = run.reuse.prefills(standing, boundary, examples)
-        return cache.open(run.lm, boundary, examples, _cache_file(run.cache, name), prefills)
-
-    # Fresh modules begin in training mode, where an intervention above the first would drop out of the prefill.
-    trainable.train(False)
-    training = source(plan.cache, run.examples, "training")
-    validation = source(plan.validation_cache, run.validation, "validation")
-
+    training = open_pass(plan.cache, inputs.examples, "training")
+    validation = open_pass(plan.validation_cache, inputs.validation, "validation")
     loop = TrainLoop(
-        stage=stage,
-        index=index,
-        seed=run.config.seed,
-        adapter=trainable,
-        objective=create(stage.objective),
+        stage=inputs.stage,
+        index=inputs.index,
+        seed=inputs.seed,
+        adapter=inputs.adapter,
+        objective=create(inputs.stage.objective),
         forward=training,
         validation=validation,
-        early_stopping=run.config.early_stopping,
-        first_step=run.first_steps[index],
-        total_steps=run.total_steps,
-        hooks=Hooks(on_event=run.on_event, save=save, should_stop=should_stop),
+        early_stopping=inputs.early_stopping,
+        first_step=inputs.first_step,
+        total_steps=inputs.total_steps,
+        hooks=hooks,
+        progress=plan.as_progress,
     )
-    loop.progress = replace(
-        loop.progress,
-        cache=plan.cache.to_json(),
-        validation_cache=plan.validation_cache.to_json(),
-        **plan.of_progress,
-    )
-    if run.state.inside_stage is not None:
-        run.state.restore_stage(loop)
+    if snapshot is not None:
+        loop.restore(snapshot.progress, snapshot.tensors)
+        torch.set_rng_state(snapshot.tensors["rng"])  # last, since everything above may draw
+        snapshot.tensors.clear()  # with Adam's moments they are larger than the adapter
     loop.run()
-    caches = [one.cache for one in (training, validation) if isinstance(one, SuffixPass)]
-    return loop.progress, sum(cache.saved_seconds for cache in caches)
+    caches = [forward.cache for forward in (training, validation) if isinstance(forward, SuffixPass)]
+    return StageResult(progress=loop.progress, saved_seconds=sum(cache.saved_seconds for cache in caches))
 
 
-def _cache_file(cache: CacheBudget, name: str) -> Path | None:
-    if cache.directory is None:
+def _shareable(inputs: StageInputs, cache: CachePlan) -> bool:
+    """Returns True if the prefill is the same in other runs: no intervention that this stage goes on training acts."""
+    trained = inputs.adapter.boundary().interventions
+    return cache.level == CacheLevel.KV and not any(placed in inputs.standing for placed in trained)
+
+
+def _cache_file(directory: Path | None, name: str) -> Path | None:
+    if directory is None:
         return None
-    cache.directory.mkdir(parents=True, exist_ok=True)
+    directory.mkdir(parents=True, exist_ok=True)
     # Two runs may share the folder.
-    return cache.directory / f"{name}-{uuid4().hex}.cache"
+    return directory / f"{name}-{uuid4().hex}.cache"

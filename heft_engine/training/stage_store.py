@@ -45,7 +45,7 @@ class LocalStages:
                 os.utime(path)
         return found
 
-    def keep(self, key: str, write: Callable[[Path], None]) -> None:
+    def put(self, key: str, write: Callable[[Path], None]) -> None:
         """Replaces what was there under this key. Raises OSError."""
         self.directory.mkdir(parents=True, exist_ok=True)
         partial = Path(tempfile.mkdtemp(prefix=_PARTIAL, dir=self.directory))

@@ -10,17 +10,17 @@ import torch
 
 from heft_engine.adapters.reft import KINDS, ReftIntervention
 from heft_engine.bundle.format import Bundle
+from heft_engine.config.run_file import RunOptions
 from heft_engine.config.train import ReftStage, Stage, TrainConfig
 from heft_engine.data.encoding import Encoder, Example
 from heft_engine.data.rows import Row, parse_row
-from heft_engine.events import Event
+from heft_engine.events import Event, OnEvent
 from heft_engine.model.base_models import resolve_path
 from heft_engine.model.interventions import PlacedIntervention
 from heft_engine.model.packed_lm import PackedLM
-from heft_engine.training.cache_plan import CacheBudget
-from heft_engine.training.checkpoint import CheckpointWriter
-from heft_engine.training.run import Run, prepare
+from heft_engine.training.run import run_stages
 from heft_engine.training.schedule import derived_seed
+from heft_engine.training.setup import RunInputs, load
 
 SEED = 3
 #: Prompts of 2 to 29 tokens: shorter than `f4+l3` asks for, and longer than the tiny models' windows.
@@ -69,16 +69,21 @@ def reft(**settings: Any) -> ReftStage:
     return ReftStage.model_validate(defaults | settings)
 
 
-def prepared(
-    path: Path, stages: Sequence[Stage], rows: Sequence[Row], on_event: Callable[[Event], None], **config: Any
-) -> Run:
-    """A run of these stages with everything loaded."""
+def load_inputs(path: Path, stages: Sequence[Stage], rows: Sequence[Row], **config: Any) -> RunInputs:
+    """Returns the inputs of a run of these stages, without validation and test rows."""
     settings = TrainConfig(model=str(path), stages=list(stages), dtype="float32", seed=SEED, **config)
-    return prepare(settings, resolve_path(path), rows, (), (), "cpu", on_event, CacheBudget())
+    return load(settings, resolve_path(path), rows, (), (), "cpu")
 
 
-def go(run: Run, out: Path) -> Bundle:
-    return run.go(out, CheckpointWriter(directory=None, seconds=0, on_event=run.on_event), lambda: False)
+def train_inputs(
+    inputs: RunInputs,
+    out: Path,
+    on_event: OnEvent = lambda event: None,
+    should_stop: Callable[[], bool] = lambda: False,
+    **options: Any,
+) -> Bundle:
+    """`options`: fields of RunOptions."""
+    return run_stages(inputs, out, on_event, RunOptions(**options), should_stop=should_stop)
 
 
 def put_interventions(lm: PackedLM, stage: ReftStage) -> list[ReftIntervention]:
@@ -97,15 +102,15 @@ def step_losses(events: Sequence[Event]) -> list[float]:
     return [event.data["loss"] for event in events if event.code == "METRICS"]
 
 
-def steps_of(run: Run) -> list[list[Example]]:
+def steps_of(inputs: RunInputs) -> list[list[Example]]:
     """The rows of the first stage's steps: their order is a function of seed, stage and epoch alone."""
-    stage = run.config.stages[0]
+    stage = inputs.config.stages[0]
     steps = []
     for epoch in range(stage.n_epochs):
         generator = torch.Generator().manual_seed(derived_seed(SEED, 0, epoch))
-        order = torch.randperm(len(run.examples), generator=generator).tolist()
+        order = torch.randperm(len(inputs.examples), generator=generator).tolist()
         size = stage.batch_size
-        steps += [[run.examples[i] for i in order[at : at + size]] for at in range(0, len(order), size)]
+        steps += [[inputs.examples[i] for i in order[at : at + size]] for at in range(0, len(order), size)]
     return steps
 
 

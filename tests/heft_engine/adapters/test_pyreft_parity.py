@@ -8,7 +8,16 @@ from statistics import fmean
 import pytest
 import torch
 from real_pyreft import answer_logits, copy_raw, interventions, packed, padded, plain, reft_model, train_steps
-from small_runs import go, prepared, put_interventions, reft, step_losses, steps_of, text_rows, yes_no_rows
+from small_runs import (
+    load_inputs,
+    put_interventions,
+    reft,
+    step_losses,
+    steps_of,
+    text_rows,
+    train_inputs,
+    yes_no_rows,
+)
 from torch.testing import assert_close
 
 from heft_engine.adapters.reft import LoreftIntervention
@@ -102,15 +111,15 @@ def test_twenty_steps_have_the_losses_of_pyrefts_trainer(
 ) -> None:
     stage = reft(layers=layers, positions=positions)
     events: list[Event] = []
-    run = prepared(tiny_llama_dir, [stage], rows, events.append)
-    ours = put_interventions(run.lm, stage)
+    inputs = load_inputs(tiny_llama_dir, [stage], rows)
+    ours = put_interventions(inputs.lm, stage)
     theirs = reft_model(plain(tiny_llama_dir), layers, rank=4)
     for mine, their in zip(ours, interventions(theirs), strict=True):
         copy_raw(mine, their)
 
-    batches = [padded(examples, [positions] * len(layers)) for examples in steps_of(run)]
+    batches = [padded(examples, [positions] * len(layers)) for examples in steps_of(inputs)]
     expected = train_steps(theirs, batches, learning_rate=1e-2)
-    go(run, tmp_path / "bundle")
+    train_inputs(inputs, tmp_path / "bundle", events.append)
 
     losses = step_losses(events)
     assert len(losses) == 20

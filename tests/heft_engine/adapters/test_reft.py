@@ -20,7 +20,16 @@ from real_pyreft import (
     reft_model,
     train_steps,
 )
-from small_runs import go, prepared, put_interventions, questions, reft, step_losses, steps_of, yes_no_rows
+from small_runs import (
+    load_inputs,
+    put_interventions,
+    questions,
+    reft,
+    step_losses,
+    steps_of,
+    train_inputs,
+    yes_no_rows,
+)
 from torch.testing import assert_close
 
 from heft_engine.adapters.reft import KINDS
@@ -57,13 +66,13 @@ def test_twenty_steps_have_the_losses_of_pyrefts_trainer(
 ) -> None:
     stage = reft(kind=kind, layers=[1], learning_rate=2e-2)
     events: list[Event] = []
-    prepared_run = prepared(tiny_llama_dir, [stage], yes_no_rows(16), events.append)
-    (ours,) = put_interventions(prepared_run.lm, stage)
+    inputs = load_inputs(tiny_llama_dir, [stage], yes_no_rows(16))
+    (ours,) = put_interventions(inputs.lm, stage)
     theirs = reft_model(plain(tiny_llama_dir), [1], rank=4, kind=kind)
     copy_raw(ours, interventions(theirs)[0])
-    steps = [padded(examples, ["l1"]) for examples in steps_of(prepared_run)]
+    steps = [padded(examples, ["l1"]) for examples in steps_of(inputs)]
     expected = train_steps(theirs, steps, learning_rate=2e-2)
-    go(prepared_run, tmp_path / "bundle")
+    train_inputs(inputs, tmp_path / "bundle", events.append)
     losses = step_losses(events)
     assert losses == pytest.approx(expected, abs=CLOSE)
     assert len(losses) == 20

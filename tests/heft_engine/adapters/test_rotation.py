@@ -7,15 +7,14 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file
-from small_runs import go, prepared, put_interventions, reft, yes_no_rows
+from small_runs import load_inputs, put_interventions, reft, train_inputs, yes_no_rows
 from torch import Tensor
 
 from heft_engine.adapters.reft import LoreftIntervention, rotation_error
 from heft_engine.errors import Stopped, TrainingError
 from heft_engine.events import Event
 from heft_engine.runtime.sealed_directory import MANIFEST
-from heft_engine.training.checkpoint import CheckpointWriter
-from heft_engine.training.run import Run
+from heft_engine.training.setup import RunInputs
 
 HIDDEN, RANK = 32, 4
 RAW = "rotate_layer.parametrizations.weight.original"  #: with ±1 on its diagonal
@@ -50,10 +49,10 @@ def adamw(intervention: LoreftIntervention, decay: float = 0.0) -> torch.optim.A
 def test_weight_decay_set_by_the_user_never_touches_R(tiny_llama_dir: Path, tmp_path: Path) -> None:
     def train(decay: float, name: str) -> tuple[float, dict[str, Tensor]]:
         stage = reft(weight_decay=decay, n_epochs=17, batch_size=4)
-        run = prepared(tiny_llama_dir, [stage], yes_no_rows(12), lambda event: None)
-        (ours,) = put_interventions(run.lm, stage)
+        inputs = load_inputs(tiny_llama_dir, [stage], yes_no_rows(12))
+        (ours,) = put_interventions(inputs.lm, stage)
         began = ours.rotation.detach().clone()
-        go(run, tmp_path / name)
+        train_inputs(inputs, tmp_path / name)
         assert (ours.rotation - began).abs().max() > 0.01
         return rotation_error(ours), ours.export_state()
 
@@ -83,15 +82,15 @@ def test_a_run_whose_R_collapses_fails_and_keeps_no_checkpoint_of_it(
 
     def collapse(event: Event) -> None:
         if event.code == "METRICS" and event.data["step"] == 7:
-            (placed,) = run.lm.interventions
+            (placed,) = inputs.lm.interventions
             placed.intervention.get_parameter(RAW).data.fill_diagonal_(broken)
 
-    run = prepared(tiny_llama_dir, [stage], yes_no_rows(16), collapse)
-    writer = CheckpointWriter(directory=tmp_path / "checkpoints", seconds=0.0, on_event=collapse)
+    inputs = load_inputs(tiny_llama_dir, [stage], yes_no_rows(16))
+    folder = tmp_path / "checkpoints"
     with pytest.raises(TrainingError) as refusal:
-        run.go(tmp_path / "bundle", writer, lambda: False)
+        train_inputs(inputs, tmp_path / "bundle", collapse, checkpoint_dir=folder, checkpoint_seconds=0)
     assert refusal.value.code == code
-    saved = [int(path.parent.name.split("-")[0]) for path in (tmp_path / "checkpoints").glob(f"*/{MANIFEST}")]
+    saved = [int(path.parent.name.split("-")[0]) for path in folder.glob(f"*/{MANIFEST}")]
     assert max(saved) == 6
 
 
@@ -142,21 +141,19 @@ def test_raw_state_goes_on_bit_for_bit_and_baked_R_does_not(intervention: Loreft
 
 
 def test_a_stopped_stage_goes_on_to_the_same_R(tiny_llama_dir: Path, tmp_path: Path) -> None:
-    def run() -> Run:
-        return prepared(tiny_llama_dir, [reft()], yes_no_rows(16), lambda event: None)
+    def inputs() -> RunInputs:
+        return load_inputs(tiny_llama_dir, [reft()], yes_no_rows(16))
 
-    whole = go(run(), tmp_path / "whole")
+    whole = train_inputs(inputs(), tmp_path / "whole")
     stop = iter([False] * 6 + [True])
-    writer = CheckpointWriter(directory=tmp_path / "checkpoints", seconds=1e9, on_event=lambda event: None)
+    folder = tmp_path / "checkpoints"
     with pytest.raises(Stopped):
-        run().go(tmp_path / "never", writer, lambda: next(stop))
-    checkpoint = max((tmp_path / "checkpoints").iterdir())
+        train_inputs(inputs(), tmp_path / "never", should_stop=lambda: next(stop), checkpoint_dir=folder)
+    checkpoint = max(folder.iterdir())
     saved = load_file(checkpoint / "state.safetensors")
     assert saved[f"buffer/0.{BASE}"].shape == (HIDDEN, HIDDEN)
     assert saved[f"parameter/0.{RAW}"].diagonal().abs().tolist() == [1.0] * RANK
 
-    second = run()
-    second.resume(checkpoint)
-    resumed = go(second, tmp_path / "resumed")
+    resumed = train_inputs(inputs(), tmp_path / "resumed", resume=checkpoint)
     for name, tensor in whole.interventions[0].state.items():
         assert torch.equal(tensor, resumed.interventions[0].state[name])

@@ -10,7 +10,7 @@ import pytest
 import torch
 from real_pyreft import plain
 from safetensors.torch import load_file, save_file
-from small_runs import go, prepared, questions, reft, yes_no_rows
+from small_runs import load_inputs, questions, reft, train_inputs, yes_no_rows
 from torch import Tensor
 from torch.testing import assert_close
 
@@ -38,8 +38,8 @@ def make_bundle(
     def make(family: str, stages: list[Stage]) -> Bundle:
         key = f"{family} {stages}"
         if key not in made:
-            run = prepared(make_tiny_model(family), stages, yes_no_rows(), lambda event: None)
-            made[key] = go(run, tmp_path_factory.mktemp("bundles") / "bundle")
+            inputs = load_inputs(make_tiny_model(family), stages, yes_no_rows())
+            made[key] = train_inputs(inputs, tmp_path_factory.mktemp("bundles") / "bundle")
         return made[key]
 
     return make
@@ -120,11 +120,11 @@ def test_a_merged_directory_is_a_base_model_and_keeps_the_interventions_beside_i
     export(bundle.path, "merged", tmp_path / "merged")
     kept = load_file(tmp_path / "merged" / "reft" / "intervention.safetensors")
     assert all(torch.equal(kept[name], tensor) for name, tensor in bundle.interventions[0].state.items())
-    run = prepared(tmp_path / "merged", [REFT], yes_no_rows(), lambda event: None)
+    inputs = load_inputs(tmp_path / "merged", [REFT], yes_no_rows())
     examples = prompts(bundle)
     batch = pack([example.supervised() for example in examples])
     with torch.no_grad():
-        logits = run.lm.logits(run.lm.hidden(batch)[batch.supervised()[0]])
+        logits = inputs.lm.logits(inputs.lm.hidden(batch)[batch.supervised()[0]])
     assert torch.equal(logits, merged_logits(bundle, examples))
 
 

@@ -10,7 +10,7 @@ from real_pyreft import (
     load_exactly,
     plain,
 )
-from small_runs import go, prepared, questions, reft, yes_no_rows
+from small_runs import load_inputs, questions, reft, train_inputs, yes_no_rows
 from torch.testing import assert_close
 
 from heft_engine.bundle.export import export
@@ -33,7 +33,7 @@ STAGES = [
 def bundle(tiny_llama_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> Bundle:
     """HEFT with interventions at two layers and then one more."""
     out = tmp_path_factory.mktemp("bundles") / "heft"
-    return go(prepared(tiny_llama_dir, STAGES, yes_no_rows(), lambda event: None), out)
+    return train_inputs(load_inputs(tiny_llama_dir, STAGES, yes_no_rows()), out)
 
 
 @pytest.fixture(scope="module")

@@ -48,6 +48,6 @@ def test_without_an_answer_nothing_is_found(
 
 
 def test_new_results_are_the_starters_affair(tmp_path: Path, told: list[Event]) -> None:
-    store(tmp_path, told).keep("a", lambda path: path.rmdir())
+    store(tmp_path, told).put("a", lambda path: path.rmdir())
     assert list(tmp_path.iterdir()) == []
     assert told == []

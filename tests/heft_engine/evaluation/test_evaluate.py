@@ -59,7 +59,7 @@ def test_a_run_measures_by_the_metrics_of_its_task(
 
     encoder: Any = None
     monkeypatch.setattr(evaluation_module, "generate", generate)
-    monkeypatch.setattr("heft_engine.training.run.evaluate", evaluated)
+    monkeypatch.setattr("heft_engine.training.result.evaluate", evaluated)
     task = TaskSettings(metrics=["f1", "final_number", "exact_match"])
     settings = config(tiny_llama_dir, "reft", [but(reft(), n_epochs=1)]).model_copy(update={"task": task})
     told = run(settings, tmp_path / "out", rows_of(sums(8)), test_rows=rows_of(sums(3)))

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 from engine_runs import LORA, REFT, but, config, parse, run, yes_no
-from small_runs import prepared, reft, yes_no_rows
+from small_runs import load_inputs, reft, yes_no_rows
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import flop_registry
 
@@ -46,32 +46,32 @@ class Counted(TorchDispatchMode):
 
 def test_it_is_what_torch_counts_for_lora(tiny_llama_dir: Path) -> None:
     stage = LoraStage(n_epochs=1, batch_size=4, learning_rate=1e-3, target_modules=["q_proj", "v_proj"])
-    made = prepared(tiny_llama_dir, [stage], yes_no_rows(), lambda event: None)
-    trainable = LoraAdapter.attach(made.lm, stage)
-    forward = FullPass(lm=made.lm, examples=made.examples)
+    inputs = load_inputs(tiny_llama_dir, [stage], yes_no_rows())
+    trainable = LoraAdapter.attach(inputs.lm, stage)
+    forward = FullPass(lm=inputs.lm, examples=inputs.examples)
     adapter = sum(p.numel() for p in trainable.parameters().values())
     with Counted() as counted:
-        summed_loss(forward, SupervisedObjective(), range(len(made.examples))).backward()
+        summed_loss(forward, SupervisedObjective(), range(len(inputs.examples))).backward()
     work = StageWork(level=CacheLevel.NONE, first_layer=0, epochs=1, adapter=adapter)
     tokens = [
         RowTokens(total=packed_length(e), suffix=packed_length(e), supervised=e.supervised_tokens)
-        for e in made.examples
+        for e in inputs.examples
     ]
-    assert stage_flops(replace(shape_of(made.lm), width=0), tokens, work) == pytest.approx(
+    assert stage_flops(replace(shape_of(inputs.lm), width=0), tokens, work) == pytest.approx(
         counted.total, rel=0.1
     )
 
 
 def test_it_is_what_torch_counts_for_reft_on_the_cache(tiny_llama_dir: Path) -> None:
     stage = reft(layers=[1], rank=2)
-    made = prepared(tiny_llama_dir, [stage], yes_no_rows(), lambda event: None)
-    trainable = ReftAdapter.attach(made.lm, stage)
+    inputs = load_inputs(tiny_llama_dir, [stage], yes_no_rows())
+    trainable = ReftAdapter.attach(inputs.lm, stage)
     boundary = trainable.boundary()
     plan = CachePlan(level=CacheLevel.KV, on_disk=False, bytes=0)
     with Counted() as counted:
-        forward = plan.open(made.lm, boundary, made.examples, None)
+        forward = plan.open(inputs.lm, boundary, inputs.examples, None)
         for _ in range(6):
-            summed_loss(forward, SupervisedObjective(), range(len(made.examples))).backward()
+            summed_loss(forward, SupervisedObjective(), range(len(inputs.examples))).backward()
     work = StageWork(level=CacheLevel.KV, first_layer=boundary.layer, epochs=6)
     tokens = [
         RowTokens(
@@ -79,9 +79,9 @@ def test_it_is_what_torch_counts_for_reft_on_the_cache(tiny_llama_dir: Path) -> 
             suffix=packed_length(e) - boundary.first_token(len(e.prompt)),
             supervised=e.supervised_tokens,
         )
-        for e in made.examples
+        for e in inputs.examples
     ]
-    assert stage_flops(replace(shape_of(made.lm), width=0), tokens, work) == pytest.approx(
+    assert stage_flops(replace(shape_of(inputs.lm), width=0), tokens, work) == pytest.approx(
         counted.total, rel=0.1
     )
 

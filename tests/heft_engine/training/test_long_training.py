@@ -13,6 +13,7 @@ from engine_runs import LORA, REFT, but
 from tiny_models import FAMILIES
 from torch._dynamo.utils import counters
 
+from benchmarks.single_stage import single_stage
 from heft_engine.config.flops import CacheLevel
 from heft_engine.config.train import LoraStage, ReftStage
 from heft_engine.data.encoding import Example
@@ -21,7 +22,6 @@ from heft_engine.model.attention import IMPLEMENTATION
 from heft_engine.model.base_models import load_model, resolve_path
 from heft_engine.model.packed_lm import PackedLM
 from heft_engine.training import compile as compiled
-from heft_engine.training.single_stage import single_stage
 
 MakeModel = Callable[[str], Path]
 OTHERS = [family for family in FAMILIES if family != "llama"]
@@ -61,7 +61,7 @@ def losses(
     ) as single:
         assert (single.plan.cache.level, single.plan.compiled) == (level, compile)
         lm.checkpointing = changes.pop("checkpointing", False)
-        single.train(single.source(), **changes)
+        single.train(single.forward(), **changes)
     assert len(found) == 30
     return found
 

@@ -12,6 +12,7 @@ import torch
 import torch.nn.functional as F
 from engine_runs import LORA, REFT, but, config, parse, run, yes_no
 
+from benchmarks.single_stage import single_stage
 from heft_engine.adapters.lora.adapter import LoraAdapter
 from heft_engine.data.encoding import Example
 from heft_engine.errors import TrainingError
@@ -21,12 +22,12 @@ from heft_engine.model.base_models import load_model, resolve_path
 from heft_engine.model.packed_lm import PackedLM
 from heft_engine.objectives.supervised import SupervisedObjective
 from heft_engine.runtime import devices
-from heft_engine.training import compile, loop, memory_plan, schedule
+from heft_engine.training import compile, memory_plan, schedule
 from heft_engine.training import plan as stage_plan
 from heft_engine.training.cache_plan import CacheBudget
 from heft_engine.training.forward_pass import FullPass, summed_loss
 from heft_engine.training.memory_plan import Fit, Footprint
-from heft_engine.training.single_stage import single_stage
+from heft_engine.training.plan import plan_stage
 
 FOUND = Footprint(fixed=1_000, per_token=100, per_square=2)
 
@@ -194,10 +195,10 @@ def test_a_resumed_stage_is_estimated_by_the_passes_of_its_checkpoint(
     stage = but(LORA, target_modules=["q_proj", "v_proj"])
     with single_stage(lm, stage, rows, lambda event: None) as single:
         began = single.plan
-    earlier = loop.Progress(**began.of_progress)
-    with single.planner.planned(earlier) as resumed:
+    inputs, options, earlier = single.inputs, single.options, began.as_progress
+    with plan_stage(inputs, options, earlier) as resumed:
         assert resumed == began
-    with single.planner.planned(replace(earlier, token_budget=200)) as smaller:
+    with plan_stage(inputs, options, replace(earlier, token_budget=200)) as smaller:
         assert smaller.memory_bytes < 0.6 * began.memory_bytes
 
 
@@ -210,11 +211,11 @@ def test_trainers_of_one_machine_share_what_is_free(
     rows = [Example(prompt=(7,) * 200, answers=((9,),), labels=("",), gold=0)] * 16
     stage = but(LORA, target_modules=["q_proj", "v_proj"])
     with single_stage(packed(tiny_llama_dir), stage, rows, lambda event: None) as single:
-        planner = single.planner
+        inputs, options = single.inputs, single.options
 
     def fits(sharers: int) -> bool:
         try:
-            with replace(planner, budget=CacheBudget(sharers=sharers)).planned(None):
+            with plan_stage(inputs, replace(options, cache=CacheBudget(sharers=sharers))):
                 return True
         except TrainingError:
             return False

@@ -19,16 +19,16 @@ from real_pyreft import (
     rotation_error,
     train_steps,
 )
-from small_runs import go, prepared, questions, reft, step_losses, steps_of, yes_no_rows
+from small_runs import load_inputs, questions, reft, step_losses, steps_of, train_inputs, yes_no_rows
 from torch.testing import assert_close
 
+from heft_engine.adapters.reft import MAX_ROTATION_ERROR
 from heft_engine.bundle.pyreft_format import read_pyreft
 from heft_engine.commands.main import main
 from heft_engine.config.train import ReftStage, TrainConfig
 from heft_engine.errors import BundleError, ConfigError
 from heft_engine.events import Event
 from heft_engine.inference.scoring import score
-from heft_engine.model import interventions as own
 from heft_engine.serving.predictor import load
 from heft_engine.training.pyreft_import import import_pyreft
 
@@ -40,8 +40,8 @@ def trained(tiny_llama_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> t
     """A model that pyreft trained for ten steps at two layers, and the directory it saved."""
     torch.manual_seed(0)
     theirs = reft_model(plain(tiny_llama_dir), [1, 2], rank=4)
-    run = prepared(tiny_llama_dir, [reft()], yes_no_rows(), lambda event: None)
-    batches = [padded(examples, ["l1", "l1"]) for examples in steps_of(run)]
+    inputs = load_inputs(tiny_llama_dir, [reft()], yes_no_rows())
+    batches = [padded(examples, ["l1", "l1"]) for examples in steps_of(inputs)]
     train_steps(theirs, batches[:10], learning_rate=2e-2)
     folder = tmp_path_factory.mktemp("pyreft") / "saved"
     theirs.save(str(folder))
@@ -52,13 +52,13 @@ def test_what_pyreft_trained_gets_the_same_scores_here(
     trained: tuple[Any, Path], tiny_llama_dir: Path
 ) -> None:
     theirs, folder = trained
-    run = prepared(tiny_llama_dir, [reft()], yes_no_rows(), lambda event: None)
-    examples = questions(run.encoder, yes_no_rows(20))
-    before = torch.tensor([one.totals for one in score(run.lm, examples)])
-    run.lm.interventions.extend(
-        intervention.restore(run.lm.hidden_size) for intervention in read_pyreft(folder, positions="l1")
+    inputs = load_inputs(tiny_llama_dir, [reft()], yes_no_rows())
+    examples = questions(inputs.encoder, yes_no_rows(20))
+    before = torch.tensor([one.totals for one in score(inputs.lm, examples)])
+    inputs.lm.interventions.extend(
+        intervention.restore(inputs.lm.hidden_size) for intervention in read_pyreft(folder, positions="l1")
     )
-    scores = torch.tensor([one.totals for one in score(run.lm, examples)])
+    scores = torch.tensor([one.totals for one in score(inputs.lm, examples)])
     assert_close(scores, label_logits(theirs, examples, ["l1", "l1"]), rtol=0, atol=CLOSE)
     assert (scores - before).abs().max() > 0.1
 
@@ -69,10 +69,12 @@ def test_training_goes_on_from_what_pyreft_saved_and_R_stays_a_rotation(
     _, folder = trained
     events: list[Event] = []
     stage = reft(layers=[1, 2], n_epochs=10, learning_rate=2e-2)
-    run = prepared(tiny_llama_dir, [stage], yes_no_rows(), events.append)
+    inputs = load_inputs(tiny_llama_dir, [stage], yes_no_rows())
     interventions = read_pyreft(folder, positions="l1")
-    run.lm.interventions.extend(intervention.restore(run.lm.hidden_size) for intervention in interventions)
-    bundle = go(run, tmp_path / "bundle")
+    inputs.lm.interventions.extend(
+        intervention.restore(inputs.lm.hidden_size) for intervention in interventions
+    )
+    bundle = train_inputs(inputs, tmp_path / "bundle", events.append)
     assert len(bundle.interventions) == 2
     losses = step_losses(events)
     assert sum(losses[-3:]) < sum(losses[:3])
@@ -89,9 +91,9 @@ def test_pyrefts_own_load_leaves_an_R_that_training_breaks(
     _, folder = trained
     loaded = load_exactly(folder, plain(tiny_llama_dir))
     assert max(map(rotation_error, interventions(loaded))) < 1e-5
-    run = prepared(tiny_llama_dir, [reft()], yes_no_rows(), lambda event: None)
-    train_steps(loaded, [padded(e, ["l1", "l1"]) for e in steps_of(run)][:10], learning_rate=2e-2)
-    assert max(map(rotation_error, interventions(loaded))) > own.MAX_ROTATION_ERROR
+    inputs = load_inputs(tiny_llama_dir, [reft()], yes_no_rows())
+    train_steps(loaded, [padded(e, ["l1", "l1"]) for e in steps_of(inputs)][:10], learning_rate=2e-2)
+    assert max(map(rotation_error, interventions(loaded))) > MAX_ROTATION_ERROR
 
 
 def test_a_component_named_by_its_path_is_a_decoder_layer_too(
@@ -192,7 +194,7 @@ def test_what_is_not_loreft_at_a_layers_output_is_refused(
 
 
 @pytest.mark.parametrize(
-    ("positions", "message"), [(None, "give positions"), ("x1", "l1, f1"), (["l1"], "1 pos")]
+    ("positions", "message"), [(None, "give positions"), ("x1", "form f1, l1"), (["l1"], "1 pos")]
 )
 def test_positions_must_be_told(trained: tuple[Any, Path], positions: Any, message: str) -> None:
     with pytest.raises(BundleError, match=message):

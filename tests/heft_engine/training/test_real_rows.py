@@ -16,7 +16,7 @@ from heft_engine.evaluation.evaluate import Evaluation, evaluate
 from heft_engine.events import Event
 from heft_engine.inference.scoring import Scores, score
 from heft_engine.model.packed_lm import PackedLM
-from heft_engine.training import run as run_module
+from heft_engine.training import result
 
 DATA = Path(os.environ.get("HEFT_TEST_DATA") or Path(__file__).parents[4] / "shared" / "data")
 
@@ -50,7 +50,7 @@ def test_boolq_answers_have_the_bits_of_the_evaluation_alone_and_together(
         evaluated.append(score(lm, examples))
         return evaluate(lm, encoder, examples, **options)
 
-    monkeypatch.setattr(run_module, "evaluate", recording)
+    monkeypatch.setattr(result, "evaluate", recording)
     test = rows("boolq/dev.jsonl", 60)
     stages = [LoraStage(n_epochs=1), ReftStage(n_epochs=1)]
     done = trained(tmp_path / "bundle", {"stages": stages}, rows("boolq/train.jsonl", 200), test)

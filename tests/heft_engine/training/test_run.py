@@ -17,7 +17,7 @@ from heft_engine.inference.greedy import generate
 from heft_engine.inference.scoring import score
 from heft_engine.model.packed_lm import PackedLM
 from heft_engine.serving.predictor import load
-from heft_engine.training import run as run_module
+from heft_engine.training import result
 
 QUICK = {"n_epochs": 1, "batch_size": 6}
 #: Of four: an intervention, trained further by the third stage, and adapters of different layers.
@@ -53,7 +53,7 @@ def test_every_method_trains_every_task_and_its_bundle_answers_with_the_same_bit
         evaluated.append(computed(lm, encoder, examples))
         return evaluate(lm, encoder, examples, **options)
 
-    monkeypatch.setattr(run_module, "evaluate", recording)
+    monkeypatch.setattr(result, "evaluate", recording)
     rows, test = parse(ROWS[kind](12)), parse(ROWS[kind](9, seed=2))
     stages = [but(stage, **QUICK) for stage in STAGES[method]]
     method = method if method in get_args(MethodType) else "recipe"
@@ -132,11 +132,11 @@ def test_evaluation_is_on_test_rows_else_on_validation_rows_else_not(
     none = run(settings, tmp_path / "none")
     assert (both["n"], both["split"], both["held_out"]) == (9, "test", True)
     assert (one["n"], one["split"], one["held_out"]) == (8, "validation", False)
-    assert [result["stage"] for result in both["results"]] == ["base", "lora"]
+    assert [evaluation["stage"] for evaluation in both["results"]] == ["base", "lora"]
     assert len(both["general_loss"]) == 2
-    for result in both["results"]:
-        low, high = result["interval_95"]
-        assert 0 <= low <= result["accuracy"] == result["correct"] / 9 <= high <= 1
+    for evaluation in both["results"]:
+        low, high = evaluation["interval_95"]
+        assert 0 <= low <= evaluation["accuracy"] == evaluation["correct"] / 9 <= high <= 1
     assert none.one("SUCCEEDED")["evaluation"] is None
     assert none.data("EVALUATION") == []
 

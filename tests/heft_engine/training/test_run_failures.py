@@ -26,13 +26,13 @@ def test_a_stage_that_ends_below_the_one_before_is_named(
 ) -> None:
     results = iter([5, 8, 6])  # base, lora, reft
 
-    measured = run_module.evaluate
+    measured = result.evaluate
 
     def scripted(*arguments: Any, **options: Any) -> Evaluation:
         right, scores = next(results), measured(*arguments, **options).scores
         return Evaluation.of([i < right for i in range(10)], scores)
 
-    monkeypatch.setattr(run_module, "evaluate", scripted)
+    monkeypatch.setattr(result, "evaluate", scripted)
     told = run(config(tiny_llama_dir), tmp_path / "out", None, parse(ROWS["yes_no"](10)))
     (warning,) = [event for event in told.events if event.data.get("signature") == "stage_below_previous"]
     assert (warning.code, warning.level, warning.data["stage_index"]) == ("WARNING", "warn", 1)

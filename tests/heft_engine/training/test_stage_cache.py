@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import json
 import os
 import shutil
 from collections.abc import Sequence
@@ -23,8 +24,7 @@ from heft_engine.model.base_models import resolve_path
 from heft_engine.runtime.sealed_directory import seal, verify
 from heft_engine.serving.predictor import load
 from heft_engine.training import stage_cache
-from heft_engine.training.cache_plan import CacheBudget
-from heft_engine.training.run import prepare
+from heft_engine.training.setup import load as load_inputs
 from heft_engine.training.stage_store import LocalStages
 
 __all__ = ["command"]
@@ -104,9 +104,10 @@ def test_the_end_of_a_reused_stage_is_a_model_and_a_checkpoint_of_this_run(
     bundle = read_bundle(path / "bundle")
     assert bundle.info.method == "heft"
     assert bundle.info.base_model.reference == str(copy)
-    assert bundle.adapters[0].base_reference == str(copy)
     assert second.bundle is not None
-    assert second.bundle.adapters[0].base_reference == str(copy)
+    for written in (bundle.path, second.bundle.path):
+        adapter = json.loads((written / "lora" / "adapter_config.json").read_text())
+        assert adapter["base_model_name_or_path"] == str(copy)
     answers = load(path / "bundle", device="cpu").predict(TEST)
     right = sum(answer.answer == row.answer for answer, row in zip(answers, TEST, strict=True))
     assert right == second.data("EVALUATION")[1]["correct"]
@@ -127,6 +128,19 @@ def test_a_run_that_is_all_there_trains_nothing(
     same_model(second, first)
     answers = load(tmp_path / "second", device="cpu").predict(TEST)
     assert answers == load(tmp_path / "first", device="cpu").predict(TEST)
+
+
+def test_a_run_that_is_all_there_has_its_validation_result_too(
+    tiny_llama_dir: Path, tmp_path: Path, kept: LocalStages
+) -> None:
+    """Of the validation rows no scores are stored: they are scored again."""
+    rows = {"validation": parse(VALIDATION), "test_rows": TEST, "stage_store": kept}
+    first = run(config(tiny_llama_dir, "lora"), tmp_path / "first", **rows)
+    second = run(config(tiny_llama_dir, "lora"), tmp_path / "second", **rows)
+    assert second.losses == {}
+    found = second.one("SUCCEEDED")["outcomes"]
+    assert found["validation"]["n"] == len(VALIDATION)
+    assert found == first.one("SUCCEEDED")["outcomes"]
 
 
 def test_the_longest_prefix_counts_and_every_stage_of_it_ends(
@@ -165,8 +179,7 @@ def keys(
     rows = parse(ROWS) if rows is None else rows
     validation = parse(VALIDATION) if validation is None else validation
     base = resolve_path(Path(settings.model))
-    ready = prepare(settings, base, rows, validation, test, "cpu", lambda _: None, CacheBudget())
-    return stage_cache.stage_keys(ready)
+    return stage_cache.stage_keys(load_inputs(settings, base, rows, validation, test, "cpu"))
 
 
 def swapped(rows: list[dict[str, Any]]) -> list[Row]:
@@ -309,20 +322,8 @@ def test_what_means_the_same_has_the_same_key(tiny_llama_dir: Path, tmp_path: Pa
     copy = shutil.copytree(tiny_llama_dir, tmp_path / "copy")
     auto = but(LORA, learning_rate="auto")
     mine = keys(config(tiny_llama_dir, stages=[auto, REFT]))
-    rate = (
-        prepare(
-            config(copy, stages=[auto]),
-            resolve_path(copy),
-            TEST,
-            [],
-            [],
-            "cpu",
-            lambda _: None,
-            CacheBudget(),
-        )
-        .config.stages[0]
-        .learning_rate
-    )
+    inputs = load_inputs(config(copy, stages=[auto]), resolve_path(copy), TEST, [], [], "cpu")
+    rate = inputs.config.stages[0].learning_rate
     spelt_out = but(LORA, learning_rate=rate, target_modules=["q_proj", "v_proj"])
     other = keys(config(copy, stages=[spelt_out, OTHER_REFT], task={"type": "yes_no"}, max_length=512))
     assert mine[0] == other[0]
@@ -472,7 +473,7 @@ def test_a_run_that_went_on_with_something_else_keeps_nothing(
 
 
 def put(store: LocalStages, key: str, size: int, age: float = 0.0) -> None:
-    store.keep(key, lambda path: (path / "file").write_bytes(b"x" * size) and None)
+    store.put(key, lambda path: (path / "file").write_bytes(b"x" * size) and None)
     if age and (store.directory / key).exists():
         used = (store.directory / key).stat().st_mtime - age
         os.utime(store.directory / key, (used, used))
@@ -505,6 +506,6 @@ def test_what_killed_writers_left_goes_and_what_others_write_stays(tmp_path: Pat
         used = (store.directory / name).stat().st_mtime - age
         os.utime(store.directory / name, (used, used))
     with pytest.raises(ZeroDivisionError):
-        store.keep("b", lambda path: (path / "half").write_text("x") and 1 / 0)
+        store.put("b", lambda path: (path / "half").write_text("x") and 1 / 0)
     put(store, "c", 10)
     assert {path.name for path in store.directory.iterdir()} == {"a", "c", ".partial-new"}

@@ -14,7 +14,7 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from probe_models import bits, packed, probes, same
 from pydantic import ValidationError
 from real_pyreft import plain
-from small_runs import SEED, go, prepared, step_losses, steps_of, yes_no_rows
+from small_runs import SEED, load_inputs, step_losses, steps_of, train_inputs, yes_no_rows
 from torch.testing import assert_close
 
 from heft_engine.adapters.lora import peft_layers as lora
@@ -95,9 +95,9 @@ def peft_losses(path: Path, stage: LoraStage, steps: list[list[Example]]) -> lis
 def test_twenty_steps_have_the_losses_of_peft(tiny_llama_dir: Path, tmp_path: Path, variant: str) -> None:
     stage = stage_of(variant, n_epochs=5, batch_size=4, learning_rate=5e-3, warmup_ratio=0.0)
     events: list[Event] = []
-    run = prepared(tiny_llama_dir, [stage], yes_no_rows(16), events.append)
-    steps = steps_of(run)
-    go(run, tmp_path / "bundle")
+    inputs = load_inputs(tiny_llama_dir, [stage], yes_no_rows(16))
+    steps = steps_of(inputs)
+    train_inputs(inputs, tmp_path / "bundle", events.append)
     losses = step_losses(events)
     assert losses == pytest.approx(peft_losses(tiny_llama_dir, stage, steps), abs=1e-4)
     assert len(losses) == 20
