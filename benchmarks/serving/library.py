@@ -101,7 +101,7 @@ def one_model(options: argparse.Namespace, per_passage: int) -> dict[str, Any]:
         scored(batcher, weights, examples)
         # Whoever comes second finds warm caches.
         for name in ("ours", "off") if turn % 2 else ("off", "ours"):
-            batcher.forget(weights.scope)  # no passage has been seen
+            batcher.clear_prefixes(weights.scope)  # no passage has been seen
             scale = 1.0 if name == "ours" else 0.0
             times[name].append(seconds(lambda b=batcher, s=scale: scored(b, weights, examples, s)))  # type: ignore[misc]
         batcher.close()  # its threads would slow the others' (heft_engine.runtime.threads)

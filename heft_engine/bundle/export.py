@@ -1,11 +1,9 @@
-"""A bundle in other tools' formats: a plain Hugging Face directory, a PEFT adapter, pyreft's intervention directory.
+"""Exports of a bundle: a plain Hugging Face directory, a PEFT adapter or pyreft's intervention directory.
 
-    merged   base + adapters, config and tokenizer. LoReFT can't be merged into weights (it edits some tokens of one
-             layer's output), so the interventions lie beside them in `reft/`, as in the bundle.
-    peft     one adapter on the original base; several LoRA stages are joined into one of their summed rank.
-    pyreft   what `pyreft.ReftModel.load` reads, for the base merged with the adapters (export `merged` gives it).
-
-It does NOT know training.
+merged   the base model with the adapters merged, config and tokenizer. ReFT can't be merged into weights (it edits
+         some tokens of one layer's output), so the interventions lie beside them in `reft/`, as in the bundle.
+peft     one adapter for the original base model; several LoRA stages become one of their summed rank.
+pyreft   what `pyreft.ReftModel.load` reads, for the base model with the adapters merged (export `merged`).
 """
 
 from __future__ import annotations
@@ -17,11 +15,12 @@ from typing import Any, Literal
 
 from heft_engine.adapters.lora.concat import concatenate, needs_base
 from heft_engine.adapters.lora.weights import weight_of
+from heft_engine.bundle.assemble import assemble
 from heft_engine.bundle.format import Bundle, read_bundle
+from heft_engine.bundle.probe import check_probe
 from heft_engine.bundle.pyreft_format import write_pyreft
 from heft_engine.errors import ConfigError
 from heft_engine.inference.model_variant import ModelVariant
-from heft_engine.serving.predictor import assemble, check_probe
 
 Format = Literal["merged", "peft", "pyreft"]
 
@@ -35,9 +34,9 @@ def export(
     cache_dir: Path | None = None,
     allow_paths: bool = True,
 ) -> None:
-    """Writes `bundle_dir` as `format` into a new or empty directory.
+    """Writes a bundle as `format` into a new or empty directory.
 
-    Raises ConfigError when the bundle has no part of that kind, or when `out_dir` holds something.
+    Raises ConfigError when the bundle has no stage of that kind, or when `out_dir` is not empty.
     """
     bundle = read_bundle(bundle_dir)
     if out_dir.exists() and any(out_dir.iterdir()):
@@ -57,21 +56,21 @@ def export(
         write_pyreft(bundle, out_dir)
 
 
-def _peft(bundle: Bundle, out_dir: Path, **places: Any) -> None:
+def _peft(bundle: Bundle, out_dir: Path, **source: Any) -> None:
     if not needs_base(bundle.adapters):
         concatenate(bundle.adapters).save(out_dir, bundle.info.base_model.reference)
         return
-    base = assemble(replace(bundle, adapters=[], interventions=[]), device="cpu", **places).model
+    base = assemble(replace(bundle, adapters=[], interventions=[]), device="cpu", **source).model
     adapter = concatenate(bundle.adapters, lambda module: weight_of(base, module))
     adapter.save(out_dir, bundle.info.base_model.reference)
 
 
-def _merged(bundle: Bundle, out_dir: Path, **places: Any) -> None:
-    lm = assemble(bundle, device="cpu", **places)
-    check_probe(bundle, ModelVariant(lm=lm, interventions=tuple(lm.interventions)))
+def _merged(bundle: Bundle, out_dir: Path, **source: Any) -> None:
+    lm = assemble(bundle, device="cpu", **source)
+    check_probe(bundle, ModelVariant.of_merged(lm))
     model: Any = lm.model
     lm.interventions.clear()
-    # This engine's attention means nothing to others.
+    # transformers does not know this engine's attention.
     model.config._attn_implementation = "sdpa"
     model.save_pretrained(out_dir, safe_serialization=True)
     shutil.copytree(bundle.path / "tokenizer", out_dir, dirs_exist_ok=True)

@@ -23,6 +23,7 @@ from typing import Any, Literal, get_args
 import torch
 
 from heft_engine.adapters.lora.weights import weight_of
+from heft_engine.bundle.assemble import assemble
 from heft_engine.bundle.format import Bundle, check_tokenizer, read_bundle
 from heft_engine.config.train import ReftStage
 from heft_engine.data.encoding import Encoder
@@ -38,7 +39,6 @@ from heft_engine.evaluation.evaluate import mean_loss
 from heft_engine.model.auto_settings import auto_layer, auto_learning_rate, stage_layers
 from heft_engine.model.base_models import load_tokenizer
 from heft_engine.model.packed_lm import PackedLM
-from heft_engine.serving.predictor import assemble
 from heft_engine.training.schedule import derived_seed
 
 Part = Literal["weights", "representations", "curvature", "descent", "forgetting"]

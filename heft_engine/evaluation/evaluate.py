@@ -161,8 +161,8 @@ def _generated(
         else min(max_new_tokens, encoder.max_length - len(example.prompt))
         for example in examples
     ]
-    ends = eos_token_ids(lm, tokenizer)
-    tokens = generate(lm, examples, ends=ends, max_new_tokens=budgets, is_enough=is_wrong)
+    eos_tokens = eos_token_ids(lm, tokenizer)
+    tokens = generate(lm, examples, eos_tokens=eos_tokens, max_new_tokens=budgets, should_stop=is_wrong)
     return [decode(tokenizer, answer) for answer in tokens]
 
 

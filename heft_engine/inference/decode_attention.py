@@ -1,8 +1,8 @@
-"""Attention of one new token a sequence against all that its slot holds: one call a chunk of slots, not one a sequence.
+"""Attention of one new token a sequence to the sequence's cached tokens, one call a chunk of slots.
 
-torch's fused kernel treats every sequence of a call on its own, so a sequence's bits don't depend on the others; with
-a soft cap there is no such kernel, and matrix products of one fixed shape do the same. A query sees its own window of
-absolute positions. It does NOT know models or samplers.
+torch's fused kernel treats every sequence of a call by itself, so a sequence's bits don't depend on the others. It
+knows no soft cap; with one, matrix products of one fixed shape have the same property. Windows count absolute
+positions.
 """
 
 from __future__ import annotations
@@ -13,14 +13,17 @@ import torch
 import torch.nn.functional as F  # noqa: N812
 from torch import Tensor
 
-from heft_engine.inference.kv_cache import CHUNK, Chunk
+from heft_engine.inference.kv_cache import SLOTS_PER_CHUNK, Chunk
 
 
 class DecodeAttention:
-    """One step of all slots of these chunks, chunk by chunk in the flat batch. See `packing.Decoding`."""
+    """One decoding step of all slots of some chunks, whose sequences stand in the flat batch chunk by chunk.
+
+    Implements `packing.Decoding`.
+    """
 
     def __init__(self, chunks: Sequence[Chunk]) -> None:
-        self._parts = [_Part(chunk) for chunk in chunks]
+        self._chunks = [_ChunkAttention(chunk) for chunk in chunks]
 
     def attend(
         self,
@@ -34,16 +37,18 @@ class DecodeAttention:
     ) -> Tensor:
         """query (1, heads, B, head_dim), key and value (1, kv_heads, B, head_dim) → (1, B, heads, head_dim).
 
-        Keys and values are written into their slots on the way.
+        Writes the new keys and values into their slots.
         """
-        q, k, v = (each[0].transpose(0, 1) for each in (query, key, value))
-        sizes = [part.size for part in self._parts]
-        pieces = zip(self._parts, *(torch.split(each, sizes) for each in (q, k, v)), strict=True)
-        outs = [part.attend(layer, q, k, v, scaling, window, softcap) for part, q, k, v in pieces]
-        return torch.cat(outs)[None]
+        sizes = [chunk.size for chunk in self._chunks]
+        q, k, v = (torch.split(states[0].transpose(0, 1), sizes) for states in (query, key, value))
+        outputs = [
+            chunk.attend(layer, q[i], k[i], v[i], scaling, window, softcap)
+            for i, chunk in enumerate(self._chunks)
+        ]
+        return torch.cat(outputs)[None]
 
 
-class _Part:
+class _ChunkAttention:
     """The slots of one chunk, each with a new token at position `slot.length`."""
 
     def __init__(self, chunk: Chunk) -> None:
@@ -62,36 +67,37 @@ class _Part:
         window: int | None,
         softcap: float | None,
     ) -> Tensor:
-        """(slots, heads, head_dim) each → the same."""
+        """q (slots, heads, head_dim), k and v (slots, kv_heads, head_dim) → (slots, heads, head_dim)."""
         keys, values = self.chunk.layers[layer]
-        rows, places = torch.arange(self.size, device=q.device), self._positions.to(q.device)
-        keys[rows, :, places], values[rows, :, places] = k, v
-        # Query heads of a group stand as so many queries of their one key/value head.
+        slots, positions = torch.arange(self.size, device=q.device), self._positions.to(q.device)
+        keys[slots, :, positions], values[slots, :, positions] = k, v
+        # Grouped-query attention: a group's query heads become queries of its one key/value head.
         grouped = q.reshape(self.size, keys.shape[1], -1, q.shape[2])
         bias = self._bias(window, q)
         if softcap is None:
             out = F.scaled_dot_product_attention(grouped, keys, values, attn_mask=bias, scale=scaling)
         else:
             scale = scaling if scaling is not None else q.shape[2] ** -0.5
-            out = _capped(grouped * scale, keys, values, bias, softcap)
+            out = _capped_attention(grouped * scale, keys, values, bias, softcap)
         return out.reshape(q.shape)
 
     def _bias(self, window: int | None, like: Tensor) -> Tensor:
-        """(slots, 1, 1, capacity): 0 where the new token may look, −∞ elsewhere."""
-        where = (window, like.device)
-        if where not in self._biases:
-            place = torch.arange(self.chunk.capacity)[None]
-            now = self._positions[:, None]
-            seen = place <= now
+        """Returns (slots, 1, 1, capacity): 0 where the new token may look, −∞ elsewhere."""
+        key = (window, like.device)
+        if key not in self._biases:
+            cached = torch.arange(self.chunk.capacity)[None]
+            current = self._positions[:, None]
+            visible = cached <= current
             if window is not None:
-                seen &= place > now - window
-            bias = torch.zeros(seen.shape).masked_fill_(~seen, float("-inf"))
-            self._biases[where] = bias[:, None, None].to(like)
-        return self._biases[where]
+                visible &= cached > current - window
+            bias = torch.zeros(visible.shape).masked_fill_(~visible, float("-inf"))
+            self._biases[key] = bias[:, None, None].to(like)
+        return self._biases[key]
 
 
-def _capped(q: Tensor, k: Tensor, v: Tensor, bias: Tensor, softcap: float) -> Tensor:
-    rows, padding = len(q), (0, 0, 0, 0, 0, 0, 0, CHUNK - len(q))
-    q, k, v, bias = (F.pad(each, padding) for each in (q, k, v, bias))
-    scores = torch.tanh((q @ k.transpose(2, 3)).float() / softcap) * softcap + bias
-    return (torch.softmax(scores, dim=-1).to(v.dtype) @ v)[:rows]
+def _capped_attention(q: Tensor, k: Tensor, v: Tensor, bias: Tensor, softcap: float) -> Tensor:
+    """Attention with logits softcap · tanh(q·k / softcap), padded to a whole chunk."""
+    slots, padding = len(q), (0, 0, 0, 0, 0, 0, 0, SLOTS_PER_CHUNK - len(q))
+    q, k, v, bias = (F.pad(tensor, padding) for tensor in (q, k, v, bias))
+    logits = torch.tanh((q @ k.transpose(2, 3)).float() / softcap) * softcap + bias
+    return (torch.softmax(logits, dim=-1).to(v.dtype) @ v)[:slots]

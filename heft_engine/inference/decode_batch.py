@@ -1,11 +1,9 @@
-"""Continuous batching: sequences that join, are written a token at a time in one flat pass, and leave, in any order.
+"""A decode batch: sequences are prefilled, decoded a token at a time in one flat pass, and removed, in any order.
 
-Prompts are prefilled packed, several in one pass, with each request's own scale of the intervention; it acts on prompt
-tokens alone, so a written token costs what it costs the plain model. A step takes the newest token of every sequence as
-a packed row of one token. Products have fixed shapes and attention treats every sequence on its own, so a sequence's
-tokens are the same whatever is beside it.
-
-It does NOT know text, stop strings or who waits: see `admission` and `writing`. One thread at a time.
+Prompts are prefilled packed, each with its own scale of the interventions, which act on prompt tokens alone: decoding
+costs what it costs the plain model. A decoding step packs the newest token of every sequence as a row of one token.
+Products have fixed shapes and attention treats every sequence by itself, so a sequence's tokens do not depend on the
+rest of the batch. Not thread-safe.
 """
 
 from __future__ import annotations
@@ -31,28 +29,20 @@ GREEDY = SamplingParams()
 
 @dataclass(frozen=True, kw_only=True)
 class DecodeRequest:
-    """One sequence to write: at most `max_tokens` (at least 1) after `prompt`. `id` is no other sequence's."""
+    """One sequence to generate: at most `max_tokens` (at least 1) after `prompt`. Its `id` is unique."""
 
     id: Hashable
     prompt: tuple[int, ...]
     max_tokens: int
     sampling: SamplingParams = GREEDY
     scale: float = 1.0
-    #: What the sequence's own model adds to the base.
+    #: The unmerged adapter of the sequence's model.
     adapter: RowAdapter | None = None
 
     @property
-    def kept_tokens(self) -> int:
-        """Tokens whose keys and values are kept at the end: the last one written is never fed in."""
+    def max_cached_tokens(self) -> int:
+        """Most tokens in the key/value cache: the last token is never fed in."""
         return len(self.prompt) + self.max_tokens - 1
-
-
-@dataclass(frozen=True, kw_only=True)
-class NewToken:
-    """What a pass wrote for one sequence."""
-
-    id: Hashable
-    choice: SampledToken
 
 
 class _Sequence:
@@ -60,8 +50,8 @@ class _Sequence:
         self.request = request
         self.slot = slot
         self.sampler = Sampler(request.sampling)
-        self.newest = -1
-        self.written = 0
+        self.last_token = -1
+        self.completion_tokens = 0
 
     def row(self, start: int) -> PackedRow:
         prompt = len(self.request.prompt)
@@ -69,7 +59,7 @@ class _Sequence:
 
 
 class DecodeBatch:
-    """The sequences that are being written with one model, whose keys and values stay within `budget_bytes`."""
+    """The running sequences of one model, whose keys and values stay within `budget_bytes`."""
 
     def __init__(self, lm: PackedLM, *, budget_bytes: int) -> None:
         self._lm = lm
@@ -84,7 +74,7 @@ class DecodeBatch:
 
     @property
     def allocated_bytes(self) -> int:
-        """What keys and values hold now."""
+        """Bytes of the key/value cache now."""
         return self._kv_cache.allocated_bytes
 
     @property
@@ -92,47 +82,54 @@ class DecodeBatch:
         return self._kv_cache.budget_bytes
 
     def bytes_for(self, request: DecodeRequest) -> int:
-        """What a request reserves. One that asks for more than the budget can never join."""
-        return self._kv_cache.bytes_for(request.kept_tokens)
+        """Returns the bytes that a request reserves. With more than the budget it can never run."""
+        return self._kv_cache.bytes_for(request.max_cached_tokens)
 
     def fitting(self, requests: Sequence[R]) -> list[R]:
-        """As many of them, from the first on, as have room together now."""
+        """Returns the first of these requests that fit the budget together."""
         free = self._kv_cache.budget_bytes - self._kv_cache.reserved_bytes
-        taken: list[R] = []
+        fitting: list[R] = []
         for request in requests:
             free -= self.bytes_for(request)
             if free < 0:
                 break
-            taken.append(request)
-        return taken
+            fitting.append(request)
+        return fitting
 
     @torch.inference_mode()
-    def join(self, requests: Sequence[DecodeRequest]) -> list[NewToken]:
-        """Prefills these prompts, packed, and writes the first token of each. All of them have room.
+    def prefill(self, requests: Sequence[DecodeRequest]) -> dict[Hashable, SampledToken]:
+        """Adds requests, prefills their prompts and returns the first token of each. They must be `fitting`.
 
-        If the pass fails, none has joined.
+        If the pass fails, none has been added.
         """
-        waiting: dict[Hashable, _Sequence] = {}
+        added: dict[Hashable, _Sequence] = {}
+        tokens: dict[Hashable, SampledToken] = {}
         try:
             for request in requests:
-                slot = self._kv_cache.allocate(len(request.prompt), request.kept_tokens)
-                waiting[request.id] = _Sequence(request, slot)
-            tokens = [token for part in _parts(list(waiting.values())) for token in self._prefill(part)]
+                slot = self._kv_cache.allocate(len(request.prompt), request.max_cached_tokens)
+                added[request.id] = _Sequence(request, slot)
+            for sequences in _passes(list(added.values())):
+                tokens |= self._prefill(sequences)
         except BaseException:
-            for sequence in waiting.values():
+            for sequence in added.values():
                 self._kv_cache.free(sequence.slot)
             raise
-        self._sequences |= waiting
+        self._sequences |= added
         return tokens
 
     @torch.inference_mode()
-    def step(self) -> list[NewToken]:
-        """One more token for every sequence, in one pass."""
+    def decode(self) -> dict[Hashable, SampledToken]:
+        """Runs one pass and returns a new token for every sequence.
+
+        Raises ValueError while a sequence with all of its tokens has not been removed.
+        """
         if not self._sequences:
-            return []
-        over = [s.request.id for s in self._sequences.values() if s.written >= s.request.max_tokens]
-        if over:
-            raise ValueError(f"these sequences are written to their end and must leave: {over}")
+            return {}
+        complete = [
+            s.request.id for s in self._sequences.values() if s.completion_tokens >= s.request.max_tokens
+        ]
+        if complete:
+            raise ValueError(f"these sequences have all of their tokens and must be removed: {complete}")
         for sequence in self._sequences.values():
             self._kv_cache.grow(sequence.slot)
         chunks = list(self._kv_cache.chunks())
@@ -144,48 +141,48 @@ class DecodeBatch:
             adapters=_adapters(sequences),
         )
         device = self._lm.device
-        ids = torch.tensor([[sequence.newest for sequence in sequences]], device=device)
+        ids = torch.tensor([[sequence.last_token for sequence in sequences]], device=device)
         positions = torch.tensor([[sequence.slot.length for sequence in sequences]], device=device)
         with self._lm.inference_mode(one_token=True):
             states = self._lm.run_layers(self._lm.embed(ids), positions, layout, 0, self._lm.n_layers)
             logits = self._lm.logits(self._lm.finish(states)[0])
         for sequence in sequences:
             sequence.slot.length += 1
-        return _chosen(sequences, logits)
+        return _sample(sequences, logits)
 
     @torch.inference_mode()
     def remove(self, request_id: Hashable) -> None:
-        """Ends a sequence, between two passes, and frees its slot. One that isn't there is none."""
+        """Removes a sequence between two passes and frees its slot. An unknown id is ignored."""
         sequence = self._sequences.pop(request_id, None)
         if sequence is not None:
             self._kv_cache.free(sequence.slot)
 
     def clear(self) -> None:
-        """Ends every sequence and gives all memory back, in whatever state a pass has left it."""
+        """Removes every sequence and frees all memory, also after a pass that failed half-way."""
         self._sequences.clear()
         self._kv_cache.clear()
 
-    def _prefill(self, sequences: Sequence[_Sequence]) -> list[NewToken]:
-        batch = pack([_bare(sequence.request.prompt) for sequence in sequences])
+    def _prefill(self, sequences: Sequence[_Sequence]) -> dict[Hashable, SampledToken]:
+        batch = pack([_prompt_only(sequence) for sequence in sequences])
         layout = replace(
             batch.layout,
             scales=tuple(sequence.request.scale for sequence in sequences),
-            kv_sink=_IntoSlots([sequence.slot for sequence in sequences]),
+            kv_sink=_SlotWriter([sequence.slot for sequence in sequences]),
             adapters=_adapters(sequences),
         )
-        ends = [row.start + row.prompt - 1 for row in layout.rows]
+        last_positions = [row.start + row.prompt - 1 for row in layout.rows]
         device = self._lm.device
         positions = batch.position_ids.to(device)[None]
         with self._lm.inference_mode():
             states = self._lm.embed(batch.input_ids.to(device)[None])
             states = self._lm.run_layers(states, positions, layout, 0, self._lm.n_layers)
         with self._lm.inference_mode(one_token=True):
-            logits = self._lm.logits(self._lm.finish(states[:, ends])[0])
-        return _chosen(sequences, logits)
+            logits = self._lm.logits(self._lm.finish(states[:, last_positions])[0])
+        return _sample(sequences, logits)
 
 
-class _IntoSlots:
-    """Keeps what a prefill leaves behind. See `packing.KVSink`."""
+class _SlotWriter:
+    """Writes a prefill's keys and values into the sequences' slots. Implements `packing.KVSink`."""
 
     def __init__(self, slots: Sequence[Slot]) -> None:
         self._slots = slots
@@ -194,16 +191,16 @@ class _IntoSlots:
         self._slots[row].write(layer, keys[0], values[0])
 
 
-def _chosen(sequences: Sequence[_Sequence], logits: Tensor) -> list[NewToken]:
-    """The next token of each, from logits (sequences, vocabulary)."""
-    likeliest = logits.argmax(dim=-1).tolist()
-    tokens = []
-    for sequence, best, row in zip(sequences, likeliest, logits, strict=True):
-        plain = sequence.request.sampling.is_plain
-        choice = SampledToken(token=best) if plain else sequence.sampler.choose(row)
-        sequence.newest = choice.token
-        sequence.written += 1
-        tokens.append(NewToken(id=sequence.request.id, choice=choice))
+def _sample(sequences: Sequence[_Sequence], logits: Tensor) -> dict[Hashable, SampledToken]:
+    """Returns the next token of each sequence, from logits (sequences, vocabulary)."""
+    argmax = logits.argmax(dim=-1).tolist()
+    tokens = {}
+    for sequence, likeliest, row in zip(sequences, argmax, logits, strict=True):
+        is_argmax = sequence.request.sampling.is_argmax
+        sampled = SampledToken(token=likeliest) if is_argmax else sequence.sampler.sample(row)
+        sequence.last_token = sampled.token
+        sequence.completion_tokens += 1
+        tokens[sequence.request.id] = sampled
     return tokens
 
 
@@ -212,14 +209,14 @@ def _adapters(sequences: Sequence[_Sequence]) -> tuple[RowAdapter | None, ...] |
     return adapters if any(adapter is not None for adapter in adapters) else None
 
 
-def _bare(prompt: tuple[int, ...]) -> Example:
-    return Example(prompt=prompt, answers=(), labels=(), gold=None)
+def _prompt_only(sequence: _Sequence) -> Example:
+    return Example(prompt=sequence.request.prompt, answers=(), labels=(), gold=None)
 
 
-def _parts(sequences: Sequence[_Sequence]) -> list[list[_Sequence]]:
-    """Runs of at most TOKEN_BUDGET prompt tokens."""
-    parts, start = [], 0
-    for part in micro_batches([_bare(each.request.prompt) for each in sequences], TOKEN_BUDGET):
-        parts.append(list(sequences[start : start + len(part)]))
-        start += len(part)
-    return parts
+def _passes(sequences: Sequence[_Sequence]) -> list[list[_Sequence]]:
+    """Cuts sequences into passes of at most TOKEN_BUDGET prompt tokens."""
+    passes, start = [], 0
+    for examples in micro_batches([_prompt_only(sequence) for sequence in sequences], TOKEN_BUDGET):
+        passes.append(list(sequences[start : start + len(examples)]))
+        start += len(examples)
+    return passes

@@ -1,7 +1,4 @@
-"""Tokens as text and as bytes, while more of them come: never half a character, never more than is certain.
-
-It does NOT know models, stop strings or requests.
-"""
+"""Incremental detokenisation: text that is certain, never half a character, and the bytes of single tokens."""
 
 from __future__ import annotations
 
@@ -12,55 +9,55 @@ from typing import cast
 
 from transformers import PreTrainedTokenizerBase
 
-_BROKEN = "\ufffd"
+_REPLACEMENT = "\ufffd"
 _BYTE = re.compile(r"<0x([0-9A-F]{2})>")
-#: A character has at most four bytes, a token at least one: what is broken for so long is no character to wait for.
-_PATIENCE = 8
+#: A character has at most four bytes and a token at least one; after so many tokens the bytes are no character.
+_MAX_PENDING_TOKENS = 8
 
 
 class Detokenizer:
-    """One sequence's text, piece by piece: the pieces are the text of all its tokens."""
+    """Decodes one sequence token by token; the pieces joined are the text of all its tokens."""
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase) -> None:
         self._tokenizer = tokenizer
         self._tokens: list[int] = []
-        # Decoding starts a little to the left of what is new: a token's text may depend on the one before it.
-        self._start = 0
-        self._told = 0
+        # A token's text may depend on the one before it, so decoding starts a little to the left of what is new.
+        self._prefix_offset = 0
+        self._read_offset = 0
 
     def push(self, token: int) -> str:
-        """What has become certain with this token."""
+        """Returns the text that has become certain with this token."""
         self._tokens.append(token)
-        if len(self._tokens) - self._told > _PATIENCE:
+        if len(self._tokens) - self._read_offset > _MAX_PENDING_TOKENS:
             return self.flush()
-        return self._new(certain=True)
+        return self._decode(only_certain=True)
 
     def flush(self) -> str:
-        """The rest, broken or not."""
-        return self._new(certain=False)
+        """Returns the rest, incomplete characters included."""
+        return self._decode(only_certain=False)
 
-    def _new(self, *, certain: bool) -> str:
-        before = decode(self._tokenizer, self._tokens[self._start : self._told])
-        text = decode(self._tokenizer, self._tokens[self._start :])
-        if certain and (text.endswith(_BROKEN) or len(text) <= len(before)):
+    def _decode(self, *, only_certain: bool) -> str:
+        prefix = decode(self._tokenizer, self._tokens[self._prefix_offset : self._read_offset])
+        text = decode(self._tokenizer, self._tokens[self._prefix_offset :])
+        if only_certain and (text.endswith(_REPLACEMENT) or len(text) <= len(prefix)):
             return ""
-        self._start, self._told = self._told, len(self._tokens)
-        return text[len(before) :]
+        self._prefix_offset, self._read_offset = self._read_offset, len(self._tokens)
+        return text[len(prefix) :]
 
 
 def decode(tokenizer: PreTrainedTokenizerBase, tokens: list[int]) -> str:
-    """Text as the tokens say it: no special tokens, no spaces tidied away."""
+    """Returns the tokens' text as it is: without special tokens, with all spaces."""
     return str(tokenizer.decode(tokens, skip_special_tokens=True, clean_up_tokenization_spaces=False))
 
 
 class Vocabulary:
-    """What single tokens are, for log-probabilities."""
+    """Single tokens as bytes, for log-probabilities."""
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase) -> None:
         self._tokenizer = tokenizer
 
     def bytes_of(self, token: int) -> bytes:
-        """A part of a character, too."""
+        """Returns a token's bytes, which may be a part of a character."""
         if token in self._tokenizer.all_special_ids:
             return cast(str, self._tokenizer.convert_ids_to_tokens(token)).encode()
         name = cast(str | None, self._tokenizer.convert_ids_to_tokens(token)) or ""
@@ -79,7 +76,7 @@ class Vocabulary:
 
 @lru_cache(maxsize=1)
 def _byte_letters() -> dict[str, int]:
-    """The letter that stands for each byte in byte-level vocabularies (GPT-2's table)."""
-    plain = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
-    others = [byte for byte in range(256) if byte not in plain]
-    return {chr(byte): byte for byte in plain} | {chr(256 + i): byte for i, byte in enumerate(others)}
+    """Returns the byte of each letter in byte-level vocabularies (GPT-2's table)."""
+    printable = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
+    others = [byte for byte in range(256) if byte not in printable]
+    return {chr(byte): byte for byte in printable} | {chr(256 + i): byte for i, byte in enumerate(others)}

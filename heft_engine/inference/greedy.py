@@ -1,7 +1,4 @@
-"""Greedy answers to many prompts at once, as tokens: what evaluation compares and tests hold to the plain model.
-
-It does NOT know rows; text is written by `heft_engine.serving.text_generator`, on the same batch.
-"""
+"""Greedy continuations of many prompts at once, as tokens: what evaluation compares."""
 
 from __future__ import annotations
 
@@ -15,7 +12,7 @@ from heft_engine.inference.decode_batch import DecodeBatch, DecodeRequest
 from heft_engine.inference.scheduler import DecodeScheduler
 from heft_engine.model.packed_lm import PackedLM
 
-#: What keys and values of the sequences that are written at a time may hold; a longer sequence is written alone.
+#: Budget of the key/value cache; a sequence that needs more gets it, alone.
 BUDGET_BYTES = 1024**3
 
 
@@ -23,40 +20,40 @@ def generate(
     lm: PackedLM,
     prompts: Sequence[Example],
     *,
-    ends: Collection[int],
+    eos_tokens: Collection[int],
     max_new_tokens: Sequence[int],
     scale: float = 1.0,
-    is_enough: Callable[[int, list[int]], bool] = lambda index, tokens: False,
+    should_stop: Callable[[int, list[int]], bool] = lambda index, tokens: False,
 ) -> list[list[int]]:
-    """The most likely continuation of each prompt, up to one of `ends` (left out) or its own number of tokens.
+    """Returns each prompt's most likely continuation, up to an EOS token (left out) or its `max_new_tokens`.
 
-    `is_enough` hears what a prompt's continuation is so far, and may end it.
+    `should_stop(index, tokens)` may end a prompt's continuation after any token.
     """
-    written: list[list[int]] = [[] for _ in prompts]
+    continuations: list[list[int]] = [[] for _ in prompts]
     requests = [
-        DecodeRequest(id=index, prompt=prompt.prompt, max_tokens=budget, scale=scale)
-        for index, (prompt, budget) in enumerate(zip(prompts, max_new_tokens, strict=True))
-        if budget > 0
+        DecodeRequest(id=index, prompt=prompt.prompt, max_tokens=max_tokens, scale=scale)
+        for index, (prompt, max_tokens) in enumerate(zip(prompts, max_new_tokens, strict=True))
+        if max_tokens > 0
     ]
-    batch = DecodeBatch(lm, budget_bytes=BUDGET_BYTES)
-    longest = max((batch.bytes_for(request) for request in requests), default=0)
-    scheduler = DecodeScheduler(DecodeBatch(lm, budget_bytes=max(BUDGET_BYTES, longest)))
+    empty = DecodeBatch(lm, budget_bytes=0)
+    largest = max((empty.bytes_for(request) for request in requests), default=0)
+    scheduler = DecodeScheduler(DecodeBatch(lm, budget_bytes=max(BUDGET_BYTES, largest)))
     scheduler.add(requests)
     while scheduler.is_busy:
-        for new in scheduler.step():
-            index, token = int(str(new.id)), new.choice.token
-            if token not in ends:
-                written[index].append(token)
-            full = len(written[index]) == max_new_tokens[index]
-            if token in ends or full or is_enough(index, written[index]):
+        for request_id, sampled in scheduler.step().items():
+            index = cast(int, request_id)
+            tokens = continuations[index]
+            is_eos = sampled.token in eos_tokens
+            if not is_eos:
+                tokens.append(sampled.token)
+            if is_eos or len(tokens) == max_new_tokens[index] or should_stop(index, tokens):
                 scheduler.abort(index)
-    return written
+    return continuations
 
 
 def eos_token_ids(lm: PackedLM, tokenizer: PreTrainedTokenizerBase) -> frozenset[int]:
-    """The tokens that end a text: the tokenizer's EOS, and those that the model was published with: chat models end a
-    turn with a token of their own."""
-    published: Any = getattr(getattr(lm.model, "generation_config", None), "eos_token_id", None)
-    own = cast(int | None, tokenizer.eos_token_id)
-    ends: Sequence[int | None] = published if isinstance(published, list) else [published]
-    return frozenset(token for token in (own, *ends) if token is not None)
+    """Returns the tokens that end a text: the tokenizer's EOS and those of the model's generation config, where chat
+    models name the token that ends a turn."""
+    configured: Any = getattr(getattr(lm.model, "generation_config", None), "eos_token_id", None)
+    eos: Sequence[int | None] = configured if isinstance(configured, list) else [configured]
+    return frozenset(token for token in (cast(int | None, tokenizer.eos_token_id), *eos) if token is not None)

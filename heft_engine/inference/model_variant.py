@@ -23,3 +23,8 @@ class ModelVariant:
     adapter: RowAdapter | None = None
     interventions: tuple[PlacedIntervention, ...] = ()
     scope: Hashable = None
+
+    @classmethod
+    def of_merged(cls, lm: PackedLM, scope: Hashable = None) -> ModelVariant:
+        """Returns a merged model with the interventions placed on it."""
+        return cls(lm=lm, interventions=tuple(lm.interventions), scope=scope)

@@ -1,16 +1,16 @@
-"""Keys and values of prompts' beginnings, kept for whoever repeats them: several questions about one passage, a fixed
-instruction, the turns of a conversation.
+"""Prefix cache: keys and values of prompts' beginnings, reused by later prompts that begin alike.
 
-Only what lies strictly left of the first intervened token is kept: keys and values from behind an intervention are
-another model's (wrong by more than the scores' own spread, measured). Where an intervention acts on the first tokens
-(`f` positions), what follows them is kept under that intervention's scale. A prompt is known by a chain of hashes, one
-for every BLOCK tokens, that begins with its scope: who asks, which model, held in which way. So nothing is ever found
-under another owner, model or scale.
+Prompts about one passage, with one instruction or of one conversation share a prefix. A prompt is cached as a chain of
+hashes, one for every BLOCK_TOKENS tokens, each over all tokens before it and a scope: the owner, the model variant and
+what else its keys and values depend on. Nothing is found under another owner, model or scale.
 
-Where all products and attention are heft_engine.cpu.amx', scores from a kept prefix are fresh ones to the bit;
-elsewhere (other processors and families, DoRA unmerged) they agree to the rounding of the model's dtype.
+Only tokens left of the first intervened one are cached: keys and values behind an intervention depend on where the
+prompt ends. Where interventions act on first tokens (`f` positions), what follows is cached under their scale.
 
-It does NOT know models or requests. One thread at a time, but for `room`.
+With heft_engine.cpu.amx, scores from a cached prefix have the bits of fresh ones; elsewhere (other processors and model
+families, DoRA unmerged) they agree to the rounding of the model's dtype.
+
+Not thread-safe, but for `PrefixCache.reserve`.
 """
 
 from __future__ import annotations
@@ -25,48 +25,64 @@ import torch
 from torch import Tensor
 
 from heft_engine.config.train import parse_positions
+from heft_engine.inference.model_variant import ModelVariant
 from heft_engine.model.interventions import PlacedIntervention
 
-#: Tokens that share one hash. What is kept ends at a multiple of it.
-BLOCK = 8
-#: A prefix shorter than this costs more in the keeping than in the computing.
-LEAST_GAIN = 32
+#: Tokens of one hash; cached prefixes end at multiples of it.
+BLOCK_TOKENS = 8
+#: Shorter prefixes cost more to cache than to compute.
+MIN_PREFIX_TOKENS = 32
 
 
-def reach(interventions: Iterable[PlacedIntervention], prompt: int, scale: float) -> tuple[int, Hashable]:
-    """(tokens, key): how many first tokens of a prompt are free of interventions that a shorter or longer prompt with
-    the same beginning would not have; the key says what else their keys and values depend on.
+def prefix_hashes(
+    variant: ModelVariant, prompt: Sequence[int], *, scale: float, owner: Hashable
+) -> list[bytes]:
+    """Returns the block hashes of what can be reused of a prompt; none for a variant without a scope."""
+    if variant.scope is None:
+        return []
+    tokens, key = reusable_prefix(variant.interventions, len(prompt), scale)
+    return block_hashes((owner, variant.scope, key), prompt, tokens)
 
-    The last token is never among them: the answer is read from it.
+
+def reusable_prefix(
+    interventions: Iterable[PlacedIntervention], prompt_tokens: int, scale: float
+) -> tuple[int, Hashable]:
+    """Returns (tokens, key): the length of a prompt's reusable prefix, and what its keys and values depend on.
+
+    Reusable are tokens at which any prompt with the same beginning has the same interventions, whatever its length. The
+    last token never is: the answer is read from it.
     """
-    end, firsts = prompt - 1, []
+    end, first_counts = prompt_tokens - 1, []
     for placed in interventions if scale else ():
         first, last = parse_positions(placed.positions)
-        firsts.append(min(first, prompt // 2))
-        end = min(end, prompt - min(last, prompt // 2))
-    return end, (scale, tuple(firsts)) if any(firsts) else None
+        first_counts.append(min(first, prompt_tokens // 2))
+        end = min(end, prompt_tokens - min(last, prompt_tokens // 2))
+    return end, (scale, tuple(first_counts)) if any(first_counts) else None
 
 
-def chain(scope: Hashable, tokens: Sequence[int], end: int) -> list[bytes]:
-    """One hash for every whole block of tokens[:end], each over all that stands before it and the scope."""
+def block_hashes(scope: Hashable, tokens: Sequence[int], end: int) -> list[bytes]:
+    """Returns a hash for every whole block of tokens[:end], each over the scope and all tokens up to its end."""
     digest = hashlib.blake2b(repr(scope).encode(), digest_size=16).digest()
     hashes = []
-    for start in range(0, end - BLOCK + 1, BLOCK):
-        block = repr(tokens[start : start + BLOCK]).encode()
+    for start in range(0, end - BLOCK_TOKENS + 1, BLOCK_TOKENS):
+        block = repr(tokens[start : start + BLOCK_TOKENS]).encode()
         digest = hashlib.blake2b(digest + block, digest_size=16).digest()
         hashes.append(digest)
     return hashes
 
 
 @dataclass(eq=False)
-class _Span:
-    """What one pass left: keys and values of the tokens from `start` on, (layers, 2, kv_heads, tokens, head_dim)."""
+class _Segment:
+    """Keys and values that one pass computed, from token `start` on: (layers, 2, kv_heads, tokens, head_dim).
+
+    What lies left of `start` is in `parent`, whose `children` count segments like this one.
+    """
 
     scope: Hashable
     hashes: list[bytes]
     start: int
     tensor: Tensor
-    parent: _Span | None
+    parent: _Segment | None
     children: int = field(default=0)
 
     @property
@@ -75,131 +91,138 @@ class _Span:
 
 
 class CachedPrefix:
-    """The first `length` tokens of a prompt. See `packing.Kept`."""
+    """The first `length` tokens of a prompt. Implements `packing.PrefixKV`."""
 
-    def __init__(self, pieces: tuple[Tensor, ...], last: _Span) -> None:
-        self._pieces = pieces
-        self.last = last
-        self.length = sum(piece.shape[3] for piece in pieces)
+    def __init__(self, tensors: tuple[Tensor, ...], segment: _Segment) -> None:
+        self._tensors = tensors
+        self.segment = segment
+        self.length = sum(tensor.shape[3] for tensor in tensors)
 
     def __eq__(self, other: object) -> bool:
-        return isinstance(other, CachedPrefix) and (other.last, other.length) == (self.last, self.length)
+        return isinstance(other, CachedPrefix) and (other.segment, other.length) == (
+            self.segment,
+            self.length,
+        )
 
     def __hash__(self) -> int:
-        return hash((id(self.last), self.length))
+        return hash((id(self.segment), self.length))
 
     def keys_values(self, layer: int) -> tuple[Tensor, Tensor]:
-        parts = [piece[layer] for piece in self._pieces]
-        both = parts[0] if len(parts) == 1 else torch.cat(parts, dim=2)
-        return both[:1], both[1:]
+        parts = [tensor[layer] for tensor in self._tensors]
+        keys_values = parts[0] if len(parts) == 1 else torch.cat(parts, dim=2)
+        return keys_values[:1], keys_values[1:]
 
 
 class PrefixCache:
-    """Cached prefixes within `budget_bytes`, the longest unused dropped first."""
+    """Cached prefixes within `budget_bytes`; the least recently used are evicted."""
 
     def __init__(self, budget_bytes: int) -> None:
         self.budget_bytes = budget_bytes
-        self.held_bytes = 0
-        self._where: dict[bytes, tuple[_Span, int]] = {}
-        self._used: OrderedDict[_Span, None] = OrderedDict()
-        self._room = threading.Lock()  #: Lanes of one pass make room side by side; all else is one thread's.
+        self.used_bytes = 0
+        self._blocks: dict[
+            bytes, tuple[_Segment, int]
+        ] = {}  #: hash → segment and the block's end in the prompt
+        self._segments: OrderedDict[_Segment, None] = OrderedDict()  #: least recently used first
+        self._reserving = threading.Lock()  #: rows of one pass are computed on several threads
 
     def find(self, hashes: Sequence[bytes]) -> CachedPrefix | None:
-        """The longest kept beginning of a prompt, if there is one worth taking."""
+        """Returns the longest cached prefix of a prompt with these block hashes."""
         for count in range(len(hashes), 0, -1):
-            found = self._where.get(hashes[count - 1])
-            if found is not None:
-                return self._prefix(*found) if count * BLOCK >= LEAST_GAIN else None
+            block = self._blocks.get(hashes[count - 1])
+            if block is not None:
+                return self._prefix(*block) if count * BLOCK_TOKENS >= MIN_PREFIX_TOKENS else None
         return None
 
-    def _prefix(self, span: _Span, end: int) -> CachedPrefix:
-        pieces, last = [], span
-        walk: _Span | None = span
-        while walk is not None:
-            # Those that others stand on are used after them, and so dropped after them.
-            self._used.move_to_end(walk)
-            pieces.append(walk.tensor[:, :, :, : end - walk.start])
-            end, walk = walk.start, walk.parent
-        return CachedPrefix(tuple(reversed(pieces)), last)
+    def _prefix(self, segment: _Segment, end: int) -> CachedPrefix:
+        tensors = []
+        part: _Segment | None = segment
+        while part is not None:
+            # Parents are marked as used after their children, and so evicted after them.
+            self._segments.move_to_end(part)
+            tensors.append(part.tensor[:, :, :, : end - part.start])
+            end, part = part.start, part.parent
+        return CachedPrefix(tuple(reversed(tensors)), segment)
 
-    def room(
-        self, scope: Hashable, hashes: Sequence[bytes], kept: CachedPrefix | None, like: Tensor, layers: int
+    def reserve(
+        self, scope: Hashable, hashes: Sequence[bytes], prefix: CachedPrefix | None, keys: Tensor, layers: int
     ) -> PrefixWriter | None:
-        """Where a pass may leave what it computes of a prompt beyond `kept`; None when nothing is worth keeping.
+        """Returns a writer for what a pass computes of a prompt beyond `prefix`; None where that is not worth caching.
 
-        `like`: (1, kv_heads, tokens, head_dim), keys of one layer.
+        `keys`: the row's keys of one layer, (1, kv_heads, tokens, head_dim), for shape and dtype. Thread-safe.
         """
-        start = kept.length if kept is not None else 0
-        tokens = len(hashes) * BLOCK - start
-        if tokens < BLOCK or len(hashes) * BLOCK < LEAST_GAIN:
+        start = prefix.length if prefix is not None else 0
+        parent = prefix.segment if prefix is not None else None
+        end = len(hashes) * BLOCK_TOKENS
+        if end - start < BLOCK_TOKENS or end < MIN_PREFIX_TOKENS:
             return None
-        shape = (layers, 2, like.shape[1], tokens, like.shape[3])
-        size = torch.Size(shape).numel() * like.element_size()
+        shape = (layers, 2, keys.shape[1], end - start, keys.shape[3])
+        size = torch.Size(shape).numel() * keys.element_size()
         if size > self.budget_bytes:
             return None
-        with self._room:
-            self._make_room(size, standing=kept.last if kept is not None else None)
-            if self.held_bytes + size > self.budget_bytes:
+        with self._reserving:
+            self._evict(size, keep=parent)
+            if self.used_bytes + size > self.budget_bytes:
                 return None
-        span = _Span(
+        segment = _Segment(
             scope=scope,
-            hashes=list(hashes[start // BLOCK :]),
+            hashes=list(hashes[start // BLOCK_TOKENS :]),
             start=start,
-            tensor=torch.empty(shape, dtype=like.dtype, device=like.device),
-            parent=kept.last if kept is not None else None,
+            tensor=torch.empty(shape, dtype=keys.dtype, device=keys.device),
+            parent=parent,
         )
-        return PrefixWriter(self, span)
+        return PrefixWriter(self, segment)
 
-    def take_in(self, span: _Span) -> None:
-        """Makes what a pass has left findable."""
-        if all(digest in self._where for digest in span.hashes):
-            return  # another row of the pass left the same
-        if span.parent is not None and span.parent not in self._used:
-            return  # what it stands on had to go meanwhile
-        for index, digest in enumerate(span.hashes):
-            self._where.setdefault(digest, (span, span.start + (index + 1) * BLOCK))
-        if span.parent is not None:
-            span.parent.children += 1
-        self._used[span] = None
-        self.held_bytes += span.nbytes
-        self._make_room(0, standing=span)
+    def insert(self, segment: _Segment) -> None:
+        """Makes a segment findable, unless another row cached the same or its parent has been evicted."""
+        if all(digest in self._blocks for digest in segment.hashes):
+            return
+        if segment.parent is not None and segment.parent not in self._segments:
+            return
+        for index, digest in enumerate(segment.hashes, 1):
+            self._blocks.setdefault(digest, (segment, segment.start + index * BLOCK_TOKENS))
+        if segment.parent is not None:
+            segment.parent.children += 1
+        self._segments[segment] = None
+        self.used_bytes += segment.nbytes
+        self._evict(0, keep=segment)
 
-    def forget(self, scope: Hashable) -> None:
-        """Drops all that was left under a scope: its model is gone."""
-        for span in reversed([span for span in self._used if span.scope == scope]):
-            self._drop(span)
+    def remove(self, scope: Hashable) -> None:
+        """Removes all segments of a scope."""
+        for segment in reversed([segment for segment in self._segments if segment.scope == scope]):
+            self._remove(segment)
 
-    def _make_room(self, size: int, *, standing: _Span | None) -> None:
-        for span in list(self._used):
-            if self.held_bytes + size <= self.budget_bytes:
+    def _evict(self, size: int, *, keep: _Segment | None) -> None:
+        """Evicts segments without children until `size` more bytes fit."""
+        for segment in list(self._segments):
+            if self.used_bytes + size <= self.budget_bytes:
                 return
-            if not span.children and span is not standing:
-                self._drop(span)
+            if not segment.children and segment is not keep:
+                self._remove(segment)
 
-    def _drop(self, span: _Span) -> None:
-        del self._used[span]
-        for digest in span.hashes:
-            if self._where.get(digest, (None, 0))[0] is span:
-                del self._where[digest]
-        if span.parent is not None:
-            span.parent.children -= 1
-        self.held_bytes -= span.nbytes
+    def _remove(self, segment: _Segment) -> None:
+        del self._segments[segment]
+        for digest in segment.hashes:
+            if self._blocks.get(digest, (None, 0))[0] is segment:
+                del self._blocks[digest]
+        if segment.parent is not None:
+            segment.parent.children -= 1
+        self.used_bytes -= segment.nbytes
 
 
 class PrefixWriter:
-    """Filled layer by layer while a pass runs; found by others once it is whole."""
+    """A new segment of the cache, written layer by layer while a pass runs and findable after `commit`."""
 
-    def __init__(self, cache: PrefixCache, span: _Span) -> None:
+    def __init__(self, cache: PrefixCache, segment: _Segment) -> None:
         self._cache = cache
-        self._span = span
+        self._segment = segment
 
     def write(self, layer: int, keys: Tensor, values: Tensor) -> None:
-        """A row's own keys and values of one layer, (1, kv_heads, tokens, head_dim) each."""
-        tokens = self._span.tensor.shape[3]
-        self._span.tensor[layer, 0] = keys[0, :, :tokens]
-        self._span.tensor[layer, 1] = values[0, :, :tokens]
+        """Writes a row's keys and values of one layer, (1, kv_heads, tokens, head_dim) each."""
+        tokens = self._segment.tensor.shape[3]
+        self._segment.tensor[layer, 0] = keys[0, :, :tokens]
+        self._segment.tensor[layer, 1] = values[0, :, :tokens]
 
-    def close(self) -> None:
-        """What is no number stays with the row that left it: it may come from a token behind these."""
-        if self._span.tensor.isfinite().all():
-            self._cache.take_in(self._span)
+    def commit(self) -> None:
+        """Caches the segment if all of it is finite: NaN may come from a token behind the prefix."""
+        if self._segment.tensor.isfinite().all():
+            self._cache.insert(self._segment)

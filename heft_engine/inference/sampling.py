@@ -1,7 +1,7 @@
-"""From logits to a token: greedy or drawn, with every request's own random numbers.
+"""Sampling of the next token from its logits: greedy or drawn, with random numbers of each request's own.
 
-A request that names a seed gets the same tokens whatever it is computed beside: its logits have the same bits, and its
-random numbers come from a generator of its own, one a token. It does NOT know models or text.
+A request with a seed gets the same tokens in any batch: its logits have the same bits, and its generator draws one
+number a token.
 """
 
 from __future__ import annotations
@@ -12,17 +12,18 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-#: The most likely tokens that are looked at before the whole vocabulary is sorted.
-_LIKELY = 1_024
+#: Most likely tokens that top-p looks at before it sorts the whole vocabulary.
+_TOP_P_CANDIDATES = 1_024
 
 
 @dataclass(frozen=True, kw_only=True)
 class SamplingParams:
-    """How tokens are chosen, in the words of OpenAI's API.
+    """OpenAI's sampling parameters.
 
-    temperature 0 takes the most likely token. The penalties are subtracted from the logits of tokens written so far:
-    presence once, frequency for each time. top_logprobs: None for no log-probabilities, else how many tokens beside
-    the chosen one; they are the model's own, before temperature, penalties and biases.
+    temperature: 0 is greedy.
+    presence_penalty, frequency_penalty: subtracted from the logits of generated tokens, once and for each occurrence.
+    top_logprobs: number of alternatives with log-probabilities; None for no log-probabilities. They are the model's
+        own, before temperature, penalties and biases.
     """
 
     temperature: float = 0.0
@@ -34,74 +35,74 @@ class SamplingParams:
     top_logprobs: int | None = None
 
     @property
-    def is_plain(self) -> bool:
-        """Whether the chosen token is simply the one with the highest logit, and nothing else is asked."""
-        return self.temperature == 0 and self.top_logprobs is None and not self.adjusts
+    def is_argmax(self) -> bool:
+        """Whether the token with the highest logit is all that is needed."""
+        return self.temperature == 0 and self.top_logprobs is None and not self.adjusts_logits
 
     @property
-    def adjusts(self) -> bool:
+    def adjusts_logits(self) -> bool:
         return bool(self.presence_penalty or self.frequency_penalty or self.logit_bias)
 
 
 @dataclass(frozen=True, kw_only=True)
 class SampledToken:
-    """The chosen token; its log-probability and the likeliest tokens', if they were asked for."""
+    """A sampled token; with `top_logprobs` also its log-probability and the likeliest tokens with theirs."""
 
     token: int
     logprob: float | None = None
-    top: tuple[tuple[int, float], ...] = ()
+    top_logprobs: tuple[tuple[int, float], ...] = ()
 
 
 class Sampler:
-    """Chooses one sequence's tokens, one after another."""
+    """Samples one sequence's tokens, one after another."""
 
-    def __init__(self, sampling: SamplingParams) -> None:
-        self.sampling = sampling
+    def __init__(self, params: SamplingParams) -> None:
+        self.params = params
         self._generator = torch.Generator()
-        if sampling.seed is None:
+        if params.seed is None:
             self._generator.seed()
         else:
-            self._generator.manual_seed(sampling.seed)
-        self._written: Counter[int] = Counter()
+            self._generator.manual_seed(params.seed)
+        self._counts: Counter[int] = Counter()
 
-    def choose(self, logits: Tensor) -> SampledToken:
-        """From float32 logits (vocabulary,)."""
+    def sample(self, logits: Tensor) -> SampledToken:
+        """Returns the next token for float32 logits (vocabulary,)."""
         row = logits.detach().cpu()
-        adjusted = self._adjusted(row) if self.sampling.adjusts else row
-        token = self._draw(adjusted) if self.sampling.temperature > 0 else int(adjusted.argmax())
-        self._written[token] += 1
-        if self.sampling.top_logprobs is None:
+        adjusted = self._adjust(row) if self.params.adjusts_logits else row
+        token = self._draw(adjusted) if self.params.temperature > 0 else int(adjusted.argmax())
+        self._counts[token] += 1
+        if self.params.top_logprobs is None:
             return SampledToken(token=token)
         logprobs = torch.log_softmax(row, dim=-1)
-        values, tokens = logprobs.topk(min(self.sampling.top_logprobs, len(row)))
-        top = tuple(zip(tokens.tolist(), values.tolist(), strict=True))
-        return SampledToken(token=token, logprob=float(logprobs[token]), top=top)
+        values, tokens = logprobs.topk(min(self.params.top_logprobs, len(row)))
+        top_logprobs = tuple(zip(tokens.tolist(), values.tolist(), strict=True))
+        return SampledToken(token=token, logprob=float(logprobs[token]), top_logprobs=top_logprobs)
 
-    def _adjusted(self, logits: Tensor) -> Tensor:
-        changed = logits.clone()
-        known = [(token, bias) for token, bias in self.sampling.logit_bias if token < len(logits)]
-        for token, bias in known:
-            changed[token] += bias
-        for token, times in self._written.items():
-            changed[token] -= self.sampling.presence_penalty + times * self.sampling.frequency_penalty
-        return changed
+    def _adjust(self, logits: Tensor) -> Tensor:
+        adjusted = logits.clone()
+        for token, bias in self.params.logit_bias:
+            if token < len(logits):
+                adjusted[token] += bias
+        for token, count in self._counts.items():
+            adjusted[token] -= self.params.presence_penalty + count * self.params.frequency_penalty
+        return adjusted
 
     def _draw(self, logits: Tensor) -> int:
-        chance = float(torch.rand((), dtype=torch.float64, generator=self._generator))
-        # The maximum goes first: a tiny temperature must not make infinities of the rest.
-        weights = torch.softmax((logits - logits.max()) / self.sampling.temperature, dim=-1)
-        if self.sampling.top_p >= 1:
-            return _pick(weights, chance)
-        likely, tokens = weights.topk(min(_LIKELY, len(weights)))
-        if float(likely.sum()) < self.sampling.top_p:
-            likely, tokens = weights.sort(descending=True)
-        before = likely.cumsum(0) - likely
-        kept = max(1, int((before < self.sampling.top_p).sum()))
-        return int(tokens[_pick(likely[:kept], chance)])
+        uniform = float(torch.rand((), dtype=torch.float64, generator=self._generator))
+        # Subtracting the maximum first keeps a tiny temperature from making infinities.
+        probabilities = torch.softmax((logits - logits.max()) / self.params.temperature, dim=-1)
+        if self.params.top_p >= 1:
+            return _inverse_cdf(probabilities, uniform)
+        candidates, tokens = probabilities.topk(min(_TOP_P_CANDIDATES, len(probabilities)))
+        if float(candidates.sum()) < self.params.top_p:
+            candidates, tokens = probabilities.sort(descending=True)
+        mass_before = candidates.cumsum(0) - candidates
+        nucleus = max(1, int((mass_before < self.params.top_p).sum()))
+        return int(tokens[_inverse_cdf(candidates[:nucleus], uniform)])
 
 
-def _pick(weights: Tensor, chance: float) -> int:
-    """The index at which the running sum of the weights passes `chance` of their total."""
-    running = weights.double().cumsum(0)
-    index = int(torch.searchsorted(running, chance * running[-1], right=True))
+def _inverse_cdf(weights: Tensor, uniform: float) -> int:
+    """Returns the first index at which the running sum of the weights passes `uniform` times their total."""
+    cumulative = weights.double().cumsum(0)
+    index = int(torch.searchsorted(cumulative, uniform * cumulative[-1], right=True))
     return min(index, len(weights) - 1)

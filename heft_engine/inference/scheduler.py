@@ -1,7 +1,7 @@
-"""Who joins a decode batch when: first come, first served, as far as room and a pass's tokens allow.
+"""Continuous batching: requests join a decode batch first come, first served, as far as memory and tokens allow.
 
-Each turn is one pass, of prompts or of a new token each; where there is both to do they alternate, so that neither
-those who wait nor those who are being written stand still. It does NOT know text or threads.
+A step is one forward pass, a prefill or a decoding of one token for every sequence. Where both are due they alternate,
+so that neither waiting nor running requests starve.
 """
 
 from __future__ import annotations
@@ -9,57 +9,57 @@ from __future__ import annotations
 from collections.abc import Hashable, Sequence
 from itertools import islice
 
-from heft_engine.inference.decode_batch import DecodeBatch, DecodeRequest, NewToken
+from heft_engine.inference.decode_batch import DecodeBatch, DecodeRequest
+from heft_engine.inference.sampling import SampledToken
 
-#: Sequences that are written at a time, and prompt tokens that one pass takes at once.
-MOST_SEQUENCES = 64
-PREFILL_TOKENS = 2_048
+#: Most sequences that run at a time, and most prompt tokens of one prefill.
+MAX_SEQUENCES = 64
+MAX_PREFILL_TOKENS = 2_048
 
 
 class DecodeScheduler:
-    """Requests in front of a batch."""
+    """A decode batch with the requests that wait to join it."""
 
     def __init__(self, batch: DecodeBatch) -> None:
         self.batch = batch
         self._waiting: dict[Hashable, DecodeRequest] = {}
-        self._joined_last = False
+        self._prefilled_last = False
 
     @property
     def is_busy(self) -> bool:
         return bool(self._waiting or len(self.batch))
 
     def add(self, requests: Sequence[DecodeRequest]) -> None:
-        """The batch can hold each of them, when it is alone."""
+        """Queues requests. Each must fit the batch's budget by itself (`DecodeBatch.bytes_for`)."""
         self._waiting |= {request.id: request for request in requests}
 
     def abort(self, request_id: Hashable) -> None:
-        """Forgets a request that waits, ends one that is being written."""
+        """Removes a request, waiting or running. An unknown id is ignored."""
         self._waiting.pop(request_id, None)
         self.batch.remove(request_id)
 
     def clear(self) -> None:
-        """Forgets all, in whatever state the batch is."""
+        """Removes all requests, also after a pass that failed half-way."""
         self._waiting.clear()
         self.batch.clear()
 
-    def step(self) -> list[NewToken]:
-        """One pass. Whoever reads its tokens drops the sequences that end with them."""
-        admitted = [] if self._joined_last and len(self.batch) else self._admitted()
-        self._joined_last = bool(admitted)
+    def step(self) -> dict[Hashable, SampledToken]:
+        """Runs one pass and returns the new token of each sequence in it. The caller aborts those that have ended."""
+        admitted = [] if self._prefilled_last and len(self.batch) else self._admit()
+        self._prefilled_last = bool(admitted)
         if not admitted:
-            return self.batch.step()
+            return self.batch.decode()
         for request in admitted:
             del self._waiting[request.id]
-        return self.batch.join(admitted)
+        return self.batch.prefill(admitted)
 
-    def _admitted(self) -> list[DecodeRequest]:
-        first = list(islice(self._waiting.values(), MOST_SEQUENCES - len(self.batch)))
-        fitting = self.batch.fitting(first)
+    def _admit(self) -> list[DecodeRequest]:
+        first = list(islice(self._waiting.values(), MAX_SEQUENCES - len(self.batch)))
         tokens = 0
         admitted: list[DecodeRequest] = []
-        for request in fitting:
+        for request in self.batch.fitting(first):
             tokens += len(request.prompt)
-            if admitted and tokens > PREFILL_TOKENS:
+            if admitted and tokens > MAX_PREFILL_TOKENS:
                 break
             admitted.append(request)
         return admitted

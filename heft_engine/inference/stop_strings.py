@@ -1,44 +1,41 @@
-"""Stop strings in a text that comes piece by piece: never told themselves, nor anything that may become one.
-
-It does NOT know tokens.
-"""
+"""Stop strings in streamed text: neither a stop string nor anything that may become one is emitted."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 
 
-class Stops:
-    """What may be told of a text so far."""
+class StopStringFilter:
+    """Holds back the end of a text while it may be the beginning of a stop string."""
 
-    def __init__(self, stops: Sequence[str]) -> None:
-        self._stops = [stop for stop in stops if stop]
-        self._held = ""
-        self.is_hit = False
+    def __init__(self, stop: Sequence[str]) -> None:
+        self._stop = [string for string in stop if string]
+        self._buffer = ""
+        self.is_matched = False
 
     def push(self, text: str) -> str:
-        """What is certain now; with the first stop string, the last that is told at all."""
-        if self.is_hit:
+        """Returns the text that can be emitted; after a match nothing more."""
+        if self.is_matched:
             return ""
-        self._held += text
-        found = [place for place in map(self._held.find, self._stops) if place >= 0]
-        if found:
-            self.is_hit = True
-            return self._told(min(found))
-        return self._told(len(self._held) - self._doubtful())
+        self._buffer += text
+        matches = [index for index in map(self._buffer.find, self._stop) if index >= 0]
+        if matches:
+            self.is_matched = True
+            return self._emit(min(matches))
+        return self._emit(len(self._buffer) - self._partial_match())
 
     def flush(self) -> str:
-        """What was held back, when no more comes."""
-        return "" if self.is_hit else self._told(len(self._held))
+        """Returns what was held back, at the end of the text."""
+        return "" if self.is_matched else self._emit(len(self._buffer))
 
-    def _told(self, length: int) -> str:
-        told, self._held = self._held[:length], self._held[length:]
-        return told
+    def _emit(self, length: int) -> str:
+        text, self._buffer = self._buffer[:length], self._buffer[length:]
+        return text
 
-    def _doubtful(self) -> int:
-        """Characters at the end that some stop string begins with."""
-        longest = max((len(stop) - 1 for stop in self._stops), default=0)
-        for length in range(min(longest, len(self._held)), 0, -1):
-            if any(stop.startswith(self._held[-length:]) for stop in self._stops):
+    def _partial_match(self) -> int:
+        """Returns the length of the longest end of the buffer that a stop string begins with."""
+        longest = max((len(string) - 1 for string in self._stop), default=0)
+        for length in range(min(longest, len(self._buffer)), 0, -1):
+            if any(string.startswith(self._buffer[-length:]) for string in self._stop):
                 return length
         return 0

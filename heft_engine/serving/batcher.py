@@ -1,10 +1,8 @@
-"""One thread that runs all forward passes: whoever waits for the same weights shares one.
+"""Dynamic batching: one thread runs all forward passes, and requests that wait for the same model share one.
 
-A pass starts at once when nothing runs; while it runs, requests gather, and the next one takes them together, up to a
-token budget. After a pass that many shared, it waits a few milliseconds at most for those who ask again at once.
-Whatever goes wrong in a pass is told to those who waited; the thread goes on.
-
-It does NOT know rows, labels, owners, which rows a pass takes (`waiting_rows`), nor where models come from.
+An idle batcher starts a pass at once. Requests that arrive meanwhile are taken together by the next one, up to a token
+budget. After a shared pass the batcher lingers for a few milliseconds: clients that ask one question after another ask
+again at once. An error in a pass ends the requests in it; the thread goes on.
 """
 
 from __future__ import annotations
@@ -13,52 +11,48 @@ import logging
 import threading
 import time
 from collections.abc import Callable, Hashable, Sequence
-from concurrent.futures import Future
+from concurrent.futures import CancelledError, Future
 from typing import Protocol, TypeVar
 
 from heft_engine.data.encoding import Example
 from heft_engine.inference.model_variant import ModelVariant
 from heft_engine.inference.prefix_cache import PrefixCache
 from heft_engine.inference.scoring import Scores
-from heft_engine.inference.scoring_pass import ScoringRow, score_rows
-from heft_engine.serving.request_queue import Request, WaitingRow, WaitingRows
+from heft_engine.inference.scoring_pass import score_rows
+from heft_engine.serving.request_queue import Request, RequestQueue, Scheduled
 
 log = logging.getLogger(__name__)
 T = TypeVar("T")
 
-#: Tokens of one pass.
+#: Most tokens of one pass, unless a single row has more.
 TOKEN_BUDGET = 2_048
-#: How long a busy batcher waits for those it has just answered to ask again.
+#: Longest wait for the requests that follow a shared pass.
 LINGER_SECONDS = 0.004
 PREFIX_BYTES = 512 * 1024**2
 
 
-class Cancelled(Exception):
-    """Nobody wants this answer any more, or nobody gives it."""
-
-
 class Observer(Protocol):
-    """Told what the batcher does."""
+    """Measures the batcher."""
 
-    def passed(self, *, rows: int, tokens: int, kept_tokens: int, seconds: float) -> None:
-        """A scoring pass has run: rows in it, tokens computed, tokens taken from the prefix cache."""
-
-    def waited(self, seconds: float) -> None:
-        """A row's wait from its request to the start of its pass."""
+    def on_pass(
+        self, *, rows: int, tokens: int, cached_tokens: int, seconds: float, waits: Sequence[float]
+    ) -> None:
+        """Called after each scoring pass. `tokens` were computed, `cached_tokens` taken from the prefix cache; `waits`
+        are each row's seconds in the queue."""
 
 
 class DecodeWork(Protocol):
-    """Other work of the same thread, a pass at a time."""
+    """Passes other than scoring, which alternate with it."""
 
     @property
     def is_busy(self) -> bool:
-        """Whether a turn would do something."""
+        """Whether `step` would do something."""
 
     def step(self) -> None:
-        """One pass. Tells those who wait what went wrong, before it raises."""
+        """Runs one pass. If it raises, its requests have been told."""
 
-    def fail(self, fault: Exception) -> None:
-        """Tells everybody who waits that there will be no more turns."""
+    def fail(self, error: Exception) -> None:
+        """Ends all requests with `error`: no step will follow."""
 
 
 class Batcher:
@@ -72,26 +66,26 @@ class Batcher:
         observer: Observer | None = None,
     ) -> None:
         self._cache = PrefixCache(prefix_bytes)
-        self._waiting = WaitingRows(self._cache, token_budget)
+        self._queue = RequestQueue(self._cache, token_budget)
         self._observer = observer
         self._changed = threading.Condition()
         self._calls: list[Callable[[], None]] = []
-        self._work: list[DecodeWork] = []
+        self._decode_work: list[DecodeWork] = []
         self._thread: threading.Thread | None = None
         self._closed = False
-        self._worked_at = time.monotonic()
-        self._shared_last = 0  #: Rows of the last pass, and when it ended.
-        self._ended = 0.0
+        self._last_active_at = time.monotonic()
+        self._last_pass_rows = 0
+        self._last_pass_ended_at = 0.0
 
     @property
     def prefix_bytes(self) -> int:
-        """What kept prefixes hold."""
-        return self._cache.held_bytes
+        """Bytes of the prefix cache now."""
+        return self._cache.used_bytes
 
     @property
-    def worked_at(self) -> float:
-        """When the last work ended, of whatever kind, by the monotonic clock."""
-        return self._worked_at
+    def last_active_at(self) -> float:
+        """The end of the last work of any kind, on the monotonic clock."""
+        return self._last_active_at
 
     def submit(
         self,
@@ -101,57 +95,57 @@ class Batcher:
         scale: float = 1.0,
         owner: Hashable = None,
     ) -> Future[list[Scores]]:
-        """The scores of `examples`, in order, as soon as a pass has had room for each.
+        """Queues examples and returns the future of their scores.
 
-        `owner`: what is kept of one owner's prompts is found by no other. Whoever does not want the answer any more
-        cancels the future: what has not begun is left.
+        Cached prefixes are shared between requests of one `owner`. Rows of a cancelled future that are not in a pass
+        yet are dropped.
         """
-        keeps = self._cache.budget_bytes > 0
-        request = Request.of(variant, examples, scale=scale, owner=owner, keeps=keeps)
-        if not request.rows:
+        caches_prefixes = self._cache.budget_bytes > 0
+        request = Request(variant, examples, scale=scale, owner=owner, caches_prefixes=caches_prefixes)
+        if not examples:
             request.future.set_result([])
             return request.future
         with self._changed:
-            self._begin()
-            self._waiting.add(request)
+            self._start()
+            self._queue.add(request)
             self._changed.notify()
         return request.future
 
     def run(self, call: Callable[[], T]) -> T:
-        """The result of `call`, which has the passes' thread for itself meanwhile."""
+        """Runs `call` on the batcher's thread, between passes, and returns its result."""
         if threading.current_thread() is self._thread:
             return call()
         future: Future[T] = Future()
 
-        def work() -> None:
+        def run_call() -> None:
             try:
                 future.set_result(call())
-            except BaseException as fault:  # noqa: BLE001 - whatever it is, it belongs to the caller
-                future.set_exception(fault)
+            except BaseException as error:  # noqa: BLE001 - it is raised in the caller's thread
+                future.set_exception(error)
 
         with self._changed:
-            self._begin()
-            self._calls.append(work)
+            self._start()
+            self._calls.append(run_call)
             self._changed.notify()
         return future.result()
 
     def schedule(self, work: DecodeWork) -> None:
-        """Gives other work its turns, between scoring passes, until it is not busy any more."""
+        """Runs a step of `work` between scoring passes for as long as it is busy."""
         with self._changed:
-            self._begin()
-            if work not in self._work:
-                self._work.append(work)
+            self._start()
+            if work not in self._decode_work:
+                self._decode_work.append(work)
             self._changed.notify()
 
-    def forget(self, scope: Hashable) -> None:
-        """Has all dropped that is kept of some variant, whoever asked."""
+    def clear_prefixes(self, scope: Hashable) -> None:
+        """Removes everything cached under a model variant's scope. Returns before it is done."""
         with self._changed:
             if self._thread is not None and not self._closed:
-                self._calls.append(lambda: self._cache.forget(scope))
+                self._calls.append(lambda: self._cache.remove(scope))
                 self._changed.notify()
 
     def close(self) -> None:
-        """Ends after the pass that runs; who still waits is told Cancelled."""
+        """Ends the thread after the running pass; waiting requests get CancelledError."""
         with self._changed:
             self._closed = True
             thread = self._thread
@@ -159,7 +153,7 @@ class Batcher:
         if thread is not None and thread is not threading.current_thread():
             thread.join()
 
-    def _begin(self) -> None:
+    def _start(self) -> None:
         if self._closed:
             raise RuntimeError("this batcher is closed")
         if self._thread is None:
@@ -167,80 +161,79 @@ class Batcher:
             self._thread.start()
 
     def _loop(self) -> None:
-        while self._next():
-            try:
-                self._score()
-            except BaseException as fault:
-                log.exception("the scoring of what waited failed")
-                self._waiting.fail(fault)
-            self._worked_at = time.monotonic()
+        while self._wait_for_work():
+            self._run_calls()
+            self._decode()
+            if not self._closed:
+                self._score_next()
+            self._last_active_at = time.monotonic()
+        self._queue.fail(CancelledError())
         with self._changed:
-            calls, self._calls = self._calls, []
-            turns, self._work = self._work, []
-        self._waiting.fail(Cancelled())
-        for each in turns:
-            each.fail(Cancelled())
-        for call in calls:
-            call()
+            decode_work, self._decode_work = self._decode_work, []
+        for work in decode_work:
+            work.fail(CancelledError())
+        self._run_calls()
 
-    def _next(self) -> bool:
-        """Waits for something to do, and does all but the scoring. False when it is over."""
+    def _wait_for_work(self) -> bool:
+        """Waits for something to do. Returns False once the batcher is closed."""
         with self._changed:
-            while not (self._closed or self._waiting or self._calls or self._busy_work()):
+            while not (self._closed or self._queue.waiting_rows() or self._has_other_work()):
                 self._changed.wait()
-            if self._closed:
-                return False
+            linger_until = self._last_pass_ended_at + LINGER_SECONDS
+            while not (self._closed or self._has_other_work()):
+                seconds = linger_until - time.monotonic()
+                if seconds <= 0 or self._queue.waiting_rows() >= self._last_pass_rows:
+                    break
+                self._changed.wait(seconds)
+            return not self._closed
+
+    def _has_other_work(self) -> bool:
+        self._decode_work = [work for work in self._decode_work if work.is_busy]
+        return bool(self._calls or self._decode_work)
+
+    def _run_calls(self) -> None:
+        with self._changed:
             calls, self._calls = self._calls, []
-            turns = self._busy_work()
-            self._gather_more()
         for call in calls:
             call()
-        for each in turns:
+
+    def _decode(self) -> None:
+        for work in list(self._decode_work):
             try:
-                each.step()
+                work.step()
             except Exception:
-                # Those who waited for it have been told.
-                log.exception("a pass that writes text failed")
-        return not self._closed
+                log.exception("a decoding step failed")
 
-    def _busy_work(self) -> list[DecodeWork]:
-        self._work = [turns for turns in self._work if turns.is_busy]
-        return list(self._work)
+    def _score_next(self) -> None:
+        try:
+            scheduled = self._queue.take()
+            self._last_pass_rows = len(scheduled)
+            if scheduled:
+                self._score(scheduled)
+        except BaseException as error:
+            log.exception("scheduling a scoring pass failed")
+            self._queue.fail(error)
 
-    def _gather_more(self) -> None:
-        """Those who shared the last pass have their answers since a moment, and may ask again at once."""
-        end = self._ended + LINGER_SECONDS
-        while self._waiting and not self._closed and not self._calls and not self._busy_work():
-            left = end - time.monotonic()
-            if self._waiting.count >= self._shared_last or left <= 0:
-                return
-            self._changed.wait(left)
-
-    def _score(self) -> None:
-        rows = self._waiting.take()
-        self._shared_last = len(rows)
-        if not rows:
-            return
+    def _score(self, scheduled: Sequence[Scheduled]) -> None:
         began = time.monotonic()
         try:
-            results = score_rows(rows[0][0].request.variant.lm, [row for _, row in rows], self._cache)
-        except BaseException as fault:  # noqa: BLE001 - whatever it is, it belongs to those who wait
-            log.warning("a scoring pass of %d rows failed: %s", len(rows), fault)
-            for row, _ in rows:
-                row.request.fail(fault)
-            self._waiting.drop_done()
+            scores = score_rows([row for _, row in scheduled], self._cache)
+        except BaseException as error:  # noqa: BLE001 - it is raised where the requests are waited for
+            log.warning("a scoring pass of %d rows failed: %s", len(scheduled), error)
+            for request, _ in scheduled:
+                request.fail(error)
             return
-        for (row, _), scores in zip(rows, results, strict=True):
-            row.request.take(row, scores)
-        self._ended = time.monotonic()
-        self._waiting.drop_done()
-        self._observe(rows, self._ended - began, began)
+        for (request, row), row_scores in zip(scheduled, scores, strict=True):
+            request.complete(row, row_scores)
+        self._last_pass_ended_at = time.monotonic()
+        self._observe(scheduled, began)
 
-    def _observe(self, rows: Sequence[tuple[WaitingRow, ScoringRow]], seconds: float, began: float) -> None:
-        if self._observer is None:
-            return
-        kept = sum(scoring.kept.length for _, scoring in rows if scoring.kept is not None)
-        tokens = sum(row.tokens for row, _ in rows) - kept
-        self._observer.passed(rows=len(rows), tokens=tokens, kept_tokens=kept, seconds=seconds)
-        for row, _ in rows:
-            self._observer.waited(began - row.request.arrived)
+    def _observe(self, scheduled: Sequence[Scheduled], began: float) -> None:
+        if self._observer is not None:
+            self._observer.on_pass(
+                rows=len(scheduled),
+                tokens=sum(row.uncached_tokens for _, row in scheduled),
+                cached_tokens=sum(row.cached_tokens for _, row in scheduled),
+                seconds=self._last_pass_ended_at - began,
+                waits=[began - request.arrived_at for request, _ in scheduled],
+            )

@@ -1,10 +1,11 @@
-"""Models that are held, and how each shall be: merged while it has much of its base's requests, shared otherwise.
+"""The pool's entries, and the placement of each: merged while it has much of its base model's traffic, else shared.
 
-It does NOT load, count bytes or know threads: whoever asks holds the pool's lock.
+Not thread-safe: the pool calls everything here under its lock.
 """
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
 from concurrent.futures import Future
@@ -12,81 +13,84 @@ from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from heft_engine.serving.demand import Demand
-from heft_engine.serving.loaded_base import Kind
-from heft_engine.serving.predictor import Predictor
+from heft_engine.serving.loaded_base import BaseKey, Kind, LoadedModel
 
-#: Shares of its base's requests from which a model is hot, and below which it has cooled down.
-HOT, COOL = 0.25, 0.05
-#: Requests of the last minute on a base before shares mean anything.
-ENOUGH = 16
+#: Shares of a base model's requests above which a model is merged, and below which it is shared again.
+MERGE_SHARE, UNMERGE_SHARE = 0.25, 0.05
+#: Recent requests on a base model below which shares mean nothing.
+MIN_REQUESTS = 16
+#: Time after which a request counts 1/e.
+DECAY_SECONDS = 60.0
 
-#: Gives the folder of a bundle, for as long as it is read.
+#: Gives a bundle's directory for as long as it is read.
 Fetch = Callable[[], AbstractContextManager[Path]]
 
 
-@dataclass(frozen=True, kw_only=True)
-class Held:
-    predictor: Predictor
-    kind: Kind
-    base: Hashable
-    memory_bytes: int
+class RequestRate:
+    """An exponentially decaying count of requests: those of about the last minute."""
+
+    def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
+        self._clock = clock
+        self._count = 0.0
+        self._counted_at = clock()
+
+    def add(self, requests: float = 1.0) -> None:
+        self._count = self.value + requests
+        self._counted_at = self._clock()
+
+    @property
+    def value(self) -> float:
+        return self._count * math.exp(-(self._clock() - self._counted_at) / DECAY_SECONDS)
 
 
 @dataclass(eq=False)
-class Entry:
-    """A model that is held, or on its way: `held` is waited for, `now` is what there is."""
+class PoolEntry:
+    """A model in the pool, loaded or being loaded. Callers wait for `future`; `loaded` is what is in memory."""
 
-    load: Callable[[], Held]
-    fetch: Fetch | None
-    held: Future[Held] = field(default_factory=Future)
-    now: Held | None = None
-    #: What it stands on, as soon as that is known.
-    base: Hashable = None
+    load: Callable[[], LoadedModel]
+    fetch: Fetch | None = None  #: None for a base model
+    future: Future[LoadedModel] = field(default_factory=Future)
+    loaded: LoadedModel | None = None
+    base: BaseKey | None = None  #: known before the model is loaded
     users: int = 0
     used_at: float = field(default_factory=time.monotonic)
-    demand: Demand = field(default_factory=Demand)
-    is_changing: bool = False
-    forgotten: bool = False
-    #: Its probe rows did not agree unmerged.
-    only_merged: bool = False
-    #: A change that failed is not tried again at once.
-    no_change_before: float = 0.0
+    rate: RequestRate = field(default_factory=RequestRate)
+    is_reloading: bool = False
+    is_removed: bool = False  #: leaves the pool once it is idle
+    only_merged: bool = False  #: its probe rows did not agree unmerged
+    reload_after: float = 0.0  #: monotonic; a reload that failed is not tried again at once
 
-    def stand(self, held: Held) -> None:
-        """From now on it is held so."""
-        future: Future[Held] = Future() if self.held.done() else self.held
-        self.now = held
-        future.set_result(held)
-        self.held = future
+    def set_loaded(self, model: LoadedModel) -> None:
+        """Uses `model` from now on, in place of the one before it."""
+        future: Future[LoadedModel] = Future() if self.future.done() else self.future
+        self.loaded = model
+        future.set_result(model)
+        self.future = future
 
     @property
     def memory_bytes(self) -> int:
-        """Its own, and what texts hold that are being written with layers of its own: a base counts those on it."""
-        held = self.now
-        if held is None:
-            return 0
-        return held.memory_bytes + (held.predictor.generator.memory_bytes if held.kind == "merged" else 0)
+        return self.loaded.memory_bytes if self.loaded is not None else 0
 
     @property
     def is_idle(self) -> bool:
-        return self.users == 0 and self.held.done() and not self.is_changing
+        return self.users == 0 and self.future.done() and not self.is_reloading
 
 
-def kind_at_first(entry: Entry, others: Sequence[Entry]) -> Kind:
-    """Of a model that is being loaded, beside those on its base."""
-    beside = sum(other.demand.now for other in others if other is not entry)
-    return "merged" if entry.demand.now >= HOT * (entry.demand.now + beside) else "shared"
+def first_placement(entry: PoolEntry, neighbours: Sequence[PoolEntry]) -> Kind:
+    """Returns how to load a model, given the models on its base model."""
+    others = sum(other.rate.value for other in neighbours if other is not entry)
+    return "merged" if entry.rate.value >= MERGE_SHARE * (entry.rate.value + others) else "shared"
 
 
-def changes(entries: Mapping[Hashable, Entry]) -> Iterator[tuple[Hashable, Kind]]:
-    """The models of one base that should be held otherwise."""
-    total = sum(entry.demand.now for entry in entries.values())
-    if total < ENOUGH:
+def placement_changes(entries: Mapping[Hashable, PoolEntry]) -> Iterator[tuple[Hashable, Kind]]:
+    """Yields the models of one base model that should be placed otherwise."""
+    total = sum(entry.rate.value for entry in entries.values())
+    if total < MIN_REQUESTS:
         return
     for name, entry in entries.items():
-        kind = entry.now.kind if entry.now is not None else None
-        if kind == "shared" and entry.demand.now >= HOT * total:
+        kind = entry.loaded.kind if entry.loaded is not None else None
+        share = entry.rate.value / total
+        if kind == "shared" and share >= MERGE_SHARE:
             yield name, "merged"
-        if kind == "merged" and entry.demand.now < COOL * total and not entry.only_merged:
+        if kind == "merged" and share < UNMERGE_SHARE and not entry.only_merged:
             yield name, "shared"

@@ -1,53 +1,56 @@
-"""Answers from a bundle: base + adapters merged, interventions in place, checked against the bundle's probe rows.
+"""A model in memory that answers rows: `load` for a bundle's model, `load_base` for a base model as it is.
 
-Template, labels, lengths and tokenizer come from the bundle and from nowhere else. It does NOT know queues or owners.
+Template, labels, lengths and tokenizer come from the bundle and from nowhere else.
 """
 
 from __future__ import annotations
 
 import itertools
-import threading
 import weakref
-from collections.abc import Callable, Hashable, Iterator, Sequence
-from concurrent.futures import Future
+from collections.abc import Callable, Hashable, Sequence
+from concurrent.futures import CancelledError, Future, InvalidStateError
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any, TypeVar
 
-import torch
+from transformers import PreTrainedTokenizerBase
 
+from heft_engine.bundle.assemble import assemble
 from heft_engine.bundle.format import Bundle, check_tokenizer, read_bundle
+from heft_engine.bundle.probe import check_probe
 from heft_engine.config.metric_names import TaskType
 from heft_engine.config.train import TaskSettings
 from heft_engine.data.encoding import Encoder, Example
 from heft_engine.data.rows import Row
 from heft_engine.data.task import Task
-from heft_engine.errors import BundleError
 from heft_engine.inference.model_variant import ModelVariant
-from heft_engine.inference.partition import TOKEN_BUDGET
 from heft_engine.inference.scoring import Scores
-from heft_engine.inference.scoring_pass import ScoringRow, score_rows
 from heft_engine.model.attention import IMPLEMENTATION
 from heft_engine.model.auto_settings import resolve_max_length
 from heft_engine.model.base_models import BaseModel, load_model, load_tokenizer, resolve
-from heft_engine.model.model_files import inspect, weights_hash
+from heft_engine.model.model_files import inspect
 from heft_engine.model.packed_lm import PackedLM
-from heft_engine.model.packing import micro_batches
 from heft_engine.runtime.devices import choose_device, choose_dtype
 from heft_engine.runtime.threads import run_in_short_lived_thread
-from heft_engine.serving.batcher import Batcher, Cancelled
-from heft_engine.serving.text_generator import Listener, TextDelta, TextGenerator, TextRequest
+from heft_engine.serving.batcher import Batcher
+from heft_engine.serving.text_generator import OnDelta, TextDelta, TextGenerator, TextRequest
 
-#: What keys and values of texts that are being written may hold, unless told otherwise.
+T = TypeVar("T")
+
+#: Default budget of the key/value cache for generated text.
 KEY_VALUE_BYTES = 1024**3
-#: Between two looks whether an answer is still wanted.
-_LOOK_SECONDS = 0.25
-_CALLS = itertools.count()
+#: Longest answer of a base model, in tokens; a bundle brings its own.
+_BASE_MAX_NEW_TOKENS = 64
+#: Interval at which a waiting call asks whether its answer is still needed.
+_POLL_SECONDS = 0.25
+_CALL_IDS = itertools.count()
 
 
 @dataclass(frozen=True, kw_only=True)
 class Prediction:
-    """One answer. Probabilities are softmax over the labels' float32 log-probabilities, divided by the temperature
-    that the model was calibrated with; None for generated text."""
+    """One answer. Probabilities are softmax(float32 log-probabilities of the labels / calibration temperature); None
+    for generated text."""
 
     answer: str
     probability: float | None
@@ -57,11 +60,10 @@ class Prediction:
 
 
 class Predictor:
-    """A model in memory that answers rows. Safe to call from several threads: whoever asks at the same time shares
-    forward passes.
+    """A model with its encoder. Safe to call from several threads: concurrent calls share forward passes.
 
-    `weights` may be a merged model's own or an unmerged one's on a shared base. `batcher` and `writer` may serve other
-    predictors too; by default each has its own.
+    `variant` is merged, or an adapter on a shared base model. Predictors may share a `batcher` and a `generator`; by
+    default each has its own.
     """
 
     def __init__(
@@ -80,7 +82,6 @@ class Predictor:
         self.encoder = encoder
         self.max_new_tokens = max_new_tokens
         self.temperature = temperature
-        #: Texts that are being written, for all who ask.
         self.generator = generator or TextGenerator(
             variant.lm, encoder.tokenizer, budget_bytes=key_value_bytes
         )
@@ -88,6 +89,29 @@ class Predictor:
             batcher = Batcher(prefix_bytes=prefix_bytes)
             weakref.finalize(self, batcher.close)
         self.batcher = batcher
+
+    @classmethod
+    def of_bundle(
+        cls, bundle: Bundle, variant: ModelVariant, tokenizer: PreTrainedTokenizerBase, **shared: Any
+    ) -> Predictor:
+        """Returns a bundle's predictor. `shared` are keyword arguments of the constructor."""
+        info = bundle.info
+        encoder = Encoder(tokenizer, Task.from_json(info.task), info.max_length)
+        return cls(variant, encoder, info.max_new_tokens, temperature=info.temperature, **shared)
+
+    @classmethod
+    def of_base(
+        cls,
+        model: BaseModel,
+        task: TaskType,
+        variant: ModelVariant,
+        tokenizer: PreTrainedTokenizerBase,
+        **shared: Any,
+    ) -> Predictor:
+        """Returns a base model's predictor, with the default template of `task`."""
+        max_length = resolve_max_length(None, inspect(model.path).max_position_embeddings)
+        encoder = Encoder(tokenizer, Task.resolve(TaskSettings(), task), max_length)
+        return cls(variant, encoder, _BASE_MAX_NEW_TOKENS, **shared)
 
     @property
     def lm(self) -> PackedLM:
@@ -99,7 +123,7 @@ class Predictor:
 
     @property
     def memory_bytes(self) -> int:
-        """What its parameters hold, and the texts that are being written."""
+        """Bytes of its parameters and of its key/value cache."""
         parameters = list(self.lm.model.parameters())
         for placed in self.lm.interventions:
             parameters += placed.intervention.parameters()
@@ -112,23 +136,37 @@ class Predictor:
         enabled: bool = True,
         scale: float = 1.0,
         owner: Hashable = None,
-        is_wanted: Callable[[], bool] = lambda: True,
+        is_active: Callable[[], bool] = lambda: True,
     ) -> list[Prediction]:
-        """Answers in the rows' order. `enabled` False or `scale` 0 leaves stage 2 out; h + scale·(Φ(h) − h) otherwise.
+        """Returns the rows' answers, in their order.
 
-        `owner`: whose prompts' beginnings may be kept for one another. `is_wanted` is asked now and then; when it says
-        no, the rest is left. Raises RowError for a row that does not fit the task or the length, Cancelled when it is
-        not wanted any more.
+        Interventions act as h + scale · (Φ(h) − h); `enabled=False` and `scale=0` leave them out. Cached prefixes are
+        shared between calls of the same `owner` alone. `is_active` is polled while the call waits. Raises RowError for
+        a row that fits neither the task nor the length, CancelledError once `is_active` returns False.
         """
         examples = [self.encoder.question(row) for row in rows]
         scale = scale if enabled else 0.0
         if self.task.type == "text":
-            return self._write(examples, scale, is_wanted)
+            return self._complete(examples, scale, is_active)
         future = self.batcher.submit(self.variant, examples, scale=scale, owner=owner)
-        scores = _wanted(future, is_wanted)
-        return [self._labelled(example, one) for example, one in zip(examples, scores, strict=True)]
+        scores = _wait(future, is_active)
+        return [self._label(example, row) for example, row in zip(examples, scores, strict=True)]
 
-    def _labelled(self, example: Example, scores: Scores) -> Prediction:
+    def generate(self, requests: Sequence[TextRequest], on_delta: OnDelta) -> None:
+        """Starts to generate texts, batched with those of other calls; `on_delta` is called on the batcher's thread.
+
+        Raises RowError when a request does not fit the key/value cache.
+        """
+        adapter = self.variant.adapter
+        self.generator.submit([replace(request, adapter=adapter) for request in requests], on_delta)
+        self.batcher.schedule(self.generator)
+
+    def cancel(self, request_id: Hashable) -> None:
+        """Ends a text early, without a further delta."""
+        self.generator.cancel(request_id)
+        self.batcher.schedule(self.generator)
+
+    def _label(self, example: Example, scores: Scores) -> Prediction:
         probabilities = dict(zip(example.labels, scores.probabilities_at(self.temperature), strict=True))
         answer = example.labels[scores.best]
         return Prediction(
@@ -139,89 +177,71 @@ class Predictor:
             completion_tokens=0,
         )
 
-    def generate(self, requests: Sequence[TextRequest], listener: Listener) -> None:
-        """Has texts written, beside the others; `listener` hears their pieces, on the passes' thread.
-
-        Raises RowError when one would never have room.
-        """
-        adapter = self.variant.adapter
-        self.generator.submit([replace(request, adapter=adapter) for request in requests], listener)
-        self.batcher.schedule(self.generator)
-
-    def cancel(self, request_id: Hashable) -> None:
-        """Lets a text go; its listener hears no more."""
-        self.generator.cancel(request_id)
-        self.batcher.schedule(self.generator)
-
-    def _write(
-        self, examples: Sequence[Example], scale: float, is_wanted: Callable[[], bool]
+    def _complete(
+        self, examples: Sequence[Example], scale: float, is_active: Callable[[], bool]
     ) -> list[Prediction]:
         texts = [_Text(example) for example in examples]
-        call, requests = next(_CALLS), []  # several calls write on one batch
-        for index, text in enumerate(texts):
-            tokens = min(self.max_new_tokens, self.encoder.max_length - len(text.example.prompt))
-            if tokens < 1:
-                text.is_whole.set()
-            else:
-                prompt = text.example.prompt
-                name = (call, index)
-                requests.append(TextRequest(id=name, prompt=prompt, max_tokens=tokens, scale=scale))
-        self.generate(requests, lambda name, piece: texts[name[1]].hear(piece))
+        call_id = next(_CALL_IDS)
+        requests = []
+        for index, example in enumerate(examples):
+            max_tokens = min(self.max_new_tokens, self.encoder.max_length - len(example.prompt))
+            if max_tokens < 1:
+                texts[index].finish()
+                continue
+            requests.append(
+                TextRequest(id=(call_id, index), prompt=example.prompt, max_tokens=max_tokens, scale=scale)
+            )
+        self.generate(requests, lambda request_id, delta: texts[request_id[1]].on_delta(delta))
         try:
-            for text in texts:
-                while not text.is_whole.wait(_LOOK_SECONDS):
-                    if not is_wanted():
-                        raise Cancelled
-        finally:
-            for index, text in enumerate(texts):
-                if not text.is_whole.is_set():
-                    self.cancel((call, index))
-        return [text.prediction() for text in texts]
-
-
-def _wanted(future: Future[list[Scores]], is_wanted: Callable[[], bool]) -> list[Scores]:
-    """What comes of it, as long as it is wanted. Raises Cancelled."""
-    while True:
-        try:
-            return future.result(_LOOK_SECONDS)
-        except TimeoutError:
-            if future.done():
-                return future.result()  # just now, or the pass's own fault
-            if not is_wanted():
-                future.cancel()
-                raise Cancelled from None
+            return [_wait(text.prediction, is_active) for text in texts]
+        except BaseException:
+            for request in requests:
+                self.cancel(request.id)
+            raise
 
 
 class _Text:
-    """One text as it is heard."""
+    """Joins a text's deltas into a prediction."""
 
     def __init__(self, example: Example) -> None:
-        self.example = example
-        self.is_whole = threading.Event()
-        self._pieces: list[str] = []
-        self._tokens = 0
-        self._fault: Exception | None = None
+        self.prediction: Future[Prediction] = Future()
+        self._prompt_tokens = len(example.prompt)
+        self._completion_tokens = 0
+        self._parts: list[str] = []
 
-    def hear(self, piece: TextDelta | Exception) -> None:
-        if isinstance(piece, Exception):
-            self._fault = piece
-        else:
-            self._pieces.append(piece.text)
-            self._tokens = piece.written
-        if isinstance(piece, Exception) or piece.finish is not None:
-            self.is_whole.set()
+    def on_delta(self, delta: TextDelta | Exception) -> None:
+        if isinstance(delta, Exception):
+            with suppress(InvalidStateError):  # the caller has cancelled
+                self.prediction.set_exception(delta)
+            return
+        self._parts.append(delta.text)
+        self._completion_tokens = delta.completion_tokens
+        if delta.finish_reason is not None:
+            self.finish()
 
-    def prediction(self) -> Prediction:
-        """Raises what went wrong."""
-        if self._fault is not None:
-            raise self._fault
-        return Prediction(
-            answer="".join(self._pieces),
+    def finish(self) -> None:
+        prediction = Prediction(
+            answer="".join(self._parts),
             probability=None,
             label_probabilities=None,
-            prompt_tokens=len(self.example.prompt),
-            completion_tokens=self._tokens,
+            prompt_tokens=self._prompt_tokens,
+            completion_tokens=self._completion_tokens,
         )
+        with suppress(InvalidStateError):
+            self.prediction.set_result(prediction)
+
+
+def _wait(future: Future[T], is_active: Callable[[], bool]) -> T:
+    """Returns the future's result. Raises CancelledError, and cancels it, once `is_active` returns False."""
+    while True:
+        try:
+            return future.result(_POLL_SECONDS)
+        except TimeoutError:
+            if future.done():
+                return future.result()  # just now, or the pass itself raised TimeoutError
+            if not is_active():
+                future.cancel()
+                raise CancelledError from None
 
 
 def load(
@@ -234,33 +254,28 @@ def load(
     prefix_bytes: int = 0,
     key_value_bytes: int = KEY_VALUE_BYTES,
 ) -> Predictor:
-    """A bundle's model, ready to answer.
+    """Loads a bundle's model.
 
-    `prefix_bytes`: what beginnings of prompts may hold that are kept for whoever repeats them; scores then agree to
-    rounding, and without to the bit. Raises BundleError when the bundle is damaged, when the base is another one, or
-    when the probe rows don't get the scores that training saw; ModelError when the base can't be had.
+    `prefix_bytes` is the budget of the prefix cache; with one, scores of a repeated prompt agree to rounding instead of
+    to the bit. Raises BundleError when the bundle is damaged, when it is for another base model, or when its probe rows
+    don't get the scores that training recorded; ModelError when the base model can't be loaded.
     """
     bundle = read_bundle(Path(bundle_dir))
     tokenizer = load_tokenizer(bundle.path / "tokenizer")
     check_tokenizer(bundle.info, tokenizer)
 
-    def checked() -> PackedLM:
+    def load_merged() -> ModelVariant:
         lm = assemble(
             bundle, model_dir=model_dir, cache_dir=cache_dir, allow_paths=allow_paths, device=device
         )
         lm.pack()
-        check_probe(bundle, ModelVariant(lm=lm, interventions=tuple(lm.interventions)))
-        return lm
+        variant = ModelVariant.of_merged(lm, scope="merged")
+        check_probe(bundle, variant)
+        return variant
 
-    lm = run_in_short_lived_thread(checked)
-    encoder = Encoder(tokenizer, Task.from_json(bundle.info.task), bundle.info.max_length)
-    return Predictor(
-        ModelVariant(lm=lm, interventions=tuple(lm.interventions), scope="merged"),
-        encoder,
-        bundle.info.max_new_tokens,
-        temperature=bundle.info.temperature,
-        prefix_bytes=prefix_bytes,
-        key_value_bytes=key_value_bytes,
+    variant = run_in_short_lived_thread(load_merged)
+    return Predictor.of_bundle(
+        bundle, variant, tokenizer, prefix_bytes=prefix_bytes, key_value_bytes=key_value_bytes
     )
 
 
@@ -275,81 +290,22 @@ def load_base(
     prefix_bytes: int = 0,
     key_value_bytes: int = KEY_VALUE_BYTES,
 ) -> Predictor:
-    """A base model as it is, asked with a task's default template. Raises ModelError."""
-    base = run_in_short_lived_thread(
-        lambda: resolve(reference, model_dir=model_dir, cache_dir=cache_dir, allow_paths=allow_paths)
+    """Loads a base model as it is, with a task's default template. Raises ModelError."""
+    device = choose_device(device)
+
+    def load_plain() -> tuple[BaseModel, PackedLM]:
+        model = resolve(reference, model_dir=model_dir, cache_dir=cache_dir, allow_paths=allow_paths)
+        dtype = choose_dtype("auto", device)
+        lm = PackedLM(load_model(model, dtype=dtype, device=device, attention=IMPLEMENTATION))
+        lm.pack()
+        return model, lm
+
+    model, lm = run_in_short_lived_thread(load_plain)
+    return Predictor.of_base(
+        model,
+        task,
+        ModelVariant(lm=lm, scope="base"),
+        load_tokenizer(model.path),
+        prefix_bytes=prefix_bytes,
+        key_value_bytes=key_value_bytes,
     )
-    where = device or choose_device()
-    dtype = choose_dtype("auto", where)
-    lm = run_in_short_lived_thread(
-        lambda: PackedLM(load_model(base, dtype=dtype, device=where, attention=IMPLEMENTATION))
-    )
-    run_in_short_lived_thread(lm.pack)
-    length = resolve_max_length(None, inspect(base.path).max_position_embeddings)
-    encoder = Encoder(load_tokenizer(base.path), Task.resolve(TaskSettings(), task), length)
-    variant = ModelVariant(lm=lm, scope="base")
-    return Predictor(
-        variant, encoder, max_new_tokens=64, prefix_bytes=prefix_bytes, key_value_bytes=key_value_bytes
-    )
-
-
-def assemble(
-    bundle: Bundle,
-    *,
-    model_dir: Path | None = None,
-    cache_dir: Path | None = None,
-    allow_paths: bool = True,
-    device: str | None = None,
-    dtype: torch.dtype | None = None,
-    base: BaseModel | None = None,
-) -> PackedLM:
-    """The merged model with its interventions, in the dtype it was trained in unless told otherwise. `base`: the
-    bundle's, where it has been looked up."""
-    if base is None:
-        base = base_of(bundle, model_dir=model_dir, cache_dir=cache_dir, allow_paths=allow_paths)
-    where = device or choose_device()
-    model = load_model(
-        base, dtype=dtype or getattr(torch, bundle.info.dtype), device=where, attention=IMPLEMENTATION
-    )
-    lm = PackedLM(model)
-    for adapter in bundle.adapters:
-        adapter.merge_into(lm.model)
-    for stored in bundle.interventions:
-        if not 0 <= stored.layer < lm.n_layers:
-            raise BundleError(f"the bundle's intervention at layer {stored.layer} is for a deeper model")
-        lm.interventions.add(stored.restore(lm.hidden_size))
-    return lm
-
-
-def base_of(
-    bundle: Bundle, *, model_dir: Path | None, cache_dir: Path | None, allow_paths: bool
-) -> BaseModel:
-    """The very base that a bundle was trained on. Raises BundleError when its weights differ, ModelError."""
-    record = bundle.info.base_model
-    reference = record.reference
-    if record.source == "hub" and record.revision:
-        reference = f"{reference.partition('@')[0]}@{record.revision}"  # the commit, where a branch was named
-    base = resolve(reference, model_dir=model_dir, cache_dir=cache_dir, allow_paths=allow_paths)
-    if weights_hash(base.path) != record.weights_sha256:
-        raise BundleError(f"{record.reference} is not the base this model was trained on: its weights differ")
-    return base
-
-
-def check_probe(bundle: Bundle, variant: ModelVariant) -> None:
-    """Raises BundleError when a probe row's score lies outside the tolerance stated in the bundle."""
-    rows = [ScoringRow(example=example, adapter=variant.adapter) for example in bundle.probe.examples]
-    found = [scores for part in _passes(rows) for scores in score_rows(variant.lm, part)]
-    for index, (scores, expected) in enumerate(zip(found, bundle.probe.scores, strict=True)):
-        worst = max(abs(a - b) for a, b in zip(scores.totals, expected, strict=True))
-        if not worst <= bundle.info.probe_tolerance:
-            raise BundleError(
-                f"probe row {index} scores {worst:.3g} away from what training saw (tolerance "
-                f"{bundle.info.probe_tolerance:.3g}): this is not the model that was trained"
-            )
-
-
-def _passes(rows: Sequence[ScoringRow]) -> Iterator[Sequence[ScoringRow]]:
-    start = 0
-    for part in micro_batches([row.example for row in rows], TOKEN_BUDGET):
-        yield rows[start : start + len(part)]
-        start += len(part)

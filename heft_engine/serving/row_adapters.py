@@ -21,6 +21,7 @@ from torch import Tensor, nn
 
 from heft_engine.adapters.lora.variants import row_norms
 from heft_engine.adapters.lora.weights import LoraWeights, weight_of
+from heft_engine.bundle.assemble import restore_interventions
 from heft_engine.bundle.format import StoredIntervention
 from heft_engine.config.train import parse_positions
 from heft_engine.data.encoding import intervened_positions
@@ -62,11 +63,7 @@ class UnmergedModel:
         self._stages = [
             _stage(lm, adapter, weights, followed=index < last_dora) for index, adapter in enumerate(adapters)
         ]
-        self.interventions: list[PlacedIntervention] = []
-        for stored in interventions:
-            if not 0 <= stored.layer < lm.n_layers:
-                raise BundleError(f"the bundle's intervention at layer {stored.layer} is for a deeper model")
-            self.interventions.append(stored.restore(lm.hidden_size))
+        self.interventions = restore_interventions(interventions, lm)
         self._by_layer: dict[int, list[PlacedIntervention]] = {}
         for placed in self.interventions:
             self._by_layer.setdefault(placed.layer, []).append(placed)

@@ -1,125 +1,63 @@
-"""Text for many requests at once: tokens from a decode batch become pieces of text, told as soon as they are certain.
+"""Streamed text for many requests at once: sampled tokens become text deltas as soon as their text is certain.
 
-Requests come and go from any thread; one thread at a time takes turns (`turn`), each of which is one pass for all. It
-does NOT know rows, templates or who runs the turns.
+Requests are submitted and cancelled from any thread; one thread at a time calls `step`.
 """
 
 from __future__ import annotations
 
 import threading
 from collections.abc import Callable, Hashable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 from transformers import PreTrainedTokenizerBase
 
 from heft_engine.errors import RowError
-from heft_engine.inference.decode_batch import DecodeBatch, DecodeRequest, NewToken
+from heft_engine.inference.decode_batch import DecodeBatch, DecodeRequest
 from heft_engine.inference.detokenizer import Detokenizer, Vocabulary
 from heft_engine.inference.greedy import eos_token_ids
 from heft_engine.inference.sampling import SampledToken
 from heft_engine.inference.scheduler import DecodeScheduler
-from heft_engine.inference.stop_strings import Stops
+from heft_engine.inference.stop_strings import StopStringFilter
 from heft_engine.model.packed_lm import PackedLM
 
-#: stop: the model ended its answer, or a stop string came. length: `max_tokens` were written.
-Finish = Literal["stop", "length"]
+#: stop: an EOS token or a stop string. length: `max_tokens` were generated.
+FinishReason = Literal["stop", "length"]
 
 
 @dataclass(frozen=True, kw_only=True)
 class TextRequest(DecodeRequest):
-    """A prompt and how its text is to be written. `stop`: strings that end it and are not told."""
+    """A prompt and how to continue it. `stop`: strings that end the text and are left out."""
 
     stop: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True, kw_only=True)
 class TokenLogprobs:
-    """One token with its log-probability, and the likeliest ones in its place. `offset`: characters before it."""
+    """A token's log-probability and those of its likeliest alternatives. `text_offset`: characters before it."""
 
-    spelling: bytes
+    token_bytes: bytes
     logprob: float
-    top: tuple[tuple[bytes, float], ...]
-    offset: int
+    top_logprobs: tuple[tuple[bytes, float], ...]
+    text_offset: int
 
 
 @dataclass(frozen=True, kw_only=True)
 class TextDelta:
-    """The next of one text. `tokens` only where log-probabilities were asked for; `written` counts all so far."""
+    """The next part of a text. `tokens` is empty without `top_logprobs`; `completion_tokens` counts all so far."""
 
     text: str
     tokens: tuple[TokenLogprobs, ...] = ()
-    finish: Finish | None = None
-    written: int = 0
+    finish_reason: FinishReason | None = None
+    completion_tokens: int = 0
 
 
-#: Told a request's id and its next piece; or, once and last, why there will be no more.
-Listener = Callable[[Any, TextDelta | Exception], None]
-
-
-class _Writer:
-    """One text. Ends with `finish`."""
-
-    def __init__(
-        self,
-        request: TextRequest,
-        listener: Listener,
-        tokenizer: PreTrainedTokenizerBase,
-        eos: frozenset[int],
-    ) -> None:
-        self.request = request
-        self.listener = listener
-        self._eos = eos
-        self._vocabulary = Vocabulary(tokenizer)
-        self._detokenizer = Detokenizer(tokenizer)
-        self._stops = Stops(request.stop)
-        self._written = 0
-        self._certain = 0  #: characters that the detokenizer has given
-        self._told = 0
-        self._held: list[TokenLogprobs] = []
-
-    def take(self, choice: SampledToken) -> TextDelta:
-        """What is to be told after one more token."""
-        if choice.token in self._eos:
-            return self._end("stop", self._detokenizer.flush())
-        self._written += 1
-        if choice.logprob is not None:
-            self._held.append(self._with_logprobs(choice, choice.logprob))
-        text = self._detokenizer.push(choice.token)
-        if self._written >= self.request.max_tokens:
-            return self._end("length", text + self._detokenizer.flush())
-        told = self._push(text)
-        return self._piece(told, "stop" if self._stops.is_hit else None)
-
-    def _push(self, text: str) -> str:
-        self._certain += len(text)
-        return self._stops.push(text)
-
-    def _end(self, finish: Finish, text: str) -> TextDelta:
-        told = self._push(text)
-        if self._stops.is_hit:
-            return self._piece(told, "stop")
-        told += self._stops.flush()
-        self._told += len(told)
-        return TextDelta(text=told, tokens=tuple(self._held), finish=finish, written=self._written)
-
-    def _piece(self, told: str, finish: Finish | None) -> TextDelta:
-        self._told += len(told)
-        ready = [token for token in self._held if token.offset < self._told]
-        self._held = self._held[len(ready) :]
-        return TextDelta(text=told, tokens=tuple(ready), finish=finish, written=self._written)
-
-    def _with_logprobs(self, choice: SampledToken, logprob: float) -> TokenLogprobs:
-        return TokenLogprobs(
-            spelling=self._vocabulary.bytes_of(choice.token),
-            logprob=logprob,
-            top=tuple((self._vocabulary.bytes_of(token), value) for token, value in choice.top),
-            offset=self._certain,
-        )
+#: Called with a request's id and its next delta; or, as the last call, with the exception that ended it.
+OnDelta = Callable[[Any, TextDelta | Exception], None]
 
 
 class TextGenerator:
-    """Writes texts with one model. `budget_bytes` is for keys and values; who does not fit waits."""
+    """Generates texts with one model. Requests wait while their keys and values don't fit `budget_bytes`."""
 
     def __init__(self, lm: PackedLM, tokenizer: PreTrainedTokenizerBase, *, budget_bytes: int) -> None:
         self._tokenizer = tokenizer
@@ -127,86 +65,150 @@ class TextGenerator:
         self._batch = DecodeBatch(lm, budget_bytes=budget_bytes)
         self._scheduler = DecodeScheduler(self._batch)
         self._lock = threading.Lock()
-        self._arrived: list[_Writer] = []
+        self._submitted: list[_TextStream] = []
         self._cancelled: set[Hashable] = set()
-        self._writers: dict[Hashable, _Writer] = {}
+        self._streams: dict[Hashable, _TextStream] = {}
 
     @property
     def is_busy(self) -> bool:
-        """Whether a turn would do something."""
+        """Whether `step` would do something."""
         with self._lock:
-            return bool(self._arrived or self._cancelled or self._writers)
+            return bool(self._submitted or self._cancelled or self._streams)
 
     @property
     def memory_bytes(self) -> int:
-        """What keys and values hold."""
+        """Bytes of the key/value cache now."""
         return self._batch.allocated_bytes
 
-    def submit(self, requests: Sequence[TextRequest], listener: Listener) -> None:
-        """Takes requests in; their text goes to `listener`, called by whoever takes turns.
+    def submit(self, requests: Sequence[TextRequest], on_delta: OnDelta) -> None:
+        """Queues requests; `on_delta` is called from within `step`.
 
-        Raises RowError, and takes none, when the keys and values of one would never have room.
+        Raises RowError, and queues none, when one does not fit the key/value cache.
         """
         for request in requests:
             needed = self._batch.bytes_for(request)
             if needed > self._batch.budget_bytes:
                 raise RowError(
-                    f"{request.kept_tokens} tokens need {needed:,} bytes of keys and values, and there are "
+                    f"{request.max_cached_tokens} tokens need {needed:,} bytes of keys and values, and there are "
                     f"{self._batch.budget_bytes:,}: ask for fewer max_tokens",
                     param="max_tokens",
                 )
-        ends = eos_token_ids(self._lm, self._tokenizer)
-        writers = [_Writer(request, listener, self._tokenizer, ends) for request in requests]
+        eos_tokens = eos_token_ids(self._lm, self._tokenizer)
+        streams = [_TextStream(request, on_delta, self._tokenizer, eos_tokens) for request in requests]
         with self._lock:
-            self._arrived += writers
+            self._submitted += streams
 
     def cancel(self, request_id: Hashable) -> None:
-        """Lets a text go before the next pass; its listener hears no more. One that has ended is none."""
+        """Removes a request before the next pass, without a further delta. An unknown id is ignored."""
         with self._lock:
             self._cancelled.add(request_id)
 
     def step(self) -> None:
-        """One pass. When it fails, everyone who waits is told why, and all are let go."""
-        self._take_in()
+        """Runs one pass. If it raises, every request has been told and removed."""
+        self._take_submitted()
         try:
-            for new in self._scheduler.step():
-                self._tell(new)
-        except Exception as fault:
-            self._end_all(fault)
+            for request_id, token in self._scheduler.step().items():
+                stream = self._streams[request_id]
+                delta = stream.append(token)
+                if delta.finish_reason is not None:
+                    self._remove(request_id)
+                if delta.text or delta.tokens or delta.finish_reason is not None:
+                    stream.on_delta(request_id, delta)
+        except Exception as error:
+            self._fail_all(error)
             raise
 
-    def fail(self, fault: Exception) -> None:
-        """Tells everyone who waits that there will be no more turns."""
-        self._take_in()
-        self._end_all(fault)
+    def fail(self, error: Exception) -> None:
+        """Ends every request with `error`: no step will follow."""
+        self._take_submitted()
+        self._fail_all(error)
 
-    def _end_all(self, fault: Exception) -> None:
+    def _fail_all(self, error: Exception) -> None:
         with self._lock:
-            writers, self._writers = list(self._writers.values()), {}
+            streams, self._streams = self._streams, {}
         # A pass that failed half-way may have left its slots in any state.
         self._scheduler.clear()
-        for writer in writers:
-            writer.listener(writer.request.id, fault)
+        for request_id, stream in streams.items():
+            stream.on_delta(request_id, error)
 
-    def _take_in(self) -> None:
+    def _take_submitted(self) -> None:
         with self._lock:
-            arrived, self._arrived = self._arrived, []
             cancelled, self._cancelled = self._cancelled, set()
-            wanted = [writer for writer in arrived if writer.request.id not in cancelled]
-            self._writers |= {writer.request.id: writer for writer in wanted}
-        self._scheduler.add([writer.request for writer in wanted])
+            submitted = [stream for stream in self._submitted if stream.request.id not in cancelled]
+            self._submitted = []
+            self._streams |= {stream.request.id: stream for stream in submitted}
+        self._scheduler.add([stream.request for stream in submitted])
         for request_id in cancelled:
-            self._let_go(request_id)
+            self._remove(request_id)
 
-    def _tell(self, new: NewToken) -> None:
-        writer = self._writers[new.id]
-        piece = writer.take(new.choice)
-        if piece.finish is not None:
-            self._let_go(new.id)
-        if piece.text or piece.tokens or piece.finish is not None:
-            writer.listener(new.id, piece)
-
-    def _let_go(self, request_id: Hashable) -> None:
+    def _remove(self, request_id: Hashable) -> None:
         self._scheduler.abort(request_id)
         with self._lock:
-            self._writers.pop(request_id, None)
+            self._streams.pop(request_id, None)
+
+
+class _TextStream:
+    """Turns one request's tokens into deltas: detokenised, cut at stop strings."""
+
+    def __init__(
+        self,
+        request: TextRequest,
+        on_delta: OnDelta,
+        tokenizer: PreTrainedTokenizerBase,
+        eos_tokens: frozenset[int],
+    ) -> None:
+        self.request = request
+        self.on_delta = on_delta
+        self._eos_tokens = eos_tokens
+        self._vocabulary = Vocabulary(tokenizer)
+        self._detokenizer = Detokenizer(tokenizer)
+        self._stop_strings = StopStringFilter(request.stop)
+        self._completion_tokens = 0
+        self._decoded_characters = 0
+        self._emitted_characters = 0
+        self._pending: list[TokenLogprobs] = []  #: tokens whose text is not emitted yet
+
+    def append(self, sampled: SampledToken) -> TextDelta:
+        """Returns what one more token adds to the text; the last delta has a finish reason."""
+        if sampled.token in self._eos_tokens:
+            return self._finish("stop", self._detokenizer.flush())
+        self._completion_tokens += 1
+        if sampled.logprob is not None:
+            self._pending.append(self._logprobs(sampled, sampled.logprob))
+        text = self._detokenizer.push(sampled.token)
+        if self._completion_tokens >= self.request.max_tokens:
+            return self._finish("length", text + self._detokenizer.flush())
+        text = self._filter(text)
+        return self._delta(text, "stop" if self._stop_strings.is_matched else None)
+
+    def _finish(self, reason: FinishReason, text: str) -> TextDelta:
+        text = self._filter(text)
+        if self._stop_strings.is_matched:
+            return self._delta(text, "stop")
+        delta = self._delta(text + self._stop_strings.flush(), reason)
+        # The last tokens may have no text of their own.
+        return replace(delta, tokens=(*delta.tokens, *self._pending))
+
+    def _filter(self, text: str) -> str:
+        self._decoded_characters += len(text)
+        return self._stop_strings.push(text)
+
+    def _delta(self, text: str, reason: FinishReason | None) -> TextDelta:
+        self._emitted_characters += len(text)
+        tokens = [token for token in self._pending if token.text_offset < self._emitted_characters]
+        self._pending = self._pending[len(tokens) :]
+        return TextDelta(
+            text=text,
+            tokens=tuple(tokens),
+            finish_reason=reason,
+            completion_tokens=self._completion_tokens,
+        )
+
+    def _logprobs(self, sampled: SampledToken, logprob: float) -> TokenLogprobs:
+        bytes_of = self._vocabulary.bytes_of
+        return TokenLogprobs(
+            token_bytes=bytes_of(sampled.token),
+            logprob=logprob,
+            top_logprobs=tuple((bytes_of(token), value) for token, value in sampled.top_logprobs),
+            text_offset=self._decoded_characters,
+        )

@@ -84,8 +84,8 @@ class Generation:
                 if isinstance(piece, Exception):
                     raise piece
                 _add(parts, index, piece)
-                written[index] = piece.written
-                if piece.finish is not None:
+                written[index] = piece.completion_tokens
+                if piece.finish_reason is not None:
                     unfinished.discard(index)
             if message["stream"] or not unfinished:
                 reply = GenerateReply(
@@ -133,11 +133,11 @@ def _add(parts: dict[int, GeneratedPart], index: int, piece: TextDelta) -> None:
     part["text"] += piece.text
     part["tokens"] += [
         GeneratedToken(
-            bytes=list(token.spelling),
+            bytes=list(token.token_bytes),
             logprob=token.logprob,
-            top=[TopToken(bytes=list(spelling), logprob=value) for spelling, value in token.top],
-            offset=token.offset,
+            top=[TopToken(bytes=list(spelling), logprob=value) for spelling, value in token.top_logprobs],
+            offset=token.text_offset,
         )
         for token in piece.tokens
     ]
-    part["finish_reason"] = piece.finish
+    part["finish_reason"] = piece.finish_reason

@@ -5,7 +5,7 @@ The text expires with its worker. It does NOT know how answers are made: whoever
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from importlib.metadata import version
 
 from prometheus_client import (
@@ -100,18 +100,18 @@ class InferenceMetrics:
     def dropped(self) -> None:
         self._dropped.inc()
 
-    def passed(self, *, rows: int, tokens: int, kept_tokens: int, seconds: float) -> None:
-        """A forward pass has run over so many tokens; so many more were there from earlier ones."""
+    def on_pass(
+        self, *, rows: int, tokens: int, cached_tokens: int, seconds: float, waits: Sequence[float]
+    ) -> None:
+        """Counts a scoring pass (heft_engine.serving.batcher.Observer)."""
         self._batch_rows.observe(rows)
         self._batch_tokens.observe(tokens)
         self._batch_seconds.observe(seconds)
         self._tokens.inc(tokens)
-        self._prefix.labels("hit").inc(kept_tokens)
+        self._prefix.labels("hit").inc(cached_tokens)
         self._prefix.labels("miss").inc(tokens)
-
-    def waited(self, seconds: float) -> None:
-        """A row's wait for room in a pass."""
-        self._waited.observe(seconds)
+        for wait in waits:
+            self._waited.observe(wait)
 
     def held(self, kind: str, count: int, bytes: int) -> None:
         """Models in memory now, of one kind: `merged`, `shared`, `base`."""

@@ -13,6 +13,7 @@ import shutil
 import tempfile
 import time
 from collections.abc import Iterator, Sequence
+from concurrent.futures import CancelledError
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import asdict
 from pathlib import Path
@@ -28,7 +29,6 @@ from heft_engine.config.metric_names import TaskType
 from heft_engine.data.rows import Row, infer_task, parse_row
 from heft_engine.errors import EngineError, ModelError, RowError
 from heft_engine.runtime import malloc
-from heft_engine.serving import batcher as batching
 from heft_engine.serving.batcher import Batcher
 from heft_engine.serving.model_pool import ModelPool
 from heft_engine.serving.predictor import Predictor
@@ -124,7 +124,7 @@ class Inference:
 
         Not more often than it is asked for: the next passes have to get theirs anew.
         """
-        worked_at = self.batcher.worked_at
+        worked_at = self.batcher.last_active_at
         rests = self._gave_back_at < worked_at < time.monotonic() - _REST_SECONDS
         if self._have_left or rests:
             self._gave_back_at, self._have_left = time.monotonic(), False
@@ -139,7 +139,7 @@ class Inference:
 
     def count_models(self) -> None:
         """Tell the metrics what is in memory."""
-        for kind, (count, size) in self.pool.kinds().items():
+        for kind, (count, size) in self.pool.usage().items():
             self._metrics.held(kind, count, size)
 
     def fine_tuned(self) -> list[str]:
@@ -148,7 +148,7 @@ class Inference:
 
     def forget(self, model_id: str) -> None:
         """Put a model away, after the answers that are under way."""
-        self.pool.forget(model_id)
+        self.pool.remove(model_id)
 
     def _answer(self, message: PredictMessage) -> None:
         request_id = message["request_id"]
@@ -182,9 +182,9 @@ class Inference:
                     enabled=intervention["enabled"],
                     scale=intervention["scale"],
                     owner=model["owner"],
-                    is_wanted=lambda: self._is_active(message),
+                    is_active=lambda: self._is_active(message),
                 )
-            except batching.Cancelled as left:
+            except CancelledError as left:
                 raise RequestAbandoned from left
         return [cast(PredictedRow, asdict(answer)) for answer in answers]
 

@@ -115,7 +115,7 @@ def test_text_is_written_up_to_eos_or_as_far_as_it_may_go(tiny_llama_dir: Path, 
     encoder = predictor.encoder
     assert predictor.max_new_tokens == 64
     (answer,) = predictor.predict(asked)
-    (tokens,) = generate(predictor.lm, [encoder.question(asked[0])], ends={-1}, max_new_tokens=[64])
+    (tokens,) = generate(predictor.lm, [encoder.question(asked[0])], eos_tokens={-1}, max_new_tokens=[64])
     assert answer.answer == encoder.tokenizer.decode(tokens)
     assert answer.completion_tokens == 64
     assert (answer.probability, answer.label_probabilities) == (None, None)
@@ -177,8 +177,8 @@ def test_a_changed_adapter_fails_the_probe(bundle: Path) -> None:
     ("changes", "match"),
     [
         ({"layer": 1}, "not the model that was trained"),
-        ({"layer": 4}, "for a deeper model"),
-        ({"layer": -1}, "for a deeper model"),
+        ({"layer": 4}, "has 4 layers"),
+        ({"layer": -1}, "has 4 layers"),
         ({"rank": 3}, "is not for hidden size 32"),
         ({"positions": "f1"}, "not the model that was trained"),
         ({"positions": "middle"}, "can't be read: positions must have the form"),

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import replace
 from functools import cache
 from pathlib import Path
 
@@ -19,7 +18,7 @@ from heft_engine.cpu.amx import AmxOps
 from heft_engine.cpu.packed_weights import bytes_to_pack
 from heft_engine.data.encoding import Example
 from heft_engine.inference.model_variant import ModelVariant
-from heft_engine.inference.prefix_cache import PrefixCache, chain, reach
+from heft_engine.inference.prefix_cache import PrefixCache, prefix_hashes
 from heft_engine.inference.scoring import Scores, score
 from heft_engine.inference.scoring_pass import ScoringRow, score_rows
 from heft_engine.serving.row_adapters import adapt_rows
@@ -113,12 +112,12 @@ def test_a_kept_prefix_changes_no_bit(
         answers: list[Scores] = []
         for some in (asked[:1], asked[1:]):
             rows = [row(weights, one, kept) for one in some]
-            assert kept is None or some is not asked[1:] or all(one.skipped >= 64 for one in rows)
-            answers += score_rows(weights.lm, rows, kept)
+            assert kept is None or some is not asked[1:] or all(one.cached_tokens >= 64 for one in rows)
+            answers += score_rows(rows, kept)
         return answers
 
     assert ask(cache) == ask(None)
-    assert cache.held_bytes
+    assert cache.used_bytes
 
 
 @pytest.mark.parametrize("family", QUICK)
@@ -130,13 +129,13 @@ def test_nor_does_it_for_unmerged_models(family: str, make_wide_model: Callable[
     asked = examples(6, prefix=tuple(range(100, 170)), longest=40)
     for each in (one for one in made if not any(a.magnitudes for a in one.adapters)):
         weights, cache = unmerged(base, each, str(id(each))), PrefixCache(2**24)
-        fresh = [replace(row(weights, one, None), adapter=weights.adapter) for one in asked]
-        score_rows(base, [replace(row(weights, asked[0], cache), adapter=weights.adapter)], cache)
-        kept = [replace(row(weights, one, cache), adapter=weights.adapter) for one in asked]
-        assert any(one.skipped for one in kept) or any(
+        fresh = [row(weights, one, None) for one in asked]
+        score_rows([row(weights, asked[0], cache)], cache)
+        kept = [row(weights, one, cache) for one in asked]
+        assert any(one.cached_tokens for one in kept) or any(
             "f" in stored.positions for stored in each.interventions
         )
-        assert score_rows(base, kept, cache) == score_rows(base, fresh)
+        assert score_rows(kept, cache) == score_rows(fresh)
 
 
 def test_what_a_broken_row_leaves_is_nobodys_prefix(make_wide_model: Callable[[str], Path]) -> None:
@@ -151,19 +150,18 @@ def test_what_a_broken_row_leaves_is_nobodys_prefix(make_wide_model: Callable[[s
         Example(prompt=(*common, *rest), answers=((7,), (8,)), labels=("a", "b"), gold=0)
         for rest in ((bad, *range(200, 230)), tuple(range(300, 330)))
     ]
-    alone = score_rows(weights.lm, [row(weights, asked[1], None)])
-    score_rows(weights.lm, [row(weights, asked[0], cache)], cache)
-    assert cache.held_bytes == 0
-    assert score_rows(weights.lm, [row(weights, asked[1], cache)], cache) == alone
-    assert cache.held_bytes
+    alone = score_rows([row(weights, asked[1], None)])
+    score_rows([row(weights, asked[0], cache)], cache)
+    assert cache.used_bytes == 0
+    assert score_rows([row(weights, asked[1], cache)], cache) == alone
+    assert cache.used_bytes
 
 
-def row(weights: ModelVariant, example: Example, kept: PrefixCache | None) -> ScoringRow:
-    if kept is None:
-        return ScoringRow(example=example)
-    end, depends = reach(weights.interventions, len(example.prompt), 1.0)
-    hashes = chain((weights.scope, depends), example.prompt, end)
-    return ScoringRow(example=example, scope=weights.scope, hashes=hashes, kept=kept.find(hashes))
+def row(variant: ModelVariant, example: Example, cache: PrefixCache | None) -> ScoringRow:
+    if cache is None:
+        return ScoringRow(example=example, variant=variant)
+    hashes = prefix_hashes(variant, example.prompt, scale=1.0, owner=None)
+    return ScoringRow(example=example, variant=variant, hashes=hashes, cached_prefix=cache.find(hashes))
 
 
 @pytest.mark.parametrize("family", QUICK)
@@ -176,13 +174,11 @@ def test_rows_of_many_models_score_as_alone_and_as_merged(
     made = models(base, suffixes=("q_proj", "o_proj", "gate_proj", "up_proj", "down_proj"))
     held = [unmerged(base, each) for each in made] + [ModelVariant(lm=base, scope="base")]
     asked = examples(len(held) * 2, longest=90)
-    mixed = [
-        ScoringRow(example=one, adapter=held[index % len(held)].adapter) for index, one in enumerate(asked)
-    ]
-    together = score_rows(base, mixed)
+    mixed = [ScoringRow(example=one, variant=held[index % len(held)]) for index, one in enumerate(asked)]
+    together = score_rows(mixed)
     for threads in (1, 3):
         torch.set_num_threads(threads)
-        assert [score_rows(base, [one])[0] for one in mixed] == together
+        assert [score_rows([one])[0] for one in mixed] == together
     gated: list[bool] = []
     run = AmxOps.gated_mlp
 
@@ -191,17 +187,15 @@ def test_rows_of_many_models_score_as_alone_and_as_merged(
         return run(*args)  # type: ignore[arg-type]
 
     monkeypatch.setattr(AmxOps, "gated_mlp", watched)
-    plain = [
-        one for one in mixed if one.adapter is not held[2].adapter and one.adapter is not held[3].adapter
-    ]
+    plain = [one for one in mixed if one.variant is not held[2] and one.variant is not held[3]]
     kept = [scores for one, scores in zip(mixed, together, strict=True) if one in plain]
-    assert score_rows(base, plain) == kept
+    assert score_rows(plain) == kept
     assert gated, "without DoRA, layers run in one go"
     for weights, each in zip(held, made, strict=False):
         twin = merged(base, each)
-        own = [one.example for one in mixed if one.adapter is weights.adapter]
+        own = [one.example for one in mixed if one.variant is weights]
         for one, other in zip(
-            score_rows(base, [ScoringRow(example=e, adapter=weights.adapter) for e in own]),
+            score_rows([ScoringRow(example=e, variant=weights) for e in own]),
             score(twin.lm, own),
             strict=True,
         ):

@@ -46,7 +46,7 @@ def test_a_run_measures_by_the_metrics_of_its_task(
 ) -> None:
     seen: list[Any] = []
 
-    def generate(lm: Any, examples: Any, *, ends: Any, max_new_tokens: list[int], **rest: Any) -> Any:
+    def generate(lm: Any, examples: Any, *, eos_tokens: Any, max_new_tokens: list[int], **rest: Any) -> Any:
         seen.append(max_new_tokens)
         # Right, right but for what leads there, and wrong.
         texts = [sums(3)[0]["completion"], "#### 1", "#### 7"]
@@ -87,8 +87,8 @@ def test_an_exact_match_that_cant_be_any_more_is_not_written_to_its_end(
     """The same verdict as when all is written, from fewer tokens."""
     generate, lengths, texts = evaluation_module.generate, [], []
 
-    def counting(*args: Any, is_enough: Any, **options: Any) -> Any:
-        short = generate(*args, is_enough=is_enough, **options)
+    def counting(*args: Any, should_stop: Any, **options: Any) -> Any:
+        short = generate(*args, should_stop=should_stop, **options)
         whole = generate(*args, **options)
         lengths.append((sum(map(len, short)), sum(map(len, whole))))
         texts.append([one[: len(other)] == other for one, other in zip(whole, short, strict=True)])
@@ -110,7 +110,7 @@ def test_what_is_measured_is_what_serving_writes(tiny_llama_dir: Path) -> None:
     encoder = Encoder(load_tokenizer(tiny_llama_dir), task)
     row = rows_of([{"prompt": "all of what the sky is", "completion": " blue"}])[0]
     (example,) = encoder.encode(row)
-    (whole,) = evaluation_module.generate(lm, [example], ends=(), max_new_tokens=[12])
+    (whole,) = evaluation_module.generate(lm, [example], eos_tokens=(), max_new_tokens=[12])
     end = whole[-1]
     model.generation_config.eos_token_id = [end]
     (written,) = evaluation_module._generated(lm, encoder, [example], ["any"], 12)

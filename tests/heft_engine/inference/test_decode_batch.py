@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Callable, Hashable, Sequence
+from collections.abc import Callable, Hashable, Mapping, Sequence
 from pathlib import Path
 
 import pytest
@@ -12,10 +12,10 @@ from tiny_models import FAMILIES
 from torch import Tensor
 
 from heft_engine.adapters.reft import LoreftIntervention
-from heft_engine.inference.decode_batch import DecodeBatch, DecodeRequest, NewToken
-from heft_engine.inference.kv_cache import CHUNK, capacity_for
+from heft_engine.inference.decode_batch import DecodeBatch, DecodeRequest
+from heft_engine.inference.kv_cache import SLOTS_PER_CHUNK, capacity_for
 from heft_engine.inference.sampling import SampledToken, SamplingParams
-from heft_engine.inference.scheduler import MOST_SEQUENCES, DecodeScheduler
+from heft_engine.inference.scheduler import MAX_SEQUENCES, DecodeScheduler
 from heft_engine.model import batch_invariant
 from heft_engine.model.attention import IMPLEMENTATION
 from heft_engine.model.base_models import load_model, resolve_path
@@ -63,11 +63,11 @@ class Written:
         self.most = {request.id: request.max_tokens for request in requests}
         self.tokens: dict[Hashable, list[SampledToken]] = {}
 
-    def take(self, new: Sequence[NewToken]) -> None:
-        for one in new:
-            self.tokens.setdefault(one.id, []).append(one.choice)
-            if len(self.tokens[one.id]) == self.most[one.id]:
-                self.batch.remove(one.id)
+    def take(self, new: Mapping[Hashable, SampledToken]) -> None:
+        for request_id, sampled in new.items():
+            self.tokens.setdefault(request_id, []).append(sampled)
+            if len(self.tokens[request_id]) == self.most[request_id]:
+                self.batch.remove(request_id)
 
 
 def alone(lm: PackedLM, requests: Sequence[DecodeRequest]) -> dict[Hashable, list[SampledToken]]:
@@ -76,9 +76,9 @@ def alone(lm: PackedLM, requests: Sequence[DecodeRequest]) -> dict[Hashable, lis
     for request in requests:
         batch = DecodeBatch(lm, budget_bytes=PLENTY)
         written = Written(batch, [request])
-        written.take(batch.join([request]))
+        written.take(batch.prefill([request]))
         while len(batch):
-            written.take(batch.step())
+            written.take(batch.decode())
         tokens |= written.tokens
     return tokens
 
@@ -96,14 +96,14 @@ def test_tokens_do_not_depend_on_who_joins_and_leaves(
     requests = [asked(name, length, sampling=EXACT) for name, length in enumerate(LENGTHS)]
     batch = DecodeBatch(lm, budget_bytes=PLENTY)
     written = Written(batch, requests)
-    written.take(batch.join(requests[:3]))
-    written.take(batch.step())
-    written.take(batch.join(requests[3:4]))
+    written.take(batch.prefill(requests[:3]))
+    written.take(batch.decode())
+    written.take(batch.prefill(requests[3:4]))
     batch.remove(1)
-    written.take(batch.step())
-    written.take(batch.join(requests[4:]))
+    written.take(batch.decode())
+    written.take(batch.prefill(requests[4:]))
     while len(batch):
-        written.take(batch.step())
+        written.take(batch.decode())
     expected = alone(lm, requests)
     expected[1] = expected[1][:2]  # it left before its end
     assert written.tokens == expected
@@ -117,9 +117,9 @@ def test_each_request_has_its_own_scale(llama: PackedLM) -> None:
     expected = alone(llama, named)
     batch = DecodeBatch(llama, budget_bytes=PLENTY)
     written = Written(batch, named)
-    written.take(batch.join(named))
+    written.take(batch.prefill(named))
     while len(batch):
-        written.take(batch.step())
+        written.take(batch.decode())
     assert written.tokens == expected
     assert len({choices[0].logprob for choices in expected.values()}) == 4, "a scale that changes nothing"
     with llama.interventions.disabled():
@@ -149,27 +149,27 @@ def test_keys_and_values_stay_within_their_budget(llama: PackedLM) -> None:
 
 
 def test_many_sequences_fill_several_chunks(llama: PackedLM) -> None:
-    requests = [asked(name, 4, max_tokens=2) for name in range(2 * CHUNK + 1)]
+    requests = [asked(name, 4, max_tokens=2) for name in range(2 * SLOTS_PER_CHUNK + 1)]
     scheduler = DecodeScheduler(DecodeBatch(llama, budget_bytes=PLENTY))
     scheduler.add(requests)
     written = Written(scheduler.batch, requests)
     while scheduler.is_busy:
         written.take(scheduler.step())
-    some = requests[:: CHUNK // 2]
+    some = requests[:: SLOTS_PER_CHUNK // 2]
     assert {one.id: written.tokens[one.id] for one in some} == alone(llama, some)
-    assert len(written.tokens) == len(requests) <= MOST_SEQUENCES
+    assert len(written.tokens) == len(requests) <= MAX_SEQUENCES
 
 
 def test_those_who_wait_and_those_who_are_written_alternate(llama: PackedLM) -> None:
     scheduler = DecodeScheduler(DecodeBatch(llama, budget_bytes=PLENTY))
     scheduler.add([asked(name, 1_500, max_tokens=9) for name in range(3)])
-    passes = [[one.id for one in scheduler.step()] for _ in range(6)]
+    passes = [list(scheduler.step()) for _ in range(6)]
     assert passes == [[0], [0], [1], [0, 1], [2], [0, 1, 2]]
 
 
 def test_a_prefill_that_fails_leaves_nothing(llama: PackedLM, monkeypatch: pytest.MonkeyPatch) -> None:
     batch = DecodeBatch(llama, budget_bytes=PLENTY)
-    first = batch.join([asked(0, 10)])
+    first = batch.prefill([asked(0, 10)])
     held = batch.allocated_bytes
 
     def fail(*_: object) -> None:
@@ -178,20 +178,20 @@ def test_a_prefill_that_fails_leaves_nothing(llama: PackedLM, monkeypatch: pytes
     with monkeypatch.context() as patch:
         patch.setattr(llama, "finish", fail)
         with pytest.raises(MemoryError):
-            batch.join([asked(1, 10)])
+            batch.prefill([asked(1, 10)])
     assert (len(batch), batch.allocated_bytes) == (1, held)
-    tokens = [first[0].choice, *(batch.step()[0].choice for _ in range(2))]
+    tokens = [first[0], *(batch.decode()[0] for _ in range(2))]
     assert tokens == alone(llama, [asked(0, 10)])[0][:3]
 
 
 def test_a_sequence_at_its_end_must_leave(llama: PackedLM) -> None:
     batch = DecodeBatch(llama, budget_bytes=PLENTY)
-    batch.join([asked(0, 10, max_tokens=1)])
-    with pytest.raises(ValueError, match="must leave"):
-        batch.step()
+    batch.prefill([asked(0, 10, max_tokens=1)])
+    with pytest.raises(ValueError, match="must be removed"):
+        batch.decode()
     batch.remove(0)
     batch.remove("nobody")
-    assert batch.step() == []
+    assert batch.decode() == {}
 
 
 def test_a_seed_means_the_same_tokens_whatever_is_beside(llama: PackedLM) -> None:
@@ -202,11 +202,11 @@ def test_a_seed_means_the_same_tokens_whatever_is_beside(llama: PackedLM) -> Non
     requests = [drawn(0, 3), drawn(1, 4), drawn(2, 3), drawn(3, None), asked(4, 12, max_tokens=3)]
     batch = DecodeBatch(llama, budget_bytes=PLENTY)
     written = Written(batch, requests)
-    written.take(batch.join(requests[:1]))
-    written.take(batch.step())
-    written.take(batch.join(requests[1:]))
+    written.take(batch.prefill(requests[:1]))
+    written.take(batch.decode())
+    written.take(batch.prefill(requests[1:]))
     while len(batch):
-        written.take(batch.step())
+        written.take(batch.decode())
     assert written.tokens[0] == written.tokens[2] == alone(llama, [drawn(0, 3)])[0]
     assert written.tokens[1] != written.tokens[0] != written.tokens[3]
 
@@ -230,8 +230,8 @@ def test_steps_multiply_in_blocks_of_fewer_rows(llama: PackedLM, monkeypatch: py
 
     monkeypatch.setattr(batch_invariant, "linear_in_blocks", linear)
     batch = DecodeBatch(llama, budget_bytes=PLENTY)
-    batch.join([asked(0, 12)])
+    batch.prefill([asked(0, 12)])
     assert set(seen) == {BLOCK_ROWS}
     seen.clear()
-    batch.step()
+    batch.decode()
     assert set(seen) == {STEP_ROWS}

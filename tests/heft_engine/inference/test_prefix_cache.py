@@ -17,7 +17,13 @@ from torch import Tensor
 
 from heft_engine.data.encoding import Example
 from heft_engine.inference.model_variant import ModelVariant
-from heft_engine.inference.prefix_cache import BLOCK, PrefixCache, chain, reach
+from heft_engine.inference.prefix_cache import (
+    BLOCK_TOKENS,
+    PrefixCache,
+    block_hashes,
+    prefix_hashes,
+    reusable_prefix,
+)
 from heft_engine.inference.scoring import Scores
 from heft_engine.inference.scoring_pass import ScoringRow, score_rows
 from heft_engine.model import attention, packing
@@ -29,32 +35,24 @@ MakeModel = Callable[[str], Path]
 PASSAGE = tuple(range(100, 170))
 
 
-def row(weights: ModelVariant, example: Example, cache: PrefixCache, scale: float = 1.0) -> ScoringRow:
-    """As the batcher makes it."""
-    end, depends = reach(weights.interventions, len(example.prompt), scale)
-    hashes = chain((weights.scope, depends), example.prompt, end)
+def row(variant: ModelVariant, example: Example, cache: PrefixCache, scale: float = 1.0) -> ScoringRow:
+    """Returns a row as the batcher makes it."""
+    hashes = prefix_hashes(variant, example.prompt, scale=scale, owner=None)
     return ScoringRow(
-        example=example,
-        scale=scale,
-        adapter=weights.adapter,
-        scope=weights.scope,
-        hashes=hashes,
-        kept=cache.find(hashes),
+        example=example, variant=variant, scale=scale, hashes=hashes, cached_prefix=cache.find(hashes)
     )
 
 
 def ask(
-    weights: ModelVariant, asked: Sequence[Example], cache: PrefixCache, scale: float = 1.0
+    variant: ModelVariant, asked: Sequence[Example], cache: PrefixCache, scale: float = 1.0
 ) -> tuple[list[Scores], list[int]]:
-    """Scores, and how many tokens of each were found."""
-    rows = [row(weights, example, cache, scale) for example in asked]
-    found = [each.kept.length if each.kept is not None else 0 for each in rows]
-    return score_rows(weights.lm, rows, cache), found
+    """Returns scores, and the cached tokens of each row."""
+    rows = [row(variant, example, cache, scale) for example in asked]
+    return score_rows(rows, cache), [each.cached_tokens for each in rows]
 
 
-def plain(weights: ModelVariant, asked: Sequence[Example], scale: float = 1.0) -> list[Scores]:
-    rows = [ScoringRow(example=each, adapter=weights.adapter, scale=scale) for each in asked]
-    return score_rows(weights.lm, rows)
+def plain(variant: ModelVariant, asked: Sequence[Example], scale: float = 1.0) -> list[Scores]:
+    return score_rows([ScoringRow(example=each, variant=variant, scale=scale) for each in asked])
 
 
 def same(one: Sequence[Scores], other: Sequence[Scores], tolerance: float = 2e-4) -> None:
@@ -68,25 +66,25 @@ def test_questions_on_one_passage_share_its_prefill(
     family: str, positions: str, make_tiny_model: MakeModel
 ) -> None:
     base = packed(make_tiny_model(family))
-    weights = merged(
+    variant = merged(
         base, Made([], [stored_intervention(base, 1, positions, 1), stored_intervention(base, 2, "l1", 2)])
     )
     cache = PrefixCache(2**24)
     asked = examples(5, prefix=PASSAGE, longest=40)
-    first, found = ask(weights, asked[:1], cache)
-    assert first == plain(weights, asked[:1])
+    first, found = ask(variant, asked[:1], cache)
+    assert first == plain(variant, asked[:1])
     assert found == [0]
-    rest, found = ask(weights, asked[1:], cache)
-    assert found == [len(PASSAGE) // BLOCK * BLOCK] * 4
-    same(rest, plain(weights, asked[1:]))
+    rest, found = ask(variant, asked[1:], cache)
+    assert found == [len(PASSAGE) // BLOCK_TOKENS * BLOCK_TOKENS] * 4
+    same(rest, plain(variant, asked[1:]))
     # Longer than what is kept, and longer again: they stand on one another.
     longer = [replace(each, prompt=(*each.prompt, *range(200, 260))) for each in asked]
-    _, found = ask(weights, longer, cache)
+    _, found = ask(variant, longer, cache)
     assert min(found) >= 64
     longest = [replace(each, prompt=(*each.prompt, *range(300, 330))) for each in longer]
-    again, found = ask(weights, longest, cache)
+    again, found = ask(variant, longest, cache)
     assert min(found) >= 112
-    same(again, plain(weights, longest))
+    same(again, plain(variant, longest))
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -94,11 +92,11 @@ def test_rows_on_one_passage_attend_to_it_together(
     family: str, make_tiny_model: MakeModel, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     base = packed(make_tiny_model(family))
-    weights = merged(base, Made([], [stored_intervention(base, 1, "l1", 1)]))
+    variant = merged(base, Made([], [stored_intervention(base, 1, "l1", 1)]))
     cache = PrefixCache(2**24)
     passages = (PASSAGE, tuple(range(300, 380)))
     asked = [one for prefix in passages for one in examples(9, prefix=prefix, longest=40)]
-    ask(weights, [asked[0], asked[9]], cache)
+    ask(variant, [asked[0], asked[9]], cache)
     # In turns, as two requests would bring them, with one that nobody has asked like it.
     mixed = [one for pair in zip(asked[1:9], asked[10:], strict=True) for one in pair]
     mixed.insert(3, examples(1, seed=5)[0])
@@ -111,17 +109,17 @@ def test_rows_on_one_passage_attend_to_it_together(
 
     with monkeypatch.context() as patch:
         patch.setattr(attention, "_masked", watch)
-        scores, found = ask(weights, mixed, cache)
+        scores, found = ask(variant, mixed, cache)
     assert sum(map(bool, found)) == 16
-    same(scores, plain(weights, mixed))
+    same(scores, plain(variant, mixed))
     several = [queries for queries, _ in sizes if queries > 41]
     assert len(several) >= 2 * base.n_layers, "none attended together"
     assert max(several) <= packing.TOGETHER
     longer = [replace(each, prompt=(*each.prompt, *range(200, 260))) for each in asked]
-    ask(weights, longer, cache)
-    again, found = ask(weights, longer, cache)
+    ask(variant, longer, cache)
+    again, found = ask(variant, longer, cache)
     assert min(found) > 100, "what rows that attended together have left is each one's own"
-    same(again, plain(weights, longer))
+    same(again, plain(variant, longer))
 
 
 def test_neighbours_make_one_run_if_they_go_on_alike() -> None:
@@ -151,12 +149,12 @@ def test_unmerged_models_find_their_own(tiny_llama_dir: Path) -> None:
         for seed in (1, 2)
     ]
     asked = examples(3, prefix=PASSAGE)
-    for weights in models:
-        assert ask(weights, asked[:1], cache)[1] == [0], "another model's keys and values were found"
-    for weights in models:
-        scores, found = ask(weights, asked[1:], cache)
+    for variant in models:
+        assert ask(variant, asked[:1], cache)[1] == [0], "another model's keys and values were found"
+    for variant in models:
+        scores, found = ask(variant, asked[1:], cache)
         assert min(found) == 64
-        same(scores, plain(weights, asked[1:]))
+        same(scores, plain(variant, asked[1:]))
 
 
 def test_behind_an_intervention_nothing_is_kept_and_the_scale_tells_f_positions_apart(
@@ -165,12 +163,12 @@ def test_behind_an_intervention_nothing_is_kept_and_the_scale_tells_f_positions_
     base = packed(tiny_llama_dir)
     asked = examples(2, prefix=PASSAGE)
     last = merged(base, Made([], [stored_intervention(base, 1, "l40", 1)]))
-    assert reach(last.interventions, 100, 1.0) == (60, None)
-    assert reach(last.interventions, 60, 1.0) == (30, None)  # clamped to half of the prompt
-    assert reach(last.interventions, 100, 0.0) == (99, None)
+    assert reusable_prefix(last.interventions, 100, 1.0) == (60, None)
+    assert reusable_prefix(last.interventions, 60, 1.0) == (30, None)  # clamped to half of the prompt
+    assert reusable_prefix(last.interventions, 100, 0.0) == (99, None)
     first = merged(base, Made([], [stored_intervention(base, 1, "f3", 1)]))
-    assert reach(first.interventions, 100, 0.5) == (99, (0.5, (3,)))
-    assert reach(first.interventions, 4, 0.5) == (3, (0.5, (2,)))
+    assert reusable_prefix(first.interventions, 100, 0.5) == (99, (0.5, (3,)))
+    assert reusable_prefix(first.interventions, 4, 0.5) == (3, (0.5, (2,)))
     cache = PrefixCache(2**24)
     for scale in (1.0, 0.5, 0.0):
         assert ask(first, asked[:1], cache, scale)[1] == [0]
@@ -181,23 +179,23 @@ def test_behind_an_intervention_nothing_is_kept_and_the_scale_tells_f_positions_
 
 def test_a_chain_of_hashes_says_scope_and_all_tokens_before() -> None:
     tokens = tuple(range(100))
-    hashes = chain("a", tokens, 99)
-    assert len(hashes) == 99 // BLOCK
-    assert chain("a", (*tokens[:40], 7, *tokens[41:]), 99)[:2] == hashes[:2]
-    changed = chain("a", (7, *tokens[1:]), 99)
+    hashes = block_hashes("a", tokens, 99)
+    assert len(hashes) == 99 // BLOCK_TOKENS
+    assert block_hashes("a", (*tokens[:40], 7, *tokens[41:]), 99)[:2] == hashes[:2]
+    changed = block_hashes("a", (7, *tokens[1:]), 99)
     assert not set(changed) & set(hashes)
-    assert not set(chain("b", tokens, 99)) & set(hashes)
-    assert chain("a", tokens, BLOCK - 1) == []
+    assert not set(block_hashes("b", tokens, 99)) & set(hashes)
+    assert block_hashes("a", tokens, BLOCK_TOKENS - 1) == []
 
 
 def filled(cache: PrefixCache, lm: PackedLM, prompts: Sequence[tuple[int, ...]], scope: str = "s") -> None:
-    weights = ModelVariant(lm=lm, scope=scope)
+    variant = ModelVariant(lm=lm, scope=scope)
     for prompt in prompts:
-        ask(weights, [Example(prompt=prompt, answers=((7,), (9,)), labels=("a", "b"), gold=None)], cache)
+        ask(variant, [Example(prompt=prompt, answers=((7,), (9,)), labels=("a", "b"), gold=None)], cache)
 
 
 def kept(cache: PrefixCache, prompt: tuple[int, ...], scope: str = "s") -> PrefixKV | None:
-    return cache.find(chain((scope, None), prompt, len(prompt) - 1))
+    return cache.find(block_hashes((None, scope, None), prompt, len(prompt) - 1))
 
 
 def test_the_longest_unused_goes_first_and_nothing_that_others_stand_on(tiny_llama_dir: Path) -> None:
@@ -206,7 +204,7 @@ def test_the_longest_unused_goes_first_and_nothing_that_others_stand_on(tiny_lla
     prompts = [tuple(range(start, start + 65)) for start in (10, 110, 210)]
     cache = PrefixCache(3 * 64 * a_token)
     filled(cache, lm, prompts)
-    assert cache.held_bytes == 3 * 64 * a_token
+    assert cache.used_bytes == 3 * 64 * a_token
     longer = (*prompts[0], *range(400, 450))
     filled(cache, lm, [longer])  # stands on the first, and pushes the second out
     assert kept(cache, prompts[1]) is None
@@ -214,7 +212,7 @@ def test_the_longest_unused_goes_first_and_nothing_that_others_stand_on(tiny_lla
     assert found is not None
     assert found.length == 112
     filled(cache, lm, [prompts[1], prompts[1][::-1]])
-    assert cache.held_bytes <= cache.budget_bytes
+    assert cache.used_bytes <= cache.budget_bytes
     for prompt in (longer, *prompts):
         chained = kept(cache, prompt)
         if chained is not None:
@@ -226,28 +224,28 @@ def test_a_forgotten_scope_leaves_no_bytes(tiny_llama_dir: Path) -> None:
     lm = packed(tiny_llama_dir)
     cache = PrefixCache(2**24)
     filled(cache, lm, [PASSAGE, (*PASSAGE, *PASSAGE)], scope="gone")
-    one = cache.held_bytes
+    one = cache.used_bytes
     filled(cache, lm, [PASSAGE], scope="stays")
-    assert cache.held_bytes > one
-    cache.forget("gone")
+    assert cache.used_bytes > one
+    cache.remove("gone")
     assert kept(cache, PASSAGE, "gone") is None
     assert kept(cache, PASSAGE, "stays") is not None
-    cache.forget("stays")
-    assert cache.held_bytes == 0
+    cache.remove("stays")
+    assert cache.used_bytes == 0
 
 
 def test_without_a_budget_nothing_is_kept(tiny_llama_dir: Path) -> None:
     lm = packed(tiny_llama_dir)
     cache = PrefixCache(100)
     filled(cache, lm, [PASSAGE])
-    assert cache.held_bytes == 0
+    assert cache.used_bytes == 0
     assert kept(cache, PASSAGE) is None
 
 
 def test_whatever_comes_and_goes_is_what_was_left(tiny_llama_dir: Path) -> None:
     """Long and short prompts with common beginnings, in a cache that is always too small."""
     lm = packed(tiny_llama_dir)
-    weights = ModelVariant(lm=lm, scope="s")
+    variant = ModelVariant(lm=lm, scope="s")
     cache = PrefixCache(lm.n_layers * 2 * 2 * 8 * 4 * 160)
     generator = torch.Generator().manual_seed(0)
     stems = [tuple(torch.randint(5, 600, (48,), generator=generator).tolist()) for _ in range(3)]
@@ -255,8 +253,8 @@ def test_whatever_comes_and_goes_is_what_was_left(tiny_llama_dir: Path) -> None:
     for one, two, three in itertools.product(range(3), repeat=3):
         prompt = (*stems[one], *stems[two], *stems[three][: 10 * three + 3])
         example = Example(prompt=prompt, answers=((7,), (9,)), labels=("a", "b"), gold=None)
-        scores, found = ask(weights, [example], cache)
-        same(scores, plain(weights, [example]))
+        scores, found = ask(variant, [example], cache)
+        same(scores, plain(variant, [example]))
         hits += sum(found)
-        assert cache.held_bytes <= cache.budget_bytes
+        assert cache.used_bytes <= cache.budget_bytes
     assert hits > 500

@@ -17,7 +17,7 @@ DRAWS = 4_000
 
 def shares(**settings: float) -> list[float]:
     sampler = Sampler(SamplingParams(seed=1, **settings))  # type: ignore[arg-type]
-    drawn = Counter(sampler.choose(LOGITS).token for _ in range(DRAWS))
+    drawn = Counter(sampler.sample(LOGITS).token for _ in range(DRAWS))
     return [drawn[token] / DRAWS for token in range(4)]
 
 
@@ -41,13 +41,13 @@ def test_top_p_looks_beyond_the_likeliest_tokens() -> None:
     """A vocabulary so flat that a nucleus of 0.9 holds 4,500 tokens."""
     sampler = Sampler(SamplingParams(temperature=1.0, top_p=0.9, seed=0))
     logits = torch.zeros(5_000)
-    assert len({sampler.choose(logits).token for _ in range(1_000)}) > 850
+    assert len({sampler.sample(logits).token for _ in range(1_000)}) > 850
 
 
 def test_a_seed_repeats_and_none_does_not() -> None:
     def draws(seed: int | None) -> list[int]:
         sampler = Sampler(SamplingParams(temperature=2.0, seed=seed))
-        return [sampler.choose(LOGITS).token for _ in range(40)]
+        return [sampler.sample(LOGITS).token for _ in range(40)]
 
     assert draws(5) == draws(5) != draws(6)
     assert draws(None) != draws(None)
@@ -56,18 +56,20 @@ def test_a_seed_repeats_and_none_does_not() -> None:
 def test_penalties_count_what_was_written() -> None:
     """Gaps between the likeliest tokens are 0.51 and 0.69."""
     once = Sampler(SamplingParams(presence_penalty=0.6))
-    assert [once.choose(LOGITS).token for _ in range(3)] == [1, 3, 1]
+    assert [once.sample(LOGITS).token for _ in range(3)] == [1, 3, 1]
     each = Sampler(SamplingParams(frequency_penalty=0.6))
-    assert [each.choose(LOGITS).token for _ in range(6)] == [1, 3, 1, 3, 1, 0]
+    assert [each.sample(LOGITS).token for _ in range(6)] == [1, 3, 1, 3, 1, 0]
     biased = Sampler(SamplingParams(logit_bias=((2, 100.0), (99, 100.0))))
-    assert biased.choose(LOGITS).token == 2
+    assert biased.sample(LOGITS).token == 2
 
 
 def test_logprobs_are_the_models_own() -> None:
     sampler = Sampler(SamplingParams(temperature=0.1, top_logprobs=2, logit_bias=((2, 100.0),)))
-    choice = sampler.choose(LOGITS)
+    choice = sampler.sample(LOGITS)
     assert choice.token == 2
     assert choice.logprob == pytest.approx(math.log(0.05), abs=1e-6)
-    assert [token for token, _ in choice.top] == [1, 3]
-    assert [value for _, value in choice.top] == pytest.approx([math.log(0.5), math.log(0.3)], abs=1e-6)
-    assert Sampler(SamplingParams()).choose(LOGITS).logprob is None
+    assert [token for token, _ in choice.top_logprobs] == [1, 3]
+    assert [value for _, value in choice.top_logprobs] == pytest.approx(
+        [math.log(0.5), math.log(0.3)], abs=1e-6
+    )
+    assert Sampler(SamplingParams()).sample(LOGITS).logprob is None

@@ -129,7 +129,7 @@ def test_decoding_on_the_cache_says_what_recomputation_says(make_tiny_model: Mak
     path = make_tiny_model(family)
     lm, model = packed(path), own(path)
     prompt = example(WINDOW + 5)
-    assert generate(lm, [prompt], ends={-1}, max_new_tokens=[24]) == [
+    assert generate(lm, [prompt], eos_tokens={-1}, max_new_tokens=[24]) == [
         greedy(lambda answer: own_logits(model, prompt.prompt, (*answer, 0))[-1])
     ]
     lm.interventions.add(
@@ -140,7 +140,7 @@ def test_decoding_on_the_cache_says_what_recomputation_says(make_tiny_model: Mak
         row = Example(prompt=prompt.prompt, answers=((*answer, 0),), labels=("",), gold=0)
         return packed_logits(lm, [row])[0][0][-1]
 
-    (edited,) = generate(lm, [prompt], ends={-1}, max_new_tokens=[24])
+    (edited,) = generate(lm, [prompt], eos_tokens={-1}, max_new_tokens=[24])
     assert edited == greedy(recompute)
     (shorter,) = generate(lm, [prompt], ends={edited[5]}, max_new_tokens=[24])
     assert shorter == edited[: edited.index(edited[5])]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import CancelledError, Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -19,7 +19,7 @@ from heft_engine.inference.model_variant import ModelVariant
 from heft_engine.inference.scoring import Scores, score
 from heft_engine.model.packed_lm import PackedLM
 from heft_engine.serving import batcher as batching
-from heft_engine.serving.batcher import Batcher, Cancelled
+from heft_engine.serving.batcher import Batcher
 from heft_engine.serving.row_adapters import adapt_rows
 
 PASSAGE = tuple(range(100, 170))
@@ -33,16 +33,16 @@ class Told:
         self._passes: list[tuple[int, int, int]] = []
         self._waits: list[float] = []
 
-    def passed(self, *, rows: int, tokens: int, kept_tokens: int, seconds: float) -> None:
+    def on_pass(
+        self, *, rows: int, tokens: int, cached_tokens: int, seconds: float, waits: Sequence[float]
+    ) -> None:
         assert seconds > 0
-        self._passes.append((rows, tokens, kept_tokens))
-
-    def waited(self, seconds: float) -> None:
-        self._waits.append(seconds)
+        self._passes.append((rows, tokens, cached_tokens))
+        self._waits += waits
 
     @property
     def passes(self) -> list[tuple[int, int, int]]:
-        """Rows, tokens and kept tokens of each."""
+        """Rows, tokens and cached tokens of each."""
         self._settle()
         return self._passes
 
@@ -130,7 +130,7 @@ def test_alone_a_request_does_not_wait_for_others(
     with Gate(batcher):
         many = [batcher.submit(ModelVariant(lm=lm), examples(5, seed=1, longest=20)) for _ in range(4)]
     results(many)
-    lingered = batcher._ended + batching.LINGER_SECONDS
+    lingered = batcher._last_pass_ended_at + batching.LINGER_SECONDS
     while batching.time.monotonic() < lingered:
         pass
     monkeypatch.setattr(
@@ -164,7 +164,7 @@ def test_questions_on_one_passage_compute_it_once(lm: PackedLM, batcher: Batcher
     assert told.passes[0][0] == 1, "the others wait for the one that computes the passage"
     batcher.submit(weights, asked[:1], owner="another").result(60)
     assert told.passes[-1][2] == 0, "another owner's prompt was found"
-    batcher.forget("model")
+    batcher.clear_prefixes("model")
     batcher.run(lambda: None)
     assert batcher.prefix_bytes == 0
 
@@ -235,10 +235,10 @@ def test_whatever_breaks_beside_a_pass_is_told_and_the_thread_goes_on(
     lm: PackedLM, batcher: Batcher, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     with monkeypatch.context() as patch:
-        patch.setattr(batcher._waiting, "take", lambda: 1 // 0)
+        patch.setattr(batcher._queue, "take", lambda: 1 // 0)
         with pytest.raises(ZeroDivisionError):
             batcher.submit(ModelVariant(lm=lm), examples(2)).result(60)
-    assert "what waited failed" in caplog.text
+    assert "scheduling a scoring pass failed" in caplog.text
     assert batcher.submit(ModelVariant(lm=lm), examples(2)).result(60) == score(lm, examples(2))
 
 
@@ -281,7 +281,7 @@ def test_closing_tells_those_who_wait(lm: PackedLM) -> None:
         while not batcher._closed:
             pass
     thread.join(60)
-    with pytest.raises(Cancelled):
+    with pytest.raises(CancelledError):
         waiting.result(60)
     with pytest.raises(RuntimeError, match="closed"):
         batcher.submit(ModelVariant(lm=lm), examples(1))
@@ -311,7 +311,7 @@ def test_texts_get_their_turns_between_scores(lm: PackedLM, batcher: Batcher) ->
     while writing.left:
         batcher.run(lambda: None)
     batcher.run(lambda: None)
-    assert batcher._work == []
+    assert batcher._decode_work == []
 
 
 def test_closing_tells_those_who_wait_for_text(lm: PackedLM) -> None:
@@ -329,4 +329,4 @@ def test_closing_tells_those_who_wait_for_text(lm: PackedLM) -> None:
     batcher = Batcher()
     batcher.schedule(Writing())
     batcher.close()
-    assert [type(fault) for fault in told] == [Cancelled]
+    assert [type(fault) for fault in told] == [CancelledError]

@@ -2,21 +2,20 @@
 
 from __future__ import annotations
 
-from concurrent.futures import Future
+from concurrent.futures import CancelledError, Future
 
 import pytest
 
 from heft_engine.inference.scoring import Scores
 from heft_engine.serving import predictor
-from heft_engine.serving.batcher import Cancelled
-from heft_engine.serving.predictor import _wanted
+from heft_engine.serving.predictor import _wait
 
 SCORES = [Scores(totals=(0.0,), means=(0.0,))]
 
 
 @pytest.fixture(autouse=True)
 def _looks_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(predictor, "_LOOK_SECONDS", 0.001)
+    monkeypatch.setattr(predictor, "_POLL_SECONDS", 0.001)
 
 
 class Late(Future[list[Scores]]):
@@ -38,17 +37,17 @@ class Late(Future[list[Scores]]):
 
 
 def test_an_answer_that_comes_while_one_looks_is_the_answer() -> None:
-    assert _wanted(Late(), lambda: True) == SCORES
+    assert _wait(Late(), lambda: True) == SCORES
 
 
 def test_a_passs_own_timeout_is_told() -> None:
     with pytest.raises(TimeoutError, match="of the pass"):
-        _wanted(Late(TimeoutError("of the pass")), lambda: True)
+        _wait(Late(TimeoutError("of the pass")), lambda: True)
 
 
 def test_what_is_not_wanted_any_more_is_cancelled() -> None:
     future: Future[list[Scores]] = Future()
     answers = iter([True, True, False])
-    with pytest.raises(Cancelled):
-        _wanted(future, lambda: next(answers))
+    with pytest.raises(CancelledError):
+        _wait(future, lambda: next(answers))
     assert future.cancelled()

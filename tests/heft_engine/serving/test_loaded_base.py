@@ -43,18 +43,16 @@ def test_rows_of_many_models_in_one_pass_score_as_their_merged_models(
     for index, each in enumerate([*made, Made([], [])]):
         own, scale = merged(base, each), 1.0 if index % 2 else 0.5
         asked = examples(4, seed=index)
-        adapted = unmerged(base, each).adapter
-        rows += [ScoringRow(example=example, adapter=adapted, scale=scale) for example in asked]
+        variant = unmerged(base, each)
+        rows += [ScoringRow(example=example, variant=variant, scale=scale) for example in asked]
         expected += score(own.lm, asked, scale=scale)
     order = [(7 * index) % len(rows) for index in range(len(rows))]
-    together = score_rows(base, [rows[index] for index in order])
+    together = score_rows([rows[index] for index in order])
     for scores, index in zip(together, order, strict=True):
         assert close(scores, expected[index], 2e-4)
-        assert scores == score_rows(base, [rows[index]])[0], "bits depend on the neighbours"
+        assert scores == score_rows([rows[index]])[0], "bits depend on the neighbours"
     plain = score(packed(make_tiny_model(family)), [rows[-1].example])
-    assert score_rows(base, [rows[0], rows[-1]])[1:] == plain, (
-        "a row without an adapter is as before, to the bit"
-    )
+    assert score_rows([rows[0], rows[-1]])[1:] == plain, "a row without an adapter is as before, to the bit"
 
 
 @pytest.mark.parametrize("threads", [1, 3])
@@ -63,12 +61,12 @@ def test_in_bfloat16_a_row_keeps_its_bits_beside_others(tiny_llama_dir: Path, th
     torch.set_num_threads(threads)
     base = packed(tiny_llama_dir, torch.bfloat16)
     adapt_rows(base)
-    weights = [unmerged(base, each) for each in models(base, suffixes=modules("llama"))]
+    variants = [unmerged(base, each) for each in models(base, suffixes=modules("llama"))]
     rows = [
-        ScoringRow(example=example, adapter=weights[index % len(weights)].adapter)
+        ScoringRow(example=example, variant=variants[index % len(variants)])
         for index, example in enumerate(examples(24, longest=120))
     ]
-    assert score_rows(base, rows) == [score_rows(base, [row])[0] for row in rows]
+    assert score_rows(rows) == [score_rows([row])[0] for row in rows]
 
 
 def test_a_pass_keeps_no_model_that_has_been_put_away(tiny_llama_dir: Path) -> None:
@@ -77,7 +75,7 @@ def test_a_pass_keeps_no_model_that_has_been_put_away(tiny_llama_dir: Path) -> N
     adapt_rows(base)
     made = unmerged(base, models(base, suffixes=modules("llama"))[0])
     gone = weakref.ref(made.adapter)
-    score_rows(base, [ScoringRow(example=example, adapter=made.adapter) for example in examples(9)])
+    score_rows([ScoringRow(example=example, variant=made) for example in examples(9)])
     del made
     gc.collect()
     assert gone() is None
@@ -99,13 +97,13 @@ def test_texts_of_many_models_are_written_together(tiny_llama_dir: Path) -> None
 
 def written(batch: DecodeBatch, requests: list[DecodeRequest]) -> dict[object, list[int]]:
     tokens: dict[object, list[int]] = {request.id: [] for request in requests}
-    new = batch.join(requests)
+    new = batch.prefill(requests)
     while new:
-        for token in new:
-            tokens[token.id].append(token.choice.token)
-            if len(tokens[token.id]) == 8:
-                batch.remove(token.id)
-        new = batch.step()
+        for request_id, sampled in new.items():
+            tokens[request_id].append(sampled.token)
+            if len(tokens[request_id]) == 8:
+                batch.remove(request_id)
+        new = batch.decode()
     return tokens
 
 
@@ -128,8 +126,9 @@ def test_a_merged_copy_costs_what_its_adapters_touch(tiny_llama_dir: Path) -> No
     assert score(own.lm, asked) != score(base, asked)
     # The copy's layers don't heed the base's rows.
     adapted = unmerged(base, models(base, suffixes=("q_proj",))[0]).adapter
-    rows = [ScoringRow(example=example, adapter=adapted) for example in asked]
-    assert score_rows(own.lm, rows) == score(own.lm, asked)
+    variant = ModelVariant(lm=own.lm, adapter=adapted)
+    rows = [ScoringRow(example=example, variant=variant) for example in asked]
+    assert score_rows(rows) == score(own.lm, asked)
 
 
 def test_what_belongs_to_another_base_is_refused(tiny_llama_dir: Path, make_tiny_model: MakeModel) -> None:
@@ -141,7 +140,7 @@ def test_what_belongs_to_another_base_is_refused(tiny_llama_dir: Path, make_tiny
         UnmergedModel(base, [good], [])
     with pytest.raises(BundleError, match="which this base model does not have"):
         UnmergedModel(packed(make_tiny_model("gpt_neox")), [good], [])
-    with pytest.raises(BundleError, match="deeper model"):
+    with pytest.raises(BundleError, match="layers"):
         UnmergedModel(base, [], [stored_intervention(base, 4, "l1", 1)])
 
 

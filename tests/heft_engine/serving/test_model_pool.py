@@ -97,12 +97,12 @@ def test_merged_it_answers_with_the_librarys_bits_and_shared_as_closely_as_probe
         assert ask(merged, library, name) == answers
         assert close(ask(shared, library, name), answers)
     assert expected["m0"] != expected["m1"]
-    assert merged.kinds()["merged"][0] == shared.kinds()["shared"][0] == 2
-    base = merged.kinds()["base"]
-    assert base == shared.kinds()["base"]
+    assert merged.usage()["merged"][0] == shared.usage()["shared"][0] == 2
+    base = merged.usage()["base"]
+    assert base == shared.usage()["base"]
     assert base[0] == 1
-    assert shared.kinds()["shared"][1] < merged.kinds()["merged"][1] < base[1]
-    assert merged.memory_bytes == base[1] + merged.kinds()["merged"][1]
+    assert shared.usage()["shared"][1] < merged.usage()["merged"][1] < base[1]
+    assert merged.memory_bytes == base[1] + merged.usage()["merged"][1]
 
 
 def test_a_model_is_fetched_once_whoever_asks(make_pool: Callable[..., ModelPool], library: Library) -> None:
@@ -138,28 +138,28 @@ def test_the_only_model_of_a_base_is_held_merged_and_those_beside_busy_ones_shar
     pool = make_pool()
     for _ in range(4):
         ask(pool, library, "m0")
-    assert pool.kinds()["merged"][0] == 1
+    assert pool.usage()["merged"][0] == 1
     ask(pool, library, "m1")
-    assert (pool.kinds()["merged"][0], pool.kinds()["shared"][0]) == (1, 1)
+    assert (pool.usage()["merged"][0], pool.usage()["shared"][0]) == (1, 1)
 
 
 def test_a_shared_model_that_becomes_hot_is_merged_and_a_merged_one_that_cools_is_shared(
     make_pool: Callable[..., ModelPool], library: Library, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(placement, "COOL", 0.2)
+    monkeypatch.setattr(placement, "UNMERGE_SHARE", 0.2)
     left: list[bool] = []
     pool = make_pool(on_evict=lambda: left.append(True))
     for _ in range(5):
         ask(pool, library, "m0")
     before = ask(pool, library, "m1")
     assert not left
-    assert pool.kinds()["shared"][0] == 1
+    assert pool.usage()["shared"][0] == 1
     for _ in range(40):
         ask(pool, library, "m1")
 
     def kinds() -> dict[Any, str | None]:
         ask(pool, library, "m1")
-        return {name: entry.now.kind if entry.now else None for name, entry in pool._entries.items()}
+        return {name: entry.loaded.kind if entry.loaded else None for name, entry in pool._entries.items()}
 
     assert wait_until(lambda: kinds() == {"m0": "shared", "m1": "merged"}, seconds=20)
     assert close(ask(pool, library, "m1"), before)
@@ -224,12 +224,12 @@ def test_a_forgotten_model_goes_when_its_last_answer_is_out(
 ) -> None:
     pool = make_pool()
     with pool.model("m0", library.fetch("m0")) as predictor:
-        pool.forget("m0")
+        pool.remove("m0")
         assert predictor.predict(ROWS[:1])
         assert pool.names == ["m0"]
     assert pool.names == []
-    pool.forget("m0")
-    pool.forget("unknown")
+    pool.remove("m0")
+    pool.remove("unknown")
 
 
 def test_one_whose_probe_rows_do_not_agree_unmerged_is_held_merged(
@@ -240,7 +240,7 @@ def test_one_whose_probe_rows_do_not_agree_unmerged_is_held_merged(
     (tmp_path / "m0" / "heft.json").write_text(json.dumps(described | {"probe_tolerance": 0.0}))
     pool = make_pool(placement="shared")
     ask(pool, Library(tmp_path), "m0")
-    assert pool.kinds()["merged"][0] == 1
+    assert pool.usage()["merged"][0] == 1
 
 
 def test_what_is_damaged_or_unknown_is_refused(
@@ -280,7 +280,7 @@ def test_a_base_on_which_nothing_could_be_loaded_is_let_go(
     pool = make_pool(on_evict=lambda: left.append(True))
     with pytest.raises(BundleError, match="tokenizer"):
         ask(pool, Library(tmp_path), "m0")
-    assert pool.kinds()["base"][0] == 0
+    assert pool.usage()["base"][0] == 0
     assert left == [True]
 
 
@@ -293,20 +293,20 @@ def test_a_base_that_nobody_asks_goes_before_another_is_loaded(
     loading: list[tuple[int, int]] = []
     given_back: list[bool] = []
     pool = make_pool(model_dir=tmp_path, budget_bytes=1, on_evict=lambda: given_back.append(True))
-    plain = model_pool.Base
+    plain = model_pool.LoadedBase
 
     def base(*arguments: Any, **options: Any) -> Any:
-        loading.append((pool.kinds()["base"][0], len(given_back)))
+        loading.append((pool.usage()["base"][0], len(given_back)))
         return plain(*arguments, **options)
 
-    monkeypatch.setattr(model_pool, "Base", base)
+    monkeypatch.setattr(model_pool, "LoadedBase", base)
     with pool.base("a", "yes_no") as one:
         expected = one.predict(ROWS)
         with pool.base("b", "yes_no") as other:
             assert other.predict(ROWS) == expected
     pool._budget = ROOMY
     with pool.base("a", "yes_no"), pool.base("b", "yes_no"):
-        assert pool.kinds()["base"][0] == 2
+        assert pool.usage()["base"][0] == 2
     pool._budget = 1
     with pool.base("a", "choice"):
         pass
@@ -325,13 +325,13 @@ def test_a_change_that_fails_leaves_the_model_as_it_is_and_is_not_tried_again_at
 
     def has_failed() -> bool:
         ask(pool, library, "m1")
-        return library.fault is None and not entry.is_changing
+        return library.fault is None and not entry.is_reloading
 
     assert wait_until(has_failed, seconds=30)
     fetched = len(library.fetched)
-    pool._considered.clear()
+    pool._rebalanced_at.clear()
     assert ask(pool, library, "m1") == before
     assert len(library.fetched) == fetched
-    assert pool.kinds()["shared"][0] == 1
-    pool.forget("m1")
+    assert pool.usage()["shared"][0] == 1
+    pool.remove("m1")
     assert "m1" not in pool.names

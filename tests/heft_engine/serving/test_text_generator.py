@@ -15,7 +15,7 @@ from heft_engine.errors import RowError
 from heft_engine.inference.detokenizer import Detokenizer, Vocabulary
 from heft_engine.inference.kv_cache import KVCache
 from heft_engine.inference.sampling import SamplingParams
-from heft_engine.inference.stop_strings import Stops
+from heft_engine.inference.stop_strings import StopStringFilter
 from heft_engine.serving.predictor import Predictor, load_base
 from heft_engine.serving.text_generator import TextDelta, TextRequest
 
@@ -63,7 +63,7 @@ class TestDetokenizer:
         assert b"".join(map(vocabulary.bytes_of, tokens)).decode() == SCRIPTS
 
 
-class TestStops:
+class TestStopStrings:
     @pytest.mark.parametrize(
         ("pieces", "stops", "told", "is_hit"),
         [
@@ -81,9 +81,9 @@ class TestStops:
     def test_stop_strings_over_pieces(
         self, pieces: Sequence[str], stops: Sequence[str], told: Sequence[str], is_hit: bool
     ) -> None:
-        checker = Stops(stops)
+        checker = StopStringFilter(stops)
         assert [checker.push(piece) for piece in pieces] == told
-        assert checker.is_hit == is_hit
+        assert checker.is_matched == is_hit
         rest = checker.flush()
         if not is_hit:
             assert "".join(told) + rest == "".join(pieces)
@@ -131,36 +131,36 @@ def test_a_text_ends_before_its_stop_string(heard: Heard) -> None:
     heard.run()
     whole = heard.text("whole")
     tokens = [token for piece in heard.pieces["whole"] for token in piece.tokens]
-    assert [token.offset for token in tokens] == sorted(token.offset for token in tokens)
-    assert heard.pieces["whole"][-1].finish == "length"
-    assert len(tokens) == heard.pieces["whole"][-1].written == 24
+    assert [token.text_offset for token in tokens] == sorted(token.text_offset for token in tokens)
+    assert heard.pieces["whole"][-1].finish_reason == "length"
+    assert len(tokens) == heard.pieces["whole"][-1].completion_tokens == 24
 
     #: From within one token to within the next but one.
-    at = next(token.offset for token in tokens if token.offset >= len(whole) // 2) - 1
+    at = next(token.text_offset for token in tokens if token.text_offset >= len(whole) // 2) - 1
     stop = whole[at : at + 4]
     heard.submit("stopped", stop=("never", stop))
     heard.run()
     assert heard.text("stopped") == whole[: whole.index(stop)]
     last = heard.pieces["stopped"][-1]
-    assert last.finish == "stop"
-    assert last.written < 24
+    assert last.finish_reason == "stop"
+    assert last.completion_tokens < 24
     told = [token for piece in heard.pieces["stopped"] for token in piece.tokens]
     assert told == tokens[: len(told)]
-    assert all(token.offset < len(heard.text("stopped")) for token in told)
+    assert all(token.text_offset < len(heard.text("stopped")) for token in told)
     assert heard.predictor.generator.memory_bytes == 0
 
 
 def test_the_models_own_end_is_not_told(heard: Heard) -> None:
     heard.submit("whole")
     heard.run()
-    third = [token.spelling for piece in heard.pieces["whole"] for token in piece.tokens][2]
+    third = [token.token_bytes for piece in heard.pieces["whole"] for token in piece.tokens][2]
     end = token_of(heard.predictor.encoder.tokenizer, third)
     heard.predictor.lm.model.generation_config.eos_token_id = [2, end]  # type: ignore[union-attr]
     heard.submit("ended")
     heard.run()
     last = heard.pieces["ended"][-1]
-    assert last.finish == "stop"
-    assert last.written <= 2
+    assert last.finish_reason == "stop"
+    assert last.completion_tokens <= 2
     assert heard.text("whole").startswith(heard.text("ended"))
 
 
@@ -179,7 +179,7 @@ def test_a_cancelled_text_leaves_at_once(heard: Heard) -> None:
     heard.run()
     assert heard.pieces["gone"] == before
     assert "never began" not in heard.pieces
-    assert heard.pieces["stays"][-1].finish == "length"
+    assert heard.pieces["stays"][-1].finish_reason == "length"
 
 
 def test_everybody_hears_of_a_pass_that_fails(heard: Heard, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -197,7 +197,7 @@ def test_everybody_hears_of_a_pass_that_fails(heard: Heard, monkeypatch: pytest.
     assert not heard.predictor.generator.is_busy
     heard.submit("three")
     heard.run()
-    assert heard.pieces["three"][-1].finish == "length"
+    assert heard.pieces["three"][-1].finish_reason == "length"
 
 
 def test_memory_that_is_out_while_slots_grow_ends_all_and_leaks_nothing(
@@ -210,14 +210,14 @@ def test_memory_that_is_out_while_slots_grow_ends_all_and_leaks_nothing(
         heard.submit(name, max_tokens=200)
     heard.predictor.generator.step()
     with monkeypatch.context() as patch:
-        patch.setattr(KVCache, "_put", fail)
+        patch.setattr(KVCache, "_insert", fail)
         with pytest.raises(MemoryError):
             heard.run()
     assert set(heard.faults) == {"one", "two", "three"}
     assert heard.predictor.generator.memory_bytes == 0
     heard.submit("four")
     heard.run()
-    assert heard.pieces["four"][-1].finish == "length"
+    assert heard.pieces["four"][-1].finish_reason == "length"
 
 
 def test_what_never_has_room_is_refused(tiny_llama_dir: Path) -> None:

@@ -81,7 +81,7 @@ class Asker:
 
     def held_bytes(self) -> int:
         """What models hold beside their weights."""
-        return self.pool.memory_bytes - self.pool.kinds()["base"][1]
+        return self.pool.memory_bytes - self.pool.usage()["base"][1]
 
 
 @pytest.fixture

@@ -31,9 +31,8 @@ def publisher(bench: Bench, registry: CollectorRegistry) -> Iterator[Publisher]:
 
 def test_what_is_observed_is_counted(registry: CollectorRegistry) -> None:
     metrics = InferenceMetrics(registry)
-    metrics.passed(rows=3, tokens=100, kept_tokens=0, seconds=0.5)
-    metrics.passed(rows=5, tokens=200, kept_tokens=70, seconds=0.25)
-    metrics.waited(0.125)
+    metrics.on_pass(rows=3, tokens=100, cached_tokens=0, seconds=0.5, waits=[])
+    metrics.on_pass(rows=5, tokens=200, cached_tokens=70, seconds=0.25, waits=[0.125])
     metrics.held("shared", 2, 1_000)
     metrics.held("shared", 1, 500)
     metrics.queued(-0.5)
