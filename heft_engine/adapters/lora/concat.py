@@ -1,10 +1,8 @@
-"""Several adapters of one base, merged one after the other, as one adapter of the same base.
+"""Concatenates several adapters of one base, merged in order, into one adapter of the same base.
 
-What has been merged so far is c ⊙ (W + U·D), row by row, with c = 1 until a DoRA adapter comes. LoRA after it adds
-s·BA inside the bracket as (s·B/c)·A; DoRA scales rows, which changes c alone. So the end is LoRA again when no DoRA was
-among them, and otherwise DoRA with m = c·‖W + U·D‖.
-
-It does NOT know models: the base's weights are handed in.
+The weight after some merges is c ⊙ (W + U·D), row by row, with c = 1 until a DoRA adapter comes. LoRA after it adds
+s·BA inside the bracket as (s·B/c)·A; DoRA scales rows, which changes c alone. So the result is LoRA when no adapter is
+DoRA, and otherwise DoRA with m = c·‖W + U·D‖.
 """
 
 from __future__ import annotations
@@ -22,14 +20,14 @@ WeightOf = Callable[[str], Tensor]
 
 
 def needs_base(adapters: Sequence[LoraWeights]) -> bool:
-    """Whether joining them takes the base's weights: norms of rows are not known without."""
+    """Returns whether `concatenate` needs the base's weights, for the norms of their rows."""
     return len(adapters) > 1 and any(adapter.magnitudes is not None for adapter in adapters)
 
 
 def concatenate(adapters: Sequence[LoraWeights], weight_of: WeightOf | None = None) -> LoraWeights:
-    """The adapters, in order, as one of their summed rank; alpha equals rank then.
+    """Returns the adapters, in order, as one of their summed rank, with alpha equal to rank.
 
-    `weight_of` gives a module's weight in the base: needed where `needs_base` says so.
+    `weight_of` returns a module's weight in the base; see `needs_base`. Raises BundleError for a magnitude of 0.
     """
     if len(adapters) == 1:
         return adapters[0]
@@ -39,9 +37,9 @@ def concatenate(adapters: Sequence[LoraWeights], weight_of: WeightOf | None = No
     for module in modules:
         if needs_base(adapters):
             if weight_of is None:
-                raise ValueError("adapters with magnitudes can't be joined without the base's weights")
+                raise ValueError("adapters with magnitudes can't be concatenated without the base's weights")
             weight = weight_of(module).detach().float().cpu()
-            factors[module], magnitudes[module] = _joined(adapters, module, weight)
+            factors[module], magnitudes[module] = _with_magnitudes(adapters, module, weight)
         else:
             factors[module] = _stacked(adapters, module, None)
     first = adapters[0]
@@ -58,8 +56,8 @@ def concatenate(adapters: Sequence[LoraWeights], weight_of: WeightOf | None = No
     )
 
 
-def _joined(adapters: Sequence[LoraWeights], module: str, weight: Tensor) -> tuple[Factors, Tensor]:
-    """The factors of the direction and the rows' magnitudes."""
+def _with_magnitudes(adapters: Sequence[LoraWeights], module: str, weight: Tensor) -> tuple[Factors, Tensor]:
+    """Returns the factors of the direction, and the rows' magnitudes."""
     scale = torch.ones(weight.shape[0])
     scales: list[Tensor] = []
     direction = weight.clone()
@@ -67,28 +65,34 @@ def _joined(adapters: Sequence[LoraWeights], module: str, weight: Tensor) -> tup
         scales.append(scale)
         if module not in adapter.factors:
             continue
-        if (scale == 0).any():
-            raise BundleError(f"a row of {module} has the magnitude 0: what follows can't be joined to it")
+        _check_scale(scale, module)
         direction += adapter.delta(module) / scale[:, None]
         if adapter.magnitudes is not None:
             scale = adapter.magnitudes[module] / row_norms(direction)
-            if (scale == 0).any():
-                raise BundleError(
-                    f"a row of {module} has the magnitude 0: what follows can't be joined to it"
-                )
+            _check_scale(scale, module)
     return _stacked(adapters, module, scales), scale * row_norms(direction)
 
 
+def _check_scale(scale: Tensor, module: str) -> None:
+    if (scale == 0).any():
+        raise BundleError(
+            f"a row of {module} has the magnitude 0: no later adapter can be concatenated to it"
+        )
+
+
 def _stacked(adapters: Sequence[LoraWeights], module: str, scales: list[Tensor] | None) -> Factors:
-    """A one above the other, s·B (over the rows' scale at its time) side by side; zeros where an adapter has none."""
+    """Returns all A stacked, and all s·B side by side, divided by the rows' scale at their time.
+
+    An adapter without the module gets zeros.
+    """
     downs, ups = [], []
     shapes = next(a.factors[module] for a in adapters if module in a.factors)
     for index, adapter in enumerate(adapters):
-        zero = (
+        zeros = (
             torch.zeros(adapter.rank, shapes[0].shape[1]),
             torch.zeros(shapes[1].shape[0], adapter.rank),
         )
-        down, up = adapter.factors.get(module, zero)
+        down, up = adapter.factors.get(module, zeros)
         downs.append(down)
         ups.append(adapter.scaling * up if scales is None else adapter.scaling * up / scales[index][:, None])
     return torch.cat(downs), torch.cat(ups, dim=1)

@@ -1,13 +1,13 @@
-"""Intruder dimensions: singular vectors of a tuned weight that the original one has nothing like.
+"""Intruder dimensions: singular vectors of a tuned weight that are unlike any of the original weight's.
 
 Shuttleworth et al., arXiv 2410.21228, algorithm 1: of the tuned weight's TOP highest left singular vectors, those whose
 largest |cosine| with any left singular vector of the original is under EPSILON. LoRA brings them, full fine-tuning does
-not, and they go with forgetting. Scaling their singular values down (section 5 there) undoes much of it:
+not, and they go with forgetting. Scaling their singular values down (section 5) undoes much of it:
 
     W' + (λ − 1)·Σ σᵢuᵢvᵢᵀ over the intruders i
 
-which is a change of rank r + intruders. peft's `reduce_intruder_dimension` computes the same sum and then cuts it back
-to rank r; here it stays whole. It does NOT know models or stages.
+This is a change of rank r + intruders. peft's `reduce_intruder_dimension` computes the same sum and then cuts it back
+to rank r; here it stays whole.
 """
 
 from __future__ import annotations
@@ -27,9 +27,11 @@ EPSILON = 0.5
 
 @dataclass(frozen=True, kw_only=True)
 class Intruders:
-    """Of one matrix: σ, u (out, k) and vᵀ (k, in) of its intruders, and the largest |cosine| of every one looked at.
+    """The intruders of one tuned weight, float32 on the CPU.
 
-    `before` and `after` are all singular values of the original and of the tuned weight.
+    before, after: all singular values of the original and of the tuned weight.
+    values, left, right: the intruders' σ (k,), u (out, k) and vᵀ (k, in).
+    cosines: the largest |cosine| of each of the TOP singular vectors.
     """
 
     before: Tensor
@@ -44,40 +46,47 @@ class Intruders:
         return len(self.values)
 
     def strength(self, weight: Tensor) -> Tensor:
-        """uᵢᵀWvᵢ / σᵢ: how much of each is (still) in a weight; 1 in the one where they were found."""
+        """Returns uᵢᵀWvᵢ / σᵢ (k,): how much of each intruder is in a weight; 1 in the tuned one."""
         return torch.einsum("oi,ok,ki->k", weight.float().cpu(), self.left, self.right) / self.values
 
 
 def find(original: Tensor, tuned: Tensor, top: int = TOP, epsilon: float = EPSILON) -> Intruders:
-    """The intruder dimensions of `tuned` (out, in), float32 on the CPU."""
-    own, before, _ = torch.linalg.svd(original.float().cpu(), full_matrices=False)
+    """Returns the intruder dimensions of `tuned` (out, in)."""
+    original_left, before, _ = torch.linalg.svd(original.float().cpu(), full_matrices=False)
     left, values, right = torch.linalg.svd(tuned.float().cpu(), full_matrices=False)
-    cosines = (left[:, :top].T @ own).abs().amax(dim=1)
-    at = torch.nonzero(cosines < epsilon)[:, 0]
+    cosines = (left[:, :top].T @ original_left).abs().amax(dim=1)
+    indices = torch.nonzero(cosines < epsilon)[:, 0]
     return Intruders(
-        before=before, after=values, values=values[at], left=left[:, at], right=right[at], cosines=cosines
+        before=before,
+        after=values,
+        values=values[indices],
+        left=left[:, indices],
+        right=right[indices],
+        cosines=cosines,
     )
 
 
 def repaired(
     adapter: LoraWeights, weight_of: Callable[[str], Tensor], scale: float
 ) -> tuple[LoraWeights, int]:
-    """The adapter with the singular values of its intruders times `scale`, and how many there were.
+    """Returns the adapter with the singular values of its intruders times `scale`, and the number of intruders.
 
-    `weight_of` gives the weight that the adapter was trained on.
+    `weight_of` returns the weight that the adapter was trained on.
     """
-    found = {}
+    intruders = {}
     for module in adapter.factors:
         weight = weight_of(module)
-        found[module] = find(weight, adapter.merged(module, weight))
-    rank = max(one.count for one in found.values())
+        intruders[module] = find(weight, adapter.merged(module, weight))
+    rank = max(of_module.count for of_module in intruders.values())
     if rank == 0:
         return adapter, 0
     factors = {}
-    for module, one in found.items():
-        down = torch.zeros(rank, one.right.shape[1])
-        up = torch.zeros(one.left.shape[0], rank)
-        down[: one.count], up[:, : one.count] = one.right, (scale - 1) * one.values * one.left
+    for module, of_module in intruders.items():
+        count = of_module.count
+        down = torch.zeros(rank, of_module.right.shape[1])
+        up = torch.zeros(of_module.left.shape[0], rank)
+        down[:count], up[:, :count] = of_module.right, (scale - 1) * of_module.values * of_module.left
         factors[module] = (down, up)
     repair = replace(adapter, factors=factors, magnitudes=None, rank=rank, alpha=float(rank), scaling=1.0)
-    return concatenate([adapter, repair], weight_of), sum(one.count for one in found.values())
+    total = sum(of_module.count for of_module in intruders.values())
+    return concatenate([adapter, repair], weight_of), total

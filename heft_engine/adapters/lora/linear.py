@@ -1,4 +1,4 @@
-"""LoRA's product while it trains: one linear layer and its two factors in as few passes over memory as there can be.
+"""LoRA's forward and backward pass in training: a linear layer and its two factors with few passes over memory.
 
 y = x·Wᵀ + b + s·(x·Aᵀ)·Bᵀ (arXiv 2106.09685, eq. 3). peft multiplies in the factors' float32: in a bfloat16 model every
 adapted layer then converts its input, its output and both gradients, and a rank of 8 costs a sixth of all the time that
@@ -6,11 +6,8 @@ matrices take. Here the factors are rounded to the model's dtype for the product
 part is added in place; the factors themselves, their gradients' sums and Adam's state stay float32. In a float32 model
 the arithmetic is peft's.
 
-PiSSA's and OLoRA's frozen half is part of the two factors (heft_engine.adapters.lora.variants.widened); DoRA
-scales the rows of
-the product: y = (m/‖V‖) ⊙ x·Vᵀ + b, V = W + s·BA, its norm without a gradient (arXiv 2402.09353, eq. 11).
-
-It does NOT know layers, models or training.
+PiSSA's and OLoRA's frozen half is part of the two factors (heft_engine.adapters.lora.variants.widened). DoRA scales the
+rows of the product: y = (m/‖V‖) ⊙ x·Vᵀ + b, V = W + s·BA, its norm without a gradient (arXiv 2402.09353, eq. 11).
 """
 
 from __future__ import annotations
@@ -29,7 +26,7 @@ from heft_engine.adapters.lora.variants import row_norms, widened
 
 
 class LoraProduct(torch.autograd.Function):
-    """x (…, in), weight (out, in), down (rank, in), up (out, rank) → (…, out). W and b are frozen.
+    """Returns (…, out) for x (…, in), weight (out, in), down (rank, in), up (out, rank). W and b are frozen.
 
     With g = ∂L/∂y: ∂L/∂B = s·gᵀ(xAᵀ), ∂L/∂A = s·(gB)ᵀx, ∂L/∂x = gW + s·(gB)A.
     """
@@ -49,41 +46,41 @@ class LoraProduct(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, None, None, Tensor, Tensor, None]:
         x, weight, a, b, low = ctx.saved_tensors
-        incoming = gradients[0].reshape(-1, weight.shape[0])
-        low_gradient = (incoming @ b).mul_(ctx.scaling)
-        change = None
+        grad_out = gradients[0].reshape(-1, weight.shape[0])
+        grad_low = (grad_out @ b).mul_(ctx.scaling)
+        grad_x = None
         if ctx.needs_input_grad[0]:
-            change = (incoming @ weight).addmm_(low_gradient, a).view(x.shape)
-        down_gradient = low_gradient.T @ x.reshape(-1, x.shape[-1])
-        up_gradient = (incoming.T @ low).mul_(ctx.scaling)
-        return change, None, None, down_gradient.float(), up_gradient.float(), None
+            grad_x = (grad_out @ weight).addmm_(grad_low, a).view(x.shape)
+        grad_down = grad_low.T @ x.reshape(-1, x.shape[-1])
+        grad_up = (grad_out.T @ low).mul_(ctx.scaling)
+        return grad_x, None, None, grad_down.float(), grad_up.float(), None
 
 
 def use_fused_forward(peft_model: PeftModel) -> None:
-    """Gives every adapted linear layer without dropout the product above, until the adapter is taken out again.
+    """Replaces peft's forward pass in every adapted layer without dropout, until the adapter is taken out.
 
-    Layers with dropout keep peft's (they have no frozen half: heft_engine.config.train refuses it).
+    Layers with dropout keep peft's; they have no frozen half, since settings refuse dropout with PiSSA and OLoRA.
     """
     for module in peft_model.modules():
-        if isinstance(module, Linear) and not _drops(module):
+        if isinstance(module, Linear) and not _has_dropout(module):
             module.forward = MethodType(_forward, module)
 
 
-def _drops(module: Linear) -> bool:
+def _has_dropout(module: Linear) -> bool:
     return any(getattr(dropout, "p", 0.0) > 0 for dropout in module.lora_dropout.values())
 
 
 def _forward(module: Any, x: Tensor) -> Tensor:
     base, name = module.base_layer, module.active_adapters[0]
     down, up, scaling = module.lora_A[name].weight, module.lora_B[name].weight, module.scaling[name]
-    begun = initial_of(module)
-    if begun is not None:
-        down, up = widened((down, up), begun)
+    initial = initial_of(module)
+    if initial is not None:
+        down, up = widened((down, up), initial)
     if name not in module.lora_magnitude_vector:
         return _product(x, base.weight, base.bias, down, up, scaling)
     with torch.no_grad():
         norms = row_norms(torch.addmm(base.weight.float(), up, down, alpha=scaling))
-    # In float32: bfloat16 has nothing between 1 and 1.0078, and magnitudes move by less than that.
+    # In float32: bfloat16 has no number between 1 and 1.0078, and magnitudes change by less than that.
     factor: Tensor = module.lora_magnitude_vector[name].weight / norms
     scaled = _product(x, base.weight, None, down, up, scaling) * factor
     return (scaled if base.bias is None else scaled + base.bias).to(x.dtype)
