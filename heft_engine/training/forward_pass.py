@@ -71,7 +71,7 @@ class SuffixPass:
 
     def tokens(self, index: int) -> int:
         row = self.cache.rows[index]
-        return pass_tokens(self.cache.level, row.example, row.skipped)
+        return pass_tokens(self.cache.level, row.example, row.prefix_length)
 
     def hidden(self, indices: Sequence[int]) -> Tensor:
         lm, boundary = self.lm, self.cache.boundary

@@ -32,14 +32,14 @@ def folder(tmp_path: Path) -> ActivationStore:
 def counting(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[int]]:
     """The rows of every prefill that is computed inside."""
     rows: list[int] = []
-    own = activation_cache.SuffixCache._prefill
+    own = activation_cache.SuffixCache._fill
 
     def prefill(self: Any, examples: Any, *more: Any) -> None:
         rows.append(len(examples))
         own(self, examples, *more)
 
     with monkeypatch.context() as patch:
-        patch.setattr(activation_cache.SuffixCache, "_prefill", prefill)
+        patch.setattr(activation_cache.SuffixCache, "_fill", prefill)
         yield rows
 
 
