@@ -1,121 +1,107 @@
-"""The engine's own C++, compiled on the spot: csrc/fused_ops.cpp and csrc/amx_gemm.cpp, for this machine's processor.
+"""Compiles the C++ of csrc/ for this machine's processor and registers its operators with PyTorch.
 
-It takes three seconds, once on a machine. Where there is no compiler, or the operator has turned it off, there is no
-library, and torch's own operations run. It does NOT know what the functions do: see heft_engine.cpu.fused_ops and
-heft_engine.cpu.amx.
+It takes two seconds without AMX and six with it, once on a machine: the library is kept in the user's cache. Each
+operator's schema, checks and kernel stand in one file, csrc/fused_ops.cpp or csrc/amx_*.cpp.
 """
 
 from __future__ import annotations
 
-import ctypes
 import hashlib
 import logging
 import os
 import platform
 import subprocess
 import tempfile
-from functools import lru_cache
+from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
-from platformdirs import user_cache_path
+import torch
 
-from heft_engine.runtime.devices import cpp_compiler, kernels_enabled
+from heft_engine.runtime.devices import cpp_compiler
 from heft_engine.runtime.threads import openmp_runtime
 
 log = logging.getLogger(__name__)
 
-_HERE = Path(__file__).parent / "csrc"
-SOURCES = (_HERE / "fused_ops.cpp", _HERE / "amx_gemm.cpp")
-_HEADERS = (_HERE / "vectors.h", _HERE / "norms.h")
-#: No contraction: a product that is added without being rounded has other bits. OpenMP is not linked in: `_library`.
+CSRC = Path(__file__).parent / "csrc"
+_TORCH = Path(torch.__file__).parent
 _FLAGS = (
-    *("-std=c++17", "-O3", "-march=native", "-fopenmp", "-fPIC", "-c", f"-I{_HERE}"),
+    *("-std=c++17", "-O3", "-march=native", "-fopenmp", "-fPIC", f"-I{_TORCH / 'include'}"),
+    # No contraction: a fused multiply-add has other bits than a product that is rounded and added.
     *("-ffp-contract=off", "-fno-math-errno", "-fno-trapping-math"),
-    # Compilers keep to half the width on processors that once ran slower with all of it.
+    # Compilers use half the width by default, for processors that once ran slower with all of it.
     *(("-mprefer-vector-width=512",) if platform.machine() == "x86_64" else ()),
 )
-_SECONDS = 120
+_TIMEOUT_S = 120
 
 
-@lru_cache(maxsize=1)
-def library(cache_dir: Path | None = None) -> ctypes.CDLL | None:
-    """The functions, compiled if need be; None where that can't be, which is logged once.
+class BuildError(Exception):
+    """Raised where the operators can't be compiled; its text says why."""
 
-    `cache_dir` None means the user's own cache.
+
+def load(directory: Path, namespace: str = "heft", flags: Sequence[str] = ()) -> Any:
+    """Returns torch.ops.<namespace> with the operators, compiled into `directory` unless they are there.
+
+    A namespace is loaded once a process. `flags` go to the compiler. Raises BuildError, OSError and SubprocessError.
     """
-    if not kernels_enabled():
-        return None
-    try:
-        return _library((cache_dir or user_cache_path("heft")) / "kernels")
-    except (OSError, subprocess.SubprocessError, _Unfit) as error:
-        log.info("no compiled kernels, torch's own operations instead: %s", error)
-        return None
-
-
-class _Unfit(Exception):
-    """What stands against kernels on this machine."""
-
-
-def _library(directory: Path) -> ctypes.CDLL:
-    """Raises OSError, SubprocessError and _Unfit."""
-    # The kernels find the runtime that torch has. A second one beside it would have threads of its own, which wait
-    # awake where torch's want to compute.
+    operators = getattr(torch.ops, namespace)
+    if hasattr(operators, "rms_norm"):
+        return operators
+    # OpenMP's symbols are resolved in the runtime that torch has loaded. A second runtime beside it would have threads
+    # of its own, which spin while torch's want to compute.
     if openmp_runtime() is None:
-        raise _Unfit("torch has no OpenMP runtime, or several")
-    found = cpp_compiler()
-    if found is None:
-        raise _Unfit("there is no C++ compiler")
-    name = f"{_key(found)}.so"
+        raise BuildError("torch has no OpenMP runtime, or several")
+    compiler = cpp_compiler()
+    if compiler is None:
+        raise BuildError("there is no C++ compiler")
+    command = [compiler, *_FLAGS, f"-DHEFT_NAMESPACE={namespace}", *flags]
     try:
         directory.mkdir(mode=0o700, parents=True, exist_ok=True)
-        place = directory.stat()
-        if place.st_uid != os.geteuid() or place.st_mode & 0o022:
-            raise PermissionError(f"others may leave code in {directory}")
-        return _compiled(found, directory / name)
+        status = directory.stat()
+        if status.st_uid != os.geteuid() or status.st_mode & 0o022:
+            raise PermissionError(f"other users can write to {directory}")
+        torch.ops.load_library(compiled_library(command, directory))  # type: ignore[no-untyped-call]
     except OSError as error:
         log.info("compiled kernels can't be kept, and are compiled for this process alone: %s", error)
-    with tempfile.TemporaryDirectory(prefix="heft-kernels-") as scratch:
-        return _compiled(found, Path(scratch) / name)
+        with tempfile.TemporaryDirectory(prefix="heft-kernels-") as scratch:
+            torch.ops.load_library(compiled_library(command, Path(scratch)))  # type: ignore[no-untyped-call]
+    return operators
 
 
-def _compiled(compiler: str, target: Path) -> ctypes.CDLL:
-    if not target.is_file():
-        _compile(compiler, target)
-    return ctypes.CDLL(str(target))
+def compiled_library(command: Sequence[str], directory: Path) -> Path:
+    """Returns the library that a compiler's command makes of csrc/, compiled into `directory` unless it is there."""
+    library = directory / f"{_cache_key(command)}.so"
+    if not library.is_file():
+        # Compiled elsewhere and renamed: other processes find the whole file or none.
+        with tempfile.TemporaryDirectory(dir=directory) as scratch:
+            _compile(command, Path(scratch) / "kernels.so").replace(library)
+    return library
 
 
-def _key(compiler: str) -> str:
-    """Of the machine too: a home directory may be shared by several kinds."""
+def _cache_key(command: Sequence[str]) -> str:
+    """Returns a hash of sources, command, compiler, torch and processor: machines may share a home directory."""
     with open("/proc/cpuinfo") as info:
         processor = [line for line in info if line.startswith(("model", "flags", "Features", "CPU part"))][:4]
     version = subprocess.run(
-        [compiler, "--version"], capture_output=True, check=True, timeout=_SECONDS
+        [command[0], "--version"], capture_output=True, check=True, timeout=_TIMEOUT_S
     ).stdout
-    sources = [source.read_bytes() for source in (*SOURCES, *_HEADERS)]
-    parts = (*sources, version, repr((_FLAGS, processor)).encode())
+    sources = [path.name.encode() + path.read_bytes() for path in sorted(CSRC.iterdir())]
+    parts = (*sources, version, repr((command, torch.__version__, processor)).encode())
     return hashlib.sha256(b"\0".join(parts)).hexdigest()[:32]
 
 
-def _compile(compiler: str, target: Path) -> None:
-    """Under another name first: whoever finds the target finds it whole."""
-    with tempfile.TemporaryDirectory(dir=target.parent) as scratch:
-        compiled, linked = [], Path(scratch) / "kernels.so"
-        for source in SOURCES:
-            target_of_one = str(Path(scratch) / f"{source.stem}.o")
-            try:
-                _run([compiler, *_FLAGS, str(source), "-o", target_of_one])
-            except _Unfit as error:
-                if source == SOURCES[0]:
-                    raise
-                # Kernels do without AMX.
-                log.info("%s is left out: %s", source.name, error)
-                continue
-            compiled.append(target_of_one)
-        _run([compiler, "-shared", *compiled, "-o", str(linked)])
-        linked.replace(target)
-
-
-def _run(command: list[str]) -> None:
-    ended = subprocess.run(command, capture_output=True, text=True, check=False, timeout=_SECONDS)
+def _compile(command: Sequence[str], library: Path) -> Path:
+    # In one translation unit: PyTorch's headers take longer than all the kernels.
+    text = "".join(f'#include "{source}"\n' for source in sorted(CSRC.glob("*.cpp")))
+    arguments = [*command, "-shared", "-x", "c++", "-", "-x", "none", f"-L{_TORCH / 'lib'}", "-ltorch_cpu"]
+    ended = subprocess.run(
+        [*arguments, "-o", str(library)],
+        input=text,
+        capture_output=True,
+        text=True,
+        timeout=_TIMEOUT_S,
+        check=False,
+    )
     if ended.returncode:
-        raise _Unfit(f"{command[0]} failed: {ended.stderr.strip()[-500:]}")
+        raise BuildError(f"{command[0]} failed: {ended.stderr.strip()[-500:]}")
+    return library

@@ -1,8 +1,8 @@
-"""Whether heft_engine.cpu.amx gives what it should on this machine: tried out whenever a process loads it, in
-hundredths of a second.
+"""Self-tests of the compiled operators, run when a process first loads them, in hundredths of a second.
 
-Products, what is done around them, and SiLU for every bfloat16 number are held to torch's, to the bit; attention and
-LoRA deltas to their formulas, and to themselves in other company.
+Fused operators, linear layers on AMX and what is done around them must have the bits of torch's operations, SiLU for
+every bfloat16 number. Attention and LoRA deltas must be close to their formulas, and the same to the bit in other
+company.
 """
 
 from __future__ import annotations
@@ -17,165 +17,189 @@ from heft_engine.cpu.amx import AmxOps, LoraDelta, Norm, Projection, Segments
 from heft_engine.cpu.fused_ops import FusedOps, rms_norm
 from heft_engine.runtime.threads import torch_threads
 
-#: Numbers that SiLU is tried with at a time.
-_GROUP = 255
+#: x (rows, in), weight (out, in), bias (out,) → (rows, out).
+Product = Callable[[Tensor, Tensor, Tensor | None], Tensor]
+
+
+class _Random:
+    """Draws the same bfloat16 numbers in every process, normally distributed."""
+
+    def __init__(self) -> None:
+        self.generator = torch.Generator().manual_seed(0)
+
+    def __call__(self, *shape: int) -> Tensor:
+        return torch.randn(*shape, generator=self.generator).bfloat16()
 
 
 @torch.inference_mode()
-def failed_fused_check(kernels: FusedOps) -> str | None:
-    """The name of the first function that gives other bits than torch's operations, if there is one."""
-    made = torch.Generator().manual_seed(0)
-
-    def some(*shape: int) -> Tensor:
-        return torch.randn(*shape, generator=made).bfloat16()
-
-    every = torch.arange(1 << 16, dtype=torch.int32).to(torch.int16).view(torch.bfloat16)
-    gates = every[every.isfinite()]
-    for gate, up in ((gates, torch.ones_like(gates)), (some(320), some(320))):
-        if not torch.equal(kernels.gate_silu(gate.clone(), up), F.silu(gate) * up):
+def failed_fused_check(ops: FusedOps) -> str | None:
+    """Returns the name of the first operator that fails its check; None if all pass."""
+    draw = _Random()
+    gates = _finite_bfloat16()
+    for gate, up in ((gates, torch.ones_like(gates)), (draw(320), draw(320))):
+        if not torch.equal(ops.gate_silu(gate.clone(), up), F.silu(gate) * up):
             return "the gated activation"
     for width in (50, 64, 576, 2_048, 4_100, 18_432):
-        x, y, weight = some(40, width), some(40, width), some(width)
-        if not torch.equal(kernels.rms_norm(x, weight, 1e-5), rms_norm(x, weight, 1e-5)):
+        x, y, weight = draw(40, width), draw(40, width), draw(width)
+        if not torch.equal(ops.rms_norm(x, weight, 1e-5), rms_norm(x, weight, 1e-5)):
             return "the norm"
         total = y.clone()
-        normed = kernels.add_rms_norm(x, total, weight, 1e-5)
+        normed = ops.add_rms_norm(x, total, weight, 1e-5)
         if not (torch.equal(total, x + y) and torch.equal(normed, rms_norm(x + y, weight, 1e-5))):
             return "the sum and its norm"
     for rows, width in ((1, 576), (6, 72)):
-        x, weight = some(rows, width), some(50, width)
+        x, weight = draw(rows, width), draw(50, width)
         exact = (x.double() @ weight.double().T).float()
-        if not torch.allclose(kernels.logits(x, weight), exact, rtol=1e-4, atol=1e-4):
-            return "the head"
-    order = torch.randperm(100, generator=made)
+        if not torch.allclose(ops.logits(x, weight), exact, rtol=1e-4, atol=1e-4):
+            return "the logits"
+    return _failed_rotation(ops, draw)
+
+
+def _failed_rotation(ops: FusedOps, draw: _Random) -> str | None:
+    order = torch.randperm(100, generator=draw.generator)
     places, gaps = order[:90].contiguous(), order[90:].contiguous()
     for width in (8, 64, 72, 128):
-        x, cosine, sine = some(90, 5, width), some(90, width), some(90, width)
+        x, cosine, sine = draw(90, 5, width), draw(90, width), draw(90, width)
         turned = torch.cat((-x[..., width // 2 :], x[..., : width // 2]), dim=-1)
         rotated = x * cosine[:, None] + turned * sine[:, None]
-        placed = [x.new_zeros(100, 5, width).index_copy_(0, places, each) for each in (x, rotated)]
-        if not torch.equal(kernels.place(x, places, gaps), placed[0]):
+        placed = [x.new_zeros(100, 5, width).index_copy_(0, places, rows) for rows in (x, rotated)]
+        if not torch.equal(ops.place(x, places, gaps), placed[0]):
             return "placing"
-        if not torch.equal(kernels.rotate(x, cosine, sine, places, gaps), placed[1]):
+        if not torch.equal(ops.rotate(x, cosine, sine, places, gaps), placed[1]):
             return "the rotary embedding"
     return None
 
 
-@torch.inference_mode()
-def failed_amx_check(amx_ops: AmxOps) -> str | None:
-    """The name of the first function that does not give what it should, if there is one."""
-    made = torch.Generator().manual_seed(0)
-
-    def some(*shape: int) -> Tensor:
-        return torch.randn(*shape, generator=made).bfloat16()
-
-    # More rows than one chunk has, and a width that is multiplied in two parts.
-    rows, width, inner = 289, 640, 160
-    x, residual, bias = some(rows, width), some(rows, inner), some(inner)
-    gate, up, down = some(inner, width), some(inner, width), some(width, inner)
-    norm = Norm(some(width), 1e-5)
-    normed = rms_norm(x, *norm)
-    for packed in (None, amx_ops.pack(gate)):
-        if not torch.equal(amx_ops.linear(x, gate, packed), _product(x, gate)):
-            return "a product"
-        if not torch.equal(amx_ops.linear(x, gate, packed, bias), _product(x, gate, bias)):
-            return "a product with a bias"
-        if not torch.equal(amx_ops.linear(x, gate, packed, None, residual), _product(x, gate).add_(residual)):
-            return "a product and a sum"
-        found = amx_ops.norm_linears(x, norm, [Projection(up), Projection(gate, packed, bias)])
-        if not all(map(torch.equal, found, (_product(normed, up), _product(normed, gate, bias)))):
-            return "a product of normed states"
-    # One thread: several leave torch rests, which it rounds otherwise.
-    with torch_threads(1):
-        expected = _product(F.silu(_product(normed, gate)) * _product(normed, up), down) + x
-        every = torch.arange(1 << 16, dtype=torch.int32).to(torch.int16).view(torch.bfloat16)
-        # AMX flushes to zero what is smaller than 2⁻¹²⁶.
-        numbers = every[every.isfinite() & ((every.abs() >= 2.0**-125) | (every == 0))]
-        others = torch.tensor([torch.nan, torch.inf, -torch.inf]).bfloat16()
-        activations = F.silu(torch.cat([numbers, others]))
-    all_packed = (amx_ops.pack(gate), amx_ops.pack(up), amx_ops.pack(down))
-    for chosen in (None, all_packed):
-        if not torch.equal(amx_ops.gated_mlp(x, norm, (gate, up, down), chosen), expected):
-            return "a gated activation"
-    if not _adds(amx_ops, some):
-        return "a LoRA delta"
-    groups = (*torch.split(numbers, _GROUP), *torch.split(others, 1))
-    if not torch.allclose(_activated(amx_ops, groups), activations, rtol=0, atol=0, equal_nan=True):
-        return "SiLU"
-    return None if _attends(amx_ops, some) else "attention"
-
-
-def _product(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
-    """By torch, 32 rows at a time: it sums such products in the units' order."""
+def torch_product(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    """Returns torch's product in blocks of 32 rows, which it sums in the order of the AMX operators."""
     rows = F.pad(x, (0, 0, 0, -len(x) % 32))
-    return torch.cat([F.linear(part, weight, bias) for part in torch.split(rows, 32)])[: len(x)]
+    return torch.cat([F.linear(block, weight, bias) for block in torch.split(rows, 32)])[: len(x)]
 
 
-def _activated(amx_ops: AmxOps, groups: Iterable[Tensor]) -> Tensor:
-    """SiLU of each number of groups up to _GROUP, as `gated` computes it."""
-    # The norm makes a 1 and zeros of the one row, so that the gate's first column is what comes out of its product.
-    width = _GROUP + 1
-    row, weight = torch.zeros(1, width).bfloat16(), torch.full((width,), width**-0.5).bfloat16()
+@torch.inference_mode()
+def failed_amx_check(ops: AmxOps, product: Product = torch_product) -> str | None:
+    """Returns the name of the first operator that fails its check; None if all pass. `product`: the expected bits."""
+    draw = _Random()
+    return (
+        _failed_linear(ops, draw, product)
+        or _failed_gated_mlp(ops, draw, product)
+        or (None if _lora_is_right(ops, draw, product) else "a LoRA delta")
+        or (None if _silu_is_exact(ops) else "SiLU")
+        or (None if _attention_is_right(ops, draw) else "attention")
+    )
+
+
+def _failed_linear(ops: AmxOps, draw: _Random, product: Product) -> str | None:
+    # More rows than one chunk has, and inputs in two passes.
+    x, residual, bias = draw(289, 640), draw(289, 160), draw(160)
+    weight, other, norm = draw(160, 640), draw(160, 640), Norm(draw(640), 1e-5)
+    plain, with_bias = product(x, weight, None), product(x, weight, bias)
+    normed = rms_norm(x, *norm)
+    expected = [product(normed, other, None), product(normed, weight, bias)]
+    for packed in (None, ops.pack(weight)):
+        if not torch.equal(ops.linear(x, weight, packed), plain):
+            return "a product"
+        if not torch.equal(ops.linear(x, weight, packed, bias), with_bias):
+            return "a product with a bias"
+        if not torch.equal(ops.linear(x, weight, packed, None, residual), plain + residual):
+            return "a product and a sum"
+        projections = [Projection(other), Projection(weight, packed, bias)]
+        if not all(map(torch.equal, ops.norm_linears(x, norm, projections), expected)):
+            return "a product of normed states"
+    return None
+
+
+def _failed_gated_mlp(ops: AmxOps, draw: _Random, product: Product) -> str | None:
+    x, norm = draw(289, 640), Norm(draw(640), 1e-5)
+    gate, up, down = weights = (draw(160, 640), draw(160, 640), draw(640, 160))
+    normed = rms_norm(x, *norm)
+    # One thread: torch rounds the remainders of several threads' shares differently.
+    with torch_threads(1):
+        active = F.silu(product(normed, gate, None)) * product(normed, up, None)
+    expected = product(active, down, None) + x
+    packed = (ops.pack(gate), ops.pack(up), ops.pack(down))
+    is_right = all(
+        torch.equal(ops.gated_mlp(x, norm, weights, copies), expected) for copies in (None, packed)
+    )
+    return None if is_right else "a gated MLP"
+
+
+def _silu_is_exact(ops: AmxOps) -> bool:
+    """For all bfloat16 numbers but those that AMX flushes to zero, smaller than 2⁻¹²⁶."""
+    numbers = _finite_bfloat16()
+    numbers = numbers[(numbers.abs() >= 2.0**-125) | (numbers == 0)]
+    others = torch.tensor([torch.nan, torch.inf, -torch.inf]).bfloat16()
+    with torch_threads(1):
+        expected = F.silu(torch.cat([numbers, others]))
+    # One at a time what is no finite number: zero times it would spread in a product.
+    activated = _activated(ops, [*torch.split(numbers, 255), *torch.split(others, 1)])
+    return torch.allclose(activated, expected, rtol=0, atol=0, equal_nan=True)
+
+
+def _activated(ops: AmxOps, groups: Iterable[Tensor]) -> Tensor:
+    """SiLU of each number of groups of up to 255, as a gated MLP computes it."""
+    # The norm of the one row is a 1 and zeros, so that the gate's product is its first column.
+    width = 256
+    row, norm = torch.zeros(1, width).bfloat16(), Norm(torch.full((width,), width**-0.5).bfloat16(), 0.0)
     row[0, 0] = 1
-    found = []
+    results = []
     for group in groups:
         gate, up, down = torch.zeros(3, width, width).bfloat16()
         gate[: len(group), 0], up[:, 0] = group, 1
-        # What comes out where the row itself is zero.
+        # To columns in which the residual is zero.
         down[1:, :-1].fill_diagonal_(1)
-        found.append(amx_ops.gated_mlp(row, Norm(weight, 0.0), (gate, up, down), None)[0, 1 : len(group) + 1])
-    return torch.cat(found)
+        results.append(ops.gated_mlp(row, norm, (gate, up, down), None)[0, 1 : len(group) + 1])
+    return torch.cat(results)
 
 
-def _adds(amx_ops: AmxOps, some: Callable[..., Tensor]) -> bool:
-    """Whether LoRA deltas are those of their rows alone, wherever these stand, and what they should be."""
+def _lora_is_right(ops: AmxOps, draw: _Random, product: Product) -> bool:
+    """Rows with a delta are close to the formula and independent of their place; the others have none."""
     rows, ins, outs = 90, 640, 48
-    x, weight = some(rows, ins), some(outs, ins)
-    factors = [(some(2, rank, ins), some(2, rank, outs)) for rank in (8, 40)]
-    places = [(3, 30, 0), (40, 45, 1)]
-    lora_deltas = [LoraDelta(start, count, *factors[i], 1) for start, count, i in places]
-    together = amx_ops.linear(x, weight, lora_deltas=lora_deltas)
-    untouched = torch.ones(rows, dtype=torch.bool)
-    for lora_delta in lora_deltas:
-        own = slice(lora_delta.start, lora_delta.start + lora_delta.tokens)
-        untouched[own] = False
-        alone = lora_delta._replace(start=0)
-        if not torch.equal(amx_ops.linear(x[own], weight, lora_deltas=[alone]), together[own]):
+    x, weight = draw(rows, ins), draw(outs, ins)
+    deltas = [
+        LoraDelta(start, tokens, draw(2, rank, ins), draw(2, rank, outs), 1)
+        for start, tokens, rank in ((3, 30, 8), (40, 45, 40))
+    ]
+    together = ops.linear(x, weight, lora_deltas=deltas)
+    is_plain = torch.ones(rows, dtype=torch.bool)
+    for delta in deltas:
+        span = slice(delta.start, delta.start + delta.tokens)
+        is_plain[span] = False
+        alone = ops.linear(x[span], weight, lora_deltas=[delta._replace(start=0)])
+        down, up = delta.down[1].float(), delta.up[1].float()
+        low = (x[span].float() @ down.T).bfloat16().float()
+        exact = x[span].float() @ weight.float().T + low @ up
+        is_close = (together[span] - exact).abs().max() <= exact.abs().max() * 2.0**-7
+        if not is_close or not torch.equal(alone, together[span]):
             return False
-        down, up = lora_delta.down[1], lora_delta.up[1]
-        low = (x[own].float() @ down.float().T).bfloat16().float()
-        exact = x[own].float() @ weight.float().T + low @ up.float()
-        if not (together[own] - exact).abs().max() <= exact.abs().max() * 2.0**-7:
-            return False
-    return torch.equal(together[untouched], _product(x, weight)[untouched])
+    return torch.equal(together[is_plain], product(x, weight, None)[is_plain])
 
 
-def _attends(amx_ops: AmxOps, some: Callable[..., Tensor]) -> bool:
-    """Whether attention is what its formula says, and a query's the same behind a kept prefix."""
-    tokens, left, heads, kv_heads, width = 75, 41, 4, 2, 64
+def _attention_is_right(ops: AmxOps, draw: _Random) -> bool:
+    """Results are close to the formula, and the same behind a cached prefix."""
+    tokens, prefix, heads, kv_heads, width = 75, 41, 4, 2, 64
     query, keys, values = (
-        some(tokens, heads, width),
-        some(tokens, kv_heads, width),
-        some(tokens, kv_heads, width),
+        draw(tokens, heads, width),
+        draw(tokens, kv_heads, width),
+        draw(tokens, kv_heads, width),
     )
-    positions = torch.arange(tokens)
+    whole_row = Segments([(0, tokens, [(0, 0, tokens)])])
+    behind_prefix = Segments([(0, tokens - prefix, [(1, 0, prefix), (0, 0, tokens - prefix)])])
+    sources = [(keys[prefix:], values[prefix:]), (keys[:prefix], values[:prefix])]
+    distance = torch.arange(tokens)[:, None] - torch.arange(tokens)
     for window in (None, 20):
-        whole = amx_ops.attention(
-            query, [(keys, values)], Segments([(0, tokens, [(0, 0, tokens)])]), None, window
-        )
-        behind = amx_ops.attention(
-            query[left:].contiguous(),
-            [(keys[left:], values[left:]), (keys[:left], values[:left])],
-            Segments([(0, tokens - left, [(1, 0, left), (0, 0, tokens - left)])]),
-            None,
-            window,
-        )
-        distance = positions[:, None] - positions
+        whole = ops.attention(query, [(keys, values)], whole_row, None, window)
+        rest = ops.attention(query[prefix:], sources, behind_prefix, None, window)
         mask = (distance >= 0) & (distance < (window or tokens))
-        q, k, v = (each.float().transpose(0, 1) for each in (query, keys, values))
+        q, k, v = (x.float().transpose(0, 1) for x in (query, keys, values))
         exact = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, enable_gqa=True).transpose(0, 1)
-        # Shares and results are rounded to bfloat16: 2⁻⁹ of the largest value that is summed, twice.
+        # Shares and results are rounded to bfloat16: 2⁻⁹ of the largest value, twice.
         is_close = (whole - exact).abs().max() <= values.abs().max() * 2.0**-8
-        if not is_close or not torch.equal(behind, whole[left:]):
+        if not is_close or not torch.equal(rest, whole[prefix:]):
             return False
     return True
+
+
+def _finite_bfloat16() -> Tensor:
+    numbers = torch.arange(1 << 16, dtype=torch.int32).to(torch.int16).view(torch.bfloat16)
+    return numbers[numbers.isfinite()]

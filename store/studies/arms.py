@@ -1,4 +1,4 @@
-"""The arms of a study: an arm's job settings, built from the study's and checked."""
+"""One arm of a study: what its jobs will be, or why it can't be. It does NOT know where arms come from."""
 
 from __future__ import annotations
 
@@ -10,16 +10,15 @@ from pydantic import ValidationError
 
 from store.errors import InvalidRequest
 from store.jobs.spec import TrainingSpec, check_known_datasets
-from store.storage.files import FILE_FIELDS
-from store.studies.dotted_settings import JOB_SETTINGS, RequestFields
-from store.studies.spec import StudySpec
+from store.studies.dotted_settings import JOB_SETTINGS, Where
+from store.studies.spec import FILES, StudySpec
 
 TrialState = Literal["running", "complete", "failed", "pruned"]
 
 
 @dataclass(frozen=True, kw_only=True)
 class BaseModelInfo:
-    """The shape of a base model, as its worker reported it."""
+    """What a worker has said of the base model."""
 
     n_layers: int
     hidden_size: int
@@ -27,13 +26,16 @@ class BaseModelInfo:
 
 @dataclass(frozen=True, kw_only=True)
 class Trial:
-    """A trial of a search."""
+    """An arm as its search sees it. value: of a complete one, the mean over its seeds on the validation rows.
+
+    reason: why it has failed, or can't be (`pruned`: it has no jobs).
+    """
 
     number: int
     params: dict[str, Any]
     state: TrialState = "running"
-    value: float | None = None  #: of a complete trial: the mean over its seeds on the validation rows
-    reason: str | None = None  #: for `failed`, or for `pruned`: invalid settings, without jobs
+    value: float | None = None
+    reason: str | None = None
 
     def to_json(self) -> dict[str, Any]:
         return asdict(self)
@@ -41,13 +43,11 @@ class Trial:
 
 @dataclass(frozen=True, kw_only=True)
 class PlannedArm:
-    """An arm: a job for each seed."""
-
     name: str
     spec: TrainingSpec  #: with the first seed
-    #: The arm whose compute it matches: its epochs are chosen, and its jobs created, once that is measured.
-    equal_compute_to: str | None = None
-    #: In a study of several methods on several tasks: the arm's method and task.
+    #: The arm whose arithmetic it shall take; its epochs are chosen, and its jobs made, when that is known.
+    like: str | None = None
+    #: Where several methods are run on several tasks: which on which.
     method_name: str | None = None
     task: str | None = None
     trial: Trial | None = None
@@ -56,62 +56,65 @@ class PlannedArm:
         return self.spec.model_copy(update={"seed": seed})
 
     def to_json(self) -> dict[str, Any]:
-        """Returns the arm as it is stored in `planned` of the study's spec, and shown."""
+        """As it is kept with the study, and shown."""
         method = self.spec.method.model_dump(mode="json", exclude_none=True)
-        values = {"name": self.name, "method": method, "like": self.equal_compute_to}
+        told = {"name": self.name, "method": method, "like": self.like}
         if self.task is not None:
-            values |= {"method_name": self.method_name, "task": self.task}
-        if self.trial is not None:
-            values["trial"] = self.trial.to_json()
-        return values
+            told |= {"method_name": self.method_name, "task": self.task}
+        return told | ({"trial": self.trial.to_json()} if self.trial is not None else {})
 
 
 @dataclass(frozen=True, kw_only=True)
-class InvalidSetting:
-    path: str  #: in the job's settings
+class Fault:
+    path: str  #: in the job
     reason: str
 
 
-def build_arm(
-    spec: StudySpec, name: str, changes: Mapping[str, Any], fields: RequestFields, base: BaseModelInfo | None
+def built(
+    spec: StudySpec, name: str, changes: Mapping[str, Any], where: Where, base: BaseModelInfo | None
 ) -> PlannedArm:
-    """Returns the arm with the study's settings and `changes`. Raises InvalidRequest naming an invalid field."""
-    job_spec = training_spec(spec, changes)
-    error = job_spec if isinstance(job_spec, InvalidSetting) else _check_base_model(job_spec, base)
-    if error is not None:
-        raise InvalidRequest(error.reason, param=fields.param(error.path))
-    assert isinstance(job_spec, TrainingSpec)
+    """`changes`: the arm's own part of the job. Raises InvalidRequest naming the request's field that can't be."""
+    made = training_spec(spec, changes)
+    fault = made if isinstance(made, Fault) else misfit(made, base)
+    if fault is not None:
+        raise InvalidRequest(fault.reason, param=where.of(fault.path))
+    assert isinstance(made, TrainingSpec)
     try:
-        check_known_datasets(job_spec)
+        check_known_datasets(made)
     except InvalidRequest as refusal:
-        raise InvalidRequest(refusal.message, param=fields.param(refusal.param or "")) from refusal
-    return PlannedArm(name=name, spec=job_spec)
+        raise InvalidRequest(refusal.message, param=where.of(refusal.param or "")) from refusal
+    return PlannedArm(name=name, spec=made)
 
 
-def training_spec(spec: StudySpec, changes: Mapping[str, Any]) -> TrainingSpec | InvalidSetting:
-    """Returns the settings of an arm's jobs: the study's with `changes`; or the first invalid setting."""
-    shared = spec.model_dump(mode="json", include={"model", *FILE_FIELDS, "reuse", *JOB_SETTINGS})
-    values = {name: value for name, value in shared.items() if value is not None}
+def training_spec(spec: StudySpec, changes: Mapping[str, Any]) -> TrainingSpec | Fault:
+    shared = ("model", *FILES, "reuse", *JOB_SETTINGS)
+    values = {
+        name: value
+        for name, value in spec.model_dump(mode="json", include=set(shared)).items()
+        if value is not None
+    }
     task = spec.task.model_dump(mode="json")
     try:
         return TrainingSpec.model_validate({**values, "task": task, "seed": spec.seeds[0], **changes})
-    except ValidationError as invalid:
-        error = invalid.errors()[0]
-        reason = "there is no such setting" if error["type"] == "extra_forbidden" else error["msg"]
-        path = ".".join(str(name) for name in error["loc"])
-        return InvalidSetting(path=path, reason=reason.removeprefix("Value error, "))
+    except ValidationError as error:
+        fault = error.errors()[0]
+        reason = "there is no such setting" if fault["type"] == "extra_forbidden" else fault["msg"]
+        path = ".".join(str(step) for step in fault["loc"])
+        return Fault(path=path, reason=reason.removeprefix("Value error, "))
 
 
-def _check_base_model(spec: TrainingSpec, base: BaseModelInfo | None) -> InvalidSetting | None:
-    """Returns the first stage setting that the base model can't have; None if all fit or the model is unknown."""
+def misfit(made: TrainingSpec, base: BaseModelInfo | None) -> Fault | None:
+    """Why the model can't have these stages; None where it can, or nobody knows it."""
     if base is None:
         return None
-    for stage in spec.stages():
+    for stage in made.stages():
         layers = stage.layers if isinstance(stage.layers, list) else []
         if any(layer >= base.n_layers for layer in layers):
             reason = f"there is no layer {max(layers)}: the model has layers 0 to {base.n_layers - 1}"
-            return InvalidSetting(path=f"method.{stage.type}.layers", reason=reason)
+            return Fault(path=f"method.{stage.type}.layers", reason=reason)
         if stage.type == "reft" and stage.rank > base.hidden_size:
-            reason = f"rank {stage.rank} is greater than the model's hidden size of {base.hidden_size}"
-            return InvalidSetting(path="method.reft.rank", reason=reason)
+            reason = (
+                f"rank {stage.rank} is too much: the model's hidden states have {base.hidden_size} dimensions"
+            )
+            return Fault(path="method.reft.rank", reason=reason)
     return None

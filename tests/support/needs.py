@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import pytest
 
-from heft_engine.cpu import operators
 from heft_engine.runtime.devices import cpp_compiler
 from heft_engine.runtime.threads import openmp_runtime
 
@@ -14,9 +13,4 @@ needs_runtime = pytest.mark.skipif(
 needs_compiler = pytest.mark.skipif(
     cpp_compiler() is None or openmp_runtime() is None,
     reason="kernels need a C++ compiler and one OpenMP runtime; without them torch's own operations run",
-)
-#: As the engine finds them, whatever a test has put in its place.
-LOAD_AMX = operators.amx_ops
-needs_amx = pytest.mark.skipif(
-    LOAD_AMX() is None, reason="this processor has no AMX, or there is no C++ compiler"
 )

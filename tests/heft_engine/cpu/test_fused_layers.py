@@ -15,7 +15,7 @@ from needs import needs_compiler
 from probe_models import with_intervention
 from torch import Tensor, nn
 
-from heft_engine.cpu import build, fused_layers, operators
+from heft_engine.cpu import fused_layers
 from heft_engine.cpu.fused_layers import FusedLayers
 from heft_engine.data.encoding import Example
 from heft_engine.inference.scoring import score
@@ -215,11 +215,3 @@ def test_a_row_that_is_no_number_leaves_its_neighbours_alone() -> None:
     assert after[:, own].isnan().all()
     after[:, own] = before[:, own]
     assert torch.equal(after, before)
-
-
-@needs_compiler
-def test_kernels_are_there_on_this_machine() -> None:
-    """What is skipped without a compiler must not be skipped where there is one."""
-    build.library.cache_clear()
-    operators.fused_ops.cache_clear()
-    assert operators.fused_ops() is not None

@@ -9,7 +9,6 @@ from pathlib import Path
 import pytest
 import torch
 from many_models import Made, examples, merged, models, stored_intervention, unmerged
-from needs import needs_amx
 from probe_models import packed
 from tiny_models import FAMILIES, save_tiny_model
 
@@ -23,7 +22,7 @@ from heft_engine.inference.scoring import Scores, score
 from heft_engine.inference.scoring_pass import ScoringRow, score_rows
 from heft_engine.serving.row_adapters import adapt_rows
 
-pytestmark = needs_amx
+pytestmark = pytest.mark.usefixtures("with_amx")
 
 BF16 = torch.bfloat16
 WIDE = {"hidden_size": 96, "intermediate_size": 160, "num_attention_heads": 3, "head_dim": 32}

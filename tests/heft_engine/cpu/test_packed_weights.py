@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from needs import needs_amx, needs_compiler
+from needs import needs_compiler
 from torch import nn
 
 from heft_engine.cpu import operators
@@ -34,7 +34,7 @@ def test_only_bfloat16_on_a_cpu_is_packed() -> None:
     assert bytes_to_pack([single]) == 0
 
 
-@needs_amx
+@pytest.mark.usefixtures("with_amx")
 def test_a_packed_copy_is_not_used_without_amx(monkeypatch: pytest.MonkeyPatch) -> None:
     layer = linear(48, 64)
     pack([layer])
@@ -43,7 +43,7 @@ def test_a_packed_copy_is_not_used_without_amx(monkeypatch: pytest.MonkeyPatch) 
     assert packed_copy(layer.weight) is None
 
 
-@needs_amx
+@pytest.mark.usefixtures("with_amx")
 def test_a_weight_that_was_written_to_is_not_packed_any_more() -> None:
     layer = linear(32, 64)
     pack([layer])
@@ -56,7 +56,7 @@ def test_a_weight_that_was_written_to_is_not_packed_any_more() -> None:
     assert packed_copy(layer.weight) is None
 
 
-@needs_amx
+@pytest.mark.usefixtures("with_amx")
 def test_packed_weights_are_counted_and_shared(make_tiny_model: Callable[[str], Path]) -> None:
     lm = PackedLM(
         load_model(resolve_path(make_tiny_model("llama")), dtype=torch.bfloat16, attention=IMPLEMENTATION)
@@ -89,7 +89,7 @@ def test_a_copy_made_during_a_pass_runs_its_own_layers(make_tiny_model: Callable
     assert not any("forward" in module.__dict__ for module in twin.modules())
 
 
-@needs_amx
+@pytest.mark.usefixtures("with_amx")
 def test_an_evaluation_packs_for_as_long_as_it_takes(
     make_tiny_model: Callable[[str], Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
