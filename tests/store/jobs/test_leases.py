@@ -36,14 +36,14 @@ WRITES = {
 def test_a_claim_takes_a_lease_and_raises_the_attempt(bench) -> None:
     job = bench.queued()
     claim = bench.claim(job.id, worker_id="worker-7")
-    held = bench.get(job.id)
-    assert (held.state, held.attempt, held.worker_id) == (JobState.RUNNING, 2, "worker-7")
+    claimed = bench.get(job.id)
+    assert (claimed.state, claimed.attempt, claimed.worker_id) == (JobState.RUNNING, 2, "worker-7")
     assert claim.attempt == 2  # the first was the checking of its files
     assert claim.spec == bench.spec
     assert claim.checkpoints == ()
-    assert held.started_at is not None
-    assert held.lease_until is not None
-    assert 50 < (held.lease_until - held.started_at).total_seconds() <= 60
+    assert claimed.started_at is not None
+    assert claimed.lease_until is not None
+    assert 50 < (claimed.lease_until - claimed.started_at).total_seconds() <= 60
     assert bench.attempt(job.id, 2).worker_id == "worker-7"
     assert bench.outcomes(job.id) == ["prepared", None]
 
@@ -90,8 +90,8 @@ def test_a_stale_attempt_can_write_nothing(bench, write: str, stale: str) -> Non
     before = bench.get(job_id)
     with pytest.raises(LostFence):
         WRITES[write](bench, claim)
-    after = bench.get(job_id)
-    assert (after.state, after.attempt, after.event_seq, after.lease_until) == (
+    unchanged = bench.get(job_id)
+    assert (unchanged.state, unchanged.attempt, unchanged.event_seq, unchanged.lease_until) == (
         before.state,
         before.attempt,
         before.event_seq,
