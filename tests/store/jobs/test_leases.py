@@ -151,6 +151,18 @@ def test_two_step_checkpoints_are_kept_the_newest_first(bench) -> None:
     assert [checkpoint.step for checkpoint in again.checkpoints] == [30, 20]
 
 
+def test_a_checkpoint_has_its_metrics(bench) -> None:
+    claim = bench.running()
+    metrics = {"step": 20, "train_loss": 0.25, "valid_loss": 0.5}
+    bench.checkpoint(claim, 10)
+    bench.checkpoint(claim, 20, "stage", metrics=metrics)
+    bench.checkpoint(claim, 20, "stage", metrics={"train_loss": 9.0})  # committed already
+    rows = bench.sql("SELECT step, metrics FROM checkpoints ORDER BY step")
+    assert [(row.step, row.metrics) for row in rows] == [(10, {}), (20, metrics)]
+    page = bench.do(jobs.list_checkpoints, owner_id=OWNER, job_id=claim.job_id)
+    assert [checkpoint.metrics for checkpoint in page.items] == [metrics]
+
+
 def test_a_stage_end_is_newer_than_the_step_before_it_and_stays(bench) -> None:
     claim = bench.running()
     for step in (10, 20):

@@ -41,7 +41,14 @@ def real(bench: Bench, tiny_llama_dir: Path) -> Context:
 def test_a_job_from_its_files_to_its_model(bench: Bench, real: Context) -> None:
     content = "".join(json.dumps(row) + "\n" for row in ROWS).encode()
     method = {"type": "heft", "heft": HEFT}
-    job_id = bench.created(content, model="llama", method=method, test_file="sample:passages:test")
+    validation_file = bench.uploaded(content)
+    job_id = bench.created(
+        content,
+        model="llama",
+        method=method,
+        validation_file=validation_file,
+        test_file="sample:passages:test",
+    )
     prepared = prepare_job(real, job_id)
     assert prepared is not None
     assert prepared.validation is not None
@@ -54,9 +61,23 @@ def test_a_job_from_its_files_to_its_model(bench: Bench, real: Context) -> None:
     assert job.evaluation is not None
     assert [result["stage"] for result in job.evaluation["results"]] == ["base", "lora", "reft"]
     assert (job.evaluation["split"], job.evaluation["n"]) == ("test", 200)
-    assert [one.model_id.rpartition(":")[2] for one in bench.checkpoints(job_id) if one.model_id] == [
+    stage_ends = [checkpoint for checkpoint in bench.checkpoints(job_id) if checkpoint.kind == "stage"]
+    assert [str(checkpoint.model_id).rpartition(":")[2] for checkpoint in stage_ends] == [
         "ckpt-lora",
         "ckpt-reft",
+    ]
+    lines = [
+        line
+        for checkpoint in stage_ends
+        for line in bench.results(job)
+        if line["step"] == str(checkpoint.step)
+    ]
+    losses = {
+        name: [float(line[name]) for line in lines if line[name]] for name in ("train_loss", "valid_loss")
+    }
+    assert [checkpoint.metrics for checkpoint in stage_ends] == [
+        {"step": checkpoint.step, "train_loss": train_loss, "valid_loss": valid_loss}
+        for checkpoint, train_loss, valid_loss in zip(stage_ends, *losses.values(), strict=True)
     ]
     assert set(job.metrics) == {"base", "lora", "reft"}
     assert "stages" in job.resolved
