@@ -27,9 +27,9 @@ from store.messages.generate import (
     TopToken,
 )
 from store.messages.predict import REPLY_SECONDS, PredictFault
-from worker.inference.cancellations import LOOK_SECONDS
 from worker.inference.predict import Inference, RequestAbandoned, check_active, fault_of
-from worker.inference.text_requests import Heard, Texts, begin
+from worker.inference.requests import LOOK_SECONDS
+from worker.inference.text_batch import Heard, Texts, begin
 
 log = logging.getLogger(__name__)
 

@@ -44,8 +44,8 @@ from store.messages.predict import (
     PredictReply,
 )
 from worker.context import Context
-from worker.inference.cancellations import Cancelled
 from worker.inference.metrics import InferenceMetrics
+from worker.inference.requests import Cancelled
 
 log = logging.getLogger(__name__)
 

@@ -12,7 +12,7 @@ from redis.retry import Retry
 
 from store.messages.broker import redis_py_url
 from store.messages.predict import cancelled_key
-from worker.inference.cancellations import LOOK_SECONDS, Cancelled
+from worker.inference.requests import LOOK_SECONDS, Cancelled
 
 
 class Clock:
