@@ -1,7 +1,4 @@
-"""A request for text as its model takes it: encoded, with its sampling, submitted to those it is writing already.
-
-It does NOT know where pieces go.
-"""
+"""A request for text as the predictor takes it: encoded prompts with their sampling parameters, submitted together."""
 
 from __future__ import annotations
 
@@ -16,89 +13,88 @@ from heft_engine.serving.predictor import Predictor
 from heft_engine.serving.text_generator import TextDelta, TextRequest
 from store.messages.generate import GenerateMessage
 
-#: How far an answer goes that nobody set an end to, where the model was not trained on longer ones.
-USUAL_TOKENS = 256
+#: Limit of texts without `max_tokens`, where the model was not trained on longer answers.
+DEFAULT_MAX_TOKENS = 256
 
-#: A text's number, and what was heard of it.
-Heard = tuple[int, TextDelta | Exception]
+#: A text's index in its request, and its next delta or the exception that ended it.
+IndexedDelta = tuple[int, TextDelta | Exception]
 
 
 @dataclass(frozen=True, kw_only=True)
-class Texts:
-    """The texts of one request, under way. They are written with ids (request, number)."""
+class TextBatch:
+    """The texts of one request. They are generated under the ids (request_id, index)."""
 
     request_id: str
     prompt_tokens: int
-    count: int
-    heard: queue.SimpleQueue[Heard]
+    unfinished: set[int]
+    deltas: queue.SimpleQueue[IndexedDelta]
 
 
-def begin(predictor: Predictor, message: GenerateMessage) -> Texts:
-    """Encodes and submits a request's texts. Raises RowError."""
+def start(predictor: Predictor, message: GenerateMessage) -> TextBatch:
+    """Encodes a request's prompts and starts to generate its texts. Raises RowError."""
     examples = _prompts(predictor, message)
-    heard: queue.SimpleQueue[Heard] = queue.SimpleQueue()
-    tokens = [_max_tokens(predictor, example, message) for example in examples]
-    request_id, count = message["request_id"], len(examples) * message["n"]
-    intervention = message["intervention"]
+    max_tokens = [_max_tokens(predictor, example, message) for example in examples]
+    request_id, n, intervention = message["request_id"], message["n"], message["intervention"]
     requests = [
         TextRequest(
             id=(request_id, index),
-            prompt=examples[index // message["n"]].prompt,
-            max_tokens=tokens[index // message["n"]],
+            prompt=examples[index // n].prompt,
+            max_tokens=max_tokens[index // n],
             sampling=_sampling(message, index),
             scale=intervention["scale"] if intervention["enabled"] else 0.0,
             stop=tuple(message["wish"]["stop"]),
         )
-        for index in range(count)
+        for index in range(len(examples) * n)
     ]
-    predictor.generate(requests, lambda name, piece: heard.put((int(str(name[1])), piece)))
-    return Texts(
+    deltas: queue.SimpleQueue[IndexedDelta] = queue.SimpleQueue()
+    predictor.generate(requests, lambda text_id, delta: deltas.put((text_id[1], delta)))
+    return TextBatch(
         request_id=request_id,
         prompt_tokens=sum(len(example.prompt) for example in examples),
-        count=count,
-        heard=heard,
+        unfinished=set(range(len(requests))),
+        deltas=deltas,
     )
 
 
 def _prompts(predictor: Predictor, message: GenerateMessage) -> list[Example]:
-    """A fine-tuned model is asked as it was trained, through its template; a base model goes on from the bare text."""
+    """Encodes prompts: with its template for a fine-tuned model, as they are for a base model."""
     if predictor.task.type != "text":
         raise RowError(
             f"this model answers {predictor.task.type} questions: ask it through POST /predict", param="model"
         )
-    several = len(message["inputs"]) > 1
+    inputs = message["inputs"]
     examples = []
-    for index, given in enumerate(message["inputs"]):
+    for index, fields in enumerate(inputs):
         try:
-            row = parse_row(given, need_answer=False)
-            raw = message["model"]["kind"] == "base" and row.prompt is not None
-            examples.append(
-                predictor.encoder.raw(row.prompt or "") if raw else predictor.encoder.question(row)
-            )
-        except RowError as fault:
-            if not several:
+            row = parse_row(fields, need_answer=False)
+            if message["model"]["kind"] == "base" and row.prompt is not None:
+                examples.append(predictor.encoder.raw(row.prompt))
+            else:
+                examples.append(predictor.encoder.question(row))
+        except RowError as error:
+            if len(inputs) == 1:
                 raise
-            raise RowError(f"prompt {index}: {fault.message}", param=f"prompt[{index}]") from fault
+            raise RowError(f"prompt {index}: {error.message}", param=f"prompt[{index}]") from error
     return examples
 
 
 def _max_tokens(predictor: Predictor, example: Example, message: GenerateMessage) -> int:
-    asked, prompt, most = message["wish"]["max_tokens"], len(example.prompt), predictor.encoder.max_length
-    room = most - prompt
-    if room < 1 or (asked is not None and asked > room):
+    requested, prompt_tokens = message["wish"]["max_tokens"], len(example.prompt)
+    limit = predictor.encoder.max_length - prompt_tokens
+    if limit < 1 or (requested is not None and requested > limit):
+        prompt_param = "messages" if "messages" in message["inputs"][0] else "prompt"
         raise RowError(
-            f"the prompt has {prompt} tokens and this model takes {most} in all, which leaves {max(room, 0)}",
-            param="max_tokens"
-            if room > 0
-            else "messages"
-            if "messages" in message["inputs"][0]
-            else "prompt",
+            f"the prompt has {prompt_tokens} tokens and this model takes {predictor.encoder.max_length} in all, "
+            f"which leaves {max(limit, 0)}",
+            param="max_tokens" if limit > 0 else prompt_param,
         )
-    return min(room, max(USUAL_TOKENS, predictor.max_new_tokens)) if asked is None else asked
+    if requested is not None:
+        return requested
+    return min(limit, max(DEFAULT_MAX_TOKENS, predictor.max_new_tokens))
 
 
 def _sampling(message: GenerateMessage, index: int) -> SamplingParams:
-    """Several texts of one seed differ, and the first is the one that comes alone."""
+    """Returns the parameters of one text. The seed is counted up from text to text, so that the n texts differ."""
     wish = message["wish"]
     seed = wish["seed"]
     return SamplingParams(
