@@ -1,7 +1,7 @@
-"""The page /metrics: metrics of this process, of the jobs in the database, and of each worker, from Redis.
+"""/metrics put together: this process's own, what the database says of jobs, what each worker has put into Redis.
 
-Database and broker are queried at most every few seconds. One that does not answer is left out, and `heft_source_up`
-is 0. Workers' metrics are parsed and get a `worker` label.
+Database and broker are asked at most every few seconds; one that is away is left out, and `heft_source_up` says so. It
+does NOT know what workers count: their text is parsed and gets a `worker` label.
 """
 
 from __future__ import annotations
@@ -31,30 +31,29 @@ _FRESH_SECONDS = 5.0
 _BROKER_SECONDS = 2.0
 
 
-class MetricsPage:
-    """Renders the page. `registry`: the metrics of this process."""
+class Scrape:
+    """`await scrape()` → the exposition text."""
 
-    def __init__(self, registry: CollectorRegistry, database: Database, redis: Redis) -> None:
-        self._registry = registry
+    def __init__(self, own: CollectorRegistry, database: Database, redis: Redis) -> None:
+        self._own = own
         self._database = database
         self._redis = redis
         self._lock = asyncio.Lock()
-        self._external: Sequence[Metric] = ()
-        self._fresh_until = 0.0
+        self._elsewhere: Sequence[Metric] = ()
+        self._until = 0.0
 
-    async def render(self) -> bytes:
-        """Returns Prometheus's text format."""
+    async def __call__(self) -> bytes:
         async with self._lock:
-            if time.monotonic() >= self._fresh_until:
-                self._external = await self._query_sources()
-                self._fresh_until = time.monotonic() + _FRESH_SECONDS
-        families = _Families(merged([*self._registry.collect(), *self._external]))
-        return generate_latest(cast(CollectorRegistry, families))
+            if time.monotonic() >= self._until:
+                self._elsewhere = await self._ask()
+                self._until = time.monotonic() + _FRESH_SECONDS
+        everything = _Everything(merged([*self._own.collect(), *self._elsewhere]))
+        return generate_latest(cast(CollectorRegistry, everything))
 
-    async def _query_sources(self) -> list[Metric]:
+    async def _ask(self) -> list[Metric]:
         jobs, texts = await asyncio.gather(self._jobs(), self._workers())
         up = GaugeMetricFamily(
-            "heft_source_up", "1 if the source answered the last query.", labels=["source"]
+            "heft_source_up", "1 where the last scrape got an answer from it.", labels=["source"]
         )
         up.add_metric(["database"], float(jobs is not None))
         up.add_metric(["broker"], float(texts is not None))
@@ -67,21 +66,21 @@ class MetricsPage:
         try:
             return await self._database(job_statistics.jobs)
         except Unavailable as fault:
-            log.warning("no metrics of jobs: %s", fault)
+            log.warning("metrics without those of jobs: %s", fault)
             return None
 
     async def _worker_keys(self) -> list[bytes]:
-        keys = self._redis.scan_iter(f"{METRICS_PREFIX}*", count=1_000)
-        return sorted([cast(bytes, key) async for key in keys])
+        found = self._redis.scan_iter(f"{METRICS_PREFIX}*", count=1_000)
+        return sorted([cast(bytes, key) async for key in found])
 
     async def _workers(self) -> dict[str, str] | None:
-        """Returns {worker id: its metrics as text}."""
+        """{worker id: its exposition text}."""
         try:
             async with asyncio.timeout(_BROKER_SECONDS):
                 keys = await self._worker_keys()
                 texts = cast("list[bytes | None]", await self._redis.mget(keys) if keys else [])
         except (RedisError, OSError, TimeoutError) as fault:
-            log.warning("no metrics of workers: %s", fault)
+            log.warning("metrics without those of workers: %s", fault)
             return None
         return {
             key.decode().removeprefix(METRICS_PREFIX): text.decode()
@@ -90,9 +89,7 @@ class MetricsPage:
         }
 
 
-class _Families(Collector):
-    """Metric families as a collector, which `generate_latest` takes."""
-
+class _Everything(Collector):
     def __init__(self, families: Iterable[Metric]) -> None:
         self._families = families
 
@@ -101,21 +98,21 @@ class _Families(Collector):
 
 
 def merged(families: Iterable[Metric]) -> list[Metric]:
-    """Merges families by name. Drops families with another type than the first of their name."""
-    by_name: dict[str, Metric] = {}
+    """One family for each name. Of two that call different things by one name, the first stays."""
+    found: dict[str, Metric] = {}
     for family in families:
-        merged_family = by_name.get(family.name)
-        if merged_family is None:
-            merged_family = by_name[family.name] = Metric(family.name, family.documentation, family.type)
-        if merged_family.type == family.type:
-            merged_family.samples += family.samples
+        into = found.get(family.name)
+        if into is None:
+            into = found[family.name] = Metric(family.name, family.documentation, family.type)
+        if into.type == family.type:
+            into.samples += family.samples
         else:
-            log.warning("metric %s has two types, %s and %s", family.name, merged_family.type, family.type)
-    return list(by_name.values())
+            log.warning("metric %s is both %s and %s", family.name, into.type, family.type)
+    return list(found.values())
 
 
 def worker_families(worker: str, text: str) -> Iterator[Metric]:
-    """Yields the families of a worker's text with a `worker` label; none if the text is malformed."""
+    """What one worker has put into Redis, every sample with its name; nothing where that can't be read."""
     try:
         families = list(text_string_to_metric_families(text))
     except ValueError as fault:
@@ -133,19 +130,19 @@ def job_families(jobs: job_statistics.JobStatistics) -> Iterator[Metric]:
         ("heft_jobs", "Fine-tuning jobs.", "state", jobs.by_state),
         (
             "heft_jobs_oldest_waiting_seconds",
-            "Age of the oldest job waiting for a worker.",
+            "Age of the oldest job that waits for a worker.",
             "state",
             jobs.waiting_seconds,
         ),
         (
             "heft_training_step_seconds",
-            "Time of a training step, mean over running jobs.",
+            "Time of a training step, mean over the jobs that run.",
             "stage",
             jobs.step_seconds,
         ),
         (
             "heft_training_tokens_per_second",
-            "Training tokens per second, sum over running jobs.",
+            "Tokens trained on a second, of all jobs that run.",
             "stage",
             jobs.tokens_per_second,
         ),

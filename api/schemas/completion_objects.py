@@ -1,4 +1,7 @@
-"""Responses of `/v1/completions` and `/v1/chat/completions` as in OpenAI's API, complete and as chunks of a stream."""
+"""What `/v1/completions` and `/v1/chat/completions` answer: OpenAI's objects, whole and as chunks of a stream.
+
+It does NOT know requests or workers.
+"""
 
 from __future__ import annotations
 
@@ -13,7 +16,7 @@ FinishReason = Literal["stop", "length"]
 
 
 class CompletionLogprobs(BaseModel):
-    """OpenAI's older format: lists with one item per token."""
+    """OpenAI's older shape: one list each, token by token."""
 
     tokens: list[str]
     token_logprobs: list[float]
@@ -21,17 +24,17 @@ class CompletionLogprobs(BaseModel):
     text_offset: list[int]
 
     @classmethod
-    def of(cls, tokens: list[GeneratedToken], *, top_logprobs: int) -> CompletionLogprobs:
-        top = [
+    def of(cls, tokens: list[GeneratedToken], *, likeliest: int) -> CompletionLogprobs:
+        tops = [
             {_name(top["bytes"]): top["logprob"] for top in token["top"]}
-            # OpenAI's API always includes the chosen token.
+            # The chosen token is always among them.
             | {_name(token["bytes"]): token["logprob"]}
             for token in tokens
         ]
         return cls(
             tokens=[_name(token["bytes"]) for token in tokens],
             token_logprobs=[token["logprob"] for token in tokens],
-            top_logprobs=top if top_logprobs else None,
+            top_logprobs=tops if likeliest else None,
             text_offset=[token["offset"] for token in tokens],
         )
 
@@ -43,18 +46,17 @@ class CompletionChoice(BaseModel):
     finish_reason: FinishReason | None
 
     @classmethod
-    def of(cls, part: GeneratedPart, *, top_logprobs: int | None) -> CompletionChoice:
-        """`top_logprobs`: the number of requested alternatives; None for no log-probabilities."""
-        logprobs = None
-        if top_logprobs is not None:
-            logprobs = CompletionLogprobs.of(part["tokens"], top_logprobs=top_logprobs)
+    def of(cls, part: GeneratedPart, *, likeliest: int | None) -> CompletionChoice:
+        """`likeliest`: how many other tokens were asked for; None for no log-probabilities."""
+        tokens = part["tokens"]
+        logprobs = None if likeliest is None else CompletionLogprobs.of(tokens, likeliest=likeliest)
         return cls(
             text=part["text"], index=part["index"], logprobs=logprobs, finish_reason=part["finish_reason"]
         )
 
 
 class Completion(BaseModel):
-    """A completion, or a chunk of a stream, whose `usage` is in a last chunk of its own."""
+    """Whole, or a chunk of a stream, where `usage` comes last and alone."""
 
     id: str
     object: Literal["text_completion"] = "text_completion"
@@ -140,7 +142,7 @@ class ChunkChoice(BaseModel):
 
 
 class ChatChunk(BaseModel):
-    """A chunk of a stream. `usage` is in a last chunk of its own."""
+    """One event of a stream. `usage` comes last and alone."""
 
     id: str
     object: Literal["chat.completion.chunk"] = "chat.completion.chunk"
@@ -150,13 +152,13 @@ class ChatChunk(BaseModel):
     usage: Usage | None = None
 
 
-def _text(token: list[int]) -> str:
-    return bytes(token).decode(errors="replace")
+def _text(spelling: list[int]) -> str:
+    return bytes(spelling).decode(errors="replace")
 
 
-def _name(token: list[int]) -> str:
-    """A token that is a part of a character is written as in OpenAI's API: `bytes:\\xe2\\x82`."""
+def _name(spelling: list[int]) -> str:
+    """A token that is part of a character stands as OpenAI's API writes it: `bytes:\\xe2\\x82`."""
     try:
-        return bytes(token).decode()
+        return bytes(spelling).decode()
     except UnicodeDecodeError:
-        return "bytes:" + "".join(f"\\x{byte:02x}" for byte in token)
+        return "bytes:" + "".join(f"\\x{byte:02x}" for byte in spelling)

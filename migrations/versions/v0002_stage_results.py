@@ -1,4 +1,4 @@
-"""Results of stages, which later jobs of the same owner reuse."""
+"""What stages ended with, for later jobs of the same owner."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Failed archives can be requested again; an index of idempotency keys by age."""
+"""Archives that failed may be asked for again; idempotency keys are found by their age."""
 
 from __future__ import annotations
 

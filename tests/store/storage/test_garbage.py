@@ -1,4 +1,4 @@
-"""Garbage collection: unneeded bytes are deleted from storage, needed ones never."""
+"""What nothing needs is deleted from storage, and what something needs never is."""
 
 from __future__ import annotations
 
