@@ -110,22 +110,6 @@ class PackedHead {
   std::vector<const bf16*> rows_;
 };
 
-// Up to 32 consecutive queries of one head, the first at `position` of its sequence, against keys begin … end - 1.
-struct QueryBlock {
-  Activations query;
-  long position, begin, end;
-
-  // Whole blocks of keys, from the first that any query sees.
-  QueryBlock(const Activations& query, long position, long window)
-      : query(query), position(position),
-        begin(window ? std::max(0L, position - window + 1) / kBlock * kBlock : 0),
-        end((position + query.rows + kBlock - 1) / kBlock * kBlock) {}
-
-  long keys() const { return end - begin; }
-  // Rows a multiple of a page apart would evict one another from the cache.
-  long score_stride() const { return keys() + 16; }
-};
-
 // One query's shares exp(scale · (score - maximum)) of keys first … last - 1, rounded to bfloat16, zero for the others of
 // shares' row. `rate` is scale · log2(e). Returns the reciprocal of their unrounded sum.
 float softmax_row(const float* scores, const Activations& shares, long row, long first, long last, __m512 rate) {
@@ -135,54 +119,49 @@ float softmax_row(const float* scores, const Activations& shares, long row, long
     return _mm512_cmplt_epi32_mask(index, _mm512_set1_epi32(int(last))) &
            _mm512_cmpge_epi32_mask(index, _mm512_set1_epi32(int(first)));
   };
-  // Whole vectors lie from `whole` to `inside`; one before and one after may be seen in part.
-  const long start = first / kTile * kTile, whole = first > start ? start + kTile : start;
-  const long inside = std::max(whole, last / kTile * kTile);
+  const long start = first / kTile * kTile;
   __m512 most = _mm512_set1_ps(-INFINITY);
-  const auto masked_maximum = [&](long at) {
+  for (long at = start; at < last; at += kTile)
     most = _mm512_mask_max_ps(most, seen(at), most, _mm512_loadu_ps(scores + at));
-  };
-  if (start < whole) masked_maximum(start);
-  for (long at = whole; at < inside; at += kTile) most = _mm512_max_ps(most, _mm512_loadu_ps(scores + at));
-  if (inside < last) masked_maximum(inside);
   const __m512 maximum = _mm512_set1_ps(_mm512_reduce_max_ps(most));
   __m512 total = _mm512_setzero_ps();
-  const auto clear = [&](long at) { _mm256_store_si256((__m256i*)shares.at(row, at), _mm256_setzero_si256()); };
-  const auto share = [&](long at, __mmask16 mask) {
-    const __m512 power = _mm512_maskz_mov_ps(
-        mask, exp2(_mm512_mul_ps(_mm512_sub_ps(_mm512_loadu_ps(scores + at), maximum), rate)));
-    total = _mm512_add_ps(total, power);
-    _mm256_store_si256((__m256i*)shares.at(row, at), (__m256i)_mm512_cvtneps_pbh(power));
-  };
-  for (long at = 0; at < start; at += kTile) clear(at);
-  if (start < whole) share(start, seen(start));
-  for (long at = whole; at < inside; at += kTile) share(at, 0xffff);
-  long at = inside;
-  if (at < last) share(at, seen(at)), at += kTile;
-  for (; at < shares.in; at += kTile) clear(at);
+  for (long at = 0; at < shares.in; at += kTile) {
+    __m512 share = _mm512_setzero_ps();
+    if (at >= start && at < last) {
+      const __m512 power = _mm512_mul_ps(_mm512_sub_ps(_mm512_loadu_ps(scores + at), maximum), rate);
+      share = _mm512_maskz_mov_ps(seen(at), exp2(power));
+      total = _mm512_add_ps(total, share);
+    }
+    _mm256_store_si256((__m256i*)shares.at(row, at), (__m256i)_mm512_cvtneps_pbh(share));
+  }
   return 1.0f / _mm512_reduce_add_ps(total);
 }
 
-// out = softmax(scale · q·kᵀ)·v of a block of queries; rows of out are `stride` elements apart. Scores and sums are FP32,
-// shares bfloat16, the result is rounded once.
-void attend_block(const QueryBlock& block, const PackedHead& head, bf16* out, long stride, float scale, long window) {
-  const long rows = block.query.rows, width = block.query.in, keys = block.keys();
-  float* scores = scratch<float, kScores>(kBlock * block.score_stride());
+// out = softmax(scale · q·kᵀ)·v of up to 32 consecutive queries of one head, the first at `position` of its sequence; rows
+// of out are `stride` elements apart. Scores and sums are FP32, shares bfloat16, the result is rounded once.
+void attend_block(
+    const Activations& query, long position, const PackedHead& head, bf16* out, long stride, float scale, long window) {
+  // Whole blocks of keys, from the first that any query sees.
+  const long begin = window ? std::max(0L, position - window + 1) / kBlock * kBlock : 0;
+  const long rows = query.rows, width = query.in, keys = (position + rows + kBlock - 1) / kBlock * kBlock - begin;
+  // Rows a multiple of a page apart would evict one another from the cache.
+  const long score_stride = keys + kTile;
+  float* scores = scratch<float, kScores>(kBlock * score_stride);
   for (long k = 0; k < keys; k += kBlock) {
-    const bf16* left = head.keys + (block.begin + k) * width;
+    const bf16* left = head.keys + (begin + k) * width;
     const PanelPair panels{left, left + kTile * width};
-    multiply_block(block.query, 0, panels, 0, width / kTileInputs, {scores + k, block.score_stride()}, false, [] {});
+    multiply_block(query, 0, panels, 0, width / kTileInputs, {scores + k, score_stride}, false, [] {});
   }
   const Activations shares = scratch_activations<kShares>(rows, keys);
   const __m512 rate = _mm512_set1_ps(scale * 1.44269504088896340736f);
   float reciprocals[kBlock];
   for (long r = 0; r < rows; r++) {
-    const long last = block.position + r + 1 - block.begin, first = window ? std::max(0L, last - window) : 0;
-    reciprocals[r] = softmax_row(scores + r * block.score_stride(), shares, r, first, last, rate);
+    const long last = position + r + 1 - begin, first = window ? std::max(0L, last - window) : 0;
+    reciprocals[r] = softmax_row(scores + r * score_stride, shares, r, first, last, rate);
   }
   alignas(64) float sums[kBlock * kBlock];
   for (long d = 0; d < width; d += kTileInputs) {
-    const bf16* left = head.values + block.begin * width + d / kTile * kTileSize;
+    const bf16* left = head.values + begin * width + d / kTile * kTileSize;
     const PanelPair panels{left, left + kTileSize, kTileInputs * width};
     multiply_block(shares, 0, panels, 0, keys / kTileInputs, {sums, kBlock}, false, [] {});
     for (long r = 0; r < rows; r++) {
@@ -213,8 +192,8 @@ void run_attention(
         const Activations queries = room.slice(0, std::min(kBlock, segment.queries - first));
         const long offset = (segment.first_query + first) * stride + head * width;
         for (long r = 0; r < queries.rows; r++) queries.set_row(r, query + offset + r * stride);
-        const QueryBlock block(queries, packed.tokens - segment.queries + first, window);
-        attend_block(block, packed, out + offset, stride, scale, window);
+        const long position = packed.tokens - segment.queries + first;
+        attend_block(queries, position, packed, out + offset, stride, scale, window);
       }
     }
   }
