@@ -1,1 +1,1 @@
-
+"""The database, stored files and messages, which API and workers share."""

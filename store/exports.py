@@ -15,6 +15,7 @@ from sqlalchemy.orm import Session
 
 from store import models
 from store.db.session import seconds
+from store.db.states import ExportState
 from store.db.tables import Export
 from store.errors import Conflict, InvalidRequest, LostFence
 from store.jobs import jobs
@@ -65,13 +66,15 @@ def request_diagnostics(session: Session, *, owner_id: str, job_id: str) -> Expo
 def _request(session: Session, *, owner_id: str, model_id: str, format: str) -> Export:
     if models.get(session, owner_id=owner_id, model_id=model_id).kind == "base":
         raise InvalidRequest("base models can't be exported, only fine-tuned ones", param="model")
-    row = {"model_id": model_id, "format": format, "state": "pending"}
+    row = {"model_id": model_id, "format": format, "state": ExportState.PENDING}
     session.execute(insert(Export).values(row).on_conflict_do_nothing())
-    to_retry = and_(Export.state == "failed", Export.failed_at < func.now() - seconds(_FAILED_SECONDS))
+    to_retry = and_(
+        Export.state == ExportState.FAILED, Export.failed_at < func.now() - seconds(_FAILED_SECONDS)
+    )
     session.execute(
         update(Export)
         .where(_is_export(model_id, format), to_retry)
-        .values(state="pending", losses=0, error=None, failed_at=None)
+        .values(state=ExportState.PENDING, losses=0, error=None, failed_at=None)
     )
     return session.scalars(select(Export).where(_is_export(model_id, format))).one()
 
@@ -82,7 +85,7 @@ def claim(session: Session, *, model_id: str, format: str, lease_seconds: float 
         update(Export)
         .where(_is_export(model_id, format), _is_waiting(), _losses() < MAX_LOSSES)
         .values(
-            state="building",
+            state=ExportState.BUILDING,
             attempt=Export.attempt + 1,
             losses=_losses(),
             lease_until=func.now() + seconds(lease_seconds),
@@ -103,17 +106,21 @@ def heartbeat(session: Session, claim: ExportClaim) -> None:
 
 def finish(session: Session, claim: ExportClaim, *, storage_key: str, size: int) -> None:
     """Marks an archive of `size` bytes, which is durable under `storage_key`, as ready. Raises LostFence."""
-    _write(session, claim, {"state": "ready", "lease_until": None, "storage_key": storage_key, "bytes": size})
+    _write(
+        session,
+        claim,
+        {"state": ExportState.READY, "lease_until": None, "storage_key": storage_key, "bytes": size},
+    )
 
 
 def release(session: Session, claim: ExportClaim) -> None:
     """Makes an archive whose worker was asked to stop pending again, without a loss. Raises LostFence."""
-    _write(session, claim, {"state": "pending", "lease_until": None})
+    _write(session, claim, {"state": ExportState.PENDING, "lease_until": None})
 
 
 def fail(session: Session, claim: ExportClaim, *, error: Mapping[str, Any]) -> None:
     """Marks an archive that can't be built as failed: `error` is {code, message, param}. Raises LostFence."""
-    _write(session, claim, {"state": "failed", "lease_until": None, **_failure(error)})
+    _write(session, claim, {"state": ExportState.FAILED, "lease_until": None, **_failure(error)})
 
 
 def waiting(session: Session, *, limit: int = 50) -> list[tuple[str, str]]:
@@ -126,7 +133,7 @@ def waiting(session: Session, *, limit: int = 50) -> list[tuple[str, str]]:
     session.execute(
         update(Export)
         .where(_is_waiting(), _losses() >= MAX_LOSSES)
-        .values(state="failed", lease_until=None, losses=_losses(), **_failure(error))
+        .values(state=ExportState.FAILED, lease_until=None, losses=_losses(), **_failure(error))
     )
     query = select(Export.model_id, Export.format).where(_is_waiting())
     rows = session.execute(query.order_by(Export.created_at).limit(limit))
@@ -138,11 +145,11 @@ def _is_export(model_id: str, format: str) -> ColumnElement[bool]:
 
 
 def _is_waiting() -> ColumnElement[bool]:
-    return or_(Export.state == "pending", _is_lost())
+    return or_(Export.state == ExportState.PENDING, _is_lost())
 
 
 def _is_lost() -> ColumnElement[bool]:
-    return and_(Export.state == "building", Export.lease_until < func.now())
+    return and_(Export.state == ExportState.BUILDING, Export.lease_until < func.now())
 
 
 def _losses() -> ColumnElement[int]:
@@ -158,7 +165,7 @@ def _write(session: Session, claim: ExportClaim, values: Mapping[str, Any]) -> N
     statement = (
         update(Export)
         .where(_is_export(claim.model.id, claim.format))
-        .where(Export.state == "building", Export.attempt == claim.attempt)
+        .where(Export.state == ExportState.BUILDING, Export.attempt == claim.attempt)
         .values(dict(values))
         .returning(Export.attempt)
     )

@@ -1,1 +1,1 @@
-"""The database: sessions, tables, states, pages of lists."""
+"""The database: tables, states, sessions, pagination."""

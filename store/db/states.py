@@ -1,4 +1,4 @@
-"""The states of a job and the transitions between them."""
+"""The states of jobs, attempts, archives and trials, and the transitions of jobs."""
 
 from __future__ import annotations
 
@@ -43,6 +43,43 @@ PURPOSES: dict[JobState, Purpose] = {JobState.VALIDATING_FILES: "prepare", JobSt
 WAITING: dict[Purpose, JobState] = {purpose: state for state, purpose in PURPOSES.items()}
 #: A job's state while a worker holds it.
 CLAIMED: dict[Purpose, JobState] = {"prepare": JobState.VALIDATING_FILES, "train": JobState.RUNNING}
+
+
+#: The outcome of an attempt.
+AttemptOutcome = Literal[
+    "prepared",  #: The files are valid; the job is queued.
+    "succeeded",  #: The job has a model.
+    "failed",  #: The job can't be done.
+    "cancelled",  #: Its user cancelled the job.
+    "paused",  #: Its user paused the job.
+    "released",  #: The worker was asked to stop; the job waits for another.
+    "trainer_died",  #: The trainer crashed; the job is tried again or has failed.
+    "lease_lost",  #: The worker was lost.
+]
+
+
+class ExportState(StrEnum):
+    PENDING = "pending"  #: Waits for a worker.
+    BUILDING = "building"  #: A worker holds its lease and builds it.
+    READY = "ready"  #: Stored under its storage key.
+    FAILED = "failed"  #: Tried again at a request after ten minutes.
+
+
+TrialState = Literal[
+    "running",  #: Some of its jobs have not ended.
+    "complete",  #: All its jobs have a value on the validation rows.
+    "failed",  #: At least one of its jobs has none.
+    "pruned",  #: Its settings are invalid; it has no jobs.
+]
+
+StudyStatus = Literal[
+    "queued",  #: No job has started training.
+    "running",  #: Jobs train, or the last verdict is on its way.
+    "paused",  #: All unfinished jobs are paused.
+    "succeeded",  #: Final. At least one job has succeeded.
+    "failed",  #: Final. No job has succeeded.
+    "cancelled",  #: Final. Its user cancelled it.
+]
 
 
 def sources(target: JobState) -> list[JobState]:

@@ -141,8 +141,7 @@ class Attempt(Base):
     purpose: Mapped[str]  #: prepare or train
     started_at: Mapped[datetime] = _now()
     ended_at: Mapped[datetime | None]
-    #: prepared, succeeded, failed, cancelled, paused, released, trainer_died or lease_lost
-    outcome: Mapped[str | None]
+    outcome: Mapped[str | None]  #: an AttemptOutcome
     swept_at: Mapped[datetime | None]  #: when the bytes that it stored and no row names were deleted
 
 
@@ -245,7 +244,7 @@ class Export(Base):
 
     model_id: Mapped[str] = mapped_column(ForeignKey("models.id"), primary_key=True)
     format: Mapped[str] = mapped_column(primary_key=True)  #: bundle, merged, peft, pyreft; diagnostics
-    state: Mapped[str]  #: pending, building, ready or failed
+    state: Mapped[str]  #: an ExportState
     attempt: Mapped[int] = mapped_column(server_default=text("0"))  #: the fencing token
     losses: Mapped[int] = mapped_column(
         server_default=text("0")

@@ -1,1 +1,1 @@
-"""Jobs: their specification, requests, leases, transitions and endings."""
+"""Jobs: settings, claims, checkpoints, transitions of state."""

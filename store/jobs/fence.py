@@ -9,7 +9,7 @@ from typing import Any
 from sqlalchemy import ColumnElement, and_, select
 from sqlalchemy.orm import Session
 
-from store.db.states import CLAIMED, JobState, Purpose
+from store.db.states import CLAIMED, AttemptOutcome, JobState, Purpose
 from store.db.tables import Checkpoint, Job
 from store.errors import LostFence
 from store.jobs.spec import TrainingSpec
@@ -78,7 +78,7 @@ def finish_attempt(
     claim: Claim,
     to: JobState,
     event: NewEvent,
-    outcome: str,
+    outcome: AttemptOutcome,
     values: Mapping[str, Any] | None = None,
 ) -> Job:
     """Ends the attempt with `outcome` and moves its job into state `to`. Returns the job. Raises LostFence."""

@@ -14,7 +14,7 @@ from sqlalchemy import ColumnElement, and_, func, update
 from sqlalchemy.orm import Session
 
 from store import ids
-from store.db.states import TERMINAL, JobState, sources
+from store.db.states import TERMINAL, AttemptOutcome, JobState, sources
 from store.db.tables import Attempt, Event, Job
 from store.jobs import checkpoints
 
@@ -94,7 +94,7 @@ def _event_row(job_id: str, seq: int, attempt: int, event: NewEvent) -> dict[str
     }
 
 
-def close_attempt(session: Session, job_id: str, number: int, outcome: str) -> None:
+def close_attempt(session: Session, job_id: str, number: int, outcome: AttemptOutcome) -> None:
     """Writes the outcome of an attempt. An earlier outcome stays."""
     session.execute(
         update(Attempt)

@@ -1,1 +1,1 @@
-"""Messages between the API and the workers, over Redis."""
+"""Messages between API and workers, over Redis."""

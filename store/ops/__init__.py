@@ -1,1 +1,1 @@
-"""Operations: statistics, workers that are alive, diagnoses of jobs."""
+"""Operations: worker rows, job statistics, diagnosis."""

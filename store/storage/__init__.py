@@ -1,1 +1,1 @@
-"""Bytes: artifacts, files, and the removal of what nothing refers to."""
+"""Stored files: artifacts, their rows, garbage collection."""

@@ -1,1 +1,1 @@
-"""Studies: arms, points, search, verdicts."""
+"""Studies: settings, arms, searches, verdicts."""

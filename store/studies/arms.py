@@ -1,24 +1,24 @@
-"""One arm of a study: what its jobs will be, or why it can't be. It does NOT know where arms come from."""
+"""The arms of a study: an arm's job settings, built from the study's and checked."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
-from typing import Any, Literal
+from typing import Any
 
 from pydantic import ValidationError
 
+from store.db.states import TrialState
 from store.errors import InvalidRequest
 from store.jobs.spec import TrainingSpec, check_known_datasets
-from store.studies.dotted_settings import JOB_SETTINGS, Where
-from store.studies.spec import FILES, StudySpec
-
-TrialState = Literal["running", "complete", "failed", "pruned"]
+from store.storage.files import FILE_FIELDS
+from store.studies.dotted_settings import JOB_SETTINGS, RequestFields
+from store.studies.spec import StudySpec
 
 
 @dataclass(frozen=True, kw_only=True)
 class BaseModelInfo:
-    """What a worker has said of the base model."""
+    """The shape of a base model, as its worker reported it."""
 
     n_layers: int
     hidden_size: int
@@ -26,16 +26,13 @@ class BaseModelInfo:
 
 @dataclass(frozen=True, kw_only=True)
 class Trial:
-    """An arm as its search sees it. value: of a complete one, the mean over its seeds on the validation rows.
-
-    reason: why it has failed, or can't be (`pruned`: it has no jobs).
-    """
+    """A trial of a search."""
 
     number: int
     params: dict[str, Any]
     state: TrialState = "running"
-    value: float | None = None
-    reason: str | None = None
+    value: float | None = None  #: of a complete trial: the mean over its seeds on the validation rows
+    reason: str | None = None  #: for `failed`, or for `pruned`: invalid settings, without jobs
 
     def to_json(self) -> dict[str, Any]:
         return asdict(self)
@@ -43,11 +40,13 @@ class Trial:
 
 @dataclass(frozen=True, kw_only=True)
 class PlannedArm:
+    """An arm: a job for each seed."""
+
     name: str
     spec: TrainingSpec  #: with the first seed
-    #: The arm whose arithmetic it shall take; its epochs are chosen, and its jobs made, when that is known.
-    like: str | None = None
-    #: Where several methods are run on several tasks: which on which.
+    #: The arm whose compute it matches: its epochs are chosen, and its jobs created, once that is measured.
+    equal_compute_to: str | None = None
+    #: In a study of several methods on several tasks: the arm's method and task.
     method_name: str | None = None
     task: str | None = None
     trial: Trial | None = None
@@ -56,65 +55,62 @@ class PlannedArm:
         return self.spec.model_copy(update={"seed": seed})
 
     def to_json(self) -> dict[str, Any]:
-        """As it is kept with the study, and shown."""
+        """Returns the arm as it is stored in `planned` of the study's spec, and shown."""
         method = self.spec.method.model_dump(mode="json", exclude_none=True)
-        told = {"name": self.name, "method": method, "like": self.like}
+        values = {"name": self.name, "method": method, "like": self.equal_compute_to}
         if self.task is not None:
-            told |= {"method_name": self.method_name, "task": self.task}
-        return told | ({"trial": self.trial.to_json()} if self.trial is not None else {})
+            values |= {"method_name": self.method_name, "task": self.task}
+        if self.trial is not None:
+            values["trial"] = self.trial.to_json()
+        return values
 
 
 @dataclass(frozen=True, kw_only=True)
-class Fault:
-    path: str  #: in the job
+class InvalidSetting:
+    path: str  #: in the job's settings
     reason: str
 
 
-def built(
-    spec: StudySpec, name: str, changes: Mapping[str, Any], where: Where, base: BaseModelInfo | None
+def build_arm(
+    spec: StudySpec, name: str, changes: Mapping[str, Any], fields: RequestFields, base: BaseModelInfo | None
 ) -> PlannedArm:
-    """`changes`: the arm's own part of the job. Raises InvalidRequest naming the request's field that can't be."""
-    made = training_spec(spec, changes)
-    fault = made if isinstance(made, Fault) else misfit(made, base)
-    if fault is not None:
-        raise InvalidRequest(fault.reason, param=where.of(fault.path))
-    assert isinstance(made, TrainingSpec)
+    """Returns the arm with the study's settings and `changes`. Raises InvalidRequest naming an invalid field."""
+    job_spec = training_spec(spec, changes)
+    error = job_spec if isinstance(job_spec, InvalidSetting) else _check_base_model(job_spec, base)
+    if error is not None:
+        raise InvalidRequest(error.reason, param=fields.param(error.path))
+    assert isinstance(job_spec, TrainingSpec)
     try:
-        check_known_datasets(made)
+        check_known_datasets(job_spec)
     except InvalidRequest as refusal:
-        raise InvalidRequest(refusal.message, param=where.of(refusal.param or "")) from refusal
-    return PlannedArm(name=name, spec=made)
+        raise InvalidRequest(refusal.message, param=fields.param(refusal.param or "")) from refusal
+    return PlannedArm(name=name, spec=job_spec)
 
 
-def training_spec(spec: StudySpec, changes: Mapping[str, Any]) -> TrainingSpec | Fault:
-    shared = ("model", *FILES, "reuse", *JOB_SETTINGS)
-    values = {
-        name: value
-        for name, value in spec.model_dump(mode="json", include=set(shared)).items()
-        if value is not None
-    }
+def training_spec(spec: StudySpec, changes: Mapping[str, Any]) -> TrainingSpec | InvalidSetting:
+    """Returns the settings of an arm's jobs: the study's with `changes`; or the first invalid setting."""
+    shared = spec.model_dump(mode="json", include={"model", *FILE_FIELDS, "reuse", *JOB_SETTINGS})
+    values = {name: value for name, value in shared.items() if value is not None}
     task = spec.task.model_dump(mode="json")
     try:
         return TrainingSpec.model_validate({**values, "task": task, "seed": spec.seeds[0], **changes})
-    except ValidationError as error:
-        fault = error.errors()[0]
-        reason = "there is no such setting" if fault["type"] == "extra_forbidden" else fault["msg"]
-        path = ".".join(str(step) for step in fault["loc"])
-        return Fault(path=path, reason=reason.removeprefix("Value error, "))
+    except ValidationError as invalid:
+        error = invalid.errors()[0]
+        reason = "there is no such setting" if error["type"] == "extra_forbidden" else error["msg"]
+        path = ".".join(str(name) for name in error["loc"])
+        return InvalidSetting(path=path, reason=reason.removeprefix("Value error, "))
 
 
-def misfit(made: TrainingSpec, base: BaseModelInfo | None) -> Fault | None:
-    """Why the model can't have these stages; None where it can, or nobody knows it."""
+def _check_base_model(spec: TrainingSpec, base: BaseModelInfo | None) -> InvalidSetting | None:
+    """Returns the first stage setting that the base model can't have; None if all fit or the model is unknown."""
     if base is None:
         return None
-    for stage in made.stages():
+    for stage in spec.stages():
         layers = stage.layers if isinstance(stage.layers, list) else []
         if any(layer >= base.n_layers for layer in layers):
             reason = f"there is no layer {max(layers)}: the model has layers 0 to {base.n_layers - 1}"
-            return Fault(path=f"method.{stage.type}.layers", reason=reason)
+            return InvalidSetting(path=f"method.{stage.type}.layers", reason=reason)
         if stage.type == "reft" and stage.rank > base.hidden_size:
-            reason = (
-                f"rank {stage.rank} is too much: the model's hidden states have {base.hidden_size} dimensions"
-            )
-            return Fault(path="method.reft.rank", reason=reason)
+            reason = f"rank {stage.rank} is greater than the model's hidden size of {base.hidden_size}"
+            return InvalidSetting(path="method.reft.rank", reason=reason)
     return None

@@ -1,82 +1,70 @@
-"""Settings of a study's arms by dotted names, `reft.rank`: put into a method, and found again in what is refused.
-
-It does NOT know which settings there are.
-"""
+"""Settings by dotted names (`reft.rank`): put into a method, and mapped to the request's fields in errors."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
+from copy import deepcopy
 from dataclasses import dataclass
 from typing import Any
 
 from store.errors import InvalidRequest
 
-#: Of the job, beside its method.
+#: Settings of a job beside its method.
 JOB_SETTINGS = ("max_length", "dtype", "early_stopping")
 
 
 @dataclass(frozen=True, kw_only=True)
-class Where:
-    """Which field of the request a fault in an arm's job is blamed on."""
+class RequestFields:
+    """The request's fields from which an arm's job was made, to name them in errors."""
 
-    field: str = ""  #: what holds the settings that are the arm's own
-    own: tuple[str, ...] = ("method",)  #: those, by how they begin
-    changed: str = ""  #: of the settings that were changed
-    settings: tuple[str, ...] = ()  #: those, dotted
+    arm: str = ""  #: the field with the arm's own settings: `arms[0]`
+    arm_settings: tuple[str, ...] = ("method",)  #: the settings of the job that are in it
+    changes: str = ""  #: the field with changed settings: `grid`, `arms[0].set`
+    changed_settings: tuple[str, ...] = ()  #: the dotted names in it
 
-    def of(self, path: str) -> str:
-        for setting in self.settings:
-            steps = setting.split(".")
-            heads = [".".join(steps[:count]) for count in range(1, len(steps))]
-            if f".{setting}." in f".{path}." or any(f".{path}".endswith(f".{head}") for head in heads):
-                return f"{self.changed}.{setting}"
-        return f"{self.field}.{path}" if self.field and path.startswith(self.own) else path
+    def param(self, path: str) -> str:
+        """Returns the request's field for the setting `path` of the job."""
+        for setting in self.changed_settings:
+            names = setting.split(".")
+            parents = [".".join(names[:count]) for count in range(1, len(names))]
+            if f".{setting}." in f".{path}." or any(f".{path}".endswith(f".{parent}") for parent in parents):
+                return f"{self.changes}.{setting}"
+        return f"{self.arm}.{path}" if self.arm and path.startswith(self.arm_settings) else path
 
 
-def changed(method: dict[str, Any], settings: Mapping[str, Any], field: str) -> dict[str, Any]:
-    """The method with dotted settings changed, `reft.rank` in its own block; and settings of the job beside it."""
-    kind = method["type"]
-    block: Any = _copy(method.get(kind, {}))
-    changes: dict[str, Any] = {}
+def apply_settings(method: dict[str, Any], settings: Mapping[str, Any], field: str) -> dict[str, Any]:
+    """Returns the settings of a job: `method` changed by dotted settings, and those of JOB_SETTINGS beside it.
+
+    Raises InvalidRequest naming a setting of the request's `field` that can't be set.
+    """
+    method_type = method["type"]
+    method_settings: Any = deepcopy(method.get(method_type, {}))
+    job_settings: dict[str, Any] = {}
     for path, value in settings.items():
         first, *rest = path.split(".")
         if first in JOB_SETTINGS:
-            changes[first] = {rest[0]: value} if rest else value
+            job_settings[first] = {rest[0]: value} if rest else value
             continue
-        # The methods of one stage hold its settings without the stage's name.
-        steps = rest if first == kind and kind in ("lora", "reft") else [first, *rest]
-        _put(block, steps, value, f"{field}.{path}")
-    return {"method": {"type": kind, **({kind: block} if block else {})}, **changes}
+        # The methods `lora` and `reft` have their stage's settings without the stage's name.
+        names = rest if first == method_type and method_type in ("lora", "reft") else [first, *rest]
+        _set(method_settings, names, value, f"{field}.{path}")
+    changed_method = {"type": method_type, **({method_type: method_settings} if method_settings else {})}
+    return {"method": changed_method, **job_settings}
 
 
-def _put(block: Any, steps: list[str], value: Any, param: str) -> None:
-    for step in steps[:-1]:
-        block = (
-            block[int(step)]
-            if isinstance(block, list) and _is_index(step, block)
-            else _inside(block, step, param)
-        )
-    if not steps or not isinstance(block, dict):
+def _set(settings: Any, names: list[str], value: Any, param: str) -> None:
+    for name in names[:-1]:
+        if isinstance(settings, list) and name.isdecimal() and int(name) < len(settings):
+            settings = settings[int(name)]
+        elif isinstance(settings, dict):
+            settings = settings.setdefault(name, {})
+        else:
+            raise InvalidRequest("there is no such setting", param=param)
+    if not names or not isinstance(settings, dict):
         raise InvalidRequest("there is no such setting", param=param)
-    block[steps[-1]] = value
+    settings[names[-1]] = value
 
 
-def _inside(block: Any, step: str, param: str) -> Any:
-    if not isinstance(block, dict):
-        raise InvalidRequest("there is no such setting", param=param)
-    return block.setdefault(step, {})
-
-
-def _is_index(step: str, block: list[Any]) -> bool:
-    return step.isdecimal() and int(step) < len(block)
-
-
-def _copy(value: Any) -> Any:
-    if isinstance(value, dict):
-        return {key: _copy(part) for key, part in value.items()}
-    return [_copy(part) for part in value] if isinstance(value, list) else value
-
-
-def label(point: Mapping[str, Any]) -> str:
-    """The name of an arm that has these settings."""
-    return " ".join(f"{path}={value}" for path, value in point.items())[:100]
+def label(settings: Mapping[str, Any]) -> str:
+    """Returns the name of an arm with these settings."""
+    return " ".join(f"{path}={value}" for path, value in settings.items())[:100]

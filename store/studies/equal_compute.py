@@ -1,7 +1,7 @@
-"""Arms that shall take as much arithmetic as another: their epochs are chosen from what its first run has measured.
+"""Arms of equal compute: their epochs are chosen so that they take as much as another arm's first run has measured.
 
-A stage that is trained alone costs what it cost inside the other arm, epoch by epoch: the same rows, the same model. It
-does NOT count arithmetic: the engine does (heft_engine.training.costs).
+A stage that is trained alone takes as much compute an epoch as inside the other arm: on the same rows and model. The
+engine counts compute (heft_engine.training.costs).
 """
 
 from __future__ import annotations
@@ -20,70 +20,70 @@ from store.studies.events import append_event, write
 from store.studies.plan import plan
 from store.studies.studies import Run, create_jobs, spec_of
 
-MOST_EPOCHS = 1_000
+MAX_EPOCHS = 1_000
 
 
 def follow_up(
     session: Session, study: Study, runs: Sequence[Run], *, reuse_enabled: bool = True
 ) -> list[str]:
-    """Make the jobs of arms that wait for another's arithmetic, now that it may be known; the ids of any new.
+    """Creates the jobs of arms of equal compute, once that is measured. Returns their ids.
 
-    The study's row is locked. Where it can't be known any more, the arms are given up, with an event.
+    The study's row is locked. If it can't be measured any more, the arms are dropped, with an event.
     """
     waiting = [arm for arm in study.spec["planned"] if arm.get("like")]
     if not waiting or study.cancel_requested_at is not None:
         return []
-    reference = [run for run in runs if run.arm == waiting[0]["like"]]
-    measured = next((run.outcome.costs for run in reference if run.outcome is not None), None)
-    if measured is None:
-        if all(JobState(run.job.state) in TERMINAL for run in reference):
-            _give_up(session, study, f"no run of {waiting[0]['like']} has succeeded")
+    reference_runs = [run for run in runs if run.arm == waiting[0]["like"]]
+    costs = next((run.outcome.costs for run in reference_runs if run.outcome is not None), None)
+    if costs is None:
+        if all(JobState(run.job.state) in TERMINAL for run in reference_runs):
+            _drop_arms(session, study, f"no job of {waiting[0]['like']} has succeeded")
         return []
     try:
         # All or nothing: a file may have been deleted since.
         with session.begin_nested():
-            return _create(session, study, measured, place=len(runs), reuse_enabled=reuse_enabled)
+            return _create_jobs(session, study, costs, place=len(runs), reuse_enabled=reuse_enabled)
     except InvalidRequest as refusal:
-        _give_up(session, study, refusal.message)
+        _drop_arms(session, study, refusal.message)
         return []
 
 
-def _create(
+def _create_jobs(
     session: Session,
     study: Study,
-    measured: Sequence[Mapping[str, Any]],
+    costs: Sequence[Mapping[str, Any]],
     *,
     place: int,
     reuse_enabled: bool,
 ) -> list[str]:
     spec = spec_of(study)
-    arms = [_with_epochs(arm, measured) if arm.like else arm for arm in plan(spec)]
-    new = [arm for arm in arms if arm.like]
-    wanted = [(arm, seed) for seed in spec.seeds for arm in new]
-    made = create_jobs(session, study, wanted, first=place, reuse_enabled=reuse_enabled)
+    arms = [_with_epochs(arm, costs) if arm.equal_compute_to else arm for arm in plan(spec)]
+    new_arms = [arm for arm in arms if arm.equal_compute_to]
+    new_runs = [(arm, seed) for seed in spec.seeds for arm in new_arms]
+    job_ids = create_jobs(session, study, new_runs, first=place, reuse_enabled=reuse_enabled)
     planned = [{**arm.to_json(), "like": None} for arm in arms]
     write(session, study.id, spec={**study.spec, "planned": planned})
-    epochs = {arm.name: arm.spec.stages()[0].n_epochs for arm in new}
-    told = ", ".join(f"{name} {count}" for name, count in epochs.items())
-    message = f"Epochs that take as much arithmetic as {new[0].like}: {told}."
+    epochs = {arm.name: arm.spec.stages()[0].n_epochs for arm in new_arms}
+    numbers = ", ".join(f"{name} {count}" for name, count in epochs.items())
+    message = f"Epochs with as much compute as {new_arms[0].equal_compute_to}: {numbers}."
     append_event(session, study.id, "MATCHED", message, {"epochs": epochs})
-    return made
+    return job_ids
 
 
-def _with_epochs(arm: PlannedArm, measured: Sequence[Mapping[str, Any]]) -> PlannedArm:
-    """The arm's one stage for as many epochs as the measured run's arithmetic pays for, at least one."""
-    kind = arm.spec.method.type
-    stage = next(cost for cost in measured if cost["stage"] == kind)
-    an_epoch = (stage["flops"] - stage["flops_once"]) / stage["epochs"]
-    budget = sum(cost["flops"] for cost in measured) - stage["flops_once"]
-    epochs = min(MOST_EPOCHS, max(1, round(budget / an_epoch)))
+def _with_epochs(arm: PlannedArm, costs: Sequence[Mapping[str, Any]]) -> PlannedArm:
+    """Returns the arm with the epochs of its one stage that take as much compute as `costs`, at least one epoch."""
+    stage_type = arm.spec.method.type
+    stage = next(cost for cost in costs if cost["stage"] == stage_type)
+    epoch_flops = (stage["flops"] - stage["flops_once"]) / stage["epochs"]
+    flops = sum(cost["flops"] for cost in costs) - stage["flops_once"]
+    epochs = min(MAX_EPOCHS, max(1, round(flops / epoch_flops)))
     settings = arm.spec.stages()[0].model_copy(update={"n_epochs": epochs})
-    method = arm.spec.method.model_copy(update={kind: settings})
+    method = arm.spec.method.model_copy(update={stage_type: settings})
     return replace(arm, spec=arm.spec.model_copy(update={"method": method}))
 
 
-def _give_up(session: Session, study: Study, reason: str) -> None:
+def _drop_arms(session: Session, study: Study, reason: str) -> None:
     planned = [{**arm, "like": None} for arm in study.spec["planned"]]
     write(session, study.id, spec={**study.spec, "planned": planned})
-    message = f"Arms of equal arithmetic can't be made: {reason}."
+    message = f"The arms of equal compute are dropped: {reason}."
     append_event(session, study.id, "NOT_MATCHED", message, level="error")

@@ -1,4 +1,4 @@
-"""Changes to a study's row, and its events, numbered by it. It does NOT know what they mean."""
+"""Changes of a study's row, and its events."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from store.db.study_tables import Study, StudyEvent
 
 
 def write(session: Session, study_id: str, **values: Any) -> None:
-    """Change a study whose row this transaction has locked."""
+    """Changes a study whose row this transaction has locked."""
     session.execute(update(Study).where(Study.id == study_id).values(values))
 
 
@@ -25,7 +25,7 @@ def append_event(
     data: Mapping[str, Any] | None = None,
     level: str = "info",
 ) -> None:
-    """Number and add an event; the study's row orders them."""
+    """Adds an event, numbered by an UPDATE of the study's row, which also orders them."""
     statement = (
         update(Study)
         .where(Study.id == study_id)

@@ -1,6 +1,6 @@
-"""Studies that are ready-made: the arms of each, with the paper's values where it gives them.
+"""Predefined studies: their arms, with the paper's values where it states them.
 
-Every setting that is not named here is on "auto" or at its default (docs/settings.md). It does NOT know the database.
+All other settings are "auto" or have their defaults (docs/settings.md).
 """
 
 from __future__ import annotations
@@ -12,18 +12,19 @@ from heft_engine.config.train import ReftStage
 from store.errors import InvalidRequest
 
 Preset = Literal[
-    "paper_table",  #: LoRA alone, ReFT alone, HEFT short, HEFT long: the paper's table
-    "equal_compute",  #: HEFT, and each stage alone for as much arithmetic as HEFT has taken
-    "order",  #: coarse to fine, fine to coarse, and in turns, at the same number of epochs
-    "layer_rank",  #: where stage 2 acts, and how wide it is
-    "stage1_variants",  #: what stage 1 trains, and where it begins
-    "stage2_variants",  #: what stage 2 trains
-    "cross_task",  #: LoRA alone, ReFT alone, HEFT, each on several tasks
+    "paper_table",  #: LoRA alone, ReFT alone, HEFT short and long: the paper's table
+    "equal_compute",  #: HEFT, and each of its stages alone with the same compute
+    "order",  #: LoRA first, ReFT first, and alternating, with the same number of epochs
+    "layer_rank",  #: layers and ranks of stage 2
+    "stage1_variants",  #: variants and initializations of LoRA in stage 1
+    "stage2_variants",  #: kinds of interventions in stage 2
+    "cross_task",  #: LoRA alone, ReFT alone and HEFT on several tasks
 ]
+#: (name, method) of each arm.
 Arms = list[tuple[str, dict[str, Any]]]
 
 LONG, SHORT = 20, 3  #: the paper's epochs
-_DEPTHS = (10 / 32, 15 / 32, 20 / 32)  #: the paper's layer 15 of 32, and around it
+_DEPTHS = (10 / 32, 15 / 32, 20 / 32)  #: the paper's layer 15 of 32, and layers around it
 _RANKS = (2, 4, 8)
 _PAPER = {
     "model": "meta-llama/Llama-2-7b-hf",
@@ -41,12 +42,14 @@ _STAGE1: dict[str, dict[str, Any]] = {
 
 
 def defaults(preset: Preset | None) -> dict[str, str]:
-    """The model and the files that a preset brings along."""
+    """Returns the preset's own model and files, if it has them."""
     return dict(_PAPER) if preset == "paper_table" else {}
 
 
 def arms(preset: Preset, *, scale: float, layers: int | None) -> Arms:
-    """Names and methods. `layers`: of the base model, None when nobody knows. Raises InvalidRequest."""
+    """Returns the arms, with epochs times `scale`. `layers`: the base model's number, if known. Raises
+    InvalidRequest.
+    """
     long, short = _scaled(LONG, scale), _scaled(SHORT, scale)
     match preset:
         case "paper_table":
@@ -71,7 +74,7 @@ def _scaled(epochs: int, scale: float) -> int:
 
 def _paper_table(long: int, short: int) -> Arms:
     if long == short:
-        raise InvalidRequest("long and short arms would be the same", param="epochs_scale")
+        raise InvalidRequest("the long and the short arms would be equal", param="epochs_scale")
     return [
         (f"LoRA alone {long}", {"type": "lora", "lora": {"n_epochs": long}}),
         (f"ReFT alone {long}", {"type": "reft", "reft": {"n_epochs": long}}),
@@ -80,48 +83,46 @@ def _paper_table(long: int, short: int) -> Arms:
     ]
 
 
-def likened(preset: Preset | None, names: list[str]) -> dict[str, str]:
-    """Arms whose epochs are chosen once it is known what another has taken, and which that is
-    (store.studies.equal_compute)."""
+def equal_compute_references(preset: Preset | None, names: list[str]) -> dict[str, str]:
+    """Returns {arm: the arm whose compute it matches} (store.studies.equal_compute)."""
     return dict.fromkeys(names[1:], names[0]) if preset == "equal_compute" else {}
 
 
 def _equal_compute(short: int) -> Arms:
-    alone: dict[str, Any] = {"n_epochs": 1}  #: until it is known how many
+    stage: dict[str, Any] = {"n_epochs": 1}  #: replaced once the compute of HEFT is measured
     return [
         (f"HEFT {short}+{short}", _heft(short, short)),
-        ("LoRA alone", {"type": "lora", "lora": alone}),
-        ("ReFT alone", {"type": "reft", "reft": alone}),
+        ("LoRA alone", {"type": "lora", "lora": stage}),
+        ("ReFT alone", {"type": "reft", "reft": stage}),
     ]
 
 
 def _order(short: int) -> Arms:
-    """In turns there are four stages: each of half the epochs, so that every arm sees as many."""
+    """Returns arms of equal numbers of epochs: the interleaved one has four stages of half as many each."""
     half = max(1, short // 2)
-    whole = 2 * half
-    turns = {"lora": {"n_epochs": half}, "reft": {"n_epochs": half}}
+    epochs = 2 * half
+    halves = {"lora": {"n_epochs": half}, "reft": {"n_epochs": half}}
+    interleaved = {"type": "heft_interleaved", "heft_interleaved": halves}
     return [
-        (f"HEFT {whole}+{whole}", _heft(whole, whole)),
-        (f"reversed {whole}+{whole}", _heft(whole, whole, kind="heft_reversed")),
-        ("interleaved " + "+".join([str(half)] * 4), {"type": "heft_interleaved", "heft_interleaved": turns}),
+        (f"HEFT {epochs}+{epochs}", _heft(epochs, epochs)),
+        (f"reversed {epochs}+{epochs}", _heft(epochs, epochs, kind="heft_reversed")),
+        ("interleaved " + "+".join([str(half)] * 4), interleaved),
     ]
 
 
 def _layer_rank(short: int, layers: int | None) -> Arms:
     if layers is None:
-        message = (
-            "layer_rank needs a base model whose depth a worker has told; or give a grid over reft.layers"
-        )
+        message = "layer_rank needs a base model that a worker offers; or use a grid over reft.layers instead"
         raise InvalidRequest(message, param="preset")
-    at = sorted({min(round(depth * layers), layers - 1) for depth in _DEPTHS})
+    chosen_layers = sorted({min(round(depth * layers), layers - 1) for depth in _DEPTHS})
     return [
         (f"layer {layer} rank {rank}", _heft(short, short, reft={"layers": [layer], "rank": rank}))
-        for layer, rank in product(at, _RANKS)
+        for layer, rank in product(chosen_layers, _RANKS)
     ]
 
 
 def _cross_task(short: int) -> Arms:
-    """What is trained alone sees as many rows as HEFT's two stages together."""
+    """Returns arms of equal numbers of epochs: a stage alone has as many as HEFT's two stages together."""
     return [
         (f"LoRA alone {2 * short}", {"type": "lora", "lora": {"n_epochs": 2 * short}}),
         (f"ReFT alone {2 * short}", {"type": "reft", "reft": {"n_epochs": 2 * short}}),
@@ -130,7 +131,7 @@ def _cross_task(short: int) -> Arms:
 
 
 def stage2_kinds() -> tuple[str, ...]:
-    """The interventions that the engine trains."""
+    """Returns the kinds of interventions that the engine trains."""
     return get_args(ReftStage.model_fields["kind"].annotation)
 
 

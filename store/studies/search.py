@@ -1,8 +1,8 @@
-"""The trials of a search: which it begins with, what became of them, and how many may be made next.
+"""The trials of a search: the first ones, their results, and how many more may run.
 
-Each trial is an arm, kept with the study's other arms: there is no other record of the search. The first ones are drawn
-at random here, so that they are queued with the request; what to try after them a worker asks optuna
-(heft_engine.studies.suggest). It does NOT know the database.
+Each trial is an arm, stored with the study's other arms; nothing else is stored of a search. The first trials are drawn
+at random, so that they are queued with the request. Later ones are suggested by optuna (heft_engine.studies.suggest),
+whom a worker asks.
 """
 
 from __future__ import annotations
@@ -15,13 +15,13 @@ from typing import Any
 
 from heft_engine.config.search_space import Range, draw, extremes, point_key, size
 from store.errors import InvalidRequest
-from store.studies.arms import BaseModelInfo, Fault, PlannedArm, Trial, built, training_spec
-from store.studies.dotted_settings import Where, changed, label
+from store.studies.arms import BaseModelInfo, InvalidSetting, PlannedArm, Trial, build_arm, training_spec
+from store.studies.dotted_settings import RequestFields, apply_settings, label
 from store.studies.spec import SearchSpec, StudySpec
 
-#: Of points drawn at random, so many that can't be in a row show that (nearly) none can.
-_DRAWS = 100
-#: So many trials that fail before the first that doesn't, and no more are made: something else is wrong.
+#: A search whose first so many random points are all invalid is refused.
+_MAX_DRAWS = 100
+#: A search stops when so many trials have failed and none is complete.
 MAX_INITIAL_FAILURES = 5
 _FIELD = "search.space"
 _TRIAL = "trial "
@@ -29,35 +29,40 @@ _TRIAL = "trial "
 
 @dataclass(frozen=True, kw_only=True)
 class Proposal:
-    """Arms that a worker proposes to try next, as JSON. `known_arms`: how many arms the study had when it looked."""
+    """The arms that a worker proposes to try next, as JSON."""
 
-    known_arms: int
+    known_arms: int  #: the number of arms that the study had when the worker read it
     new_arms: Sequence[Mapping[str, Any]]
 
 
 def first_arms(spec: StudySpec, base: BaseModelInfo | None) -> list[PlannedArm]:
-    """The baseline, if one is named, and as many trials as run at a time. Raises InvalidRequest, naming the field."""
+    """Returns the baseline, if the study has one, and the trials that run first. Raises InvalidRequest."""
     search = _search(spec)
     if spec.baseline is not None and spec.baseline.startswith(_TRIAL):
-        raise InvalidRequest("trials are called so: name the baseline otherwise", param="baseline")
-    _check_settings(spec, search)
-    method = spec.method.model_dump(mode="json", exclude_none=True)
+        message = f"the baseline's name must not start with {_TRIAL.strip()!r}: the trials' names do"
+        raise InvalidRequest(message, param="baseline")
+    _check_space(spec, search)
     arms = []
     if spec.baseline is not None:
-        arms.append(built(spec, spec.baseline, {"method": method}, Where(), base))
+        method = spec.method.model_dump(mode="json", exclude_none=True)
+        arms.append(build_arm(spec, spec.baseline, {"method": method}, RequestFields(), base))
     seen: set[str] = set()
     for number in range(1, min(search.parallel, search.budget) + 1):
-        arm = _drawn(spec, number, seen, base)
+        arm = _draw_arm(spec, number, seen, base)
         if arm is None:
             break
         arms.append(arm)
     return arms
 
 
-def _drawn(spec: StudySpec, number: int, seen: set[str], base: BaseModelInfo | None) -> PlannedArm | None:
-    """A trial that was not seen and can be; None where none is found. Raises InvalidRequest if it were the first."""
+def _draw_arm(spec: StudySpec, number: int, seen: set[str], base: BaseModelInfo | None) -> PlannedArm | None:
+    """Returns a trial with random settings that are valid and not in `seen`; None if there seem to be none.
+
+    Raises InvalidRequest when even the first trial has none.
+    """
     random = Random(f"{spec.seeds[0]} {number}")
-    for _ in range(_DRAWS):
+    invalid: InvalidRequest | None = None
+    for _ in range(_MAX_DRAWS):
         params = draw(_search(spec).space, random)
         if point_key(params) in seen:
             continue
@@ -65,30 +70,32 @@ def _drawn(spec: StudySpec, number: int, seen: set[str], base: BaseModelInfo | N
         try:
             return trial_arm(spec, Trial(number=number, params=params), base)
         except InvalidRequest as refusal:
-            refused = refusal
-    if number == 1:
-        message = f"of {len(seen)} points drawn at random none can be: {refused.message}"
-        raise InvalidRequest(message, param=refused.param)
+            invalid = refusal
+    if number == 1 and invalid is not None:
+        message = (
+            f"none of {len(seen)} random points of the search space has valid settings: {invalid.message}"
+        )
+        raise InvalidRequest(message, param=invalid.param)
     return None
 
 
 def trial_arm(spec: StudySpec, trial: Trial, base: BaseModelInfo | None) -> PlannedArm:
-    """Raises InvalidRequest where that can't be."""
+    """Returns the arm of a trial. Raises InvalidRequest for invalid settings."""
     method = spec.method.model_dump(mode="json", exclude_none=True)
-    where = Where(changed=_FIELD, settings=tuple(trial.params))
-    arm = built(spec, _name(trial), changed(method, trial.params, _FIELD), where, base)
-    return replace(arm, trial=trial)
+    changes = apply_settings(method, trial.params, _FIELD)
+    fields = RequestFields(changes=_FIELD, changed_settings=tuple(trial.params))
+    return replace(build_arm(spec, _name(trial), changes, fields, base), trial=trial)
 
 
 def _name(trial: Trial) -> str:
-    shown = {
+    params = {
         path: f"{value:.3g}" if isinstance(value, float) else value for path, value in trial.params.items()
     }
-    return f"{_TRIAL}{trial.number}: {label(shown)}"
+    return f"{_TRIAL}{trial.number}: {label(params)}"
 
 
 def trial_json(spec: StudySpec, trial: Trial, base: BaseModelInfo | None) -> dict[str, Any]:
-    """A trial as it is kept with the study's arms: pruned where it can't be."""
+    """Returns a trial's arm as JSON; with invalid settings it is pruned."""
     try:
         return trial_arm(spec, trial, base).to_json()
     except InvalidRequest as refusal:
@@ -97,18 +104,18 @@ def trial_json(spec: StudySpec, trial: Trial, base: BaseModelInfo | None) -> dic
         return {"name": _name(trial), "method": method, "like": None, "trial": pruned.to_json()}
 
 
-def _check_settings(spec: StudySpec, search: SearchSpec) -> None:
-    """Refuse a setting that there isn't, and values that it can't have whatever the others are."""
+def _check_space(spec: StudySpec, search: SearchSpec) -> None:
+    """Raises InvalidRequest for unknown settings, values that are invalid whatever the others are, and duplicates."""
     method = spec.method.model_dump(mode="json", exclude_none=True)
     for path, values in search.space.items():
         for value in extremes(values):
-            made = training_spec(spec, changed(method, {path: value}, _FIELD))
-            if isinstance(made, Fault) and f".{path}." in f".{made.path}.":
-                raise InvalidRequest(made.reason, param=f"{_FIELD}.{path}")
-            if isinstance(made, Fault) and not made.path.startswith("method"):
-                raise InvalidRequest(made.reason, param=made.path)
+            job_spec = training_spec(spec, apply_settings(method, {path: value}, _FIELD))
+            if isinstance(job_spec, InvalidSetting) and f".{path}." in f".{job_spec.path}.":
+                raise InvalidRequest(job_spec.reason, param=f"{_FIELD}.{path}")
+            if isinstance(job_spec, InvalidSetting) and not job_spec.path.startswith("method"):
+                raise InvalidRequest(job_spec.reason, param=job_spec.path)
         if not isinstance(values, Range) and len({point_key({"": value}) for value in values}) < len(values):
-            raise InvalidRequest("each value once", param=f"{_FIELD}.{path}")
+            raise InvalidRequest("values must be unique", param=f"{_FIELD}.{path}")
 
 
 def _search(spec: StudySpec) -> SearchSpec:
@@ -116,60 +123,62 @@ def _search(spec: StudySpec) -> SearchSpec:
     return spec.search
 
 
-# -- what became of them ----------------------------------------------------------------------------------------------
+# -- results of trials ------------------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True, kw_only=True)
 class EndedRun:
-    """A job of a trial that has ended. value: on the validation rows; None: there is none."""
+    """A job of a trial that has ended."""
 
     arm: str
     status: str
-    value: float | None
+    value: float | None  #: on the validation rows
 
 
 def trials_of(planned: Sequence[Mapping[str, Any]]) -> list[Trial]:
+    """Returns the trials among these arms."""
     return [Trial(**arm["trial"]) for arm in planned if "trial" in arm]
 
 
 def with_trial_results(
     planned: Sequence[Mapping[str, Any]], ended: Sequence[EndedRun], seeds: int
 ) -> list[dict[str, Any]]:
-    """The arms, with what came of the trials all of whose jobs have ended."""
-    by_arm: dict[str, list[EndedRun]] = {}
-    for one in ended:
-        by_arm.setdefault(one.arm, []).append(one)
-    return [_settled(arm, by_arm.get(arm["name"], []), seeds) for arm in planned]
+    """Returns the arms with the results of those trials whose jobs, one a seed, have all ended."""
+    runs_by_arm: dict[str, list[EndedRun]] = {}
+    for run in ended:
+        runs_by_arm.setdefault(run.arm, []).append(run)
+    return [_with_result(arm, runs_by_arm.get(arm["name"], []), seeds) for arm in planned]
 
 
-def _settled(arm: Mapping[str, Any], ended: Sequence[EndedRun], seeds: int) -> dict[str, Any]:
+def _with_result(arm: Mapping[str, Any], ended: Sequence[EndedRun], seeds: int) -> dict[str, Any]:
     if "trial" not in arm or len(ended) < seeds:
         return dict(arm)
     trial = Trial(**arm["trial"])
     if trial.state != "running":
         return dict(arm)
-    values = [one.value for one in ended if one.value is not None]
+    values = [run.value for run in ended if run.value is not None]
     if len(values) == seeds:
         trial = replace(trial, state="complete", value=sum(values) / seeds)
     else:
-        told = Counter(one.status for one in ended if one.value is None)
-        lost = ", ".join(f"{count} {status}" for status, count in told.items())
-        reason = f"{lost} of {seeds} jobs" if "succeeded" not in told else "no number on validation rows"
+        statuses = Counter(run.status for run in ended if run.value is None)
+        reason = ", ".join(f"{count} {status}" for status, count in statuses.items()) + f" of {seeds} jobs"
+        if "succeeded" in statuses:
+            reason = "a job has no value on the validation rows"
         trial = replace(trial, state="failed", reason=reason)
     return {**arm, "trial": trial.to_json()}
 
 
 def free_slots(search: Mapping[str, Any], trials: Sequence[Trial]) -> int:
-    """How many trials may be made now."""
+    """Returns how many more trials may be started now."""
     states = Counter(trial.state for trial in trials)
     if stop_reason(search, trials) is not None:
         return 0
-    spent = len(trials) - states["pruned"]
-    return int(min(search["parallel"] - states["running"], search["budget"] - spent))
+    started = len(trials) - states["pruned"]
+    return int(min(search["parallel"] - states["running"], search["budget"] - started))
 
 
 def stop_reason(search: Mapping[str, Any], trials: Sequence[Trial]) -> str | None:
-    """Why a search makes no more trials though its budget is not spent; None if nothing else hinders it."""
+    """Returns why a search starts no more trials before its budget is spent; None if it may go on."""
     if (closed := search.get("closed")) is not None:
         return str(closed)
     states = Counter(trial.state for trial in trials)
@@ -181,11 +190,11 @@ def stop_reason(search: Mapping[str, Any], trials: Sequence[Trial]) -> str | Non
     if states["failed"] >= MAX_INITIAL_FAILURES and not states["complete"]:
         return f"the first {states['failed']} trials have all failed"
     if states["pruned"] >= search["budget"]:
-        return f"{states['pruned']} of the points that were chosen can't be"
+        return f"{states['pruned']} of the suggested points have invalid settings"
     return None
 
 
 def best(planned: Sequence[Mapping[str, Any]]) -> dict[str, Any] | None:
-    """The arm that did best on the validation rows, the earliest of equals."""
+    """Returns the arm of the complete trial with the highest value, the earliest of equal ones; None without any."""
     complete = [arm for arm in planned if "trial" in arm and arm["trial"]["state"] == "complete"]
     return dict(max(complete, key=lambda arm: arm["trial"]["value"])) if complete else None

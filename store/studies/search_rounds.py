@@ -1,6 +1,6 @@
-"""The rounds of a search: what came of its trials is written down, and the next ones become jobs.
+"""The rounds of a search: results of trials are written down, and proposed trials become jobs.
 
-Within the transaction that writes a verdict, under the study's lock. It does NOT choose: a worker has asked optuna.
+All of it happens in the transaction that writes a verdict, while the study's row is locked.
 """
 
 from __future__ import annotations
@@ -25,85 +25,85 @@ from store.studies.search import (
 from store.studies.studies import Run, create_jobs, spec_of
 
 
-def ended(runs: Sequence[Run]) -> list[EndedRun]:
+def ended_runs(runs: Sequence[Run]) -> list[EndedRun]:
+    """Returns the runs that have ended, with their values on the validation rows."""
     return [
-        EndedRun(arm=run.arm, status=str(run.job.state), value=_value(run))
+        EndedRun(arm=run.arm, status=str(run.job.state), value=_validation_value(run))
         for run in runs
         if JobState(run.job.state) in TERMINAL
     ]
 
 
-def _value(run: Run) -> float | None:
-    found = run.outcome.outcomes if run.outcome is not None else None
-    return ((found or {}).get("validation") or {}).get("value")
+def _validation_value(run: Run) -> float | None:
+    outcomes = (run.outcome.outcomes if run.outcome is not None else None) or {}
+    return (outcomes.get("validation") or {}).get("value")
 
 
 def arms_with_results(study: Study, runs: Sequence[Run]) -> list[dict[str, Any]]:
-    """The study's arms with what came of their trials by now."""
-    return with_trial_results(study.spec["planned"], ended(runs), len(study.spec["seeds"]))
+    """Returns the study's arms with the results of their trials so far."""
+    return with_trial_results(study.spec["planned"], ended_runs(runs), len(study.spec["seeds"]))
 
 
 def is_over(planned: Sequence[Mapping[str, Any]]) -> bool:
-    """Whether none of the trials among these arms runs."""
+    """Returns True if none of the trials among these arms runs."""
     return all(trial.state != "running" for trial in trials_of(planned))
 
 
 def is_stale(study: Study, proposal: Proposal) -> bool:
-    """Whether the study is not any more what a worker looked at: it must look again."""
-    is_over = study.cancel_requested_at is not None or "closed" in study.spec["search"]
-    return (is_over and bool(proposal.new_arms)) or len(study.spec["planned"]) != proposal.known_arms
+    """Returns True if the study has changed since the worker read it for this proposal."""
+    accepts_none = study.cancel_requested_at is not None or "closed" in study.spec["search"]
+    return (accepts_none and bool(proposal.new_arms)) or len(study.spec["planned"]) != proposal.known_arms
 
 
 def follow_up(
     session: Session, study: Study, runs: Sequence[Run], proposal: Proposal, *, reuse_enabled: bool = True
 ) -> list[str]:
-    """Write down what came of the trials, and make the jobs of those to try next; their ids.
+    """Writes down the results of trials, and creates the jobs of the proposed ones. Returns their ids.
 
-    The study's row is locked, and `proposal` is not stale. Raises InvalidRequest where no job can be made any more.
+    The study's row is locked, and `proposal` is not stale. Raises InvalidRequest when the jobs can't be created.
     """
     spec = spec_of(study)
     planned = arms_with_results(study, runs)
-    _tell_ended(session, study, planned)
+    _report_ended_trials(session, study, planned)
     arms = [
         trial_arm(spec, trial, None) for trial in trials_of(proposal.new_arms) if trial.state == "running"
     ]
-    wanted = [(arm, seed) for seed in spec.seeds for arm in arms]
-    made: list[str] = []
-    if wanted:
-        made = create_jobs(session, study, wanted, first=len(runs), reuse_enabled=reuse_enabled)
+    new_runs = [(arm, seed) for seed in spec.seeds for arm in arms]
+    job_ids: list[str] = []
+    if new_runs:
+        job_ids = create_jobs(session, study, new_runs, first=len(runs), reuse_enabled=reuse_enabled)
     for arm in proposal.new_arms:
-        _tell_new(session, study, arm)
-    _rewrite(session, study, planned=[*planned, *proposal.new_arms])
-    return made
+        _report_new_trial(session, study, arm)
+    _update_spec(session, study, planned=[*planned, *proposal.new_arms])
+    return job_ids
 
 
 def close(session: Session, study: Study, reason: str) -> None:
-    """No more trials are made. What there is will be judged as the search's end."""
-    _rewrite(session, study, search={**study.spec["search"], "closed": reason})
-    append_event(session, study.id, "SEARCH_CLOSED", f"No more trials are made: {reason}.", level="error")
+    """Ends a search: it starts no more trials."""
+    _update_spec(session, study, search={**study.spec["search"], "closed": reason})
+    message = f"The search starts no more trials: {reason}."
+    append_event(session, study.id, "SEARCH_CLOSED", message, level="error")
 
 
-def _rewrite(session: Session, study: Study, **changes: Any) -> None:
+def _update_spec(session: Session, study: Study, **changes: Any) -> None:
     write(session, study.id, spec={**study.spec, **changes})
     session.expire(study, ["spec"])
 
 
-def _tell_ended(session: Session, study: Study, planned: Sequence[Mapping[str, Any]]) -> None:
-    before = {trial.number: trial.state for trial in trials_of(study.spec["planned"])}
+def _report_ended_trials(session: Session, study: Study, planned: Sequence[Mapping[str, Any]]) -> None:
+    earlier_states = {trial.number: trial.state for trial in trials_of(study.spec["planned"])}
     for arm in planned:
         trial = arm.get("trial")
-        if trial is None or trial["state"] == before[trial["number"]]:
+        if trial is None or trial["state"] == earlier_states[trial["number"]]:
             continue
-        told = (
-            f"{100 * trial['value']:.1f} % on the validation rows"
-            if trial["value"] is not None
-            else trial["reason"]
-        )
+        result = trial["reason"]
+        if trial["value"] is not None:
+            result = f"{100 * trial['value']:.1f} % on the validation rows"
         level = "info" if trial["state"] == "complete" else "warn"
-        append_event(session, study.id, "TRIAL_ENDED", f"{arm['name']}: {told}.", trial, level)
+        append_event(session, study.id, "TRIAL_ENDED", f"{arm['name']}: {result}.", trial, level)
 
 
-def _tell_new(session: Session, study: Study, arm: Mapping[str, Any]) -> None:
+def _report_new_trial(session: Session, study: Study, arm: Mapping[str, Any]) -> None:
     if arm["trial"]["state"] == "running":
         append_event(session, study.id, "TRIAL_STARTED", f"Next is {arm['name']}.", arm["trial"])
     else:
@@ -112,15 +112,15 @@ def _tell_new(session: Session, study: Study, arm: Mapping[str, Any]) -> None:
 
 
 def summary(study: Study) -> dict[str, Any]:
-    """Where a search stands: how many trials there were of which kind, and the best of them on validation rows."""
+    """Returns a search's progress: its numbers of trials by state, and the best one on the validation rows."""
     search, planned = study.spec["search"], study.spec["planned"]
     trials = trials_of(planned)
     states = [trial.state for trial in trials]
-    found = best(planned)
-    chosen = None if found is None else {"arm": found["name"], **found["trial"]}
+    best_arm = best(planned)
+    cancelled = study.cancel_requested_at is not None
     return {
         **{name: value for name, value in search.items() if name != "closed"},
         "trials": {state: states.count(state) for state in ("running", "complete", "failed", "pruned")},
-        "ended_because": "it was cancelled" if study.cancel_requested_at else stop_reason(search, trials),
-        "best": chosen,
+        "ended_because": "it was cancelled" if cancelled else stop_reason(search, trials),
+        "best": None if best_arm is None else {"arm": best_arm["name"], **best_arm["trial"]},
     }

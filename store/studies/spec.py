@@ -1,7 +1,6 @@
-"""What the user asked a study for: its arms written out, a grid, a search, or a preset.
+"""A study's settings as its user chose them: explicit arms, a grid, a search, or a preset.
 
-What contradicts itself is refused here by its field; what arms come of it, and which of them can't be, is study_plan's.
-It does NOT know the database.
+Contradictions are refused here, invalid settings of arms in store.studies.plan.
 """
 
 from __future__ import annotations
@@ -15,19 +14,19 @@ from heft_engine.config.search_space import MAX_SETTINGS, Values
 from heft_engine.config.train import Dtype, EarlyStopping, Settings, TaskSettings
 from store.errors import InvalidRequest
 from store.jobs.spec import Method
+from store.storage.files import FILE_FIELDS
 from store.studies import presets
 
-#: Jobs: they are made in one transaction, while their user waits.
+#: Jobs are created in one transaction, while the request waits.
 MAX_ARMS, MAX_SEEDS, MAX_JOBS = 200, 50, 300
 MAX_TASKS = 20
-FILES = ("training_file", "validation_file", "test_file")
 
 Name = Annotated[str, Field(min_length=1, max_length=100)]
 Seed = Annotated[int, Field(ge=0, le=2**31 - 1)]
 
 
 class ArmSpec(Settings):
-    """A method, or the study's own with some settings changed: `{"reft.layers": 10, "max_length": 256}`."""
+    """A method (default: the study's) with changed settings: `{"reft.layers": 10, "max_length": 256}`."""
 
     name: Name
     method: Method | None = None
@@ -35,19 +34,19 @@ class ArmSpec(Settings):
 
 
 class SearchSpec(Settings):
-    """Trials of the study's method, each chosen by what those before it came to on the validation rows."""
+    """A search: trials of the study's method, suggested from the results of earlier ones on the validation rows."""
 
     #: `{"reft.rank": [2, 4, 8], "reft.learning_rate": {"low": 1e-5, "high": 1e-3, "log": true}}`
     space: Annotated[dict[str, Values], Field(min_length=1, max_length=MAX_SETTINGS)]
-    #: So many trials, each with every seed.
+    #: The number of trials, each with every seed.
     budget: Annotated[int, Field(ge=1, le=MAX_ARMS)]
     sampler: Literal["tpe", "random"] = "tpe"
-    #: So many at a time. What runs beside each other can't learn from each other.
+    #: Trials at a time. A trial is suggested without the results of those beside it.
     parallel: Annotated[int, Field(ge=1, le=50)] = 2
 
 
 class DataSpec(Settings):
-    """One of several tasks that the same methods are run on: its rows, and what is asked of them."""
+    """One of several tasks with the same methods: its files and its task settings."""
 
     name: Annotated[str, Field(min_length=1, max_length=60)]
     training_file: str
@@ -58,7 +57,7 @@ class DataSpec(Settings):
 
 
 class StudySpec(Settings):
-    """A study as its user asked for it. One of `arms`, `grid`, `search` and `preset` says what is compared."""
+    """A study's settings. Exactly one of `arms`, `grid`, `search` and `preset` defines its arms."""
 
     name: Name
     model: str | None = None
@@ -67,21 +66,21 @@ class StudySpec(Settings):
     test_file: str | None = None
     task: TaskSettings = TaskSettings()
     seeds: Annotated[list[Seed], Field(min_length=1, max_length=MAX_SEEDS)] = Field(default=[1, 2, 3])
-    #: What a grid or a search varies, and what arms change that bring no method of their own.
+    #: The method that a grid or a search varies, and that of arms without their own.
     method: Method = Method()
     arms: Annotated[list[ArmSpec], Field(min_length=1, max_length=MAX_ARMS)] | None = None
-    #: `{"reft.layers": [10, 15], "reft.rank": [2, 4]}`: every combination is an arm.
+    #: `{"reft.layers": [10, 15], "reft.rank": [2, 4]}`: each combination is an arm.
     grid: dict[str, list[Any]] | None = None
-    #: So many of the grid's combinations, drawn at random by the first seed, instead of all.
+    #: So many combinations of the grid, drawn at random with the first seed, instead of all.
     budget: Annotated[int, Field(ge=1, le=MAX_ARMS)] | None = None
     search: SearchSpec | None = None
     preset: presets.Preset | None = None
-    #: Of a preset's epochs: 0.3 makes 6 of 20 and 1 of 3.
+    #: A factor of the preset's epochs: 0.3 makes 6 of 20 and 1 of 3.
     epochs_scale: Annotated[float, Field(gt=0, le=10)] | None = None
-    #: What cross_task runs its methods on.
+    #: The tasks of cross_task.
     tasks: Annotated[list[DataSpec], Field(min_length=2, max_length=MAX_TASKS)] | None = None
-    #: The arm that all others are compared with. Without one every pair is compared. In a search: the name of an arm
-    #: that has the method as it is, which the best trial is compared with. With cross_task: one of the methods.
+    #: The arm that all others are compared with; without it all pairs are. In a search: the name of an added arm with
+    #: the study's method unchanged, which the best trial is compared with. With cross_task: one of the methods.
     baseline: Name | None = None
     early_stopping: EarlyStopping | None = None
     max_length: Annotated[int, Field(ge=16, le=1_048_576)] | None = None
@@ -90,88 +89,91 @@ class StudySpec(Settings):
 
     @field_validator("seeds")
     @classmethod
-    def _each_seed_once(cls, value: list[int]) -> list[int]:
+    def _unique_seeds(cls, value: list[int]) -> list[int]:
         if len(set(value)) < len(value):
-            raise ValueError("each seed once")
+            raise ValueError("seeds must be unique")
         return value
 
     @field_validator("grid")
     @classmethod
     def _grid_has_values(cls, value: dict[str, list[Any]] | None) -> dict[str, list[Any]] | None:
         if value is not None and not value:
-            raise ValueError("an empty grid has no arms")
+            raise ValueError("grid must not be empty")
         return value
 
     @model_validator(mode="after")
     def _one_source_of_arms(self) -> StudySpec:
-        given = [name for name in ("arms", "grid", "search", "preset") if getattr(self, name) is not None]
-        if len(given) != 1:
-            told = " and ".join(given) or "none"
-            field = given[-1] if given else "arms"
-            raise _misplaced(field, f"give one of arms, grid, search and preset, not {told}")
+        sources = [name for name in ("arms", "grid", "search", "preset") if getattr(self, name) is not None]
+        if len(sources) != 1:
+            field = sources[-1] if sources else "arms"
+            reason = (
+                f"set exactly one of arms, grid, search and preset, not {' and '.join(sources) or 'none'}"
+            )
+            raise _field_error(field, reason)
         if self.epochs_scale is not None and self.preset is None:
-            raise _misplaced("epochs_scale", "epochs_scale belongs to a preset")
+            raise _field_error("epochs_scale", "epochs_scale can only be set with a preset")
         if self.budget is not None and self.grid is None:
-            raise _misplaced("budget", "this budget belongs to a grid; a search has its own")
+            raise _field_error("budget", "budget can only be set with a grid; a search has its own")
         return self
 
     @model_validator(mode="after")
     def _tasks_belong_to_cross_task(self) -> StudySpec:
         if self.preset != "cross_task":
             if self.tasks is not None:
-                raise _misplaced("tasks", "tasks belong to the preset cross_task")
+                raise _field_error("tasks", "tasks can only be set with the preset cross_task")
             return self
         if self.tasks is None:
-            raise _misplaced("tasks", "cross_task needs two tasks or more")
-        for name in FILES:
+            raise _field_error("tasks", "cross_task needs at least two tasks")
+        for name in FILE_FIELDS:
             if getattr(self, name) is not None:
-                raise _misplaced(name, "each of the tasks names its own files")
+                raise _field_error(name, f"with cross_task, set {name} in each of the tasks")
         names = [task.name for task in self.tasks]
         for index, name in enumerate(names):
             if name in names[:index]:
-                raise _misplaced(f"tasks[{index}].name", f"two tasks are called {name!r}")
+                reason = f"names of tasks must be unique: {name!r} is there twice"
+                raise _field_error(f"tasks[{index}].name", reason)
         return self
 
     def completed(self) -> StudySpec:
-        """With the preset's own model and files where none are given. Raises InvalidRequest where some are missing."""
-        values = self.model_dump(mode="json") | {
-            name: value
-            for name, value in presets.defaults(self.preset).items()
-            if getattr(self, name) is None
-        }
-        _needs(values, "model")
+        """Returns the spec with the preset's model and files where none are set. Raises InvalidRequest for missing
+        ones.
+        """
+        defaults = presets.defaults(self.preset)
+        values = self.model_dump(mode="json")
+        values |= {name: value for name, value in defaults.items() if values[name] is None}
+        _require(values, "model")
         for index, task in enumerate(values["tasks"] or []):
-            _rows_to_compare_on(task, f"tasks[{index}].")
+            _require_scored_rows(task, f"tasks[{index}].")
         if self.tasks is None:
-            _needs(values, "training_file")
-            _rows_to_compare_on(values, "")
+            _require(values, "training_file")
+            _require_scored_rows(values, "")
         if self.search is not None:
-            _rows_to_choose_by(values)
+            _require_search_files(values)
         return StudySpec.model_validate(values)
 
 
-def _misplaced(field: str, reason: str) -> PydanticCustomError:
-    """A fault of the whole request, blamed on one field of it."""
+def _field_error(field: str, reason: str) -> PydanticCustomError:
+    """Returns a validation error of the whole request that names one field."""
     return PydanticCustomError("misplaced", "{reason}", {"path": field, "reason": reason})
 
 
-def _needs(values: dict[str, Any], name: str) -> None:
+def _require(values: dict[str, Any], name: str) -> None:
     if values[name] is None:
-        raise InvalidRequest(f"{name}: this is needed", param=name, code="missing")
+        raise InvalidRequest(f"{name} is required", param=name, code="missing")
 
 
-def _rows_to_compare_on(values: dict[str, Any], where: str) -> None:
+def _require_scored_rows(values: dict[str, Any], prefix: str) -> None:
     if values["test_file"] is None and values["validation_file"] is None:
-        message = "arms are compared on rows: give a test_file (or a validation_file)"
-        raise InvalidRequest(message, param=f"{where}test_file", code="missing")
+        message = "arms are compared on held-out rows: set a test_file or a validation_file"
+        raise InvalidRequest(message, param=f"{prefix}test_file", code="missing")
 
 
-def _rows_to_choose_by(values: dict[str, Any]) -> None:
-    """A search needs both files: rows that it has chosen by say nothing fair of what it found."""
+def _require_search_files(values: dict[str, Any]) -> None:
+    """Raises InvalidRequest unless both files are set: results on the rows that a search chooses by are biased."""
     for name in ("validation_file", "test_file"):
         if values[name] is None:
-            message = "a search chooses by the validation_file and reports on the test_file: it needs both"
+            message = "a search chooses by the validation_file and reports on the test_file: set both"
             raise InvalidRequest(message, param=name, code="missing")
     if values["test_file"] == values["validation_file"]:
-        message = "a search reports on rows that it has not chosen by: give another test_file"
+        message = "a search must report on other rows than it chooses by: set a different test_file"
         raise InvalidRequest(message, param="test_file")

@@ -1,8 +1,7 @@
-"""The worker's side of studies: which wait to be judged, what there is to judge, and the verdict written down.
+"""The worker's side of studies: find one to compare, and record the verdict, which heft_engine.studies computes.
 
-Nothing is locked while a verdict is computed: two workers may judge the same study, and what the one finds that has
-seen fewer jobs end is dropped. A verdict that gets lost is made again. It does NOT compute verdicts:
-heft_engine.studies does.
+Nothing is locked meanwhile: two workers may compare the same study, and the verdict over fewer ended jobs is dropped. A
+lost verdict is computed again.
 """
 
 from __future__ import annotations
@@ -26,19 +25,20 @@ _LEVELS = {JobState.FAILED: "error", JobState.CANCELLED: "warn"}
 
 
 def next_study(session: Session, *, exclude: Collection[str] = ()) -> Study | None:
-    """A study of which jobs have ended that no verdict knows, the oldest; None when there is none `but` these."""
-    ended = exists().where(StudyJob.study_id == Study.id, Job.id == StudyJob.job_id)
-    news = ended.where(Job.state.in_(TERMINAL), StudyJob.reported_state.is_(None))
-    query = select(Study).where(Study.finished_at.is_(None), news, Study.id.not_in(exclude))
+    """Returns the oldest unfinished study with ended jobs that are not reported yet; None when there is none."""
+    is_job = exists().where(StudyJob.study_id == Study.id, Job.id == StudyJob.job_id)
+    has_news = is_job.where(Job.state.in_(TERMINAL), StudyJob.reported_state.is_(None))
+    query = select(Study).where(Study.finished_at.is_(None), has_news, Study.id.not_in(exclude))
     return session.scalar(query.order_by(Study.created_at).limit(1))
 
 
 def compare_input(
     study: Study, runs: Sequence[Run], arms: Sequence[Mapping[str, Any]] | None = None
 ) -> dict[str, Any]:
-    """What `python -m heft_engine compare` reads: the arms in order, and the rows of each run that has succeeded.
+    """Returns the input of `python -m heft_engine compare`: the arms, each with the rows of its runs that have
+    succeeded.
 
-    arms: all of them, or those of a search that may be judged.
+    `arms`: those to compare; None: all.
     """
     seeds = study.spec["seeds"]
     return {
@@ -46,7 +46,7 @@ def compare_input(
             {
                 "name": arm["name"],
                 "seeds": seeds,
-                "runs": [_rows(run) for run in runs if _counts(run, arm["name"])],
+                "runs": [_rows(run) for run in runs if run.arm == arm["name"] and _has_rows(run)],
                 "task": arm.get("task"),
                 "method": arm.get("method_name"),
             }
@@ -57,25 +57,27 @@ def compare_input(
 
 
 def arms_to_compare(planned: Sequence[Mapping[str, Any]]) -> list[Mapping[str, Any]]:
-    """The best trial and the baseline, once the search is over. The test rows of other trials are looked at by nobody,
-    and those of the best not before it is known: what was chosen among is no fair estimate of what was chosen.
+    """Returns the arms of a search to compare on the test rows: once it is over, the baseline and the best trial.
+
+    Other trials are never evaluated on the test rows: a choice by them would bias the result.
     """
     if not search_rounds.is_over(planned):
         return []
-    found = best(planned)
-    return [arm for arm in planned if "trial" not in arm] + ([found] if found is not None else [])
+    arms = [arm for arm in planned if "trial" not in arm]
+    best_arm = best(planned)
+    return arms if best_arm is None else [*arms, best_arm]
 
 
-def _counts(run: Run, arm: str) -> bool:
-    return run.arm == arm and run.outcome is not None and run.outcome.outcomes is not None
+def _has_rows(run: Run) -> bool:
+    return run.outcome is not None and run.outcome.outcomes is not None
 
 
 def _rows(run: Run) -> dict[str, Any]:
     assert run.outcome is not None
     assert run.outcome.outcomes is not None
-    found = run.outcome.outcomes
-    rows = {name: text for name, text in found["results"][-1].items() if name in ("right", "values")}
-    return {"seed": run.seed, "n": found["n"], "rows_sha256": found["rows_sha256"], **rows}
+    outcomes = run.outcome.outcomes
+    rows = {name: value for name, value in outcomes["results"][-1].items() if name in ("right", "values")}
+    return {"seed": run.seed, "n": outcomes["n"], "rows_sha256": outcomes["rows_sha256"], **rows}
 
 
 def record(
@@ -87,16 +89,16 @@ def record(
     *,
     reuse_enabled: bool = True,
 ) -> list[str] | None:
-    """Write down what was found over these runs, tell of those that have ended since, and end the study with its last.
+    """Writes the verdict over these runs, reports those that have ended since the last one, and may end the study.
 
-    The ids of jobs that follow: after the commit, hint each with "prepare". None for a verdict that says nothing new:
-    others have made it, or overtaken it. `proposal`: of a search, what to try next.
+    `proposal`: the next trials of a search. Returns the ids of new jobs: after the commit, hint each with "prepare".
+    Returns None for a verdict that is dropped, since another one covers the same runs or more.
     """
     study = session.scalars(select(Study).where(Study.id == study_id).with_for_update()).one()
     ended = {run.job.id: run for run in runs if JobState(run.job.state) in TERMINAL}
-    known = select(StudyJob.job_id).where(StudyJob.study_id == study_id, StudyJob.reported_state.is_not(None))
-    told = set(session.scalars(known))
-    if study.finished_at is not None or not told < ended.keys():
+    query = select(StudyJob.job_id).where(StudyJob.study_id == study_id, StudyJob.reported_state.is_not(None))
+    reported = set(session.scalars(query))
+    if study.finished_at is not None or not reported < ended.keys():
         return None
     if proposal is not None and search_rounds.is_stale(study, proposal):
         return None
@@ -104,18 +106,18 @@ def record(
         # All or nothing: a file may have been deleted since.
         with session.begin_nested():
             for run in ended.values():
-                if run.job.id not in told:
-                    _tell(session, study_id, run)
+                if run.job.id not in reported:
+                    _report(session, study_id, run)
             write(session, study_id, verdict=dict(verdict))
-            made = _follow_up(session, study, runs, proposal, reuse_enabled)
+            new_job_ids = _follow_up(session, study, runs, proposal, reuse_enabled)
     except InvalidRequest as refusal:
         search_rounds.close(session, study, refusal.message)
         return None
-    # Counted here, under the lock: others may have made jobs since `runs` was read.
-    untold = exists().where(StudyJob.study_id == study_id, StudyJob.reported_state.is_(None))
-    if not made and not session.scalar(select(untold)):
+    # Queried under the lock: another worker may have created jobs since `runs` was read.
+    has_unreported = exists().where(StudyJob.study_id == study_id, StudyJob.reported_state.is_(None))
+    if not new_job_ids and not session.scalar(select(has_unreported)):
         _finish(session, study, runs, verdict)
-    return made
+    return new_job_ids
 
 
 def _follow_up(
@@ -126,7 +128,7 @@ def _follow_up(
     return equal_compute.follow_up(session, study, runs, reuse_enabled=reuse_enabled)
 
 
-def _tell(session: Session, study_id: str, run: Run) -> None:
+def _report(session: Session, study_id: str, run: Run) -> None:
     session.execute(
         update(StudyJob).where(StudyJob.job_id == run.job.id).values(reported_state=run.job.state)
     )
@@ -139,7 +141,7 @@ def _finish(session: Session, study: Study, runs: Sequence[Run], verdict: Mappin
     write(session, study.id, finished_at=func.now())
     succeeded = sum(run.job.state == JobState.SUCCEEDED for run in runs)
     if study.spec.get("search") is not None:
-        _tell_best(session, study, verdict)
+        _report_search(session, study, verdict)
     for comparison in verdict["comparisons"]:
         data = {"a": comparison["a"], "b": comparison["b"], "separable": comparison["separable"]}
         append_event(session, study.id, "COMPARISON", comparison["sentence"], data)
@@ -149,16 +151,16 @@ def _finish(session: Session, study: Study, runs: Sequence[Run], verdict: Mappin
     append_event(session, study.id, code, message, {"succeeded": succeeded, "jobs": len(runs)})
 
 
-def _tell_best(session: Session, study: Study, verdict: Mapping[str, Any]) -> None:
+def _report_search(session: Session, study: Study, verdict: Mapping[str, Any]) -> None:
     search = search_rounds.summary(study)
-    found = search["best"]
+    trial = search["best"]
     message = "No trial of the search has succeeded."
-    if found is not None:
-        shown: Mapping[str, Any] = next((arm for arm in verdict["arms"] if arm["name"] == found["arm"]), {})
-        on_test = (
-            f", {100 * shown['accuracy']:.1f} % on the test rows" if shown.get("accuracy") is not None else ""
-        )
-        message = f"The best is {found['arm']}: {100 * found['value']:.1f} % on the validation rows{on_test}."
-    if (why := search["ended_because"]) is not None:
-        message += f" The search has ended early: {why}."
-    append_event(session, study.id, "SEARCH_ENDED", message, {"best": found, "trials": search["trials"]})
+    if trial is not None:
+        message = f"The best is {trial['arm']}: {100 * trial['value']:.1f} % on the validation rows"
+        accuracies = [arm.get("accuracy") for arm in verdict["arms"] if arm["name"] == trial["arm"]]
+        if accuracies and accuracies[0] is not None:
+            message += f", {100 * accuracies[0]:.1f} % on the test rows"
+        message += "."
+    if (reason := search["ended_because"]) is not None:
+        message += f" The search has ended early: {reason}."
+    append_event(session, study.id, "SEARCH_ENDED", message, {"best": trial, "trials": search["trials"]})

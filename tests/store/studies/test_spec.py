@@ -359,7 +359,7 @@ def test_kinds_of_stage_2_are_those_that_the_engine_has() -> None:
             f"the first {MAX_INITIAL_FAILURES} trials have all failed",
         ),
         (2, ["complete", "complete", "pruned", "pruned"], None),
-        (2, ["complete", "pruned", "pruned"], "2 of the points that were chosen can't be"),
+        (2, ["complete", "pruned", "pruned"], "2 of the suggested points have invalid settings"),
         (50, ["complete"] * 6, "every point of the space has been tried"),
         (50, ["complete"] * 5, None),
     ],
