@@ -21,7 +21,7 @@ from cli.options import target
 if TYPE_CHECKING:
     from cli.bulk_predict import Line
     from cli.client import Client
-    from heft_engine.commands.resumable_output import Answers
+    from heft_engine.commands.resumable_output import AnswerFile
 
 #: What asks; a row's answer, if it has one, stays here.
 _ASKING = ("question", "passage", "choices", "prompt", "messages")
@@ -75,12 +75,16 @@ def _one_line(answer: dict[str, Any]) -> str:
 def _whole_file(
     client: Client, asked: dict[str, Any], file: Path, out: Path | None, *, batch: int, requests: int
 ) -> None:
-    from heft_engine.commands.resumable_output import Answers, Input, resumed
+    from heft_engine.commands.resumable_output import AnswerFile, RowsFile, resume_answers
     from heft_engine.errors import ConfigError
 
     try:
-        given = Input.of(file)
-        place = nullcontext(Answers(sys.stdout.buffer, 0)) if out is None else resumed(out, given, asked)
+        given = RowsFile.of(file)
+        place = (
+            nullcontext(AnswerFile(sys.stdout.buffer, 0))
+            if out is None
+            else resume_answers(out, given, asked)
+        )
         with place as answers:
             began, already = time.monotonic(), answers.done
             try:
@@ -107,7 +111,7 @@ async def _ask_all(
     client: Client,
     asked: dict[str, Any],
     lines: Iterator[Line],
-    answers: Answers,
+    answers: AnswerFile,
     total: int,
     batch: int,
     requests: int,

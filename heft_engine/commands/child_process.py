@@ -1,4 +1,4 @@
-"""A child that ends with its starter, however the starter ends."""
+"""The engine as a child process: events on stdout, failures as the last of them, an end with its parent."""
 
 from __future__ import annotations
 
@@ -8,15 +8,22 @@ import os
 import signal
 import sys
 import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+from heft_engine.errors import EngineError, Stopped
+from heft_engine.events import ErrorData, Event, FailedData
 
 _PR_SET_PDEATHSIG = 1
+#: Of torch's exceptions, which have several classes and messages for it, on a CPU and on a GPU.
+_OUT_OF_MEMORY = ("out of memory", "can't allocate memory")
 
 
 def die_with_parent() -> None:
-    """Ends this process when the starter closes stdin's pipe or dies (on Linux also through the kernel).
+    """Ends this process when the parent closes stdin's pipe or dies (on Linux also through the kernel).
 
-    Both: the kernel's signal follows the thread that started the child, and is missing elsewhere; the pipe is not
-    noticed while the interpreter is stuck in native code.
+    Both, because the kernel's signal follows the thread that started the child, and is missing elsewhere; and the pipe
+    is not noticed while the interpreter is stuck in native code.
     """
     if sys.platform == "linux":
         ctypes.CDLL(None, use_errno=True).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
@@ -26,9 +33,49 @@ def die_with_parent() -> None:
             pass
         os._exit(1)
 
-    threading.Thread(target=wait_for_end, name="lifeline", daemon=True).start()
+    threading.Thread(target=wait_for_end, name="die-with-parent", daemon=True).start()
 
 
 def dump_stacks_on_signal() -> None:
-    """SIGUSR1 writes every thread's stack to stderr: what a stalled run was doing."""
+    """Makes SIGUSR1 write every thread's stack to stderr, to see what a stalled run is doing."""
     faulthandler.register(signal.SIGUSR1, all_threads=True)
+
+
+def print_event(event: Event) -> None:
+    sys.stdout.write(event.to_json() + "\n")
+    sys.stdout.flush()
+
+
+@contextmanager
+def report_failures() -> Iterator[None]:
+    """Prints an EngineError, and a lack of memory as one, as a FAILED event, and raises it on."""
+    try:
+        yield
+    except Stopped:
+        raise
+    except EngineError as error:
+        _print_failure(error)
+        raise
+    except (MemoryError, RuntimeError) as error:
+        if not _is_out_of_memory(error):
+            raise
+        message = (
+            "the machine ran out of memory: lower max_length (rows this long fill a forward pass alone), choose "
+            "a smaller model, or give the worker more memory"
+        )
+        failure = EngineError(message, param="max_length", code="out_of_memory")
+        _print_failure(failure)
+        raise failure from error
+
+
+def error_data(error: EngineError) -> ErrorData:
+    return {"code": error.code, "message": error.message, "param": error.param}
+
+
+def _is_out_of_memory(error: Exception) -> bool:
+    return isinstance(error, MemoryError) or any(words in str(error).lower() for words in _OUT_OF_MEMORY)
+
+
+def _print_failure(error: EngineError) -> None:
+    data = FailedData(error=error_data(error))
+    print_event(Event(code="FAILED", message=error.message, level="error", data=data))

@@ -7,11 +7,12 @@ from __future__ import annotations
 
 import argparse
 import json
+from pathlib import Path
 from typing import Annotated, Any
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import BaseModel, ConfigDict, Field, model_validator
 
-from heft_engine.errors import ConfigError
+from heft_engine.commands.json_file import read_json_file
 from heft_engine.evaluation.row_values import unpack_correctness, unpack_graded
 from heft_engine.studies.arms import Arm, RowValues
 from heft_engine.studies.compare import compare_arms
@@ -69,14 +70,12 @@ class Question(_Strict):
     baseline: str | None = None
 
 
-def run(options: argparse.Namespace) -> None:
-    try:
-        question = Question.model_validate_json(options.run_file.read_text())
-    except ValidationError as error:
-        raise ConfigError(
-            f"the run file is not valid: {error.errors()[0]['msg']}", param="run-file"
-        ) from None
-    print(json.dumps(answer(question), allow_nan=False))
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--run-file", type=Path, required=True, help="see Question in this module")
+
+
+def run(args: argparse.Namespace) -> None:
+    print(json.dumps(answer(read_json_file(args.run_file, Question)), allow_nan=False))
 
 
 def answer(question: Question) -> dict[str, Any]:

@@ -1,12 +1,12 @@
-"""`gpu-check`: a HEFT job on a random model of Llama-2-7B's shape, on a GPU, with memory, speed and the parity checks.
+"""`gpu-check`: runs a HEFT job on a random model of Llama-2-7B's shape, on a GPU, and prints memory, speed and parity.
 
-The job is anybody's job (`heft_engine.training.run.train`), only the model is made up: no weights are downloaded,
-and nothing
-is learnt. Where memory is short the model has fewer layers. Tests run the same path with a tiny shape on a CPU.
+The job is an ordinary one (`heft_engine.training.run.train`); only the model is random, so no weights are downloaded.
+Where memory is short the model has fewer layers. Tests run the same path with a tiny shape on a CPU.
 """
 
 from __future__ import annotations
 
+import argparse
 import json
 import shutil
 import tempfile
@@ -40,7 +40,7 @@ WEIGHTS_SHARE = 0.6
 
 @dataclass(frozen=True, kw_only=True)
 class Shape:
-    """A Llama by its numbers."""
+    """The sizes of a Llama."""
 
     layers: int
     hidden: int
@@ -68,52 +68,60 @@ class Shape:
 LLAMA_2_7B = Shape(layers=32, hidden=4_096, intermediate=11_008, heads=32, vocabulary=32_000)
 
 
-def run() -> None:
-    """Runs the check on the first GPU; says so and does nothing where there is none. Raises EngineError."""
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """There are none."""
+
+
+def run(args: argparse.Namespace) -> None:
+    """Runs the check on the first GPU, if there is one. Raises EngineError."""
     if not torch.cuda.is_available():
-        print("no GPU here (torch sees none): nothing to check")
+        print("torch finds no GPU on this machine: there is nothing to check")
         return
     check(LLAMA_2_7B, "cuda")
 
 
-def check(wanted: Shape, device: str) -> None:
-    """Trains, serves and compares on `device`, and prints what was seen. Raises EngineError when a check fails."""
+def check(full: Shape, device: str) -> None:
+    """Trains, serves and compares on `device`, and prints figures. Raises EngineError when a check fails."""
     with tempfile.TemporaryDirectory(prefix="heft-gpu-check-") as folder:
-        shape = fitting(wanted, device, Path(folder))
-        _describe(shape, wanted, device)
+        shape = fitting(full, device, Path(folder))
+        _print_shape(shape, full, device)
         write_model(shape, Path(folder) / "model")
         _train(Path(folder), device)
         _serve(Path(folder), device)
     print("all checks passed")
 
 
-def fitting(wanted: Shape, device: str, folder: Path) -> Shape:
-    """As many of the layers as fit: bfloat16 on the GPU and on the disk, float32 in memory for the parity check."""
-    room = [psutil.virtual_memory().available / 4, shutil.disk_usage(folder).free / 2]
+def fitting(full: Shape, device: str, folder: Path) -> Shape:
+    """Returns the shape with as many layers as fit.
+
+    Weights are bfloat16 on the GPU and on the disk, and float32 in memory for the parity check. Raises TrainingError
+    (out_of_memory) where fewer than two layers fit.
+    """
+    parameters = [psutil.virtual_memory().available / 4, shutil.disk_usage(folder).free / 2]
     if device != "cpu":
-        room.append(torch.cuda.mem_get_info()[0] * WEIGHTS_SHARE / 2)
-    shapes = (replace(wanted, layers=layers) for layers in range(wanted.layers, 1, -1))
-    fits = next((shape for shape in shapes if shape.parameters() <= min(room)), None)
-    if fits is None:
-        raise TrainingError("not even two layers of this shape fit into this machine", code="out_of_memory")
-    return fits
+        parameters.append(torch.cuda.mem_get_info()[0] * WEIGHTS_SHARE / 2)
+    for layers in range(full.layers, 1, -1):
+        shape = replace(full, layers=layers)
+        if shape.parameters() <= min(parameters):
+            return shape
+    raise TrainingError("not even two layers of this shape fit into this machine", code="out_of_memory")
 
 
 def write_model(shape: Shape, path: Path) -> None:
-    """A model directory as the hub would hold it: bfloat16 shards, one a layer, so that little memory is needed."""
+    """Writes a model directory as on the hub: bfloat16 shards, one for each layer, so that little memory is needed."""
     path.mkdir()
     config = shape.config()
     config.save_pretrained(path)
     with torch.device("meta"):
         meta = LlamaForCausalLM(config).state_dict()
-    where: dict[str, str] = {}
+    weight_map: dict[str, str] = {}
     generator = torch.Generator().manual_seed(0)
     for number, (_, names) in enumerate(groupby(meta, key=lambda name: name.split(".")[:3])):
         shard = {name: _random(meta[name], generator) for name in names}
         file = f"model-{number:05d}.safetensors"
         save_file(shard, path / file, metadata={"format": "pt"})
-        where |= dict.fromkeys(shard, file)
-    (path / "model.safetensors.index.json").write_text(json.dumps({"metadata": {}, "weight_map": where}))
+        weight_map |= dict.fromkeys(shard, file)
+    (path / "model.safetensors.index.json").write_text(json.dumps({"metadata": {}, "weight_map": weight_map}))
     _tokenizer(shape.vocabulary).save_pretrained(path)
 
 
@@ -137,9 +145,9 @@ def _tokenizer(vocabulary: int) -> PreTrainedTokenizerFast:
     return PreTrainedTokenizerFast(tokenizer_object=tokenizer, bos_token="<s>", eos_token="</s>")
 
 
-def _describe(shape: Shape, wanted: Shape, device: str) -> None:
+def _print_shape(shape: Shape, full: Shape, device: str) -> None:
     name = torch.cuda.get_device_name() if device != "cpu" else "CPU"
-    fewer = f" (of {wanted.layers}: more don't fit)" if shape != wanted else ""
+    fewer = f" (of {full.layers}: more don't fit)" if shape != full else ""
     print(
         f"{name}, torch {torch.__version__}: {shape.parameters():,} parameters, {shape.layers} layers{fewer}"
     )
@@ -153,20 +161,20 @@ def _train(folder: Path, device: str) -> None:
     stages = [LoraStage(n_epochs=1, batch_size=8), ReftStage(n_epochs=1, batch_size=8)]
     config = TrainConfig(model=str(folder / "model"), method="heft", stages=stages, max_length=512)
     test = _rows("test", TEST_ROWS)
-    _forget_peak(device)
+    _reset_peak(device)
     train(
         config,
         _rows("train", TRAIN_ROWS),
         [],
         folder / "bundle",
-        _tell,
+        _print_event,
         test_rows=test,
         options=RunOptions(device=device),
     )
-    _memory("training", device)
+    _print_memory("training", device)
 
 
-def _tell(event: Event) -> None:
+def _print_event(event: Event) -> None:
     data = event.data
     if event.code == "MERGE_VERIFIED":
         print(
@@ -180,31 +188,29 @@ def _tell(event: Event) -> None:
 
 
 def _serve(folder: Path, device: str) -> None:
-    """Loads the bundle (which checks its probe rows) and compares rows alone with rows together."""
-    _forget_peak(device)
+    """Loads the bundle, which checks its probe rows, and compares scores of rows alone and together."""
+    _reset_peak(device)
     predictor = load(folder / "bundle", device=device)
     examples = [predictor.encoder.question(row) for row in _rows("test", TEST_ROWS)]
-    together = [one.totals for one in score(predictor.lm, examples)]
+    together = [scores.totals for scores in score(predictor.lm, examples)]
     alone = [score(predictor.lm, [example])[0].totals for example in examples]
-    same = sum(one == other for one, other in zip(together, alone, strict=True))
-    apart = max(
-        abs(a - b)
-        for one, other in zip(together, alone, strict=True)
-        for a, b in zip(one, other, strict=True)
-    )
+    pairs = list(zip(together, alone, strict=True))
+    same = sum(first == second for first, second in pairs)
+    difference = max(abs(a - b) for first, second in pairs for a, b in zip(first, second, strict=True))
     print(
-        f"serving: {same} of {len(examples)} scores have the same bits alone and together; at most {apart:.1e} apart"
+        f"serving: {same} of {len(examples)} scores have the same bits alone and together; "
+        f"they differ by at most {difference:.1e}"
     )
-    _memory("serving", device)
-    if apart > read_bundle(folder / "bundle").info.probe_tolerance:
-        raise TrainingError("a row's score depends on the rows beside it", code="parity_broken")
+    _print_memory("serving", device)
+    if difference > read_bundle(folder / "bundle").info.probe_tolerance:
+        raise TrainingError("a row's score depends on the other rows of its batch", code="parity_broken")
 
 
-def _forget_peak(device: str) -> None:
+def _reset_peak(device: str) -> None:
     if device != "cpu":
         torch.cuda.reset_peak_memory_stats()
 
 
-def _memory(what: str, device: str) -> None:
+def _print_memory(what: str, device: str) -> None:
     peak = torch.cuda.max_memory_allocated() if device != "cpu" else psutil.Process().memory_info().rss
     print(f"{what}: {peak / 2**30:.2f} GiB {'at most' if device != 'cpu' else 'now'}")

@@ -1,4 +1,4 @@
-"""`models`: the base models that work on this machine without a network, one JSON line each."""
+"""`models`: lists the base models that work on this machine without a network, one JSON line each."""
 
 from __future__ import annotations
 
@@ -7,15 +7,21 @@ import json
 import sys
 from dataclasses import asdict
 
+from heft_engine.commands.arguments import add_child_argument, add_machine_arguments
 from heft_engine.errors import ModelError
 from heft_engine.model.base_models import available, describe
 
 
-def run(options: argparse.Namespace) -> None:
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    add_machine_arguments(parser)
+    add_child_argument(parser)
+
+
+def run(args: argparse.Namespace) -> None:
     """Prints {"id", "source", "revision", "info"}; a model that can't be used is named on stderr and left out."""
-    for name in available(options.model_dir):
+    for name in available(args.model_dir):
         try:
-            source, revision, info = describe(name, model_dir=options.model_dir)
+            source, revision, info = describe(name, model_dir=args.model_dir)
         except ModelError as error:
             print(f"{name} is left out: {error.message}", file=sys.stderr)
             continue

@@ -1,12 +1,11 @@
-"""Results of stages that whoever started this process brings on request: it alone knows whose run this is.
+"""Stage results from the parent process, which alone knows whose run this is.
 
-    this process     says STAGE_KEYS, with the keys of its stages in order
-    the starter      puts what it has into <directory>/<key>/, whole and verified, and last of all makes the file
-                     ANSWERED there, in any case
-    this process     goes on with what is there; after PATIENCE seconds without an answer with nothing
+    this process     emits STAGE_KEYS, with the keys of its stages in order
+    the parent       puts the results it has into <directory>/<key>/, complete and verified, and in any case creates
+                     the file ANSWERED there at the end
+    this process     continues with these results; without an answer for TIMEOUT_SECONDS, with none
 
-New results go the other way with CHECKPOINT_SAVED, whose `key` says what the end of a stage may be kept under. It does
-NOT know where the starter has results from.
+New results go the other way with CHECKPOINT_SAVED, whose `key` says under which key a stage's end may be stored.
 """
 
 from __future__ import annotations
@@ -17,36 +16,31 @@ from dataclasses import dataclass
 from itertools import takewhile
 from pathlib import Path
 
-from heft_engine.events import Event, OnEvent
+from heft_engine.events import Event, OnEvent, StageKeysData
 
 ANSWERED = "answered"
-PATIENCE = 60.0
-_LOOK_SECONDS = 0.05
+TIMEOUT_SECONDS = 60.0
+_POLL_SECONDS = 0.05
 
 
 @dataclass(frozen=True, kw_only=True)
-class AskedStages:
-    """A StageStore. `should_stop`: a run that shall end does not wait."""
+class RequestedStages:
+    """A StageStore. `should_stop`: a run that is to stop does not wait."""
 
     directory: Path
     on_event: OnEvent
     should_stop: Callable[[], bool]
-    patience: float = PATIENCE
+    timeout_seconds: float = TIMEOUT_SECONDS
 
     def find(self, keys: Sequence[str]) -> list[Path]:
-        self.on_event(
-            Event(
-                code="STAGE_KEYS",
-                message="Looking for equal stages of earlier jobs",
-                data={"keys": list(keys)},
-            )
-        )
-        deadline = time.monotonic() + self.patience
+        data = StageKeysData(keys=list(keys))
+        self.on_event(Event(code="STAGE_KEYS", message="Looking for equal stages of earlier jobs", data=data))
+        deadline = time.monotonic() + self.timeout_seconds
         while not (self.directory / ANSWERED).exists():
             if self.should_stop() or time.monotonic() >= deadline:
                 return []
-            time.sleep(_LOOK_SECONDS)
+            time.sleep(_POLL_SECONDS)
         return list(takewhile(Path.is_dir, (self.directory / key for key in keys)))
 
     def put(self, key: str, write: Callable[[Path], None]) -> None:
-        """The starter does it, when it hears of the checkpoint."""
+        """Does nothing: the parent stores the result when it reads CHECKPOINT_SAVED."""

@@ -1,15 +1,19 @@
-"""`suggest`: the trials of a search so far, in; the points to try next, out. JSON both ways. It loads no torch."""
+"""`suggest`: suggests a search's next points. Reads its trials so far as JSON, prints the points as JSON.
+
+Imports no torch.
+"""
 
 from __future__ import annotations
 
 import argparse
 import json
+from pathlib import Path
 from typing import Annotated, Any
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field
 
+from heft_engine.commands.json_file import read_json_file
 from heft_engine.config.search_space import Values
-from heft_engine.errors import ConfigError
 from heft_engine.studies.suggest import Sampler, Search, State, Trial, suggest
 
 
@@ -24,7 +28,7 @@ class PastTrial(_Strict):
 
 
 class Question(_Strict):
-    """`count`: how many points are asked for."""
+    """`count`: the number of points to suggest."""
 
     space: dict[str, Values]
     budget: Annotated[int, Field(ge=1)]
@@ -34,17 +38,17 @@ class Question(_Strict):
     count: Annotated[int, Field(ge=1)]
 
 
-def run(options: argparse.Namespace) -> None:
-    try:
-        question = Question.model_validate_json(options.run_file.read_text())
-    except ValidationError as error:
-        raise ConfigError(f"no question for suggest: {error.errors()[0]['msg']}", param="run-file") from None
-    print(json.dumps(answer(question), allow_nan=False))
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--run-file", type=Path, required=True, help="see Question in this module")
+
+
+def run(args: argparse.Namespace) -> None:
+    print(json.dumps(answer(read_json_file(args.run_file, Question)), allow_nan=False))
 
 
 def answer(question: Question) -> dict[str, Any]:
     search = Search(
         space=question.space, budget=question.budget, sampler=question.sampler, seed=question.seed
     )
-    trials = [Trial(point=one.point, state=one.state, value=one.value) for one in question.trials]
+    trials = [Trial(point=past.point, state=past.state, value=past.value) for past in question.trials]
     return {"points": suggest(search, trials, question.count)}

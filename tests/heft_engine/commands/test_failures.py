@@ -12,8 +12,8 @@ import torch
 from engine_command import Command, Printed, command, write_rows
 from engine_runs import LORA, but, choice, config, run, text, yes_no
 
-from heft_engine.commands.telling import telling_faults
-from heft_engine.commands.train import configure
+from heft_engine.commands.child_process import report_failures
+from heft_engine.commands.train_config import config_from_settings
 from heft_engine.config.train import EarlyStopping
 from heft_engine.errors import ConfigError, EngineError
 
@@ -21,7 +21,7 @@ __all__ = ["command"]
 
 
 def test_settings_reach_their_stage() -> None:
-    made = configure(
+    made = config_from_settings(
         "m",
         "heft_interleaved",
         [
@@ -66,7 +66,7 @@ def test_settings_reach_their_stage() -> None:
 )
 def test_a_setting_at_fault_is_named(setting: str, param: str, says: str) -> None:
     with pytest.raises(ConfigError) as refused:
-        configure("m", "heft", [setting], seed=0)
+        config_from_settings("m", "heft", [setting], seed=0)
     assert refused.value.param == param
     assert refused.value.message.startswith(f"--set {param}")
     assert says in refused.value.message
@@ -74,7 +74,7 @@ def test_a_setting_at_fault_is_named(setting: str, param: str, says: str) -> Non
 
 def test_a_setting_of_a_stage_that_the_method_lacks_is_refused() -> None:
     with pytest.raises(ConfigError, match="method lora has no reft stage") as refused:
-        configure("m", "lora", ["lora.rank=2", "reft.rank=2"], seed=0)
+        config_from_settings("m", "lora", ["lora.rank=2", "reft.rank=2"], seed=0)
     assert refused.value.param == "reft.rank"
 
 
@@ -157,7 +157,7 @@ def test_a_dataset_that_is_known_is_held_against_its_task(
     error = failed(command(*asked, "--set", "task.type=choice"))
     assert error["param"] == "task.type"
     path = write_rows(tmp_path / "rows.jsonl", [{"prompt": "2+2?", "completion": "no number"}])
-    monkeypatch.setattr("heft_engine.preflight.prepare.write_reference", lambda *args: path)
+    monkeypatch.setattr("heft_engine.commands.train.write_reference", lambda *args: path)
     error = failed(command(*asked))
     assert (error["code"], error["param"]) == ("invalid_training_file", "completion")
     assert "final_number" in error["message"]
@@ -194,13 +194,13 @@ def test_a_bad_line_is_named_by_predict(
 def test_a_lack_of_memory_is_a_failure_with_advice(
     capfd: pytest.CaptureFixture[str], error: Exception
 ) -> None:
-    with pytest.raises(EngineError, match="lower max_length") as told, telling_faults():
+    with pytest.raises(EngineError, match="lower max_length") as told, report_failures():
         raise error
     assert told.value.code == "out_of_memory"
     assert json.loads(capfd.readouterr().out)["data"]["error"]["param"] == "max_length"
 
 
 def test_a_bug_is_not_dressed_up_as_a_failure(capfd: pytest.CaptureFixture[str]) -> None:
-    with pytest.raises(RuntimeError, match="shapes"), telling_faults():
+    with pytest.raises(RuntimeError, match="shapes"), report_failures():
         raise RuntimeError("shapes do not match")
     assert capfd.readouterr().out == ""

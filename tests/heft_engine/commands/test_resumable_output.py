@@ -1,4 +1,4 @@
-"""Files of answers that are gone on with: never a wrong line, never one of another input."""
+"""Files of answers that are continued: never a wrong line, never one of another input."""
 
 from __future__ import annotations
 
@@ -8,10 +8,10 @@ from typing import Any
 
 import pytest
 
-from heft_engine.commands.resumable_output import Input, resumed
+from heft_engine.commands.resumable_output import RowsFile, resume_answers
 from heft_engine.errors import ConfigError
 
-ASKED: dict[str, Any] = {"model": "m", "scale": 1.0}
+SETTINGS: dict[str, Any] = {"model": "m", "scale": 1.0}
 
 
 @pytest.fixture
@@ -21,64 +21,66 @@ def rows(tmp_path: Path) -> Path:
     return path
 
 
-def write(out: Path, given: Input, *answers: dict[str, Any], asked: dict[str, Any] = ASKED) -> int:
+def write(
+    out: Path, rows_file: RowsFile, *answers: dict[str, Any], settings: dict[str, Any] = SETTINGS
+) -> int:
     """How many rows were answered before."""
-    with resumed(out, given, asked) as file:
+    with resume_answers(out, rows_file, settings) as file:
         done = file.done
         file.write(list(answers))
     return done
 
 
 def test_rows_are_lines_that_are_not_blank(rows: Path) -> None:
-    assert Input.of(rows).rows == 3
+    assert RowsFile.of(rows).rows == 3
 
 
 def test_it_goes_on_behind_the_last_whole_line(rows: Path, tmp_path: Path) -> None:
-    out, given = tmp_path / "answers.jsonl", Input.of(rows)
-    assert write(out, given, {"answer": "é"}) == 0
+    out, rows_file = tmp_path / "answers.jsonl", RowsFile.of(rows)
+    assert write(out, rows_file, {"answer": "é"}) == 0
     whole = out.read_bytes()
     for torn in (b"{", b'{"answer": "y', '{"é'.encode()[:-1]):
         out.write_bytes(whole + torn)
-        assert write(out, given) == 1
+        assert write(out, rows_file) == 1
         assert out.read_bytes() == whole
-    assert write(out, given, {"answer": 2}, {"answer": 3}) == 1
+    assert write(out, rows_file, {"answer": 2}, {"answer": 3}) == 1
     assert [json.loads(line)["answer"] for line in out.read_text().splitlines()] == ["é", 2, 3]
-    assert write(out, given) == 3
+    assert write(out, rows_file) == 3
 
 
 def test_a_torn_first_line_is_no_answer(rows: Path, tmp_path: Path) -> None:
-    out, given = tmp_path / "answers.jsonl", Input.of(rows)
-    write(out, given)
+    out, rows_file = tmp_path / "answers.jsonl", RowsFile.of(rows)
+    write(out, rows_file)
     out.write_bytes(b'{"answer"')
-    assert write(out, given, {"answer": 1}) == 0
+    assert write(out, rows_file, {"answer": 1}) == 0
     assert out.read_text() == '{"answer": 1}\n'
 
 
 def test_answers_to_something_else_are_not_touched(rows: Path, tmp_path: Path) -> None:
-    out, given = tmp_path / "answers.jsonl", Input.of(rows)
-    write(out, given, {"answer": 1})
+    out, rows_file = tmp_path / "answers.jsonl", RowsFile.of(rows)
+    write(out, rows_file, {"answer": 1})
     before = out.read_bytes()
     rows.write_bytes(rows.read_bytes() + b"\n")
     with pytest.raises(ConfigError, match="other rows"):
-        write(out, Input.of(rows))
+        write(out, RowsFile.of(rows))
     with pytest.raises(ConfigError, match="other options"):
-        write(out, given, asked=ASKED | {"scale": 0.5})
+        write(out, rows_file, settings=SETTINGS | {"scale": 0.5})
     assert out.read_bytes() == before
     stranger = tmp_path / "mine.jsonl"
     stranger.write_text("somebody's\n")
     with pytest.raises(ConfigError, match="other rows"):
-        write(stranger, given)
+        write(stranger, rows_file)
     assert stranger.read_text() == "somebody's\n"
 
 
 def test_more_answers_than_rows_are_refused(rows: Path, tmp_path: Path) -> None:
-    out, given = tmp_path / "answers.jsonl", Input.of(rows)
-    write(out, given, *[{"answer": 1}] * 4)
+    out, rows_file = tmp_path / "answers.jsonl", RowsFile.of(rows)
+    write(out, rows_file, *[{"answer": 1}] * 4)
     with pytest.raises(ConfigError, match="more answers"):
-        write(out, given)
+        write(out, rows_file)
 
 
 def test_two_at_once_are_one_too_many(rows: Path, tmp_path: Path) -> None:
-    out, given = tmp_path / "answers.jsonl", Input.of(rows)
-    with resumed(out, given, ASKED), pytest.raises(ConfigError, match="another process"):
-        write(out, given)
+    out, rows_file = tmp_path / "answers.jsonl", RowsFile.of(rows)
+    with resume_answers(out, rows_file, SETTINGS), pytest.raises(ConfigError, match="another process"):
+        write(out, rows_file)

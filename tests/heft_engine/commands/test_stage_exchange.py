@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from heft_engine.commands.stage_exchange import ANSWERED, AskedStages
+from heft_engine.commands.stage_exchange import ANSWERED, RequestedStages
 from heft_engine.events import Event
 
 
@@ -17,10 +17,10 @@ def told() -> list[Event]:
 
 
 def store(
-    tmp_path: Path, told: list[Event], *, stopping: bool = False, patience: float = 60.0
-) -> AskedStages:
-    return AskedStages(
-        directory=tmp_path, on_event=told.append, should_stop=lambda: stopping, patience=patience
+    tmp_path: Path, told: list[Event], *, stopping: bool = False, timeout: float = 60.0
+) -> RequestedStages:
+    return RequestedStages(
+        directory=tmp_path, on_event=told.append, should_stop=lambda: stopping, timeout_seconds=timeout
     )
 
 
@@ -38,13 +38,13 @@ def test_what_is_brought_while_it_waits_is_found(tmp_path: Path, told: list[Even
     assert [(event.code, event.data) for event in told] == [("STAGE_KEYS", {"keys": ["a", "b", "c", "d"]})]
 
 
-@pytest.mark.parametrize(("stopping", "patience"), [(True, 60.0), (False, 0.1)])
+@pytest.mark.parametrize(("stopping", "timeout"), [(True, 60.0), (False, 0.1)])
 def test_without_an_answer_nothing_is_found(
-    tmp_path: Path, told: list[Event], stopping: bool, patience: float
+    tmp_path: Path, told: list[Event], stopping: bool, timeout: float
 ) -> None:
     """Not even what is there: it may be on its way still."""
     (tmp_path / "a").mkdir()
-    assert store(tmp_path, told, stopping=stopping, patience=patience).find(["a"]) == []
+    assert store(tmp_path, told, stopping=stopping, timeout=timeout).find(["a"]) == []
 
 
 def test_new_results_are_the_starters_affair(tmp_path: Path, told: list[Event]) -> None:

@@ -13,7 +13,7 @@ from heft_engine.commands.main import main
 from heft_engine.evaluation.row_values import pack_correctness, pack_graded
 
 
-def test_judge_answers_in_json(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_compare_answers_in_json(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     def arm(name: str, right: int) -> dict[str, object]:
         packed = pack_correctness([i < right for i in range(50)])
         runs = [{"seed": seed, "n": 50, "rows_sha256": "x", "right": packed} for seed in (1, 2)]
@@ -31,7 +31,7 @@ def test_judge_answers_in_json(tmp_path: Path, capsys: pytest.CaptureFixture[str
     assert json.loads(capsys.readouterr().out)["arms"][0]["accuracy"] == pytest.approx(0.5, abs=1e-5)
     path.write_text("{}")
     assert main(["compare", "--run-file", str(path)]) == 1
-    assert json.loads(capsys.readouterr().err)["error"]["param"] == "run-file"
+    assert json.loads(capsys.readouterr().err)["error"]["param"] == "arms"
 
 
 def test_the_command_answers_and_loads_no_torch(tmp_path: Path) -> None:
