@@ -121,7 +121,9 @@ def failure_warnings(config: TrainConfig, state: RunState) -> list[Event]:
         failure_signatures.below_previous(stage, before.get("accuracy"), after.get("accuracy")),
         failure_signatures.forgetting(stage, state.general_loss[0], state.general_loss[-1]),
     ]
-    return [_warning(config, index, found.name, found.message) for found in signatures if found is not None]
+    return [
+        _warning(config, index, signature.name, signature.message) for signature in signatures if signature
+    ]
 
 
 def stage_ended(

@@ -1,8 +1,8 @@
-"""Results of stages in a local folder, under a budget of bytes: what a person's runs share on one machine.
+"""Directories by key in a local folder, under a budget of bytes, for stage results and activations.
 
-    <directory>/<key>/      a sealed directory (heft_engine.runtime.sealed_directory), put there by one rename
+    <directory>/<key>/      a sealed directory (heft_engine.runtime.sealed_directory), moved there by one rename
 
-Processes may share the folder. It does NOT know what keys stand for, nor what is in a result.
+Processes may share the folder.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ import time
 from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
+from itertools import takewhile
 from pathlib import Path
 
 from heft_engine.errors import BundleError
@@ -22,31 +23,27 @@ from heft_engine.runtime.sealed_directory import seal, verify
 
 MAX_BYTES = 8 * 1024**3
 _PARTIAL = ".partial-"
-#: A writer that has not finished after so long was killed.
+#: A writer that has not finished after so many seconds was killed.
 _ABANDONED_SECONDS = 3_600.0
 
 
 @dataclass(frozen=True, kw_only=True)
 class LocalStages:
-    """A StageStore. What was used least recently goes first."""
+    """A StageStore that evicts the least recently used."""
 
     directory: Path
     max_bytes: int = MAX_BYTES
 
     def find(self, keys: Sequence[str]) -> list[Path]:
-        """The directories of the first so many keys. One that is damaged is removed."""
-        found = []
-        for path in (self.directory / key for key in keys):
-            if not _is_whole(path):
-                break
-            found.append(path)
-        for path in found:
-            with suppress(OSError):  # a folder that may only be read
+        """Returns the directories of the first keys, up to the first that is missing. Removes a damaged one."""
+        paths = list(takewhile(_is_complete, (self.directory / key for key in keys)))
+        for path in paths:
+            with suppress(OSError):  # a read-only folder
                 os.utime(path)
-        return found
+        return paths
 
     def put(self, key: str, write: Callable[[Path], None]) -> None:
-        """Replaces what was there under this key. Raises OSError."""
+        """Stores what `write` puts into an empty directory, in place of the key's earlier content. Raises OSError."""
         self.directory.mkdir(parents=True, exist_ok=True)
         partial = Path(tempfile.mkdtemp(prefix=_PARTIAL, dir=self.directory))
         try:
@@ -55,13 +52,16 @@ class LocalStages:
             shutil.rmtree(self.directory / key, ignore_errors=True)
             partial.rename(self.directory / key)
         except OSError as error:
-            if error.errno not in (errno.ENOTEMPTY, errno.EEXIST):  # another run has kept the same meanwhile
+            if error.errno not in (
+                errno.ENOTEMPTY,
+                errno.EEXIST,
+            ):  # another run has stored the same meanwhile
                 raise
         finally:
             shutil.rmtree(partial, ignore_errors=True)
-        self._make_room()
+        self._evict()
 
-    def _make_room(self) -> None:
+    def _evict(self) -> None:
         ages = {path: age for path in self.directory.iterdir() if (age := _age(path)) is not None}
         total = 0
         for path in sorted(ages, key=lambda path: ages[path]):
@@ -76,7 +76,7 @@ class LocalStages:
                 total += size
 
 
-def _is_whole(path: Path) -> bool:
+def _is_complete(path: Path) -> bool:
     if not path.is_dir():
         return False
     try:
@@ -88,7 +88,7 @@ def _is_whole(path: Path) -> bool:
 
 
 def _age(path: Path) -> float | None:
-    """Seconds since its last use; None for what another process has just removed."""
+    """Returns seconds since the last use; None if another process has just removed it."""
     try:
         return time.time() - path.stat().st_mtime
     except FileNotFoundError:

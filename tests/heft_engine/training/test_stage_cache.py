@@ -34,8 +34,8 @@ OTHER_REFT = but(REFT, layers=[1], rank=3, learning_rate=5e-3)
 
 
 @pytest.fixture
-def kept(tmp_path: Path) -> LocalStages:
-    return LocalStages(directory=tmp_path / "kept")
+def store(tmp_path: Path) -> LocalStages:
+    return LocalStages(directory=tmp_path / "store")
 
 
 def same_model(one: Told, other: Told) -> None:
@@ -54,9 +54,9 @@ def trained_stages(told: Told) -> list[int]:
 
 
 def test_a_second_run_starts_at_its_own_second_stage(
-    tiny_llama_dir: Path, tmp_path: Path, kept: LocalStages
+    tiny_llama_dir: Path, tmp_path: Path, store: LocalStages
 ) -> None:
-    first = run(config(tiny_llama_dir), tmp_path / "first", test_rows=TEST, stage_store=kept)
+    first = run(config(tiny_llama_dir), tmp_path / "first", test_rows=TEST, stage_store=store)
     assert trained_stages(first) == [0, 1]
     settings = config(tiny_llama_dir, stages=[LORA, OTHER_REFT])
     plain = run(settings, tmp_path / "plain", test_rows=TEST)
@@ -65,7 +65,7 @@ def test_a_second_run_starts_at_its_own_second_stage(
         settings,
         tmp_path / "second",
         test_rows=TEST,
-        stage_store=kept,
+        stage_store=store,
         checkpoint_dir=tmp_path / "checkpoints",
     )
     assert trained_stages(second) == [1]
@@ -87,13 +87,13 @@ def test_a_second_run_starts_at_its_own_second_stage(
 
 
 def test_the_end_of_a_reused_stage_is_a_model_and_a_checkpoint_of_this_run(
-    tiny_llama_dir: Path, tmp_path: Path, kept: LocalStages
+    tiny_llama_dir: Path, tmp_path: Path, store: LocalStages
 ) -> None:
-    run(config(tiny_llama_dir, "lora"), tmp_path / "first", test_rows=TEST, stage_store=kept)
+    run(config(tiny_llama_dir, "lora"), tmp_path / "first", test_rows=TEST, stage_store=store)
     copy = shutil.copytree(tiny_llama_dir, tmp_path / "another-place")
     settings = config(copy, "heft")
     folder = tmp_path / "checkpoints"
-    second = run(settings, tmp_path / "second", test_rows=TEST, stage_store=kept, checkpoint_dir=folder)
+    second = run(settings, tmp_path / "second", test_rows=TEST, stage_store=store, checkpoint_dir=folder)
     ends = [data for data in second.data("CHECKPOINT_SAVED") if data["kind"] == "stage"]
     assert [(end["stage"], end["step"], "key" in end) for end in ends] == [
         ("lora", 6, False),
@@ -118,10 +118,10 @@ def test_the_end_of_a_reused_stage_is_a_model_and_a_checkpoint_of_this_run(
 
 
 def test_a_run_that_is_all_there_trains_nothing(
-    tiny_llama_dir: Path, tmp_path: Path, kept: LocalStages
+    tiny_llama_dir: Path, tmp_path: Path, store: LocalStages
 ) -> None:
-    first = run(config(tiny_llama_dir), tmp_path / "first", stage_store=kept)
-    second = run(config(tiny_llama_dir), tmp_path / "second", stage_store=kept)
+    first = run(config(tiny_llama_dir), tmp_path / "first", stage_store=store)
+    second = run(config(tiny_llama_dir), tmp_path / "second", stage_store=store)
     assert second.losses == {}
     assert [data["stage"] for data in second.data("STAGE_REUSED")] == ["lora", "reft"]
     assert second.one("SUCCEEDED")["trained_tokens"] == 0
@@ -131,10 +131,10 @@ def test_a_run_that_is_all_there_trains_nothing(
 
 
 def test_a_run_that_is_all_there_has_its_validation_result_too(
-    tiny_llama_dir: Path, tmp_path: Path, kept: LocalStages
+    tiny_llama_dir: Path, tmp_path: Path, store: LocalStages
 ) -> None:
     """Of the validation rows no scores are stored: they are scored again."""
-    rows = {"validation": parse(VALIDATION), "test_rows": TEST, "stage_store": kept}
+    rows = {"validation": parse(VALIDATION), "test_rows": TEST, "stage_store": store}
     first = run(config(tiny_llama_dir, "lora"), tmp_path / "first", **rows)
     second = run(config(tiny_llama_dir, "lora"), tmp_path / "second", **rows)
     assert second.losses == {}
@@ -144,16 +144,16 @@ def test_a_run_that_is_all_there_has_its_validation_result_too(
 
 
 def test_the_longest_prefix_counts_and_every_stage_of_it_ends(
-    tiny_llama_dir: Path, tmp_path: Path, kept: LocalStages
+    tiny_llama_dir: Path, tmp_path: Path, store: LocalStages
 ) -> None:
     """The second ReFT stage goes on with the first one's intervention: each end has its own."""
     method: Any = "heft_interleaved"
     lora, first_reft, *_ = recipe(method, LORA, REFT)
-    run(config(tiny_llama_dir, method), tmp_path / "first", TEST, stage_store=kept)
+    run(config(tiny_llama_dir, method), tmp_path / "first", TEST, stage_store=store)
     settings = config(tiny_llama_dir, stages=[lora, first_reft, lora, but(REFT, n_epochs=1)])
     plain = run(settings, tmp_path / "plain", TEST, checkpoint_dir=tmp_path / "plain-checkpoints")
     second = run(
-        settings, tmp_path / "second", TEST, stage_store=kept, checkpoint_dir=tmp_path / "checkpoints"
+        settings, tmp_path / "second", TEST, stage_store=store, checkpoint_dir=tmp_path / "checkpoints"
     )
     assert trained_stages(second) == [3]
     same_model(second, plain)
@@ -335,45 +335,45 @@ def test_what_means_the_same_has_the_same_key(tiny_llama_dir: Path, tmp_path: Pa
 
 @pytest.mark.parametrize("file", ["state.json", "bundle/lora/adapter_model.safetensors", "bundle/heft.json"])
 def test_a_damaged_entry_is_a_miss_and_makes_place_for_a_whole_one(
-    tiny_llama_dir: Path, tmp_path: Path, kept: LocalStages, file: str
+    tiny_llama_dir: Path, tmp_path: Path, store: LocalStages, file: str
 ) -> None:
     settings = config(tiny_llama_dir, "lora")
-    first = run(settings, tmp_path / "first", stage_store=kept)
-    (entry,) = kept.directory.iterdir()
+    first = run(settings, tmp_path / "first", stage_store=store)
+    (entry,) = store.directory.iterdir()
     content = bytearray((entry / file).read_bytes())
     content[len(content) // 2] ^= 1
     (entry / file).write_bytes(content)
-    second = run(settings, tmp_path / "second", stage_store=kept)
+    second = run(settings, tmp_path / "second", stage_store=store)
     assert second.losses == first.losses
     same_model(second, first)
-    third = run(settings, tmp_path / "third", stage_store=kept)
+    third = run(settings, tmp_path / "third", stage_store=store)
     assert third.losses == {}
     same_model(third, first)
 
 
 def test_an_entry_under_another_s_key_is_a_miss(
-    tiny_llama_dir: Path, tmp_path: Path, kept: LocalStages
+    tiny_llama_dir: Path, tmp_path: Path, store: LocalStages
 ) -> None:
-    run(config(tiny_llama_dir, "lora"), tmp_path / "first", stage_store=kept)
-    (entry,) = kept.directory.iterdir()
+    run(config(tiny_llama_dir, "lora"), tmp_path / "first", stage_store=store)
+    (entry,) = store.directory.iterdir()
     settings = config(tiny_llama_dir, "lora", seed=1)
     plain = run(settings, tmp_path / "plain")
     (wanted,) = keys(settings, parse(yes_no(24)), [], ())
-    entry.rename(kept.directory / wanted)
-    second = run(settings, tmp_path / "second", stage_store=kept)
+    entry.rename(store.directory / wanted)
+    second = run(settings, tmp_path / "second", stage_store=store)
     assert second.losses == plain.losses
     same_model(second, plain)
 
 
 def test_an_entry_that_is_whole_and_can_t_be_read_is_a_miss(
-    tiny_llama_dir: Path, tmp_path: Path, kept: LocalStages
+    tiny_llama_dir: Path, tmp_path: Path, store: LocalStages
 ) -> None:
     settings = config(tiny_llama_dir, "lora")
-    run(settings, tmp_path / "first", stage_store=kept)
-    (entry,) = kept.directory.iterdir()
+    run(settings, tmp_path / "first", stage_store=store)
+    (entry,) = store.directory.iterdir()
     (entry / "bundle" / "heft.json").write_text("{}")
     seal(entry)
-    assert trained_stages(run(settings, tmp_path / "second", stage_store=kept)) == [0]
+    assert trained_stages(run(settings, tmp_path / "second", stage_store=store)) == [0]
 
 
 def test_a_store_that_takes_nothing_is_no_reason_to_fail(tiny_llama_dir: Path, tmp_path: Path) -> None:
@@ -430,14 +430,14 @@ def newest(told: Told) -> Path:
 
 
 def test_a_run_that_reused_a_stage_is_stopped_and_goes_on(
-    tiny_llama_dir: Path, tmp_path: Path, kept: LocalStages
+    tiny_llama_dir: Path, tmp_path: Path, store: LocalStages
 ) -> None:
-    run(config(tiny_llama_dir, "lora"), tmp_path / "first", stage_store=kept)
+    run(config(tiny_llama_dir, "lora"), tmp_path / "first", stage_store=store)
     settings = config(tiny_llama_dir)
     plain = run(settings, tmp_path / "plain")
-    before = stopped(settings, tmp_path / "stopped", 3, stage_store=kept)
+    before = stopped(settings, tmp_path / "stopped", 3, stage_store=store)
     assert list(before.losses) == [7, 8, 9]
-    after = run(settings, tmp_path / "after", resume=newest(before), stage_store=kept)
+    after = run(settings, tmp_path / "after", resume=newest(before), stage_store=store)
     assert after.data("STAGE_REUSED") == []
     assert before.losses | after.losses == {step: loss for step, loss in plain.losses.items() if step > 6}
     same_model(after, plain)
@@ -446,27 +446,27 @@ def test_a_run_that_reused_a_stage_is_stopped_and_goes_on(
 
 
 def test_a_run_that_went_on_keeps_what_it_ends_with(
-    tiny_llama_dir: Path, tmp_path: Path, kept: LocalStages
+    tiny_llama_dir: Path, tmp_path: Path, store: LocalStages
 ) -> None:
     settings = config(tiny_llama_dir, "lora")
-    before = stopped(settings, tmp_path / "stopped", 2, stage_store=kept)
-    run(settings, tmp_path / "after", resume=newest(before), stage_store=kept)
-    assert run(settings, tmp_path / "second", stage_store=kept).losses == {}
+    before = stopped(settings, tmp_path / "stopped", 2, stage_store=store)
+    run(settings, tmp_path / "after", resume=newest(before), stage_store=store)
+    assert run(settings, tmp_path / "second", stage_store=store).losses == {}
 
 
 @pytest.mark.parametrize("other", ["test rows", "code"])
 def test_a_run_that_went_on_with_something_else_keeps_nothing(
-    tiny_llama_dir: Path, tmp_path: Path, kept: LocalStages, other: str, monkeypatch: pytest.MonkeyPatch
+    tiny_llama_dir: Path, tmp_path: Path, store: LocalStages, other: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A checkpoint goes on after an upgrade; what comes of it is neither the old version's result nor the new one's."""
     settings = config(tiny_llama_dir, "lora")
-    before = stopped(settings, tmp_path / "stopped", 2, stage_store=kept, test_rows=TEST)
+    before = stopped(settings, tmp_path / "stopped", 2, stage_store=store, test_rows=TEST)
     if other == "code":
         monkeypatch.setattr(stage_cache, "code_hash", lambda: "newer")
     test = TEST if other == "code" else TEST[1:]
-    told = run(settings, tmp_path / "after", resume=newest(before), stage_store=kept, test_rows=test)
+    told = run(settings, tmp_path / "after", resume=newest(before), stage_store=store, test_rows=test)
     assert told.bundle is not None
-    assert not kept.directory.exists()
+    assert not store.directory.exists()
 
 
 # -- the folder ------------------------------------------------------------------------------------------------------
