@@ -61,6 +61,10 @@ class Adapter(ABC):
     #: True when `finish` merges the adapter into the base's weights; otherwise it stays in place.
     merges: ClassVar[bool]
 
+    @classmethod  # noqa: B027  not every adapter has settings that depend on the model
+    def check_stage(cls, lm: PackedLM, stage: Any) -> None:
+        """Raises ConfigError for resolved settings that do not fit the model. Called before any stage is trained."""
+
     @classmethod
     @abstractmethod
     def attach(cls, lm: PackedLM, stage: Any) -> Self:
@@ -96,5 +100,5 @@ class Adapter(ABC):
         """Returns tensors beside the parameters that a checkpoint must restore, bit for bit."""
         return {}
 
-    def check(self) -> None:  # noqa: B027  most adapters have no invariant
+    def check(self) -> None:  # noqa: B027  not every adapter has an invariant
         """Raises TrainingError when an invariant of the parameters is broken, such as R's orthonormal rows."""

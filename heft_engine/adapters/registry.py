@@ -11,6 +11,11 @@ from heft_engine.model.packed_lm import PackedLM
 ADAPTERS: dict[str, type[Adapter]] = {"lora": LoraAdapter, "reft": ReftAdapter}
 
 
+def check_stage(lm: PackedLM, stage: Stage) -> None:
+    """Raises ConfigError for resolved settings that do not fit the model."""
+    ADAPTERS[stage.type].check_stage(lm, stage)
+
+
 def attach(lm: PackedLM, stage: Stage) -> Adapter:
     """Puts what a stage trains into the model. Raises ConfigError for settings that do not fit it."""
     return ADAPTERS[stage.type].attach(lm, stage)

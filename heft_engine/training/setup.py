@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from heft_engine.adapters.lora import peft_layers
 from heft_engine.adapters.parity import PROBE_ROWS
-from heft_engine.config.train import LoraStage, TrainConfig
+from heft_engine.adapters.registry import check_stage
+from heft_engine.config.train import TrainConfig
 from heft_engine.data.encoding import Encoder, Example
 from heft_engine.data.general_text import general_examples
 from heft_engine.data.rows import Row, infer_task
@@ -97,8 +97,7 @@ def _resolved(config: TrainConfig, lm: PackedLM, parameters: int) -> TrainConfig
     sizes = {"n_layers": lm.n_layers, "hidden_size": lm.hidden_size, "parameters": parameters}
     stages = [resolve_stage(stage, lm.family, **sizes) for stage in config.stages]
     for stage in stages:
-        if isinstance(stage, LoraStage) and stage.target_modules != "auto":
-            peft_layers.check_modules(lm, stage.target_modules)
+        check_stage(lm, stage)
     return config.model_copy(update={"stages": stages})
 
 

@@ -28,6 +28,10 @@ class LoraAdapter(Adapter):
     merges: ClassVar[bool] = True
 
     @classmethod
+    def check_stage(cls, lm: PackedLM, stage: LoraStage) -> None:
+        peft_layers.check_modules(lm, _modules(stage))
+
+    @classmethod
     def attach(cls, lm: PackedLM, stage: LoraStage) -> LoraAdapter:
         peft_model = peft_layers.attach(lm, stage, _modules(stage))
         use_fused_forward(peft_model)
