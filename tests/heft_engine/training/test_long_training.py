@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import random
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +25,6 @@ from heft_engine.model.packed_lm import PackedLM
 from heft_engine.training import compile as compiled
 
 MakeModel = Callable[[str], Path]
-OTHERS = [family for family in FAMILIES if family != "llama"]
 KINDS: dict[str, Any] = {
     "layer 2, l1": {"layers": [2], "positions": "l1"},
     "layers 0 and 2, l1": {"layers": [0, 2], "positions": "l1"},
@@ -94,9 +94,21 @@ def test_passes_of_any_size_and_layers_that_run_twice_train_alike(tiny_llama_dir
 
 @pytest.mark.filterwarnings("ignore")  # of the compiler's own
 @pytest.mark.skipif(not compiled.can_compile(), reason="there is no C++ compiler")
-@pytest.mark.parametrize(
-    "family", ["llama", *(pytest.param(name, marks=pytest.mark.slow) for name in OTHERS)]
-)
+def test_traced_layers_train_alike(
+    tiny_llama_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The layers as Dynamo traces them, without the half minute of machine code."""
+    monkeypatch.setattr(torch, "compile", partial(torch.compile, backend="eager"))
+    graphs = counters["stats"]["unique_graphs"]
+    compiled_losses = lora(tiny_llama_dir, compile=True, cache_dir=tmp_path)
+    assert compiled_losses == pytest.approx(lora(tiny_llama_dir), rel=1e-5)
+    assert counters["stats"]["unique_graphs"] > graphs, "layers were traced"
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore")  # of the compiler's own
+@pytest.mark.skipif(not compiled.can_compile(), reason="there is no C++ compiler")
+@pytest.mark.parametrize("family", FAMILIES)
 def test_compiled_layers_train_alike(
     make_tiny_model: MakeModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, family: str
 ) -> None:

@@ -51,16 +51,13 @@ CASES: dict[str, Callable[[Path], TrainConfig]] = {
 
 
 @pytest.mark.parametrize("case", CASES)
-@pytest.mark.parametrize("seed", [0, 1])
-def test_stopped_and_resumed_is_never_stopped(
-    tiny_llama_dir: Path, tmp_path: Path, case: str, seed: int
-) -> None:
+def test_stopped_and_resumed_is_never_stopped(tiny_llama_dir: Path, tmp_path: Path, case: str) -> None:
     settings = CASES[case](tiny_llama_dir)
     whole = run(settings, tmp_path / "whole", None, VALIDATION)
     assert (len(whole.losses) < whole.one("STARTED")["total_steps"]) == (case == "early stopping")
     # Once after every step, and once at every epoch's end.
     asked = len(whole.losses) + len(whole.data("EPOCH_COMPLETE"))
-    stops = sorted(random.Random(f"{case}/{seed}").sample(range(1, asked), 4))
+    stops = sorted(random.Random(case).sample(range(1, asked), 8))
     losses, last = interrupted(settings, tmp_path / "parts", stops, VALIDATION)
     assert losses == whole.losses
     assert_equal(last, whole)
