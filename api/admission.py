@@ -1,8 +1,7 @@
-"""Who may wait: a request that could not be answered in time is refused at once, with the time to come back.
+"""Admission control: refuses requests that would not be answered in time, at once and with a Retry-After.
 
-Two bounds: the rows that wait in this process (429), and the messages that wait in the broker for all API processes
-together (503). Both are looked up without asking anybody, so a request to an idle service pays nothing. It does NOT
-know what is asked.
+Two limits: the rows waiting in this process (429), and the messages waiting in the broker for all API processes (503).
+Both are read from memory, so a request to an idle service costs nothing.
 """
 
 from __future__ import annotations
@@ -23,28 +22,28 @@ from store.errors import RateLimited, Unavailable
 
 log = logging.getLogger(__name__)
 
-#: So many rows may always wait, however slow the last answers were: the next ones may come from another model.
-LEAST_WAITING = 64
-#: The part of a request's time that may go by before its turn comes.
-PATIENCE = 0.75
-#: A rate counts once it was observed for so long (seconds) over so many rows, until it has faded in a long rest.
-_SURE_SECONDS, _SURE_ROWS, _FADED_SECONDS = 5.0, 16.0, 1.0
-_MEMORY_SECONDS = 30.0
-_MOST_RETRY_SECONDS, _UNSURE_RETRY_SECONDS = 30, 2
+#: Rows that may always wait, however slow the last answers were: another model may be faster.
+MIN_WAITING = 64
+#: The share of a request's timeout that it may spend waiting for its turn.
+MAX_WAIT_SHARE = 0.75
+#: Busy seconds and rows from which the rate is known, and decayed busy seconds under which it is unknown again.
+_KNOWN_SECONDS, _KNOWN_ROWS, _UNKNOWN_SECONDS = 5.0, 16.0, 1.0
+_DECAY_SECONDS = 30.0
+_MAX_RETRY_SECONDS, _DEFAULT_RETRY_SECONDS = 30, 2
 _BROKER_RETRY_SECONDS = 5
 
 _SAMPLE_SECONDS = 0.25
 _STALE_SECONDS = 1.5
 _SAMPLE_TIMEOUT = 1.0
-#: Sampling goes on for so long after somebody has asked.
-_AWAKE_SECONDS = 10.0
+#: Sampling pauses this long after the last request.
+_IDLE_SECONDS = 10.0
 
 
 class Admission:
-    """`with admission.admit(len(rows)): …` around everything that a request waits for.
+    """Limits the rows that wait: `with admission.admit(len(rows)): …` around everything that a request waits for.
 
-    At most `max_waiting` rows wait, and once answers have been observed no more than are answered in time. A request
-    that finds nobody waiting is let in whatever its size.
+    The limit is `max_waiting`, and once the rate of answers is known no more than are answered in time. A request is
+    always admitted if none waits.
     """
 
     def __init__(
@@ -62,16 +61,16 @@ class Admission:
         self._queued = queued
         self._clock = clock
         self.waiting = 0  #: rows
-        self._at = clock()
+        self._updated_at = clock()
         self._answered = 0.0
         self._busy_seconds = 0.0
-        self._sure = False
-        self._next_turn = -math.inf  #: when the next one who is refused may come back, if nobody left early
+        self._rate_known = False
+        self._next_turn = -math.inf  #: the earliest time for the next refused request to retry
 
     @contextmanager
     def admit(self, rows: int) -> Iterator[None]:
-        """Raises RateLimited or Unavailable, both with the time to come back."""
-        self._refuse(rows)
+        """Raises RateLimited or Unavailable, both with `retry_after`."""
+        self._check(rows)
         self._advance()
         self.waiting += rows
         answered = rows
@@ -87,79 +86,79 @@ class Admission:
 
     @property
     def rate(self) -> float | None:
-        """Rows a second while any waited, over the last half minute or so; None while that is not known."""
+        """Rows answered per second while any waited, exponentially averaged over 30 seconds; None while unknown."""
         self._advance()
-        if self._busy_seconds >= _SURE_SECONDS and self._answered >= _SURE_ROWS:
-            self._sure = True
-        elif self._busy_seconds < _FADED_SECONDS:
-            self._sure = False
-        return self._answered / self._busy_seconds if self._sure else None
+        if self._busy_seconds >= _KNOWN_SECONDS and self._answered >= _KNOWN_ROWS:
+            self._rate_known = True
+        elif self._busy_seconds < _UNKNOWN_SECONDS:
+            self._rate_known = False
+        return self._answered / self._busy_seconds if self._rate_known else None
 
-    def _refuse(self, rows: int) -> None:
+    def _check(self, rows: int) -> None:
         if self._queued() >= self._max_queued:
             raise Unavailable(
-                "more is being asked than the workers can answer",
+                "the service is overloaded: too many requests wait for the inference workers",
                 retry_after=_BROKER_RETRY_SECONDS,
                 code="overloaded",
             )
         rate = self.rate
         limit = self._max_waiting
         if rate is not None:
-            limit = min(limit, max(LEAST_WAITING, int(rate * self._timeout * PATIENCE)))
+            limit = min(limit, max(MIN_WAITING, int(rate * self._timeout * MAX_WAIT_SHARE)))
         excess = self.waiting + rows - limit
         if self.waiting and excess > 0:
             raise RateLimited(
-                f"{self.waiting:,} inputs are waiting already: {rows:,} more would not be answered in time",
+                f"too many inputs are waiting ({self.waiting:,}): {rows:,} more would not be answered in time",
                 retry_after=self._retry_after(rows, excess, rate),
             )
 
     def _retry_after(self, rows: int, excess: int, rate: float | None) -> int:
-        """Seconds until there is room, also for those who were sent away before: all at once, most would be again."""
+        """Seconds until the rows would be admitted, staggered after earlier refused requests."""
         if rate is None:
-            return _UNSURE_RETRY_SECONDS
-        pace = max(rate, 1e-3)
-        turn = max(self._at + min(excess, self.waiting) / pace, self._next_turn)
-        self._next_turn = min(turn + rows / pace, self._at + _MOST_RETRY_SECONDS)
-        return math.ceil(min(max(turn - self._at, 1.0), _MOST_RETRY_SECONDS))
+            return _DEFAULT_RETRY_SECONDS
+        rate = max(rate, 1e-3)
+        turn = max(self._updated_at + min(excess, self.waiting) / rate, self._next_turn)
+        self._next_turn = min(turn + rows / rate, self._updated_at + _MAX_RETRY_SECONDS)
+        return math.ceil(min(max(turn - self._updated_at, 1.0), _MAX_RETRY_SECONDS))
 
     def _advance(self) -> None:
-        """Time passes: what was observed fades, and time in which somebody waited counts."""
+        """Decays the averages by the elapsed time, and counts it as busy if rows were waiting."""
         now = self._clock()
-        passed, self._at = now - self._at, now
-        fading = math.exp(-passed / _MEMORY_SECONDS)
-        self._answered *= fading
-        self._busy_seconds = self._busy_seconds * fading + (passed if self.waiting else 0.0)
+        elapsed, self._updated_at = now - self._updated_at, now
+        decay = math.exp(-elapsed / _DECAY_SECONDS)
+        self._answered *= decay
+        self._busy_seconds = self._busy_seconds * decay + (elapsed if self.waiting else 0.0)
 
 
 class QueueDepth:
-    """Messages that wait in one queue of the broker, sampled in the background while anybody wants to know."""
+    """The number of messages in a queue of the broker, sampled in the background while it is being read."""
 
     def __init__(self, redis: Redis, queue: str) -> None:
         self._redis = redis
         self._queue = queue
         self._messages = 0
-        self._at = self._asked_at = -math.inf
-        self._wanted = asyncio.Event()
+        self._sampled_at = self._read_at = -math.inf
+        self._is_read = asyncio.Event()
         self._sampler = asyncio.create_task(self._sample(), name="queue-depth")
 
     def __call__(self) -> int:
-        """The last sample; 0 where there is no fresh one. Never waits."""
-        self._asked_at = time.monotonic()
-        self._wanted.set()
-        return self._messages if time.monotonic() - self._at < _STALE_SECONDS else 0
+        """Returns the last sample, or 0 if it is stale. Never waits."""
+        self._read_at = time.monotonic()
+        self._is_read.set()
+        return self._messages if time.monotonic() - self._sampled_at < _STALE_SECONDS else 0
 
     async def close(self) -> None:
         await cancel_and_wait(self._sampler)
 
     async def _sample(self) -> None:
         while True:
-            if time.monotonic() - self._asked_at > _AWAKE_SECONDS:
-                self._wanted.clear()
-                await self._wanted.wait()
+            if time.monotonic() - self._read_at > _IDLE_SECONDS:
+                self._is_read.clear()
+                await self._is_read.wait()
             try:
                 async with asyncio.timeout(_SAMPLE_TIMEOUT):
                     self._messages = await self._redis.llen(self._queue)
-                self._at = time.monotonic()
+                self._sampled_at = time.monotonic()
             except (RedisError, OSError, TimeoutError) as fault:
-                log.debug("the queue's length is not known: %s", fault)  # publishing will say so
+                log.debug("can't read the length of queue %s: %s", self._queue, fault)  # publishing raises
             await asyncio.sleep(_SAMPLE_SECONDS)

@@ -1,6 +1,6 @@
-"""The app: routers, error handlers, the middleware, and what is held from start to end.
+"""The FastAPI application: routers, error handlers, middleware and lifespan.
 
-`uvicorn api.app:create_app --factory` serves it.
+Served by `uvicorn api.app:create_app --factory`.
 """
 
 from __future__ import annotations
@@ -17,8 +17,8 @@ from api.database import Database
 from api.deps import Services
 from api.errors import ErrorBody, add_handlers
 from api.metrics import ApiMetrics
-from api.metrics_page import Scrape
-from api.middleware import Envelope
+from api.metrics_page import MetricsPage
+from api.middleware import RequestMiddleware
 from api.routes import completions, events, files, health, jobs, models, predict, studies
 from api.routes import metrics as metrics_route
 from store.db.session import make_engine, session_factory
@@ -33,12 +33,12 @@ DESCRIPTION = """Fine-tune language models coarse to fine (LoRA, merge, then LoR
 Wire-compatible with OpenAI's fine-tuning API: the `openai` package works against it with `base_url` and
 `api_key` changed and nothing else."""
 
-#: Routes that read their body piece by piece, and count it themselves.
+#: Routes that stream their request body and limit its size themselves.
 STREAMED = frozenset({("POST", "/v1/files")})
 
 
 def create_app(settings: StoreSettings | None = None) -> FastAPI:
-    """The API on `settings`, or on those of this process's environment. Connects to nothing until asked."""
+    """Returns the API for `settings` (None: of the environment). Connects to nothing before the first request."""
     chosen = settings or settings_of_process()
     metrics = ApiMetrics()
 
@@ -57,7 +57,7 @@ def create_app(settings: StoreSettings | None = None) -> FastAPI:
         responses={"default": {"model": ErrorBody, "description": "OpenAI's error object"}},
     )
     add_handlers(app)
-    app.add_middleware(Envelope, streamed=STREAMED, metrics=metrics)
+    app.add_middleware(RequestMiddleware, streamed=STREAMED, metrics=metrics)
     for module in (files, jobs, events, studies, models, predict, completions, health, metrics_route):
         app.include_router(module.router)
     return app
@@ -65,7 +65,7 @@ def create_app(settings: StoreSettings | None = None) -> FastAPI:
 
 @asynccontextmanager
 async def running(settings: StoreSettings, metrics: ApiMetrics) -> AsyncIterator[Services]:
-    """What the routes need, closed again at the end."""
+    """Starts the services of the routes, and closes them at the end."""
     engine = make_engine(settings.database_url)
     database = Database(session_factory(engine))
     celery = make_celery(settings.redis_url, name="heft-api")
@@ -96,7 +96,7 @@ async def running(settings: StoreSettings, metrics: ApiMetrics) -> AsyncIterator
             admission=admission,
             texts=TextClient(client, timeout=settings.generate_timeout_seconds),
             text_admission=text_admission,
-            scrape=Scrape(metrics.registry, database, client.redis),
+            metrics_page=MetricsPage(metrics.registry, database, client.redis),
         )
     finally:
         await depth.close()

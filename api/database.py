@@ -1,8 +1,8 @@
-"""The store's functions for async code: each in a transaction of its own, on a thread, within a deadline.
+"""Runs the store's functions for async code: each in its own transaction, in a thread, with a deadline.
 
-A frozen Postgres is not a closed connection: psycopg waits for as long as the kernel lets it, whatever
-timeouts it was given. So nobody waits for the thread longer than the deadline, and a transaction that nobody
-waits for any more rolls back, unless its COMMIT is on its way already: then the caller is told that nobody knows.
+A frozen Postgres is not a closed connection: psycopg waits as long as the kernel does, whatever its timeouts. So a
+request waits no longer than the deadline, and the transaction of a request that has given up rolls back, unless its
+COMMIT has been sent already: then the request fails with the message that the outcome is unknown.
 """
 
 from __future__ import annotations
@@ -24,33 +24,30 @@ T = TypeVar("T")
 
 
 _UNKNOWN = (
-    "the database does not answer, and may or may not have done what was asked: look, or send the request again with "
-    "the same Idempotency-Key"
+    "the database does not answer, and the request may or may not have been carried out: check, or retry it with the "
+    "same Idempotency-Key"
 )
 
 
-class _Fate:
-    """Whether a transaction still has somebody who waits for it when it comes to its COMMIT: asked once, under a
-    lock."""
+class _CommitDecision:
+    """Decides, once and under a lock, whether a transaction commits or has been abandoned by its request."""
 
     def __init__(self) -> None:
         self._lock = threading.Lock()
-        self._decided: bool | None = None
+        self._commits: bool | None = None
 
-    def may_commit(self) -> bool:
+    def commit(self) -> bool:
+        """Called before COMMIT. False if the request has given up: the transaction must roll back."""
         with self._lock:
-            self._decided = self._decided is None
-            return self._decided
+            self._commits = self._commits is None
+            return self._commits
 
-    def is_committing(self) -> bool:
-        """For whoever stops waiting: if it is not by now, it never will."""
-        self.abandon()
-        return bool(self._decided)
-
-    def abandon(self) -> None:
+    def abandon(self) -> bool:
+        """Called when the request stops waiting. True if the transaction is committing already."""
         with self._lock:
-            if self._decided is None:
-                self._decided = False
+            if self._commits is None:
+                self._commits = False
+            return self._commits
 
 
 class Database:
@@ -67,24 +64,24 @@ class Database:
     async def __call__(
         self, work: Callable[Concatenate[Session, P], T], *args: P.args, **kwargs: P.kwargs
     ) -> T:
-        fate = _Fate()
+        decision = _CommitDecision()
 
         def run() -> T:
             with transaction(self._sessions) as session:
                 result = work(session, *args, **kwargs)
-                if not fate.may_commit():
-                    raise Unavailable("answered too late")  # rolls back: its caller was told that it failed
+                if not decision.commit():
+                    raise Unavailable("the request has timed out")  # rolls back
                 return result
 
         try:
-            waiting = asyncio.get_running_loop().run_in_executor(self._threads, in_context(run))
-            return await asyncio.wait_for(waiting, self._deadline)
+            future = asyncio.get_running_loop().run_in_executor(self._threads, in_context(run))
+            return await asyncio.wait_for(future, self._deadline)
         except TimeoutError as fault:
-            told = _UNKNOWN if fate.is_committing() else "the database does not answer; nothing was changed"
-            raise Unavailable(told) from fault
+            message = _UNKNOWN if decision.abandon() else "the database does not answer; nothing was changed"
+            raise Unavailable(message) from fault
         finally:
-            fate.abandon()
+            decision.abandon()
 
     def close(self) -> None:
-        """Wait for no one: what is still running rolls back or has been committed."""
+        """Does not wait: running transactions roll back or have been committed."""
         self._threads.shutdown(wait=False, cancel_futures=True)

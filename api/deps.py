@@ -1,4 +1,4 @@
-"""What a route may ask for: who calls, the database, the bytes, the workers. `api.app` makes all of it."""
+"""Dependencies of the routes: the caller, the database and the other services of the process."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from api.admission import Admission
 from api.clients.generate import TextClient
 from api.clients.predict import PredictClient
 from api.database import Database
-from api.metrics_page import Scrape
+from api.metrics_page import MetricsPage
 from store import keys
 from store.errors import Unauthenticated
 from store.messages.hints import Hints
@@ -24,7 +24,7 @@ from store.storage.artifacts import Artifacts
 
 @dataclass(frozen=True, kw_only=True)
 class Services:
-    """What one API process holds for as long as it runs."""
+    """The services of an API process, made by `api.app` for its lifetime."""
 
     settings: StoreSettings
     database: Database
@@ -33,8 +33,8 @@ class Services:
     predict: PredictClient
     admission: Admission
     texts: TextClient
-    text_admission: Admission  #: its own: texts take as many seconds as other answers milliseconds
-    scrape: Scrape
+    text_admission: Admission  #: separate, because generated text takes a thousand times as long as labels
+    metrics_page: MetricsPage
 
 
 async def get_services(request: Request) -> Services:
@@ -55,23 +55,23 @@ Db = Annotated[Database, Depends(_database)]
 bearer = HTTPBearer(auto_error=False, description="An API key: `heft keys create` makes one.")
 
 
-async def given_key(credentials: Annotated[HTTPAuthorizationCredentials | None, Security(bearer)]) -> str:
-    """The key that was sent, whosever it is."""
+async def get_api_key(credentials: Annotated[HTTPAuthorizationCredentials | None, Security(bearer)]) -> str:
+    """Returns the API key of the request, not yet authenticated. Raises Unauthenticated without one."""
     if credentials is None:
-        raise Unauthenticated("send an API key: Authorization: Bearer <key>")
+        raise Unauthenticated("an API key is required: Authorization: Bearer <key>")
     return credentials.credentials
 
 
-#: For a route that learns whose key it is with what it looks up, in one transaction (`models.authorize`).
-Key = Annotated[str, Depends(given_key)]
+#: For routes that authenticate the key in the transaction of their query (`models.authorize`).
+ApiKey = Annotated[str, Depends(get_api_key)]
 
 
-async def authenticated(db: Db, key: Key) -> keys.Owner:
-    """Whose key it is. A dependency of routes: it runs before a byte of an upload is read."""
+async def get_caller(db: Db, key: ApiKey) -> keys.Owner:
+    """Authenticates the request, before any of its body is read."""
     return await db(keys.authenticate, key)
 
 
-Caller = Annotated[keys.Owner, Depends(authenticated)]
+Caller = Annotated[keys.Owner, Depends(get_caller)]
 
 IdempotencyKey = Annotated[
     str | None,
@@ -79,14 +79,14 @@ IdempotencyKey = Annotated[
         alias="Idempotency-Key",
         min_length=1,
         max_length=255,
-        description="The same key and body make one thing.",
+        description="Requests with the same key and body create one object.",
     ),
 ]
 
-Limit = Annotated[int, Query(ge=1, le=100, description="Items on a page.")]
-After = Annotated[str | None, Query(max_length=300, description="The last id of the page before this one.")]
+Limit = Annotated[int, Query(ge=1, le=100, description="Items per page.")]
+After = Annotated[str | None, Query(max_length=300, description="The last id of the previous page.")]
 
 
 def body_hash(body: Any) -> str:
-    """SHA-256 of a JSON value, however its keys are ordered."""
+    """SHA-256 of a JSON value, independent of the order of its keys."""
     return hashlib.sha256(json.dumps(body, sort_keys=True).encode()).hexdigest()

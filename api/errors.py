@@ -1,7 +1,7 @@
-"""The one map from what can go wrong to what the caller sees: OpenAI's error object with all four keys.
+"""Exception handlers: every error becomes OpenAI's error object with all four keys.
 
-It does NOT know routes. Domain errors come from `store.errors`, malformed requests from FastAPI, unknown
-paths from Starlette; whatever else is raised becomes a 500 in `api.middleware`, which shows nothing of it.
+Domain errors come from `store.errors`, malformed requests from FastAPI, unknown paths from Starlette. Any other
+exception becomes a 500 in `api.middleware` that reveals nothing of it.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ TYPES = {
     429: "rate_limit_error",
 }
 
-#: Codes for answers that no domain error stands behind.
+#: Default codes, for responses without a domain error.
 CODES = {
     400: "invalid_request",
     404: "not_found",
@@ -52,8 +52,8 @@ CODES = {
     503: "unavailable",
 }
 
-#: pydantic's names for faults, where OpenAI has a name of its own.
-FAULT_CODES = {
+#: OpenAI's codes for pydantic's error types.
+VALIDATION_CODES = {
     "missing": "missing_required_parameter",
     "extra_forbidden": "unknown_parameter",
     "json_invalid": "invalid_json",
@@ -61,7 +61,7 @@ FAULT_CODES = {
 
 
 class ErrorDetail(BaseModel):
-    """What went wrong. `type` tells the caller's fault from the service's, `param` names the field."""
+    """An error. `type` tells errors of the request from errors of the service; `param` is the field at fault."""
 
     message: str
     type: str
@@ -70,7 +70,7 @@ class ErrorDetail(BaseModel):
 
 
 class ErrorBody(BaseModel):
-    """The body of every answer that is not a success."""
+    """The body of every error response."""
 
     error: ErrorDetail
 
@@ -83,17 +83,17 @@ def error_response(
     code: str | None = None,
     headers: Mapping[str, str] | None = None,
 ) -> JSONResponse:
-    """OpenAI's error shape, with the headers that the status calls for."""
+    """Returns OpenAI's error object, with the headers that the status requires."""
     kind = TYPES.get(status, "server_error" if status >= 500 else "invalid_request_error")
     detail = ErrorDetail(message=message, type=kind, param=param, code=code or CODES.get(status))
-    answer = JSONResponse(ErrorBody(error=detail).model_dump(), status_code=status, headers=headers)
+    response = JSONResponse(ErrorBody(error=detail).model_dump(), status_code=status, headers=headers)
     if status == 401:
-        answer.headers.setdefault("WWW-Authenticate", "Bearer")
+        response.headers.setdefault("WWW-Authenticate", "Bearer")
     if status == 409:
-        answer.headers["x-should-retry"] = "false"  # the openai package repeats a 409 otherwise
+        response.headers["x-should-retry"] = "false"  # the openai package retries a 409 otherwise
     if status in (429, 503):
-        answer.headers.setdefault("Retry-After", "2")
-    return answer
+        response.headers.setdefault("Retry-After", "2")
+    return response
 
 
 async def on_store_error(_: Request, fault: errors.StoreError) -> JSONResponse:
@@ -106,8 +106,8 @@ async def on_store_error(_: Request, fault: errors.StoreError) -> JSONResponse:
 
 async def on_http_error(request: Request, fault: HTTPException) -> JSONResponse:
     messages = {
-        404: f"there is nothing at {request.method} {request.url.path}",
-        405: f"{request.method} is not allowed at {request.url.path}",
+        404: f"{request.method} {request.url.path} does not exist",
+        405: f"{request.method} is not allowed for {request.url.path}",
     }
     message = messages.get(fault.status_code, fault.detail or HTTPStatus(fault.status_code).phrase)
     return error_response(fault.status_code, message, headers=fault.headers)
@@ -118,13 +118,13 @@ async def on_invalid_request(request: Request, fault: RequestValidationError) ->
     first = faults[0]
     if first["type"] == "json_invalid":
         reason = first["ctx"]["error"]
-        return error_response(400, f"the body is not JSON: {reason}", code="invalid_json")
+        return error_response(400, f"the body is not valid JSON: {reason}", code="invalid_json")
     if isinstance(fault.body, bytes):
-        return error_response(415, "the body is read as JSON: send Content-Type: application/json")
+        return error_response(415, "the body must be JSON with Content-Type: application/json")
     param = _param(first, fault.body)
     reasons = [_reason(other) for other in faults if _param(other, fault.body) == param]
     message = "; ".join(dict.fromkeys(reasons))
-    code = FAULT_CODES.get(first["type"], "invalid_value")
+    code = VALIDATION_CODES.get(first["type"], "invalid_value")
     return error_response(422, f"{param}: {message}" if param else message, param=param, code=code)
 
 
@@ -134,12 +134,12 @@ async def on_refusal(_: Request, refusal: Refused) -> JSONResponse:
 
 
 async def on_disconnect(_: Request, __: ClientDisconnect) -> JSONResponse:
-    """Nobody reads this answer: the client went away while it was sending."""
-    return error_response(400, "the request ended before its body was complete")
+    """The client disconnected while it was sending, so nobody reads this response."""
+    return error_response(400, "the client disconnected before the body was complete")
 
 
 def add_handlers(app: FastAPI) -> None:
-    """Make every error answer of `app` one of the above."""
+    """Registers the handlers."""
     app.add_exception_handler(errors.StoreError, on_store_error)  # type: ignore[arg-type]
     app.add_exception_handler(HTTPException, on_http_error)  # type: ignore[arg-type]
     app.add_exception_handler(RequestValidationError, on_invalid_request)  # type: ignore[arg-type]
@@ -149,16 +149,16 @@ def add_handlers(app: FastAPI) -> None:
 
 def _reason(fault: Mapping[str, Any]) -> str:
     if fault["type"] == "extra_forbidden":
-        return "there is no such field"
+        return "unknown field"
     if fault["type"] in ("model_type", "model_attributes_type", "dict_type"):
-        return "this must be an object"
+        return "must be an object"
     if fault["type"] == "missing":
-        return "this is needed"
+        return "required field"
     return str(fault["msg"]).removeprefix("Value error, ")
 
 
 def _param(fault: Mapping[str, Any], body: Any) -> str | None:
-    """The field at fault as a path, `method.heft.lora.rank`, without the labels that unions add."""
+    """Returns the path of the field at fault, `method.heft.lora.rank`, without the tags that unions add."""
     path = fault.get("ctx", {}).get("path")
     if path is not None:
         return str(path) or None
@@ -176,7 +176,7 @@ def _steps(parts: Sequence[str | int], body: Any, *, missing: bool) -> list[str 
         if is_key or is_index:
             body = body[part]
             steps.append(part)
-        # else: a union's label, not a part of the request
+        # else: a union's tag, not a part of the request
     if missing and parts:
         steps.append(parts[-1])
     return steps

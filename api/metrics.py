@@ -1,8 +1,4 @@
-"""What the API process counts of itself, for Prometheus.
-
-Labels are routes and statuses, never ids or owners. It does NOT know what workers and database have to say: that is
-`api.metrics_page`.
-"""
+"""Prometheus metrics of the API process. Labels are routes and statuses, never ids or owners."""
 
 from __future__ import annotations
 
@@ -18,12 +14,12 @@ from prometheus_client import (
 )
 from starlette.types import Scope
 
-#: Seconds; from one idle request to the default time limit of /predict.
+#: Seconds, from a request to an idle service to the default timeout of /predict.
 LATENCY_BUCKETS = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0)
 
 
 class ApiMetrics:
-    """One process's. Safe to use from many threads."""
+    """The metrics of a process. Thread-safe."""
 
     def __init__(self) -> None:
         disable_created_metrics()  # type: ignore[no-untyped-call]
@@ -57,15 +53,15 @@ class ApiMetrics:
             self._refused.labels(status)
 
     def watch_waiting(self, rows: Callable[[], int]) -> None:
-        """Where the number of waiting inputs is read."""
+        """Sets the function that returns the number of waiting inputs."""
         self._waiting.set_function(rows)
 
     def answered(self, scope: Scope, status: int, seconds: float) -> None:
-        """A request has been answered; status 0: its connection broke first. `scope`: the request's, after routing."""
+        """Records a response; status 0: the connection broke before it. `scope`: of the request, after routing."""
         if status == 0:
             return
         route = getattr(scope.get("route"), "path", "unmatched")
-        # Whoever sends a made-up method gets no series of its own.
+        # Unknown methods share one series.
         method = scope["method"] if route != "unmatched" else "any"
         self._requests.labels(method, route, str(status)).inc()
         if not route.endswith("/predict"):

@@ -1,7 +1,7 @@
-"""/metrics put together: this process's own, what the database says of jobs, what each worker has put into Redis.
+"""The page /metrics: metrics of this process, of the jobs in the database, and of each worker, from Redis.
 
-Database and broker are asked at most every few seconds; one that is away is left out, and `heft_source_up` says so. It
-does NOT know what workers count: their text is parsed and gets a `worker` label.
+Database and broker are queried at most every few seconds. One that does not answer is left out, and `heft_source_up`
+is 0. Workers' metrics are parsed and get a `worker` label.
 """
 
 from __future__ import annotations
@@ -31,29 +31,30 @@ _FRESH_SECONDS = 5.0
 _BROKER_SECONDS = 2.0
 
 
-class Scrape:
-    """`await scrape()` → the exposition text."""
+class MetricsPage:
+    """Renders the page. `registry`: the metrics of this process."""
 
-    def __init__(self, own: CollectorRegistry, database: Database, redis: Redis) -> None:
-        self._own = own
+    def __init__(self, registry: CollectorRegistry, database: Database, redis: Redis) -> None:
+        self._registry = registry
         self._database = database
         self._redis = redis
         self._lock = asyncio.Lock()
-        self._elsewhere: Sequence[Metric] = ()
-        self._until = 0.0
+        self._external: Sequence[Metric] = ()
+        self._fresh_until = 0.0
 
-    async def __call__(self) -> bytes:
+    async def render(self) -> bytes:
+        """Returns Prometheus's text format."""
         async with self._lock:
-            if time.monotonic() >= self._until:
-                self._elsewhere = await self._ask()
-                self._until = time.monotonic() + _FRESH_SECONDS
-        everything = _Everything(merged([*self._own.collect(), *self._elsewhere]))
-        return generate_latest(cast(CollectorRegistry, everything))
+            if time.monotonic() >= self._fresh_until:
+                self._external = await self._query_sources()
+                self._fresh_until = time.monotonic() + _FRESH_SECONDS
+        families = _Families(merged([*self._registry.collect(), *self._external]))
+        return generate_latest(cast(CollectorRegistry, families))
 
-    async def _ask(self) -> list[Metric]:
+    async def _query_sources(self) -> list[Metric]:
         jobs, texts = await asyncio.gather(self._jobs(), self._workers())
         up = GaugeMetricFamily(
-            "heft_source_up", "1 where the last scrape got an answer from it.", labels=["source"]
+            "heft_source_up", "1 if the source answered the last query.", labels=["source"]
         )
         up.add_metric(["database"], float(jobs is not None))
         up.add_metric(["broker"], float(texts is not None))
@@ -66,21 +67,21 @@ class Scrape:
         try:
             return await self._database(job_statistics.jobs)
         except Unavailable as fault:
-            log.warning("metrics without those of jobs: %s", fault)
+            log.warning("no metrics of jobs: %s", fault)
             return None
 
     async def _worker_keys(self) -> list[bytes]:
-        found = self._redis.scan_iter(f"{METRICS_PREFIX}*", count=1_000)
-        return sorted([cast(bytes, key) async for key in found])
+        keys = self._redis.scan_iter(f"{METRICS_PREFIX}*", count=1_000)
+        return sorted([cast(bytes, key) async for key in keys])
 
     async def _workers(self) -> dict[str, str] | None:
-        """{worker id: its exposition text}."""
+        """Returns {worker id: its metrics as text}."""
         try:
             async with asyncio.timeout(_BROKER_SECONDS):
                 keys = await self._worker_keys()
                 texts = cast("list[bytes | None]", await self._redis.mget(keys) if keys else [])
         except (RedisError, OSError, TimeoutError) as fault:
-            log.warning("metrics without those of workers: %s", fault)
+            log.warning("no metrics of workers: %s", fault)
             return None
         return {
             key.decode().removeprefix(METRICS_PREFIX): text.decode()
@@ -89,7 +90,9 @@ class Scrape:
         }
 
 
-class _Everything(Collector):
+class _Families(Collector):
+    """Metric families as a collector, which `generate_latest` takes."""
+
     def __init__(self, families: Iterable[Metric]) -> None:
         self._families = families
 
@@ -98,21 +101,21 @@ class _Everything(Collector):
 
 
 def merged(families: Iterable[Metric]) -> list[Metric]:
-    """One family for each name. Of two that call different things by one name, the first stays."""
-    found: dict[str, Metric] = {}
+    """Merges families by name. Drops families with another type than the first of their name."""
+    by_name: dict[str, Metric] = {}
     for family in families:
-        into = found.get(family.name)
-        if into is None:
-            into = found[family.name] = Metric(family.name, family.documentation, family.type)
-        if into.type == family.type:
-            into.samples += family.samples
+        merged_family = by_name.get(family.name)
+        if merged_family is None:
+            merged_family = by_name[family.name] = Metric(family.name, family.documentation, family.type)
+        if merged_family.type == family.type:
+            merged_family.samples += family.samples
         else:
-            log.warning("metric %s is both %s and %s", family.name, into.type, family.type)
-    return list(found.values())
+            log.warning("metric %s has two types, %s and %s", family.name, merged_family.type, family.type)
+    return list(by_name.values())
 
 
 def worker_families(worker: str, text: str) -> Iterator[Metric]:
-    """What one worker has put into Redis, every sample with its name; nothing where that can't be read."""
+    """Yields the families of a worker's text with a `worker` label; none if the text is malformed."""
     try:
         families = list(text_string_to_metric_families(text))
     except ValueError as fault:
@@ -130,19 +133,19 @@ def job_families(jobs: job_statistics.JobStatistics) -> Iterator[Metric]:
         ("heft_jobs", "Fine-tuning jobs.", "state", jobs.by_state),
         (
             "heft_jobs_oldest_waiting_seconds",
-            "Age of the oldest job that waits for a worker.",
+            "Age of the oldest job waiting for a worker.",
             "state",
             jobs.waiting_seconds,
         ),
         (
             "heft_training_step_seconds",
-            "Time of a training step, mean over the jobs that run.",
+            "Time of a training step, mean over running jobs.",
             "stage",
             jobs.step_seconds,
         ),
         (
             "heft_training_tokens_per_second",
-            "Tokens trained on a second, of all jobs that run.",
+            "Training tokens per second, sum over running jobs.",
             "stage",
             jobs.tokens_per_second,
         ),

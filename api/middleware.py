@@ -1,8 +1,7 @@
-"""The outermost layer, plain ASGI: what holds for every request and every answer, whatever happens inside.
+"""The outermost middleware, plain ASGI: request ids, metrics, body limits, and a 500 for unexpected exceptions.
 
-Each is counted, and each answer gets an `x-request-id`, the answer to a bug included. Bodies are counted while
-they are read, and a request that is too large, encoded or aimed at a path with a NUL ends here.
-It does NOT know keys: authentication is a dependency of the routes.
+Every response has an `x-request-id`. Requests that are too large, have a content encoding or a NUL in their path are
+refused here.
 """
 
 from __future__ import annotations
@@ -25,8 +24,8 @@ log = logging.getLogger(__name__)
 MAX_JSON_BYTES = 8 * 1024**2
 
 
-class Envelope:
-    """`streamed`: the (method, path) pairs that read their body piece by piece and count it themselves."""
+class RequestMiddleware:
+    """`streamed`: (method, path) pairs of routes that stream their body and limit its size themselves."""
 
     def __init__(self, app: ASGIApp, *, streamed: frozenset[tuple[str, str]], metrics: ApiMetrics) -> None:
         self.app = app
@@ -37,9 +36,9 @@ class Envelope:
         if scope["type"] != "http":
             await self.app(scope, receive, send)
             return
-        status, began = 0, time.perf_counter()
+        status, started_at = 0, time.perf_counter()
 
-        async def watched_send(message: Message) -> None:
+        async def send_and_record(message: Message) -> None:
             nonlocal status
             if message["type"] == "http.response.start":
                 status = message["status"]
@@ -47,11 +46,11 @@ class Envelope:
 
         with self.metrics.in_flight.track_inprogress():
             try:
-                await self._answer(scope, receive, watched_send)
+                await self._respond(scope, receive, send_and_record)
             finally:
-                self.metrics.answered(scope, status, time.perf_counter() - began)
+                self.metrics.answered(scope, status, time.perf_counter() - started_at)
 
-    async def _answer(self, scope: Scope, receive: Receive, send: Send) -> None:
+    async def _respond(self, scope: Scope, receive: Receive, send: Send) -> None:
         request_id = f"req_{uuid.uuid4().hex}"
         scope.setdefault("state", {})["request_id"] = request_id
         started = False
@@ -75,19 +74,19 @@ class Envelope:
             with bound(request_id=request_id):
                 log.exception("%s %s failed", scope["method"], scope["path"])
             if started:
-                raise  # half an answer is out: only a broken connection can say so
-            message = f"the service made a mistake; its log says more under {request_id}"
+                raise  # part of the response is sent: breaking the connection is all that is left
+            message = f"internal error; the log of the service has details under {request_id}"
             await error_response(500, message)(scope, receive, send_with_id)
 
 
 def _refusal(scope: Scope, *, streamed: bool) -> JSONResponse | None:
-    """The answer to a request that its first line and headers already rule out."""
+    """Returns an error response if the request line and headers are not acceptable."""
     headers = Headers(scope=scope)
     if "\0" in scope["path"] or b"%00" in scope["query_string"]:
-        return error_response(400, "a path and a query can't hold a NUL")
+        return error_response(400, "path and query must not contain NUL")
     encoding = headers.get("content-encoding", "identity")
     if encoding.lower() != "identity":
-        return error_response(415, f"Content-Encoding {encoding!r} is not accepted: send the plain bytes")
+        return error_response(415, f"Content-Encoding {encoding!r} is not supported")
     length = headers.get("content-length", "0")
     if not streamed and length.isdecimal() and int(length) > MAX_JSON_BYTES:
         return error_response(413, _too_large())
@@ -95,7 +94,7 @@ def _refusal(scope: Scope, *, streamed: bool) -> JSONResponse | None:
 
 
 def _counted(receive: Receive) -> Receive:
-    """`receive`, ending in a 413 when the body grows too large without having said so."""
+    """Wraps `receive`; raises a 413 when a body without a Content-Length grows too large."""
     size = 0
 
     async def counted() -> Message:

@@ -1,7 +1,6 @@
-"""A stream of text as server-sent events, in OpenAI's way: one JSON object an event, `[DONE]` at the end.
+"""Generated text as server-sent events, as in OpenAI's API: one JSON object per event, then `[DONE]`.
 
-What goes wrong under way is an event too, with the error object of every other answer. It does NOT know what is in the
-chunks.
+An error in mid-stream is an event with OpenAI's error object.
 """
 
 from __future__ import annotations
@@ -26,8 +25,11 @@ HEARTBEAT_SECONDS = 15
 
 
 class TextStream(EventSourceResponse):
-    """`first` has been waited for already, so that a refusal before it is an answer with its own status. `until_end` is
-    closed with the stream."""
+    """Streams the chunks of replies.
+
+    `first`: the first reply, awaited before the stream starts, so that an error before it has its own status.
+    `until_end`: closed when the stream ends.
+    """
 
     def __init__(
         self,

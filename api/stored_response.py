@@ -1,4 +1,4 @@
-"""Stored bytes as an answer: opened before the first header goes out, then sent in pieces from a thread."""
+"""A response that streams a stored artifact from a thread."""
 
 from __future__ import annotations
 
@@ -10,23 +10,23 @@ from fastapi.responses import StreamingResponse
 
 from store.storage.artifacts import Artifacts
 
-_PIECE = 256 * 1024
+_CHUNK_BYTES = 256 * 1024
 
 
-async def stored(
+async def stored_response(
     artifacts: Artifacts, key: str, *, media_type: str, size: int | None, filename: str | None = None
 ) -> StreamingResponse:
-    """Raises Damaged when nothing is stored under `key`: an answer that has begun could no longer say so."""
+    """Opens the artifact before the headers are sent. Raises Damaged if it does not exist."""
     file = await to_thread.run_sync(artifacts.open, key)
     headers = {}
     if size is not None:
         headers["Content-Length"] = str(size)
     if filename is not None:
         headers["Content-Disposition"] = f'attachment; filename="{filename}"'
-    return StreamingResponse(_pieces(file), media_type=media_type, headers=headers)
+    return StreamingResponse(_chunks(file), media_type=media_type, headers=headers)
 
 
-def _pieces(file: IO[bytes]) -> Iterator[bytes]:
+def _chunks(file: IO[bytes]) -> Iterator[bytes]:
     with file:
-        while piece := file.read(_PIECE):
-            yield piece
+        while chunk := file.read(_CHUNK_BYTES):
+            yield chunk

@@ -88,18 +88,21 @@ def _register(app: Celery, role: Role, context: Context, stack: ExitStack) -> li
     if role is Role.PREPARE:
         tasks.register_preparing(app, context)
         return [study_chore(context), *_metrics_chores(context, stack, registry)]
-    from worker.inference.generate import Generation
-    from worker.inference.predict import Inference
+    from worker.inference.generate import GenerateHandler
+    from worker.inference.models import Models
+    from worker.inference.predict import PredictHandler
+    from worker.inference.requests import Requests
 
-    inference = Inference(context, InferenceMetrics(registry))
-    stack.callback(inference.close)
-    generation = Generation(inference)
-    tasks.register_inference(app, inference.answer, generation.answer)
+    metrics = InferenceMetrics(registry)
+    requests = stack.enter_context(closing(Requests.connect(context.settings.redis_url)))
+    models = stack.enter_context(closing(Models(context, metrics)))
+    predict, generate = PredictHandler(models, requests, metrics), GenerateHandler(models, requests)
+    tasks.register_inference(app, predict.handle, generate.handle)
     return [
-        *handoff_chores(context, inference.pool.evict_idle),
-        eviction_chore(context, inference),
-        Chore(name="memory", seconds=_TRIM_SECONDS, run=inference.give_memory_back),
-        *_metrics_chores(context, stack, registry, inference.count_models),
+        *handoff_chores(context, models.pool.evict_idle),
+        eviction_chore(context, models),
+        Chore(name="memory", seconds=_TRIM_SECONDS, run=models.trim_memory),
+        *_metrics_chores(context, stack, registry, models.record_usage),
     ]
 
 

@@ -1,4 +1,4 @@
-"""What happened to a job, as a list or as a stream that goes on until the job has ended."""
+"""Events of a job, as a list or as a stream until the job has ended."""
 
 from __future__ import annotations
 
@@ -24,10 +24,10 @@ from store.jobs import jobs
 router = APIRouter(prefix="/v1/fine_tuning/jobs", tags=["Fine-tuning"])
 log = logging.getLogger(__name__)
 
-#: How often a stream looks for new events, and how many it takes at once.
+#: A stream polls the database for new events at this interval, and reads this many at once.
 POLL_SECONDS = 0.5
 BATCH = 100
-#: Without an event for so long, a comment keeps proxies from closing the stream.
+#: Without events, a comment at this interval keeps proxies from closing the stream.
 HEARTBEAT_SECONDS = 15
 
 
@@ -45,28 +45,28 @@ async def list_events(
     stream: bool = False,
     last_event_id: Annotated[int, Header(ge=0, lt=2**63)] = 0,
 ) -> Response | Listing[EventObject]:
-    """Events, the latest first.
+    """Events, newest first.
 
-    `stream=true`: server-sent events, the oldest first, from the one after `Last-Event-ID` on until the job
-    has ended. Each one's `id` is its number within the job.
+    `stream=true`: server-sent events, oldest first, after `Last-Event-ID` and until the job has ended. Their `id` is
+    the event's number within the job.
     """
     if not stream:
         page = await db(jobs.list_events, owner_id=caller.id, job_id=job_id, limit=limit, after=after)
         return Listing.of([EventObject.of(event) for event in page.items], has_more=page.has_more)
-    await db(jobs.get, owner_id=caller.id, job_id=job_id)  # not found is an answer, not a broken stream
+    await db(jobs.get, owner_id=caller.id, job_id=job_id)  # a 404 must come before the stream starts
     return EventSourceResponse(
         _follow(db, owner_id=caller.id, job_id=job_id, seq=last_event_id), ping=HEARTBEAT_SECONDS
     )
 
 
 async def _follow(db: Database, *, owner_id: str, job_id: str, seq: int) -> AsyncIterator[ServerSentEvent]:
-    """Each poll is a session of its own: a stream that is open for hours holds no connection."""
+    """Each poll has a session of its own, so that an open stream holds no connection."""
     ended = False
     while not ended:
         try:
             ended, events = await db(_next, owner_id=owner_id, job_id=job_id, seq=seq)
         except Unavailable as fault:
-            log.warning("stream of %s waits for the database: %s", job_id, fault)
+            log.warning("event stream of %s waits for the database: %s", job_id, fault)
             events = ()
         for event in events:
             seq = event.seq
@@ -76,7 +76,10 @@ async def _follow(db: Database, *, owner_id: str, job_id: str, seq: int) -> Asyn
 
 
 def _next(session: Session, *, owner_id: str, job_id: str, seq: int) -> tuple[bool, Sequence[Event]]:
-    """Whether the stream ends with these events. The state is read first: what ended the job is in them."""
+    """Returns the next events, and whether the stream ends with them.
+
+    The state is read first, so that the event that ended the job is among them.
+    """
     state = jobs.get(session, owner_id=owner_id, job_id=job_id).state
     events = jobs.events_after(session, owner_id=owner_id, job_id=job_id, seq=seq, limit=BATCH)
     return state in TERMINAL and len(events) < BATCH, events

@@ -1,4 +1,4 @@
-"""Files: uploaded as a stream, listed, read back as a stream, deleted."""
+"""Files: upload, list, download, delete. Uploads and downloads are streamed."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from sqlalchemy.orm import Session
 from api.deps import After, Caller, Db, IdempotencyKey, ServicesDep, body_hash
 from api.schemas.common import Deleted, Listing
 from api.schemas.files import FileObject
-from api.stored_response import stored
+from api.stored_response import stored_response
 from api.uploads import receive
 from store import idempotency
 from store.db.tables import File
@@ -23,7 +23,7 @@ from store.storage.artifacts import file_key
 
 router = APIRouter(prefix="/v1/files", tags=["Files"])
 
-#: The body is read by hand (see `api.uploads.receive`), so it is described by hand.
+#: `api.uploads.receive` reads the body itself, so FastAPI can't describe it.
 UPLOAD_FORM: dict[str, Any] = {
     "requestBody": {
         "required": True,
@@ -37,7 +37,7 @@ UPLOAD_FORM: dict[str, Any] = {
                         "file": {
                             "type": "string",
                             "format": "binary",
-                            "description": "JSONL, one row a line.",
+                            "description": "JSONL, one row per line.",
                         },
                         "purpose": {"type": "string", "enum": [files.TRAINING_PURPOSE]},
                     },
@@ -52,7 +52,7 @@ UPLOAD_FORM: dict[str, Any] = {
 async def upload_file(
     request: Request, caller: Caller, db: Db, services: ServicesDep, idempotency_key: IdempotencyKey = None
 ) -> FileObject:
-    """Upload training, validation or test rows: JSONL in any one of the four forms, as a multipart form."""
+    """Uploads training, validation or test rows: JSONL in one of the four row formats, as a multipart form."""
     file_id = new_file_id()
     storage_key = file_key(file_id)
     received = await receive.receive(
@@ -69,7 +69,7 @@ async def upload_file(
     except Conflict:
         await to_thread.run_sync(services.artifacts.delete, storage_key)
         raise
-    if file.id != file_id:  # this upload was a repetition: the first one's bytes stay
+    if file.id != file_id:  # a repeated request: the first upload's bytes are kept
         await to_thread.run_sync(services.artifacts.delete, storage_key)
     return FileObject.of(file)
 
@@ -122,21 +122,21 @@ async def list_files(
 
 @router.get("/{file_id}")
 async def retrieve_file(file_id: str, caller: Caller, db: Db) -> FileObject:
-    """What is known of a file; its bytes are at `/content`."""
+    """A file's metadata; its content is at `/content`."""
     return FileObject.of(await db(files.get, owner_id=caller.id, file_id=file_id))
 
 
 @router.delete("/{file_id}")
 async def delete_file(file_id: str, caller: Caller, db: Db) -> Deleted:
-    """Hides the file at once. Its bytes stay until the last unfinished job that uses it has ended."""
+    """Deletes a file. Its content is kept until the last unfinished job that uses it has ended."""
     await db(files.delete, owner_id=caller.id, file_id=file_id)
     return Deleted(id=file_id, object="file")
 
 
 @router.get("/{file_id}/content", response_class=StreamingResponse)
 async def file_content(file_id: str, caller: Caller, db: Db, services: ServicesDep) -> StreamingResponse:
-    """The file's bytes, as they were uploaded."""
+    """A file's content, as uploaded."""
     file = await db(files.get, owner_id=caller.id, file_id=file_id)
-    return await stored(
+    return await stored_response(
         services.artifacts, file.storage_key, media_type="application/octet-stream", size=file.bytes
     )

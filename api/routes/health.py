@@ -1,4 +1,4 @@
-"""Does this process live, and can it work? Asked by supervisors and load balancers, without a key."""
+"""Liveness and readiness probes, without authentication."""
 
 from __future__ import annotations
 
@@ -20,21 +20,21 @@ class Health(BaseModel):
 
 @router.get("/healthz")
 async def live() -> Health:
-    """The process lives. Says nothing of anything else."""
+    """Liveness: the process responds. Checks nothing else."""
     return Health()
 
 
 @router.get("/readyz")
 async def ready(db: Db, services: ServicesDep) -> Health:
-    """Database and broker answer, and the tables are those of this code. Otherwise 503, with the reason."""
-    if not await db(_has_current_tables):
-        raise Unavailable("the database does not have the tables of this version: run `heft migrate`")
+    """Readiness: database and broker respond, and migrations are current. Otherwise 503 with the reason."""
+    if not await db(_is_migrated):
+        raise Unavailable("the database schema is not current: run `heft migrate`")
     if not await services.predict.broker_answers():
         raise Unavailable("the message broker does not answer")
     return Health()
 
 
-def _has_current_tables(session: Session) -> bool:
+def _is_migrated(session: Session) -> bool:
     engine = session.get_bind()
     assert isinstance(engine, Engine)
     return is_current(engine)

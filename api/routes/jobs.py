@@ -1,4 +1,4 @@
-"""Fine-tuning jobs: create, read, and say what is wanted. Events as a stream are in `api.routes.events`."""
+"""Fine-tuning jobs: create, list, retrieve, cancel, pause, resume. Their events are in `api.routes.events`."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from api.schemas.common import Listing
 from api.schemas.diagnostics import Diagnostics, DiagnosticsPending
 from api.schemas.job_object import CheckpointObject, JobObject
 from api.schemas.jobs import JobRequest
-from api.stored_response import stored
+from api.stored_response import stored_response
 from store import exports, idempotency
 from store.db.states import PURPOSES, JobState
 from store.db.tables import Job
@@ -33,7 +33,7 @@ _DIAGNOSTICS_RESPONSES: dict[int | str, dict[str, Any]] = {
     200: {"model": Diagnostics},
     202: {
         "model": DiagnosticsPending,
-        "description": "A worker computes it: ask again after Retry-After seconds",
+        "description": "A worker computes them: retry after Retry-After seconds",
     },
 }
 
@@ -41,11 +41,11 @@ _FILTER = re.compile(r"metadata\[(.+)\]")
 
 
 async def metadata_filter(request: Request) -> dict[str, str]:
-    """`?metadata[k]=v`, which FastAPI has no parameter for."""
+    """Parses `?metadata[k]=v`, which FastAPI has no parameter type for."""
     return {
-        found[1]: value
+        match[1]: value
         for name, value in request.query_params.items()
-        if (found := _FILTER.fullmatch(name)) is not None
+        if (match := _FILTER.fullmatch(name)) is not None
     }
 
 
@@ -53,7 +53,7 @@ async def metadata_filter(request: Request) -> dict[str, str]:
 async def create_job(
     body: JobRequest, caller: Caller, db: Db, services: ServicesDep, idempotency_key: IdempotencyKey = None
 ) -> JobObject:
-    """Start a job. It waits in `validating_files` until a worker has checked its rows line by line."""
+    """Creates a job. It is in `validating_files` until a worker has checked its rows line by line."""
     job = await db(_create, owner_id=caller.id, body=body, idempotency_key=idempotency_key)
     with bound(job_id=job.id):
         log.info("accepted from %s", caller.id)
@@ -77,7 +77,7 @@ def _create(session: Session, *, owner_id: str, body: JobRequest, idempotency_ke
 
 
 def _hint(services: Services, job: Job) -> None:
-    """Tell the workers after the commit. Never waits for the broker, which may be away: the job is safe."""
+    """Notifies the workers, after the commit. Does not wait for the broker: without it, workers poll the database."""
     purpose = PURPOSES.get(JobState(job.state))
     if purpose is not None:
         services.hints.hint(job.id, purpose)
@@ -91,32 +91,32 @@ async def list_jobs(
     after: After = None,
     limit: Limit = 20,
 ) -> Listing[JobObject]:
-    """Jobs, newest first. `metadata[key]=value` (any number of them) keeps those that have all of these."""
+    """Jobs, newest first. `metadata[key]=value`, repeatable, returns only jobs that have all of them."""
     page = await db(jobs.list_page, owner_id=caller.id, limit=limit, after=after, metadata=metadata)
     return Listing.of([JobObject.of(job) for job in page.items], has_more=page.has_more)
 
 
 @router.get("/{job_id}")
 async def retrieve_job(job_id: str, caller: Caller, db: Db) -> JobObject:
-    """A job: where it stands, how far it is, and at the end what came of it."""
+    """A job with its status, progress and, at the end, its evaluation."""
     return JobObject.of(await db(jobs.get, owner_id=caller.id, job_id=job_id))
 
 
 @router.post("/{job_id}/cancel")
 async def cancel_job(job_id: str, caller: Caller, db: Db) -> JobObject:
-    """End a job. At once where nobody trains on it; a running one within seconds."""
+    """Cancels a job: a waiting one at once, a running one within seconds."""
     return JobObject.of(await db(jobs.request_cancel, owner_id=caller.id, job_id=job_id))
 
 
 @router.post("/{job_id}/pause")
 async def pause_job(job_id: str, caller: Caller, db: Db) -> JobObject:
-    """Put a job aside. A running one writes a checkpoint first."""
+    """Pauses a job. A running one writes a checkpoint first."""
     return JobObject.of(await db(jobs.request_pause, owner_id=caller.id, job_id=job_id))
 
 
 @router.post("/{job_id}/resume")
 async def resume_job(job_id: str, caller: Caller, db: Db, services: ServicesDep) -> JobObject:
-    """Let a paused job go on from where it was."""
+    """Resumes a paused job from its checkpoint."""
     job = await db(jobs.resume, owner_id=caller.id, job_id=job_id)
     _hint(services, job)
     return JobObject.of(job)
@@ -126,7 +126,7 @@ async def resume_job(job_id: str, caller: Caller, db: Db, services: ServicesDep)
 async def list_checkpoints(
     job_id: str, caller: Caller, db: Db, after: After = None, limit: Limit = 10
 ) -> Listing[CheckpointObject]:
-    """The ends of a job's stages, each a model that can be asked."""
+    """The checkpoints at the ends of a job's stages. Each is a model too."""
     page = await db(jobs.list_checkpoints, owner_id=caller.id, job_id=job_id, limit=limit, after=after)
     items = [CheckpointObject.of(checkpoint) for checkpoint in page.items]
     return Listing.of(items, has_more=page.has_more)
@@ -134,9 +134,9 @@ async def list_checkpoints(
 
 @router.get("/{job_id}/diagnostics", responses=_DIAGNOSTICS_RESPONSES, response_class=Response)
 async def job_diagnostics(job_id: str, caller: Caller, db: Db, services: ServicesDep) -> Response:
-    """What the job's stages did to weights, representations and curvature, and what was forgotten, with plots.
+    """Effects of the job's stages on weights, representations, curvature and general knowledge, with plots.
 
-    A worker computes it when it is first asked for.
+    A worker computes them at the first request.
     """
     export = await db(exports.request_diagnostics, owner_id=caller.id, job_id=job_id)
     if export.state == "failed":
@@ -146,6 +146,6 @@ async def job_diagnostics(job_id: str, caller: Caller, db: Db, services: Service
         services.hints.export(export.model_id, export.format)
         pending = DiagnosticsPending(job=job_id, status=export.state)
         return JSONResponse(pending.model_dump(), status_code=202, headers={"Retry-After": "5"})
-    return await stored(
+    return await stored_response(
         services.artifacts, export.storage_key, media_type="application/json", size=export.bytes
     )

@@ -10,7 +10,7 @@ from fastapi.responses import PlainTextResponse, Response
 from fastapi.security import HTTPAuthorizationCredentials
 from prometheus_client import CONTENT_TYPE_LATEST
 
-from api.deps import Db, ServicesDep, authenticated, bearer, given_key
+from api.deps import Db, ServicesDep, bearer, get_api_key, get_caller
 
 router = APIRouter(tags=["Operations"])
 
@@ -18,13 +18,13 @@ router = APIRouter(tags=["Operations"])
 async def allowed(
     request: Request, db: Db, credentials: Annotated[HTTPAuthorizationCredentials | None, Depends(bearer)]
 ) -> None:
-    """A caller on this machine, or one with a key."""
+    """Authorizes callers on this machine, and others with an API key."""
     if not is_local(request):
-        await authenticated(db, await given_key(credentials))
+        await get_caller(db, await get_api_key(credentials))
 
 
 def is_local(request: Request) -> bool:
-    """Whether the caller is on this machine. What a proxy forwards comes from elsewhere."""
+    """Returns whether the caller is on this machine. Requests that a proxy forwards are not."""
     if request.client is None or {"forwarded", "x-forwarded-for", "x-real-ip"} & set(request.headers):
         return False
     try:
@@ -38,5 +38,5 @@ _TEXT: dict[int | str, dict[str, Any]] = {200: {"content": {"text/plain": {"sche
 
 @router.get("/metrics", dependencies=[Depends(allowed)], response_class=Response, responses=_TEXT)
 async def metrics(services: ServicesDep) -> PlainTextResponse:
-    """Prometheus's text format: this API process, jobs, and every worker. Takes a key, or a caller on this machine."""
-    return PlainTextResponse(await services.scrape(), media_type=CONTENT_TYPE_LATEST)
+    """Prometheus metrics of this API process, jobs and workers. Needs a key, except on this machine."""
+    return PlainTextResponse(await services.metrics_page.render(), media_type=CONTENT_TYPE_LATEST)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from fastapi import APIRouter, Request
 
 from api.cancellation import while_connected
-from api.deps import Db, Key, ServicesDep
+from api.deps import ApiKey, Db, ServicesDep
 from api.schemas.predict import MAX_INPUTS, Answer, Prediction, Predictions, PredictRequest, Usage
 from store import models
 from store.errors import InvalidRequest, TooLarge
@@ -17,7 +17,7 @@ router = APIRouter(tags=["Answers"])
 @router.post("/predict")
 @router.post("/v1/predict", include_in_schema=False)
 async def predict(
-    request: Request, body: PredictRequest, key: Key, db: Db, services: ServicesDep
+    request: Request, body: PredictRequest, key: ApiKey, db: Db, services: ServicesDep
 ) -> Prediction | Predictions:
     """Ask a fine-tuned model, a checkpoint or a base model one question, or up to 1,024 in `inputs`.
 

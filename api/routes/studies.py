@@ -1,4 +1,4 @@
-"""Studies: several methods on the same data, compared. Their jobs are ordinary ones, see `api.routes.jobs`."""
+"""Studies: comparisons of several methods on the same data. Their jobs are ordinary ones, see `api.routes.jobs`."""
 
 from __future__ import annotations
 
@@ -27,8 +27,8 @@ from store.studies.studies import Run
 
 log = logging.getLogger(__name__)
 
-#: On fewer rows an arm's interval is wider than 40 points. Files beyond so many bytes are taken to have more.
-_LEAST_ROWS, _SMALL_BYTES = 20, 256 * 1024
+#: With fewer rows an accuracy's confidence interval is wider than 40 points. Larger files are assumed to have more.
+_MIN_ROWS, _SMALL_FILE_BYTES = 20, 256 * 1024
 
 router = APIRouter(prefix="/v1/studies", tags=["Studies"])
 
@@ -37,7 +37,7 @@ router = APIRouter(prefix="/v1/studies", tags=["Studies"])
 async def create_study(
     body: StudyRequest, caller: Caller, db: Db, services: ServicesDep, idempotency_key: IdempotencyKey = None
 ) -> StudyObject | Estimate:
-    """Start a study: a job for every arm with every seed. `dry_run` says what it would take instead."""
+    """Creates a study: a job for every arm and seed. `dry_run` returns an estimate of its costs instead."""
     reuse_enabled = services.settings.reuse_enabled
     if body.dry_run:
         return Estimate.model_validate(
@@ -83,47 +83,49 @@ def _create(
 
 
 async def _check_rows(body: StudyRequest, owner_id: str, db: Database, artifacts: Artifacts) -> None:
-    """Refuse an uploaded file of so few rows that nothing could be told apart on it. Only small ones are read, while no
-    transaction is open; those that aren't there are left to `studies.create`.
+    """Refuses uploaded files with too few rows to compare methods on.
+
+    Reads only small files, and outside of a transaction. Missing files are left to `studies.create`.
     """
-    for field, key in await db(_small_files, owner_id=owner_id, measured=_measured(body)):
+    for field, key in await db(_small_files, owner_id=owner_id, evaluated=_evaluated_files(body)):
         rows = None
         with suppress(Damaged):  # it may have been deleted meanwhile
-            rows = await to_thread.run_sync(_rows_in, artifacts, key)
-        if rows is not None and rows < _LEAST_ROWS:
-            message = f"{rows} rows tell no methods apart: give {_LEAST_ROWS} or more"
+            rows = await to_thread.run_sync(_count_rows, artifacts, key)
+        if rows is not None and rows < _MIN_ROWS:
+            message = f"a comparison needs at least {_MIN_ROWS} rows, and the file has {rows}"
             raise InvalidRequest(message, param=field)
 
 
-def _measured(body: StudyRequest) -> list[tuple[str, str]]:
-    """The files that arms are compared on, and chosen by, as the request names them."""
-    given: list[tuple[str, str | None]] = []
+def _evaluated_files(body: StudyRequest) -> list[tuple[str, str]]:
+    """Returns (field, file id) of the uploaded files that arms are compared or selected on."""
+    fields: list[tuple[str, str | None]] = []
     if body.tasks is not None:
         for index, data in enumerate(body.tasks):
             field = "test_file" if data.test_file else "validation_file"
-            given.append((f"tasks[{index}].{field}", getattr(data, field)))
+            fields.append((f"tasks[{index}].{field}", getattr(data, field)))
     else:
-        chosen_by = body.search is not None or not body.test_file
-        given = [
+        uses_validation = body.search is not None or not body.test_file
+        fields = [
             ("test_file", body.test_file),
-            ("validation_file", body.validation_file if chosen_by else None),
+            ("validation_file", body.validation_file if uses_validation else None),
         ]
-    return [(field, file) for field, file in given if file is not None and file.startswith("file-")]
+    return [(field, file) for field, file in fields if file is not None and file.startswith("file-")]
 
 
 def _small_files(
-    session: Session, *, owner_id: str, measured: Sequence[tuple[str, str]]
+    session: Session, *, owner_id: str, evaluated: Sequence[tuple[str, str]]
 ) -> list[tuple[str, str]]:
-    found: list[tuple[str, str]] = []
-    for field, file_id in measured:
+    """Returns (field, storage key) of the small files."""
+    small: list[tuple[str, str]] = []
+    for field, file_id in evaluated:
         with suppress(NotFound):
             file = files.get(session, owner_id=owner_id, file_id=file_id)
-            if file.bytes <= _SMALL_BYTES:
-                found.append((field, file.storage_key))
-    return found
+            if file.bytes <= _SMALL_FILE_BYTES:
+                small.append((field, file.storage_key))
+    return small
 
 
-def _rows_in(artifacts: Artifacts, key: str) -> int:
+def _count_rows(artifacts: Artifacts, key: str) -> int:
     content = b"".join(artifacts.iter_bytes(key))
     return sum(bool(line.strip()) for line in content.splitlines())
 
@@ -152,13 +154,13 @@ def _page(
 
 @router.get("/{study_id}")
 async def retrieve_study(study_id: str, caller: Caller, db: Db) -> StudyObject:
-    """A study: its arms with what they reached so far, and what may be said of their differences."""
+    """A study with its arms' accuracies so far and their comparisons."""
     return StudyObject.of(*await db(_read, owner_id=caller.id, study_id=study_id))
 
 
 @router.post("/{study_id}/cancel")
 async def cancel_study(study_id: str, caller: Caller, db: Db) -> StudyObject:
-    """End every job that has not ended. What has ended is judged."""
+    """Cancels all unfinished jobs of a study. Finished ones are still compared."""
     await db(studies.request_cancel, owner_id=caller.id, study_id=study_id)
     return StudyObject.of(*await db(_read, owner_id=caller.id, study_id=study_id))
 
@@ -167,6 +169,6 @@ async def cancel_study(study_id: str, caller: Caller, db: Db) -> StudyObject:
 async def list_study_events(
     study_id: str, caller: Caller, db: Db, after: After = None, limit: Limit = 20
 ) -> Listing[StudyEventObject]:
-    """What happened to a study, the latest first. Each job has events of its own."""
+    """Events of a study, newest first. Each of its jobs has events of its own."""
     page = await db(studies.list_events, owner_id=caller.id, study_id=study_id, limit=limit, after=after)
     return Listing.of([StudyEventObject.of(event) for event in page.items], has_more=page.has_more)

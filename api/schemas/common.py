@@ -1,4 +1,4 @@
-"""What all wire shapes share: strict bodies, lists, and times as unix seconds."""
+"""Base classes of requests and responses, lists, and times in unix seconds."""
 
 from __future__ import annotations
 
@@ -14,13 +14,13 @@ Item = TypeVar("Item", bound="Identified")
 
 
 class Identified(BaseModel):
-    """Base of every object that a list may hold."""
+    """Base class of objects with an id, which lists can hold."""
 
     id: str
 
 
 class RequestBody(BaseModel):
-    """Base of every JSON body: unknown fields are errors, and so is what Postgres can't hold."""
+    """Base class of JSON bodies. Refuses unknown fields and values that Postgres can't store."""
 
     model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
 
@@ -35,43 +35,43 @@ class RequestBody(BaseModel):
 
 
 def dotted(steps: Sequence[str | int]) -> str:
-    """A place in a body as callers write it: `method.recipe.stages[0].rank`."""
+    """Returns a path as callers write it: `method.recipe.stages[0].rank`."""
     path = "".join(f"[{step}]" if isinstance(step, int) else f".{step}" for step in steps)
     return path.removeprefix(".")
 
 
 def find_unstorable(body: Any) -> tuple[str, str] | None:
-    """The path of the first value that can't be stored and the reason, or None. Any depth: no recursion."""
-    waiting: list[tuple[tuple[str | int, ...], Any]] = [((), body)]
-    while waiting:
-        steps, value = waiting.pop()
+    """Returns the path of a value that can't be stored and the reason, or None. Not recursive: any depth is safe."""
+    stack: list[tuple[tuple[str | int, ...], Any]] = [((), body)]
+    while stack:
+        steps, value = stack.pop()
         if isinstance(value, dict):
-            waiting += [((*steps, key), part) for key, part in value.items()]
-            waiting += [(steps, key) for key in value]  # looked at first: no path has a key that is at fault
+            stack += [((*steps, key), part) for key, part in value.items()]
+            stack += [(steps, key) for key in value]  # checked first, so that no path contains a faulty key
         elif isinstance(value, list):
-            waiting += [((*steps, index), part) for index, part in enumerate(value)]
-        elif (reason := _why_unstorable(value)) is not None:
+            stack += [((*steps, index), part) for index, part in enumerate(value)]
+        elif (reason := _storage_error(value)) is not None:
             return dotted(steps), reason
     return None
 
 
-def _why_unstorable(value: Any) -> str | None:
+def _storage_error(value: Any) -> str | None:
     if isinstance(value, str):
         if "\0" in value:
-            return "text can't hold a NUL"
+            return "text must not contain NUL"
         try:
             value.encode()
         except UnicodeEncodeError:
-            return "text can't hold half of a surrogate pair"
+            return "text must not contain a lone surrogate"
     if isinstance(value, int) and not -(2**63) <= value < 2**63:
-        return "an integer has at most 64 bits"
+        return "integers must fit into 64 bits"
     if isinstance(value, float) and not math.isfinite(value):
-        return "a number must be finite"
+        return "numbers must be finite"
     return None
 
 
 class Listing(BaseModel, Generic[Item]):
-    """One page, newest first. `?after=<last id>` gives the next one while `has_more`."""
+    """A page of a list, newest first. `?after=<last_id>` returns the next page if `has_more`."""
 
     object: Literal["list"] = "list"
     data: list[Item]
@@ -97,5 +97,5 @@ def seconds(moment: None) -> None: ...
 @overload
 def seconds(moment: datetime | None) -> int | None: ...
 def seconds(moment: datetime | None) -> int | None:
-    """Unix seconds, as OpenAI's API gives every time."""
+    """Unix seconds, as all times in OpenAI's API."""
     return None if moment is None else int(moment.timestamp())

@@ -1,7 +1,4 @@
-"""What `/v1/completions` and `/v1/chat/completions` answer: OpenAI's objects, whole and as chunks of a stream.
-
-It does NOT know requests or workers.
-"""
+"""Responses of `/v1/completions` and `/v1/chat/completions` as in OpenAI's API, complete and as chunks of a stream."""
 
 from __future__ import annotations
 
@@ -16,7 +13,7 @@ FinishReason = Literal["stop", "length"]
 
 
 class CompletionLogprobs(BaseModel):
-    """OpenAI's older shape: one list each, token by token."""
+    """OpenAI's older format: lists with one item per token."""
 
     tokens: list[str]
     token_logprobs: list[float]
@@ -24,17 +21,17 @@ class CompletionLogprobs(BaseModel):
     text_offset: list[int]
 
     @classmethod
-    def of(cls, tokens: list[GeneratedToken], *, likeliest: int) -> CompletionLogprobs:
-        tops = [
+    def of(cls, tokens: list[GeneratedToken], *, top_logprobs: int) -> CompletionLogprobs:
+        top = [
             {_name(top["bytes"]): top["logprob"] for top in token["top"]}
-            # The chosen token is always among them.
+            # OpenAI's API always includes the chosen token.
             | {_name(token["bytes"]): token["logprob"]}
             for token in tokens
         ]
         return cls(
             tokens=[_name(token["bytes"]) for token in tokens],
             token_logprobs=[token["logprob"] for token in tokens],
-            top_logprobs=tops if likeliest else None,
+            top_logprobs=top if top_logprobs else None,
             text_offset=[token["offset"] for token in tokens],
         )
 
@@ -46,17 +43,18 @@ class CompletionChoice(BaseModel):
     finish_reason: FinishReason | None
 
     @classmethod
-    def of(cls, part: GeneratedPart, *, likeliest: int | None) -> CompletionChoice:
-        """`likeliest`: how many other tokens were asked for; None for no log-probabilities."""
-        tokens = part["tokens"]
-        logprobs = None if likeliest is None else CompletionLogprobs.of(tokens, likeliest=likeliest)
+    def of(cls, part: GeneratedPart, *, top_logprobs: int | None) -> CompletionChoice:
+        """`top_logprobs`: the number of requested alternatives; None for no log-probabilities."""
+        logprobs = None
+        if top_logprobs is not None:
+            logprobs = CompletionLogprobs.of(part["tokens"], top_logprobs=top_logprobs)
         return cls(
             text=part["text"], index=part["index"], logprobs=logprobs, finish_reason=part["finish_reason"]
         )
 
 
 class Completion(BaseModel):
-    """Whole, or a chunk of a stream, where `usage` comes last and alone."""
+    """A completion, or a chunk of a stream, whose `usage` is in a last chunk of its own."""
 
     id: str
     object: Literal["text_completion"] = "text_completion"
@@ -142,7 +140,7 @@ class ChunkChoice(BaseModel):
 
 
 class ChatChunk(BaseModel):
-    """One event of a stream. `usage` comes last and alone."""
+    """A chunk of a stream. `usage` is in a last chunk of its own."""
 
     id: str
     object: Literal["chat.completion.chunk"] = "chat.completion.chunk"
@@ -152,13 +150,13 @@ class ChatChunk(BaseModel):
     usage: Usage | None = None
 
 
-def _text(spelling: list[int]) -> str:
-    return bytes(spelling).decode(errors="replace")
+def _text(token: list[int]) -> str:
+    return bytes(token).decode(errors="replace")
 
 
-def _name(spelling: list[int]) -> str:
-    """A token that is part of a character stands as OpenAI's API writes it: `bytes:\\xe2\\x82`."""
+def _name(token: list[int]) -> str:
+    """A token that is a part of a character is written as in OpenAI's API: `bytes:\\xe2\\x82`."""
     try:
-        return bytes(spelling).decode()
+        return bytes(token).decode()
     except UnicodeDecodeError:
-        return "bytes:" + "".join(f"\\x{byte:02x}" for byte in spelling)
+        return "bytes:" + "".join(f"\\x{byte:02x}" for byte in token)

@@ -1,7 +1,6 @@
-"""`/v1/completions` and `/v1/chat/completions` as OpenAI's API has them: what may be asked, field by field.
+"""Requests of `/v1/completions` and `/v1/chat/completions` as in OpenAI's API; `intervention` is HEFT's own.
 
-A field that means something there and can't be done here is refused by its name, unless its value asks for nothing.
-`intervention` is HEFT's own.
+Fields of OpenAI's API that are not supported here are refused by name, unless their value is empty.
 """
 
 from __future__ import annotations
@@ -16,47 +15,47 @@ from api.schemas.common import RequestBody
 from api.schemas.predict import Intervention
 from store.messages.generate import SamplingParams
 
-#: Texts that one request may ask for, prompts times n.
-MOST_TEXTS = 128
-#: What an OpenAI client gets from `/v1/completions` when it names no max_tokens.
-USUAL_MAX_TOKENS = 16
+#: Texts of one request at most: prompts times n.
+MAX_TEXTS = 128
+#: The default of max_tokens in OpenAI's `/v1/completions`.
+DEFAULT_MAX_TOKENS = 16
 
-#: Fields that other services know, and why they are refused here when they ask for something.
-_NOTHING: tuple[Any, ...] = (None, False, [], {}, "none")
+_EMPTY: tuple[Any, ...] = (None, False, [], {}, "none")
+#: Fields of OpenAI's API that are not supported, and the messages that refuse them.
 _UNSUPPORTED = {
-    "audio": "these models write text alone",
-    "function_call": "these models call no functions",
-    "functions": "these models call no functions",
+    "audio": "audio output is not supported",
+    "function_call": "function calls are not supported",
+    "functions": "function calls are not supported",
     "prediction": "predicted outputs are not supported",
-    "reasoning_effort": "these models do not reason before they answer",
-    "suffix": "these models write on at the end alone",
-    "tool_choice": "these models call no tools",
-    "tools": "these models call no tools",
-    "web_search_options": "these models search nothing",
-    "echo": "the prompt is not repeated; the answer alone comes back",
+    "reasoning_effort": "reasoning is not supported",
+    "suffix": "inserting text before a suffix is not supported",
+    "tool_choice": "tool calls are not supported",
+    "tools": "tool calls are not supported",
+    "web_search_options": "web search is not supported",
+    "echo": "echoing the prompt is not supported",
 }
 
 
-def _not_blank(stop: str) -> str:
+def _not_empty(stop: str) -> str:
     if not stop:
-        raise ValueError("a stop string can't be empty")
+        raise ValueError("a stop string must not be empty")
     return stop
 
 
-Stop = Annotated[str, Field(max_length=1_000), AfterValidator(_not_blank)]
+Stop = Annotated[str, Field(max_length=1_000), AfterValidator(_not_empty)]
 
 
 class StreamOptions(RequestBody):
     include_usage: bool = False
-    include_obfuscation: bool = False  #: accepted for OpenAI's clients; streams are never padded here
+    include_obfuscation: bool = False  #: accepted from OpenAI's clients and ignored
 
 
 class TextFormat(RequestBody):
     type: Literal["text"]
 
 
-class WriteRequestBody(RequestBody, ABC):
-    """What both have in common. `user`, `metadata`, `store` and the like are accepted and not kept."""
+class GenerationRequest(RequestBody, ABC):
+    """The fields of both requests. `user`, `metadata`, `store` and the like are accepted and ignored."""
 
     model: Annotated[str, Field(min_length=1, max_length=300)]
     max_tokens: Annotated[int, Field(ge=1)] | None = None
@@ -90,16 +89,15 @@ class WriteRequestBody(RequestBody, ABC):
         if not isinstance(body, dict):
             return body
         for name, reason in _UNSUPPORTED.items():
-            if name in body and not any(body[name] is one or body[name] == one for one in _NOTHING):
+            if name in body and body[name] not in _EMPTY:
                 raise PydanticCustomError("unsupported", "{reason}", {"path": name, "reason": reason})
         return {name: value for name, value in body.items() if name not in _UNSUPPORTED}
 
     @model_validator(mode="after")
-    def _options_belong_to_a_stream(self) -> WriteRequestBody:
+    def _options_need_a_stream(self) -> GenerationRequest:
         if self.stream_options is not None and not self.stream:
-            raise PydanticCustomError(
-                "unsupported", "{reason}", {"path": "stream_options", "reason": "it belongs to a stream"}
-            )
+            reason = "stream_options needs stream: true"
+            raise PydanticCustomError("unsupported", "{reason}", {"path": "stream_options", "reason": reason})
         return self
 
     @property
@@ -108,14 +106,14 @@ class WriteRequestBody(RequestBody, ABC):
 
     @property
     def no_usage_yet(self) -> dict[str, None]:
-        """What every chunk but the last says of usage."""
+        """The usage of every chunk but the last."""
         return {"usage": None} if self.includes_usage else {}
 
     @abstractmethod
     def inputs(self) -> list[dict[str, Any]]:
-        """The prompts as rows."""
+        """Returns the prompts as rows."""
 
-    def wish(self) -> SamplingParams:
+    def sampling_params(self) -> SamplingParams:
         stops = [self.stop] if isinstance(self.stop, str) else self.stop or []
         return SamplingParams(
             max_tokens=self.max_tokens,
@@ -130,8 +128,8 @@ class WriteRequestBody(RequestBody, ABC):
         )
 
 
-class CompletionRequest(WriteRequestBody):
-    """A base model goes on from the bare prompt; a fine-tuned one is asked through the template it was trained on."""
+class CompletionRequest(GenerationRequest):
+    """A base model continues the bare prompt; a fine-tuned one gets it in the template that it was trained with."""
 
     prompt: Annotated[str, Field(min_length=1)] | Annotated[list[str], Field(min_length=1)]
     logprobs: Annotated[int, Field(ge=0, le=5)] | None = None
@@ -139,18 +137,18 @@ class CompletionRequest(WriteRequestBody):
 
     @field_validator("prompt", mode="before")
     @classmethod
-    def _text_alone(cls, prompt: Any) -> Any:
+    def _no_token_ids(cls, prompt: Any) -> Any:
         if isinstance(prompt, list) and any(isinstance(part, int | list) for part in prompt):
-            raise ValueError("token ids are not accepted: send the prompt as text")
+            raise ValueError("token ids are not supported: send the prompt as text")
         return prompt
 
     @model_validator(mode="after")
-    def _within_bounds(self) -> CompletionRequest:
+    def _within_limits(self) -> CompletionRequest:
         if self.best_of is not None and self.best_of != (self.n or 1):
-            reason = "the best of several is not chosen here: ask for n and choose"
+            reason = "best_of is not supported: use n and choose among the choices"
             raise PydanticCustomError("unsupported", "{reason}", {"path": "best_of", "reason": reason})
-        if len(self.inputs()) * (self.n or 1) > MOST_TEXTS:
-            reason = f"at most {MOST_TEXTS} texts at a time, prompts times n"
+        if len(self.inputs()) * (self.n or 1) > MAX_TEXTS:
+            reason = f"a request may have at most {MAX_TEXTS} texts: prompts times n"
             raise PydanticCustomError("unsupported", "{reason}", {"path": "prompt", "reason": reason})
         return self
 
@@ -158,11 +156,11 @@ class CompletionRequest(WriteRequestBody):
         prompts = [self.prompt] if isinstance(self.prompt, str) else self.prompt
         return [{"prompt": prompt} for prompt in prompts]
 
-    def wish(self) -> SamplingParams:
-        wish = super().wish()
-        wish["max_tokens"] = wish["max_tokens"] or USUAL_MAX_TOKENS
-        wish["top_logprobs"] = self.logprobs
-        return wish
+    def sampling_params(self) -> SamplingParams:
+        params = super().sampling_params()
+        params["max_tokens"] = params["max_tokens"] or DEFAULT_MAX_TOKENS
+        params["top_logprobs"] = self.logprobs
+        return params
 
 
 class TextPart(RequestBody):
@@ -177,15 +175,15 @@ class ConversationMessage(RequestBody):
     @model_validator(mode="before")
     @classmethod
     def _without_nulls(cls, message: Any) -> Any:
-        """An answer that is sent back brings a null for all that it is not."""
+        """Assistant messages of earlier responses have null fields."""
         if not isinstance(message, dict):
             return message
         return {name: value for name, value in message.items() if value is not None}
 
 
-class ChatCompletionRequest(WriteRequestBody):
-    """`max_completion_tokens` is the newer name of `max_tokens`; without either an answer goes on to its end, and at
-    most as far as the model was trained to answer (256 tokens at least)."""
+class ChatCompletionRequest(GenerationRequest):
+    """`max_completion_tokens` is the newer name of `max_tokens`. Without either, an answer has at most as many tokens
+    as the model's training answers, but at least 256."""
 
     messages: Annotated[list[ConversationMessage], Field(min_length=1)]
     max_completion_tokens: Annotated[int, Field(ge=1)] | None = None
@@ -198,18 +196,18 @@ class ChatCompletionRequest(WriteRequestBody):
     @model_validator(mode="after")
     def _consistent(self) -> ChatCompletionRequest:
         if self.max_tokens is not None and self.max_completion_tokens is not None:
-            reason = "give max_tokens or max_completion_tokens, not both"
+            reason = "set max_tokens or max_completion_tokens, not both"
             raise PydanticCustomError("unsupported", "{reason}", {"path": "max_tokens", "reason": reason})
         if self.top_logprobs is not None and not self.logprobs:
-            reason = "it needs logprobs: true"
+            reason = "top_logprobs needs logprobs: true"
             raise PydanticCustomError("unsupported", "{reason}", {"path": "top_logprobs", "reason": reason})
         return self
 
     def inputs(self) -> list[dict[str, Any]]:
         return [{"messages": [message.model_dump() for message in self.messages]}]
 
-    def wish(self) -> SamplingParams:
-        wish = super().wish()
-        wish["max_tokens"] = self.max_tokens or self.max_completion_tokens
-        wish["top_logprobs"] = (self.top_logprobs or 0) if self.logprobs else None
-        return wish
+    def sampling_params(self) -> SamplingParams:
+        params = super().sampling_params()
+        params["max_tokens"] = self.max_tokens or self.max_completion_tokens
+        params["top_logprobs"] = (self.top_logprobs or 0) if self.logprobs else None
+        return params

@@ -1,4 +1,4 @@
-"""Diagnostics of a job, as the engine wrote them, and the answer while a worker computes them."""
+"""Diagnostics of a job, as the engine writes them, and pending diagnostics."""
 
 from __future__ import annotations
 
@@ -8,8 +8,8 @@ from pydantic import BaseModel
 
 
 class Diagnostics(BaseModel):
-    """`before` is the base, `after` the base with every LoRA stage merged. A part that the model has no stage for is
-    missing. Formulas and sources are in `heft_engine/diagnostics`.
+    """`before`: the base; `after`: the base with all LoRA stages merged. Parts without a stage in the model are null.
+    Formulas and sources are in `heft_engine/diagnostics`.
     """
 
     object: Literal["fine_tuning.job.diagnostics"] = "fine_tuning.job.diagnostics"
@@ -22,11 +22,11 @@ class Diagnostics(BaseModel):
     curvature: dict[str, Any] | None = None
     descent: dict[str, Any] | None = None
     forgetting: dict[str, Any] | None = None
-    plots: dict[str, str]  #: PNG by part, as `data:` addresses
+    plots: dict[str, str]  #: a PNG of each part, as a `data:` URL
 
 
 class DiagnosticsPending(BaseModel):
-    """Ask again after `Retry-After` seconds."""
+    """A worker is computing the diagnostics: retry after `Retry-After` seconds."""
 
     object: Literal["fine_tuning.job.diagnostics"] = "fine_tuning.job.diagnostics"
     job: str

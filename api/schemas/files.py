@@ -1,4 +1,4 @@
-"""Files, as OpenAI's API shows them."""
+"""File objects as in OpenAI's API."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from store.db.tables import File
 
 
 class FileObject(Identified):
-    """A file. Its status is `processed` from the start: rows are checked when a job uses them."""
+    """A file. Its status is always `processed`: rows are checked when a job uses them."""
 
     object: Literal["file"] = "file"
     bytes: int

@@ -1,4 +1,4 @@
-"""A fine-tuning job as it is shown: every field of OpenAI's object, and what HEFT adds to it."""
+"""The fine-tuning job object: all fields of OpenAI's, and HEFT's added ones."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from store.jobs.spec import Hyperparameters, Supervised, TrainingSpec
 
 
 class JobError(BaseModel):
-    """Why a job failed, in words that tell what to change."""
+    """The error of a failed job. The message says what to change."""
 
     code: str
     message: str
@@ -20,7 +20,7 @@ class JobError(BaseModel):
 
 
 class JobObject(Identified):
-    """`method` and `task` show what is in force: every default, and no "auto" once the run has chosen."""
+    """A job. `method` and `task` include all defaults, and resolved values for "auto" once the run has started."""
 
     object: Literal["fine_tuning.job"] = "fine_tuning.job"
     created_at: int
@@ -96,14 +96,14 @@ class JobObject(Identified):
 
 
 def _estimated_finish(job: Job) -> int | None:
-    left, at = job.progress.get("eta_seconds"), job.progress.get("updated_at")
-    if job.finished_at is not None or left is None or at is None:
+    eta_seconds, updated_at = job.progress.get("eta_seconds"), job.progress.get("updated_at")
+    if job.finished_at is not None or eta_seconds is None or updated_at is None:
         return None
-    return int(at + left)
+    return int(updated_at + eta_seconds)
 
 
 def _hyperparameters(spec: TrainingSpec) -> Hyperparameters:
-    """OpenAI's three, as the first stage has them."""
+    """OpenAI's hyperparameters, with the values of the first stage."""
     first = spec.stages()[0]
     return Hyperparameters(
         n_epochs=first.n_epochs,
@@ -113,10 +113,10 @@ def _hyperparameters(spec: TrainingSpec) -> Hyperparameters:
 
 
 def _method(spec: TrainingSpec, resolved: list[dict[str, Any]]) -> dict[str, Any]:
-    """The method with its settings under its own name; `supervised` shows those of `heft` beside them."""
+    """The method with its settings under its name; `supervised` has those of `heft` too."""
     stages = [stage.model_dump(mode="json") for stage in spec.stages()]
-    for stage, chosen in zip(stages, resolved, strict=False):  # no run yet: nothing chosen
-        stage |= {name: value for name, value in chosen.items() if name in stage}
+    for stage, values in zip(stages, resolved, strict=False):  # empty before the run has started
+        stage |= {name: value for name, value in values.items() if name in stage}
     kind = spec.method.type
     if kind == "recipe":
         return {"type": kind, "recipe": {"stages": stages}}
@@ -132,7 +132,7 @@ def _method(spec: TrainingSpec, resolved: list[dict[str, Any]]) -> dict[str, Any
 
 
 class EventObject(Identified):
-    """Something that happened to a job. `data.code` is stable; `data.stage`, `data.stage_index` say where."""
+    """An event of a job. `data.code` is stable; `data.stage` and `data.stage_index` identify the stage."""
 
     object: Literal["fine_tuning.job.event"] = "fine_tuning.job.event"
     created_at: int
@@ -154,7 +154,7 @@ class EventObject(Identified):
 
 
 class CheckpointObject(Identified):
-    """The end of a stage: `fine_tuned_model_checkpoint` can be asked like any model."""
+    """The model at the end of a stage; `fine_tuned_model_checkpoint` is its model id."""
 
     object: Literal["fine_tuning.job.checkpoint"] = "fine_tuning.job.checkpoint"
     created_at: int

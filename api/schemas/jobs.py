@@ -1,4 +1,4 @@
-"""A fine-tuning job as it is asked for: OpenAI's request, with HEFT's own settings as added fields."""
+"""The request for a fine-tuning job: OpenAI's, with HEFT's settings as added fields."""
 
 from __future__ import annotations
 
@@ -20,14 +20,14 @@ def _random_seed() -> int:
 
 
 class JobRequest(RequestBody, TrainingSpec):
-    """What `POST /v1/fine_tuning/jobs` takes. Every field but `model` and `training_file` has a default;
-    a null is as good as an absent field, since OpenAI's callers send both."""
+    """The body of `POST /v1/fine_tuning/jobs`. All fields but `model` and `training_file` have defaults. A null field
+    counts as absent, because OpenAI's clients send both."""
 
     seed: Annotated[int, Field(ge=0, le=2**31 - 1)] = Field(default_factory=_random_seed)
     metadata: Metadata = Field(default_factory=dict)
-    #: OpenAI's older place for them; the same as `method.supervised.hyperparameters`.
+    #: OpenAI's older field for `method.supervised.hyperparameters`.
     hyperparameters: Hyperparameters | None = None
-    #: Accepted empty alone: this service reports to nobody else.
+    #: Must be empty: integrations are not supported.
     integrations: Annotated[list[Any], Field(max_length=0)] | None = None
 
     @model_validator(mode="before")
@@ -42,19 +42,17 @@ class JobRequest(RequestBody, TrainingSpec):
         if self.hyperparameters is None or "method" not in self.model_fields_set:
             return self
         if self.method.type != "supervised" or self.method.supervised is not None:
-            raise ValueError(
-                "hyperparameters is the older place of method.supervised.hyperparameters: give only one"
-            )
+            raise ValueError("set method.supervised.hyperparameters or the older hyperparameters, not both")
         return self
 
     def spec(self) -> TrainingSpec:
-        """What is stored and trained: the request without what belongs to the API alone."""
-        chosen = {name: getattr(self, name) for name in TrainingSpec.model_fields}
+        """Returns the stored part of the request, which is trained."""
+        fields = {name: getattr(self, name) for name in TrainingSpec.model_fields}
         if self.hyperparameters is not None:
             supervised = Supervised(hyperparameters=self.hyperparameters)
-            chosen["method"] = Method(type="supervised", supervised=supervised)
-        return TrainingSpec(**chosen)
+            fields["method"] = Method(type="supervised", supervised=supervised)
+        return TrainingSpec(**fields)
 
     def as_sent(self) -> dict[str, Any]:
-        """The request without defaults or the random seed, to compare it with another one."""
+        """Returns the request without defaults and random seed, to compare it with a repeated one."""
         return self.model_dump(mode="json", exclude_unset=True)

@@ -1,4 +1,4 @@
-"""Models, as OpenAI's API shows them, and archives of them."""
+"""Model objects as in OpenAI's API, and pending archives of models."""
 
 from __future__ import annotations
 
@@ -9,12 +9,12 @@ from pydantic import BaseModel
 from api.schemas.common import Identified, seconds
 from store.models import Kind, Model
 
-#: Who owns the base models.
+#: The owner of base models.
 SERVICE = "heft"
 
 
 class ModelObject(Identified):
-    """A base model (`kind` is `base`) or what a job left behind (`final`, `checkpoint`)."""
+    """A base model (`kind` is `base`), a fine-tuned model (`final`) or a `checkpoint` of a job."""
 
     object: Literal["model"] = "model"
     created: int
@@ -40,7 +40,7 @@ class ModelObject(Identified):
 
 
 class ExportPending(BaseModel):
-    """The answer while a worker builds the archive: ask again after `Retry-After` seconds."""
+    """A worker is building the archive: retry after `Retry-After` seconds."""
 
     object: Literal["model.export"] = "model.export"
     model: str

@@ -1,4 +1,4 @@
-"""Questions to a model, one or many, and their answers."""
+"""Requests and responses of /predict: one question or many."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from pydantic import BaseModel, Field, model_validator
 from api.schemas.common import RequestBody
 from store.messages.predict import PredictedRow
 
-#: Rows in one request.
+#: Questions of one request at most.
 MAX_INPUTS = 1_024
 
 
@@ -19,7 +19,7 @@ class ChatMessage(RequestBody):
 
 
 class Question(RequestBody):
-    """What is asked: `question` (with a passage, with choices), `prompt` or `messages`, one of the three."""
+    """One of `question` (with an optional passage and choices), `prompt` and `messages`."""
 
     question: Annotated[str, Field(min_length=1)] | None = None
     passage: str | None = None
@@ -29,11 +29,11 @@ class Question(RequestBody):
 
     @model_validator(mode="after")
     def _one_form(self) -> Question:
-        asked = [name for name in ("question", "prompt", "messages") if getattr(self, name) is not None]
-        if len(asked) > 1:
-            raise ValueError(f"give one of question, prompt and messages, not {' and '.join(asked)}")
+        forms = [name for name in ("question", "prompt", "messages") if getattr(self, name) is not None]
+        if len(forms) > 1:
+            raise ValueError(f"set one of question, prompt and messages, not {' and '.join(forms)}")
         if self.question is None and (self.passage is not None or self.choices is not None):
-            raise ValueError("passage and choices belong to a question")
+            raise ValueError("passage and choices need a question")
         return self
 
     @property
@@ -41,34 +41,33 @@ class Question(RequestBody):
         return not (self.question is None and self.prompt is None and self.messages is None)
 
     def row(self) -> dict[str, Any]:
-        """The question as a row, as its user wrote it."""
+        """Returns the question as a row."""
         return self.model_dump(include=set(Question.model_fields), exclude_none=True)
 
 
 class Intervention(RequestBody):
-    """Stage 2 for this request alone: switched off, or h + scale · (Φ(h) − h)."""
+    """Stage 2's intervention in this request: disabled, or scaled, h + scale · (Φ(h) − h)."""
 
     enabled: bool = True
     scale: Annotated[float, Field(ge=-100, le=100)] = 1.0
 
 
 class PredictRequest(Question):
-    """One question beside `model`, or up to 1,024 in `inputs`. An answer whose probability is below `abstain_below`
-    is withheld."""
+    """One question, or up to 1,024 in `inputs`. Answers with a probability below `abstain_below` are null."""
 
     model: Annotated[str, Field(min_length=1, max_length=300)]
     inputs: Annotated[list[Question], Field(min_length=1)] | None = None
     intervention: Intervention = Intervention()
     abstain_below: (
-        Annotated[float, Field(ge=0, le=1, description="Less probable answers are withheld.")] | None
+        Annotated[float, Field(ge=0, le=1, description="Answers with a lower probability are null.")] | None
     ) = None
 
     @model_validator(mode="after")
-    def _something_is_asked(self) -> PredictRequest:
+    def _one_question_or_inputs(self) -> PredictRequest:
         if self.is_asked == (self.inputs is not None):
-            raise ValueError("give one question (question, prompt or messages), or many in inputs")
+            raise ValueError("set one of question, prompt, messages and inputs")
         if not all(question.is_asked for question in self.inputs or ()):
-            raise ValueError("each of inputs needs a question, a prompt or messages")
+            raise ValueError("each input must have a question, a prompt or messages")
         return self
 
     def rows(self) -> list[dict[str, Any]]:
@@ -76,7 +75,7 @@ class PredictRequest(Question):
 
     @property
     def asks_for_text(self) -> bool:
-        """Whether any answer will be generated, and so have no probability."""
+        """True if any answer is generated and therefore has no probability."""
         return any(question.question is None for question in self.inputs or [self])
 
 
@@ -91,8 +90,10 @@ class Usage(BaseModel):
 
 
 class Answer(BaseModel):
-    """`probability` is that of the likeliest label, which is the answer. Where it is below the request's
-    `abstain_below`, `answer` is null and `abstained` true. Probabilities are null where text was generated."""
+    """An answer: the most probable label with its probability, or generated text, without probabilities.
+
+    If the probability is below the request's `abstain_below`, `answer` is null and `abstained` true.
+    """
 
     object: Literal["prediction"] = "prediction"
     answer: str | None

@@ -1,4 +1,4 @@
-"""Studies, as they are asked for and as they are shown."""
+"""Requests and objects of studies."""
 
 from __future__ import annotations
 
@@ -17,10 +17,10 @@ from store.studies.studies import Run, status_of
 
 
 class StudyRequest(RequestBody, StudySpec):
-    """What `POST /v1/studies` takes. One of `arms`, `grid`, `search` and `preset` says what is compared."""
+    """The body of `POST /v1/studies`. One of `arms`, `grid`, `search` and `preset` defines the arms."""
 
     metadata: Metadata = Field(default_factory=dict)
-    #: Say what the study would take, and queue nothing.
+    #: Returns an estimate of the study's costs and queues nothing.
     dry_run: bool = False
 
     @model_validator(mode="before")
@@ -38,7 +38,7 @@ class StudyRequest(RequestBody, StudySpec):
 
 
 class ArmJob(BaseModel):
-    """One seed of an arm. `fine_tuned_model` can be asked like any other."""
+    """The job of one seed of an arm."""
 
     id: str
     seed: int
@@ -47,21 +47,21 @@ class ArmJob(BaseModel):
 
 
 class Arm(BaseModel):
-    """A method and what came of it. The interval covers rows, and seeds where there are several (`interval_covers`).
+    """A method and its results. The interval covers rows, and seeds if there are several (`interval_covers`).
 
-    flops, seconds: of one run, the mean over its seeds, stages that were reused counted as when they were trained.
+    flops, seconds: mean over the seeds; a reused stage counts with the costs of its training.
     """
 
     name: str
     method: dict[str, Any]
-    #: With cross_task: which method it is, on which task.
+    #: With cross_task: the name of the method, and its task.
     method_name: str | None = None
     task: str | None = None
-    #: In a search: its number, its settings, what became of it (running, complete, failed; pruned: it can't be), and
-    #: what it came to on the validation rows. Test rows are looked at for the best trial alone.
+    #: In a search: its number, its settings, its state (running, complete, failed, or pruned if the settings are not
+    #: valid), and its value on the validation rows. Only the best trial is evaluated on the test rows.
     trial: dict[str, Any] | None = None
     jobs: list[ArmJob]
-    metric: str | None = None  #: what `accuracy` is the mean of
+    metric: str | None = None  #: the metric whose mean is `accuracy`
     accuracy: float | None = None
     interval_95: list[float] | None = None
     interval_covers: str | None = None
@@ -75,9 +75,9 @@ class Arm(BaseModel):
 
     @classmethod
     def of(cls, planned: Mapping[str, Any], runs: Sequence[Run], verdict: Mapping[str, Any] | None) -> Self:
-        mine = [run for run in runs if run.arm == planned["name"]]
-        judged: list[dict[str, Any]] = verdict["arms"] if verdict else []
-        shown = next((one for one in judged if one["name"] == planned["name"]), {})
+        arm_runs = [run for run in runs if run.arm == planned["name"]]
+        compared: list[dict[str, Any]] = verdict["arms"] if verdict else []
+        statistics = next((arm for arm in compared if arm["name"] == planned["name"]), {})
         return cls(
             name=planned["name"],
             method=planned["method"],
@@ -91,11 +91,11 @@ class Arm(BaseModel):
                     status=run.job.state,
                     fine_tuned_model=run.job.fine_tuned_model,
                 )
-                for run in mine
+                for run in arm_runs
             ],
-            metric=_metric(mine),
-            **{name: value for name, value in shown.items() if name not in ("name", "seeds")},
-            **_costs(mine),
+            metric=_metric(arm_runs),
+            **{name: value for name, value in statistics.items() if name not in ("name", "seeds")},
+            **_costs(arm_runs),
         )
 
 
@@ -104,7 +104,7 @@ def _metric(runs: Sequence[Run]) -> str | None:
 
 
 def _costs(runs: Sequence[Run]) -> dict[str, Any]:
-    """What one run of an arm takes."""
+    """Mean costs of a run of the arm."""
     known = [run.outcome.costs for run in runs if run.outcome is not None and run.outcome.costs]
     if not known:
         return {}
@@ -120,7 +120,7 @@ def _costs(runs: Sequence[Run]) -> dict[str, Any]:
 
 
 class StudyObject(Identified):
-    """A study. Its numbers are those of the jobs that have ended so far; they are final with its status."""
+    """A study. Its numbers cover the jobs that have ended so far, and are final when the study has ended."""
 
     object: Literal["study"] = "study"
     name: str
@@ -138,10 +138,10 @@ class StudyObject(Identified):
     jobs: dict[str, int]
     arms: list[Arm]
     comparisons: list[dict[str, Any]]
-    #: With cross_task: its tasks, and for each two methods what may be said over all of them.
+    #: With cross_task: its tasks, and comparisons of methods over all tasks.
     tasks: list[dict[str, Any]] | None = None
     over_tasks: list[dict[str, Any]] = Field(default_factory=list)
-    #: What was searched, how many trials there are of which kind, and the best one so far.
+    #: In a search: its settings, the numbers of trials by state, and the best trial so far.
     search: dict[str, Any] | None = None
 
     @classmethod
@@ -161,7 +161,7 @@ class StudyObject(Identified):
 
 
 class StudySummary(Identified):
-    """A study in a list: without its arms."""
+    """A study in a list, without its arms."""
 
     object: Literal["study"] = "study"
     name: str
@@ -184,7 +184,7 @@ class StudySummary(Identified):
 
 
 def counted(states: Sequence[JobState]) -> dict[str, int]:
-    """How many jobs are in which state."""
+    """Returns the number of jobs in each state."""
     return {str(state): states.count(state) for state in JobState if state in states}
 
 
@@ -200,7 +200,7 @@ def _shared(study: Study) -> dict[str, Any]:
 
 
 class StudyEventObject(Identified):
-    """Something that happened to a study. `data.code` is stable."""
+    """An event of a study. `data.code` is stable."""
 
     object: Literal["study.event"] = "study.event"
     created_at: int
@@ -220,7 +220,7 @@ class StudyEventObject(Identified):
 
 
 class Estimate(BaseModel):
-    """What a study would take, before any of it is run. null: nobody knows the base model's sizes."""
+    """The estimated costs of a study. null: the base model's sizes are not known yet."""
 
     object: Literal["study.estimate"] = "study.estimate"
     arms: list[dict[str, Any]]

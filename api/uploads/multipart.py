@@ -1,7 +1,6 @@
-"""A multipart form read piece by piece: small fields into a dict, the one file as a stream, never held.
+"""A multipart form parsed as a stream: small fields into a dict, the file as chunks that are never collected.
 
-Starlette's own form parsing puts every upload into a temporary file first, before any route has a say.
-It does NOT know where the file's bytes go.
+Starlette's form parser would write every upload to a temporary file before the route runs.
 """
 
 from __future__ import annotations
@@ -28,22 +27,22 @@ class _Part:
 
 
 class StreamedForm:
-    """The form of one request: `chunks` yields the bytes of its `file`; the rest is known when it has ended.
+    """The form of a request: `chunks` yields its file; fields and file name are complete when it has ended.
 
-    Raises InvalidRequest where the body is no such form, TooLarge where a field is no small one.
+    Raises InvalidRequest for a malformed form, TooLarge for a large field.
     """
 
     def __init__(self, request: Request) -> None:
         content_type, options = parse_options_header(request.headers.get("content-type"))
         if content_type != b"multipart/form-data" or b"boundary" not in options:
-            raise InvalidRequest("send the file as multipart/form-data, with a boundary", code="invalid_form")
+            raise InvalidRequest("the body must be multipart/form-data with a boundary", code="invalid_form")
         self.fields: dict[str, str] = {}
         self.filename: str | None = None
         self._body = request.stream()
         self._part = _Part()
         self._header = (bytearray(), bytearray())
         self._disposition = b""
-        self._arrived: list[bytes] = []
+        self._chunks: list[bytes] = []
         self._complete = False
         try:
             self._parser = MultipartParser(
@@ -60,20 +59,20 @@ class StreamedForm:
                 },
             )
         except FormParserError as fault:
-            raise InvalidRequest(f"the form can't be read: {fault}", code="invalid_form") from fault
+            raise InvalidRequest(f"the form can't be parsed: {fault}", code="invalid_form") from fault
 
     async def chunks(self) -> AsyncIterator[bytes]:
-        """The file's bytes as they arrive. When it ends, `fields` and `filename` are complete."""
+        """Yields the file's bytes as they arrive."""
         async for data in self._body:
             try:
                 self._parser.write(data)
             except FormParserError as fault:
-                raise InvalidRequest(f"the form can't be read: {fault}", code="invalid_form") from fault
-            arrived, self._arrived = self._arrived, []
-            for chunk in arrived:
+                raise InvalidRequest(f"the form can't be parsed: {fault}", code="invalid_form") from fault
+            chunks, self._chunks = self._chunks, []
+            for chunk in chunks:
                 yield chunk
         if not self._complete:
-            raise InvalidRequest("the form ends before its last boundary", code="invalid_form")
+            raise InvalidRequest("the form's last boundary is missing", code="invalid_form")
         if self.filename is None:
             raise InvalidRequest("the form has no file", param="file", code="missing_required_parameter")
 
@@ -93,25 +92,25 @@ class StreamedForm:
         part.name = _text(options.get(b"name", b""), param="file")
         if part.name == "file":
             if self.filename is not None:
-                raise InvalidRequest("one file at a time", param="file")
+                raise InvalidRequest("the form must have only one file", param="file")
             if b"filename" not in options:
-                raise InvalidRequest("the file needs a file name", param="file")
+                raise InvalidRequest("the file must have a file name", param="file")
             part.filename = self.filename = _text(options[b"filename"], param="file")
         elif not part.name:
             raise InvalidRequest("a part of the form has no name", code="invalid_form")
         elif part.name in self.fields:
-            raise InvalidRequest("this field is there twice", param=part.name)
+            raise InvalidRequest("the field is repeated", param=part.name)
         elif len(self.fields) == MAX_FIELDS:
-            raise TooLarge(f"a form has at most {MAX_FIELDS} fields")
+            raise TooLarge(f"the form has more than {MAX_FIELDS} fields")
 
     def _on_part_data(self, data: bytes, start: int, end: int) -> None:
         part = self._part
         if part.filename is not None:
-            self._arrived.append(data[start:end])
+            self._chunks.append(data[start:end])
             return
         part.data += data[start:end]
         if len(part.data) > MAX_FIELD_BYTES:
-            raise TooLarge(f"a field has at most {MAX_FIELD_BYTES:,} bytes", param=part.name)
+            raise TooLarge(f"the field is larger than {MAX_FIELD_BYTES:,} bytes", param=part.name)
 
     def _on_part_end(self) -> None:
         if self._part.filename is None:
@@ -125,7 +124,7 @@ def _text(data: bytes, *, param: str) -> str:
     try:
         text = data.decode()
     except UnicodeDecodeError as fault:
-        raise InvalidRequest("names and fields of a form are UTF-8", param=param) from fault
+        raise InvalidRequest("names and fields of the form must be UTF-8", param=param) from fault
     if "\0" in text:
-        raise InvalidRequest("text can't hold a NUL", param=param)
+        raise InvalidRequest("names and fields of the form must not contain NUL", param=param)
     return text

@@ -1,7 +1,4 @@
-"""One upload's way from the socket to storage: counted and hashed, never whole in memory or in a file here.
-
-It does NOT know routes, keys or rows of the database.
-"""
+"""Streams an upload from the socket to storage, counting and hashing it."""
 
 from __future__ import annotations
 
@@ -20,7 +17,7 @@ _FORM_FIELDS = frozenset({"purpose"})
 
 @dataclass(frozen=True, kw_only=True)
 class Received:
-    """A file that is durable under its key. `size` in bytes, `sha256` in hex."""
+    """A stored file. `size` in bytes, `sha256` in hex."""
 
     filename: str
     purpose: str
@@ -29,17 +26,17 @@ class Received:
 
 
 async def receive(request: Request, artifacts: Artifacts, *, key: str, limit: int) -> Received:
-    """Stream the form's file to `key`. Whatever goes wrong, nothing is left there.
+    """Streams the form's file to the storage key; leaves nothing there on errors.
 
-    Raises InvalidRequest for a form that is none, has other fields, or brings an empty file; TooLarge beyond
-    `limit` bytes; Unavailable when the storage can't take it.
+    Raises InvalidRequest for a malformed form, unknown fields or an empty file; TooLarge above `limit` bytes;
+    Unavailable if the storage fails.
     """
     form = StreamedForm(request)
     upload = await to_thread.run_sync(artifacts.upload, key)
     try:
         async for chunk in form.chunks():
             if upload.size + len(chunk) > limit:
-                raise TooLarge(f"a file has at most {limit:,} bytes", param="file")
+                raise TooLarge(f"the file is larger than {limit:,} bytes", param="file")
             await to_thread.run_sync(upload.write, chunk)
         filename, purpose = _checked(form, upload.size)
         sha256 = await to_thread.run_sync(upload.commit)
@@ -47,21 +44,21 @@ async def receive(request: Request, artifacts: Artifacts, *, key: str, limit: in
         with CancelScope(shield=True):
             await to_thread.run_sync(upload.abort)
         if isinstance(fault, OSError):
-            raise Unavailable(f"the artifact storage does not take the file: {fault.strerror}") from fault
+            raise Unavailable(f"the artifact storage can't store the file: {fault.strerror}") from fault
         raise
     return Received(filename=filename, purpose=purpose, size=upload.size, sha256=sha256)
 
 
 def _checked(form: StreamedForm, size: int) -> tuple[str, str]:
-    """The file's name and purpose, once the whole form is here."""
+    """Returns the file's name and purpose from the complete form."""
     unknown = sorted(form.fields.keys() - _FORM_FIELDS)
     if unknown:
-        raise InvalidRequest("there is no such field", param=unknown[0], code="unknown_parameter")
+        raise InvalidRequest("unknown field", param=unknown[0], code="unknown_parameter")
     purpose = form.fields.get("purpose")
     if purpose is None:
-        raise InvalidRequest("say purpose=fine-tune", param="purpose", code="missing_required_parameter")
+        raise InvalidRequest("purpose is required", param="purpose", code="missing_required_parameter")
     if purpose != TRAINING_PURPOSE:
-        raise InvalidRequest(f"files are taken for the purpose {TRAINING_PURPOSE!r}", param="purpose")
+        raise InvalidRequest(f"purpose must be {TRAINING_PURPOSE!r}", param="purpose")
     if size == 0:
         raise InvalidRequest("the file is empty", param="file", code="empty_file")
     assert form.filename is not None

@@ -99,7 +99,7 @@ class SuffixCache:
         state_size = self._tokens * lm.hidden_size
         states, keys_values = flat[:state_size].view(self._tokens, lm.hidden_size), flat[state_size:]
         self.rows = self._rows(states, keys_values, boundary.layer)
-        if stored is not None and not stored.holds(flat.nbytes):
+        if stored is not None and not stored.accepts(flat.nbytes):
             stored = None
         # A cache on disk is there because memory has no room for it, and so none for more.
         upper = self._upper_states(keys_values, stored) if stored is not None and file is None else None
@@ -113,7 +113,7 @@ class SuffixCache:
             computed = time.monotonic()
             with suppress(OSError):  # the disk is full: later runs compute it again
                 layers = [states, *(upper if upper is not None else ())]
-                stored.keep(boundary.layer, layers, keys_values, computed - started)
+                stored.put(boundary.layer, layers, keys_values, computed - started)
             self.saved_seconds = computed - time.monotonic()
 
     def _upper_states(self, keys_values: Tensor, stored: StageActivations) -> Tensor | None:
@@ -127,7 +127,7 @@ class SuffixCache:
         if depths < 1 or not self.boundary.clear_above or size > _UPPER_STATES_SHARE * keys_values.nbytes:
             return None
         first = self._tokens * self.lm.hidden_size * keys_values.itemsize
-        return keys_values.new_empty(shape) if stored.holds(first + keys_values.nbytes + size) else None
+        return keys_values.new_empty(shape) if stored.accepts(first + keys_values.nbytes + size) else None
 
     def _rows(self, states: Tensor, keys_values: Tensor, first: int) -> list[CachedRow]:
         """Returns views of the rows. states: (tokens, hidden); keys_values: flat, of the layers from `first` on."""

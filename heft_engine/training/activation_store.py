@@ -1,14 +1,12 @@
-"""Prefills of a stage's rows (heft_engine.training.activation_cache), used again by later runs on this machine: of
-arms that differ
-in stage 2 alone, the first one computes them.
+"""Activations of frozen layers on disk, for later runs on this machine: of arms that differ in stage 2 alone, the first
+one computes them (heft_engine.training.activation_cache).
 
-    prefill.json       the first layer kept, how many layers' states there are, and the seconds that it took
-    states.bin         (depths, tokens, hidden): of all rows' suffixes, before the first layer kept and those above it
-    keys_values.bin    row by row (layers, 2, kv_heads, skipped, head_dim)
+    prefill.json       the first stored layer, the number of layers with states, and the seconds of computing them
+    states.bin         (depths, tokens, hidden): the suffixes' states before the first stored layer and those above it
+    keys_values.bin    row by row (layers, 2, kv_heads, prefix_length, head_dim)
 
-A prefill is addressed by all that went into it, so what is found has the bits of what would be computed; only which
-layers are wanted may differ, and a prefill that begins further down holds all that stands above. It does NOT know what
-keys are made of (heft_engine.training.stage_cache), nor models.
+An entry's key covers all that it was computed from (heft_engine.training.stage_cache), so it has the bits of a new
+computation. Only the layer may differ: an entry that begins at a lower layer serves the layers above it too.
 """
 
 from __future__ import annotations
@@ -23,21 +21,21 @@ from torch import Tensor
 
 from heft_engine.training.stage_store import LocalStages
 
-#: What a machine keeps at most.
+#: Bytes of one machine's store.
 MAX_BYTES = 4 * 1024**3
-_ABOUT, _STATES, _KEYS_VALUES = "prefill.json", "states.bin", "keys_values.bin"
-#: Of what a machine keeps.
+_METADATA, _STATES, _KEYS_VALUES = "prefill.json", "states.bin", "keys_values.bin"
+#: An entry takes at most this share of the store.
 _LARGEST_SHARE = 0.5
-#: A prefill is written, read back and hashed each time: one that was computed faster is not worth it. Hashing alone
-#: was measured at 1.3 GB/s; the rest is for disks.
-_BYTES_A_SECOND = 200e6
+#: An entry is written, read back and hashed each time: what was computed faster than this is not stored. Hashing alone
+#: was measured at 1.3 GB/s; the rest allows for disks.
+_BYTES_PER_SECOND = 200e6
 
 
 @dataclass(frozen=True, kw_only=True)
 class SavedActivations:
-    """states: (depths, tokens, hidden), depth 0 standing before layer `first`. keys_values: flat, row by row.
+    """An entry: states (depths, tokens, hidden), depth 0 before layer `first`; keys_values flat, row by row.
 
-    seconds: that computing it took.
+    seconds: of computing it.
     """
 
     first: int
@@ -45,21 +43,21 @@ class SavedActivations:
     keys_values: Tensor
     seconds: float
 
-    def has(self, layer: int) -> bool:
-        """Whether a stage whose training begins at this layer finds all it needs."""
+    def covers(self, layer: int) -> bool:
+        """Returns whether it serves a stage whose training begins at this layer."""
         return self.first <= layer < self.first + len(self.states)
 
 
 @dataclass(frozen=True, kw_only=True)
 class ActivationStore:
-    """A machine's, under a budget of bytes. `owner`: nobody else finds what is kept for them."""
+    """A machine's store, under a budget of bytes. Entries are found by their `owner` alone."""
 
     directory: Path
     max_bytes: int = MAX_BYTES
     owner: str = ""
 
-    def of(self, key: str) -> StageActivations:
-        """`key`: stands for everything that a prefill depends on but its first layer, and its owner."""
+    def for_key(self, key: str) -> StageActivations:
+        """Returns the entries of a key, which covers all they depend on but the first layer, and their owner."""
         return StageActivations(
             folder=LocalStages(directory=self.directory, max_bytes=self.max_bytes), key=key
         )
@@ -67,47 +65,48 @@ class ActivationStore:
 
 @dataclass(frozen=True, kw_only=True)
 class StageActivations:
-    """Where one stage's prefills are kept: `key` stands for the model, the rows and where their suffixes begin."""
+    """The entries of one key: of one model, its rows and the start of their suffixes."""
 
     folder: LocalStages
     key: str
 
     def find(self, layer: int, tokens: int, hidden: int, dtype: torch.dtype) -> SavedActivations | None:
-        """One that reaches from `layer` down to it: the nearest. Its tensors are mapped from files."""
+        """Returns the entry that covers `layer` and begins nearest to it, mapped from files; or None."""
         for first in range(layer, -1, -1):
-            # Only one that would do is read through, to see that it is whole.
+            # Only an entry that would do is read through, to verify it.
             if first + self._depths(first) > layer:
                 for path in self.folder.find([self._name(first)]):
-                    found = _read(path, tokens, hidden, dtype)
-                    if found is not None and found.has(layer):
-                        return found
+                    saved = _read(path, tokens, hidden, dtype)
+                    if saved is not None and saved.covers(layer):
+                        return saved
         return None
 
-    def holds(self, size: int) -> bool:
-        """Whether a prefill of so many bytes may be kept: larger ones would drive out all others."""
+    def accepts(self, size: int) -> bool:
+        """Returns whether an entry may have so many bytes: larger ones would evict all others."""
         return size <= _LARGEST_SHARE * self.folder.max_bytes
 
-    def keep(self, first: int, states: Sequence[Tensor], keys_values: Tensor, seconds: float) -> None:
-        """Keeps a prefill that took so long, if finding it again is quicker and none as good is there.
+    def put(self, first: int, states: Sequence[Tensor], keys_values: Tensor, seconds: float) -> None:
+        """Stores an entry, unless computing it again is faster than reading it, or one with as many layers exists.
 
-        states: (tokens, hidden) before layer `first` and those above it. Raises OSError.
+        states: (tokens, hidden) before layer `first` and those above it. seconds: of computing it. Raises OSError.
         """
-        size = sum(part.nbytes for part in (*states, keys_values))
-        if seconds < size / _BYTES_A_SECOND or self._depths(first) >= len(states):
+        size = sum(tensor.nbytes for tensor in (*states, keys_values))
+        if seconds < size / _BYTES_PER_SECOND or self._depths(first) >= len(states):
             return
 
         def write(path: Path) -> None:
-            about = {"first": first, "depths": len(states), "seconds": seconds}
-            (path / _ABOUT).write_text(json.dumps(about))
+            metadata = {"first": first, "depths": len(states), "seconds": seconds}
+            (path / _METADATA).write_text(json.dumps(metadata))
             _write(path / _STATES, states)
             _write(path / _KEYS_VALUES, [keys_values])
 
         self.folder.put(self._name(first), write)
 
     def _depths(self, first: int) -> int:
-        """Of the prefill from this layer on; 0 where there is none."""
+        """Returns the depths of the entry that begins at this layer; 0 if there is none."""
         try:
-            return int(json.loads((self.folder.directory / self._name(first) / _ABOUT).read_text())["depths"])
+            metadata = (self.folder.directory / self._name(first) / _METADATA).read_text()
+            return int(json.loads(metadata)["depths"])
         except (OSError, ValueError, KeyError, TypeError):
             return 0
 
@@ -116,15 +115,15 @@ class StageActivations:
 
 
 def _read(path: Path, tokens: int, hidden: int, dtype: torch.dtype) -> SavedActivations | None:
-    """None for what another process has removed or replaced meanwhile."""
+    """Returns None for an entry that another process has removed or replaced meanwhile."""
     try:
-        about = json.loads((path / _ABOUT).read_text())
+        metadata = json.loads((path / _METADATA).read_text())
         states, keys_values = (_mapped(path / name, dtype) for name in (_STATES, _KEYS_VALUES))
         return SavedActivations(
-            first=about["first"],
-            states=states.view(about["depths"], tokens, hidden),
+            first=metadata["first"],
+            states=states.view(metadata["depths"], tokens, hidden),
             keys_values=keys_values,
-            seconds=about["seconds"],
+            seconds=metadata["seconds"],
         )
     except (OSError, RuntimeError):
         return None
@@ -137,7 +136,7 @@ def _write(path: Path, tensors: Sequence[Tensor]) -> None:
 
 
 def _mapped(path: Path, dtype: torch.dtype) -> Tensor:
-    """A private mapping: it outlives the file, and nothing that is written to it reaches the file."""
+    """Returns a private mapping of a file: it outlives the file, and writes to it do not reach the file."""
     size = path.stat().st_size // dtype.itemsize
     if not size:
         return torch.empty(0, dtype=dtype)

@@ -1,9 +1,8 @@
-"""Decoder layers that keep less for their gradient, where they are not compiled (a compiler sees to it by itself).
+"""Decoder layers that save less for their backward pass, where they are not compiled (a compiler does this itself).
 
-Written out one operation after the other, a norm keeps its input twice, in float32 and behind the norm, and a gated
-activation keeps three tensors of the layer's widest. Here a norm keeps its input as it came and one number a token, a
-gated activation its two inputs; the rest is computed again for the gradient. Forward bits are those of the modules
-themselves, gradients theirs to rounding. It does NOT know attention, LoRA or training.
+Operation by operation, a norm saves its input twice, in float32 and normalised, and a gated activation saves three
+tensors of the layer's widest size. Here a norm saves its input and one number a token, a gated activation its two
+inputs; the rest is recomputed in the backward pass. Forward bits are the modules' own, gradients equal to rounding.
 """
 
 from __future__ import annotations
@@ -20,12 +19,12 @@ from transformers.activations import SiLUActivation
 from heft_engine.model.packed_lm import PackedLM
 
 Forward = Callable[[Tensor], Tensor]
-#: What a gated activation is recognised by: every family that has all four multiplies them in the same way.
+#: Attributes of a gated MLP: every family that has all four multiplies them in the same way.
 _GATED = ("gate_proj", "up_proj", "down_proj", "act_fn")
 
 
 class RmsNorm(torch.autograd.Function):
-    """y = w · cast(x·r), r = 1/√(mean(x²) + ε) in float32, as in Llama. w is frozen.
+    """Computes y = w · cast(x·r), r = 1/√(mean(x²) + ε) in float32, as in Llama. w is frozen.
 
     With u = w ⊙ ∂L/∂y: ∂L/∂x = r·(u − x·r²·mean(u ⊙ x)).
     """
@@ -42,12 +41,12 @@ class RmsNorm(torch.autograd.Function):
         x, weight, rate = ctx.saved_tensors
         wide, inner = x.float(), (gradients[0] * weight).float()
         along = torch.linalg.vecdot(inner, wide)[..., None] * rate.pow(3).div_(-x.shape[-1])
-        # Out of place: in a float32 model both may be the very tensors that came in.
+        # Out of place: in a float32 model both may be the input tensors themselves.
         return torch.addcmul(inner * rate, wide, along).to(x.dtype), None, None
 
 
-class Again(torch.autograd.Function):
-    """function(x), of which nothing but x is kept."""
+class Recomputed(torch.autograd.Function):
+    """Computes function(x) and saves x alone."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, function: Callable[[Tensor], Tensor]) -> Tensor:
@@ -59,12 +58,12 @@ class Again(torch.autograd.Function):
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None]:
         (x,) = ctx.saved_tensors
         with torch.enable_grad():
-            own = x.detach().requires_grad_()
-            return torch.autograd.grad(ctx.function(own), own, gradients[0])[0], None
+            leaf = x.detach().requires_grad_()
+            return torch.autograd.grad(ctx.function(leaf), leaf, gradients[0])[0], None
 
 
-class Gated(torch.autograd.Function):
-    """activation(gate) ⊙ up."""
+class GatedActivation(torch.autograd.Function):
+    """Computes activation(gate) ⊙ up."""
 
     @staticmethod
     def forward(ctx: Any, gate: Tensor, up: Tensor, activation: Callable[[Tensor], Tensor]) -> Tensor:
@@ -76,63 +75,64 @@ class Gated(torch.autograd.Function):
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, Tensor, None]:
         gate, up = ctx.saved_tensors
         if isinstance(ctx.activation, (nn.SiLU, SiLUActivation)):
-            # The same kernel, without an autograd engine of its own: in short passes that costs more than the rest.
-            change = torch.ops.aten.silu_backward(gradients[0] * up, gate)
-            return change, F.silu(gate) * gradients[0], None
+            # The same kernel without a nested autograd call, which costs more than the rest in short passes.
+            grad_gate = torch.ops.aten.silu_backward(gradients[0] * up, gate)
+            return grad_gate, F.silu(gate) * gradients[0], None
         with torch.enable_grad():
-            own = gate.detach().requires_grad_()
-            active = ctx.activation(own)
-        (change,) = torch.autograd.grad(active, own, gradients[0] * up)
-        return change, active.detach() * gradients[0], None
+            leaf = gate.detach().requires_grad_()
+            active = ctx.activation(leaf)
+        (grad_gate,) = torch.autograd.grad(active, leaf, gradients[0] * up)
+        return grad_gate, active.detach() * gradients[0], None
 
 
 @contextmanager
 def low_memory_layers(lm: PackedLM) -> Iterator[None]:
-    """Inside, norms and gated activations keep less wherever gradients are computed."""
-    changed: list[nn.Module] = []
+    """Inside, norms and gated activations save less wherever gradients are computed."""
+    replaced: list[nn.Module] = []
     try:
         for module in lm.layers.modules():
-            lean = _lean(module)
-            if lean is not None:
-                module.forward = lean
-                changed.append(module)
+            forward = _low_memory_forward(module)
+            if forward is not None:
+                module.forward = forward
+                replaced.append(module)
         yield
     finally:
-        for module in changed:
+        for module in replaced:
             module.__dict__.pop("forward", None)
 
 
-def _lean(module: nn.Module) -> Forward | None:
-    plain = module.forward
+def _low_memory_forward(module: nn.Module) -> Forward | None:
+    """Returns a module's forward pass that saves less; None for a module that is neither a norm nor a gated MLP."""
+    original = module.forward
     if all(hasattr(module, name) for name in _GATED):
-        return _where_it_is_kept(plain, lambda x: _gated(module, x))
+        return _with_gradients(original, lambda x: _gated(module, x))
     if not type(module).__name__.endswith("RMSNorm") or not isinstance(module.weight, Tensor):
         return None
     epsilon = getattr(module, "variance_epsilon", None)
-    if epsilon is None or not _as_in_llama(module, epsilon):
-        return _where_it_is_kept(plain, lambda x: cast(Tensor, Again.apply(x, plain)))  # type: ignore[no-untyped-call]
+    if epsilon is None or not _has_bits_of_llama(module, epsilon):
+        return _with_gradients(original, lambda x: cast(Tensor, Recomputed.apply(x, original)))  # type: ignore[no-untyped-call]
     weight = module.weight
-    return _where_it_is_kept(
-        plain,
+    return _with_gradients(
+        original,
         lambda x: cast(Tensor, RmsNorm.apply(x, weight, epsilon)),  # type: ignore[no-untyped-call]
     )
 
 
-def _where_it_is_kept(plain: Forward, lean: Forward) -> Forward:
+def _with_gradients(original: Forward, low_memory: Forward) -> Forward:
     def forward(x: Tensor) -> Tensor:
-        return lean(x) if x.requires_grad and torch.is_grad_enabled() else plain(x)
+        return low_memory(x) if x.requires_grad and torch.is_grad_enabled() else original(x)
 
     return forward
 
 
 def _gated(module: Any, x: Tensor) -> Tensor:
     gate, up = module.gate_proj(x), module.up_proj(x)
-    return cast(Tensor, module.down_proj(Gated.apply(gate, up, module.act_fn)))  # type: ignore[no-untyped-call]
+    return cast(Tensor, module.down_proj(GatedActivation.apply(gate, up, module.act_fn)))  # type: ignore[no-untyped-call]
 
 
 @torch.no_grad()
-def _as_in_llama(module: nn.Module, epsilon: float) -> bool:
-    """Whether a norm's bits are `RmsNorm`'s."""
+def _has_bits_of_llama(module: nn.Module, epsilon: float) -> bool:
+    """Returns whether a norm has the bits of `RmsNorm`."""
     weight = cast(Tensor, module.weight)
     x = torch.linspace(-3, 5, 2 * len(weight), device=weight.device).to(weight.dtype).view(2, -1)
     return torch.equal(module(x), cast(Tensor, RmsNorm.apply(x, weight, epsilon)))  # type: ignore[no-untyped-call]

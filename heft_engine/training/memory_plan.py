@@ -1,11 +1,9 @@
-"""How much memory a stage will take, known before it starts, and how its passes are cut to fit.
+"""Predicts the memory of a stage before it starts, and chooses micro-batches that fit.
 
-What a pass keeps for its gradient is measured on a few made-up tokens, so it holds for every family, dtype and kind of
-stage, and then counted out for the rows as they will be packed. `batch_size` is no matter of memory here: a step is cut
-into passes that fit. What must fit is the longest row; when it does not, layers are computed twice (gradient
-checkpointing); when even that does not help, the stage fails before it starts and says which length would fit.
-
-It does NOT know stages beyond their parameters, nor files.
+The bytes that a forward pass saves for its gradient are measured on a few synthetic tokens, which holds for every
+family, dtype and adapter, and then added up for the rows as they will be packed. `batch_size` does not matter: a step
+is split into micro-batches that fit. The longest row must fit alone; if it does not, gradient checkpointing is switched
+on; if that does not help, the stage fails before it starts and says which length would fit.
 """
 
 from __future__ import annotations
@@ -26,19 +24,19 @@ from heft_engine.model.loss import supervised_loss
 from heft_engine.model.packed_lm import PackedLM
 from heft_engine.runtime import malloc
 
-#: Of what a pass keeps: its own results on the way, and the holes between them.
+#: Times the saved bytes: temporaries, and fragmentation.
 OVERHEAD = 1.35
-#: Machine code that oneDNN makes for the products of one length of pass, and for as many shapes as it keeps.
-_CODE_OF_A_LENGTH, _MOST_CODE = 16_000_000, 230_000_000
+#: Machine code that oneDNN compiles for the matrix products of one pass length, and for all that it caches.
+_CODE_PER_LENGTH, _MAX_CODE = 16_000_000, 230_000_000
 _PROBES = ((64,), (32, 32), (128,))
 _SMALLEST_LENGTH = 64
 
 
 @dataclass(frozen=True, kw_only=True)
 class Footprint:
-    """Bytes that a forward pass keeps for its gradient: fixed + per_token · Σn + per_square · Σn² over its rows.
+    """Bytes that a forward pass saves for its gradient: fixed + per_token · Σn + per_square · Σn² over its rows.
 
-    Attention's weights are the squares: of rows padded to STEP, and not of rows longer than `longest_square`.
+    The squares are attention weights, of rows padded to STEP; rows longer than `longest_square` save none.
     """
 
     fixed: float
@@ -51,7 +49,7 @@ class Footprint:
         return self.fixed + self.per_token * sum(lengths) + self.per_square * squares
 
     def longest(self, room: float) -> int:
-        """The longest row whose pass takes at most `room` bytes; 0 when none does."""
+        """Returns the longest row whose pass takes at most `room` bytes; 0 when none does."""
         low, high = 0, 1 << 20
         while low < high:
             middle = (low + high + 1) // 2
@@ -64,33 +62,33 @@ def _padded(length: int) -> int:
 
 
 def footprint(lm: PackedLM) -> Footprint:
-    """Measured on passes of 64 to 128 made-up tokens with whatever is trainable in the model now."""
-    one, two, long = (_kept(lm, lengths) for lengths in _PROBES)
-    # one − two: the same tokens, squares 4,096 and 2,048. long: twice the tokens, squares 16,384.
-    per_square = max(0.0, (one - two) / 2_048)
-    per_token = max(0.0, (long - one - per_square * (16_384 - 4_096)) / 64)
-    # With soft caps or windows, rows of every length have their weights kept.
+    """Returns the footprint, measured on passes of 64 to 128 synthetic tokens with the attached adapter."""
+    one_row, two_rows, long_row = (_saved_bytes(lm, lengths) for lengths in _PROBES)
+    # One row and two: the same tokens, squares 4,096 and 2,048. Long row: twice the tokens, squares 16,384.
+    per_square = max(0.0, (one_row - two_rows) / 2_048)
+    per_token = max(0.0, (long_row - one_row - per_square * (16_384 - 4_096)) / 64)
+    # With soft caps or windows, rows of every length save their attention weights.
     names = ("attn_logit_softcapping", "sliding_window")
     always = any(getattr(lm.config, name, None) is not None for name in names)
     return Footprint(
-        fixed=max(0.0, one - 64 * per_token - 4_096 * per_square),
+        fixed=max(0.0, one_row - 64 * per_token - 4_096 * per_square),
         per_token=per_token,
         per_square=per_square,
         longest_square=math.inf if always else LONGEST_MATRIX,
     )
 
 
-def _kept(lm: PackedLM, lengths: Sequence[int]) -> int:
-    """Bytes of all storages that a pass over rows of these lengths keeps, the model's own weights left out."""
-    own = {tensor.untyped_storage().data_ptr() for tensor in lm.model.state_dict().values()}
+def _saved_bytes(lm: PackedLM, lengths: Sequence[int]) -> int:
+    """Returns the bytes of all storages that a pass over rows of these lengths saves, without the model's weights."""
+    weights = {tensor.untyped_storage().data_ptr() for tensor in lm.model.state_dict().values()}
     sizes: dict[int, int] = {}
-    held: list[Tensor] = []
+    saved: list[Tensor] = []
 
     def pack(tensor: Tensor) -> Tensor:
         storage = tensor.untyped_storage()
-        if storage.data_ptr() not in own and storage.data_ptr() not in sizes:
+        if storage.data_ptr() not in weights and storage.data_ptr() not in sizes:
             sizes[storage.data_ptr()] = storage.nbytes()
-            held.append(tensor)  # so that no address is given out twice
+            saved.append(tensor)  # so that no address is reused
         return tensor
 
     examples = [Example(prompt=(1,) * n, answers=((1,),), labels=("",), gold=0) for n in lengths]
@@ -100,21 +98,21 @@ def _kept(lm: PackedLM, lengths: Sequence[int]) -> int:
 
 
 def code_bytes(lm: PackedLM, lengths: int) -> int:
-    """Of machine code for passes of so many lengths. For float32 another library has one for all of them."""
+    """Returns the bytes of machine code for passes of so many lengths. Float32 products need none per length."""
     if lm.device.type != "cpu" or lm.dtype == torch.float32:
         return 0
-    return min(_MOST_CODE, lengths * _CODE_OF_A_LENGTH)
+    return min(_MAX_CODE, lengths * _CODE_PER_LENGTH)
 
 
 def pass_bytes(lm: PackedLM, tokens: int) -> int:
-    """Of a pass without a gradient over so many tokens: the widest layer's intermediate results."""
-    wide = int(getattr(lm.config, "intermediate_size", 4 * lm.hidden_size))
-    return tokens * (8 * lm.hidden_size + 4 * wide) * lm.dtype.itemsize
+    """Returns the bytes of a pass without a gradient over so many tokens: the widest layer's intermediate results."""
+    width = int(getattr(lm.config, "intermediate_size", 4 * lm.hidden_size))
+    return tokens * (8 * lm.hidden_size + 4 * width) * lm.dtype.itemsize
 
 
 @dataclass(frozen=True, kw_only=True)
 class Fit:
-    """How a stage's passes are cut. `bytes`: of the largest pass, what it keeps."""
+    """A choice of micro-batches. bytes: saved by the largest pass."""
 
     token_budget: int
     checkpointing: bool
@@ -129,21 +127,21 @@ def fit(
     measured: Callable[[bool], Footprint],
     kind: str,
 ) -> Fit:
-    """The largest token budget of at most `most` whose passes fit into `room` bytes.
+    """Returns the largest token budget, at most `most`, whose passes fit into `room` bytes.
 
     largest(footprint, budget): bytes of the stage's largest pass. measured(checkpointing): the footprint.
     Raises TrainingError (out_of_memory) when the longest row does not fit alone.
     """
     for checkpointing in (False, True):
-        found, budget = measured(checkpointing), most
+        footprint, budget = measured(checkpointing), most
         while True:
-            needed = largest(found, budget)
+            needed = largest(footprint, budget)
             if needed <= room:
                 return Fit(token_budget=budget, checkpointing=checkpointing, bytes=int(needed))
             if budget <= longest_row:
                 break
             budget = max(budget // 2, 1)
-    length = found.longest(room)
+    length = footprint.longest(room)
     advice = (
         f"max_length {length} would fit"
         if length >= _SMALLEST_LENGTH
@@ -151,21 +149,21 @@ def fit(
     )
     message = (
         f"stage {kind} needs {needed / 1e9:.2g} GB for a row of {longest_row} tokens and {max(0.0, room) / 1e9:.2g} GB "
-        f"are free for it; {advice}. batch_size does not matter: a step is cut into passes that fit"
+        f"are free for it; {advice}. batch_size does not matter: a step is split into micro-batches that fit"
     )
     raise TrainingError(message, param="max_length", code="out_of_memory")
 
 
 @contextmanager
 def peak(device: torch.device) -> Iterator[Callable[[], int | None]]:
-    """Yields a function that tells the most this process has held since; None where the system does not say."""
+    """Yields a function that returns the peak memory of this process since, in bytes; None if that is unknown."""
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
         yield lambda: torch.cuda.max_memory_allocated(device)
         return
-    malloc.trim()  # what an earlier stage has left is none of it
+    malloc.trim()  # so that it does not count what an earlier stage left
     with suppress(OSError):
-        Path("/proc/self/clear_refs").write_text("5")  # sets VmHWM back to what is resident now
+        Path("/proc/self/clear_refs").write_text("5")  # resets VmHWM to what is resident now
     yield _highest_resident
 
 
@@ -178,5 +176,5 @@ def _highest_resident() -> int | None:
 
 
 def gradient_bytes(parameters: Sequence[Tensor]) -> int:
-    """Of the gradients and Adam's two moments."""
+    """Returns the bytes of the gradients and Adam's two moments."""
     return 3 * sum(parameter.numel() * parameter.element_size() for parameter in parameters)

@@ -204,7 +204,7 @@ def _train(
     def find_activations(examples: Sequence[Example]) -> StageActivations | None:
         if activations is None:
             return None
-        return activations.of(activation_key(inputs, state.adapters, stage, examples, activations.owner))
+        return activations.for_key(activation_key(inputs, state.adapters, stage, examples, activations.owner))
 
     with plan_stage(stage, options, earlier) as plan:
         output.emit(*run_events.stage_started(inputs.config, stage, plan))

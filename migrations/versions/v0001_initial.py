@@ -15,11 +15,9 @@ depends_on = None
 
 _STATES = ("validating_files", "queued", "running", "paused", "succeeded", "failed", "cancelled")
 
-# Python's guards protect a job from this code; the trigger protects it from a bug in this code, from an older
-# version of it that still runs elsewhere, and from a hand at a psql prompt. A job that has ended has told its
-# user so, a model may stand on it: it never changes again. Compared is the whole row, so that a column added
-# later is protected without anyone's having to think of it. What may still change says nothing of how the job
-# ended: trouble in cleaning up, and when a message was last sent.
+# The store's guards protect an ended job from its own code. This trigger also protects it from bugs, from an older
+# version that still runs elsewhere, and from a hand at a psql prompt. It compares the whole row, so that columns added
+# later are protected too. Free to change are columns that do not say how the job ended.
 _TERMINAL_GUARD = """\
 CREATE FUNCTION refuse_change_of_ended_job() RETURNS trigger LANGUAGE plpgsql AS $$
 DECLARE free CONSTANT text[] := ARRAY['cleanup_error', 'hinted_at'];

@@ -1,4 +1,4 @@
-"""What stages ended with, for later jobs of the same owner."""
+"""Results of stages, which later jobs of the same owner reuse."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Archives that failed may be asked for again; idempotency keys are found by their age."""
+"""Failed archives can be requested again; an index of idempotency keys by age."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Studies: several arms on the same data, each an ordinary job; and what jobs leave for comparisons."""
+"""Studies of several arms on the same data, and the per-row results of jobs that they compare."""
 
 from __future__ import annotations
 

@@ -9,24 +9,24 @@ down_revision = "0004"
 branch_labels = None
 depends_on = None
 
-#: Keys of `workers.info`, by their names before.
+#: Keys of `workers.info`: {old name: new name}.
 _INFO_KEYS = {"asks_for_room": "gpu_requested", "gave_room_to": "gpu_released_to"}
 
 
 def upgrade() -> None:
     op.alter_column("study_jobs", "told", new_column_name="reported_state")
-    for before, after in _INFO_KEYS.items():
-        _rename_info_key(before, after)
+    for old, new in _INFO_KEYS.items():
+        _rename_info_key(old, new)
 
 
 def downgrade() -> None:
-    for before, after in _INFO_KEYS.items():
-        _rename_info_key(after, before)
+    for old, new in _INFO_KEYS.items():
+        _rename_info_key(new, old)
     op.alter_column("study_jobs", "reported_state", new_column_name="told")
 
 
-def _rename_info_key(before: str, after: str) -> None:
+def _rename_info_key(old: str, new: str) -> None:
     op.execute(
-        f"UPDATE workers SET info = info - '{before}' || jsonb_build_object('{after}', info -> '{before}')"
-        f" WHERE info ? '{before}'"
+        f"UPDATE workers SET info = info - '{old}' || jsonb_build_object('{new}', info -> '{old}')"
+        f" WHERE info ? '{old}'"
     )

@@ -45,14 +45,14 @@ def finish_succeeded(
     claim: Claim,
     *,
     storage_key: str,
-    manifest: Mapping[str, str],
-    task: Mapping[str, Any],
-    evaluation: Mapping[str, Any] | None = None,
-    parity: Mapping[str, Any] | None = None,
+    manifest: dict[str, str],
+    task: dict[str, Any],
+    evaluation: dict[str, Any] | None = None,
+    parity: dict[str, Any] | None = None,
     trained_tokens: int | None = None,
     result_file: NewFile | None = None,
-    outcomes: Mapping[str, Any] | None = None,
-    costs: Sequence[Mapping[str, Any]] = (),
+    outcomes: dict[str, Any] | None = None,
+    costs: Sequence[dict[str, Any]] = (),
 ) -> Job:
     """Adds the model, whose files are durable under `storage_key`, and ends the job as succeeded.
 
@@ -61,43 +61,39 @@ def finish_succeeded(
     job = lock(session, claim)
     if job.cancel_requested_at is not None:
         return finish_attempt(session, claim, JobState.CANCELLED, cancelled(), "cancelled")
-    model_id = ids.model_id(
-        base=claim.spec.model, owner_id=claim.owner_id, suffix=claim.spec.suffix, job_id=claim.job_id
-    )
-    session.add(
-        FineTunedModel(
-            id=model_id,
-            owner_id=claim.owner_id,
-            job_id=claim.job_id,
-            kind="final",
-            base_model=claim.spec.model,
-            storage_key=storage_key,
-            manifest=dict(manifest),
-            task=dict(task),
-        )
-    )
+    model = _final_model(claim, storage_key, manifest, task)
+    session.add_all([model, Outcome(job_id=claim.job_id, outcomes=outcomes, costs=list(costs))])
     if result_file is not None:
         files.create_result(session, owner_id=claim.owner_id, file=result_file)
-    session.add(
-        Outcome(
-            job_id=claim.job_id,
-            outcomes=dict(outcomes) if outcomes is not None else None,
-            costs=[dict(cost) for cost in costs],
-        )
-    )
     values = {
-        "fine_tuned_model": model_id,
-        "evaluation": dict(evaluation) if evaluation is not None else None,
-        "parity": dict(parity) if parity is not None else None,
+        "fine_tuned_model": model.id,
+        "evaluation": evaluation,
+        "parity": parity,
         "trained_tokens": trained_tokens,
         "result_file_id": result_file.file_id if result_file is not None else None,
     }
     event = NewEvent(
         code="SUCCEEDED",
-        message=f"The job has succeeded; its model is {model_id}.",
-        data={"fine_tuned_model": model_id, "evaluation": values["evaluation"]},
+        message=f"The job has succeeded; its model is {model.id}.",
+        data={"fine_tuned_model": model.id, "evaluation": evaluation},
     )
     return finish_attempt(session, claim, JobState.SUCCEEDED, event, "succeeded", values)
+
+
+def _final_model(
+    claim: Claim, storage_key: str, manifest: dict[str, str], task: dict[str, Any]
+) -> FineTunedModel:
+    spec = claim.spec
+    return FineTunedModel(
+        id=ids.model_id(base=spec.model, owner_id=claim.owner_id, suffix=spec.suffix, job_id=claim.job_id),
+        owner_id=claim.owner_id,
+        job_id=claim.job_id,
+        kind="final",
+        base_model=spec.model,
+        storage_key=storage_key,
+        manifest=manifest,
+        task=task,
+    )
 
 
 def finish_failed(

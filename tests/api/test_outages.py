@@ -185,7 +185,7 @@ def frozen_postgres(socket_folder: Path) -> Iterator[None]:
 
 @pytest.mark.parametrize(
     ("slow", "told", "made"),
-    [("before COMMIT", "nothing was changed", 0), ("in COMMIT", "may or may not have done", 1)],
+    [("before COMMIT", "nothing was changed", 0), ("in COMMIT", "may or may not have been", 1)],
 )
 def test_a_caller_who_was_not_waited_for_is_told_what_is_known(
     sessions: SessionFactory, slow: str, told: str, made: int

@@ -14,7 +14,7 @@ import redis
 from fastapi import FastAPI
 from kombu import Connection
 
-from api.admission import LEAST_WAITING, Admission
+from api.admission import MIN_WAITING, Admission
 from api.app import create_app
 from store import keys, models
 from store.db.session import SessionFactory, transaction
@@ -156,7 +156,7 @@ def test_rows_that_nobody_answered_are_no_rate_and_some_may_always_wait() -> Non
             in_vain(fault)
     assert door.rate is not None
     assert door.rate < 1
-    with door.admit(1), door.admit(LEAST_WAITING - 1), pytest.raises(RateLimited):
+    with door.admit(1), door.admit(MIN_WAITING - 1), pytest.raises(RateLimited):
         door.admit(1).__enter__()
 
 

@@ -108,8 +108,8 @@ class Bench:
 
     def expire(self, job_id: str) -> None:
         """Let the lease of a job lie an hour back: the database's clock can't be turned."""
-        held = "id = :id AND lease_until IS NOT NULL"
-        self.sql(f"UPDATE jobs SET lease_until = now() - interval '1 hour' WHERE {held}", id=job_id)
+        claimed = "id = :id AND lease_until IS NOT NULL"
+        self.sql(f"UPDATE jobs SET lease_until = now() - interval '1 hour' WHERE {claimed}", id=job_id)
 
     def events(self, job_id: str) -> list[Event]:
         return self.do(

@@ -20,7 +20,7 @@ KEY = "heft_0123456789abcdef_s3cr3t-s3cr3t_s3cr3t"
 
 @pytest.fixture
 def lines(capsys: pytest.CaptureFixture[str]) -> Iterator[Callable[[], list[str]]]:
-    """What was logged since the last look."""
+    """The lines that were logged since the last call."""
     root = logging.getLogger()
     before, level = root.handlers[:], root.level
     # Handlers that pytest put there are no business of `configure`.
@@ -36,8 +36,8 @@ def test_json_lines_carry_the_ids(lines: Callable[[], list[str]]) -> None:
     log.info("outside")
     inside, outside = (json.loads(line) for line in lines())
     assert datetime.fromisoformat(inside.pop("time")).tzinfo is not None
-    told = {"level": "WARNING", "logger": "a.module", "message": "the message"}
-    assert inside == {**told, "job_id": "ftjob-1", "attempt": 2}
+    expected = {"level": "WARNING", "logger": "a.module", "message": "the message"}
+    assert inside == {**expected, "job_id": "ftjob-1", "attempt": 2}
     assert set(outside) == {"time", "level", "logger", "message"}
 
 
@@ -85,9 +85,9 @@ def test_secrets_are_blotted_out(
         raise ValueError(written)
     except ValueError:
         log.exception("%s", written)
-    told = "\n".join(lines())
-    assert secret not in told
-    assert "***" in told
+    output = "\n".join(lines())
+    assert secret not in output
+    assert "***" in output
 
 
 def test_a_database_error_shows_no_values(bench) -> None:

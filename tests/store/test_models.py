@@ -40,11 +40,13 @@ def test_a_result_is_found_by_its_owner_alone(bench) -> None:
 
 def test_whose_key_it_is_comes_before_whose_model(bench) -> None:
     final = bench.succeed(bench.running()).fine_tuned_model
-    own, other = (bench.do(keys.create, owner_id=owner, name="one who asks") for owner in (OWNER, "others"))
-    asker, model = bench.do(models.authorize, key=own, model_id=final)
+    key, other_key = (
+        bench.do(keys.create, owner_id=owner, name="one who asks") for owner in (OWNER, "others")
+    )
+    asker, model = bench.do(models.authorize, key=key, model_id=final)
     assert (asker.id, model.id) == (OWNER, final)
     with pytest.raises(NotFound):
-        bench.do(models.authorize, key=other, model_id=final)
+        bench.do(models.authorize, key=other_key, model_id=final)
     for model_id in (final, "unknown"):
         with pytest.raises(Unauthenticated):
             bench.do(models.authorize, key="nobody's", model_id=model_id)
@@ -83,8 +85,8 @@ def test_which_of_some_models_are_there(bench) -> None:
     bench.checkpoint(claim, 10, "stage")
     final = bench.succeed(claim).fine_tuned_model
     checkpoint = f"{final}:ckpt-lora"
-    asked = [final, checkpoint, "ft:unknown"]
-    assert bench.do(models.present, model_ids=asked) == {final, checkpoint}
+    ids = [final, checkpoint, "ft:unknown"]
+    assert bench.do(models.present, model_ids=ids) == {final, checkpoint}
     bench.do(models.delete, owner_id=OWNER, model_id=final)
-    assert bench.do(models.present, model_ids=asked) == {checkpoint}
+    assert bench.do(models.present, model_ids=ids) == {checkpoint}
     assert bench.do(models.present, model_ids=[]) == set()

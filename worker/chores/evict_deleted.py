@@ -22,7 +22,7 @@ class LoadedModels(Protocol):
     def fine_tuned(self) -> Sequence[str]:
         """Returns the ids of the fine-tuned models that are loaded."""
 
-    def forget(self, model_id: str) -> None:
+    def evict(self, model_id: str) -> None:
         """Evicts a model after the requests under way. Ignores unknown ids."""
 
 
@@ -39,4 +39,4 @@ def evict_deleted(context: Context, loaded: LoadedModels) -> None:
         existing = models.present(session, model_ids=model_ids)
     for model_id in model_ids:
         if model_id not in existing:
-            loaded.forget(model_id)
+            loaded.evict(model_id)

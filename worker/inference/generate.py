@@ -1,23 +1,16 @@
-"""Text for requests from the queue: each joins those that its model is writing already, and is told piece by piece.
+"""The task behind `/v1/completions` and `/v1/chat/completions`: texts are sent as they are generated.
 
-One thread writes (a pass at a time for all texts of a model, between other questions); the thread that Celery gives a
-request waits for its pieces and sends them on, those of a few hundredths of a second together. A request whose
-client has gone leaves the batch. It does NOT know owners, jobs or OpenAI's shapes.
+The batcher's thread generates, for all requests of a model together. The thread that Celery gives a request waits for
+its deltas and sends those of a few hundredths of a second in one reply.
 """
 
 from __future__ import annotations
 
-import json
-import logging
 import queue
 import time
 from collections.abc import Iterator
 
-from redis.exceptions import RedisError
-
-from heft_engine.errors import EngineError
 from heft_engine.serving.text_generator import TextDelta
-from store.errors import StoreError
 from store.messages.generate import (
     GeneratedPart,
     GeneratedToken,
@@ -26,111 +19,78 @@ from store.messages.generate import (
     GenerateReply,
     TopToken,
 )
-from store.messages.predict import REPLY_SECONDS, PredictFault
-from worker.inference.cancellations import LOOK_SECONDS
-from worker.inference.predict import Inference, RequestAbandoned, check_active, fault_of
-from worker.inference.text_requests import Heard, Texts, begin
+from worker.inference.models import Models
+from worker.inference.requests import POLL_SECONDS, OpenRequest, Requests
+from worker.inference.text_batch import IndexedDelta, TextBatch, start
 
-log = logging.getLogger(__name__)
-
-#: Pieces of a stream that come within so long of the last ones go out together.
-TOGETHER_SECONDS = 0.03
+#: Deltas that come within this time go out together.
+COALESCE_SECONDS = 0.03
 
 
-class Generation:
-    """Writes for each request from whatever thread it comes on, with the models that `inference` holds."""
+class GenerateHandler:
+    """Safe to call from many threads."""
 
-    def __init__(self, inference: Inference) -> None:
-        self._inference = inference
-        self._redis = inference.redis
-        self._cancelled = inference.cancelled
+    def __init__(self, models: Models, requests: Requests) -> None:
+        self._models = models
+        self._requests = requests
 
-    def answer(self, message: GenerateMessage) -> None:
-        """Write, or say why not; what nobody waits for any more is dropped."""
-        request_id = message["request_id"]
+    def handle(self, message: GenerateMessage) -> None:
+        """Answers a request, with its texts or with the error that prevents them."""
+        with self._requests.open(message) as request:
+            request.check_active()
+            with self._models.use(message["model"], "text") as predictor:
+                batch = start(predictor, message)
+                try:
+                    for reply in _replies(message, batch, request):
+                        request.reply(reply)
+                finally:
+                    for index in batch.unfinished:
+                        predictor.cancel((batch.request_id, index))
+
+
+def _replies(message: GenerateMessage, batch: TextBatch, request: OpenRequest) -> Iterator[GenerateReply]:
+    """Yields a request's replies, one where it is not streamed; the last has `done`. Raises what ended a text."""
+    parts: dict[int, GeneratedPart] = {}
+    completion_tokens: dict[int, int] = {}
+    while batch.unfinished:
+        for index, delta in _next_deltas(batch, request):
+            if isinstance(delta, Exception):
+                raise delta
+            _append(parts, index, delta)
+            completion_tokens[index] = delta.completion_tokens
+            if delta.finish_reason is not None:
+                batch.unfinished.discard(index)
+        if not batch.unfinished:
+            usage = GeneratedUsage(
+                prompt_tokens=batch.prompt_tokens, completion_tokens=sum(completion_tokens.values())
+            )
+            yield GenerateReply(request_id=batch.request_id, chunk=_chunk(parts), done=usage)
+            return
+        if message["stream"]:
+            yield GenerateReply(request_id=batch.request_id, chunk=_chunk(parts))
+            parts = {}
+        time.sleep(COALESCE_SECONDS)
+
+
+def _next_deltas(batch: TextBatch, request: OpenRequest) -> Iterator[IndexedDelta]:
+    """Waits for a delta, then yields all that are there. Raises RequestAbandoned."""
+    while True:
+        request.check_active()
         try:
-            with self._cancelled.waiting(request_id, sent_at=message["sent_at"]):
-                self._answer(message)
-        except RequestAbandoned:
-            log.info("nobody waits for %s any more", request_id)
-        except (EngineError, StoreError) as fault:
-            self._reply(message, GenerateReply(request_id=request_id, error=fault_of(fault)))
-        except Exception:
-            error = PredictFault(status=500, code="internal_error", message="the worker failed", param=None)
-            self._reply(message, GenerateReply(request_id=request_id, error=error))
-            raise
-
-    def _answer(self, message: GenerateMessage) -> None:
-        self._check_active(message)
-        with self._inference.holding(message["model"], "text") as predictor:
-            texts = begin(predictor, message)
-            unfinished = set(range(texts.count))
-            try:
-                for reply in self._replies(message, texts, unfinished):
-                    self._reply(message, reply)
-            finally:
-                for index in unfinished:
-                    predictor.cancel((texts.request_id, index))
-
-    def _replies(
-        self, message: GenerateMessage, texts: Texts, unfinished: set[int]
-    ) -> Iterator[GenerateReply]:
-        """All of a request's, the last with `done`. Raises what ended a text."""
-        whole: dict[int, GeneratedPart] = {}
-        written = dict.fromkeys(range(texts.count), 0)
-        while unfinished:
-            parts = whole if not message["stream"] else {}
-            for index, piece in self._next(message, texts.heard):
-                if isinstance(piece, Exception):
-                    raise piece
-                _add(parts, index, piece)
-                written[index] = piece.completion_tokens
-                if piece.finish_reason is not None:
-                    unfinished.discard(index)
-            if message["stream"] or not unfinished:
-                reply = GenerateReply(
-                    request_id=texts.request_id, chunk=[parts[index] for index in sorted(parts)]
-                )
-                if not unfinished:
-                    reply["done"] = GeneratedUsage(
-                        prompt_tokens=texts.prompt_tokens, completion_tokens=sum(written.values())
-                    )
-                yield reply
-            if unfinished:
-                time.sleep(TOGETHER_SECONDS)
-
-    def _next(self, message: GenerateMessage, heard: queue.SimpleQueue[Heard]) -> Iterator[Heard]:
-        """Waits for a piece, then takes all that are there. Raises RequestAbandoned."""
-        while True:
-            self._check_active(message)
-            try:
-                yield heard.get(timeout=LOOK_SECONDS)
-                break
-            except queue.Empty:
-                continue
-        while True:
-            try:
-                yield heard.get_nowait()
-            except queue.Empty:
-                return
-
-    def _check_active(self, message: GenerateMessage) -> None:
-        check_active(self._cancelled, message["request_id"], message["deadline"])
-
-    def _reply(self, message: GenerateMessage, reply: GenerateReply) -> None:
-        payload = json.dumps(reply, allow_nan=False)
+            yield batch.deltas.get(timeout=POLL_SECONDS)
+            break
+        except queue.Empty:
+            continue
+    while True:
         try:
-            with self._redis.pipeline() as pipe:
-                pipe.rpush(message["reply_to"], payload)
-                pipe.expire(message["reply_to"], REPLY_SECONDS)
-                pipe.execute()
-        except RedisError as fault:
-            log.warning("no answer to %s: the broker is away: %s", message["request_id"], fault)
+            yield batch.deltas.get_nowait()
+        except queue.Empty:
+            return
 
 
-def _add(parts: dict[int, GeneratedPart], index: int, piece: TextDelta) -> None:
+def _append(parts: dict[int, GeneratedPart], index: int, delta: TextDelta) -> None:
     part = parts.setdefault(index, GeneratedPart(index=index, text="", tokens=[], finish_reason=None))
-    part["text"] += piece.text
+    part["text"] += delta.text
     part["tokens"] += [
         GeneratedToken(
             bytes=list(token.token_bytes),
@@ -138,6 +98,10 @@ def _add(parts: dict[int, GeneratedPart], index: int, piece: TextDelta) -> None:
             top=[TopToken(bytes=list(spelling), logprob=value) for spelling, value in token.top_logprobs],
             offset=token.text_offset,
         )
-        for token in piece.tokens
+        for token in delta.tokens
     ]
-    part["finish_reason"] = piece.finish_reason
+    part["finish_reason"] = delta.finish_reason
+
+
+def _chunk(parts: dict[int, GeneratedPart]) -> list[GeneratedPart]:
+    return [parts[index] for index in sorted(parts)]

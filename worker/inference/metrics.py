@@ -90,14 +90,14 @@ class InferenceMetrics:
             "heft_models_held_bytes", "Memory of the models held.", ["kind"], registry=registry
         )
 
-    def queued(self, seconds: float) -> None:
+    def on_started(self, seconds: float) -> None:
         """A request's work begins, so long after it was sent."""
         self._queued.observe(max(0.0, seconds))  # clocks of two machines
 
-    def answered(self, seconds: float) -> None:
+    def on_answered(self, seconds: float) -> None:
         self._answered.observe(seconds)
 
-    def dropped(self) -> None:
+    def on_abandoned(self) -> None:
         self._dropped.inc()
 
     def on_pass(
@@ -113,7 +113,7 @@ class InferenceMetrics:
         for wait in waits:
             self._waited.observe(wait)
 
-    def held(self, kind: str, count: int, bytes: int) -> None:
+    def on_usage(self, kind: str, count: int, bytes: int) -> None:
         """Models in memory now, of one kind: `merged`, `shared`, `base`."""
         self._models.labels(kind).set(count)
         self._bytes.labels(kind).set(bytes)

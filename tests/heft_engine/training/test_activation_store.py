@@ -161,14 +161,14 @@ def test_a_damaged_one_and_one_that_is_too_large_cost_time_alone(
 
 
 def test_one_is_kept_where_it_pays_and_none_as_good_is_there(folder: ActivationStore) -> None:
-    prefills = folder.of("key")
+    entries = folder.for_key("key")
     states, kept = [torch.full((4, 2), float(depth)) for depth in range(3)], torch.zeros(6)
 
     def keep(depths: int, seconds: float) -> None:
-        prefills.keep(2, states[:depths], kept, seconds)
+        entries.put(2, states[:depths], kept, seconds)
 
     def reaches(layer: int) -> bool:
-        return prefills.find(layer, 4, 2, torch.float32) is not None
+        return entries.find(layer, 4, 2, torch.float32) is not None
 
     keep(2, seconds=1e-7)  # 88 bytes
     assert not reaches(2), "computing it again is quicker than any disk"
@@ -177,7 +177,7 @@ def test_one_is_kept_where_it_pays_and_none_as_good_is_there(folder: ActivationS
     keep(1, seconds=1.0)
     assert reaches(3), "the deeper one stays"
     keep(3, seconds=1.0)
-    found = prefills.find(4, 4, 2, torch.float32)
+    found = entries.find(4, 4, 2, torch.float32)
     assert found is not None
     assert torch.equal(found.states[4 - found.first], states[2])
 

@@ -55,10 +55,10 @@ def test_a_connection_that_the_server_ended_is_unavailable_once(bench) -> None:
 def test_a_pool_that_is_empty_is_unavailable(database_url: str) -> None:
     engine = make_engine(database_url, pool_size=1)
     factory = session_factory(engine)
-    held = [engine.connect() for _ in range(2)]
+    connections = [engine.connect() for _ in range(2)]
     with pytest.raises(Unavailable), transaction(factory) as session:
         session.execute(text("SELECT 1"))
-    for connection in held:
+    for connection in connections:
         connection.close()
     engine.dispose()
 
@@ -86,9 +86,9 @@ def test_what_stands_in_a_row_does_not_stand_in_an_error(bench, statement: str) 
     bench.job()
     with pytest.raises(exc.DBAPIError) as caught:
         bench.sql(statement, value=_VALUE)
-    told = "".join(traceback.format_exception(caught.value))
-    assert _VALUE not in told
-    assert type(caught.value.orig).__name__ in told
+    report = "".join(traceback.format_exception(caught.value))
+    assert _VALUE not in report
+    assert type(caught.value.orig).__name__ in report
 
 
 def test_rows_stay_readable_after_their_transaction(bench) -> None:

@@ -61,9 +61,9 @@ def test_a_job_needs_files_of_its_owner(bench, field: str, why: str) -> None:
 @pytest.mark.parametrize("job_id", ["foreign", "ftjob-unknown"])
 def test_another_owners_job_is_not_found(bench, ask, job_id: str) -> None:
     foreign = bench.job(owner_id="others")
-    wanted = foreign.id if job_id == "foreign" else job_id
+    requested_id = foreign.id if job_id == "foreign" else job_id
     with pytest.raises(NotFound) as refused:
-        bench.do(ask, owner_id=OWNER, job_id=wanted)
+        bench.do(ask, owner_id=OWNER, job_id=requested_id)
     assert refused.value.code == "job_not_found"
     assert bench.get(foreign.id).state == JobState.VALIDATING_FILES
 
@@ -74,7 +74,7 @@ def test_events_of_another_owners_job_are_not_found(bench) -> None:
 
 
 def test_pages_are_newest_first_and_miss_nothing(bench) -> None:
-    made = [bench.job().id for _ in range(5)]
+    job_ids = [bench.job().id for _ in range(5)]
     bench.job(owner_id="others")
     bench.sql("UPDATE jobs SET created_at = '2026-01-01'")  # all at once: the id decides
     seen: list[str] = []
@@ -85,27 +85,27 @@ def test_pages_are_newest_first_and_miss_nothing(bench) -> None:
             break
         bench.job()  # a newer one does not shift the pages that follow
         page = bench.do(jobs.list_page, owner_id=OWNER, limit=2, after=seen[-1])
-    assert seen == sorted(made, reverse=True)
+    assert seen == sorted(job_ids, reverse=True)
 
 
 def test_a_page_after_an_unknown_or_foreign_job_is_refused(bench) -> None:
-    for after in ("ftjob-unknown", bench.job(owner_id="others").id):
+    for cursor in ("ftjob-unknown", bench.job(owner_id="others").id):
         with pytest.raises(InvalidRequest) as refused:
-            bench.do(jobs.list_page, owner_id=OWNER, after=after)
+            bench.do(jobs.list_page, owner_id=OWNER, after=cursor)
         assert refused.value.param == "after"
 
 
 def test_jobs_are_found_by_their_metadata(bench) -> None:
     both = bench.job(metadata={"team": "a", "run": "1"})
-    one = bench.job(metadata={"team": "a"})
+    first = bench.job(metadata={"team": "a"})
     bench.job(metadata={"team": "b"})
 
-    def found(**metadata: str) -> list[str]:
+    def ids(**metadata: str) -> list[str]:
         return [job.id for job in bench.do(jobs.list_page, owner_id=OWNER, metadata=metadata).items]
 
-    assert found(team="a") == [one.id, both.id]
-    assert found(team="a", run="1") == [both.id]
-    assert found(team="c") == []
+    assert ids(team="a") == [first.id, both.id]
+    assert ids(team="a", run="1") == [both.id]
+    assert ids(team="c") == []
 
 
 def test_events_are_listed_latest_first_and_streamed_in_order(bench) -> None:

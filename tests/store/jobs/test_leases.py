@@ -36,14 +36,14 @@ WRITES = {
 def test_a_claim_takes_a_lease_and_raises_the_attempt(bench) -> None:
     job = bench.queued()
     claim = bench.claim(job.id, worker_id="worker-7")
-    held = bench.get(job.id)
-    assert (held.state, held.attempt, held.worker_id) == (JobState.RUNNING, 2, "worker-7")
+    claimed = bench.get(job.id)
+    assert (claimed.state, claimed.attempt, claimed.worker_id) == (JobState.RUNNING, 2, "worker-7")
     assert claim.attempt == 2  # the first was the checking of its files
     assert claim.spec == bench.spec
     assert claim.checkpoints == ()
-    assert held.started_at is not None
-    assert held.lease_until is not None
-    assert 50 < (held.lease_until - held.started_at).total_seconds() <= 60
+    assert claimed.started_at is not None
+    assert claimed.lease_until is not None
+    assert 50 < (claimed.lease_until - claimed.started_at).total_seconds() <= 60
     assert bench.attempt(job.id, 2).worker_id == "worker-7"
     assert bench.outcomes(job.id) == ["prepared", None]
 
@@ -90,8 +90,8 @@ def test_a_stale_attempt_can_write_nothing(bench, write: str, stale: str) -> Non
     before = bench.get(job_id)
     with pytest.raises(LostFence):
         WRITES[write](bench, claim)
-    after = bench.get(job_id)
-    assert (after.state, after.attempt, after.event_seq, after.lease_until) == (
+    unchanged = bench.get(job_id)
+    assert (unchanged.state, unchanged.attempt, unchanged.event_seq, unchanged.lease_until) == (
         before.state,
         before.attempt,
         before.event_seq,
@@ -149,6 +149,18 @@ def test_two_step_checkpoints_are_kept_the_newest_first(bench) -> None:
     bench.do(endings.release, claim)
     again = bench.claim(claim.job_id)
     assert [checkpoint.step for checkpoint in again.checkpoints] == [30, 20]
+
+
+def test_a_checkpoint_has_its_metrics(bench) -> None:
+    claim = bench.running()
+    metrics = {"step": 20, "train_loss": 0.25, "valid_loss": 0.5}
+    bench.checkpoint(claim, 10)
+    bench.checkpoint(claim, 20, "stage", metrics=metrics)
+    bench.checkpoint(claim, 20, "stage", metrics={"train_loss": 9.0})  # committed already
+    rows = bench.sql("SELECT step, metrics FROM checkpoints ORDER BY step")
+    assert [(row.step, row.metrics) for row in rows] == [(10, {}), (20, metrics)]
+    page = bench.do(jobs.list_checkpoints, owner_id=OWNER, job_id=claim.job_id)
+    assert [checkpoint.metrics for checkpoint in page.items] == [metrics]
 
 
 def test_a_stage_end_is_newer_than_the_step_before_it_and_stays(bench) -> None:

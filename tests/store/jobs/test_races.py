@@ -54,8 +54,8 @@ def test_of_eight_workers_one_gets_the_job(bench) -> None:
 
         claims = together(*(partial(claim, number) for number in range(8)))
         [winner] = [claim for claim in claims if claim is not None]
-        held = bench.get(job.id)
-        assert (held.attempt, held.worker_id) == (winner.attempt, winner.worker_id)
+        claimed = bench.get(job.id)
+        assert (claimed.attempt, claimed.worker_id) == (winner.attempt, winner.worker_id)
         assert bench.outcomes(job.id) == ["prepared", None]
 
 
@@ -152,8 +152,8 @@ def test_eight_equal_requests_make_one_job(bench) -> None:
                     jobs.create(session, owner_id=OWNER, spec=bench.spec, job_id=reserved.resource_id)
                 return jobs.get(session, owner_id=OWNER, job_id=reserved.resource_id).id
 
-        made = together(*[create] * 8)
-        assert len(set(made)) == 1
+        job_ids = together(*[create] * 8)
+        assert len(set(job_ids)) == 1
     assert len(bench.sql("SELECT 1 FROM jobs")) == 3
 
 
@@ -195,16 +195,16 @@ def test_a_job_waits_for_the_deletion_of_its_file_and_is_refused(bench) -> None:
 
 
 def test_jobs_on_the_same_files_do_not_deadlock(bench) -> None:
-    one, two = bench.file(), bench.file()
+    first_file, second_file = bench.file(), bench.file()
     specs = [
         bench.spec.model_copy(update={"training_file": first, "validation_file": second})
-        for first, second in ((one, two), (two, one)) * 3
+        for first, second in ((first_file, second_file), (second_file, first_file)) * 3
     ]
-    made = together(
+    results = together(
         *(lambda s=s: bench.do(jobs.create, owner_id=OWNER, spec=s) for s in specs),
-        lambda: bench.do(files.delete, owner_id=OWNER, file_id=one),
+        lambda: bench.do(files.delete, owner_id=OWNER, file_id=first_file),
     )
-    assert all(not isinstance(result, StoreError) or isinstance(result, InvalidRequest) for result in made)
+    assert all(not isinstance(result, StoreError) or isinstance(result, InvalidRequest) for result in results)
     assert len(bench.sql("SELECT 1 FROM jobs")) == sum(
-        not isinstance(result, StoreError) for result in made[:-1]
+        not isinstance(result, StoreError) for result in results[:-1]
     )

@@ -24,11 +24,11 @@ def test_a_hint_that_was_lost_is_sent_again_once_it_is_stale(bench) -> None:
 
 
 def test_a_long_queue_is_hinted_from_its_oldest_end(bench) -> None:
-    made = [bench.queued().id for _ in range(4)]
-    assert bench.do(reconcile.sweep, stale_seconds=0, limit=2) == [(id, "train") for id in made[:2]]
-    assert bench.do(reconcile.sweep, stale_seconds=0, limit=2) == [(id, "train") for id in made[:2]]
-    bench.claim(made[0])
-    assert bench.do(reconcile.sweep, stale_seconds=0, limit=2) == [(id, "train") for id in made[1:3]]
+    job_ids = [bench.queued().id for _ in range(4)]
+    assert bench.do(reconcile.sweep, stale_seconds=0, limit=2) == [(id, "train") for id in job_ids[:2]]
+    assert bench.do(reconcile.sweep, stale_seconds=0, limit=2) == [(id, "train") for id in job_ids[:2]]
+    bench.claim(job_ids[0])
+    assert bench.do(reconcile.sweep, stale_seconds=0, limit=2) == [(id, "train") for id in job_ids[1:3]]
 
 
 def test_a_job_in_its_pause_after_a_death_is_not_hinted(bench) -> None:

@@ -42,8 +42,8 @@ def test_openais_hyperparameters_go_to_every_stage() -> None:
 
 
 def test_what_is_stored_is_read_back_equal() -> None:
-    one = spec(method={"type": "heft", "heft": {"lora": {"rank": 2}, "reft": {"layers": 3}}}, suffix="x")
-    assert TrainingSpec.model_validate(one.model_dump(mode="json")) == one
+    full = spec(method={"type": "heft", "heft": {"lora": {"rank": 2}, "reft": {"layers": 3}}}, suffix="x")
+    assert TrainingSpec.model_validate(full.model_dump(mode="json")) == full
 
 
 @pytest.mark.parametrize(("stored", "read"), [({}, True), ({"reuse": True}, True), ({"reuse": False}, False)])

@@ -37,12 +37,12 @@ def test_what_a_user_asks(bench, wish: str, state: JobState) -> None:
     ask, leads_to = ASKED[wish]
     job = bench.in_state(state)
     try:
-        after = bench.do(ask, owner_id=OWNER, job_id=job.id).state
+        reached = bench.do(ask, owner_id=OWNER, job_id=job.id).state
     except Conflict:
         assert state not in leads_to
         assert bench.get(job.id).state == state
     else:
-        assert after == leads_to[state] == bench.get(job.id).state
+        assert reached == leads_to[state] == bench.get(job.id).state
 
 
 def test_the_table_of_transitions_is_closed() -> None:
@@ -59,10 +59,10 @@ def test_a_job_moves_along_the_table_and_no_other_way(bench, state: JobState) ->
         event = NewEvent(code="RESTARTED", message="moved")
         moved = bench.do(move, Job.id == job.id, target, event)
         assert (moved is not None) == (target in TRANSITIONS[state])
-        after = bench.get(job.id)
-        assert after.state == (target if moved else state)
-        assert after.event_seq == job.event_seq + (moved is not None)
-        assert (after.finished_at is not None) == (after.state in TERMINAL)
+        changed = bench.get(job.id)
+        assert changed.state == (target if moved else state)
+        assert changed.event_seq == job.event_seq + (moved is not None)
+        assert (changed.finished_at is not None) == (changed.state in TERMINAL)
 
 
 class Life:
@@ -145,15 +145,15 @@ def test_a_random_life_takes_only_allowed_steps(bench, is_running, operations) -
                 before.event_seq,
             )
             continue
-        after = bench.get(life.job_id)
-        assert after.state == before.state or JobState(after.state) in TRANSITIONS[JobState(before.state)]
-        assert after.attempt >= before.attempt
+        current = bench.get(life.job_id)
+        assert current.state == before.state or JobState(current.state) in TRANSITIONS[JobState(before.state)]
+        assert current.attempt >= before.attempt
         if before.state in TERMINAL:
-            assert after.event_seq == before.event_seq
-        held = after.lease_until is not None
-        assert held == (after.worker_id is not None)
-        assert held or after.state != R
-        before = after
+            assert current.event_seq == before.event_seq
+        is_claimed = current.lease_until is not None
+        assert is_claimed == (current.worker_id is not None)
+        assert is_claimed or current.state != R
+        before = current
     assert [event.seq for event in bench.events(life.job_id)] == list(range(1, before.event_seq + 1))
     finals = [code for code in bench.codes(life.job_id) if code in ("SUCCEEDED", "FAILED", "CANCELLED")]
     assert finals == ([before.state.upper()] if before.state in TERMINAL else [])
@@ -183,8 +183,8 @@ def test_the_database_itself_refuses_to_change_a_job_that_has_ended(bench, state
     for change in CHANGES:
         with pytest.raises(exc.IntegrityError, match=f"has ended \\({state}\\)"):
             bench.sql(f"UPDATE jobs SET {change}")
-    after = bench.get(job.id)
-    assert (after.state, after.attempt, after.event_seq) == (state, job.attempt, job.event_seq)
+    unchanged = bench.get(job.id)
+    assert (unchanged.state, unchanged.attempt, unchanged.event_seq) == (state, job.attempt, job.event_seq)
 
 
 def test_what_says_nothing_of_the_end_may_change(bench) -> None:

@@ -14,16 +14,16 @@ def test_jobs_are_counted_by_state_and_the_oldest_that_waits_is_told(bench) -> N
     bench.succeed(bench.running())
     bench.do(jobs.request_cancel, owner_id="team", job_id=bench.job().id)
     bench.sql("UPDATE jobs SET created_at = now() - interval '90 seconds' WHERE id = :id", id=old.id)
-    found = bench.do(job_statistics.jobs)
-    assert found.by_state == dict.fromkeys(JobState, 0) | {
+    statistics = bench.do(job_statistics.jobs)
+    assert statistics.by_state == dict.fromkeys(JobState, 0) | {
         "validating_files": 1,
         "queued": 2,
         "succeeded": 1,
         "cancelled": 1,
     }
-    assert 90 <= found.waiting_seconds["queued"] < 120
-    assert 0 <= found.waiting_seconds["validating_files"] < 60
-    assert (found.step_seconds, found.tokens_per_second) == ({}, {})
+    assert 90 <= statistics.waiting_seconds["queued"] < 120
+    assert 0 <= statistics.waiting_seconds["validating_files"] < 60
+    assert (statistics.step_seconds, statistics.tokens_per_second) == ({}, {})
 
 
 def test_running_jobs_are_as_fast_as_they_say(bench) -> None:
@@ -45,6 +45,6 @@ def test_running_jobs_are_as_fast_as_they_say(bench) -> None:
             },
         )
     bench.running()  # has said nothing yet
-    found = bench.do(job_statistics.jobs)
-    assert found.step_seconds == {"reft": 4.0}
-    assert found.tokens_per_second == {"reft": 200.0}
+    statistics = bench.do(job_statistics.jobs)
+    assert statistics.step_seconds == {"reft": 4.0}
+    assert statistics.tokens_per_second == {"reft": 200.0}

@@ -50,7 +50,7 @@ def artifacts(request: pytest.FixtureRequest, artifacts_url: str) -> Artifacts:
 
 @pytest.fixture
 def folder(tmp_path: Path) -> Path:
-    """What a trainer leaves: files in folders, one of them empty."""
+    """Files in folders, one of them empty, as a trainer writes them."""
     folder = tmp_path / "checkpoint"
     (folder / "bundle" / "reft").mkdir(parents=True)
     (folder / "state.bin").write_bytes(os.urandom(3_000_000))

@@ -23,12 +23,12 @@ def test_a_file_is_its_owners(bench) -> None:
 
 
 def test_a_deleted_file_is_hidden_at_once(bench) -> None:
-    kept, gone = bench.file(), bench.file()
+    visible, gone = bench.file(), bench.file()
     bench.do(files.delete, owner_id=OWNER, file_id=gone)
     for call in (files.get, files.delete):
         with pytest.raises(NotFound):
             bench.do(call, owner_id=OWNER, file_id=gone)
-    assert [file.id for file in bench.do(files.list_page, owner_id=OWNER).items] == [kept]
+    assert [file.id for file in bench.do(files.list_page, owner_id=OWNER).items] == [visible]
 
 
 def test_the_bytes_of_a_deleted_file_stay_while_a_job_needs_them(bench) -> None:
@@ -43,16 +43,16 @@ def test_the_bytes_of_a_deleted_file_stay_while_a_job_needs_them(bench) -> None:
 
 
 def test_pages_go_both_ways_and_past_deleted_files(bench) -> None:
-    made = [bench.file() for _ in range(4)]
+    file_ids = [bench.file() for _ in range(4)]
     result = bench.file(purpose=files.RESULTS_PURPOSE)
     newest = bench.do(files.list_page, owner_id=OWNER, limit=2)
-    assert [file.id for file in newest.items] == [result, made[3]]
+    assert [file.id for file in newest.items] == [result, file_ids[3]]
     assert newest.has_more
-    bench.do(files.delete, owner_id=OWNER, file_id=made[3])  # the place in the list is not lost with it
-    rest = bench.do(files.list_page, owner_id=OWNER, after=made[3])
-    assert [file.id for file in rest.items] == [made[2], made[1], made[0]]
-    oldest = bench.do(files.list_page, owner_id=OWNER, order="asc", after=made[0], purpose="fine-tune")
-    assert [file.id for file in oldest.items] == [made[1], made[2]]
+    bench.do(files.delete, owner_id=OWNER, file_id=file_ids[3])  # the place in the list is not lost with it
+    rest = bench.do(files.list_page, owner_id=OWNER, after=file_ids[3])
+    assert [file.id for file in rest.items] == [file_ids[2], file_ids[1], file_ids[0]]
+    oldest = bench.do(files.list_page, owner_id=OWNER, order="asc", after=file_ids[0], purpose="fine-tune")
+    assert [file.id for file in oldest.items] == [file_ids[1], file_ids[2]]
     with pytest.raises(InvalidRequest) as refused:
-        bench.do(files.list_page, owner_id="others", after=made[0])
+        bench.do(files.list_page, owner_id="others", after=file_ids[0])
     assert refused.value.param == "after"

@@ -1,4 +1,4 @@
-"""What nothing needs is deleted from storage, and what something needs never is."""
+"""Garbage collection: unneeded bytes are deleted from storage, needed ones never."""
 
 from __future__ import annotations
 

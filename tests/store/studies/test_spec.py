@@ -1,4 +1,4 @@
-"""What a study asks for, and what is refused by the field's name before anything is queued."""
+"""Settings of studies, their arms, and errors that name the request's field."""
 
 from __future__ import annotations
 
@@ -27,8 +27,8 @@ BASE = BaseModelInfo(n_layers=30, hidden_size=576)
 
 
 def spec(**changes: Any) -> StudySpec:
-    given = {"name": "s", "model": "smollm2-135m", "training_file": "file-a", "test_file": "file-b"}
-    return StudySpec.model_validate(given | changes)
+    defaults = {"name": "s", "model": "smollm2-135m", "training_file": "file-a", "test_file": "file-b"}
+    return StudySpec.model_validate(defaults | changes)
 
 
 def arms(base: BaseModelInfo | None = BASE, **changes: Any) -> list[PlannedArm]:
@@ -36,21 +36,21 @@ def arms(base: BaseModelInfo | None = BASE, **changes: Any) -> list[PlannedArm]:
 
 
 def refused(base: BaseModelInfo | None = BASE, **changes: Any) -> str | None:
-    with pytest.raises(InvalidRequest) as found:
+    with pytest.raises(InvalidRequest) as refusal:
         arms(base, **changes)
-    return found.value.param
+    return refusal.value.param
 
 
 SPACE = {"reft.rank": [2, 4, 8], "reft.learning_rate": {"low": 1e-5, "high": 1e-3, "log": True}}
 
 
 def search(**changes: Any) -> dict[str, Any]:
-    """What a search needs besides a name and a model."""
+    """Settings of a search, besides name and model."""
     return {"validation_file": "file-v", "search": {"space": SPACE, "budget": 10, **changes}}
 
 
 def tasks(**changes: Any) -> dict[str, Any]:
-    """What cross_task needs besides a name and a model."""
+    """Settings of cross_task, besides name and model."""
     task = {"training_file": "file-a", "test_file": "file-b"}
     named = [{"name": "boolq", **task}, {"name": "sst2", **task, "task": {"type": "choice"}, **changes}]
     return {"preset": "cross_task", "tasks": named, "training_file": None, "test_file": None}
@@ -61,20 +61,20 @@ def stages(arm: PlannedArm) -> list[tuple[str, int]]:
 
 
 def test_a_grid_is_every_combination() -> None:
-    found = arms(grid={"reft.layers": [10, 15, 20], "reft.rank": [2, 4, 8]})
-    assert [arm.name for arm in found][:4] == [
+    planned = arms(grid={"reft.layers": [10, 15, 20], "reft.rank": [2, 4, 8]})
+    assert [arm.name for arm in planned][:4] == [
         "reft.layers=10 reft.rank=2",
         "reft.layers=10 reft.rank=4",
         "reft.layers=10 reft.rank=8",
         "reft.layers=15 reft.rank=2",
     ]
-    settings = [(arm.spec.stages()[1].layers, arm.spec.stages()[1].rank) for arm in found]
+    settings = [(arm.spec.stages()[1].layers, arm.spec.stages()[1].rank) for arm in planned]
     assert settings == [([layer], rank) for layer in (10, 15, 20) for rank in (2, 4, 8)]
 
 
 def test_a_grid_varies_the_studys_method() -> None:
-    found = arms(method={"type": "lora", "lora": {"n_epochs": 5}}, grid={"lora.rank": [4, 8]})
-    assert [(stages(arm), arm.spec.stages()[0].rank) for arm in found] == [
+    planned = arms(method={"type": "lora", "lora": {"n_epochs": 5}}, grid={"lora.rank": [4, 8]})
+    assert [(stages(arm), arm.spec.stages()[0].rank) for arm in planned] == [
         ([("lora", 5)], 4),
         ([("lora", 5)], 8),
     ]
@@ -82,16 +82,16 @@ def test_a_grid_varies_the_studys_method() -> None:
 
 def test_a_grid_reaches_the_stages_of_a_recipe_and_settings_of_the_job() -> None:
     recipe = {"type": "recipe", "recipe": {"stages": [{"type": "reft"}, {"type": "reft"}]}}
-    found = arms(method=recipe, grid={"stages.1.rank": [2], "max_length": [64, 128]})
-    assert [arm.spec.max_length for arm in found] == [64, 128]
-    assert [stage.rank for stage in found[0].spec.stages()] == [4, 2]
+    planned = arms(method=recipe, grid={"stages.1.rank": [2], "max_length": [64, 128]})
+    assert [arm.spec.max_length for arm in planned] == [64, 128]
+    assert [stage.rank for stage in planned[0].spec.stages()] == [4, 2]
 
 
 def test_an_arm_changes_a_few_settings() -> None:
-    own = {"type": "reft", "reft": {"n_epochs": 7}}
-    found = arms(arms=[{"name": "a", "set": {"lora.rank": 2}}, {"name": "b", "method": own}])
-    assert [stages(arm) for arm in found] == [[("lora", 3), ("reft", 3)], [("reft", 7)]]
-    assert found[0].spec.stages()[0].rank == 2
+    reft = {"type": "reft", "reft": {"n_epochs": 7}}
+    planned = arms(arms=[{"name": "a", "set": {"lora.rank": 2}}, {"name": "b", "method": reft}])
+    assert [stages(arm) for arm in planned] == [[("lora", 3), ("reft", 3)], [("reft", 7)]]
+    assert planned[0].spec.stages()[0].rank == 2
 
 
 def test_a_budget_draws_from_the_grid_the_same_ones_each_time() -> None:
@@ -211,61 +211,61 @@ def test_a_request_of_the_wrong_form_is_refused(path: str, changes: dict[str, An
 
 
 def test_a_search_begins_with_as_many_trials_as_run_at_a_time() -> None:
-    found = arms(**search(parallel=3), baseline="as it is")
-    assert [arm.name.split(":")[0] for arm in found] == ["as it is", "trial 1", "trial 2", "trial 3"]
-    assert found[0].spec.stages()[1].learning_rate == "auto"
-    for arm in found[1:]:
+    planned = arms(**search(parallel=3), baseline="as it is")
+    assert [arm.name.split(":")[0] for arm in planned] == ["as it is", "trial 1", "trial 2", "trial 3"]
+    assert planned[0].spec.stages()[1].learning_rate == "auto"
+    for arm in planned[1:]:
         assert arm.trial is not None
         stage = arm.spec.stages()[1]
         assert arm.trial.params == {"reft.rank": stage.rank, "reft.learning_rate": stage.learning_rate}
         assert 1e-5 <= stage.learning_rate <= 1e-3
     again = arms(**search(parallel=3), baseline="as it is")
-    assert [arm.name for arm in again] == [arm.name for arm in found]
-    assert [arm.name for arm in arms(**search(parallel=3), seeds=[7])] != [arm.name for arm in found[1:]]
+    assert [arm.name for arm in again] == [arm.name for arm in planned]
+    assert [arm.name for arm in arms(**search(parallel=3), seeds=[7])] != [arm.name for arm in planned[1:]]
     assert len(arms(**search(budget=1, parallel=3))) == 1
     assert len(arms(**search(space={"reft.rank": [2, 4]}, parallel=5))) == 2
 
 
 def test_a_point_that_can_not_be_is_no_first_trial() -> None:
-    found = arms(**search(space={"reft.layers": {"low": 0, "high": 59}}, parallel=10))
-    assert len(found) == 10
-    assert all(arm.spec.stages()[1].layers[0] < 30 for arm in found)
+    planned = arms(**search(space={"reft.layers": {"low": 0, "high": 59}}, parallel=10))
+    assert len(planned) == 10
+    assert all(arm.spec.stages()[1].layers[0] < 30 for arm in planned)
 
 
 def test_what_can_not_be_later_is_left_out_with_a_reason() -> None:
-    asked = spec(**search(space={"reft.layers": {"low": 0, "high": 59}})).completed()
-    kept = trial_json(asked, Trial(number=4, params={"reft.layers": 31}), BASE)
-    assert kept["name"] == "trial 4: reft.layers=31"
-    assert kept["trial"]["state"] == "pruned"
-    assert kept["trial"]["reason"] == "there is no layer 31: the model has layers 0 to 29"
-    assert trial_json(asked, Trial(number=4, params={"reft.layers": 29}), BASE)["trial"]["state"] == "running"
+    study = spec(**search(space={"reft.layers": {"low": 0, "high": 59}})).completed()
+    arm = trial_json(study, Trial(number=4, params={"reft.layers": 31}), BASE)
+    assert arm["name"] == "trial 4: reft.layers=31"
+    assert arm["trial"]["state"] == "pruned"
+    assert arm["trial"]["reason"] == "there is no layer 31: the model has layers 0 to 29"
+    assert trial_json(study, Trial(number=4, params={"reft.layers": 29}), BASE)["trial"]["state"] == "running"
 
 
 def test_a_trial_is_the_mean_over_its_seeds_and_fails_with_any_of_them() -> None:
     planned = [arm.to_json() for arm in arms(**search(parallel=3), baseline="as it is")]
-    one, two, three = (arm["name"] for arm in planned[1:])
+    first, second, third = (arm["name"] for arm in planned[1:])
     ended = [
-        *(EndedRun(arm=one, status="succeeded", value=value) for value in (0.5, 0.6)),
-        EndedRun(arm=two, status="succeeded", value=0.9),
-        EndedRun(arm=two, status="failed", value=None),
-        EndedRun(arm=three, status="succeeded", value=0.9),
+        *(EndedRun(arm=first, status="succeeded", value=value) for value in (0.5, 0.6)),
+        EndedRun(arm=second, status="succeeded", value=0.9),
+        EndedRun(arm=second, status="failed", value=None),
+        EndedRun(arm=third, status="succeeded", value=0.9),
         EndedRun(arm="as it is", status="succeeded", value=1.0),
     ]
-    after = with_trial_results(planned, ended, 2)
-    assert after[0] == planned[0]
-    found = trials_of(after)
-    assert [trial.state for trial in found] == ["complete", "failed", "running"]
-    assert found[0].value == pytest.approx(0.55)
-    assert found[1].reason == "1 failed of 2 jobs"
-    assert (best(after) or {})["name"] == one
+    with_results = with_trial_results(planned, ended, 2)
+    assert with_results[0] == planned[0]
+    trials = trials_of(with_results)
+    assert [trial.state for trial in trials] == ["complete", "failed", "running"]
+    assert trials[0].value == pytest.approx(0.55)
+    assert trials[1].reason == "1 failed of 2 jobs"
+    assert (best(with_results) or {})["name"] == first
     assert best(planned) is None
 
 
 def test_as_many_trials_are_made_as_the_budget_and_the_places_allow() -> None:
     def places(*states: Any, budget: int = 6, parallel: int = 2, **closed: str) -> int:
-        found = [Trial(number=n, params={"reft.rank": n}, state=state) for n, state in enumerate(states, 1)]
+        trials = [Trial(number=n, params={"reft.rank": n}, state=state) for n, state in enumerate(states, 1)]
         space = {"reft.rank": {"low": 1, "high": 100}}
-        return free_slots({"space": space, "budget": budget, "parallel": parallel, **closed}, found)
+        return free_slots({"space": space, "budget": budget, "parallel": parallel, **closed}, trials)
 
     assert places() == 2
     assert places("running", "complete") == 1
@@ -284,27 +284,27 @@ def test_as_many_trials_are_made_as_the_budget_and_the_places_allow() -> None:
 
 
 def test_cross_task_is_every_method_on_every_task() -> None:
-    found = arms(**tasks(training_file="file-c"), baseline="HEFT 3+3", task={"type": "yes_no"})
+    planned = arms(**tasks(training_file="file-c"), baseline="HEFT 3+3", task={"type": "yes_no"})
     methods = ["LoRA alone 6", "ReFT alone 6", "HEFT 3+3"]
-    assert [arm.name for arm in found] == [f"{m} on {t}" for t in ("boolq", "sst2") for m in methods]
-    assert [(arm.method_name, arm.task) for arm in found[:2]] == [
+    assert [arm.name for arm in planned] == [f"{m} on {t}" for t in ("boolq", "sst2") for m in methods]
+    assert [(arm.method_name, arm.task) for arm in planned[:2]] == [
         (methods[0], "boolq"),
         (methods[1], "boolq"),
     ]
-    assert [arm.spec.training_file for arm in found] == ["file-a"] * 3 + ["file-c"] * 3
-    assert [arm.spec.task.type for arm in found] == ["yes_no"] * 3 + ["choice"] * 3
-    assert {sum(epochs for _, epochs in stages(arm)) for arm in found} == {6}
+    assert [arm.spec.training_file for arm in planned] == ["file-a"] * 3 + ["file-c"] * 3
+    assert [arm.spec.task.type for arm in planned] == ["yes_no"] * 3 + ["choice"] * 3
+    assert {sum(epochs for _, epochs in stages(arm)) for arm in planned} == {6}
 
 
 # -- presets ----------------------------------------------------------------------------------------------------------
 
 
 def test_the_papers_table_is_the_papers_own_run() -> None:
-    asked = StudySpec(name="paper", preset="paper_table").completed()
-    assert asked.model == "meta-llama/Llama-2-7b-hf"
-    assert (asked.training_file, asked.test_file) == ("hub:google/boolq:train", "hub:google/boolq:validation")
-    found = {arm.name: stages(arm) for arm in plan(asked)}
-    assert found == {
+    study = StudySpec(name="paper", preset="paper_table").completed()
+    assert study.model == "meta-llama/Llama-2-7b-hf"
+    assert (study.training_file, study.test_file) == ("hub:google/boolq:train", "hub:google/boolq:validation")
+    planned = {arm.name: stages(arm) for arm in plan(study)}
+    assert planned == {
         "LoRA alone 20": [("lora", 20)],
         "ReFT alone 20": [("reft", 20)],
         "HEFT 3+3": [("lora", 3), ("reft", 3)],
@@ -313,33 +313,33 @@ def test_the_papers_table_is_the_papers_own_run() -> None:
 
 
 def test_a_preset_is_scaled_and_put_on_other_data() -> None:
-    found = {arm.name: stages(arm) for arm in arms(preset="paper_table", epochs_scale=0.3)}
-    assert found["HEFT 1+1"] == [("lora", 1), ("reft", 1)]
-    assert found["HEFT 6+6"] == [("lora", 6), ("reft", 6)]
+    planned = {arm.name: stages(arm) for arm in arms(preset="paper_table", epochs_scale=0.3)}
+    assert planned["HEFT 1+1"] == [("lora", 1), ("reft", 1)]
+    assert planned["HEFT 6+6"] == [("lora", 6), ("reft", 6)]
 
 
 def test_every_order_sees_as_many_epochs() -> None:
-    found = arms(preset="order", epochs_scale=2)
-    assert [[type for type, _ in stages(arm)] for arm in found] == [
+    planned = arms(preset="order", epochs_scale=2)
+    assert [[type for type, _ in stages(arm)] for arm in planned] == [
         ["lora", "reft"],
         ["reft", "lora"],
         ["lora", "reft", "lora", "reft"],
     ]
-    assert {sum(epochs for _, epochs in stages(arm)) for arm in found} == {12}
+    assert {sum(epochs for _, epochs in stages(arm)) for arm in planned} == {12}
 
 
 def test_layers_and_ranks_follow_the_models_depth() -> None:
-    found = [arm.spec.stages()[1] for arm in arms(preset="layer_rank")]
-    assert sorted({(stage.layers[0], stage.rank) for stage in found}) == [
+    reft_stages = [arm.spec.stages()[1] for arm in arms(preset="layer_rank")]
+    assert sorted({(stage.layers[0], stage.rank) for stage in reft_stages}) == [
         (layer, rank) for layer in (9, 14, 19) for rank in (2, 4, 8)
     ]
     assert refused(base=None, preset="layer_rank") == "preset"
 
 
 def test_variants_of_stage_1_are_arms_of_their_own() -> None:
-    found = {arm.name: arm.spec.stages()[0] for arm in arms(preset="stage1_variants")}
-    assert list(found) == ["LoRA", "rsLoRA", "DoRA", "PiSSA", "OLoRA", "DoRA + PiSSA"]
-    assert (found["DoRA + PiSSA"].use_dora, found["DoRA + PiSSA"].init) == (True, "pissa")
+    lora_stages = {arm.name: arm.spec.stages()[0] for arm in arms(preset="stage1_variants")}
+    assert list(lora_stages) == ["LoRA", "rsLoRA", "DoRA", "PiSSA", "OLoRA", "DoRA + PiSSA"]
+    assert (lora_stages["DoRA + PiSSA"].use_dora, lora_stages["DoRA + PiSSA"].init) == (True, "pissa")
 
 
 def test_kinds_of_stage_2_are_those_that_the_engine_has() -> None:
@@ -367,13 +367,13 @@ def test_kinds_of_stage_2_are_those_that_the_engine_has() -> None:
 def test_a_search_says_why_it_ended_before_its_budget_was_spent(
     budget: int, states: list[Any], because: str | None
 ) -> None:
-    asked = spec(**search(space={"reft.rank": [1, 2, 3, 4, 5, 6]}, budget=budget)).search
-    assert asked is not None
+    settings = spec(**search(space={"reft.rank": [1, 2, 3, 4, 5, 6]}, budget=budget)).search
+    assert settings is not None
     trials = [
         Trial(number=number, params={"reft.rank": number}, state=state)
         for number, state in enumerate(states, 1)
     ]
-    assert stop_reason(asked.model_dump(mode="json"), trials) == because
+    assert stop_reason(settings.model_dump(mode="json"), trials) == because
 
 
 @pytest.mark.parametrize(

@@ -22,7 +22,7 @@ BOOM = {"code": "diverged", "message": "The loss is not a number.", "param": Non
 
 
 def spec(**changes: Any) -> StudySpec:
-    given = {
+    defaults = {
         "name": "layers",
         "model": "smollm2-135m",
         "training_file": "sample:passages",
@@ -31,7 +31,7 @@ def spec(**changes: Any) -> StudySpec:
         "grid": {"reft.layers": [1, 2]},
     }
     return StudySpec.model_validate(
-        {name: value for name, value in (given | changes).items() if value is not None}
+        {name: value for name, value in (defaults | changes).items() if value is not None}
     )
 
 
@@ -86,12 +86,12 @@ VERDICT: dict[str, Any] = {
 
 def test_every_arm_with_every_seed_is_a_job(bench) -> None:
     study = create(bench)
-    found = [
+    arms_and_seeds = [
         (run.arm, run.seed, spec["seed"], run.job.state)
         for run, spec in zip(runs(bench, study), specs(bench, study), strict=True)
     ]
     new = JobState.VALIDATING_FILES
-    assert found == [
+    assert arms_and_seeds == [
         ("reft.layers=1", 1, 1, new),
         ("reft.layers=2", 1, 1, new),
         ("reft.layers=1", 2, 2, new),
@@ -109,7 +109,7 @@ def test_another_owners_study_is_not_found(bench) -> None:
     with pytest.raises(NotFound):
         bench.do(studies.get, owner_id="other", study_id=study.id)
     assert bench.do(studies.list_page, owner_id="other").items == []
-    assert [one.id for one in bench.do(studies.list_page, owner_id=OWNER).items] == [study.id]
+    assert [listed.id for listed in bench.do(studies.list_page, owner_id=OWNER).items] == [study.id]
 
 
 def test_nothing_is_queued_when_an_arm_can_not_be(bench) -> None:
@@ -126,45 +126,45 @@ def test_nothing_is_queued_when_an_arm_can_not_be(bench) -> None:
 
 def test_jobs_that_share_stage_1_wait_for_the_first_to_pass_it(bench) -> None:
     study = create(bench, grid={"reft.layers": [1, 2, 3]})
-    one, two, three, other_seed, *_ = prepared(bench, study)
-    assert free(bench) == [one, other_seed]
-    assert bench.do(leases.claim, job_id=two, worker_id="w", purpose="train") is None
-    assert bench.do(leases.longest_waiting, purpose="train") == one
-    claim = bench.claim(one)
+    first, second, third, other_seed, *_ = prepared(bench, study)
+    assert free(bench) == [first, other_seed]
+    assert bench.do(leases.claim, job_id=second, worker_id="w", purpose="train") is None
+    assert bench.do(leases.longest_waiting, purpose="train") == first
+    claim = bench.claim(first)
     assert free(bench) == [other_seed]
     bench.do(leases.record_stage_passed, claim, stages=1)
-    assert free(bench) == [two, three, other_seed]
-    assert bench.claim(three).job_id == three
+    assert free(bench) == [second, third, other_seed]
+    assert bench.claim(third).job_id == third
 
 
 def test_should_the_first_fail_the_next_one_trains_the_stage(bench) -> None:
-    one, two, three = prepared(bench, create(bench, grid={"reft.layers": [1, 2, 3]}, seeds=[1]))
-    bench.do(endings.finish_failed, bench.claim(one), error=BOOM)
-    assert free(bench) == [two]
-    claim = bench.claim(two)
+    first, second, third = prepared(bench, create(bench, grid={"reft.layers": [1, 2, 3]}, seeds=[1]))
+    bench.do(endings.finish_failed, bench.claim(first), error=BOOM)
+    assert free(bench) == [second]
+    claim = bench.claim(second)
     assert free(bench) == []
-    bench.expire(two)
-    assert free(bench) == [two]  # its worker was lost: it goes on elsewhere, and the third waits on
-    succeed(bench, bench.claim(two))
-    assert free(bench) == [three]
+    bench.expire(second)
+    assert free(bench) == [second]  # its worker was lost: it goes on elsewhere, and the third waits on
+    succeed(bench, bench.claim(second))
+    assert free(bench) == [third]
     assert claim.attempt == 2
 
 
 def test_a_paused_job_holds_nobody_back(bench) -> None:
-    one, two = prepared(bench, create(bench, seeds=[1]))
-    bench.do(jobs.request_pause, owner_id=OWNER, job_id=one)
-    assert free(bench) == [two]
-    bench.claim(two)
-    bench.do(jobs.resume, owner_id=OWNER, job_id=one)
-    assert free(bench) == [one]  # it is before the other, which by now trains the stage as well
+    first, second = prepared(bench, create(bench, seeds=[1]))
+    bench.do(jobs.request_pause, owner_id=OWNER, job_id=first)
+    assert free(bench) == [second]
+    bench.claim(second)
+    bench.do(jobs.resume, owner_id=OWNER, job_id=first)
+    assert free(bench) == [first]  # it is before the other, which by now trains the stage as well
 
 
 def test_what_passed_before_a_failure_is_there(bench) -> None:
-    one, two, three = prepared(bench, create(bench, grid={"reft.layers": [1, 2, 3]}, seeds=[1]))
-    claim = bench.claim(one)
+    first, second, third = prepared(bench, create(bench, grid={"reft.layers": [1, 2, 3]}, seeds=[1]))
+    claim = bench.claim(first)
     bench.do(leases.record_stage_passed, claim, stages=1)
     bench.do(endings.finish_failed, claim, error=BOOM)
-    assert free(bench) == [two, three]
+    assert free(bench) == [second, third]
 
 
 def test_a_longer_shared_beginning_is_waited_for_too(bench) -> None:
@@ -197,9 +197,9 @@ def free_of(bench, study: Study) -> list[str]:
 
 
 def test_jobs_of_other_studies_and_owners_do_not_wait_for_each_other(bench) -> None:
-    first, second = create(bench, seeds=[1]), create(bench, seeds=[1])
-    one, two = prepared(bench, first)[0], prepared(bench, second)[0]
-    assert free(bench) == [one, two]
+    studies_of_owner = [create(bench, seeds=[1]) for _ in range(2)]
+    first, second = (prepared(bench, study)[0] for study in studies_of_owner)
+    assert free(bench) == [first, second]
 
 
 # -- the end ----------------------------------------------------------------------------------------------------------
@@ -207,29 +207,29 @@ def test_jobs_of_other_studies_and_owners_do_not_wait_for_each_other(bench) -> N
 
 def test_a_failed_arm_does_not_fail_the_study(bench) -> None:
     study = create(bench, seeds=[1])
-    one, two = prepared(bench, study)
-    bench.do(endings.finish_failed, bench.claim(one), error=BOOM)
+    first_job, second_job = prepared(bench, study)
+    bench.do(endings.finish_failed, bench.claim(first_job), error=BOOM)
     assert status(bench, study) == "running"
-    succeed(bench, bench.claim(two))
+    succeed(bench, bench.claim(second_job))
     assert status(bench, study) == "running"  # until it is judged
     news = bench.do(verdicts.next_study)
     assert news.id == study.id
-    found = runs(bench, study)
-    asked = verdicts.compare_input(news, found)
-    assert [(arm["name"], len(arm["runs"])) for arm in asked["arms"]] == [
+    study_runs = runs(bench, study)
+    compare_input = verdicts.compare_input(news, study_runs)
+    assert [(arm["name"], len(arm["runs"])) for arm in compare_input["arms"]] == [
         ("reft.layers=1", 0),
         ("reft.layers=2", 1),
     ]
-    assert asked["arms"][1]["runs"][0] == {"seed": 1, "n": 4, "rows_sha256": "x", "right": "8A=="}
-    found[1].outcome.outcomes["results"][-1] = {"stage": "lora", "stage_index": 0, "values": "AAAA"}
-    graded = verdicts.compare_input(news, found)["arms"][1]["runs"][0]
+    assert compare_input["arms"][1]["runs"][0] == {"seed": 1, "n": 4, "rows_sha256": "x", "right": "8A=="}
+    study_runs[1].outcome.outcomes["results"][-1] = {"stage": "lora", "stage_index": 0, "values": "AAAA"}
+    graded = verdicts.compare_input(news, study_runs)["arms"][1]["runs"][0]
     assert graded == {"seed": 1, "n": 4, "rows_sha256": "x", "values": "AAAA"}
-    assert bench.do(verdicts.record, study.id, found, VERDICT) is not None
+    assert bench.do(verdicts.record, study.id, study_runs, VERDICT) is not None
     assert status(bench, study) == "succeeded"
     assert bench.do(verdicts.next_study) is None
     page = bench.do(studies.list_events, owner_id=OWNER, study_id=study.id)
-    told = [(event.data["code"], event.level) for event in reversed(page.items)]
-    assert told == [
+    reported = [(event.data["code"], event.level) for event in reversed(page.items)]
+    assert reported == [
         ("CREATED", "info"),
         ("JOB_ENDED", "error"),
         ("JOB_ENDED", "info"),
@@ -248,10 +248,10 @@ def test_a_study_of_failures_has_failed(bench) -> None:
 
 def test_a_verdict_that_others_have_made_or_overtaken_is_dropped(bench) -> None:
     study = create(bench, seeds=[1, 2])
-    one, two = prepared(bench, study)[:2]
-    succeed(bench, bench.claim(one))
+    first, second = prepared(bench, study)[:2]
+    succeed(bench, bench.claim(first))
     early = runs(bench, study)
-    succeed(bench, bench.claim(two))
+    succeed(bench, bench.claim(second))
     late = runs(bench, study)
     assert bench.do(verdicts.record, study.id, late, VERDICT) is not None
     for seen in (early, late):
@@ -272,9 +272,9 @@ def test_a_study_that_can_not_be_judged_does_not_stand_before_others(bench) -> N
 
 def test_a_study_is_judged_while_it_goes_on(bench) -> None:
     study = create(bench, seeds=[1])
-    one, _ = prepared(bench, study)
+    first, _ = prepared(bench, study)
     assert bench.do(verdicts.next_study) is None
-    succeed(bench, bench.claim(one))
+    succeed(bench, bench.claim(first))
     assert bench.do(verdicts.record, study.id, runs(bench, study), VERDICT) is not None
     assert bench.do(verdicts.next_study) is None
     assert status(bench, study) == "running"
@@ -282,11 +282,11 @@ def test_a_study_is_judged_while_it_goes_on(bench) -> None:
 
 def test_cancelling_a_study_cancels_its_jobs(bench) -> None:
     study = create(bench, seeds=[1])
-    one, two = prepared(bench, study)
-    succeed(bench, bench.claim(one))
+    first, second = prepared(bench, study)
+    succeed(bench, bench.claim(first))
     bench.do(studies.request_cancel, owner_id=OWNER, study_id=study.id)
     bench.do(studies.request_cancel, owner_id=OWNER, study_id=study.id)
-    assert (bench.get(one).state, bench.get(two).state) == (JobState.SUCCEEDED, JobState.CANCELLED)
+    assert (bench.get(first).state, bench.get(second).state) == (JobState.SUCCEEDED, JobState.CANCELLED)
     bench.do(verdicts.record, study.id, runs(bench, study), VERDICT)
     assert status(bench, study) == "cancelled"
     with pytest.raises(Conflict):
@@ -307,8 +307,8 @@ def test_a_study_whose_jobs_have_all_ended_is_not_cancelled_any_more(bench) -> N
 
 def test_who_waits_for_a_shared_stage_is_not_late(bench) -> None:
     study = create(bench, seeds=[1])
-    one, _ = prepared(bench, study)
-    bench.claim(one)
+    first, _ = prepared(bench, study)
+    bench.claim(first)
     assert bench.do(job_statistics.jobs).waiting_seconds["queued"] == 0
     [queue] = [queue for queue in bench.do(diagnosis.queues) if queue.purpose == "train"]
     assert (queue.length, queue.claimed) == (0, 1)
@@ -321,7 +321,7 @@ def test_a_study_whose_jobs_are_all_put_aside_is_paused(bench) -> None:
     assert status(bench, study) == "paused"
 
 
-# -- arms of equal arithmetic -----------------------------------------------------------------------------------------
+# -- arms of equal compute -----------------------------------------------------------------------------------------
 
 COSTS = [
     {"stage": "lora", "stage_index": 0, "epochs": 3.0, "flops": 3_000, "flops_once": 0},
@@ -360,15 +360,15 @@ def test_arms_of_equal_arithmetic_follow_the_first_run(bench) -> None:
 @pytest.mark.parametrize("seen", [1, 2])
 def test_who_read_the_runs_before_others_followed_up_does_not_end_the_study(bench, seen: int) -> None:
     study = equal_compute(bench)
-    one, two = prepared(bench, study)
-    succeed(bench, bench.claim(one), costs=COSTS)
-    first = runs(bench, study)
+    first, second = prepared(bench, study)
+    succeed(bench, bench.claim(first), costs=COSTS)
+    early = runs(bench, study)
     if seen == 2:
-        succeed(bench, bench.claim(two), costs=COSTS)
-    second = runs(bench, study)
-    made = bench.do(verdicts.record, study.id, first, VERDICT)
-    assert made == [run.job.id for run in runs(bench, study)[2:]]
-    assert bench.do(verdicts.record, study.id, second, VERDICT) == ([] if seen == 2 else None)
+        succeed(bench, bench.claim(second), costs=COSTS)
+    late = runs(bench, study)
+    new_job_ids = bench.do(verdicts.record, study.id, early, VERDICT)
+    assert new_job_ids == [run.job.id for run in runs(bench, study)[2:]]
+    assert bench.do(verdicts.record, study.id, late, VERDICT) == ([] if seen == 2 else None)
     assert bench.do(studies.get, owner_id=OWNER, study_id=study.id).finished_at is None
     assert len(runs(bench, study)) == 6
 
@@ -385,8 +385,8 @@ def test_without_a_run_to_follow_the_study_ends(bench) -> None:
 
 def test_a_cancelled_study_makes_no_more_jobs(bench) -> None:
     study = equal_compute(bench)
-    one, _ = prepared(bench, study)
-    succeed(bench, bench.claim(one), costs=COSTS)
+    first, _ = prepared(bench, study)
+    succeed(bench, bench.claim(first), costs=COSTS)
     bench.do(studies.request_cancel, owner_id=OWNER, study_id=study.id)
     bench.do(verdicts.record, study.id, runs(bench, study), VERDICT)
     assert len(runs(bench, study)) == 2
@@ -401,10 +401,10 @@ def test_runs_are_judged_by_method_and_task(bench) -> None:
     tasks = [{"name": name, **files} for name in ("boolq", "sst2")]
     empty = {"grid": None, "training_file": None, "test_file": None}
     study = create(bench, **empty, preset="cross_task", tasks=tasks, baseline="HEFT 3+3", seeds=[1])
-    found = runs(bench, study)
-    asked = verdicts.compare_input(study, found)
-    assert asked["baseline"] == "HEFT 3+3"
-    assert [(arm["method"], arm["task"]) for arm in asked["arms"]][2:4] == [
+    study_runs = runs(bench, study)
+    compare_input = verdicts.compare_input(study, study_runs)
+    assert compare_input["baseline"] == "HEFT 3+3"
+    assert [(arm["method"], arm["task"]) for arm in compare_input["arms"]][2:4] == [
         ("HEFT 3+3", "boolq"), ("LoRA alone 6", "sst2"),
     ]  # fmt: skip
 

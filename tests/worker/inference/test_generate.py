@@ -19,9 +19,10 @@ from heft_engine.serving.predictor import Predictor
 from store.messages.broker import redis_py_url
 from store.messages.generate import GenerateMessage, GenerateReply, SamplingParams
 from store.messages.predict import PredictModel, cancelled_key
-from worker.inference.generate import Generation
+from worker.inference.generate import GenerateHandler
 from worker.inference.metrics import InferenceMetrics
-from worker.inference.predict import Inference
+from worker.inference.models import Models
+from worker.inference.requests import Requests
 
 BASE = PredictModel(id="llama", owner="o", kind="base", base_model="llama", storage_key=None, manifest=None)
 WISH = SamplingParams(
@@ -39,21 +40,21 @@ PROMPT = [{"prompt": "Once upon a time"}]
 
 
 @pytest.fixture
-def inference(bench: Bench, tiny_llama_dir: Path) -> Iterator[Inference]:
+def models(bench: Bench, tiny_llama_dir: Path) -> Iterator[Models]:
     context = bench.with_settings(model_dir=tiny_llama_dir.parent)
-    inference = Inference(context, InferenceMetrics(CollectorRegistry()))
-    yield inference
-    inference.close()
+    models = Models(context, InferenceMetrics(CollectorRegistry()))
+    yield models
+    models.close()
 
 
 class Asker:
     """Asks the worker, and reads what it says."""
 
-    def __init__(self, bench: Bench, inference: Inference) -> None:
+    def __init__(self, bench: Bench, models: Models) -> None:
         self.bench = bench
-        self.pool = inference.pool
-        self.generation = Generation(inference)
+        self.pool = models.pool
         self.redis: Any = Redis.from_url(redis_py_url(bench.context.settings.redis_url))
+        self.handler = GenerateHandler(models, Requests(self.redis))
 
     def begin(self, request_id: str, **changes: Any) -> Future[None]:
         wish = {name: changes.pop(name) for name in WISH if name in changes}
@@ -70,7 +71,7 @@ class Asker:
             "reply_to": f"replies-{request_id}",
             **changes,  # type: ignore[typeddict-item]
         }
-        return self.bench.pool.submit(self.generation.answer, json.loads(json.dumps(message)))
+        return self.bench.pool.submit(self.handler.handle, json.loads(json.dumps(message)))
 
     def heard(self, request_id: str) -> list[GenerateReply]:
         return [json.loads(reply) for reply in self.redis.lrange(f"replies-{request_id}", 0, -1)]
@@ -85,8 +86,8 @@ class Asker:
 
 
 @pytest.fixture
-def asker(bench: Bench, inference: Inference) -> Iterator[Asker]:
-    asker = Asker(bench, inference)
+def asker(bench: Bench, models: Models) -> Iterator[Asker]:
+    asker = Asker(bench, models)
     yield asker
     asker.redis.close()
 

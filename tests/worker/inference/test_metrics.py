@@ -33,11 +33,11 @@ def test_what_is_observed_is_counted(registry: CollectorRegistry) -> None:
     metrics = InferenceMetrics(registry)
     metrics.on_pass(rows=3, tokens=100, cached_tokens=0, seconds=0.5, waits=[])
     metrics.on_pass(rows=5, tokens=200, cached_tokens=70, seconds=0.25, waits=[0.125])
-    metrics.held("shared", 2, 1_000)
-    metrics.held("shared", 1, 500)
-    metrics.queued(-0.5)
-    metrics.answered(0.1)
-    metrics.dropped()
+    metrics.on_usage("shared", 2, 1_000)
+    metrics.on_usage("shared", 1, 500)
+    metrics.on_started(-0.5)
+    metrics.on_answered(0.1)
+    metrics.on_abandoned()
 
     def value(name: str, **labels: str) -> float | None:
         return registry.get_sample_value(name, labels)

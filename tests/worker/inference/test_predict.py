@@ -6,7 +6,7 @@ import json
 import math
 import time
 from collections.abc import Iterator
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -23,14 +23,22 @@ from heft_engine.runtime import malloc
 from store.messages.broker import redis_py_url
 from store.messages.predict import PredictMessage, PredictModel, PredictReply, cancelled_key
 from worker.chores.evict_deleted import evict_deleted
-from worker.inference import predict
+from worker.inference import models as models_module
 from worker.inference.metrics import InferenceMetrics
-from worker.inference.predict import Inference
+from worker.inference.models import Models
+from worker.inference.predict import PredictHandler
+from worker.inference.requests import Requests
 
 ROWS = [
     {"question": f"is {n} even", "passage": f"The number is {n}.", "answer": n % 2 == 0} for n in range(16)
 ]
 QUESTIONS = [{key: row[key] for key in ("question", "passage")} for row in ROWS]
+
+
+@dataclass(frozen=True)
+class Inference:
+    models: Models
+    handler: PredictHandler
 
 
 @pytest.fixture(scope="module")
@@ -52,9 +60,12 @@ def bundle(tiny_llama_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> Pa
 @pytest.fixture
 def inference(bench: Bench, tiny_llama_dir: Path) -> Iterator[Inference]:
     context = bench.with_settings(model_dir=tiny_llama_dir.parent)
-    inference = Inference(context, InferenceMetrics(CollectorRegistry()))
-    yield inference
-    inference.close()
+    metrics = InferenceMetrics(CollectorRegistry())
+    models = Models(context, metrics)
+    requests = Requests.connect(context.settings.redis_url)
+    yield Inference(models, PredictHandler(models, requests, metrics))
+    models.close()
+    requests.close()
 
 
 @pytest.fixture
@@ -88,7 +99,7 @@ def ask(
         "reply_to": "replies",
         **changes,  # type: ignore[typeddict-item]
     }
-    inference.answer(json.loads(json.dumps(message)))
+    inference.handler.handle(json.loads(json.dumps(message)))
     with Redis.from_url(redis_py_url(bench.context.settings.redis_url)) as redis:
         payload = redis.lpop("replies")
         assert payload is None or redis.llen("replies") == 0
@@ -153,12 +164,12 @@ def test_a_deleted_model_is_forgotten_and_others_are_not(
 ) -> None:
     ask(bench, inference, model, QUESTIONS[:1])
     ask(bench, inference, BASE, QUESTIONS[:1])
-    assert inference.fine_tuned() == [model["id"]]
-    held = inference.pool.memory_bytes
-    inference.count_models()
-    evict_deleted(bench.context, inference)  # the database has never heard of it
-    assert inference.fine_tuned() == []
-    assert 0 < inference.pool.memory_bytes < held
+    assert inference.models.fine_tuned() == [model["id"]]
+    held = inference.models.pool.memory_bytes
+    inference.models.record_usage()
+    evict_deleted(bench.context, inference.models)  # the database has never heard of it
+    assert inference.models.fine_tuned() == []
+    assert 0 < inference.models.pool.memory_bytes < held
 
 
 def test_a_bad_question_is_the_callers_fault(bench: Bench, inference: Inference, model: PredictModel) -> None:
@@ -193,16 +204,16 @@ def test_memory_goes_back_when_models_leave_and_when_nobody_asks(
 ) -> None:
     given: list[str] = []
     monkeypatch.setattr(malloc, "trim", lambda: given.append("back"))
-    inference.give_memory_back()
+    inference.models.trim_memory()
     assert ask(bench, inference, model, [{"question": "is it so"}])
-    inference.give_memory_back()
+    inference.models.trim_memory()
     assert given == [], "somebody has just asked"
-    monkeypatch.setattr(predict, "_REST_SECONDS", 0.0)
-    inference.give_memory_back()
-    inference.give_memory_back()
+    monkeypatch.setattr(models_module, "_IDLE_SECONDS", 0.0)
+    inference.models.trim_memory()
+    inference.models.trim_memory()
     assert given == ["back"], "once, until somebody asks again"
-    monkeypatch.setattr(predict, "_REST_SECONDS", 3_600.0)
-    inference.forget(model["id"])
-    inference.give_memory_back()
-    inference.give_memory_back()
+    monkeypatch.setattr(models_module, "_IDLE_SECONDS", 3_600.0)
+    inference.models.evict(model["id"])
+    inference.models.trim_memory()
+    inference.models.trim_memory()
     assert given == ["back"] * 2

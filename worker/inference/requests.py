@@ -1,0 +1,171 @@
+"""Requests to the inference worker: whether their clients still wait, and the replies to them.
+
+The API marks the requests of clients that have gone in Redis. A worker looks for marks of all of its requests at once,
+at most four times a second, and never for a request that has just come.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any, cast
+
+from redis import Redis
+from redis.exceptions import RedisError
+
+from heft_engine.errors import EngineError, ModelError, RowError
+from store.errors import StoreError, Unavailable
+from store.messages.broker import redis_py_url
+from store.messages.generate import GenerateMessage, GenerateReply
+from store.messages.predict import (
+    REPLY_SECONDS,
+    PredictFault,
+    PredictMessage,
+    PredictReply,
+    cancelled_key,
+)
+
+log = logging.getLogger(__name__)
+
+#: Interval of looks for cancelled requests, and after one that failed.
+POLL_SECONDS = 0.25
+_RETRY_SECONDS = 5.0
+_REDIS_TIMEOUT_SECONDS = 3.0
+
+
+class RequestAbandoned(Exception):
+    """Nobody waits for the request: its deadline has passed or its client has gone."""
+
+
+class Requests:
+    """The requests that are being answered. Safe to use from many threads."""
+
+    def __init__(
+        self,
+        redis: Redis,
+        *,
+        clock: Callable[[], float] = time.monotonic,
+        wall_clock: Callable[[], float] = time.time,
+    ) -> None:
+        self._redis = redis
+        self._clock = clock
+        self._wall_clock = wall_clock
+        self._lock = threading.Lock()
+        self._polling = threading.Lock()
+        self._active: set[str] = set()
+        self._cancelled: set[str] = set()
+        self._next_poll = clock()
+
+    @classmethod
+    def connect(cls, redis_url: str) -> Requests:
+        return cls(
+            Redis.from_url(
+                redis_py_url(redis_url),
+                socket_timeout=_REDIS_TIMEOUT_SECONDS,
+                socket_connect_timeout=_REDIS_TIMEOUT_SECONDS,
+            )
+        )
+
+    def close(self) -> None:
+        self._redis.close()
+
+    @contextmanager
+    def open(self, message: PredictMessage | GenerateMessage) -> Iterator[OpenRequest]:
+        """Gives the request for as long as it is being answered.
+
+        An exception of the body becomes the reply; those that are neither the client's fault nor a known failure are
+        raised again. The body of an abandoned request raises RequestAbandoned, which ends it without a reply.
+        """
+        request = OpenRequest(message, self)
+        request_id = message["request_id"]
+        with self._lock:
+            self._active.add(request_id)
+        try:
+            yield request
+        except RequestAbandoned:
+            log.info("request %s was abandoned", request_id)
+        except (EngineError, StoreError) as error:
+            request.fail(_fault(error))
+        except Exception:
+            request.fail(
+                PredictFault(status=500, code="internal_error", message="the worker failed", param=None)
+            )
+            raise
+        finally:
+            with self._lock:
+                self._active.discard(request_id)
+                self._cancelled.discard(request_id)
+
+    def is_active(self, message: PredictMessage | GenerateMessage) -> bool:
+        """Returns whether the client of an open request still waits; a client that goes is noticed in POLL_SECONDS."""
+        now = self._wall_clock()
+        if now > message["deadline"]:
+            return False
+        if now - message["sent_at"] >= POLL_SECONDS:
+            self._poll()
+        return message["request_id"] not in self._cancelled
+
+    def push(self, reply_to: str, reply: PredictReply | GenerateReply) -> None:
+        """Appends a reply to a Redis list. Raises ValueError for NaN, which is not JSON."""
+        payload = json.dumps(reply, allow_nan=False)
+        try:
+            with self._redis.pipeline() as pipe:
+                pipe.rpush(reply_to, payload)
+                pipe.expire(reply_to, REPLY_SECONDS)
+                pipe.execute()
+        except RedisError as error:
+            log.warning("no reply to %s, the broker does not answer: %s", reply["request_id"], error)
+
+    def _poll(self) -> None:
+        if self._clock() < self._next_poll or not self._polling.acquire(blocking=False):
+            return
+        try:
+            with self._lock:
+                active = list(self._active)
+            marks = cast("list[Any]", self._redis.mget([cancelled_key(request_id) for request_id in active]))
+            cancelled = {id for id, mark in zip(active, marks, strict=True) if mark is not None}
+            with self._lock:
+                self._cancelled |= cancelled & self._active
+            self._next_poll = self._clock() + POLL_SECONDS
+        except RedisError as error:
+            log.warning("cancelled requests are not known, the broker does not answer: %s", error)
+            self._next_poll = self._clock() + _RETRY_SECONDS
+        finally:
+            self._polling.release()
+
+
+class OpenRequest:
+    """One request that is being answered."""
+
+    def __init__(self, message: PredictMessage | GenerateMessage, requests: Requests) -> None:
+        self._message = message
+        self._requests = requests
+
+    def is_active(self) -> bool:
+        """Returns whether the client still waits."""
+        return self._requests.is_active(self._message)
+
+    def check_active(self) -> None:
+        """Raises RequestAbandoned if the client does not wait any more."""
+        if not self.is_active():
+            raise RequestAbandoned
+
+    def reply(self, reply: PredictReply | GenerateReply) -> None:
+        self._requests.push(self._message["reply_to"], reply)
+
+    def fail(self, fault: PredictFault) -> None:
+        self.reply(PredictReply(request_id=self._message["request_id"], error=fault))
+
+
+def _fault(error: EngineError | StoreError) -> PredictFault:
+    """Returns the API's answer to an error: 4xx for the client's, 5xx for ours."""
+    if isinstance(error, RowError):
+        return PredictFault(status=422, code="invalid_value", message=error.message, param=error.param)
+    if isinstance(error, ModelError):
+        return PredictFault(status=404, code=error.code, message=error.message, param="model")
+    status = 503 if isinstance(error, Unavailable) else 500
+    return PredictFault(status=status, code=error.code or "internal_error", message=error.message, param=None)

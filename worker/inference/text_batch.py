@@ -1,0 +1,108 @@
+"""A request for text as the predictor takes it: encoded prompts with their sampling parameters, submitted together."""
+
+from __future__ import annotations
+
+import queue
+from dataclasses import dataclass
+
+from heft_engine.data.encoding import Example
+from heft_engine.data.rows import parse_row
+from heft_engine.errors import RowError
+from heft_engine.inference.sampling import SamplingParams
+from heft_engine.serving.predictor import Predictor
+from heft_engine.serving.text_generator import TextDelta, TextRequest
+from store.messages.generate import GenerateMessage
+
+#: Limit of texts without `max_tokens`, where the model was not trained on longer answers.
+DEFAULT_MAX_TOKENS = 256
+
+#: A text's index in its request, and its next delta or the exception that ended it.
+IndexedDelta = tuple[int, TextDelta | Exception]
+
+
+@dataclass(frozen=True, kw_only=True)
+class TextBatch:
+    """The texts of one request. They are generated under the ids (request_id, index)."""
+
+    request_id: str
+    prompt_tokens: int
+    unfinished: set[int]
+    deltas: queue.SimpleQueue[IndexedDelta]
+
+
+def start(predictor: Predictor, message: GenerateMessage) -> TextBatch:
+    """Encodes a request's prompts and starts to generate its texts. Raises RowError."""
+    examples = _prompts(predictor, message)
+    max_tokens = [_max_tokens(predictor, example, message) for example in examples]
+    request_id, n, intervention = message["request_id"], message["n"], message["intervention"]
+    requests = [
+        TextRequest(
+            id=(request_id, index),
+            prompt=examples[index // n].prompt,
+            max_tokens=max_tokens[index // n],
+            sampling=_sampling(message, index),
+            scale=intervention["scale"] if intervention["enabled"] else 0.0,
+            stop=tuple(message["wish"]["stop"]),
+        )
+        for index in range(len(examples) * n)
+    ]
+    deltas: queue.SimpleQueue[IndexedDelta] = queue.SimpleQueue()
+    predictor.generate(requests, lambda text_id, delta: deltas.put((text_id[1], delta)))
+    return TextBatch(
+        request_id=request_id,
+        prompt_tokens=sum(len(example.prompt) for example in examples),
+        unfinished=set(range(len(requests))),
+        deltas=deltas,
+    )
+
+
+def _prompts(predictor: Predictor, message: GenerateMessage) -> list[Example]:
+    """Encodes prompts: with its template for a fine-tuned model, as they are for a base model."""
+    if predictor.task.type != "text":
+        raise RowError(
+            f"this model answers {predictor.task.type} questions: ask it through POST /predict", param="model"
+        )
+    inputs = message["inputs"]
+    examples = []
+    for index, fields in enumerate(inputs):
+        try:
+            row = parse_row(fields, need_answer=False)
+            if message["model"]["kind"] == "base" and row.prompt is not None:
+                examples.append(predictor.encoder.raw(row.prompt))
+            else:
+                examples.append(predictor.encoder.question(row))
+        except RowError as error:
+            if len(inputs) == 1:
+                raise
+            raise RowError(f"prompt {index}: {error.message}", param=f"prompt[{index}]") from error
+    return examples
+
+
+def _max_tokens(predictor: Predictor, example: Example, message: GenerateMessage) -> int:
+    requested, prompt_tokens = message["wish"]["max_tokens"], len(example.prompt)
+    limit = predictor.encoder.max_length - prompt_tokens
+    if limit < 1 or (requested is not None and requested > limit):
+        prompt_param = "messages" if "messages" in message["inputs"][0] else "prompt"
+        raise RowError(
+            f"the prompt has {prompt_tokens} tokens and this model takes {predictor.encoder.max_length} in all, "
+            f"which leaves {max(limit, 0)}",
+            param="max_tokens" if limit > 0 else prompt_param,
+        )
+    if requested is not None:
+        return requested
+    return min(limit, max(DEFAULT_MAX_TOKENS, predictor.max_new_tokens))
+
+
+def _sampling(message: GenerateMessage, index: int) -> SamplingParams:
+    """Returns the parameters of one text. The seed is counted up from text to text, so that the n texts differ."""
+    wish = message["wish"]
+    seed = wish["seed"]
+    return SamplingParams(
+        temperature=wish["temperature"],
+        top_p=wish["top_p"],
+        seed=None if seed is None else (seed + index) % 2**63,
+        presence_penalty=wish["presence_penalty"],
+        frequency_penalty=wish["frequency_penalty"],
+        logit_bias=tuple((int(token), bias) for token, bias in wish["logit_bias"].items()),
+        top_logprobs=wish["top_logprobs"],
+    )
