@@ -17,7 +17,7 @@ from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect
 from starlette.responses import JSONResponse
 
-from api.clients.predict import Refused
+from api.clients.predict import WorkerError
 from api.schemas.common import dotted
 from store import errors
 
@@ -128,8 +128,8 @@ async def on_invalid_request(request: Request, fault: RequestValidationError) ->
     return error_response(422, f"{param}: {message}" if param else message, param=param, code=code)
 
 
-async def on_refusal(_: Request, refusal: Refused) -> JSONResponse:
-    fault = refusal.fault
+async def on_worker_error(_: Request, error: WorkerError) -> JSONResponse:
+    fault = error.fault
     return error_response(fault["status"], fault["message"], param=fault["param"], code=fault["code"])
 
 
@@ -143,7 +143,7 @@ def add_handlers(app: FastAPI) -> None:
     app.add_exception_handler(errors.StoreError, on_store_error)  # type: ignore[arg-type]
     app.add_exception_handler(HTTPException, on_http_error)  # type: ignore[arg-type]
     app.add_exception_handler(RequestValidationError, on_invalid_request)  # type: ignore[arg-type]
-    app.add_exception_handler(Refused, on_refusal)  # type: ignore[arg-type]
+    app.add_exception_handler(WorkerError, on_worker_error)  # type: ignore[arg-type]
     app.add_exception_handler(ClientDisconnect, on_disconnect)  # type: ignore[arg-type]
 
 

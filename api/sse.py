@@ -14,7 +14,7 @@ from sse_starlette import EventSourceResponse, ServerSentEvent
 from starlette.types import Receive, Scope, Send
 
 from api.clients.generate import Replies
-from api.clients.predict import Refused
+from api.clients.predict import WorkerError
 from api.errors import error_response
 from store.errors import Unavailable
 from store.messages.generate import GenerateReply
@@ -59,8 +59,8 @@ async def _events(
             for chunk in chunks(reply):
                 yield ServerSentEvent(data=chunk.model_dump_json(exclude_unset=True), sep="\n")
             reply = await replies.next()
-    except Refused as refusal:
-        fault = refusal.fault
+    except WorkerError as error:
+        fault = error.fault
         answer = error_response(fault["status"], fault["message"], param=fault["param"], code=fault["code"])
         yield ServerSentEvent(data=bytes(answer.body).decode(), sep="\n")
         return

@@ -1,7 +1,6 @@
-"""Requests for text to the inference workers: out as a Celery task, back as any number of replies.
+"""Requests for generated text: a Celery task out, any number of replies back through `api.clients.predict`.
 
-They come over the list that `api.clients.predict` listens on. A request whose client goes away, or whose time is over,
-is marked as cancelled, and its text leaves the worker's batch. It does NOT know OpenAI's shapes.
+A request whose client disconnects, or whose time is up, is cancelled and leaves its worker's batch.
 """
 
 from __future__ import annotations
@@ -10,85 +9,84 @@ import asyncio
 import time
 from typing import Any
 
-from api.clients.predict import PredictClient, Refused
+from api.clients.predict import PredictClient, WorkerError, model_address
+from store import models
 from store.errors import Unavailable
 from store.messages.broker import Task
 from store.messages.generate import GenerateMessage, GenerateReply, SamplingParams
-from store.messages.predict import Intervention, PredictModel
+from store.messages.predict import Intervention
 
 
 class Replies:
-    """What comes back for one request, which is sent when the first reply is waited for. `close` it then."""
+    """The replies to one request, which is sent when the first one is awaited. `close` it at the end."""
 
     def __init__(self, client: PredictClient, message: GenerateMessage, timeout: float) -> None:
         self._client = client
         self._message = message
         self._timeout = timeout
-        self._ends_at = asyncio.get_running_loop().time() + timeout
-        self._arrived: asyncio.Queue[GenerateReply] = asyncio.Queue()
+        self._deadline = asyncio.get_running_loop().time() + timeout
+        self._received: asyncio.Queue[GenerateReply] = asyncio.Queue()
         self._is_sent = self._is_over = False
 
     async def next(self) -> GenerateReply | None:
-        """The next reply; None after the last.
-
-        Raises Refused with the worker's reason, and Unavailable when the time is over.
-        """
+        """Returns the next reply; None after the last. Raises WorkerError, and Unavailable when the time is up."""
         if self._is_over:
             return None
         try:
-            async with asyncio.timeout_at(self._ends_at):
+            async with asyncio.timeout_at(self._deadline):
                 if not self._is_sent:
                     self._is_sent = True
-                    self._client.streams[self._message["request_id"]] = self._arrived.put_nowait
+                    self._client.receivers[self._message["request_id"]] = self._received.put_nowait
                     await self._client.publish(Task.GENERATE, self._message)
-                reply = await self._arrived.get()
-        except TimeoutError as fault:
+                reply = await self._received.get()
+        except TimeoutError as error:
             raise Unavailable(
-                f"the answer was not written within {self._timeout:g} s: the model is still loading, the workers are "
-                "busy, or it is long: ask for fewer max_tokens",
+                f"the text was not finished within {self._timeout:g} s: the model is still loading, the workers are "
+                "busy, or the text is long: ask for fewer max_tokens",
                 retry_after=5,
                 code="model_not_ready",
-            ) from fault
+            ) from error
         if "error" in reply:
             self._is_over = True
-            raise Refused(reply["error"])
+            raise WorkerError(reply["error"])
         self._is_over = "done" in reply
         return reply
 
     async def close(self) -> None:
-        """Nobody waits any more; the workers are told if they may still be writing."""
-        self._client.streams.pop(self._message["request_id"], None)
+        """Cancels the request unless it has ended."""
+        self._client.receivers.pop(self._message["request_id"], None)
         if self._is_sent and not self._is_over:
             self._is_over = True
             await asyncio.shield(self._client.cancel(self._message["request_id"]))
 
 
 class TextClient:
-    """Sends requests for text."""
+    """Requests texts from the workers."""
 
     def __init__(self, client: PredictClient, *, timeout: float) -> None:
         self._client = client
         self._timeout = timeout
 
-    def ask(
+    def generate(
         self,
         request_id: str,
-        model: PredictModel,
+        model: models.Model,
+        owner_id: str,
         inputs: list[dict[str, Any]],
         *,
         n: int,
-        wish: SamplingParams,
+        sampling_params: SamplingParams,
         stream: bool,
         intervention: Intervention,
     ) -> Replies:
-        """`request_id` is no other request's."""
+        """Returns the replies to a request for `n` texts to each input. `request_id` is unique."""
         now = time.time()
         message = GenerateMessage(
             request_id=request_id,
-            model=model,
+            model=model_address(model, owner_id),
             inputs=inputs,
             n=n,
-            wish=wish,
+            wish=sampling_params,
             stream=stream,
             intervention=intervention,
             sent_at=now,

@@ -17,7 +17,6 @@ from api.admission import Admission
 from api.cancellation import while_connected
 from api.clients.generate import Replies
 from api.deps import ApiKey, Db, Services, ServicesDep
-from api.routes.predict import addressed
 from api.schemas.completion_objects import (
     ChatChoice,
     ChatChunk,
@@ -120,12 +119,13 @@ def _generation(
         message = f"{model.id} is a {task} model and does not generate text: use POST /predict"
         raise InvalidRequest(message, param="model")
     inputs = body.inputs()
-    replies = services.texts.ask(
+    replies = services.texts.generate(
         request.state.request_id,
-        addressed(model, owner_id),
+        model,
+        owner_id,
         inputs,
         n=body.n or 1,
-        wish=body.sampling_params(),
+        sampling_params=body.sampling_params(),
         stream=bool(body.stream),
         intervention=Intervention(enabled=body.intervention.enabled, scale=body.intervention.scale),
     )

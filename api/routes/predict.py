@@ -6,10 +6,10 @@ from fastapi import APIRouter, Request
 
 from api.cancellation import while_connected
 from api.deps import ApiKey, Db, ServicesDep
-from api.schemas.predict import MAX_INPUTS, Answer, Prediction, Predictions, PredictRequest, Usage
+from api.schemas.predict import MAX_INPUTS, Prediction, Predictions, PredictRequest
 from store import models
 from store.errors import InvalidRequest, TooLarge
-from store.messages.predict import Intervention, PredictModel
+from store.messages.predict import Intervention
 
 router = APIRouter(tags=["Answers"])
 
@@ -28,31 +28,15 @@ async def predict(
     rows = body.rows()
     if len(rows) > MAX_INPUTS:
         raise TooLarge(f"at most {MAX_INPUTS:,} inputs at a time", param="inputs")
-    if body.abstain_below is not None and body.asks_for_text:
+    if body.abstain_below is not None and any("question" not in row for row in rows):
         raise InvalidRequest("generated text has no probability to abstain below", param="abstain_below")
-    intervention = Intervention(enabled=body.intervention.enabled, scale=body.intervention.scale)
     with services.admission.admit(len(rows)):
-        asking = services.predict.ask(
-            request.state.request_id, addressed(model, caller.id), rows, intervention
+        prediction = services.predict.predict(
+            request.state.request_id,
+            model,
+            caller.id,
+            rows,
+            Intervention(enabled=body.intervention.enabled, scale=body.intervention.scale),
         )
-        answers = await while_connected(request, asking)
-    usage = Usage.of(
-        prompt=sum(answer["prompt_tokens"] for answer in answers),
-        completion=sum(answer["completion_tokens"] for answer in answers),
-    )
-    shown = [Answer.of(answer, abstain_below=body.abstain_below) for answer in answers]
-    if body.inputs is None:
-        return Prediction(model=body.model, usage=usage, **shown[0].model_dump())
-    return Predictions(model=body.model, usage=usage, data=shown)
-
-
-def addressed(model: models.Model, owner_id: str) -> PredictModel:
-    """The model as a worker finds it: it has no database at hand while it answers."""
-    return PredictModel(
-        id=model.id,
-        owner=owner_id,
-        kind=model.kind,
-        base_model=model.base_model,
-        storage_key=model.storage_key,
-        manifest=dict(model.manifest) or None,
-    )
+        predicted = await while_connected(request, prediction)
+    return body.response(predicted)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, Field, model_validator
@@ -71,12 +72,19 @@ class PredictRequest(Question):
         return self
 
     def rows(self) -> list[dict[str, Any]]:
+        """Returns the questions as JSON rows."""
         return [self.row()] if self.inputs is None else [question.row() for question in self.inputs]
 
-    @property
-    def asks_for_text(self) -> bool:
-        """True if any answer is generated and therefore has no probability."""
-        return any(question.question is None for question in self.inputs or [self])
+    def response(self, predicted: Sequence[PredictedRow]) -> Prediction | Predictions:
+        """Returns the response to this request, from the predictions for its rows."""
+        usage = Usage.of(
+            prompt=sum(row["prompt_tokens"] for row in predicted),
+            completion=sum(row["completion_tokens"] for row in predicted),
+        )
+        answers = [Answer.of(row, abstain_below=self.abstain_below) for row in predicted]
+        if self.inputs is None:
+            return Prediction(model=self.model, usage=usage, **answers[0].model_dump())
+        return Predictions(model=self.model, usage=usage, data=answers)
 
 
 class Usage(BaseModel):
