@@ -3,7 +3,7 @@ SHELL := /bin/bash
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: install demo serve test test-slow chaos chaos-resume chaos-figures chaos-summary check bench bench-serve studies gpu-check clean
+.PHONY: install demo serve test test-without-cpu test-slow chaos chaos-resume chaos-figures chaos-summary check bench bench-serve studies gpu-check clean
 
 # Of `make chaos`: how many kills, and the seed of their schedule.
 N ?= 100
@@ -33,6 +33,15 @@ test test-slow: export OMP_WAIT_POLICY = PASSIVE
 # The fast suite: real Postgres, real Valkey, tiny models. Two processes, each with servers of its own: much of it waits.
 test: install
 	$(BIN)/python -m pytest -m "not slow" -n 2 --dist loadfile
+
+# heft_engine/cpu is optional: a copy of the tree without it passes the types' check and the engine's tests.
+test-without-cpu: export OMP_WAIT_POLICY = PASSIVE
+test-without-cpu: install
+	set -e; copy=$$(mktemp -d); trap 'rm -rf "$$copy"' EXIT; \
+	git ls-files -z --cached --others --exclude-standard | xargs -0 cp --parents -t "$$copy"; \
+	rm -r "$$copy"/heft_engine/cpu "$$copy"/tests/heft_engine/cpu; \
+	bin=$$PWD/$(BIN); cd "$$copy"; export PYTHONPATH="$$copy"; "$$bin"/mypy; \
+	"$$bin"/python -m pytest -q -m "not slow" -n 2 --dist loadfile $(addprefix tests/heft_engine/, model inference serving adapters bundle)
 
 # Real language model, real rows: minutes.
 test-slow: install

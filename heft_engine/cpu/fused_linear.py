@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from heft_engine.cpu import operators, packed_weights
 from heft_engine.cpu.amx import AmxOps, LoraDelta, Norm, Projection
-from heft_engine.model.packing import AdapterHook, Layout, PackedRow, RowAdapter
+from heft_engine.model.layout import AdapterHook, Layout, PackedRow, RowAdapter
 
 #: Rows whose adapters do more than a product can add.
 Others = list[tuple[PackedRow, RowAdapter]]

@@ -138,7 +138,7 @@ class GaussNewton:
         reads = [
             start + offset
             for row, index in zip(layout.rows, indices, strict=True)
-            for start in [row.start + row.prompt - row.skipped - 1]
+            for start in [row.start + row.prompt - row.cached_tokens - 1]
             for offset in range(len(cache.rows[index].example.answers[0]))
         ]
         supervised = torch.tensor(reads, device=states.device)

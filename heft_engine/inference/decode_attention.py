@@ -14,26 +14,20 @@ import torch.nn.functional as F  # noqa: N812
 from torch import Tensor
 
 from heft_engine.inference.kv_cache import SLOTS_PER_CHUNK, Chunk
+from heft_engine.model.layout import AttentionOptions
 
 
 class DecodeAttention:
     """One decoding step of all slots of some chunks, whose sequences stand in the flat batch chunk by chunk.
 
-    Implements `packing.Decoding`.
+    Implements `layout.DecodeStep`.
     """
 
     def __init__(self, chunks: Sequence[Chunk]) -> None:
         self._chunks = [_ChunkAttention(chunk) for chunk in chunks]
 
     def attend(
-        self,
-        layer: int,
-        query: Tensor,
-        key: Tensor,
-        value: Tensor,
-        scaling: float | None,
-        window: int | None,
-        softcap: float | None,
+        self, layer: int, query: Tensor, key: Tensor, value: Tensor, options: AttentionOptions
     ) -> Tensor:
         """query (1, heads, B, head_dim), key and value (1, kv_heads, B, head_dim) → (1, B, heads, head_dim).
 
@@ -41,10 +35,7 @@ class DecodeAttention:
         """
         sizes = [chunk.size for chunk in self._chunks]
         q, k, v = (torch.split(states[0].transpose(0, 1), sizes) for states in (query, key, value))
-        outputs = [
-            chunk.attend(layer, q[i], k[i], v[i], scaling, window, softcap)
-            for i, chunk in enumerate(self._chunks)
-        ]
+        outputs = [chunk.attend(layer, q[i], k[i], v[i], options) for i, chunk in enumerate(self._chunks)]
         return torch.cat(outputs)[None]
 
 
@@ -57,17 +48,9 @@ class _ChunkAttention:
         self._positions = torch.tensor([slot.length for slot in chunk.slots])
         self._biases: dict[tuple[int | None, torch.device], Tensor] = {}
 
-    def attend(
-        self,
-        layer: int,
-        q: Tensor,
-        k: Tensor,
-        v: Tensor,
-        scaling: float | None,
-        window: int | None,
-        softcap: float | None,
-    ) -> Tensor:
+    def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor, options: AttentionOptions) -> Tensor:
         """q (slots, heads, head_dim), k and v (slots, kv_heads, head_dim) → (slots, heads, head_dim)."""
+        scaling, window, softcap = options
         keys, values = self.chunk.layers[layer]
         slots, positions = torch.arange(self.size, device=q.device), self._positions.to(q.device)
         keys[slots, :, positions], values[slots, :, positions] = k, v

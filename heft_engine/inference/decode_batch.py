@@ -20,8 +20,9 @@ from heft_engine.inference.decode_attention import DecodeAttention
 from heft_engine.inference.kv_cache import KVCache, Slot
 from heft_engine.inference.partition import TOKEN_BUDGET
 from heft_engine.inference.sampling import SampledToken, Sampler, SamplingParams
+from heft_engine.model.layout import Layout, PackedRow, RowAdapter
 from heft_engine.model.packed_lm import PackedLM
-from heft_engine.model.packing import Layout, PackedRow, RowAdapter, micro_batches, pack
+from heft_engine.model.packing import micro_batches, pack
 
 R = TypeVar("R", bound="DecodeRequest")
 GREEDY = SamplingParams()
@@ -55,7 +56,7 @@ class _Sequence:
 
     def row(self, start: int) -> PackedRow:
         prompt = len(self.request.prompt)
-        return PackedRow(start=start, prompt=prompt, branches=(1,), skipped=prompt)
+        return PackedRow(start=start, prompt=prompt, branches=(1,), cached_tokens=prompt)
 
 
 class DecodeBatch:
@@ -182,7 +183,7 @@ class DecodeBatch:
 
 
 class _SlotWriter:
-    """Writes a prefill's keys and values into the sequences' slots. Implements `packing.KVSink`."""
+    """Writes a prefill's keys and values into the sequences' slots. Implements `layout.KVSink`."""
 
     def __init__(self, slots: Sequence[Slot]) -> None:
         self._slots = slots

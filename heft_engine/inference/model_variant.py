@@ -6,8 +6,8 @@ from collections.abc import Hashable
 from dataclasses import dataclass
 
 from heft_engine.model.interventions import PlacedIntervention
+from heft_engine.model.layout import RowAdapter
 from heft_engine.model.packed_lm import PackedLM
-from heft_engine.model.packing import RowAdapter
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)

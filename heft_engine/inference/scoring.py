@@ -56,7 +56,7 @@ def score(lm: PackedLM, examples: Sequence[Example], *, scale: float = 1.0) -> l
 
 
 def _score(lm: PackedLM, examples: Sequence[Example], scale: float) -> list[Scores]:
-    length = lm.pass_length(sum(map(packed_length, examples)))
+    length = lm.backend.pass_length(sum(map(packed_length, examples)))
     batch = pack(examples, scale=scale, length=length)
     return score_hidden(lm, batch, lm.hidden(batch))
 

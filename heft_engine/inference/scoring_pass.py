@@ -16,7 +16,8 @@ from heft_engine.inference.model_variant import ModelVariant
 from heft_engine.inference.partition import in_row_order, partition, run_parts
 from heft_engine.inference.prefix_cache import CachedPrefix, PrefixCache, PrefixWriter
 from heft_engine.inference.scoring import Scores, score_hidden
-from heft_engine.model.packing import RowAdapter, pack, packed_length
+from heft_engine.model.layout import RowAdapter
+from heft_engine.model.packing import pack, packed_length
 
 
 @dataclass(kw_only=True, eq=False)
@@ -70,9 +71,9 @@ class _Batch:
 
     def score(self) -> list[Scores]:
         rows = self._rows
-        length = self._lm.pass_length(sum(row.uncached_tokens for row in rows))
-        skipped = [row.cached_tokens for row in rows]
-        batch = pack([row.example for row in rows], skipped=skipped, length=length)
+        length = self._lm.backend.pass_length(sum(row.uncached_tokens for row in rows))
+        cached_tokens = [row.cached_tokens for row in rows]
+        batch = pack([row.example for row in rows], cached_tokens=cached_tokens, length=length)
         # One more row may fill the batch up to `length`.
         filler = (None,) * (len(batch.layout.rows) - len(rows))
         adapters: tuple[RowAdapter | None, ...] = tuple(row.variant.adapter for row in rows)
@@ -80,7 +81,7 @@ class _Batch:
         layout = replace(
             batch.layout,
             scales=tuple(row.scale for row in rows) + (0.0,) * len(filler),
-            cached_prefixes=prefixes + filler if any(skipped) else None,
+            cached_prefixes=prefixes + filler if any(cached_tokens) else None,
             adapters=adapters + filler if any(adapter is not None for adapter in adapters) else None,
             kv_sink=self._sink,
         )
@@ -93,7 +94,7 @@ class _Batch:
 
 
 class _PrefixSink:
-    """Writes each row's keys and values into the cache. Implements `packing.KVSink`."""
+    """Writes each row's keys and values into the cache. Implements `layout.KVSink`."""
 
     def __init__(self, cache: PrefixCache, rows: Sequence[ScoringRow], layers: int) -> None:
         self._cache = cache

@@ -24,8 +24,9 @@ import torch.nn.functional as F  # noqa: N812
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
-from heft_engine.cpu import packed_weights
-from heft_engine.runtime.parallel import all_threads, run_tasks, task_threads
+from heft_engine.runtime.parallel import run_tasks, task_threads
+
+LinearKernel = Callable[[Tensor, Tensor, Tensor | None], Tensor | None]
 
 #: Rows of a block. Each product first puts its weight into another order, which costs as much as five more rows.
 BLOCK_ROWS = 64
@@ -40,11 +41,15 @@ _STRIDE = 64
 
 
 class BatchInvariantMode(TorchFunctionMode):
-    """While active in a thread, linear layers multiply blocks of `block_rows` rows, and activations whole vectors."""
+    """While active in a thread, linear layers multiply blocks of `block_rows` rows, and activations whole vectors.
 
-    def __init__(self, block_rows: int = BLOCK_ROWS) -> None:
+    `kernel`: a linear layer that gives a row the same bits in any number; it returns None for weights that it does not
+    support.
+    """
+
+    def __init__(self, block_rows: int = BLOCK_ROWS, kernel: LinearKernel | None = None) -> None:
         super().__init__()
-        self.block_rows = block_rows
+        self.block_rows, self.kernel = block_rows, kernel
 
     def __torch_function__(
         self,
@@ -61,9 +66,9 @@ class BatchInvariantMode(TorchFunctionMode):
 
     def linear(self, x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
         """x (…, in), weight (out, in) → (…, out), as F.linear."""
-        if (amx_ops := packed_weights.amx_for_weight(weight)) is not None:
-            with all_threads():
-                return amx_ops.linear(x, weight, packed_weights.packed_copy(weight), bias)
+        out = self.kernel(x, weight, bias) if self.kernel is not None else None
+        if out is not None:
+            return out
         rows = x.reshape(-1, x.shape[-1])
         return linear_in_blocks(rows, weight, bias, self.block_rows).view(*x.shape[:-1], len(weight))
 

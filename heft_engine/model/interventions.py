@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from heft_engine.config.train import InterventionKind, parse_positions
-from heft_engine.model.packing import Layout
+from heft_engine.model.layout import Layout
 
 
 class Intervention(Protocol):

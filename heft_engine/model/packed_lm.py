@@ -11,21 +11,19 @@ from __future__ import annotations
 import os
 import threading
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from heft_engine.cpu import operators, packed_weights
-from heft_engine.cpu.fused_layers import FusedLayers
-from heft_engine.model.batch_invariant import BLOCK_ROWS, STEP_ROWS, BatchInvariantMode
+from heft_engine.model.backend import DecoderLayers, backend_for
 from heft_engine.model.families import family_of
 from heft_engine.model.interventions import Interventions
-from heft_engine.model.packing import Batch, Layout
+from heft_engine.model.layout import Layout
+from heft_engine.model.packing import Batch
 from heft_engine.runtime.devices import free_bytes
-from heft_engine.runtime.parallel import one_thread
 from heft_engine.runtime.threads import torch_threads
 
 #: On a CPU every shape of a matrix product has machine code of its own, 0.9 MB of it, of which oneDNN keeps the last
@@ -34,9 +32,7 @@ from heft_engine.runtime.threads import torch_threads
 os.environ.setdefault("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "256")
 
 
-#: Held while fused layers are built: threads may ask for them side by side.
-_BUILDING = threading.Lock()
-#: Held while a head is there in float32: lanes ask side by side, and it may be two gigabytes.
+#: Held while a head is there in float32: threads ask for it side by side, and it may be two gigabytes.
 _EXACT = threading.Lock()
 
 
@@ -55,7 +51,10 @@ class PackedLM:
         self.on_forward: Callable[[], None] = lambda: None
         #: Whether layers keep their input alone and run again for their gradient.
         self.checkpointing = False
-        self._fused_layers: FusedLayers | None = None
+        types = [self._kind(index) or "" for index in range(self.n_layers)]
+        self.backend = backend_for(
+            DecoderLayers(modules=self.layers, types=types, rotary=self._turned, device=self.device)
+        )
 
     @property
     def n_layers(self) -> int:
@@ -87,41 +86,17 @@ class PackedLM:
     def parameters(self) -> int:
         return sum(parameter.numel() for parameter in self.model.parameters())
 
-    def fused_layers(self) -> FusedLayers:
-        """The layers' fused passes, each kind compared with its module's own `forward` once."""
-        with _BUILDING:
-            if self._fused_layers is None:
-                kinds = [self._kind(index) or "" for index in range(self.n_layers)]
-                with one_thread(), BatchInvariantMode():
-                    self._fused_layers = FusedLayers(list(self.layers), kinds, self._turned)
-            return self._fused_layers
-
-    @contextmanager
-    def inference_mode(self, *, one_token: bool = False) -> Iterator[None]:
+    def inference_mode(self, *, one_token: bool = False) -> AbstractContextManager[None]:
         """For passes without a gradient. On a CPU a row's numbers don't depend on the rows beside it inside, nor on
-        the number of threads (heft_engine.model.batch_invariant); on a GPU to rounding.
+        the number of threads (heft_engine.model.batch_invariant); on a GPU they agree to rounding.
 
         `one_token`: for passes of one token a sequence, and for the head.
         """
-        if self.device.type != "cpu":
-            yield
-            return
-        mode = BatchInvariantMode(STEP_ROWS if one_token else BLOCK_ROWS)
-        with self.fused_layers().active(), one_thread(), mode:
-            yield
-
-    def pass_length(self, tokens: int) -> int:
-        """Returns the tokens of a pass, filled up to whole blocks where products are cut into blocks."""
-        weights = (m.weight for m in self.layers[0].modules() if isinstance(m, nn.Linear))
-        in_blocks = self.device.type == "cpu" and not all(map(packed_weights.amx_for_weight, weights))
-        return -(-tokens // BLOCK_ROWS) * BLOCK_ROWS if in_blocks else tokens
+        return self.backend.inference_mode(one_token=one_token)
 
     def pack(self, spare_bytes: int | None = None) -> None:
-        """Keeps the layers' weights packed too where that takes no more than so many bytes: by default than half of
-        what is free."""
-        spare = free_bytes(self.device) // 2 if spare_bytes is None else spare_bytes
-        if packed_weights.bytes_to_pack(self.layers) <= spare:
-            packed_weights.pack(self.layers)
+        """Packs the layers' weights if that takes no more than so many bytes: by default than half of what is free."""
+        self.backend.pack_weights(free_bytes(self.device) // 2 if spare_bytes is None else spare_bytes)
 
     @contextmanager
     def packed(self) -> Iterator[None]:
@@ -130,7 +105,7 @@ class PackedLM:
             self.pack()
             yield
         finally:
-            packed_weights.unpack(self.layers)
+            self.backend.unpack_weights()
 
     def hidden(self, batch: Batch) -> Tensor:
         """The last hidden states, after the final norm: (T, hidden)."""
@@ -170,6 +145,8 @@ class PackedLM:
                 "use_cache": False,
                 "layout": layout,
             }
+            if not torch.is_grad_enabled():
+                options["backend"] = self.backend
             states = self._run_layer(index, states, options)
         return states
 
@@ -198,11 +175,10 @@ class PackedLM:
 
     def exact_logits(self, hidden: Tensor) -> Tensor:
         """As `logits`, but multiplied in float32: through a bfloat16 head, 7 of 160 BoolQ rows tied exactly."""
-        weight, compiled = self.head.weight, operators.fused_ops()
-        on_cpu = weight.device.type == "cpu" and weight.dtype == hidden.dtype == torch.bfloat16
-        on_cpu = on_cpu and hidden.device == weight.device and weight.is_contiguous()
-        if compiled is not None and on_cpu and not torch.is_grad_enabled():
-            return self._cap(compiled.logits(hidden, weight.detach()) + self._bias())
+        weight = self.head.weight
+        logits = self.backend.logits(hidden, weight)
+        if logits is not None:
+            return self._cap(logits + self._bias())
         # One copy of the head at a time, and as many threads wherever it is: more of them might round otherwise.
         with _EXACT, torch_threads(1):
             return self._cap(hidden.float() @ weight.float().T + self._bias())

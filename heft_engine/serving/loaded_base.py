@@ -82,8 +82,8 @@ class LoadedBase:
         self.lm = PackedLM(load_model(model, dtype=key.dtype, device=device, attention=IMPLEMENTATION))
         adapt_rows(self.lm)
         self._spare_bytes = spare_bytes
-        self.lm.pack(spare_bytes() - unique_bytes(self.lm.model))
-        self.weight_bytes = unique_bytes(self.lm.model)
+        self.lm.pack(spare_bytes() - unique_bytes(self.lm))
+        self.weight_bytes = unique_bytes(self.lm)
         self._device = device
         self._batcher = batcher
         self._key_value_bytes = key_value_bytes
@@ -129,14 +129,14 @@ class LoadedBase:
         lm = self._merge(bundle)
         lm.pack(self._spare_bytes())
         # Shared weights may have been packed, too.
-        self.weight_bytes = unique_bytes(self.lm.model)
+        self.weight_bytes = unique_bytes(self.lm)
         variant = ModelVariant.of_merged(lm, scope)
         self._batcher.run(lambda: check_probe(bundle, variant))
         tokenizer = self._tokenizer(bundle)
         predictor = Predictor.of_bundle(
             bundle, variant, tokenizer, batcher=self._batcher, key_value_bytes=self._key_value_bytes
         )
-        weight_bytes = unique_bytes(lm.model, beside=self.lm.model)
+        weight_bytes = unique_bytes(lm, beside=self.lm)
         for placed in lm.interventions:
             weight_bytes += sum(p.numel() * p.element_size() for p in placed.intervention.parameters())
         return LoadedModel(predictor=predictor, kind="merged", base=self.key, weight_bytes=weight_bytes)

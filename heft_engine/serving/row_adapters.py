@@ -27,8 +27,8 @@ from heft_engine.config.train import parse_positions
 from heft_engine.data.encoding import intervened_positions
 from heft_engine.errors import BundleError
 from heft_engine.model.interventions import PlacedIntervention
+from heft_engine.model.layout import AdapterHook, Layout, PackedRow, RowAdapter
 from heft_engine.model.packed_lm import PackedLM
-from heft_engine.model.packing import AdapterHook, Layout, PackedRow, RowAdapter
 from heft_engine.runtime.threads import torch_threads
 
 
@@ -107,9 +107,9 @@ class UnmergedModel:
     def intervene(self, layer: int, hidden: Tensor, row: PackedRow, scale: float) -> None:
         for placed in self._by_layer.get(layer, ()):
             at = [
-                position - row.skipped
+                position - row.cached_tokens
                 for position in intervened_positions(row.prompt, *parse_positions(placed.positions))
-                if row.skipped <= position < row.prompt - row.missing
+                if row.cached_tokens <= position < row.prompt - row.unread_tokens
             ]
             if at:
                 placed.intervention.to(hidden.device)

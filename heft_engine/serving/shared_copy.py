@@ -11,7 +11,7 @@ from collections.abc import Collection
 import torch
 from torch import nn
 
-from heft_engine.cpu.packed_weights import packed_bytes
+from heft_engine.model.packed_lm import PackedLM
 
 
 def copy_sharing(model: nn.Module, own: Collection[str]) -> nn.Module:
@@ -38,13 +38,13 @@ def copy_sharing(model: nn.Module, own: Collection[str]) -> nn.Module:
     return twin
 
 
-def unique_bytes(model: nn.Module, beside: nn.Module | None = None) -> int:
+def unique_bytes(lm: PackedLM, beside: PackedLM | None = None) -> int:
     """Bytes of a model's tensors, packed ones too, without those that it shares with another."""
-    known = {tensor.data_ptr() for tensor in _tensors(beside)} if beside is not None else set()
+    known = {tensor.data_ptr() for tensor in _tensors(beside.model)} if beside is not None else set()
     seen: dict[int, int] = {}
-    for tensor in _tensors(model):
+    for tensor in _tensors(lm.model):
         if tensor.data_ptr() not in known:
-            seen[tensor.data_ptr()] = tensor.numel() * tensor.element_size() + packed_bytes(tensor)
+            seen[tensor.data_ptr()] = tensor.numel() * tensor.element_size() + lm.backend.packed_bytes(tensor)
     return sum(seen.values())
 
 

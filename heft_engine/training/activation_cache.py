@@ -29,9 +29,9 @@ from torch import Tensor
 from heft_engine.adapters.adapter import Boundary
 from heft_engine.config.flops import CacheLevel
 from heft_engine.data.encoding import Example
+from heft_engine.model.layout import Layout, PackedRow, PaddedPrefix
 from heft_engine.model.packed_lm import PackedLM
-from heft_engine.model.packing import Layout, PackedRow, fill, micro_batches, pack, packed_length
-from heft_engine.model.prefix_attention import Prefix
+from heft_engine.model.packing import fill, micro_batches, pack, packed_length
 from heft_engine.training.activation_store import StageActivations
 
 #: Tokens of one pass that fills the cache. The same split gives the same bits when the cache is built again.
@@ -197,13 +197,13 @@ class SuffixCache:
                     start=start,
                     prompt=prompt,
                     branches=(answer,) if answer > 0 else (),
-                    skipped=row.prefix_length,
+                    cached_tokens=row.prefix_length,
                 )
             )
             positions.append(torch.arange(row.prefix_length, row.prefix_length + length))
             start += length
         suffixes = tuple(packed)
-        prefix = Prefix.of(self.boundary.layer, prefixes, suffixes, device) if prefixes else None
+        prefix = PaddedPrefix.of(self.boundary.layer, prefixes, suffixes, device) if prefixes else None
         layout = Layout(rows=suffixes, prefix=prefix)
         return torch.cat(states).to(device)[None], torch.cat(positions).to(device)[None], layout
 
@@ -215,7 +215,7 @@ class SuffixCache:
         for row in rows:
             prompt = len(row.example.prompt)
             packed.append(
-                PackedRow(start=start, prompt=prompt, branches=(), missing=prompt - row.prefix_length)
+                PackedRow(start=start, prompt=prompt, branches=(), unread_tokens=prompt - row.prefix_length)
             )
             start += row.prefix_length
         filler = fill(self.lm.device, start) - start

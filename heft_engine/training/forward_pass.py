@@ -81,7 +81,7 @@ class SuffixPass:
         states = lm.run_layers(states, positions, layout, boundary.layer, lm.n_layers)
         reads: list[int] = []
         for row, index in zip(layout.rows, indices, strict=True):
-            prompt_end = row.start + row.prompt - row.skipped - 1
+            prompt_end = row.start + row.prompt - row.cached_tokens - 1
             reads += range(prompt_end, prompt_end + len(self.examples[index].answers[0]))
         return lm.finish(states)[0, torch.tensor(reads, device=states.device)]
 

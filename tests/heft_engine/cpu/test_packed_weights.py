@@ -8,7 +8,6 @@ from typing import Any
 
 import pytest
 import torch
-from needs import needs_compiler
 from torch import nn
 
 from heft_engine.cpu import operators
@@ -61,23 +60,23 @@ def test_packed_weights_are_counted_and_shared(make_tiny_model: Callable[[str], 
     lm = PackedLM(
         load_model(resolve_path(make_tiny_model("llama")), dtype=torch.bfloat16, attention=IMPLEMENTATION)
     )
-    plain, more = unique_bytes(lm.model), bytes_to_pack(lm.layers)
+    plain, more = unique_bytes(lm), bytes_to_pack(lm.layers)
     assert more == sum(2 * m.weight.numel() for m in lm.layers.modules() if isinstance(m, nn.Linear))
     lm.pack(more - 1)
     assert bytes_to_pack(lm.layers) == more, "there was no room"
     lm.pack(more)
     assert bytes_to_pack(lm.layers) == 0
-    assert unique_bytes(lm.model) == plain + more
+    assert unique_bytes(lm) == plain + more
     name = "model.layers.0.self_attn.q_proj"
     twin = PackedLM(copy_sharing(lm.model, {name}))
     own = twin.model.get_submodule(name).weight
     assert packed_copy(own) is None
     assert bytes_to_pack(twin.layers) == 2 * own.numel(), "the others are packed already"
     twin.pack(1 << 20)
-    assert unique_bytes(twin.model, beside=lm.model) == 2 * own.numel() + packed_bytes(own)
+    assert unique_bytes(twin, beside=lm) == 2 * own.numel() + packed_bytes(own)
 
 
-@needs_compiler
+@pytest.mark.usefixtures("with_amx")
 def test_a_copy_made_during_a_pass_runs_its_own_layers(make_tiny_model: Callable[[str], Path]) -> None:
     """Models are merged while the base answers."""
     lm = PackedLM(

@@ -26,9 +26,9 @@ from heft_engine.inference.prefix_cache import (
 )
 from heft_engine.inference.scoring import Scores
 from heft_engine.inference.scoring_pass import ScoringRow, score_rows
-from heft_engine.model import attention, packing
+from heft_engine.model import attention, layout
+from heft_engine.model.layout import Layout, PackedRow, PrefixKV
 from heft_engine.model.packed_lm import PackedLM
-from heft_engine.model.packing import Layout, PackedRow, PrefixKV
 from heft_engine.serving.row_adapters import adapt_rows
 
 MakeModel = Callable[[str], Path]
@@ -114,7 +114,7 @@ def test_rows_on_one_passage_attend_to_it_together(
     same(scores, plain(variant, mixed))
     several = [queries for queries, _ in sizes if queries > 41]
     assert len(several) >= 2 * base.n_layers, "none attended together"
-    assert max(several) <= packing.TOGETHER
+    assert max(several) <= layout.GROUP_TOKENS
     longer = [replace(each, prompt=(*each.prompt, *range(200, 260))) for each in asked]
     ask(variant, longer, cache)
     again, found = ask(variant, longer, cache)
@@ -125,12 +125,14 @@ def test_rows_on_one_passage_attend_to_it_together(
 def test_neighbours_make_one_run_if_they_go_on_alike() -> None:
     def rows(*branches: tuple[int, ...]) -> tuple[PackedRow, ...]:
         return tuple(
-            PackedRow(start=50 * index, prompt=90, branches=each, skipped=40)
+            PackedRow(start=50 * index, prompt=90, branches=each, cached_tokens=40)
             for index, each in enumerate(branches)
         )
 
     def runs(kept: tuple[Any, ...] | None, *branches: tuple[int, ...]) -> list[tuple[int, int]]:
-        return [(run.first, run.end) for run in Layout(rows=rows(*branches), cached_prefixes=kept).runs]
+        return [
+            (group.first, group.end) for group in Layout(rows=rows(*branches), cached_prefixes=kept).groups
+        ]
 
     a, b = object(), object()
     assert runs((a, a, a, b, b), (), (), (), (), ()) == [(0, 3), (3, 5)]

@@ -116,14 +116,14 @@ def test_only_masks_that_take_little_are_kept(
     """With a window every row that is longer has a mask of its own, as many entries as its length squared."""
     lm = packed(make_tiny_model("mistral"))
     made: list[tuple[int, ...]] = []
-    seen = attention._seen
+    seen = attention._mask
 
     def watched(lengths: tuple[int, ...], *where: Any) -> torch.Tensor:
         made.append(lengths)
         return seen(lengths, *where)
 
-    monkeypatch.setattr(attention, "_seen", watched)
-    monkeypatch.setattr(attention, "_MOST_KEPT", 90 * 90)
+    monkeypatch.setattr(attention, "_mask", watched)
+    monkeypatch.setattr(attention, "_MOST_CACHED", 90 * 90)
     score(lm, long_rows(70, 90))
     once = [lengths for lengths in made if lengths in ((70,), (90,))]
     assert sorted(once) == [(70,), (90,)], "one for every length, whatever the layer"

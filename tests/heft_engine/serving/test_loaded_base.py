@@ -120,7 +120,7 @@ def test_a_merged_copy_costs_what_its_adapters_touch(tiny_llama_dir: Path) -> No
     adapt_rows(base)
     before = [parameter.clone() for parameter in base.model.parameters()]
     own = merged(base, Made([adapter(base, 4, 1, suffixes=("q_proj",))], []))
-    assert unique_bytes(own.lm.model, beside=base.model) == 4 * base.n_layers * 32 * 32
+    assert unique_bytes(own.lm, beside=base) == 4 * base.n_layers * 32 * 32
     assert all(map(torch.equal, before, base.model.parameters()))
     asked = examples(3)
     assert score(own.lm, asked) != score(base, asked)
