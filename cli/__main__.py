@@ -1,4 +1,4 @@
-"""`python -m cli` is `heft`: how a running stack starts its own parts with the same Python."""
+"""`python -m cli` runs `heft`; `heft up` starts its processes so, with the same Python."""
 
 from cli.main import app
 

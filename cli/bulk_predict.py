@@ -1,7 +1,7 @@
-"""Many rows asked over HTTP: several requests under way, answers in the rows' order.
+"""Predictions for many rows over HTTP: concurrent requests, answers in the order of the rows.
 
-A service that is busy says when to come back and is asked again then; one that can't answer so many rows in its time
-limit is asked for fewer. It does NOT read or write files, nor print.
+Requests that the service refuses because it is busy are retried after its Retry-After. A request that repeatedly times
+out is split in half.
 """
 
 from __future__ import annotations
@@ -17,112 +17,113 @@ from typing import Any
 
 import httpx
 
-from cli.client import message_of
+from cli.client import error_message
 from cli.errors import CommandError
 
 Json = dict[str, Any]
 
-#: The service may be away or busy for so long; what is answered by then stays.
-PATIENCE_SECONDS = 600.0
+#: Retries end when the service has answered nothing for this long.
+RETRY_SECONDS = 600.0
 _PAUSE_SECONDS = 1.0
-_MOST_PAUSE_SECONDS = 60.0
+_MAX_PAUSE_SECONDS = 60.0
 _BUSY = frozenset({429, 502, 503, 504})
 
 
 @dataclass(frozen=True, kw_only=True)
 class Line:
-    """A row, and where it stands in its file (from 1)."""
+    """A row and the number of its line, from 1."""
 
     number: int
     row: Mapping[str, Any]
 
 
-class Bulk:
-    """One run. `asked` is what every request holds besides its rows: model, intervention, abstain_below."""
+class BulkPredictor:
+    """Sends rows in batches. `common`: the fields of every request besides its rows, such as the model."""
 
-    def __init__(self, http: httpx.AsyncClient, asked: Json, *, rows: int, requests: int) -> None:
+    def __init__(self, http: httpx.AsyncClient, common: Json, *, batch_size: int, requests: int) -> None:
         self._http = http
-        self._asked = asked
-        self._rows = rows
-        self._turn = asyncio.Semaphore(requests)
-        self._window = 2 * requests  #: answered requests may wait for a slow one before them
+        self._common = common
+        self._batch_size = batch_size
+        self._semaphore = asyncio.Semaphore(requests)
+        self._window = 2 * requests  #: answered batches may wait for a slow one before them
         self._answered_at = time.monotonic()
 
     async def answers(self, lines: Iterator[Line]) -> AsyncGenerator[list[Json]]:
-        """The answers, request by request, in order. Raises CommandError."""
-        under_way: deque[asyncio.Task[list[Json]]] = deque()
+        """Yields the answers of each batch, in order. Raises CommandError."""
+        tasks: deque[asyncio.Task[list[Json]]] = deque()
         try:
             while True:
-                while len(under_way) < self._window and (block := list(islice(lines, self._rows))):
-                    under_way.append(asyncio.create_task(self._ask(block)))
-                if not under_way:
+                while len(tasks) < self._window and (batch := list(islice(lines, self._batch_size))):
+                    tasks.append(asyncio.create_task(self._predict(batch)))
+                if not tasks:
                     return
-                yield await under_way[0]
-                under_way.popleft()
+                yield await tasks[0]
+                tasks.popleft()
         finally:
-            for task in under_way:
+            for task in tasks:
                 task.cancel()
-            await asyncio.gather(*under_way, return_exceptions=True)
+            await asyncio.gather(*tasks, return_exceptions=True)
 
-    async def _ask(self, block: Sequence[Line]) -> list[Json]:
-        async with self._turn:
-            return await self._patiently(block)
+    async def _predict(self, batch: Sequence[Line]) -> list[Json]:
+        async with self._semaphore:
+            return await self._predict_with_retries(batch)
 
-    async def _patiently(self, block: Sequence[Line]) -> list[Json]:
-        in_vain = 0
+    async def _predict_with_retries(self, batch: Sequence[Line]) -> list[Json]:
+        timeouts = 0
         while True:
             try:
-                answer = await self._http.post(
-                    "/v1/predict", json=self._asked | {"inputs": [line.row for line in block]}
+                response = await self._http.post(
+                    "/v1/predict", json=self._common | {"inputs": [line.row for line in batch]}
                 )
             except httpx.TransportError as error:
-                await self._rest(f"{self._http.base_url} does not answer ({error})", _PAUSE_SECONDS)
+                await self._pause(f"{self._http.base_url} does not answer ({error})", _PAUSE_SECONDS)
                 continue
-            if answer.status_code == 200:
+            if response.status_code == 200:
                 self._answered_at = time.monotonic()
-                found: list[Json] = answer.json()["data"]
-                return found
-            if answer.status_code not in _BUSY:
-                raise CommandError(_refusal(answer, block))
-            await self._rest(message_of(answer), _retry_after(answer))
-            in_vain += _took_too_long(answer)
-            # The first time, the model may only have been on its way.
-            if in_vain > 1 and len(block) > 1:
-                half = len(block) // 2
-                return [*await self._patiently(block[:half]), *await self._patiently(block[half:])]
+                answers: list[Json] = response.json()["data"]
+                return answers
+            if response.status_code not in _BUSY:
+                raise CommandError(_error(response, batch))
+            await self._pause(error_message(response), _retry_after(response))
+            timeouts += _timed_out(response)
+            # The first timeout may be due to loading the model.
+            if timeouts > 1 and len(batch) > 1:
+                half = len(batch) // 2
+                first, second = batch[:half], batch[half:]
+                return [*await self._predict_with_retries(first), *await self._predict_with_retries(second)]
 
-    async def _rest(self, reason: str, seconds: float) -> None:
-        """Raises CommandError when nothing was answered for too long."""
-        if time.monotonic() - self._answered_at > PATIENCE_SECONDS:
-            raise CommandError(f"nothing was answered for {PATIENCE_SECONDS / 60:.0f} minutes: {reason}")
-        # Those who were refused together shall not come back together.
-        await asyncio.sleep(min(seconds, _MOST_PAUSE_SECONDS) * random.uniform(1.0, 1.25))
+    async def _pause(self, reason: str, seconds: float) -> None:
+        """Raises CommandError if nothing was answered for too long."""
+        if time.monotonic() - self._answered_at > RETRY_SECONDS:
+            raise CommandError(f"the service answered nothing for {RETRY_SECONDS / 60:.0f} minutes: {reason}")
+        # Jitter, so that requests that were refused together are not retried together.
+        await asyncio.sleep(min(seconds, _MAX_PAUSE_SECONDS) * random.uniform(1.0, 1.25))
 
 
-def _retry_after(answer: httpx.Response) -> float:
+def _retry_after(response: httpx.Response) -> float:
     try:
-        return max(0.0, float(answer.headers["Retry-After"]))
+        return max(0.0, float(response.headers["Retry-After"]))
     except (KeyError, ValueError):
         return _PAUSE_SECONDS
 
 
-def _took_too_long(answer: httpx.Response) -> bool:
+def _timed_out(response: httpx.Response) -> bool:
     try:
-        return bool(answer.json()["error"]["code"] == "model_not_ready")
+        return bool(response.json()["error"]["code"] == "model_not_ready")
     except (ValueError, KeyError, TypeError):
         return False
 
 
-def _refusal(answer: httpx.Response, block: Sequence[Line]) -> str:
-    """The refusal, with the line where it is one row's."""
-    message = message_of(answer)
+def _error(response: httpx.Response, batch: Sequence[Line]) -> str:
+    """Returns the error message, with the line number if it concerns one row."""
+    message = error_message(response)
     try:
-        param = answer.json()["error"]["param"] or ""
+        param = response.json()["error"]["param"] or ""
     except (ValueError, KeyError, TypeError):
         param = ""
     if param.startswith("inputs["):
         index = int(param.removeprefix("inputs[").partition("]")[0])
-        return f"line {block[index].number}: {message}"
-    if len(block) == 1:
-        return f"line {block[0].number}: {message}"
+        return f"line {batch[index].number}: {message}"
+    if len(batch) == 1:
+        return f"line {batch[0].number}: {message}"
     return message

@@ -1,4 +1,4 @@
-"""The service over HTTP, as the commands use it. It does NOT print."""
+"""The commands' HTTP client of the service."""
 
 from __future__ import annotations
 
@@ -12,17 +12,17 @@ import httpx
 
 from cli.errors import CommandError
 
-#: A model that is still loading answers when it is loaded.
+#: Long, because a model that is loading answers only when it is loaded.
 _READ_SECONDS = 120.0
-#: How long a service that is being started again may be away before a command gives up.
-_PATIENCE_SECONDS = 60.0
+#: `get_with_retries` gives up after the service has been down for this long.
+_RETRY_SECONDS = 60.0
 _PAUSE_SECONDS = 1.0
 
 Json = dict[str, Any]
 
 
 class Refused(CommandError):
-    """The service answered with an error; `status` is HTTP's."""
+    """The service responded with an error; `status` is the HTTP status."""
 
     def __init__(self, message: str, *, status: int) -> None:
         super().__init__(message)
@@ -30,7 +30,7 @@ class Refused(CommandError):
 
 
 class Client:
-    """`with Client(url, key) as client: client.get("/v1/models")`. Every fault is a CommandError."""
+    """`with Client(url, key) as client: client.get("/v1/models")`. Raises CommandError for all errors."""
 
     def __init__(self, url: str, key: str) -> None:
         self.url = url.rstrip("/").removesuffix("/v1")
@@ -45,7 +45,7 @@ class Client:
         self._http.close()
 
     def asynchronous(self, connections: int) -> httpx.AsyncClient:
-        """The same service for several requests at once. Its faults are httpx's own."""
+        """Returns an asynchronous httpx client of the same service, which raises httpx's errors."""
         limits = httpx.Limits(max_connections=connections, max_keepalive_connections=connections)
         return httpx.AsyncClient(
             base_url=self.url, headers=self._headers, timeout=self._timeout, limits=limits
@@ -54,15 +54,15 @@ class Client:
     def get(self, path: str, params: Mapping[str, str | int] | None = None) -> Json:
         return self._json("GET", path, params=dict(params or {}))
 
-    def patient_get(self, path: str, params: Mapping[str, str | int] | None = None) -> Json:
-        """`get` for watching: waits out a restart of the service."""
-        deadline = time.monotonic() + _PATIENCE_SECONDS
+    def get_with_retries(self, path: str, params: Mapping[str, str | int] | None = None) -> Json:
+        """`get` that retries while the service restarts."""
+        deadline = time.monotonic() + _RETRY_SECONDS
         while True:
             try:
                 return self.get(path, params)
             except CommandError as error:
-                away = not isinstance(error, Refused) or error.status >= 500
-                if not away or time.monotonic() >= deadline:
+                is_down = not isinstance(error, Refused) or error.status >= 500
+                if not is_down or time.monotonic() >= deadline:
                     raise
             time.sleep(_PAUSE_SECONDS)
 
@@ -72,8 +72,8 @@ class Client:
     def delete(self, path: str) -> Json:
         return self._json("DELETE", path)
 
-    def everything(self, path: str, params: Mapping[str, str | int] | None = None) -> Iterator[Json]:
-        """All items of a list, page by page."""
+    def get_all(self, path: str, params: Mapping[str, str | int] | None = None) -> Iterator[Json]:
+        """Yields all items of a list, page by page."""
         after: dict[str, str] = {}
         while True:
             page = self.get(path, {"limit": 100, **(params or {}), **after})
@@ -89,35 +89,35 @@ class Client:
             )
 
     def download(self, path: str, target: Path, params: Mapping[str, str]) -> None:
-        """Write the answer's body to `target`, waiting while the service still builds it (202)."""
+        """Writes the response's body to `target`; waits while the service builds it (202)."""
         partial = target.with_name(target.name + ".partial")
         while True:
-            with self._answer("GET", path, params=dict(params)) as answer:
-                if answer.status_code == 200:
+            with self._response("GET", path, params=dict(params)) as response:
+                if response.status_code == 200:
                     with partial.open("wb") as file:
-                        for chunk in answer.iter_bytes():
+                        for chunk in response.iter_bytes():
                             file.write(chunk)
                     partial.replace(target)
                     return
-                pause = float(answer.headers.get("Retry-After", "1"))
+                pause = float(response.headers.get("Retry-After", "1"))
             time.sleep(pause)
 
     def _json(self, method: str, path: str, **request: Any) -> Json:
-        with self._answer(method, path, **request) as answer:
-            answer.read()
-            value: Json = answer.json()
+        with self._response(method, path, **request) as response:
+            response.read()
+            value: Json = response.json()
             return value
 
     @contextmanager
-    def _answer(self, method: str, path: str, **request: Any) -> Iterator[httpx.Response]:
+    def _response(self, method: str, path: str, **request: Any) -> Iterator[httpx.Response]:
         try:
-            with self._http.stream(method, path, **request) as answer:
-                if answer.is_error:
-                    answer.read()
-                    raise Refused(message_of(answer), status=answer.status_code)
-                yield answer
+            with self._http.stream(method, path, **request) as response:
+                if response.is_error:
+                    response.read()
+                    raise Refused(error_message(response), status=response.status_code)
+                yield response
         except httpx.TransportError as error:
-            raise CommandError(f"{self.url} does not answer ({error}); is `heft up` running?") from None
+            raise CommandError(f"{self.url} does not answer ({error}): is `heft up` running?") from None
 
 
 @contextmanager
@@ -128,14 +128,14 @@ def _opened(path: Path) -> Iterator[Any]:
     except OSError as error:
         if error.filename is None:
             raise
-        raise CommandError(f"cannot read {path}: {error.strerror}") from None
+        raise CommandError(f"can't read {path}: {error.strerror}") from None
 
 
-def message_of(answer: httpx.Response) -> str:
-    """What an error answer says, in one line."""
+def error_message(response: httpx.Response) -> str:
+    """Returns the message of an error response in one line."""
     try:
-        error = answer.json()["error"]
+        error = response.json()["error"]
         field = f" ({error['param']})" if error.get("param") else ""
         return f"{error['message']}{field}"
     except (ValueError, KeyError, TypeError):
-        return f"{answer.request.url} answered {answer.status_code}"
+        return f"{response.request.url} responded with status {response.status_code}"

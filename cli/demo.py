@@ -1,6 +1,6 @@
-"""`heft demo`: a stack of its own, a real fine-tuning job over HTTP, and questions to what it learned.
+"""`heft demo`: starts a service of its own, runs a fine-tuning job over HTTP, and queries the model.
 
-Everything goes through the command and the REST API, as a user would do it. The table says what came out.
+It uses the command and the REST API as a user would.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ from heft_engine.data import samples
 
 MODEL = "smollm2-135m"
 SAMPLE = "passages"
-#: Rows of each split and settings of each stage: enough to learn from, little enough for two cores.
+#: Rows and settings of each stage, chosen to improve visibly in minutes on two cores.
 ROWS = {"train": 600, "validation": 100, "test": 200}
 LORA = {"n_epochs": 2, "batch_size": 8, "learning_rate": 1e-3}
 REFT = {"n_epochs": 2, "batch_size": 8}
@@ -42,9 +42,9 @@ _STOP_SECONDS = 100
 
 
 def run_demo(target: Target, port: int) -> None:
-    """Raises CommandError with the job's own words when it does not succeed."""
+    """Runs the demo. Raises CommandError with the job's error message if it fails."""
     console = Console(highlight=False, soft_wrap=True)
-    began = time.monotonic()
+    started_at = time.monotonic()
     home = Home.at(target.home.path / "demo")
     try:
         with interruptible():
@@ -53,7 +53,7 @@ def run_demo(target: Target, port: int) -> None:
                 _own_stack(home, port) as stack,
                 Client(stack.url, home.key_file.read_text().strip()) as client,
             ):
-                console.print(f"they answer at {stack.url}, after {duration(time.monotonic() - began)}\n")
+                console.print(f"{stack.url} is ready after {duration(time.monotonic() - started_at)}\n")
                 _cancel_unfinished(client)
                 request = _request(client, home, console)
                 job = client.post("/v1/fine_tuning/jobs", request)
@@ -61,19 +61,19 @@ def run_demo(target: Target, port: int) -> None:
                 job = watch_job(client, job["id"], console)
                 if job["status"] != "succeeded":
                     error = job.get("error") or {}
-                    raise CommandError(f"the job {job['status']}: {error.get('message', 'it says no more')}")
+                    raise CommandError(f"the job {job['status']}: {error.get('message', 'no error message')}")
                 _show_results(client, job, console)
-                _ask(client, job, console)
+                _predict(client, job, console)
                 _show_curl(stack, home, request, job, console)
     except Interrupted:
         raise CommandError("interrupted") from None
-    console.print(f"\nall of it took {duration(time.monotonic() - began)}")
+    console.print(f"\nthe demo took {duration(time.monotonic() - started_at)}")
 
 
 @contextmanager
 def _own_stack(home: Home, port: int) -> Iterator[RunningStack]:
-    """`heft up` in a home of its own, with nothing of this shell's settings."""
-    with home.own():  # raises when one runs there already
+    """Runs `heft up` in a home of its own, without the HEFT_ settings of this shell."""
+    with home.own():  # raises AlreadyRunning
         home.state_file.unlink(missing_ok=True)
     make_private(home.logs)
     log = home.logs / "up.log"
@@ -93,19 +93,19 @@ def _own_stack(home: Home, port: int) -> Iterator[RunningStack]:
 def _wait_for(home: Home, process: subprocess.Popen[bytes], log: Path) -> RunningStack:
     def answers() -> bool:
         if process.poll() is not None:
-            raise CommandError(f"the stack did not start:\n{last_lines(log)}")
+            raise CommandError(f"the service did not start:\n{last_lines(log)}")
         return running_stack(home) is not None
 
     wait_until(answers, seconds=_START_SECONDS)
     stack = running_stack(home)
     if stack is None:
-        raise CommandError(f"the stack did not answer in {_START_SECONDS} s; see {home.logs}")
+        raise CommandError(f"the service did not answer in {_START_SECONDS} s; see {home.logs}")
     return stack
 
 
 def _cancel_unfinished(client: Client) -> None:
-    """A demo that was interrupted left its job, which would go on first."""
-    for job in client.everything("/v1/fine_tuning/jobs"):
+    """Cancels the job of an interrupted demo, which would run first."""
+    for job in client.get_all("/v1/fine_tuning/jobs"):
         if job["finished_at"] is None:
             client.post(f"/v1/fine_tuning/jobs/{job['id']}/cancel")
 
@@ -123,7 +123,7 @@ def _request(client: Client, home: Home, console: Console) -> Json:
         **files,
         "suffix": "demo",
         "seed": 0,
-        "reuse": False,  # a second demo trains too
+        "reuse": False,  # so that a second demo trains again
         "method": {"type": "heft", "heft": {"lora": LORA, "reft": REFT}},
     }
 
@@ -131,7 +131,7 @@ def _request(client: Client, home: Home, console: Console) -> Json:
 def _show_results(client: Client, job: Json, console: Console) -> None:
     evaluation = job["evaluation"]
     seconds: dict[str, float] = {}
-    for event in client.everything(f"/v1/fine_tuning/jobs/{job['id']}/events"):
+    for event in client.get_all(f"/v1/fine_tuning/jobs/{job['id']}/events"):
         if event["data"].get("code") == "STAGE_COMPLETE":
             stage = event["data"]["stage"]
             seconds[stage] = seconds.get(stage, 0.0) + event["data"]["seconds"]
@@ -141,25 +141,25 @@ def _show_results(client: Client, job: Json, console: Console) -> None:
         table.add_column(column)
     for result in evaluation["results"]:
         low, high = result["interval_95"]
-        spent = seconds.get(result["stage"])
+        training_seconds = seconds.get(result["stage"])
         table.add_row(
             names.get(result["stage"], result["stage"]),
             f"{100 * result['accuracy']:.1f} %",
             f"{100 * low:.1f} … {100 * high:.1f} %",
             f"{result['correct']}",
-            "" if spent is None else duration(spent),
+            "" if training_seconds is None else duration(training_seconds),
         )
     console.print(table)
 
 
-def _ask(client: Client, job: Json, console: Console) -> None:
-    console.print("\nthree of the held-out questions, through /predict:\n")
+def _predict(client: Client, job: Json, console: Console) -> None:
+    console.print("\nthree of the held-out questions, answered by /predict:\n")
     for row in samples.generate(SAMPLE, "test", QUESTIONS, 0):
         answer = client.post("/predict", _question(job, row))
-        said = f"{answer['answer']} ({answer['probability']:.2f})"
-        true = "yes" if row["answer"] else "no"
+        predicted = f"{answer['answer']} ({answer['probability']:.2f})"
+        gold = "yes" if row["answer"] else "no"
         console.print(f"  {row['passage']}", markup=False)
-        console.print(f"  {row['question']}?  → {said}; the row says {true}\n", markup=False)
+        console.print(f"  {row['question']}?  → {predicted}; the right answer is {gold}\n", markup=False)
 
 
 def _question(job: Json, row: Json) -> Json:
@@ -180,6 +180,6 @@ def _show_curl(stack: RunningStack, home: Home, request: Json, job: Json, consol
         f"curl {stack.url}/v1/fine_tuning/jobs/{job['id']} {header}",
         f"curl {stack.url}/predict {as_json} -d {shlex.quote(json.dumps(_question(job, row)))}",
     ]
-    console.print("the same by hand:\n")
+    console.print("the same with curl:\n")
     for line in lines:
         console.print(f"  {line}", markup=False)

@@ -1,4 +1,4 @@
-"""What a `heft` command can fail with: a sentence for the person at the terminal, no stack trace."""
+"""Errors of `heft` commands, which are printed without a stack trace."""
 
 from __future__ import annotations
 
@@ -8,4 +8,4 @@ class CommandError(Exception):
 
 
 class AlreadyRunning(CommandError):
-    """Another process holds the lock that this one needs."""
+    """Another process holds a lock that this one needs."""

@@ -1,5 +1,4 @@
-"""The `heft` command. It does NOT do the work: what a command needs is imported when it is called, so that
-`heft --help` is quick."""
+"""The `heft` command. Commands import what they need when they run, so that `heft --help` is fast."""
 
 from __future__ import annotations
 
@@ -17,7 +16,7 @@ from cli.stack.home import Home, default_home
 
 
 class _Group(TyperGroup):
-    """Turns a CommandError, wherever it came from, into one line and exit code 1."""
+    """Prints a CommandError as one line and exits with code 1."""
 
     def invoke(self, ctx: Any) -> Any:
         try:
@@ -36,21 +35,23 @@ def heft(
     home: Annotated[
         Path | None,
         typer.Option(
-            envvar="HEFT_HOME", help="Where this machine's data is.", show_default=str(default_home())
+            envvar="HEFT_HOME", help="Folder for this machine's data.", show_default=str(default_home())
         ),
     ] = None,
     url: Annotated[
         str | None,
-        typer.Option(envvar="HEFT_URL", help="The service.", show_default="the one that runs in the home"),
+        typer.Option(
+            envvar="HEFT_URL", help="URL of the service.", show_default="the one running in HEFT_HOME"
+        ),
     ] = None,
     api_key: Annotated[
         str | None,
-        typer.Option(envvar="HEFT_API_KEY", help="The key.", show_default="the first key of the home"),
+        typer.Option(envvar="HEFT_API_KEY", help="API key.", show_default="the first key in HEFT_HOME"),
     ] = None,
     database_url: Annotated[
         str | None,
         typer.Option(
-            envvar="HEFT_DATABASE_URL", help="A Postgres.", show_default="a private one in the home"
+            envvar="HEFT_DATABASE_URL", help="URL of a Postgres.", show_default="a private one in HEFT_HOME"
         ),
     ] = None,
 ) -> None:

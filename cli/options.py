@@ -1,4 +1,4 @@
-"""What every command is told: which home, which service, which key. It does NOT connect."""
+"""The options that all commands share: home, service, key, database."""
 
 from __future__ import annotations
 
@@ -16,15 +16,15 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, kw_only=True)
 class Target:
-    """The options before the command's name. Without an address: the stack that runs in the home."""
+    """The options before the command's name. `url` None: the stack that runs in the home."""
 
     home: Home
     url: str | None = None
     api_key: str | None = None
-    database_url: str | None = None  #: for commands that need no running service
+    database_url: str | None = None  #: for commands without a running service
 
     def client(self) -> Client:
-        """Raises CommandError that says what to set when address or key can't be told."""
+        """Returns a client of the service. Raises CommandError if no URL or key is known."""
         from cli.client import Client
         from cli.stack.up import running_stack
 
@@ -32,7 +32,7 @@ class Target:
         if url is None:
             stack = running_stack(self.home)
             if stack is None:
-                raise CommandError(f"no stack runs in {self.home.path}: start `heft up`, or set HEFT_URL")
+                raise CommandError(f"no service runs in {self.home.path}: start `heft up`, or set HEFT_URL")
             url = stack.url
         return Client(url, self.api_key or self._key_of_home())
 
@@ -40,10 +40,10 @@ class Target:
         try:
             return self.home.key_file.read_text().strip()
         except OSError:
-            raise CommandError(f"no key in {self.home.key_file}: set HEFT_API_KEY") from None
+            raise CommandError(f"there is no API key in {self.home.key_file}: set HEFT_API_KEY") from None
 
 
 def target(context: typer.Context) -> Target:
-    found = context.find_root().obj
-    assert isinstance(found, Target)
-    return found
+    options = context.find_root().obj
+    assert isinstance(options, Target)
+    return options

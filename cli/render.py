@@ -1,4 +1,4 @@
-"""How commands show things: tables for people, JSON for programs."""
+"""Output of commands: tables, JSON, times."""
 
 from __future__ import annotations
 
@@ -12,14 +12,14 @@ def table(columns: Sequence[str], rows: Iterable[Sequence[object]]) -> None:
     from rich.console import Console
     from rich.table import Table
 
-    shown = Table(box=None, pad_edge=False, header_style="bold")
+    rich_table = Table(box=None, pad_edge=False, header_style="bold")
     for column in columns:
-        shown.add_column(column, overflow="fold")
+        rich_table.add_column(column, overflow="fold")
     for row in rows:
-        shown.add_row(*("" if cell is None else str(cell) for cell in row))
-    # As wide as its content where nobody looks at it: other programs read it line by line.
+        rich_table.add_row(*("" if cell is None else str(cell) for cell in row))
+    # Not wrapped when piped: other programs read it line by line.
     console = Console()
-    Console(width=None if console.is_terminal else 400, highlight=False, markup=False).print(shown)
+    Console(width=None if console.is_terminal else 400, highlight=False, markup=False).print(rich_table)
 
 
 def as_json(value: Any) -> None:
@@ -31,6 +31,6 @@ def moment(seconds: int | None) -> str:
 
 
 def duration(seconds: float) -> str:
-    minutes, rest = divmod(round(seconds), 60)
+    minutes, whole_seconds = divmod(round(seconds), 60)
     hours, minutes = divmod(minutes, 60)
-    return f"{hours}:{minutes:02}:{rest:02}" if hours else f"{minutes}:{rest:02}"
+    return f"{hours}:{minutes:02}:{whole_seconds:02}" if hours else f"{minutes}:{whole_seconds:02}"

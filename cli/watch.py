@@ -1,6 +1,6 @@
-"""A job's life on a terminal: a bar with stage, loss and time left, and a line for each thing that happened.
+"""Progress of a job on a terminal: a bar with stage, loss and remaining time, and a line for each event.
 
-It asks again and again instead of holding a stream, so that a restart of the service goes unnoticed.
+Polls instead of streaming, so that it survives a restart of the service.
 """
 
 from __future__ import annotations
@@ -16,12 +16,12 @@ from cli.client import Client, Json
 from cli.render import duration
 
 _PERIOD_SECONDS = 1.0
-_AT_REST = ("succeeded", "failed", "cancelled", "paused")
+_NOT_ACTIVE = ("succeeded", "failed", "cancelled", "paused")
 _COLOURS = {"warn": "yellow", "error": "red"}
 
 
 def watch_job(client: Client, job_id: str, console: Console | None = None) -> Json:
-    """Show a job until it ends or is paused; gives the job object as it is then."""
+    """Shows a job until it ends or is paused, and returns its job object."""
     console = console or Console(highlight=False)
     path = f"/v1/fine_tuning/jobs/{job_id}"
     seen: set[str] = set()
@@ -34,27 +34,27 @@ def watch_job(client: Client, job_id: str, console: Console | None = None) -> Js
     ) as progress:
         bar = progress.add_task("", total=100, detail="")
         while True:
-            job = client.patient_get(path)
-            # After the job itself: what led to its end is among them.
+            job = client.get_with_retries(path)
+            # After the job, so that the events that ended it are among them.
             for event in _new_events(client, path, seen):
                 if event["type"] == "message":
                     colour = _COLOURS.get(event["level"])
                     console.print(event["message"], style=colour, markup=False, soft_wrap=True)
             _update(progress, bar, job)
-            if job["status"] in _AT_REST:
+            if job["status"] in _NOT_ACTIVE:
                 return job
             time.sleep(_PERIOD_SECONDS)
 
 
 def _new_events(client: Client, path: str, seen: set[str]) -> Iterator[Json]:
-    """Events that were not seen yet, oldest first; the service lists the newest first."""
+    """Yields events that are not in `seen`, oldest first, and adds them."""
     new: list[Json] = []
     after: dict[str, str] = {}
     while True:
-        page = client.patient_get(f"{path}/events", {"limit": 100, **after})
-        fresh = [event for event in page["data"] if event["id"] not in seen]
-        new += fresh
-        if not page["has_more"] or len(fresh) < len(page["data"]):
+        page = client.get_with_retries(f"{path}/events", {"limit": 100, **after})
+        unseen = [event for event in page["data"] if event["id"] not in seen]
+        new += unseen
+        if not page["has_more"] or len(unseen) < len(page["data"]):
             break
         after = {"after": page["data"][-1]["id"]}
     seen.update(event["id"] for event in new)
@@ -80,7 +80,7 @@ def _update(progress: Progress, bar: TaskID, job: Json) -> None:
 
 
 def _loss(job: Json) -> float | None:
-    """The last loss of the stage that runs; metrics may stand under the stage's name or with its number."""
+    """The last loss of the running stage."""
     metrics: dict[str, Any] = job.get("metrics") or {}
     latest = metrics.get(job.get("stage") or "")
     loss = latest.get("loss") if isinstance(latest, dict) else None

@@ -93,7 +93,7 @@ def _run(client: Client, options: argparse.Namespace) -> Json:
     said = ""
     while study["status"] not in _ENDED:
         time.sleep(_LOOK_SECONDS)
-        study = client.patient_get(f"/v1/studies/{study['id']}")
+        study = client.get_with_retries(f"/v1/studies/{study['id']}")
         ended = [job["status"] for arm in study["arms"] for job in arm["jobs"]]
         now = f"{sum(status in _ENDED for status in ended)} of {len(ended)} jobs have ended"
         if now != said:

@@ -1,4 +1,4 @@
-"""`heft files`: training files over HTTP."""
+"""`heft files`: training files."""
 
 from __future__ import annotations
 
@@ -14,29 +14,29 @@ app = typer.Typer(help="Training files.", no_args_is_help=True)
 
 @app.command()
 def upload(
-    context: typer.Context, path: Annotated[Path, typer.Argument(help="A JSONL file, one row a line.")]
+    context: typer.Context, path: Annotated[Path, typer.Argument(help="A JSONL file, one row per line.")]
 ) -> None:
-    """Send a file and print its id."""
+    """Upload a file and print its id."""
     with target(context).client() as client:
         print(client.upload(path)["id"])
 
 
 @app.command(name="list")
 def list_files(context: typer.Context) -> None:
-    """Show all files, newest first."""
+    """List all files, newest first."""
     from cli.render import moment, table
 
     with target(context).client() as client:
         rows = [
             (file["id"], file["filename"], file["bytes"], moment(file["created_at"]))
-            for file in client.everything("/v1/files")
+            for file in client.get_all("/v1/files")
         ]
     table(["id", "name", "bytes", "created"], rows)
 
 
 @app.command()
 def delete(context: typer.Context, file_id: str) -> None:
-    """Delete a file; jobs that use it already keep it until they end."""
+    """Delete a file. Jobs that use it keep its content until they end."""
     with target(context).client() as client:
         client.delete(f"/v1/files/{file_id}")
-    print(f"{file_id} is deleted")
+    print(f"deleted {file_id}")

@@ -1,4 +1,4 @@
-"""`heft jobs`: fine-tuning jobs over HTTP."""
+"""`heft jobs`: fine-tuning jobs."""
 
 from __future__ import annotations
 
@@ -37,10 +37,12 @@ def create(
         typer.Option("--set", metavar="NAME=VALUE", help="lora.rank=8, reft.layers=15, max_length=512, …"),
     ] = None,
     suffix: Annotated[str | None, typer.Option(help="Part of the new model's name.")] = None,
-    seed: Annotated[int | None, typer.Option(help="Same seed, same machine: same losses.")] = None,
+    seed: Annotated[
+        int | None, typer.Option(help="Random seed; the same seed gives the same losses on the same machine.")
+    ] = None,
     watch: Annotated[bool, typer.Option(help="Show progress until it ends.")] = False,
 ) -> None:
-    """Start a job and print its id."""
+    """Create a job and print its id."""
     body = job_body(model=model, method=method, settings=settings or [])
     with target(context).client() as client:
         for name, reference in (
@@ -59,13 +61,13 @@ def create(
 
 @app.command(name="list")
 def list_jobs(context: typer.Context) -> None:
-    """Show all jobs, newest first."""
+    """List all jobs, newest first."""
     from cli.render import moment, table
 
     with target(context).client() as client:
         rows = [
             (job["id"], job["status"], job["model"], job["fine_tuned_model"], moment(job["created_at"]))
-            for job in client.everything(_JOBS)
+            for job in client.get_all(_JOBS)
         ]
     table(["id", "status", "base", "fine-tuned model", "created"], rows)
 
@@ -76,7 +78,7 @@ def get(
     job_id: JobId,
     watch: Annotated[bool, typer.Option(help="Show progress until it ends.")] = False,
 ) -> None:
-    """Show one job as JSON."""
+    """Print a job as JSON."""
     from cli.render import as_json
 
     with target(context).client() as client:
@@ -88,53 +90,53 @@ def get(
 
 @app.command()
 def cancel(context: typer.Context, job_id: JobId) -> None:
-    """End a job for good."""
-    _ask(context, job_id, "cancel")
+    """Cancel a job."""
+    _post(context, job_id, "cancel")
 
 
 @app.command()
 def pause(context: typer.Context, job_id: JobId) -> None:
-    """Stop a job at a checkpoint."""
-    _ask(context, job_id, "pause")
+    """Pause a job at a checkpoint."""
+    _post(context, job_id, "pause")
 
 
 @app.command()
 def resume(context: typer.Context, job_id: JobId) -> None:
-    """Let a paused job go on from its checkpoint."""
-    _ask(context, job_id, "resume")
+    """Resume a paused job from its checkpoint."""
+    _post(context, job_id, "resume")
 
 
 @app.command()
 def events(context: typer.Context, job_id: JobId) -> None:
-    """Show what happened to a job, oldest first."""
+    """Print the events of a job, oldest first."""
     from cli.render import moment
 
     with target(context).client() as client:
-        for event in reversed(list(client.everything(f"{_JOBS}/{job_id}/events"))):
+        for event in reversed(list(client.get_all(f"{_JOBS}/{job_id}/events"))):
             print(f"{moment(event['created_at'])}  {event['level']:<5}  {event['message']}")
 
 
 def job_body(*, model: str, method: str, settings: list[str]) -> dict[str, Any]:
-    """The request's JSON. Settings of a stage (`lora.rank=8`) go to the method's block, others to the job."""
+    """Returns the request's body. Settings of a stage (`lora.rank=8`) belong to the method, others to the job."""
     body: dict[str, Any] = {"model": model, "method": {"type": method}}
-    block: dict[str, Any] = {}
+    stages: dict[str, Any] = {}
     for setting in settings:
         name, separator, text = setting.partition("=")
         if not separator:
-            raise CommandError(f"--set takes NAME=VALUE, not {setting!r}")
-        place = block if name.startswith(("lora.", "reft.")) else body
-        *folders, leaf = name.split(".")
-        for folder in folders:
-            place = place.setdefault(folder, {})
-        place[leaf] = setting_value(text)
-    if block:
-        # The methods of one stage hold its settings without the stage's name.
-        body["method"][method] = block.get(method, block) if method in ("lora", "reft") else block
+            raise CommandError(f"--set must have the form NAME=VALUE, not {setting!r}")
+        parent = stages if name.startswith(("lora.", "reft.")) else body
+        *path, leaf = name.split(".")
+        for key in path:
+            parent = parent.setdefault(key, {})
+        parent[leaf] = setting_value(text)
+    if stages:
+        # Methods with one stage have its settings without the stage's name.
+        body["method"][method] = stages.get(method, stages) if method in ("lora", "reft") else stages
     return body
 
 
 def setting_value(text: str) -> Any:
-    """JSON where it is JSON, else the text itself: `auto`, `f1+l1`."""
+    """Parses JSON, and returns any other text (`auto`, `f1+l1`) as it is."""
     try:
         return json.loads(text)
     except ValueError:
@@ -142,14 +144,15 @@ def setting_value(text: str) -> Any:
 
 
 def file_id(client: Client, reference: str) -> str:
+    """Returns a reference as it is, and uploads a path first."""
     if reference.startswith(("file-", "hub:", "sample:")) and not Path(reference).exists():
         return reference
     return str(client.upload(Path(reference))["id"])
 
 
-def _ask(context: typer.Context, job_id: str, what: str) -> None:
+def _post(context: typer.Context, job_id: str, action: str) -> None:
     with target(context).client() as client:
-        print(client.post(f"{_JOBS}/{job_id}/{what}")["status"])
+        print(client.post(f"{_JOBS}/{job_id}/{action}")["status"])
 
 
 def _watch(client: Client, job_id: str) -> None:

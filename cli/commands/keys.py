@@ -1,4 +1,4 @@
-"""`heft keys`: straight on the database, since nobody can be asked over HTTP before there is a key."""
+"""`heft keys`: API keys. Works on the database directly, because the API needs a key."""
 
 from __future__ import annotations
 
@@ -20,10 +20,12 @@ app = typer.Typer(help="API keys.", no_args_is_help=True)
 @app.command()
 def create(
     context: typer.Context,
-    owner: Annotated[str, typer.Option(help="Whose files, jobs and models it opens.")] = "default",
-    name: Annotated[str, typer.Option(help="What it is for.")] = "",
+    owner: Annotated[
+        str, typer.Option(help="The owner whose files, jobs and models it gives access to.")
+    ] = "default",
+    name: Annotated[str, typer.Option(help="A description.")] = "",
 ) -> None:
-    """Make a key and print it; it is shown this once."""
+    """Create a key and print it. It can't be shown again."""
     from store import keys
 
     with _session(context) as session:
@@ -33,7 +35,7 @@ def create(
 
 @app.command(name="list")
 def list_keys(context: typer.Context) -> None:
-    """Show all keys by their public half."""
+    """List all keys by their public ids."""
     from cli.render import table
     from store import keys
 
@@ -53,14 +55,14 @@ def list_keys(context: typer.Context) -> None:
 
 @app.command()
 def revoke(
-    context: typer.Context, key_id: Annotated[str, typer.Argument(help="The id that `heft keys list` shows.")]
+    context: typer.Context, key_id: Annotated[str, typer.Argument(help="The id in `heft keys list`.")]
 ) -> None:
-    """End a key for good."""
+    """Revoke a key."""
     from store import keys
 
     with _session(context) as session:
         keys.revoke(session, key_id=key_id)
-    print(f"{key_id} is revoked")
+    print(f"revoked {key_id}")
 
 
 @contextmanager

@@ -1,4 +1,4 @@
-"""`heft models`: base models and fine-tuned ones over HTTP."""
+"""`heft models`: base models and fine-tuned ones."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ class Format(StrEnum):
 
 @app.command(name="list")
 def list_models(context: typer.Context) -> None:
-    """Show what can be trained and what can be asked."""
+    """List base models and fine-tuned models."""
     from cli.render import moment, table
 
     with target(context).client() as client:
@@ -39,7 +39,7 @@ def delete(context: typer.Context, model: str) -> None:
     """Delete a fine-tuned model."""
     with target(context).client() as client:
         client.delete(f"/v1/models/{quote(model, safe='')}")
-    print(f"{model} is deleted")
+    print(f"deleted {model}")
 
 
 @app.command()
@@ -47,9 +47,9 @@ def export(
     context: typer.Context,
     model: str,
     out: Annotated[Path, typer.Option(help="The tar file to write.")],
-    file_format: Annotated[Format, typer.Option("--format", help="What shall be in it.")] = Format.BUNDLE,
+    file_format: Annotated[Format, typer.Option("--format", help="Its contents.")] = Format.BUNDLE,
 ) -> None:
-    """Write a model as a tar: the bundle, a merged model, a PEFT adapter, or pyreft's folder."""
+    """Download a model as a tar: HEFT's bundle, a merged model, a PEFT adapter, or pyreft's interventions."""
     with target(context).client() as client:
         client.download(f"/v1/models/{quote(model, safe='')}/export", out, {"format": file_format})
     print(out)

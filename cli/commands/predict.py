@@ -1,4 +1,4 @@
-"""`heft predict`: one question, or a file of them, to a model."""
+"""`heft predict`: answers to one question or to a file of rows."""
 
 from __future__ import annotations
 
@@ -23,107 +23,107 @@ if TYPE_CHECKING:
     from cli.client import Client
     from heft_engine.commands.resumable_output import AnswerFile
 
-#: What asks; a row's answer, if it has one, stays here.
-_ASKING = ("question", "passage", "choices", "prompt", "messages")
+#: The fields of a row that are sent; its answer is not.
+_QUESTION_FIELDS = ("question", "passage", "choices", "prompt", "messages")
 
 
 def predict(
     context: typer.Context,
     model: Annotated[str, typer.Argument(help="A fine-tuned model, a checkpoint or a base model.")],
     question: Annotated[str | None, typer.Option(help="A question.")] = None,
-    passage: Annotated[str | None, typer.Option(help="What the question is about.")] = None,
-    prompt: Annotated[str | None, typer.Option(help="A prompt, for models that write text.")] = None,
+    passage: Annotated[str | None, typer.Option(help="The passage that the question is about.")] = None,
+    prompt: Annotated[str | None, typer.Option(help="A prompt, for models that generate text.")] = None,
     file: Annotated[Path | None, typer.Option(help="A JSONL file of rows.")] = None,
     out: Annotated[
         Path | None,
-        typer.Option(help="Where a file's answers go. Begun before, it goes on. Else they go to stdout."),
+        typer.Option(help="File for the answers to --file (else stdout). An interrupted run is continued."),
     ] = None,
-    batch: Annotated[int, typer.Option(min=1, max=1_024, help="Rows in one request.")] = 64,
-    requests: Annotated[int, typer.Option(min=1, max=256, help="Requests under way at once.")] = 4,
-    intervention: Annotated[bool, typer.Option(help="Stage 2 on or off.")] = True,
-    scale: Annotated[float, typer.Option(help="How strongly stage 2 acts; 1 is as trained.")] = 1.0,
+    batch: Annotated[int, typer.Option(min=1, max=1_024, help="Rows per request.")] = 64,
+    requests: Annotated[int, typer.Option(min=1, max=256, help="Concurrent requests.")] = 4,
+    intervention: Annotated[bool, typer.Option(help="Apply stage 2's intervention.")] = True,
+    scale: Annotated[float, typer.Option(help="Scale of stage 2's intervention; 1 is as trained.")] = 1.0,
     abstain_below: Annotated[
-        float | None, typer.Option(min=0, max=1, help="Withhold answers that are less probable.")
+        float | None, typer.Option(min=0, max=1, help="Abstain from answers with a lower probability.")
     ] = None,
 ) -> None:
-    """Ask a model."""
-    asked: dict[str, Any] = {"model": model, "intervention": {"enabled": intervention, "scale": scale}}
+    """Answer one question, or a file of rows, with a model."""
+    common: dict[str, Any] = {"model": model, "intervention": {"enabled": intervention, "scale": scale}}
     if abstain_below is not None:
-        asked["abstain_below"] = abstain_below
-    one = {"question": question, "passage": passage, "prompt": prompt}
-    one = {name: value for name, value in one.items() if value is not None}
-    if bool(one) == (file is not None):
-        raise CommandError("give one question (--question or --prompt), or a file of rows (--file)")
+        common["abstain_below"] = abstain_below
+    fields = {"question": question, "passage": passage, "prompt": prompt}
+    fields = {name: value for name, value in fields.items() if value is not None}
+    if bool(fields) == (file is not None):
+        raise CommandError("set --question or --prompt for one question, or --file for a file of rows")
     if out is not None and file is None:
-        raise CommandError("--out is for the answers to a file of rows (--file)")
+        raise CommandError("--out needs --file")
     with target(context).client() as client:
         if file is None:
-            print(_one_line(client.post("/v1/predict", asked | one)))
+            print(_answer_line(client.post("/v1/predict", common | fields)))
         else:
-            _whole_file(client, asked, file, out, batch=batch, requests=requests)
+            _predict_file(client, common, file, out, batch=batch, requests=requests)
 
 
-def _one_line(answer: dict[str, Any]) -> str:
+def _answer_line(answer: dict[str, Any]) -> str:
     if answer.get("abstained"):
         labels: dict[str, float] = answer["label_probabilities"]
-        likeliest = max(labels, key=lambda label: labels[label])
-        return f"abstains  ({likeliest}: {labels[likeliest]:.3f})"
-    sure = "" if answer["probability"] is None else f"  ({answer['probability']:.3f})"
-    return f"{answer['answer']}{sure}"
+        most_probable = max(labels, key=lambda label: labels[label])
+        return f"abstained  ({most_probable}: {labels[most_probable]:.3f})"
+    probability = "" if answer["probability"] is None else f"  ({answer['probability']:.3f})"
+    return f"{answer['answer']}{probability}"
 
 
-def _whole_file(
-    client: Client, asked: dict[str, Any], file: Path, out: Path | None, *, batch: int, requests: int
+def _predict_file(
+    client: Client, common: dict[str, Any], file: Path, out: Path | None, *, batch: int, requests: int
 ) -> None:
     from heft_engine.commands.resumable_output import AnswerFile, RowsFile, resume_answers
     from heft_engine.errors import ConfigError
 
     try:
-        given = RowsFile.of(file)
-        place = (
+        rows = RowsFile.of(file)
+        output = (
             nullcontext(AnswerFile(sys.stdout.buffer, 0))
             if out is None
-            else resume_answers(out, given, asked)
+            else resume_answers(out, rows, common)
         )
-        with place as answers:
-            began, already = time.monotonic(), answers.done
+        with output as answers:
+            started_at, done_before = time.monotonic(), answers.done
             try:
                 with _opened(file) as stream:
                     lines = islice(_lines(file, stream), answers.done, None)
-                    asyncio.run(_ask_all(client, asked, lines, answers, given.rows, batch, requests))
+                    asyncio.run(_predict_lines(client, common, lines, answers, rows.rows, batch, requests))
             except KeyboardInterrupt:
-                again = "" if out is None else ": the same command goes on from there"
-                raise CommandError(f"stopped after {answers.done:,} of {given.rows:,} rows{again}") from None
-            except CommandError as error:
+                hint = "" if out is None else ": run the same command again to continue"
                 raise CommandError(
-                    f"{error} ({answers.done:,} of {given.rows:,} rows are answered)"
+                    f"interrupted after {answers.done:,} of {rows.rows:,} rows{hint}"
                 ) from None
-            seconds = time.monotonic() - began
+            except CommandError as error:
+                raise CommandError(f"{error} ({answers.done:,} of {rows.rows:,} rows are answered)") from None
+            seconds = time.monotonic() - started_at
     except OSError as error:
         raise CommandError(f"{error.filename or file}: {error.strerror}") from None
     except ConfigError as error:
         raise CommandError(error.message) from None
     if out is not None:
-        print(_summary(file, out, answers.done - already, seconds), file=sys.stderr)
+        print(_summary(file, out, answers.done - done_before, seconds), file=sys.stderr)
 
 
-async def _ask_all(
+async def _predict_lines(
     client: Client,
-    asked: dict[str, Any],
+    common: dict[str, Any],
     lines: Iterator[Line],
     answers: AnswerFile,
     total: int,
-    batch: int,
+    batch_size: int,
     requests: int,
 ) -> None:
-    from cli.bulk_predict import Bulk
+    from cli.bulk_predict import BulkPredictor
 
     async with client.asynchronous(requests) as http:
-        bulk = Bulk(http, asked, rows=batch, requests=requests)
-        with _bar(total, answers.done) as advance:
-            async with aclosing(bulk.answers(lines)) as blocks:
-                async for block in blocks:
-                    answers.write(block)
+        predictor = BulkPredictor(http, common, batch_size=batch_size, requests=requests)
+        with _progress_bar(total, answers.done) as advance:
+            async with aclosing(predictor.answers(lines)) as batches:
+                async for batch in batches:
+                    answers.write(batch)
                     advance(answers.done)
 
 
@@ -132,8 +132,8 @@ def _opened(file: Path) -> TextIO:
 
 
 @contextmanager
-def _bar(total: int, done: int) -> Iterator[Any]:
-    """On a terminal; `advance(done)` moves it."""
+def _progress_bar(total: int, done: int) -> Iterator[Any]:
+    """Shows a bar on a terminal; the yielded function sets the number of rows done."""
     from rich.console import Console
     from rich.progress import (
         BarColumn,
@@ -157,11 +157,11 @@ def _bar(total: int, done: int) -> Iterator[Any]:
 
 
 def _lines(path: Path, lines: Iterable[str]) -> Iterator[Line]:
-    """The rows of a file, as they are asked."""
+    """Yields the rows of a file with the fields that are sent."""
     from cli.bulk_predict import Line
 
     for number, row in _rows(path, lines):
-        yield Line(number=number, row={name: row[name] for name in _ASKING if name in row})
+        yield Line(number=number, row={name: row[name] for name in _QUESTION_FIELDS if name in row})
 
 
 def _rows(path: Path, lines: Iterable[str]) -> Iterator[tuple[int, dict[str, Any]]]:
@@ -175,13 +175,13 @@ def _rows(path: Path, lines: Iterable[str]) -> Iterator[tuple[int, dict[str, Any
                 raise CommandError(f"{path}, line {number}: not a JSON object")
             yield number, row
     except ValueError as error:
-        raise CommandError(f"{path}, line {number}: not JSON ({error})") from None
+        raise CommandError(f"{path}, line {number}: not valid JSON ({error})") from None
 
 
 def _summary(file: Path, out: Path, answered: int, seconds: float) -> str:
-    """Rows a second of this run; answers by label and, where rows say what is right, accuracy of the whole file."""
-    found: Counter[str] = Counter()
-    known = right = abstained = 0
+    """Rows per second of this run; over the whole file the answers by label, and the accuracy if rows have answers."""
+    labels: Counter[str] = Counter()
+    with_gold = correct = abstained = 0
     with _opened(file) as rows, out.open(encoding="utf-8") as answers:
         for (_, row), line in zip(_rows(file, rows), answers, strict=True):
             answer = json.loads(line)
@@ -189,22 +189,22 @@ def _summary(file: Path, out: Path, answered: int, seconds: float) -> str:
                 abstained += 1
                 continue
             if answer.get("probability") is not None:
-                found[answer["answer"]] += 1
+                labels[answer["answer"]] += 1
             if (gold := _gold(row)) is not None:
-                known += 1
-                right += answer["answer"].strip() == gold
-    parts = [f"{answered:,} rows in {seconds:.1f} s: {answered / max(seconds, 1e-9):.1f} a second"]
-    if found:
-        parts.append(", ".join(f"{label} {count:,}" for label, count in found.most_common(10)))
+                with_gold += 1
+                correct += answer["answer"].strip() == gold
+    parts = [f"{answered:,} rows in {seconds:.1f} s: {answered / max(seconds, 1e-9):.1f} rows/s"]
+    if labels:
+        parts.append(", ".join(f"{label} {count:,}" for label, count in labels.most_common(10)))
     if abstained:
         parts.append(f"abstained {abstained:,}")
-    if known:
-        parts.append(f"accuracy {right / known:.1%} ({right:,} of {known:,} answered)")
+    if with_gold:
+        parts.append(f"accuracy {correct / with_gold:.1%} ({correct:,} of {with_gold:,} answered)")
     return "\n".join(parts)
 
 
 def _gold(row: dict[str, Any]) -> str | None:
-    """The right answer, where a row says it."""
+    """Returns the right answer of a row, if it has one."""
     answer = row.get("answer", row.get("completion"))
     if isinstance(answer, bool):
         return "yes" if answer else "no"

@@ -1,4 +1,4 @@
-"""Commands that run the service: all of it on this machine, or one part of it."""
+"""Commands that run the service: the whole on this machine, or one process of it."""
 
 from __future__ import annotations
 
@@ -13,10 +13,10 @@ import typer
 from cli.errors import CommandError
 from cli.options import target
 
-#: Until an idle connection is closed. uvicorn's 5 seconds are also httpx's (the openai package's): now and then the
-#: server closed a connection in the very moment in which a client asked on it again.
+#: Idle connections are closed after this time. uvicorn's default of 5 s is also httpx's (and the openai package's), so
+#: that the server sometimes closed a connection just as a client reused it.
 _KEEP_ALIVE_SECONDS = 75
-_ADDRESSES = ("HEFT_DATABASE_URL", "HEFT_REDIS_URL", "HEFT_ARTIFACTS_URL")
+_URLS = ("HEFT_DATABASE_URL", "HEFT_REDIS_URL", "HEFT_ARTIFACTS_URL")
 
 
 class Role(StrEnum):
@@ -42,15 +42,15 @@ def up(
         str | None, typer.Option(envvar="HEFT_REDIS_URL", help="A Redis or Valkey to use instead.")
     ] = None,
     artifacts_url: Annotated[
-        str | None, typer.Option(envvar="HEFT_ARTIFACTS_URL", help="Where bytes go: file:///… or s3://…")
+        str | None, typer.Option(envvar="HEFT_ARTIFACTS_URL", help="Artifact storage: file:///… or s3://…")
     ] = None,
     model_dir: Annotated[
-        Path | None, typer.Option(envvar="HEFT_MODEL_DIR", help="A folder of base models to offer.")
+        Path | None, typer.Option(envvar="HEFT_MODEL_DIR", help="A folder of base models.")
     ] = None,
     trainers: Annotated[
         int,
         typer.Option(
-            envvar="HEFT_TRAINERS", min=1, help="Jobs that train at a time; they share the processors."
+            envvar="HEFT_TRAINERS", min=1, help="Jobs that train concurrently; they share the processors."
         ),
     ] = 1,
 ) -> None:
@@ -58,31 +58,31 @@ def up(
     from cli.stack import up as stack
     from cli.stack.supervise import Interrupted, interruptible
 
-    chosen = target(context)
+    common = target(context)
     options = stack.UpOptions(
         host=host,
         port=port,
-        api_key=chosen.api_key,
-        database_url=chosen.database_url,
+        api_key=common.api_key,
+        database_url=common.database_url,
         redis_url=redis_url or None,
         artifacts_url=artifacts_url or None,
         model_dir=model_dir,
         trainers=trainers,
     )
-    _say(f"starting in {chosen.home.path} …")
+    _print(f"starting in {common.home.path} …")
     try:
-        with interruptible(), stack.up(chosen.home, options, _say) as (running, supervisor):
-            _greet(running.url, chosen.api_key or stack.first_key(chosen.home), chosen.home.path)
+        with interruptible(), stack.up(common.home, options, _print) as (running, supervisor):
+            _greet(running.url, common.api_key or stack.first_key(common.home), common.home.path)
             supervisor.watch()
     except Interrupted:
-        _say("stopped; everything is kept, `heft up` goes on from here")
+        _print("stopped; `heft up` continues with all data and jobs")
 
 
 def demo(
     context: typer.Context,
     port: Annotated[int, typer.Option(help="Port to listen on; 0: any free one.")] = 0,
 ) -> None:
-    """Fine-tune a small language model from start to end, and ask it: about ten minutes on two cores."""
+    """Fine-tune a small language model end to end and query it: about ten minutes on two cores."""
     from cli.demo import run_demo
 
     run_demo(target(context), port)
@@ -92,9 +92,9 @@ def api(
     context: typer.Context,
     host: Host = "127.0.0.1",
     port: Port = 8000,
-    fd: Annotated[int | None, typer.Option(hidden=True, help="A socket that listens already.")] = None,
+    fd: Annotated[int | None, typer.Option(hidden=True, help="A listening socket.")] = None,
 ) -> None:
-    """Run the REST API alone, on HEFT_DATABASE_URL, HEFT_REDIS_URL and HEFT_ARTIFACTS_URL."""
+    """Run only the REST API, with HEFT_DATABASE_URL, HEFT_REDIS_URL and HEFT_ARTIFACTS_URL."""
     import socket
 
     import uvicorn
@@ -102,9 +102,9 @@ def api(
     from store import logs
     from store.settings import settings
 
-    os.environ.update(_addresses(context))
+    os.environ.update(_missing_settings(context))
     logs.configure(settings().log_format)
-    # No access log: one that watches a job would fill the disk with it.
+    # No access log: clients that poll a job would fill the disk.
     config = uvicorn.Config(
         "api.app:create_app",
         factory=True,
@@ -116,19 +116,19 @@ def api(
         log_config=None,
         server_header=False,
     )
-    # By hand: uvicorn takes a bare descriptor for a Unix socket, and leaves Nagle's delay on.
+    # Not uvicorn's fd option, which expects a Unix socket and leaves Nagle's algorithm on.
     sockets = None if fd is None else [socket.socket(fileno=fd)]
     uvicorn.Server(config).run(sockets=sockets)
 
 
-def worker(context: typer.Context, role: Annotated[Role, typer.Argument(help="What it does.")]) -> None:
-    """Run one worker of as many as you like, on HEFT_DATABASE_URL, HEFT_REDIS_URL and HEFT_ARTIFACTS_URL."""
+def worker(context: typer.Context, role: Annotated[Role, typer.Argument(help="Its tasks.")]) -> None:
+    """Run a worker, with HEFT_DATABASE_URL, HEFT_REDIS_URL and HEFT_ARTIFACTS_URL. There may be any number of them."""
     command = [sys.executable, "-P", "-m", "worker", role]
-    os.execve(sys.executable, command, {**os.environ, **_addresses(context)})
+    os.execve(sys.executable, command, {**os.environ, **_missing_settings(context)})
 
 
 def migrate(context: typer.Context) -> None:
-    """Bring the database's tables up to date."""
+    """Migrate the database to the current schema."""
     from cli.stack.database import database_of
     from migrations import upgrade
 
@@ -139,9 +139,9 @@ def migrate(context: typer.Context) -> None:
 
 def doctor(
     context: typer.Context,
-    as_json: Annotated[bool, typer.Option("--json", help="For programs.")] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
 ) -> None:
-    """Look at every part of the service and say what to do about what is wrong; exit code 1 if anything is."""
+    """Check every part of the service and give advice on problems; exit code 1 if there are any."""
     from dataclasses import asdict
 
     from cli import render
@@ -150,44 +150,47 @@ def doctor(
     from cli.stack.up import running_stack
     from store.settings import StoreSettings
 
-    names = {name.lower().removeprefix("heft_"): value for name, value in _addresses(context).items()}
-    chosen = target(context)
-    stack = running_stack(chosen.home)
-    url = chosen.url or (stack.url if stack is not None and not _own_servers() else None)
-    findings = list(examine(StoreSettings(**names), url))  # type: ignore[arg-type]
-    well = all(finding.state is not State.WRONG for finding in findings)
+    settings = {
+        name.lower().removeprefix("heft_"): value for name, value in _missing_settings(context).items()
+    }
+    common = target(context)
+    stack = running_stack(common.home)
+    url = common.url or (stack.url if stack is not None and not _has_all_urls() else None)
+    findings = list(examine(StoreSettings(**settings), url))  # type: ignore[arg-type]
+    is_ok = all(finding.state is not State.WRONG for finding in findings)
     if as_json:
-        render.as_json({"ok": well, "checks": [asdict(finding) for finding in findings]})
+        render.as_json({"ok": is_ok, "checks": [asdict(finding) for finding in findings]})
     else:
-        render.table(["", "what", "found"], [(one.state, one.name, one.found) for one in findings])
-        for one in findings:
-            if one.advice:
-                print(f"\n{one.name}: {one.advice}")
-    raise typer.Exit(0 if well else 1)
+        rows = [(finding.state, finding.name, finding.found) for finding in findings]
+        render.table(["", "check", "result"], rows)
+        for finding in findings:
+            if finding.advice:
+                print(f"\n{finding.name}: {finding.advice}")
+    raise typer.Exit(0 if is_ok else 1)
 
 
-def _own_servers() -> bool:
-    return all(os.environ.get(name) for name in _ADDRESSES)
+def _has_all_urls() -> bool:
+    return all(os.environ.get(name) for name in _URLS)
 
 
-def _addresses(context: typer.Context) -> dict[str, str]:
-    """What the environment lacks of the service's settings, from the stack that runs in the home."""
+def _missing_settings(context: typer.Context) -> dict[str, str]:
+    """Returns settings that the environment lacks, from the stack that runs in the home."""
     from cli.stack.up import running_stack
 
-    if _own_servers():
+    if _has_all_urls():
         return {}
     stack = running_stack(target(context).home)
     if stack is None:
-        raise CommandError(f"set {', '.join(_ADDRESSES)}, or start `heft up` on this machine")
+        raise CommandError(f"set {', '.join(_URLS)}, or start `heft up` on this machine")
     return {name: value for name, value in stack.environment().items() if not os.environ.get(name)}
 
 
-def _say(sentence: str) -> None:
-    print(sentence, flush=True)
+def _print(message: str) -> None:
+    print(message, flush=True)
 
 
 def _greet(url: str, key: str, home: Path) -> None:
-    _say(f"""
+    _print(f"""
   HEFT is running
 
     address   {url}      (documentation: {url}/docs)

@@ -1,4 +1,4 @@
-"""One thing that `heft doctor` looked at, and what to do about it. It does NOT look."""
+"""The result of a check of `heft doctor`."""
 
 from __future__ import annotations
 
@@ -8,13 +8,13 @@ from enum import StrEnum
 
 class State(StrEnum):
     OK = "ok"
-    WARNING = "warning"  #: works, but not for long or not well
-    WRONG = "wrong"  #: does not work: exit code 1
+    WARNING = "warning"  #: works, but needs attention
+    WRONG = "wrong"  #: does not work; exit code 1
 
 
 @dataclass(frozen=True, kw_only=True)
 class Finding:
-    """`advice` is empty where all is well."""
+    """A result. `advice` is empty if the state is ok."""
 
     name: str
     state: State

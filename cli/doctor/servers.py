@@ -1,7 +1,4 @@
-"""The servers that the service stands on, asked as its processes ask them: does each answer, and is there room?
-
-It does NOT read what is in the tables: see doctor.
-"""
+"""Checks of API, database, broker, storage and disks, connecting as the service's processes do."""
 
 from __future__ import annotations
 
@@ -16,24 +13,23 @@ from store.db.session import SessionFactory, transaction
 from store.errors import Damaged, Unavailable
 from store.settings import StoreSettings
 
-_ANSWER_SECONDS = 3.0
-_LITTLE_BYTES, _NO_BYTES = 5 * 1024**3, 256 * 1024**2
+_TIMEOUT_SECONDS = 3.0
+_LOW_BYTES, _FULL_BYTES = 5 * 1024**3, 256 * 1024**2
 
 
 def api(url: str) -> Finding:
     import httpx
 
     try:
-        answer = httpx.get(f"{url}/readyz", timeout=2 * _ANSWER_SECONDS, trust_env=False)
+        response = httpx.get(f"{url}/readyz", timeout=2 * _TIMEOUT_SECONDS, trust_env=False)
     except httpx.TransportError as error:
-        advice = "start it: `heft up` for all of it on this machine, `heft api` for the API alone"
+        advice = "start it: `heft up` for the whole service on this machine, `heft api` for the API only"
         return wrong("API", f"{url} does not answer ({error or type(error).__name__})", advice)
-    if answer.status_code == 200:
+    if response.status_code == 200:
         return ok("API", f"{url} is ready")
-    reason = (
-        answer.json()["error"]["message"] if "json" in answer.headers.get("content-type", "") else answer.text
-    )
-    return wrong("API", f"{url} is not ready: {reason}", "the checks below say what it lacks")
+    is_json = "json" in response.headers.get("content-type", "")
+    reason = response.json()["error"]["message"] if is_json else response.text
+    return wrong("API", f"{url} is not ready: {reason}", "see the checks below")
 
 
 def database(sessions: SessionFactory) -> Finding:
@@ -44,10 +40,10 @@ def database(sessions: SessionFactory) -> Finding:
         with transaction(sessions) as session:
             version = session.scalar(text("SHOW server_version"))
     except Unavailable as fault:
-        # The cause names host and port, never the password.
+        # The cause contains host and port, but not the password.
         cause = str(fault.__cause__).splitlines()[0] if fault.__cause__ else fault.message
-        advice = "start Postgres (`heft up` brings its own), and compare HEFT_DATABASE_URL with it"
-        return wrong("database", f"it does not answer: {cause}", advice)
+        advice = "start Postgres (`heft up` starts its own), and check HEFT_DATABASE_URL"
+        return wrong("database", f"does not answer: {cause}", advice)
     return ok("database", f"Postgres {version} answers in {1000 * (time.monotonic() - started):.0f} ms")
 
 
@@ -60,9 +56,9 @@ def tables(sessions: SessionFactory) -> Finding:
         engine = session.get_bind()
     assert isinstance(engine, Engine)
     if is_current(engine):
-        return ok("migrations", "the tables are those of this version")
+        return ok("migrations", "the schema is current")
     return wrong(
-        "migrations", "the tables are of another version", "run `heft migrate`, then restart API and workers"
+        "migrations", "the schema is of another version", "run `heft migrate`, then restart API and workers"
     )
 
 
@@ -76,15 +72,15 @@ def broker(settings: StoreSettings) -> Finding:
     try:
         with redis.Redis.from_url(
             redis_py_url(settings.redis_url),
-            socket_timeout=_ANSWER_SECONDS,
-            socket_connect_timeout=_ANSWER_SECONDS,
+            socket_timeout=_TIMEOUT_SECONDS,
+            socket_connect_timeout=_TIMEOUT_SECONDS,
             retry=Retry(NoBackoff(), 0),
         ) as client:
             waiting = sum(int(client.llen(name)) for name in {task.queue for task in Task})
     except redis.RedisError as error:
-        advice = "start Redis or Valkey; jobs wait in the database meanwhile, and none is lost"
-        return wrong("broker", f"it does not answer ({type(error).__name__})", advice)
-    return ok("broker", f"answers; {waiting} messages wait")
+        advice = "start Redis or Valkey; jobs wait in the database meanwhile"
+        return wrong("broker", f"does not answer ({type(error).__name__})", advice)
+    return ok("broker", f"answers; {waiting} messages waiting")
 
 
 def storage(settings: StoreSettings) -> Finding:
@@ -95,29 +91,29 @@ def storage(settings: StoreSettings) -> Finding:
         storage = Artifacts(settings.artifacts_url)
         try:
             storage.put_stream(key, [content])
-            back = b"".join(storage.iter_bytes(key))
+            read_back = b"".join(storage.iter_bytes(key))
         finally:
             storage.delete(key)
     except (Unavailable, Damaged) as fault:
-        advice = "compare HEFT_ARTIFACTS_URL, its rights and its free space; jobs wait until it is back"
+        advice = "check HEFT_ARTIFACTS_URL, its permissions and its free space; jobs wait meanwhile"
         return wrong("storage", fault.message, advice)
-    if back != content:
-        return wrong("storage", "it gives back other bytes than it got", "do not trust this disk")
-    return ok("storage", "takes a file and gives it back")
+    if read_back != content:
+        return wrong("storage", "a file read back differs from the file written", "check the disk")
+    return ok("storage", "writes and reads files")
 
 
 def disks(settings: StoreSettings) -> Iterator[Finding]:
-    """Local folders of this machine alone: a worker elsewhere has disks of its own."""
-    places = {"disk of the storage": _local(settings.artifacts_url), "disk of the cache": settings.cache_dir}
-    for name, path in places.items():
+    """Checks the local folders of this machine; workers elsewhere have disks of their own."""
+    folders = {"disk of the storage": _local(settings.artifacts_url), "disk of the cache": settings.cache_dir}
+    for name, path in folders.items():
         if path is None or not path.is_dir():
             continue
         usage = shutil.disk_usage(path)
         found = f"{usage.free / 1e9:.1f} of {usage.total / 1e9:.1f} GB free in {path}"
-        advice = "delete models and files that nobody needs (`heft models delete`, `heft files delete`), or add space"
-        if usage.free < _NO_BYTES:
+        advice = "delete unused models and files (`heft models delete`, `heft files delete`), or add space"
+        if usage.free < _FULL_BYTES:
             yield wrong(name, found, advice)
-        elif usage.free < _LITTLE_BYTES:
+        elif usage.free < _LOW_BYTES:
             yield warning(name, found, advice)
         else:
             yield ok(name, found)

@@ -1,4 +1,4 @@
-"""What a report is made from: the study as the service shows it, and its jobs' losses. It does NOT draw."""
+"""The data of a report: the study object, and the training losses of its jobs."""
 
 from __future__ import annotations
 
@@ -12,15 +12,15 @@ from typing import Any
 
 from cli.client import Client, Json
 
-#: Points of a learning curve that are drawn.
-_MOST_POINTS = 200
+#: Points of a learning curve at most.
+_MAX_POINTS = 200
 
 Curve = list[tuple[int, float]]
 
 
 @dataclass(frozen=True, kw_only=True)
 class Report:
-    """curves: for each arm the training losses of its first seed that has ended, as (step, loss)."""
+    """curves: (step, training loss) of each arm's first seed that has succeeded."""
 
     study: Json
     curves: dict[str, Curve]
@@ -39,15 +39,15 @@ def fetch(client: Client, study_id: str) -> Report:
     curves = {}
     for arm in study["arms"]:
         if arm.get("trial") and arm["accuracy"] is None:
-            continue  # of a search's trials only the best is looked at
-        ended = next((job["id"] for job in arm["jobs"] if job["status"] == "succeeded"), None)
-        if ended is not None and (curve := _curve(client, ended)):
+            continue  # only the best trial of a search is evaluated
+        job_id = next((job["id"] for job in arm["jobs"] if job["status"] == "succeeded"), None)
+        if job_id is not None and (curve := _curve(client, job_id)):
             curves[arm["name"]] = curve
     return Report(study=study, curves=curves)
 
 
 def _curve(client: Client, job_id: str) -> Curve:
-    """The losses of its own steps: a stage that was reused has its losses in the job that trained it."""
+    """The losses of the job's own steps; those of a reused stage belong to the job that trained it."""
     files: list[str] = client.get(f"/v1/fine_tuning/jobs/{job_id}")["result_files"]
     if not files:
         return []
@@ -58,24 +58,26 @@ def _curve(client: Client, job_id: str) -> Curve:
 
 
 def losses(table: str) -> Curve:
-    """(step, loss) of a job's table, averaged over runs of steps where there are many."""
+    """Returns (step, loss) from a job's CSV table, averaged over neighbouring steps if there are many."""
     rows = [
         (int(row["step"]), float(row["train_loss"]))
         for row in csv.DictReader(io.StringIO(table))
         if row["train_loss"]
     ]
-    size = -(-len(rows) // _MOST_POINTS)
+    size = -(-len(rows) // _MAX_POINTS)
     return [_mean(rows[start : start + size]) for start in range(0, len(rows), size or 1)]
 
 
-def _mean(part: Sequence[tuple[int, float]]) -> tuple[int, float]:
-    return part[-1][0], sum(loss for _, loss in part) / len(part)
+def _mean(points: Sequence[tuple[int, float]]) -> tuple[int, float]:
+    return points[-1][0], sum(loss for _, loss in points) / len(points)
 
 
 def layer_and_rank(arm: Json) -> tuple[int, int] | None:
-    """Where an arm's one ReFT stage acts and how wide it is; None where that is not one layer."""
+    """Returns layer and rank of an arm's ReFT stage; None without one, or with several layers."""
     method: dict[str, Any] = arm["method"]
-    block = method.get(method["type"], {})
-    reft = block if method["type"] == "reft" else block.get("reft") if isinstance(block, dict) else None
+    settings = method.get(method["type"], {})
+    reft = settings if method["type"] == "reft" else settings.get("reft")
     layers = (reft or {}).get("layers")
-    return (layers[0], reft["rank"]) if reft and isinstance(layers, list) and len(layers) == 1 else None
+    if not isinstance(layers, list) or len(layers) != 1:
+        return None
+    return layers[0], reft["rank"]

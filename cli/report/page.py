@@ -1,4 +1,4 @@
-"""A study as one HTML page that needs nothing beside it: no scripts, no fonts, plots inside. It does NOT draw."""
+"""A study's report as a single HTML page with embedded plots, without scripts."""
 
 from __future__ import annotations
 
@@ -18,8 +18,8 @@ from cli.report.text import (
     MODEL_COLUMNS,
     TRIAL_COLUMNS,
     arm_rows,
-    best_of,
-    judged_arms,
+    best_trial,
+    evaluated_arms,
     model_rows,
     rows_of,
     task_table,
@@ -37,7 +37,7 @@ figure { margin: 1.5rem 0; } svg { max-width: 100%; height: auto; }
 
 def page(report: Report) -> str:
     study = report.study
-    where = f"{study['model']}, {rows_of(study)}"
+    setup = f"{study['model']}, {rows_of(study)}"
     seeds = ", ".join(map(str, study["seeds"]))
     figures = "".join(
         f"<figure>{svg}<figcaption>{escape(text)}</figcaption></figure>" for text, svg in plots(report)
@@ -45,11 +45,11 @@ def page(report: Report) -> str:
     return f"""<!doctype html>
 <html lang="en"><head><meta charset="utf-8"><title>{escape(study["name"])}</title><style>{_STYLE}</style></head><body>
 <h1>{escape(study["name"])}</h1>
-<p>{escape(study["id"])}: {escape(study["status"])}. {escape(where)}, seeds {escape(seeds)}.</p>
-<h2>Arms</h2>{_table(ARM_COLUMNS, arm_rows(judged_arms(report.arms)))}{_note(ABOUT_ARMS)}
+<p>{escape(study["id"])}: {escape(study["status"])}. {escape(setup)}, seeds {escape(seeds)}.</p>
+<h2>Arms</h2>{_table(ARM_COLUMNS, arm_rows(evaluated_arms(report.arms)))}{_note(ABOUT_ARMS)}
 {_search(study)}{_tasks(study)}
-<h2>Verdict</h2>{_note(ABOUT_METHODS)}
-{_sentences(study["comparisons"]) or "<p>There is nothing to compare.</p>"}
+<h2>Comparisons</h2>{_note(ABOUT_METHODS)}
+{_sentences(study["comparisons"]) or "<p>There are no comparisons.</p>"}
 {figures}
 <h2>Single models</h2>{_note(ABOUT_MODELS)}
 {_table(MODEL_COLUMNS, model_rows(study["comparisons"]))}
@@ -61,7 +61,7 @@ def _search(study: Json) -> str:
     if not study.get("search"):
         return ""
     table = _table(TRIAL_COLUMNS, trial_rows(study["arms"]))
-    return f"<h2>Search</h2><p>{escape(best_of(study))}</p>{table}{_note(ABOUT_TRIALS)}"
+    return f"<h2>Search</h2><p>{escape(best_trial(study))}</p>{table}{_note(ABOUT_TRIALS)}"
 
 
 def _tasks(study: Json) -> str:
@@ -75,8 +75,8 @@ def _note(text: str) -> str:
     return f'<p class="note">{escape(text)}</p>'
 
 
-def _sentences(found: Sequence[Json]) -> str:
-    items = "".join(f"<li>{escape(one['sentence'])}</li>" for one in found)
+def _sentences(comparisons: Sequence[Json]) -> str:
+    items = "".join(f"<li>{escape(comparison['sentence'])}</li>" for comparison in comparisons)
     return f"<ul>{items}</ul>" if items else ""
 
 

@@ -1,4 +1,4 @@
-"""The plots of a study as SVG, by matplotlib (extra `report`). It does NOT know pages."""
+"""The plots of a study as SVG, by matplotlib (extra `report`)."""
 
 from __future__ import annotations
 
@@ -13,56 +13,55 @@ from cli.client import Json
 from cli.report.data import Report, layer_and_rank
 
 _COLOURS = ("#2f6f9f", "#c4622d", "#3f8f5f", "#8a5fa8", "#b08a1e", "#5f6b73", "#b5485d", "#2f9f97")
-#: Text stays text, and the same numbers give the same file.
+#: Text is not converted to paths, and equal data gives an equal file.
 _STYLE: dict[Any, Any] = {"svg.fonttype": "none", "svg.hashsalt": "heft", "font.size": 9}
 
 
 def plots(report: Report) -> list[tuple[str, str]]:
-    """(caption, SVG) of each plot that the study has numbers for."""
-    found = [
+    """Returns (caption, SVG) of each plot that the study has data for."""
+    candidates = [
         (
-            "Accuracy against arithmetic. Bars: 95 % intervals; dots: single seeds.",
+            "Accuracy by operations. Bars: 95 % confidence intervals; dots: single seeds.",
             against_compute(report.arms),
         ),
         ("Accuracy by stage 2's layer and rank.", layer_rank_map(report.arms)),
         (
-            "Training loss, one seed of each arm; a reused stage has its losses in the job that trained it.",
+            "Training loss, one seed of each arm; losses of a reused stage are those of the job that trained it.",
             curves(report),
         ),
     ]
-    return [(caption, svg) for caption, svg in found if svg is not None]
+    return [(caption, svg) for caption, svg in candidates if svg is not None]
 
 
 def against_compute(arms: Sequence[Json]) -> str | None:
-    shown = [arm for arm in arms if arm["accuracy"] is not None and arm["flops"]]
-    if not shown:
+    evaluated = [arm for arm in arms if arm["accuracy"] is not None and arm["flops"]]
+    if not evaluated:
         return None
     figure, axes = _figure()
-    for arm, colour in zip(shown, _colours(len(shown)), strict=True):
+    for arm, colour in zip(evaluated, _colours(len(evaluated)), strict=True):
         mean, (low, high) = 100 * arm["accuracy"], (100 * end for end in arm["interval_95"])
         bar = [[mean - low], [high - mean]]
         axes.errorbar(
             [arm["flops"]], [mean], yerr=bar, fmt="s", color=colour, capsize=3, label=_label(arm["name"])
         )
-        for one in arm["per_seed"]:
-            axes.plot([arm["flops"]], [100 * one["accuracy"]], ".", color=colour, alpha=0.5)
+        for run in arm["per_seed"]:
+            axes.plot([arm["flops"]], [100 * run["accuracy"]], ".", color=colour, alpha=0.5)
     axes.set_xscale("log")
     axes.set_xlabel("floating-point operations of one run")
     axes.set_ylabel("accuracy, %")
-    _legend(axes, len(shown))
+    _legend(axes, len(evaluated))
     return _svg(figure)
 
 
 def layer_rank_map(arms: Sequence[Json]) -> str | None:
-    """A map where arms differ in both; None otherwise."""
-    cells = {place: arm["accuracy"] for arm in arms if (place := layer_and_rank(arm)) is not None}
+    """A heat map if arms differ in both layer and rank; None otherwise."""
+    cells = {cell: arm["accuracy"] for arm in arms if (cell := layer_and_rank(arm)) is not None}
     layers, ranks = sorted({layer for layer, _ in cells}), sorted({rank for _, rank in cells})
     known = [value for value in cells.values() if value is not None]
     if len(layers) < 2 or len(ranks) < 2 or not known:
         return None
     figure, axes = _figure()
-    nothing = float("nan")
-    values = [[_or(cells.get((layer, rank)), nothing) * 100 for layer in layers] for rank in ranks]
+    values = [[_percent(cells.get((layer, rank))) for layer in layers] for rank in ranks]
     image = axes.imshow(values, cmap="viridis", origin="lower", aspect="auto")
     for row, rank in enumerate(ranks):
         for column, layer in enumerate(layers):
@@ -85,7 +84,7 @@ def curves(report: Report) -> str | None:
             [step for step, _ in curve], [loss for _, loss in curve], color=colour, label=_label(name), lw=1
         )
     axes.set_xlabel("step")
-    axes.set_ylabel("loss, nats a token")
+    axes.set_ylabel("loss, nats per token")
     _legend(axes, len(report.curves))
     return _svg(figure)
 
@@ -107,16 +106,16 @@ def _legend(axes: Any, count: int) -> None:
 
 
 def _label(name: str) -> str:
-    """matplotlib reads dollars as mathematics, and hides labels that begin with an underscore."""
+    """Escapes what matplotlib would take for mathematics, and underscores that hide a label."""
     return name.replace("$", r"\$").removeprefix("_")
 
 
-def _or(value: float | None, other: float) -> float:
-    return other if value is None else value
+def _percent(share: float | None) -> float:
+    return float("nan") if share is None else 100 * share
 
 
 def _svg(figure: Figure) -> str:
-    """The element alone, to be put into a page."""
+    """Returns the <svg> element only."""
     buffer = io.StringIO()
     with rc_context(_STYLE):
         figure.savefig(buffer, format="svg", metadata={"Date": None})

@@ -1,4 +1,4 @@
-"""A study as Markdown: a table of arms, the sentences, and single models apart from methods. It does NOT draw."""
+"""A study's report as Markdown: tables of arms, trials, tasks and models, and the sentences of its comparisons."""
 
 from __future__ import annotations
 
@@ -13,43 +13,44 @@ ARM_COLUMNS = (
     "arm",
     "accuracy",
     "95 % interval",
-    "seeds one by one",
-    "arithmetic",
+    "by seed",
+    "operations",
     "time",
     "trained parameters",
 )
-TRIAL_COLUMNS = ("trial", "settings", "on the validation rows", "what became of it")
+TRIAL_COLUMNS = ("trial", "settings", "validation value", "state")
 MODEL_COLUMNS = (
     "a",
     "b",
     "seed",
-    "right in a alone",
-    "in b alone",
+    "only a correct",
+    "only b correct",
     "difference",
     "95 % interval",
     "p",
     "p (Holm)",
 )
 ABOUT_ARMS = (
-    "Accuracy is the mean over the seeds. Its interval covers the test rows and, with several seeds, the seeds too."
-    " Where rows are measured by another metric, its mean stands there. Arithmetic and time are of one run, a stage"
-    " that was reused counted as when it was trained."
+    "Accuracy is the mean over the seeds, or the mean of the task's primary metric if it has another one. Its"
+    " confidence interval covers the test rows and, with several seeds, the seeds too. Operations and time are those"
+    " of a run on average; a reused stage counts with the costs of its training."
 )
 ABOUT_TRIALS = (
-    "Trials are chosen by the validation rows alone. Of the test rows only the best trial's result was looked at, once"
-    " the search was over. Its seeds are those that it was chosen with: to be sure of it, run it again with others."
+    "Trials are selected on the validation rows. Only the best trial was evaluated on the test rows, once the search"
+    " had ended. Its seeds are those it was selected with: to confirm the result, run it again with other seeds."
 )
 ABOUT_TASKS = (
-    "Accuracy by task and method, with its 95 % interval. Over tasks each is one case: a t interval over the tasks'"
-    " differences, with the noise of their rows and seeds. It speaks of tasks only as far as these stand for them."
+    "Accuracy by task and method, with its 95 % confidence interval. A comparison over tasks is a t interval over the"
+    " tasks' differences, with the variance of their rows and seeds added. It generalises to other tasks only as far as"
+    " these are a random sample of them."
 )
 ABOUT_METHODS = (
-    "Are the methods different? A t interval over the seeds' paired differences, with the noise of the test rows;"
-    " Holm's correction over all comparisons."
+    "Do the methods differ? Paired t interval over the seeds with the variance of the test rows added; p-values are"
+    " Holm-corrected over all comparisons."
 )
 ABOUT_MODELS = (
-    "Are two single models different? McNemar's exact test on the same rows (a sign-flip test where they are more or"
-    " less right), one pair of models at a time. It says nothing of the methods: another seed makes other models."
+    "Do two single models differ? McNemar's exact test on the same rows (a sign-flip test for graded metrics), for each"
+    " pair of models. It says nothing about the methods: another seed gives other models."
 )
 
 
@@ -60,13 +61,13 @@ def markdown(report: Report) -> str:
         f"{study['id']}: {study['status']}. {_plain(study['model'])}, {_plain(rows_of(study))}, seeds"
         f" {', '.join(map(str, study['seeds']))}.",
         "## Arms",
-        _table(ARM_COLUMNS, arm_rows(judged_arms(report.arms))),
+        _table(ARM_COLUMNS, arm_rows(evaluated_arms(report.arms))),
         ABOUT_ARMS,
         *_markdown_of_search(study),
         *_markdown_of_tasks(study),
-        "## Verdict",
+        "## Comparisons",
         ABOUT_METHODS,
-        _sentences(study["comparisons"]) or "There is nothing to compare.",
+        _sentences(study["comparisons"]) or "There are no comparisons.",
         "## Single models",
         ABOUT_MODELS,
         _table(MODEL_COLUMNS, model_rows(study["comparisons"])),
@@ -79,7 +80,7 @@ def _markdown_of_search(study: Json) -> list[str]:
         return []
     return [
         "## Search",
-        _plain(best_of(study)),
+        _plain(best_trial(study)),
         _table(TRIAL_COLUMNS, trial_rows(study["arms"])),
         ABOUT_TRIALS,
     ]
@@ -92,12 +93,12 @@ def _markdown_of_tasks(study: Json) -> list[str]:
     return ["## Tasks", _table(columns, rows), ABOUT_TASKS, _sentences(study["over_tasks"])]
 
 
-def _sentences(found: Iterable[Json]) -> str:
-    return "\n".join(f"- {_plain(one['sentence'])}" for one in found)
+def _sentences(comparisons: Iterable[Json]) -> str:
+    return "\n".join(f"- {_plain(comparison['sentence'])}" for comparison in comparisons)
 
 
 def rows_of(study: Json) -> str:
-    """What a study was trained and measured on, in words."""
+    """Describes the training and evaluation rows of a study."""
     if study.get("tasks"):
         return "on " + "; ".join(f"{task['name']}: {_rows_of(task)}" for task in study["tasks"])
     metrics = sorted({arm["metric"] for arm in study["arms"] if arm.get("metric") not in (None, "accuracy")})
@@ -105,12 +106,14 @@ def rows_of(study: Json) -> str:
 
 
 def _rows_of(part: Json) -> str:
-    measured = part["test_file"] or f"{part['validation_file']} (validation rows: they may have steered)"
-    return f"trained on {part['training_file']}, measured on {measured}"
+    evaluated = (
+        part["test_file"] or f"{part['validation_file']} (validation rows, which may have been tuned on)"
+    )
+    return f"trained on {part['training_file']}, evaluated on {evaluated}"
 
 
 def task_table(study: Json) -> list[list[str]]:
-    """Tasks down, methods across; the first row is the head."""
+    """Returns a row for each task and a column for each method, after a header row."""
     cells = {(arm["task"], arm["method_name"]): arm for arm in study["arms"]}
     methods = list(dict.fromkeys(method for _, method in cells))
     rows = [
@@ -121,16 +124,16 @@ def task_table(study: Json) -> list[list[str]]:
 
 def _cell(arm: Json) -> str:
     if arm["accuracy"] is None:
-        return _ends(arm)
+        return _statuses(arm)
     return f"{percent(arm['accuracy'])} ({between(arm['interval_95'])})"
 
 
-def best_of(study: Json) -> str:
-    """What a search has found so far, in words."""
-    found = study["search"]["best"]
-    if found is None:
+def best_trial(study: Json) -> str:
+    """Describes the best trial of a search so far."""
+    best = study["search"]["best"]
+    if best is None:
         return "No trial has succeeded yet."
-    return f"Best on the validation rows: {found['arm']}, {percent(found['value'])}."
+    return f"Best on the validation rows: {best['arm']}, {percent(best['value'])}."
 
 
 def trial_rows(arms: Iterable[Json]) -> list[list[str]]:
@@ -146,8 +149,8 @@ def trial_rows(arms: Iterable[Json]) -> list[list[str]]:
     ]
 
 
-def judged_arms(arms: Sequence[Json]) -> list[Json]:
-    """All but the trials whose test rows nobody looks at."""
+def evaluated_arms(arms: Sequence[Json]) -> list[Json]:
+    """Returns all arms but the trials that are not evaluated on the test rows."""
     return [arm for arm in arms if not arm.get("trial") or arm["accuracy"] is not None]
 
 
@@ -157,7 +160,8 @@ def arm_rows(arms: Iterable[Json]) -> list[list[str]]:
             arm["name"],
             percent(arm["accuracy"]),
             between(arm["interval_95"]),
-            ", ".join(f"{one['seed']}: {percent(one['accuracy'])}" for one in arm["per_seed"]) or _ends(arm),
+            ", ".join(f"{run['seed']}: {percent(run['accuracy'])}" for run in arm["per_seed"])
+            or _statuses(arm),
             flops(arm["flops"]),
             "" if arm["seconds"] is None else duration(arm["seconds"]),
             "" if arm["trained_parameters"] is None else f"{arm['trained_parameters']:,}",
@@ -166,16 +170,16 @@ def arm_rows(arms: Iterable[Json]) -> list[list[str]]:
     ]
 
 
-def _ends(arm: Json) -> str:
-    """What became of an arm without numbers."""
+def _statuses(arm: Json) -> str:
+    """The statuses of the jobs of an arm without results."""
     return ", ".join(f"{job['seed']}: {job['status']}" for job in arm["jobs"])
 
 
 def model_rows(comparisons: Iterable[Json]) -> list[list[str]]:
     return [
         [
-            one["a"],
-            one["b"],
+            comparison["a"],
+            comparison["b"],
             str(model["seed"]),
             str(model["only_a"]),
             str(model["only_b"]),
@@ -184,8 +188,8 @@ def model_rows(comparisons: Iterable[Json]) -> list[list[str]]:
             f"{model['p_value']:.3f}",
             f"{model['p_adjusted']:.3f}",
         ]
-        for one in comparisons
-        for model in one["models"]
+        for comparison in comparisons
+        for model in comparison["models"]
     ]
 
 
@@ -217,6 +221,6 @@ def _table(columns: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
 
 
 def _plain(text: Any) -> str:
-    """Names are the user's: nothing of them is markup."""
-    shown = " ".join(str(text).split())
-    return "".join(f"\\{sign}" if sign in "|`*_[]<>" else sign for sign in shown)
+    """Escapes Markdown, since names are the user's."""
+    one_line = " ".join(str(text).split())
+    return "".join(f"\\{sign}" if sign in "|`*_[]<>" else sign for sign in one_line)

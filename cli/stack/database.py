@@ -13,7 +13,7 @@ from cli.stack.up import running_stack
 
 @contextmanager
 def database_of(target: Target) -> Iterator[str]:
-    """Its URL: the given one, the running stack's, or that of a server that runs as long as the body."""
+    """Yields a database URL: the option's, the running stack's, or that of a server started for the `with` block."""
     if target.database_url:
         yield target.database_url
         return
@@ -28,6 +28,6 @@ def database_of(target: Target) -> Iterator[str]:
                 postgres.stop()
     except AlreadyRunning:
         stack = running_stack(home)
-        if stack is None:  # it is just starting or ending
+        if stack is None:  # it is starting or stopping
             raise
         yield stack.database_url

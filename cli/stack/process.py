@@ -1,7 +1,6 @@
-"""Child processes that end with their owner, and locks that end with their holder.
+"""Child processes that end with their parent, and file locks that end with their process.
 
-It does NOT know what runs in the processes. Linux only: the kernel's parent-death signal is what takes
-children along when their owner is killed with SIGKILL and can do nothing itself.
+Linux only: children end by the kernel's parent-death signal, also when their parent is killed with SIGKILL.
 """
 
 from __future__ import annotations
@@ -27,7 +26,7 @@ _LOG_BYTES = 16 * 1024**2
 
 @dataclass(frozen=True, kw_only=True)
 class User:
-    """Who a child runs as."""
+    """The user that a child runs as."""
 
     uid: int
     gid: int
@@ -43,13 +42,13 @@ def spawn(
     keep_open: Sequence[int] = (),
     directory: Path | None = None,
 ) -> subprocess.Popen[bytes]:
-    """Start a child in a session of its own: Ctrl-C in a terminal reaches only its owner. Appends to `log`.
+    """Starts a child in its own session, which a terminal's Ctrl-C does not reach. Its output is appended to `log`.
 
-    It gets `death_signal` when this process dies, however it dies. Must be called from the main thread: the
-    kernel sends that signal when the *thread* that started the child ends.
+    The child gets `death_signal` when this process dies. Call it from the main thread: the kernel sends the signal when
+    the *thread* that started the child ends.
     """
     if threading.current_thread() is not threading.main_thread():
-        raise RuntimeError("children are started from the main thread: their death signal follows the thread")
+        raise RuntimeError("spawn must be called from the main thread, whose end sends the death signal")
     with open_log(log) as output:
         return subprocess.Popen(
             [str(part) for part in command],
@@ -63,7 +62,7 @@ def spawn(
             user=None if user is None else user.uid,
             group=None if user is None else user.gid,
             extra_groups=None if user is None else (),
-            # A change of user clears the death signal; Popen calls this after it.
+            # Popen calls this after the change of user, which clears the death signal.
             preexec_fn=_die_with_parent(death_signal),
         )
 
@@ -73,17 +72,17 @@ def _die_with_parent(death_signal: signal.Signals) -> Callable[[], None]:
     parent = os.getpid()
 
     def in_child() -> None:
-        # A mask of our own starter's would keep the death signal, and any other, from ever arriving.
+        # An inherited signal mask could block the death signal.
         signal.pthread_sigmask(signal.SIG_SETMASK, ())
         libc.prctl(_PR_SET_PDEATHSIG, int(death_signal))
-        if os.getppid() != parent:  # it died before the line above could matter
+        if os.getppid() != parent:  # the parent died before prctl
             os._exit(1)
 
     return in_child
 
 
 def end(process: subprocess.Popen[bytes], steps: Sequence[tuple[signal.Signals, float]]) -> int:
-    """Send each signal and give it that many seconds; then SIGKILL to the whole group. Its exit status."""
+    """Sends each signal and waits its seconds, then kills the process group. Returns the exit status."""
     for number, seconds in steps:
         if process.poll() is not None:
             break
@@ -97,7 +96,7 @@ def end(process: subprocess.Popen[bytes], steps: Sequence[tuple[signal.Signals, 
 
 
 def kill_group(process: subprocess.Popen[bytes]) -> None:
-    """SIGKILL to everything left of the session that `spawn` made for this process."""
+    """Sends SIGKILL to all remaining processes of the session that `spawn` started."""
     try:
         os.killpg(process.pid, signal.SIGKILL)
     except ProcessLookupError:
@@ -105,9 +104,9 @@ def kill_group(process: subprocess.Popen[bytes]) -> None:
 
 
 def runs_on(pid: int, directory: Path) -> bool:
-    """Whether `pid` is a live process whose command line names `directory`: a number alone proves nothing.
+    """Returns whether `pid` is a live process whose command line contains `directory`, since ids are reused.
 
-    A zombie has no command line, so it does not count.
+    A zombie has no command line.
     """
     try:
         command = Path(f"/proc/{pid}/cmdline").read_bytes()
@@ -117,20 +116,20 @@ def runs_on(pid: int, directory: Path) -> bool:
 
 
 def parent_of(pid: int) -> int | None:
-    """The parent of a process; None when it is gone."""
+    """Returns the parent of a process, or None if it has ended."""
     try:
         status = Path(f"/proc/{pid}/stat").read_text()
     except (FileNotFoundError, ProcessLookupError):
         return None
-    # After the command's name, which may hold anything: state, parent.
+    # After the command's name, which may contain any character: state, parent.
     return int(status.rpartition(")")[2].split()[1])
 
 
 @contextmanager
 def locked(path: Path, *, wait_seconds: float, busy: str) -> Iterator[int]:
-    """Hold an exclusive flock on `path`; gives its descriptor. AlreadyRunning with `busy` after the wait.
+    """Takes an exclusive flock on `path` and yields its descriptor. Raises AlreadyRunning(`busy`) after the wait.
 
-    A child that is handed the descriptor holds the lock on, until its last process is gone.
+    A child that inherits the descriptor keeps the lock until its last process has ended.
     """
     descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
     try:
@@ -149,7 +148,7 @@ def locked(path: Path, *, wait_seconds: float, busy: str) -> Iterator[int]:
 
 
 def wait_until(ready: Callable[[], bool], *, seconds: float) -> bool:
-    """Poll until `ready()`; False when the time is up."""
+    """Polls until `ready()`. Returns False on timeout."""
     deadline = time.monotonic() + seconds
     while not ready():
         if time.monotonic() >= deadline:
@@ -160,7 +159,7 @@ def wait_until(ready: Callable[[], bool], *, seconds: float) -> bool:
 
 @contextmanager
 def open_log(path: Path) -> Iterator[int]:
-    """A descriptor that appends to `path`; one that has grown large is set aside as `<path>.1` first."""
+    """Yields a descriptor that appends to `path`; a large log is renamed to `<path>.1` first."""
     if path.exists() and path.stat().st_size > _LOG_BYTES:
         path.replace(path.with_name(path.name + ".1"))
     descriptor = os.open(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_CLOEXEC, 0o600)
@@ -171,7 +170,7 @@ def open_log(path: Path) -> Iterator[int]:
 
 
 def last_lines(path: Path, count: int = 12) -> str:
-    """The end of a log, for a message."""
+    """Returns the last lines of a log, for a message."""
     if not path.exists():
         return ""
     return "\n".join(path.read_text(errors="replace").splitlines()[-count:])

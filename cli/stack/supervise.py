@@ -1,6 +1,6 @@
-"""Keeps the processes of one machine running: starts them in order, starts again what dies, ends them all.
+"""Supervises the processes of a machine: starts them in order, restarts those that die, stops them all.
 
-It does NOT know what they do. All of it happens on the main thread: the children's death signal follows that.
+Everything runs on the main thread, whose end sends the children's death signal.
 """
 
 from __future__ import annotations
@@ -20,18 +20,18 @@ from cli.stack.process import end, kill_group, spawn, wait_until
 
 _TICK_SECONDS = 0.1
 _FIRST_PAUSE_SECONDS = 0.5
-_LONGEST_PAUSE_SECONDS = 30.0
-#: Who ran for so long was healthy: its next pause is a short one again.
+_MAX_PAUSE_SECONDS = 30.0
+#: After running this long, a process is restarted with the first pause again.
 _HEALTHY_SECONDS = 60.0
 
 
 class Interrupted(BaseException):
-    """Ctrl-C or SIGTERM arrived."""
+    """Raised by Ctrl-C and SIGTERM."""
 
 
 @contextmanager
 def interruptible() -> Iterator[None]:
-    """Inside, SIGINT and SIGTERM raise Interrupted; a shell's `&` may have left SIGINT ignored."""
+    """Raises Interrupted on SIGINT and SIGTERM, also if a shell's `&` has ignored SIGINT."""
 
     def interrupt(number: int, frame: FrameType | None) -> None:
         raise Interrupted
@@ -45,22 +45,22 @@ def interruptible() -> Iterator[None]:
 
 
 class Service(Protocol):
-    """A process that is kept running."""
+    """A supervised process."""
 
     name: str
     log: Path
     process: subprocess.Popen[bytes] | None
 
     def start(self) -> None:
-        """Return when it runs. Raises CommandError with the end of its log."""
+        """Starts it and returns when it runs. Raises CommandError with the end of its log."""
 
     def stop(self) -> None:
-        """Return when it is gone, by force in the end. Nothing to do where it never ran."""
+        """Stops it, by SIGKILL in the end. Does nothing if it has not been started."""
 
 
 @dataclass(kw_only=True)
 class Program:
-    """One of the project's own processes: SIGTERM ends it in good order."""
+    """A process of the project, which SIGTERM shuts down gracefully."""
 
     name: str
     command: Sequence[str | Path]
@@ -71,7 +71,7 @@ class Program:
     process: subprocess.Popen[bytes] | None = None
 
     def start(self) -> None:
-        # SIGKILL: when its owner was killed its database is going too, and the job's lease hands the job on.
+        # SIGKILL, because the database ends too when the parent is killed; the lease returns the job to the queue.
         self.process = spawn(
             self.command,
             log=self.log,
@@ -80,8 +80,8 @@ class Program:
             keep_open=self.keep_open,
         )
 
-    def ask_to_stop(self) -> None:
-        # Once only: Celery takes a second SIGTERM for impatience.
+    def terminate(self) -> None:
+        # Once only: a second SIGTERM is a cold shutdown for Celery.
         if self.process is not None and self.process.poll() is None:
             self.process.terminate()
 
@@ -99,7 +99,7 @@ class Program:
 
 
 @dataclass(kw_only=True)
-class _Watched:
+class _Supervised:
     service: Service
     pause: float = _FIRST_PAUSE_SECONDS
     started_at: float = field(default_factory=time.monotonic)
@@ -107,36 +107,36 @@ class _Watched:
 
 
 class Supervisor:
-    """`say` gets one sentence for each death and each new start."""
+    """`report` is called with a message for each death and restart."""
 
-    def __init__(self, say: Callable[[str], None]) -> None:
-        self._say = say
-        self._watched: list[_Watched] = []
+    def __init__(self, report: Callable[[str], None]) -> None:
+        self._report = report
+        self._supervised: list[_Supervised] = []
 
     def start(self, service: Service) -> None:
-        """Start it and watch it from now on. Raises CommandError when its first start fails."""
-        self._watched.append(_Watched(service=service))
+        """Starts a service and supervises it. Raises CommandError if this start fails."""
+        self._supervised.append(_Supervised(service=service))
         service.start()
 
     def watch(self, *, until: Callable[[], bool] = lambda: False, seconds: float = float("inf")) -> bool:
-        """Start again what dies, until `until()` or the time is up (then False). Ends by Interrupted else."""
+        """Restarts services that die, until `until()` (True) or a timeout (False). Raises Interrupted."""
         deadline = time.monotonic() + seconds
         while not until():
             if time.monotonic() >= deadline:
                 return False
-            for watched in self._watched:
-                self._look_at(watched)
+            for supervised in self._supervised:
+                self._check(supervised)
             time.sleep(_TICK_SECONDS)
         return True
 
     def stop(self) -> None:
-        """End everything, last started first. Interrupted again: the programs are killed, the servers not."""
-        services = [watched.service for watched in reversed(self._watched)]
-        self._watched = []
+        """Stops all services in reverse order. If interrupted again, kills the programs, but not the servers."""
+        services = [supervised.service for supervised in reversed(self._supervised)]
+        self._supervised = []
         programs = [service for service in services if isinstance(service, Program)]
         try:
             for program in programs:
-                program.ask_to_stop()
+                program.terminate()
             for program in programs:
                 program.stop()
         except Interrupted:
@@ -145,40 +145,39 @@ class Supervisor:
         for service in services:
             service.stop()
 
-    def _look_at(self, watched: _Watched) -> None:
-        service, now = watched.service, time.monotonic()
-        if watched.restart_at is not None:
-            if now >= watched.restart_at:
-                self._start_again(watched)
+    def _check(self, supervised: _Supervised) -> None:
+        service, now = supervised.service, time.monotonic()
+        if supervised.restart_at is not None:
+            if now >= supervised.restart_at:
+                self._restart(supervised)
             return
         if service.process is None or service.process.poll() is None:
             return
-        if now - watched.started_at >= _HEALTHY_SECONDS:
-            watched.pause = _FIRST_PAUSE_SECONDS
-        self._say(
-            f"{service.name} ended ({_how(service.process.returncode)}), starts again in {watched.pause:g} s"
-        )
+        if now - supervised.started_at >= _HEALTHY_SECONDS:
+            supervised.pause = _FIRST_PAUSE_SECONDS
+        status = _exit_text(service.process.returncode)
+        self._report(f"{service.name} ended ({status}), restarting in {supervised.pause:g} s")
         kill_group(service.process)
-        self._postpone(watched)
+        self._schedule_restart(supervised)
 
-    def _start_again(self, watched: _Watched) -> None:
-        watched.restart_at = None
+    def _restart(self, supervised: _Supervised) -> None:
+        supervised.restart_at = None
         try:
-            watched.service.start()
+            supervised.service.start()
         except CommandError as error:
-            self._say(f"{watched.service.name} did not start: {error}")
-            self._postpone(watched)
+            self._report(f"{supervised.service.name} did not start: {error}")
+            self._schedule_restart(supervised)
             return
-        watched.started_at = time.monotonic()
-        self._say(f"{watched.service.name} is started again; its log: {watched.service.log}")
+        supervised.started_at = time.monotonic()
+        self._report(f"{supervised.service.name} restarted; its log is {supervised.service.log}")
 
     @staticmethod
-    def _postpone(watched: _Watched) -> None:
-        watched.restart_at = time.monotonic() + watched.pause
-        watched.pause = min(2 * watched.pause, _LONGEST_PAUSE_SECONDS)
+    def _schedule_restart(supervised: _Supervised) -> None:
+        supervised.restart_at = time.monotonic() + supervised.pause
+        supervised.pause = min(2 * supervised.pause, _MAX_PAUSE_SECONDS)
 
 
-def _how(status: int) -> str:
+def _exit_text(status: int) -> str:
     if status >= 0:
         return f"exit {status}"
     return signal.strsignal(-status) or f"signal {-status}"

@@ -1,7 +1,4 @@
-"""`heft up`: the whole service on one machine, with its own Postgres and Valkey or with given ones.
-
-It does NOT know what the API or a worker does: it starts them as processes and asks /readyz.
-"""
+"""`heft up`: the whole service on one machine, with a private Postgres and Valkey or with external ones."""
 
 from __future__ import annotations
 
@@ -22,9 +19,9 @@ from cli.stack.process import last_lines
 from cli.stack.supervise import Program, Supervisor
 from cli.stack.valkey import Valkey
 
-OWNER = "default"  #: whose the first key is; part of the ids of the models that are made with it
+OWNER = "default"  #: the owner of the first key; model ids contain it
 _READY_SECONDS = 120.0
-#: A worker writes a checkpoint before it goes.
+#: A worker writes a checkpoint before it stops.
 _WORKER_STOP_SECONDS = 65.0
 _API_STOP_SECONDS = 10.0
 _WORKERS = {"prepare": "prepare worker", "inference": "inference worker"}
@@ -32,7 +29,7 @@ _WORKERS = {"prepare": "prepare worker", "inference": "inference worker"}
 
 @dataclass(frozen=True, kw_only=True)
 class UpOptions:
-    """What `heft up` was told. Without addresses it brings its own servers, without a key it makes one."""
+    """The options of `heft up`. Without URLs it starts its own servers, without a key it creates one."""
 
     host: str = "127.0.0.1"
     port: int = 8000  #: 0: any free one
@@ -41,12 +38,12 @@ class UpOptions:
     redis_url: str | None = None
     artifacts_url: str | None = None
     model_dir: Path | None = None
-    trainers: int = 1  #: training workers, which share the machine's processors
+    trainers: int = 1  #: training workers; they share the machine's processors
 
 
 @dataclass(frozen=True, kw_only=True)
 class RunningStack:
-    """Where a running stack is, kept in its home for the other commands."""
+    """The URLs and folders of a running stack, stored in its home for the other commands."""
 
     url: str
     database_url: str
@@ -56,7 +53,7 @@ class RunningStack:
     cache_dir: str
 
     def environment(self) -> dict[str, str]:
-        """The service's settings, as `store.settings` reads them."""
+        """Returns the environment variables that `store.settings` reads."""
         return {
             "HEFT_DATABASE_URL": self.database_url,
             "HEFT_REDIS_URL": self.redis_url,
@@ -67,7 +64,7 @@ class RunningStack:
 
 
 def running_stack(home: Home) -> RunningStack | None:
-    """What the stack of this home wrote about itself; a killed one leaves it behind, and answers nothing."""
+    """Returns the stack that runs in a home. A killed one may still be returned, but does not answer."""
     try:
         return RunningStack(**json.loads(home.state_file.read_text()))
     except FileNotFoundError:
@@ -76,17 +73,17 @@ def running_stack(home: Home) -> RunningStack | None:
 
 @contextmanager
 def up(
-    home: Home, options: UpOptions, say: Callable[[str], None]
+    home: Home, options: UpOptions, report: Callable[[str], None]
 ) -> Iterator[tuple[RunningStack, Supervisor]]:
-    """Start everything; it answers when the body runs, and has ended when this returns.
+    """Runs the whole service during the `with` block.
 
-    Raises AlreadyRunning for a second one in the same home, CommandError for what does not start.
+    Raises AlreadyRunning for a second one in the same home, CommandError if a process does not start.
     """
     if options.model_dir is not None and not options.model_dir.is_dir():
-        raise CommandError(f"HEFT_MODEL_DIR: {options.model_dir} is no folder")
+        raise CommandError(f"HEFT_MODEL_DIR: {options.model_dir} is not a folder")
     with home.occupied(), _listen(options.host, options.port) as listener:
         home.state_file.unlink(missing_ok=True)
-        supervisor = Supervisor(say)
+        supervisor = Supervisor(report)
         try:
             stack = _start(home, options, supervisor, listener)
             write_private(home.state_file, json.dumps(asdict(stack)))
@@ -126,12 +123,14 @@ def _start(home: Home, options: UpOptions, supervisor: Supervisor, listener: soc
         keep_open=[listener.fileno()],
     )
     supervisor.start(api)
-    own = {**environment, "HEFT_TRAINERS": str(options.trainers)}
+    trainer_environment = {**environment, "HEFT_TRAINERS": str(options.trainers)}
     if options.trainers > 1:
-        own.setdefault("OMP_NUM_THREADS", str(max(1, len(os.sched_getaffinity(0)) // options.trainers)))
+        threads = max(1, len(os.sched_getaffinity(0)) // options.trainers)
+        trainer_environment.setdefault("OMP_NUM_THREADS", str(threads))
     for number in range(1, options.trainers + 1):
-        name, more = ("training worker", "") if number == 1 else (f"training worker {number}", f"-{number}")
-        supervisor.start(_worker("train", name, home.logs / f"worker-train{more}.log", own))
+        name, suffix = ("training worker", "") if number == 1 else (f"training worker {number}", f"-{number}")
+        log = home.logs / f"worker-train{suffix}.log"
+        supervisor.start(_worker("train", name, log, trainer_environment))
     for role, name in _WORKERS.items():
         supervisor.start(_worker(role, name, home.logs / f"worker-{role}.log", environment))
     _wait_until_ready(supervisor, api, stack.url)
@@ -146,12 +145,12 @@ def _worker(role: str, name: str, log: Path, environment: Mapping[str, str]) -> 
 
 
 def _environment(stack: RunningStack) -> dict[str, str]:
-    """What the service's own processes see: this shell's settings and the stack's, but no caller's key."""
+    """Returns the environment of the service's processes: this shell's, without the client's settings."""
     inherited = {
         name: value for name, value in os.environ.items() if name not in ("HEFT_API_KEY", "HEFT_URL")
     }
-    # The workers share the cores. Threads that spin while they wait for one that has no core took 5 times as
-    # long a training step as threads that sleep (two cores, with other processes at work).
+    # The workers share the cores. A training step took 5 times as long with OpenMP threads that spin while they wait as
+    # with threads that sleep (two cores, with other processes running).
     shared_cores = {"GOMP_SPINCOUNT": "30000"}
     return shared_cores | inherited | stack.environment() | {"PYTHONUNBUFFERED": "1"}
 
@@ -171,7 +170,7 @@ def _prepare_database(home: Home, options: UpOptions, database_url: str) -> None
 
 
 def first_key(home: Home) -> str:
-    """The key in the home's file, made now if there is none."""
+    """Returns the key in the home's file, and creates it if there is none."""
     try:
         return home.key_file.read_text().strip()
     except FileNotFoundError:
@@ -181,7 +180,7 @@ def first_key(home: Home) -> str:
 
 
 def write_private(path: Path, text: str) -> None:
-    """Write a file of mode 0600, whole or not at all."""
+    """Writes a file of mode 0600 atomically."""
     partial = path.with_name(f"{path.name}.partial")
     partial.unlink(missing_ok=True)
     descriptor = os.open(partial, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
@@ -194,7 +193,7 @@ def write_private(path: Path, text: str) -> None:
 
 @contextmanager
 def _listen(host: str, port: int) -> Iterator[socket.socket]:
-    """The API's socket. It is ours: callers wait, and are not refused, while the API starts again."""
+    """Opens the API's socket in this process, so that clients wait, and are not refused, while the API restarts."""
     family = socket.AF_INET6 if ":" in host else socket.AF_INET
     with socket.socket(family, socket.SOCK_STREAM) as listener:
         listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
@@ -202,8 +201,8 @@ def _listen(host: str, port: int) -> Iterator[socket.socket]:
             listener.bind((host, port))
         except OSError as error:
             raise CommandError(
-                f"cannot listen on {host}:{port}: {error.strerror}; "
-                "stop what listens there, or choose another port with HEFT_PORT"
+                f"can't listen on {host}:{port}: {error.strerror}; "
+                "stop the program that does, or choose another port with HEFT_PORT"
             ) from None
         listener.listen(2048)
         yield listener

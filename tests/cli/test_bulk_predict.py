@@ -189,8 +189,8 @@ def test_a_bad_row_is_told_by_its_line(service: Answering, rows: Path, tmp_path:
 def test_a_service_that_is_away_for_too_long_ends_it(
     service: Answering, rows: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("cli.bulk_predict.PATIENCE_SECONDS", 0.2)
+    monkeypatch.setattr("cli.bulk_predict.RETRY_SECONDS", 0.2)
     service.before = lambda asked: refusal(503, "overloaded", "0.1")
     result = run(service, rows, tmp_path / "answers.jsonl")
     assert result.exit_code == 1
-    assert "nothing was answered for" in result.stderr
+    assert "the service answered nothing for" in result.stderr

@@ -187,7 +187,7 @@ def test_predict_that_may_abstain(service: Service) -> None:
     withheld = {"answer": None, "abstained": True, "probability": 0.6, "label_probabilities": shared}
     service.on("POST /v1/predict", (200, withheld))
     result = service.run("predict", "m", "--question", "is it", "--abstain-below", "0.7")
-    assert result.output == "abstains  (no: 0.600)\n"
+    assert result.output == "abstained  (no: 0.600)\n"
     assert service.bodies[0][1]["abstain_below"] == 0.7
     assert service.run("predict", "m", "--question", "is it", "--abstain-below", "1.1").exit_code == 2
 
@@ -210,7 +210,7 @@ def test_predict_a_file(service: Service, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(
     ("content", "message"),
-    [("[1]\n", "line 1: not a JSON object"), ('{"question": "q"}\nnonsense\n', "line 2: not JSON")],
+    [("[1]\n", "line 1: not a JSON object"), ('{"question": "q"}\nnonsense\n', "line 2: not valid JSON")],
 )
 def test_predict_names_the_bad_line(service: Service, tmp_path: Path, content: str, message: str) -> None:
     rows = tmp_path / "rows.jsonl"

@@ -123,13 +123,13 @@ def test_stuck_jobs_and_silent_workers(doctor: Doctor, sessions: SessionFactory)
         session.execute(text("UPDATE workers SET seen_at = now() - interval '1 day' WHERE role = 'train'"))
     told = doctor()
     stuck = [check["found"] for check in told["checks"] if check["name"] == "stuck job"]
-    assert any(held in found and "ran out 3600 s ago" in found for found in stuck)
-    assert any(waiting in found and "died 2 times" in found for found in stuck)
+    assert any(held in found and "expired 3600 s ago" in found for found in stuck)
+    assert any(waiting in found and "crashed 2 times" in found for found in stuck)
     assert any(waiting in found and "lost 4 times" in found for found in stuck)
     assert state(told, "silent worker") == "warning"
     assert state(told, "train workers") == "wrong"
     # One is held by a worker that is gone, so the one that lives could take the other, but does not.
-    assert state(told, "queue for training") == "ok"
+    assert state(told, "training queue") == "ok"
 
 
 def test_an_idle_worker_that_hears_of_nothing(doctor: Doctor, sessions: SessionFactory) -> None:
@@ -139,7 +139,7 @@ def test_an_idle_worker_that_hears_of_nothing(doctor: Doctor, sessions: SessionF
     with transaction(sessions) as session:
         session.execute(text("UPDATE events SET created_at = now() - interval '10 minutes'"))
     told = doctor()
-    assert state(told, "queue for files to be checked") == "wrong"
+    assert state(told, "validation queue") == "wrong"
 
 
 def test_people_are_told_what_to_do(

@@ -112,7 +112,7 @@ def test_an_owner_killed_while_postgres_recovers(
     home: Home, start_owner: StartOwner, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Asked to shut down in the middle of its recovery, the server recovers, and then stays for ever."""
-    monkeypatch.setattr("cli.stack.postgres._FORMER_SERVER_SECONDS", 1)
+    monkeypatch.setattr("cli.stack.postgres._ORPHAN_SECONDS", 1)
     owner = start_owner(home)
     assert is_ready(owner)
     write(home)
@@ -128,8 +128,8 @@ def test_an_owner_killed_while_postgres_recovers(
 
 
 def test_a_server_that_runs_is_never_started_twice(home: Home, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("cli.stack.postgres._FORMER_SERVER_SECONDS", 0)
-    monkeypatch.setattr("cli.stack.valkey._FORMER_SERVER_SECONDS", 0)
+    monkeypatch.setattr("cli.stack.postgres._ORPHAN_SECONDS", 0)
+    monkeypatch.setattr("cli.stack.valkey._LOCK_SECONDS", 0)
     with embedded_stack(home):
         before = servers_on(home)
         for server in (Postgres(home), Valkey(home)):
@@ -179,7 +179,7 @@ def test_data_of_another_major_version_is_named(home: Home) -> None:
     with embedded_stack(home) as stack:
         data = stack.postgres.data
     (data / "PG_VERSION").write_text("12\n")
-    with pytest.raises(CommandError, match="made by Postgres 12"), embedded_stack(home):
+    with pytest.raises(CommandError, match="created by Postgres 12"), embedded_stack(home):
         pass
     assert nothing_is_left(home)
 

@@ -16,7 +16,7 @@ from cli.report.data import Report, layer_and_rank, losses
 from cli.report.page import page
 from cli.report.plots import against_compute, curves, layer_rank_map
 from cli.report.text import flops, markdown
-from cli.study_body import arm_body, chosen, grid_body, numbers, space_body
+from cli.study_body import arm_body, grid_body, parse_seeds, search_or_budget, space_body
 
 SENTENCE = "HEFT 3+3 is 1.2 points above LoRA <alone>, 95 % interval −0.4 to 2.8: not separable with 3 seeds."
 
@@ -83,12 +83,12 @@ def test_arms_and_grids_are_written_as_jobs_are() -> None:
         "reft.layers": [10, 15],
         "reft.positions": ["l1", "f1+l1"],
     }
-    assert numbers("1,2,3") == [1, 2, 3]
+    assert parse_seeds("1,2,3") == [1, 2, 3]
     for fault in (
         lambda: arm_body("no colon"),
         lambda: arm_body("a:"),
         lambda: grid_body(["x"]),
-        lambda: numbers("x"),
+        lambda: parse_seeds("x"),
     ):
         with pytest.raises(CommandError):
             fault()
@@ -232,7 +232,7 @@ def test_the_command_sends_a_search(service: Any) -> None:
 
 def test_what_is_given_goes_before_the_search_that_was_written_down() -> None:
     written = {"space": {"lora.rank": [4]}, "budget": 9, "sampler": "random"}
-    assert chosen(["reft.rank=2,4"], written, budget=5, sampler=None, parallel=None) == {
+    assert search_or_budget(["reft.rank=2,4"], written, budget=5, sampler=None, parallel=None) == {
         "search": {"space": {"reft.rank": [2, 4]}, "budget": 5, "sampler": "random"}
     }
 
@@ -241,7 +241,7 @@ def test_tasks_that_are_none_are_refused(service: Any, tmp_path: Path) -> None:
     (tmp_path / "study.json").write_text('{"name": "s", "tasks": "boolq"}')
     run = service.run("studies", "create", "--from", str(tmp_path / "study.json"))
     assert run.exit_code == 1
-    assert '"tasks" is a list of objects' in run.output
+    assert '"tasks" must be a list of objects' in run.output
 
 
 def test_a_request_that_was_written_down_is_sent_with_its_files(service: Any, tmp_path: Path) -> None:
@@ -316,7 +316,7 @@ def test_reports_show_task_by_method() -> None:
     assert "| boolq | 80.0 % (75.0 to 85.0 %) | 80.0 % (75.0 to 85.0 %) |" in text
     assert "| sst2 | 1: failed | 1: failed |" in text
     assert "- On average over these 2 tasks, nobody knows." in text
-    assert "boolq: trained on file-boolq, measured on file-v" in text
+    assert "boolq: trained on file-boolq, evaluated on file-v" in text
     shown = page(report)
     assert "<th>HEFT</th>" in shown
     assert "<li>On average over these 2 tasks, nobody knows.</li>" in shown

@@ -56,14 +56,14 @@ def test_what_dies_is_started_again(tmp_path: Path, supervisor: Supervisor, said
     assert supervisor.watch(
         until=lambda: helper.process is not None and helper.process.pid != first, seconds=20
     )
-    assert said[0] == "helper ended (Killed), starts again in 0.5 s"
-    assert said[1].startswith("helper is started again")
+    assert said[0] == "helper ended (Killed), restarting in 0.5 s"
+    assert said[1].startswith("helper restarted")
 
 
 def test_pauses_grow(tmp_path: Path, supervisor: Supervisor, said: list[str]) -> None:
     supervisor.start(program(tmp_path, "raise SystemExit(3)"))
     assert supervisor.watch(until=lambda: len(said) >= 5, seconds=20)
-    assert [line.removeprefix("helper ended (exit 3), starts again in ") for line in said[::2]] == [
+    assert [line.removeprefix("helper ended (exit 3), restarting in ") for line in said[::2]] == [
         "0.5 s",
         "1 s",
         "2 s",
@@ -148,6 +148,6 @@ def test_a_blocked_signal_of_ours_reaches_the_child(tmp_path: Path) -> None:
     assert wait_until(lambda: is_there(helper), seconds=20)
     process = helper.process
     assert process is not None
-    helper.ask_to_stop()
+    helper.terminate()
     helper.stop()
     assert process.returncode == -signal.SIGTERM

@@ -12,13 +12,15 @@ from pathlib import Path
 import psycopg
 
 import cli
-from cli.stack.home import Home, can_walk_to
+from cli.stack.home import Home, can_traverse
 from cli.stack.process import User, locked
 
 NOBODY = User(uid=65534, gid=65534)
 
 #: Another user can run the servers' binaries where they are installed.
-INSTALLATION_IS_OPEN = can_walk_to(Path(cli.__file__), NOBODY) and can_walk_to(Path(psycopg.__file__), NOBODY)
+INSTALLATION_IS_OPEN = can_traverse(Path(cli.__file__), NOBODY) and can_traverse(
+    Path(psycopg.__file__), NOBODY
+)
 
 #: Starts a stack, says so on stdout, holds it until its stdin ends. It may become an ordinary user first, but
 #: after its imports: this Python may lie where that user cannot read.

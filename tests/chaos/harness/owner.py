@@ -37,7 +37,7 @@ def main() -> None:
     up.Program = program
     up.Postgres = ProxiedPostgres
     up._WORKERS = ROLES
-    supervise._LONGEST_PAUSE_SECONDS = supervise._FIRST_PAUSE_SECONDS
+    supervise._MAX_PAUSE_SECONDS = supervise._FIRST_PAUSE_SECONDS
 
     from cli.main import app
 
