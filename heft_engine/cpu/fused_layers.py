@@ -163,8 +163,7 @@ class _Layer:
             query = self._ops.rms_norm(query, norm.weight, norm.variance_epsilon)
         if (norm := getattr(module, "k_norm", None)) is not None:
             key = self._ops.rms_norm(key, norm.weight, norm.variance_epsilon)
-        places = torch.arange(len(query))
-        query, key = (self._ops.rotate(states, *rotary, places, places[:0]) for states in (query, key))
+        query, key = (self._ops.rotate(states, *rotary) for states in (query, key))
         amx = amx_attention.amx_for(layout, query, key, value, self._options)
         if amx is not None:
             layer = cast(int, module.layer_idx)

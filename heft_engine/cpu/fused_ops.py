@@ -16,7 +16,7 @@ from torch import Tensor
 class FusedOps:
     """The fused operators of a namespace of torch.ops, for bfloat16 tensors on a CPU. None has a gradient.
 
-    They raise RuntimeError for tensors of other types and shapes. What is changed in place must be contiguous.
+    They raise RuntimeError for tensors of other types and shapes.
     """
 
     def __init__(self, namespace: Any) -> None:
@@ -26,26 +26,9 @@ class FusedOps:
         """As transformers' LlamaRMSNorm: x (…, width), weight (width,)."""
         return cast(Tensor, self._ops.rms_norm(x, weight, epsilon))
 
-    def add_rms_norm(self, x: Tensor, y: Tensor, weight: Tensor, epsilon: float) -> Tensor:
-        """y += x, in place, and the norm of that; both (…, width)."""
-        return cast(Tensor, self._ops.add_rms_norm(x, y, weight, epsilon))
-
-    def rotate(self, x: Tensor, cosine: Tensor, sine: Tensor, places: Tensor, gaps: Tensor) -> Tensor:
-        """Rotary embedding of x (rows, heads, width), cosine and sine (rows, width), each row at its place.
-
-        places (rows,) and gaps (n,), int64: where a row goes and where nothing is, all of 0 … rows + n − 1. Returns
-        (rows + n, heads, width), zero at the gaps.
-        """
-        return cast(Tensor, self._ops.rotary_embedding(x, cosine, sine, places, gaps))
-
-    def place(self, x: Tensor, places: Tensor, gaps: Tensor) -> Tensor:
-        """x (rows, heads, width) → (rows + n, heads, width), as `rotate` places it."""
-        return cast(Tensor, self._ops.scatter_rows(x, places, gaps))
-
-    def gate_silu(self, gate: Tensor, up: Tensor) -> Tensor:
-        """SiLU(gate) · up, in place of `gate`; both of one shape."""
-        self._ops.silu_mul(gate, up)
-        return gate
+    def rotate(self, x: Tensor, cosine: Tensor, sine: Tensor) -> Tensor:
+        """The rotary embedding of x (rows, heads, width), cosine and sine ([1,] rows, width)."""
+        return cast(Tensor, self._ops.rotary_embedding(x, cosine, sine))
 
     def logits(self, x: Tensor, weight: Tensor) -> Tensor:
         """x (rows, width) · weight (columns, width)ᵀ in float32, summed in one order: (rows, columns)."""

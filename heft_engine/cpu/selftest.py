@@ -35,37 +35,19 @@ class _Random:
 def failed_fused_check(ops: FusedOps) -> str | None:
     """Returns the name of the first operator that fails its check; None if all pass."""
     draw = _Random()
-    gates = _finite_bfloat16()
-    for gate, up in ((gates, torch.ones_like(gates)), (draw(320), draw(320))):
-        if not torch.equal(ops.gate_silu(gate.clone(), up), F.silu(gate) * up):
-            return "the gated activation"
     for width in (50, 64, 576, 2_048, 4_100, 18_432):
-        x, y, weight = draw(40, width), draw(40, width), draw(width)
+        x, weight = draw(40, width), draw(width)
         if not torch.equal(ops.rms_norm(x, weight, 1e-5), rms_norm(x, weight, 1e-5)):
             return "the norm"
-        total = y.clone()
-        normed = ops.add_rms_norm(x, total, weight, 1e-5)
-        if not (torch.equal(total, x + y) and torch.equal(normed, rms_norm(x + y, weight, 1e-5))):
-            return "the sum and its norm"
     for rows, width in ((1, 576), (6, 72)):
         x, weight = draw(rows, width), draw(50, width)
         exact = (x.double() @ weight.double().T).float()
         if not torch.allclose(ops.logits(x, weight), exact, rtol=1e-4, atol=1e-4):
             return "the logits"
-    return _failed_rotation(ops, draw)
-
-
-def _failed_rotation(ops: FusedOps, draw: _Random) -> str | None:
-    order = torch.randperm(100, generator=draw.generator)
-    places, gaps = order[:90].contiguous(), order[90:].contiguous()
     for width in (8, 64, 72, 128):
         x, cosine, sine = draw(90, 5, width), draw(90, width), draw(90, width)
         turned = torch.cat((-x[..., width // 2 :], x[..., : width // 2]), dim=-1)
-        rotated = x * cosine[:, None] + turned * sine[:, None]
-        placed = [x.new_zeros(100, 5, width).index_copy_(0, places, rows) for rows in (x, rotated)]
-        if not torch.equal(ops.place(x, places, gaps), placed[0]):
-            return "placing"
-        if not torch.equal(ops.rotate(x, cosine, sine, places, gaps), placed[1]):
+        if not torch.equal(ops.rotate(x, cosine, sine), x * cosine[:, None] + turned * sine[:, None]):
             return "the rotary embedding"
     return None
 

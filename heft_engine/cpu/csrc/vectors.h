@@ -13,7 +13,6 @@ using bf16 = uint16_t;
 constexpr long kLanes = 16;
 typedef float Floats __attribute__((vector_size(4 * kLanes)));
 typedef uint32_t Words __attribute__((vector_size(4 * kLanes)));
-typedef int32_t Integers __attribute__((vector_size(4 * kLanes)));
 typedef uint16_t Halves __attribute__((vector_size(2 * kLanes)));
 
 inline float to_float(bf16 x) {
@@ -56,28 +55,5 @@ inline Floats multiply_add(Floats a, Floats b, Floats c) {
   for (int lane = 0; lane < kLanes; lane++) result[lane] = __builtin_fmaf(a[lane], b[lane], c[lane]);
   return result;
 }
-
-// Sleef's expf_u10 (https://sleef.org), which torch uses.
-inline Floats exponential(Floats x) {
-  // Added and subtracted again, it leaves the nearest integer.
-  const float shift = 12582912.0f;
-  Floats quotient = (x * 1.442695040888963407359924681001892137f + shift) - shift;
-  Floats rest = multiply_add(quotient, broadcast(-0.693145751953125f), x);
-  rest = multiply_add(quotient, broadcast(-1.428606765330187045e-06f), rest);
-  Floats sum = broadcast(0.000198527617612853646278381f);
-  sum = multiply_add(sum, rest, broadcast(0.00139304355252534151077271f));
-  sum = multiply_add(sum, rest, broadcast(0.00833336077630519866943359f));
-  sum = multiply_add(sum, rest, broadcast(0.0416664853692054748535156f));
-  sum = multiply_add(sum, rest, broadcast(0.166666671633720397949219f));
-  sum = multiply_add(sum, rest, broadcast(0.5f));
-  sum = 1.0f + multiply_add(rest * rest, sum, rest);
-  // 2 to the quotient in two factors, each within a float's exponent.
-  Integers whole = __builtin_convertvector(quotient, Integers), half = whole >> 1, other = whole - half;
-  sum = sum * (Floats)((half + 127) << 23) * (Floats)((other + 127) << 23);
-  sum = x < -104.0f ? broadcast(0.0f) : sum;
-  return x > 104.0f ? broadcast(INFINITY) : sum;
-}
-
-inline Floats silu(Floats x) { return x / (1.0f + exponential(-x)); }
 
 }  // namespace heft

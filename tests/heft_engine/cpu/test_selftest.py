@@ -39,10 +39,7 @@ class Faulty:
     ("name", "failed"),
     [
         ("rms_norm", "the norm"),
-        ("add_rms_norm", "the sum and its norm"),
         ("rotate", "the rotary embedding"),
-        ("place", "placing"),
-        ("gate_silu", "the gated activation"),
         ("logits", "the logits"),
     ],
 )
