@@ -141,7 +141,7 @@ def _spent(weights: ModelVariant, examples: Sequence[Example]) -> dict[str, floa
     lanes_used = min(parallel.job_threads(weights.lm.device), len(examples))
     batcher.close()
     found = {name: 100 * taken / (whole * lanes_used) for name, taken in spent.items()}
-    return found | {"the rest (residuals' sums, calls, lanes that wait)": 100 - sum(found.values())}
+    return found | {"the rest (residuals' sums, calls, threads that wait)": 100 - sum(found.values())}
 
 
 def _timed(function: Callable[..., Any], spent: dict[str, float], name: str) -> Callable[..., Any]:
