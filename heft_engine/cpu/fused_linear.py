@@ -1,8 +1,7 @@
 """The products of decoder layers, with what the rows' adapters add to them: on a CPU's matrix units where these can do
 it (heft_engine.cpu.amx), by the linear layers themselves elsewhere, with hooks and all.
 
-A row's bits don't depend on the rows beside it, nor on whether the layer runs in one go. It does NOT know attention or
-the order of a layer's parts.
+A row's bits don't depend on the rows beside it, nor on whether the layer runs in one go.
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
 """Scores: the float32 log-probability of each answer of each example, from one packed forward pass.
 
-Final evaluation and serving share this path, so their scores have the same bits. It does NOT know rows or metrics.
+Final evaluation and serving share this path, so their scores have the same bits.
 """
 
 from __future__ import annotations

@@ -2,7 +2,6 @@
 
 `resolve` turns a reference into a local directory that has passed `heft_engine.model.model_files`; `load_model` and
 `load_tokenizer` read such a directory with the classes of a fixed table and never run code that came with it.
-It does NOT know what the model is for: adapters, interventions and prompts come later.
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
 """What differs between model families: the names of their parts, and how logits leave them.
 
-One table, closed: a family that is not in it is refused rather than half understood. It does NOT know weights.
+One table, closed: a family that is not in it is refused rather than half understood.
 """
 
 from __future__ import annotations

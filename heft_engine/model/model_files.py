@@ -4,8 +4,6 @@ A config from a stranger can name code to run (`auto_map`), a kernel to download
 files elsewhere, and `trust_remote_code=False` has been got round more than once. So a config is never handed
 to transformers as it is: the family comes from the fixed table in `heft_engine.model.families`, and of its fields
 only those that the family's own config class declares are kept.
-
-It does NOT know where the directory came from: that is `heft_engine.model.base_models`.
 """
 
 from __future__ import annotations

@@ -2,8 +2,6 @@
 
 The decoder layers are called one by one instead of through the family's `forward`, so that training, scoring and
 caching can each start and stop at a layer. Tests hold every family to its own `forward`.
-
-It does NOT know rows, tasks or how anything is trained.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """Attention of a few last tokens of many rows against keys and values that are kept: all rows in one padded batch.
 
 Row by row, each of these little products costs more in its call than in its arithmetic. No gradient is computed for
-what is kept. It does NOT know where the prefixes come from.
+what is kept.
 """
 
 from __future__ import annotations
