@@ -6,8 +6,8 @@ import json
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from cli.commands.jobs import file_id, job_body, setting_value
 from cli.errors import CommandError
+from cli.job_body import file_id, job_body, setting_value
 
 if TYPE_CHECKING:
     from cli.client import Client, Json

@@ -72,7 +72,8 @@ def _session(context: typer.Context) -> Iterator[Session]:
     from store.db.session import make_engine, session_factory, transaction
     from store.errors import StoreError
 
-    with database_of(target(context)) as url:
+    options = target(context)
+    with database_of(options.home, options.database_url) as url:
         engine = make_engine(url, pool_size=1)
         try:
             upgrade(url)

@@ -132,7 +132,8 @@ def migrate(context: typer.Context) -> None:
     from cli.stack.database import database_of
     from migrations import upgrade
 
-    with database_of(target(context)) as url:
+    options = target(context)
+    with database_of(options.home, options.database_url) as url:
         upgrade(url)
     print("the database is up to date")
 

@@ -6,18 +6,17 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 from cli.errors import AlreadyRunning
-from cli.options import Target
+from cli.stack.home import Home
 from cli.stack.postgres import Postgres
 from cli.stack.up import running_stack
 
 
 @contextmanager
-def database_of(target: Target) -> Iterator[str]:
-    """Yields a database URL: the option's, the running stack's, or that of a server started for the `with` block."""
-    if target.database_url:
-        yield target.database_url
+def database_of(home: Home, url: str | None) -> Iterator[str]:
+    """Yields a database URL: `url`, the running stack's, or that of a server started for the `with` block."""
+    if url:
+        yield url
         return
-    home = target.home
     try:
         with home.occupied():
             postgres = Postgres(home)

@@ -16,8 +16,8 @@ from running_stack import heft
 from scripted_service import Service
 
 from cli.commands import service as service_commands
-from cli.commands.jobs import job_body
 from cli.errors import CommandError
+from cli.job_body import job_body
 from cli.main import app
 from store import logs
 
