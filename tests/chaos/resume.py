@@ -24,7 +24,7 @@ sys.path.append(str(Path(__file__).parents[1] / "support"))
 
 import ledger
 import torch
-from engine_runs import LORA, REFT, Told, but, config, parse, run, tensors, yes_no
+from engine_runs import LORA, REFT, RunRecord, but, config, parse, run, tensors, yes_no
 from faults.damage import damage
 from tiny_models import save_tiny_model
 
@@ -51,13 +51,13 @@ def settings(model: Path, seed: int, dtype: str) -> TrainConfig:
     return config(model, "heft", stages, seed=seed, dtype=dtype)
 
 
-def straight(plan: TrainConfig, folder: Path) -> Told:
+def straight(plan: TrainConfig, folder: Path) -> RunRecord:
     return run(plan, folder / "straight", None, VALIDATION)
 
 
-def interrupted(plan: TrainConfig, folder: Path, step: int, *, softly: bool) -> Told:
+def interrupted(plan: TrainConfig, folder: Path, step: int, *, softly: bool) -> RunRecord:
     """Runs two attempts, of which the first ends at this step; returns the second."""
-    told, checkpoints = Told(), folder / "checkpoints"
+    told, checkpoints = RunRecord(), folder / "checkpoints"
 
     def heard(event: Any) -> None:
         list.append(told.events, event)
@@ -67,7 +67,7 @@ def interrupted(plan: TrainConfig, folder: Path, step: int, *, softly: bool) -> 
     told.events = _Listening(heard)
     try:
         run(
-            plan, folder / "out", None, VALIDATION, told=told, checkpoint_dir=checkpoints,
+            plan, folder / "out", None, VALIDATION, record=told, checkpoint_dir=checkpoints,
             checkpoint_seconds=1e9 if softly else 0.0,
             should_stop=lambda: softly and max(told.losses, default=0) >= step,
         )  # fmt: skip
@@ -125,7 +125,7 @@ def compare_bfloat16(model: Path, seeds: int) -> float:
     return largest
 
 
-def _equal(one: Told, other: Told) -> bool:
+def _equal(one: RunRecord, other: RunRecord) -> bool:
     mine, theirs = tensors(one), tensors(other)
     return mine.keys() == theirs.keys() and all(torch.equal(mine[name], theirs[name]) for name in mine)
 

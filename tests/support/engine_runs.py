@@ -26,7 +26,7 @@ _THINGS = ("sea", "river", "stone", "name", "list", "class", "string", "number")
 
 
 def yes_no(n: int, seed: int = 0) -> list[dict[str, Any]]:
-    """Answered by one word of the passage."""
+    """Rows whose answer is one word of the passage."""
     chance = random.Random(f"yes_no/{seed}")
     rows = []
     for _ in range(n):
@@ -41,7 +41,7 @@ def choice(n: int, seed: int = 0) -> list[dict[str, Any]]:
     chance = random.Random(f"choice/{seed}")
     rows = []
     for _ in range(n):
-        choices = [f"{one} of the {other}" for one, other in (chance.sample(_THINGS, 2) for _ in range(2))]
+        choices = [f"{part} of the {whole}" for part, whole in (chance.sample(_THINGS, 2) for _ in range(2))]
         choices = list(dict.fromkeys([*choices, chance.choice(_THINGS)]))
         answer = chance.choice(choices)
         rows.append({"question": "what is it", "passage": answer, "choices": choices, "answer": answer})
@@ -49,7 +49,7 @@ def choice(n: int, seed: int = 0) -> list[dict[str, Any]]:
 
 
 def text(n: int, seed: int = 0) -> list[dict[str, Any]]:
-    """A word to be repeated."""
+    """Rows that ask to repeat a word."""
     chance = random.Random(f"text/{seed}")
     return [{"prompt": f"Say {word}:", "completion": word} for word in chance.choices(_THINGS, k=n)]
 
@@ -79,20 +79,22 @@ VARIANTS = [
     but(LORA, use_dora=True, init="pissa_niter_4"),
 ]
 #: Every kind of ReFT beside LoReFT, at several layers.
-KINDS = [but(REFT, kind=kind, layers=[at % 4]) for at, kind in enumerate(get_args(InterventionKind)[1:])]
+KINDS = [
+    but(REFT, kind=kind, layers=[index % 4]) for index, kind in enumerate(get_args(InterventionKind)[1:])
+]
 
 
 def config(
     model: Path, method: Any = "heft", stages: list[Stage] | None = None, **settings: Any
 ) -> TrainConfig:
-    """Float32 on a tiny model; LORA and REFT where nothing else is said."""
+    """A float32 run of a tiny model; LORA and REFT unless `stages` are given."""
     named = stages or recipe(method, LORA, REFT)
     return TrainConfig(model=str(model), method=method, stages=named, **{"dtype": "float32", **settings})
 
 
 @dataclass
-class Told:
-    """What a run said, and what came of it."""
+class RunRecord:
+    """The events of a run, and the bundle that it wrote."""
 
     events: list[Event] = field(default_factory=list)
     bundle: Bundle | None = None
@@ -101,26 +103,26 @@ class Told:
         return [event.data for event in self.events if event.code == code]
 
     def one(self, code: str) -> dict[str, Any]:
-        (found,) = self.data(code)
-        return found
+        (data,) = self.data(code)
+        return data
 
     @property
     def losses(self) -> dict[int, float]:
-        """Of each step of the run."""
+        """The loss of each step."""
         return {metrics["step"]: metrics["loss"] for metrics in self.data("METRICS")}
 
 
-def tensors(told: Told) -> dict[str, Tensor]:
+def tensors(record: RunRecord) -> dict[str, Tensor]:
     """All that a run has trained, as its bundle holds it."""
-    assert told.bundle is not None
-    found = {}
-    for index, adapter in enumerate(told.bundle.adapters):
+    assert record.bundle is not None
+    state = {}
+    for index, adapter in enumerate(record.bundle.adapters):
         for name, (down, up) in adapter.factors.items():
-            found |= {f"{index}/{name}/A": down, f"{index}/{name}/B": up}
-        found |= {f"{index}/{name}/m": tensor for name, tensor in (adapter.magnitudes or {}).items()}
-    for index, placed in enumerate(told.bundle.interventions):
-        found |= {f"{index}/{name}": tensor for name, tensor in placed.state.items()}
-    return found
+            state |= {f"{index}/{name}/A": down, f"{index}/{name}/B": up}
+        state |= {f"{index}/{name}/m": tensor for name, tensor in (adapter.magnitudes or {}).items()}
+    for index, placed in enumerate(record.bundle.interventions):
+        state |= {f"{index}/{name}": tensor for name, tensor in placed.state.items()}
+    return state
 
 
 def run(
@@ -129,36 +131,36 @@ def run(
     rows: Sequence[Row] | None = None,
     validation: Sequence[Row] = (),
     *,
-    told: Told | None = None,
+    record: RunRecord | None = None,
     test_rows: Sequence[Row] = (),
     stage_store: StageStore | None = None,
     activations: ActivationStore | None = None,
     should_stop: Callable[[], bool] = lambda: False,
     **options: Any,
-) -> Told:
-    """Trains on 24 yes/no rows, or those passed. `told` is filled as events come, and outlives an error.
+) -> RunRecord:
+    """Trains on 24 yes/no rows, or those passed. `record` is filled as events come, and outlives an error.
 
     `options`: fields of RunOptions.
     """
-    told = told or Told()
-    told.bundle = train(
+    record = record or RunRecord()
+    record.bundle = train(
         config,
         rows or parse(yes_no(24)),
         validation,
         out,
-        told.events.append,
+        record.events.append,
         test_rows=test_rows,
         options=RunOptions(device="cpu", **options),
         stage_store=stage_store,
         activations=activations,
         should_stop=should_stop,
     )
-    return told
+    return record
 
 
 def interrupted(
     settings: TrainConfig, folder: Path, stops: list[int], validation: Sequence[Row] = (), **options: Any
-) -> tuple[dict[int, float], Told]:
+) -> tuple[dict[int, float], RunRecord]:
     """Stops at these calls of `should_stop`, counted over all attempts; resumes from the newest checkpoint each time.
 
     Returns the losses of all attempts, step by step, and the last attempt.
@@ -167,7 +169,7 @@ def interrupted(
     losses: dict[int, float] = {}
     resume = None
     for attempt in range(len(stops) + 1):
-        told = Told()
+        record = RunRecord()
         # Elsewhere a process has used random numbers of its own.
         torch.manual_seed(1_000 + attempt)
         try:
@@ -176,26 +178,26 @@ def interrupted(
                 folder / "out",
                 None,
                 validation,
-                told=told,
+                record=record,
                 checkpoint_dir=folder / f"checkpoints-{attempt}",
                 resume=resume,
                 should_stop=lambda: next(calls) in stops,
                 **options,
             )
         except Stopped:
-            resume = Path(told.data("CHECKPOINT_SAVED")[-1]["path"])
-        assert not losses.keys() & told.losses.keys(), "no step is done twice"
-        losses |= told.losses
-    return losses, told
+            resume = Path(record.data("CHECKPOINT_SAVED")[-1]["path"])
+        assert not losses.keys() & record.losses.keys(), "no step is done twice"
+        losses |= record.losses
+    return losses, record
 
 
-def assert_equal(one: Told, other: Told) -> None:
+def assert_equal(first: RunRecord, second: RunRecord) -> None:
     """Same weights and same record: what was trained, evaluated and measured."""
-    mine, theirs = tensors(one), tensors(other)
+    mine, theirs = tensors(first), tensors(second)
     assert mine.keys() == theirs.keys()
     assert all(torch.equal(mine[name], theirs[name]) for name in mine)
-    assert one.bundle is not None
-    assert other.bundle is not None
-    assert one.bundle.info == other.bundle.info
-    assert one.bundle.probe == other.bundle.probe
-    assert one.one("SUCCEEDED")["trained_tokens"] == other.one("SUCCEEDED")["trained_tokens"]
+    assert first.bundle is not None
+    assert second.bundle is not None
+    assert first.bundle.info == second.bundle.info
+    assert first.bundle.probe == second.bundle.probe
+    assert first.one("SUCCEEDED")["trained_tokens"] == second.one("SUCCEEDED")["trained_tokens"]

@@ -1,4 +1,4 @@
-"""Made-up fine-tuned models of one base: adapters of many ranks, DoRA among them, and interventions."""
+"""StoredWeights-up fine-tuned models of one base: adapters of many ranks, DoRA among them, and interventions."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from heft_engine.serving.shared_copy import copy_sharing
 
 
 @dataclass(frozen=True)
-class Made:
+class StoredWeights:
     adapters: list[LoraWeights]
     interventions: list[StoredIntervention]
 
@@ -64,29 +64,29 @@ def stored_intervention(
     return StoredIntervention(layer=layer, positions=positions, rank=rank, state=state, kind=kind)
 
 
-def models(lm: PackedLM, *, suffixes: tuple[str, ...], biased: bool = False) -> list[Made]:
+def models(lm: PackedLM, *, suffixes: tuple[str, ...], biased: bool = False) -> list[StoredWeights]:
     """Ranks mixed, two stages, DoRA first and last, no adapter, no intervention, several of them."""
 
     def lo(rank: int, seed: int, *, dora: bool = False) -> LoraWeights:
         return adapter(lm, rank, seed, dora=dora, suffixes=suffixes)
 
     return [
-        Made([lo(2, 1)], [stored_intervention(lm, 1, "l1", 11)]),
-        Made(
+        StoredWeights([lo(2, 1)], [stored_intervention(lm, 1, "l1", 11)]),
+        StoredWeights(
             [lo(4, 2), lo(1, 3)],
             [stored_intervention(lm, 2, "f1+l2", 12), stored_intervention(lm, 0, "l1", 13, "noreft")],
         ),
-        Made([lo(3, 4, dora=True)], []),
-        Made(
+        StoredWeights([lo(3, 4, dora=True)], []),
+        StoredWeights(
             [lo(2, 5, dora=True), lo(2, 6), lo(2, 7, dora=True)],
             [stored_intervention(lm, 3, "l1", 14, "direft")],
         ),
-        Made([], [stored_intervention(lm, 1, "l3", 15)]),
-        Made([lo(1, 8)], [stored_intervention(lm, 1, "f2", 16)]),
+        StoredWeights([], [stored_intervention(lm, 1, "l3", 15)]),
+        StoredWeights([lo(1, 8)], [stored_intervention(lm, 1, "f2", 16)]),
     ]
 
 
-def merged(lm: PackedLM, made: Made) -> ModelVariant:
+def merged(lm: PackedLM, made: StoredWeights) -> ModelVariant:
     """The model as it is merged, on a copy of the base."""
     touched = {module for each in made.adapters for module in each.factors}
     own = PackedLM(copy_sharing(lm.model, touched))
@@ -97,7 +97,7 @@ def merged(lm: PackedLM, made: Made) -> ModelVariant:
     return ModelVariant(lm=own, interventions=tuple(own.interventions), scope="merged")
 
 
-def unmerged(lm: PackedLM, made: Made, scope: str = "shared") -> ModelVariant:
+def unmerged(lm: PackedLM, made: StoredWeights, scope: str = "shared") -> ModelVariant:
     """The model as what it adds to `lm`, whose rows heed adapters."""
     added = UnmergedModel(lm, made.adapters, made.interventions)
     return ModelVariant(lm=lm, adapter=added, interventions=tuple(added.interventions), scope=scope)

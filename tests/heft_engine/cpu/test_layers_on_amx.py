@@ -9,7 +9,7 @@ from typing import cast
 
 import pytest
 import torch
-from many_models import Made, examples, merged, models, stored_intervention, unmerged
+from many_models import StoredWeights, examples, merged, models, stored_intervention, unmerged
 from probe_models import packed
 from tiny_models import FAMILIES, save_tiny_model
 
@@ -106,7 +106,7 @@ def test_a_kept_prefix_changes_no_bit(
     family: str, positions: str, make_wide_model: Callable[[str], Path]
 ) -> None:
     base = packed(make_wide_model(family), BF16)
-    weights = merged(base, Made([], [stored_intervention(base, 1, positions, 1)]))
+    weights = merged(base, StoredWeights([], [stored_intervention(base, 1, positions, 1)]))
     cache, asked = PrefixCache(2**24), examples(6, prefix=tuple(range(100, 170)), longest=40)
 
     def ask(kept: PrefixCache | None) -> list[Scores]:
@@ -142,7 +142,7 @@ def test_nor_does_it_for_unmerged_models(family: str, make_wide_model: Callable[
 def test_what_a_broken_row_leaves_is_nobodys_prefix(make_wide_model: Callable[[str], Path]) -> None:
     """Of tokens left of a broken one, too, keys and values may be no numbers: others would get them as theirs."""
     base = packed(make_wide_model("llama"), BF16)
-    weights = merged(base, Made([], []))
+    weights = merged(base, StoredWeights([], []))
     common, bad = tuple(range(100, 141)), 99
     with torch.no_grad():
         weights.lm.backbone.embed_tokens.weight[bad] = float("nan")

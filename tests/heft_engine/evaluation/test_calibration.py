@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 import pytest
 from engine_command import Command, command, write_rows
-from engine_runs import LORA, REFT, ROWS, Told, but, config, parse, run, yes_no
+from engine_runs import LORA, REFT, ROWS, RunRecord, but, config, parse, run, yes_no
 
 from heft_engine.bundle.format import read_bundle
 from heft_engine.config.train import TrainConfig
@@ -161,7 +161,7 @@ class Once:
     """A LoRA run with 30 validation rows and nothing else, its stage kept."""
 
     settings: TrainConfig
-    told: Told
+    told: RunRecord
     out: Path
     kept: LocalStages
 

@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 import torch
-from many_models import Made, adapter, examples, merged, stored_intervention, unmerged
+from many_models import StoredWeights, adapter, examples, merged, stored_intervention, unmerged
 from probe_models import packed
 from tiny_models import FAMILIES
 from torch import Tensor
@@ -67,7 +67,10 @@ def test_questions_on_one_passage_share_its_prefill(
 ) -> None:
     base = packed(make_tiny_model(family))
     variant = merged(
-        base, Made([], [stored_intervention(base, 1, positions, 1), stored_intervention(base, 2, "l1", 2)])
+        base,
+        StoredWeights(
+            [], [stored_intervention(base, 1, positions, 1), stored_intervention(base, 2, "l1", 2)]
+        ),
     )
     cache = PrefixCache(2**24)
     asked = examples(5, prefix=PASSAGE, longest=40)
@@ -92,7 +95,7 @@ def test_rows_on_one_passage_attend_to_it_together(
     family: str, make_tiny_model: MakeModel, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     base = packed(make_tiny_model(family))
-    variant = merged(base, Made([], [stored_intervention(base, 1, "l1", 1)]))
+    variant = merged(base, StoredWeights([], [stored_intervention(base, 1, "l1", 1)]))
     cache = PrefixCache(2**24)
     passages = (PASSAGE, tuple(range(300, 380)))
     asked = [one for prefix in passages for one in examples(9, prefix=prefix, longest=40)]
@@ -147,7 +150,9 @@ def test_unmerged_models_find_their_own(tiny_llama_dir: Path) -> None:
     adapt_rows(base)
     cache = PrefixCache(2**24)
     models = [
-        unmerged(base, Made([adapter(base, 2, seed, suffixes=("q_proj", "v_proj"))], []), scope=f"m{seed}")
+        unmerged(
+            base, StoredWeights([adapter(base, 2, seed, suffixes=("q_proj", "v_proj"))], []), scope=f"m{seed}"
+        )
         for seed in (1, 2)
     ]
     asked = examples(3, prefix=PASSAGE)
@@ -164,11 +169,11 @@ def test_behind_an_intervention_nothing_is_kept_and_the_scale_tells_f_positions_
 ) -> None:
     base = packed(tiny_llama_dir)
     asked = examples(2, prefix=PASSAGE)
-    last = merged(base, Made([], [stored_intervention(base, 1, "l40", 1)]))
+    last = merged(base, StoredWeights([], [stored_intervention(base, 1, "l40", 1)]))
     assert reusable_prefix(last.interventions, 100, 1.0) == (60, None)
     assert reusable_prefix(last.interventions, 60, 1.0) == (30, None)  # clamped to half of the prompt
     assert reusable_prefix(last.interventions, 100, 0.0) == (99, None)
-    first = merged(base, Made([], [stored_intervention(base, 1, "f3", 1)]))
+    first = merged(base, StoredWeights([], [stored_intervention(base, 1, "f3", 1)]))
     assert reusable_prefix(first.interventions, 100, 0.5) == (99, (0.5, (3,)))
     assert reusable_prefix(first.interventions, 4, 0.5) == (3, (0.5, (2,)))
     cache = PrefixCache(2**24)

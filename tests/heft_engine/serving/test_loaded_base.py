@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from many_models import Made, adapter, examples, merged, models, stored_intervention, unmerged
+from many_models import StoredWeights, adapter, examples, merged, models, stored_intervention, unmerged
 from probe_models import packed
 from tiny_models import FAMILIES
 
@@ -40,7 +40,7 @@ def test_rows_of_many_models_in_one_pass_score_as_their_merged_models(
     adapt_rows(base)
     made = models(base, suffixes=modules(family))
     rows, expected = [], []
-    for index, each in enumerate([*made, Made([], [])]):
+    for index, each in enumerate([*made, StoredWeights([], [])]):
         own, scale = merged(base, each), 1.0 if index % 2 else 0.5
         asked = examples(4, seed=index)
         variant = unmerged(base, each)
@@ -119,7 +119,7 @@ def test_a_merged_copy_costs_what_its_adapters_touch(tiny_llama_dir: Path) -> No
     base = packed(tiny_llama_dir)
     adapt_rows(base)
     before = [parameter.clone() for parameter in base.model.parameters()]
-    own = merged(base, Made([adapter(base, 4, 1, suffixes=("q_proj",))], []))
+    own = merged(base, StoredWeights([adapter(base, 4, 1, suffixes=("q_proj",))], []))
     assert unique_bytes(own.lm, beside=base) == 4 * base.n_layers * 32 * 32
     assert all(map(torch.equal, before, base.model.parameters()))
     asked = examples(3)
@@ -146,7 +146,7 @@ def test_what_belongs_to_another_base_is_refused(tiny_llama_dir: Path, make_tiny
 
 def test_weights_say_where_interventions_act(tiny_llama_dir: Path) -> None:
     base = packed(tiny_llama_dir)
-    made = Made([], [stored_intervention(base, 1, "l1", 1), stored_intervention(base, 3, "f1", 2)])
+    made = StoredWeights([], [stored_intervention(base, 1, "l1", 1), stored_intervention(base, 3, "f1", 2)])
     assert [(s.layer, s.positions) for s in unmerged(base, made).interventions] == [(1, "l1"), (3, "f1")]
     assert [(s.layer, s.positions) for s in merged(base, made).interventions] == [(1, "l1"), (3, "f1")]
     assert ModelVariant(lm=base).interventions == ()

@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 import torch
-from engine_runs import LORA, REFT, Told, but, config, parse, run, tensors, yes_no
+from engine_runs import LORA, REFT, RunRecord, but, config, parse, run, tensors, yes_no
 
 from heft_engine.config.train import ReftStage, TrainConfig
 from heft_engine.data.rows import Row
@@ -47,16 +47,18 @@ def heft(directory: Path, reft: ReftStage) -> TrainConfig:
     return config(directory, stages=[LORA, reft])
 
 
-def plain(settings: TrainConfig, out: Path) -> Told:
+def plain(settings: TrainConfig, out: Path) -> RunRecord:
     return run(settings, out, None, VALIDATION)
 
 
-def train(settings: TrainConfig, out: Path, prefills: ActivationStore, rows: list[Row] | None = None) -> Told:
+def train(
+    settings: TrainConfig, out: Path, prefills: ActivationStore, rows: list[Row] | None = None
+) -> RunRecord:
     store = LocalStages(directory=out.parent / "stages")
     return run(settings, out, rows, VALIDATION, stage_store=store, activations=prefills)
 
 
-def same(one: Told, other: Told) -> None:
+def same(one: RunRecord, other: RunRecord) -> None:
     mine, theirs = tensors(one), tensors(other)
     assert all(torch.equal(mine[name], theirs[name]) for name in theirs)
     reft = {step: loss for step, loss in other.losses.items() if step > 6}

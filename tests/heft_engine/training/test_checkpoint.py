@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 import torch
-from engine_runs import REFT, Told, but, config, parse, run, yes_no
+from engine_runs import REFT, RunRecord, but, config, parse, run, yes_no
 
 from heft_engine.config.train import LoraStage
 from heft_engine.errors import BundleError, Stopped
@@ -24,12 +24,12 @@ def stopped(tiny_llama_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> P
     """A checkpoint in the middle of the second stage."""
     folder = tmp_path_factory.mktemp("stopped")
     calls = itertools.count(1)
-    told = Told()
+    told = RunRecord()
     with pytest.raises(Stopped):
         run(
             config(tiny_llama_dir),
             folder / "out",
-            told=told,
+            record=told,
             checkpoint_dir=folder / "checkpoints",
             should_stop=lambda: next(calls) == 10,
         )
@@ -128,7 +128,7 @@ def test_no_checkpoint_is_ever_rewritten_and_the_newest_are_kept(
     tiny_llama_dir: Path, tmp_path: Path
 ) -> None:
     """Saved at every step and at every epoch's end; what an event names is there and stays as it was."""
-    folder, seen = tmp_path / "checkpoints", Told()
+    folder, seen = tmp_path / "checkpoints", RunRecord()
     kinds: list[str] = []
 
     class Checking(list[Any]):
@@ -144,7 +144,7 @@ def test_no_checkpoint_is_ever_rewritten_and_the_newest_are_kept(
                 assert event.data["kind"] == "stage" or path in steps
 
     seen.events = Checking()
-    run(config(tiny_llama_dir), tmp_path / "out", told=seen, checkpoint_dir=folder, checkpoint_seconds=0)
+    run(config(tiny_llama_dir), tmp_path / "out", record=seen, checkpoint_dir=folder, checkpoint_seconds=0)
     # 3 steps and the end of an epoch, twice a stage; the end of a stage.
     assert kinds == (["step"] * 8 + ["stage"]) * 2
     stages = [data for data in seen.data("CHECKPOINT_SAVED") if data["kind"] == "stage"]
@@ -180,12 +180,12 @@ def test_a_run_that_goes_back_keeps_what_it_writes(tiny_llama_dir: Path, tmp_pat
     folder = tmp_path / "checkpoints"
     run(config(tiny_llama_dir), tmp_path / "one", checkpoint_dir=folder, checkpoint_seconds=0)
     after_lora = min(folder.glob("*-stage"))
-    told = Told()
+    told = RunRecord()
     told.events = _StillThere()
     run(
         config(tiny_llama_dir),
         tmp_path / "two",
-        told=told,
+        record=told,
         checkpoint_dir=folder,
         checkpoint_seconds=0,
         resume=after_lora,

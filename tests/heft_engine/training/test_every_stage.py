@@ -12,7 +12,7 @@ from engine_runs import (
     LORA,
     REFT,
     VARIANTS,
-    Told,
+    RunRecord,
     assert_equal,
     but,
     config,
@@ -62,7 +62,7 @@ def test_a_stage_trains_any_adapter_for_any_objective(
     exports(tmp_path, FORMATS[adapter], merges=merges)
 
 
-def resumes_with_equal_bits(settings: TrainConfig, folder: Path, whole: Told) -> None:
+def resumes_with_equal_bits(settings: TrainConfig, folder: Path, whole: RunRecord) -> None:
     """Stopped once in the middle of each stage."""
     stages = len(settings.stages)
     calls_per_stage = (len(whole.losses) + stages) // stages  # after each step, and at the epoch's end
@@ -73,7 +73,7 @@ def resumes_with_equal_bits(settings: TrainConfig, folder: Path, whole: Told) ->
     assert_equal(last, whole)
 
 
-def serves_what_was_evaluated(bundle: Path, told: Told) -> None:
+def serves_what_was_evaluated(bundle: Path, told: RunRecord) -> None:
     predictions = load(bundle, device="cpu").predict(VALIDATION)
     correct = sum(p.answer == row.answer for p, row in zip(predictions, VALIDATION, strict=True))
     assert correct == told.data("EVALUATION")[-1]["correct"]

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from engine_runs import LORA, REFT, Told, but, config, parse, run, tensors, yes_no
+from engine_runs import LORA, REFT, RunRecord, but, config, parse, run, tensors, yes_no
 
 from heft_engine.adapters.reft import LoreftIntervention
 from heft_engine.config.train import EarlyStopping, LoraStage, ReftStage
@@ -51,7 +51,7 @@ def test_training_that_does_not_train_fails(
 ) -> None:
     stopping = EarlyStopping(patience=patience) if patience else None
     still = but(stage, learning_rate=1e-30, dropout=dropout, n_epochs=9)
-    told = Told()
+    told = RunRecord()
     with pytest.raises(
         TrainingError, match=rf"does not train: .*\. Raise {stage.type}\.learning_rate"
     ) as failed:
@@ -60,7 +60,7 @@ def test_training_that_does_not_train_fails(
             tmp_path,
             None,
             VALIDATION,
-            told=told,
+            record=told,
         )
     assert failed.value.code == "does_not_train"
     assert len(told.losses) == (6 if patience else loop.TRAINS_AFTER)
@@ -94,11 +94,11 @@ def test_a_loss_that_is_no_number_fails_the_run_and_names_the_rate(
 ) -> None:
     """Also when it was the very last of six steps that broke the model, and no later one saw it."""
     spoil_gradients(first, math.nan)
-    told, kind = Told(), stage.type
+    told, kind = RunRecord(), stage.type
     with pytest.raises(
         TrainingError, match=rf"loss rose to nan\. Lower {kind}\.learning_rate \(now"
     ) as failed:
-        run(config(tiny_llama_dir, stages=[stage]), tmp_path / "out", told=told)
+        run(config(tiny_llama_dir, stages=[stage]), tmp_path / "out", record=told)
     assert failed.value.code == "diverged"
     assert len(told.losses) == first
     assert not (tmp_path / "out").exists()

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from engine_runs import LORA, REFT, Told, assert_equal, but, config, interrupted, parse, run, yes_no
+from engine_runs import LORA, REFT, RunRecord, assert_equal, but, config, interrupted, parse, run, yes_no
 
 from heft_engine.bundle.format import read_bundle
 from heft_engine.config.train import EarlyStopping, Stage, TrainConfig, recipe
@@ -90,14 +90,14 @@ def test_a_stage_goes_on_with_the_cache_it_began_with(tiny_llama_dir: Path, tmp_
     settings = config(tiny_llama_dir, "reft")
     whole = run(settings, tmp_path / "whole", None, VALIDATION, cache_memory_bytes=0)
     calls = itertools.count(1)
-    told = Told()
+    told = RunRecord()
     with pytest.raises(Stopped):
         run(
             settings,
             tmp_path / "out",
             None,
             VALIDATION,
-            told=told,
+            record=told,
             checkpoint_dir=tmp_path / "checkpoints",
             should_stop=lambda: next(calls) == 2,
             cache_memory_bytes=0,

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from engine_runs import LORA, REFT, ROWS, Told, but, config, parse, run
+from engine_runs import LORA, REFT, ROWS, RunRecord, but, config, parse, run
 from tiny_models import ENGLISH
 
 from heft_engine.bundle.format import BundleInfo, write_bundle
@@ -48,7 +48,7 @@ def test_forgetting_is_named_with_what_to_do(
     # A tiny random model knows so little that it can't forget the usual amount; at this rate rounding decides how much.
     monkeypatch.setattr(failure_signatures, "FORGETTING", 0.002)
     monkeypatch.setattr(general_text, "topics", {"licence": ENGLISH})
-    told: dict[float, Told] = {}
+    told: dict[float, RunRecord] = {}
     for rate in (0.5, 1e-6):
         settings = config(
             tiny_llama_dir, "lora", [but(LORA, learning_rate=rate, n_epochs=6, rank=8, alpha=256)]
@@ -96,9 +96,9 @@ def test_an_output_directory_that_is_not_empty_is_refused_at_once(
     tiny_llama_dir: Path, tmp_path: Path
 ) -> None:
     (tmp_path / "something").touch()
-    told = Told()
+    told = RunRecord()
     with pytest.raises(ConfigError, match="is not empty") as refused:
-        run(config(tiny_llama_dir), tmp_path, told=told)
+        run(config(tiny_llama_dir), tmp_path, record=told)
     assert (refused.value.param, told.events) == ("out", [])
 
 
@@ -114,9 +114,9 @@ def test_an_output_directory_that_is_not_empty_is_refused_at_once(
 def test_what_the_model_does_not_have_is_refused(
     tiny_llama_dir: Path, tmp_path: Path, stage: Any, param: str
 ) -> None:
-    told = Told()
+    told = RunRecord()
     with pytest.raises(ConfigError) as refused:
-        run(config(tiny_llama_dir, stages=[LORA, stage]), tmp_path / "out", told=told)
+        run(config(tiny_llama_dir, stages=[LORA, stage]), tmp_path / "out", record=told)
     assert refused.value.param == param
     assert told.data("METRICS") == []
 

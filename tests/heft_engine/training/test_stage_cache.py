@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 import torch
 from engine_command import Command, command, write_rows
-from engine_runs import LORA, REFT, Told, but, choice, config, parse, run, tensors, yes_no
+from engine_runs import LORA, REFT, RunRecord, but, choice, config, parse, run, tensors, yes_no
 from tiny_models import save_tiny_model
 
 from heft_engine.bundle.format import read_bundle
@@ -38,7 +38,7 @@ def store(tmp_path: Path) -> LocalStages:
     return LocalStages(directory=tmp_path / "store")
 
 
-def same_model(one: Told, other: Told) -> None:
+def same_model(one: RunRecord, other: RunRecord) -> None:
     """Same weights, bit for bit, and the same record."""
     mine, theirs = tensors(one), tensors(other)
     assert mine.keys() == theirs.keys()
@@ -49,7 +49,7 @@ def same_model(one: Told, other: Told) -> None:
     assert one.bundle.probe == other.bundle.probe
 
 
-def trained_stages(told: Told) -> list[int]:
+def trained_stages(told: RunRecord) -> list[int]:
     return sorted({metrics["stage_index"] for metrics in told.data("METRICS")})
 
 
@@ -161,7 +161,7 @@ def test_the_longest_prefix_counts_and_every_stage_of_it_ends(
     others = [data["path"] for data in plain.data("CHECKPOINT_SAVED") if data["kind"] == "stage"]
     for mine, theirs in zip(ends, others, strict=True):
         one, other = read_bundle(Path(mine) / "bundle"), read_bundle(Path(theirs) / "bundle")
-        same_model(Told(bundle=one), Told(bundle=other))
+        same_model(RunRecord(bundle=one), RunRecord(bundle=other))
 
 
 # -- never a wrong hit -----------------------------------------------------------------------------------------------
@@ -410,14 +410,14 @@ def test_without_a_store_nothing_is_looked_up_or_kept(
 # -- runs that are interrupted ---------------------------------------------------------------------------------------
 
 
-def stopped(settings: TrainConfig, folder: Path, at: int, **options: Any) -> Told:
+def stopped(settings: TrainConfig, folder: Path, at: int, **options: Any) -> RunRecord:
     """Stops at this call of `should_stop`; its checkpoints are in `folder`."""
-    told, calls = Told(), itertools.count(1)
+    told, calls = RunRecord(), itertools.count(1)
     with pytest.raises(Stopped):
         run(
             settings,
             folder / "out",
-            told=told,
+            record=told,
             checkpoint_dir=folder,
             should_stop=lambda: next(calls) == at,
             **options,
@@ -425,7 +425,7 @@ def stopped(settings: TrainConfig, folder: Path, at: int, **options: Any) -> Tol
     return told
 
 
-def newest(told: Told) -> Path:
+def newest(told: RunRecord) -> Path:
     return Path(told.data("CHECKPOINT_SAVED")[-1]["path"])
 
 
