@@ -12,9 +12,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
-import torch
 import transformers
 from huggingface_hub import snapshot_download
 from huggingface_hub.errors import (
@@ -29,6 +28,9 @@ from platformdirs import user_cache_path
 from heft_engine.errors import ModelError
 from heft_engine.model import smollm2
 from heft_engine.model.model_files import UNSUPPORTED, ModelInfo, inspect, read_config, read_tokenizer_config
+
+if TYPE_CHECKING:
+    import torch  # for types alone: models are listed and rows checked without it
 
 ALIASES = (smollm2.ALIAS,)
 _NAME = r"[A-Za-z0-9][A-Za-z0-9._-]*"

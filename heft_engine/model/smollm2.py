@@ -14,9 +14,7 @@ import shutil
 import tempfile
 from pathlib import Path
 
-import torch
 from filelock import FileLock
-from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
 from heft_engine.errors import ModelError
 from heft_engine.model.model_files import ModelInfo
@@ -81,6 +79,10 @@ def _gguf_file() -> Path:
 
 
 def _convert(gguf: Path, out: Path) -> None:
+    # Here, so that listing models loads neither torch nor transformers' models: seconds of every worker's start.
+    import torch
+    from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM
+
     source = AutoModelForCausalLM.from_pretrained(gguf.parent, gguf_file=gguf.name, dtype=torch.float32)
     settings = source.config.to_dict()
     for name in ("quantization_config", "_name_or_path", "_model_name_or_path"):

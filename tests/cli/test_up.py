@@ -1,13 +1,11 @@
-"""`heft up` as a process: its children's deaths, its own, and the commands that speak to it."""
+"""`heft up` as a process: the deaths of its children, and the commands that use it. tests/e2e kills the owner."""
 
 from __future__ import annotations
 
 import json
 import os
 import shutil
-import signal
 import socket
-import stat
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
@@ -54,28 +52,6 @@ def upload(stack: HeftUp, folder: Path) -> str:
     result = stack.run("files", "upload", str(rows))
     assert result.exit_code == 0, result.output
     return result.stdout.strip()
-
-
-def test_kill_of_the_owner_leaves_nothing_and_loses_nothing(home: Home, tmp_path: Path) -> None:
-    with heft_up(home) as stack:
-        uploaded, key = upload(stack, tmp_path), stack.key
-        for secret in (home.key_file, home.state_file):
-            assert stat.S_IMODE(secret.stat().st_mode) == 0o600
-        stack.descendants()
-        stack.process.send_signal(signal.SIGKILL)
-        stack.process.wait()
-        assert stack.nothing_is_left()
-    with heft_up(home) as stack:
-        assert file_ids(stack) == [uploaded]
-        assert stack.key == key
-        stack.process.send_signal(signal.SIGINT)
-        output, errors = stack.process.communicate(timeout=100)
-        assert stack.process.returncode == 0
-        assert "address   http://127.0.0.1:" in output
-        assert key in output
-        assert errors == ""
-        assert stack.nothing_is_left()
-        assert not home.state_file.exists()
 
 
 def test_every_child_comes_back(stack_up: HeftUp) -> None:

@@ -69,10 +69,9 @@ def upload(client: openai.OpenAI, rows: list[dict[str, Any]]) -> str:
 
 
 def small(**settings: Any) -> dict[str, Any]:
-    """A job of seconds, asked for with HEFT's own settings."""
-    stage = {"n_epochs": 1, "batch_size": 8, "rank": 2}
-    heft = {"lora": stage, "reft": {**stage, "layers": [2]}}
-    return {"method": {"type": "heft", "heft": heft}, "extra_body": {"max_length": 64, **settings}}
+    """A job of seconds: OpenAI's hyperparameters, and HEFT's settings in the extra body."""
+    method = {"type": "supervised", "supervised": {"hyperparameters": {"n_epochs": 1, "batch_size": 8}}}
+    return {"method": method, "extra_body": {"max_length": 64, **settings}}
 
 
 def until(client: openai.OpenAI, job_id: str, *statuses: str) -> FineTuningJob:
@@ -146,6 +145,9 @@ class TestJobs:
         assert failed.error is not None
         assert failed.error.code == "invalid_training_file"
         assert f"line {len(rows)}" in failed.error.message
+        assert failed.model_extra is not None
+        (fault,) = failed.model_extra["validation"]["faults"]
+        assert (fault["file"], fault["line"], fault["field"]) == ("training_file", len(rows), "answer")
 
 
 class TestErrors:
@@ -210,9 +212,10 @@ class TestATrainedModel:
         assert (extra["evaluation"]["split"], extra["evaluation"]["n"]) == ("test", 8)
         assert extra["parity"]
         assert job.method is not None
-        heft = job.method.model_extra["heft"]  # type: ignore[index]
-        assert heft["reft"]["layers"] == [2]
-        assert isinstance(heft["lora"]["learning_rate"], float)  # "auto" is replaced by what was chosen
+        assert job.method.type == "supervised"
+        assert job.method.supervised is not None
+        assert job.method.supervised.hyperparameters is not None
+        assert job.method.supervised.hyperparameters.n_epochs == job.hyperparameters.n_epochs == 1
         (results,) = job.result_files
         assert client.files.retrieve(results).purpose == "fine-tune-results"
         assert b"loss" in client.files.content(results).read().splitlines()[0]
@@ -377,7 +380,7 @@ from openai import OpenAI
 client = OpenAI()
 training = client.files.create(file=open("train.jsonl", "rb"), purpose="fine-tune")
 client.files.wait_for_processing(training.id, poll_interval=0.1)
-job = client.fine_tuning.jobs.create(training_file=training.id, model="gpt-4o-mini-2024-07-18"METHOD)
+job = client.fine_tuning.jobs.create(training_file=training.id, model="gpt-4o-mini-2024-07-18")
 while job.status not in ("succeeded", "failed", "cancelled"):
     time.sleep(0.2)
     job = client.fine_tuning.jobs.retrieve(job.id)
@@ -392,14 +395,9 @@ print(len(client.fine_tuning.jobs.checkpoints.list(job.id).data), "checkpoints")
 """
 
 
-@pytest.mark.parametrize(
-    "method",
-    ["", ', method={"type": "supervised", "supervised": {"hyperparameters": {"n_epochs": 1}}}'],
-    ids=["no method", "supervised"],
-)
-def test_a_script_of_today_runs_as_it_is(service: HeftUp, tmp_path: Path, method: str) -> None:
+def test_a_script_of_today_runs_as_it_is(service: HeftUp, tmp_path: Path) -> None:
     (tmp_path / "train.jsonl").write_bytes(jsonl(CHAT))
-    script = SCRIPT.replace("METHOD", method).replace("gpt-4o-mini-2024-07-18", MODEL)
+    script = SCRIPT.replace("gpt-4o-mini-2024-07-18", MODEL)
     environment = {"OPENAI_BASE_URL": f"{service.record.url}/v1", "OPENAI_API_KEY": service.key}
     result = subprocess.run(
         [sys.executable, "-c", script],
@@ -412,7 +410,7 @@ def test_a_script_of_today_runs_as_it_is(service: HeftUp, tmp_path: Path, method
     )
     *events, ended, checkpoints = result.stdout.splitlines()
     status, error, model, n_epochs, tokens = ended.split()
-    assert (status, error, n_epochs) == ("succeeded", "None", "1" if method else "3"), result.stdout
+    assert (status, error, n_epochs) == ("succeeded", "None", "3"), result.stdout
     assert model.startswith(f"ft:{MODEL}:")
     assert int(tokens) > 0
     assert len(events) > 10

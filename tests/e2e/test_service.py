@@ -1,5 +1,4 @@
-"""The whole service, from an upload to an answer: what it answers is what it evaluated, what it trains is what the
-library trains, and what is killed goes on."""
+"""The whole service, from an upload to a prediction, through the kills of a trainer, a worker and the stack itself."""
 
 from __future__ import annotations
 
@@ -7,10 +6,12 @@ import json
 import os
 import shutil
 import signal
+import stat
 import subprocess
 import sys
 import tempfile
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +22,8 @@ from running_stack import HeftUp, heft_up
 from cli.stack.home import Home
 from cli.stack.process import wait_until
 
+pytestmark = pytest.mark.timeout(420)
+
 MODEL = "tiny"
 ROWS = [
     {
@@ -30,29 +33,147 @@ ROWS = [
     }
     for number in range(40)
 ]
-SECONDS = 150
+#: Long enough for three kills, with a checkpoint at every step.
+STAGE = {"n_epochs": 16, "batch_size": 8, "rank": 2}
+STAGES = {"lora": STAGE, "reft": {**STAGE, "layers": [2]}}
+QUICK = {
+    "OMP_NUM_THREADS": "1",
+    "HEFT_CHECKPOINT_SECONDS": "0",
+    "HEFT_LEASE_SECONDS": "3",
+    "HEFT_LEASE_GRACE_SECONDS": "0.5",
+    "HEFT_HEARTBEAT_SECONDS": "0.5",
+    "HEFT_SWEEP_SECONDS": "0.5",
+    "HEFT_DEATH_PAUSE_SECONDS": "0.1",
+    # Scores with a cached prefix agree up to rounding; without the cache, bit for bit.
+    "HEFT_PREFIX_CACHE_BYTES": "0",
+}
+TIMEOUT = 150.0
 
 
-@pytest.fixture
-def places(make_tiny_model: Callable[[str], Path]) -> Iterator[tuple[Home, Path]]:
-    """A home, and a folder of models with one tiny random Llama."""
-    folder = Path(tempfile.mkdtemp(prefix="heft-test-", dir="/tmp"))
-    folder.chmod(0o711)
-    shutil.copytree(make_tiny_model("llama"), folder / "models" / MODEL)
-    try:
-        yield Home.at(folder / "home"), folder / "models"
-    finally:
-        shutil.rmtree(folder)
+@dataclass(frozen=True, kw_only=True)
+class Outcome:
+    """What a user saw of a job whose trainer, worker and stack were killed."""
+
+    job: dict[str, Any]
+    losses: list[float]
+    success_events: int
+    model_ids: list[str]
+    batch_predictions: list[dict[str, Any]]
+    single_predictions: list[dict[str, Any]]
+    first_key: str
+    second_key: str
+    file_ids: list[str]  # after the restart
+    uploaded_id: str
+    secret_modes: set[int]
+    left_after_kill: bool
+    left_after_interrupt: bool
+    exit_status: int
+    output: str
+    errors: str
+
+
+@pytest.fixture(scope="module")
+def folder(make_tiny_model: Callable[[str], Path]) -> Iterator[Path]:
+    """A folder with `models/tiny`, a random Llama."""
+    path = Path(tempfile.mkdtemp(prefix="heft-test-", dir="/tmp"))
+    path.chmod(0o711)
+    shutil.copytree(make_tiny_model("llama"), path / "models" / MODEL)
+    yield path
+    shutil.rmtree(path)
+
+
+@pytest.fixture(scope="module")
+def outcome(folder: Path) -> Outcome:
+    home = Home.at(folder / "home")
+    environment = {**QUICK, "HEFT_MODEL_DIR": str(folder / "models")}
+    with heft_up(home, **environment) as stack, client(stack) as api:
+        first_key = stack.key
+        modes = {stat.S_IMODE(path.stat().st_mode) for path in (home.key_file, home.state_file)}
+        uploaded_id = upload(api)
+        job_id = create(api, uploaded_id)
+        for words in (("heft_engine", "train", "--run-file"), ("-m worker", "train")):
+            wait_for_steps(api, job_id, 2)
+            wait_until(lambda named=words: bool(stack.named(*named)), seconds=TIMEOUT)
+            os.kill(stack.named(*words)[0].pid, signal.SIGKILL)
+        wait_for_steps(api, job_id, 1)
+        stack.descendants()
+        stack.process.kill()
+        left_after_kill = not stack.nothing_is_left()
+    with heft_up(home, **environment) as stack, client(stack) as api:
+        job = wait_for_end(api, job_id)
+        questions = [{"question": row["question"], "passage": row["passage"]} for row in ROWS]
+        model = job["fine_tuned_model"]
+        seen = {
+            "job": job,
+            "losses": step_losses(api, job),
+            "success_events": len(events(api, job_id, "SUCCEEDED")),
+            "model_ids": [model["id"] for model in api.get("/v1/models").json()["data"]],
+            "batch_predictions": api.post("/predict", json={"model": model, "inputs": questions}).json()[
+                "data"
+            ],
+            "single_predictions": [
+                api.post("/v1/predict", json={"model": model, **question}).json() for question in questions
+            ],
+            "second_key": stack.key,
+            "file_ids": [file["id"] for file in api.get("/v1/files?purpose=fine-tune").json()["data"]],
+        }
+        stack.descendants()
+        stack.process.send_signal(signal.SIGINT)
+        output, errors = stack.process.communicate(timeout=100)
+        return Outcome(
+            **seen,
+            first_key=first_key,
+            uploaded_id=uploaded_id,
+            secret_modes=modes,
+            left_after_kill=left_after_kill,
+            left_after_interrupt=not stack.nothing_is_left() or home.state_file.exists(),
+            exit_status=stack.process.returncode,
+            output=output,
+            errors=errors,
+        )
+
+
+def test_a_killed_stack_leaves_no_process_and_loses_nothing(outcome: Outcome) -> None:
+    assert not outcome.left_after_kill
+    assert outcome.secret_modes == {0o600}
+    assert outcome.second_key == outcome.first_key
+    assert outcome.file_ids == [outcome.uploaded_id]
+
+
+def test_an_interrupted_stack_ends_in_order(outcome: Outcome) -> None:
+    assert outcome.exit_status == 0
+    assert not outcome.left_after_interrupt
+    assert "address   http://127.0.0.1:" in outcome.output
+    assert outcome.first_key in outcome.output
+    assert outcome.errors == ""
+
+
+def test_a_killed_job_succeeds_once_with_the_losses_of_the_library(outcome: Outcome, folder: Path) -> None:
+    assert outcome.success_events == 1
+    assert outcome.model_ids.count(outcome.job["fine_tuned_model"]) == 1
+    assert outcome.losses == library_losses(folder)
+
+
+def test_predictions_are_what_was_evaluated_alone_and_in_a_batch(outcome: Outcome) -> None:
+    batch, single = outcome.batch_predictions, outcome.single_predictions
+    assert [row["answer"] for row in batch] == [row["answer"] for row in single]
+    assert [row["label_probabilities"] for row in batch] == [row["label_probabilities"] for row in single]
+    correct = sum((row["answer"] == "yes") == given["answer"] for row, given in zip(batch, ROWS, strict=True))
+    evaluation = outcome.job["evaluation"]
+    assert evaluation["results"][-1]["correct"] == correct
+    assert evaluation["split"] == "test"
+    assert [result["stage"] for result in evaluation["results"]] == ["base", "lora", "reft"]
+
+
+def test_a_job_shows_its_settings_with_values_for_auto(outcome: Outcome) -> None:
+    heft = outcome.job["method"]["heft"]
+    assert heft["reft"]["layers"] == [2]
+    assert isinstance(heft["lora"]["learning_rate"], float)
 
 
 def client(stack: HeftUp) -> httpx.Client:
-    return httpx.Client(
-        base_url=stack.record.url, headers={"Authorization": f"Bearer {stack.key}"}, timeout=60
-    )
-
-
-def environment(models: Path, **more: str) -> dict[str, str]:
-    return {"HEFT_MODEL_DIR": str(models), "OMP_NUM_THREADS": "1", **more}
+    headers = {"Authorization": f"Bearer {stack.key}"}
+    return httpx.Client(base_url=stack.record.url, headers=headers, timeout=60)
 
 
 def jsonl(rows: list[dict[str, Any]]) -> str:
@@ -66,130 +187,69 @@ def upload(api: httpx.Client) -> str:
     return str(answer.json()["id"])
 
 
-def stages(n_epochs: int) -> dict[str, Any]:
-    stage = {"n_epochs": n_epochs, "batch_size": 8, "rank": 2}
-    return {"lora": stage, "reft": {**stage, "layers": [2]}}
-
-
-def create(api: httpx.Client, n_epochs: int, **spec: Any) -> str:
-    method = {"type": "heft", "heft": stages(n_epochs)}
-    body = {"model": MODEL, "method": method, "seed": 3, "dtype": "float32", "max_length": 128, **spec}
+def create(api: httpx.Client, file_id: str) -> str:
+    body = {
+        "model": MODEL,
+        "training_file": file_id,
+        "test_file": file_id,
+        "method": {"type": "heft", "heft": STAGES},
+        "seed": 3,
+        "dtype": "float32",
+        "max_length": 128,
+    }
     answer = api.post("/v1/fine_tuning/jobs", json=body)
     assert answer.status_code == 200, answer.text
     return str(answer.json()["id"])
 
 
-def ended(api: httpx.Client, job_id: str) -> dict[str, Any]:
-    """The job, once it has ended."""
+def wait_for_steps(api: httpx.Client, job_id: str, count: int) -> None:
+    """Waits until the job has taken this many steps more, without having ended."""
+
+    def step() -> int:
+        job = api.get(f"/v1/fine_tuning/jobs/{job_id}").json()
+        assert job["status"] not in ("succeeded", "failed"), "it ended before it could be killed"
+        return int((job["progress"] or {}).get("step") or 0)
+
+    first = step()
+    assert wait_until(lambda: step() >= first + count, seconds=TIMEOUT)
+
+
+def wait_for_end(api: httpx.Client, job_id: str) -> dict[str, Any]:
     jobs: list[dict[str, Any]] = []
 
-    def is_over() -> bool:
+    def has_ended() -> bool:
         jobs.append(api.get(f"/v1/fine_tuning/jobs/{job_id}").json())
         return jobs[-1]["status"] in ("succeeded", "failed", "cancelled")
 
-    wait_until(is_over, seconds=SECONDS)
+    wait_until(has_ended, seconds=TIMEOUT)
     assert jobs[-1]["status"] == "succeeded", jobs[-1]["error"]
     return jobs[-1]
 
 
 def events(api: httpx.Client, job_id: str, code: str) -> list[dict[str, Any]]:
-    """The data of a job's events with this code, oldest first."""
-    found = api.get(f"/v1/fine_tuning/jobs/{job_id}/events", params={"limit": 100}).json()["data"]
-    return [event["data"] for event in reversed(found) if event["data"].get("code") == code]
+    page = api.get(f"/v1/fine_tuning/jobs/{job_id}/events", params={"limit": 100}).json()["data"]
+    return [event["data"] for event in page if event["data"].get("code") == code]
 
 
 def step_losses(api: httpx.Client, job: dict[str, Any]) -> list[float]:
-    """From the job's result file: every step's."""
+    """Returns the loss of every step, from the job's result file."""
     header, *lines = api.get(f"/v1/files/{job['result_files'][0]}/content").text.splitlines()
     column = header.split(",").index("train_loss")
     return [float(line.split(",")[column]) for line in lines if line.split(",")[column]]
 
 
-def test_answers_are_what_was_evaluated_and_losses_are_the_librarys(
-    places: tuple[Home, Path], tmp_path: Path
-) -> None:
-    home, models = places
-    # Scores from a kept beginning agree to rounding; without any, to the bit.
-    settings = {**environment(models), "HEFT_PREFIX_CACHE_BYTES": "0"}
-    with heft_up(home, **settings) as stack, client(stack) as api:
-        rows = upload(api)
-        job = ended(api, create(api, 2, training_file=rows, test_file=rows))
-        model = job["fine_tuned_model"]
-        questions = [{"question": row["question"], "passage": row["passage"]} for row in ROWS]
-        many = api.post("/predict", json={"model": model, "inputs": questions}).json()["data"]
-        alone = [api.post("/v1/predict", json={"model": model, **question}).json() for question in questions]
-        losses = step_losses(api, job)
-
-    assert [one["answer"] for one in many] == [one["answer"] for one in alone]
-    scores = [one["label_probabilities"] for one in alone]
-    assert [one["label_probabilities"] for one in many] == scores, "the same bits"
-    right = sum((one["answer"] == "yes") == row["answer"] for one, row in zip(many, ROWS, strict=True))
-    assert job["evaluation"]["results"][-1]["correct"] == right
-    assert job["evaluation"]["split"] == "test"
-    assert [result["stage"] for result in job["evaluation"]["results"]] == ["base", "lora", "reft"]
-
-    assert losses == library_losses(models, tmp_path)
-
-
-def library_losses(models: Path, folder: Path) -> list[float]:
-    """The losses of the same run by `python -m heft_engine train`."""
+def library_losses(folder: Path) -> list[float]:
+    """Returns the loss of every step of the same run by `python -m heft_engine train`."""
     (folder / "rows.jsonl").write_text(jsonl(ROWS))
-    command = [sys.executable, "-m", "heft_engine", "train", "--model", str(models / MODEL), "--seed", "3"]
+    model = folder / "models" / MODEL
+    command = [sys.executable, "-m", "heft_engine", "train", "--model", str(model), "--seed", "3"]
     command += ["--train", str(folder / "rows.jsonl"), "--out", str(folder / "out"), "--no-reuse"]
     settings = {"dtype": "float32", "max_length": 128}
-    settings |= {
-        f"{kind}.{name}": value for kind, block in stages(2).items() for name, value in block.items()
-    }
+    for kind, stage in STAGES.items():
+        settings |= {f"{kind}.{name}": value for name, value in stage.items()}
     for name, value in settings.items():
         command += ["--set", f"{name}={json.dumps(value)}"]
-    done = subprocess.run(
-        command,
-        capture_output=True,
-        text=True,
-        check=True,
-        env={**os.environ, "OMP_NUM_THREADS": "1"},
-    )
-    told = [json.loads(line) for line in done.stdout.splitlines()]
-    return [event["data"]["loss"] for event in told if event["code"] == "METRICS"]
-
-
-@pytest.mark.timeout(420)
-def test_a_job_outlives_the_kill_of_its_trainer_its_worker_and_the_whole_stack(
-    places: tuple[Home, Path],
-) -> None:
-    home, models = places
-    quick = environment(
-        models,
-        HEFT_CHECKPOINT_SECONDS="0",
-        HEFT_LEASE_SECONDS="3",
-        HEFT_LEASE_GRACE_SECONDS="0.5",
-        HEFT_HEARTBEAT_SECONDS="0.5",
-        HEFT_SWEEP_SECONDS="0.5",
-        HEFT_DEATH_PAUSE_SECONDS="0.1",
-    )
-    with heft_up(home, **quick) as stack, client(stack) as api:
-        rows = upload(api)
-        straight = ended(api, create(api, 24, training_file=rows))
-        job_id = create(api, 24, training_file=rows, reuse=False)
-        for words in (("heft_engine", "train", "--run-file"), ("-m worker", "train")):
-            passed = progress(api, job_id)
-            wait_until(lambda before=passed: progress(api, job_id) >= before + 2, seconds=SECONDS)
-            wait_until(lambda named=words: bool(stack.named(*named)), seconds=SECONDS)
-            os.kill(stack.named(*words)[0].pid, signal.SIGKILL)
-        passed = progress(api, job_id)
-        wait_until(lambda: progress(api, job_id) > passed, seconds=SECONDS)
-        stack.descendants()
-        stack.process.kill()
-        assert stack.nothing_is_left()
-    with heft_up(home, **quick) as stack, client(stack) as api:
-        job = ended(api, job_id)
-        assert len(events(api, job_id, "SUCCEEDED")) == 1
-        mine = [one for one in api.get("/v1/models").json()["data"] if one["id"] == job["fine_tuned_model"]]
-        assert len(mine) == 1
-        assert step_losses(api, job) == step_losses(api, straight), "as if never killed"
-
-
-def progress(api: httpx.Client, job_id: str) -> int:
-    job = api.get(f"/v1/fine_tuning/jobs/{job_id}").json()
-    assert job["status"] not in ("succeeded", "failed"), "it ended before it could be killed"
-    return int((job["progress"] or {}).get("step") or 0)
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    completed = subprocess.run(command, capture_output=True, text=True, check=True, env=environment)
+    lines = [json.loads(line) for line in completed.stdout.splitlines()]
+    return [event["data"]["loss"] for event in lines if event["code"] == "METRICS"]

@@ -15,8 +15,8 @@ Each line of that file is one act, {"do": …}:
   told field=value  exit 3 unless the run file says so
   leave right n costs   what SUCCEEDED shall say for comparisons: rows by seed (the first is seed 1)
   straggle path     start a process that would live for ever, its pid into `path`
-A run that resumes skips every act up to the checkpoint's step. `check` plays the acts with "when": "checked" and is
-content; `models` knows none.
+A run that resumes skips every act up to the checkpoint's step. `check` plays the acts with "when": "checked"; one of
+them, "refuse" with a field, makes its line a fault. `models` knows none.
 """
 
 from __future__ import annotations
@@ -179,14 +179,18 @@ def diagnose(arguments: list[str]) -> None:
 
 
 def check(order: dict[str, Any]) -> None:
-    """Play the acts that are marked `"when": "checked"`; all rows are fine then."""
+    """Play the acts that are marked `"when": "checked"`; an act "refuse" makes its line a fault."""
     play = Play({"checkpoint_dir": order["out"], "resume": None})
-    for line in Path(order["files"]["training_file"]).read_text().splitlines():
+    faults, error = [], None
+    for number, line in enumerate(Path(order["files"]["training_file"]).read_text().splitlines(), 1):
         act = json.loads(line)
-        if act.get("when") == "checked":
+        if act.get("when") == "checked" and act["do"] == "refuse":
+            faults.append({"file": "training_file", "line": number, "field": act["field"], "reason": "bad"})
+            error = {"code": "invalid_training_file", "message": f"line {number}", "param": "training_file"}
+        elif act.get("when") == "checked":
             play.act(act)
-    report = {"files": {field: {"rows": 1} for field in order["files"]}, "faults": [], "base_model": {}}
-    emit("CHECKED", report=report, made={}, error=None)
+    report = {"files": {field: {"rows": 1} for field in order["files"]}, "faults": faults, "base_model": {}}
+    emit("CHECKED", report=report, made={}, error=error)
 
 
 def main() -> None:

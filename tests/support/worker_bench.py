@@ -134,7 +134,7 @@ def gone(pid: int) -> bool:
         return True
 
 
-def eventually(condition: Callable[[], object], seconds: float = 60.0) -> None:
+def eventually(condition: Callable[[], object], seconds: float = 120.0) -> None:
     """Wait until it holds."""
     deadline = time.monotonic() + seconds
     while not condition():

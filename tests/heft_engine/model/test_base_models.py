@@ -2,6 +2,8 @@
 
 import json
 import shutil
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -262,3 +264,11 @@ def test_a_conversion_that_fails_leaves_nothing(tmp_path: Path, monkeypatch: pyt
     with pytest.raises(OSError, match="disk full"):
         resolve("smollm2-135m", cache_dir=tmp_path)
     assert [path for path in tmp_path.iterdir() if path.is_dir()] == []
+
+
+def test_the_models_command_is_imported_without_torch() -> None:
+    """Every training worker runs it when it starts."""
+    code = "import sys, heft_engine.commands.models; print(*sys.modules)"
+    modules = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
+    assert "heft_engine.commands.models" in modules.split()
+    assert "torch" not in modules.split()

@@ -1,15 +1,12 @@
-"""Checking a job's files: the way of the job with a stand-in engine, and what the real one finds."""
+"""Validating a job's files, with a fake engine."""
 
 from __future__ import annotations
 
 import json
 from collections.abc import Sequence
 from concurrent.futures import Future
-from dataclasses import replace
-from pathlib import Path
 from typing import Any
 
-import pytest
 from worker_bench import OWNER, Bench, eventually
 
 from store.db.session import transaction
@@ -17,16 +14,7 @@ from store.db.states import JobState
 from store.db.tables import Job
 from store.jobs import jobs
 from store.messages.broker import Task
-from worker.context import ENGINE, Context
 from worker.jobs.prepare import prepare_job
-
-GOOD = {"question": "is it so", "passage": "It is so.", "answer": True}
-
-
-@pytest.fixture
-def real(bench: Bench, tiny_llama_dir: Path) -> Context:
-    """The real engine, with one small base model: `llama`."""
-    return replace(bench.with_settings(model_dir=tiny_llama_dir.parent), engine_command=ENGINE)
 
 
 def test_good_files_queue_the_job_and_tell_the_trainers(bench: Bench, sent: list[tuple[str, ...]]) -> None:
@@ -52,7 +40,7 @@ def test_cancel_ends_a_check_at_once(bench: Bench) -> None:
     eventually(lambda: bench.job(job_id).worker_id == bench.context.worker_id)
     with transaction(bench.context.sessions) as session:
         assert jobs.request_cancel(session, owner_id=OWNER, job_id=job_id).state == JobState.CANCELLED
-    assert attempt.result(20) is None
+    assert attempt.result(60) is None
 
 
 def test_a_worker_that_stops_leaves_the_check_to_another(bench: Bench) -> None:
@@ -60,27 +48,21 @@ def test_a_worker_that_stops_leaves_the_check_to_another(bench: Bench) -> None:
     attempt: Future[Job | None] = bench.pool.submit(prepare_job, bench.context, job_id)
     eventually(lambda: bench.job(job_id).worker_id == bench.context.worker_id)
     bench.context.stopping.set()
-    job = attempt.result(20)
+    job = attempt.result(60)
     assert job is not None
     assert (job.state, job.worker_id, job.trainer_deaths) == (JobState.VALIDATING_FILES, None, 0)
 
 
-def test_bad_rows_are_named_by_line_field_and_reason(bench: Bench, real: Context) -> None:
-    rows = [GOOD] * 50
-    rows[41] = {"question": "is it so", "answer": "perhaps"}
-    job_id = bench.created(_lines(rows) + b"not json\n", model="llama")
-    job = prepare_job(real, job_id)
-    assert job is not None
+def test_bad_rows_fail_the_job_and_are_in_its_report(bench: Bench) -> None:
+    """tests/e2e has the same with the real engine."""
+    rows = [{"do": "metrics", "step": 1}, {"do": "refuse", "field": "answer", "when": "checked"}]
+    job = _prepared(bench, bench.created(_lines(rows)))
     assert job.state == JobState.FAILED
-    assert job.error is not None
-    assert job.error["code"] == "invalid_training_file"
-    assert "line 42" in job.error["message"]
+    assert job.error == {"code": "invalid_training_file", "message": "line 2", "param": "training_file"}
     assert job.validation is not None
-    faults = job.validation["faults"]
-    assert [(fault["file"], fault["line"], fault["field"]) for fault in faults] == [
-        ("training_file", 42, "answer"),
-        ("training_file", 51, None),
-    ]
+    (fault,) = job.validation["faults"]
+    assert (fault["file"], fault["line"], fault["field"]) == ("training_file", 2, "answer")
+    assert job.validation["files"]["training_file"]["reference"] == job.spec["training_file"]
 
 
 def test_what_is_no_matter_of_rows_fails_the_job_too(bench: Bench) -> None:

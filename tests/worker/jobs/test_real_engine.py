@@ -25,7 +25,6 @@ from store.jobs import jobs, stage_results
 from worker.chores.activation_folder import activation_folder
 from worker.context import ENGINE, Context
 from worker.jobs.prepare import prepare_job
-from worker.jobs.train import train_job
 
 ROWS = [
     {"question": f"is {n} even", "passage": f"The number is {n}.", "answer": n % 2 == 0} for n in range(48)
@@ -38,82 +37,65 @@ def real(bench: Bench, tiny_llama_dir: Path) -> Context:
     return replace(bench.with_settings(model_dir=tiny_llama_dir.parent), engine_command=ENGINE)
 
 
-def test_a_job_from_its_files_to_its_model(bench: Bench, real: Context) -> None:
+def test_a_job_from_its_files_to_its_model_with_a_pause(
+    bench: Bench, real: Context, tiny_llama_dir: Path, tmp_path: Path
+) -> None:
+    """Validated, paused in its first stage, resumed, evaluated; its losses are those of the library."""
+    lora, reft = {"n_epochs": 6, "batch_size": 8, "dropout": 0.1}, {"n_epochs": 2, "batch_size": 8}
     content = "".join(json.dumps(row) + "\n" for row in ROWS).encode()
-    method = {"type": "heft", "heft": HEFT}
-    validation_file = bench.uploaded(content)
     job_id = bench.created(
         content,
         model="llama",
-        method=method,
-        validation_file=validation_file,
+        method={"type": "heft", "heft": {"lora": lora, "reft": reft}},
+        dtype="float32",
         test_file="sample:passages:test",
     )
     prepared = prepare_job(real, job_id)
     assert prepared is not None
     assert prepared.validation is not None
-    kept = prepared.validation["files"]["test_file"]
-    assert (kept["reference"], kept["rows"]) == ("sample:passages:test", 200)
-    assert real.artifacts.children(f"prepared/{job_id}") == [kept["sha256"]]
-    train_job(real, job_id)
-    job = bench.job(job_id)
-    assert job.state == JobState.SUCCEEDED, job.error
-    assert job.evaluation is not None
-    assert [result["stage"] for result in job.evaluation["results"]] == ["base", "lora", "reft"]
-    assert (job.evaluation["split"], job.evaluation["n"]) == ("test", 200)
-    stage_ends = [checkpoint for checkpoint in bench.checkpoints(job_id) if checkpoint.kind == "stage"]
-    assert [str(checkpoint.model_id).rpartition(":")[2] for checkpoint in stage_ends] == [
-        "ckpt-lora",
-        "ckpt-reft",
-    ]
-    lines = [
-        line
-        for checkpoint in stage_ends
-        for line in bench.results(job)
-        if line["step"] == str(checkpoint.step)
-    ]
-    losses = {
-        name: [float(line[name]) for line in lines if line[name]] for name in ("train_loss", "valid_loss")
-    }
-    assert [checkpoint.metrics for checkpoint in stage_ends] == [
-        {"step": checkpoint.step, "train_loss": train_loss, "valid_loss": valid_loss}
-        for checkpoint, train_loss, valid_loss in zip(stage_ends, *losses.values(), strict=True)
-    ]
-    assert set(job.metrics) == {"base", "lora", "reft"}
-    assert "stages" in job.resolved
+    test_rows = prepared.validation["files"]["test_file"]
+    assert (test_rows["reference"], test_rows["rows"]) == ("sample:passages:test", 200)
+    assert real.artifacts.children(f"prepared/{job_id}") == [test_rows["sha256"]]
 
-
-def test_paused_and_resumed_a_job_has_the_losses_of_the_library(
-    bench: Bench, real: Context, tiny_llama_dir: Path, tmp_path: Path
-) -> None:
-    stage = {"n_epochs": 12, "batch_size": 8, "dropout": 0.1}
-    config = TrainConfig(model="llama", stages=[LoraStage(**stage)], method="lora", dtype="float32")
-    losses: list[tuple[int, float]] = []
-
-    def hear(event: Event) -> None:
-        if event.code == "METRICS":
-            losses.append((event.data["step"], event.data["loss"]))
-
-    rows = [parse_row(row) for row in ROWS]
-    heft_engine.train(
-        config, rows, [], tmp_path / "out", hear, options=RunOptions(model_dir=tiny_llama_dir.parent)
-    )
-
-    method = {"type": "lora", "lora": stage}
-    job_id = bench.queued(ROWS, model="llama", method=method, dtype="float32")
     attempt = bench.start(job_id, real)
     bench.saw(job_id, "EPOCH_COMPLETE")
     with transaction(real.sessions) as session:
         jobs.request_pause(session, owner_id=OWNER, job_id=job_id)
     attempt.result(60)
     assert bench.job(job_id).state == JobState.PAUSED
-    assert 6 <= bench.checkpoints(job_id)[-1].step < len(losses), "it was in the middle"
+    paused_at = bench.checkpoints(job_id)[-1]
+    assert 6 <= paused_at.step < 36, "in the middle of the first stage"
+    assert paused_at.metrics["train_loss"] > 0
     with transaction(real.sessions) as session:
         jobs.resume(session, owner_id=OWNER, job_id=job_id)
     job = bench.run(job_id, real)
+
     assert job.state == JobState.SUCCEEDED, job.error
+    assert job.evaluation is not None
+    assert [result["stage"] for result in job.evaluation["results"]] == ["base", "lora", "reft"]
+    assert (job.evaluation["split"], job.evaluation["n"]) == ("test", 200)
+    models_of = [str(row.model_id).rpartition(":")[2] for row in bench.checkpoints(job_id) if row.model_id]
+    assert models_of == ["ckpt-lora", "ckpt-reft"]
+    assert set(job.metrics) == {"base", "lora", "reft"}
+    assert "stages" in job.resolved
     table = [line for line in bench.results(job) if line["train_loss"]]
-    assert [(int(line["step"]), float(line["train_loss"])) for line in table] == losses
+    losses = [(int(line["step"]), float(line["train_loss"])) for line in table]
+    assert losses == library_losses([LoraStage(**lora), ReftStage(**reft)], tmp_path, tiny_llama_dir.parent)
+
+
+def library_losses(
+    stages: list[LoraStage | ReftStage], folder: Path, models: Path
+) -> list[tuple[int, float]]:
+    losses: list[tuple[int, float]] = []
+
+    def on_event(event: Event) -> None:
+        if event.code == "METRICS":
+            losses.append((event.data["step"], event.data["loss"]))
+
+    config = TrainConfig(model="llama", stages=stages, method="heft", dtype="float32")
+    rows = [parse_row(row) for row in ROWS]
+    heft_engine.train(config, rows, [], folder / "out", on_event, options=RunOptions(model_dir=models))
+    return losses
 
 
 def queued(bench: Bench, **reft: Any) -> str:

@@ -62,7 +62,7 @@ def test_a_second_job_of_the_owner_is_brought_the_first_ones_stage(bench: Bench,
     assert kept(bench)[0].last_used_at > row.last_used_at
     with transaction(bench.context.sessions) as session:
         jobs.request_cancel(session, owner_id=OWNER, job_id=job_id)
-    attempt.result(20)
+    attempt.result(60)
 
 
 def test_another_owners_job_is_brought_nothing(bench: Bench, first: str) -> None:
@@ -212,12 +212,12 @@ def test_a_job_is_cancelled_while_its_results_are_on_their_way(
     monkeypatch.setattr(bench.context.artifacts, "fetch_directory", slow)
     job_id = bench.queued([ASK, {"do": "wait"}])
     attempt = bench.start(job_id, bench.with_settings(cancel_grace_seconds=0.2))
-    assert began.wait(30)
+    assert began.wait(60)
     with transaction(bench.context.sessions) as session:
         jobs.request_cancel(session, owner_id=OWNER, job_id=job_id)
     eventually(lambda: bench.job(job_id).cancel_requested_at is not None)
     go_on.set()
-    attempt.result(30)
+    attempt.result(60)
     assert bench.job(job_id).state == JobState.CANCELLED
 
 

@@ -149,7 +149,7 @@ def test_cancel_ends_the_trainer_and_all_it_started(bench: Bench, tmp_path: Path
     attempt = bench.start(job_id)
     eventually(lambda: pid_file.exists() and pid_file.read_text())
     _wish(bench, job_id, jobs.request_cancel)
-    attempt.result(20)
+    attempt.result(60)
     job = bench.job(job_id)
     assert job.state == JobState.CANCELLED
     assert bench.codes(job_id)[-1] == "CANCELLED"
@@ -163,7 +163,7 @@ def test_cancel_kills_a_trainer_that_does_not_listen(bench: Bench) -> None:
     attempt = bench.start(job_id, bench.with_settings(cancel_grace_seconds=0.3))
     bench.saw(job_id, "METRICS")
     _wish(bench, job_id, jobs.request_cancel)
-    attempt.result(20)
+    attempt.result(60)
     assert bench.job(job_id).state == JobState.CANCELLED
 
 
@@ -172,7 +172,7 @@ def test_pause_keeps_a_checkpoint_and_resume_goes_on(bench: Bench) -> None:
     attempt = bench.start(job_id)
     bench.saw(job_id, "METRICS")
     _wish(bench, job_id, jobs.request_pause)
-    attempt.result(20)
+    attempt.result(60)
     assert bench.job(job_id).state == JobState.PAUSED
     assert [checkpoint.step for checkpoint in bench.checkpoints(job_id)] == [2]
     assert bench.run(job_id).state == JobState.PAUSED, "a message changes nothing while it is paused"
@@ -187,7 +187,7 @@ def test_pause_of_a_trainer_that_does_not_listen(bench: Bench) -> None:
     attempt = bench.start(job_id, bench.with_settings(checkpoint_grace_seconds=0.3))
     bench.saw(job_id, "CHECKPOINT_SAVED")
     _wish(bench, job_id, jobs.request_pause)
-    attempt.result(20)
+    attempt.result(60)
     assert bench.job(job_id).state == JobState.PAUSED
     assert [checkpoint.step for checkpoint in bench.checkpoints(job_id)] == [2], "what it had before stands"
 
@@ -197,7 +197,7 @@ def test_a_worker_that_stops_puts_the_job_back_with_a_checkpoint(bench: Bench) -
     attempt = bench.start(job_id)
     bench.saw(job_id, "METRICS")
     bench.context.stopping.set()
-    attempt.result(20)
+    attempt.result(60)
     assert bench.job(job_id).state == JobState.QUEUED
     assert [checkpoint.step for checkpoint in bench.checkpoints(job_id)] == [2]
     assert bench.run(job_id).state == JobState.QUEUED, "a worker that stops takes nothing new"
@@ -219,7 +219,7 @@ def test_a_lost_fence_kills_the_trainer_and_writes_nothing(bench: Bench) -> None
         claim = leases.claim(session, job_id=job_id, worker_id=other.worker_id, purpose="train")
     assert claim is not None
     before = bench.codes(job_id)
-    assert attempt.result(20) is None
+    assert attempt.result(60) is None
     assert not trainer.is_running()
     job = bench.job(job_id)
     assert (job.state, job.worker_id, job.attempt) == (JobState.RUNNING, "worker-2", claim.attempt)
@@ -244,7 +244,7 @@ def test_a_doubled_message_loses_the_claim(bench: Bench) -> None:
     bench.saw(job_id, "STARTED")
     assert bench.run(job_id).attempt == 2, "the claim of the file check, and one of training"
     _wish(bench, job_id, jobs.request_cancel)
-    attempt.result(20)
+    attempt.result(60)
 
 
 def test_a_fault_of_the_worker_does_not_hold_the_job(bench: Bench) -> None:
@@ -291,7 +291,7 @@ def test_cancel_ends_a_job_whose_checkpoint_finds_no_storage(
     monkeypatch.setattr(bench.context.artifacts, "put_directory", full)
     job_id = bench.queued([*STEPS, {"do": "checkpoint", "step": 1, "kind": "stage"}, {"do": "wait"}])
     attempt = bench.start(job_id)
-    assert tried.wait(30)
+    assert tried.wait(60)
     _wish(bench, job_id, jobs.request_cancel)
-    attempt.result(20)
+    attempt.result(60)
     assert bench.job(job_id).state == JobState.CANCELLED
