@@ -141,7 +141,7 @@ def write_stages(
 
 
 def read_stages(path: Path) -> tuple[list[LoraWeights], list[StoredIntervention]]:
-    """What `write_stages` wrote. Raises BundleError."""
+    """Reads the files of `write_stages`. Raises BundleError."""
     adapters = [LoraWeights.load(path / name) for name in _present(path, "lora")]
     return adapters, [_read_intervention(path / name) for name in _present(path, "reft")]
 

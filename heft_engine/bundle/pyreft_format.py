@@ -169,13 +169,13 @@ def _layer(fields: dict[str, Any]) -> int:
     return int(named[1])
 
 
-def _positions(directory: Path, given: str | Sequence[str] | None, count: int) -> list[str]:
-    if given is None:
+def _positions(directory: Path, positions: str | Sequence[str] | None, count: int) -> list[str]:
+    if positions is None:
         if not (directory / "heft.json").exists():
             raise BundleError("pyreft does not store at which positions an intervention acts: give positions")
         entries = _read_json(directory / "heft.json").get("interventions", [])
-        given = [str(entry.get("positions")) for entry in entries]
-    places = [given] * count if isinstance(given, str) else list(given)
+        positions = [str(entry.get("positions")) for entry in entries]
+    places = [positions] * count if isinstance(positions, str) else list(positions)
     if len(places) != count:
         raise BundleError(f"{len(places)} positions for {count} interventions")
     try:
@@ -187,7 +187,7 @@ def _positions(directory: Path, given: str | Sequence[str] | None, count: int) -
 
 
 def _content(intervention: StoredIntervention) -> dict[str, Tensor]:
-    """What pyreft's own module would save."""
+    """Returns the tensors that pyreft's own module would save, by its names."""
     if intervention.kind == "loreft":
         return intervention.state
     hidden_size = hidden_size_of(intervention.state)
@@ -218,11 +218,11 @@ def _state(name: str, content: dict[str, Tensor], kind: InterventionKind) -> dic
     if f"{_RAW_ROTATION}original" in content:
         content["rotate_layer"] = _rotation(name, content)
     names = list(KINDS[kind].shapes(1, 1))
-    found = {
+    tensors = {
         part: next((content[key] for key in (part, *_PARTS.get(part, ())) if key in content), None)
         for part in names
     }
-    state = {part: tensor.contiguous() for part, tensor in found.items() if tensor is not None}
+    state = {part: tensor.contiguous() for part, tensor in tensors.items() if tensor is not None}
     if len(state) < len(names):
         raise BundleError(f"{name} does not hold {', '.join(names)}")
     if kind == "noreft" and "proj_layer.bias" in content:
@@ -230,8 +230,8 @@ def _state(name: str, content: dict[str, Tensor], kind: InterventionKind) -> dic
     shapes = {part: tuple(tensor.shape) for part, tensor in state.items()}
     sizes = (max(shapes[names[0]], default=0), shapes["bias"][0] if shapes["bias"] else 0)
     if shapes != KINDS[kind].shapes(*sizes) or not 0 < sizes[1] <= sizes[0]:
-        told = f"{list(shapes.values())}"
-        raise BundleError(f"{name}: the shapes of {', '.join(names)} don't fit together: {told}")
+        described = ", ".join(f"{part} {shape}" for part, shape in shapes.items())
+        raise BundleError(f"{name}: these shapes don't fit together: {described}")
     return state
 
 

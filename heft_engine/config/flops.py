@@ -20,7 +20,7 @@ from enum import StrEnum
 
 
 class CacheLevel(StrEnum):
-    """How much of a stage's frozen part is cached. Checkpoints carry the values."""
+    """The part of a stage's frozen activations that is cached. Checkpoints carry the values."""
 
     KV = "keys_values"  #: hidden states of the suffix, keys and values of the tokens before it
     HIDDEN_STATES = "states"  #: every token's hidden state at the first trained layer

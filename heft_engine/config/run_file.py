@@ -16,7 +16,7 @@ FileField = Literal["training_file", "validation_file", "test_file"]
 
 
 class RunOptions(Settings):
-    """How a run uses its machine. None of it is part of the result, apart from rounding."""
+    """A run's use of its machine. None of it is part of the result, apart from rounding."""
 
     model_dir: Path | None = None  #: a folder of base models, by name
     cache_dir: Path | None = None  #: converted and downloaded models, compiled layers

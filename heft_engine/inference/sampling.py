@@ -36,7 +36,7 @@ class SamplingParams:
 
     @property
     def is_argmax(self) -> bool:
-        """Whether the token with the highest logit is all that is needed."""
+        """True if the token with the highest logit is all that is needed."""
         return self.temperature == 0 and self.top_logprobs is None and not self.adjusts_logits
 
     @property

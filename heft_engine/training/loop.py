@@ -39,7 +39,7 @@ DIVERGED = 2.0
 
 @dataclass(kw_only=True)
 class Progress:
-    """Where a stage stands; JSON values only, because checkpoints carry it."""
+    """The position of a stage in its training; JSON values only, because checkpoints carry it."""
 
     epoch: int = 0
     step: int = 0  #: optimizer steps of this stage
@@ -72,7 +72,7 @@ class Progress:
     @classmethod
     def of(cls, values: Mapping[str, Any]) -> Progress:
         """Returns the progress in a checkpoint; values that only other versions know are left out."""
-        known = {one.name for one in fields(cls)}
+        known = {field.name for field in fields(cls)}
         return cls(**{name: value for name, value in values.items() if name in known})
 
 

@@ -21,7 +21,7 @@ from heft_engine.training.setup import RunInputs
 
 @dataclass(frozen=True, kw_only=True)
 class StageInputs:
-    """What one stage trains. `examples` and `validation` hold their right answers alone."""
+    """One stage's model, adapter and rows. `examples` and `validation` hold their right answers alone."""
 
     lm: PackedLM
     stage: Stage
@@ -41,7 +41,7 @@ class StageInputs:
 
 @dataclass(frozen=True, kw_only=True)
 class StageOptions:
-    """How a stage may use its machine. cache_dir: for compiled layers.
+    """A stage's use of its machine. cache_dir: for compiled layers.
 
     memory_bytes: what the stage may take beyond what the process has; None: its share of what is free.
     """

@@ -1,6 +1,6 @@
-"""What a worker process counts, as Prometheus's text in Redis: the API adds it to its own /metrics.
+"""Metrics of a worker process, as Prometheus's text in Redis: the API adds it to its own /metrics.
 
-The text expires with its worker. It does NOT know how answers are made: whoever makes them calls these methods.
+The text expires with its worker.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ _TOKENS = tuple(2**n for n in range(5, 18))
 
 
 def worker_registry(role: str) -> CollectorRegistry:
-    """What every worker says: that it is there, and what its process takes."""
+    """A registry with the metrics of every worker: that it runs, and its process's resources."""
     disable_created_metrics()  # type: ignore[no-untyped-call]
     registry = CollectorRegistry()
     ProcessCollector(registry=registry)
@@ -43,7 +43,7 @@ def worker_registry(role: str) -> CollectorRegistry:
 
 
 class InferenceMetrics:
-    """Of an inference worker. Safe to use from many threads."""
+    """The metrics of an inference worker. Safe to use from many threads."""
 
     def __init__(self, registry: CollectorRegistry) -> None:
         self._answered = Histogram(
