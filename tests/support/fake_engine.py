@@ -1,22 +1,22 @@
-"""A stand-in for `python -m heft_engine`: `train` plays the script that stands in the training file.
+"""A fake `python -m heft_engine`: `train` runs the script in the training file.
 
-Each line of that file is one act, {"do": …}:
+Each line of that file is one action, {"do": …}:
   metrics step      a METRICS event            checkpoint step   a checkpoint and its event
-  eval accuracy     an EVALUATION event        say text          a line that is no event
+  eval accuracy     an EVALUATION event        say text          a line that is not an event
   complain text     a line on stderr
   wait              until SIGTERM, then a checkpoint and exit 75
   stubborn          until SIGKILL: SIGTERM is ignored
   silent            until SIGKILL, saying nothing (SIGUSR1 writes the stacks)
-  die code          exit so without a word (negative: by that signal); `once` skips it after a resume
+  die code          exit with this code and no event (negative: by that signal); `once` skips it after a resume
   fail code message FAILED, exit 1
-  (checkpoint with spoil: "remove", "cut" or "change" is gone, lacks a file, or has another, before its event)
-  (checkpoint with key: what its stage's end may be kept under; with metrics: {name: number} at its step)
-  ask keys          STAGE_KEYS, and a STAGE_REUSED for each that is brought
-  told field=value  exit 3 unless the run file says so
-  leave right n costs   what SUCCEEDED shall say for comparisons: rows by seed (the first is seed 1)
-  straggle path     start a process that would live for ever, its pid into `path`
-A run that resumes skips every act up to the checkpoint's step. `check` plays the acts with "when": "checked"; one of
-them, "refuse" with a field, makes its line a fault. `models` knows none.
+  (checkpoint with spoil: "remove", "cut" or "change" it before its event; with key: the key of its stage's result;
+   with metrics: {name: number} at its step)
+  ask keys          STAGE_KEYS, and a STAGE_REUSED for each result that the worker provides
+  told field=value  exit 3 unless the run file has this value
+  leave right n costs   values of SUCCEEDED for comparisons: correct rows by seed (the first is seed 1)
+  straggle path     start a process that never ends, and write its pid to `path`
+A run that resumes skips every action up to the checkpoint's step. `check` runs those with "when": "checked"; one
+of them, "refuse" with a field, makes its line a fault. `models` lists none.
 """
 
 from __future__ import annotations
@@ -154,7 +154,7 @@ class Play:
 
 
 def export(arguments: list[str]) -> None:
-    """Write one file, in the format's name; `pyreft` is refused."""
+    """Writes one file named after the format; fails for `pyreft`."""
     options = dict(itertools.pairwise(arguments))
     if options["--format"] == "pyreft":
         print(json.dumps({"error": {"code": "invalid_config", "message": "no intervention", "param": None}}))
@@ -165,7 +165,7 @@ def export(arguments: list[str]) -> None:
 
 
 def diagnose(arguments: list[str]) -> None:
-    """A report of the rows' number, and a plot; no rows are refused."""
+    """Writes a report with the number of rows, and a plot; fails for more than one row."""
     options = dict(itertools.pairwise(arguments))
     rows = Path(options["--data"]).read_text().splitlines()
     emit("WORKING")
@@ -179,7 +179,7 @@ def diagnose(arguments: list[str]) -> None:
 
 
 def check(order: dict[str, Any]) -> None:
-    """Play the acts that are marked `"when": "checked"`; an act "refuse" makes its line a fault."""
+    """Runs the actions with `"when": "checked"`."""
     play = Play({"checkpoint_dir": order["out"], "resume": None})
     faults, error = [], None
     for number, line in enumerate(Path(order["files"]["training_file"]).read_text().splitlines(), 1):

@@ -1,4 +1,4 @@
-"""`python fake_worker.py ROLE`: a worker process whose engine is the stand-in. Settings come from the environment."""
+"""`python fake_worker.py ROLE`: a worker process with the fake engine. Settings come from the environment."""
 
 from worker_bench import FAKE_ENGINE
 

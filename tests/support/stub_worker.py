@@ -1,4 +1,4 @@
-"""An inference worker in a thread: real messages from a real broker, answers out of thin air."""
+"""An inference worker in a thread: real messages from a real broker, made-up answers."""
 
 from __future__ import annotations
 
@@ -18,22 +18,22 @@ Behaviour = Callable[[PredictMessage], dict[str, Any] | None]
 
 
 def answered(message: PredictMessage) -> dict[str, Any]:
-    """What a worker says: yes to everything, at one token a word."""
+    """Returns the reply of a worker that predicts yes for every input, with one token a word."""
     rows = [
         {
             "answer": "yes",
             "probability": 0.75,
             "label_probabilities": {"yes": 0.75, "no": 0.25},
-            "prompt_tokens": len(str(given.get("question")).split()),
+            "prompt_tokens": len(str(row.get("question")).split()),
             "completion_tokens": 1,
         }
-        for given in message["inputs"]
+        for row in message["inputs"]
     ]
     return {"ok": {"data": rows}}
 
 
 class StubWorker:
-    """An inference worker in a thread. `behaviour` gives the reply to a message, or None for silence."""
+    """An inference worker on a thread. `behaviour` returns the reply to a message, or None for no reply."""
 
     def __init__(self, redis_url: str) -> None:
         self.behaviour: Behaviour = answered

@@ -1,4 +1,4 @@
-"""A worker without Celery on real database, storage and broker, and jobs that a stand-in engine plays."""
+"""A worker without Celery, on a real database, storage and broker, whose jobs a fake engine runs."""
 
 from __future__ import annotations
 
@@ -34,14 +34,14 @@ Act = dict[str, Any]
 
 @dataclass(frozen=True, kw_only=True)
 class Bench:
-    """A worker's context, and the hands of a user who makes jobs and looks at them."""
+    """A worker's context, with functions to create jobs and to read their rows."""
 
     context: Context
     pool: ThreadPoolExecutor
-    owner: str = OWNER  #: who makes the jobs and looks at them
+    owner: str = OWNER  #: the owner of the jobs
 
     def queued(self, acts: Sequence[Act], **spec: Any) -> str:
-        """A job whose files are checked and whose rows are a script for the stand-in engine; its id."""
+        """Creates a queued job whose rows are a script for the fake engine; returns its id."""
         content = "".join(json.dumps(act) + "\n" for act in acts).encode()
         job_id = self.created(content, **spec)
         with transaction(self.context.sessions) as session:
@@ -51,14 +51,14 @@ class Bench:
         return job_id
 
     def created(self, content: bytes, **spec: Any) -> str:
-        """A job in `validating_files` whose training file has this content; its id."""
-        given = {"model": "tiny", "training_file": self.uploaded(content), "seed": 0, **spec}
+        """Creates a job in `validating_files` with this training file; returns its id."""
+        fields = {"model": "tiny", "training_file": self.uploaded(content), "seed": 0, **spec}
         with transaction(self.context.sessions) as session:
-            job = jobs.create(session, owner_id=self.owner, spec=TrainingSpec.model_validate(given))
+            job = jobs.create(session, owner_id=self.owner, spec=TrainingSpec.model_validate(fields))
         return job.id
 
     def uploaded(self, content: bytes) -> str:
-        """An uploaded file; its id."""
+        """Uploads a file; returns its id."""
         file_id = ids.new_file_id()
         key = file_key(file_id)
         sha256 = self.context.artifacts.put_stream(key, [content])
@@ -76,12 +76,12 @@ class Bench:
         return file_id
 
     def run(self, job_id: str, context: Context | None = None) -> Job:
-        """One attempt to its end; the job afterwards."""
+        """Runs one attempt and returns the job afterwards."""
         train_job(context or self.context, job_id)
         return self.job(job_id)
 
     def start(self, job_id: str, context: Context | None = None) -> Future[Job | None]:
-        """One attempt in the background."""
+        """Starts one attempt on a thread."""
         return self.pool.submit(train_job, context or self.context, job_id)
 
     def job(self, job_id: str) -> Job:
@@ -101,7 +101,7 @@ class Bench:
             return list(session.scalars(query))
 
     def results(self, job: Job) -> list[dict[str, str]]:
-        """The table that the job left as its result file."""
+        """Returns the rows of the job's result file."""
         assert job.result_file_id is not None
         with transaction(self.context.sessions) as session:
             row = files.get(session, owner_id=self.owner, file_id=job.result_file_id)
@@ -110,13 +110,13 @@ class Bench:
         return list(csv.DictReader(io.StringIO(content.decode())))
 
     def outcomes(self, job_id: str) -> list[str | None]:
-        """How each training attempt ended."""
+        """Returns the outcome of each training attempt."""
         with transaction(self.context.sessions) as session:
             query = select(Attempt).where(Attempt.job_id == job_id, Attempt.purpose == "train")
             return [attempt.outcome for attempt in session.scalars(query.order_by(Attempt.number))]
 
     def saw(self, job_id: str, code: str, times: int = 1) -> None:
-        """Wait until the job has that many events of this code."""
+        """Waits until the job has this many events of this code."""
         eventually(lambda: self.codes(job_id).count(code) >= times)
 
     def with_engine(self, *command: str) -> Context:
@@ -127,7 +127,7 @@ class Bench:
 
 
 def gone(pid: int) -> bool:
-    """Gone, or a zombie that its new parent has yet to reap."""
+    """Returns True for a process that has ended, or is a zombie."""
     try:
         return psutil.Process(pid).status() == psutil.STATUS_ZOMBIE
     except psutil.NoSuchProcess:
@@ -135,7 +135,7 @@ def gone(pid: int) -> bool:
 
 
 def eventually(condition: Callable[[], object], seconds: float = 120.0) -> None:
-    """Wait until it holds."""
+    """Waits until the condition holds."""
     deadline = time.monotonic() + seconds
     while not condition():
         assert time.monotonic() < deadline, "it did not happen in time"

@@ -1,4 +1,4 @@
-"""A worker's bench for each test: real database, storage and broker, and patience in tenths of a second."""
+"""A worker's bench for each test: a real database, storage and broker, and intervals of tenths of a second."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ def engine(database_url: str) -> Iterator[Engine]:
 def bench(
     engine: Engine, database_url: str, redis_url: str, artifacts_url: str, tmp_path: Path
 ) -> Iterator[Bench]:
-    """A worker with short patience: looks every 50 ms, leases of 30 s."""
+    """A worker that reads stop requests every 50 ms, with leases of 30 s."""
     settings = StoreSettings(
         database_url=database_url,
         redis_url=redis_url,
@@ -65,7 +65,7 @@ def bench(
 
 @pytest.fixture
 def sent(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, ...]]:
-    """The hints that were sent, instead of a broker."""
+    """The hints that were sent, in place of a broker."""
     hints: list[tuple[str, ...]] = []
     monkeypatch.setattr(bench.context.hints, "send", lambda task, *args: hints.append((task, *args)))
     return hints

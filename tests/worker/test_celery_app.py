@@ -1,4 +1,4 @@
-"""What was measured to lose messages, to hold requests up or to end healthy jobs stays switched off."""
+"""Celery settings that were measured to lose messages, delay requests or end healthy jobs stay off."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from worker.celery_app import Role, worker_app
 
 
 @pytest.mark.parametrize("role", Role)
-def test_a_message_is_a_hint_and_no_more(role: Role) -> None:
+def test_messages_are_neither_redelivered_nor_timed_out(role: Role) -> None:
     conf = worker_app("redis://localhost:1/0", role).conf
     assert conf.accept_content == ["json"]
     assert conf.task_ignore_result
@@ -25,7 +25,7 @@ def test_a_message_is_a_hint_and_no_more(role: Role) -> None:
 
 
 @pytest.mark.parametrize("role", Role)
-def test_a_broker_that_is_away_is_waited_for_and_holds_nobody_up(role: Role) -> None:
+def test_a_missing_broker_is_retried_and_publishing_fails_fast(role: Role) -> None:
     conf = worker_app("redis://localhost:1/0", role).conf
     assert conf.broker_connection_retry_on_startup
     assert conf.broker_connection_max_retries is None
@@ -36,22 +36,22 @@ def test_a_broker_that_is_away_is_waited_for_and_holds_nobody_up(role: Role) -> 
     assert options["health_check_interval"] > 0
 
 
-def test_only_who_answers_many_questions_fetches_them_ahead() -> None:
-    ahead = {
+def test_only_the_inference_worker_prefetches() -> None:
+    prefetching = {
         role: not worker_app("redis://localhost:1/0", role).conf.worker_disable_prefetch for role in Role
     }
-    assert ahead == {Role.TRAIN: False, Role.PREPARE: False, Role.INFERENCE: True}
+    assert prefetching == {Role.TRAIN: False, Role.PREPARE: False, Role.INFERENCE: True}
     train = worker_app("redis://localhost:1/0", Role.TRAIN).conf
     assert (train.worker_concurrency, train.worker_prefetch_multiplier) == (1, 1)
 
 
-class Question:
+class Message:
     def serializable(self) -> dict[str, str]:
-        return {"body": "what a user asks"}
+        return {"body": "a user's rows"}
 
 
-class Away:
-    """A channel whose broker is gone."""
+class ClosedChannel:
+    """A channel whose broker can't be reached."""
 
     do_restore = True
 
@@ -59,16 +59,16 @@ class Away:
         raise OSError("the broker is away")
 
 
-def test_what_can_not_go_back_is_lost_and_in_no_file(
+def test_messages_that_can_not_be_requeued_are_dropped_and_not_written_to_a_file(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     monkeypatch.setattr(virtual, "emergency_dump_state", virtual.emergency_dump_state)
     monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
     worker_app("redis://localhost:1/0", Role.INFERENCE)
-    taken = virtual.QoS(Away(), prefetch_count=2)
-    taken.append(Question(), 1)
+    taken = virtual.QoS(ClosedChannel(), prefetch_count=2)
+    taken.append(Message(), 1)
     assert taken.can_consume()
-    taken.append(Question(), 2)
+    taken.append(Message(), 2)
     assert not taken.can_consume()
     taken.ack(1)
     assert taken.can_consume()
@@ -77,9 +77,9 @@ def test_what_can_not_go_back_is_lost_and_in_no_file(
     assert list(tmp_path.iterdir()) == []
 
 
-def test_questions_are_not_written_down_in_the_broker_while_they_are_answered() -> None:
-    emulated = {
+def test_only_the_inference_worker_does_without_ack_emulation() -> None:
+    ack_emulation = {
         role: worker_app("redis://localhost:1/0", role).conf.broker_transport_options["ack_emulation"]
         for role in Role
     }
-    assert emulated == {Role.TRAIN: True, Role.PREPARE: True, Role.INFERENCE: False}
+    assert ack_emulation == {Role.TRAIN: True, Role.PREPARE: True, Role.INFERENCE: False}

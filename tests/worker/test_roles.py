@@ -1,4 +1,4 @@
-"""What each role's process is, beside the tasks that it runs."""
+"""The process of each role: its chores, and its memory allocator."""
 
 from __future__ import annotations
 
@@ -12,24 +12,24 @@ from worker import __main__ as process
 from worker.celery_app import Role, worker_app
 
 
-class Begun(Exception):
+class Started(Exception):
     pass
 
 
 @pytest.mark.parametrize("role", Role)
-def test_only_who_answers_keeps_what_passes_free(
+def test_only_the_inference_worker_retains_freed_memory(
     bench: Bench, monkeypatch: pytest.MonkeyPatch, role: Role
 ) -> None:
-    kept: list[Role] = []
+    configured: list[Role] = []
 
-    def begin(*_: Any) -> None:
-        raise Begun
+    def start(*_: Any) -> None:
+        raise Started
 
-    monkeypatch.setattr(process, "retain_freed_memory", lambda: kept.append(role))
-    monkeypatch.setattr(process, "_context", begin)
-    with pytest.raises(Begun):
+    monkeypatch.setattr(process, "retain_freed_memory", lambda: configured.append(role))
+    monkeypatch.setattr(process, "_context", start)
+    with pytest.raises(Started):
         process.run(role, bench.context.settings)
-    assert kept == ([role] if role is Role.INFERENCE else [])
+    assert configured == ([role] if role is Role.INFERENCE else [])
 
 
 @pytest.mark.parametrize(
@@ -39,5 +39,5 @@ def test_only_who_answers_keeps_what_passes_free(
 def test_chores(bench: Bench, role: Role, chores: set[str]) -> None:
     with ExitStack() as stack:
         app = worker_app(bench.context.settings.redis_url, role)
-        found = process._register(app, role, bench.context, stack)
-        assert chores <= {chore.name for chore in found}
+        registered = process._register(app, role, bench.context, stack)
+        assert chores <= {chore.name for chore in registered}

@@ -1,4 +1,4 @@
-"""Places: one for each living worker, with a name and a folder; nothing is left of the dead."""
+"""Slots: one for each living worker, with an id and a folder; the files of dead workers are deleted."""
 
 from __future__ import annotations
 
@@ -16,9 +16,9 @@ HOLD = """
 import sys, time
 from pathlib import Path
 from worker.scratch import acquire_slot
-with acquire_slot(Path(sys.argv[1]), "train") as place:
-    (place.folder / "rows.jsonl").write_text("{}")
-    print(place.worker_id, place.folder, flush=True)
+with acquire_slot(Path(sys.argv[1]), "train") as slot:
+    (slot.folder / "rows.jsonl").write_text("{}")
+    print(slot.worker_id, slot.folder, flush=True)
     time.sleep(1000)
 """
 
@@ -35,39 +35,39 @@ def another_worker(root: Path) -> Iterator[tuple[subprocess.Popen[str], str, Pat
 
 
 def test_a_folder_goes_with_its_worker(tmp_path: Path) -> None:
-    with acquire_slot(tmp_path / "new" / "root", "train") as place:
-        (place.folder / "job").mkdir()
-        (place.folder / "job" / "rows.jsonl").write_text("{}")
-    assert not place.folder.exists()
+    with acquire_slot(tmp_path / "new" / "root", "train") as slot:
+        (slot.folder / "job").mkdir()
+        (slot.folder / "job" / "rows.jsonl").write_text("{}")
+    assert not slot.folder.exists()
 
 
-def test_living_workers_have_places_of_their_own(tmp_path: Path) -> None:
+def test_living_workers_have_different_slots(tmp_path: Path) -> None:
     with another_worker(tmp_path) as (_, their_id, their_folder), acquire_slot(tmp_path, "train") as mine:
         assert mine.worker_id != their_id
         assert mine.folder != their_folder
         assert (their_folder / "rows.jsonl").exists()
 
 
-def test_whoever_follows_a_killed_worker_has_its_name_and_none_of_its_files(tmp_path: Path) -> None:
+def test_the_successor_of_a_killed_worker_has_its_id_and_none_of_its_files(tmp_path: Path) -> None:
     with another_worker(tmp_path) as (process, their_id, their_folder):
         process.kill()
         process.wait()
         with acquire_slot(tmp_path, "inference") as other:
             assert other.worker_id != their_id
-            assert not their_folder.exists(), "any worker clears up"
-        with acquire_slot(tmp_path, "train") as heir:
-            assert heir.worker_id == their_id
-            assert list(heir.folder.iterdir()) == []
+            assert not their_folder.exists(), "any worker deletes them"
+        with acquire_slot(tmp_path, "train") as successor:
+            assert successor.worker_id == their_id
+            assert list(successor.folder.iterdir()) == []
 
 
-def test_names_of_two_machines_differ(tmp_path: Path) -> None:
+def test_ids_of_two_machines_differ(tmp_path: Path) -> None:
     with acquire_slot(tmp_path / "one", "train") as here, acquire_slot(tmp_path / "two", "train") as there:
         assert here.worker_id != there.worker_id
 
 
-def test_what_nobody_has_touched_for_long_is_forgotten(tmp_path: Path) -> None:
+def test_folders_that_were_not_touched_for_long_are_removed(tmp_path: Path) -> None:
     folder = tmp_path / "shared"
-    remove_older_than(folder, 60)  # nothing has been put there yet
+    remove_older_than(folder, 60)  # it does not exist yet
     for name, age in (("old", 120), ("new", 0)):
         (folder / name).mkdir(parents=True)
         (folder / name / "file").write_text("{}")

@@ -1,4 +1,4 @@
-"""Studies judged by a worker: the real statistics over what jobs left."""
+"""A worker compares the arms of studies, with the real statistics over results of fake jobs."""
 
 from __future__ import annotations
 
@@ -25,9 +25,9 @@ from worker.jobs.prepare import prepare_job
 
 
 def study_of(bench: Bench, acts: list[Act], **changes: Any) -> Study:
-    """A study whose jobs the stand-in engine plays, all queued."""
+    """Creates a study whose queued jobs the fake engine runs."""
     rows = bench.uploaded("".join(json.dumps(act) + "\n" for act in acts).encode())
-    given = {
+    fields = {
         "name": "ranks",
         "model": "tiny",
         "training_file": rows,
@@ -36,7 +36,7 @@ def study_of(bench: Bench, acts: list[Act], **changes: Any) -> Study:
         "arms": [{"name": "a"}, {"name": "b", "set": {"reft.rank": 2}}],
     }
     with transaction(bench.context.sessions) as session:
-        study = studies.create(session, owner_id=OWNER, spec=StudySpec.model_validate(given | changes))
+        study = studies.create(session, owner_id=OWNER, spec=StudySpec.model_validate(fields | changes))
     for run in runs(bench, study):
         with transaction(bench.context.sessions) as session:
             claim = leases.claim(session, job_id=run.job.id, worker_id="prepare", purpose="prepare")
@@ -56,7 +56,7 @@ def read(bench: Bench, study: Study) -> Study:
 
 
 def left(*right: int) -> Act:
-    """What the engine says at its end: that the first so many of 40 rows were right, for the seeds in turn."""
+    """Returns an action that reports the first `n` of 40 rows as correct, one number for each seed."""
     return {
         "do": "leave",
         "right": [pack_correctness([row < n for row in range(40)]) for n in right],
@@ -79,33 +79,33 @@ def test_passing_a_stage_lets_the_others_of_a_study_start(bench: Bench) -> None:
     study = study_of(
         bench, [{"do": "checkpoint", "step": 4, "kind": "stage", "key": "a" * 64}, {"do": "wait"}], seeds=[1]
     )
-    one, two = (run.job.id for run in runs(bench, study))
-    assert bench.run(two).state == JobState.QUEUED  # held back
-    assert bench.outcomes(two) == []
-    attempt = bench.start(one)
-    eventually(lambda: bench.job(one).stages_passed == 1)
-    second = bench.start(two)
-    bench.saw(two, "CHECKPOINT_SAVED")
-    assert bench.job(one).state == JobState.RUNNING
+    first, second = (run.job.id for run in runs(bench, study))
+    assert bench.run(second).state == JobState.QUEUED  # it waits for the shared stage
+    assert bench.outcomes(second) == []
+    first_attempt = bench.start(first)
+    eventually(lambda: bench.job(first).stages_passed == 1)
+    second_attempt = bench.start(second)
+    bench.saw(second, "CHECKPOINT_SAVED")
+    assert bench.job(first).state == JobState.RUNNING
     bench.context.stopping.set()
-    attempt.result(60)
-    second.result(60)
+    first_attempt.result(60)
+    second_attempt.result(60)
 
 
-def test_a_study_is_judged_by_the_real_statistics(bench: Bench) -> None:
+def test_a_study_is_compared_by_the_real_statistics(bench: Bench) -> None:
     study = study_of(bench, [{"do": "metrics", "step": 4}, left(30, 31)])
     for run in runs(bench, study):
         assert bench.run(run.job.id).state == JobState.SUCCEEDED
     update_studies(bench.with_engine(*ENGINE))
-    found = read(bench, study)
-    assert found.finished_at is not None
-    assert found.verdict is not None
-    assert [arm["accuracy"] for arm in found.verdict["arms"]] == [(30 + 31) / 80] * 2
-    sentence = found.verdict["comparisons"][0]["sentence"]
+    compared = read(bench, study)
+    assert compared.finished_at is not None
+    assert compared.verdict is not None
+    assert [arm["accuracy"] for arm in compared.verdict["arms"]] == [(30 + 31) / 80] * 2
+    sentence = compared.verdict["comparisons"][0]["sentence"]
     assert sentence.startswith("a and b differ by less than 0.1 points")
 
 
-def test_a_study_that_can_not_be_judged_waits(bench: Bench) -> None:
+def test_a_study_that_could_not_be_compared_is_tried_again(bench: Bench) -> None:
     study = study_of(bench, [left(30)], seeds=[1])
     assert bench.run(runs(bench, study)[0].job.id).state == JobState.SUCCEEDED
     update_studies(bench.with_engine(sys.executable, "-c", "raise SystemExit(1)"))
@@ -115,8 +115,8 @@ def test_a_study_that_can_not_be_judged_waits(bench: Bench) -> None:
     assert read(bench, study).finished_at is None
 
 
-def test_one_that_breaks_whoever_looks_at_it_does_not_stand_before_the_others(
-    bench: Bench, monkeypatch: pytest.MonkeyPatch
+def test_a_study_that_raises_an_error_does_not_hold_up_the_others(
+    bench: Bench, engine_in_process: None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     broken, whole = (study_of(bench, [left(30)], seeds=[1]) for _ in range(2))
     for study in (broken, whole):
@@ -129,7 +129,7 @@ def test_one_that_breaks_whoever_looks_at_it_does_not_stand_before_the_others(
         return record(session, study_id, *arguments, **options)
 
     monkeypatch.setattr(verdicts, "record", failing)
-    update_studies(bench.with_engine(*ENGINE))
+    update_studies(bench.context)
     assert (read(bench, broken).verdict is None, read(bench, whole).verdict is None) == (True, False)
 
 
@@ -160,10 +160,10 @@ def test_a_study_with_the_real_engine_trains_what_its_arms_share_once(
         assert bench.run(job_id, real).state == JobState.SUCCEEDED
     assert ["STAGE_REUSED" in bench.codes(job_id) for job_id in ids] == [False, True, True]
     update_studies(real)
-    found = read(bench, study)
-    assert found.verdict is not None
-    assert [len(arm["per_seed"]) for arm in found.verdict["arms"]] == [1, 1, 1]
-    sentences = [one["sentence"] for one in found.verdict["comparisons"]]
+    compared = read(bench, study)
+    assert compared.verdict is not None
+    assert [len(arm["per_seed"]) for arm in compared.verdict["arms"]] == [1, 1, 1]
+    sentences = [comparison["sentence"] for comparison in compared.verdict["comparisons"]]
     assert len(sentences) == 3
     assert all(text.startswith("With one common seed only models can be compared") for text in sentences)
     costs = [run.outcome.costs for run in runs(bench, study) if run.outcome is not None]

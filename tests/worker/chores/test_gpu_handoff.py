@@ -1,4 +1,4 @@
-"""A trainer asks for room on its GPU; the inference worker there puts its models away."""
+"""A trainer requests its GPU; the inference worker there evicts its models."""
 
 from __future__ import annotations
 
@@ -15,41 +15,41 @@ from worker.chores.presence import registered
 from worker.context import Context
 
 
-class Held:
-    """What an inference worker holds, and how often it gave it up."""
+class Pool:
+    """A model pool that counts its evictions."""
 
     def __init__(self) -> None:
-        self.bytes, self.given = 100, 0
+        self.bytes, self.evictions = 100, 0
 
     def evict_idle(self) -> None:
-        self.bytes, self.given = 0, self.given + 1
+        self.bytes, self.evictions = 0, self.evictions + 1
 
 
-def on(bench: Bench, worker_id: str, device: str | None) -> Context:
+def on_device(bench: Bench, worker_id: str, device: str | None) -> Context:
     return replace(bench.context, worker_id=worker_id, device=device)
 
 
-def serve(stack: ExitStack, context: Context, held: Held) -> None:
+def serve(stack: ExitStack, context: Context, pool: Pool) -> None:
     stack.enter_context(registered(context, Role.INFERENCE))
-    stack.enter_context(run_chores(handoff_chores(context, held.evict_idle)))
+    stack.enter_context(run_chores(handoff_chores(context, pool.evict_idle)))
 
 
-def test_models_on_the_same_gpu_are_put_away_before_training(bench: Bench) -> None:
-    here, elsewhere = Held(), Held()
-    trainer = on(bench, "train-1", "host/0")
+def test_models_on_the_same_gpu_are_evicted_before_training(bench: Bench) -> None:
+    here, elsewhere = Pool(), Pool()
+    trainer = on_device(bench, "train-1", "host/0")
     with ExitStack() as stack:
-        serve(stack, on(bench, "inference-1", "host/0"), here)
-        serve(stack, on(bench, "inference-2", "host/1"), elsewhere)
+        serve(stack, on_device(bench, "inference-1", "host/0"), here)
+        serve(stack, on_device(bench, "inference-2", "host/1"), elsewhere)
         stack.enter_context(registered(trainer, Role.TRAIN))
         with gpu_requested(trainer, "job/1"):
             assert (here.bytes, elsewhere.bytes) == (0, 100)
-            here.bytes = 50  # asked for again in the meantime
+            here.bytes = 50  # loaded again in the meantime
         with gpu_requested(trainer, "job/2"):
             assert here.bytes == 0
-        assert (here.given, elsewhere.given) == (2, 0), "once for each request"
+        assert (here.evictions, elsewhere.evictions) == (2, 0), "once for each request"
 
 
-def test_without_a_gpu_nobody_asks(bench: Bench) -> None:
+def test_without_a_gpu_nothing_is_requested(bench: Bench) -> None:
     assert handoff_chores(bench.context, lambda: None) == []
     with gpu_requested(bench.context, "job/1"):
         pass

@@ -7,7 +7,6 @@ import os
 import signal
 import subprocess
 import sys
-import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -23,8 +22,7 @@ from store import exports
 from store.db.session import transaction
 from store.db.states import JobState
 from store.db.tables import Export, Worker
-from store.messages.broker import Task, make_celery, redis_py_url
-from store.messages.predict import Intervention, PredictMessage, PredictModel
+from store.messages.broker import redis_py_url
 
 FAKE_WORKER = Path(worker_bench.__file__).with_name("fake_worker.py")
 STEPS = [{"do": "metrics", "step": 1}, {"do": "metrics", "step": 2}]
@@ -108,31 +106,6 @@ def test_sigterm_in_the_middle_of_a_job_leaves_it_queued_with_a_checkpoint(
     assert bench.job(job_id).state == JobState.QUEUED
     assert bench.outcomes(job_id) == ["released"]
     assert [checkpoint.step for checkpoint in bench.checkpoints(job_id)] == [2]
-
-
-def test_a_question_on_the_queue_is_answered_on_the_list_it_names(
-    bench: Bench, start_worker: StartWorker, tiny_llama_dir: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setenv("HEFT_MODEL_DIR", str(tiny_llama_dir.parent))
-    worker = start_worker("inference")
-    message = PredictMessage(
-        request_id="r-1",
-        model=PredictModel(
-            id="llama", owner="o", kind="base", base_model="llama", storage_key=None, manifest=None
-        ),
-        inputs=[{"question": "is it so"}],
-        intervention=Intervention(enabled=True, scale=1.0),
-        sent_at=time.time(),
-        deadline=time.time() + 100,
-        reply_to="replies",
-    )
-    make_celery(bench.context.settings.redis_url).send_task(Task.PREDICT.value, args=[message])
-    with Redis.from_url(redis_py_url(bench.context.settings.redis_url)) as redis:
-        reply = redis.blpop(["replies"], timeout=100)
-    assert reply is not None
-    assert json.loads(reply[1])["ok"]["data"][0]["answer"] in ("yes", "no")
-    worker.send_signal(signal.SIGTERM)
-    assert worker.wait(60) == 0
 
 
 def _trainers(folder: Path) -> list[psutil.Process]:
