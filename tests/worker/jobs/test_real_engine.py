@@ -43,11 +43,13 @@ def test_a_job_from_its_files_to_its_model_with_a_pause(
     """Validated, paused in its first stage, resumed, evaluated; its losses are those of the library."""
     lora, reft = {"n_epochs": 6, "batch_size": 8, "dropout": 0.1}, {"n_epochs": 2, "batch_size": 8}
     content = "".join(json.dumps(row) + "\n" for row in ROWS).encode()
+    validation_file = bench.uploaded(content)
     job_id = bench.created(
         content,
         model="llama",
         method={"type": "heft", "heft": {"lora": lora, "reft": reft}},
         dtype="float32",
+        validation_file=validation_file,
         test_file="sample:passages:test",
     )
     prepared = prepare_job(real, job_id)
@@ -74,12 +76,22 @@ def test_a_job_from_its_files_to_its_model_with_a_pause(
     assert job.evaluation is not None
     assert [result["stage"] for result in job.evaluation["results"]] == ["base", "lora", "reft"]
     assert (job.evaluation["split"], job.evaluation["n"]) == ("test", 200)
-    models_of = [str(row.model_id).rpartition(":")[2] for row in bench.checkpoints(job_id) if row.model_id]
-    assert models_of == ["ckpt-lora", "ckpt-reft"]
+    stage_ends = [checkpoint for checkpoint in bench.checkpoints(job_id) if checkpoint.kind == "stage"]
+    model_ids = [str(checkpoint.model_id) for checkpoint in stage_ends]
+    assert [model_id.rpartition(":")[2] for model_id in model_ids] == ["ckpt-lora", "ckpt-reft"]
+    table = bench.results(job)
+    for checkpoint in stage_ends:
+        lines = [line for line in table if line["step"] == str(checkpoint.step)]
+        (train_loss,) = [float(line["train_loss"]) for line in lines if line["train_loss"]]
+        (valid_loss,) = [float(line["valid_loss"]) for line in lines if line["valid_loss"]]
+        assert checkpoint.metrics == {
+            "step": checkpoint.step,
+            "train_loss": train_loss,
+            "valid_loss": valid_loss,
+        }
     assert set(job.metrics) == {"base", "lora", "reft"}
     assert "stages" in job.resolved
-    table = [line for line in bench.results(job) if line["train_loss"]]
-    losses = [(int(line["step"]), float(line["train_loss"])) for line in table]
+    losses = [(int(line["step"]), float(line["train_loss"])) for line in table if line["train_loss"]]
     assert losses == library_losses([LoraStage(**lora), ReftStage(**reft)], tmp_path, tiny_llama_dir.parent)
 
 
