@@ -1,1 +1,1 @@
-"""Measurements against other tools, run by hand: `python -m benchmarks --data rows.jsonl` (or `make bench`)."""
+"""Comparisons with other tools, run by hand: `python -m benchmarks --data rows.jsonl` (or `make bench`)."""

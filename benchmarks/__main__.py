@@ -1,9 +1,10 @@
-"""Ours against Trainer + peft and pyreft's trainer, in turn, and how our own cost grows; writes RESULTS.md and plots.
+"""Compares HEFT's training with Trainer + peft and with pyreft, and measures how its cost scales.
 
-    python -m benchmarks --data boolq/train.jsonl                 everything: an hour and more
-    python -m benchmarks --data boolq/train.jsonl --parts stage1  one part; RESULTS.md is made from all parts so far
+    python -m benchmarks --data boolq/train.jsonl                 everything: more than an hour
+    python -m benchmarks --data boolq/train.jsonl --parts stage1  one part
 
-Every measurement is a process of its own (benchmarks.measure). Machines are noisy: read the ratios, not the seconds.
+Writes RESULTS.md and plots from the results of all parts so far. Every measurement runs in a process of its own
+(benchmarks.measure), HEFT and baseline alternately. Machines are noisy: ratios are more reliable than seconds.
 """
 
 from __future__ import annotations
@@ -23,57 +24,65 @@ from benchmarks.report import write
 HERE = Path(__file__).parent
 PARTS_FOLDER = HERE / "results"
 
-#: Of each comparison: what it is called, our kind, theirs, rows, epochs, repetitions, and settings of our own.
-PAIRS: dict[str, tuple[str, str, str, int, int, int, dict[str, str]]] = {
-    "stage1": ("stage 1, an epoch", "stage1-ours", "stage1-peer", 128, 1, 3, {"compile": "no"}),
+#: Comparisons: title, HEFT's kind of measurement, the baseline's, rows, epochs, repetitions, and HEFT's settings.
+COMPARISONS: dict[str, tuple[str, str, str, int, int, int, dict[str, str]]] = {
+    "stage1": ("stage 1, an epoch", "stage1-heft", "stage1-baseline", 128, 1, 3, {"compile": "no"}),
     "stage1-compiled": (
         "stage 1, an epoch, layers compiled",
-        "stage1-ours",
-        "stage1-peer",
+        "stage1-heft",
+        "stage1-baseline",
         128,
         1,
         3,
         {"compile": "yes"},
     ),
-    "stage2": ("stage 2, 3 epochs", "stage2-ours", "stage2-peer", 64, 3, 3, {}),
-    "stage2-states": ("stage 2, 3 epochs, states alone", "stage2-states", "stage2-peer", 64, 3, 3, {}),
-    "job-3-3": ("whole job, 3 + 3 epochs", "job-ours", "job-peer", 64, 3, 1, {}),
-    "job-20-20": ("whole job, 20 + 20 epochs", "job-ours", "job-peer", 16, 20, 1, {}),
+    "stage2": ("stage 2, 3 epochs", "stage2-heft", "stage2-baseline", 64, 3, 3, {}),
+    "stage2-states": (
+        "stage 2, 3 epochs, hidden states only",
+        "stage2-states",
+        "stage2-baseline",
+        64,
+        3,
+        3,
+        {},
+    ),
+    "job-3-3": ("whole job, 3 + 3 epochs", "job-heft", "job-baseline", 64, 3, 1, {}),
+    "job-20-20": ("whole job, 20 + 20 epochs", "job-heft", "job-baseline", 16, 20, 1, {}),
 }
-#: Of each growth: our kind, what grows, through which values, and what stays.
-GROWTHS: dict[str, tuple[str, str, list[int], dict[str, Any]]] = {
-    "growth-rows-stage1": ("stage1-ours", "rows", [16, 32, 64, 128], {"compile": "no"}),
-    "growth-rows-stage2": ("stage2-ours", "rows", [16, 32, 64, 128], {"epochs": 3}),
-    "growth-length-stage1": ("stage1-ours", "length", [64, 256, 1_024], {"rows": 16, "compile": "no"}),
-    "growth-length-stage2": ("stage2-ours", "length", [64, 256, 1_024], {"rows": 16, "epochs": 3}),
-    "growth-layer": ("stage2-ours", "layer", [5, 15, 25], {"rows": 32, "epochs": 3}),
-    "growth-rank-stage1": ("stage1-ours", "rank", [4, 16, 64], {"rows": 32, "compile": "no"}),
-    "growth-rank-stage2": ("stage2-ours", "rank", [4, 16, 64], {"rows": 32, "epochs": 3}),
+#: Scaling: HEFT's kind of measurement, the varied setting, its values, and the other settings.
+SCALING: dict[str, tuple[str, str, list[int], dict[str, Any]]] = {
+    "growth-rows-stage1": ("stage1-heft", "rows", [16, 32, 64, 128], {"compile": "no"}),
+    "growth-rows-stage2": ("stage2-heft", "rows", [16, 32, 64, 128], {"epochs": 3}),
+    "growth-length-stage1": ("stage1-heft", "length", [64, 256, 1_024], {"rows": 16, "compile": "no"}),
+    "growth-length-stage2": ("stage2-heft", "length", [64, 256, 1_024], {"rows": 16, "epochs": 3}),
+    "growth-layer": ("stage2-heft", "layer", [5, 15, 25], {"rows": 32, "epochs": 3}),
+    "growth-rank-stage1": ("stage1-heft", "rank", [4, 16, 64], {"rows": 32, "compile": "no"}),
+    "growth-rank-stage2": ("stage2-heft", "rank", [4, 16, 64], {"rows": 32, "epochs": 3}),
 }
 SINGLE = ("losses", "reuse", "profile")
 MEMORY = "memory"
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    given = list(arguments if arguments is not None else sys.argv[1:])
-    options = parser().parse_args(given)
+    arguments = list(arguments if arguments is not None else sys.argv[1:])
+    options = parser().parse_args(arguments)
     PARTS_FOLDER.mkdir(exist_ok=True)
     for part in options.parts:
-        result = {"command": shlex.join(["python", "-m", "benchmarks", *given]), **_run(options, part)}
+        result = {"command": shlex.join(["python", "-m", "benchmarks", *arguments]), **_run(options, part)}
         (PARTS_FOLDER / f"{part}.json").write_text(json.dumps(result, indent=1))
         write(HERE, PARTS_FOLDER)
         print(f"{part}: done", file=sys.stderr)
 
 
 def parser() -> argparse.ArgumentParser:
-    names = [*PAIRS, *SINGLE, MEMORY, *GROWTHS]
+    names = [*COMPARISONS, *SINGLE, MEMORY, *SCALING]
     top = argparse.ArgumentParser(
         prog="python -m benchmarks", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     top.add_argument("--model", default="smollm2-135m")
-    top.add_argument("--data", help="rows, JSON lines; default: the sample `passages`")
-    top.add_argument("--repeat", type=int, help="measurements of each side; default: one to three")
-    top.add_argument("--scale", type=float, default=1.0, help="times the rows: less for a quick look")
+    top.add_argument("--data", help="JSONL file of rows; default: the sample `passages`")
+    top.add_argument("--repeat", type=int, help="repetitions; default: one to three")
+    top.add_argument("--scale", type=float, default=1.0, help="multiplies the number of rows")
     top.add_argument("--parts", nargs="+", choices=names, default=names)
     return top
 
@@ -83,8 +92,8 @@ def _run(options: argparse.Namespace, part: str) -> dict[str, Any]:
         return {"kind": part, "result": _measure(options, part, rows=_scaled(options, 24))}
     if part == MEMORY:
         return {"kind": MEMORY, "cases": {name: _memory(options, case) for name, case in CASES.items()}}
-    if part in GROWTHS:
-        kind, name, values, fixed = GROWTHS[part]
+    if part in SCALING:
+        kind, name, values, fixed = SCALING[part]
         fixed = {"rows": 64, **fixed}
         points = []
         for value in values:
@@ -92,14 +101,14 @@ def _run(options: argparse.Namespace, part: str) -> dict[str, Any]:
             settings["rows"] = _scaled(options, settings["rows"])
             points.append([settings[name], _measure(options, kind, **settings)])
         return {"kind": "growth", "what": kind, "name": name, "points": points}
-    title, mine, theirs, rows, epochs, repeat, own = PAIRS[part]
-    rows, runs = _scaled(options, rows), options.repeat or repeat
-    ours, peers = [], []
-    for _ in range(runs):  # in turn, so that a slow hour of the machine falls on both
-        ours.append(_measure(options, mine, rows=rows, epochs=epochs, **own))
-        peers.append(_measure(options, theirs, rows=rows, epochs=epochs))
-        print(f"{title}: {len(ours)} of {runs}", file=sys.stderr)
-    return {"kind": "pair", "title": title, "ours": ours, "theirs": peers}
+    title, heft_kind, baseline_kind, rows, epochs, repeat, settings = COMPARISONS[part]
+    rows, repeat = _scaled(options, rows), options.repeat or repeat
+    heft, baseline = [], []
+    for _ in range(repeat):  # alternately, so that noise of the machine affects both
+        heft.append(_measure(options, heft_kind, rows=rows, epochs=epochs, **settings))
+        baseline.append(_measure(options, baseline_kind, rows=rows, epochs=epochs))
+        print(f"{title}: {len(heft)} of {repeat}", file=sys.stderr)
+    return {"kind": "pair", "title": title, "ours": heft, "theirs": baseline}
 
 
 def _memory(options: argparse.Namespace, case: dict[str, Any]) -> list[dict[str, Any]]:

@@ -1,4 +1,4 @@
-"""Ours beside the plain computation, a second job beside the first: what must not change, what is not paid twice."""
+"""Agreement of optimised training with plain training, and the time that a second job saves by reusing stage 1."""
 
 from __future__ import annotations
 
@@ -26,12 +26,12 @@ from heft_engine.training.stage_store import LocalStages
 def losses(
     base: BaseModel, lora: LoraStage, reft: ReftStage, rows: Sequence[Example]
 ) -> dict[str, dict[str, Any]]:
-    """The largest relative difference of the step losses to those of the plain computation, by dtype and way."""
-    found: dict[str, dict[str, Any]] = {}
+    """Returns the largest relative difference of step losses to plain training, by dtype and optimisation."""
+    differences: dict[str, dict[str, Any]] = {}
     for dtype in (torch.float32, torch.bfloat16):
         name = str(dtype).removeprefix("torch.")
 
-        def of(
+        def train_losses(
             stage: LoraStage | ReftStage,
             level: CacheLevel = CacheLevel.NONE,
             compiled: bool = False,
@@ -41,14 +41,14 @@ def losses(
             result: list[float] = heft.train(lm, stage, rows, level, compiled)["losses"]
             return result
 
-        plain, stage1 = of(reft), of(lora)
-        found[name] = {
-            "steps": len(plain),
-            "stage 2, keys and values": _difference(of(reft, CacheLevel.KV), plain),
-            "stage 2, states alone": _difference(of(reft, CacheLevel.HIDDEN_STATES), plain),
-            "stage 1, layers compiled": _difference(of(lora, compiled=True), stage1),
+        stage2, stage1 = train_losses(reft), train_losses(lora)
+        differences[name] = {
+            "steps": len(stage2),
+            "stage 2, keys and values": _difference(train_losses(reft, CacheLevel.KV), stage2),
+            "stage 2, hidden states only": _difference(train_losses(reft, CacheLevel.HIDDEN_STATES), stage2),
+            "stage 1, layers compiled": _difference(train_losses(lora, compiled=True), stage1),
         }
-    return found
+    return differences
 
 
 def _difference(losses: list[float], plain: list[float]) -> float:
@@ -56,9 +56,9 @@ def _difference(losses: list[float], plain: list[float]) -> float:
 
 
 def reuse(model: str, lora: LoraStage, reft: ReftStage, rows: Sequence[Row]) -> dict[str, Any]:
-    """Two jobs with the same stage 1, the second with another rank in stage 2.
+    """Runs two jobs with the same stage 1 and different ranks in stage 2.
 
-    Of each: the seconds from its start to that of stage 2, and the steps that ran.
+    Returns for each the seconds from its start to that of stage 2, and the steps that ran.
     """
     jobs = []
     with tempfile.TemporaryDirectory() as folder:

@@ -1,7 +1,7 @@
-"""What people would use otherwise, at its defaults: transformers' Trainer with peft, and pyreft's trainer.
+"""The baselines at their defaults: transformers' Trainer with peft, and pyreft's trainer.
 
-Same base, rows, batch size, dtype, rank, learning rate and schedule as ours. pyreft's trainer breaks on transformers
-4.46 and newer; the subclass here is the one line that makes it run.
+Base, rows, batch size, dtype, rank, learning rate and schedule are HEFT's. pyreft's trainer fails on transformers 4.46
+and newer; `_ReftTrainer` fixes its signature.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ def load(path: Path, dtype: torch.dtype) -> Any:
 
 
 class _Clock(TrainerCallback):  # type: ignore[misc]
-    """Seconds of each epoch, and the loss of each step."""
+    """Records the seconds of each epoch and the loss of each step."""
 
     def __init__(self) -> None:
         self.marks: list[float] = []
@@ -56,7 +56,7 @@ class _Clock(TrainerCallback):  # type: ignore[misc]
 def train_lora(
     model: Any, path: Path, stage: LoraStage, rows: Sequence[Example]
 ) -> tuple[Any, dict[str, Any]]:
-    """Trainer + peft. Returns the merged model and the measurement."""
+    """Trains with Trainer + peft. Returns the merged model and the measurement."""
     from peft import LoraConfig, get_peft_model
 
     assert stage.target_modules != "auto"
@@ -83,12 +83,12 @@ def train_lora(
 
 
 def train_reft(model: Any, path: Path, stage: ReftStage, rows: Sequence[Example]) -> dict[str, Any]:
-    """pyreft's ReftTrainerForCausalLM."""
+    """Trains with pyreft's ReftTrainerForCausalLM."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         import pyreft
 
-    class Runs(pyreft.ReftTrainerForCausalLM):  # type: ignore[misc]
+    class _ReftTrainer(pyreft.ReftTrainerForCausalLM):  # type: ignore[misc]
         def compute_loss(self, intervenable: Any, inputs: Any, return_outputs: bool = False, **_: Any) -> Any:
             return super().compute_loss(intervenable, inputs, return_outputs)
 
@@ -112,7 +112,7 @@ def train_reft(model: Any, path: Path, stage: ReftStage, rows: Sequence[Example]
     ]
     tokenizer = load_tokenizer(path)
     with tempfile.TemporaryDirectory() as folder:
-        trainer = Runs(
+        trainer = _ReftTrainer(
             model=reft,
             processing_class=tokenizer,
             args=_arguments(folder, stage),

@@ -1,4 +1,4 @@
-"""The engine's side of a measurement: the very objects that a run uses, without its evaluation and its files."""
+"""HEFT's side of a comparison: a stage as a run trains it, without evaluation and files."""
 
 from __future__ import annotations
 
@@ -24,23 +24,26 @@ def train(
     level: CacheLevel = CacheLevel.KV,
     compiled: bool | Literal["auto"] = "auto",
 ) -> dict[str, Any]:
-    """Trains one stage. Returns seconds (of planning and compiling, of the prefill, of each epoch), the losses step by
-    step, and bytes (of the cache, as estimated for the whole process, and as they were at most)."""
+    """Trains a stage.
+
+    Returns seconds (of planning and compiling, of the prefill, of each epoch), the loss of each step, and bytes (of the
+    cache; of the process, estimated and at its peak).
+    """
     losses: list[float] = []
     ends: list[float] = []
-    began = time.perf_counter()
+    started_at = time.perf_counter()
     listen = _listener(losses, ends)
     with (
-        peak(lm.device) as most,
+        peak(lm.device) as peak_bytes,
         single_stage(lm, stage, rows, listen, level=level, compile=compiled) as single,
     ):
-        preparing = time.perf_counter() - began
+        preparing = time.perf_counter() - started_at
         forward = single.forward()
-        prefill = time.perf_counter() - began - preparing
+        prefill = time.perf_counter() - started_at - preparing
         single.train(forward)
-        held = most()
+        held_bytes = peak_bytes()
     plan, adapter = single.plan, single.inputs.adapter
-    starts = [began + preparing + prefill, *ends[:-1]]
+    starts = [started_at + preparing + prefill, *ends[:-1]]
     epochs = [end - start for start, end in zip(starts, ends, strict=True)]
     if isinstance(stage, LoraStage) and isinstance(adapter, LoraAdapter):
         assert stage.target_modules != "auto"
@@ -56,7 +59,7 @@ def train(
         "compiled": plan.compiled,
         "cache_bytes": plan.cache.bytes,
         "estimated_bytes": plan.memory_bytes,
-        "held_bytes": held,
+        "held_bytes": held_bytes,
     }
 
 

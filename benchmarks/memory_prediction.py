@@ -1,4 +1,4 @@
-"""What a stage's memory was estimated at before it started, beside what it came to: whole runs, their own events."""
+"""Estimated against actual memory of stages, from the events of whole runs."""
 
 from __future__ import annotations
 
@@ -14,12 +14,12 @@ from heft_engine.data.rows import Row
 from heft_engine.events import Event
 from heft_engine.training.run import train
 
-#: By the level that a budget leaves for rows of passages: see `budget`.
-BYTES_A_ROW = {"keys_values": 1 << 40, "states": 400_000, "nothing": 0}
-#: A token has at most so many characters, in passages of English.
-_CHARACTERS = 8
+#: Cache budgets, in bytes per row of 200 tokens, that allow each cache level.
+BYTES_PER_ROW = {"keys_values": 1 << 40, "states": 400_000, "nothing": 0}
+#: Characters per token at most, in English passages.
+_CHARACTERS_PER_TOKEN = 8
 
-#: What each case changes; rows are few, because what is held is decided by single passes and by how many there are.
+#: Settings of each case. Few rows suffice: memory depends on the sizes of micro-batches and their number.
 CASES: dict[str, dict[str, Any]] = {
     "batch of 8": {},
     "batch of 8, layers compiled": {"compile": "yes"},
@@ -30,42 +30,42 @@ CASES: dict[str, dict[str, Any]] = {
     "rows of 256 tokens": {"length": 256},
     "rows of 512 tokens": {"length": 512},
     "rows of 1,024 tokens": {"length": 1_024, "rows": 8},
-    "rows of 1,024 tokens, states alone": {"length": 1_024, "rows": 8, "rung": "states"},
-    "states alone": {"rung": "states"},
-    "no cache": {"rung": "nothing"},
+    "rows of 1,024 tokens, hidden states only": {"length": 1_024, "rows": 8, "cache-level": "states"},
+    "hidden states only": {"cache-level": "states"},
+    "no cache": {"cache-level": "nothing"},
 }
 
 
 def job(
     model: str, stages: list[LoraStage | ReftStage], rows: Sequence[Row], settings: dict[str, Any], level: str
 ) -> list[dict[str, Any]]:
-    """Of each stage: its type, the level of its cache, bytes as estimated and as held."""
-    told: list[Event] = []
+    """Returns each stage's type, cache level, and estimated and actual bytes."""
+    events: list[Event] = []
     length = settings.get("max_length")
     if length is not None:
         rows = _long(rows, length)
     with tempfile.TemporaryDirectory() as folder:
         config = TrainConfig(model=model, method="heft", stages=stages, **settings)
-        cache_bytes = min(BYTES_A_ROW[level] * len(rows) * (length or 200) // 200, 1 << 33)
+        cache_bytes = min(BYTES_PER_ROW[level] * len(rows) * (length or 200) // 200, 1 << 33)
         options = RunOptions(cache_memory_bytes=cache_bytes)
-        train(config, rows, [], Path(folder) / "out", told.append, options=options)
-    begun = [event.data for event in told if event.code == "STAGE_STARTED"]
-    ended = [event.data for event in told if event.code == "STAGE_COMPLETE"]
+        train(config, rows, [], Path(folder) / "out", events.append, options=options)
+    started = [event.data for event in events if event.code == "STAGE_STARTED"]
+    completed = [event.data for event in events if event.code == "STAGE_COMPLETE"]
     return [
         {
-            "type": one["stage"],
-            "rung": one["cache"]["rung"],
-            "compiled": one["compiled"],
-            "estimated": one["memory_bytes"],
-            "held": other["memory_bytes"],
+            "type": start["stage"],
+            "rung": start["cache"]["rung"],
+            "compiled": start["compiled"],
+            "estimated": start["memory_bytes"],
+            "held": end["memory_bytes"],
         }
-        for one, other in zip(begun, ended, strict=True)
+        for start, end in zip(started, completed, strict=True)
     ]
 
 
 def _long(rows: Sequence[Row], tokens: int) -> list[Row]:
-    """Passages of all rows, one behind the other, cut into ones that are at least so long; max_length cuts the rest."""
-    size = tokens * _CHARACTERS
+    """Gives rows passages of at least `tokens` tokens, cut from all passages; max_length truncates them."""
+    size = tokens * _CHARACTERS_PER_TOKEN
     pool = "\n".join(row.passage or "" for row in rows)
     pool *= 1 + size * len(rows) // max(1, len(pool))
     return [replace(row, passage=pool[i * size : (i + 1) * size]) for i, row in enumerate(rows)]

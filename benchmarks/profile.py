@@ -1,4 +1,4 @@
-"""Where a step of stage 1 spends its time, by torch's profiler, layers compiled and not."""
+"""The time of a step of stage 1 by operation, from torch's profiler, with layers compiled and not."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ _PRODUCTS = ("aten::mm", "aten::addmm", "aten::addmm_")
 
 
 def shares(base: BaseModel, stage: LoraStage, rows: Sequence[Example]) -> dict[str, Any]:
-    """Of one step's time, in percent, by what was computed; compiled and not."""
+    """Returns the percentages of a step's time by operation, with layers compiled and not."""
     lm = benchmark_rows.packed_model(base)
     trainable = LoraAdapter.attach(lm, stage)
     trainable.train(False)
@@ -32,21 +32,21 @@ def shares(base: BaseModel, stage: LoraStage, rows: Sequence[Example]) -> dict[s
     def run() -> None:
         summed_loss(forward, SupervisedObjective(), step).backward()  # type: ignore[no-untyped-call]
 
-    found: dict[str, Any] = {"tokens": sum(packed_length(rows[index]) for index in step)}
-    found["as they are"] = _measured(run)
+    result: dict[str, Any] = {"tokens": sum(packed_length(rows[index]) for index in step)}
+    result["not compiled"] = _profile(run)
     with compiled_layers(lm, 0, run, None) as failure:
         if failure is None:
-            found["compiled"] = _measured(run)
-    return found
+            result["compiled"] = _profile(run)
+    return result
 
 
-def _measured(run: Any) -> dict[str, float]:
+def _profile(run: Any) -> dict[str, float]:
     run()
     run()
-    with profile(activities=[ProfilerActivity.CPU]) as measured:
+    with profile(activities=[ProfilerActivity.CPU]) as profiler:
         run()
-    events = measured.key_averages()
-    whole = sum(event.self_cpu_time_total for event in events)
+    events = profiler.key_averages()
+    total = sum(event.self_cpu_time_total for event in events)
     attention = sum(event.cpu_time_total for event in events if event.key in _ATTENTION)
     products = sum(event.self_cpu_time_total for event in events if event.key in _PRODUCTS)
     kernels = sum(event.self_cpu_time_total for event in events if "CompiledFxGraph" in event.key)
@@ -54,9 +54,9 @@ def _measured(run: Any) -> dict[str, float]:
         "matrix products of the layers and the head": products,
         "attention": attention,
         "compiled kernels": kernels,
-        "the rest (norms, rotary, activations, residuals, copies, calls)": whole
+        "the rest (norms, rotary, activations, residuals, copies, calls)": total
         - products
         - attention
         - kernels,
     }
-    return {"milliseconds": whole / 1e3} | {name: 100 * spent / whole for name, spent in parts.items()}
+    return {"milliseconds": total / 1e3} | {name: 100 * time / total for name, time in parts.items()}

@@ -1,4 +1,4 @@
-"""Measurements into RESULTS.md and plots, from the files that the parts left. It does NOT measure."""
+"""RESULTS.md and its plots, from the result files of all parts."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ import matplotlib as mpl
 mpl.use("Agg")
 import matplotlib.pyplot as plt
 
-#: SmolLM2-135M without its embeddings: what a token's arithmetic is counted by.
+#: Parameters of SmolLM2-135M without its embeddings, which decide the operations of a token.
 NON_EMBEDDING = 106_203_456
 
 _HEAD = """# Results
@@ -21,77 +21,78 @@ Written by
 
     {command}
 
-on {threads} threads, {dtype}. Ours and theirs run in turn, each in a process of its own; ratios are theirs over ours,
-pair by pair: median (lowest to highest). Machines are noisy: the ratios say more than the seconds. Theirs is
-`transformers.Trainer` + peft at its defaults for stage 1 and pyreft's trainer for stage 2 (with the subclass that makes
-it run on transformers 5), on the same rows, batch of 8, dtype, ranks and learning rates.
+on {threads} threads, {dtype}. HEFT and the baseline run alternately, each in a process of its own. Ratios are the
+baseline's seconds over HEFT's, for each pair of runs: median (lowest to highest). Machines are noisy: ratios are more
+reliable than seconds. The baseline is `transformers.Trainer` + peft at its defaults for stage 1 and pyreft's trainer
+for stage 2 (with a subclass that makes it run on transformers 5), on the same rows, batches of 8, dtype, ranks and
+learning rates.
 
 | column | |
 | --- | --- |
-| epoch | seconds of one epoch (the median over epochs), without what comes before the first |
-| before | ours alone: planning, compiling, and the prefill of the cache |
+| epoch | seconds of an epoch (the median over epochs), without the time before the first |
+| before | HEFT only: planning, compiling, and the prefill of the cache |
 | epoch ratio / whole ratio | of an epoch; of everything, `before` included |
-| of the matrix rate | 4 · non-embedding parameters · tokens / seconds, over a large product's rate in that process |
-| peak | of the whole process, GB |
+| of the matrix rate | 4 · non-embedding parameters · tokens / seconds, over the rate of a large product |
+| peak | memory of the process, GB |
 """
 
 
 def write(folder: Path, parts: Path) -> None:
-    """RESULTS.md from every part's file in `parts`, and one picture for each growth."""
-    found = {path.stem: json.loads(path.read_text()) for path in sorted(parts.glob("*.json"))}
-    pairs = [part for part in found.values() if part["kind"] == "pair"]
-    growths = {name: part for name, part in found.items() if part["kind"] == "growth"}
-    commands = sorted({part["command"] for part in found.values()})
+    """Writes RESULTS.md from the result files in `parts`, and a plot for each scaling measurement."""
+    results = {path.stem: json.loads(path.read_text()) for path in sorted(parts.glob("*.json"))}
+    pairs = [part for part in results.values() if part["kind"] == "pair"]
+    scaling = {name: part for name, part in results.items() if part["kind"] == "growth"}
+    commands = sorted({part["command"] for part in results.values()})
     first = next((run for part in pairs for run in part["ours"]), {"threads": "?", "dtype": "?"})
     lines = [_HEAD.format(command="\n    ".join(commands), threads=first["threads"], dtype=first["dtype"])]
     if pairs:
         lines += _pairs(pairs)
-    if "losses" in found:
-        lines += _losses(found["losses"]["result"])
-    if "reuse" in found:
-        lines += _reuse(found["reuse"]["result"])
-    if "profile" in found:
-        lines += _profile(found["profile"]["result"])
-    if "memory" in found:
-        lines += _memory(found["memory"]["cases"])
-    if growths:
-        lines += ["", "## How our cost grows", "", "Seconds of an epoch."]
-        lines += [line for name, part in growths.items() for line in _growth(folder, name, part)]
+    if "losses" in results:
+        lines += _losses(results["losses"]["result"])
+    if "reuse" in results:
+        lines += _reuse(results["reuse"]["result"])
+    if "profile" in results:
+        lines += _profile(results["profile"]["result"])
+    if "memory" in results:
+        lines += _memory(results["memory"]["cases"])
+    if scaling:
+        lines += ["", "## Scaling of HEFT's cost", "", "Seconds of an epoch."]
+        lines += [line for name, part in scaling.items() for line in _scaling(folder, name, part)]
     (folder / "RESULTS.md").write_text("\n".join(lines) + "\n")
 
 
 def _pairs(pairs: list[dict[str, Any]]) -> list[str]:
     return [
-        "| work | rows | epoch, ours | before | epoch, theirs | epoch ratio | whole ratio | tokens/s, ours "
-        "| of the matrix rate: ours, theirs | peak: ours, theirs |",
+        "| work | rows | epoch, HEFT | before | epoch, baseline | epoch ratio | whole ratio | tokens/s, HEFT "
+        "| of the matrix rate: HEFT, baseline | peak: HEFT, baseline |",
         "| --- | --- | --- | --- | --- | --- | --- | --- | --- | --- |",
         *map(_line, pairs),
     ]
 
 
 def _line(pair: dict[str, Any]) -> str:
-    ours, theirs = pair["ours"], pair["theirs"]
-    mine, other = (statistics.median(map(_epoch, side)) for side in (ours, theirs))
-    first = ours[0]
-    before = statistics.median(sum(s["preparing"] + s["prefill"] for s in run["stages"]) for run in ours)
-    whole_run = len(first["stages"]) > 1
-    shares = " , ".join("–" if _skips(first) else f"{_share(side):.0%}" for side in (ours, theirs))
-    peaks = ", ".join(f"{max(run['peak_bytes'] for run in side) / 1e9:.2f}" for side in (ours, theirs))
-    epochs = "–" if whole_run else _ratio(ours, theirs, _epoch)
+    heft, baseline = pair["ours"], pair["theirs"]
+    heft_epoch, baseline_epoch = (statistics.median(map(_epoch, side)) for side in (heft, baseline))
+    first = heft[0]
+    before = statistics.median(sum(s["preparing"] + s["prefill"] for s in run["stages"]) for run in heft)
+    is_job = len(first["stages"]) > 1
+    shares = " , ".join("–" if _is_cached(first) else f"{_share(side):.0%}" for side in (heft, baseline))
+    peaks = ", ".join(f"{max(run['peak_bytes'] for run in side) / 1e9:.2f}" for side in (heft, baseline))
+    epochs = "–" if is_job else _ratio(heft, baseline, _epoch)
     return (
-        f"| {pair['title']} | {first['rows']} | {mine:.2f} | {before:.1f} | {other:.2f} | {epochs} "
-        f"| {_ratio(ours, theirs, _total)} | {first['tokens'] / mine:.0f} | {shares} | {peaks} |"
+        f"| {pair['title']} | {first['rows']} | {heft_epoch:.2f} | {before:.1f} | {baseline_epoch:.2f} | {epochs} "
+        f"| {_ratio(heft, baseline, _total)} | {first['tokens'] / heft_epoch:.0f} | {shares} | {peaks} |"
     )
 
 
-def _ratio(ours: list[dict[str, Any]], theirs: list[dict[str, Any]], seconds: Any) -> str:
-    ratios = [seconds(b) / seconds(a) for a, b in zip(ours, theirs, strict=True)]
-    middle = f"**{statistics.median(ratios):.1f}**"
-    return middle if len(ratios) == 1 else f"{middle} ({min(ratios):.1f} to {max(ratios):.1f})"
+def _ratio(heft: list[dict[str, Any]], baseline: list[dict[str, Any]], seconds: Any) -> str:
+    ratios = [seconds(b) / seconds(a) for a, b in zip(heft, baseline, strict=True)]
+    median = f"**{statistics.median(ratios):.1f}**"
+    return median if len(ratios) == 1 else f"{median} ({min(ratios):.1f} to {max(ratios):.1f})"
 
 
-def _skips(run: dict[str, Any]) -> bool:
-    """Whether cached work is left out, so that arithmetic by tokens means nothing."""
+def _is_cached(run: dict[str, Any]) -> bool:
+    """Returns whether a stage uses a cache, so that its operations don't follow from its tokens."""
     return any(stage.get("rung", "nothing") != "nothing" for stage in run["stages"])
 
 
@@ -101,7 +102,7 @@ def _share(side: list[dict[str, Any]]) -> float:
 
 
 def _epoch(run: dict[str, Any]) -> float:
-    """Of all stages: the median over each one's epochs."""
+    """Seconds of an epoch: the median over the epochs of a stage, summed over stages."""
     return float(sum(statistics.median(stage["epochs"]) for stage in run["stages"]))
 
 
@@ -115,8 +116,8 @@ def _losses(result: dict[str, Any]) -> list[str]:
         "",
         "## The same losses",
         "",
-        f"Of {result['float32']['steps']} steps: the largest relative difference to the plain computation (the whole "
-        "model every step, nothing cached, nothing compiled), in one process.",
+        f"The largest relative difference of {result['float32']['steps']} step losses to plain training (the whole "
+        "model in every step, without cache and compilation), in one process.",
         "",
         "| | float32 | bfloat16 |",
         "| --- | --- | --- |",
@@ -132,63 +133,64 @@ def _reuse(result: dict[str, Any]) -> list[str]:
         "",
         "## A second job with the same stage 1",
         "",
-        f"Another rank in stage 2. From the start of the run to that of stage 2 the first job took "
+        f"With another rank in stage 2. From the start of the run to that of stage 2 the first job took "
         f"{first['stage1_seconds']:.1f} s ({first['lora_steps']} LoRA steps, then {first['reft_steps']} of LoReFT), "
         f"the second {second['stage1_seconds']:.1f} s ({second['lora_steps']} and {second['reft_steps']}).",
     ]
 
 
 def _profile(result: dict[str, Any]) -> list[str]:
-    ways = [name for name in ("as they are", "compiled") if name in result]
-    parts = [name for name in result[ways[0]] if name != "milliseconds"]
-    whole = " | ".join(f"{result[way]['milliseconds']:.0f} ms" for way in ways)
+    variants = [name for name in ("not compiled", "compiled") if name in result]
+    parts = [name for name in result[variants[0]] if name != "milliseconds"]
+    total = " | ".join(f"{result[variant]['milliseconds']:.0f} ms" for variant in variants)
     return [
         "",
-        "## Where a step of stage 1 spends its time",
+        "## Time of a step of stage 1",
         "",
         f"{result['tokens']} tokens, by torch's profiler.",
         "",
-        f"| | layers {' | layers '.join(ways)} |",
-        "| --- |" + " --- |" * len(ways),
-        f"| whole step | {whole} |",
-        *(f"| {name} | {' | '.join(f'{result[way][name]:.0f} %' for way in ways)} |" for name in parts),
+        f"| | layers {' | layers '.join(variants)} |",
+        "| --- |" + " --- |" * len(variants),
+        f"| whole step | {total} |",
+        *(
+            f"| {name} | {' | '.join(f'{result[variant][name]:.0f} %' for variant in variants)} |"
+            for name in parts
+        ),
     ]
 
 
 def _memory(cases: dict[str, list[dict[str, Any]]]) -> list[str]:
     lines = [
         "",
-        "## What a stage was to take, and took",
+        "## Estimated and actual memory of a stage",
         "",
-        "Whole runs of 16 rows (8 of the longest): the process's memory in GB, as estimated when the stage began and "
-        "as it was at most.",
+        "Runs of 16 rows (8 of the longest): the process's memory in GB, as estimated when the stage starts, and its "
+        "actual peak.",
         "",
-        "| | stage | cache | estimated | held | ratio |",
+        "| | stage | cache | estimated | actual | ratio |",
         "| --- | --- | --- | --- | --- | --- |",
     ]
     return lines + [
-        f"| {name} | {one['type']} | {one['rung']} | {one['estimated'] / 1e9:.2f} | {one['held'] / 1e9:.2f} "
-        f"| {one['estimated'] / one['held']:.2f} |"
+        f"| {name} | {stage['type']} | {stage['rung']} | {stage['estimated'] / 1e9:.2f} | {stage['held'] / 1e9:.2f} "
+        f"| {stage['estimated'] / stage['held']:.2f} |"
         for name, stages in cases.items()
-        for one in stages
+        for stage in stages
     ]
 
 
-def _growth(folder: Path, name: str, part: dict[str, Any]) -> list[str]:
+def _scaling(folder: Path, name: str, part: dict[str, Any]) -> list[str]:
     seconds = {value: _epoch(run) for value, run in part["points"]}
-    picture = f"{name}.png"
+    plot = f"{name}.png"
     figure, axes = plt.subplots(figsize=(5, 3))
     axes.plot(list(seconds), list(seconds.values()), marker="o")
     axes.set_xlabel(part["name"])
-    axes.set_ylabel("seconds an epoch")
+    axes.set_ylabel("seconds per epoch")
     axes.set_ylim(bottom=0)
     figure.tight_layout()
-    figure.savefig(folder / picture, dpi=100)
+    figure.savefig(folder / plot, dpi=100)
     plt.close(figure)
-    values = ", ".join(f"{value}: {spent:.2f}" for value, spent in seconds.items())
-    rows = part["points"][0][1]["rows"]
-    of = "" if part["name"] == "rows" else f" ({rows} rows)"
-    of += (
-        " LoRA's rank is twice the number" if (part["what"], part["name"]) == ("stage1-ours", "rank") else ""
-    )
-    return ["", f"**{part['what']}, by {part['name']}**{of}. {values}.", "", f"![{name}]({picture})"]
+    values = ", ".join(f"{value}: {epoch_seconds:.2f}" for value, epoch_seconds in seconds.items())
+    note = "" if part["name"] == "rows" else f" ({part['points'][0][1]['rows']} rows)"
+    if (part["what"], part["name"]) == ("stage1-heft", "rank"):
+        note += " LoRA's rank is twice the number"
+    return ["", f"**{part['what']}, by {part['name']}**{note}. {values}.", "", f"![{name}]({plot})"]

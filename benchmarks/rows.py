@@ -1,4 +1,4 @@
-"""The rows that both sides train on, tokenised once, in the engine's own encoding."""
+"""The rows of HEFT and baselines, encoded once by the engine."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ def base_model(reference: str) -> BaseModel:
 
 
 def packed_model(base: BaseModel) -> PackedLM:
-    """Our side, in the dtype that a run would choose here."""
+    """Returns the model in the dtype that a run would choose on this machine."""
     return PackedLM(
         load_model(base, dtype=choose_dtype("auto", "cpu"), device="cpu", attention=IMPLEMENTATION)
     )
@@ -30,27 +30,27 @@ def packed_model(base: BaseModel) -> PackedLM:
 
 def read(data: Path | None, count: int) -> list[Row]:
     if data is None:
-        found = list(samples.generate("passages", "train"))[:count]
+        objects = list(samples.generate("passages", "train"))[:count]
     else:
-        found = [json.loads(line) for line in data.read_text().splitlines()[:count]]
-    rows = [parse_row(row) for row in found]
+        objects = [json.loads(line) for line in data.read_text().splitlines()[:count]]
+    rows = [parse_row(row) for row in objects]
     if len(rows) < count:
-        raise SystemExit(f"{count} rows are needed, there are {len(rows)}")
+        raise SystemExit(f"{count} rows are needed, but there are {len(rows)}")
     return rows
 
 
 def examples(base: BaseModel, data: Path | None, count: int, length: int | None = None) -> list[Example]:
-    """The first `count` rows of a file of JSON lines (or of the generated sample), supervised.
+    """Returns the first `count` rows of a JSONL file (None: of the sample), with their right answers.
 
-    `length`: every prompt gets so many tokens, cut, or filled from the front with those of other rows.
+    `length`: tokens of every prompt, which is cut, or extended at its front with tokens of other rows.
     """
     rows = read(data, count)
     encoder = Encoder(load_tokenizer(base.path), Task.resolve(TaskSettings(), infer_task(rows)))
-    found_examples = [example.supervised() for row in rows for example in encoder.encode(row)]
+    supervised = [example.supervised() for row in rows for example in encoder.encode(row)]
     if length is None:
-        return found_examples
-    pool = [token for example in found_examples for token in example.prompt] * (1 + length // 64)
+        return supervised
+    pool = [token for example in supervised for token in example.prompt] * (1 + length // 64)
     return [
         replace(example, prompt=(*pool[37 * i : 37 * i + length], *example.prompt)[-length:])
-        for i, example in enumerate(found_examples)
+        for i, example in enumerate(supervised)
     ]

@@ -1,4 +1,4 @@
-"""See the package. Each part writes its results beside the others', and SERVING.md from all of them."""
+"""Runs the parts of the benchmark and writes SERVING.md; see the package's docstring."""
 
 from __future__ import annotations
 
@@ -24,12 +24,12 @@ PARTS: dict[str, Callable[[argparse.Namespace], dict[str, Any]]] = {
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    given = list(arguments if arguments is not None else sys.argv[1:])
-    options = parser().parse_args(given)
+    arguments = list(arguments if arguments is not None else sys.argv[1:])
+    options = parser().parse_args(arguments)
     FOLDER.mkdir(exist_ok=True)
-    retain_freed_memory()  # theirs and ours alike
+    retain_freed_memory()  # for the baselines too
     for part in options.parts:
-        command = shlex.join(["python", "-m", "benchmarks.serving", *given])
+        command = shlex.join(["python", "-m", "benchmarks.serving", *arguments])
         result = {"command": command, **PARTS[part](options)}
         (FOLDER / f"{part}.json").write_text(json.dumps(result, indent=1))
         report.write(FOLDER)
@@ -39,11 +39,11 @@ def main(arguments: Sequence[str] | None = None) -> None:
 def parser() -> argparse.ArgumentParser:
     top = argparse.ArgumentParser(prog="python -m benchmarks.serving", description=__doc__)
     top.add_argument("--model", default="smollm2-135m")
-    top.add_argument("--data", type=Path, required=True, help="yes/no rows, JSON lines")
+    top.add_argument("--data", type=Path, required=True, help="JSONL file of yes/no rows")
     top.add_argument("--rows", type=int, default=60)
     top.add_argument("--repeat", type=int, default=3)
     top.add_argument("--models", type=int, nargs="+", default=[1, 10, 100, 1_000])
-    top.add_argument("--compared", type=int, default=20, help="models held merged as well, for comparison")
+    top.add_argument("--compared", type=int, default=20, help="models that are compared with merged copies")
     top.add_argument("--clients", type=int, nargs="+", default=[1, 8, 64])
     top.add_argument("--seconds", type=float, default=600, help="of the overload")
     quick = [part for part in PARTS if part != "overload"]

@@ -1,4 +1,4 @@
-"""What people would use otherwise: pyreft's `generate`, a row at a time, and a plain forward pass of transformers."""
+"""The baselines: pyreft's `generate`, one row at a time, and a forward pass of transformers."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from heft_engine.model.base_models import load_tokenizer
 
 
 class Pyreft:
-    """A merged model with an intervention, asked as its own documentation does it: a new token for each row."""
+    """A merged model with an intervention, used as in pyreft's documentation: one new token for each row."""
 
     def __init__(self, model: Any, path: Path) -> None:
         with warnings.catch_warnings():
@@ -48,7 +48,7 @@ class Pyreft:
 
 
 class Plain:
-    """One forward pass for each row, no intervention."""
+    """A forward pass for each row, without intervention."""
 
     def __init__(self, model: Any) -> None:
         self._model = model

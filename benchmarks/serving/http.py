@@ -1,4 +1,4 @@
-"""Over HTTP: the real stack (`heft up`), asked by clients elsewhere, against the library on the same rows."""
+"""The parts over HTTP: the whole service (`heft up`), compared with the library on the same rows, and overloaded."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ import httpx
 import psutil
 
 from benchmarks import rows
-from benchmarks.serving.library import questions, scored, seconds
+from benchmarks.serving.library import questions, score, seconds
 from cli.stack.home import Home
 from cli.stack.up import running_stack
 from heft_engine.inference.model_variant import ModelVariant
@@ -36,23 +36,23 @@ class Stack:
 
     @property
     def resident_bytes(self) -> dict[str, int]:
-        """Of the API and of the inference worker."""
-        found: dict[str, int] = {}
+        """Resident memory of the API and of the inference worker."""
+        by_process: dict[str, int] = {}
         for child in self.process.children(recursive=True):
             command = " ".join(child.cmdline())
             for name, words in (("api", "-m cli api"), ("inference", "inference")):
                 if words in command:
-                    found[name] = found.get(name, 0) + child.memory_info().rss
-        return found
+                    by_process[name] = by_process.get(name, 0) + child.memory_info().rss
+        return by_process
 
 
-#: A trainer writes a checkpoint before it goes, and the stack gives it 65 seconds.
+#: Above the 65 seconds that the service gives a trainer to write its checkpoint.
 _STOP_SECONDS = 100.0
 
 
 @contextmanager
 def heft_up(model: str, **settings: str) -> Iterator[Stack]:
-    """`heft up` in a folder of its own, until the body ends; `model` can be asked when it begins."""
+    """Runs `heft up` in a folder of its own during the `with` block, with `model` loaded."""
     environment = {name: value for name, value in os.environ.items() if not name.startswith("HEFT_")}
     with tempfile.TemporaryDirectory() as folder:
         command = [sys.executable, "-m", "cli", "--home", folder, "up", "--port", "0"]
@@ -62,7 +62,7 @@ def heft_up(model: str, **settings: str) -> Iterator[Stack]:
             end = time.monotonic() + 120
             while not _is_ready(home, model):
                 if time.monotonic() > end or process.poll() is not None:
-                    raise SystemExit("heft up did not come up")
+                    raise SystemExit("heft up did not start")
                 time.sleep(0.2)
             record = running_stack(home)
             assert record is not None
@@ -72,7 +72,7 @@ def heft_up(model: str, **settings: str) -> Iterator[Stack]:
             try:
                 process.wait(_STOP_SECONDS)
             except subprocess.TimeoutExpired:
-                process.kill()  # what it has started goes with it
+                process.kill()  # its children end with it
                 process.wait()
 
 
@@ -91,10 +91,11 @@ def _is_ready(home: Home, model: str) -> bool:
     return answer.status_code == 200
 
 
-def load(stack: Stack, options: argparse.Namespace, **given: Any) -> dict[str, Any]:
+def load(stack: Stack, options: argparse.Namespace, **settings: Any) -> dict[str, Any]:
+    """Runs the load generator."""
     command = [sys.executable, "-m", "benchmarks.serving.load", "--url", stack.url, "--key", stack.key]
     command += ["--model", options.model, "--data", str(options.data), "--rows", str(options.rows)]
-    for name, value in given.items():
+    for name, value in settings.items():
         command += [f"--{name}", str(value)]
     done = subprocess.run(command, check=True, capture_output=True, text=True)
     result: dict[str, Any] = json.loads(done.stdout)
@@ -102,28 +103,28 @@ def load(stack: Stack, options: argparse.Namespace, **given: Any) -> dict[str, A
 
 
 def over_http(options: argparse.Namespace) -> dict[str, Any]:
-    """Latencies and rows a second at 1, 8 and 64 clients, the library in between."""
+    """Measures latencies and rows per second at 1, 8 and 64 clients, alternating with the library."""
     base = rows.base_model(options.model)
-    weights = ModelVariant(lm=run_in_short_lived_thread(lambda: rows.packed_model(base)))
+    variant = ModelVariant(lm=run_in_short_lived_thread(lambda: rows.packed_model(base)))
     examples = questions(options, base, options.rows)
     batcher = Batcher()
-    scored(batcher, weights, examples[:8])
-    found: dict[str, Any] = {str(clients): {"latencies": [], "ratios": []} for clients in options.clients}
+    score(batcher, variant, examples[:8])
+    results: dict[str, Any] = {str(clients): {"latencies": [], "ratios": []} for clients in options.clients}
     single, library = [], []
     with heft_up(options.model, HEFT_PREFIX_CACHE_BYTES="0") as stack:
         load(stack, options, clients=8, requests=options.rows)
         for _ in range(options.repeat):
-            single += [seconds(lambda e=e: scored(batcher, weights, [e])) for e in examples]  # type: ignore[misc]
-            library.append(seconds(lambda: scored(batcher, weights, examples)))
+            single += [seconds(lambda e=e: score(batcher, variant, [e])) for e in examples]  # type: ignore[misc]
+            library.append(seconds(lambda: score(batcher, variant, examples)))
             for clients in options.clients:
-                # The first pass and the last are not full: there must be others.
+                # Enough requests that most batches are full; the first and the last are not.
                 requests = max(options.rows * (1 if clients == 1 else 2), 4 * clients)
                 result = load(stack, options, clients=clients, requests=requests)
-                library.append(seconds(lambda: scored(batcher, weights, examples)))
-                # Before and after: the machine is not as fast in one minute as in the next.
-                own = sum(library[-2:]) / 2 / options.rows
-                found[str(clients)]["latencies"] += result["latencies"]
-                found[str(clients)]["ratios"].append(own / (result["seconds"] / requests))
+                library.append(seconds(lambda: score(batcher, variant, examples)))
+                # The mean of before and after, since the machine's speed varies.
+                library_seconds = sum(library[-2:]) / 2 / options.rows
+                results[str(clients)]["latencies"] += result["latencies"]
+                results[str(clients)]["ratios"].append(library_seconds / (result["seconds"] / requests))
     batcher.close()
     return {
         "kind": "http",
@@ -132,22 +133,22 @@ def over_http(options: argparse.Namespace) -> dict[str, Any]:
         "library_single": statistics.median(single),
         "clients": {
             clients: {
-                "milliseconds": _percentiles(one["latencies"]),
-                "rows_per_second_over_library": one["ratios"],
+                "milliseconds": _percentiles(result["latencies"]),
+                "rows_per_second_over_library": result["ratios"],
             }
-            for clients, one in found.items()
+            for clients, result in results.items()
         },
         "added_milliseconds": 1_000
-        * (statistics.median(found[str(options.clients[0])]["latencies"]) - statistics.median(single)),
+        * (statistics.median(results[str(options.clients[0])]["latencies"]) - statistics.median(single)),
     }
 
 
 def overload(options: argparse.Namespace) -> dict[str, Any]:
-    """Twice as many requests as can be answered, for minutes."""
+    """Sends requests at twice the capacity for minutes."""
     with heft_up(options.model) as stack:
         load(stack, options, clients=8, requests=options.rows)
-        measured = load(stack, options, clients=64, requests=4 * options.rows)
-        capacity = 4 * options.rows / measured["seconds"]
+        saturated = load(stack, options, clients=64, requests=4 * options.rows)
+        capacity = 4 * options.rows / saturated["seconds"]
         memory = [stack.resident_bytes]
         results = []
         for _ in range(4):
@@ -173,8 +174,8 @@ def overload(options: argparse.Namespace) -> dict[str, Any]:
     }
 
 
-def _percentiles(found: list[float]) -> dict[str, float]:
-    ordered = sorted(found)
+def _percentiles(latencies: list[float]) -> dict[str, float]:
+    ordered = sorted(latencies)
     return {
         f"p{percent}": 1_000 * ordered[min(len(ordered) - 1, len(ordered) * percent // 100)]
         for percent in (50, 90, 99)

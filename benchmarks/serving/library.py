@@ -1,4 +1,4 @@
-"""The library's part: one model on distinct rows and on repeated passages, and many models on one base."""
+"""The library's parts: one model on distinct rows and on repeated passages, and many models on one base."""
 
 from __future__ import annotations
 
@@ -37,9 +37,9 @@ from heft_engine.serving.batcher import Batcher
 from heft_engine.serving.row_adapters import adapt_rows
 
 PREFIX_BYTES = 512 * 1024**2
-#: What passes are made of: the functions that do it.
+#: The functions of each kind of operation in a forward pass.
 _OPERATIONS = {
-    "matrix products (on matrix units with the norms and gated activations around them)": (
+    "matrix products (with AMX, the norms and gated activations around them too)": (
         ("heft_engine.model.batch_invariant:BatchInvariantMode", "linear"),
         *(("heft_engine.cpu.amx:AmxOps", name) for name in ("norm_linears", "linear", "gated_mlp")),
     ),
@@ -51,71 +51,71 @@ _OPERATIONS = {
         ("heft_engine.cpu.fused_ops:FusedOps", name) for name in ("rms_norm", "rotate")
     ),
 }
-#: Tokens of the prompts that every model is asked alone and among the others.
+#: Tokens of the prompts that every model answers alone and in mixed batches.
 SHORT = 48
 
 
 def seconds(work: Callable[[], object]) -> float:
-    """What it takes, in a thread of its own: nobody is slowed by threads that another one left behind."""
-    began = time.perf_counter()
+    """Measures work in a thread of its own, so that threads of earlier work do not slow it."""
+    started_at = time.perf_counter()
     run_in_short_lived_thread(work)
-    return time.perf_counter() - began
+    return time.perf_counter() - started_at
 
 
 def questions(options: argparse.Namespace, base: Any, count: int, per_passage: int = 1) -> list[Example]:
-    """`count` rows; of `per_passage` that follow one another all get the first one's passage."""
-    found = rows.read(options.data, count)
-    encoder = Encoder(load_tokenizer(base.path), Task.resolve(TaskSettings(), infer_task(found)))
-    first = [found[index // per_passage * per_passage] for index in range(count)]
+    """Returns `count` rows, of which each `per_passage` consecutive ones have the same passage."""
+    read = rows.read(options.data, count)
+    encoder = Encoder(load_tokenizer(base.path), Task.resolve(TaskSettings(), infer_task(read)))
+    passages = [read[index // per_passage * per_passage].passage for index in range(count)]
     return [
-        encoder.question(replace(row, passage=other.passage)) for row, other in zip(found, first, strict=True)
+        encoder.question(replace(row, passage=passage)) for row, passage in zip(read, passages, strict=True)
     ]
 
 
-def scored(
-    batcher: Batcher, weights: ModelVariant, examples: Sequence[Example], scale: float = 1.0
+def score(
+    batcher: Batcher, variant: ModelVariant, examples: Sequence[Example], scale: float = 1.0
 ) -> list[Scores]:
-    return batcher.submit(weights, examples, scale=scale).result()
+    return batcher.submit(variant, examples, scale=scale).result()
 
 
 def one_model(options: argparse.Namespace, per_passage: int) -> dict[str, Any]:
-    """Rows a second of ours, pyreft's generate and plain transformers, in turn; what the intervention costs."""
+    """Measures rows per second of HEFT, with and without its intervention, pyreft and transformers, alternately."""
     base = rows.base_model(options.model)
     examples = questions(options, base, options.rows, per_passage)
     tokens = sum(map(packed_length, examples))
-    weights = run_in_short_lived_thread(lambda: synthetic.merged(rows.packed_model(base), 1))
-    lm = weights.lm
-    peers = {
+    variant = run_in_short_lived_thread(lambda: synthetic.merged(rows.packed_model(base), 1))
+    lm = variant.lm
+    baselines = {
         "transformers": run_in_short_lived_thread(lambda: Plain(load(base.path, lm.dtype)).answer),
         "pyreft": run_in_short_lived_thread(lambda: Pyreft(load(base.path, lm.dtype), base.path).answer),
     }
-    for peer in peers.values():
-        seconds(lambda p=peer: p(examples[:2]))  # type: ignore[misc]
-    kept = PREFIX_BYTES if per_passage > 1 else 0
-    times: dict[str, list[float]] = {name: [] for name in ("ours", "off", *peers)}
+    for baseline in baselines.values():
+        seconds(lambda b=baseline: b(examples[:2]))  # type: ignore[misc]
+    prefix_bytes = PREFIX_BYTES if per_passage > 1 else 0
+    times: dict[str, list[float]] = {name: [] for name in ("ours", "off", *baselines)}
     rates = []
     for turn in range(options.repeat):
-        batcher = Batcher(prefix_bytes=kept)
-        scored(batcher, weights, examples)
-        # Whoever comes second finds warm caches.
+        batcher = Batcher(prefix_bytes=prefix_bytes)
+        score(batcher, variant, examples)
+        # Alternating order, because the second finds warm caches.
         for name in ("ours", "off") if turn % 2 else ("off", "ours"):
-            batcher.clear_prefixes(weights.scope)  # no passage has been seen
+            batcher.clear_prefixes(variant.scope)
             scale = 1.0 if name == "ours" else 0.0
-            times[name].append(seconds(lambda b=batcher, s=scale: scored(b, weights, examples, s)))  # type: ignore[misc]
-        batcher.close()  # its threads would slow the others' (heft_engine.runtime.threads)
+            times[name].append(seconds(lambda b=batcher, s=scale: score(b, variant, examples, s)))  # type: ignore[misc]
+        batcher.close()  # its threads would slow the baselines (heft_engine.runtime.threads)
         rates.append(run_in_short_lived_thread(lambda: matrix_rate(lm.dtype)))
-        for name, peer in peers.items():
-            times[name].append(seconds(lambda p=peer: p(examples)))  # type: ignore[misc]
-    spent = _spent(weights, examples) if per_passage == 1 else {}
+        for name, baseline in baselines.items():
+            times[name].append(seconds(lambda b=baseline: b(examples)))  # type: ignore[misc]
+    spent = _time_shares(variant, examples) if per_passage == 1 else {}
     parameters = sum(p.numel() for layer in lm.layers for p in layer.parameters())
     ours = statistics.median(times["ours"])
-    ratios = {name: [t / o for t, o in zip(times[name], times["ours"], strict=True)] for name in peers}
+    ratios = {name: [t / o for t, o in zip(times[name], times["ours"], strict=True)] for name in baselines}
     return {
         "kind": "one-model",
         "rows": len(examples),
         "per_passage": per_passage,
         "tokens": tokens,
-        "rows_per_second": {name: len(examples) / statistics.median(found) for name, found in times.items()},
+        "rows_per_second": {name: len(examples) / statistics.median(runs) for name, runs in times.items()},
         "ratios": ratios,
         "intervention": [on / off - 1 for on, off in zip(times["ours"], times["off"], strict=True)],
         "share": 2 * parameters * tokens / ours / statistics.median(rates),
@@ -125,10 +125,10 @@ def one_model(options: argparse.Namespace, per_passage: int) -> dict[str, Any]:
     }
 
 
-def _spent(weights: ModelVariant, examples: Sequence[Example]) -> dict[str, float]:
-    """Of a pass's time, in percent; all lanes together."""
+def _time_shares(variant: ModelVariant, examples: Sequence[Example]) -> dict[str, float]:
+    """Returns percentages of the time of a forward pass by kind of operation, over all its threads."""
     batcher = Batcher(prefix_bytes=0)
-    scored(batcher, weights, examples)
+    score(batcher, variant, examples)
     spent = dict.fromkeys(_OPERATIONS, 0.0)
     with ExitStack() as stack:
         for name, functions in _OPERATIONS.items():
@@ -137,30 +137,32 @@ def _spent(weights: ModelVariant, examples: Sequence[Example]) -> dict[str, floa
                     target = pkgutil.resolve_name(owner)
                     timed = _timed(getattr(target, function), spent, name)
                     stack.enter_context(mock.patch.object(target, function, timed))
-        whole = seconds(lambda: scored(batcher, weights, examples))
-    lanes_used = min(parallel.job_threads(weights.lm.device), len(examples))
+        total = seconds(lambda: score(batcher, variant, examples))
+    threads = min(parallel.job_threads(variant.lm.device), len(examples))
     batcher.close()
-    found = {name: 100 * taken / (whole * lanes_used) for name, taken in spent.items()}
-    return found | {"the rest (residuals' sums, calls, threads that wait)": 100 - sum(found.values())}
+    shares = {name: 100 * time_spent / (total * threads) for name, time_spent in spent.items()}
+    return shares | {"the rest (residual sums, calls, waiting threads)": 100 - sum(shares.values())}
 
 
 def _timed(function: Callable[..., Any], spent: dict[str, float], name: str) -> Callable[..., Any]:
     lock = threading.Lock()
 
     def timed(*args: Any, **options: Any) -> Any:
-        began = time.perf_counter()
+        started_at = time.perf_counter()
         try:
             return function(*args, **options)
         finally:
             with lock:
-                spent[name] += time.perf_counter() - began
+                spent[name] += time.perf_counter() - started_at
 
     return timed
 
 
 def many_models(options: argparse.Namespace) -> dict[str, Any]:
-    """Requests spread over 1, 10, 100 and 1,000 models of one base, against one model; what they hold; whether every
-    answer is the one that its model gives alone."""
+    """Measures requests to 1, 10, 100 and 1,000 models of one base against requests to one model.
+
+    Also measures the models' memory, and counts answers that differ from those that a model gives alone.
+    """
     base = rows.base_model(options.model)
     lm = run_in_short_lived_thread(lambda: rows.packed_model(base))
     adapt_rows(lm)
@@ -168,72 +170,73 @@ def many_models(options: argparse.Namespace) -> dict[str, Any]:
     examples = questions(options, base, options.rows)
     merged = run_in_short_lived_thread(lambda: synthetic.merged(lm, 0))
     batcher = Batcher(prefix_bytes=0)
-    scored(batcher, merged, examples[:8])
+    score(batcher, merged, examples[:8])
     gc.collect()
     before = psutil.Process().memory_info().rss
-    held = run_in_short_lived_thread(
+    variants = run_in_short_lived_thread(
         lambda: [synthetic.unmerged(lm, seed) for seed in range(max(options.models))]
     )
     gc.collect()
     memory = psutil.Process().memory_info().rss - before
-    own = sum(weights.adapter.memory_bytes for weights in held)  # type: ignore[union-attr]
+    adapter_bytes = sum(variant.adapter.memory_bytes for variant in variants)  # type: ignore[union-attr]
     results: dict[str, Any] = {}
     for count in options.models:
         results[str(count)] = {"spread": [], "alone": []}
     for _ in range(options.repeat):
         for count in options.models:
-            spread = [held[(index * 7) % count] for index in range(len(examples))]
-            results[str(count)]["spread"].append(seconds(lambda s=spread: _each(batcher, s, examples)))  # type: ignore[misc]
-            results[str(count)]["alone"].append(seconds(lambda: scored(batcher, merged, examples)))
-    together = _each(
-        batcher, [held[index % len(held)] for index in range(len(held))], _many(examples, len(held))
-    )
+            spread = [variants[(index * 7) % count] for index in range(len(examples))]
+            results[str(count)]["spread"].append(seconds(lambda s=spread: _score_each(batcher, s, examples)))  # type: ignore[misc]
+            results[str(count)]["alone"].append(seconds(lambda: score(batcher, merged, examples)))
+    short = _short_examples(examples, len(variants))
+    mixed = _score_each(batcher, variants, short)
     differing = sum(
-        scored(batcher, weights, [example])[0] != scores
-        for weights, example, scores in zip(held, _many(examples, len(held)), together, strict=True)
+        score(batcher, variant, [example])[0] != scores
+        for variant, example, scores in zip(variants, short, mixed, strict=True)
     )
-    merged_too = _merged_too(batcher, lm, held[: options.compared], examples)
+    merged_too = _compare_merged(batcher, lm, variants[: options.compared], examples)
     batcher.close()
     return {
         "kind": "many-models",
         "rows": len(examples),
         "models": results,
         "memory_bytes": memory,
-        "adapter_bytes": own,
+        "adapter_bytes": adapter_bytes,
         "differing": differing,
-        "compared": len(held),
+        "compared": len(variants),
         "merged_too": merged_too,
         "threads": torch.get_num_threads(),
     }
 
 
-def _many(examples: Sequence[Example], count: int) -> list[Example]:
-    """Short ones: a thousand models are asked twice."""
+def _short_examples(examples: Sequence[Example], count: int) -> list[Example]:
+    """Returns `count` examples with short prompts."""
     short = [replace(example, prompt=example.prompt[-SHORT:]) for example in examples]
     return [short[index % len(short)] for index in range(count)]
 
 
-def _each(batcher: Batcher, weights: Sequence[ModelVariant], examples: Sequence[Example]) -> list[Scores]:
-    """A request for each row, all at once."""
-    futures = [batcher.submit(w, [e]) for w, e in zip(weights, examples, strict=True)]
+def _score_each(
+    batcher: Batcher, variants: Sequence[ModelVariant], examples: Sequence[Example]
+) -> list[Scores]:
+    """Submits a request for each row at once."""
+    futures = [batcher.submit(variant, [e]) for variant, e in zip(variants, examples, strict=True)]
     return [future.result()[0] for future in futures]
 
 
-def _merged_too(
-    batcher: Batcher, lm: PackedLM, held: Sequence[ModelVariant], examples: Sequence[Example]
+def _compare_merged(
+    batcher: Batcher, lm: PackedLM, variants: Sequence[ModelVariant], examples: Sequence[Example]
 ) -> dict[str, float]:
-    """Of some models, unmerged against merged: the largest and the usual difference of a row's label margin, beside
-    the spread of the margins."""
+    """Compares unmerged models with merged copies: largest and median difference of a row's label margin, and the
+    standard deviation of the margins."""
     differences, margins, changed = [], [], 0
-    for seed, weights in enumerate(held):
-        some = [examples[(seed + i) % len(examples)] for i in range(4)]
-        twin = run_in_short_lived_thread(lambda s=seed: synthetic.merged(lm, s))  # type: ignore[misc]
-        merged = scored(batcher, twin, some)
-        for one, other in zip(scored(batcher, weights, some), merged, strict=True):
-            margin = [scores.totals[0] - scores.totals[1] for scores in (one, other)]
+    for seed, variant in enumerate(variants):
+        compared = [examples[(seed + i) % len(examples)] for i in range(4)]
+        copy = run_in_short_lived_thread(lambda s=seed: synthetic.merged(lm, s))  # type: ignore[misc]
+        merged_scores = score(batcher, copy, compared)
+        for unmerged, merged in zip(score(batcher, variant, compared), merged_scores, strict=True):
+            margin = [scores.totals[0] - scores.totals[1] for scores in (unmerged, merged)]
             differences.append(abs(margin[0] - margin[1]))
             margins.append(margin[1])
-            changed += one.best != other.best
+            changed += unmerged.best != merged.best
     return {
         "rows": len(differences),
         "largest": max(differences),

@@ -1,5 +1,7 @@
-"""A load generator in a process of its own: so many clients that each ask again when they are answered, or so many
-requests a second whatever becomes of them. One JSON object on stdout."""
+"""A load generator, in a process of its own: closed loop (a number of clients) or open loop (requests per second).
+
+Prints one JSON object.
+"""
 
 from __future__ import annotations
 
@@ -20,53 +22,57 @@ def bodies(options: argparse.Namespace) -> list[dict[str, Any]]:
 
 
 class Load:
-    def __init__(self, client: aiohttp.ClientSession, asked: list[dict[str, Any]]) -> None:
+    """Sends requests and records their statuses and latencies."""
+
+    def __init__(self, client: aiohttp.ClientSession, bodies: list[dict[str, Any]]) -> None:
         self._client = client
-        self._asked = asked
+        self._bodies = bodies
         self._next = 0
         self.latencies: list[float] = []
         self.statuses: Counter[str] = Counter()
-        self.bare_refusals = 0
+        self.without_retry_after = 0  #: refused requests
 
-    async def ask(self) -> None:
-        body = self._asked[self._next % len(self._asked)]
+    async def send(self) -> None:
+        body = self._bodies[self._next % len(self._bodies)]
         self._next += 1
-        began = time.perf_counter()
+        started_at = time.perf_counter()
         try:
-            async with self._client.post("/predict", json=body) as answer:
-                await answer.read()
+            async with self._client.post("/predict", json=body) as response:
+                await response.read()
         except (aiohttp.ClientError, TimeoutError) as fault:
             self.statuses[type(fault).__name__] += 1
             return
-        self.statuses[str(answer.status)] += 1
-        if answer.status == 200:
-            self.latencies.append(time.perf_counter() - began)
-        elif "Retry-After" not in answer.headers:
-            self.bare_refusals += 1
+        self.statuses[str(response.status)] += 1
+        if response.status == 200:
+            self.latencies.append(time.perf_counter() - started_at)
+        elif "Retry-After" not in response.headers:
+            self.without_retry_after += 1
 
-    async def closed(self, clients: int, requests: int) -> None:
-        left = iter(range(requests))
+    async def closed_loop(self, clients: int, requests: int) -> None:
+        """Sends a number of requests from clients that each wait for their response."""
+        remaining = iter(range(requests))
 
-        async def one() -> None:
-            for _ in left:
-                await self.ask()
+        async def client() -> None:
+            for _ in remaining:
+                await self.send()
 
-        await asyncio.gather(*(one() for _ in range(clients)))
+        await asyncio.gather(*(client() for _ in range(clients)))
 
-    async def opened(self, rate: float, seconds: float) -> None:
-        began, sent, under_way = time.perf_counter(), 0, set[asyncio.Task[None]]()
-        while (passed := time.perf_counter() - began) < seconds:
-            while sent < passed * rate:
-                task = asyncio.create_task(self.ask())
-                under_way.add(task)
-                task.add_done_callback(under_way.discard)
+    async def open_loop(self, rate: float, seconds: float) -> None:
+        """Sends requests at a rate (per second), whether or not they are answered."""
+        started_at, sent, tasks = time.perf_counter(), 0, set[asyncio.Task[None]]()
+        while (elapsed := time.perf_counter() - started_at) < seconds:
+            while sent < elapsed * rate:
+                task = asyncio.create_task(self.send())
+                tasks.add(task)
+                task.add_done_callback(tasks.discard)
                 sent += 1
             await asyncio.sleep(0.005)
-        await asyncio.gather(*under_way)
+        await asyncio.gather(*tasks)
 
 
 async def main(options: argparse.Namespace) -> dict[str, Any]:
-    # Not httpx: its pool looks at every connection for every request, and a thousand that wait took a whole core.
+    # Not httpx, whose pool scans all connections for every request: a thousand waiting ones took a whole core.
     async with aiohttp.ClientSession(
         options.url,
         headers={"authorization": f"Bearer {options.key}"},
@@ -74,19 +80,19 @@ async def main(options: argparse.Namespace) -> dict[str, Any]:
         connector=aiohttp.TCPConnector(limit=0, keepalive_timeout=5),
     ) as client:
         load = Load(client, bodies(options))
-        await load.ask()
+        await load.send()  # a warm-up
         load.latencies.clear()
         load.statuses.clear()
-        began = time.perf_counter()
+        started_at = time.perf_counter()
         if options.rate:
-            await load.opened(options.rate, options.seconds)
+            await load.open_loop(options.rate, options.seconds)
         else:
-            await load.closed(options.clients, options.requests)
+            await load.closed_loop(options.clients, options.requests)
         return {
-            "seconds": time.perf_counter() - began,
+            "seconds": time.perf_counter() - started_at,
             "latencies": load.latencies,
             "statuses": dict(load.statuses),
-            "bare_refusals": load.bare_refusals,
+            "bare_refusals": load.without_retry_after,
         }
 
 
@@ -99,7 +105,7 @@ def parser() -> argparse.ArgumentParser:
     top.add_argument("--rows", type=int, default=64)
     top.add_argument("--clients", type=int, default=1)
     top.add_argument("--requests", type=int, default=64)
-    top.add_argument("--rate", type=float, default=0.0, help="requests a second, instead of clients")
+    top.add_argument("--rate", type=float, default=0.0, help="requests per second of an open loop")
     top.add_argument("--seconds", type=float, default=60.0)
     return top
 

@@ -1,4 +1,4 @@
-"""Fine-tuned models that nobody trained: real shapes, made-up numbers. What serving costs does not depend on them."""
+"""Synthetic fine-tuned models with real shapes and random values, which do not affect the cost of serving."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ LAYER, RANK, LORA_RANK = 15, 4, 8
 
 
 def adapter(lm: PackedLM, seed: int) -> LoraWeights:
-    """LoRA of rank 8 on queries and values, small enough not to break the language."""
+    """LoRA of rank 8 on the query and value projections, small enough to leave the model usable."""
     generator = torch.Generator().manual_seed(seed)
     factors = {}
     for name, module in lm.model.named_modules():
@@ -43,18 +43,18 @@ def stored_intervention(lm: PackedLM, seed: int) -> StoredIntervention:
 
 
 def merged(lm: PackedLM, seed: int) -> ModelVariant:
-    """On a copy of the base, as the service holds a hot model."""
-    own = adapter(lm, seed)
-    twin = PackedLM(copy_sharing(lm.model, set(own.factors)))
-    own.merge_into(twin.model)
-    twin.pack()
+    """Returns a model merged into a copy of the base, as the service keeps frequently used models."""
+    lora = adapter(lm, seed)
+    copy = PackedLM(copy_sharing(lm.model, set(lora.factors)))
+    lora.merge_into(copy.model)
+    copy.pack()
     placed: PlacedIntervention = stored_intervention(lm, seed).restore(lm.hidden_size)
-    twin.interventions.add(placed)
-    return ModelVariant(lm=twin, interventions=(placed,), scope=("merged", seed))
+    copy.interventions.add(placed)
+    return ModelVariant(lm=copy, interventions=(placed,), scope=("merged", seed))
 
 
 def unmerged(lm: PackedLM, seed: int) -> ModelVariant:
-    """On the shared base."""
+    """Returns a model on the shared base."""
     added = UnmergedModel(lm, [adapter(lm, seed)], [stored_intervention(lm, seed)])
     return ModelVariant(
         lm=lm, adapter=added, interventions=tuple(added.interventions), scope=("shared", seed)

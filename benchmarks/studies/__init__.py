@@ -1,1 +1,1 @@
-"""Studies with a real model and real rows, through the whole service; STUDIES.md has what came of them."""
+"""Studies with a real model and real rows through the whole service; the results are in STUDIES.md."""

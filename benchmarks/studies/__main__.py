@@ -1,9 +1,9 @@
-"""One study through `heft up`, on the first rows of two files; STUDIES.md is made from all studies so far.
+"""Runs a study through `heft up`, on the first rows of two files, and writes STUDIES.md from all studies so far.
 
     python -m benchmarks.studies sst2-order --preset order --training sst2/train.jsonl --rows 2000 \
         --test sst2/dev.jsonl --seeds 1 2 3
 
-What is not said is the preset's. A study of three seeds takes a quarter of an hour to an hour on two cores.
+Other settings are the preset's. A study of three seeds takes 15 minutes to an hour on two cores.
 """
 
 from __future__ import annotations
@@ -27,13 +27,13 @@ from cli.report.text import markdown
 
 HERE = Path(__file__).parent
 RESULTS = HERE / "results"
-_LOOK_SECONDS = 2.0
+_POLL_SECONDS = 2.0
 _ENDED = ("succeeded", "failed", "cancelled")
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    given = list(arguments if arguments is not None else sys.argv[1:])
-    options = parser().parse_args(given)
+    arguments = list(arguments if arguments is not None else sys.argv[1:])
+    options = parser().parse_args(arguments)
     RESULTS.mkdir(exist_ok=True)
     with (
         heft_up(options.model, HEFT_TRAINERS=str(options.trainers)) as stack,
@@ -42,7 +42,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         study = _run(client, options)
         jobs = [_job(client, job["id"]) for arm in study["arms"] for job in arm["jobs"]]
     result = {
-        "command": shlex.join(["python", "-m", "benchmarks.studies", *given]),
+        "command": shlex.join(["python", "-m", "benchmarks.studies", *arguments]),
         "seconds": study.pop("seconds"),
         "jobs": jobs,
         "study": study,
@@ -58,17 +58,17 @@ def parser() -> argparse.ArgumentParser:
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    top.add_argument("name", help="what the study and its results are called")
+    top.add_argument("name", help="name of the study and its result files")
     top.add_argument("--model", default="smollm2-135m")
     top.add_argument("--training", type=Path, required=True)
-    top.add_argument("--rows", type=int, help="of the training file, the first")
+    top.add_argument("--rows", type=int, help="number of training rows")
     top.add_argument("--test", type=Path, required=True)
     top.add_argument("--test-rows", type=int)
     top.add_argument("--seeds", type=int, nargs="+", default=[1, 2, 3])
     top.add_argument("--preset")
     top.add_argument("--epochs-scale", type=float)
-    top.add_argument("--trainers", type=int, default=1, help="jobs that train at a time (heft up --trainers)")
-    top.add_argument("--body", type=json.loads, default={}, help="what else the request says, as JSON")
+    top.add_argument("--trainers", type=int, default=1, help="concurrent jobs (heft up --trainers)")
+    top.add_argument("--body", type=json.loads, default={}, help="other fields of the request, as JSON")
     return top
 
 
@@ -88,28 +88,28 @@ def _run(client: Client, options: argparse.Namespace) -> Json:
             with path.open() as lines:
                 part.write_text("".join(islice(lines, rows)))
             body[field] = client.upload(part)["id"]
-    began = time.monotonic()
+    started_at = time.monotonic()
     study = client.post("/v1/studies", body)
-    said = ""
+    printed = ""
     while study["status"] not in _ENDED:
-        time.sleep(_LOOK_SECONDS)
+        time.sleep(_POLL_SECONDS)
         study = client.get_with_retries(f"/v1/studies/{study['id']}")
-        ended = [job["status"] for arm in study["arms"] for job in arm["jobs"]]
-        now = f"{sum(status in _ENDED for status in ended)} of {len(ended)} jobs have ended"
-        if now != said:
-            print(f"{time.monotonic() - began:6.0f} s: {now}", file=sys.stderr, flush=True)
-        said = now
-    return study | {"seconds": time.monotonic() - began}
+        statuses = [job["status"] for arm in study["arms"] for job in arm["jobs"]]
+        progress = f"{sum(status in _ENDED for status in statuses)} of {len(statuses)} jobs have ended"
+        if progress != printed:
+            print(f"{time.monotonic() - started_at:6.0f} s: {progress}", file=sys.stderr, flush=True)
+        printed = progress
+    return study | {"seconds": time.monotonic() - started_at}
 
 
 def _job(client: Client, job_id: str) -> dict[str, Any]:
-    """Its own time, from its start to its end."""
+    """Returns a job's status, evaluation and running time."""
     job = client.get(f"/v1/fine_tuning/jobs/{job_id}")
-    known = job["started_at"] is not None and job["finished_at"] is not None
+    has_run = job["started_at"] is not None and job["finished_at"] is not None
     return {
         "id": job_id,
         "status": job["status"],
-        "seconds": job["finished_at"] - job["started_at"] if known else None,
+        "seconds": job["finished_at"] - job["started_at"] if has_run else None,
         "error": job["error"],
         "evaluation": job["evaluation"],
     }

@@ -1,4 +1,4 @@
-"""Every study in STUDIES.md, one after another, each as `python -m benchmarks.studies` runs it."""
+"""Runs all studies of STUDIES.md one after another, each as `python -m benchmarks.studies` does."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from pathlib import Path
 
 from benchmarks.studies.__main__ import main as run
 
-#: Of each study: its data, how many rows to train on and to test on, and what else is said.
+#: The data of each study, its numbers of training and test rows, and further arguments.
 STUDIES: dict[str, tuple[str, int, int, list[str]]] = {
     "sst2-paper-table": ("sst2", 2_000, 800, ["--preset", "paper_table", "--epochs-scale", "0.3"]),
     "sst2-order": ("sst2", 2_000, 800, ["--preset", "order"]),
@@ -19,7 +19,7 @@ STUDIES: dict[str, tuple[str, int, int, list[str]]] = {
 
 
 def arguments(name: str, folders: dict[str, Path], trainers: int) -> list[str]:
-    """What `python -m benchmarks.studies` is told."""
+    """Returns the arguments of `python -m benchmarks.studies`."""
     data, rows, test_rows, more = STUDIES[name]
     files = ["--training", str(folders[data] / "train.jsonl"), "--test", str(folders[data] / "dev.jsonl")]
     limits = ["--rows", str(rows), "--test-rows", str(test_rows)]
@@ -31,7 +31,7 @@ def main() -> None:
     top.add_argument("--sst2", type=Path, required=True)
     top.add_argument("--boolq", type=Path, required=True)
     top.add_argument("--only", nargs="+", choices=list(STUDIES), default=list(STUDIES))
-    top.add_argument("--trainers", type=int, default=2, help="jobs that train at a time")
+    top.add_argument("--trainers", type=int, default=2, help="concurrent jobs")
     options = top.parse_args()
     for name in options.only:
         run(arguments(name, {"sst2": options.sst2, "boolq": options.boolq}, options.trainers))

@@ -1,4 +1,4 @@
-"""STUDIES.md: every study as the service reports it, with what is said of it (<name>.words.md), behind words.md."""
+"""STUDIES.md: words.md, then the service's report of every study with its discussion (<name>.words.md)."""
 
 from __future__ import annotations
 
@@ -8,37 +8,37 @@ from typing import Any
 
 from cli.render import duration
 
-#: More sentences than these are told by the ones that say a difference.
-_MOST_SENTENCES = 12
+#: With more comparisons than this, only significant ones are listed.
+_MAX_SENTENCES = 12
 
 
 def write(target: Path, results: Path) -> None:
     parts = [(Path(__file__).parent / "words.md").read_text().strip()]
     for path in sorted(results.glob("*.json")):
-        found = json.loads(path.read_text())
+        result = json.loads(path.read_text())
         text = path.with_suffix(".md").read_text().strip()
         heading, _, rest = text.partition("\n")
-        arms, _, _ = rest.partition("\n## Verdict")
-        # One level deeper than in a report of its own.
+        arms, _, _ = rest.partition("\n## Comparisons")
+        # Headings are one level deeper than in the report.
         deeper = "\n".join(f"#{line}" if line.startswith("#") else line for line in arms.splitlines())
         words = path.with_suffix(".words.md")
         parts += [
             f"#{heading}",
-            f"    {found['command']}",
-            f"Took {duration(found['seconds'])} in all.",
+            f"    {result['command']}",
+            f"Took {duration(result['seconds'])} in total.",
             *([words.read_text().strip()] if words.exists() else []),
             deeper.strip(),
-            "### Verdict",
-            _verdict(found["study"]["comparisons"]),
-            f"Every pair, and single models one by one: [{path.stem}](studies/results/{path.stem}.md).",
+            "### Comparisons",
+            _sentences(result["study"]["comparisons"]),
+            f"All pairs of methods and of single models: [{path.stem}](studies/results/{path.stem}.md).",
         ]
     (target / "STUDIES.md").write_text("\n\n".join(parts) + "\n")
 
 
-def _verdict(comparisons: list[dict[str, Any]]) -> str:
-    shown = comparisons
+def _sentences(comparisons: list[dict[str, Any]]) -> str:
+    listed = comparisons
     lines = []
-    if len(comparisons) > _MOST_SENTENCES:
-        shown = [one for one in comparisons if one["separable"]]
-        lines = [f"- Of {len(comparisons)} pairs {len(shown) or 'none'} can be told apart."]
-    return "\n".join([*lines, *(f"- {one['sentence']}" for one in shown)])
+    if len(comparisons) > _MAX_SENTENCES:
+        listed = [comparison for comparison in comparisons if comparison["separable"]]
+        lines = [f"- {len(listed) or 'None'} of the {len(comparisons)} differences are significant."]
+    return "\n".join([*lines, *(f"- {comparison['sentence']}" for comparison in listed)])
