@@ -1,4 +1,4 @@
-"""Calls that several tests of the API make, and what a worker would do to a job in the meantime."""
+"""Calls that several tests of the API make, and the steps of a worker on a job."""
 
 from __future__ import annotations
 
@@ -28,9 +28,9 @@ def refusal(answer: httpx.Response) -> tuple[int, str | None]:
 
 def claim(sessions: SessionFactory, job_id: str, purpose: str) -> Claim:
     with transaction(sessions) as session:
-        held = leases.claim(session, job_id=job_id, worker_id="worker-1", purpose=purpose)  # type: ignore[arg-type]
-    assert held is not None
-    return held
+        claimed = leases.claim(session, job_id=job_id, worker_id="worker-1", purpose=purpose)  # type: ignore[arg-type]
+    assert claimed is not None
+    return claimed
 
 
 def running(client: httpx.Client, sessions: SessionFactory, **changes: Any) -> Claim:
@@ -42,7 +42,7 @@ def running(client: httpx.Client, sessions: SessionFactory, **changes: Any) -> C
 
 
 def hint(settings: StoreSettings, queue_name: str, job_id: str) -> str:
-    """The task of the next message about this job; those about others are taken and forgotten."""
+    """Returns the task name of the next message about this job. Messages about other jobs are dropped."""
     with Connection(settings.redis_url) as broker, broker.SimpleQueue(queue_name, no_ack=True) as queue:
         while True:
             message = queue.get(timeout=10)

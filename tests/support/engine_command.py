@@ -1,4 +1,4 @@
-"""The engine's command line in this process: its exit code, and what it prints."""
+"""The engine's command line in this process: its exit code and its output."""
 
 from __future__ import annotations
 
@@ -20,10 +20,10 @@ Command = Callable[..., tuple[int, list[Printed], str]]
 def command(
     capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> Iterator[Command]:
-    """`command("train", …)` → exit code, the JSON lines on stdout, what is on stderr. Signals are left as they were."""
+    """`command("train", …)` → exit code, the JSON lines on stdout, what is on stderr. Restores signal handlers."""
     # Stages that earlier tests have trained would be reused.
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "user-cache"))
-    kept = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}
+    handlers = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}
 
     def run(*arguments: Any) -> tuple[int, list[Printed], str]:
         capfd.readouterr()
@@ -32,7 +32,7 @@ def command(
         return code, [json.loads(line) for line in out.splitlines()], err
 
     yield run
-    for number, handler in kept.items():
+    for number, handler in handlers.items():
         signal.signal(number, handler)
 
 

@@ -107,8 +107,8 @@ class Handler(BaseHTTPRequestHandler):
             return _json(_tree(self._repository(kind, name, revision), folder))
         if match := re.fullmatch(r"/api/(models|datasets)/([^/]+/[^/]+)/paths-info/([^/]+)", path):
             kind, name, revision = match.groups()
-            wanted = json.loads(body)["paths"] if body[:1] == b"{" else parse_qs(body.decode())["paths"]
-            return _json([e for e in _entries(self._repository(kind, name, revision)) if e["path"] in wanted])
+            paths = json.loads(body)["paths"] if body[:1] == b"{" else parse_qs(body.decode())["paths"]
+            return _json([e for e in _entries(self._repository(kind, name, revision)) if e["path"] in paths])
         if match := re.fullmatch(r"/(datasets/)?([^/]+/[^/]+)/resolve/([^/]+)/(.+)", path):
             kind, name, revision, file = match.groups()
             return self._file(self._repository("datasets" if kind else "models", name, revision), file)
@@ -132,8 +132,8 @@ class Handler(BaseHTTPRequestHandler):
             raise Refusal(404, "EntryNotFound")
         content = repository.files[name]
         headers = {"ETag": f'"{_oid(content)}"', "X-Repo-Commit": repository.commit, "Accept-Ranges": "bytes"}
-        if wanted := re.fullmatch(r"bytes=(\d+)-(\d*)", self.headers.get("Range") or ""):
-            content = content[int(wanted[1]) : int(wanted[2]) + 1 if wanted[2] else None]
+        if byte_range := re.fullmatch(r"bytes=(\d+)-(\d*)", self.headers.get("Range") or ""):
+            content = content[int(byte_range[1]) : int(byte_range[2]) + 1 if byte_range[2] else None]
         return content, headers
 
     def _send(self, status: int, content: bytes, headers: Mapping[str, str]) -> None:

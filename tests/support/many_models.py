@@ -86,32 +86,32 @@ def models(lm: PackedLM, *, suffixes: tuple[str, ...], biased: bool = False) -> 
     ]
 
 
-def merged(lm: PackedLM, made: StoredWeights) -> ModelVariant:
-    """The model as it is merged, on a copy of the base."""
-    touched = {module for each in made.adapters for module in each.factors}
-    own = PackedLM(copy_sharing(lm.model, touched))
-    for each in made.adapters:
-        each.merge_into(own.model)
-    for stored in made.interventions:
-        own.interventions.add(stored.restore(own.hidden_size))
-    return ModelVariant(lm=own, interventions=tuple(own.interventions), scope="merged")
+def merged(lm: PackedLM, weights: StoredWeights) -> ModelVariant:
+    """The model merged into a copy of the base."""
+    touched = {module for lora in weights.adapters for module in lora.factors}
+    copy = PackedLM(copy_sharing(lm.model, touched))
+    for lora in weights.adapters:
+        lora.merge_into(copy.model)
+    for stored in weights.interventions:
+        copy.interventions.add(stored.restore(copy.hidden_size))
+    return ModelVariant(lm=copy, interventions=tuple(copy.interventions), scope="merged")
 
 
-def unmerged(lm: PackedLM, made: StoredWeights, scope: str = "shared") -> ModelVariant:
-    """The model as what it adds to `lm`, whose rows heed adapters."""
-    added = UnmergedModel(lm, made.adapters, made.interventions)
+def unmerged(lm: PackedLM, weights: StoredWeights, scope: str = "shared") -> ModelVariant:
+    """The model as adapters and interventions on `lm`, whose layers apply them row by row."""
+    added = UnmergedModel(lm, weights.adapters, weights.interventions)
     return ModelVariant(lm=lm, adapter=added, interventions=tuple(added.interventions), scope=scope)
 
 
 def examples(n: int, seed: int = 0, *, prefix: tuple[int, ...] = (), longest: int = 60) -> list[Example]:
     """Some with single-token answers, some with several that branch."""
     chance = random.Random(f"examples/{seed}")
-    found = []
+    rows = []
     for index in range(n):
         prompt = (*prefix, *(chance.randrange(5, 600) for _ in range(chance.randint(4, longest))))
         answers: tuple[tuple[int, ...], ...] = ((7,), (9,))
         if index % 3 == 2:
             answers = ((7, 9, 11), (12,), (9, 8))
         labels = tuple(str(answer) for answer in answers)
-        found.append(Example(prompt=prompt, answers=answers, labels=labels, gold=None))
-    return found
+        rows.append(Example(prompt=prompt, answers=answers, labels=labels, gold=None))
+    return rows

@@ -21,7 +21,7 @@ def packed(path: Path, dtype: torch.dtype = torch.float32) -> PackedLM:
 
 
 def with_intervention(path: Path, positions: str, dtype: torch.dtype = torch.float32) -> PackedLM:
-    """The same with an intervention at layer 1, made-up and frozen."""
+    """A packed model with a random, frozen intervention at layer 1."""
     lm = packed(path, dtype)
     torch.manual_seed(0)
     intervention = LoreftIntervention(lm.hidden_size, 4)
@@ -40,5 +40,5 @@ def bits(lm: PackedLM) -> dict[str, Tensor]:
     return {name: tensor.clone() for name, tensor in lm.model.state_dict().items()}
 
 
-def same(one: dict[str, Tensor], other: dict[str, Tensor]) -> bool:
-    return one.keys() == other.keys() and all(torch.equal(one[name], other[name]) for name in one)
+def same(first: dict[str, Tensor], second: dict[str, Tensor]) -> bool:
+    return first.keys() == second.keys() and all(torch.equal(first[name], second[name]) for name in first)

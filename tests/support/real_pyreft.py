@@ -75,8 +75,10 @@ def copy_raw(source: nn.Module, target: nn.Module) -> None:
     pyreft's own state_dict holds R baked, so nn.Module's is called past it.
     """
     state = nn.Module.state_dict(source)
-    wanted = {name: tensor for name, tensor in state.items() if name not in ("embed_dim", "interchange_dim")}
-    result = nn.Module.load_state_dict(target, wanted, strict=False)
+    parameters = {
+        name: tensor for name, tensor in state.items() if name not in ("embed_dim", "interchange_dim")
+    }
+    result = nn.Module.load_state_dict(target, parameters, strict=False)
     assert not result.unexpected_keys
     assert set(result.missing_keys) <= {"embed_dim", "interchange_dim"}
 

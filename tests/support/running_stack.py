@@ -45,16 +45,16 @@ class HeftUp:
             return False
 
     def descendants(self) -> list[psutil.Process]:
-        found = psutil.Process(self.process.pid).children(recursive=True)
-        self.seen |= {process.pid: process for process in found}
-        return found
+        processes = psutil.Process(self.process.pid).children(recursive=True)
+        self.seen |= {process.pid: process for process in processes}
+        return processes
 
     def named(self, *words: str) -> list[psutil.Process]:
         """Its descendants whose command line holds all these words."""
         return [process for process in self.descendants() if all(word in _command(process) for word in words)]
 
     def nothing_is_left(self) -> bool:
-        """Wait until nothing that was ever seen lives."""
+        """Waits until no process that was ever seen lives."""
         _, alive = psutil.wait_procs(list(self.seen.values()), timeout=20)
         return not alive
 

@@ -87,13 +87,13 @@ def train_inputs(
 
 
 def put_interventions(lm: PackedLM, stage: ReftStage) -> list[ReftIntervention]:
-    """Fresh interventions where the stage will look for standing ones: it goes on with them, raw weights and all."""
+    """Adds new interventions to the model: the stage continues with them and their raw weights."""
     torch.manual_seed(SEED)
     assert stage.layers != "auto"
     fresh = [KINDS[stage.kind](lm.hidden_size, stage.rank) for _ in stage.layers]
     lm.interventions.extend(
-        PlacedIntervention(layer=layer, positions=stage.positions, intervention=one)
-        for layer, one in zip(stage.layers, fresh, strict=True)
+        PlacedIntervention(layer=layer, positions=stage.positions, intervention=intervention)
+        for layer, intervention in zip(stage.layers, fresh, strict=True)
     )
     return fresh
 

@@ -61,22 +61,22 @@ def start_owner(
 
 
 def is_ready(owner: subprocess.Popen[str]) -> bool:
-    """Wait for its word; False when it ended without one."""
+    """Waits for the line "ready"; False if the process ended without it."""
     assert owner.stdout is not None
     return owner.stdout.readline() == "ready\n"
 
 
 def nothing_is_left(home: Home) -> bool:
-    """Wait until no process of either server lives: each of them holds its server's lock."""
-    with ExitStack() as held:
+    """Waits until no process of either server lives: each of them holds its server's lock."""
+    with ExitStack() as locks:
         for name in ("postgres.lock", "valkey.lock"):
-            held.enter_context(locked(home.path / name, wait_seconds=20, busy=f"{name} is held"))
+            locks.enter_context(locked(home.path / name, wait_seconds=20, busy=f"{name} is held"))
     return True
 
 
 def servers_on(home: Home) -> list[bytes]:
     """Command lines of the servers of this home: Postgres' helper processes show other titles."""
-    found = []
+    commands = []
     for entry in Path("/proc").glob("[0-9]*/cmdline"):
         try:
             command = entry.read_bytes()
@@ -85,5 +85,5 @@ def servers_on(home: Home) -> list[bytes]:
         if os.fsencode(home.path) in command and (
             b"bin/postgres\0" in command or b"valkey-server" in command
         ):
-            found.append(command)
-    return sorted(found)
+            commands.append(command)
+    return sorted(commands)

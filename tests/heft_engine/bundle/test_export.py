@@ -32,15 +32,15 @@ REFT = reft(n_epochs=2)
 def make_bundle(
     make_tiny_model: MakeTinyModel, tmp_path_factory: pytest.TempPathFactory
 ) -> Callable[..., Bundle]:
-    """`make_bundle("llama", stages)`: a float32 run on the family's tiny model, each made once."""
-    made: dict[str, Bundle] = {}
+    """`make_bundle("llama", stages)`: a float32 run on the family's tiny model, each trained once."""
+    bundles: dict[str, Bundle] = {}
 
     def make(family: str, stages: list[Stage]) -> Bundle:
         key = f"{family} {stages}"
-        if key not in made:
+        if key not in bundles:
             inputs = load_inputs(make_tiny_model(family), stages, yes_no_rows())
-            made[key] = train_inputs(inputs, tmp_path_factory.mktemp("bundles") / "bundle")
-        return made[key]
+            bundles[key] = train_inputs(inputs, tmp_path_factory.mktemp("bundles") / "bundle")
+        return bundles[key]
 
     return make
 
@@ -118,8 +118,8 @@ def test_a_merged_directory_is_a_base_model_and_keeps_the_interventions_beside_i
 ) -> None:
     bundle = make_bundle("llama", CASES[0][1])
     export(bundle.path, "merged", tmp_path / "merged")
-    kept = load_file(tmp_path / "merged" / "reft" / "intervention.safetensors")
-    assert all(torch.equal(kept[name], tensor) for name, tensor in bundle.interventions[0].state.items())
+    state = load_file(tmp_path / "merged" / "reft" / "intervention.safetensors")
+    assert all(torch.equal(state[name], tensor) for name, tensor in bundle.interventions[0].state.items())
     inputs = load_inputs(tmp_path / "merged", [REFT], yes_no_rows())
     examples = prompts(bundle)
     batch = pack([example.supervised() for example in examples])

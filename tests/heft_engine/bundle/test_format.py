@@ -110,27 +110,27 @@ def test_memory_counts_every_parameter_once(predictor: Predictor) -> None:
 def test_text_is_written_up_to_eos_or_as_far_as_it_may_go(tiny_llama_dir: Path, tmp_path: Path) -> None:
     rows = parse(text(8))
     run(config(tiny_llama_dir, "heft"), tmp_path / "out", rows)
-    asked = [parse_row({"prompt": rows[0].prompt}, need_answer=False)]
+    questions = [parse_row({"prompt": rows[0].prompt}, need_answer=False)]
     predictor = load(tmp_path / "out", device="cpu")
     encoder = predictor.encoder
     assert predictor.max_new_tokens == 64
-    (answer,) = predictor.predict(asked)
-    (tokens,) = generate(predictor.lm, [encoder.question(asked[0])], eos_tokens={-1}, max_new_tokens=[64])
+    (answer,) = predictor.predict(questions)
+    (tokens,) = generate(predictor.lm, [encoder.question(questions[0])], eos_tokens={-1}, max_new_tokens=[64])
     assert answer.answer == encoder.tokenizer.decode(tokens)
     assert answer.completion_tokens == 64
     assert (answer.probability, answer.label_probabilities) == (None, None)
     encoder.max_length = answer.prompt_tokens + 3
-    assert predictor.predict(asked)[0].completion_tokens == 3
+    assert predictor.predict(questions)[0].completion_tokens == 3
     encoder.tokenizer.eos_token = encoder.tokenizer.convert_ids_to_tokens(tokens[2])
-    (shorter,) = predictor.predict(asked)
+    (shorter,) = predictor.predict(questions)
     assert shorter.completion_tokens == tokens.index(tokens[2])
     assert shorter.answer == encoder.tokenizer.decode(tokens[: tokens.index(tokens[2])])
 
 
 def test_a_base_answers_with_the_tasks_default_template(tiny_llama_dir: Path) -> None:
     base = load_base(str(tiny_llama_dir), task="yes_no", device="cpu")
-    asked = base.encoder.tokenizer.decode(base.encoder.question(ROWS[0]).prompt)
-    assert asked == f"{ROWS[0].passage}\nQuestion: {ROWS[0].question}?\nAnswer:"
+    prompt = base.encoder.tokenizer.decode(base.encoder.question(ROWS[0]).prompt)
+    assert prompt == f"{ROWS[0].passage}\nQuestion: {ROWS[0].question}?\nAnswer:"
     assert {answer.answer for answer in base.predict(ROWS)} <= {"yes", "no"}
 
 

@@ -54,9 +54,9 @@ def test_pyreft_loads_an_export_and_gives_the_predictors_scores(bundle: Bundle, 
     examples = questions(predictor.encoder, rows)
 
     logits = label_logits(theirs, examples, positions)
-    scores = torch.tensor([one.totals for one in score(predictor.lm, examples)])
+    scores = torch.tensor([row_scores.totals for row_scores in score(predictor.lm, examples)])
     assert_close(scores, logits, rtol=0, atol=CLOSE)
-    without = torch.tensor([one.totals for one in score(predictor.lm, examples, scale=0.0)])
+    without = torch.tensor([row_scores.totals for row_scores in score(predictor.lm, examples, scale=0.0)])
     assert (scores - without).abs().max() > 0.1
     for row, prediction in zip(logits.softmax(-1), predictor.predict(rows), strict=True):
         assert prediction.label_probabilities is not None
@@ -71,7 +71,7 @@ def test_pyreft_as_it_is_agrees_on_a_bfloat16_base_up_to_its_noise(bundle: Bundl
     theirs = pyreft.ReftModel.load(str(exported / "pyreft"), plain(exported / "merged", torch.bfloat16))
     positions = [intervention.positions for intervention in bundle.interventions]
     logits = label_logits(theirs, examples, positions).float()
-    scores = torch.tensor([one.totals for one in score(predictor.lm, examples)])
+    scores = torch.tensor([row_scores.totals for row_scores in score(predictor.lm, examples)])
     assert_close(scores, logits, rtol=0, atol=0.05)
 
 

@@ -1,4 +1,4 @@
-"""`diagnose` on whole bundles: what the report says is what happened, and every part has its plot."""
+"""`diagnose` on whole bundles: the report matches the run, and every part has its plot."""
 
 from __future__ import annotations
 
@@ -23,13 +23,13 @@ SMALL = Options(rows=24, curvature_rows=6, lanczos_steps=8, probes=4, descent_st
 def heft(tiny_llama_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, Any]]:
     """A HEFT bundle with intruder dimensions, and its evaluation."""
     out = tmp_path_factory.mktemp("diagnosed") / "heft"
-    told = run(
+    record = run(
         config(tiny_llama_dir, "heft", [STRONG, but(REFT, layers=[1], n_epochs=1)], seed=7),
         out,
         parse(yes_no(24)),
         parse(yes_no(8, seed=1)),
     )
-    return out, told.one("SUCCEEDED")["evaluation"]
+    return out, record.one("SUCCEEDED")["evaluation"]
 
 
 def test_a_report_has_every_part_and_a_plot_of_it(heft: tuple[Path, dict[str, Any]], tmp_path: Path) -> None:
@@ -70,21 +70,21 @@ def test_a_report_has_every_part_and_a_plot_of_it(heft: tuple[Path, dict[str, An
 def test_the_intervention_is_the_one_that_the_run_began_with(
     tiny_llama_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    made: list[Any] = []
+    states: list[Any] = []
 
     def unfreeze(self: LoreftIntervention) -> None:
         original(self)
-        made.append(self.export_state())
+        states.append(self.export_state())
 
     original = LoreftIntervention.unfreeze
     monkeypatch.setattr(LoreftIntervention, "unfreeze", unfreeze)
     run(
         config(tiny_llama_dir, "heft", [but(LORA, n_epochs=1), but(REFT, n_epochs=1)], seed=3), tmp_path / "b"
     )
-    first = made[0]
-    made.clear()
+    first = states[0]
+    states.clear()
     diagnose(tmp_path / "b", parse(yes_no(6)), tmp_path / "out", Options(parts=("descent",), descent_steps=1))
-    assert all((made[0][name] == tensor).all() for name, tensor in first.items())
+    assert all((states[0][name] == tensor).all() for name, tensor in first.items())
 
 
 @pytest.mark.parametrize(("method", "task"), [("lora", "text"), ("reft", "yes_no")])
@@ -113,9 +113,9 @@ def test_the_command_writes_a_report(
     arguments = ["--bundle", heft[0], "--data", rows, "--out", tmp_path / "out", "--general", general]
     command = ["diagnose", *map(str, arguments), "--part", "weights", "--part", "forgetting"]
     assert main(command) == 0
-    told = json.loads(capsys.readouterr().out.splitlines()[-1])
-    assert told["plots"] == ["forgetting.png", "weights.png"]
-    report = json.loads((tmp_path / "out" / told["report"]).read_text())
+    answer = json.loads(capsys.readouterr().out.splitlines()[-1])
+    assert answer["plots"] == ["forgetting.png", "weights.png"]
+    report = json.loads((tmp_path / "out" / answer["report"]).read_text())
     assert "curvature" not in report
     assert main(command) == 1
     assert "is not empty" in capsys.readouterr().out

@@ -1,4 +1,4 @@
-"""What the command line refuses, and how it says so: one FAILED event that names the setting, exit code 1."""
+"""Failures of the command line: one FAILED event that names the setting, and exit code 1."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ __all__ = ["command"]
 
 
 def test_settings_reach_their_stage() -> None:
-    made = config_from_settings(
+    settings = config_from_settings(
         "m",
         "heft_interleaved",
         [
@@ -34,11 +34,11 @@ def test_settings_reach_their_stage() -> None:
         ],
         seed=8,
     )
-    lora, reft, *_ = made.stages
+    lora, reft, *_ = settings.stages
     assert lora.rank == 4
     assert (lora.layers, reft.layers) == ([1, 2], [7])
-    assert made.task.template == "{question} 1=2"
-    assert (made.early_stopping, made.max_length, made.seed) == (EarlyStopping(patience=3), 99, 8)
+    assert settings.task.template == "{question} 1=2"
+    assert (settings.early_stopping, settings.max_length, settings.seed) == (EarlyStopping(patience=3), 99, 8)
 
 
 @pytest.mark.parametrize(
@@ -98,8 +98,8 @@ def test_what_a_person_got_wrong_fails_with_its_name(
     flags = {"--model": tiny_llama_dir, "--train": good, "--out": tmp_path / "out"}
 
     def outcome(*more: Any, **changes: Any) -> tuple[str, str | None, str]:
-        given = {**flags, **{f"--{name}": value for name, value in changes.items()}}
-        error = failed(command("train", *[x for pair in given.items() if pair[1] for x in pair], *more))
+        options = {**flags, **{f"--{name}": value for name, value in changes.items()}}
+        error = failed(command("train", *[x for pair in options.items() if pair[1] for x in pair], *more))
         return error["code"], error["param"], error["message"]
 
     assert outcome(model=None)[:2] == ("invalid_config", "model")
@@ -141,7 +141,7 @@ def test_a_bad_run_file_fails_with_its_field(
 
 
 def test_a_run_file_may_not_name_a_free_path(tiny_llama_dir: Path, tmp_path: Path, command: Command) -> None:
-    """What the service writes comes from a request."""
+    """The service writes run files from requests."""
     plan = {"train": str(write_rows(tmp_path / "t.jsonl", yes_no(4))), "out": str(tmp_path / "out")}
     plan["config"] = config(tiny_llama_dir).model_dump(mode="json")
     (tmp_path / "run.json").write_text(json.dumps(plan))
@@ -153,12 +153,12 @@ def test_a_dataset_that_is_known_is_held_against_its_task(
     tiny_llama_dir: Path, tmp_path: Path, command: Command, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Before anything is downloaded; and where nothing is said against it, its task is the run's."""
-    asked = ("train", "--model", tiny_llama_dir, "--train", "hub:openai/gsm8k", "--out", tmp_path / "out")
-    error = failed(command(*asked, "--set", "task.type=choice"))
+    arguments = ("train", "--model", tiny_llama_dir, "--train", "hub:openai/gsm8k", "--out", tmp_path / "out")
+    error = failed(command(*arguments, "--set", "task.type=choice"))
     assert error["param"] == "task.type"
     path = write_rows(tmp_path / "rows.jsonl", [{"prompt": "2+2?", "completion": "no number"}])
     monkeypatch.setattr("heft_engine.commands.train.write_reference", lambda *args: path)
-    error = failed(command(*asked))
+    error = failed(command(*arguments))
     assert (error["code"], error["param"]) == ("invalid_training_file", "completion")
     assert "final_number" in error["message"]
 
@@ -194,9 +194,9 @@ def test_a_bad_line_is_named_by_predict(
 def test_a_lack_of_memory_is_a_failure_with_advice(
     capfd: pytest.CaptureFixture[str], error: Exception
 ) -> None:
-    with pytest.raises(EngineError, match="lower max_length") as told, report_failures():
+    with pytest.raises(EngineError, match="lower max_length") as raised, report_failures():
         raise error
-    assert told.value.code == "out_of_memory"
+    assert raised.value.code == "out_of_memory"
     assert json.loads(capfd.readouterr().out)["data"]["error"]["param"] == "max_length"
 
 

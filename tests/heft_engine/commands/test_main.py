@@ -53,7 +53,7 @@ def test_the_command_and_the_library_have_the_same_losses(
     library = run(config(tiny_llama_dir, "heft", stages, seed=5), tmp_path / "library")
     sets = ["lora.learning_rate=5e-3", "lora.n_epochs=1", "reft.batch_size=8", "reft.layers=1", "reft.rank=3"]
     sets += ["reft.learning_rate=0.01", "reft.n_epochs=1", "dtype=float32"]
-    settings = [part for one in sets for part in ("--set", one)]
+    settings = [part for setting in sets for part in ("--set", setting)]
     flags = [
         "--model",
         tiny_llama_dir,

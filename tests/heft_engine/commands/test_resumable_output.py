@@ -24,7 +24,7 @@ def rows(tmp_path: Path) -> Path:
 def write(
     out: Path, rows_file: RowsFile, *answers: dict[str, Any], settings: dict[str, Any] = SETTINGS
 ) -> int:
-    """How many rows were answered before."""
+    """Returns the number of rows that were answered before."""
     with resume_answers(out, rows_file, settings) as file:
         done = file.done
         file.write(list(answers))

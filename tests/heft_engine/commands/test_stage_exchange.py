@@ -32,9 +32,9 @@ def test_results_that_arrive_while_it_waits_are_found(tmp_path: Path, events: li
 
     answer = threading.Timer(0.2, answer_request)
     answer.start()
-    found = store(tmp_path, events).find(["a", "b", "c", "d"])
+    paths = store(tmp_path, events).find(["a", "b", "c", "d"])
     answer.join()
-    assert found == [tmp_path / "a", tmp_path / "b"], "up to the first that is missing"
+    assert paths == [tmp_path / "a", tmp_path / "b"], "up to the first that is missing"
     assert [(event.code, event.data) for event in events] == [("STAGE_KEYS", {"keys": ["a", "b", "c", "d"]})]
 
 
@@ -42,7 +42,7 @@ def test_results_that_arrive_while_it_waits_are_found(tmp_path: Path, events: li
 def test_without_an_answer_nothing_is_found(
     tmp_path: Path, events: list[Event], stopping: bool, timeout: float
 ) -> None:
-    """Not even what is there: it may be on its way still."""
+    """Existing results are not used either: they may still be incomplete."""
     (tmp_path / "a").mkdir()
     assert store(tmp_path, events, stopping=stopping, timeout=timeout).find(["a"]) == []
 

@@ -23,7 +23,7 @@ def test_compare_answers_in_json(tmp_path: Path, capsys: pytest.CaptureFixture[s
     path.write_text(json.dumps({"arms": [arm("a", 40), arm("b", 10)]}))
     assert main(["compare", "--run-file", str(path)]) == 0
     verdict = json.loads(capsys.readouterr().out)
-    assert [one["accuracy"] for one in verdict["arms"]] == [0.8, 0.2]
+    assert [arm_report["accuracy"] for arm_report in verdict["arms"]] == [0.8, 0.2]
     assert verdict["comparisons"][0]["separable"]
     graded = {"seed": 1, "n": 3, "rows_sha256": "x", "values": pack_graded([0.5, 1.0, 0.0])}
     path.write_text(json.dumps({"arms": [{"name": "a", "seeds": [1], "runs": [graded]}]}))

@@ -199,9 +199,9 @@ def test_each_supervised_turn_is_an_example_whose_prompt_is_what_came_before(bpe
 
 def test_a_conversation_is_asked_as_it_was_trained(bpe: Any) -> None:
     text = encoder(bpe, "text")
-    asked = text.question(parse_row({"messages": TURNS[:2]}, need_answer=False))
-    assert asked.prompt == text.encode(parse_row({"messages": TURNS[:3]}))[0].prompt
-    assert asked.answers == ()
+    question = text.question(parse_row({"messages": TURNS[:2]}, need_answer=False))
+    assert question.prompt == text.encode(parse_row({"messages": TURNS[:3]}))[0].prompt
+    assert question.answers == ()
 
 
 def test_without_a_chat_template_a_plain_one_serves(pieces: Any) -> None:

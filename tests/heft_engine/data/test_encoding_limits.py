@@ -43,12 +43,12 @@ def test_truncation_keeps_as_much_of_the_passage_as_fits_and_all_else(
     assert (whole.truncated, cut.truncated) == (False, True)
     assert len(cut.prompt) + 1 <= max_length
     assert ROW.passage is not None
-    kept = before_question(tokenizer.decode(cut.prompt))
-    assert cut.prompt == generous.question(replace(ROW, passage=kept)).prompt
+    passage = before_question(tokenizer.decode(cut.prompt))
+    assert cut.prompt == generous.question(replace(ROW, passage=passage)).prompt
     # One token more of the passage would not have fitted.
     offsets = tokenizer(ROW.passage, return_offsets_mapping=True)["offset_mapping"]
-    more = next(end for _, end in offsets if end > len(kept))
-    assert ROW.passage.startswith(kept)
+    more = next(end for _, end in offsets if end > len(passage))
+    assert ROW.passage.startswith(passage)
     assert len(generous.question(replace(ROW, passage=ROW.passage[:more])).prompt) + 1 > max_length
 
 

@@ -85,14 +85,14 @@ def test_a_model_is_downloaded_once_and_pinned(hub: FakeHub, ask: Ask, tiny_llam
         tiny_llama_dir, **{"README.md": b"hi", "consolidated.safetensors": b"twice", "run.py": b"evil"}
     )
     repository = hub.repositories["models", "org/tiny"] = Repository(files=files)
-    found = ask("resolve", "org/tiny")["ok"]
-    assert (found["source"], found["revision"]) == ("hub", repository.commit)
+    resolved = ask("resolve", "org/tiny")["ok"]
+    assert (resolved["source"], resolved["revision"]) == ("hub", repository.commit)
     assert {"config.json", "model.safetensors", "tokenizer.json", "chat_template.jinja"} <= set(
-        found["files"]
+        resolved["files"]
     )
-    assert not {"README.md", "consolidated.safetensors", "run.py"} & set(found["files"])
+    assert not {"README.md", "consolidated.safetensors", "run.py"} & set(resolved["files"])
     hub.requests.clear()
-    assert ask("resolve", f"org/tiny@{repository.commit}")["ok"]["path"] == found["path"]
+    assert ask("resolve", f"org/tiny@{repository.commit}")["ok"]["path"] == resolved["path"]
     assert [request for request in hub.requests if "resolve" in request] == []
 
 
@@ -276,12 +276,12 @@ def test_faults_of_datasets_are_clear(hub: FakeHub, ask: Ask) -> None:
 
 
 @pytest.mark.parametrize(
-    "where", ["{folder}/secret.jsonl", "../../secret.jsonl", "{hub}/elsewhere/secret.jsonl"]
+    "data_file", ["{folder}/secret.jsonl", "../../secret.jsonl", "{hub}/elsewhere/secret.jsonl"]
 )
-def test_a_card_may_not_name_files_elsewhere(hub: FakeHub, ask: Ask, tmp_path: Path, where: str) -> None:
+def test_a_card_may_not_name_files_elsewhere(hub: FakeHub, ask: Ask, tmp_path: Path, data_file: str) -> None:
     (tmp_path / "secret.jsonl").write_text(json.dumps(BOOLQ[0]))
-    where = where.format(folder=tmp_path, hub=hub.url)
-    card = f"---\nconfigs:\n- config_name: default\n  data_files: {where}\n---\n".encode()
+    data_file = data_file.format(folder=tmp_path, hub=hub.url)
+    card = f"---\nconfigs:\n- config_name: default\n  data_files: {data_file}\n---\n".encode()
     hub.repositories["datasets", "org/thief"] = Repository(files={"README.md": card, "train.jsonl": b"{}"})
     assert ask("rows", "org/thief", file="training_file")["error"]["code"] == "dataset_not_found"
     assert not any("elsewhere" in request for request in hub.requests)

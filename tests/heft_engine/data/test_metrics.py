@@ -53,7 +53,7 @@ def test_the_final_number(text: str, number: object) -> None:
 
 
 @pytest.mark.parametrize(
-    ("name", "written", "wanted", "value"),
+    ("name", "written", "reference", "value"),
     [
         ("exact_match", " a b\n", "a b", 1),
         ("exact_match", "A b", "a b", 0),
@@ -68,23 +68,26 @@ def test_the_final_number(text: str, number: object) -> None:
         ("rouge_l", "one", "one two three", 0.5),  # precision 1, recall 1/3
     ],
 )
-def test_metrics_by_hand(name: Any, written: str, wanted: str, value: float) -> None:
-    assert measure(name, [written], [wanted]) == [pytest.approx(value, abs=1e-6)]
+def test_metrics_by_hand(name: Any, written: str, reference: str, value: float) -> None:
+    assert measure(name, [written], [reference]) == [pytest.approx(value, abs=1e-6)]
 
 
 def test_f1_and_rouge_are_the_librarys() -> None:
-    written, wanted = zip(*SENTENCES, strict=True)
+    written, references = zip(*SENTENCES, strict=True)
     theirs = squad(
         [{"prediction_text": text, "id": str(i)} for i, text in enumerate(written)],
-        [{"answers": {"answer_start": [0], "text": [text]}, "id": str(i)} for i, text in enumerate(wanted)],
+        [
+            {"answers": {"answer_start": [0], "text": [text]}, "id": str(i)}
+            for i, text in enumerate(references)
+        ],
     )
-    assert 100 * np.mean(measure("f1", written, wanted)) == pytest.approx(float(theirs["f1"]), abs=1e-4)
-    rouge = rouge_score(list(written), list(wanted), rouge_keys="rougeL")["rougeL_fmeasure"]
-    assert np.mean(measure("rouge_l", written, wanted)) == pytest.approx(float(rouge), abs=1e-6)
+    assert 100 * np.mean(measure("f1", written, references)) == pytest.approx(float(theirs["f1"]), abs=1e-4)
+    rouge = rouge_score(list(written), list(references), rouge_keys="rougeL")["rougeL_fmeasure"]
+    assert np.mean(measure("rouge_l", written, references)) == pytest.approx(float(rouge), abs=1e-6)
 
 
 @pytest.mark.parametrize(
-    ("settings", "where", "words"),
+    ("settings", "location", "words"),
     [
         ({"type": "text", "metrics": ["bleu"]}, ("metrics", 0), "exact_match"),
         ({"type": "text", "metrics": ["accuracy"]}, ("metrics",), "not a metric of text tasks"),
@@ -96,12 +99,12 @@ def test_f1_and_rouge_are_the_librarys() -> None:
     ],
 )
 def test_metrics_that_cant_be_are_refused(
-    settings: dict[str, Any], where: tuple[Any, ...], words: str
+    settings: dict[str, Any], location: tuple[Any, ...], words: str
 ) -> None:
     with pytest.raises(ValidationError) as refused:
         TaskSettings(**settings)
     (fault,) = refused.value.errors()
-    assert fault["loc"] == where
+    assert fault["loc"] == location
     assert words in fault["msg"]
 
 

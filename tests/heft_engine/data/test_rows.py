@@ -237,13 +237,13 @@ def test_the_one_bad_row_of_5000_is_named_by_its_line(tmp_path: Path) -> None:
 def test_a_bad_line_is_reported_and_the_next_one_read(tmp_path: Path, line: bytes, words: str) -> None:
     limit = 1_000 if "longer" in words else 200_000
     path = write(tmp_path / "rows.jsonl", QUESTION, line, PROMPT)
-    found = dict(scan_rows(path, max_line_bytes=limit))
-    assert sorted(found) == [1, 2, 3]
-    error = found[2]
+    rows_by_line = dict(scan_rows(path, max_line_bytes=limit))
+    assert sorted(rows_by_line) == [1, 2, 3]
+    error = rows_by_line[2]
     assert isinstance(error, RowError)
     assert words in error.message
     assert error.line == 2
-    assert isinstance(found[3], Row)
+    assert isinstance(rows_by_line[3], Row)
 
 
 def test_a_line_just_as_long_as_allowed(tmp_path: Path) -> None:

@@ -109,12 +109,12 @@ def test_the_eigenvalues_are_those_of_a_dense_gauss_newton_matrix(
     matrix = GaussNewton(initial.cache(lm, examples), initial)
     exact = dense(matrix)
     values = torch.linalg.eigvalsh(exact).flip(0)
-    found = curvature(lm, initial, examples, seed=0, steps=30, probes=50)
-    assert found["largest"] == pytest.approx(float(values[0]), rel=1e-3)
-    assert found["ritz_values"][:3] == pytest.approx(values[:3].tolist(), rel=1e-3)
-    assert abs(found["trace"] - float(exact.trace())) < 5 * found["trace_standard_error"]
-    assert found["trace_over_largest"] == pytest.approx(found["trace"] / found["largest"])
-    assert found["tokens"] == sum(example.supervised_tokens for example in examples)
+    report = curvature(lm, initial, examples, seed=0, steps=30, probes=50)
+    assert report["largest"] == pytest.approx(float(values[0]), rel=1e-3)
+    assert report["ritz_values"][:3] == pytest.approx(values[:3].tolist(), rel=1e-3)
+    assert abs(report["trace"] - float(exact.trace())) < 5 * report["trace_standard_error"]
+    assert report["trace_over_largest"] == pytest.approx(report["trace"] / report["largest"])
+    assert report["tokens"] == sum(example.supervised_tokens for example in examples)
     vector = random(matrix.size, seed=3)
     assert_close(matrix.product(vector).double(), exact @ vector.double(), rtol=1e-3, atol=1e-6)
 
@@ -138,10 +138,10 @@ def test_what_is_differentiated_is_the_model_with_its_intervention(tiny_llama_di
 def test_a_beginning_is_the_same_in_every_model_and_disturbs_no_random_state() -> None:
     torch.manual_seed(5)
     before = torch.get_rng_state()
-    one, other = new_intervention("loreft", 32, 4, seed=3), new_intervention("loreft", 32, 4, seed=3)
+    first, second = new_intervention("loreft", 32, 4, seed=3), new_intervention("loreft", 32, 4, seed=3)
     assert torch.equal(torch.get_rng_state(), before)
-    assert all(torch.equal(one.export_state()[n], t) for n, t in other.export_state().items())
-    assert not torch.equal(one.rotation, new_intervention("loreft", 32, 4, seed=4).rotation)
+    assert all(torch.equal(first.export_state()[n], t) for n, t in second.export_state().items())
+    assert not torch.equal(first.rotation, new_intervention("loreft", 32, 4, seed=4).rotation)
 
 
 def test_descent_is_of_the_models_own_loss_and_leaves_the_beginning(tiny_llama_dir: Path) -> None:
@@ -162,6 +162,6 @@ def test_descent_is_of_the_models_own_loss_and_leaves_the_beginning(tiny_llama_d
 
 
 def test_steps_to_a_loss() -> None:
-    told = descent.compare([3.0, 2.0, 1.5, 1.2], [2.5, 1.4, 1.0, 0.9])
-    assert (told["target"], told["steps_before"], told["steps_after"]) == (1.2, 3, 2)
+    comparison = descent.compare([3.0, 2.0, 1.5, 1.2], [2.5, 1.4, 1.0, 0.9])
+    assert (comparison["target"], comparison["steps_before"], comparison["steps_after"]) == (1.2, 3, 2)
     assert descent.compare([3.0, 2.0], [2.5, 1.4], target=1.5)["steps_before"] is None

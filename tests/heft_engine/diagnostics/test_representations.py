@@ -44,9 +44,9 @@ def test_cka_is_one_for_the_same_up_to_rotation_scale_and_shift() -> None:
     assert cka(x, x) == pytest.approx(1, abs=1e-12)
     assert cka(x, 3 * x @ turn + 7) == pytest.approx(1, abs=1e-5)
     assert cka(x, random(60, 12, seed=2)) < 0.5
-    one, two = torch.zeros(4, 2), torch.zeros(4, 2)
-    one[:2, 0], two[::2, 0] = 1, 1
-    assert cka(one, two) == pytest.approx(0, abs=1e-12)
+    first, second = torch.zeros(4, 2), torch.zeros(4, 2)
+    first[:2, 0], second[::2, 0] = 1, 1
+    assert cka(first, second) == pytest.approx(0, abs=1e-12)
 
 
 def test_effective_rank_counts_equal_directions() -> None:
@@ -76,11 +76,11 @@ def test_states_are_those_of_the_layer_at_the_prompts_last_token(tiny_llama_dir:
     lm.interventions.add(
         PlacedIntervention(layer=1, positions="l1", intervention=new_intervention("loreft", 32, 2, seed=0))
     )
-    found = states(lm, examples, 1, "l1")
+    actual = states(lm, examples, 1, "l1")
     lm.interventions.clear()
     seen = []
     hook = lm.layers[1].register_forward_hook(lambda module, args, output: seen.append(output))
     for example in examples:
         lm.hidden(pack([Example(prompt=example.prompt, answers=((),), labels=("",), gold=0)]))
     hook.remove()
-    assert_close(found, torch.stack([each[0, -1] for each in seen]), rtol=0, atol=1e-5)
+    assert_close(actual, torch.stack([output[0, -1] for output in seen]), rtol=0, atol=1e-5)

@@ -27,8 +27,8 @@ def adapter(delta: Tensor) -> LoraWeights:
 def test_a_planted_intruder_is_reported_and_so_is_its_repair_by_a_later_stage() -> None:
     weight, brings, left, right = planted(40)
     takes = adapter(-40 * torch.outer(left, right))
-    told: list[None] = []
-    alone = weight_report([brings], lambda _: weight, lambda: told.append(None))
+    calls: list[None] = []
+    alone = weight_report([brings], lambda _: weight, lambda: calls.append(None))
     assert alone["stages"] == [
         {
             "adapter": 0,
@@ -45,7 +45,7 @@ def test_a_planted_intruder_is_reported_and_so_is_its_repair_by_a_later_stage() 
     assert module["before"]["stable_rank"] == pytest.approx(
         float((weight**2).sum()) / module["before"]["singular_values"][0] ** 2, rel=1e-4
     )
-    assert len(told) == 1
+    assert len(calls) == 1
     both = weight_report([brings, takes], lambda _: weight, lambda: None)
     assert [stage["intruders"] for stage in both["stages"]] == [1, 0]
     assert both["stages"][0]["repaired_later"] == 1

@@ -1,4 +1,4 @@
-"""The temperature: found where it is known, measured on rows it was not fitted on, carried by the bundle."""
+"""The temperature: recovered where it is known, measured on rows it was not fitted on, stored in the bundle."""
 
 from __future__ import annotations
 
@@ -42,9 +42,9 @@ def drawn(
     scores, gold = [], []
     for index in range(n):
         totals = chance.normal(scale=4.0, size=widths[index % len(widths)])
-        one = Scores(totals=tuple(totals), means=())
-        scores.append(one)
-        gold.append(int(chance.choice(len(totals), p=one.probabilities_at(temperature))))
+        row_scores = Scores(totals=tuple(totals), means=())
+        scores.append(row_scores)
+        gold.append(int(chance.choice(len(totals), p=row_scores.probabilities_at(temperature))))
     return LabelledScores.of(scores, gold)
 
 
@@ -52,13 +52,13 @@ def drawn(
 def test_the_temperature_that_made_the_labels_is_found(temperature: float) -> None:
     rows = drawn(4_000, temperature)
     assert fit_temperature(rows) == pytest.approx(temperature, rel=0.08)
-    found = calibrate(rows, None, "validation")
-    assert found is not None
-    assert (found.method, found.n, found.fitted_rows) == ("cross_fitted", 4_000, 4_000)
-    assert found.ece_after < 0.03
-    assert found.nll_after <= found.nll_before + 1e-3
+    calibration = calibrate(rows, None, "validation")
+    assert calibration is not None
+    assert (calibration.method, calibration.n, calibration.fitted_rows) == ("cross_fitted", 4_000, 4_000)
+    assert calibration.ece_after < 0.03
+    assert calibration.nll_after <= calibration.nll_before + 1e-3
     if temperature == 3.0:
-        assert found.ece_before > 0.1
+        assert calibration.ece_before > 0.1
 
 
 def test_after_is_measured_on_rows_that_the_temperature_has_not_seen() -> None:
@@ -71,18 +71,25 @@ def test_after_is_measured_on_rows_that_the_temperature_has_not_seen() -> None:
 
     temperatures = cross_fit(fitted)
     assert len(set(temperatures)) == 5
-    one = temperatures == temperatures[0]
-    assert 60 <= one.sum() <= 100
-    assert temperatures[0] == fit_temperature(fitted[~one])
+    fold = temperatures == temperatures[0]
+    assert 60 <= fold.sum() <= 100
+    assert temperatures[0] == fit_temperature(fitted[~fold])
 
 
 def test_a_handful_of_rows_or_none_leave_the_temperature_at_one() -> None:
     few, none = drawn(19, 3.0), drawn(0, 3.0)
     for fitted, reported in ((few, None), (none, drawn(50, 3.0)), (few, drawn(50, 3.0))):
-        found = calibrate(fitted, reported, "test")
-        assert found is not None
-        assert (found.temperature, found.method, found.fitted_rows) == (1.0, "not_fitted", 0)
-        assert (found.ece_after, found.nll_after) == (found.ece_before, found.nll_before)
+        calibration = calibrate(fitted, reported, "test")
+        assert calibration is not None
+        assert (calibration.temperature, calibration.method, calibration.fitted_rows) == (
+            1.0,
+            "not_fitted",
+            0,
+        )
+        assert (calibration.ece_after, calibration.nll_after) == (
+            calibration.ece_before,
+            calibration.nll_before,
+        )
     assert calibrate(none, None, "validation") is None
 
 
@@ -124,16 +131,16 @@ def test_a_run_calibrates_its_model_and_every_stage_of_it(
     validation, test = parse(ROWS[kind](30, seed=1)), parse(ROWS[kind](25, seed=2))
     settings = config(tiny_llama_dir, stages=QUICK)
     rows, folder, out = parse(ROWS[kind](12)), tmp_path / "checkpoints", tmp_path / "out"
-    told = run(settings, out, rows, validation, test_rows=test, checkpoint_dir=folder)
-    record = told.one("SUCCEEDED")["evaluation"]["calibration"]
+    trained = run(settings, out, rows, validation, test_rows=test, checkpoint_dir=folder)
+    record = trained.one("SUCCEEDED")["evaluation"]["calibration"]
     assert (record["method"], record["split"], record["n"]) == ("held_out", "test", 25)
     assert record["fitted_rows"] == 30
     assert record["temperature"] != 1
 
-    assert told.bundle is not None
-    assert told.bundle.info.temperature == record["temperature"]
-    assert told.bundle.info.calibration == record
-    stages = [Path(data["path"]) for data in told.data("CHECKPOINT_SAVED") if data["kind"] == "stage"]
+    assert trained.bundle is not None
+    assert trained.bundle.info.temperature == record["temperature"]
+    assert trained.bundle.info.calibration == record
+    stages = [Path(data["path"]) for data in trained.data("CHECKPOINT_SAVED") if data["kind"] == "stage"]
     first, last = (read_bundle(path / "bundle").info for path in stages)
     assert last.temperature == record["temperature"] != first.temperature != 1
     assert first.evaluation is not None
@@ -143,124 +150,133 @@ def test_a_run_calibrates_its_model_and_every_stage_of_it(
     calibrated = predictor.predict(test)
     predictor.temperature = 1.0
     plain = predictor.predict(test)
-    assert [one.answer for one in calibrated] == [one.answer for one in plain]
-    for one, other in zip(calibrated, plain, strict=True):
-        assert one.label_probabilities is not None
-        assert other.label_probabilities is not None
-        powers = {k: p ** (1 / record["temperature"]) for k, p in other.label_probabilities.items()}
+    assert [prediction.answer for prediction in calibrated] == [prediction.answer for prediction in plain]
+    for prediction, uncalibrated in zip(calibrated, plain, strict=True):
+        assert prediction.label_probabilities is not None
+        assert uncalibrated.label_probabilities is not None
+        powers = {k: p ** (1 / record["temperature"]) for k, p in uncalibrated.label_probabilities.items()}
         expected = {label: power / sum(powers.values()) for label, power in powers.items()}
-        assert one.label_probabilities == pytest.approx(expected)
-        assert one.probability == one.label_probabilities[one.answer]
+        assert prediction.label_probabilities == pytest.approx(expected)
+        assert prediction.probability == prediction.label_probabilities[prediction.answer]
     gold = [row.answer for row in test]
-    chosen = [one.label_probabilities[g] for one, g in zip(calibrated, gold, strict=True)]  # type: ignore[index]
+    chosen = [prediction.label_probabilities[g] for prediction, g in zip(calibrated, gold, strict=True)]  # type: ignore[index]
     assert -np.log(chosen).mean() == pytest.approx(record["nll_after"])
 
 
 @dataclass(frozen=True, kw_only=True)
-class Once:
-    """A LoRA run with 30 validation rows and nothing else, its stage kept."""
+class LoraRun:
+    """A LoRA run with 30 validation rows and no test rows, and the store that has its stage."""
 
     settings: TrainConfig
-    told: RunRecord
+    record: RunRecord
     out: Path
-    kept: LocalStages
+    stage_store: LocalStages
 
 
 VALIDATION = yes_no(30, seed=1)
 
 
 @pytest.fixture(scope="module")
-def once(tiny_llama_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> Once:
+def lora_run(tiny_llama_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> LoraRun:
     folder = tmp_path_factory.mktemp("once")
-    settings, kept = config(tiny_llama_dir, "lora", QUICK[:1]), LocalStages(directory=folder / "kept")
-    told = run(
+    settings, stage_store = config(tiny_llama_dir, "lora", QUICK[:1]), LocalStages(directory=folder / "kept")
+    record = run(
         settings,
         folder / "out",
         None,
         parse(VALIDATION),
-        stage_store=kept,
+        stage_store=stage_store,
         checkpoint_dir=folder / "checkpoints",
     )
-    return Once(settings=settings, told=told, out=folder / "out", kept=kept)
+    return LoraRun(settings=settings, record=record, out=folder / "out", stage_store=stage_store)
 
 
 def test_without_test_rows_it_is_cross_fitted_and_without_validation_rows_it_says_that_nothing_was(
-    once: Once, tmp_path: Path
+    lora_run: LoraRun, tmp_path: Path
 ) -> None:
-    one = once.told.one("SUCCEEDED")["evaluation"]["calibration"]
-    assert (one["method"], one["split"]) == ("cross_fitted", "validation")
-    assert (one["n"], one["fitted_rows"]) == (30, 30)
-    other = run(once.settings, tmp_path / "other", None, test_rows=parse(VALIDATION)).one("SUCCEEDED")
+    calibration = lora_run.record.one("SUCCEEDED")["evaluation"]["calibration"]
+    assert (calibration["method"], calibration["split"]) == ("cross_fitted", "validation")
+    assert (calibration["n"], calibration["fitted_rows"]) == (30, 30)
+    other = run(lora_run.settings, tmp_path / "other", None, test_rows=parse(VALIDATION)).one("SUCCEEDED")
     record = other["evaluation"]["calibration"]
     assert (record["method"], record["temperature"]) == ("not_fitted", 1.0)
-    assert record["nll_before"] == pytest.approx(one["nll_before"])
+    assert record["nll_before"] == pytest.approx(calibration["nll_before"])
     assert read_bundle(tmp_path / "other").info.temperature == 1.0
 
 
 def test_a_text_task_has_none(tiny_llama_dir: Path, tmp_path: Path) -> None:
     rows = parse(ROWS["text"](8))
-    told = run(config(tiny_llama_dir, "lora", QUICK[:1]), tmp_path / "out", rows, rows[:2])
-    assert told.one("SUCCEEDED")["evaluation"]["calibration"] is None
-    assert told.bundle is not None
-    assert (told.bundle.info.temperature, told.bundle.info.calibration) == (1.0, None)
+    record = run(config(tiny_llama_dir, "lora", QUICK[:1]), tmp_path / "out", rows, rows[:2])
+    assert record.one("SUCCEEDED")["evaluation"]["calibration"] is None
+    assert record.bundle is not None
+    assert (record.bundle.info.temperature, record.bundle.info.calibration) == (1.0, None)
 
 
-def test_a_reused_or_resumed_result_has_the_same_temperature(once: Once, tmp_path: Path) -> None:
+def test_a_reused_or_resumed_result_has_the_same_temperature(lora_run: LoraRun, tmp_path: Path) -> None:
     rows = parse(VALIDATION)
-    reused = run(once.settings, tmp_path / "reused", None, rows, stage_store=once.kept)
-    end = [data["path"] for data in once.told.data("CHECKPOINT_SAVED") if data["kind"] == "stage"]
-    resumed = run(once.settings, tmp_path / "resumed", None, rows, resume=Path(end[-1]))
+    reused = run(lora_run.settings, tmp_path / "reused", None, rows, stage_store=lora_run.stage_store)
+    end = [data["path"] for data in lora_run.record.data("CHECKPOINT_SAVED") if data["kind"] == "stage"]
+    resumed = run(lora_run.settings, tmp_path / "resumed", None, rows, resume=Path(end[-1]))
     assert reused.one("STAGE_REUSED")["stage"] == "lora"
-    assert once.told.bundle is not None
-    assert once.told.bundle.info.temperature != 1
+    assert lora_run.record.bundle is not None
+    assert lora_run.record.bundle.info.temperature != 1
     for other in (reused, resumed):
         assert other.bundle is not None
-        assert other.bundle.info == once.told.bundle.info
+        assert other.bundle.info == lora_run.record.bundle.info
 
 
-def test_a_bundle_from_before_there_were_temperatures_answers_as_it_did(once: Once, tmp_path: Path) -> None:
-    old = shutil.copytree(once.out, tmp_path / "old")
+def test_a_bundle_from_before_there_were_temperatures_answers_as_it_did(
+    lora_run: LoraRun, tmp_path: Path
+) -> None:
+    old = shutil.copytree(lora_run.out, tmp_path / "old")
     info = json.loads((old / "heft.json").read_text())
     del info["temperature"], info["calibration"]
     (old / "heft.json").write_text(json.dumps(info))
     assert load(old, device="cpu").temperature == 1.0
 
 
-def test_the_command_says_what_probabilities_are_worth(once: Once, tmp_path: Path, command: Command) -> None:
+def test_the_command_says_what_probabilities_are_worth(
+    lora_run: LoraRun, tmp_path: Path, command: Command
+) -> None:
     data = write_rows(tmp_path / "rows.jsonl", VALIDATION)
-    code, printed, _ = command("evaluate", "--bundle", once.out, "--data", data, "--device", "cpu")
+    code, printed, _ = command("evaluate", "--bundle", lora_run.out, "--data", data, "--device", "cpu")
     assert code == 0
-    assert once.told.bundle is not None
-    assert printed[0]["temperature"] == once.told.bundle.info.temperature
-    predictions = load(once.out, device="cpu").predict(parse(VALIDATION))
+    assert lora_run.record.bundle is not None
+    assert printed[0]["temperature"] == lora_run.record.bundle.info.temperature
+    predictions = load(lora_run.out, device="cpu").predict(parse(VALIDATION))
     gold = ["yes" if row["answer"] else "no" for row in VALIDATION]
-    chosen = [one.label_probabilities[g] for one, g in zip(predictions, gold, strict=True)]  # type: ignore[index]
+    chosen = [prediction.label_probabilities[g] for prediction, g in zip(predictions, gold, strict=True)]  # type: ignore[index]
     assert printed[0]["nll"] == pytest.approx(-np.log(chosen).mean())
     assert 0 <= printed[0]["ece"] <= 1
 
 
 def test_the_command_withholds_what_is_not_probable_enough(
-    once: Once, tmp_path: Path, command: Command, monkeypatch: pytest.MonkeyPatch
+    lora_run: LoraRun, tmp_path: Path, command: Command, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     lines = write_rows(tmp_path / "rows.jsonl", VALIDATION).read_text()
 
     def ask(*options: str) -> list[dict[str, Any]]:
         monkeypatch.setattr("sys.stdin", io.StringIO(lines))
-        code, answers, _ = command("predict", "--bundle", once.out, "--device", "cpu", *options)
+        code, answers, _ = command("predict", "--bundle", lora_run.out, "--device", "cpu", *options)
         assert code == 0
         return answers
 
     all_of_them = ask()
-    middle = sorted(one["probability"] for one in all_of_them)[15]
-    for one, other in zip(ask("--abstain-below", str(middle)), all_of_them, strict=True):
-        unsure = other["probability"] < middle
-        assert one == other | {"answer": None if unsure else other["answer"], "abstained": unsure}
-    assert not any(one["abstained"] for one in all_of_them)
+    middle = sorted(answer["probability"] for answer in all_of_them)[15]
+    for answer, full_answer in zip(ask("--abstain-below", str(middle)), all_of_them, strict=True):
+        unsure = full_answer["probability"] < middle
+        assert answer == full_answer | {
+            "answer": None if unsure else full_answer["answer"],
+            "abstained": unsure,
+        }
+    assert not any(answer["abstained"] for answer in all_of_them)
 
 
-def test_the_command_goes_on_with_a_file_of_answers(once: Once, tmp_path: Path, command: Command) -> None:
+def test_the_command_goes_on_with_a_file_of_answers(
+    lora_run: LoraRun, tmp_path: Path, command: Command
+) -> None:
     rows, out = write_rows(tmp_path / "rows.jsonl", VALIDATION), tmp_path / "answers.jsonl"
-    flags = ["predict", "--bundle", once.out, "--device", "cpu", "--file", rows, "--out", out]
+    flags = ["predict", "--bundle", lora_run.out, "--device", "cpu", "--file", rows, "--out", out]
     assert command(*flags)[:2] == (0, [])
     whole = out.read_text()
     lines = whole.splitlines(keepends=True)

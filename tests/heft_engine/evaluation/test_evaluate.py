@@ -28,9 +28,12 @@ from heft_engine.serving.predictor import Predictor
 
 def test_an_evaluation_says_all_metrics_and_keeps_the_first_ones_rows() -> None:
     graded = Evaluation.of({"f1": [0.5, 1.0], "exact_match": [0.0, 1.0]})
-    told = graded.to_json()
-    assert (told["metric"], told["accuracy"], told["correct"]) == ("f1", 0.75, None)
-    assert {name: one["value"] for name, one in told["metrics"].items()} == {"f1": 0.75, "exact_match": 0.5}
+    report = graded.to_json()
+    assert (report["metric"], report["accuracy"], report["correct"]) == ("f1", 0.75, None)
+    assert {name: metric["value"] for name, metric in report["metrics"].items()} == {
+        "f1": 0.75,
+        "exact_match": 0.5,
+    }
     assert unpack_graded(graded.packed_rows()["values"], 2) == pytest.approx([0.5, 1.0], abs=1e-5)
     right = Evaluation.of({"exact_match": [0.0, 1.0], "f1": [0.5, 1.0]})
     assert right.correct == 1
@@ -62,23 +65,23 @@ def test_a_run_measures_by_the_metrics_of_its_task(
     monkeypatch.setattr("heft_engine.training.result.evaluate", evaluated)
     task = TaskSettings(metrics=["f1", "final_number", "exact_match"])
     settings = config(tiny_llama_dir, "reft", [but(reft(), n_epochs=1)]).model_copy(update={"task": task})
-    told = run(settings, tmp_path / "out", rows_of(sums(8)), test_rows=rows_of(sums(3)))
+    trained = run(settings, tmp_path / "out", rows_of(sums(8)), test_rows=rows_of(sums(3)))
 
-    assert told.bundle is not None
-    assert told.bundle.info.task["metrics"] == ["f1", "final_number", "exact_match"]
-    record = told.bundle.info.evaluation
+    assert trained.bundle is not None
+    assert trained.bundle.info.task["metrics"] == ["f1", "final_number", "exact_match"]
+    record = trained.bundle.info.evaluation
     assert record is not None
     metrics = record["results"][-1]["metrics"]
     assert record["metric"] == "f1"
     assert metrics["final_number"]["value"] == pytest.approx(2 / 3)
     assert metrics["exact_match"]["value"] == pytest.approx(1 / 3)
     assert record["results"][-1]["accuracy"] == metrics["f1"]["value"]
-    outcomes = told.one("SUCCEEDED")["outcomes"]
+    outcomes = trained.one("SUCCEEDED")["outcomes"]
     values = unpack_graded(outcomes["results"][-1]["values"], 3)
     assert values[0] == 1.0
     assert values.mean() == pytest.approx(metrics["f1"]["value"], abs=1e-5)
     # Every row may write what serving would let it, whatever the right answer's length.
-    assert {budget for budgets in seen for budget in budgets} == {told.bundle.info.max_new_tokens}
+    assert {budget for budgets in seen for budget in budgets} == {trained.bundle.info.max_new_tokens}
 
 
 def test_an_exact_match_that_cant_be_any_more_is_not_written_to_its_end(
@@ -91,13 +94,13 @@ def test_an_exact_match_that_cant_be_any_more_is_not_written_to_its_end(
         short = generate(*args, should_stop=should_stop, **options)
         whole = generate(*args, **options)
         lengths.append((sum(map(len, short)), sum(map(len, whole))))
-        texts.append([one[: len(other)] == other for one, other in zip(whole, short, strict=True)])
+        texts.append([full[: len(cut)] == cut for full, cut in zip(whole, short, strict=True)])
         return short
 
     monkeypatch.setattr(evaluation_module, "generate", counting)
     settings = config(tiny_llama_dir, "reft", [but(reft(), n_epochs=1)])
-    told = run(settings, tmp_path / "out", rows_of(sums(8)), test_rows=rows_of(sums(4)))
-    assert told.bundle is not None
+    record = run(settings, tmp_path / "out", rows_of(sums(8)), test_rows=rows_of(sums(4)))
+    assert record.bundle is not None
     assert all(all(same) for same in texts)
     assert all(short < whole / 2 for short, whole in lengths)
 

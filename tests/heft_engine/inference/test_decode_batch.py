@@ -1,4 +1,4 @@
-"""Continuous batching: a sequence's tokens are its own, whoever joins and leaves beside it."""
+"""Continuous batching: the tokens of a sequence do not depend on the sequences that join and leave."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ LENGTHS = (60, 3, 21, 93, 40, 2, 63)
 
 
 def loaded(path: Path, dtype: torch.dtype = torch.float32) -> PackedLM:
-    """With an intervention that is strong enough to be seen."""
+    """Returns a model with an intervention that is strong enough to change tokens."""
     lm = PackedLM(load_model(resolve_path(path), dtype=dtype, attention=IMPLEMENTATION))
     torch.manual_seed(0)
     intervention = LoreftIntervention(lm.hidden_size, 4)
@@ -46,17 +46,14 @@ def llama(tiny_llama_dir: Path) -> PackedLM:
     return loaded(tiny_llama_dir)
 
 
-def asked(name: int, length: int, max_tokens: int = 6, **options: object) -> DecodeRequest:
+def request_for(name: int, length: int, max_tokens: int = 6, **options: object) -> DecodeRequest:
     chance = random.Random(f"{name}/{length}")
     prompt = tuple(chance.randrange(5, 600) for _ in range(length))
     return DecodeRequest(id=name, prompt=prompt, max_tokens=max_tokens, **options)  # type: ignore[arg-type]
 
 
-class Written:
-    """What passes have written, sequence by sequence: tokens, with log-probabilities where they were asked for.
-
-    A sequence leaves with its last token.
-    """
+class TokenCollector:
+    """Collects the sampled tokens of each sequence, and removes a sequence from the batch at its last token."""
 
     def __init__(self, batch: DecodeBatch, requests: Sequence[DecodeRequest]) -> None:
         self.batch = batch
@@ -71,15 +68,15 @@ class Written:
 
 
 def alone(lm: PackedLM, requests: Sequence[DecodeRequest]) -> dict[Hashable, list[SampledToken]]:
-    """Each written by itself."""
+    """Returns the tokens of each request, decoded in a batch of its own."""
     tokens: dict[Hashable, list[SampledToken]] = {}
     for request in requests:
         batch = DecodeBatch(lm, budget_bytes=PLENTY)
-        written = Written(batch, [request])
-        written.take(batch.prefill([request]))
+        collector = TokenCollector(batch, [request])
+        collector.take(batch.prefill([request]))
         while len(batch):
-            written.take(batch.decode())
-        tokens |= written.tokens
+            collector.take(batch.decode())
+        tokens |= collector.tokens
     return tokens
 
 
@@ -93,84 +90,84 @@ def test_tokens_do_not_depend_on_who_joins_and_leaves(
 ) -> None:
     """Bit for bit: the log-probabilities are compared, too."""
     lm = loaded(make_tiny_model(family), dtype)
-    requests = [asked(name, length, sampling=EXACT) for name, length in enumerate(LENGTHS)]
+    requests = [request_for(name, length, sampling=EXACT) for name, length in enumerate(LENGTHS)]
     batch = DecodeBatch(lm, budget_bytes=PLENTY)
-    written = Written(batch, requests)
-    written.take(batch.prefill(requests[:3]))
-    written.take(batch.decode())
-    written.take(batch.prefill(requests[3:4]))
+    collector = TokenCollector(batch, requests)
+    collector.take(batch.prefill(requests[:3]))
+    collector.take(batch.decode())
+    collector.take(batch.prefill(requests[3:4]))
     batch.remove(1)
-    written.take(batch.decode())
-    written.take(batch.prefill(requests[4:]))
+    collector.take(batch.decode())
+    collector.take(batch.prefill(requests[4:]))
     while len(batch):
-        written.take(batch.decode())
+        collector.take(batch.decode())
     expected = alone(lm, requests)
     expected[1] = expected[1][:2]  # it left before its end
-    assert written.tokens == expected
+    assert collector.tokens == expected
     assert batch.allocated_bytes == 0
 
 
 def test_each_request_has_its_own_scale(llama: PackedLM) -> None:
     scales = (1.0, 0.0, 0.5, 3.0)
-    requests = [asked(0, 30, scale=scale, sampling=EXACT) for scale in scales]
-    named = [DecodeRequest(**{**vars(one), "id": i}) for i, one in enumerate(requests)]
+    requests = [request_for(0, 30, scale=scale, sampling=EXACT) for scale in scales]
+    named = [DecodeRequest(**{**vars(request), "id": i}) for i, request in enumerate(requests)]
     expected = alone(llama, named)
     batch = DecodeBatch(llama, budget_bytes=PLENTY)
-    written = Written(batch, named)
-    written.take(batch.prefill(named))
+    collector = TokenCollector(batch, named)
+    collector.take(batch.prefill(named))
     while len(batch):
-        written.take(batch.decode())
-    assert written.tokens == expected
+        collector.take(batch.decode())
+    assert collector.tokens == expected
     assert len({choices[0].logprob for choices in expected.values()}) == 4, "a scale that changes nothing"
     with llama.interventions.disabled():
         assert alone(llama, named[:1])[0] == expected[1]
 
 
 def test_keys_and_values_stay_within_their_budget(llama: PackedLM) -> None:
-    """Whoever has no room waits, in order; a slot is no larger than its sequence needs, and is given back."""
-    requests = [asked(name, 50 + name, max_tokens=20) for name in range(9)]
+    """Sequences without room wait in order. A slot is no larger than its sequence needs, and is freed at its end."""
+    requests = [request_for(name, 50 + name, max_tokens=20) for name in range(9)]
     batch = DecodeBatch(llama, budget_bytes=0)
     room = batch.bytes_for(requests[0])
     assert room == 2 * 4 * 2 * 8 * capacity_for(69) * 4  # two tensors a layer, heads, width, tokens, float32
     batch = DecodeBatch(llama, budget_bytes=4 * room)
     scheduler = DecodeScheduler(batch)
     scheduler.add(requests)
-    written = Written(batch, requests)
+    collector = TokenCollector(batch, requests)
     most, sizes = 0, []
     while scheduler.is_busy:
         new = scheduler.step()
         most, sizes = max(most, batch.allocated_bytes), [*sizes, len(batch)]
-        written.take(new)
-    assert written.tokens == alone(llama, requests)
-    assert list(written.tokens) == list(range(9))
+        collector.take(new)
+    assert collector.tokens == alone(llama, requests)
+    assert list(collector.tokens) == list(range(9))
     assert max(sizes) == 4
     assert 2 * room < most <= batch.budget_bytes
     assert batch.allocated_bytes == 0
 
 
 def test_many_sequences_fill_several_chunks(llama: PackedLM) -> None:
-    requests = [asked(name, 4, max_tokens=2) for name in range(2 * SLOTS_PER_CHUNK + 1)]
+    requests = [request_for(name, 4, max_tokens=2) for name in range(2 * SLOTS_PER_CHUNK + 1)]
     scheduler = DecodeScheduler(DecodeBatch(llama, budget_bytes=PLENTY))
     scheduler.add(requests)
-    written = Written(scheduler.batch, requests)
+    collector = TokenCollector(scheduler.batch, requests)
     while scheduler.is_busy:
-        written.take(scheduler.step())
-    some = requests[:: SLOTS_PER_CHUNK // 2]
-    assert {one.id: written.tokens[one.id] for one in some} == alone(llama, some)
-    assert len(written.tokens) == len(requests) <= MAX_SEQUENCES
+        collector.take(scheduler.step())
+    sampled = requests[:: SLOTS_PER_CHUNK // 2]
+    assert {request.id: collector.tokens[request.id] for request in sampled} == alone(llama, sampled)
+    assert len(collector.tokens) == len(requests) <= MAX_SEQUENCES
 
 
 def test_those_who_wait_and_those_who_are_written_alternate(llama: PackedLM) -> None:
     scheduler = DecodeScheduler(DecodeBatch(llama, budget_bytes=PLENTY))
-    scheduler.add([asked(name, 1_500, max_tokens=9) for name in range(3)])
+    scheduler.add([request_for(name, 1_500, max_tokens=9) for name in range(3)])
     passes = [list(scheduler.step()) for _ in range(6)]
     assert passes == [[0], [0], [1], [0, 1], [2], [0, 1, 2]]
 
 
 def test_a_prefill_that_fails_leaves_nothing(llama: PackedLM, monkeypatch: pytest.MonkeyPatch) -> None:
     batch = DecodeBatch(llama, budget_bytes=PLENTY)
-    first = batch.prefill([asked(0, 10)])
-    held = batch.allocated_bytes
+    first = batch.prefill([request_for(0, 10)])
+    allocated_bytes = batch.allocated_bytes
 
     def fail(*_: object) -> None:
         raise MemoryError
@@ -178,15 +175,15 @@ def test_a_prefill_that_fails_leaves_nothing(llama: PackedLM, monkeypatch: pytes
     with monkeypatch.context() as patch:
         patch.setattr(llama, "finish", fail)
         with pytest.raises(MemoryError):
-            batch.prefill([asked(1, 10)])
-    assert (len(batch), batch.allocated_bytes) == (1, held)
+            batch.prefill([request_for(1, 10)])
+    assert (len(batch), batch.allocated_bytes) == (1, allocated_bytes)
     tokens = [first[0], *(batch.decode()[0] for _ in range(2))]
-    assert tokens == alone(llama, [asked(0, 10)])[0][:3]
+    assert tokens == alone(llama, [request_for(0, 10)])[0][:3]
 
 
 def test_a_sequence_at_its_end_must_leave(llama: PackedLM) -> None:
     batch = DecodeBatch(llama, budget_bytes=PLENTY)
-    batch.prefill([asked(0, 10, max_tokens=1)])
+    batch.prefill([request_for(0, 10, max_tokens=1)])
     with pytest.raises(ValueError, match="must be removed"):
         batch.decode()
     batch.remove(0)
@@ -197,18 +194,18 @@ def test_a_sequence_at_its_end_must_leave(llama: PackedLM) -> None:
 def test_a_seed_means_the_same_tokens_whatever_is_beside(llama: PackedLM) -> None:
     def drawn(name: int, seed: int | None) -> DecodeRequest:
         sampling = SamplingParams(temperature=1.5, top_p=0.9, seed=seed, frequency_penalty=0.1)
-        return DecodeRequest(id=name, prompt=asked(7, 30).prompt, max_tokens=8, sampling=sampling)
+        return DecodeRequest(id=name, prompt=request_for(7, 30).prompt, max_tokens=8, sampling=sampling)
 
-    requests = [drawn(0, 3), drawn(1, 4), drawn(2, 3), drawn(3, None), asked(4, 12, max_tokens=3)]
+    requests = [drawn(0, 3), drawn(1, 4), drawn(2, 3), drawn(3, None), request_for(4, 12, max_tokens=3)]
     batch = DecodeBatch(llama, budget_bytes=PLENTY)
-    written = Written(batch, requests)
-    written.take(batch.prefill(requests[:1]))
-    written.take(batch.decode())
-    written.take(batch.prefill(requests[1:]))
+    collector = TokenCollector(batch, requests)
+    collector.take(batch.prefill(requests[:1]))
+    collector.take(batch.decode())
+    collector.take(batch.prefill(requests[1:]))
     while len(batch):
-        written.take(batch.decode())
-    assert written.tokens[0] == written.tokens[2] == alone(llama, [drawn(0, 3)])[0]
-    assert written.tokens[1] != written.tokens[0] != written.tokens[3]
+        collector.take(batch.decode())
+    assert collector.tokens[0] == collector.tokens[2] == alone(llama, [drawn(0, 3)])[0]
+    assert collector.tokens[1] != collector.tokens[0] != collector.tokens[3]
 
 
 @pytest.mark.parametrize(
@@ -230,7 +227,7 @@ def test_steps_multiply_in_blocks_of_fewer_rows(llama: PackedLM, monkeypatch: py
 
     monkeypatch.setattr(batch_invariant, "linear_in_blocks", linear)
     batch = DecodeBatch(llama, budget_bytes=PLENTY)
-    batch.prefill([asked(0, 12)])
+    batch.prefill([request_for(0, 12)])
     assert set(seen) == {BLOCK_ROWS}
     seen.clear()
     batch.decode()

@@ -1,4 +1,4 @@
-"""What prompts' beginnings leave behind serves those who repeat them, and nobody else."""
+"""Keys and values of prompt prefixes are reused by prompts that repeat them, and by no other."""
 
 from __future__ import annotations
 
@@ -44,20 +44,20 @@ def row(variant: ModelVariant, example: Example, cache: PrefixCache, scale: floa
 
 
 def ask(
-    variant: ModelVariant, asked: Sequence[Example], cache: PrefixCache, scale: float = 1.0
+    variant: ModelVariant, questions: Sequence[Example], cache: PrefixCache, scale: float = 1.0
 ) -> tuple[list[Scores], list[int]]:
     """Returns scores, and the cached tokens of each row."""
-    rows = [row(variant, example, cache, scale) for example in asked]
-    return score_rows(rows, cache), [each.cached_tokens for each in rows]
+    rows = [row(variant, example, cache, scale) for example in questions]
+    return score_rows(rows, cache), [scoring_row.cached_tokens for scoring_row in rows]
 
 
-def plain(variant: ModelVariant, asked: Sequence[Example], scale: float = 1.0) -> list[Scores]:
-    return score_rows([ScoringRow(example=each, variant=variant, scale=scale) for each in asked])
+def plain(variant: ModelVariant, questions: Sequence[Example], scale: float = 1.0) -> list[Scores]:
+    return score_rows([ScoringRow(example=question, variant=variant, scale=scale) for question in questions])
 
 
-def same(one: Sequence[Scores], other: Sequence[Scores], tolerance: float = 2e-4) -> None:
-    for a, b in zip(one, other, strict=True):
-        assert a.totals == pytest.approx(b.totals, abs=tolerance)
+def same(actual: Sequence[Scores], expected: Sequence[Scores], tolerance: float = 2e-4) -> None:
+    for left, right in zip(actual, expected, strict=True):
+        assert left.totals == pytest.approx(right.totals, abs=tolerance)
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -73,20 +73,20 @@ def test_questions_on_one_passage_share_its_prefill(
         ),
     )
     cache = PrefixCache(2**24)
-    asked = examples(5, prefix=PASSAGE, longest=40)
-    first, found = ask(variant, asked[:1], cache)
-    assert first == plain(variant, asked[:1])
-    assert found == [0]
-    rest, found = ask(variant, asked[1:], cache)
-    assert found == [len(PASSAGE) // BLOCK_TOKENS * BLOCK_TOKENS] * 4
-    same(rest, plain(variant, asked[1:]))
-    # Longer than what is kept, and longer again: they stand on one another.
-    longer = [replace(each, prompt=(*each.prompt, *range(200, 260))) for each in asked]
-    _, found = ask(variant, longer, cache)
-    assert min(found) >= 64
-    longest = [replace(each, prompt=(*each.prompt, *range(300, 330))) for each in longer]
-    again, found = ask(variant, longest, cache)
-    assert min(found) >= 112
+    questions = examples(5, prefix=PASSAGE, longest=40)
+    first, cached_tokens = ask(variant, questions[:1], cache)
+    assert first == plain(variant, questions[:1])
+    assert cached_tokens == [0]
+    rest, cached_tokens = ask(variant, questions[1:], cache)
+    assert cached_tokens == [len(PASSAGE) // BLOCK_TOKENS * BLOCK_TOKENS] * 4
+    same(rest, plain(variant, questions[1:]))
+    # Longer than the cached prefix, and longer again: each extends the last.
+    longer = [replace(question, prompt=(*question.prompt, *range(200, 260))) for question in questions]
+    _, cached_tokens = ask(variant, longer, cache)
+    assert min(cached_tokens) >= 64
+    longest = [replace(question, prompt=(*question.prompt, *range(300, 330))) for question in longer]
+    again, cached_tokens = ask(variant, longest, cache)
+    assert min(cached_tokens) >= 112
     same(again, plain(variant, longest))
 
 
@@ -98,10 +98,10 @@ def test_rows_on_one_passage_attend_to_it_together(
     variant = merged(base, StoredWeights([], [stored_intervention(base, 1, "l1", 1)]))
     cache = PrefixCache(2**24)
     passages = (PASSAGE, tuple(range(300, 380)))
-    asked = [one for prefix in passages for one in examples(9, prefix=prefix, longest=40)]
-    ask(variant, [asked[0], asked[9]], cache)
-    # In turns, as two requests would bring them, with one that nobody has asked like it.
-    mixed = [one for pair in zip(asked[1:9], asked[10:], strict=True) for one in pair]
+    questions = [question for prefix in passages for question in examples(9, prefix=prefix, longest=40)]
+    ask(variant, [questions[0], questions[9]], cache)
+    # Interleaved, as from two requests, with a question that shares no prefix.
+    mixed = [question for pair in zip(questions[1:9], questions[10:], strict=True) for question in pair]
     mixed.insert(3, examples(1, seed=5)[0])
     sizes: list[list[int]] = []
     attend = attention._masked
@@ -112,29 +112,30 @@ def test_rows_on_one_passage_attend_to_it_together(
 
     with monkeypatch.context() as patch:
         patch.setattr(attention, "_masked", watch)
-        scores, found = ask(variant, mixed, cache)
-    assert sum(map(bool, found)) == 16
+        scores, cached_tokens = ask(variant, mixed, cache)
+    assert sum(map(bool, cached_tokens)) == 16
     same(scores, plain(variant, mixed))
     several = [queries for queries, _ in sizes if queries > 41]
     assert len(several) >= 2 * base.n_layers, "none attended together"
     assert max(several) <= layout.GROUP_TOKENS
-    longer = [replace(each, prompt=(*each.prompt, *range(200, 260))) for each in asked]
+    longer = [replace(question, prompt=(*question.prompt, *range(200, 260))) for question in questions]
     ask(variant, longer, cache)
-    again, found = ask(variant, longer, cache)
-    assert min(found) > 100, "what rows that attended together have left is each one's own"
+    again, cached_tokens = ask(variant, longer, cache)
+    assert min(cached_tokens) > 100, "the prefix that grouped rows leave is stored for each row"
     same(again, plain(variant, longer))
 
 
 def test_neighbours_make_one_run_if_they_go_on_alike() -> None:
     def rows(*branches: tuple[int, ...]) -> tuple[PackedRow, ...]:
         return tuple(
-            PackedRow(start=50 * index, prompt=90, branches=each, cached_tokens=40)
-            for index, each in enumerate(branches)
+            PackedRow(start=50 * index, prompt=90, branches=row_branches, cached_tokens=40)
+            for index, row_branches in enumerate(branches)
         )
 
-    def runs(kept: tuple[Any, ...] | None, *branches: tuple[int, ...]) -> list[tuple[int, int]]:
+    def runs(prefixes: tuple[Any, ...] | None, *branches: tuple[int, ...]) -> list[tuple[int, int]]:
         return [
-            (group.first, group.end) for group in Layout(rows=rows(*branches), cached_prefixes=kept).groups
+            (group.first, group.end)
+            for group in Layout(rows=rows(*branches), cached_prefixes=prefixes).groups
         ]
 
     a, b = object(), object()
@@ -155,20 +156,20 @@ def test_unmerged_models_find_their_own(tiny_llama_dir: Path) -> None:
         )
         for seed in (1, 2)
     ]
-    asked = examples(3, prefix=PASSAGE)
+    questions = examples(3, prefix=PASSAGE)
     for variant in models:
-        assert ask(variant, asked[:1], cache)[1] == [0], "another model's keys and values were found"
+        assert ask(variant, questions[:1], cache)[1] == [0], "another model's keys and values were found"
     for variant in models:
-        scores, found = ask(variant, asked[1:], cache)
-        assert min(found) == 64
-        same(scores, plain(variant, asked[1:]))
+        scores, cached_tokens = ask(variant, questions[1:], cache)
+        assert min(cached_tokens) == 64
+        same(scores, plain(variant, questions[1:]))
 
 
 def test_behind_an_intervention_nothing_is_kept_and_the_scale_tells_f_positions_apart(
     tiny_llama_dir: Path,
 ) -> None:
     base = packed(tiny_llama_dir)
-    asked = examples(2, prefix=PASSAGE)
+    questions = examples(2, prefix=PASSAGE)
     last = merged(base, StoredWeights([], [stored_intervention(base, 1, "l40", 1)]))
     assert reusable_prefix(last.interventions, 100, 1.0) == (60, None)
     assert reusable_prefix(last.interventions, 60, 1.0) == (30, None)  # clamped to half of the prompt
@@ -178,10 +179,10 @@ def test_behind_an_intervention_nothing_is_kept_and_the_scale_tells_f_positions_
     assert reusable_prefix(first.interventions, 4, 0.5) == (3, (0.5, (2,)))
     cache = PrefixCache(2**24)
     for scale in (1.0, 0.5, 0.0):
-        assert ask(first, asked[:1], cache, scale)[1] == [0]
-        scores, found = ask(first, asked[1:], cache, scale)
-        assert found == [64]
-        same(scores, plain(first, asked[1:], scale))
+        assert ask(first, questions[:1], cache, scale)[1] == [0]
+        scores, cached_tokens = ask(first, questions[1:], cache, scale)
+        assert cached_tokens == [64]
+        same(scores, plain(first, questions[1:], scale))
 
 
 def test_a_chain_of_hashes_says_scope_and_all_tokens_before() -> None:
@@ -201,7 +202,7 @@ def filled(cache: PrefixCache, lm: PackedLM, prompts: Sequence[tuple[int, ...]],
         ask(variant, [Example(prompt=prompt, answers=((7,), (9,)), labels=("a", "b"), gold=None)], cache)
 
 
-def kept(cache: PrefixCache, prompt: tuple[int, ...], scope: str = "s") -> PrefixKV | None:
+def cached_prefix(cache: PrefixCache, prompt: tuple[int, ...], scope: str = "s") -> PrefixKV | None:
     return cache.find(block_hashes((None, scope, None), prompt, len(prompt) - 1))
 
 
@@ -214,14 +215,14 @@ def test_the_longest_unused_goes_first_and_nothing_that_others_stand_on(tiny_lla
     assert cache.used_bytes == 3 * 64 * a_token
     longer = (*prompts[0], *range(400, 450))
     filled(cache, lm, [longer])  # stands on the first, and pushes the second out
-    assert kept(cache, prompts[1]) is None
-    found = kept(cache, longer)
-    assert found is not None
-    assert found.length == 112
+    assert cached_prefix(cache, prompts[1]) is None
+    prefix = cached_prefix(cache, longer)
+    assert prefix is not None
+    assert prefix.length == 112
     filled(cache, lm, [prompts[1], prompts[1][::-1]])
     assert cache.used_bytes <= cache.budget_bytes
     for prompt in (longer, *prompts):
-        chained = kept(cache, prompt)
+        chained = cached_prefix(cache, prompt)
         if chained is not None:
             keys, values = chained.keys_values(0)
             assert keys.shape == values.shape == (1, 2, chained.length, 8)
@@ -231,12 +232,12 @@ def test_a_forgotten_scope_leaves_no_bytes(tiny_llama_dir: Path) -> None:
     lm = packed(tiny_llama_dir)
     cache = PrefixCache(2**24)
     filled(cache, lm, [PASSAGE, (*PASSAGE, *PASSAGE)], scope="gone")
-    one = cache.used_bytes
+    used_bytes = cache.used_bytes
     filled(cache, lm, [PASSAGE], scope="stays")
-    assert cache.used_bytes > one
+    assert cache.used_bytes > used_bytes
     cache.remove("gone")
-    assert kept(cache, PASSAGE, "gone") is None
-    assert kept(cache, PASSAGE, "stays") is not None
+    assert cached_prefix(cache, PASSAGE, "gone") is None
+    assert cached_prefix(cache, PASSAGE, "stays") is not None
     cache.remove("stays")
     assert cache.used_bytes == 0
 
@@ -246,7 +247,7 @@ def test_without_a_budget_nothing_is_kept(tiny_llama_dir: Path) -> None:
     cache = PrefixCache(100)
     filled(cache, lm, [PASSAGE])
     assert cache.used_bytes == 0
-    assert kept(cache, PASSAGE) is None
+    assert cached_prefix(cache, PASSAGE) is None
 
 
 def test_whatever_comes_and_goes_is_what_was_left(tiny_llama_dir: Path) -> None:
@@ -257,11 +258,11 @@ def test_whatever_comes_and_goes_is_what_was_left(tiny_llama_dir: Path) -> None:
     generator = torch.Generator().manual_seed(0)
     stems = [tuple(torch.randint(5, 600, (48,), generator=generator).tolist()) for _ in range(3)]
     hits = 0
-    for one, two, three in itertools.product(range(3), repeat=3):
-        prompt = (*stems[one], *stems[two], *stems[three][: 10 * three + 3])
+    for first, second, third in itertools.product(range(3), repeat=3):
+        prompt = (*stems[first], *stems[second], *stems[third][: 10 * third + 3])
         example = Example(prompt=prompt, answers=((7,), (9,)), labels=("a", "b"), gold=None)
-        scores, found = ask(variant, [example], cache)
+        scores, cached_tokens = ask(variant, [example], cache)
         same(scores, plain(variant, [example]))
-        hits += sum(found)
+        hits += sum(cached_tokens)
         assert cache.used_bytes <= cache.budget_bytes
     assert hits > 500

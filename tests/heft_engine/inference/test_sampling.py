@@ -55,10 +55,10 @@ def test_a_seed_repeats_and_none_does_not() -> None:
 
 def test_penalties_count_what_was_written() -> None:
     """Gaps between the likeliest tokens are 0.51 and 0.69."""
-    once = Sampler(SamplingParams(presence_penalty=0.6))
-    assert [once.sample(LOGITS).token for _ in range(3)] == [1, 3, 1]
-    each = Sampler(SamplingParams(frequency_penalty=0.6))
-    assert [each.sample(LOGITS).token for _ in range(6)] == [1, 3, 1, 3, 1, 0]
+    presence = Sampler(SamplingParams(presence_penalty=0.6))
+    assert [presence.sample(LOGITS).token for _ in range(3)] == [1, 3, 1]
+    frequency = Sampler(SamplingParams(frequency_penalty=0.6))
+    assert [frequency.sample(LOGITS).token for _ in range(6)] == [1, 3, 1, 3, 1, 0]
     biased = Sampler(SamplingParams(logit_bias=((2, 100.0), (99, 100.0))))
     assert biased.sample(LOGITS).token == 2
 

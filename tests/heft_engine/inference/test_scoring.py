@@ -44,7 +44,7 @@ def questions(n: int) -> list[Example]:
 
 
 def totals(lm: PackedLM, examples: list[Example]) -> list[tuple[float, ...]]:
-    return [one.totals for one in score(lm, examples)]
+    return [scores.totals for scores in score(lm, examples)]
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
@@ -82,14 +82,14 @@ def test_totals_are_the_summed_log_probabilities_of_the_models_own_forward(tiny_
             logits = model(torch.tensor([[*prompt, *answer]])).logits[0].log_softmax(-1)
         return sum(float(logits[len(prompt) - 1 + i, token]) for i, token in enumerate(answer))
 
-    for example, one in zip(questions(9), score(lm, questions(9)), strict=True):
+    for example, scores in zip(questions(9), score(lm, questions(9)), strict=True):
         exact = [log_probability(example.prompt, answer) for answer in example.answers]
         if max(map(len, example.answers)) == 1:  # up to a constant
-            offset = one.totals[0] - exact[0]
+            offset = scores.totals[0] - exact[0]
             exact = [value + offset for value in exact]
-        assert one.totals == pytest.approx(exact, abs=1e-4)
+        assert scores.totals == pytest.approx(exact, abs=1e-4)
         lengths = map(len, example.answers)
-        assert one.means == tuple(total / n for total, n in zip(one.totals, lengths, strict=True))
+        assert scores.means == tuple(total / n for total, n in zip(scores.totals, lengths, strict=True))
 
 
 def test_the_summed_probability_decides_and_the_first_of_equals() -> None:
@@ -113,23 +113,23 @@ def long_rows(*lengths: int) -> list[Example]:
 def test_only_masks_that_take_little_are_kept(
     make_tiny_model: MakeModel, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """With a window every row that is longer has a mask of its own, as many entries as its length squared."""
+    """With a sliding window every longer row has its own mask, with as many entries as its length squared."""
     lm = packed(make_tiny_model("mistral"))
-    made: list[tuple[int, ...]] = []
-    seen = attention._mask
+    computed: list[tuple[int, ...]] = []
+    mask = attention._mask
 
-    def watched(lengths: tuple[int, ...], *where: Any) -> torch.Tensor:
-        made.append(lengths)
-        return seen(lengths, *where)
+    def recording_mask(lengths: tuple[int, ...], *options: Any) -> torch.Tensor:
+        computed.append(lengths)
+        return mask(lengths, *options)
 
-    monkeypatch.setattr(attention, "_mask", watched)
+    monkeypatch.setattr(attention, "_mask", recording_mask)
     monkeypatch.setattr(attention, "_MOST_CACHED", 90 * 90)
     score(lm, long_rows(70, 90))
-    once = [lengths for lengths in made if lengths in ((70,), (90,))]
+    once = [lengths for lengths in computed if lengths in ((70,), (90,))]
     assert sorted(once) == [(70,), (90,)], "one for every length, whatever the layer"
-    made.clear()
+    computed.clear()
     score(lm, long_rows(92, 100))
-    assert len([lengths for lengths in made if lengths == (100,)]) == lm.n_layers
+    assert len([lengths for lengths in computed if lengths == (100,)]) == lm.n_layers
 
 
 def test_a_pass_ends_on_a_whole_block(tiny_llama_dir: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,4 +1,4 @@
-"""Who waits together shares a pass; nobody gets another answer for it, and nobody is held up by a large request."""
+"""Requests that wait together share a pass, which changes no answer; a large request delays no small one."""
 
 from __future__ import annotations
 
@@ -25,8 +25,11 @@ from heft_engine.serving.row_adapters import adapt_rows
 PASSAGE = tuple(range(100, 170))
 
 
-class Told:
-    """What a batcher did, up to the passes whose answers are there: it answers first, and then tells."""
+class PassRecorder:
+    """Records the passes of a batcher.
+
+    A batcher answers before it calls its observer: reading waits for the calls that are still to come.
+    """
 
     def __init__(self) -> None:
         self.batcher: Batcher | None = None
@@ -42,7 +45,7 @@ class Told:
 
     @property
     def passes(self) -> list[tuple[int, int, int]]:
-        """Rows, tokens and cached tokens of each."""
+        """Rows, tokens and cached tokens of each pass."""
         self._settle()
         return self._passes
 
@@ -62,34 +65,34 @@ def lm(tiny_llama_dir: Path) -> PackedLM:
 
 
 @pytest.fixture
-def told() -> Told:
-    return Told()
+def observer() -> PassRecorder:
+    return PassRecorder()
 
 
 @pytest.fixture
-def batcher(told: Told) -> Iterator[Batcher]:
-    batcher = told.batcher = Batcher(prefix_bytes=2**24, token_budget=300, observer=told)
+def batcher(observer: PassRecorder) -> Iterator[Batcher]:
+    batcher = observer.batcher = Batcher(prefix_bytes=2**24, token_budget=300, observer=observer)
     yield batcher
     batcher.close()
 
 
 @dataclass
 class Gate:
-    """Holds the passes' thread until it is opened, so that requests gather."""
+    """Blocks the thread that runs passes until it is opened, so that requests gather."""
 
     batcher: Batcher
     opened: threading.Event = field(default_factory=threading.Event)
 
     def __enter__(self) -> Gate:
-        held = threading.Event()
+        entered = threading.Event()
 
         def wait() -> None:
-            held.set()
+            entered.set()
             assert self.opened.wait(60)
 
         self.thread = threading.Thread(target=lambda: self.batcher.run(wait))
         self.thread.start()
-        assert held.wait(60)
+        assert entered.wait(60)
         return self
 
     def __exit__(self, *_: Any) -> None:
@@ -102,26 +105,26 @@ def results(futures: Sequence[Future[list[Scores]]]) -> list[list[Scores]]:
 
 
 def test_those_who_wait_together_share_passes_and_keep_their_bits(
-    lm: PackedLM, batcher: Batcher, told: Told
+    lm: PackedLM, batcher: Batcher, observer: PassRecorder
 ) -> None:
-    asked = [examples(3, seed=seed) for seed in range(12)]
+    requests = [examples(3, seed=seed) for seed in range(12)]
     with Gate(batcher):
-        futures = [batcher.submit(ModelVariant(lm=lm), each) for each in asked]
-    assert results(futures) == [score(lm, each) for each in asked]
-    assert sum(rows for rows, _, _ in told.passes) == 36
-    assert max(rows for rows, _, _ in told.passes) > 3
-    assert all(tokens <= 300 for _, tokens, _ in told.passes)
-    assert len(told.waits) == 36
+        futures = [batcher.submit(ModelVariant(lm=lm), request) for request in requests]
+    assert results(futures) == [score(lm, request) for request in requests]
+    assert sum(rows for rows, _, _ in observer.passes) == 36
+    assert max(rows for rows, _, _ in observer.passes) > 3
+    assert all(tokens <= 300 for _, tokens, _ in observer.passes)
+    assert len(observer.waits) == 36
 
 
 def test_from_many_threads_each_gets_its_own(lm: PackedLM, batcher: Batcher) -> None:
-    asked = [examples(2, seed=seed) for seed in range(40)]
+    requests = [examples(2, seed=seed) for seed in range(40)]
 
-    def ask(each: list[Example]) -> list[Scores]:
-        return batcher.submit(ModelVariant(lm=lm), each).result(60)
+    def ask(request: list[Example]) -> list[Scores]:
+        return batcher.submit(ModelVariant(lm=lm), request).result(60)
 
     with ThreadPoolExecutor(8) as pool:
-        assert list(pool.map(ask, asked)) == [score(lm, each) for each in asked]
+        assert list(pool.map(ask, requests)) == [score(lm, request) for request in requests]
 
 
 def test_alone_a_request_does_not_wait_for_others(
@@ -141,29 +144,31 @@ def test_alone_a_request_does_not_wait_for_others(
 
 
 def test_after_a_shared_pass_those_who_ask_again_are_waited_for(
-    lm: PackedLM, batcher: Batcher, told: Told, monkeypatch: pytest.MonkeyPatch
+    lm: PackedLM, batcher: Batcher, observer: PassRecorder, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(batching, "LINGER_SECONDS", 30.0)
-    one = examples(1, longest=10)
+    request = examples(1, longest=10)
     with Gate(batcher):
-        futures = [batcher.submit(ModelVariant(lm=lm), one) for _ in range(6)]
+        futures = [batcher.submit(ModelVariant(lm=lm), request) for _ in range(6)]
     results(futures)
-    again = [batcher.submit(ModelVariant(lm=lm), one) for _ in range(6)]  # the sixth ends the waiting
+    again = [batcher.submit(ModelVariant(lm=lm), request) for _ in range(6)]  # the sixth ends the waiting
     results(again)
-    assert [rows for rows, _, _ in told.passes] == [6, 6]
+    assert [rows for rows, _, _ in observer.passes] == [6, 6]
 
 
-def test_questions_on_one_passage_compute_it_once(lm: PackedLM, batcher: Batcher, told: Told) -> None:
+def test_questions_on_one_passage_compute_it_once(
+    lm: PackedLM, batcher: Batcher, observer: PassRecorder
+) -> None:
     weights = ModelVariant(lm=lm, scope="model")
-    asked = examples(8, prefix=PASSAGE, longest=20)
+    questions = examples(8, prefix=PASSAGE, longest=20)
     with Gate(batcher):
-        together = batcher.submit(weights, asked)
-    for one, other in zip(together.result(60), score(lm, asked), strict=True):
-        assert one.totals == pytest.approx(other.totals, abs=2e-4)
-    assert sum(kept for _, _, kept in told.passes) == 7 * 64
-    assert told.passes[0][0] == 1, "the others wait for the one that computes the passage"
-    batcher.submit(weights, asked[:1], owner="another").result(60)
-    assert told.passes[-1][2] == 0, "another owner's prompt was found"
+        together = batcher.submit(weights, questions)
+    for scores, expected in zip(together.result(60), score(lm, questions), strict=True):
+        assert scores.totals == pytest.approx(expected.totals, abs=2e-4)
+    assert sum(cached_tokens for _, _, cached_tokens in observer.passes) == 7 * 64
+    assert observer.passes[0][0] == 1, "the others wait for the one that computes the passage"
+    batcher.submit(weights, questions[:1], owner="another").result(60)
+    assert observer.passes[-1][2] == 0, "another owner's prompt was found"
     batcher.clear_prefixes("model")
     batcher.run(lambda: None)
     assert batcher.prefix_bytes == 0
@@ -185,31 +190,36 @@ def test_a_large_request_does_not_hold_up_a_small_one(
     assert ended == ["small", "large"]
 
 
-def test_models_on_one_base_share_passes_and_others_take_work(tiny_llama_dir: Path, told: Told) -> None:
+def test_models_on_one_base_share_passes_and_others_take_work(
+    tiny_llama_dir: Path, observer: PassRecorder
+) -> None:
     base = packed(tiny_llama_dir)
     adapt_rows(base)
-    made = models(base, suffixes=("q_proj", "v_proj"))[:4]
-    batcher = Batcher(prefix_bytes=0, observer=told)
-    asked = [examples(2, seed=seed) for seed in range(4)]
-    alone = merged(base, made[0])
+    stored = models(base, suffixes=("q_proj", "v_proj"))[:4]
+    batcher = Batcher(prefix_bytes=0, observer=observer)
+    requests = [examples(2, seed=seed) for seed in range(4)]
+    alone = merged(base, stored[0])
     with Gate(batcher):
-        shared = [batcher.submit(unmerged(base, each), rows) for each, rows in zip(made, asked, strict=True)]
-        own = batcher.submit(alone, asked[0])
-    found = results([*shared, own])
+        shared = [
+            batcher.submit(unmerged(base, weights), rows)
+            for weights, rows in zip(stored, requests, strict=True)
+        ]
+        alone_future = batcher.submit(alone, requests[0])
+    scores = results([*shared, alone_future])
     batcher.close()
-    assert [rows for rows, _, _ in told.passes] == [8, 2]
-    assert found[-1] == score(alone.lm, asked[0])
-    for one, other in zip(found[0], found[-1], strict=True):
-        assert one.totals == pytest.approx(other.totals, abs=2e-4)
+    assert [rows for rows, _, _ in observer.passes] == [8, 2]
+    assert scores[-1] == score(alone.lm, requests[0])
+    for shared_scores, merged_scores in zip(scores[0], scores[-1], strict=True):
+        assert shared_scores.totals == pytest.approx(merged_scores.totals, abs=2e-4)
 
 
-def test_what_nobody_wants_any_more_is_left(lm: PackedLM, batcher: Batcher, told: Told) -> None:
+def test_what_nobody_wants_any_more_is_left(lm: PackedLM, batcher: Batcher, observer: PassRecorder) -> None:
     with Gate(batcher):
         gone = batcher.submit(ModelVariant(lm=lm), examples(3))
         stays = batcher.submit(ModelVariant(lm=lm), examples(1, seed=5))
         assert gone.cancel()
     assert stays.result(60) == score(lm, examples(1, seed=5))
-    assert sum(rows for rows, _, _ in told.passes) == 1
+    assert sum(rows for rows, _, _ in observer.passes) == 1
 
 
 def test_an_answer_that_comes_after_all_is_dropped(
@@ -242,14 +252,16 @@ def test_whatever_breaks_beside_a_pass_is_told_and_the_thread_goes_on(
     assert batcher.submit(ModelVariant(lm=lm), examples(2)).result(60) == score(lm, examples(2))
 
 
-def test_rows_that_wait_for_a_prefix_that_finds_no_room_run_together(lm: PackedLM, told: Told) -> None:
-    tiny = Batcher(prefix_bytes=100, token_budget=2_000, observer=told)
-    asked = examples(8, prefix=PASSAGE, longest=20)
+def test_rows_that_wait_for_a_prefix_that_finds_no_room_run_together(
+    lm: PackedLM, observer: PassRecorder
+) -> None:
+    tiny = Batcher(prefix_bytes=100, token_budget=2_000, observer=observer)
+    questions = examples(8, prefix=PASSAGE, longest=20)
     with Gate(tiny):
-        together = tiny.submit(ModelVariant(lm=lm, scope="model"), asked)
-    assert together.result(60) == score(lm, asked)
+        together = tiny.submit(ModelVariant(lm=lm, scope="model"), questions)
+    assert together.result(60) == score(lm, questions)
     tiny.close()
-    assert [rows for rows, _, _ in told.passes] == [1, 7]
+    assert [rows for rows, _, _ in observer.passes] == [1, 7]
 
 
 def test_a_pass_that_fails_is_told_to_its_own_and_the_next_goes_on(
@@ -315,7 +327,7 @@ def test_texts_get_their_turns_between_scores(lm: PackedLM, batcher: Batcher) ->
 
 
 def test_closing_tells_those_who_wait_for_text(lm: PackedLM) -> None:
-    told: list[Exception] = []
+    errors: list[Exception] = []
 
     class Writing:
         is_busy = True
@@ -324,9 +336,9 @@ def test_closing_tells_those_who_wait_for_text(lm: PackedLM) -> None:
             pass
 
         def fail(self, fault: Exception) -> None:
-            told.append(fault)
+            errors.append(fault)
 
     batcher = Batcher()
     batcher.schedule(Writing())
     batcher.close()
-    assert [type(fault) for fault in told] == [CancelledError]
+    assert [type(fault) for fault in errors] == [CancelledError]

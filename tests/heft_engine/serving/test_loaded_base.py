@@ -1,4 +1,4 @@
-"""Many models' rows on one base answer as the merged models do, and to the bit as each does alone."""
+"""Rows of many models on one base score as their merged models do, and to the bit as each does alone."""
 
 from __future__ import annotations
 
@@ -28,8 +28,8 @@ def modules(family: str) -> tuple[str, ...]:
     return ("query_key_value", "dense_4h_to_h") if family == "gpt_neox" else ("q_proj", "v_proj", "down_proj")
 
 
-def close(one: Scores, other: Scores, tolerance: float) -> bool:
-    return all(abs(a - b) <= tolerance for a, b in zip(one.totals, other.totals, strict=True))
+def close(first: Scores, second: Scores, tolerance: float) -> bool:
+    return all(abs(a - b) <= tolerance for a, b in zip(first.totals, second.totals, strict=True))
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -38,14 +38,14 @@ def test_rows_of_many_models_in_one_pass_score_as_their_merged_models(
 ) -> None:
     base = packed(make_tiny_model(family))
     adapt_rows(base)
-    made = models(base, suffixes=modules(family))
+    stored = models(base, suffixes=modules(family))
     rows, expected = [], []
-    for index, each in enumerate([*made, StoredWeights([], [])]):
-        own, scale = merged(base, each), 1.0 if index % 2 else 0.5
-        asked = examples(4, seed=index)
-        variant = unmerged(base, each)
-        rows += [ScoringRow(example=example, variant=variant, scale=scale) for example in asked]
-        expected += score(own.lm, asked, scale=scale)
+    for index, weights in enumerate([*stored, StoredWeights([], [])]):
+        reference, scale = merged(base, weights), 1.0 if index % 2 else 0.5
+        questions = examples(4, seed=index)
+        variant = unmerged(base, weights)
+        rows += [ScoringRow(example=example, variant=variant, scale=scale) for example in questions]
+        expected += score(reference.lm, questions, scale=scale)
     order = [(7 * index) % len(rows) for index in range(len(rows))]
     together = score_rows([rows[index] for index in order])
     for scores, index in zip(together, order, strict=True):
@@ -57,11 +57,11 @@ def test_rows_of_many_models_in_one_pass_score_as_their_merged_models(
 
 @pytest.mark.parametrize("threads", [1, 3])
 def test_in_bfloat16_a_row_keeps_its_bits_beside_others(tiny_llama_dir: Path, threads: int) -> None:
-    """In lanes, and alone with all threads."""
+    """Rows in parallel on one thread each, and a single row on all threads."""
     torch.set_num_threads(threads)
     base = packed(tiny_llama_dir, torch.bfloat16)
     adapt_rows(base)
-    variants = [unmerged(base, each) for each in models(base, suffixes=modules("llama"))]
+    variants = [unmerged(base, weights) for weights in models(base, suffixes=modules("llama"))]
     rows = [
         ScoringRow(example=example, variant=variants[index % len(variants)])
         for index, example in enumerate(examples(24, longest=120))
@@ -73,10 +73,10 @@ def test_a_pass_keeps_no_model_that_has_been_put_away(tiny_llama_dir: Path) -> N
     torch.set_num_threads(3)
     base = packed(tiny_llama_dir)
     adapt_rows(base)
-    made = unmerged(base, models(base, suffixes=modules("llama"))[0])
-    gone = weakref.ref(made.adapter)
-    score_rows([ScoringRow(example=example, variant=made) for example in examples(9)])
-    del made
+    variant = unmerged(base, models(base, suffixes=modules("llama"))[0])
+    gone = weakref.ref(variant.adapter)
+    score_rows([ScoringRow(example=example, variant=variant) for example in examples(9)])
+    del variant
     gc.collect()
     assert gone() is None
 
@@ -84,14 +84,14 @@ def test_a_pass_keeps_no_model_that_has_been_put_away(tiny_llama_dir: Path) -> N
 def test_texts_of_many_models_are_written_together(tiny_llama_dir: Path) -> None:
     base = packed(tiny_llama_dir)
     adapt_rows(base)
-    made = models(base, suffixes=modules("llama"))
+    stored = models(base, suffixes=modules("llama"))
     requests, expected = [], {}
-    for index, each in enumerate(made):
+    for index, weights in enumerate(stored):
         prompt = examples(1, seed=index)[0].prompt
-        adapted = unmerged(base, each).adapter
+        adapted = unmerged(base, weights).adapter
         requests.append(DecodeRequest(id=index, prompt=prompt, max_tokens=8, adapter=adapted))
-        own = DecodeRequest(id=index, prompt=prompt, max_tokens=8)
-        expected |= written(DecodeBatch(merged(base, each).lm, budget_bytes=2**24), [own])
+        request = DecodeRequest(id=index, prompt=prompt, max_tokens=8)
+        expected |= written(DecodeBatch(merged(base, weights).lm, budget_bytes=2**24), [request])
     assert written(DecodeBatch(base, budget_bytes=2**24), requests) == expected
 
 
@@ -109,26 +109,26 @@ def written(batch: DecodeBatch, requests: list[DecodeRequest]) -> dict[object, l
 
 def test_a_model_holds_its_own_numbers_and_little_more(tiny_llama_dir: Path) -> None:
     base = packed(tiny_llama_dir, torch.bfloat16)
-    own = adapter(base, 4, 1, suffixes=("q_proj", "v_proj"))
-    numbers = sum(down.numel() + up.numel() for down, up in own.factors.values())
-    held = UnmergedModel(base, [own], [stored_intervention(base, 1, "l1", 2)])
-    assert held.memory_bytes == 2 * numbers + 4 * (2 * 32 * 2 + 2)
+    lora = adapter(base, 4, 1, suffixes=("q_proj", "v_proj"))
+    numbers = sum(down.numel() + up.numel() for down, up in lora.factors.values())
+    model = UnmergedModel(base, [lora], [stored_intervention(base, 1, "l1", 2)])
+    assert model.memory_bytes == 2 * numbers + 4 * (2 * 32 * 2 + 2)
 
 
 def test_a_merged_copy_costs_what_its_adapters_touch(tiny_llama_dir: Path) -> None:
     base = packed(tiny_llama_dir)
     adapt_rows(base)
     before = [parameter.clone() for parameter in base.model.parameters()]
-    own = merged(base, StoredWeights([adapter(base, 4, 1, suffixes=("q_proj",))], []))
-    assert unique_bytes(own.lm, beside=base) == 4 * base.n_layers * 32 * 32
+    copy = merged(base, StoredWeights([adapter(base, 4, 1, suffixes=("q_proj",))], []))
+    assert unique_bytes(copy.lm, beside=base) == 4 * base.n_layers * 32 * 32
     assert all(map(torch.equal, before, base.model.parameters()))
-    asked = examples(3)
-    assert score(own.lm, asked) != score(base, asked)
-    # The copy's layers don't heed the base's rows.
+    questions = examples(3)
+    assert score(copy.lm, questions) != score(base, questions)
+    # The copy's layers ignore the adapters of the base's rows.
     adapted = unmerged(base, models(base, suffixes=("q_proj",))[0]).adapter
-    variant = ModelVariant(lm=own.lm, adapter=adapted)
-    rows = [ScoringRow(example=example, variant=variant) for example in asked]
-    assert score_rows(rows) == score(own.lm, asked)
+    variant = ModelVariant(lm=copy.lm, adapter=adapted)
+    rows = [ScoringRow(example=example, variant=variant) for example in questions]
+    assert score_rows(rows) == score(copy.lm, questions)
 
 
 def test_what_belongs_to_another_base_is_refused(tiny_llama_dir: Path, make_tiny_model: MakeModel) -> None:
@@ -146,7 +146,7 @@ def test_what_belongs_to_another_base_is_refused(tiny_llama_dir: Path, make_tiny
 
 def test_weights_say_where_interventions_act(tiny_llama_dir: Path) -> None:
     base = packed(tiny_llama_dir)
-    made = StoredWeights([], [stored_intervention(base, 1, "l1", 1), stored_intervention(base, 3, "f1", 2)])
-    assert [(s.layer, s.positions) for s in unmerged(base, made).interventions] == [(1, "l1"), (3, "f1")]
-    assert [(s.layer, s.positions) for s in merged(base, made).interventions] == [(1, "l1"), (3, "f1")]
+    stored = StoredWeights([], [stored_intervention(base, 1, "l1", 1), stored_intervention(base, 3, "f1", 2)])
+    assert [(s.layer, s.positions) for s in unmerged(base, stored).interventions] == [(1, "l1"), (3, "f1")]
+    assert [(s.layer, s.positions) for s in merged(base, stored).interventions] == [(1, "l1"), (3, "f1")]
     assert ModelVariant(lm=base).interventions == ()

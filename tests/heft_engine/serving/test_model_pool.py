@@ -66,15 +66,15 @@ def library(bundles: Path) -> Library:
 
 @pytest.fixture
 def make_pool() -> Iterator[Callable[..., ModelPool]]:
-    made: list[ModelPool] = []
+    pools: list[ModelPool] = []
 
     def make(**options: Any) -> ModelPool:
         settings = {"budget_bytes": ROOMY, "placement": "auto", "device": "cpu", **options}
-        made.append(ModelPool(batcher=Batcher(prefix_bytes=0), **settings))
-        return made[-1]
+        pools.append(ModelPool(batcher=Batcher(prefix_bytes=0), **settings))
+        return pools[-1]
 
     yield make
-    for pool in made:
+    for pool in pools:
         pool.close()
 
 
@@ -83,8 +83,8 @@ def ask(pool: ModelPool, library: Library, name: str) -> list[Prediction]:
         return predictor.predict(ROWS)
 
 
-def close(one: list[Prediction], other: list[Prediction]) -> bool:
-    pairs = zip(one, other, strict=True)
+def close(first: list[Prediction], second: list[Prediction]) -> bool:
+    pairs = zip(first, second, strict=True)
     return all(abs((a.probability or 0) - (b.probability or 0)) < 1e-4 for a, b in pairs)
 
 
@@ -300,10 +300,10 @@ def test_a_base_that_nobody_asks_goes_before_another_is_loaded(
         return plain(*arguments, **options)
 
     monkeypatch.setattr(model_pool, "LoadedBase", base)
-    with pool.base("a", "yes_no") as one:
-        expected = one.predict(ROWS)
-        with pool.base("b", "yes_no") as other:
-            assert other.predict(ROWS) == expected
+    with pool.base("a", "yes_no") as first:
+        expected = first.predict(ROWS)
+        with pool.base("b", "yes_no") as second:
+            assert second.predict(ROWS) == expected
     pool._budget = ROOMY
     with pool.base("a", "yes_no"), pool.base("b", "yes_no"):
         assert pool.usage()["base"][0] == 2

@@ -65,7 +65,7 @@ class TestDetokenizer:
 
 class TestStopStrings:
     @pytest.mark.parametrize(
-        ("pieces", "stops", "told", "is_hit"),
+        ("pieces", "stops", "deltas", "is_hit"),
         [
             (["Hello", " wor", "ld"], [], ["Hello", " wor", "ld"], False),
             (["one\n", "\ntwo"], ["\n\n"], ["one", ""], True),
@@ -79,28 +79,28 @@ class TestStopStrings:
         ],
     )
     def test_stop_strings_over_pieces(
-        self, pieces: Sequence[str], stops: Sequence[str], told: Sequence[str], is_hit: bool
+        self, pieces: Sequence[str], stops: Sequence[str], deltas: Sequence[str], is_hit: bool
     ) -> None:
         checker = StopStringFilter(stops)
-        assert [checker.push(piece) for piece in pieces] == told
+        assert [checker.push(piece) for piece in pieces] == deltas
         assert checker.is_matched == is_hit
         rest = checker.flush()
         if not is_hit:
-            assert "".join(told) + rest == "".join(pieces)
+            assert "".join(deltas) + rest == "".join(pieces)
         assert checker.push("more") == ("" if is_hit else "more")
 
 
-class Heard:
-    """All that a writer tells, by request."""
+class Listener:
+    """The deltas and errors that a generator sends, by request."""
 
     def __init__(self, predictor: Predictor) -> None:
         self.predictor = predictor
         self.pieces: dict[Any, list[TextDelta]] = {}
-        self.faults: dict[Any, Exception] = {}
+        self.errors: dict[Any, Exception] = {}
 
     def listen(self, name: Any, piece: TextDelta | Exception) -> None:
         if isinstance(piece, Exception):
-            self.faults[name] = piece
+            self.errors[name] = piece
         else:
             self.pieces.setdefault(name, []).append(piece)
 
@@ -122,108 +122,108 @@ DRAWN = SamplingParams(temperature=1.0, seed=11, top_logprobs=1)
 
 
 @pytest.fixture
-def heard(predictor: Predictor) -> Heard:
-    return Heard(predictor)
+def listener(predictor: Predictor) -> Listener:
+    return Listener(predictor)
 
 
-def test_a_text_ends_before_its_stop_string(heard: Heard) -> None:
-    heard.submit("whole")
-    heard.run()
-    whole = heard.text("whole")
-    tokens = [token for piece in heard.pieces["whole"] for token in piece.tokens]
+def test_a_text_ends_before_its_stop_string(listener: Listener) -> None:
+    listener.submit("whole")
+    listener.run()
+    whole = listener.text("whole")
+    tokens = [token for piece in listener.pieces["whole"] for token in piece.tokens]
     assert [token.text_offset for token in tokens] == sorted(token.text_offset for token in tokens)
-    assert heard.pieces["whole"][-1].finish_reason == "length"
-    assert len(tokens) == heard.pieces["whole"][-1].completion_tokens == 24
+    assert listener.pieces["whole"][-1].finish_reason == "length"
+    assert len(tokens) == listener.pieces["whole"][-1].completion_tokens == 24
 
     #: From within one token to within the next but one.
     at = next(token.text_offset for token in tokens if token.text_offset >= len(whole) // 2) - 1
     stop = whole[at : at + 4]
-    heard.submit("stopped", stop=("never", stop))
-    heard.run()
-    assert heard.text("stopped") == whole[: whole.index(stop)]
-    last = heard.pieces["stopped"][-1]
+    listener.submit("stopped", stop=("never", stop))
+    listener.run()
+    assert listener.text("stopped") == whole[: whole.index(stop)]
+    last = listener.pieces["stopped"][-1]
     assert last.finish_reason == "stop"
     assert last.completion_tokens < 24
-    told = [token for piece in heard.pieces["stopped"] for token in piece.tokens]
-    assert told == tokens[: len(told)]
-    assert all(token.text_offset < len(heard.text("stopped")) for token in told)
-    assert heard.predictor.generator.memory_bytes == 0
+    stopped_tokens = [token for piece in listener.pieces["stopped"] for token in piece.tokens]
+    assert stopped_tokens == tokens[: len(stopped_tokens)]
+    assert all(token.text_offset < len(listener.text("stopped")) for token in stopped_tokens)
+    assert listener.predictor.generator.memory_bytes == 0
 
 
-def test_the_models_own_end_is_not_told(heard: Heard) -> None:
-    heard.submit("whole")
-    heard.run()
-    third = [token.token_bytes for piece in heard.pieces["whole"] for token in piece.tokens][2]
-    end = token_of(heard.predictor.encoder.tokenizer, third)
-    heard.predictor.lm.model.generation_config.eos_token_id = [2, end]  # type: ignore[union-attr]
-    heard.submit("ended")
-    heard.run()
-    last = heard.pieces["ended"][-1]
+def test_the_models_own_end_is_not_told(listener: Listener) -> None:
+    listener.submit("whole")
+    listener.run()
+    third = [token.token_bytes for piece in listener.pieces["whole"] for token in piece.tokens][2]
+    end = token_of(listener.predictor.encoder.tokenizer, third)
+    listener.predictor.lm.model.generation_config.eos_token_id = [2, end]  # type: ignore[union-attr]
+    listener.submit("ended")
+    listener.run()
+    last = listener.pieces["ended"][-1]
     assert last.finish_reason == "stop"
     assert last.completion_tokens <= 2
-    assert heard.text("whole").startswith(heard.text("ended"))
+    assert listener.text("whole").startswith(listener.text("ended"))
 
 
-def test_a_cancelled_text_leaves_at_once(heard: Heard) -> None:
-    heard.submit("gone", max_tokens=200)
-    heard.submit("never began", max_tokens=200)
-    heard.submit("stays")
-    heard.predictor.generator.cancel("never began")
-    heard.predictor.generator.step()
-    heard.predictor.generator.step()
-    held = heard.predictor.generator.memory_bytes
-    heard.predictor.generator.cancel("gone")
-    heard.predictor.generator.step()
-    assert 0 < heard.predictor.generator.memory_bytes < held
-    before = list(heard.pieces["gone"])
-    heard.run()
-    assert heard.pieces["gone"] == before
-    assert "never began" not in heard.pieces
-    assert heard.pieces["stays"][-1].finish_reason == "length"
+def test_a_cancelled_text_leaves_at_once(listener: Listener) -> None:
+    listener.submit("gone", max_tokens=200)
+    listener.submit("never began", max_tokens=200)
+    listener.submit("stays")
+    listener.predictor.generator.cancel("never began")
+    listener.predictor.generator.step()
+    listener.predictor.generator.step()
+    memory_bytes = listener.predictor.generator.memory_bytes
+    listener.predictor.generator.cancel("gone")
+    listener.predictor.generator.step()
+    assert 0 < listener.predictor.generator.memory_bytes < memory_bytes
+    before = list(listener.pieces["gone"])
+    listener.run()
+    assert listener.pieces["gone"] == before
+    assert "never began" not in listener.pieces
+    assert listener.pieces["stays"][-1].finish_reason == "length"
 
 
-def test_everybody_hears_of_a_pass_that_fails(heard: Heard, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_everybody_hears_of_a_pass_that_fails(listener: Listener, monkeypatch: pytest.MonkeyPatch) -> None:
     def fail(*_: object) -> None:
         raise MemoryError("no room")
 
-    heard.submit("one")
-    heard.predictor.generator.step()
-    heard.submit("two")
+    listener.submit("one")
+    listener.predictor.generator.step()
+    listener.submit("two")
     with monkeypatch.context() as patch:
-        patch.setattr(heard.predictor.lm, "finish", fail)
+        patch.setattr(listener.predictor.lm, "finish", fail)
         with pytest.raises(MemoryError):
-            heard.predictor.generator.step()
-    assert set(heard.faults) == {"one", "two"}
-    assert not heard.predictor.generator.is_busy
-    heard.submit("three")
-    heard.run()
-    assert heard.pieces["three"][-1].finish_reason == "length"
+            listener.predictor.generator.step()
+    assert set(listener.errors) == {"one", "two"}
+    assert not listener.predictor.generator.is_busy
+    listener.submit("three")
+    listener.run()
+    assert listener.pieces["three"][-1].finish_reason == "length"
 
 
 def test_memory_that_is_out_while_slots_grow_ends_all_and_leaks_nothing(
-    heard: Heard, monkeypatch: pytest.MonkeyPatch
+    listener: Listener, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def fail(*_: object) -> None:
         raise MemoryError("no room")
 
     for name in ("one", "two", "three"):
-        heard.submit(name, max_tokens=200)
-    heard.predictor.generator.step()
+        listener.submit(name, max_tokens=200)
+    listener.predictor.generator.step()
     with monkeypatch.context() as patch:
         patch.setattr(KVCache, "_insert", fail)
         with pytest.raises(MemoryError):
-            heard.run()
-    assert set(heard.faults) == {"one", "two", "three"}
-    assert heard.predictor.generator.memory_bytes == 0
-    heard.submit("four")
-    heard.run()
-    assert heard.pieces["four"][-1].finish_reason == "length"
+            listener.run()
+    assert set(listener.errors) == {"one", "two", "three"}
+    assert listener.predictor.generator.memory_bytes == 0
+    listener.submit("four")
+    listener.run()
+    assert listener.pieces["four"][-1].finish_reason == "length"
 
 
 def test_what_never_has_room_is_refused(tiny_llama_dir: Path) -> None:
     small = load_base(str(tiny_llama_dir), task="text", device="cpu", key_value_bytes=50_000)
     with pytest.raises(RowError, match="fewer max_tokens") as refusal:
-        Heard(small).submit("long", max_tokens=300)
+        Listener(small).submit("long", max_tokens=300)
     assert refusal.value.param == "max_tokens"
     assert not small.generator.is_busy
 

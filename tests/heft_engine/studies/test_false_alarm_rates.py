@@ -1,4 +1,4 @@
-"""How often the statistics are wrong, by simulation: false alarms without a difference, power with one.
+"""Error rates of the statistics by simulation: false alarms without a difference, power with one.
 
 The world of the simulations: rows differ in difficulty, which all arms share; an arm likes some rows better than others
 whatever its seed (`taste`); a seed moves the arm's accuracy (by `deviation` points) and tips single rows (`whim`).
@@ -45,7 +45,7 @@ class World:
 
 
 def called_different(differences: np.ndarray) -> np.ndarray:
-    """Which runs the method comparison calls different at 5 %."""
+    """Returns, for each run, whether the comparison of methods calls them different at 5 %."""
     seeds = differences.shape[-2]
     of_rows = row_variance(differences.mean(axis=-2))
     half = half_width(seed_variance(differences), of_rows, seeds, differences.shape[-1])
@@ -59,7 +59,7 @@ def rate(world: World, runs: int, seeds: int, effect: float = 0.0, seed: int = 0
 
 
 def most(runs: int) -> float:
-    """What a rate of exactly 5 % stays under in 99 of 100 such simulations."""
+    """Returns the bound that a rate of exactly 5 % stays under in 99 of 100 such simulations."""
     return float(stats.binom.ppf(0.99, runs, 0.05)) / runs
 
 
@@ -79,20 +79,20 @@ def test_equal_methods_are_called_different_in_5_of_100_at_most(world: World) ->
 @pytest.mark.parametrize("seeds", [2, 3, 5])
 @pytest.mark.parametrize("world", WORLDS)
 def test_equal_methods_are_called_different_in_5_of_100_at_most_many_times(world: World, seeds: int) -> None:
-    found = rate(world, MANY, seeds)
-    print(f"{world} {seeds} seeds: {found:.2%} of {MANY}")
-    assert found <= most(MANY)
+    false_alarms = rate(world, MANY, seeds)
+    print(f"{world} {seeds} seeds: {false_alarms:.2%} of {MANY}")
+    assert false_alarms <= most(MANY)
 
 
 def test_the_t_test_alone_takes_equal_seeds_for_certain() -> None:
-    """Why the rows' noise belongs into the interval."""
+    """The interval must therefore include the noise of the rows."""
     differences = World(deviation=0.0, taste=0.5, whim=0.1).differences(np.random.default_rng(0), FEW, 3)
     alone = np.abs(differences.mean(axis=(-2, -1))) > half_width(seed_variance(differences), 0, 3, np.inf)
     assert alone.mean() > 0.3
 
 
 def test_mcnemar_over_pooled_seeds_is_no_test_of_methods() -> None:
-    """Why rows are not pooled over seeds."""
+    """Rows are therefore not pooled over seeds."""
     differences = World(deviation=0.02, taste=0.0, whim=1.0).differences(np.random.default_rng(0), 200, 3)
     pooled = differences.reshape(200, -1)
     tables = [[[0, int((row > 0).sum())], [int((row < 0).sum()), 0]] for row in pooled]
@@ -100,10 +100,13 @@ def test_mcnemar_over_pooled_seeds_is_no_test_of_methods() -> None:
 
 
 def average_noise(world: World, seeds: int) -> Noise:
-    """What the noise of such a comparison is, known from many."""
-    found = [Noise.of(one) for one in world.differences(np.random.default_rng(1), 100, seeds)]
+    """Returns the noise of such a comparison, averaged over 100 of them."""
+    noises = [
+        Noise.of(differences) for differences in world.differences(np.random.default_rng(1), 100, seeds)
+    ]
     mean = {
-        name: float(np.mean([getattr(one, name) for one in found])) for name in ("seed", "row", "residual")
+        name: float(np.mean([getattr(noise, name) for noise in noises]))
+        for name in ("seed", "row", "residual")
     }
     return Noise(rows=world.rows, **mean)
 

@@ -13,11 +13,11 @@ from heft_engine.studies.mcnemar import compare_models, sign_flips
 
 def test_mcnemar_is_that_of_statsmodels() -> None:
     row = random_differences()[0]
-    found = compare_models(row)
+    comparison = compare_models(row)
     b, c = int((row > 0).sum()), int((row < 0).sum())
-    assert (found.only_a, found.only_b) == (b, c)
-    assert found.p_value == pytest.approx(mcnemar([[0, b], [c, 0]], exact=True).pvalue)
-    assert found.p_value == pytest.approx(stats.binomtest(b, b + c).pvalue)
+    assert (comparison.only_a, comparison.only_b) == (b, c)
+    assert comparison.p_value == pytest.approx(mcnemar([[0, b], [c, 0]], exact=True).pvalue)
+    assert comparison.p_value == pytest.approx(stats.binomtest(b, b + c).pvalue)
 
 
 def test_the_bootstrap_is_that_of_scipy() -> None:
@@ -30,18 +30,18 @@ def test_the_bootstrap_is_that_of_scipy() -> None:
 
 
 def test_equal_models_are_not_told_apart() -> None:
-    found = compare_models(np.zeros(50))
-    assert (found.difference, found.p_value, found.interval_95) == (0.0, 1.0, (0.0, 0.0))
+    comparison = compare_models(np.zeros(50))
+    assert (comparison.difference, comparison.p_value, comparison.interval_95) == (0.0, 1.0, (0.0, 0.0))
 
 
 def test_graded_rows_are_compared_by_flipping_signs_as_scipy_does() -> None:
     few = np.array([0.3, 0.2, -0.1, 0.25, 0.4, 0.0, 0.15, 0.0, 0.05, -0.02])
-    found = compare_models(few)
+    comparison = compare_models(few)
     theirs = stats.permutation_test((few,), np.sum, permutation_type="samples", n_resamples=10_000)
-    assert found.p_value == pytest.approx(theirs.pvalue)
-    assert (found.test, found.only_a, found.only_b) == ("a sign-flip test", 6, 2)
-    assert found.difference == pytest.approx(few.mean())
-    assert found.interval_95[0] < found.difference < found.interval_95[1]
+    assert comparison.p_value == pytest.approx(theirs.pvalue)
+    assert (comparison.test, comparison.only_a, comparison.only_b) == ("a sign-flip test", 6, 2)
+    assert comparison.difference == pytest.approx(few.mean())
+    assert comparison.interval_95[0] < comparison.difference < comparison.interval_95[1]
     many = np.random.default_rng(3).normal(0.02, 0.1, size=80)
     theirs = stats.permutation_test(
         (many,), np.sum, permutation_type="samples", n_resamples=9_999, rng=np.random.default_rng(1)
@@ -65,5 +65,5 @@ def test_sign_flips_keep_their_level() -> None:
     for rows, differ in ((60, 0.1), (60, 0.4), (300, 0.9)):
         moved = rng.random((2_000, rows)) < differ
         drawn = moved * rng.choice([-1, 1], (2_000, rows)) * rng.beta(2, 3, (2_000, rows))
-        called = np.mean([sign_flips(one) < 0.05 for one in drawn[:400]])
+        called = np.mean([sign_flips(row) < 0.05 for row in drawn[:400]])
         assert called <= 0.05 + 2 * (0.05 * 0.95 / 400) ** 0.5

@@ -22,42 +22,47 @@ def test_seeds_that_vary_give_the_paired_t_test() -> None:
 
 def test_seeds_that_agree_leave_the_noise_of_the_rows() -> None:
     row = random_differences()[0]
-    found = compare_methods(np.stack([row, row, row]))
-    assert (found.seed_deviation, found.cohens_dz) == (0.0, None)
+    comparison = compare_methods(np.stack([row, row, row]))
+    assert (comparison.seed_deviation, comparison.cohens_dz) == (0.0, None)
     padded = np.concatenate([row, [1.0, -1.0]])
-    expected = (abs(found.difference) - 0.5 / len(row)) / (padded.std() / len(padded) ** 0.5)
-    assert found.p_value == pytest.approx(2 * stats.norm.sf(expected), rel=1e-6)
+    expected = (abs(comparison.difference) - 0.5 / len(row)) / (padded.std() / len(padded) ** 0.5)
+    assert comparison.p_value == pytest.approx(2 * stats.norm.sf(expected), rel=1e-6)
     # Three equal seeds are worth no more than one.
-    assert found.p_value == pytest.approx(compare_methods(np.stack([row, row])).p_value)
+    assert comparison.p_value == pytest.approx(compare_methods(np.stack([row, row])).p_value)
 
 
 def test_a_handful_of_rows_all_one_way_is_no_certainty() -> None:
     row = np.zeros(1_000)
     row[:4] = 1
-    found = compare_methods(np.stack([row, row]))
-    assert found.p_value > 0.05
-    assert found.interval_95[0] < 0 < found.interval_95[1]
+    comparison = compare_methods(np.stack([row, row]))
+    assert comparison.p_value > 0.05
+    assert comparison.interval_95[0] < 0 < comparison.interval_95[1]
 
 
 def test_methods_without_any_difference() -> None:
-    found = compare_methods(np.zeros((3, 40)))
-    assert (found.difference, found.p_value, found.seeds_needed(0.05), found.rows_needed(0.05)) == (
+    comparison = compare_methods(np.zeros((3, 40)))
+    assert (
+        comparison.difference,
+        comparison.p_value,
+        comparison.seeds_needed(0.05),
+        comparison.rows_needed(0.05),
+    ) == (
         0,
         1,
         None,
         None,
     )
-    assert found.interval_95[0] < 0 < found.interval_95[1]
+    assert comparison.interval_95[0] < 0 < comparison.interval_95[1]
 
 
 @pytest.mark.parametrize("seeds", [2, 3, 5, 10])
 def test_p_and_interval_agree(seeds: int) -> None:
     differences = random_differences(seeds, shift=0.1)
-    found = compare_methods(differences)
-    assert (found.p_value < 0.05) == (found.interval_95[0] > 0 or found.interval_95[1] < 0)
+    comparison = compare_methods(differences)
+    assert (comparison.p_value < 0.05) == (comparison.interval_95[0] > 0 or comparison.interval_95[1] < 0)
     of_seeds, of_rows = float(seed_variance(differences)), float(row_variance(differences.mean(axis=0)))
-    touching = float(half_width(of_seeds, of_rows, seeds, found.rows, found.p_value))
-    assert touching == pytest.approx(abs(found.difference), rel=1e-6)
+    touching = float(half_width(of_seeds, of_rows, seeds, comparison.rows, comparison.p_value))
+    assert touching == pytest.approx(abs(comparison.difference), rel=1e-6)
 
 
 def test_one_seed_compares_no_methods() -> None:

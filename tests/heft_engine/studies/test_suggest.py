@@ -55,18 +55,18 @@ def test_the_same_past_gives_the_same_points_and_another_seed_others() -> None:
 def test_a_space_that_has_been_tried_through_gives_no_more() -> None:
     space = {"rank": [2, 4, 8], "wide": [True, 1]}
     search = Search(space=space, budget=50)
-    found = suggest(search, [], 50)
-    assert len(found) == size(space) == 6
-    tried = [Trial(point=point, state="failed") for point in found]
+    points = suggest(search, [], 50)
+    assert len(points) == size(space) == 6
+    tried = [Trial(point=point, state="failed") for point in points]
     assert suggest(search, tried, 1) == []
-    assert suggest(search, tried[1:], 1) == [found[0]]
+    assert suggest(search, tried[1:], 1) == [points[0]]
 
 
 def test_the_planted_best_is_found() -> None:
     trials = searched(Search(space=SPACE, budget=40), at_a_time=2)
-    found = max(trials, key=lambda trial: quality(trial.point)).point
-    assert (found["rank"], found["layers"]) == (4, [1, 2])
-    assert 3e-4 < found["rate"] < 3e-3
+    best = max(trials, key=lambda trial: quality(trial.point)).point
+    assert (best["rank"], best["layers"]) == (4, [1, 2])
+    assert 3e-4 < best["rate"] < 3e-3
     late = [quality(trial.point) for trial in trials[20:]]
     at_random = [quality(draw(SPACE, Random(number))) for number in range(200)]
     assert sum(late) / len(late) > sum(at_random) / len(at_random) + 0.5
@@ -76,8 +76,8 @@ def test_what_has_failed_or_can_not_be_teaches_no_wrong_thing() -> None:
     past = searched(Search(space=SPACE, budget=12))
     bad = [Trial(point=past[0].point | {"rate": 0.05 + i / 100}, state="failed") for i in range(3)]
     pruned = [Trial(point=past[0].point | {"rate": 0.01 + i / 1000}, state="pruned") for i in range(3)]
-    found = suggest(Search(space=SPACE, budget=40), [*past, *bad, *pruned], 4)
-    assert len({point_key(point) for point in found}) == 4
+    points = suggest(Search(space=SPACE, budget=40), [*past, *bad, *pruned], 4)
+    assert len({point_key(point) for point in points}) == 4
 
 
 def test_a_range_of_two_neighbouring_numbers_comes_to_its_end() -> None:
