@@ -21,7 +21,7 @@ _EMULATION = Path(__file__).parent / "amx_emulation.h"
 
 @cache
 def _amx_ops() -> AmxOps | str:
-    """The operators, or the reason why there are none."""
+    """Returns the operators, or the reason why there are none."""
     from platformdirs import user_cache_path
 
     try:
@@ -46,7 +46,7 @@ def _amx_ops() -> AmxOps | str:
 
 @pytest.fixture
 def amx_ops() -> AmxOps:
-    """The operators; skips tests where a processor can't even emulate AMX or nothing can be compiled."""
+    """The AMX operators; skips tests where a processor can't even emulate AMX or nothing can be compiled."""
     operators = _amx_ops()
     if isinstance(operators, str):
         pytest.skip(operators)

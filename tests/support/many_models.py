@@ -1,4 +1,4 @@
-"""StoredWeights-up fine-tuned models of one base: adapters of many ranks, DoRA among them, and interventions."""
+"""Random fine-tuned models of one base: LoRA adapters of many ranks, some with DoRA, and interventions."""
 
 from __future__ import annotations
 
@@ -65,7 +65,7 @@ def stored_intervention(
 
 
 def models(lm: PackedLM, *, suffixes: tuple[str, ...], biased: bool = False) -> list[StoredWeights]:
-    """Ranks mixed, two stages, DoRA first and last, no adapter, no intervention, several of them."""
+    """Models of mixed ranks: two LoRA stages, DoRA first and last, no adapter, and zero to two interventions."""
 
     def lo(rank: int, seed: int, *, dora: bool = False) -> LoraWeights:
         return adapter(lm, rank, seed, dora=dora, suffixes=suffixes)
@@ -104,7 +104,7 @@ def unmerged(lm: PackedLM, weights: StoredWeights, scope: str = "shared") -> Mod
 
 
 def examples(n: int, seed: int = 0, *, prefix: tuple[int, ...] = (), longest: int = 60) -> list[Example]:
-    """Some with single-token answers, some with several that branch."""
+    """Examples with single-token answers, and every third one with longer answers that branch."""
     chance = random.Random(f"examples/{seed}")
     rows = []
     for index in range(n):

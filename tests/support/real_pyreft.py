@@ -24,12 +24,12 @@ _NO_LABEL = -100
 
 
 def packed(path: Path, dtype: torch.dtype = torch.float32) -> PackedLM:
-    """Our side: the base of a directory in packed rows."""
+    """The engine's side: the base of a directory as a PackedLM."""
     return PackedLM(load_model(resolve_path(path), dtype=dtype, attention=IMPLEMENTATION))
 
 
 def plain(path: Path, dtype: torch.dtype = torch.float32) -> transformers.PreTrainedModel:
-    """Anyone's side: the base as transformers alone loads it (eager attention knows windows and soft caps)."""
+    """The base as transformers alone loads it (eager attention knows windows and soft caps)."""
     model = transformers.AutoModelForCausalLM.from_pretrained(path, dtype=dtype, attn_implementation="eager")
     return model.eval()
 

@@ -1,4 +1,4 @@
-"""`heft up` as a process of a test's own, and what it has started."""
+"""`heft up` as a process of a test, and the processes that it has started."""
 
 from __future__ import annotations
 
@@ -59,18 +59,18 @@ class HeftUp:
         return not alive
 
     def run(self, *arguments: str) -> Result:
-        """Another `heft` command for this home, in this process."""
+        """Runs another `heft` command for this home, in this process."""
         return heft("--home", str(self.home.path), "--api-key", self.key, *arguments)
 
 
 def heft(*arguments: str) -> Result:
-    """A `heft` command in this process, with none of this shell's settings."""
+    """Runs a `heft` command in this process, without the HEFT_ variables of the environment."""
     cleared: dict[str, str | None] = {name: None for name in os.environ if name.startswith("HEFT_")}
     return CliRunner().invoke(app, list(arguments), env=cleared)
 
 
 def start(home: Home, *options: str, **environment: str) -> subprocess.Popen[str]:
-    """`heft up` on a free port; its words on stdout and stderr are read by the caller."""
+    """Starts `heft up` on a free port; the caller reads its stdout and stderr."""
     inherited = {name: value for name, value in os.environ.items() if not name.startswith("HEFT_")}
     return subprocess.Popen(
         [sys.executable, "-P", "-m", "cli", "--home", str(home.path), "up", "--port", "0", *options],

@@ -1,4 +1,4 @@
-"""A service on loopback that answers as it is told, for tests of the command."""
+"""A service on loopback with scripted answers, for tests of the command."""
 
 from __future__ import annotations
 

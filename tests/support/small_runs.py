@@ -1,4 +1,4 @@
-"""The engine's own runs on tiny models and few rows, float32 on one thread."""
+"""Runs of the engine on tiny models and few rows, in float32 on one thread."""
 
 from __future__ import annotations
 
@@ -49,7 +49,7 @@ def text_rows(count: int = 16) -> list[Row]:
 
 
 def yes_no_rows(count: int = 12) -> list[Row]:
-    """One supervised token a row."""
+    """Yes/no rows, with one supervised token each."""
     colours = ("red", "blue", "green")
     return [
         parse_row(
@@ -82,7 +82,7 @@ def train_inputs(
     should_stop: Callable[[], bool] = lambda: False,
     **options: Any,
 ) -> Bundle:
-    """`options`: fields of RunOptions."""
+    """Trains on these inputs. `options`: fields of RunOptions."""
     return run_stages(inputs, out, on_event, RunOptions(**options), should_stop=should_stop)
 
 
@@ -115,5 +115,5 @@ def steps_of(inputs: RunInputs) -> list[list[Example]]:
 
 
 def questions(encoder: Encoder, rows: Sequence[Row]) -> list[Example]:
-    """Rows as serving asks them: with every label as an answer."""
+    """Examples as serving scores them: with every label as an answer."""
     return [encoder.question(row) for row in rows]

@@ -1,4 +1,4 @@
-"""Owners of an embedded stack that may be killed, and how to see that nothing of one is left."""
+"""Owner processes of an embedded stack that may be killed, and checks that nothing of one is left."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ StartOwner = Callable[..., "subprocess.Popen[str]"]
 def start_owner(
     home: Home, *, user: User | None = None, packages: Path | None = None
 ) -> subprocess.Popen[str]:
-    """A process that starts the stack of `home` and holds it. `packages` come before the installed ones."""
+    """Starts a process that runs the stack of `home`. `packages` come before the installed ones."""
     python_path = [str(packages)] if packages else []
     python_path.append(os.environ["PYTHONPATH"])
     environment = {"PATH": os.defpath, "PYTHONPATH": os.pathsep.join(python_path)}

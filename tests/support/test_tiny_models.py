@@ -1,4 +1,4 @@
-"""The helper's own promise: each family is what it says, with the tokens that other tests count on."""
+"""Checks of the tiny models: the family of each, and the tokens that other tests rely on."""
 
 from collections.abc import Callable
 from pathlib import Path

@@ -94,7 +94,7 @@ def _tokenizer_json() -> str:
 
 
 def save_tokenizer(path: Path) -> None:
-    """Write the tiny tokenizer into `path`, as transformers reads it."""
+    """Writes the tiny tokenizer into `path`, as transformers reads it."""
     path.mkdir(parents=True, exist_ok=True)
     (path / "tokenizer.json").write_text(_tokenizer_json())
     (path / "tokenizer_config.json").write_text(
@@ -115,9 +115,9 @@ def save_tokenizer(path: Path) -> None:
 def save_tiny_model(
     path: Path, family: str = "llama", *, layers: int = 4, seed: int = 0, **sizes: int
 ) -> Path:
-    """A random model of `family` with its tokenizer in `path`: about 60,000 parameters, float32.
+    """Writes a random model of `family` and its tokenizer into `path`: about 60,000 parameters, float32.
 
-    `sizes`: of its configuration, where they are to be others.
+    `sizes`: changed fields of its configuration.
     """
     import torch
     import transformers

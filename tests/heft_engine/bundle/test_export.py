@@ -77,7 +77,7 @@ def merged_logits(bundle: Bundle, examples: list[Example], scale: float = 0.0) -
 
 
 def plain_logits(model: torch.nn.Module, examples: list[Example]) -> Tensor:
-    """The same from any model of transformers' kind, a row at a time."""
+    """Returns the same logits of a transformers model, a row at a time."""
     with torch.no_grad():
         return torch.stack([model(torch.tensor([e.prompt])).logits[0, -1] for e in examples])
 
@@ -152,7 +152,7 @@ def test_an_adapter_loads_in_peft_on_the_original_base_with_the_bundles_logits(
 def test_each_adapter_of_a_bundle_loads_in_peft_by_itself(
     make_bundle: Callable[..., Bundle], make_tiny_model: MakeTinyModel
 ) -> None:
-    """Onto what those before it left: the bundle keeps the stages apart."""
+    """Each adapter is loaded onto the base with the earlier ones merged: a bundle stores its stages separately."""
     bundle = make_bundle("llama", INTERLEAVED)
     model = plain(make_tiny_model("llama"))
     for name in ("lora", "lora-2"):
@@ -175,7 +175,7 @@ def test_two_lora_stages_become_one_adapter_of_their_summed_rank(
 def test_pyrefts_directory_holds_one_intervention_for_stages_at_one_place(
     make_bundle: Callable[..., Bundle], tmp_path: Path
 ) -> None:
-    """heft_interleaved goes on with the intervention it has. What pyreft makes of it: test_pyreft_export.py."""
+    """heft_interleaved continues with its first intervention. pyreft loads the directory in test_pyreft_format.py."""
     bundle = make_bundle("llama", INTERLEAVED)
     export(bundle.path, "pyreft", tmp_path / "pyreft")
     (file,) = (tmp_path / "pyreft").glob("intkey_*.bin")
@@ -207,7 +207,7 @@ def test_an_export_never_writes_among_other_files(make_bundle: Callable[..., Bun
 def test_weights_that_are_not_what_was_trained_are_not_exported(
     make_bundle: Callable[..., Bundle], tmp_path: Path
 ) -> None:
-    """The probe rows are asked before a merged model leaves the house."""
+    """The probe rows are scored before a merged model is exported."""
     bundle = make_bundle("llama", CASES[0][1])
     copy = shutil.copytree(bundle.path, tmp_path / "copy")
     adapter = copy / "lora" / "adapter_model.safetensors"

@@ -1,4 +1,4 @@
-"""A bundle on disk: it loads and answers, and one that is not what was trained is refused."""
+"""A bundle on disk: it loads and answers, and a changed one is refused."""
 
 from __future__ import annotations
 

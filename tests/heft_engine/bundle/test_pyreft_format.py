@@ -1,4 +1,4 @@
-"""An export that the real pyreft loads, and then scores as this engine does."""
+"""Exports in pyreft's format: the real pyreft loads them and gives the scores of this engine."""
 
 import json
 from pathlib import Path
@@ -38,7 +38,7 @@ def bundle(tiny_llama_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> Bu
 
 @pytest.fixture(scope="module")
 def exported(bundle: Bundle, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The bundle as pyreft's directory, and the base merged for it beside it."""
+    """A directory with the bundle in pyreft's format, and the merged base that it belongs to."""
     folder = tmp_path_factory.mktemp("exports")
     export(bundle.path, "merged", folder / "merged")
     export(bundle.path, "pyreft", folder / "pyreft")

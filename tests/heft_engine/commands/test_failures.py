@@ -152,7 +152,7 @@ def test_a_run_file_may_not_name_a_free_path(tiny_llama_dir: Path, tmp_path: Pat
 def test_a_dataset_that_is_known_is_held_against_its_task(
     tiny_llama_dir: Path, tmp_path: Path, command: Command, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Before anything is downloaded; and where nothing is said against it, its task is the run's."""
+    """The task is checked before anything is downloaded; without a `task.type` the run takes the dataset's."""
     arguments = ("train", "--model", tiny_llama_dir, "--train", "hub:openai/gsm8k", "--out", tmp_path / "out")
     error = failed(command(*arguments, "--set", "task.type=choice"))
     assert error["param"] == "task.type"

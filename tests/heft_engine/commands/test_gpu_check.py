@@ -1,4 +1,4 @@
-"""`gpu-check`: its whole path, with a tiny shape on the CPU; and what it says where there is no GPU."""
+"""`gpu-check`: a full run with a tiny shape on the CPU, and its output without a GPU."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""`python -m heft_engine train|evaluate|predict`, in this process: what is printed, and with which exit code."""
+"""`python -m heft_engine train|evaluate|predict`, in this process: output and exit codes."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Files of answers that are continued: never a wrong line, never one of another input."""
+"""Files of answers that are resumed: no broken line, and no line from another input."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""`python -m heft_engine train` as a process: signals, and a starter that goes away."""
+"""`python -m heft_engine train` as a process: signals, and the death of its parent process."""
 
 from __future__ import annotations
 

@@ -24,7 +24,7 @@ PASSAGE = {"question": "is it so", "passage": "The sea is wide.", "answer": True
 
 @pytest.fixture(scope="module")
 def bpe(tmp_path_factory: pytest.TempPathFactory) -> PreTrainedTokenizerBase:
-    """Byte-level BPE without BOS, with a chat template: GPT-NeoX's and SmolLM2's kind."""
+    """A byte-level BPE tokenizer without BOS, with a chat template, like those of GPT-NeoX and SmolLM2."""
     path = tmp_path_factory.mktemp("bpe")
     save_tokenizer(path)
     return AutoTokenizer.from_pretrained(path)
@@ -32,7 +32,7 @@ def bpe(tmp_path_factory: pytest.TempPathFactory) -> PreTrainedTokenizerBase:
 
 @pytest.fixture(scope="module")
 def pieces() -> PreTrainedTokenizerBase:
-    """SentencePiece's kind, as Llama 2 has it: a space is put in front of every text, and a BOS before that."""
+    """A SentencePiece tokenizer like Llama 2's: it adds a leading space to every text, and a BOS before it."""
     tokenizer = Tokenizer(models.BPE(unk_token="<unk>"))
     tokenizer.normalizer = normalizers.Sequence([normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")])
     tokenizer.pre_tokenizer = pre_tokenizers.Split("▁", "merged_with_next")

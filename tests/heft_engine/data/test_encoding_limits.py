@@ -1,4 +1,4 @@
-"""Lengths and places of heft_engine.data.encoding: truncation, what is refused, which tokens are intervened."""
+"""Limits of heft_engine.data.encoding: truncation, refused rows, and the positions of interventions."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Models and datasets from a hub: pinned, judged before they are downloaded, refused in words that help."""
+"""Models and datasets from a hub: pinned, checked before they are downloaded, refused with a helpful message."""
 
 import io
 import json
@@ -224,7 +224,7 @@ def test_a_configuration_is_named_before_the_split(hub: FakeHub, ask: Ask) -> No
 
 
 def test_datasets_that_are_known_by_name_need_nothing_else(hub: FakeHub, ask: Ask) -> None:
-    """In the layout and the types that the hub has them in."""
+    """The rows have the layout and the types of the hub."""
     gsm8k = {"question": "2+2?", "answer": "It is 2+2=<<2+2=4>>4.\n#### 4"}
     configs = [("main", "main/train-*"), ("socratic", "socratic/train-*")]
     card = "".join(

@@ -1,4 +1,4 @@
-"""Rows: what each format takes, and that every fault names its field and its line."""
+"""Rows: the fields of each format, and errors that name their field and their line."""
 
 import json
 from contextlib import suppress

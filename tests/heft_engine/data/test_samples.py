@@ -1,4 +1,4 @@
-"""The sample data: the same everywhere, disjoint splits, and nothing to win without reading."""
+"""The sample data: reproducible, with disjoint splits, and unsolvable without reading the passage."""
 
 import re
 import subprocess
@@ -87,7 +87,7 @@ def test_words_in_common_say_next_to_nothing(splits: dict[str, Rows]) -> None:
 
 
 def test_a_bag_of_words_is_far_from_enough() -> None:
-    """Naive Bayes over the passage's words: what can be won without knowing of which place something is said."""
+    """Naive Bayes over the passage's words does not suffice: it ignores which place a sentence is about."""
     train, test = generate("passages", "train", 2_000), generate("passages", "test", 600)
     counts = {
         answer: Counter(w for r in train if r["answer"] == answer for w in words(r["passage"]))

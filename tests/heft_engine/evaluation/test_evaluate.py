@@ -87,7 +87,7 @@ def test_a_run_measures_by_the_metrics_of_its_task(
 def test_an_exact_match_that_cant_be_any_more_is_not_written_to_its_end(
     tiny_llama_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The same verdict as when all is written, from fewer tokens."""
+    """The metric equals that of full generation, from fewer tokens."""
     generate, lengths, texts = evaluation_module.generate, [], []
 
     def counting(*args: Any, should_stop: Any, **options: Any) -> Any:
@@ -106,7 +106,7 @@ def test_an_exact_match_that_cant_be_any_more_is_not_written_to_its_end(
 
 
 def test_what_is_measured_is_what_serving_writes(tiny_llama_dir: Path) -> None:
-    """Up to the token that ends a turn of a chat model, which is not the tokenizer's own end."""
+    """Both stop at the token that ends a turn of a chat model, which is not the tokenizer's EOS token."""
     model = load_model(resolve_path(tiny_llama_dir), dtype=torch.float32, attention=IMPLEMENTATION)
     lm = PackedLM(model)
     task = Task.resolve(TaskSettings(metrics=["f1"]), "text")

@@ -22,7 +22,7 @@ def test_rows_survive_being_packed() -> None:
 
 
 def test_intervals_of_graded_means() -> None:
-    """For 0 and 1 it is the plus-four interval; values that are all alike don't look certain."""
+    """The interval of 0 and 1 is the plus-four interval; equal values still have a width."""
     low, high = mean_interval([1.0] * 30 + [0.0] * 10)
     share = 32 / 44
     half = 1.959964 * (share * (1 - share) / 44) ** 0.5

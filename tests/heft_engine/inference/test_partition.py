@@ -1,4 +1,4 @@
-"""Parts of a pass: every row in one of them, and of about equal size."""
+"""Partition of rows into passes: every row is in one part, and parts are of about equal size."""
 
 from __future__ import annotations
 

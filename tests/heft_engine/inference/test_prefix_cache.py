@@ -251,7 +251,7 @@ def test_without_a_budget_nothing_is_kept(tiny_llama_dir: Path) -> None:
 
 
 def test_whatever_comes_and_goes_is_what_was_left(tiny_llama_dir: Path) -> None:
-    """Long and short prompts with common beginnings, in a cache that is always too small."""
+    """Long and short prompts with common prefixes, in a cache that is always too small."""
     lm = packed(tiny_llama_dir)
     variant = ModelVariant(lm=lm, scope="s")
     cache = PrefixCache(lm.n_layers * 2 * 2 * 8 * 4 * 160)

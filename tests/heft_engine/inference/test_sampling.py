@@ -1,4 +1,4 @@
-"""From logits to tokens: what each setting does, against its definition."""
+"""Sampling: each setting against its definition."""
 
 from __future__ import annotations
 

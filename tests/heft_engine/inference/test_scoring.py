@@ -1,4 +1,4 @@
-"""Scores: what they are, and that a row's bits don't depend on what it is scored with."""
+"""Scores: their definition, and their independence, bit for bit, of the other rows of a pass."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ MakeModel = Callable[[str], Path]
 
 
 def packed(path: Path, dtype: torch.dtype = torch.float32) -> PackedLM:
-    """With an intervention at the last prompt token: one row alone gives it a product of one row."""
+    """A packed model with an intervention at the last prompt token, whose product has one row for each example."""
     return with_intervention(path, "l1", dtype)
 
 
@@ -53,7 +53,7 @@ def totals(lm: PackedLM, examples: list[Example]) -> list[tuple[float, ...]]:
 def test_a_rows_bits_do_not_depend_on_its_neighbours(
     make_tiny_model: MakeModel, family: str, threads: int, dtype: torch.dtype
 ) -> None:
-    """Alone, with all others, in another order, in another number. Three threads cut work at odd places."""
+    """Rows are scored alone, with all others, in another order and number. Three threads split work unevenly."""
     torch.set_num_threads(threads)
     lm, examples = packed(make_tiny_model(family), dtype), questions(24)
     alone = [totals(lm, [example])[0] for example in examples]

@@ -1,4 +1,4 @@
-"""Waiting for an answer that may not be wanted any more."""
+"""Waits for an answer whose request may be cancelled."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ def _looks_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 class Late(Future[list[Scores]]):
-    """Done the moment after somebody's patience with it ended."""
+    """A future that is done just after the first wait for it timed out."""
 
     def __init__(self, fault: Exception | None = None) -> None:
         super().__init__()

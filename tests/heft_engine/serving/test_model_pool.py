@@ -1,4 +1,4 @@
-"""Models in memory: loaded once, held merged or shared, put away when others need the room."""
+"""Models in memory: loaded once, merged or shared, evicted when others need the memory."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ ROOMY = 2**40
 
 @pytest.fixture(scope="module")
 def bundles(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Four bundles m0 … m3 on one base, of two trainings."""
+    """Four bundles m0 … m3 on one base, from two training runs."""
     folder = tmp_path_factory.mktemp("pool")
     save_tiny_model(folder / "base")
     for seed in range(2):
@@ -40,7 +40,7 @@ def bundles(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 class Library:
-    """Brings bundles, and counts."""
+    """Fetches bundles, and counts the fetches."""
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
@@ -118,7 +118,7 @@ def test_a_model_is_fetched_once_whoever_asks(make_pool: Callable[..., ModelPool
 def test_what_loads_a_model_leaves_no_thread_behind_that_slows_the_passes(
     make_pool: Callable[..., ModelPool], library: Library, hold: str
 ) -> None:
-    """A thread that has computed in parallel keeps a team of threads, which the passes' own then gives way to."""
+    """A thread that has computed in parallel keeps its OpenMP team, which then competes with that of the passes."""
     pool, loaders = make_pool(placement=hold), []
 
     @contextmanager

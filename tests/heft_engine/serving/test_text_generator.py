@@ -1,4 +1,4 @@
-"""Text piece by piece: whole characters, no stop strings, and listeners that hear all of it."""
+"""Text in deltas: whole characters, no stop strings, and every delta reaches its listener."""
 
 from __future__ import annotations
 

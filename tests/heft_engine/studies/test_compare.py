@@ -17,14 +17,14 @@ from heft_engine.studies.compare import compare_arms
 
 @pytest.fixture(autouse=True, scope="module")
 def _quick_collections() -> Iterator[None]:
-    """statsmodels' Holm collects garbage each time, and torch lies on the heap of this process."""
+    """Freezes the heap: statsmodels' Holm collects garbage at each call, which is slow with torch loaded."""
     gc.freeze()
     yield
     gc.unfreeze()
 
 
 def outcome(seed: int, right: int, rows: int = 100, first: int = 0) -> RowValues:
-    """Right on `right` rows from row `first` on."""
+    """The values of a run that is right on `right` rows from row `first` on."""
     return RowValues(seed=seed, values=np.roll(np.arange(rows) < right, first))
 
 

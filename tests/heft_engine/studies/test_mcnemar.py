@@ -60,7 +60,7 @@ def test_sign_flips_of_right_and_wrong_are_mcnemars(a: int, b: int) -> None:
 
 
 def test_sign_flips_keep_their_level() -> None:
-    """Models that are alike: no more than 5 of 100 are called different, with few rows that differ or many."""
+    """At most 5 of 100 pairs of equal models are called different, with few differing rows or many."""
     rng = np.random.default_rng(11)
     for rows, differ in ((60, 0.1), (60, 0.4), (300, 0.9)):
         moved = rng.random((2_000, rows)) < differ

@@ -56,7 +56,7 @@ def test_over_tasks_a_task_is_one_case() -> None:
 
 
 def test_two_tasks_that_happen_to_agree_prove_nothing() -> None:
-    """t alone would be certain: both differ by exactly 1 point."""
+    """A t-test alone would be certain: both tasks differ by exactly 1 point."""
     (comparison,) = verdict_of((150, 152), (120, 122))["over_tasks"]
     assert comparison["p_value"] > 0.05
     assert not comparison["separable"]

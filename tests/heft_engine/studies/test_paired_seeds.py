@@ -14,7 +14,7 @@ from heft_engine.studies.power import Noise, power, rows_needed, seeds_needed
 
 
 def test_seeds_that_vary_give_the_paired_t_test() -> None:
-    """With endless rows the rows' part vanishes: what is left is scipy's."""
+    """With infinitely many rows their variance vanishes, which leaves scipy's paired t-test."""
     differences = np.array([0.03, 0.01, 0.06, -0.01])
     p = p_value(float(differences.mean()), float(differences.var(ddof=1) / 4), 0.0, 4, float("inf"))
     assert p == pytest.approx(stats.ttest_1samp(differences, 0).pvalue, rel=1e-6)

@@ -1,4 +1,4 @@
-"""Suggested points: within the space, none twice, reproducible, and better than random."""
+"""Suggested points: within the space, unique, reproducible, and better than random ones."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ SPACE: dict[str, Any] = {"rank": [2, 4, 8], "rate": RATE, "layers": [[1, 2], "au
 
 
 def quality(point: dict[str, Any]) -> float:
-    """Best at rank 4, layers 1 and 2, and a rate of 1e-3."""
+    """A score that is best at rank 4, layers 1 and 2, and a rate of 1e-3."""
     return (point["rank"] == 4) + (point["layers"] == [1, 2]) - abs(math.log10(point["rate"]) + 3)
 
 
@@ -81,7 +81,7 @@ def test_what_has_failed_or_can_not_be_teaches_no_wrong_thing() -> None:
 
 
 def test_a_range_of_two_neighbouring_numbers_comes_to_its_end() -> None:
-    """It counts as endless, as every range of any numbers does."""
+    """Its size counts as infinite, as for every range of floats."""
     low = 1e-3
     space = {"rate": Range(low=low, high=math.nextafter(low, 1))}
     tried = [
