@@ -12,6 +12,7 @@ from typing import Annotated, Any, Literal
 from pydantic import Field, field_validator, model_validator
 
 from heft_engine.config import known_datasets
+from heft_engine.config.run_file import FileField
 from heft_engine.config.train import (
     Auto,
     Dtype,
@@ -154,7 +155,7 @@ class TrainingSpec(Settings):
         is_only = sum(settings.type == stage for settings in self.stages()) <= 1
         return stage if is_only or index is None else f"{stage}-{index + 1}"
 
-    def files(self) -> dict[str, str]:
+    def files(self) -> dict[FileField, str]:
         """Returns {field: reference} of the files that are set."""
         return {field: value for field in FILE_FIELDS if (value := getattr(self, field)) is not None}
 

@@ -7,16 +7,18 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import dataclass
+from typing import get_args
 
 from sqlalchemy import exists, func, or_, select, update
 from sqlalchemy.orm import Session
 
+from heft_engine.config.run_file import FileField
 from store.db.pagination import Order, Page, cursor_of, fetch_page
 from store.db.tables import File, Job
 from store.errors import InvalidRequest, NotFound
 
 #: The settings of a job that name files.
-FILE_FIELDS = ("training_file", "validation_file", "test_file")
+FILE_FIELDS: tuple[FileField, ...] = get_args(FileField)
 TRAINING_PURPOSE = "fine-tune"
 RESULTS_PURPOSE = "fine-tune-results"
 

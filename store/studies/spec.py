@@ -124,9 +124,9 @@ class StudySpec(Settings):
             return self
         if self.tasks is None:
             raise _field_error("tasks", "cross_task needs at least two tasks")
-        for name in FILE_FIELDS:
-            if getattr(self, name) is not None:
-                raise _field_error(name, f"with cross_task, set {name} in each of the tasks")
+        for field in FILE_FIELDS:
+            if getattr(self, field) is not None:
+                raise _field_error(field, f"with cross_task, set {field} in each of the tasks")
         names = [task.name for task in self.tasks]
         for index, name in enumerate(names):
             if name in names[:index]:
@@ -135,9 +135,7 @@ class StudySpec(Settings):
         return self
 
     def completed(self) -> StudySpec:
-        """Returns the spec with the preset's model and files where none are set. Raises InvalidRequest for missing
-        ones.
-        """
+        """Returns the spec with the preset's defaults. Raises InvalidRequest for a missing model or file."""
         defaults = presets.defaults(self.preset)
         values = self.model_dump(mode="json")
         values |= {name: value for name, value in defaults.items() if values[name] is None}

@@ -9,15 +9,11 @@ from __future__ import annotations
 import hashlib
 from functools import partial
 from pathlib import Path
-from typing import get_args
 
 from heft_engine.config.run_file import FileField
 from store.storage import files
 from store.storage.artifacts import prepared_key
 from worker.jobs.attempt import Attempt
-
-#: The fields of a job that name rows.
-FIELDS: tuple[FileField, ...] = get_args(FileField)
 
 
 def store_rows(attempt: Attempt, path: Path) -> str:
@@ -31,9 +27,8 @@ def store_rows(attempt: Attempt, path: Path) -> str:
 def fetch_uploads(attempt: Attempt) -> dict[FileField, Path]:
     """Returns the paths of the job's uploaded files, by field."""
     paths: dict[FileField, Path] = {}
-    for field in FIELDS:
-        reference: str | None = getattr(attempt.claim.spec, field)
-        if reference and reference.startswith("file-"):
+    for field, reference in attempt.claim.spec.files().items():
+        if reference.startswith("file-"):
             paths[field] = _fetch_upload(attempt, field, reference)
     return paths
 
@@ -42,8 +37,8 @@ def fetch_rows(attempt: Attempt) -> dict[FileField, Path]:
     """Returns the paths of all of the job's files, by field. Needs the report of `prepare`."""
     paths = fetch_uploads(attempt)
     report = attempt.claim.validation or {}
-    for field in FIELDS:
-        if getattr(attempt.claim.spec, field) and field not in paths:
+    for field in attempt.claim.spec.files():
+        if field not in paths:
             sha256 = report["files"][field]["sha256"]
             paths[field] = _fetch(attempt, field, prepared_key(attempt.claim.job_id, sha256), sha256)
     return paths

@@ -13,7 +13,7 @@ from store.db.tables import Job
 from store.jobs import endings
 from worker.context import Context
 from worker.jobs.attempt import Attempt, Ending, run_attempt
-from worker.jobs.fetch_rows import FIELDS, fetch_uploads, store_rows
+from worker.jobs.fetch_rows import fetch_uploads, store_rows
 from worker.jobs.run_file import check_file
 
 
@@ -27,7 +27,7 @@ def prepare_job(context: Context, job_id: str) -> Job | None:
 
 def _check(attempt: Attempt) -> Ending:
     spec = attempt.claim.spec
-    references = {field: reference for field in FIELDS if (reference := getattr(spec, field))}
+    references = spec.files()
     uploads = fetch_uploads(attempt)
     files = references | {field: str(path) for field, path in uploads.items()}
     run = check_file(spec, files, attempt.folder, attempt.context.settings)
