@@ -94,7 +94,7 @@ def exported(tiny_llama_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> 
 
 
 def loaded(folder: Path) -> Any:
-    """As heft_engine.bundle.pyreft_format says: pyreft can't make NoReFT's and NodiReFT's modules by itself."""
+    """Loads the exported directory into pyreft, which can't make NoReFT's and NodiReFT's modules by itself."""
     base = plain(folder / "merged")
     representations, files = [], sorted((folder / "pyreft").glob("intkey_*"))
     for intervention in read_pyreft(folder / "pyreft"):
@@ -118,9 +118,9 @@ def test_pyreft_reads_every_kind_and_gives_the_same_scores(exported: Path) -> No
     predictor = load(exported / "bundle")
     examples = questions(predictor.encoder, yes_no_rows(12))
     logits = label_logits(loaded(exported), examples, ["l1"] * len(KINDS))
-    scores = torch.tensor([one.totals for one in score(predictor.lm, examples)])
+    scores = torch.tensor([row_scores.totals for row_scores in score(predictor.lm, examples)])
     assert_close(scores, logits, rtol=0, atol=CLOSE)
-    without = torch.tensor([one.totals for one in score(predictor.lm, examples, scale=0.0)])
+    without = torch.tensor([row_scores.totals for row_scores in score(predictor.lm, examples, scale=0.0)])
     assert (scores - without).abs().max() > 0.1
 
 

@@ -31,14 +31,14 @@ def teach(intervention: LoreftIntervention, optimizer: torch.optim.Optimizer, st
     """Steps towards a fixed random target; each depends on its number alone."""
     for step in steps:
         generator = torch.Generator().manual_seed(step)
-        hidden, wanted = torch.randn(2, 16, HIDDEN, generator=generator)
+        hidden, target = torch.randn(2, 16, HIDDEN, generator=generator)
         optimizer.zero_grad()
-        (intervention(hidden) - wanted).square().mean().backward()
+        (intervention(hidden) - target).square().mean().backward()
         optimizer.step()
 
 
 def adamw(intervention: LoreftIntervention, decay: float = 0.0) -> torch.optim.AdamW:
-    """As the training loop groups them."""
+    """AdamW with the parameter groups of the training loop."""
     named = dict(intervention.named_parameters())
     plain = [named.pop(name) for name in sorted(intervention.no_decay())]
     decaying = list(named.values())
@@ -107,10 +107,10 @@ def test_freezing_and_thawing_keep_R_and_let_it_train(intervention: LoreftInterv
 
 
 def test_raw_state_goes_on_bit_for_bit_and_baked_R_does_not(intervention: LoreftIntervention) -> None:
-    """Why checkpoints hold the raw parameter and the parametrisation's base."""
+    """This is why checkpoints hold the raw parameter and the parametrisation's base."""
     optimizer = adamw(intervention)
     teach(intervention, optimizer, range(20))
-    kept, baked, adam = (
+    raw, baked, adam = (
         intervention.raw_state(),
         intervention.export_state(),
         deepcopy(optimizer.state_dict()),
@@ -126,7 +126,7 @@ def test_raw_state_goes_on_bit_for_bit_and_baked_R_does_not(intervention: Loreft
         teach(other, again, range(20, 60))
         return other
 
-    exact = resumed(lambda other: other.load_state_dict(kept))
+    exact = resumed(lambda other: other.load_state_dict(raw))
     assert all(
         torch.equal(exact.raw_state()[name], tensor) for name, tensor in intervention.raw_state().items()
     )

@@ -17,9 +17,9 @@ def test_a_frozen_base_costs_four_operations_a_weight_and_token() -> None:
 
 
 def test_what_is_kept_is_counted_once() -> None:
-    kept = StageWork(level=CacheLevel.KV, first_layer=3, epochs=5)
+    keys_values = StageWork(level=CacheLevel.KV, first_layer=3, epochs=5)
     once = 2 * 1_000 * (3 * 30 + 1 * 26)  # the lower layers, and the upper one left of the suffixes
-    assert stage_flops(SHAPE, rows(10, 20), kept) == once + 5 * (4 * 1_000 * 4 + 4 * 500 * 2)
+    assert stage_flops(SHAPE, rows(10, 20), keys_values) == once + 5 * (4 * 1_000 * 4 + 4 * 500 * 2)
     states = StageWork(level=CacheLevel.HIDDEN_STATES, first_layer=3, epochs=5)
     assert stage_flops(SHAPE, rows(10, 20), states) == (
         2 * 1_000 * 3 * 30 + 5 * (2 * 1_000 * 26 + 4 * 1_000 * 4 + 4 * 500 * 2)

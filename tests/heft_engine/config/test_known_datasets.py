@@ -129,21 +129,21 @@ def test_a_row_of_the_hub_becomes_prompt_and_answer(
     answer: str,
     metrics: tuple[str, ...],
 ) -> None:
-    where = parse_reference(reference)
-    row = parse_row(row_converter(where, list(fields))(fields))
+    hub_reference = parse_reference(reference)
+    row = parse_row(row_converter(hub_reference, list(fields))(fields))
     task = Task.resolve(with_dataset_defaults(TaskSettings(), f"hub:{reference}"), infer_task([row]))
     tokenizer = load_tokenizer(tiny_llama_dir)
     encoder = Encoder(tokenizer, task)
     (example,) = encoder.encode(row)
     assert list(example.prompt[-len(encoder.text(prompt)) :]) == encoder.text(prompt)
     assert len(example.prompt) - len(encoder.text(prompt)) <= 1  # a BOS token at most
-    wanted = encoder.continuation(answer) + ([tokenizer.eos_token_id] if task.type == "text" else [])
-    assert list(example.supervised().answers[0]) == wanted
+    expected = encoder.continuation(answer) + ([tokenizer.eos_token_id] if task.type == "text" else [])
+    assert list(example.supervised().answers[0]) == expected
     assert task.metrics == metrics
 
 
 @pytest.mark.parametrize(
-    ("text", "file", "where"),
+    ("text", "file", "expected"),
     [
         ("google/boolq", "training_file", (None, "train")),
         ("google/boolq", "test_file", (None, "validation")),
@@ -162,10 +162,10 @@ def test_a_row_of_the_hub_becomes_prompt_and_answer(
     ],
 )
 def test_what_a_reference_leaves_out_is_filled_in(
-    text: str, file: str, where: tuple[str | None, str | None]
+    text: str, file: str, expected: tuple[str | None, str | None]
 ) -> None:
-    found = parse_reference(text, file)
-    assert (found.config, found.split) == where
+    reference = parse_reference(text, file)
+    assert (reference.config, reference.split) == expected
 
 
 @pytest.mark.parametrize(

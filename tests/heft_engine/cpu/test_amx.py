@@ -54,13 +54,13 @@ def test_products_are_the_formula_in_passes_of_every_length(amx_ops: AmxOps, sha
     for threads in (1, 3):
         torch.set_num_threads(threads)
         for rows in ROWS:
-            some, compared = slice(max(ROWS) - rows, None), slice(-min(rows, 95), None)
+            tail, compared = slice(max(ROWS) - rows, None), slice(-min(rows, 95), None)
             for copy in (None, packed):
                 results = [
-                    (amx_ops.linear(x[some], weight, copy), plain),
-                    (amx_ops.linear(x[some], weight, copy, bias), with_bias),
-                    (amx_ops.linear(x[some], weight, copy, None, residual[some]), plain + residual[-95:]),
-                    (amx_ops.linear(x[some], weight, copy, bias, residual[some]), with_bias + residual[-95:]),
+                    (amx_ops.linear(x[tail], weight, copy), plain),
+                    (amx_ops.linear(x[tail], weight, copy, bias), with_bias),
+                    (amx_ops.linear(x[tail], weight, copy, None, residual[tail]), plain + residual[-95:]),
+                    (amx_ops.linear(x[tail], weight, copy, bias, residual[tail]), with_bias + residual[-95:]),
                 ]
                 assert all(torch.equal(result[compared], exact[compared]) for result, exact in results)
 
@@ -103,7 +103,7 @@ def activated(gate: Tensor, up: Tensor) -> Tensor:
 
 def masked(query: Tensor, keys: Tensor, values: Tensor, mask: Tensor, scaling: float) -> Tensor:
     """In float32."""
-    q, k, v = (each.float().transpose(0, 1) for each in (query, keys, values))
+    q, k, v = (tensor.float().transpose(0, 1) for tensor in (query, keys, values))
     return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, scale=scaling, enable_gqa=True).transpose(
         0, 1
     )
@@ -152,9 +152,9 @@ def test_a_nan_stays_in_its_sequence(amx_ops: AmxOps) -> None:
     before = amx_ops.attention(query, [(keys, values)], table, None, None)
     for x in (query, keys, values):
         x[40:] = float("nan")
-    after = amx_ops.attention(query, [(keys, values)], table, None, None)
-    assert torch.equal(after[:40], before[:40])
-    assert after[40:].isnan().all()
+    result = amx_ops.attention(query, [(keys, values)], table, None, None)
+    assert torch.equal(result[:40], before[:40])
+    assert result[40:].isnan().all()
 
 
 #: First row, rows and rank of LoRA deltas: at borders of blocks and of chunks, two for the same rows.
@@ -247,11 +247,11 @@ def test_a_broken_row_leaves_its_neighbours_alone(amx_ops: AmxOps) -> None:
     before = amx_ops.linear(x, weight, lora_deltas=[lora_delta])
     x[25] = float("nan")
     x[60] = float("inf")
-    after = amx_ops.linear(x, weight, lora_deltas=[lora_delta])
+    result = amx_ops.linear(x, weight, lora_deltas=[lora_delta])
     whole = torch.ones(70, dtype=torch.bool)
     whole[[25, 60]] = False
-    assert torch.equal(after[whole], before[whole])
-    assert after[25].isnan().all()
+    assert torch.equal(result[whole], before[whole])
+    assert result[25].isnan().all()
 
 
 def test_weights_that_do_not_fit_are_refused(amx_ops: AmxOps) -> None:

@@ -45,16 +45,16 @@ def fused_layers(lm: PackedLM) -> FusedLayers:
 
 def rows(count: int, *, branched: bool) -> list[Example]:
     chance = random.Random(1)
-    found = []
+    examples = []
     for index in range(count):
         prompt = tuple(chance.randrange(5, 600) for _ in range(chance.randint(1, 90)))
         choices = ((7,), (8,)) if index % 3 or not branched else ((7, 9, 11), (8, 12))
-        found.append(Example(prompt=prompt, answers=choices, labels=("a", "b"), gold=0))
-    return found
+        examples.append(Example(prompt=prompt, answers=choices, labels=("a", "b"), gold=0))
+    return examples
 
 
 def totals(lm: PackedLM, examples: list[Example]) -> list[tuple[float, ...]]:
-    return [one.totals for one in score(lm, examples)]
+    return [row_scores.totals for row_scores in score(lm, examples)]
 
 
 @pytest.mark.usefixtures("with_amx")
@@ -83,10 +83,10 @@ def test_a_layer_that_is_not_what_it_looks_like_keeps_its_own_pass(
 ) -> None:
     lm = model(make_tiny_model("llama"))
     first: Any = lm.layers[0]
-    own = type(first).forward
+    forward = type(first).forward
 
     def other(self: Any, states: Tensor, **options: Any) -> Tensor:
-        return own(self, states, **options) * 2
+        return forward(self, states, **options) * 2
 
     monkeypatch.setattr(type(first), "forward", other)
     expected = totals(lm, rows(3, branched=False))
@@ -141,13 +141,13 @@ def test_a_family_asks_once_for_each_kind_of_layer(
     make_tiny_model: MakeModel, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """qwen2's windows act on some layers: what one asks for must not be taken for all."""
-    asked: list[str] = []
+    kinds: list[str] = []
     options = fused_module._attention_options
 
     def watched(layer: nn.Module, kind: str, *rest: Any) -> Any:
-        asked.append(kind)
+        kinds.append(kind)
         return options(layer, kind, *rest)
 
     monkeypatch.setattr(fused_module, "_attention_options", watched)
     with model(make_tiny_model("qwen2")).inference_mode():
-        assert sorted(asked) == ["full_attention", "sliding_attention"]
+        assert sorted(kinds) == ["full_attention", "sliding_attention"]

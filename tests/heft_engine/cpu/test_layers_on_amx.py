@@ -47,11 +47,13 @@ def make_wide_model(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str],
 
 def rows(count: int = 12) -> list[Example]:
     """Some with several tokens an answer, so that branches stand behind prompts."""
-    asked = examples(count, longest=90)
+    plain = examples(count, longest=90)
     several = ((7, 9, 11), (8,), (12, 5))
     return [
-        Example(prompt=one.prompt, answers=several, labels=("a", "b", "c"), gold=0) if index % 3 == 0 else one
-        for index, one in enumerate(asked)
+        Example(prompt=example.prompt, answers=several, labels=("a", "b", "c"), gold=0)
+        if index % 3 == 0
+        else example
+        for index, example in enumerate(plain)
     ]
 
 
@@ -59,7 +61,7 @@ def rows(count: int = 12) -> list[Example]:
 def test_scores_are_torchs_to_rounding(
     family: str, make_wide_model: Callable[[str], Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    found = score(packed(make_wide_model(family), BF16), rows())
+    by_amx = score(packed(make_wide_model(family), BF16), rows())
     attended = []
     attend = AmxOps.attention
 
@@ -68,36 +70,36 @@ def test_scores_are_torchs_to_rounding(
         return attend(*args)  # type: ignore[arg-type]
 
     monkeypatch.setattr(AmxOps, "attention", watched)
-    assert score(packed(make_wide_model(family), BF16), rows()) == found
+    assert score(packed(make_wide_model(family), BF16), rows()) == by_amx
     assert bool(attended) == (family != "gemma2"), "soft caps alone are left to torch"
     exact = score(packed(make_wide_model(family), torch.float32), rows())
     monkeypatch.setattr(operators, "amx_ops", lambda: None)
     by_torch = score(packed(make_wide_model(family), BF16), rows())
 
-    def farthest(some: list[Scores]) -> float:
-        pairs = zip(some, exact, strict=True)
+    def farthest(scores: list[Scores]) -> float:
+        pairs = zip(scores, exact, strict=True)
         return max(
-            abs((a - one.totals[0]) - (b - other.totals[0]))
-            for one, other in pairs
-            for a, b in zip(one.totals, other.totals, strict=True)
+            abs((a - row.totals[0]) - (b - exact_row.totals[0]))
+            for row, exact_row in pairs
+            for a, b in zip(row.totals, exact_row.totals, strict=True)
         )
 
-    assert farthest(found) < 2 * farthest(by_torch) + 1e-3
+    assert farthest(by_amx) < 2 * farthest(by_torch) + 1e-3
 
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_a_rows_bits_are_its_own(family: str, make_wide_model: Callable[[str], Path]) -> None:
     """Whatever stands beside it, with one thread and with several, with packed weights and with plain ones."""
-    lm, asked = packed(make_wide_model(family), BF16), rows()
-    together = score(lm, asked)
+    lm, questions = packed(make_wide_model(family), BF16), rows()
+    together = score(lm, questions)
     assert bool(len(cast(CpuBackend, lm.backend).fused_layers)) == (family in QUICK)
     for threads in (1, 3):
         torch.set_num_threads(threads)
-        assert [score(lm, [one])[0] for one in asked] == together
-        assert score(lm, asked[::-1]) == together[::-1]
+        assert [score(lm, [question])[0] for question in questions] == together
+        assert score(lm, questions[::-1]) == together[::-1]
         with lm.packed():
             assert bytes_to_pack(lm.layers) == 0
-            assert score(lm, asked) == together
+            assert score(lm, questions) == together
 
 
 @pytest.mark.parametrize("family", sorted(set(FAMILIES) - {"gemma2"}))
@@ -107,14 +109,18 @@ def test_a_kept_prefix_changes_no_bit(
 ) -> None:
     base = packed(make_wide_model(family), BF16)
     weights = merged(base, StoredWeights([], [stored_intervention(base, 1, positions, 1)]))
-    cache, asked = PrefixCache(2**24), examples(6, prefix=tuple(range(100, 170)), longest=40)
+    cache, questions = PrefixCache(2**24), examples(6, prefix=tuple(range(100, 170)), longest=40)
 
-    def ask(kept: PrefixCache | None) -> list[Scores]:
+    def ask(prefix_cache: PrefixCache | None) -> list[Scores]:
         answers: list[Scores] = []
-        for some in (asked[:1], asked[1:]):
-            rows = [row(weights, one, kept) for one in some]
-            assert kept is None or some is not asked[1:] or all(one.cached_tokens >= 64 for one in rows)
-            answers += score_rows(rows, kept)
+        for batch in (questions[:1], questions[1:]):
+            rows = [row(weights, question, prefix_cache) for question in batch]
+            assert (
+                prefix_cache is None
+                or batch is not questions[1:]
+                or all(scoring_row.cached_tokens >= 64 for scoring_row in rows)
+            )
+            answers += score_rows(rows, prefix_cache)
         return answers
 
     assert ask(cache) == ask(None)
@@ -126,35 +132,38 @@ def test_nor_does_it_for_unmerged_models(family: str, make_wide_model: Callable[
     """With LoRA of several ranks; DoRA's own products are torch's."""
     base = packed(make_wide_model(family), BF16)
     adapt_rows(base)
-    made = models(base, suffixes=("q_proj", "o_proj", "gate_proj", "down_proj"))
-    asked = examples(6, prefix=tuple(range(100, 170)), longest=40)
-    for each in (one for one in made if not any(a.magnitudes for a in one.adapters)):
-        weights, cache = unmerged(base, each, str(id(each))), PrefixCache(2**24)
-        fresh = [row(weights, one, None) for one in asked]
-        score_rows([row(weights, asked[0], cache)], cache)
-        kept = [row(weights, one, cache) for one in asked]
-        assert any(one.cached_tokens for one in kept) or any(
-            "f" in stored.positions for stored in each.interventions
+    stored_models = models(base, suffixes=("q_proj", "o_proj", "gate_proj", "down_proj"))
+    without_dora = [
+        stored for stored in stored_models if not any(adapter.magnitudes for adapter in stored.adapters)
+    ]
+    questions = examples(6, prefix=tuple(range(100, 170)), longest=40)
+    for stored_model in without_dora:
+        weights, cache = unmerged(base, stored_model, str(id(stored_model))), PrefixCache(2**24)
+        fresh = [row(weights, question, None) for question in questions]
+        score_rows([row(weights, questions[0], cache)], cache)
+        cached = [row(weights, question, cache) for question in questions]
+        assert any(scoring_row.cached_tokens for scoring_row in cached) or any(
+            "f" in stored.positions for stored in stored_model.interventions
         )
-        assert score_rows(kept, cache) == score_rows(fresh)
+        assert score_rows(cached, cache) == score_rows(fresh)
 
 
 def test_what_a_broken_row_leaves_is_nobodys_prefix(make_wide_model: Callable[[str], Path]) -> None:
-    """Of tokens left of a broken one, too, keys and values may be no numbers: others would get them as theirs."""
+    """Keys and values left of a broken token may be no numbers either: other rows would take them for their own."""
     base = packed(make_wide_model("llama"), BF16)
     weights = merged(base, StoredWeights([], []))
     common, bad = tuple(range(100, 141)), 99
     with torch.no_grad():
         weights.lm.backbone.embed_tokens.weight[bad] = float("nan")
     cache = PrefixCache(2**24)
-    asked = [
+    questions = [
         Example(prompt=(*common, *rest), answers=((7,), (8,)), labels=("a", "b"), gold=0)
         for rest in ((bad, *range(200, 230)), tuple(range(300, 330)))
     ]
-    alone = score_rows([row(weights, asked[1], None)])
-    score_rows([row(weights, asked[0], cache)], cache)
+    alone = score_rows([row(weights, questions[1], None)])
+    score_rows([row(weights, questions[0], cache)], cache)
     assert cache.used_bytes == 0
-    assert score_rows([row(weights, asked[1], cache)], cache) == alone
+    assert score_rows([row(weights, questions[1], cache)], cache) == alone
     assert cache.used_bytes
 
 
@@ -172,14 +181,19 @@ def test_rows_of_many_models_score_as_alone_and_as_merged(
     """DoRA among them, which takes the layer's own modules: the others' bits must not show it."""
     base = packed(make_wide_model(family), BF16)
     adapt_rows(base)
-    made = models(base, suffixes=("q_proj", "o_proj", "gate_proj", "up_proj", "down_proj"))
-    held = [unmerged(base, each) for each in made] + [ModelVariant(lm=base, scope="base")]
-    asked = examples(len(held) * 2, longest=90)
-    mixed = [ScoringRow(example=one, variant=held[index % len(held)]) for index, one in enumerate(asked)]
+    stored_models = models(base, suffixes=("q_proj", "o_proj", "gate_proj", "up_proj", "down_proj"))
+    variants = [unmerged(base, stored_model) for stored_model in stored_models] + [
+        ModelVariant(lm=base, scope="base")
+    ]
+    questions = examples(len(variants) * 2, longest=90)
+    mixed = [
+        ScoringRow(example=question, variant=variants[index % len(variants)])
+        for index, question in enumerate(questions)
+    ]
     together = score_rows(mixed)
     for threads in (1, 3):
         torch.set_num_threads(threads)
-        assert [score_rows([one])[0] for one in mixed] == together
+        assert [score_rows([scoring_row])[0] for scoring_row in mixed] == together
     gated: list[bool] = []
     run = AmxOps.gated_mlp
 
@@ -188,19 +202,22 @@ def test_rows_of_many_models_score_as_alone_and_as_merged(
         return run(*args)  # type: ignore[arg-type]
 
     monkeypatch.setattr(AmxOps, "gated_mlp", watched)
-    plain = [one for one in mixed if one.variant is not held[2] and one.variant is not held[3]]
-    kept = [scores for one, scores in zip(mixed, together, strict=True) if one in plain]
-    assert score_rows(plain) == kept
+    with_dora = variants[2:4]
+    plain = [scoring_row for scoring_row in mixed if scoring_row.variant not in with_dora]
+    plain_scores = [
+        scores for scoring_row, scores in zip(mixed, together, strict=True) if scoring_row in plain
+    ]
+    assert score_rows(plain) == plain_scores
     assert gated, "without DoRA, layers run in one go"
-    for weights, each in zip(held, made, strict=False):
-        twin = merged(base, each)
-        own = [one.example for one in mixed if one.variant is weights]
-        for one, other in zip(
-            score_rows([ScoringRow(example=e, variant=weights) for e in own]),
-            score(twin.lm, own),
+    for weights, stored_model in zip(variants, stored_models, strict=False):
+        twin = merged(base, stored_model)
+        questions_of_model = [scoring_row.example for scoring_row in mixed if scoring_row.variant is weights]
+        for row_scores, merged_scores in zip(
+            score_rows([ScoringRow(example=question, variant=weights) for question in questions_of_model]),
+            score(twin.lm, questions_of_model),
             strict=True,
         ):
-            gap = [scores.totals[0] - scores.totals[1] for scores in (one, other)]
+            gap = [scores.totals[0] - scores.totals[1] for scores in (row_scores, merged_scores)]
             assert gap[0] == pytest.approx(gap[1], abs=0.15)
 
 

@@ -69,11 +69,11 @@ def test_packed_weights_are_counted_and_shared(make_tiny_model: Callable[[str], 
     assert unique_bytes(lm) == plain + more
     name = "model.layers.0.self_attn.q_proj"
     twin = PackedLM(copy_sharing(lm.model, {name}))
-    own = twin.model.get_submodule(name).weight
-    assert packed_copy(own) is None
-    assert bytes_to_pack(twin.layers) == 2 * own.numel(), "the others are packed already"
+    copied_weight = twin.model.get_submodule(name).weight
+    assert packed_copy(copied_weight) is None
+    assert bytes_to_pack(twin.layers) == 2 * copied_weight.numel(), "the others are packed already"
     twin.pack(1 << 20)
-    assert unique_bytes(twin, beside=lm) == 2 * own.numel() + packed_bytes(own)
+    assert unique_bytes(twin, beside=lm) == 2 * copied_weight.numel() + packed_bytes(copied_weight)
 
 
 @pytest.mark.usefixtures("with_amx")
@@ -112,8 +112,8 @@ def test_an_evaluation_packs_for_as_long_as_it_takes(
         class task:
             type = "yes_no"
 
-    found = evaluate.evaluate(lm, Encoder, rows, max_new_tokens=1)  # type: ignore[arg-type]
+    evaluation = evaluate.evaluate(lm, Encoder, rows, max_new_tokens=1)  # type: ignore[arg-type]
     assert packed
     assert all(packed)
-    assert list(found.scores) == before
+    assert list(evaluation.scores) == before
     assert bytes_to_pack(lm.layers) > 0

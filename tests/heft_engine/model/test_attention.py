@@ -32,8 +32,8 @@ def test_attention_of_packed_rows_is_each_rows_own(window: int | None, softcap: 
     options = {"scaling": 0.3, "sliding_window": window, "softcap": softcap}
     together, _ = packed_attention(module, q, k, v, None, layout=layout, **options)  # type: ignore[arg-type]
     for row in layout.rows:
-        own = slice(row.start, row.start + row.length)
-        a, b, c = (each[0, :, own].double() for each in (q, k, v))
+        span = slice(row.start, row.start + row.length)
+        a, b, c = (tensor[0, :, span].double() for tensor in (q, k, v))
         scores = a @ b.repeat_interleave(2, 0).transpose(1, 2) * 0.3
         if softcap is not None:
             scores = torch.tanh(scores / softcap) * softcap
@@ -41,7 +41,7 @@ def test_attention_of_packed_rows_is_each_rows_own(window: int | None, softcap: 
         hidden = (distance < 0) | (distance >= (window or 10_000))
         weights = torch.softmax(scores.masked_fill(hidden, float("-inf")), dim=-1)
         expected = (weights @ c.repeat_interleave(2, 0)).transpose(0, 1)
-        torch.testing.assert_close(together[0, own].double(), expected, atol=3e-2, rtol=3e-2)
+        torch.testing.assert_close(together[0, span].double(), expected, atol=3e-2, rtol=3e-2)
 
 
 @torch.inference_mode()
@@ -53,10 +53,10 @@ def test_a_row_that_is_no_number_leaves_its_neighbours_alone() -> None:
     q, k, v = (torch.randn(1, heads, tokens, 8).bfloat16() for heads in (4, 2, 2))
     before, _ = packed_attention(nn.Module(), q, k, v, None, layout=layout)
     broken = layout.rows[2]
-    own = slice(broken.start, broken.start + broken.length)
-    for each in (q, k, v):
-        each[:, :, own] = float("nan")
-    after, _ = packed_attention(nn.Module(), q, k, v, None, layout=layout)
-    assert after[:, own].isnan().all()
-    after[:, own] = before[:, own]
-    assert torch.equal(after, before)
+    span = slice(broken.start, broken.start + broken.length)
+    for tensor in (q, k, v):
+        tensor[:, :, span] = float("nan")
+    result, _ = packed_attention(nn.Module(), q, k, v, None, layout=layout)
+    assert result[:, span].isnan().all()
+    result[:, span] = before[:, span]
+    assert torch.equal(result, before)

@@ -55,8 +55,8 @@ def test_a_rows_scores_are_its_own(
     # The intervention multiplies one row alone when it is scored alone.
     lm, examples = with_intervention(make_tiny_model(family), "l1", dtype), rows(7)
 
-    def totals(some: list[Example]) -> list[tuple[float, ...]]:
-        return [scores.totals for scores in score(lm, some)]
+    def totals(selected: list[Example]) -> list[tuple[float, ...]]:
+        return [scores.totals for scores in score(lm, selected)]
 
     torch.set_num_threads(1)
     alone = [totals([example])[0] for example in examples]

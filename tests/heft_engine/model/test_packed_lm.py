@@ -33,7 +33,7 @@ def packed(path: Path) -> PackedLM:
     return PackedLM(load_model(resolve_path(path), dtype=torch.float32, attention=IMPLEMENTATION))
 
 
-def own(path: Path) -> Any:
+def reference(path: Path) -> Any:
     """The family as transformers runs it."""
     return AutoModelForCausalLM.from_pretrained(path, attn_implementation="eager", dtype=torch.float32)
 
@@ -53,14 +53,14 @@ def example(prompt: int, *answers: int) -> Example:
 
 @torch.inference_mode()
 def packed_logits(lm: PackedLM, examples: Sequence[Example], scale: float = 1.0) -> list[list[Tensor]]:
-    """Of each example and answer, the logits that predict the answer's tokens: (len(answer), vocabulary)."""
+    """The logits that predict the tokens of each example's answers: (len(answer), vocabulary) each."""
     batch = pack(examples, scale=scale)
     logits = lm.logits(lm.hidden(batch))
     return [[logits[list(read)] for read in reads] for reads in batch.reads]
 
 
 @torch.inference_mode()
-def own_logits(model: Any, prompt: Sequence[int], answer: Sequence[int]) -> Tensor:
+def reference_logits(model: Any, prompt: Sequence[int], answer: Sequence[int]) -> Tensor:
     """The same for one row, alone, by the family's own forward."""
     logits: Tensor = model(torch.tensor([[*prompt, *answer]])).logits[0]
     return logits[len(prompt) - 1 : -1]
@@ -69,10 +69,10 @@ def own_logits(model: Any, prompt: Sequence[int], answer: Sequence[int]) -> Tens
 def intervention(hidden_size: int, seed: int = 0) -> LoreftIntervention:
     """A random one, frozen, strong enough to be seen."""
     torch.manual_seed(seed)
-    made = LoreftIntervention(hidden_size, 4)
-    torch.nn.init.normal_(made.bias)
-    made.freeze()
-    return made.eval()
+    module = LoreftIntervention(hidden_size, 4)
+    torch.nn.init.normal_(module.bias)
+    module.freeze()
+    return module.eval()
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -81,7 +81,7 @@ def test_packed_rows_have_the_logits_of_the_familys_own_forward(
 ) -> None:
     """Rows shorter and longer than the window, side by side; and branches, each as if it stood alone."""
     path = make_tiny_model(family)
-    lm, model = packed(path), own(path)
+    lm, model = packed(path), reference(path)
     rows = [
         example(5, 3),
         example(3 * WINDOW, 2),
@@ -91,7 +91,7 @@ def test_packed_rows_have_the_logits_of_the_familys_own_forward(
     ]
     for row, ours in zip(rows, packed_logits(lm, rows), strict=True):
         for answer, logits in zip(row.answers, ours, strict=True):
-            theirs = own_logits(model, row.prompt, answer)
+            theirs = reference_logits(model, row.prompt, answer)
             assert theirs.std() > 0.1, "a model whose logits are all alike would hide any error"
             torch.testing.assert_close(logits, theirs, atol=TOLERANCE, rtol=0)
 
@@ -111,15 +111,17 @@ def test_the_window_matters_at_the_lengths_tested(make_tiny_model: MakeModel, fa
 @pytest.mark.parametrize("name", ["attn_logit_softcapping", "final_logit_softcapping"])
 def test_gemmas_soft_caps_are_applied(make_tiny_model: MakeModel, name: str) -> None:
     path = make_tiny_model("gemma2")
-    lm, model, row = packed(path), own(path), example(3 * WINDOW, 3, 2)
+    lm, model, row = packed(path), reference(path), example(3 * WINDOW, 3, 2)
     usual = packed_logits(lm, [row])[0]
-    for each in (lm.model, model):
-        setattr(each.config, name, 0.5)
-        for layer in each.model.layers:
+    for hf_model in (lm.model, model):
+        setattr(hf_model.config, name, 0.5)
+        for layer in hf_model.model.layers:
             if name.startswith("attn"):
                 layer.self_attn.attn_logit_softcapping = 0.5
     for answer, logits, before in zip(row.answers, packed_logits(lm, [row])[0], usual, strict=True):
-        torch.testing.assert_close(logits, own_logits(model, row.prompt, answer), atol=TOLERANCE, rtol=0)
+        torch.testing.assert_close(
+            logits, reference_logits(model, row.prompt, answer), atol=TOLERANCE, rtol=0
+        )
         assert (logits - before).abs().max() > 0.01
 
 
@@ -127,10 +129,10 @@ def test_gemmas_soft_caps_are_applied(make_tiny_model: MakeModel, name: str) -> 
 def test_decoding_on_the_cache_says_what_recomputation_says(make_tiny_model: MakeModel, family: str) -> None:
     """Past the window, with an intervention that acts on the prompt alone."""
     path = make_tiny_model(family)
-    lm, model = packed(path), own(path)
+    lm, model = packed(path), reference(path)
     prompt = example(WINDOW + 5)
     assert generate(lm, [prompt], eos_tokens={-1}, max_new_tokens=[24]) == [
-        greedy(lambda answer: own_logits(model, prompt.prompt, (*answer, 0))[-1])
+        greedy(lambda answer: reference_logits(model, prompt.prompt, (*answer, 0))[-1])
     ]
     lm.interventions.add(
         PlacedIntervention(layer=1, positions="f1+l1", intervention=intervention(lm.hidden_size))
@@ -158,7 +160,7 @@ def test_interventions_edit_the_layers_output_at_prompt_tokens(
     make_tiny_model: MakeModel, family: str
 ) -> None:
     path = make_tiny_model(family)
-    lm, model = packed(path), own(path)
+    lm, model = packed(path), reference(path)
     edit = intervention(lm.hidden_size)
     lm.interventions.add(PlacedIntervention(layer=1, positions="f2+l1", intervention=edit))
     rows = [example(9, 3), example(3 * WINDOW, 2, 5), example(20, 1)]
@@ -173,7 +175,7 @@ def test_interventions_edit_the_layers_output_at_prompt_tokens(
     for row, ours in zip(rows, packed_logits(lm, rows), strict=True):
         prompt_length = len(row.prompt)
         for answer, logits in zip(row.answers, ours, strict=True):
-            theirs = own_logits(model, row.prompt, answer)
+            theirs = reference_logits(model, row.prompt, answer)
             torch.testing.assert_close(logits, theirs, atol=TOLERANCE, rtol=0)
 
 

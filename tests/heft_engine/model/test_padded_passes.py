@@ -22,10 +22,10 @@ ROWS = [Example(prompt=(7, 8, 9) * n, answers=((5, n),), labels=("",), gold=0) f
 
 
 def test_passes_have_few_lengths() -> None:
-    found = [filled_length(tokens) for tokens in range(1, 4_097)]
-    assert all(filled >= tokens for tokens, filled in enumerate(found, 1))
-    assert all(filled - tokens < max(16, tokens / 8) for tokens, filled in enumerate(found, 1))
-    assert len({filled for filled in found if filled <= 1_536}) == 40
+    lengths = [filled_length(tokens) for tokens in range(1, 4_097)]
+    assert all(filled >= tokens for tokens, filled in enumerate(lengths, 1))
+    assert all(filled - tokens < max(16, tokens / 8) for tokens, filled in enumerate(lengths, 1))
+    assert len({filled for filled in lengths if filled <= 1_536}) == 40
     assert [filled_length(tokens) for tokens in (0, 1, 16, 130, 512, 513, 1_025)] == [
         *(0, 16, 16, 144),
         *(512, 576, 1_088),
@@ -57,14 +57,14 @@ def test_a_filled_pass_has_the_same_loss_and_gradient(
 
     monkeypatch.setattr(lm, "hidden", seen)
 
-    def of() -> tuple[torch.Tensor, list[torch.Tensor]]:
+    def computed() -> tuple[torch.Tensor, list[torch.Tensor]]:
         loss = summed_loss(FullPass(lm=lm, examples=ROWS), SupervisedObjective(), range(len(ROWS)))
         parameters = list(trainable.parameters().values())
         return loss.detach(), list(torch.autograd.grad(loss, parameters))
 
-    filled, gradients = of()
+    filled, gradients = computed()
     monkeypatch.setattr(forward_pass, "fill", lambda device, tokens: tokens)
-    plain, expected = of()
+    plain, expected = computed()
     assert lengths == [64, 63]
     torch.testing.assert_close(filled, plain, rtol=1e-6, atol=0)
     for gradient, other in zip(gradients, expected, strict=True):

@@ -20,7 +20,7 @@ def test_the_loss_is_the_summed_cross_entropy_of_the_answers(tiny_llama_dir: Pat
     loss = SupervisedObjective().loss(lm, hidden, examples)
     expected = F.cross_entropy(lm.logits(hidden), torch.tensor(targets), reduction="sum")
     torch.testing.assert_close(loss, expected)
-    (gradient,), (expected_gradient,) = (torch.autograd.grad(one, hidden) for one in (loss, expected))
+    (gradient,), (expected_gradient,) = (torch.autograd.grad(value, hidden) for value in (loss, expected))
     torch.testing.assert_close(gradient, expected_gradient)
     assert SupervisedObjective().count(examples) == len(targets)
 

@@ -102,7 +102,11 @@ def test_duplicates_and_rows_in_two_files(tmp_path: Path, tiny_llama_dir: Path) 
     assert report.files["training_file"].duplicates == 2
     assert warnings["training_file", "duplicates"].startswith("2 rows (line 3, 5) repeat")
     assert warnings["validation_file", "overlap"].startswith("2 rows (line 2, 4) are in training_file too")
-    shared = [one.message for one in report.warnings if (one.file, one.code) == ("test_file", "overlap")]
+    shared = [
+        warning.message
+        for warning in report.warnings
+        if (warning.file, warning.code) == ("test_file", "overlap")
+    ]
     assert [message.partition(" too")[0] for message in shared] == [
         "2 rows (line 2, 4) are in training_file",
         "4 rows (line 1, 2, 3, 4) are in validation_file",

@@ -1,4 +1,4 @@
-"""What passes free stays with a process that keeps it, until it is given back; in processes of their own."""
+"""Memory that passes free stays with a process that retains it, until it is trimmed; each case in its own process."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from heft_engine.runtime.malloc import trim, retain_freed_memory
 
 if sys.argv[1] == "keep":
     retain_freed_memory()
-found = {}
+measured = {}
 
 def passes(count):
     for _ in range(count):
@@ -30,28 +30,28 @@ def work():
     passes(3)
     before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
     passes(10)
-    found["faults"] = resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before
-    held = psutil.Process().memory_info().rss
+    measured["faults"] = resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before
+    before = psutil.Process().memory_info().rss
     trim()
-    found["given_back"] = held - psutil.Process().memory_info().rss
+    measured["trimmed"] = before - psutil.Process().memory_info().rss
 
 thread = threading.Thread(target=work)
 thread.start()
 thread.join()
-print(json.dumps(found))
+print(json.dumps(measured))
 """
-#: Of a pass.
+#: Pages that one pass fills.
 PAGES = (115 << 20) // os.sysconf("SC_PAGE_SIZE")
 
 
-def found(how: str, **more: str) -> dict[str, int]:
+def measured(mode: str, **more: str) -> dict[str, int]:
     clean = {
         name: value
         for name, value in os.environ.items()
         if not name.startswith("MALLOC_") and name != "GLIBC_TUNABLES"
     }
     done = subprocess.run(
-        [sys.executable, "-c", PROGRAM, how], env=clean | more, check=True, capture_output=True, text=True
+        [sys.executable, "-c", PROGRAM, mode], env=clean | more, check=True, capture_output=True, text=True
     )
     result: dict[str, int] = json.loads(done.stdout)
     return result
@@ -67,11 +67,11 @@ pytestmark = [
 
 
 def test_what_was_freed_is_there_for_the_next_pass() -> None:
-    assert found("as it is")["faults"] > PAGES // 2
-    kept = found("keep")
-    assert kept["faults"] < PAGES // 10
-    assert kept["given_back"] > 48 << 20
+    assert measured("as it is")["faults"] > PAGES // 2
+    retained = measured("keep")
+    assert retained["faults"] < PAGES // 10
+    assert retained["trimmed"] > 48 << 20
 
 
 def test_who_has_set_the_heap_up_is_left_alone() -> None:
-    assert found("keep", MALLOC_ARENA_MAX="8")["faults"] > PAGES // 2
+    assert measured("keep", MALLOC_ARENA_MAX="8")["faults"] > PAGES // 2

@@ -32,11 +32,11 @@ def folder(tmp_path: Path) -> ActivationStore:
 def counting(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[int]]:
     """The rows of every prefill that is computed inside."""
     rows: list[int] = []
-    own = activation_cache.SuffixCache._fill
+    fill = activation_cache.SuffixCache._fill
 
     def prefill(self: Any, examples: Any, *more: Any) -> None:
         rows.append(len(examples))
-        own(self, examples, *more)
+        fill(self, examples, *more)
 
     with monkeypatch.context() as patch:
         patch.setattr(activation_cache.SuffixCache, "_fill", prefill)
@@ -58,11 +58,11 @@ def train(
     return run(settings, out, rows, VALIDATION, stage_store=store, activations=prefills)
 
 
-def same(one: RunRecord, other: RunRecord) -> None:
-    mine, theirs = tensors(one), tensors(other)
+def same(actual: RunRecord, expected: RunRecord) -> None:
+    mine, theirs = tensors(actual), tensors(expected)
     assert all(torch.equal(mine[name], theirs[name]) for name in theirs)
-    reft = {step: loss for step, loss in other.losses.items() if step > 6}
-    assert {step: loss for step, loss in one.losses.items() if step > 6} == reft
+    reft = {step: loss for step, loss in expected.losses.items() if step > 6}
+    assert {step: loss for step, loss in actual.losses.items() if step > 6} == reft
 
 
 @pytest.mark.parametrize(
@@ -90,8 +90,8 @@ def test_an_arm_takes_over_what_another_has_computed(
     assert computed == []
     alone = plain(heft(tiny_llama_dir, other), tmp_path / "plain")
     same(second, alone)
-    cost, own = second.data("STAGE_COMPLETE")[-1], alone.data("STAGE_COMPLETE")[-1]
-    assert cost["flops"] == own["flops"], "counted as when it was computed"
+    cost, plain_cost = second.data("STAGE_COMPLETE")[-1], alone.data("STAGE_COMPLETE")[-1]
+    assert cost["flops"] == plain_cost["flops"], "counted as when it was computed"
 
 
 @pytest.mark.parametrize(
@@ -113,9 +113,9 @@ def test_what_does_not_fit_is_computed(
 ) -> None:
     train(heft(tiny_llama_dir, first), tmp_path / "first", folder)
     with counting(monkeypatch) as computed:
-        told = train(heft(tiny_llama_dir, second), tmp_path / "second", folder)
+        record = train(heft(tiny_llama_dir, second), tmp_path / "second", folder)
     assert sum(computed) > len(VALIDATION)
-    same(told, plain(heft(tiny_llama_dir, second), tmp_path / "plain"))
+    same(record, plain(heft(tiny_llama_dir, second), tmp_path / "plain"))
 
 
 def test_another_owner_another_seed_and_other_rows_find_nothing(
@@ -130,9 +130,9 @@ def test_another_owner_another_seed_and_other_rows_find_nothing(
         (settings.model_copy(update={"seed": 77}), folder, None),
         (settings, folder, rows),
     ]
-    for index, (other, where, trained_on) in enumerate(cases):
+    for index, (other, prefills, trained_on) in enumerate(cases):
         with counting(monkeypatch) as computed:
-            train(other, tmp_path / f"other-{index}", where, trained_on)
+            train(other, tmp_path / f"other-{index}", prefills, trained_on)
         assert computed, f"case {index}"
 
 
@@ -157,17 +157,17 @@ def test_a_damaged_one_and_one_that_is_too_large_cost_time_alone(
     for file in folder.directory.glob("*/states.bin"):
         file.write_bytes(bytes(file.stat().st_size))
     with counting(monkeypatch) as computed:
-        told = train(heft(tiny_llama_dir, but(REFT, rank=3)), tmp_path / "third", folder)
+        record = train(heft(tiny_llama_dir, but(REFT, rank=3)), tmp_path / "third", folder)
     assert computed
-    same(told, plain(heft(tiny_llama_dir, but(REFT, rank=3)), tmp_path / "plain"))
+    same(record, plain(heft(tiny_llama_dir, but(REFT, rank=3)), tmp_path / "plain"))
 
 
 def test_one_is_kept_where_it_pays_and_none_as_good_is_there(folder: ActivationStore) -> None:
     entries = folder.for_key("key")
-    states, kept = [torch.full((4, 2), float(depth)) for depth in range(3)], torch.zeros(6)
+    states, keys_values = [torch.full((4, 2), float(depth)) for depth in range(3)], torch.zeros(6)
 
     def keep(depths: int, seconds: float) -> None:
-        entries.put(2, states[:depths], kept, seconds)
+        entries.put(2, states[:depths], keys_values, seconds)
 
     def reaches(layer: int) -> bool:
         return entries.find(layer, 4, 2, torch.float32) is not None
@@ -179,9 +179,9 @@ def test_one_is_kept_where_it_pays_and_none_as_good_is_there(folder: ActivationS
     keep(1, seconds=1.0)
     assert reaches(3), "the deeper one stays"
     keep(3, seconds=1.0)
-    found = entries.find(4, 4, 2, torch.float32)
-    assert found is not None
-    assert torch.equal(found.states[4 - found.first], states[2])
+    entry = entries.find(4, 4, 2, torch.float32)
+    assert entry is not None
+    assert torch.equal(entry.states[4 - entry.first], states[2])
 
 
 def test_what_was_taken_over_counts_as_if_it_had_been_computed(
@@ -191,8 +191,8 @@ def test_what_was_taken_over_counts_as_if_it_had_been_computed(
     for about in folder.directory.glob("*/prefill.json"):
         about.write_text(json.dumps({**json.loads(about.read_text()), "seconds": 1_000.0}))
         seal(about.parent)
-    told = train(heft(tiny_llama_dir, but(REFT, rank=3)), tmp_path / "second", folder)
-    assert told.one("SUCCEEDED")["costs"][-1]["seconds"] > 2_000, "of training and validation rows"
+    record = train(heft(tiny_llama_dir, but(REFT, rank=3)), tmp_path / "second", folder)
+    assert record.one("SUCCEEDED")["costs"][-1]["seconds"] > 2_000, "of training and validation rows"
 
 
 def test_another_result_of_an_equal_stage_has_prefills_of_its_own(
@@ -202,12 +202,12 @@ def test_another_result_of_an_equal_stage_has_prefills_of_its_own(
     settings = config(tiny_llama_dir, stages=[but(LORA, dropout=0.1), REFT])
     run(settings, tmp_path / "first", stage_store=LocalStages(directory=tmp_path / "one"), activations=folder)
     monkeypatch.setattr(plan, "TOKEN_BUDGET", 100)
-    own = run(settings, tmp_path / "plain")
+    alone = run(settings, tmp_path / "plain")
     with counting(monkeypatch) as computed:
         store = LocalStages(directory=tmp_path / "two")
         second = run(settings, tmp_path / "second", stage_store=store, activations=folder)
     assert computed
-    same(second, own)
+    same(second, alone)
 
 
 def test_a_run_that_was_killed_finds_its_own(
@@ -216,11 +216,11 @@ def test_a_run_that_was_killed_finds_its_own(
     settings = heft(tiny_llama_dir, but(REFT, layers=[1, 2], dropout=0.3))
     stopped = iter([False] * 8 + [True] * 99)  # behind the first step of stage 2
     store = LocalStages(directory=tmp_path / "stages")
-    kept = tmp_path / "checkpoints"
-    options: dict[str, Any] = {"stage_store": store, "activations": folder, "checkpoint_dir": kept}
+    checkpoints = tmp_path / "checkpoints"
+    options: dict[str, Any] = {"stage_store": store, "activations": folder, "checkpoint_dir": checkpoints}
     with pytest.raises(Stopped):
         run(settings, tmp_path / "first", should_stop=lambda: next(stopped), **options)
-    (path,) = kept.glob("*7-0-*")
+    (path,) = checkpoints.glob("*7-0-*")
     with counting(monkeypatch) as computed:
         again = run(settings, tmp_path / "again", resume=path, **options)
     assert computed == []

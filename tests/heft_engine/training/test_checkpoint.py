@@ -24,17 +24,17 @@ def stopped(tiny_llama_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> P
     """A checkpoint in the middle of the second stage."""
     folder = tmp_path_factory.mktemp("stopped")
     calls = itertools.count(1)
-    told = RunRecord()
+    record = RunRecord()
     with pytest.raises(Stopped):
         run(
             config(tiny_llama_dir),
             folder / "out",
-            record=told,
+            record=record,
             checkpoint_dir=folder / "checkpoints",
             should_stop=lambda: next(calls) == 10,
         )
-    assert told.data("CHECKPOINT_SAVED")[-1]["stage"] == "reft"
-    return Path(told.data("CHECKPOINT_SAVED")[-1]["path"])
+    assert record.data("CHECKPOINT_SAVED")[-1]["stage"] == "reft"
+    return Path(record.data("CHECKPOINT_SAVED")[-1]["path"])
 
 
 def test_what_is_saved_is_what_is_loaded_random_state_and_all(tmp_path: Path) -> None:
@@ -119,16 +119,16 @@ def test_a_kill_between_files_and_manifest_leaves_no_checkpoint(
         run(config(tiny_llama_dir), tmp_path / "out", resume=partial)
     # The next run clears it away.
     monkeypatch.undo()
-    told = run(config(tiny_llama_dir), tmp_path / "out", checkpoint_dir=folder, resume=complete)
+    record = run(config(tiny_llama_dir), tmp_path / "out", checkpoint_dir=folder, resume=complete)
     assert all((path / MANIFEST).exists() for path in folder.iterdir())
-    assert max(told.losses) == 12
+    assert max(record.losses) == 12
 
 
 def test_no_checkpoint_is_ever_rewritten_and_the_newest_are_kept(
     tiny_llama_dir: Path, tmp_path: Path
 ) -> None:
     """Saved at every step and at every epoch's end; what an event names is there and stays as it was."""
-    folder, seen = tmp_path / "checkpoints", RunRecord()
+    folder, record = tmp_path / "checkpoints", RunRecord()
     kinds: list[str] = []
 
     class Checking(list[Any]):
@@ -143,11 +143,11 @@ def test_no_checkpoint_is_ever_rewritten_and_the_newest_are_kept(
                 assert len(steps) == min(2, kinds.count("step"))
                 assert event.data["kind"] == "stage" or path in steps
 
-    seen.events = Checking()
-    run(config(tiny_llama_dir), tmp_path / "out", record=seen, checkpoint_dir=folder, checkpoint_seconds=0)
+    record.events = Checking()
+    run(config(tiny_llama_dir), tmp_path / "out", record=record, checkpoint_dir=folder, checkpoint_seconds=0)
     # 3 steps and the end of an epoch, twice a stage; the end of a stage.
     assert kinds == (["step"] * 8 + ["stage"]) * 2
-    stages = [data for data in seen.data("CHECKPOINT_SAVED") if data["kind"] == "stage"]
+    stages = [data for data in record.data("CHECKPOINT_SAVED") if data["kind"] == "stage"]
     assert [(data["stage"], data["step"]) for data in stages] == [("lora", 6), ("reft", 12)]
     for data in stages:
         verify(Path(data["path"]))
@@ -157,7 +157,7 @@ def test_no_checkpoint_is_ever_rewritten_and_the_newest_are_kept(
 def test_a_checkpoint_has_the_metrics_of_its_step(tiny_llama_dir: Path, tmp_path: Path) -> None:
     """By OpenAI's names; a validation loss once an epoch has ended."""
     folder = tmp_path / "checkpoints"
-    told = run(
+    record = run(
         config(tiny_llama_dir),
         tmp_path / "out",
         None,
@@ -165,9 +165,9 @@ def test_a_checkpoint_has_the_metrics_of_its_step(tiny_llama_dir: Path, tmp_path
         checkpoint_dir=folder,
         checkpoint_seconds=0,
     )
-    epochs = [data["eval_loss"] for data in told.data("EPOCH_COMPLETE")]
-    saved = [(data["stage"], data["metrics"]) for data in told.data("CHECKPOINT_SAVED")]
-    assert all(metrics["train_loss"] == told.losses[metrics["step"]] for _, metrics in saved)
+    epochs = [data["eval_loss"] for data in record.data("EPOCH_COMPLETE")]
+    saved = [(data["stage"], data["metrics"]) for data in record.data("CHECKPOINT_SAVED")]
+    assert all(metrics["train_loss"] == record.losses[metrics["step"]] for _, metrics in saved)
     # Three steps and the end of the epoch, twice; then the end of the stage.
     lora = [metrics.get("valid_loss") for stage, metrics in saved if stage == "lora"]
     assert lora == [None] * 3 + [epochs[0]] * 4 + [epochs[1]] * 2
@@ -180,17 +180,17 @@ def test_a_run_that_goes_back_keeps_what_it_writes(tiny_llama_dir: Path, tmp_pat
     folder = tmp_path / "checkpoints"
     run(config(tiny_llama_dir), tmp_path / "one", checkpoint_dir=folder, checkpoint_seconds=0)
     after_lora = min(folder.glob("*-stage"))
-    told = RunRecord()
-    told.events = _StillThere()
+    record = RunRecord()
+    record.events = _StillThere()
     run(
         config(tiny_llama_dir),
         tmp_path / "two",
-        record=told,
+        record=record,
         checkpoint_dir=folder,
         checkpoint_seconds=0,
         resume=after_lora,
     )
-    assert len(told.data("CHECKPOINT_SAVED")) == 9
+    assert len(record.data("CHECKPOINT_SAVED")) == 9
 
 
 class _StillThere(list[Any]):

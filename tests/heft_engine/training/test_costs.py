@@ -87,13 +87,13 @@ def test_it_is_what_torch_counts_for_reft_on_the_cache(tiny_llama_dir: Path) -> 
 
 
 def test_a_run_says_what_it_cost_and_what_was_right(tiny_llama_dir: Path, tmp_path: Path) -> None:
-    kept = LocalStages(directory=tmp_path / "stages")
+    store = LocalStages(directory=tmp_path / "stages")
     first = run(
-        config(tiny_llama_dir, stages=[LORA, REFT]), tmp_path / "one", test_rows=TEST, stage_store=kept
+        config(tiny_llama_dir, stages=[LORA, REFT]), tmp_path / "one", test_rows=TEST, stage_store=store
     )
     other = REFT.model_copy(update={"rank": 1})
     second = run(
-        config(tiny_llama_dir, stages=[LORA, other]), tmp_path / "two", test_rows=TEST, stage_store=kept
+        config(tiny_llama_dir, stages=[LORA, other]), tmp_path / "two", test_rows=TEST, stage_store=store
     )
     succeeded = first.one("SUCCEEDED")
     completed = first.data("STAGE_COMPLETE")
@@ -103,48 +103,51 @@ def test_a_run_says_what_it_cost_and_what_was_right(tiny_llama_dir: Path, tmp_pa
     assert [cost["epochs"] for cost in succeeded["costs"]] == [LORA.n_epochs, REFT.n_epochs]
     lora, reft = succeeded["costs"]
     assert lora["flops_once"] == 0 < reft["flops_once"] < reft["flops"]
-    found = succeeded["outcomes"]
+    outcomes = succeeded["outcomes"]
     evaluated = first.data("EVALUATION")
     assert all("right" not in data for data in evaluated)
-    right = [int(unpack_correctness(one["right"], found["n"]).sum()) for one in found["results"]]
+    right = [
+        int(unpack_correctness(stage_result["right"], outcomes["n"]).sum())
+        for stage_result in outcomes["results"]
+    ]
     assert right == [data["correct"] for data in evaluated]
-    assert (found["n"], found["split"]) == (20, "test")
+    assert (outcomes["n"], outcomes["split"]) == (20, "test")
 
     again = second.one("SUCCEEDED")
-    assert again["outcomes"]["rows_sha256"] == found["rows_sha256"]
-    assert again["outcomes"]["results"][:2] == found["results"][:2]
+    assert again["outcomes"]["rows_sha256"] == outcomes["rows_sha256"]
+    assert again["outcomes"]["results"][:2] == outcomes["results"][:2]
     assert again["costs"][0] == {**succeeded["costs"][0], "reused": True}
     assert "reused" not in again["costs"][1]
 
 
 def test_a_run_says_what_it_came_to_on_validation_rows(tiny_llama_dir: Path, tmp_path: Path) -> None:
-    """What a search chooses by: never the rows that are reported."""
+    """The result that a search chooses by: never that of the reported rows."""
     both = run(config(tiny_llama_dir, "lora"), tmp_path / "both", validation=EVAL, test_rows=TEST).one(
         "SUCCEEDED"
     )
     alone = run(config(tiny_llama_dir, "lora"), tmp_path / "alone", validation=EVAL).one("SUCCEEDED")
-    found = both["outcomes"]["validation"]
-    assert (found["n"], found["metric"]) == (len(EVAL), "accuracy")
-    assert found["value"] == pytest.approx(alone["evaluation"]["results"][-1]["accuracy"])
+    validation = both["outcomes"]["validation"]
+    assert (validation["n"], validation["metric"]) == (len(EVAL), "accuracy")
+    assert validation["value"] == pytest.approx(alone["evaluation"]["results"][-1]["accuracy"])
     assert alone["outcomes"]["validation"] is None
 
 
 def test_text_is_written_on_validation_rows_where_a_search_asks(tiny_llama_dir: Path, tmp_path: Path) -> None:
     rows = parse([{"prompt": f"is it {n}", "completion": f" {n}"} for n in range(12)])
-    given = {"validation": rows[4:8], "test_rows": rows[8:]}
+    splits = {"validation": rows[4:8], "test_rows": rows[8:]}
     stages = [but(LORA, n_epochs=1)]
-    plain = run(config(tiny_llama_dir, "lora", stages), tmp_path / "plain", rows[:4], **given)
+    plain = run(config(tiny_llama_dir, "lora", stages), tmp_path / "plain", rows[:4], **splits)
     assert plain.one("SUCCEEDED")["outcomes"]["validation"] is None
-    asked = run(
+    evaluated = run(
         config(tiny_llama_dir, "lora", stages),
         tmp_path / "asked",
         rows[:4],
-        **given,
+        **splits,
         evaluate_validation=True,
     )
-    found = asked.one("SUCCEEDED")["outcomes"]["validation"]
-    assert (found["n"], found["metric"]) == (4, "exact_match")
-    assert found["value"] in (0, 0.25, 0.5, 0.75, 1)
+    validation = evaluated.one("SUCCEEDED")["outcomes"]["validation"]
+    assert (validation["n"], validation["metric"]) == (4, "exact_match")
+    assert validation["value"] in (0, 0.25, 0.5, 0.75, 1)
 
 
 def test_a_run_without_rows_to_measure_on_has_no_outcomes(tiny_llama_dir: Path, tmp_path: Path) -> None:

@@ -73,10 +73,10 @@ def resumes_with_equal_bits(settings: TrainConfig, folder: Path, whole: RunRecor
     assert_equal(last, whole)
 
 
-def serves_what_was_evaluated(bundle: Path, told: RunRecord) -> None:
+def serves_what_was_evaluated(bundle: Path, record: RunRecord) -> None:
     predictions = load(bundle, device="cpu").predict(VALIDATION)
     correct = sum(p.answer == row.answer for p, row in zip(predictions, VALIDATION, strict=True))
-    assert correct == told.data("EVALUATION")[-1]["correct"]
+    assert correct == record.data("EVALUATION")[-1]["correct"]
 
 
 def exports(folder: Path, format: Format, *, merges: bool) -> None:

@@ -38,11 +38,13 @@ def packed(path: Path) -> PackedLM:
 def rows() -> list[Example]:
     """Prompts shorter and longer than the window of 16, answers of one and of several tokens."""
     chance = random.Random(0)
-    made = []
+    examples = []
     for prompt, answer in ((1, 2), (2, 1), (5, 3), (17, 1), (40, 1), (50, 20)):
         ids = [chance.randrange(5, 600) for _ in range(prompt + answer)]
-        made.append(Example(prompt=tuple(ids[:prompt]), answers=(tuple(ids[prompt:]),), labels=("",), gold=0))
-    return made
+        examples.append(
+            Example(prompt=tuple(ids[:prompt]), answers=(tuple(ids[prompt:]),), labels=("",), gold=0)
+        )
+    return examples
 
 
 @pytest.mark.parametrize("longest", [0, 1_024], ids=["torch's gradient", "our gradient"])
@@ -50,7 +52,7 @@ def rows() -> list[Example]:
 def test_gradients_are_those_of_the_familys_own_forward(
     make_tiny_model: MakeModel, monkeypatch: pytest.MonkeyPatch, family: str, longest: int
 ) -> None:
-    """Of every weight, through both ways of attention."""
+    """Compares every weight's gradient, through both implementations of attention."""
     monkeypatch.setattr(attention, "LONGEST_MATRIX", longest)
     path = make_tiny_model(family)
     lm = packed(path)
@@ -62,9 +64,9 @@ def test_gradients_are_those_of_the_familys_own_forward(
     for row in rows():
         ids = torch.tensor([[*row.prompt, *row.answers[0]]])
         labels = torch.tensor([[-100] * len(row.prompt) + list(row.answers[0])])
-        own = model(ids, labels=labels).loss * len(row.answers[0])
-        own.backward()
-        total += float(own.detach())
+        reference_loss = model(ids, labels=labels).loss * len(row.answers[0])
+        reference_loss.backward()
+        total += float(reference_loss.detach())
     assert float(loss.detach()) == pytest.approx(total, abs=1e-3)
     theirs = dict(model.named_parameters())
     for name, parameter in lm.model.named_parameters():
@@ -95,11 +97,11 @@ def computed(forward: ForwardPass, trainable: ReftAdapter | LoraAdapter) -> tupl
     return float(loss.detach()), grads
 
 
-def assert_same(one: tuple[float, dict[str, Tensor]], other: tuple[float, dict[str, Tensor]]) -> None:
-    assert one[0] == pytest.approx(other[0], rel=1e-5)
-    assert one[1].keys() == other[1].keys()
-    for name, gradient in one[1].items():
-        torch.testing.assert_close(gradient, other[1][name], atol=1e-4, rtol=1e-3, msg=name)
+def assert_same(actual: tuple[float, dict[str, Tensor]], expected: tuple[float, dict[str, Tensor]]) -> None:
+    assert actual[0] == pytest.approx(expected[0], rel=1e-5)
+    assert actual[1].keys() == expected[1].keys()
+    for name, gradient in actual[1].items():
+        torch.testing.assert_close(gradient, expected[1][name], atol=1e-4, rtol=1e-3, msg=name)
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -109,8 +111,8 @@ def test_a_reft_stage_on_every_cache_level(
 ) -> None:
     """Frozen interventions below, at and above the trained ones, which sit at two layers."""
     lm = packed(make_tiny_model(family))
-    for seed, (layer, where) in enumerate(((0, "l2"), (1, "f1"), (2, "l1"), (3, "f2+l1"))):
-        standing(lm, layer, where, seed)
+    for seed, (layer, earlier_positions) in enumerate(((0, "l2"), (1, "f1"), (2, "l1"), (3, "f2+l1"))):
+        standing(lm, layer, earlier_positions, seed)
     torch.manual_seed(9)
     trainable = ReftAdapter.attach(lm, but(REFT, layers=[1, 3], positions=positions, rank=2))
     trainable.train(False)

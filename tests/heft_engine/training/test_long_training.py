@@ -36,24 +36,24 @@ KINDS: dict[str, Any] = {
 def examples() -> list[Example]:
     """Prompts of 1 to 60 tokens, answers of 1 to 7."""
     chance = random.Random(5)
-    made = []
+    rows = []
     for number in range(12):
         prompt, answer = chance.choice((1, 2, 9, 30, 60)) + number % 3, 1 + number % 4 * 2
         ids = [chance.randrange(5, 600) for _ in range(prompt + answer)]
-        made.append(Example(prompt=tuple(ids[:prompt]), answers=(tuple(ids[prompt:]),), labels=("",), gold=0))
-    return made
+        rows.append(Example(prompt=tuple(ids[:prompt]), answers=(tuple(ids[prompt:]),), labels=("",), gold=0))
+    return rows
 
 
 def losses(
     path: Path, stage: LoraStage | ReftStage, level: CacheLevel = CacheLevel.NONE, **changes: Any
 ) -> list[float]:
-    """Of 30 steps in float32."""
+    """The losses of 30 steps in float32."""
     lm = PackedLM(load_model(resolve_path(path), dtype=torch.float32, attention=IMPLEMENTATION))
-    found: list[float] = []
+    step_losses: list[float] = []
 
     def listen(event: Event) -> None:
         if event.code == "METRICS":
-            found.append(event.data["loss"])
+            step_losses.append(event.data["loss"])
 
     compile, cache_dir = changes.pop("compile", False), changes.pop("cache_dir", None)
     with single_stage(
@@ -62,8 +62,8 @@ def losses(
         assert (single.plan.cache.level, single.plan.compiled) == (level, compile)
         lm.checkpointing = changes.pop("checkpointing", False)
         single.train(single.forward(), **changes)
-    assert len(found) == 30
-    return found
+    assert len(step_losses) == 30
+    return step_losses
 
 
 @pytest.mark.parametrize("kind", KINDS)

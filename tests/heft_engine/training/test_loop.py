@@ -37,11 +37,13 @@ def test_the_same_seed_gives_the_same_losses_and_another_seed_others(
     tiny_llama_dir: Path, tmp_path: Path
 ) -> None:
     runs = [run(config(tiny_llama_dir, seed=s), tmp_path / str(i)) for i, s in enumerate((0, 0, 1))]
-    one, again, other = runs
-    assert one.losses == again.losses
-    assert list(one.losses) == list(range(1, 13))
-    assert all(torch.equal(a, b) for a, b in zip(tensors(one).values(), tensors(again).values(), strict=True))
-    assert not set(one.losses.values()) & set(other.losses.values())
+    first, again, other = runs
+    assert first.losses == again.losses
+    assert list(first.losses) == list(range(1, 13))
+    assert all(
+        torch.equal(a, b) for a, b in zip(tensors(first).values(), tensors(again).values(), strict=True)
+    )
+    assert not set(first.losses.values()) & set(other.losses.values())
 
 
 def test_every_epoch_has_every_row_once_in_an_order_of_its_own(
@@ -91,7 +93,7 @@ def test_a_step_s_loss_and_gradient_are_means_over_its_supervised_tokens(
         torch.nn.utils, "clip_grad_norm_", lambda ps, limit: steps.append([p.grad.clone() for p in ps])
     )
     stage = but(REFT, layers=[1])
-    told = run(config(tiny_llama_dir, "reft", [stage]), tmp_path / "out", rows)
+    record = run(config(tiny_llama_dir, "reft", [stage]), tmp_path / "out", rows)
 
     lm = PackedLM(load_model(resolve_path(tiny_llama_dir), dtype=torch.float32, attention=IMPLEMENTATION))
     encoder = load(tmp_path / "out").encoder
@@ -102,12 +104,12 @@ def test_a_step_s_loss_and_gradient_are_means_over_its_supervised_tokens(
     loss = summed_loss(FullPass(lm=lm, examples=examples), objective, range(4))
     mean = loss / objective.count(examples)
     mean.backward()
-    assert told.losses[1] == pytest.approx(float(mean.detach()), abs=1e-5)
+    assert record.losses[1] == pytest.approx(float(mean.detach()), abs=1e-5)
     named = trainable.parameters().items()
     expected = [parameter.grad for name, parameter in named if name not in trainable.no_decay()]
     expected += [parameter.grad for name, parameter in named if name in trainable.no_decay()]
-    for gradient, own in zip(steps[0], expected, strict=True):
-        torch.testing.assert_close(gradient, own, atol=1e-6, rtol=1e-4)
+    for gradient, expected_gradient in zip(steps[0], expected, strict=True):
+        torch.testing.assert_close(gradient, expected_gradient, atol=1e-6, rtol=1e-4)
 
 
 @pytest.mark.parametrize(
@@ -125,7 +127,7 @@ def test_a_cache_changes_nothing_but_rounding(
         VALIDATION,
         cache_memory_bytes=0,
     )
-    levels = [[data["cache"]["rung"] for data in told.data("STAGE_STARTED")] for told in (cached, plain)]
+    levels = [[data["cache"]["rung"] for data in record.data("STAGE_STARTED")] for record in (cached, plain)]
     assert "nothing" not in levels[0]
     assert set(levels[1]) == {"nothing"}
     assert cached.losses == pytest.approx(plain.losses, abs=1e-4)
@@ -136,8 +138,8 @@ def test_the_learning_rate_warms_up_and_then_follows_its_schedule(
     tiny_llama_dir: Path, tmp_path: Path, scheduler: str
 ) -> None:
     stage = but(REFT, scheduler=scheduler, warmup_ratio=0.25, n_epochs=4, learning_rate=0.01)
-    told = run(config(tiny_llama_dir, "reft", [stage]), tmp_path / "out")
-    rates = [metrics["learning_rate"] for metrics in told.data("METRICS")]
+    record = run(config(tiny_llama_dir, "reft", [stage]), tmp_path / "out")
+    rates = [metrics["learning_rate"] for metrics in record.data("METRICS")]
     assert rates[:4] == pytest.approx([0.0025, 0.005, 0.0075, 0.01])  # 3 of 12 steps, then the peak
     left = [1 - i / 9 for i in range(9)]
     shapes = {
@@ -157,8 +159,8 @@ def test_early_stopping_ends_a_stage_and_keeps_its_best(
     tiny_llama_dir: Path, tmp_path: Path, stage: LoraStage | ReftStage
 ) -> None:
     settings = config(tiny_llama_dir, "recipe", [stage], early_stopping=EarlyStopping(patience=2))
-    told = run(settings, tmp_path / "out", None, VALIDATION)
-    losses = [data["eval_loss"] for data in told.data("EPOCH_COMPLETE")]
+    record = run(settings, tmp_path / "out", None, VALIDATION)
+    losses = [data["eval_loss"] for data in record.data("EPOCH_COMPLETE")]
     best = losses.index(min(losses))
     assert 0 < best < 27, "the stage must get better first, then worse"
     assert len(losses) == best + 3
@@ -174,8 +176,8 @@ def test_early_stopping_needs_validation_rows(tiny_llama_dir: Path, tmp_path: Pa
 
 
 def test_metrics_count_on(tiny_llama_dir: Path, tmp_path: Path) -> None:
-    told = run(config(tiny_llama_dir, "heft"), tmp_path / "out")
-    metrics = told.data("METRICS")
+    record = run(config(tiny_llama_dir, "heft"), tmp_path / "out")
+    metrics = record.data("METRICS")
     assert [m["step"] for m in metrics] == list(range(1, 13))
     assert {m["total_steps"] for m in metrics} == {12}
     assert [m["epoch"] for m in metrics] == [1, 1, 1, 2, 2, 2] * 2

@@ -33,7 +33,7 @@ def test_weight_decay_meets_w_and_never_r(tiny_llama_dir: Path, tmp_path: Path) 
 def test_a_rotation_that_collapses_fails_the_run(
     tiny_llama_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """As it does once the raw parameter of R meets weight decay."""
+    """R collapses when its raw parameter meets weight decay."""
     monkeypatch.setattr(LoreftIntervention, "no_decay", lambda self: set())
     stage = but(REFT, weight_decay=0.1)
     with pytest.raises(
@@ -51,7 +51,7 @@ def test_training_that_does_not_train_fails(
 ) -> None:
     stopping = EarlyStopping(patience=patience) if patience else None
     still = but(stage, learning_rate=1e-30, dropout=dropout, n_epochs=9)
-    told = RunRecord()
+    record = RunRecord()
     with pytest.raises(
         TrainingError, match=rf"does not train: .*\. Raise {stage.type}\.learning_rate"
     ) as failed:
@@ -60,10 +60,10 @@ def test_training_that_does_not_train_fails(
             tmp_path,
             None,
             VALIDATION,
-            record=told,
+            record=record,
         )
     assert failed.value.code == "does_not_train"
-    assert len(told.losses) == (6 if patience else loop.TRAINS_AFTER)
+    assert len(record.losses) == (6 if patience else loop.TRAINS_AFTER)
 
 
 @pytest.fixture
@@ -94,13 +94,13 @@ def test_a_loss_that_is_no_number_fails_the_run_and_names_the_rate(
 ) -> None:
     """Also when it was the very last of six steps that broke the model, and no later one saw it."""
     spoil_gradients(first, math.nan)
-    told, kind = RunRecord(), stage.type
+    record, kind = RunRecord(), stage.type
     with pytest.raises(
         TrainingError, match=rf"loss rose to nan\. Lower {kind}\.learning_rate \(now"
     ) as failed:
-        run(config(tiny_llama_dir, stages=[stage]), tmp_path / "out", record=told)
+        run(config(tiny_llama_dir, stages=[stage]), tmp_path / "out", record=record)
     assert failed.value.code == "diverged"
-    assert len(told.losses) == first
+    assert len(record.losses) == first
     assert not (tmp_path / "out").exists()
 
 
@@ -109,11 +109,13 @@ def test_divergence_is_warned_of_once(
 ) -> None:
     spoil_gradients(40, -1.0)
     stage = but(LORA, n_epochs=25, learning_rate=2e-2, scheduler="constant")
-    told = run(config(tiny_llama_dir, "lora", [stage]), tmp_path / "out")
-    (warning,) = [event for event in told.events if event.data.get("signature") == "diverges"]
+    record = run(config(tiny_llama_dir, "lora", [stage]), tmp_path / "out")
+    (warning,) = [event for event in record.events if event.data.get("signature") == "diverges"]
     assert (warning.code, warning.level, warning.data["stage"]) == ("WARNING", "warn", "lora")
     assert "Lower lora.learning_rate (now 2.0e-02) or lora.rank (now 8)" in warning.message
     before = [
-        event.data["step"] for event in told.events[: told.events.index(warning)] if event.code == "METRICS"
+        event.data["step"]
+        for event in record.events[: record.events.index(warning)]
+        if event.code == "METRICS"
     ]
     assert 40 < before[-1] < 75

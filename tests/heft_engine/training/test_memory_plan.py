@@ -1,4 +1,4 @@
-"""What a stage takes is known before it starts, and passes are cut to what there is."""
+"""The memory of a stage is estimated before it starts, and its passes are cut to fit."""
 
 from __future__ import annotations
 
@@ -29,27 +29,27 @@ from heft_engine.training.forward_pass import FullPass, summed_loss
 from heft_engine.training.memory_plan import Fit, Footprint
 from heft_engine.training.plan import plan_stage
 
-FOUND = Footprint(fixed=1_000, per_token=100, per_square=2)
+FOOTPRINT = Footprint(fixed=1_000, per_token=100, per_square=2)
 
 
 def packed(path: Path) -> PackedLM:
     return PackedLM(load_model(resolve_path(path), dtype=torch.float32, attention=IMPLEMENTATION))
 
 
-def kept(lm: PackedLM, lengths: list[int]) -> int:
+def saved_bytes(lm: PackedLM, lengths: list[int]) -> int:
     """Bytes of the storages that a pass really keeps."""
-    held: dict[int, torch.Tensor] = {}
-    own = {tensor.untyped_storage().data_ptr() for tensor in lm.model.state_dict().values()}
+    storages: dict[int, torch.Tensor] = {}
+    weight_storages = {tensor.untyped_storage().data_ptr() for tensor in lm.model.state_dict().values()}
 
     def pack(tensor: torch.Tensor) -> torch.Tensor:
-        if tensor.untyped_storage().data_ptr() not in own:
-            held[tensor.untyped_storage().data_ptr()] = tensor
+        if tensor.untyped_storage().data_ptr() not in weight_storages:
+            storages[tensor.untyped_storage().data_ptr()] = tensor
         return tensor
 
     rows = [Example(prompt=(7,) * n, answers=((9,),), labels=("",), gold=0) for n in lengths]
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
         summed_loss(FullPass(lm=lm, examples=rows), SupervisedObjective(), range(len(rows)))
-    return sum(tensor.untyped_storage().nbytes() for tensor in held.values())
+    return sum(tensor.untyped_storage().nbytes() for tensor in storages.values())
 
 
 @pytest.mark.parametrize("checkpointing", [False, True])
@@ -58,17 +58,17 @@ def test_a_pass_keeps_what_was_foretold(tiny_llama_dir: Path, checkpointing: boo
     lm = packed(tiny_llama_dir)
     LoraAdapter.attach(lm, but(LORA, target_modules=["q_proj", "v_proj"]))
     lm.checkpointing = checkpointing
-    found = memory_plan.footprint(lm)
+    footprint = memory_plan.footprint(lm)
     for lengths in ([400], [300, 100, 50], [64] * 6):
-        assert found.of(lengths) == pytest.approx(kept(lm, lengths), rel=0.1)
+        assert footprint.of(lengths) == pytest.approx(saved_bytes(lm, lengths), rel=0.1)
 
 
 def test_layers_that_run_twice_keep_less(tiny_llama_dir: Path) -> None:
     lm = packed(tiny_llama_dir)
     LoraAdapter.attach(lm, but(LORA, target_modules=["q_proj", "v_proj"]))
-    usual = kept(lm, [200])
+    usual = saved_bytes(lm, [200])
     lm.checkpointing = True
-    assert kept(lm, [200]) < usual / 5
+    assert saved_bytes(lm, [200]) < usual / 5
 
 
 def test_the_largest_pass_that_fits_is_taken() -> None:
@@ -77,9 +77,9 @@ def test_the_largest_pass_that_fits_is_taken() -> None:
         return memory_plan.fit(
             room,
             1_024,
-            lambda found, budget: found.of([100] * max(1, budget // 100)),
+            lambda footprint, budget: footprint.of([100] * max(1, budget // 100)),
             100,
-            lambda checkpointing: less if checkpointing else FOUND,
+            lambda checkpointing: less if checkpointing else FOOTPRINT,
             "lora",
         )
 
@@ -122,11 +122,11 @@ def test_what_a_compiler_raises_costs_speed_alone(
     settings = config(tiny_llama_dir, "heft")
     plain = run(settings, tmp_path / "plain")
     monkeypatch.setattr(torch, "compile", lambda *_, **__: broken)
-    told = run(settings.model_copy(update={"compile": True}), tmp_path / "out")
-    (warning,) = [event for event in told.events if event.data.get("signature") == "not_compiled"]
+    record = run(settings.model_copy(update={"compile": True}), tmp_path / "out")
+    (warning,) = [event for event in record.events if event.data.get("signature") == "not_compiled"]
     assert "no such header" in warning.message
-    assert [plan["compiled"] for plan in told.data("STAGE_STARTED")] == [False, False]
-    assert told.losses == plain.losses
+    assert [plan["compiled"] for plan in record.data("STAGE_STARTED")] == [False, False]
+    assert record.losses == plain.losses
 
 
 def test_only_long_stages_are_compiled(tiny_llama_dir: Path) -> None:
@@ -144,28 +144,28 @@ def test_the_loss_of_many_tokens_is_the_sum_of_its_chunks(
     hidden = torch.randn(50, lm.hidden_size)
     targets = torch.randint(0, 600, (50,)).tolist()
 
-    def of(chunk: int) -> tuple[torch.Tensor, torch.Tensor]:
+    def chunked(chunk: int) -> tuple[torch.Tensor, torch.Tensor]:
         monkeypatch.setattr(supervised, "CHUNK", chunk)
-        own = hidden.clone().requires_grad_()
-        loss = supervised.cross_entropy(lm, own, targets)
+        states = hidden.clone().requires_grad_()
+        loss = supervised.cross_entropy(lm, states, targets)
         (loss / 50).backward()  # type: ignore[no-untyped-call]
-        assert own.grad is not None
-        return loss.detach(), own.grad
+        assert states.grad is not None
+        return loss.detach(), states.grad
 
-    own = hidden.clone().requires_grad_()
-    plain = F.cross_entropy(lm.logits(own), torch.tensor(targets), reduction="sum")
+    states = hidden.clone().requires_grad_()
+    plain = F.cross_entropy(lm.logits(states), torch.tensor(targets), reduction="sum")
     (plain / 50).backward()  # type: ignore[no-untyped-call]
     for chunk in (7, 50, 256):
-        loss, gradient = of(chunk)
+        loss, gradient = chunked(chunk)
         torch.testing.assert_close(loss, plain.detach())
-        torch.testing.assert_close(gradient, own.grad)
+        torch.testing.assert_close(gradient, states.grad)
     with torch.no_grad():
         torch.testing.assert_close(supervised.cross_entropy(lm, hidden, targets), plain.detach())
 
 
 def test_a_reft_stage_foretells_its_cache(tiny_llama_dir: Path, tmp_path: Path) -> None:
-    told = run(config(tiny_llama_dir, "reft", [but(REFT)]), tmp_path / "out")
-    plan = told.one("STAGE_STARTED")
+    record = run(config(tiny_llama_dir, "reft", [but(REFT)]), tmp_path / "out")
+    plan = record.one("STAGE_STARTED")
     assert plan["cache"]["rung"] == "keys_values"
     assert plan["memory_bytes"] > plan["cache"]["bytes"]
 
@@ -232,8 +232,8 @@ def test_trainers_of_one_machine_share_what_is_free(
 
 
 def test_who_comes_late_does_not_share_what_is_left_once_more(monkeypatch: pytest.MonkeyPatch) -> None:
-    cpu, found = torch.device("cpu"), []
-    for free, trainers, own in (
+    cpu, shares = torch.device("cpu"), []
+    for free, trainers, resident in (
         (1_600, 20, 10),  # alone so far
         (800, 820, 10),  # behind one that has filled its half
         (800, 20, 10),  # somebody else holds half: two that begin together get no more than there is
@@ -241,10 +241,10 @@ def test_who_comes_late_does_not_share_what_is_left_once_more(monkeypatch: pytes
     ):
         monkeypatch.setattr(devices, "free_bytes", lambda device, free=free: free)
         monkeypatch.setattr(devices, "_training_bytes", lambda trainers=trainers: trainers)
-        monkeypatch.setattr(devices, "resident_bytes", lambda device, own=own: own)
-        found.append(devices.memory_share(cpu, 2))
+        monkeypatch.setattr(devices, "resident_bytes", lambda device, resident=resident: resident)
+        shares.append(devices.memory_share(cpu, 2))
         assert devices.memory_share(cpu, 1) == free
-    assert found == [800, 800, 400, 300]
+    assert shares == [800, 800, 400, 300]
 
 
 def test_runs_that_train_are_known_by_their_command() -> None:
@@ -265,23 +265,23 @@ def test_what_a_stage_held_is_none_of_the_holes_that_an_earlier_one_left() -> No
     del blocks[:-1]  # the last one keeps the heap from shrinking
     before = devices.resident_bytes(cpu)
     with memory_plan.peak(cpu) as most:
-        held = most()
-    assert held is not None
-    assert held < before - 150_000_000
+        stage_peak = most()
+    assert stage_peak is not None
+    assert stage_peak < before - 150_000_000
 
 
 def test_a_merge_is_estimated_with_its_float32_passes_over_the_probe_rows(
     tiny_llama_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Of long rows the merge holds more than any pass of the stage."""
+    """With long rows, a merge takes more memory than any pass of its stage."""
     huge, plain = 10**10, memory_plan.pass_bytes
 
-    def of(lm: PackedLM, tokens: int) -> int:
+    def estimated(lm: PackedLM, tokens: int) -> int:
         return plain(lm, tokens) if tokens == stage_plan.SCORING_BUDGET else huge
 
-    rows, found = parse(yes_no(8)), {}
+    rows, estimates = parse(yes_no(8)), {}
     for name, method in (("merged", "lora"), ("not merged", "reft")):
-        monkeypatch.setattr(memory_plan, "pass_bytes", of)
+        monkeypatch.setattr(memory_plan, "pass_bytes", estimated)
         started = run(config(tiny_llama_dir, method), tmp_path / name, rows).data("STAGE_STARTED")
-        found[name] = started[0]["memory_bytes"]
-    assert found["merged"] > huge > found["not merged"]
+        estimates[name] = started[0]["memory_bytes"]
+    assert estimates["merged"] > huge > estimates["not merged"]

@@ -54,11 +54,11 @@ def test_what_pyreft_trained_gets_the_same_scores_here(
     theirs, folder = trained
     inputs = load_inputs(tiny_llama_dir, [reft()], yes_no_rows())
     examples = questions(inputs.encoder, yes_no_rows(20))
-    before = torch.tensor([one.totals for one in score(inputs.lm, examples)])
+    before = torch.tensor([row_scores.totals for row_scores in score(inputs.lm, examples)])
     inputs.lm.interventions.extend(
         intervention.restore(inputs.lm.hidden_size) for intervention in read_pyreft(folder, positions="l1")
     )
-    scores = torch.tensor([one.totals for one in score(inputs.lm, examples)])
+    scores = torch.tensor([row_scores.totals for row_scores in score(inputs.lm, examples)])
     assert_close(scores, label_logits(theirs, examples, ["l1", "l1"]), rtol=0, atol=CLOSE)
     assert (scores - before).abs().max() > 0.1
 
@@ -246,6 +246,6 @@ def test_an_import_needs_a_base_that_has_the_layer(
     config = json.loads((folder / "config.json").read_text())
     config["representations"][1][0] = 9
     (folder / "config.json").write_text(json.dumps(config))
-    wanted = TrainConfig(model=str(tiny_llama_dir), stages=[ReftStage()], dtype="float32")
+    settings = TrainConfig(model=str(tiny_llama_dir), stages=[ReftStage()], dtype="float32")
     with pytest.raises(ConfigError, match="layer 9"):
-        import_pyreft(folder, wanted, yes_no_rows(), tmp_path / "bundle", positions="l1")
+        import_pyreft(folder, settings, yes_no_rows(), tmp_path / "bundle", positions="l1")

@@ -35,10 +35,10 @@ def rows(name: str, count: int | None = None) -> list[Row]:
 
 def trained(folder: Path, config: dict[str, Any], training: list[Row], test: list[Row]) -> dict[str, Any]:
     """Trains into `folder`; the data of the last event."""
-    told: list[Event] = []
+    events: list[Event] = []
     run = TrainConfig(model="smollm2-135m", method="heft", seed=1, **config)
-    train(run, training, [], folder, told.append, test_rows=test)
-    return told[-1].data
+    train(run, training, [], folder, events.append, test_rows=test)
+    return events[-1].data
 
 
 def test_boolq_answers_have_the_bits_of_the_evaluation_alone_and_together(
@@ -60,7 +60,7 @@ def test_boolq_answers_have_the_bits_of_the_evaluation_alone_and_together(
     assert predictor.predict(test[::-1])[::-1] == together
     examples = [predictor.encoder.question(row) for row in test]
     assert [score(predictor.lm, [example])[0] for example in examples] == evaluated[-1]
-    right = sum(one.answer == row.answer for one, row in zip(together, test, strict=True))
+    right = sum(prediction.answer == row.answer for prediction, row in zip(together, test, strict=True))
     assert right == done["evaluation"]["results"][-1]["correct"]
 
 

@@ -56,8 +56,8 @@ def test_stopped_and_resumed_is_never_stopped(tiny_llama_dir: Path, tmp_path: Pa
     whole = run(settings, tmp_path / "whole", None, VALIDATION)
     assert (len(whole.losses) < whole.one("STARTED")["total_steps"]) == (case == "early stopping")
     # Once after every step, and once at every epoch's end.
-    asked = len(whole.losses) + len(whole.data("EPOCH_COMPLETE"))
-    stops = sorted(random.Random(case).sample(range(1, asked), 8))
+    calls = len(whole.losses) + len(whole.data("EPOCH_COMPLETE"))
+    stops = sorted(random.Random(case).sample(range(1, calls), 8))
     losses, last = interrupted(settings, tmp_path / "parts", stops, VALIDATION)
     assert losses == whole.losses
     assert_equal(last, whole)
@@ -90,19 +90,19 @@ def test_a_stage_goes_on_with_the_cache_it_began_with(tiny_llama_dir: Path, tmp_
     settings = config(tiny_llama_dir, "reft")
     whole = run(settings, tmp_path / "whole", None, VALIDATION, cache_memory_bytes=0)
     calls = itertools.count(1)
-    told = RunRecord()
+    record = RunRecord()
     with pytest.raises(Stopped):
         run(
             settings,
             tmp_path / "out",
             None,
             VALIDATION,
-            record=told,
+            record=record,
             checkpoint_dir=tmp_path / "checkpoints",
             should_stop=lambda: next(calls) == 2,
             cache_memory_bytes=0,
         )
-    resume = Path(told.data("CHECKPOINT_SAVED")[-1]["path"])
+    resume = Path(record.data("CHECKPOINT_SAVED")[-1]["path"])
     again = run(settings, tmp_path / "out", None, VALIDATION, resume=resume, cache_memory_bytes=10**9)
     assert again.data("STAGE_STARTED")[0]["cache"]["rung"] == "nothing"
     assert_equal(again, whole)
@@ -110,15 +110,15 @@ def test_a_stage_goes_on_with_the_cache_it_began_with(tiny_llama_dir: Path, tmp_
 
 @pytest.mark.parametrize("method", ["heft", "heft_interleaved"])
 def test_a_stage_s_bundle_is_the_model_so_far(tiny_llama_dir: Path, tmp_path: Path, method: str) -> None:
-    """What a checkpoint of a stage's end holds can be asked, and answers as the run evaluated it."""
-    told = run(
+    """A checkpoint of a stage's end holds a bundle that answers as the run evaluated it."""
+    record = run(
         config(tiny_llama_dir, method),
         tmp_path / "out",
         None,
         VALIDATION,
         checkpoint_dir=tmp_path / "checkpoints",
     )
-    evaluations = told.data("EVALUATION")[1:]
+    evaluations = record.data("EVALUATION")[1:]
     ends = sorted((tmp_path / "checkpoints").glob("*-stage"))
     assert len(ends) == len(evaluations)
     for index, (end, evaluation) in enumerate(zip(ends, evaluations, strict=True)):

@@ -34,12 +34,12 @@ STAGES = {
 
 def computed(lm: PackedLM, encoder: Encoder, examples: list[Example]) -> list[Any]:
     """All that is computed of rows, one by one: scores, and tokens where the task generates them."""
-    found: list[Any] = [(one.totals, one.means) for one in score(lm, examples)]
+    scores: list[Any] = [(row_scores.totals, row_scores.means) for row_scores in score(lm, examples)]
     if encoder.task.type != "text":
-        return found
+        return scores
     eos = encoder.tokenizer.eos_token_id
     tokens = generate(lm, examples, ends={eos}, max_new_tokens=[8] * len(examples))
-    return list(zip(found, tokens, strict=True))
+    return list(zip(scores, tokens, strict=True))
 
 
 @pytest.mark.parametrize("kind", ROWS)
@@ -57,13 +57,15 @@ def test_every_method_trains_every_task_and_its_bundle_answers_with_the_same_bit
     rows, test = parse(ROWS[kind](12)), parse(ROWS[kind](9, seed=2))
     stages = [but(stage, **QUICK) for stage in STAGES[method]]
     method = method if method in get_args(MethodType) else "recipe"
-    told = run(config(tiny_llama_dir, method, stages), tmp_path / "out", rows, test_rows=test)
+    record = run(config(tiny_llama_dir, method, stages), tmp_path / "out", rows, test_rows=test)
 
-    assert told.bundle is not None
-    assert told.bundle.info.method == method
-    assert [stage["type"] for stage in told.bundle.info.stages] == [stage.type for stage in stages]
+    assert record.bundle is not None
+    assert record.bundle.info.method == method
+    assert [stage["type"] for stage in record.bundle.info.stages] == [stage.type for stage in stages]
     assert len(evaluated) == len(stages) + 1
-    assert all(one != other for one, other in pairwise(evaluated)), "each stage moves the answers"
+    assert all(answers_before != answers_after for answers_before, answers_after in pairwise(evaluated)), (
+        "each stage moves the answers"
+    )
     predictor = load(tmp_path / "out", device="cpu")
     examples = [example for row in test for example in predictor.encoder.encode(row)]
     assert computed(predictor.lm, predictor.encoder, examples) == evaluated[-1]
@@ -72,11 +74,11 @@ def test_every_method_trains_every_task_and_its_bundle_answers_with_the_same_bit
     if kind != "text":
         answers = [prediction.answer for prediction in predictor.predict(test)]
         right = sum(a == row.answer for a, row in zip(answers, test, strict=True))
-        assert right == told.data("EVALUATION")[-1]["correct"]
+        assert right == record.data("EVALUATION")[-1]["correct"]
 
 
 def test_events_come_in_order_with_their_stage(tiny_llama_dir: Path, tmp_path: Path) -> None:
-    told = run(
+    record = run(
         config(tiny_llama_dir, "heft"),
         tmp_path / "out",
         None,
@@ -85,40 +87,40 @@ def test_events_come_in_order_with_their_stage(tiny_llama_dir: Path, tmp_path: P
     )
     epoch = ["METRICS"] * 3 + ["EPOCH_COMPLETE", "CHECKPOINT_SAVED"]
     end = ["EVALUATION", "STAGE_COMPLETE", "CHECKPOINT_SAVED"]
-    assert [event.code for event in told.events if event.code not in ("WARNING", "WORKING")] == [
+    assert [event.code for event in record.events if event.code not in ("WARNING", "WORKING")] == [
         *("STARTED", "EVALUATION"),
         *("STAGE_STARTED", *epoch * 2, "MERGE_VERIFIED", *end),
         *("STAGE_STARTED", *epoch * 2, *end),
         "SUCCEEDED",
     ]
     stage = None
-    for event in told.events:
+    for event in record.events:
         event.to_json()
         if event.code == "STAGE_STARTED":
             stage = (event.data["stage"], event.data["stage_index"])
         if stage and event.code not in ("SUCCEEDED",):
             assert (event.data["stage"], event.data["stage_index"]) == stage
-    assert [s["stage"] for s in told.data("STAGE_STARTED")] == ["lora", "reft"]
-    assert [e["stage"] for e in told.data("EVALUATION")] == ["base", "lora", "reft"]
+    assert [s["stage"] for s in record.data("STAGE_STARTED")] == ["lora", "reft"]
+    assert [e["stage"] for e in record.data("EVALUATION")] == ["base", "lora", "reft"]
 
 
 def test_what_is_announced_is_what_happens(tiny_llama_dir: Path, tmp_path: Path) -> None:
-    told = run(config(tiny_llama_dir, "heft", [LORA, but(REFT, learning_rate="auto")]), tmp_path / "out")
-    started, succeeded = told.one("STARTED"), told.one("SUCCEEDED")
+    record = run(config(tiny_llama_dir, "heft", [LORA, but(REFT, learning_rate="auto")]), tmp_path / "out")
+    started, succeeded = record.one("STARTED"), record.one("SUCCEEDED")
     lora, reft = started["resolved"]["stages"]
     assert (lora["target_modules"], reft["layers"]) == (["q_proj", "v_proj"], [2])
     assert 1e-3 < reft["learning_rate"] <= 2e-2
-    assert max(m["learning_rate"] for m in told.data("METRICS")[6:]) <= reft["learning_rate"]
-    assert started["total_steps"] == len(told.data("METRICS")) == 12
+    assert max(m["learning_rate"] for m in record.data("METRICS")[6:]) <= reft["learning_rate"]
+    assert started["total_steps"] == len(record.data("METRICS")) == 12
     assert started["rows"] == 24
     assert (started["resolved"]["dtype"], started["resolved"]["device"]) == ("float32", "cpu")
-    assert succeeded["trained_tokens"] == sum(s["tokens"] for s in told.data("STAGE_COMPLETE"))
+    assert succeeded["trained_tokens"] == sum(s["tokens"] for s in record.data("STAGE_COMPLETE"))
     # LoRA: (32·8 + 8·32 + 32·8 + 8·16) of four layers; LoReFT: the raw R, W and b.
-    trained = [s["trained_parameters"] for s in told.data("STAGE_STARTED")]
+    trained = [s["trained_parameters"] for s in record.data("STAGE_STARTED")]
     assert trained == [4 * 896, 32 * 2 + 32 * 2 + 2]
     assert succeeded["bundle"] == str(tmp_path / "out")
     assert succeeded["parity"]["merges"] == [
-        {name: value for name, value in told.one("MERGE_VERIFIED").items() if name != "stage"}
+        {name: value for name, value in record.one("MERGE_VERIFIED").items() if name != "stage"}
     ]
 
 
@@ -128,10 +130,14 @@ def test_evaluation_is_on_test_rows_else_on_validation_rows_else_not(
     validation, test = parse(ROWS["yes_no"](8, seed=1)), parse(ROWS["yes_no"](9, seed=2))
     settings = config(tiny_llama_dir, "lora", [but(LORA, **QUICK)])
     both = run(settings, tmp_path / "both", None, validation, test_rows=test).one("SUCCEEDED")["evaluation"]
-    one = run(settings, tmp_path / "one", None, validation).one("SUCCEEDED")["evaluation"]
+    validation_only = run(settings, tmp_path / "one", None, validation).one("SUCCEEDED")["evaluation"]
     none = run(settings, tmp_path / "none")
     assert (both["n"], both["split"], both["held_out"]) == (9, "test", True)
-    assert (one["n"], one["split"], one["held_out"]) == (8, "validation", False)
+    assert (validation_only["n"], validation_only["split"], validation_only["held_out"]) == (
+        8,
+        "validation",
+        False,
+    )
     assert [evaluation["stage"] for evaluation in both["results"]] == ["base", "lora"]
     assert len(both["general_loss"]) == 2
     for evaluation in both["results"]:

@@ -1,4 +1,4 @@
-"""What a run refuses before it trains, and the failure signatures that show at the end of a stage."""
+"""Runs that are refused before they train, and the failure signatures that show at the end of a stage."""
 
 from __future__ import annotations
 
@@ -33,8 +33,8 @@ def test_a_stage_that_ends_below_the_one_before_is_named(
         return Evaluation.of([i < right for i in range(10)], scores)
 
     monkeypatch.setattr(result, "evaluate", scripted)
-    told = run(config(tiny_llama_dir), tmp_path / "out", None, parse(ROWS["yes_no"](10)))
-    (warning,) = [event for event in told.events if event.data.get("signature") == "stage_below_previous"]
+    record = run(config(tiny_llama_dir), tmp_path / "out", None, parse(ROWS["yes_no"](10)))
+    (warning,) = [event for event in record.events if event.data.get("signature") == "stage_below_previous"]
     assert (warning.code, warning.level, warning.data["stage_index"]) == ("WARNING", "warn", 1)
     assert (
         "Stage reft ends below the one before it: 60.0% after 80.0%. Lower reft.learning_rate"
@@ -48,20 +48,20 @@ def test_forgetting_is_named_with_what_to_do(
     # A tiny random model knows so little that it can't forget the usual amount; at this rate rounding decides how much.
     monkeypatch.setattr(failure_signatures, "FORGETTING", 0.002)
     monkeypatch.setattr(general_text, "topics", {"licence": ENGLISH})
-    told: dict[float, RunRecord] = {}
+    runs: dict[float, RunRecord] = {}
     for rate in (0.5, 1e-6):
         settings = config(
             tiny_llama_dir, "lora", [but(LORA, learning_rate=rate, n_epochs=6, rank=8, alpha=256)]
         )
-        told[rate] = run(settings, tmp_path / str(rate), None, parse(ROWS["yes_no"](4)))
-    before, after = told[0.5].one("SUCCEEDED")["evaluation"]["general_loss"]
-    assert after - before > 0.002
-    (warning,) = [event for event in told[0.5].events if event.data.get("signature") == "forgetting"]
+        runs[rate] = run(settings, tmp_path / str(rate), None, parse(ROWS["yes_no"](4)))
+    base_loss, tuned_loss = runs[0.5].one("SUCCEEDED")["evaluation"]["general_loss"]
+    assert tuned_loss - base_loss > 0.002
+    (warning,) = [event for event in runs[0.5].events if event.data.get("signature") == "forgetting"]
     assert (
-        f"from {before:.2f} to {after:.2f} nats a token. Lower lora.learning_rate or lora.rank"
+        f"from {base_loss:.2f} to {tuned_loss:.2f} nats a token. Lower lora.learning_rate or lora.rank"
         in warning.message
     )
-    assert not [event for event in told[1e-6].events if event.data.get("signature") == "forgetting"]
+    assert not [event for event in runs[1e-6].events if event.data.get("signature") == "forgetting"]
 
 
 @pytest.mark.parametrize("changed", ["template", "positions"])
@@ -96,10 +96,10 @@ def test_an_output_directory_that_is_not_empty_is_refused_at_once(
     tiny_llama_dir: Path, tmp_path: Path
 ) -> None:
     (tmp_path / "something").touch()
-    told = RunRecord()
+    record = RunRecord()
     with pytest.raises(ConfigError, match="is not empty") as refused:
-        run(config(tiny_llama_dir), tmp_path, record=told)
-    assert (refused.value.param, told.events) == ("out", [])
+        run(config(tiny_llama_dir), tmp_path, record=record)
+    assert (refused.value.param, record.events) == ("out", [])
 
 
 @pytest.mark.parametrize(
@@ -114,11 +114,11 @@ def test_an_output_directory_that_is_not_empty_is_refused_at_once(
 def test_what_the_model_does_not_have_is_refused(
     tiny_llama_dir: Path, tmp_path: Path, stage: Any, param: str
 ) -> None:
-    told = RunRecord()
+    record = RunRecord()
     with pytest.raises(ConfigError) as refused:
-        run(config(tiny_llama_dir, stages=[LORA, stage]), tmp_path / "out", record=told)
+        run(config(tiny_llama_dir, stages=[LORA, stage]), tmp_path / "out", record=record)
     assert refused.value.param == param
-    assert told.data("METRICS") == []
+    assert record.data("METRICS") == []
 
 
 def test_no_rows_and_too_long_a_length_are_refused(tiny_llama_dir: Path, tmp_path: Path) -> None:

@@ -38,19 +38,19 @@ def store(tmp_path: Path) -> LocalStages:
     return LocalStages(directory=tmp_path / "store")
 
 
-def same_model(one: RunRecord, other: RunRecord) -> None:
+def same_model(actual: RunRecord, expected: RunRecord) -> None:
     """Same weights, bit for bit, and the same record."""
-    mine, theirs = tensors(one), tensors(other)
+    mine, theirs = tensors(actual), tensors(expected)
     assert mine.keys() == theirs.keys()
     assert all(torch.equal(mine[name], theirs[name]) for name in mine)
-    assert one.bundle is not None
-    assert other.bundle is not None
-    assert one.bundle.info == other.bundle.info
-    assert one.bundle.probe == other.bundle.probe
+    assert actual.bundle is not None
+    assert expected.bundle is not None
+    assert actual.bundle.info == expected.bundle.info
+    assert actual.bundle.probe == expected.bundle.probe
 
 
-def trained_stages(told: RunRecord) -> list[int]:
-    return sorted({metrics["stage_index"] for metrics in told.data("METRICS")})
+def trained_stages(record: RunRecord) -> list[int]:
+    return sorted({metrics["stage_index"] for metrics in record.data("METRICS")})
 
 
 def test_a_second_run_starts_at_its_own_second_stage(
@@ -72,9 +72,12 @@ def test_a_second_run_starts_at_its_own_second_stage(
     assert second.losses == {step: loss for step, loss in plain.losses.items() if step > 6}
     same_model(second, plain)
 
-    told = [(one["stage"], one["correct"], one["interval_95"]) for one in second.data("EVALUATION")]
-    assert told == [(one["stage"], one["correct"], one["interval_95"]) for one in plain.data("EVALUATION")]
-    assert [one.get("step") for one in second.data("EVALUATION")] == [None, 6, None]
+    evaluations, expected = (
+        [(data["stage"], data["correct"], data["interval_95"]) for data in record.data("EVALUATION")]
+        for record in (second, plain)
+    )
+    assert evaluations == expected
+    assert [data.get("step") for data in second.data("EVALUATION")] == [None, 6, None]
     reused = second.one("STAGE_REUSED")
     assert (reused["stage"], reused["stage_index"], reused["step"], reused["total_steps"]) == (
         "lora",
@@ -133,14 +136,14 @@ def test_a_run_that_is_all_there_trains_nothing(
 def test_a_run_that_is_all_there_has_its_validation_result_too(
     tiny_llama_dir: Path, tmp_path: Path, store: LocalStages
 ) -> None:
-    """Of the validation rows no scores are stored: they are scored again."""
+    """No scores of validation rows are stored: they are scored again."""
     rows = {"validation": parse(VALIDATION), "test_rows": TEST, "stage_store": store}
     first = run(config(tiny_llama_dir, "lora"), tmp_path / "first", **rows)
     second = run(config(tiny_llama_dir, "lora"), tmp_path / "second", **rows)
     assert second.losses == {}
-    found = second.one("SUCCEEDED")["outcomes"]
-    assert found["validation"]["n"] == len(VALIDATION)
-    assert found == first.one("SUCCEEDED")["outcomes"]
+    outcomes = second.one("SUCCEEDED")["outcomes"]
+    assert outcomes["validation"]["n"] == len(VALIDATION)
+    assert outcomes == first.one("SUCCEEDED")["outcomes"]
 
 
 def test_the_longest_prefix_counts_and_every_stage_of_it_ends(
@@ -160,8 +163,8 @@ def test_the_longest_prefix_counts_and_every_stage_of_it_ends(
     ends = [data["path"] for data in second.data("CHECKPOINT_SAVED") if data["kind"] == "stage"]
     others = [data["path"] for data in plain.data("CHECKPOINT_SAVED") if data["kind"] == "stage"]
     for mine, theirs in zip(ends, others, strict=True):
-        one, other = read_bundle(Path(mine) / "bundle"), read_bundle(Path(theirs) / "bundle")
-        same_model(RunRecord(bundle=one), RunRecord(bundle=other))
+        bundle, expected = read_bundle(Path(mine) / "bundle"), read_bundle(Path(theirs) / "bundle")
+        same_model(RunRecord(bundle=bundle), RunRecord(bundle=expected))
 
 
 # -- never a wrong hit -----------------------------------------------------------------------------------------------
@@ -234,8 +237,8 @@ CHANGES: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
 @pytest.mark.parametrize("change", CHANGES)
 def test_whatever_goes_into_a_stage_makes_another_key(tiny_llama_dir: Path, change: str) -> None:
     settings, rows = CHANGES[change]
-    before, after = keys(config(tiny_llama_dir)), keys(config(tiny_llama_dir, **settings), **rows)
-    assert not set(before) & set(after)
+    before, changed = keys(config(tiny_llama_dir)), keys(config(tiny_llama_dir, **settings), **rows)
+    assert not set(before) & set(changed)
 
 
 def test_another_base_or_tokenizer_makes_another_key(tiny_llama_dir: Path, tmp_path: Path) -> None:
@@ -263,16 +266,18 @@ def test_the_same_rows_as_another_split_make_another_key(tiny_llama_dir: Path) -
 
 
 def test_labels_that_are_only_answered_count_too(tiny_llama_dir: Path) -> None:
-    """What a row's other choices are decides its score, and no token that is trained."""
+    """A row's other choices change its score, but no token that is trained."""
     rows = choice(4)
-    asked = parse([{**rows[0], "choices": [*rows[0]["choices"], "none of it"]}, *rows[1:]])
+    with_another_choice = parse([{**rows[0], "choices": [*rows[0]["choices"], "none of it"]}, *rows[1:]])
     settings = config(tiny_llama_dir)
-    mine, other = (keys(settings, parse(choice(4, seed=1)), [], test) for test in (parse(rows), asked))
+    mine, other = (
+        keys(settings, parse(choice(4, seed=1)), [], test) for test in (parse(rows), with_another_choice)
+    )
     assert not set(mine) & set(other)
 
 
 @pytest.mark.parametrize(
-    ("where", "what"),
+    ("attribute", "replacement"),
     [
         ("heft_engine.training.stage_cache.code_hash", lambda: "other code"),
         ("heft_engine.training.stage_cache.package_versions", lambda: {"torch": "other"}),
@@ -281,10 +286,10 @@ def test_labels_that_are_only_answered_count_too(tiny_llama_dir: Path) -> None:
     ],
 )
 def test_code_libraries_and_where_they_compute_make_another_key(
-    tiny_llama_dir: Path, monkeypatch: pytest.MonkeyPatch, where: str, what: Any
+    tiny_llama_dir: Path, monkeypatch: pytest.MonkeyPatch, attribute: str, replacement: Any
 ) -> None:
     before = keys(config(tiny_llama_dir))
-    monkeypatch.setattr(where, what)
+    monkeypatch.setattr(attribute, replacement)
     assert not set(before) & set(keys(config(tiny_llama_dir)))
 
 
@@ -358,8 +363,8 @@ def test_an_entry_under_another_s_key_is_a_miss(
     (entry,) = store.directory.iterdir()
     settings = config(tiny_llama_dir, "lora", seed=1)
     plain = run(settings, tmp_path / "plain")
-    (wanted,) = keys(settings, parse(yes_no(24)), [], ())
-    entry.rename(store.directory / wanted)
+    (key,) = keys(settings, parse(yes_no(24)), [], ())
+    entry.rename(store.directory / key)
     second = run(settings, tmp_path / "second", stage_store=store)
     assert second.losses == plain.losses
     same_model(second, plain)
@@ -379,9 +384,9 @@ def test_an_entry_that_is_whole_and_can_t_be_read_is_a_miss(
 def test_a_store_that_takes_nothing_is_no_reason_to_fail(tiny_llama_dir: Path, tmp_path: Path) -> None:
     (tmp_path / "file").write_text("in its place")
     store = LocalStages(directory=tmp_path / "file" / "stages")
-    told = run(config(tiny_llama_dir, "lora"), tmp_path / "out", stage_store=store)
-    assert told.bundle is not None
-    assert "stage_not_kept" in [data["signature"] for data in told.data("WARNING")]
+    record = run(config(tiny_llama_dir, "lora"), tmp_path / "out", stage_store=store)
+    assert record.bundle is not None
+    assert "stage_not_kept" in [data["signature"] for data in record.data("WARNING")]
 
 
 def test_without_a_store_nothing_is_looked_up_or_kept(
@@ -390,9 +395,9 @@ def test_without_a_store_nothing_is_looked_up_or_kept(
     rows = write_rows(tmp_path / "rows.jsonl", yes_no(12))
 
     def train(name: str, *flags: str) -> list[str]:
-        given = ("--model", tiny_llama_dir, "--train", rows, "--out", tmp_path / name, "--device", "cpu")
+        required = ("--model", tiny_llama_dir, "--train", rows, "--out", tmp_path / name, "--device", "cpu")
         more = ("--method", "lora", "--set", "lora.n_epochs=1", "--cache-dir", tmp_path / "cache")
-        code, events, _ = command("train", *given, *more, *flags)
+        code, events, _ = command("train", *required, *more, *flags)
         assert code == 0
         return [event["code"] for event in events]
 
@@ -412,21 +417,21 @@ def test_without_a_store_nothing_is_looked_up_or_kept(
 
 def stopped(settings: TrainConfig, folder: Path, at: int, **options: Any) -> RunRecord:
     """Stops at this call of `should_stop`; its checkpoints are in `folder`."""
-    told, calls = RunRecord(), itertools.count(1)
+    record, calls = RunRecord(), itertools.count(1)
     with pytest.raises(Stopped):
         run(
             settings,
             folder / "out",
-            record=told,
+            record=record,
             checkpoint_dir=folder,
             should_stop=lambda: next(calls) == at,
             **options,
         )
-    return told
+    return record
 
 
-def newest(told: RunRecord) -> Path:
-    return Path(told.data("CHECKPOINT_SAVED")[-1]["path"])
+def newest(record: RunRecord) -> Path:
+    return Path(record.data("CHECKPOINT_SAVED")[-1]["path"])
 
 
 def test_a_run_that_reused_a_stage_is_stopped_and_goes_on(
@@ -437,12 +442,12 @@ def test_a_run_that_reused_a_stage_is_stopped_and_goes_on(
     plain = run(settings, tmp_path / "plain")
     before = stopped(settings, tmp_path / "stopped", 3, stage_store=store)
     assert list(before.losses) == [7, 8, 9]
-    after = run(settings, tmp_path / "after", resume=newest(before), stage_store=store)
-    assert after.data("STAGE_REUSED") == []
-    assert before.losses | after.losses == {step: loss for step, loss in plain.losses.items() if step > 6}
-    same_model(after, plain)
+    resumed = run(settings, tmp_path / "after", resume=newest(before), stage_store=store)
+    assert resumed.data("STAGE_REUSED") == []
+    assert before.losses | resumed.losses == {step: loss for step, loss in plain.losses.items() if step > 6}
+    same_model(resumed, plain)
     trained = [stage["tokens"] for stage in plain.data("STAGE_COMPLETE")]
-    assert after.one("SUCCEEDED")["trained_tokens"] == trained[1]
+    assert resumed.one("SUCCEEDED")["trained_tokens"] == trained[1]
 
 
 def test_a_run_that_went_on_keeps_what_it_ends_with(
@@ -464,8 +469,8 @@ def test_a_run_that_went_on_with_something_else_keeps_nothing(
     if other == "code":
         monkeypatch.setattr(stage_cache, "code_hash", lambda: "newer")
     test = TEST if other == "code" else TEST[1:]
-    told = run(settings, tmp_path / "after", resume=newest(before), stage_store=store, test_rows=test)
-    assert told.bundle is not None
+    record = run(settings, tmp_path / "after", resume=newest(before), stage_store=store, test_rows=test)
+    assert record.bundle is not None
     assert not store.directory.exists()
 
 

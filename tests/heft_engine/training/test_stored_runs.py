@@ -27,7 +27,7 @@ def test_a_checkpoint_of_an_earlier_version_resumes(
     tiny_llama_dir: Path, tmp_path: Path, checkpoint: str, steps: int
 ) -> None:
     settings = config(Path("llama"), stages=[but(LORA, rank=2, n_epochs=1), but(REFT, layers=[1])], seed=3)
-    told = run(
+    record = run(
         settings,
         tmp_path / "out",
         None,
@@ -38,14 +38,14 @@ def test_a_checkpoint_of_an_earlier_version_resumes(
     losses = dict(enumerate(json.loads((STORED / "losses.json").read_text()), 1))
     expected = {step: loss for step, loss in losses.items() if step > steps}
     # Another processor may round otherwise.
-    assert told.losses == pytest.approx(expected, rel=1e-4)
-    assert told.bundle is not None
+    assert record.losses == pytest.approx(expected, rel=1e-4)
+    assert record.bundle is not None
     stored = read_bundle(STORED / "bundle").info
-    assert told.bundle.info.stages == stored.stages
-    assert told.bundle.info.evaluation is not None
+    assert record.bundle.info.stages == stored.stages
+    assert record.bundle.info.evaluation is not None
     assert stored.evaluation is not None
-    assert [one["correct"] for one in told.bundle.info.evaluation["results"]] == [
-        one["correct"] for one in stored.evaluation["results"]
+    assert [stage_result["correct"] for stage_result in record.bundle.info.evaluation["results"]] == [
+        stage_result["correct"] for stage_result in stored.evaluation["results"]
     ]
 
 

@@ -51,13 +51,13 @@ def test_a_planted_intruder_is_found_with_its_vectors_and_its_strength() -> None
     weight = weight_of()
     left, right = direction(48, of=weight), direction(40)
     tuned = weight + 30 * torch.outer(left, right)
-    found = find(weight, tuned)
-    assert found.count == 1
-    assert abs(float(found.left[:, 0] @ left)) > 0.95
-    assert float(found.values[0]) > 28
-    assert_close(found.strength(tuned), torch.ones(1), rtol=0, atol=1e-4)
-    assert abs(float(found.strength(weight))) < 0.35
-    assert len(found.cosines) == 10
+    intruders = find(weight, tuned)
+    assert intruders.count == 1
+    assert abs(float(intruders.left[:, 0] @ left)) > 0.95
+    assert float(intruders.values[0]) > 28
+    assert_close(intruders.strength(tuned), torch.ones(1), rtol=0, atol=1e-4)
+    assert abs(float(intruders.strength(weight))) < 0.35
+    assert len(intruders.cosines) == 10
 
 
 def test_what_is_no_intruder() -> None:
@@ -82,10 +82,14 @@ def test_a_repair_scales_the_intruders_singular_values_and_nothing_else(scale: f
     again, count = repaired(adapter, weights.__getitem__, scale)
     assert (count, again.rank) == (1, 2)
     tuned = adapter.merged("a", weights["a"])
-    found = find(weights["a"], tuned)
-    expected = tuned + (scale - 1) * found.values[0] * torch.outer(found.left[:, 0], found.right[0])
+    intruders = find(weights["a"], tuned)
+    expected = tuned + (scale - 1) * intruders.values[0] * torch.outer(
+        intruders.left[:, 0], intruders.right[0]
+    )
     assert_close(again.merged("a", weights["a"]), expected, rtol=0, atol=1e-4)
-    assert_close(found.strength(again.merged("a", weights["a"])), torch.tensor([scale]), rtol=0, atol=1e-4)
+    assert_close(
+        intruders.strength(again.merged("a", weights["a"])), torch.tensor([scale]), rtol=0, atol=1e-4
+    )
     assert_close(again.merged("b", weights["b"]), adapter.merged("b", weights["b"]), rtol=0, atol=1e-6)
     assert find(weights["a"], again.merged("a", weights["a"])).count == (1 if scale else 0)
 
@@ -130,14 +134,14 @@ def test_a_run_repairs_between_its_stages_and_its_bundle_holds_the_repair(
 ) -> None:
     strong = but(LORA, learning_rate=0.05, alpha=64, n_epochs=1, use_dora=use_dora)
     stages = [but(strong, merge={"intruder_scale": 0.5}), but(REFT, n_epochs=1)]
-    told = run(config(tiny_llama_dir, "heft", stages), tmp_path / "out", None, parse(yes_no(8, seed=1)))
-    record = told.one("MERGE_VERIFIED")
-    assert record["intruders"] > 0
-    assert record["intruder_scale"] == 0.5
-    assert record["float32"] < 1e-3
+    record = run(config(tiny_llama_dir, "heft", stages), tmp_path / "out", None, parse(yes_no(8, seed=1)))
+    merge = record.one("MERGE_VERIFIED")
+    assert merge["intruders"] > 0
+    assert merge["intruder_scale"] == 0.5
+    assert merge["float32"] < 1e-3
     predictor = load(tmp_path / "out", device="cpu")  # checks the probe rows
-    assert told.bundle is not None
-    (adapter,) = told.bundle.adapters
+    assert record.bundle is not None
+    (adapter,) = record.bundle.adapters
     assert adapter.rank > stages[0].rank
     assert (adapter.magnitudes is not None) == use_dora
     assert all(torch.isfinite(p).all() for p in predictor.lm.model.parameters())

@@ -132,7 +132,7 @@ def test_what_is_merged_is_what_was_trained(tiny_llama_dir: Path, variant: str, 
 
 
 def test_a_conversion_that_is_not_the_adapter_fails_the_run(tiny_llama_dir: Path) -> None:
-    """What peft's conversion of DoRA with PiSSA comes to: B·A of the end without that of the beginning."""
+    """Factors as peft converts them for DoRA with PiSSA: B·A of the end without that of the beginning."""
     lm, stage = packed(tiny_llama_dir), stage_of("dora_pissa")
     trainable, adapter = trained(lm, stage)
     for module, (down, up) in adapter.factors.items():
