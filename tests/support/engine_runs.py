@@ -170,7 +170,7 @@ def interrupted(
     resume = None
     for attempt in range(len(stops) + 1):
         record = RunRecord()
-        # Elsewhere a process has used random numbers of its own.
+        # A resumed process starts with another random state.
         torch.manual_seed(1_000 + attempt)
         try:
             run(

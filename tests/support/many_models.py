@@ -58,7 +58,7 @@ def stored_intervention(
         intervention = KINDS[kind](lm.hidden_size, rank)
         with torch.no_grad():
             for name, parameter in intervention.named_parameters():
-                if "rotate" not in name:  # any other matrix there is no rotation
+                if "rotate" not in name:  # a changed rotation would not be orthogonal
                     parameter.add_(torch.randn_like(parameter))
         state: dict[str, Tensor] = intervention.export_state()
     return StoredIntervention(layer=layer, positions=positions, rank=rank, state=state, kind=kind)

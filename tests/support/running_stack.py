@@ -25,7 +25,7 @@ class HeftUp:
         self.home = home
         self._given_key = given_key
         self.process = process
-        #: everything it has started, and what those have started, since the last look
+        #: every descendant process seen so far
         self.seen: dict[int, psutil.Process] = {}
 
     @property
@@ -84,7 +84,7 @@ def start(home: Home, *options: str, **environment: str) -> subprocess.Popen[str
 
 @contextmanager
 def heft_up(home: Home, *options: str, **environment: str) -> Iterator[HeftUp]:
-    home.state_file.unlink(missing_ok=True)  # one that was killed has left its own
+    home.state_file.unlink(missing_ok=True)  # a killed stack leaves its state file
     process = start(home, *options, **environment)
     stack = HeftUp(home, process, environment.get("HEFT_API_KEY"))
     try:

@@ -22,8 +22,8 @@ INSTALLATION_IS_OPEN = can_traverse(Path(cli.__file__), NOBODY) and can_traverse
     Path(psycopg.__file__), NOBODY
 )
 
-#: Starts a stack, says so on stdout, holds it until its stdin ends. It may become an ordinary user first, but
-#: after its imports: this Python may lie where that user cannot read.
+#: Starts a stack, says so on stdout, and keeps it until its stdin ends. It may become an ordinary user first, but
+#: after its imports: that user may not be able to read this Python.
 _OWNER = """
 import os, sys
 from pathlib import Path

@@ -45,7 +45,7 @@ def make_bundle(
     return make
 
 
-#: Two LoRA stages of different shapes, so that joining them is more than adding ranks.
+#: Two LoRA stages of different shapes, so that their combination is more than a sum of ranks.
 INTERLEAVED: list[Stage] = [
     LORA,
     REFT,
@@ -54,7 +54,7 @@ INTERLEAVED: list[Stage] = [
     ),
     REFT,
 ]
-#: Two LoRA stages on layers of their own.
+#: Two LoRA stages on different layers.
 APART: list[Stage] = [
     LORA.model_copy(update={"layers": [0, 2]}),
     LORA.model_copy(update={"layers": [3], "target_modules": ["down_proj"]}),

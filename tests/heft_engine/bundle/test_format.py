@@ -250,7 +250,7 @@ def test_a_cut_file_is_refused(bundle: Path, name: str) -> None:
     refused(bundle, "can't be read")
 
 
-def test_the_probe_holds_scores_of_the_very_prompts(trained: Path, predictor: Predictor) -> None:
+def test_the_probe_holds_scores_of_training_prompts(trained: Path, predictor: Predictor) -> None:
     probe = read_bundle(trained / "out").probe
     assert len(probe.examples) == len(probe.scores) == 8
     training = {predictor.encoder.question(row).prompt for row in parse(yes_no(24))}

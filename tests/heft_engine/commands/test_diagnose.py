@@ -126,7 +126,9 @@ def test_the_command_writes_a_report(
     assert "there is no part mood" in capsys.readouterr().out
 
 
-def test_what_can_not_be_diagnosed_is_refused(heft: tuple[Path, dict[str, Any]], tmp_path: Path) -> None:
+def test_empty_data_and_a_non_empty_output_folder_are_refused(
+    heft: tuple[Path, dict[str, Any]], tmp_path: Path
+) -> None:
     with pytest.raises(RowError, match="at least one row"):
         diagnose(heft[0], [], tmp_path / "out")
     (tmp_path / "file").write_text("")

@@ -90,7 +90,7 @@ def failed(result: tuple[int, list[Printed], str]) -> Printed:
     return error
 
 
-def test_what_a_person_got_wrong_fails_with_its_name(
+def test_wrong_arguments_fail_with_their_names(
     tiny_llama_dir: Path, tmp_path: Path, command: Command
 ) -> None:
     good = write_rows(tmp_path / "train.jsonl", yes_no(4))
@@ -149,7 +149,7 @@ def test_a_run_file_may_not_name_a_free_path(tiny_llama_dir: Path, tmp_path: Pat
     assert (error["code"], error["param"]) == ("model_not_found", "model")
 
 
-def test_a_dataset_that_is_known_is_held_against_its_task(
+def test_a_known_dataset_is_checked_against_the_task(
     tiny_llama_dir: Path, tmp_path: Path, command: Command, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The task is checked before anything is downloaded; without a `task.type` the run takes the dataset's."""
@@ -163,7 +163,7 @@ def test_a_dataset_that_is_known_is_held_against_its_task(
     assert "final_number" in error["message"]
 
 
-def test_a_missing_run_file_or_bundle_is_told(tmp_path: Path, command: Command) -> None:
+def test_a_missing_run_file_or_bundle_is_reported(tmp_path: Path, command: Command) -> None:
     assert failed(command("train", "--run-file", tmp_path / "none.json"))["param"] == "run_file"
     code, printed, err = command("evaluate", "--bundle", tmp_path / "none", "--data", tmp_path / "none.jsonl")
     assert (code, printed) == (1, [])

@@ -126,6 +126,6 @@ def test_a_starter_that_is_killed_takes_the_run_with_it(plan: Path, tmp_path: Pa
     starter.kill()
     deadline = time.monotonic() + 10
     while child.is_running() and child.status() != psutil.STATUS_ZOMBIE:
-        assert time.monotonic() < deadline, "the run outlived its starter"
+        assert time.monotonic() < deadline, "the run outlived its parent process"
         time.sleep(0.02)
     assert not (tmp_path / "out").exists()

@@ -197,7 +197,7 @@ def test_each_supervised_turn_is_an_example_whose_prompt_is_what_came_before(bpe
     assert bpe.convert_tokens_to_ids("<|im_start|>") == first.prompt[0]
 
 
-def test_a_conversation_is_asked_as_it_was_trained(bpe: Any) -> None:
+def test_a_conversation_is_scored_with_its_training_prompt(bpe: Any) -> None:
     text = encoder(bpe, "text")
     question = text.question(parse_row({"messages": TURNS[:2]}, need_answer=False))
     assert question.prompt == text.encode(parse_row({"messages": TURNS[:3]}))[0].prompt

@@ -52,7 +52,7 @@ def test_truncation_keeps_as_much_of_the_passage_as_fits_and_all_else(
     assert len(generous.question(replace(ROW, passage=ROW.passage[:more])).prompt) + 1 > max_length
 
 
-def test_room_is_kept_for_the_longest_answer(tokenizer: Any) -> None:
+def test_truncation_leaves_room_for_the_longest_answer(tokenizer: Any) -> None:
     row = parse_row(
         {"question": "what", "passage": WORDS * 9, "choices": ["sea", "the longest river"], "answer": "sea"}
     )
@@ -69,7 +69,7 @@ def test_a_row_that_fits_exactly_is_left_alone(tokenizer: Any) -> None:
     assert encoder(tokenizer, len(whole.prompt)).question(ROW).truncated
 
 
-def test_what_does_not_fit_without_a_passage_is_refused_by_its_field(tokenizer: Any) -> None:
+def test_a_row_that_does_not_fit_even_without_its_passage_is_refused_by_its_field(tokenizer: Any) -> None:
     long = WORDS * 20
     cases: list[tuple[TaskType, dict[str, Any], str]] = [
         ("yes_no", {"question": long, "passage": WORDS, "answer": True}, "question"),

@@ -108,7 +108,7 @@ def test_metrics_that_cant_be_are_refused(
     assert words in fault["msg"]
 
 
-def test_metrics_are_held_against_the_task_that_rows_imply() -> None:
+def test_metrics_are_checked_against_the_task_that_rows_imply() -> None:
     with pytest.raises(ConfigError, match="not a metric of yes_no tasks") as refused:
         Task.resolve(TaskSettings(metrics=["final_number"]), "yes_no")
     assert refused.value.param == "task.metrics"

@@ -120,7 +120,7 @@ def test_the_eigenvalues_are_those_of_a_dense_gauss_newton_matrix(
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_what_is_differentiated_is_the_model_with_its_intervention(tiny_llama_dir: Path, kind: str) -> None:
+def test_gauss_newton_differentiates_the_model_with_its_intervention(tiny_llama_dir: Path, kind: str) -> None:
     lm, examples = packed(tiny_llama_dir), examples_of(tiny_llama_dir, "text")
     initial = InitialIntervention(
         layer=1, positions="f1+l2", intervention=new_intervention(kind, 32, 2, seed=0)

@@ -55,7 +55,7 @@ def test_effective_rank_counts_equal_directions() -> None:
     assert 1 < effective_rank(torch.tensor([1.0, 0.1])) < 2
 
 
-def test_labels_are_told_apart_where_they_differ_and_not_where_they_do_not() -> None:
+def test_separability_of_labels_that_differ_and_of_labels_that_do_not() -> None:
     labels = [i % 2 for i in range(80)]
     noise = random(80, 200)
     lifted = noise.clone()

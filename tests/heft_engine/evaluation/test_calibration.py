@@ -67,7 +67,7 @@ def test_after_is_measured_on_rows_that_the_temperature_has_not_seen() -> None:
     assert held_out is not None
     assert (held_out.method, held_out.n, held_out.fitted_rows) == ("held_out", 300, 400)
     assert held_out.temperature == fit_temperature(fitted)
-    assert held_out.nll_after > held_out.nll_before, "rows that want another temperature say so"
+    assert held_out.nll_after > held_out.nll_before, "the loss grows on rows of another temperature"
 
     temperatures = cross_fit(fitted)
     assert len(set(temperatures)) == 5

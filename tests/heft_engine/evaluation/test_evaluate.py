@@ -26,7 +26,7 @@ from heft_engine.model.packed_lm import PackedLM
 from heft_engine.serving.predictor import Predictor
 
 
-def test_an_evaluation_says_all_metrics_and_keeps_the_first_ones_rows() -> None:
+def test_an_evaluation_reports_all_metrics_and_stores_the_rows_of_the_first() -> None:
     graded = Evaluation.of({"f1": [0.5, 1.0], "exact_match": [0.0, 1.0]})
     report = graded.to_json()
     assert (report["metric"], report["accuracy"], report["correct"]) == ("f1", 0.75, None)
@@ -51,7 +51,7 @@ def test_a_run_measures_by_the_metrics_of_its_task(
 
     def generate(lm: Any, examples: Any, *, eos_tokens: Any, max_new_tokens: list[int], **rest: Any) -> Any:
         seen.append(max_new_tokens)
-        # Right, right but for what leads there, and wrong.
+        # Right, the right number after another derivation, and wrong.
         texts = [sums(3)[0]["completion"], "#### 1", "#### 7"]
         return [encoder.continuation(text) for text in texts]
 
@@ -80,11 +80,11 @@ def test_a_run_measures_by_the_metrics_of_its_task(
     values = unpack_graded(outcomes["results"][-1]["values"], 3)
     assert values[0] == 1.0
     assert values.mean() == pytest.approx(metrics["f1"]["value"], abs=1e-5)
-    # Every row may write what serving would let it, whatever the right answer's length.
+    # The budget of tokens is that of serving, whatever the length of the right answer.
     assert {budget for budgets in seen for budget in budgets} == {trained.bundle.info.max_new_tokens}
 
 
-def test_an_exact_match_that_cant_be_any_more_is_not_written_to_its_end(
+def test_generation_stops_when_an_exact_match_is_impossible(
     tiny_llama_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The metric equals that of full generation, from fewer tokens."""
@@ -105,7 +105,7 @@ def test_an_exact_match_that_cant_be_any_more_is_not_written_to_its_end(
     assert all(short < whole / 2 for short, whole in lengths)
 
 
-def test_what_is_measured_is_what_serving_writes(tiny_llama_dir: Path) -> None:
+def test_evaluation_generates_what_serving_generates(tiny_llama_dir: Path) -> None:
     """Both stop at the token that ends a turn of a chat model, which is not the tokenizer's EOS token."""
     model = load_model(resolve_path(tiny_llama_dir), dtype=torch.float32, attention=IMPLEMENTATION)
     lm = PackedLM(model)

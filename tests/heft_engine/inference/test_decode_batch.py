@@ -157,7 +157,7 @@ def test_many_sequences_fill_several_chunks(llama: PackedLM) -> None:
     assert len(collector.tokens) == len(requests) <= MAX_SEQUENCES
 
 
-def test_those_who_wait_and_those_who_are_written_alternate(llama: PackedLM) -> None:
+def test_prefills_and_decode_steps_alternate(llama: PackedLM) -> None:
     scheduler = DecodeScheduler(DecodeBatch(llama, budget_bytes=PLENTY))
     scheduler.add([request_for(name, 1_500, max_tokens=9) for name in range(3)])
     passes = [list(scheduler.step()) for _ in range(6)]
@@ -191,7 +191,7 @@ def test_a_sequence_at_its_end_must_leave(llama: PackedLM) -> None:
     assert batch.decode() == {}
 
 
-def test_a_seed_means_the_same_tokens_whatever_is_beside(llama: PackedLM) -> None:
+def test_a_seed_gives_the_same_tokens_in_any_batch(llama: PackedLM) -> None:
     def drawn(name: int, seed: int | None) -> DecodeRequest:
         sampling = SamplingParams(temperature=1.5, top_p=0.9, seed=seed, frequency_penalty=0.1)
         return DecodeRequest(id=name, prompt=request_for(7, 30).prompt, max_tokens=8, sampling=sampling)

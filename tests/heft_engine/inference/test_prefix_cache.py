@@ -125,7 +125,7 @@ def test_rows_on_one_passage_attend_to_it_together(
     same(again, plain(variant, longer))
 
 
-def test_neighbours_make_one_run_if_they_go_on_alike() -> None:
+def test_neighbours_with_the_same_cached_prefix_form_a_group() -> None:
     def rows(*branches: tuple[int, ...]) -> tuple[PackedRow, ...]:
         return tuple(
             PackedRow(start=50 * index, prompt=90, branches=row_branches, cached_tokens=40)
@@ -146,7 +146,7 @@ def test_neighbours_make_one_run_if_they_go_on_alike() -> None:
     assert runs(None, (), ()) == [(0, 1), (1, 2)]
 
 
-def test_unmerged_models_find_their_own(tiny_llama_dir: Path) -> None:
+def test_unmerged_models_find_only_their_own_prefixes(tiny_llama_dir: Path) -> None:
     base = packed(tiny_llama_dir)
     adapt_rows(base)
     cache = PrefixCache(2**24)
@@ -165,7 +165,7 @@ def test_unmerged_models_find_their_own(tiny_llama_dir: Path) -> None:
         same(scores, plain(variant, questions[1:]))
 
 
-def test_behind_an_intervention_nothing_is_kept_and_the_scale_tells_f_positions_apart(
+def test_nothing_after_an_intervention_is_cached_and_the_scale_is_part_of_the_key_of_f_positions(
     tiny_llama_dir: Path,
 ) -> None:
     base = packed(tiny_llama_dir)
@@ -185,7 +185,7 @@ def test_behind_an_intervention_nothing_is_kept_and_the_scale_tells_f_positions_
         same(scores, plain(first, questions[1:], scale))
 
 
-def test_a_chain_of_hashes_says_scope_and_all_tokens_before() -> None:
+def test_a_block_hash_covers_the_scope_and_all_earlier_tokens() -> None:
     tokens = tuple(range(100))
     hashes = block_hashes("a", tokens, 99)
     assert len(hashes) == 99 // BLOCK_TOKENS
@@ -206,7 +206,9 @@ def cached_prefix(cache: PrefixCache, prompt: tuple[int, ...], scope: str = "s")
     return cache.find(block_hashes((None, scope, None), prompt, len(prompt) - 1))
 
 
-def test_the_longest_unused_goes_first_and_nothing_that_others_stand_on(tiny_llama_dir: Path) -> None:
+def test_the_least_recently_used_block_is_evicted_first_and_no_block_with_successors(
+    tiny_llama_dir: Path,
+) -> None:
     lm = packed(tiny_llama_dir)
     a_token = lm.n_layers * 2 * 2 * 8 * 4
     prompts = [tuple(range(start, start + 65)) for start in (10, 110, 210)]
@@ -214,7 +216,7 @@ def test_the_longest_unused_goes_first_and_nothing_that_others_stand_on(tiny_lla
     filled(cache, lm, prompts)
     assert cache.used_bytes == 3 * 64 * a_token
     longer = (*prompts[0], *range(400, 450))
-    filled(cache, lm, [longer])  # stands on the first, and pushes the second out
+    filled(cache, lm, [longer])  # extends the first, and evicts the second
     assert cached_prefix(cache, prompts[1]) is None
     prefix = cached_prefix(cache, longer)
     assert prefix is not None
@@ -228,7 +230,7 @@ def test_the_longest_unused_goes_first_and_nothing_that_others_stand_on(tiny_lla
             assert keys.shape == values.shape == (1, 2, chained.length, 8)
 
 
-def test_a_forgotten_scope_leaves_no_bytes(tiny_llama_dir: Path) -> None:
+def test_a_removed_scope_leaves_no_bytes(tiny_llama_dir: Path) -> None:
     lm = packed(tiny_llama_dir)
     cache = PrefixCache(2**24)
     filled(cache, lm, [PASSAGE, (*PASSAGE, *PASSAGE)], scope="gone")
@@ -242,7 +244,7 @@ def test_a_forgotten_scope_leaves_no_bytes(tiny_llama_dir: Path) -> None:
     assert cache.used_bytes == 0
 
 
-def test_without_a_budget_nothing_is_kept(tiny_llama_dir: Path) -> None:
+def test_without_a_budget_nothing_is_cached(tiny_llama_dir: Path) -> None:
     lm = packed(tiny_llama_dir)
     cache = PrefixCache(100)
     filled(cache, lm, [PASSAGE])
@@ -250,7 +252,7 @@ def test_without_a_budget_nothing_is_kept(tiny_llama_dir: Path) -> None:
     assert cached_prefix(cache, PASSAGE) is None
 
 
-def test_whatever_comes_and_goes_is_what_was_left(tiny_llama_dir: Path) -> None:
+def test_cached_prefixes_score_alike_while_entries_are_evicted(tiny_llama_dir: Path) -> None:
     """Long and short prompts with common prefixes, in a cache that is always too small."""
     lm = packed(tiny_llama_dir)
     variant = ModelVariant(lm=lm, scope="s")

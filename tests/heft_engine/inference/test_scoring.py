@@ -20,7 +20,7 @@ from heft_engine.inference.scoring import Scores, score
 from heft_engine.model import attention, batch_invariant
 from heft_engine.model.packed_lm import PackedLM
 
-#: What torch computes: tests of layers on AMX have a file of their own.
+#: torch's own products: layers on AMX are tested in tests/heft_engine/cpu.
 pytestmark = pytest.mark.usefixtures("without_amx")
 
 MakeModel = Callable[[str], Path]
@@ -64,7 +64,7 @@ def test_a_rows_bits_do_not_depend_on_its_neighbours(
     assert totals(lm, examples * 3) == alone * 3
 
 
-def test_many_passes_say_what_one_says(tiny_llama_dir: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_many_passes_give_the_scores_of_one(tiny_llama_dir: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     lm, examples = packed(tiny_llama_dir), questions(30)
     whole = totals(lm, examples)
     monkeypatch.setattr(partition, "TOKEN_BUDGET", 100)
@@ -110,9 +110,7 @@ def long_rows(*lengths: int) -> list[Example]:
     return [Example(prompt=(5,) * n, answers=((7,), (8,)), labels=("a", "b"), gold=0) for n in lengths]
 
 
-def test_only_masks_that_take_little_are_kept(
-    make_tiny_model: MakeModel, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_only_small_masks_are_cached(make_tiny_model: MakeModel, monkeypatch: pytest.MonkeyPatch) -> None:
     """With a sliding window every longer row has its own mask, with as many entries as its length squared."""
     lm = packed(make_tiny_model("mistral"))
     computed: list[tuple[int, ...]] = []
@@ -125,8 +123,8 @@ def test_only_masks_that_take_little_are_kept(
     monkeypatch.setattr(attention, "_mask", recording_mask)
     monkeypatch.setattr(attention, "_MOST_CACHED", 90 * 90)
     score(lm, long_rows(70, 90))
-    once = [lengths for lengths in computed if lengths in ((70,), (90,))]
-    assert sorted(once) == [(70,), (90,)], "one for every length, whatever the layer"
+    cached = [lengths for lengths in computed if lengths in ((70,), (90,))]
+    assert sorted(cached) == [(70,), (90,)], "one mask for each length, shared by all layers"
     computed.clear()
     score(lm, long_rows(92, 100))
     assert len([lengths for lengths in computed if lengths == (100,)]) == lm.n_layers

@@ -104,7 +104,7 @@ def results(futures: Sequence[Future[list[Scores]]]) -> list[list[Scores]]:
     return [future.result(60) for future in futures]
 
 
-def test_those_who_wait_together_share_passes_and_keep_their_bits(
+def test_requests_that_wait_together_share_passes_and_keep_their_bits(
     lm: PackedLM, batcher: Batcher, observer: PassRecorder
 ) -> None:
     requests = [examples(3, seed=seed) for seed in range(12)]
@@ -117,7 +117,7 @@ def test_those_who_wait_together_share_passes_and_keep_their_bits(
     assert len(observer.waits) == 36
 
 
-def test_from_many_threads_each_gets_its_own(lm: PackedLM, batcher: Batcher) -> None:
+def test_requests_from_many_threads_get_their_own_scores(lm: PackedLM, batcher: Batcher) -> None:
     requests = [examples(2, seed=seed) for seed in range(40)]
 
     def ask(request: list[Example]) -> list[Scores]:
@@ -127,7 +127,7 @@ def test_from_many_threads_each_gets_its_own(lm: PackedLM, batcher: Batcher) -> 
         assert list(pool.map(ask, requests)) == [score(lm, request) for request in requests]
 
 
-def test_alone_a_request_does_not_wait_for_others(
+def test_a_single_request_does_not_wait_for_others(
     lm: PackedLM, batcher: Batcher, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     with Gate(batcher):
@@ -143,7 +143,7 @@ def test_alone_a_request_does_not_wait_for_others(
     assert batcher.submit(ModelVariant(lm=lm), examples(1)).result(60) == score(lm, examples(1))
 
 
-def test_after_a_shared_pass_those_who_ask_again_are_waited_for(
+def test_after_a_shared_pass_the_batcher_waits_for_the_next_requests(
     lm: PackedLM, batcher: Batcher, observer: PassRecorder, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(batching, "LINGER_SECONDS", 30.0)
@@ -175,7 +175,7 @@ def test_questions_on_one_passage_compute_it_once(
 
 
 @pytest.mark.parametrize("of", ["the same model", "another model"])
-def test_a_large_request_does_not_hold_up_a_small_one(
+def test_a_large_request_does_not_delay_a_small_one(
     lm: PackedLM, tiny_llama_dir: Path, batcher: Batcher, of: str
 ) -> None:
     other = lm if of == "the same model" else packed(tiny_llama_dir)
@@ -190,7 +190,7 @@ def test_a_large_request_does_not_hold_up_a_small_one(
     assert ended == ["small", "large"]
 
 
-def test_models_on_one_base_share_passes_and_others_take_work(
+def test_models_on_one_base_share_passes_and_a_merged_model_has_its_own(
     tiny_llama_dir: Path, observer: PassRecorder
 ) -> None:
     base = packed(tiny_llama_dir)
@@ -213,7 +213,7 @@ def test_models_on_one_base_share_passes_and_others_take_work(
         assert shared_scores.totals == pytest.approx(merged_scores.totals, abs=2e-4)
 
 
-def test_what_nobody_wants_any_more_is_left(lm: PackedLM, batcher: Batcher, observer: PassRecorder) -> None:
+def test_cancelled_requests_are_skipped(lm: PackedLM, batcher: Batcher, observer: PassRecorder) -> None:
     with Gate(batcher):
         gone = batcher.submit(ModelVariant(lm=lm), examples(3))
         stays = batcher.submit(ModelVariant(lm=lm), examples(1, seed=5))
@@ -222,7 +222,7 @@ def test_what_nobody_wants_any_more_is_left(lm: PackedLM, batcher: Batcher, obse
     assert sum(rows for rows, _, _ in observer.passes) == 1
 
 
-def test_an_answer_that_comes_after_all_is_dropped(
+def test_the_answer_to_a_cancelled_request_is_dropped(
     lm: PackedLM, batcher: Batcher, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     begun, cancelled = threading.Event(), threading.Event()
@@ -241,7 +241,7 @@ def test_an_answer_that_comes_after_all_is_dropped(
     assert batcher.submit(ModelVariant(lm=lm), examples(2)).result(60) == score(lm, examples(2))
 
 
-def test_whatever_breaks_beside_a_pass_is_told_and_the_thread_goes_on(
+def test_an_error_outside_a_pass_is_reported_and_the_thread_continues(
     lm: PackedLM, batcher: Batcher, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     with monkeypatch.context() as patch:
@@ -264,7 +264,7 @@ def test_rows_that_wait_for_a_prefix_that_finds_no_room_run_together(
     assert [rows for rows, _, _ in observer.passes] == [1, 7]
 
 
-def test_a_pass_that_fails_is_told_to_its_own_and_the_next_goes_on(
+def test_a_failed_pass_fails_its_requests_and_the_next_pass_runs(
     lm: PackedLM, batcher: Batcher, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def broken(*_: Any) -> list[Scores]:
@@ -279,11 +279,11 @@ def test_a_pass_that_fails_is_told_to_its_own_and_the_next_goes_on(
         batcher.run(lambda: 1 // 0)
 
 
-def test_nothing_asked_is_answered_at_once(lm: PackedLM, batcher: Batcher) -> None:
+def test_an_empty_request_is_answered_at_once(lm: PackedLM, batcher: Batcher) -> None:
     assert batcher.submit(ModelVariant(lm=lm), []).result(0) == []
 
 
-def test_closing_tells_those_who_wait(lm: PackedLM) -> None:
+def test_closing_cancels_requests_that_wait(lm: PackedLM) -> None:
     batcher = Batcher()
     closing: Callable[[], None] = batcher.close
     with Gate(batcher):
@@ -299,7 +299,7 @@ def test_closing_tells_those_who_wait(lm: PackedLM) -> None:
         batcher.submit(ModelVariant(lm=lm), examples(1))
 
 
-def test_texts_get_their_turns_between_scores(lm: PackedLM, batcher: Batcher) -> None:
+def test_decode_steps_alternate_with_scoring_passes(lm: PackedLM, batcher: Batcher) -> None:
     @dataclass
     class Writing:
         left: int = 5
@@ -326,7 +326,7 @@ def test_texts_get_their_turns_between_scores(lm: PackedLM, batcher: Batcher) ->
     assert batcher._decode_work == []
 
 
-def test_closing_tells_those_who_wait_for_text(lm: PackedLM) -> None:
+def test_closing_cancels_texts_that_wait(lm: PackedLM) -> None:
     errors: list[Exception] = []
 
     class Writing:

@@ -40,12 +40,12 @@ def test_an_answer_that_comes_while_one_looks_is_the_answer() -> None:
     assert _wait(Late(), lambda: True) == SCORES
 
 
-def test_a_passs_own_timeout_is_told() -> None:
+def test_the_timeout_error_of_a_pass_is_raised() -> None:
     with pytest.raises(TimeoutError, match="of the pass"):
         _wait(Late(TimeoutError("of the pass")), lambda: True)
 
 
-def test_what_is_not_wanted_any_more_is_cancelled() -> None:
+def test_an_unwanted_answer_is_cancelled() -> None:
     future: Future[list[Scores]] = Future()
     answers = iter([True, True, False])
     with pytest.raises(CancelledError):

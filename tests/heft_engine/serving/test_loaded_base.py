@@ -69,7 +69,7 @@ def test_in_bfloat16_a_row_keeps_its_bits_beside_others(tiny_llama_dir: Path, th
     assert score_rows(rows) == [score_rows([row])[0] for row in rows]
 
 
-def test_a_pass_keeps_no_model_that_has_been_put_away(tiny_llama_dir: Path) -> None:
+def test_a_pass_keeps_no_evicted_model_alive(tiny_llama_dir: Path) -> None:
     torch.set_num_threads(3)
     base = packed(tiny_llama_dir)
     adapt_rows(base)
@@ -81,7 +81,7 @@ def test_a_pass_keeps_no_model_that_has_been_put_away(tiny_llama_dir: Path) -> N
     assert gone() is None
 
 
-def test_texts_of_many_models_are_written_together(tiny_llama_dir: Path) -> None:
+def test_texts_of_many_models_are_decoded_together(tiny_llama_dir: Path) -> None:
     base = packed(tiny_llama_dir)
     adapt_rows(base)
     stored = models(base, suffixes=modules("llama"))
@@ -107,7 +107,7 @@ def written(batch: DecodeBatch, requests: list[DecodeRequest]) -> dict[object, l
     return tokens
 
 
-def test_a_model_holds_its_own_numbers_and_little_more(tiny_llama_dir: Path) -> None:
+def test_the_memory_of_an_unmerged_model_is_that_of_its_adapters(tiny_llama_dir: Path) -> None:
     base = packed(tiny_llama_dir, torch.bfloat16)
     lora = adapter(base, 4, 1, suffixes=("q_proj", "v_proj"))
     numbers = sum(down.numel() + up.numel() for down, up in lora.factors.values())
@@ -131,7 +131,7 @@ def test_a_merged_copy_costs_what_its_adapters_touch(tiny_llama_dir: Path) -> No
     assert score_rows(rows) == score(copy.lm, questions)
 
 
-def test_what_belongs_to_another_base_is_refused(tiny_llama_dir: Path, make_tiny_model: MakeModel) -> None:
+def test_weights_of_another_base_are_refused(tiny_llama_dir: Path, make_tiny_model: MakeModel) -> None:
     base = packed(tiny_llama_dir)
     good = adapter(base, 2, 1, suffixes=("q_proj",))
     name = next(iter(good.factors))
@@ -144,7 +144,7 @@ def test_what_belongs_to_another_base_is_refused(tiny_llama_dir: Path, make_tiny
         UnmergedModel(base, [], [stored_intervention(base, 4, "l1", 1)])
 
 
-def test_weights_say_where_interventions_act(tiny_llama_dir: Path) -> None:
+def test_variants_list_their_interventions(tiny_llama_dir: Path) -> None:
     base = packed(tiny_llama_dir)
     stored = StoredWeights([], [stored_intervention(base, 1, "l1", 1), stored_intervention(base, 3, "f1", 2)])
     assert [(s.layer, s.positions) for s in unmerged(base, stored).interventions] == [(1, "l1"), (3, "f1")]

@@ -88,7 +88,7 @@ def close(first: list[Prediction], second: list[Prediction]) -> bool:
     return all(abs((a.probability or 0) - (b.probability or 0)) < 1e-4 for a, b in pairs)
 
 
-def test_merged_it_answers_with_the_librarys_bits_and_shared_as_closely_as_probes_ask(
+def test_a_merged_model_answers_with_the_librarys_bits_and_a_shared_one_within_the_probe_tolerance(
     make_pool: Callable[..., ModelPool], library: Library, bundles: Path
 ) -> None:
     expected = {name: load(bundles / name, device="cpu").predict(ROWS) for name in ("m0", "m1")}
@@ -105,7 +105,9 @@ def test_merged_it_answers_with_the_librarys_bits_and_shared_as_closely_as_probe
     assert merged.memory_bytes == base[1] + merged.usage()["merged"][1]
 
 
-def test_a_model_is_fetched_once_whoever_asks(make_pool: Callable[..., ModelPool], library: Library) -> None:
+def test_a_model_is_fetched_once_for_concurrent_requests(
+    make_pool: Callable[..., ModelPool], library: Library
+) -> None:
     pool = make_pool()
     with ThreadPoolExecutor(6) as threads:
         answers = list(threads.map(lambda _: ask(pool, library, "m0"), range(6)))
@@ -115,7 +117,7 @@ def test_a_model_is_fetched_once_whoever_asks(make_pool: Callable[..., ModelPool
 
 
 @pytest.mark.parametrize("hold", ["merged", "shared"])
-def test_what_loads_a_model_leaves_no_thread_behind_that_slows_the_passes(
+def test_loading_a_model_leaves_no_openmp_threads_that_slow_the_passes(
     make_pool: Callable[..., ModelPool], library: Library, hold: str
 ) -> None:
     """A thread that has computed in parallel keeps its OpenMP team, which then competes with that of the passes."""
@@ -132,7 +134,7 @@ def test_what_loads_a_model_leaves_no_thread_behind_that_slows_the_passes(
     assert [thread.is_alive() for thread in loaders] == [False]
 
 
-def test_the_only_model_of_a_base_is_held_merged_and_those_beside_busy_ones_shared(
+def test_the_only_model_of_a_base_is_merged_and_models_beside_busy_ones_are_shared(
     make_pool: Callable[..., ModelPool], library: Library
 ) -> None:
     pool = make_pool()
@@ -147,12 +149,12 @@ def test_a_shared_model_that_becomes_hot_is_merged_and_a_merged_one_that_cools_i
     make_pool: Callable[..., ModelPool], library: Library, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(placement, "UNMERGE_SHARE", 0.2)
-    left: list[bool] = []
-    pool = make_pool(on_evict=lambda: left.append(True))
+    evictions: list[bool] = []
+    pool = make_pool(on_evict=lambda: evictions.append(True))
     for _ in range(5):
         ask(pool, library, "m0")
     before = ask(pool, library, "m1")
-    assert not left
+    assert not evictions
     assert pool.usage()["shared"][0] == 1
     for _ in range(40):
         ask(pool, library, "m1")
@@ -163,23 +165,27 @@ def test_a_shared_model_that_becomes_hot_is_merged_and_a_merged_one_that_cools_i
 
     assert wait_until(lambda: kinds() == {"m0": "shared", "m1": "merged"}, seconds=20)
     assert close(ask(pool, library, "m1"), before)
-    assert wait_until(lambda: len(left) >= 1, seconds=20), "the copies that were held before have gone"
+    assert wait_until(lambda: len(evictions) >= 1, seconds=20), "the earlier copies were not freed"
 
 
-def test_the_longest_unused_is_put_away(make_pool: Callable[..., ModelPool], library: Library) -> None:
+def test_the_least_recently_used_model_is_evicted(
+    make_pool: Callable[..., ModelPool], library: Library
+) -> None:
     roomy = make_pool(placement="shared")
     for name in ("m0", "m1", "m2"):
         ask(roomy, library, name)
-    left: list[bool] = []
-    pool = make_pool(placement="shared", budget_bytes=roomy.memory_bytes, on_evict=lambda: left.append(True))
+    evictions: list[bool] = []
+    pool = make_pool(
+        placement="shared", budget_bytes=roomy.memory_bytes, on_evict=lambda: evictions.append(True)
+    )
     for name in ("m0", "m1", "m2", "m0", "m3"):
         ask(pool, library, name)
     assert set(pool.names) == {"m0", "m2", "m3"}
-    assert left == [True]
+    assert evictions == [True]
     assert pool.memory_bytes <= roomy.memory_bytes
 
 
-def test_one_that_is_larger_than_the_budget_still_answers_and_leaves(
+def test_a_model_larger_than_the_budget_answers_and_is_evicted(
     make_pool: Callable[..., ModelPool], library: Library
 ) -> None:
     pool = make_pool(budget_bytes=1)
@@ -190,7 +196,7 @@ def test_one_that_is_larger_than_the_budget_still_answers_and_leaves(
     assert library.fetched == ["m0", "m0"]
 
 
-def test_nobody_is_put_away_while_it_is_asked(make_pool: Callable[..., ModelPool], library: Library) -> None:
+def test_a_model_in_use_is_not_evicted(make_pool: Callable[..., ModelPool], library: Library) -> None:
     pool = make_pool(budget_bytes=1)
     with pool.model("m0", library.fetch("m0")) as predictor:
         pool.evict_idle()
@@ -211,7 +217,9 @@ def test_a_load_that_failed_is_tried_again_with_the_next_request(
     assert ask(pool, library, "m0")
 
 
-def test_without_memory_the_idle_go_first(make_pool: Callable[..., ModelPool], library: Library) -> None:
+def test_without_memory_idle_models_are_evicted_first(
+    make_pool: Callable[..., ModelPool], library: Library
+) -> None:
     pool = make_pool()
     ask(pool, library, "m0")
     library.fault = MemoryError()
@@ -219,7 +227,7 @@ def test_without_memory_the_idle_go_first(make_pool: Callable[..., ModelPool], l
     assert pool.names == ["m1"]
 
 
-def test_a_forgotten_model_goes_when_its_last_answer_is_out(
+def test_a_removed_model_is_freed_after_its_last_answer(
     make_pool: Callable[..., ModelPool], library: Library
 ) -> None:
     pool = make_pool()
@@ -232,7 +240,7 @@ def test_a_forgotten_model_goes_when_its_last_answer_is_out(
     pool.remove("unknown")
 
 
-def test_one_whose_probe_rows_do_not_agree_unmerged_is_held_merged(
+def test_a_model_whose_probe_rows_differ_unmerged_is_merged(
     make_pool: Callable[..., ModelPool], library: Library, bundles: Path, tmp_path: Path
 ) -> None:
     shutil.copytree(bundles / "m0", tmp_path / "m0")
@@ -243,7 +251,7 @@ def test_one_whose_probe_rows_do_not_agree_unmerged_is_held_merged(
     assert pool.usage()["merged"][0] == 1
 
 
-def test_what_is_damaged_or_unknown_is_refused(
+def test_damaged_bundles_and_unknown_bases_are_refused(
     make_pool: Callable[..., ModelPool], bundles: Path, tmp_path: Path
 ) -> None:
     shutil.copytree(bundles / "m0", tmp_path / "m0")
@@ -256,7 +264,7 @@ def test_what_is_damaged_or_unknown_is_refused(
     assert pool.memory_bytes == 0
 
 
-def test_a_base_is_asked_beside_its_models(
+def test_a_base_answers_beside_its_models(
     make_pool: Callable[..., ModelPool], library: Library, bundles: Path
 ) -> None:
     pool = make_pool(model_dir=bundles)
@@ -270,33 +278,33 @@ def test_a_base_is_asked_beside_its_models(
     assert sorted(pool.names) == ["m0", "m1"]
 
 
-def test_a_base_on_which_nothing_could_be_loaded_is_let_go(
+def test_a_base_whose_model_failed_to_load_is_freed(
     make_pool: Callable[..., ModelPool], bundles: Path, tmp_path: Path
 ) -> None:
     shutil.copytree(bundles / "m0", tmp_path / "m0")
     described = json.loads((tmp_path / "m0" / "heft.json").read_text())
     (tmp_path / "m0" / "heft.json").write_text(json.dumps(described | {"tokenizer_sha256": "another"}))
-    left: list[bool] = []
-    pool = make_pool(on_evict=lambda: left.append(True))
+    evictions: list[bool] = []
+    pool = make_pool(on_evict=lambda: evictions.append(True))
     with pytest.raises(BundleError, match="tokenizer"):
         ask(pool, Library(tmp_path), "m0")
     assert pool.usage()["base"][0] == 0
-    assert left == [True]
+    assert evictions == [True]
 
 
-def test_a_base_that_nobody_asks_goes_before_another_is_loaded(
+def test_an_unused_base_is_evicted_before_another_is_loaded(
     make_pool: Callable[..., ModelPool], bundles: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Otherwise two that don't fit beside each other could never be asked one after the other."""
     for name in ("a", "b"):
         shutil.copytree(bundles / "base", tmp_path / name)
     loading: list[tuple[int, int]] = []
-    given_back: list[bool] = []
-    pool = make_pool(model_dir=tmp_path, budget_bytes=1, on_evict=lambda: given_back.append(True))
+    evictions: list[bool] = []
+    pool = make_pool(model_dir=tmp_path, budget_bytes=1, on_evict=lambda: evictions.append(True))
     plain = model_pool.LoadedBase
 
     def base(*arguments: Any, **options: Any) -> Any:
-        loading.append((pool.usage()["base"][0], len(given_back)))
+        loading.append((pool.usage()["base"][0], len(evictions)))
         return plain(*arguments, **options)
 
     monkeypatch.setattr(model_pool, "LoadedBase", base)
@@ -310,7 +318,7 @@ def test_a_base_that_nobody_asks_goes_before_another_is_loaded(
     pool._budget = 1
     with pool.base("a", "choice"):
         pass
-    assert loading == [(0, 0), (1, 0), (0, 2), (1, 2)], "held, and how often memory was given back"
+    assert loading == [(0, 0), (1, 0), (0, 2), (1, 2)], "bases in memory, and calls of on_evict"
 
 
 def test_a_change_that_fails_leaves_the_model_as_it_is_and_is_not_tried_again_at_once(

@@ -49,7 +49,9 @@ class TestDetokenizer:
         whole = tokenizer.decode(tokens, skip_special_tokens=True)
         assert "".join(pieces) + detokenizer.flush() == whole == SCRIPTS.removesuffix("</s>")
 
-    def test_what_can_be_no_character_is_told_in_the_end(self, tokenizer: PreTrainedTokenizerBase) -> None:
+    def test_bytes_that_form_no_character_are_flushed_at_the_end(
+        self, tokenizer: PreTrainedTokenizerBase
+    ) -> None:
         broken = token_of(tokenizer, b"\x97")
         detokenizer = Detokenizer(tokenizer)
         assert [detokenizer.push(broken) for _ in range(3)] == ["", "", ""]
@@ -150,7 +152,7 @@ def test_a_text_ends_before_its_stop_string(listener: Listener) -> None:
     assert listener.predictor.generator.memory_bytes == 0
 
 
-def test_the_models_own_end_is_not_told(listener: Listener) -> None:
+def test_the_eos_token_is_not_part_of_the_text(listener: Listener) -> None:
     listener.submit("whole")
     listener.run()
     third = [token.token_bytes for piece in listener.pieces["whole"] for token in piece.tokens][2]
@@ -182,7 +184,9 @@ def test_a_cancelled_text_leaves_at_once(listener: Listener) -> None:
     assert listener.pieces["stays"][-1].finish_reason == "length"
 
 
-def test_everybody_hears_of_a_pass_that_fails(listener: Listener, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_every_listener_receives_the_error_of_a_failed_pass(
+    listener: Listener, monkeypatch: pytest.MonkeyPatch
+) -> None:
     def fail(*_: object) -> None:
         raise MemoryError("no room")
 
@@ -220,7 +224,7 @@ def test_memory_that_is_out_while_slots_grow_ends_all_and_leaks_nothing(
     assert listener.pieces["four"][-1].finish_reason == "length"
 
 
-def test_what_never_has_room_is_refused(tiny_llama_dir: Path) -> None:
+def test_a_request_that_never_has_room_is_refused(tiny_llama_dir: Path) -> None:
     small = load_base(str(tiny_llama_dir), task="text", device="cpu", key_value_bytes=50_000)
     with pytest.raises(RowError, match="fewer max_tokens") as refusal:
         Listener(small).submit("long", max_tokens=300)

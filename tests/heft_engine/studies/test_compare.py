@@ -150,7 +150,7 @@ def test_a_seed_that_failed_is_named() -> None:
     assert "2 seeds (b lacks seed 3)" in comparison["sentence"]
 
 
-def test_an_arm_that_failed_is_compared_with_nobody() -> None:
+def test_a_failed_arm_is_not_compared() -> None:
     verdict = compare_arms([arm("a", 90, 91), arm("b", seeds=2)])
     comparison = only(verdict)
     assert (
@@ -190,7 +190,7 @@ def test_a_baseline_narrows_the_comparisons() -> None:
     assert [(comparison["a"], comparison["b"]) for comparison in comparisons] == [("a", "b"), ("c", "b")]
 
 
-def test_few_rows_are_named_as_what_is_missing() -> None:
+def test_too_few_rows_are_named_as_the_limit() -> None:
     comparison = only(compare_arms([arm("a", 84, 84, 84), arm("b", 82, 82, 82)]))
     assert "no number of seeds would suffice with 100 test rows, about " in comparison["sentence"]
     assert comparison["seeds_needed"] is None

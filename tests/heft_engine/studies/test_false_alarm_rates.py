@@ -18,7 +18,7 @@ from heft_engine.studies.intervals import half_width, row_variance, seed_varianc
 from heft_engine.studies.power import Noise, power, seeds_needed
 
 BASE = 0.8
-#: Simulations of each world: in the fast suite, and where nobody waits.
+#: Simulations of each world: in the fast suite, and in the slow one.
 FEW, MANY = 400, 2_000
 
 

@@ -29,7 +29,7 @@ def test_the_bootstrap_is_that_of_scipy() -> None:
     assert mine == pytest.approx((theirs.low, theirs.high), abs=1 / 400)  # a row's worth: the draws differ
 
 
-def test_equal_models_are_not_told_apart() -> None:
+def test_equal_models_do_not_differ() -> None:
     comparison = compare_models(np.zeros(50))
     assert (comparison.difference, comparison.p_value, comparison.interval_95) == (0.0, 1.0, (0.0, 0.0))
 

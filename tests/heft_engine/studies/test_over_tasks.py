@@ -62,7 +62,7 @@ def test_two_tasks_that_happen_to_agree_prove_nothing() -> None:
     assert not comparison["separable"]
 
 
-def test_one_task_tells_of_no_other() -> None:
+def test_one_task_gives_no_statement_over_tasks() -> None:
     assert verdict_of((150, 160))["over_tasks"] == []
     assert compare_arms([arm("LoRA", "t0", 100, 102), arm("HEFT", "t1", 100, 102)])["comparisons"] == []
     with pytest.raises(ValueError, match="at least two tasks"):

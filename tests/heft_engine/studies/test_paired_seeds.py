@@ -79,7 +79,7 @@ def test_power_is_that_of_the_paired_t_test_where_rows_do_not_matter(seeds: int)
     expected = TTestPower().power(effect_size=1.2, nobs=seeds, alpha=0.05)
     assert power(0.012, noise(0.01), seeds) == pytest.approx(
         expected, abs=2e-3
-    )  # theirs counts the wrong way round too
+    )  # statsmodels counts rejections in the wrong direction too
 
 
 def test_seeds_needed_is_the_first_number_that_reaches_the_power() -> None:

@@ -72,7 +72,7 @@ def test_the_planted_best_is_found() -> None:
     assert sum(late) / len(late) > sum(at_random) / len(at_random) + 0.5
 
 
-def test_what_has_failed_or_can_not_be_teaches_no_wrong_thing() -> None:
+def test_failed_and_pruned_trials_do_not_mislead_the_sampler() -> None:
     past = searched(Search(space=SPACE, budget=12))
     bad = [Trial(point=past[0].point | {"rate": 0.05 + i / 100}, state="failed") for i in range(3)]
     pruned = [Trial(point=past[0].point | {"rate": 0.01 + i / 1000}, state="pruned") for i in range(3)]
