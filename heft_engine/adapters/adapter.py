@@ -7,11 +7,10 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, ClassVar, Self
+from typing import Any, ClassVar, Generic, Self, TypeVar
 
 from torch import Tensor, nn
 
-from heft_engine.adapters.lora.weights import LoraWeights
 from heft_engine.config.train import parse_positions
 from heft_engine.data.encoding import Example, intervened_positions
 from heft_engine.model.interventions import PlacedIntervention
@@ -44,11 +43,17 @@ class Boundary:
         return min([prompt_length - 1, *intervened])
 
 
-@dataclass(frozen=True, kw_only=True)
-class Merge:
-    """A finished stage that is part of the base's weights now. record: the merge's parity check, as JSON."""
+W_co = TypeVar("W_co", covariant=True)
 
-    weights: LoraWeights
+
+@dataclass(frozen=True, kw_only=True)
+class Merge(Generic[W_co]):
+    """A finished stage that is part of the base's weights now.
+
+    weights: what a bundle stores of it, in the adapter's own form. record: the parity check of the merge, as JSON.
+    """
+
+    weights: W_co
     record: dict[str, Any]
 
 
@@ -86,7 +91,7 @@ class Adapter(ABC):
         """Switches the adapter's dropout on or off. The base stays in eval()."""
 
     @abstractmethod
-    def finish(self, probes: Sequence[Example]) -> Merge | None:
+    def finish(self, probes: Sequence[Example]) -> Merge[Any] | None:
         """Ends the stage: merges the adapter, checked on probe rows, or freezes it in place and returns None.
 
         Raises TrainingError (parity_broken) when the merged model is not the trained one.

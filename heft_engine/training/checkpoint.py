@@ -75,7 +75,7 @@ class RunState:
     def after_stage(
         self,
         progress: Progress,
-        merge: Merge | None,
+        merge: Merge[LoraWeights] | None,
         evaluation: dict[str, Any],
         general_loss: float,
         cost: dict[str, Any],

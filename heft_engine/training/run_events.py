@@ -94,7 +94,7 @@ def stage_reused(inputs: RunInputs, state: RunState, key: str | None) -> list[Ev
     ]
 
 
-def merge_verified(config: TrainConfig, index: int, merge: Merge) -> Event:
+def merge_verified(config: TrainConfig, index: int, merge: Merge[Any]) -> Event:
     message = f"Merged; float32 logits differ from the adapter's by {merge.record['float32']:.1e}"
     data = {"stage": config.stages[index].type, "stage_index": index, **merge.record}
     return Event(code="MERGE_VERIFIED", message=message, data=data)

@@ -13,6 +13,7 @@ from heft_engine.adapters.adapter import Adapter, Boundary, Merge
 from heft_engine.adapters.lora import peft_layers
 from heft_engine.adapters.lora.linear import use_fused_forward
 from heft_engine.adapters.lora.merge import merge_adapter
+from heft_engine.adapters.lora.weights import LoraWeights
 from heft_engine.config.train import LoraStage
 from heft_engine.data.encoding import Example
 from heft_engine.model.packed_lm import PackedLM
@@ -49,7 +50,7 @@ class LoraAdapter(Adapter):
             if name.endswith("lora_dropout.default"):
                 module.train(mode)
 
-    def finish(self, probes: Sequence[Example]) -> Merge:
+    def finish(self, probes: Sequence[Example]) -> Merge[LoraWeights]:
         weights = peft_layers.extract(self.peft_model, self.stage, _modules(self.stage))
         return merge_adapter(self.lm, self.peft_model, self.stage, weights, probes)
 

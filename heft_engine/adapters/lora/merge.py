@@ -21,7 +21,7 @@ from heft_engine.model.packed_lm import PackedLM
 
 def merge_adapter(
     lm: PackedLM, peft_model: PeftModel, stage: LoraStage, weights: LoraWeights, examples: Sequence[Example]
-) -> Merge:
+) -> Merge[LoraWeights]:
     """Detaches the trained adapter and merges it.
 
     Where the stage says so, intruder dimensions are scaled after the parity check, which is of what was trained.
