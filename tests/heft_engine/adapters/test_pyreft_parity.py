@@ -1,4 +1,4 @@
-"""LoReFT held against the real pyreft, on float32 bases: same weights → same outputs, same logits, same losses."""
+"""LoReFT against the real pyreft, on float32 bases: the same weights give the same outputs, logits and losses."""
 
 import random
 from collections.abc import Callable
@@ -28,7 +28,7 @@ from heft_engine.model.packed_lm import PackedLM
 from heft_engine.model.packing import pack
 
 MakeTinyModel = Callable[[str], Path]
-#: What padding, a dummy token and other shapes of the same products cost in float32.
+#: The float32 error of padding, a dummy token and other shapes of the same products.
 CLOSE = 2e-5
 
 

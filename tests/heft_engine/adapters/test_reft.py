@@ -1,4 +1,4 @@
-"""Every kind of intervention held against pyreft's: same weights → same outputs, same losses, and files both read."""
+"""Every kind of intervention against pyreft's: same outputs, same losses, and files that both read."""
 
 from __future__ import annotations
 

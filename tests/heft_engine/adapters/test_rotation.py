@@ -1,4 +1,4 @@
-"""R must stay a rotation: what weight decay, a bad restart and baked checkpoints would do to it, and what is done."""
+"""R stays a rotation, despite weight decay, restarts and checkpoints."""
 
 from collections.abc import Callable
 from copy import deepcopy
@@ -28,7 +28,7 @@ def intervention() -> LoreftIntervention:
 
 
 def teach(intervention: LoreftIntervention, optimizer: torch.optim.Optimizer, steps: range) -> None:
-    """Steps towards a fixed random target; each depends on its number alone."""
+    """Trains towards random targets; each step's data depends on its number alone."""
     for step in steps:
         generator = torch.Generator().manual_seed(step)
         hidden, target = torch.randn(2, 16, HIDDEN, generator=generator)

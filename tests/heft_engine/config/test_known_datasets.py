@@ -1,4 +1,4 @@
-"""Datasets of the hub that are known by name: rows as the hub has them become prompts, answers, task and metrics."""
+"""Known datasets of the hub: their rows become prompts and answers, with task and metrics."""
 
 from __future__ import annotations
 
@@ -80,7 +80,7 @@ _CLOZE_PROMPT = (
 _ARC_PROMPT = "Question: Which factor will most likely cause a fever?\nAnswer:"
 _STRATEGY_PROMPT = "Question: Is Mixed martial arts totally original from Roman Colosseum games?\nAnswer:"
 
-#: A reference, a row of it, and what becomes of it: prompt, right answer, metrics.
+#: A reference, one of its rows, and the resulting prompt, right answer and metrics.
 TEMPLATES: list[tuple[str, dict[str, Any], str, str, tuple[str, ...]]] = [
     (
         "google/boolq",

@@ -1,4 +1,4 @@
-"""Search spaces: lists and ranges, and nothing else."""
+"""Search spaces consist of lists and ranges only."""
 
 from __future__ import annotations
 

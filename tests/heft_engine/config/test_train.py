@@ -1,4 +1,4 @@
-"""Settings that a run may have."""
+"""Settings of a run: valid values, and messages for others."""
 
 from __future__ import annotations
 

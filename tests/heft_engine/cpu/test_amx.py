@@ -1,4 +1,4 @@
-"""AMX operators against Intel's formula: one order of sums whatever stands beside a row, torch's bits on AMX itself."""
+"""AMX operators against Intel's formula: sums have one order whatever stands beside a row; on AMX, torch's bits."""
 
 from __future__ import annotations
 
@@ -102,7 +102,7 @@ def activated(gate: Tensor, up: Tensor) -> Tensor:
 
 
 def masked(query: Tensor, keys: Tensor, values: Tensor, mask: Tensor, scaling: float) -> Tensor:
-    """In float32."""
+    """Masked attention by torch, in float32."""
     q, k, v = (tensor.float().transpose(0, 1) for tensor in (query, keys, values))
     return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, scale=scaling, enable_gqa=True).transpose(
         0, 1
@@ -115,7 +115,7 @@ def masked(query: Tensor, keys: Tensor, values: Tensor, mask: Tensor, scaling: f
 def test_attention_is_the_formula_and_independent_of_company(
     amx_ops: AmxOps, heads: int, kv_heads: int, width: int, window: int | None
 ) -> None:
-    """Sequences beside others, behind a kept prefix, with branches, and with several threads."""
+    """A sequence's bits are the same beside others, behind a cached prefix, and with several threads."""
     lengths = (1, 16, 33, 90, 170)
     tokens = sum(lengths)
     query, keys, values = (
@@ -220,7 +220,7 @@ def test_each_linear_layer_has_its_own_lora_deltas(amx_ops: AmxOps) -> None:
 
 @torch.inference_mode()
 def test_nan_and_infinity_come_out_of_a_gate(amx_ops: AmxOps) -> None:
-    """Otherwise a broken model would answer, and otherwise than beside rows that keep its layers apart."""
+    """Otherwise a broken model would answer, and its answers would depend on the rows beside it."""
     gate, up, down, norm = draw(64, 32), draw(64, 32), draw(32, 64), Norm(draw(32), 1e-5)
     for broken in (float("nan"), -3e38, 3e38):
         gate[7] = broken
@@ -255,7 +255,7 @@ def test_a_broken_row_leaves_its_neighbours_alone(amx_ops: AmxOps) -> None:
 
 
 def test_weights_that_do_not_fit_are_refused(amx_ops: AmxOps) -> None:
-    """Kernels see addresses alone, and would read and write beyond them."""
+    """Kernels see only addresses, and would read and write past the tensors' ends."""
     x, weight, down, norm = draw(6, 64), draw(48, 64), draw(64, 48), Norm(draw(64), 1e-5)
 
     def with_delta(start: int, tokens: int, ins: int, outs: int, index: int) -> Tensor:

@@ -1,4 +1,4 @@
-"""Compiling the operators: kept libraries, and what stands in the way."""
+"""Compiling the operators: cached libraries, and reasons why they can't be compiled or cached."""
 
 from __future__ import annotations
 

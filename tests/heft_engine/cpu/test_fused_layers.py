@@ -1,4 +1,4 @@
-"""Layers for passes that only answer: the bits of the modules' own, with what hangs on them."""
+"""Fused layers of inference passes have the bits of the modules' own forward, hooks included."""
 
 from __future__ import annotations
 
@@ -140,7 +140,7 @@ def test_layers_are_their_own_again_when_the_last_thread_has_left(make_tiny_mode
 def test_a_family_asks_once_for_each_kind_of_layer(
     make_tiny_model: MakeModel, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """qwen2's windows act on some layers: what one asks for must not be taken for all."""
+    """qwen2's windows act on some layers only: options of one kind of layer must not be used for all."""
     kinds: list[str] = []
     options = fused_module._attention_options
 

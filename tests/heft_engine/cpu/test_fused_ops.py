@@ -1,4 +1,4 @@
-"""Fused operators: torch's bits, one order of sums, and errors for tensors that do not fit."""
+"""Fused operators have torch's bits and one order of sums, and refuse tensors that do not fit."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ def test_operators_have_the_bits_of_torchs_operations(ops: FusedOps, threads: in
 
 @torch.inference_mode()
 def test_logits_are_summed_in_one_order(ops: FusedOps) -> None:
-    """Whatever the number of rows and threads; torch's differ with both."""
+    """The bits are the same for any number of rows and threads; torch's differ with both."""
     for width in (8, 96, 590):
         x, weight = draw(11, width), draw(600, width)
         exact = (x.double() @ weight.double().T).float()
@@ -61,7 +61,7 @@ def test_logits_are_summed_in_one_order(ops: FusedOps) -> None:
 
 
 def test_tensors_that_do_not_fit_are_refused(ops: FusedOps) -> None:
-    """Kernels see addresses alone, and would read and write beyond them."""
+    """Kernels see only addresses, and would read and write past the tensors' ends."""
     x, weight, angles, strided = draw(6, 2, 8), draw(8), draw(6, 8), draw(2, 6, 8).transpose(0, 1)
     wrong: list[tuple[str, Callable[[], object]]] = [
         (r"weight must have the shape \(8\), not \(9\)", lambda: ops.rms_norm(x, draw(9), 1e-5)),

@@ -1,4 +1,4 @@
-"""Whole models on AMX: heads as wide as real ones, so that attention is theirs too."""
+"""Whole models on AMX, with heads as wide as real ones, so that attention runs there too."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ def make_wide_model(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str],
 
 
 def rows(count: int = 12) -> list[Example]:
-    """Some with several tokens an answer, so that branches stand behind prompts."""
+    """Examples, a third of which have answers of several tokens, so that branches follow their prompts."""
     plain = examples(count, longest=90)
     several = ((7, 9, 11), (8,), (12, 5))
     return [
@@ -89,7 +89,7 @@ def test_scores_are_torchs_to_rounding(
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_a_rows_bits_are_its_own(family: str, make_wide_model: Callable[[str], Path]) -> None:
-    """Whatever stands beside it, with one thread and with several, with packed weights and with plain ones."""
+    """A row's bits don't depend on the rows beside it, the threads, or whether weights are packed."""
     lm, questions = packed(make_wide_model(family), BF16), rows()
     together = score(lm, questions)
     assert bool(len(cast(CpuBackend, lm.backend).fused_layers)) == (family in QUICK)
@@ -129,7 +129,7 @@ def test_a_kept_prefix_changes_no_bit(
 
 @pytest.mark.parametrize("family", QUICK)
 def test_nor_does_it_for_unmerged_models(family: str, make_wide_model: Callable[[str], Path]) -> None:
-    """With LoRA of several ranks; DoRA's own products are torch's."""
+    """The models have LoRA of several ranks; DoRA is left out, because torch computes its products."""
     base = packed(make_wide_model(family), BF16)
     adapt_rows(base)
     stored_models = models(base, suffixes=("q_proj", "o_proj", "gate_proj", "down_proj"))
@@ -178,7 +178,7 @@ def row(variant: ModelVariant, example: Example, cache: PrefixCache | None) -> S
 def test_rows_of_many_models_score_as_alone_and_as_merged(
     family: str, make_wide_model: Callable[[str], Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """DoRA among them, which takes the layer's own modules: the others' bits must not show it."""
+    """DoRA rows run through the layer's own modules; the other rows' bits must not change."""
     base = packed(make_wide_model(family), BF16)
     adapt_rows(base)
     stored_models = models(base, suffixes=("q_proj", "o_proj", "gate_proj", "up_proj", "down_proj"))

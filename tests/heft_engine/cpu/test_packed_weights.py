@@ -1,4 +1,4 @@
-"""Packed weights: a product's bits, while the weight is what it was."""
+"""Packed weights are used only while the weight is unchanged, and change no bit of a product."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Self-tests pass with right operators and name a wrong one, by one number of one result."""
+"""Self-tests pass with correct operators and name one that gets a single number wrong."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from heft_engine.cpu.selftest import failed_amx_check, failed_fused_check
 
 
 class Faulty:
-    """Operators of which one changes the last number of what it returns, for calls that `hits` chooses."""
+    """Operators of which one changes the last number of its result, for calls that `hits` chooses."""
 
     def __init__(self, ops: Any, name: str, hits: Callable[..., bool] = lambda *_, **__: True) -> None:
         self._ops, self._name, self._hits = ops, name, hits

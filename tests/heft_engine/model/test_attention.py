@@ -23,7 +23,7 @@ def rows(count: int) -> list[Example]:
 @pytest.mark.parametrize("window", [None, 20])
 @pytest.mark.parametrize("softcap", [None, 5.0])
 def test_attention_of_packed_rows_is_each_rows_own(window: int | None, softcap: float | None) -> None:
-    """Against the formula, every row alone in float64."""
+    """The result equals the formula, computed for every row alone in float64."""
     torch.manual_seed(2)
     layout = pack(rows(7)).layout
     tokens = sum(row.length for row in layout.rows)
@@ -46,7 +46,7 @@ def test_attention_of_packed_rows_is_each_rows_own(window: int | None, softcap: 
 
 @torch.inference_mode()
 def test_a_row_that_is_no_number_leaves_its_neighbours_alone() -> None:
-    """They may be another customer's."""
+    """The neighbours may be another customer's rows."""
     torch.manual_seed(2)
     layout = pack(rows(5)).layout
     tokens = sum(row.length for row in layout.rows)

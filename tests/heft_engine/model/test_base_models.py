@@ -1,4 +1,4 @@
-"""Base models: found by name, judged before they are used, loaded frozen with classes of a fixed table."""
+"""Base models are found by name, checked before use, and loaded frozen with classes of a fixed table."""
 
 import json
 import shutil

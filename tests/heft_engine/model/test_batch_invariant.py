@@ -51,7 +51,7 @@ def rows(count: int) -> list[Example]:
 def test_a_rows_scores_are_its_own(
     make_tiny_model: Callable[[str], Path], family: str, dtype: torch.dtype
 ) -> None:
-    """Alone, among others, in another order and beside fewer, with any number of threads."""
+    """A row has the same scores alone, among others, in another order, with any number of threads."""
     # The intervention multiplies one row alone when it is scored alone.
     lm, examples = with_intervention(make_tiny_model(family), "l1", dtype), rows(7)
 

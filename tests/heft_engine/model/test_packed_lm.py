@@ -1,4 +1,4 @@
-"""Packed rows against each family's own forward: same logits, whatever lies beside a row."""
+"""Packed rows have the logits of transformers' forward, whatever lies beside a row."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ def packed(path: Path) -> PackedLM:
 
 
 def reference(path: Path) -> Any:
-    """The family as transformers runs it."""
+    """The model as transformers runs it."""
     return AutoModelForCausalLM.from_pretrained(path, attn_implementation="eager", dtype=torch.float32)
 
 
@@ -44,7 +44,7 @@ def tokens(length: int, seed: int = 0) -> tuple[int, ...]:
 
 
 def example(prompt: int, *answers: int) -> Example:
-    """A prompt and branches of so many tokens."""
+    """An example whose prompt and answers have these numbers of tokens."""
     branches = tuple(tokens(length, seed=i + 1) for i, length in enumerate(answers))
     return Example(
         prompt=tokens(prompt), answers=branches, labels=tuple(map(str, range(len(answers)))), gold=None
@@ -61,13 +61,13 @@ def packed_logits(lm: PackedLM, examples: Sequence[Example], scale: float = 1.0)
 
 @torch.inference_mode()
 def reference_logits(model: Any, prompt: Sequence[int], answer: Sequence[int]) -> Tensor:
-    """The same for one row, alone, by the family's own forward."""
+    """The same logits for one row, alone, by transformers' forward."""
     logits: Tensor = model(torch.tensor([[*prompt, *answer]])).logits[0]
     return logits[len(prompt) - 1 : -1]
 
 
 def intervention(hidden_size: int, seed: int = 0) -> LoreftIntervention:
-    """A random one, frozen, strong enough to be seen."""
+    """A random frozen intervention, strong enough to change the logits."""
     torch.manual_seed(seed)
     module = LoreftIntervention(hidden_size, 4)
     torch.nn.init.normal_(module.bias)
@@ -98,7 +98,7 @@ def test_packed_rows_have_the_logits_of_the_familys_own_forward(
 
 @pytest.mark.parametrize("family", ["mistral", "qwen2", "gemma2", "gemma3_text"])
 def test_the_window_matters_at_the_lengths_tested(make_tiny_model: MakeModel, family: str) -> None:
-    """Without it the test above would pass by luck."""
+    """Without this, the test above could pass by luck."""
     path = make_tiny_model(family)
     lm, row = packed(path), example(3 * WINDOW, 2)
     windowed = packed_logits(lm, [row])[0][0]
@@ -127,7 +127,7 @@ def test_gemmas_soft_caps_are_applied(make_tiny_model: MakeModel, name: str) -> 
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_decoding_on_the_cache_says_what_recomputation_says(make_tiny_model: MakeModel, family: str) -> None:
-    """Past the window, with an intervention that acts on the prompt alone."""
+    """Decoding runs past the window, with an intervention that acts on the prompt alone."""
     path = make_tiny_model(family)
     lm, model = packed(path), reference(path)
     prompt = example(WINDOW + 5)

@@ -1,4 +1,4 @@
-"""Passes are filled up to few lengths, with tokens that change nothing."""
+"""Passes are padded to a few lengths, with tokens that change nothing."""
 
 from __future__ import annotations
 
@@ -51,11 +51,11 @@ def test_a_filled_pass_has_the_same_loss_and_gradient(
     lengths: list[int] = []
     hidden = lm.hidden
 
-    def seen(batch: Batch) -> torch.Tensor:
+    def recording(batch: Batch) -> torch.Tensor:
         lengths.append(batch.tokens)
         return hidden(batch)
 
-    monkeypatch.setattr(lm, "hidden", seen)
+    monkeypatch.setattr(lm, "hidden", recording)
 
     def computed() -> tuple[torch.Tensor, list[torch.Tensor]]:
         loss = summed_loss(FullPass(lm=lm, examples=ROWS), SupervisedObjective(), range(len(ROWS)))

@@ -1,4 +1,4 @@
-"""The report on a job's files: every fault with its place, true counts, warnings for what is seldom meant."""
+"""The report on a job's files: every fault with its place, exact counts, warnings for likely mistakes."""
 
 import json
 from pathlib import Path

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-#: A thread that frees what it has filled, over and over, as passes do.
+#: A program whose thread fills and frees memory over and over, as passes do.
 PROGRAM = """
 import json, resource, sys, threading
 import psutil, torch

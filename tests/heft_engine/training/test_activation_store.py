@@ -1,4 +1,4 @@
-"""A prefill that an earlier run left is taken over: the same bits, none of the arithmetic; never somebody else's."""
+"""Activations that an earlier run stored are reused: same bits, no computation; never those of another owner."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ def folder(tmp_path: Path) -> ActivationStore:
 
 @contextmanager
 def counting(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[int]]:
-    """The rows of every prefill that is computed inside."""
+    """Yields the number of rows of every prefill computed inside the block."""
     rows: list[int] = []
     fill = activation_cache.SuffixCache._fill
 
@@ -198,7 +198,7 @@ def test_what_was_taken_over_counts_as_if_it_had_been_computed(
 def test_another_result_of_an_equal_stage_has_prefills_of_its_own(
     tiny_llama_dir: Path, tmp_path: Path, folder: ActivationStore, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The size of passes moves bits, and with dropout more than that, but not a stage's key."""
+    """The size of passes changes a stage's bits, with dropout even more, but not its key."""
     settings = config(tiny_llama_dir, stages=[but(LORA, dropout=0.1), REFT])
     run(settings, tmp_path / "first", stage_store=LocalStages(directory=tmp_path / "one"), activations=folder)
     monkeypatch.setattr(plan, "TOKEN_BUDGET", 100)

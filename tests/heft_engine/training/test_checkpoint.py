@@ -1,4 +1,4 @@
-"""Checkpoints on disk: complete or none, never rewritten, and refused by any other run."""
+"""Checkpoints on disk are complete or absent, never rewritten, and refused by any other run."""
 
 from __future__ import annotations
 
@@ -99,7 +99,7 @@ def test_a_kill_between_files_and_manifest_leaves_no_checkpoint(
     tiny_llama_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     class Killed(BaseException):
-        """Not to be caught, like a signal."""
+        """An exception that no `except Exception` catches, like a signal."""
 
     sealed = itertools.count(1)
 
@@ -127,7 +127,7 @@ def test_a_kill_between_files_and_manifest_leaves_no_checkpoint(
 def test_no_checkpoint_is_ever_rewritten_and_the_newest_are_kept(
     tiny_llama_dir: Path, tmp_path: Path
 ) -> None:
-    """Saved at every step and at every epoch's end; what an event names is there and stays as it was."""
+    """Checkpoints are saved at every step and epoch end; a checkpoint named by an event exists and never changes."""
     folder, record = tmp_path / "checkpoints", RunRecord()
     kinds: list[str] = []
 
@@ -155,7 +155,7 @@ def test_no_checkpoint_is_ever_rewritten_and_the_newest_are_kept(
 
 
 def test_a_checkpoint_has_the_metrics_of_its_step(tiny_llama_dir: Path, tmp_path: Path) -> None:
-    """By OpenAI's names; a validation loss once an epoch has ended."""
+    """Metrics have OpenAI's names; the validation loss appears when an epoch has ended."""
     folder = tmp_path / "checkpoints"
     record = run(
         config(tiny_llama_dir),

@@ -29,7 +29,7 @@ TEST, EVAL = parse(yes_no(20, seed=9)), parse(yes_no(24, seed=10))
 
 
 class Counted(TorchDispatchMode):
-    """torch's own count of products with weights: attention runs padded here, and is counted as it is meant.
+    """Counts the products with weights as torch does; attention is left out, because it runs padded here.
 
     torch's FlopCounterMode follows modules too, which nested gradients break.
     """
@@ -121,7 +121,7 @@ def test_a_run_says_what_it_cost_and_what_was_right(tiny_llama_dir: Path, tmp_pa
 
 
 def test_a_run_says_what_it_came_to_on_validation_rows(tiny_llama_dir: Path, tmp_path: Path) -> None:
-    """The result that a search chooses by: never that of the reported rows."""
+    """A search chooses by this result, never by that of the reported rows."""
     both = run(config(tiny_llama_dir, "lora"), tmp_path / "both", validation=EVAL, test_rows=TEST).one(
         "SUCCEEDED"
     )

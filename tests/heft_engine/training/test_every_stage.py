@@ -1,4 +1,4 @@
-"""Every adapter with every objective: trained, merged or left in place, resumed with equal bits, served, exported."""
+"""Every adapter with every objective is trained, merged or left in place, resumed with equal bits, served, exported."""
 
 from __future__ import annotations
 
@@ -63,7 +63,7 @@ def test_a_stage_trains_any_adapter_for_any_objective(
 
 
 def resumes_with_equal_bits(settings: TrainConfig, folder: Path, whole: RunRecord) -> None:
-    """Stopped once in the middle of each stage."""
+    """Checks that a run stopped once in the middle of each stage equals an uninterrupted one."""
     stages = len(settings.stages)
     calls_per_stage = (len(whole.losses) + stages) // stages  # after each step, and at the epoch's end
     losses, last = interrupted(
@@ -92,7 +92,7 @@ def exports(folder: Path, format: Format, *, merges: bool) -> None:
 
 
 class LastLossWeighs(SupervisedObjective):
-    """Has state and figures of its own: the loss is multiplied by a number that follows the losses before."""
+    """An objective with state and metrics: it multiplies the loss by a weight that follows earlier losses."""
 
     def __init__(self) -> None:
         self.weight = torch.ones(())

@@ -1,4 +1,4 @@
-"""Losses and their gradients: packed beside the family's own, and every level of the cache beside the whole model."""
+"""Losses and gradients: packed passes against transformers' forward, every cache level against the whole model."""
 
 from __future__ import annotations
 
@@ -75,7 +75,7 @@ def test_gradients_are_those_of_the_familys_own_forward(
 
 
 def standing(lm: PackedLM, layer: int, positions: str, seed: int) -> None:
-    """A frozen intervention of an earlier stage."""
+    """Adds a frozen intervention, as an earlier stage leaves it."""
     torch.manual_seed(seed)
     intervention = LoreftIntervention(lm.hidden_size, 3)
     torch.nn.init.normal_(intervention.bias)
@@ -86,7 +86,7 @@ def standing(lm: PackedLM, layer: int, positions: str, seed: int) -> None:
 
 
 def computed(forward: ForwardPass, trainable: ReftAdapter | LoraAdapter) -> tuple[float, dict[str, Tensor]]:
-    """The loss of all rows in an order of its own, and its gradients."""
+    """Returns the loss of all rows, in a shuffled order, and its gradients."""
     for parameter in trainable.parameters().values():
         parameter.grad = None
     loss = summed_loss(forward, SupervisedObjective(), [4, 0, 5, 1, 3, 2])
@@ -109,7 +109,7 @@ def assert_same(actual: tuple[float, dict[str, Tensor]], expected: tuple[float, 
 def test_a_reft_stage_on_every_cache_level(
     make_tiny_model: MakeModel, tmp_path: Path, family: str, positions: str
 ) -> None:
-    """Frozen interventions below, at and above the trained ones, which sit at two layers."""
+    """Interventions of two layers are trained, with frozen ones below, at and above them."""
     lm = packed(make_tiny_model(family))
     for seed, (layer, earlier_positions) in enumerate(((0, "l2"), (1, "f1"), (2, "l1"), (3, "f2+l1"))):
         standing(lm, layer, earlier_positions, seed)

@@ -1,4 +1,4 @@
-"""Thirty steps on every level of the cache, and however the passes run, give the losses of the plain computation."""
+"""Thirty steps have the losses of the plain computation, on every cache level and however the passes run."""
 
 from __future__ import annotations
 
@@ -97,7 +97,7 @@ def test_passes_of_any_size_and_layers_that_run_twice_train_alike(tiny_llama_dir
 def test_traced_layers_train_alike(
     tiny_llama_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The layers as Dynamo traces them, without the half minute of machine code."""
+    """Layers run as Dynamo traces them, without the half minute that compiling machine code takes."""
     monkeypatch.setattr(torch, "compile", partial(torch.compile, backend="eager"))
     graphs = counters["stats"]["unique_graphs"]
     compiled_losses = lora(tiny_llama_dir, compile=True, cache_dir=tmp_path)

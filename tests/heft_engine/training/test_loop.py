@@ -1,4 +1,4 @@
-"""The training loop: what it computes at each step, and what it says of training that fails."""
+"""The training loop: the computation of each step, its metrics, early stopping."""
 
 from __future__ import annotations
 
@@ -67,16 +67,16 @@ def test_every_epoch_has_every_row_once_in_an_order_of_its_own(
 def test_how_a_step_is_cut_changes_nothing_but_rounding(
     tiny_llama_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, method: str
 ) -> None:
-    """The loss of a step is a mean over its tokens: parts of one row weigh by their tokens, not as rows."""
+    """A step's loss is a mean over its tokens: each part weighs by its tokens, not by its rows."""
     rows = parse([{"prompt": "Say", "completion": "sea " * n} for n in (1, 2, 5, 20) * 4])
     whole = run(config(tiny_llama_dir, method), tmp_path / "whole", rows)
     parts = []
 
-    def small(tokens_of: Any, indices: Any, budget: int) -> list[list[int]]:
+    def split_small(tokens_of: Any, indices: Any, budget: int) -> list[list[int]]:
         parts.append(forward_pass.split_by_tokens(tokens_of, indices, 20))
         return parts[-1]
 
-    monkeypatch.setattr(loop, "split_by_tokens", small)
+    monkeypatch.setattr(loop, "split_by_tokens", split_small)
     cut = run(config(tiny_llama_dir, method), tmp_path / "cut", rows)
     assert max(map(len, parts)) > 4
     assert cut.losses == pytest.approx(whole.losses, abs=2e-5)
@@ -86,7 +86,7 @@ def test_how_a_step_is_cut_changes_nothing_but_rounding(
 def test_a_step_s_loss_and_gradient_are_means_over_its_supervised_tokens(
     tiny_llama_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Before anything has changed: those of the base with a fresh intervention."""
+    """The first step's loss and gradient are those of the base with a fresh intervention."""
     rows = parse([{"prompt": "Say", "completion": "sea " * n} for n in (1, 2, 5, 20)])
     steps: list[list[torch.Tensor]] = []
     monkeypatch.setattr(

@@ -1,4 +1,4 @@
-"""Training that fails: each kind is named, with what to do about it, and leaves no bundle."""
+"""Training that fails: each kind of failure has a name and advice, and leaves no bundle."""
 
 from __future__ import annotations
 
@@ -68,7 +68,7 @@ def test_training_that_does_not_train_fails(
 
 @pytest.fixture
 def spoil_gradients(monkeypatch: pytest.MonkeyPatch) -> Callable[[int, float], None]:
-    """`spoil_gradients(step, factor)`: from that step on, counted from 1, gradients are multiplied by a factor."""
+    """`spoil_gradients(step, factor)` multiplies all gradients by the factor from that step on, counted from 1."""
 
     def spoil(first: int, factor: float) -> None:
         steps = itertools.count(1)
@@ -92,7 +92,7 @@ def test_a_loss_that_is_no_number_fails_the_run_and_names_the_rate(
     stage: LoraStage | ReftStage,
     first: int,
 ) -> None:
-    """Also when it was the very last of six steps that broke the model, and no later one saw it."""
+    """The run fails too when the last of six steps breaks the model and no later step sees it."""
     spoil_gradients(first, math.nan)
     record, kind = RunRecord(), stage.type
     with pytest.raises(

@@ -1,4 +1,4 @@
-"""Layers that keep less for their gradient compute what they compute otherwise."""
+"""Layers that save fewer tensors for their gradient compute the same results."""
 
 from __future__ import annotations
 
@@ -70,7 +70,7 @@ def test_bfloat16_has_the_same_bits_forward(tiny_llama_dir: Path) -> None:
 
 @pytest.mark.parametrize("family", ["llama", "gemma2"])
 def test_low_memory_layers_keep_less(make_tiny_model: MakeModel, family: str) -> None:
-    """A tenth less at least, in the float32 of a tiny model with its narrow layers."""
+    """Even a tiny model with narrow layers takes 15 % less memory per token."""
     lm = packed(make_tiny_model(family), torch.bfloat16)
     ReftAdapter.attach(lm, but(REFT, layers=[0]))
     usual = memory_plan.footprint(lm)

@@ -37,7 +37,7 @@ def packed(path: Path) -> PackedLM:
 
 
 def saved_bytes(lm: PackedLM, lengths: list[int]) -> int:
-    """Bytes of the storages that a pass really keeps."""
+    """Returns the bytes of the storages that a pass saves for its gradient."""
     storages: dict[int, torch.Tensor] = {}
     weight_storages = {tensor.untyped_storage().data_ptr() for tensor in lm.model.state_dict().values()}
 
@@ -54,7 +54,7 @@ def saved_bytes(lm: PackedLM, lengths: list[int]) -> int:
 
 @pytest.mark.parametrize("checkpointing", [False, True])
 def test_a_pass_keeps_what_was_foretold(tiny_llama_dir: Path, checkpointing: bool) -> None:
-    """From passes of 128 tokens at most to rows of 400."""
+    """The footprint measured on passes of at most 128 tokens holds for rows of 400."""
     lm = packed(tiny_llama_dir)
     LoraAdapter.attach(lm, but(LORA, target_modules=["q_proj", "v_proj"]))
     lm.checkpointing = checkpointing

@@ -1,4 +1,4 @@
-"""Directories that the real pyreft saved: read, scored, trained further, made into bundles, refused."""
+"""Directories that the real pyreft saved are read, scored, trained further, made into bundles or refused."""
 
 import json
 import shutil
@@ -87,7 +87,7 @@ def test_training_goes_on_from_what_pyreft_saved_and_R_stays_a_rotation(
 def test_pyrefts_own_load_leaves_an_R_that_training_breaks(
     trained: tuple[Any, Path], tiny_llama_dir: Path
 ) -> None:
-    """Why `unfreeze` completes the parametrisation's base by itself."""
+    """This is why `unfreeze` completes the parametrisation's base by itself."""
     _, folder = trained
     loaded = load_exactly(folder, plain(tiny_llama_dir))
     assert max(map(rotation_error, interventions(loaded))) < 1e-5

@@ -1,4 +1,4 @@
-"""SmolLM2-135M on real rows: minutes, so not in the fast suite. The rows are no part of this repository."""
+"""SmolLM2-135M on real rows, for minutes: not in the fast suite. The rows are not part of this repository."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ def rows(name: str, count: int | None = None) -> list[Row]:
 
 
 def trained(folder: Path, config: dict[str, Any], training: list[Row], test: list[Row]) -> dict[str, Any]:
-    """Trains into `folder`; the data of the last event."""
+    """Trains into `folder` and returns the data of the last event."""
     events: list[Event] = []
     run = TrainConfig(model="smollm2-135m", method="heft", seed=1, **config)
     train(run, training, [], folder, events.append, test_rows=test)
@@ -65,7 +65,7 @@ def test_boolq_answers_have_the_bits_of_the_evaluation_alone_and_together(
 
 
 def test_sst2_is_learnt(tmp_path: Path) -> None:
-    """The base is at chance (47.6 %), a prototype was at 88.3 %."""
+    """The base model is at chance (47.6 %); a prototype reached 88.3 %."""
     stages = [LoraStage(n_epochs=2, learning_rate=5e-4), ReftStage(n_epochs=2, learning_rate=2e-3)]
     done = trained(
         tmp_path / "bundle", {"stages": stages}, rows("sst2/train.jsonl", 1_000), rows("sst2/dev.jsonl")

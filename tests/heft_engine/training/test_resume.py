@@ -1,4 +1,4 @@
-"""Stopped anywhere and resumed equals never stopped: same losses, same weights, bit for bit (float32, CPU)."""
+"""A run that is stopped anywhere and resumed equals an uninterrupted one, bit for bit (float32, CPU)."""
 
 from __future__ import annotations
 
@@ -64,7 +64,7 @@ def test_stopped_and_resumed_is_never_stopped(tiny_llama_dir: Path, tmp_path: Pa
 
 
 def test_stopped_at_every_place_of_a_stage(tiny_llama_dir: Path, tmp_path: Path) -> None:
-    """Also between an epoch's last step and its end, and right before the next stage."""
+    """The stops include those between an epoch's last step and its end, and right before the next stage."""
     settings = config(tiny_llama_dir, "heft_reversed", stages("heft_reversed", **DROPOUT, batch_size=12))
     whole = run(settings, tmp_path / "whole", None, VALIDATION)
     assert len(whole.losses) == 8
@@ -86,7 +86,7 @@ def test_resumed_from_a_stage_s_end(tiny_llama_dir: Path, tmp_path: Path) -> Non
 
 
 def test_a_stage_goes_on_with_the_cache_it_began_with(tiny_llama_dir: Path, tmp_path: Path) -> None:
-    """However much memory is free after the restart: another level would round otherwise."""
+    """The cache level stays the same whatever memory is free after the restart: another would round differently."""
     settings = config(tiny_llama_dir, "reft")
     whole = run(settings, tmp_path / "whole", None, VALIDATION, cache_memory_bytes=0)
     calls = itertools.count(1)

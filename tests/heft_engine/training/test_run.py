@@ -1,4 +1,4 @@
-"""Whole runs: every method on every task, what they say in which order, and the bundle they leave."""
+"""Whole runs: every method on every task, the order of its events, and its bundle."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from heft_engine.serving.predictor import load
 from heft_engine.training import result
 
 QUICK = {"n_epochs": 1, "batch_size": 6}
-#: Of four: an intervention, trained further by the third stage, and adapters of different layers.
+#: Four stages: an intervention, trained further by the third stage, and adapters of different layers.
 FOUR = [but(REFT, layers=[0]), LORA, but(REFT, layers=[0], n_epochs=1), but(LORA, layers=[3])]
 STAGES = {
     "heft": [LORA, REFT],
@@ -33,7 +33,7 @@ STAGES = {
 
 
 def computed(lm: PackedLM, encoder: Encoder, examples: list[Example]) -> list[Any]:
-    """All that is computed of rows, one by one: scores, and tokens where the task generates them."""
+    """Returns each row's scores, and its tokens where the task generates them."""
     scores: list[Any] = [(row_scores.totals, row_scores.means) for row_scores in score(lm, examples)]
     if encoder.task.type != "text":
         return scores

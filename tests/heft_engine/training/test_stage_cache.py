@@ -1,4 +1,4 @@
-"""A stage that an equal run has trained is not trained again, and the weights are the same; never a wrong hit."""
+"""A stage that an equal run has trained is reused with the same weights; any difference is a miss."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ def store(tmp_path: Path) -> LocalStages:
 
 
 def same_model(actual: RunRecord, expected: RunRecord) -> None:
-    """Same weights, bit for bit, and the same record."""
+    """Checks that two runs have the same weights, bit for bit, and the same record."""
     mine, theirs = tensors(actual), tensors(expected)
     assert mine.keys() == theirs.keys()
     assert all(torch.equal(mine[name], theirs[name]) for name in mine)
@@ -149,7 +149,7 @@ def test_a_run_that_is_all_there_has_its_validation_result_too(
 def test_the_longest_prefix_counts_and_every_stage_of_it_ends(
     tiny_llama_dir: Path, tmp_path: Path, store: LocalStages
 ) -> None:
-    """The second ReFT stage goes on with the first one's intervention: each end has its own."""
+    """The second ReFT stage trains the first one's intervention further: each stage's end has its own state."""
     method: Any = "heft_interleaved"
     lora, first_reft, *_ = recipe(method, LORA, REFT)
     run(config(tiny_llama_dir, method), tmp_path / "first", TEST, stage_store=store)
@@ -201,7 +201,7 @@ def lora(**changes: Any) -> dict[str, Any]:
     return {"stages": [but(LORA, **changes), REFT]}
 
 
-#: What is changed: of the settings, or the rows in place of others.
+#: Changed settings, and rows that replace others.
 CHANGES: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
     "a training row's text": ({}, {"rows": reworded(ROWS)}),
     "a training row's answer": ({}, {"rows": flipped(ROWS)}),
@@ -315,7 +315,7 @@ def test_the_hash_of_the_code_is_of_every_python_and_cpp_file(
 def test_kernels_on_and_off_have_different_keys(
     tiny_llama_dir: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Their sums are rounded in another order."""
+    """The kernels round their sums in another order."""
     monkeypatch.delenv("HEFT_KERNELS", raising=False)
     before = keys(config(tiny_llama_dir))
     monkeypatch.setenv("HEFT_KERNELS", "off")
@@ -323,7 +323,7 @@ def test_kernels_on_and_off_have_different_keys(
 
 
 def test_what_means_the_same_has_the_same_key(tiny_llama_dir: Path, tmp_path: Path) -> None:
-    """Another second stage, another method, "auto" and what it stands for, another place of the same base."""
+    """The first stage's key ignores later stages, the method, "auto" in place of its value, and the base's path."""
     copy = shutil.copytree(tiny_llama_dir, tmp_path / "copy")
     auto = but(LORA, learning_rate="auto")
     mine = keys(config(tiny_llama_dir, stages=[auto, REFT]))
@@ -416,7 +416,7 @@ def test_without_a_store_nothing_is_looked_up_or_kept(
 
 
 def stopped(settings: TrainConfig, folder: Path, at: int, **options: Any) -> RunRecord:
-    """Stops at this call of `should_stop`; its checkpoints are in `folder`."""
+    """Runs until this call of `should_stop`; its checkpoints are in `folder`."""
     record, calls = RunRecord(), itertools.count(1)
     with pytest.raises(Stopped):
         run(
@@ -463,7 +463,7 @@ def test_a_run_that_went_on_keeps_what_it_ends_with(
 def test_a_run_that_went_on_with_something_else_keeps_nothing(
     tiny_llama_dir: Path, tmp_path: Path, store: LocalStages, other: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """A checkpoint goes on after an upgrade; what comes of it is neither the old version's result nor the new one's."""
+    """A checkpoint resumes after an upgrade; its result belongs to neither the old version nor the new one."""
     settings = config(tiny_llama_dir, "lora")
     before = stopped(settings, tmp_path / "stopped", 2, stage_store=store, test_rows=TEST)
     if other == "code":

@@ -1,4 +1,4 @@
-"""Checkpoints and bundles that earlier versions wrote: they resume and load.
+"""Checkpoints and bundles that earlier versions wrote still resume and load.
 
 `stored_runs` was written by commit e7095bb (bundle format 1) with the settings below: a checkpoint inside the second
 stage, one at the end of the first, the bundle (its tokenizer, the tiny model's own, left out) and the steps' losses.

@@ -1,4 +1,4 @@
-"""Intruder dimensions: planted ones are found and repaired; what is none is not taken for one."""
+"""Intruder dimensions: planted ones are found and repaired, and nothing else is taken for one."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""LoRA: what is merged is what was trained, whatever it is read from, and nothing else is taken."""
+"""LoRA layers of peft: attached to the chosen modules, merged as they were trained, saved as peft reads them."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ MakeModel = Callable[[str], Path]
 
 
 def trained(lm: PackedLM, stage: LoraStage, seed: int = 0) -> tuple[Any, LoraWeights]:
-    """An adapter with visible factors, in the model, and a copy of it."""
+    """Returns a model with an adapter of random factors, and a copy of the adapter."""
     assert stage.target_modules != "auto"
     adapted = lora.attach(lm, stage, stage.target_modules)
     generator = torch.Generator().manual_seed(seed)

@@ -1,4 +1,4 @@
-"""Stage 1's variants: trained as peft trains them, merged as they were trained, readable by peft alone."""
+"""LoRA variants are trained as peft trains them, merged as they were trained, and readable by peft alone."""
 
 from __future__ import annotations
 
@@ -49,7 +49,7 @@ def stage_of(variant: str, **more: Any) -> Any:
 
 
 def trained(lm: PackedLM, stage: LoraStage, seed: int = 0) -> tuple[LoraAdapter, LoraWeights]:
-    """An adapter away from where it began, in the model with the engine's own product, and a copy of it."""
+    """Returns an adapter moved from its initial weights, attached to the model, and a copy of its factors."""
     torch.manual_seed(seed)
     trainable = LoraAdapter.attach(lm, stage)
     with torch.no_grad():
@@ -60,7 +60,7 @@ def trained(lm: PackedLM, stage: LoraStage, seed: int = 0) -> tuple[LoraAdapter,
 
 
 def peft_losses(path: Path, stage: LoraStage, steps: list[list[Example]]) -> list[float]:
-    """The same steps by peft's own initialisation and forward pass, row by row, with transformers' defaults."""
+    """Returns the losses of the same steps by peft's initialisation and forward pass, row by row."""
     torch.manual_seed(derived_seed(SEED, 0))
     config = LoraConfig(
         r=stage.rank,
