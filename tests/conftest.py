@@ -1,4 +1,4 @@
-"""What every test may ask for: a real Postgres and a real Valkey, started once, a clean corner of each."""
+"""Fixtures of all tests: a real Postgres and a real Valkey, started once, with an empty database of each."""
 
 from __future__ import annotations
 

@@ -52,7 +52,7 @@ TIMEOUT = 150.0
 
 @dataclass(frozen=True, kw_only=True)
 class Outcome:
-    """What a user saw of a job whose trainer, worker and stack were killed."""
+    """A job whose trainer, worker and stack were killed, as its user saw it."""
 
     job: dict[str, Any]
     losses: list[float]

@@ -1,1 +1,1 @@
-"""Work that is done beside jobs, by the clock."""
+"""Periodic tasks of a worker process beside its Celery tasks."""

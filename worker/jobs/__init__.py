@@ -1,1 +1,1 @@
-"""One job's way through a worker: claim, rows, training, publication."""
+"""One attempt at a job: claim, rows, engine process, events, checkpoints, the finished model."""

@@ -1,4 +1,4 @@
-"""The child process: what it sees, what is heard from it, and that nothing of it is ever left behind."""
+"""The child process: its environment, its output, and the end of its process group."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ def start(tmp_path: Path) -> Iterator[Callable[[str], Child]]:
         child.wait()
 
 
-def test_only_what_is_needed_is_passed_on() -> None:
+def test_only_listed_variables_are_inherited() -> None:
     environment = {
         "PATH": "/bin",
         "HF_HOME": "/hub",
@@ -47,13 +47,13 @@ def test_only_what_is_needed_is_passed_on() -> None:
         "HEFT_API_KEY": "heft_a_b",
         "AWS_SECRET_ACCESS_KEY": "secret",
     }
-    passed = child_environment(environment)
-    assert {name for name in environment if name in passed} == {
+    inherited = child_environment(environment)
+    assert {name for name in environment if name in inherited} == {
         *("PATH", "HF_HOME", "CUDA_VISIBLE_DEVICES", "OMP_NUM_THREADS", "HEFT_KERNELS", "https_proxy")
     }
 
 
-def test_json_lines_are_heard_in_order_and_noise_is_left_out(start: Callable[[str], Child]) -> None:
+def test_json_lines_are_read_in_order_and_other_output_is_skipped(start: Callable[[str], Child]) -> None:
     child = start(
         """
         print('{"n": 1}'); print("Loading weights: 100%"); print("[1]"); print('{"n": 2}', flush=True)
@@ -64,12 +64,12 @@ def test_json_lines_are_heard_in_order_and_noise_is_left_out(start: Callable[[st
     assert child.wait() == 0
 
 
-def test_exit_code_and_signal_are_told(start: Callable[[str], Child]) -> None:
+def test_exit_code_and_signal_are_returned(start: Callable[[str], Child]) -> None:
     assert start("sys.exit(75)").wait() == 75
     assert start("os.kill(os.getpid(), signal.SIGKILL)").wait() == -signal.SIGKILL
 
 
-def test_its_helpers_end_with_it(start: Callable[[str], Child]) -> None:
+def test_its_children_end_with_it(start: Callable[[str], Child]) -> None:
     child = start(
         """
         helper = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(1000)"])
@@ -93,11 +93,11 @@ def test_kill_ends_the_whole_group(start: Callable[[str], Child]) -> None:
     child.kill()
     assert child.wait() == -signal.SIGKILL
     eventually(lambda: gone(line["pid"]))
-    child.kill()  # nothing to end, and nobody else's process is hit
+    child.kill()  # it has ended: no other process with its pid is killed
 
 
 def test_it_ends_when_its_worker_is_killed(tmp_path: Path) -> None:
-    """kill -9 of the parent: the end-of-file on stdin (and the parent-death signal) reach the trainer."""
+    """After SIGKILL of the parent, end-of-file on stdin and the parent-death signal reach the trainer."""
     rows = tmp_path / "rows.jsonl"
     rows.write_text('{"do": "silent"}\n')
     run = {"train": str(rows), "out": str(tmp_path), "checkpoint_dir": str(tmp_path), "resume": None}

@@ -1,4 +1,4 @@
-"""Worker processes as they are started on a machine: Celery, signals, kill -9, and what is left behind."""
+"""Worker processes with Celery: messages, SIGTERM, SIGKILL, and logs."""
 
 from __future__ import annotations
 
@@ -31,8 +31,7 @@ StartWorker = Callable[..., subprocess.Popen[bytes]]
 
 @pytest.fixture
 def start_worker(bench: Bench, tmp_path: Path) -> Iterator[StartWorker]:
-    """Starts a worker of a role on the bench's database, and waits until it is known; ends it with the
-    test."""
+    """Starts a worker of a role and waits until it has registered; kills it after the test."""
     processes: list[subprocess.Popen[bytes]] = []
     settings = bench.context.settings.model_copy(
         update={"sweep_seconds": 0.3, "cache_dir": tmp_path / "cache"}
@@ -59,7 +58,7 @@ def start_worker(bench: Bench, tmp_path: Path) -> Iterator[StartWorker]:
     eventually(lambda: not _trainers(tmp_path))
 
 
-def test_a_message_brings_a_job_to_its_end_and_sigterm_ends_the_worker(
+def test_a_message_runs_a_job_and_sigterm_ends_the_worker(
     bench: Bench, start_worker: StartWorker, tmp_path: Path
 ) -> None:
     worker = start_worker("train")
@@ -72,14 +71,14 @@ def test_a_message_brings_a_job_to_its_end_and_sigterm_ends_the_worker(
     assert not list((tmp_path / "cache" / "workers").glob("*/files"))
 
 
-def test_a_lost_message_costs_seconds(bench: Bench, start_worker: StartWorker) -> None:
+def test_a_job_without_a_message_starts_within_seconds(bench: Bench, start_worker: StartWorker) -> None:
     start_worker("train")
     job_id = bench.queued(STEPS)
     eventually(lambda: bench.job(job_id).state == JobState.SUCCEEDED)
     assert bench.outcomes(job_id) == ["succeeded"]
 
 
-def test_kill_9_of_the_worker_ends_its_trainer_and_its_successor_goes_on(
+def test_sigkill_of_the_worker_ends_its_trainer_and_its_successor_resumes(
     bench: Bench, start_worker: StartWorker, tmp_path: Path
 ) -> None:
     worker = start_worker("train")
@@ -92,7 +91,7 @@ def test_kill_9_of_the_worker_ends_its_trainer_and_its_successor_goes_on(
     start_worker("train")
     eventually(lambda: bench.job(job_id).state == JobState.SUCCEEDED)
     assert bench.outcomes(job_id) == ["lease_lost", "succeeded"]
-    assert bench.codes(job_id).count("CHECKPOINT_SAVED") == 1, "it went on from there"
+    assert bench.codes(job_id).count("CHECKPOINT_SAVED") == 1, "it resumed from there"
 
 
 def test_sigterm_in_the_middle_of_a_job_leaves_it_queued_with_a_checkpoint(
@@ -109,14 +108,14 @@ def test_sigterm_in_the_middle_of_a_job_leaves_it_queued_with_a_checkpoint(
 
 
 def _trainers(folder: Path) -> list[psutil.Process]:
-    """The stand-in engines that this test's workers have started."""
-    found = []
+    """Returns the fake engines that this test's workers have started."""
+    trainers = []
     for process in psutil.process_iter(["cmdline"]):
         command = process.info["cmdline"] or []
         of_this_test = any(word.startswith(str(folder)) for word in command)
         if FAKE_ENGINE[1] in command and of_this_test and process.status() != psutil.STATUS_ZOMBIE:
-            found.append(process)
-    return found
+            trainers.append(process)
+    return trainers
 
 
 def _workers(bench: Bench) -> list[Worker]:
@@ -124,7 +123,7 @@ def _workers(bench: Bench) -> list[Worker]:
         return list(session.scalars(select(Worker)))
 
 
-def test_what_a_worker_logs_of_an_attempt_names_job_and_attempt(
+def test_log_lines_of_an_attempt_have_its_job_and_number(
     bench: Bench, start_worker: StartWorker, tmp_path: Path
 ) -> None:
     with (tmp_path / "log").open("wb") as log:
@@ -140,15 +139,15 @@ def test_what_a_worker_logs_of_an_attempt_names_job_and_attempt(
     of_attempt = [
         line["message"] for line in lines if (line.get("job_id"), line.get("attempt")) == (job_id, 2)
     ]
-    assert any("not an event" in message for message in of_attempt), "heard by another thread"
+    assert any("not an event" in message for message in of_attempt), "read by another thread"
     assert any("a warning" in message for message in of_attempt), "from its stderr"
     assert {line["job_id"] for line in lines if line["logger"] == "worker.jobs.attempt"} == {job_id}
 
 
-def test_hints_that_come_too_late_hold_nobody_up(
+def test_outdated_hints_do_not_delay_other_jobs(
     bench: Bench, start_worker: StartWorker, redis_url: str
 ) -> None:
-    """Many are left when workers have trained for hours, and Celery drops one a second."""
+    """Many remain when workers have trained for hours, and Celery takes one a second."""
     ended = bench.run(bench.queued(STEPS))
     for _ in range(40):
         bench.context.hints.hint(ended.id, "train")
@@ -160,10 +159,10 @@ def test_hints_that_come_too_late_hold_nobody_up(
         assert broker.llen("train") > 20
 
 
-def test_hints_for_archives_that_come_too_late_hold_nobody_up(
+def test_outdated_export_hints_do_not_delay_other_exports(
     bench: Bench, start_worker: StartWorker, redis_url: str
 ) -> None:
-    """Everybody who waits for one asks again and again."""
+    """Each poll for an export sends another hint."""
     models = [bench.run(bench.queued(STEPS)).fine_tuned_model for _ in range(3)]
     with transaction(bench.context.sessions) as session:
         for model_id in models:

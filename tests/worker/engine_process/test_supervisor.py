@@ -1,4 +1,4 @@
-"""The watch: what it does to a child, and when, whatever the database says."""
+"""The supervisor: when it ends a child, and how."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ DEAF = "import signal, time; signal.signal(15, signal.SIG_IGN); print({}); time.
 
 
 class Job:
-    """What the database says of a job, in place of a database."""
+    """A job's stop requests, in place of a database."""
 
     def __init__(self) -> None:
         self.cancel = self.pause = False
@@ -62,7 +62,7 @@ def start(tmp_path: Path) -> Iterator[Callable[[str], Child]]:
         child.wait()
 
 
-def watch(job: Job, limits: Limits = LIMITS, stopping: threading.Event | None = None) -> Supervisor:
+def supervise(job: Job, limits: Limits = LIMITS, stopping: threading.Event | None = None) -> Supervisor:
     return Supervisor(
         renew_lease=job.renew,
         read_stop_request=job.read_stop_request,
@@ -71,57 +71,57 @@ def watch(job: Job, limits: Limits = LIMITS, stopping: threading.Event | None = 
     )
 
 
-def test_it_renews_seldom_and_looks_often(job: Job) -> None:
-    with watch(job):
+def test_it_renews_the_lease_less_often_than_it_reads_stop_requests(job: Job) -> None:
+    with supervise(job):
         eventually(lambda: job.renewed == 3)
     assert job.read >= 6
 
 
-def test_a_pause_may_become_a_cancel_and_never_the_reverse(job: Job, start: Callable[[str], Child]) -> None:
+def test_a_cancel_replaces_a_pause_and_never_the_reverse(job: Job, start: Callable[[str], Child]) -> None:
     child = start(DEAF)
-    with watch(job) as watching, watching.supervising(child):
+    with supervise(job) as supervisor, supervisor.supervising(child):
         job.pause = True
-        eventually(lambda: watching.stop_reason is StopReason.PAUSED)
+        eventually(lambda: supervisor.stop_reason is StopReason.PAUSED)
         job.cancel = True
-        assert child.wait() == -signal.SIGKILL, "the shorter patience counts"
+        assert child.wait() == -signal.SIGKILL, "the shorter grace period counts"
         job.cancel = False
-        assert watching.stop_reason is StopReason.CANCELLED
+        assert supervisor.stop_reason is StopReason.CANCELLED
 
 
-def test_a_child_that_comes_too_late_is_ended_at_once(job: Job, start: Callable[[str], Child]) -> None:
+def test_a_child_that_starts_after_the_stop_is_ended_at_once(job: Job, start: Callable[[str], Child]) -> None:
     stopping = threading.Event()
     stopping.set()
-    with watch(job, stopping=stopping) as watching:
-        eventually(lambda: watching.stop_reason is StopReason.SHUTDOWN)
+    with supervise(job, stopping=stopping) as supervisor:
+        eventually(lambda: supervisor.stop_reason is StopReason.SHUTDOWN)
         child = start(LISTENS)
-        with watching.supervising(child):
+        with supervisor.supervising(child):
             assert child.wait() == 75
 
 
 def test_an_outage_of_the_database_ends_nothing(job: Job, start: Callable[[str], Child]) -> None:
     job.fault = Unavailable("away")
     child = start(DEAF)
-    with watch(job) as watching, watching.supervising(child):
+    with supervise(job) as supervisor, supervisor.supervising(child):
         eventually(lambda: job.read > 5)
-        assert watching.stop_reason is None
+        assert supervisor.stop_reason is None
         job.fault = LostFence("taken over meanwhile")
         assert child.wait() == -signal.SIGKILL
-    assert watching.stop_reason is StopReason.LOST
+    assert supervisor.stop_reason is StopReason.LOST
 
 
-def test_a_watch_that_fails_leaves_no_child_unwatched(job: Job, start: Callable[[str], Child]) -> None:
+def test_a_supervisor_that_raises_ends_its_child(job: Job, start: Callable[[str], Child]) -> None:
     child = start(DEAF)
-    with watch(job) as watching, watching.supervising(child):
-        job.fault = RuntimeError("a fault of ours")
+    with supervise(job) as supervisor, supervisor.supervising(child):
+        job.fault = RuntimeError("a bug")
         assert child.wait() == -signal.SIGKILL
-    assert watching.stop_reason is StopReason.LOST
+    assert supervisor.stop_reason is StopReason.LOST
 
 
-def test_silence_is_a_stall(job: Job, start: Callable[[str], Child]) -> None:
+def test_a_child_without_output_is_stalled(job: Job, start: Callable[[str], Child]) -> None:
     limits = Limits(**{**vars(LIMITS), "stall": 0.3})
     child = start(DEAF)
     began = time.monotonic()
-    with watch(job, limits) as watching, watching.supervising(child):
+    with supervise(job, limits) as supervisor, supervisor.supervising(child):
         child.wait()
-    assert watching.stop_reason is StopReason.STALLED
+    assert supervisor.stop_reason is StopReason.STALLED
     assert time.monotonic() - began >= 0.3

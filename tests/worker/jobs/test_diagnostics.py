@@ -1,4 +1,4 @@
-"""Diagnostics of a job: computed once by a worker, from the job's own rows, and told why not."""
+"""Diagnostics of a job's model: built once, from the job's own rows, with an error if that fails."""
 
 from __future__ import annotations
 
@@ -17,16 +17,16 @@ from worker.jobs.export import build_export
 ACT = {"do": "metrics", "step": 1}
 
 
-def asked(bench: Bench, job_id: str) -> Export:
+def request(bench: Bench, job_id: str) -> Export:
     with transaction(bench.context.sessions) as session:
         return exports.request_diagnostics(session, owner_id=OWNER, job_id=job_id)
 
 
 def computed(bench: Bench, job_id: str) -> Export:
-    export = asked(bench, job_id)
+    export = request(bench, job_id)
     assert export.state == "pending"
     assert build_export(bench.context, export.model_id, export.format)
-    return asked(bench, job_id)
+    return request(bench, job_id)
 
 
 def finished(bench: Bench, *acts: dict[str, object], **spec: object) -> str:
@@ -49,10 +49,10 @@ def test_the_report_is_one_file_with_its_plots(bench: Bench) -> None:
     }
 
 
-def test_rows_that_were_held_out_come_first(bench: Bench) -> None:
-    """Two rows of training would be refused by the stand-in; one of validation is not."""
-    one = bench.uploaded(b'{"question": "q", "answer": "yes"}\n')
-    assert computed(bench, finished(bench, ACT, ACT, validation_file=one)).state == "ready"
+def test_rows_that_were_not_trained_on_come_first(bench: Bench) -> None:
+    """The fake engine fails for two rows: the training file has two, the validation file one."""
+    validation_file = bench.uploaded(b'{"question": "q", "answer": "yes"}\n')
+    assert computed(bench, finished(bench, ACT, ACT, validation_file=validation_file)).state == "ready"
     export = computed(bench, finished(bench, ACT, ACT))
     assert export.state == "failed"
     assert export.error == {"code": "invalid_config", "message": "too many rows", "param": None}
@@ -61,9 +61,9 @@ def test_rows_that_were_held_out_come_first(bench: Bench) -> None:
 def test_a_job_without_a_model_has_none(bench: Bench) -> None:
     failed = finished(bench, {"do": "fail", "code": "diverged", "message": "it did"})
     with pytest.raises(Conflict, match="the job is failed") as refused:
-        asked(bench, failed)
+        request(bench, failed)
     assert refused.value.code == "job_has_no_model"
     with pytest.raises(NotFound):
-        asked(bench, "ftjob-none")
+        request(bench, "ftjob-none")
     with transaction(bench.context.sessions) as session, pytest.raises(NotFound):
         exports.request_diagnostics(session, owner_id="stranger", job_id=failed)

@@ -1,4 +1,4 @@
-"""Archives of models: built once, told why not, and never twice at a time."""
+"""Exports of models: built once, with an error if that fails, and never twice at a time."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from worker.jobs.export import build_export
 
 @pytest.fixture
 def model_id(bench: Bench) -> str:
-    """A model that the stand-in engine trained."""
+    """A model that the fake engine trained."""
     job = bench.run(bench.queued([{"do": "metrics", "step": 1}]))
     assert job.fine_tuned_model is not None
     return job.fine_tuned_model
@@ -33,7 +33,7 @@ def built(bench: Bench, model_id: str, export_format: str) -> Export:
 
 
 def unpacked(bench: Bench, export: Export) -> dict[str, str]:
-    """The archive's files and what is in them."""
+    """Returns the files of the export, by name."""
     assert export.state == "ready", export.error
     assert export.storage_key is not None
     content = b"".join(bench.context.artifacts.iter_bytes(export.storage_key))
@@ -43,24 +43,24 @@ def unpacked(bench: Bench, export: Export) -> dict[str, str]:
         return {name: file.read().decode() for name, file in files if file is not None}
 
 
-def test_a_bundle_is_packed_as_it_is(bench: Bench, model_id: str) -> None:
+def test_a_bundle_is_stored_unchanged(bench: Bench, model_id: str) -> None:
     files = unpacked(bench, built(bench, model_id, "bundle"))
     assert {name.partition("/")[2] for name in files} == {"heft.json", "manifest.json"}
     assert {name.partition("/")[0] for name in files} == {f"{model_id.rpartition(':')[2]}-bundle"}
 
 
-def test_another_format_is_what_the_engine_makes_of_the_bundle(bench: Bench, model_id: str) -> None:
+def test_another_format_is_the_output_of_the_engine(bench: Bench, model_id: str) -> None:
     files = unpacked(bench, built(bench, model_id, "merged"))
     assert list(files.values()) == ['{"task": {"type": "yes_no"}}merged']
 
 
-def test_what_the_engine_refuses_is_told(bench: Bench, model_id: str) -> None:
+def test_an_error_of_the_engine_is_the_error_of_the_export(bench: Bench, model_id: str) -> None:
     export = built(bench, model_id, "pyreft")
     assert export.state == "failed"
     assert export.error == {"code": "invalid_config", "message": "no intervention", "param": None}
 
 
-def test_a_damaged_bundle_is_not_packed(bench: Bench, model_id: str) -> None:
+def test_a_damaged_bundle_is_not_exported(bench: Bench, model_id: str) -> None:
     job_id = next(iter(bench.context.artifacts.children("jobs")))
     bench.context.artifacts.put_stream(f"jobs/{job_id}/2/bundle/heft.json", [b"{}"])
     export = built(bench, model_id, "bundle")
@@ -69,6 +69,6 @@ def test_a_damaged_bundle_is_not_packed(bench: Bench, model_id: str) -> None:
     assert export.error["code"] == "storage_damaged"
 
 
-def test_a_doubled_message_builds_nothing(bench: Bench, model_id: str) -> None:
+def test_a_repeated_message_builds_nothing(bench: Bench, model_id: str) -> None:
     assert built(bench, model_id, "bundle").attempt == 1
     assert built(bench, model_id, "bundle").attempt == 1

@@ -1,4 +1,4 @@
-"""The table of losses and scores: every step once, through checkpoints and resumes."""
+"""The loss history has every step once, through checkpoints and resumes."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ def table(history: LossHistory, path: Path) -> list[dict[str, str]]:
         return [{key: value for key, value in row.items() if value} for row in csv.DictReader(file)]
 
 
-def test_losses_and_scores_stand_at_their_steps(tmp_path: Path) -> None:
+def test_losses_and_scores_have_their_step(tmp_path: Path) -> None:
     history = LossHistory()
     history.add(
         event("EVALUATION", stage="base", stage_index=None, accuracy=0.5, correct=1, n=2, split="test")
@@ -45,18 +45,18 @@ def test_losses_and_scores_stand_at_their_steps(tmp_path: Path) -> None:
     ]
 
 
-def test_it_goes_on_from_what_a_checkpoint_carried(tmp_path: Path) -> None:
+def test_it_continues_from_a_checkpoint(tmp_path: Path) -> None:
     base = event("EVALUATION", stage="base", stage_index=None, accuracy=0.5, correct=1, n=2, split="test")
     before = LossHistory()
-    for one in (base, metrics(1), metrics(2)):
-        before.add(one)
+    for past in (base, metrics(1), metrics(2)):
+        before.add(past)
     before.save(tmp_path / "history.csv")
-    after = LossHistory.load(tmp_path / "history.csv")
-    after.add(metrics(3))
+    resumed = LossHistory.load(tmp_path / "history.csv")
+    resumed.add(metrics(3))
     straight = LossHistory()
-    for one in (base, metrics(1), metrics(2), metrics(3)):
-        straight.add(one)
-    assert table(after, tmp_path / "a.csv") == table(straight, tmp_path / "b.csv")
+    for past in (base, metrics(1), metrics(2), metrics(3)):
+        straight.add(past)
+    assert table(resumed, tmp_path / "a.csv") == table(straight, tmp_path / "b.csv")
 
 
 def test_without_a_checkpoint_it_is_empty(tmp_path: Path) -> None:

@@ -1,4 +1,4 @@
-"""What a user asked for, as the engine runs it."""
+"""A user's request as the engine's input."""
 
 from __future__ import annotations
 

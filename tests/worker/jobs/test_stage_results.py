@@ -1,4 +1,4 @@
-"""What a stage of one job ended with saves the owner's next job that stage; and nothing that goes wrong costs a job."""
+"""The result of a stage saves the owner's next job that stage; errors are cache misses and fail no job."""
 
 from __future__ import annotations
 
@@ -28,29 +28,29 @@ def end_of_stage(step: int, key: str, **more: Any) -> Act:
     return {"do": "checkpoint", "kind": "stage", "step": step, "key": key, **more}
 
 
-def kept(bench: Bench) -> list[StageResult]:
-    """In the order in which they were stored."""
+def stored(bench: Bench) -> list[StageResult]:
+    """Returns the stored results, oldest first."""
     with transaction(bench.context.sessions) as session:
         return list(session.scalars(select(StageResult).order_by(StageResult.created_at)))
 
 
 def reused(bench: Bench, acts: list[Act] | None = None, **options: Any) -> list[str]:
-    """The keys that a new job of this user was brought."""
+    """Runs a new job; returns the keys of the results that it reused."""
     job_id = bench.queued(acts or [ASK, {"do": "metrics", "step": 9}])
     assert bench.run(job_id, **options).state == JobState.SUCCEEDED
-    return [e.data["key"] for e in bench.events(job_id) if e.data["code"] == "STAGE_REUSED"]
+    return [event.data["key"] for event in bench.events(job_id) if event.data["code"] == "STAGE_REUSED"]
 
 
 @pytest.fixture
 def first(bench: Bench) -> str:
-    """A job whose first stage is kept; its id."""
+    """The id of a job whose first stage is stored."""
     job_id = bench.queued([{"do": "metrics", "step": 1}, end_of_stage(4, KEYS[0])])
     assert bench.run(job_id).state == JobState.SUCCEEDED
     return job_id
 
 
-def test_a_second_job_of_the_owner_is_brought_the_first_ones_stage(bench: Bench, first: str) -> None:
-    (row,) = kept(bench)
+def test_a_second_job_of_the_owner_reuses_the_first_ones_stage(bench: Bench, first: str) -> None:
+    (row,) = stored(bench)
     assert (row.owner_id, row.key, row.job_id) == (OWNER, KEYS[0], first)
     assert row.bytes == sum(len(part) for part in _bytes(bench, row))
     job_id = bench.queued([ASK, {"do": "wait"}])
@@ -59,13 +59,13 @@ def test_a_second_job_of_the_owner_is_brought_the_first_ones_stage(bench: Bench,
     job = bench.job(job_id)
     assert (job.stage, job.progress["percent"], job.progress["step"]) == ("lora", 40.0, 4)
     assert "STAGE_KEYS" not in bench.codes(job_id)
-    assert kept(bench)[0].last_used_at > row.last_used_at
+    assert stored(bench)[0].last_used_at > row.last_used_at
     with transaction(bench.context.sessions) as session:
         jobs.request_cancel(session, owner_id=OWNER, job_id=job_id)
     attempt.result(60)
 
 
-def test_another_owners_job_is_brought_nothing(bench: Bench, first: str) -> None:
+def test_another_owners_job_reuses_nothing(bench: Bench, first: str) -> None:
     assert reused(replace(bench, owner="stranger")) == []
     assert reused(bench) == KEYS[:1]
 
@@ -79,24 +79,24 @@ def test_each_owner_has_results_of_their_own(bench: Bench, first: str) -> None:
     assert event.data["step"] == 4, "of the owner's own job"
 
 
-def test_only_a_whole_prefix_is_brought(bench: Bench, first: str) -> None:
+def test_only_a_prefix_of_the_stages_is_reused(bench: Bench, first: str) -> None:
     bench.run(bench.queued([end_of_stage(8, KEYS[2], stage_index=2)]))
     assert reused(bench) == KEYS[:1]
     bench.run(bench.queued([end_of_stage(6, KEYS[1], stage_index=1)]))
     assert reused(bench) == KEYS
 
 
-def test_a_newer_result_takes_the_place_of_an_older(bench: Bench, first: str) -> None:
+def test_a_newer_result_replaces_an_older_one(bench: Bench, first: str) -> None:
     bench.run(bench.queued([end_of_stage(6, KEYS[0])]))
-    old, new = kept(bench)
+    old, new = stored(bench)
     assert old.removed_at is not None
     collect_garbage(bench.context)
-    assert [row.storage_key for row in kept(bench)] == [new.storage_key]
+    assert [row.storage_key for row in stored(bench)] == [new.storage_key]
     assert bench.context.artifacts.children(old.storage_key) == []
     assert reused(bench) == KEYS[:1]
 
 
-def test_nothing_that_the_first_job_left_is_needed(bench: Bench, first: str) -> None:
+def test_a_result_outlives_the_models_of_its_job(bench: Bench, first: str) -> None:
     with transaction(bench.context.sessions) as session:
         for model_id in (bench.job(first).fine_tuned_model, bench.checkpoints(first)[0].model_id):
             assert model_id is not None
@@ -111,27 +111,27 @@ def test_nothing_that_the_first_job_left_is_needed(bench: Bench, first: str) -> 
 @pytest.mark.parametrize("switch", ["job", "days", "bytes"])
 def test_switched_off_by_the_job_or_the_operator(bench: Bench, first: str, switch: str) -> None:
     settings = {"days": {"reuse_days": 0}, "bytes": {"reuse_bytes": 0}}.get(switch, {})
-    # A job that is told of no folder may not ask: the stand-in would fail.
+    # Without a folder in its run file the engine asks for nothing; the fake engine would fail.
     job_id = bench.queued(
         [{"do": "metrics", "step": 9}, {"do": "told", "stage_dir": None}], reuse=switch != "job"
     )
     assert bench.run(job_id, bench.with_settings(**settings)).state == JobState.SUCCEEDED
 
 
-def test_what_is_larger_than_the_budget_is_not_kept(bench: Bench) -> None:
+def test_a_result_beyond_the_budget_is_not_stored(bench: Bench) -> None:
     bench.run(bench.queued([end_of_stage(4, KEYS[0])]), bench.with_settings(reuse_bytes=3))
-    assert kept(bench) == []
+    assert stored(bench) == []
 
 
 @pytest.mark.parametrize("spoil", ["remove", "cut", "change"])
-def test_the_end_of_a_stage_that_is_not_whole_is_not_kept(bench: Bench, spoil: str) -> None:
+def test_an_incomplete_stage_is_not_stored(bench: Bench, spoil: str) -> None:
     job_id = bench.queued([end_of_stage(4, KEYS[0], spoil=spoil)])
     assert bench.run(job_id).state == JobState.SUCCEEDED
-    assert kept(bench) == []
+    assert stored(bench) == []
 
 
-def test_a_job_whose_trainer_dies_after_the_reuse_goes_on_from_there(bench: Bench, first: str) -> None:
-    """The end of the stage that it did not train is a checkpoint of its own."""
+def test_a_job_whose_trainer_dies_after_the_reuse_resumes_from_there(bench: Bench, first: str) -> None:
+    """The end of the reused stage is a checkpoint of this job."""
     end: Act = {"do": "checkpoint", "kind": "stage", "step": 4}
     dies: list[Act] = [{"do": "die", "code": 9, "once": True}, {"do": "metrics", "step": 9}]
     job_id = bench.queued([ASK | {"step": 4}, end, *dies])
@@ -145,11 +145,11 @@ def test_a_job_whose_trainer_dies_after_the_reuse_goes_on_from_there(bench: Benc
 # -- outages -------------------------------------------------------------------------------------------------
 
 
-def test_a_damaged_result_is_a_miss_and_given_up(bench: Bench, first: str) -> None:
+def test_a_damaged_result_is_a_miss_and_deleted(bench: Bench, first: str) -> None:
     bench.run(bench.queued([end_of_stage(6, KEYS[1], stage_index=1)]))
-    bench.context.artifacts.put_stream(f"{kept(bench)[1].storage_key}/state.json", [b"{}"])
+    bench.context.artifacts.put_stream(f"{stored(bench)[1].storage_key}/state.json", [b"{}"])
     assert reused(bench) == KEYS[:1]
-    assert [row.removed_at is None for row in kept(bench)] == [True, False]
+    assert [row.removed_at is None for row in stored(bench)] == [True, False]
 
 
 @pytest.mark.parametrize("fault", [Unavailable("storage is away"), OSError("no space left on this machine")])
@@ -165,7 +165,7 @@ def test_without_storage_it_is_a_miss(
 
     monkeypatch.setattr(bench.context.artifacts, "fetch_directory", away)
     assert reused(bench) == []
-    assert kept(bench)[0].removed_at is None, "it is still there when storage is back"
+    assert stored(bench)[0].removed_at is None, "it is available when the storage is back"
 
 
 @pytest.mark.parametrize("what", ["find", "add"])
@@ -178,12 +178,10 @@ def test_without_a_database_it_is_a_miss(
     monkeypatch.setattr(stage_results, what, away)
     acts = [ASK, end_of_stage(6, KEYS[1], stage_index=1)]
     assert reused(bench, acts) == ([] if what == "find" else KEYS[:1])
-    assert len(kept(bench)) == (2 if what == "find" else 1)
+    assert len(stored(bench)) == (2 if what == "find" else 1)
 
 
-def test_storage_that_does_not_take_a_result_costs_no_job(
-    bench: Bench, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_job_succeeds_without_storing_its_result(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
     put = bench.context.artifacts.put_directory
 
     def full(prefix: str, *rest: Any) -> dict[str, str]:
@@ -194,11 +192,11 @@ def test_storage_that_does_not_take_a_result_costs_no_job(
     monkeypatch.setattr(bench.context.artifacts, "put_directory", full)
     job_id = bench.queued([end_of_stage(4, KEYS[0]), {"do": "metrics", "step": 9}])
     assert bench.run(job_id).state == JobState.SUCCEEDED
-    assert kept(bench) == []
+    assert stored(bench) == []
     assert [checkpoint.kind for checkpoint in bench.checkpoints(job_id)] == ["stage"]
 
 
-def test_a_job_is_cancelled_while_its_results_are_on_their_way(
+def test_a_job_is_cancelled_while_its_results_are_fetched(
     bench: Bench, first: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     fetch: Callable[..., None] = bench.context.artifacts.fetch_directory

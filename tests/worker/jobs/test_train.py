@@ -1,10 +1,11 @@
-"""One attempt at training a job, with a stand-in for the engine: every way in which it can end."""
+"""One attempt at training a job, with a fake engine: every way in which it can end."""
 
 from __future__ import annotations
 
 import threading
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import psutil
 import pytest
@@ -73,7 +74,7 @@ def test_every_step_is_in_the_result_file(bench: Bench) -> None:
     assert [float(line["train_loss"]) for line in table[1:]] == [1 / step for step in range(1, 11)]
 
 
-def test_a_mistake_of_the_user_ends_the_job_at_once(bench: Bench) -> None:
+def test_a_user_error_fails_the_job_at_once(bench: Bench) -> None:
     message = "the loss is not a number: lower lora.learning_rate"
     job_id = bench.queued([*STEPS, {"do": "fail", "code": "diverged", "message": message}])
     job = bench.run(job_id)
@@ -82,7 +83,7 @@ def test_a_mistake_of_the_user_ends_the_job_at_once(bench: Bench) -> None:
     assert bench.outcomes(job_id) == ["failed"]
 
 
-def test_a_hub_that_is_away_is_tried_again(bench: Bench) -> None:
+def test_an_unavailable_hub_is_tried_again(bench: Bench) -> None:
     job_id = bench.queued([{"do": "fail", "code": "hub_unavailable", "message": "no answer"}])
     assert bench.run(job_id).state == JobState.QUEUED
     assert bench.outcomes(job_id) == ["trainer_died"]
@@ -103,10 +104,10 @@ def test_a_trainer_that_dies_is_resumed_from_its_checkpoint(bench: Bench) -> Non
     job = bench.run(job_id)
     assert job.state == JobState.SUCCEEDED
     assert bench.outcomes(job_id) == ["trainer_died", "succeeded"]
-    assert _steps_of_results(bench, job) == [1, 2, 3], "the history came along with the checkpoint"
+    assert _steps_of_results(bench, job) == [1, 2, 3], "the history is part of the checkpoint"
 
 
-def test_a_damaged_checkpoint_is_passed_over(bench: Bench) -> None:
+def test_a_damaged_checkpoint_is_skipped(bench: Bench) -> None:
     job_id = bench.queued(
         [
             *({"do": "metrics", "step": 1}, {"do": "checkpoint", "step": 1}),
@@ -135,7 +136,7 @@ def test_three_deaths_without_a_new_checkpoint_end_the_job(bench: Bench) -> None
     assert bench.outcomes(job_id) == ["trainer_died"] * 3
 
 
-def test_progress_forgives_deaths(bench: Bench) -> None:
+def test_a_new_checkpoint_resets_the_crash_count(bench: Bench) -> None:
     job_id = bench.queued([*STEPS, {"do": "checkpoint", "step": 2}, {"do": "die", "code": 1}])
     bench.run(job_id)
     bench.run(job_id)
@@ -143,12 +144,12 @@ def test_progress_forgives_deaths(bench: Bench) -> None:
     assert bench.run(job_id).state == JobState.FAILED
 
 
-def test_cancel_ends_the_trainer_and_all_it_started(bench: Bench, tmp_path: Path) -> None:
+def test_cancel_ends_the_trainer_and_its_children(bench: Bench, tmp_path: Path) -> None:
     pid_file = tmp_path / "pid"
     job_id = bench.queued([*STEPS, {"do": "straggle", "path": str(pid_file)}, {"do": "wait"}])
     attempt = bench.start(job_id)
     eventually(lambda: pid_file.exists() and pid_file.read_text())
-    _wish(bench, job_id, jobs.request_cancel)
+    _request(bench, job_id, jobs.request_cancel)
     attempt.result(60)
     job = bench.job(job_id)
     assert job.state == JobState.CANCELLED
@@ -158,38 +159,40 @@ def test_cancel_ends_the_trainer_and_all_it_started(bench: Bench, tmp_path: Path
     eventually(lambda: gone(straggler))
 
 
-def test_cancel_kills_a_trainer_that_does_not_listen(bench: Bench) -> None:
+def test_cancel_kills_a_trainer_that_ignores_sigterm(bench: Bench) -> None:
     job_id = bench.queued([*STEPS, {"do": "stubborn"}])
     attempt = bench.start(job_id, bench.with_settings(cancel_grace_seconds=0.3))
     bench.saw(job_id, "METRICS")
-    _wish(bench, job_id, jobs.request_cancel)
+    _request(bench, job_id, jobs.request_cancel)
     attempt.result(60)
     assert bench.job(job_id).state == JobState.CANCELLED
 
 
-def test_pause_keeps_a_checkpoint_and_resume_goes_on(bench: Bench) -> None:
+def test_pause_keeps_a_checkpoint_and_resume_continues(bench: Bench) -> None:
     job_id = bench.queued([*STEPS, {"do": "wait", "step": 2}, {"do": "metrics", "step": 3}])
     attempt = bench.start(job_id)
     bench.saw(job_id, "METRICS")
-    _wish(bench, job_id, jobs.request_pause)
+    _request(bench, job_id, jobs.request_pause)
     attempt.result(60)
     assert bench.job(job_id).state == JobState.PAUSED
     assert [checkpoint.step for checkpoint in bench.checkpoints(job_id)] == [2]
-    assert bench.run(job_id).state == JobState.PAUSED, "a message changes nothing while it is paused"
-    _wish(bench, job_id, jobs.resume)
+    assert bench.run(job_id).state == JobState.PAUSED, "a hint changes nothing while it is paused"
+    _request(bench, job_id, jobs.resume)
     job = bench.run(job_id)
     assert job.state == JobState.SUCCEEDED
     assert _steps_of_results(bench, job) == [1, 2, 3]
 
 
-def test_pause_of_a_trainer_that_does_not_listen(bench: Bench) -> None:
+def test_pause_kills_a_trainer_that_ignores_sigterm(bench: Bench) -> None:
     job_id = bench.queued([*STEPS, {"do": "checkpoint", "step": 2}, {"do": "stubborn"}])
     attempt = bench.start(job_id, bench.with_settings(checkpoint_grace_seconds=0.3))
     bench.saw(job_id, "CHECKPOINT_SAVED")
-    _wish(bench, job_id, jobs.request_pause)
+    _request(bench, job_id, jobs.request_pause)
     attempt.result(60)
     assert bench.job(job_id).state == JobState.PAUSED
-    assert [checkpoint.step for checkpoint in bench.checkpoints(job_id)] == [2], "what it had before stands"
+    assert [checkpoint.step for checkpoint in bench.checkpoints(job_id)] == [2], (
+        "the earlier checkpoint remains"
+    )
 
 
 def test_a_worker_that_stops_puts_the_job_back_with_a_checkpoint(bench: Bench) -> None:
@@ -200,7 +203,7 @@ def test_a_worker_that_stops_puts_the_job_back_with_a_checkpoint(bench: Bench) -
     attempt.result(60)
     assert bench.job(job_id).state == JobState.QUEUED
     assert [checkpoint.step for checkpoint in bench.checkpoints(job_id)] == [2]
-    assert bench.run(job_id).state == JobState.QUEUED, "a worker that stops takes nothing new"
+    assert bench.run(job_id).state == JobState.QUEUED, "a worker that stops claims nothing"
     bench.context.stopping.clear()
     job = bench.run(job_id)
     assert job.state == JobState.SUCCEEDED
@@ -238,16 +241,16 @@ def test_a_trainer_that_stalls_shows_its_stacks_and_counts_as_dead(
     assert bench.outcomes(job_id) == ["trainer_died"]
 
 
-def test_a_doubled_message_loses_the_claim(bench: Bench) -> None:
+def test_a_repeated_message_loses_the_claim(bench: Bench) -> None:
     job_id = bench.queued([*STEPS, {"do": "wait"}])
     attempt = bench.start(job_id)
     bench.saw(job_id, "STARTED")
-    assert bench.run(job_id).attempt == 2, "the claim of the file check, and one of training"
-    _wish(bench, job_id, jobs.request_cancel)
+    assert bench.run(job_id).attempt == 2, "one claim for validation and one for training"
+    _request(bench, job_id, jobs.request_cancel)
     attempt.result(60)
 
 
-def test_a_fault_of_the_worker_does_not_hold_the_job(bench: Bench) -> None:
+def test_an_error_of_the_worker_does_not_hold_the_job(bench: Bench) -> None:
     context = replace(bench.context, engine_command=("/nowhere/python",))
     job_id = bench.queued(STEPS)
     with pytest.raises(FileNotFoundError):
@@ -256,17 +259,16 @@ def test_a_fault_of_the_worker_does_not_hold_the_job(bench: Bench) -> None:
     assert bench.outcomes(job_id) == ["trainer_died"]
 
 
-def _wish(bench: Bench, job_id: str, wish: object) -> None:
-    assert callable(wish)
+def _request(bench: Bench, job_id: str, request: Any) -> None:
     with transaction(bench.context.sessions) as session:
-        wish(session, owner_id=OWNER, job_id=job_id)
+        request(session, owner_id=OWNER, job_id=job_id)
 
 
 def _steps_of_results(bench: Bench, job: Job) -> list[int]:
     return [int(line["step"]) for line in bench.results(job)]
 
 
-def test_a_checkpoint_that_is_gone_or_not_whole_is_not_committed(bench: Bench) -> None:
+def test_a_missing_or_incomplete_checkpoint_is_not_committed(bench: Bench) -> None:
     job_id = bench.queued(
         [
             *STEPS,
@@ -279,9 +281,7 @@ def test_a_checkpoint_that_is_gone_or_not_whole_is_not_committed(bench: Bench) -
     assert [checkpoint.step for checkpoint in bench.checkpoints(job_id)] == [4]
 
 
-def test_cancel_ends_a_job_whose_checkpoint_finds_no_storage(
-    bench: Bench, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_cancel_ends_a_job_while_the_storage_is_full(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
     tried = threading.Event()
 
     def full(*_: object) -> dict[str, str]:
@@ -292,6 +292,6 @@ def test_cancel_ends_a_job_whose_checkpoint_finds_no_storage(
     job_id = bench.queued([*STEPS, {"do": "checkpoint", "step": 1, "kind": "stage"}, {"do": "wait"}])
     attempt = bench.start(job_id)
     assert tried.wait(60)
-    _wish(bench, job_id, jobs.request_cancel)
+    _request(bench, job_id, jobs.request_cancel)
     attempt.result(60)
     assert bench.job(job_id).state == JobState.CANCELLED
