@@ -98,41 +98,41 @@ def _workers_of(role: str, alive: list[SeenWorker], consequence: str) -> Finding
 
 
 def _silent(worker: SeenWorker) -> Finding:
-    found = (
+    result = (
         f"{worker.id} on {worker.host} (process {worker.pid}): last heartbeat "
         f"{_span(worker.silent_seconds)} ago"
     )
     advice = "if it should run, see its log; its jobs have been reassigned, and a new worker reuses its name"
-    return warning("silent worker", found, advice)
+    return warning("silent worker", result, advice)
 
 
 def _reconciler(since_sweep: float | None, settings: StoreSettings) -> Finding:
     name = "reconciler"
     if since_sweep is not None and since_sweep <= 4 * settings.sweep_seconds:
         return ok(name, f"last sweep {since_sweep:.0f} s ago")
-    found = "has never run" if since_sweep is None else f"last sweep {_span(since_sweep)} ago"
-    return wrong(name, found, "every worker runs it: start one, or search the workers' logs for `sweep`")
+    result = "has never run" if since_sweep is None else f"last sweep {_span(since_sweep)} ago"
+    return wrong(name, result, "every worker runs it: start one, or search the workers' logs for `sweep`")
 
 
 def _queue(queue: Queue, *, idle: bool) -> Finding:
     name = f"{_QUEUES[queue.purpose]} queue"
     if queue.length == 0:
         return ok(name, "empty")
-    found = f"{queue.length} waiting, the first for {_span(queue.oldest_seconds)}"
+    result = f"{queue.length} waiting, the first for {_span(queue.oldest_seconds)}"
     if idle and queue.oldest_seconds > _MAX_WAIT_SECONDS:
         advice = "a worker is idle but does not take the job: see its log, and check the broker"
-        return wrong(name, found, advice)
-    return ok(name, found)
+        return wrong(name, result, advice)
+    return ok(name, result)
 
 
 def _jobs(troubled: list[TroubledJob]) -> Iterator[Finding]:
     if not troubled:
         yield ok("jobs", "none stuck")
     for job in troubled:
-        found, advice = _TROUBLES[job.trouble]
+        template, advice = _TROUBLES[job.trouble]
         state = State.WRONG if job.trouble == "lease_expired" else State.WARNING
-        found = f"{job.id}: {found.format(state=job.state, number=job.number)}"
-        yield Finding(name="stuck job", state=state, found=found, advice=advice)
+        result = f"{job.id}: {template.format(state=job.state, number=job.number)}"
+        yield Finding(name="stuck job", state=state, found=result, advice=advice)
 
 
 def _span(seconds: float) -> str:

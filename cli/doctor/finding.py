@@ -22,13 +22,13 @@ class Finding:
     advice: str = ""
 
 
-def ok(name: str, found: str) -> Finding:
-    return Finding(name=name, state=State.OK, found=found)
+def ok(name: str, result: str) -> Finding:
+    return Finding(name=name, state=State.OK, found=result)
 
 
-def warning(name: str, found: str, advice: str) -> Finding:
-    return Finding(name=name, state=State.WARNING, found=found, advice=advice)
+def warning(name: str, result: str, advice: str) -> Finding:
+    return Finding(name=name, state=State.WARNING, found=result, advice=advice)
 
 
-def wrong(name: str, found: str, advice: str) -> Finding:
-    return Finding(name=name, state=State.WRONG, found=found, advice=advice)
+def wrong(name: str, result: str, advice: str) -> Finding:
+    return Finding(name=name, state=State.WRONG, found=result, advice=advice)

@@ -109,14 +109,14 @@ def disks(settings: StoreSettings) -> Iterator[Finding]:
         if path is None or not path.is_dir():
             continue
         usage = shutil.disk_usage(path)
-        found = f"{usage.free / 1e9:.1f} of {usage.total / 1e9:.1f} GB free in {path}"
+        result = f"{usage.free / 1e9:.1f} of {usage.total / 1e9:.1f} GB free in {path}"
         advice = "delete unused models and files (`heft models delete`, `heft files delete`), or add space"
         if usage.free < _FULL_BYTES:
-            yield wrong(name, found, advice)
+            yield wrong(name, result, advice)
         elif usage.free < _LOW_BYTES:
-            yield warning(name, found, advice)
+            yield warning(name, result, advice)
         else:
-            yield ok(name, found)
+            yield ok(name, result)
 
 
 def _local(url: str) -> Path | None:

@@ -74,7 +74,7 @@ def serving() -> Callable[[FastAPI], AbstractContextManager[str]]:
 
 @pytest.fixture(scope="module")
 def url(settings: StoreSettings) -> Iterator[str]:
-    """Where the API listens."""
+    """The URL of a running API."""
     with _serving(create_app(settings)) as url:
         yield url
 

@@ -10,7 +10,7 @@ from api import cancellation
 
 
 def test_a_task_that_forgets_its_first_cancellation_is_told_again(monkeypatch: pytest.MonkeyPatch) -> None:
-    """As Python 3.11's wait_for does, when its work is done in the same moment."""
+    """Python 3.11's wait_for does so when its work is done in the same moment."""
     monkeypatch.setattr(cancellation, "_RETRY_SECONDS", 0.01)
     told = 0
 

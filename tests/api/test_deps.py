@@ -1,4 +1,4 @@
-"""What routes depend on costs a request no thread: FastAPI runs plain functions on one, each for itself."""
+"""Dependencies of routes are coroutines: FastAPI runs each plain function in a thread."""
 
 from __future__ import annotations
 

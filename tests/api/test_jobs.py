@@ -196,7 +196,7 @@ class TestWhatARunShows:
 def test_the_jobs_module_is_used_through_the_api_alone(
     client: httpx.Client, sessions: SessionFactory, owner: str
 ) -> None:
-    """What the API created is what the store holds, with the caller as its owner."""
+    """The store has the job that the API created, with the caller as its owner."""
     job_id = create(client, metadata={"k": "v"})["id"]
     with transaction(sessions) as session:
         job = jobs.get(session, owner_id=owner, job_id=job_id)

@@ -18,7 +18,7 @@ MODELS = "/v1/models"
 
 
 def path(model_id: str) -> str:
-    """As the openai package writes it: the slash escaped, the colon not."""
+    """The openai package escapes the slash, and not the colon."""
     return f"{MODELS}/{quote(model_id, safe=':')}"
 
 

@@ -59,7 +59,7 @@ def timed(at_most: float) -> Iterator[None]:
 
 
 def seconds_in_line() -> float:
-    """How long threads of this process were ready to run while other programs had the processors (proc(5))."""
+    """Seconds that threads of this process were ready to run while other programs had the processors (proc(5))."""
     total = 0
     for task in Path("/proc/self/task").iterdir():
         with suppress(FileNotFoundError, ProcessLookupError):  # it has just ended
@@ -158,7 +158,7 @@ class TestDatabase:
 def test_after_a_frozen_database_everything_goes_on(
     client: httpx.Client, stack: Any, new_files: Callable[[], set[Path]]
 ) -> None:
-    """What was refused was not done later behind the caller's back."""
+    """A refused request is not carried out later."""
     with frozen_postgres(stack.postgres_socket_folder):
         assert client.post(JOBS, json=MINIMAL).status_code == 503
     assert client.post(JOBS, json=MINIMAL).status_code == 200

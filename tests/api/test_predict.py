@@ -183,7 +183,7 @@ def test_late_and_broken_replies_harm_nobody(client: httpx.Client, worker: StubW
 
 
 def test_lost_connections_to_the_broker_are_made_again(client: httpx.Client, worker: StubWorker) -> None:
-    """As after a restart of the broker: all that the API holds are gone, and the next question is answered."""
+    """The broker restarts: all connections of the API are gone, and the next question is answered."""
     assert client.post("/predict", json=QUESTION).status_code == 200
     with redis.Redis.from_url(redis_py_url(worker.url)) as connection:
         for held in connection.client_list():

@@ -114,7 +114,7 @@ def test_it_ends_when_told_to_although_somebody_listens(
 def test_its_log_names_requests_and_jobs_and_keeps_secrets(
     settings: StoreSettings, client: httpx.Client, tmp_path: Path
 ) -> None:
-    """As `heft api` runs it, with passwords in its addresses, and a broker that is away."""
+    """The process of `heft api`, with passwords in its URLs, and a broker that does not answer."""
     log = tmp_path / "log"
     with_password = settings.database_url.replace("app@", "app:hunter2@")
     row = b'{"question": "a row that nobody else may read", "answer": true}'

@@ -1,4 +1,4 @@
-"""What the commands send and show, against a scripted service on loopback."""
+"""Requests and output of the commands, against a scripted service on loopback."""
 
 from __future__ import annotations
 

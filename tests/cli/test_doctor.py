@@ -31,7 +31,7 @@ def sessions(database_url: str) -> Iterator[SessionFactory]:
 
 @pytest.fixture
 def doctor(home: Home, database_url: str, redis_url: str, artifacts_url: str) -> Doctor:
-    """What `heft doctor --json` says; its exit code is told by `ok`."""
+    """Runs `heft doctor --json`; `ok` corresponds to its exit code."""
 
     def run(**changes: str) -> dict[str, Any]:
         places = {
