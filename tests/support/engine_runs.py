@@ -27,31 +27,31 @@ _THINGS = ("sea", "river", "stone", "name", "list", "class", "string", "number")
 
 def yes_no(n: int, seed: int = 0) -> list[dict[str, Any]]:
     """Rows whose answer is one word of the passage."""
-    chance = random.Random(f"yes_no/{seed}")
+    rng = random.Random(f"yes_no/{seed}")
     rows = []
     for _ in range(n):
-        answer, thing = chance.random() < 0.5, chance.choice(_THINGS)
-        passage = f"{' '.join(chance.sample(_THINGS, chance.randint(1, 6)))} {'true' if answer else 'false'}."
+        answer, thing = rng.random() < 0.5, rng.choice(_THINGS)
+        passage = f"{' '.join(rng.sample(_THINGS, rng.randint(1, 6)))} {'true' if answer else 'false'}."
         rows.append({"question": f"is the {thing} so", "passage": passage, "answer": answer})
     return rows
 
 
 def choice(n: int, seed: int = 0) -> list[dict[str, Any]]:
     """Choices of one and of several tokens; the right one stands in the passage."""
-    chance = random.Random(f"choice/{seed}")
+    rng = random.Random(f"choice/{seed}")
     rows = []
     for _ in range(n):
-        choices = [f"{part} of the {whole}" for part, whole in (chance.sample(_THINGS, 2) for _ in range(2))]
-        choices = list(dict.fromkeys([*choices, chance.choice(_THINGS)]))
-        answer = chance.choice(choices)
+        choices = [f"{part} of the {whole}" for part, whole in (rng.sample(_THINGS, 2) for _ in range(2))]
+        choices = list(dict.fromkeys([*choices, rng.choice(_THINGS)]))
+        answer = rng.choice(choices)
         rows.append({"question": "what is it", "passage": answer, "choices": choices, "answer": answer})
     return rows
 
 
 def text(n: int, seed: int = 0) -> list[dict[str, Any]]:
     """Rows that ask to repeat a word."""
-    chance = random.Random(f"text/{seed}")
-    return [{"prompt": f"Say {word}:", "completion": word} for word in chance.choices(_THINGS, k=n)]
+    rng = random.Random(f"text/{seed}")
+    return [{"prompt": f"Say {word}:", "completion": word} for word in rng.choices(_THINGS, k=n)]
 
 
 ROWS: dict[str, Callable[..., list[dict[str, Any]]]] = {"yes_no": yes_no, "choice": choice, "text": text}

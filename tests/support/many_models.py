@@ -105,10 +105,10 @@ def unmerged(lm: PackedLM, weights: StoredWeights, scope: str = "shared") -> Mod
 
 def examples(n: int, seed: int = 0, *, prefix: tuple[int, ...] = (), longest: int = 60) -> list[Example]:
     """Examples with single-token answers, and every third one with longer answers that branch."""
-    chance = random.Random(f"examples/{seed}")
+    rng = random.Random(f"examples/{seed}")
     rows = []
     for index in range(n):
-        prompt = (*prefix, *(chance.randrange(5, 600) for _ in range(chance.randint(4, longest))))
+        prompt = (*prefix, *(rng.randrange(5, 600) for _ in range(rng.randint(4, longest))))
         answers: tuple[tuple[int, ...], ...] = ((7,), (9,))
         if index % 3 == 2:
             answers = ((7, 9, 11), (12,), (9, 8))

@@ -31,8 +31,8 @@ def with_intervention(path: Path, positions: str, dtype: torch.dtype = torch.flo
 
 
 def probes() -> list[Example]:
-    chance = random.Random(0)
-    rows = [tuple(chance.randrange(5, 600) for _ in range(n)) for n in (5, 20, 40)]
+    rng = random.Random(0)
+    rows = [tuple(rng.randrange(5, 600) for _ in range(n)) for n in (5, 20, 40)]
     return [Example(prompt=row, answers=((7, 9),), labels=("",), gold=0) for row in rows]
 
 

@@ -38,13 +38,13 @@ def drawn(
     n: int, temperature: float, *, seed: int = 0, widths: tuple[int, ...] = (2, 3, 5)
 ) -> LabelledScores:
     """Rows of 2, 3 and 5 labels whose right label is drawn from softmax(totals / temperature)."""
-    chance = np.random.default_rng(seed)
+    rng = np.random.default_rng(seed)
     scores, gold = [], []
     for index in range(n):
-        totals = chance.normal(scale=4.0, size=widths[index % len(widths)])
+        totals = rng.normal(scale=4.0, size=widths[index % len(widths)])
         row_scores = Scores(totals=tuple(totals), means=())
         scores.append(row_scores)
-        gold.append(int(chance.choice(len(totals), p=row_scores.probabilities_at(temperature))))
+        gold.append(int(rng.choice(len(totals), p=row_scores.probabilities_at(temperature))))
     return LabelledScores.of(scores, gold)
 
 

@@ -47,8 +47,8 @@ def llama(tiny_llama_dir: Path) -> PackedLM:
 
 
 def request_for(name: int, length: int, max_tokens: int = 6, **options: object) -> DecodeRequest:
-    chance = random.Random(f"{name}/{length}")
-    prompt = tuple(chance.randrange(5, 600) for _ in range(length))
+    rng = random.Random(f"{name}/{length}")
+    prompt = tuple(rng.randrange(5, 600) for _ in range(length))
     return DecodeRequest(id=name, prompt=prompt, max_tokens=max_tokens, **options)  # type: ignore[arg-type]
 
 

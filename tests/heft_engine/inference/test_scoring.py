@@ -33,10 +33,10 @@ def packed(path: Path, dtype: torch.dtype = torch.float32) -> PackedLM:
 
 def questions(n: int) -> list[Example]:
     """Prompts of 2 to 90 tokens, single labels and longer choices mixed."""
-    chance = random.Random(0)
+    rng = random.Random(0)
     examples = []
     for index in range(n):
-        prompt = tuple(chance.randrange(5, 600) for _ in range(chance.randint(2, 90)))
+        prompt = tuple(rng.randrange(5, 600) for _ in range(rng.randint(2, 90)))
         choices = ((7,), (8,)) if index % 3 else ((7, 9, 11), (8,), (30, 31) * 9)
         labels = tuple(map(str, range(len(choices))))
         examples.append(Example(prompt=prompt, answers=choices, labels=labels, gold=0))

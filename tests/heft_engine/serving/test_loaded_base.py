@@ -91,11 +91,11 @@ def test_texts_of_many_models_are_decoded_together(tiny_llama_dir: Path) -> None
         adapted = unmerged(base, weights).adapter
         requests.append(DecodeRequest(id=index, prompt=prompt, max_tokens=8, adapter=adapted))
         request = DecodeRequest(id=index, prompt=prompt, max_tokens=8)
-        expected |= written(DecodeBatch(merged(base, weights).lm, budget_bytes=2**24), [request])
-    assert written(DecodeBatch(base, budget_bytes=2**24), requests) == expected
+        expected |= decode_all(DecodeBatch(merged(base, weights).lm, budget_bytes=2**24), [request])
+    assert decode_all(DecodeBatch(base, budget_bytes=2**24), requests) == expected
 
 
-def written(batch: DecodeBatch, requests: list[DecodeRequest]) -> dict[object, list[int]]:
+def decode_all(batch: DecodeBatch, requests: list[DecodeRequest]) -> dict[object, list[int]]:
     tokens: dict[object, list[int]] = {request.id: [] for request in requests}
     new = batch.prefill(requests)
     while new:
