@@ -234,7 +234,7 @@ def test_an_imported_directory_becomes_a_bundle_that_answers_as_pyreft_did(
         assert list(prediction.label_probabilities.values()) == pytest.approx(row.tolist(), abs=CLOSE)
 
     assert main([*command, "--set", "reft.rank=2"]) == 1
-    assert "the directory says" in capsys.readouterr().err
+    assert "the directory defines the intervention" in capsys.readouterr().err
 
 
 def test_an_import_needs_a_base_that_has_the_layer(
