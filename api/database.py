@@ -11,13 +11,13 @@ import asyncio
 import threading
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from contextvars import copy_context
 from typing import Concatenate, ParamSpec, TypeVar
 
 from sqlalchemy.orm import Session, sessionmaker
 
 from store.db.session import transaction
 from store.errors import Unavailable
-from store.logs import in_context
 
 P = ParamSpec("P")
 T = TypeVar("T")
@@ -74,7 +74,7 @@ class Database:
                 return result
 
         try:
-            future = asyncio.get_running_loop().run_in_executor(self._threads, in_context(run))
+            future = asyncio.get_running_loop().run_in_executor(self._threads, copy_context().run, run)
             return await asyncio.wait_for(future, self._deadline)
         except TimeoutError as fault:
             message = _UNKNOWN if decision.abandon() else "the database does not answer; nothing was changed"

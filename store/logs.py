@@ -1,7 +1,7 @@
 """Logging of every process: text lines, or JSON, with the ids of the request or job at hand.
 
-`with bound(job_id=…, attempt=…)` adds ids to the lines inside; `in_context` hands them to another thread. API keys and
-passwords are replaced by *** in every line.
+`with bound(job_id=…, attempt=…)` adds ids to the lines inside; a thread that is started with
+`contextvars.copy_context().run` has them, too. API keys and passwords are replaced by *** in every line.
 """
 
 from __future__ import annotations
@@ -9,7 +9,7 @@ from __future__ import annotations
 import contextvars
 import logging
 import re
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any, Literal
 
@@ -31,12 +31,6 @@ def bound(**ids: str | int) -> Iterator[None]:
         yield
     finally:
         _BOUND.reset(token)
-
-
-def in_context(function: Callable[[], Any]) -> Callable[[], Any]:
-    """Returns `function` for another thread, with the ids that are bound in this one."""
-    context = contextvars.copy_context()
-    return lambda: context.run(function)
 
 
 def configure(log_format: LogFormat, *, level: str | int = "INFO") -> None:

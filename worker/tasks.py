@@ -29,20 +29,11 @@ RunJob = Callable[[Context, str], Job | None]
 
 
 def register_inference(
-    app: Celery,
-    answer_predict: Callable[[PredictMessage], None],
-    answer_generate: Callable[[GenerateMessage], None],
+    app: Celery, predict: Callable[[PredictMessage], None], generate: Callable[[GenerateMessage], None]
 ) -> None:
-    def predict(message: PredictMessage) -> None:
-        with bound(request_id=message["request_id"]):
-            answer_predict(message)
-
-    def generate(message: GenerateMessage) -> None:
-        with bound(request_id=message["request_id"]):
-            answer_generate(message)
-
-    app.task(predict, name=Task.PREDICT.value)
-    app.task(generate, name=Task.GENERATE.value)
+    # Without `typing`, which counts a bound method's `self` among the arguments.
+    app.task(predict, name=Task.PREDICT.value, typing=False)
+    app.task(generate, name=Task.GENERATE.value, typing=False)
 
 
 def register_training(app: Celery, context: Context) -> None:

@@ -5,9 +5,7 @@ from __future__ import annotations
 from heft_engine.bundle.format import Bundle
 from heft_engine.errors import BundleError
 from heft_engine.inference.model_variant import ModelVariant
-from heft_engine.inference.partition import TOKEN_BUDGET
-from heft_engine.inference.scoring_pass import ScoringRow, score_rows
-from heft_engine.model.packing import micro_batches
+from heft_engine.inference.scoring import ScoringRow, score_rows
 
 
 def check_probe(bundle: Bundle, variant: ModelVariant) -> None:
@@ -16,11 +14,7 @@ def check_probe(bundle: Bundle, variant: ModelVariant) -> None:
     Raises BundleError when a score differs by more than the tolerance that the bundle states, or is NaN.
     """
     tolerance = bundle.info.probe_tolerance
-    scores = [
-        row_scores
-        for examples in micro_batches(bundle.probe.examples, TOKEN_BUDGET)
-        for row_scores in score_rows([ScoringRow(example=example, variant=variant) for example in examples])
-    ]
+    scores = score_rows([ScoringRow(example=example, variant=variant) for example in bundle.probe.examples])
     for index, (actual, recorded) in enumerate(zip(scores, bundle.probe.scores, strict=True)):
         difference = max(abs(a - b) for a, b in zip(actual.totals, recorded, strict=True))
         if not difference <= tolerance:

@@ -1,30 +1,34 @@
-"""Scores: the float32 log-probability of each answer of each example, from one packed forward pass.
+"""Scoring: the float32 log-probability of each answer of each example, from packed forward passes.
 
-Final evaluation and serving share this path, so their scores have the same bits.
+Evaluation and serving share this path, so their scores have the same bits. Rows of one pass may have different adapters
+and scales, and continue cached prefixes.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
 from heft_engine.data.encoding import Example
+from heft_engine.inference.model_variant import ModelVariant
 from heft_engine.inference.partition import in_row_order, partition, run_parts
+from heft_engine.inference.prefix_cache import CachedPrefix, PrefixCache, PrefixWriter
+from heft_engine.model.layout import RowAdapter
 from heft_engine.model.packed_lm import PackedLM
 from heft_engine.model.packing import Batch, pack, packed_length
 
 
 @dataclass(frozen=True, kw_only=True)
 class Scores:
-    """Of one example, answer by answer.
+    """Scores of one example, answer by answer.
 
-    totals: summed log-probability of the answer's tokens (natural logarithm). Up to one constant a row where every
-        answer is a single token: only their differences matter, and the vocabulary is left out.
-    means: totals divided by the number of tokens (length-normalised); reported, never decides.
+    totals: summed log-probability of the answer's tokens (natural logarithm). Where every answer is a single token, up
+        to one constant a row: only their differences matter, and the softmax over the vocabulary is left out.
+    means: totals divided by the number of tokens (length-normalised); reported, never used to decide.
     """
 
     totals: tuple[float, ...]
@@ -32,12 +36,12 @@ class Scores:
 
     @property
     def best(self) -> int:
-        """The answer with the highest total; the first of equals. This decides."""
+        """Index of the answer with the highest total, the first of equals."""
         return max(range(len(self.totals)), key=lambda i: self.totals[i])
 
     @property
     def probabilities(self) -> tuple[float, ...]:
-        """Softmax over the totals: how the answers share the probability that falls on any of them."""
+        """Softmax over the totals."""
         return self.probabilities_at(1.0)
 
     def probabilities_at(self, temperature: float) -> tuple[float, ...]:
@@ -47,49 +51,136 @@ class Scores:
         return tuple(weight / sum(weights) for weight in weights)
 
 
-@torch.inference_mode()
+@dataclass(kw_only=True, eq=False)
+class ScoringRow:
+    """An example to score with one model.
+
+    hashes: its prompt's block hashes (`prefix_cache.prefix_hashes`); empty where nothing may be cached.
+    cached_prefix: the tokens that need not be computed.
+    """
+
+    example: Example
+    variant: ModelVariant
+    scale: float = 1.0
+    hashes: Sequence[bytes] = ()
+    cached_prefix: CachedPrefix | None = None
+
+    @property
+    def cached_tokens(self) -> int:
+        return self.cached_prefix.length if self.cached_prefix is not None else 0
+
+    @property
+    def uncached_tokens(self) -> int:
+        """Tokens to compute."""
+        return packed_length(self.example) - self.cached_tokens
+
+
 def score(lm: PackedLM, examples: Sequence[Example], *, scale: float = 1.0) -> list[Scores]:
-    """Scores of every example, in order. Bits of a row don't depend on the rows beside it."""
-    parts = partition(lm, examples)
-    scores = run_parts(lm, lambda rows: _score(lm, [examples[row] for row in rows], scale), parts)
+    """Returns the scores of every example, in order, with the model's own weights and interventions."""
+    variant = ModelVariant(lm=lm)
+    return score_rows([ScoringRow(example=example, variant=variant, scale=scale) for example in examples])
+
+
+@torch.inference_mode()
+def score_rows(rows: Sequence[ScoringRow], cache: PrefixCache | None = None) -> list[Scores]:
+    """Returns the scores of every row, in order, and caches the rows' prefixes. All rows are of one PackedLM.
+
+    A row's bits do not depend on the other rows.
+    """
+    if not rows:
+        return []
+    # Rows that continue the same prefix stand side by side: attention takes them together.
+    first: dict[CachedPrefix | None, int] = {}
+    order = sorted(range(len(rows)), key=lambda index: first.setdefault(rows[index].cached_prefix, index))
+    examples = [rows[index].example for index in order]
+    cached_tokens = [rows[index].cached_tokens for index in order]
+    lm = rows[0].variant.lm
+    parts = [[order[place] for place in places] for places in partition(lm, examples, cached_tokens)]
+    sinks = [_PrefixSink(cache, [rows[index] for index in part], lm.n_layers) for part in parts]
+    scores = run_parts(lm, lambda sink: _score_part(lm, sink), sinks)
+    for sink in sinks:
+        sink.commit()
     return in_row_order(parts, scores)
 
 
-def _score(lm: PackedLM, examples: Sequence[Example], scale: float) -> list[Scores]:
-    length = lm.backend.pass_length(sum(map(packed_length, examples)))
-    batch = pack(examples, scale=scale, length=length)
-    return score_hidden(lm, batch, lm.hidden(batch))
+def _score_part(lm: PackedLM, sink: _PrefixSink) -> list[Scores]:
+    """Scores the rows of one part in one pass through the layers."""
+    rows = sink.rows
+    cached_tokens = [row.cached_tokens for row in rows]
+    length = lm.backend.pass_length(sum(row.uncached_tokens for row in rows))
+    batch = pack([row.example for row in rows], cached_tokens=cached_tokens, length=length)
+    # One more row may fill the batch up to `length`.
+    filler = (None,) * (len(batch.layout.rows) - len(rows))
+    adapters: tuple[RowAdapter | None, ...] = tuple(row.variant.adapter for row in rows)
+    prefixes: tuple[CachedPrefix | None, ...] = tuple(row.cached_prefix for row in rows)
+    layout = replace(
+        batch.layout,
+        scales=tuple(row.scale for row in rows) + (0.0,) * len(filler),
+        cached_prefixes=prefixes + filler if any(cached_tokens) else None,
+        adapters=adapters + filler if any(adapter is not None for adapter in adapters) else None,
+        kv_sink=sink if sink.is_needed else None,
+    )
+    return score_hidden(lm, batch, lm.hidden(replace(batch, layout=layout)))
+
+
+class _PrefixSink:
+    """The rows of one part, whose keys and values go into the cache. Implements `layout.KVSink`."""
+
+    def __init__(self, cache: PrefixCache | None, rows: Sequence[ScoringRow], layers: int) -> None:
+        self.rows = rows
+        self._cache = cache
+        self._layers = layers
+        self._writers: dict[int, PrefixWriter | None] = {}
+
+    @property
+    def is_needed(self) -> bool:
+        return self._cache is not None and any(row.hashes for row in self.rows)
+
+    def write(self, layer: int, row: int, keys: Tensor, values: Tensor) -> None:
+        if row >= len(self.rows) or self._cache is None:
+            return  # the filler
+        if row not in self._writers:
+            scored = self.rows[row]
+            self._writers[row] = self._cache.reserve(
+                scored.variant.scope, scored.hashes, scored.cached_prefix, keys, self._layers
+            )
+        writer = self._writers[row]
+        if writer is not None:
+            writer.write(layer, keys, values)
+
+    def commit(self) -> None:
+        """Caches what was written, after a pass that has succeeded."""
+        for writer in self._writers.values():
+            if writer is not None:
+                writer.commit()
 
 
 def score_hidden(lm: PackedLM, batch: Batch, hidden: Tensor) -> list[Scores]:
-    """Scores from last hidden states (T, hidden)."""
-    single = [all(len(answer) == 1 for answer in example.answers) for example in batch.examples]
-    results: list[Scores] = []
-    for index, example in enumerate(batch.examples):
-        reads = batch.reads[index]
-        totals = (
-            _single(lm, example, hidden[reads[0][0]])
-            if single[index]
-            else _branches(lm, example, reads, hidden)
-        )
+    """Returns the scores of a batch's examples from its last hidden states (T, hidden)."""
+    scores: list[Scores] = []
+    for example, reads in zip(batch.examples, batch.reads, strict=True):
+        if all(len(answer) == 1 for answer in example.answers):
+            totals = _single_token_totals(lm, example, hidden[reads[0][0]])
+        else:
+            totals = _branch_totals(lm, example, reads, hidden)
         means = tuple(total / len(answer) for total, answer in zip(totals, example.answers, strict=True))
-        results.append(Scores(totals=totals, means=means))
-    return results
+        scores.append(Scores(totals=totals, means=means))
+    return scores
 
 
-def _single(lm: PackedLM, example: Example, hidden: Tensor) -> tuple[float, ...]:
+def _single_token_totals(lm: PackedLM, example: Example, hidden: Tensor) -> tuple[float, ...]:
     tokens = torch.tensor([[answer[0] for answer in example.answers]], device=hidden.device)
     return tuple(lm.label_logits(hidden[None], tokens)[0].tolist())
 
 
-def _branches(
+def _branch_totals(
     lm: PackedLM, example: Example, reads: tuple[tuple[int, ...], ...], hidden: Tensor
 ) -> tuple[float, ...]:
     # The first read of every branch is the prompt's last position: computed once.
     positions = sorted({position for read in reads for position in read})
     log_probabilities = torch.log_softmax(lm.exact_logits(hidden[positions]), dim=-1)
-    where = {position: i for i, position in enumerate(positions)}
+    places = {position: place for place, position in enumerate(positions)}
     return tuple(
-        sum(float(log_probabilities[where[p], token]) for p, token in zip(read, answer, strict=True))
+        sum(float(log_probabilities[places[p], token]) for p, token in zip(read, answer, strict=True))
         for read, answer in zip(reads, example.answers, strict=True)
     )

@@ -17,9 +17,8 @@ from typing import Protocol, TypeVar
 from heft_engine.data.encoding import Example
 from heft_engine.inference.model_variant import ModelVariant
 from heft_engine.inference.prefix_cache import PrefixCache
-from heft_engine.inference.scoring import Scores
-from heft_engine.inference.scoring_pass import score_rows
-from heft_engine.serving.request_queue import Request, RequestQueue, Scheduled
+from heft_engine.inference.scoring import Scores, score_rows
+from heft_engine.serving.request_queue import RequestQueue
 
 log = logging.getLogger(__name__)
 T = TypeVar("T")
@@ -100,16 +99,15 @@ class Batcher:
         Cached prefixes are shared between requests of one `owner`. Rows of a cancelled future that are not in a pass
         yet are dropped.
         """
-        caches_prefixes = self._cache.budget_bytes > 0
-        request = Request(variant, examples, scale=scale, owner=owner, caches_prefixes=caches_prefixes)
         if not examples:
-            request.future.set_result([])
-            return request.future
+            done: Future[list[Scores]] = Future()
+            done.set_result([])
+            return done
+        future = self._queue.add(variant, examples, scale=scale, owner=owner)
         with self._changed:
             self._start()
-            self._queue.add(request)
             self._changed.notify()
-        return request.future
+        return future
 
     def run(self, call: Callable[[], T]) -> T:
         """Runs `call` on the batcher's thread, between passes, and returns its result."""
@@ -162,22 +160,25 @@ class Batcher:
 
     def _loop(self) -> None:
         while self._wait_for_work():
-            self._run_calls()
-            self._decode()
+            with self._changed:
+                calls, self._calls = self._calls, []
+                decode_work = list(self._decode_work)
+            for call in calls:
+                call()
+            for work in decode_work:
+                try:
+                    work.step()
+                except Exception:
+                    log.exception("a decoding step failed")
             if not self._closed:
-                self._score_next()
+                self._score()
             self._last_active_at = time.monotonic()
-        self._queue.fail(CancelledError())
-        with self._changed:
-            decode_work, self._decode_work = self._decode_work, []
-        for work in decode_work:
-            work.fail(CancelledError())
-        self._run_calls()
+        self._end()
 
     def _wait_for_work(self) -> bool:
         """Waits for something to do. Returns False once the batcher is closed."""
         with self._changed:
-            while not (self._closed or self._queue.waiting_rows() or self._has_other_work()):
+            while not (self._closed or self._has_other_work() or self._queue.waiting_rows()):
                 self._changed.wait()
             linger_until = self._last_pass_ended_at + LINGER_SECONDS
             while not (self._closed or self._has_other_work()):
@@ -191,49 +192,42 @@ class Batcher:
         self._decode_work = [work for work in self._decode_work if work.is_busy]
         return bool(self._calls or self._decode_work)
 
-    def _run_calls(self) -> None:
-        with self._changed:
-            calls, self._calls = self._calls, []
-        for call in calls:
-            call()
-
-    def _decode(self) -> None:
-        for work in list(self._decode_work):
-            try:
-                work.step()
-            except Exception:
-                log.exception("a decoding step failed")
-
-    def _score_next(self) -> None:
+    def _score(self) -> None:
         try:
-            scheduled = self._queue.take()
-            self._last_pass_rows = len(scheduled)
-            if scheduled:
-                self._score(scheduled)
+            batch = self._queue.take()
         except BaseException as error:
             log.exception("scheduling a scoring pass failed")
             self._queue.fail(error)
-
-    def _score(self, scheduled: Sequence[Scheduled]) -> None:
+            return
+        self._last_pass_rows = len(batch.rows)
+        if not batch.rows:
+            return
         began = time.monotonic()
         try:
-            scores = score_rows([row for _, row in scheduled], self._cache)
+            scores = score_rows([row for _, row in batch.rows], self._cache)
         except BaseException as error:  # noqa: BLE001 - it is raised where the requests are waited for
-            log.warning("a scoring pass of %d rows failed: %s", len(scheduled), error)
-            for request, _ in scheduled:
+            log.warning("a scoring pass of %d rows failed: %s", len(batch.rows), error)
+            for request, _ in batch.rows:
                 request.fail(error)
             return
-        for (request, row), row_scores in zip(scheduled, scores, strict=True):
-            request.complete(row, row_scores)
         self._last_pass_ended_at = time.monotonic()
-        self._observe(scheduled, began)
-
-    def _observe(self, scheduled: Sequence[Scheduled], began: float) -> None:
+        for (request, row), row_scores in zip(batch.rows, scores, strict=True):
+            request.complete(row, row_scores)
         if self._observer is not None:
             self._observer.on_pass(
-                rows=len(scheduled),
-                tokens=sum(row.uncached_tokens for _, row in scheduled),
-                cached_tokens=sum(row.cached_tokens for _, row in scheduled),
+                rows=len(batch.rows),
+                tokens=batch.tokens,
+                cached_tokens=batch.cached_tokens,
                 seconds=self._last_pass_ended_at - began,
-                waits=[began - request.arrived_at for request, _ in scheduled],
+                waits=[began - request.arrived_at for request, _ in batch.rows],
             )
+
+    def _end(self) -> None:
+        self._queue.fail(CancelledError())
+        with self._changed:
+            calls, self._calls = self._calls, []
+            decode_work, self._decode_work = self._decode_work, []
+        for work in decode_work:
+            work.fail(CancelledError())
+        for call in calls:
+            call()

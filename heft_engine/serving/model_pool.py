@@ -32,8 +32,8 @@ from heft_engine.serving.predictor import KEY_VALUE_BYTES, Predictor
 log = logging.getLogger(__name__)
 
 Placement = Literal["auto", "merged", "shared"]
-#: Least time between two looks at the placement of one base model's models.
-REBALANCE_SECONDS = 1.0
+#: Least time between two looks at memory and placement, unless a model was loaded meanwhile.
+MAINTENANCE_SECONDS = 1.0
 #: Least time before a reload that failed is tried again.
 RETRY_SECONDS = 60.0
 
@@ -68,7 +68,7 @@ class ModelPool:
         self._lock = threading.RLock()
         self._entries: dict[Hashable, PoolEntry] = {}
         self._bases: dict[BaseKey, LoadedBase] = {}
-        self._rebalanced_at: dict[BaseKey, float] = {}
+        self._next_maintenance = 0.0
         self._evicted = False
         # One model at a time, and a base model between passes: transformers changes torch's default dtype meanwhile.
         self._loading = threading.Lock()
@@ -160,6 +160,7 @@ class ModelPool:
             model = run_in_short_lived_thread(lambda: self._load_or_make_room(entry))
             with self._lock:
                 entry.set_loaded(model)
+                self._next_maintenance = 0.0
         except BaseException as error:  # noqa: BLE001 - it is raised in all threads that wait for the future
             entry.future.set_exception(error)
 
@@ -174,14 +175,14 @@ class ModelPool:
     def _release(self, name: Hashable, entry: PoolEntry) -> None:
         with self._lock:
             entry.users -= 1
-            entry.used_at = time.monotonic()
-            if entry.future.done() and entry.future.exception() is not None:
-                if self._entries.get(name) is entry:
-                    self._remove(name)
-            else:
-                self._drop_removed(name, entry)
-            self._evict(self._budget)
-            self._rebalance(entry)
+            entry.used_at = now = time.monotonic()
+            failed = entry.future.done() and entry.future.exception() is not None
+            if self._entries.get(name) is entry and (failed or (entry.is_removed and entry.is_idle)):
+                self._remove(name)
+            if now >= self._next_maintenance:
+                fits = self._evict(self._budget)
+                self._next_maintenance = now + MAINTENANCE_SECONDS if fits else 0.0
+                self._rebalance(now)
         self._notify_evicted()
 
     def _load_bundle(self, name: str, fetch: Fetch, kind: Kind | None = None) -> LoadedModel:
@@ -257,24 +258,20 @@ class ModelPool:
             if entry.loaded is not None and entry.loaded.base == key
         }
 
-    def _rebalance(self, entry: PoolEntry) -> None:
-        """Reloads models of the entry's base model in the background where their placement should change."""
-        model = entry.loaded
-        if self._placement != "auto" or model is None or model.kind == "base":
+    def _rebalance(self, now: float) -> None:
+        """Reloads models in the background where their placement should change."""
+        if self._placement != "auto":
             return
-        now = time.monotonic()
-        if now < self._rebalanced_at.get(model.base, 0.0) + REBALANCE_SECONDS:
-            return
-        self._rebalanced_at[model.base] = now
-        for name, kind in placement_changes(self._on(model.base)):
-            changed = self._entries[name]
-            if changed.fetch is None or changed.is_reloading or now < changed.reload_after:
-                continue
-            changed.is_reloading = True
-            try:
-                self._reloads.submit(self._reload_as, str(name), changed, changed.fetch, kind)
-            except RuntimeError:  # the pool is closed
-                changed.is_reloading = False
+        for base in self._bases:
+            for name, kind in placement_changes(self._on(base)):
+                entry = self._entries[name]
+                if entry.fetch is None or entry.is_reloading or now < entry.reload_after:
+                    continue
+                entry.is_reloading = True
+                try:
+                    self._reloads.submit(self._reload_as, str(name), entry, entry.fetch, kind)
+                except RuntimeError:  # the pool is closed
+                    entry.is_reloading = False
 
     def _reload_as(self, name: str, entry: PoolEntry, fetch: Fetch, kind: Kind) -> None:
         model: LoadedModel | None = None
@@ -310,19 +307,17 @@ class ModelPool:
         bases = sum(base.memory_bytes for base in self._bases.values())
         return models + bases + self._batcher.prefix_bytes
 
-    def _evict(self, budget: int) -> None:
-        """Evicts idle models, the least recently used first, until what is in memory fits `budget`.
+    def _evict(self, budget: int) -> bool:
+        """Evicts idle models, the least recently used first, until all fit `budget`. Returns whether they do.
 
-        Called after every answer, and with a thousand models: no model may be looked at twice.
+        There may be a thousand models: none is looked at twice.
         """
         excess = self._used_bytes() - budget
-        if excess <= 0:
-            return
-        for name in sorted(self._entries, key=lambda name: self._entries[name].used_at):
-            if excess <= 0:
-                return
-            if self._entries[name].is_idle:
-                excess -= self._remove(name)
+        if excess > 0:
+            for name in sorted(self._entries, key=lambda name: self._entries[name].used_at):
+                if excess > 0 and self._entries[name].is_idle:
+                    excess -= self._remove(name)
+        return excess <= 0
 
     def _drop_removed(self, name: Hashable, entry: PoolEntry) -> None:
         if entry.is_removed and entry.is_idle and self._entries.get(name) is entry:

@@ -1,4 +1,4 @@
-"""The queue of scoring requests, and which of their rows the next pass takes.
+"""The scheduler of scoring requests: a queue, and the choice of rows for the next pass.
 
 Models take turns, and on one model requests do, row by row, so that a large request does not hold up small ones. A row
 whose prefix another row of the same pass computes is deferred once, and takes it from the prefix cache.
@@ -11,43 +11,26 @@ import time
 from collections.abc import Hashable, Iterator, Sequence
 from concurrent.futures import Future, InvalidStateError
 from contextlib import suppress
+from dataclasses import dataclass, field
 from weakref import WeakKeyDictionary
 
 from heft_engine.data.encoding import Example
 from heft_engine.inference.model_variant import ModelVariant
 from heft_engine.inference.prefix_cache import BLOCK_TOKENS, MIN_PREFIX_TOKENS, PrefixCache, prefix_hashes
-from heft_engine.inference.scoring import Scores
-from heft_engine.inference.scoring_pass import ScoringRow
+from heft_engine.inference.scoring import Scores, ScoringRow
 from heft_engine.model.packed_lm import PackedLM
+from heft_engine.model.packing import packed_length
 
 
 class Request:
     """Examples that one model scores. `future` gets the scores of all, and may be cancelled at any time."""
 
-    def __init__(
-        self,
-        variant: ModelVariant,
-        examples: Sequence[Example],
-        *,
-        scale: float = 1.0,
-        owner: Hashable = None,
-        caches_prefixes: bool = False,
-    ) -> None:
+    def __init__(self, variant: ModelVariant, rows: list[ScoringRow]) -> None:
         self.variant = variant
+        self.rows = rows
         self.arrived_at = time.monotonic()
         self.future: Future[list[Scores]] = Future()
-        self.rows = [
-            ScoringRow(
-                example=example,
-                variant=variant,
-                scale=scale,
-                hashes=prefix_hashes(variant, example.prompt, scale=scale, owner=owner)
-                if caches_prefixes
-                else (),
-            )
-            for example in examples
-        ]
-        self.waiting = list(self.rows)
+        self.waiting = list(rows)
         self.deferred: set[ScoringRow] = set()
         self._scores: dict[ScoringRow, Scores] = {}
 
@@ -64,8 +47,13 @@ class Request:
             self.future.set_exception(error)
 
 
-#: A row that a pass takes, with its request.
-Scheduled = tuple[Request, ScoringRow]
+@dataclass(kw_only=True)
+class ScheduledBatch:
+    """The rows of one pass with their requests. `tokens` are to be computed, `cached_tokens` are in the cache."""
+
+    rows: list[tuple[Request, ScoringRow]] = field(default_factory=list)
+    tokens: int = 0
+    cached_tokens: int = 0
 
 
 class RequestQueue:
@@ -80,9 +68,18 @@ class RequestQueue:
         self._last_pass: WeakKeyDictionary[PackedLM, int] = WeakKeyDictionary()
         self._passes = 0
 
-    def add(self, request: Request) -> None:
+    def add(
+        self, variant: ModelVariant, examples: Sequence[Example], *, scale: float, owner: Hashable
+    ) -> Future[list[Scores]]:
+        """Queues examples and returns the future of their scores."""
+        rows = [ScoringRow(example=example, variant=variant, scale=scale) for example in examples]
+        if self._cache.budget_bytes > 0:
+            for row in rows:
+                row.hashes = prefix_hashes(variant, row.example.prompt, scale=scale, owner=owner)
+        request = Request(variant, rows)
         with self._lock:
             self._requests.append(request)
+        return request.future
 
     def waiting_rows(self) -> int:
         """Drops requests that are done, and returns the number of rows that wait."""
@@ -97,38 +94,40 @@ class RequestQueue:
         for request in requests:
             request.fail(error)
 
-    def take(self) -> list[Scheduled]:
+    def take(self) -> ScheduledBatch:
         """Removes and returns the rows of the next pass, all of one PackedLM."""
         with self._lock:
             requests = [r for r in self._requests if r.waiting and not r.future.done()]
         if not requests:
-            return []
+            return ScheduledBatch()
         # The model whose last pass is the longest ago; of new ones that of the first request.
         lm = min((request.variant.lm for request in requests), key=lambda lm: self._last_pass.get(lm, 0))
         self._passes += 1
         self._last_pass[lm] = self._passes
         return self._take_rows([request for request in requests if request.variant.lm is lm])
 
-    def _take_rows(self, requests: Sequence[Request]) -> list[Scheduled]:
-        scheduled: list[Scheduled] = []
-        tokens = 0
-        computed: set[bytes] = set()
+    def _take_rows(self, requests: Sequence[Request]) -> ScheduledBatch:
+        batch = ScheduledBatch()
+        computed: set[bytes] = set()  # blocks that rows of this pass compute
         for request, row in _round_robin(requests):
             row.cached_prefix = self._cache.find(row.hashes)
+            cached_tokens = row.cached_tokens
             # Once: what is computed meanwhile may not fit the cache.
-            if row not in request.deferred and _gains_by_deferring(row, computed):
+            if row not in request.deferred and _gains_by_deferring(row.hashes, cached_tokens, computed):
                 request.deferred.add(row)
                 continue
-            tokens += row.uncached_tokens
-            if scheduled and tokens > self._token_budget:
+            tokens = packed_length(row.example) - cached_tokens
+            if batch.rows and batch.tokens + tokens > self._token_budget:
                 break
-            computed.update(row.hashes[row.cached_tokens // BLOCK_TOKENS :])
-            scheduled.append((request, row))
+            batch.rows.append((request, row))
+            batch.tokens += tokens
+            batch.cached_tokens += cached_tokens
+            computed.update(row.hashes[cached_tokens // BLOCK_TOKENS :])
             request.waiting.remove(row)
-        return scheduled
+        return batch
 
 
-def _round_robin(requests: Sequence[Request]) -> Iterator[Scheduled]:
+def _round_robin(requests: Sequence[Request]) -> Iterator[tuple[Request, ScoringRow]]:
     """Yields a waiting row of each request, then another of each, until none is left."""
     iterators = [(request, iter(list(request.waiting))) for request in requests]
     while iterators:
@@ -141,9 +140,9 @@ def _round_robin(requests: Sequence[Request]) -> Iterator[Scheduled]:
         iterators = remaining
 
 
-def _gains_by_deferring(row: ScoringRow, computed: set[bytes]) -> bool:
-    """Whether much of the row's prefix is among the blocks that other rows of this pass compute."""
-    cached_blocks = blocks = row.cached_tokens // BLOCK_TOKENS
-    while blocks < len(row.hashes) and row.hashes[blocks] in computed:
+def _gains_by_deferring(hashes: Sequence[bytes], cached_tokens: int, computed: set[bytes]) -> bool:
+    """Whether much of a row's prefix is among the blocks that other rows of its pass compute."""
+    cached_blocks = blocks = cached_tokens // BLOCK_TOKENS
+    while blocks < len(hashes) and hashes[blocks] in computed:
         blocks += 1
     return (blocks - cached_blocks) * BLOCK_TOKENS >= MIN_PREFIX_TOKENS

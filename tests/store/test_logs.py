@@ -6,13 +6,14 @@ import json
 import logging
 import threading
 from collections.abc import Callable, Iterator
+from contextvars import copy_context
 from datetime import datetime
 
 import pytest
 from sqlalchemy import exc, text
 
 from store import logs
-from store.logs import bound, in_context
+from store.logs import bound
 
 log = logging.getLogger("a.module")
 KEY = "heft_0123456789abcdef_s3cr3t-s3cr3t_s3cr3t"
@@ -61,7 +62,7 @@ def test_a_fault_is_one_line_of_json(lines: Callable[[], list[str]]) -> None:
 def test_a_thread_goes_on_with_the_ids(lines: Callable[[], list[str]]) -> None:
     logs.configure("json")
     with bound(job_id="ftjob-1"):
-        thread = threading.Thread(target=in_context(lambda: log.info("from a thread")))
+        thread = threading.Thread(target=copy_context().run, args=(log.info, "from a thread"))
     thread.start()
     thread.join()
     assert json.loads(lines()[0])["job_id"] == "ftjob-1"

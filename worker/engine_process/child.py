@@ -16,12 +16,11 @@ import subprocess
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextvars import copy_context
 from functools import partial
 from pathlib import Path
 from types import TracebackType
 from typing import Any
-
-from store.logs import in_context
 
 log = logging.getLogger(__name__)
 
@@ -101,7 +100,7 @@ class Child:
         self._reap_lock = threading.Lock()
         self._lines: queue.SimpleQueue[dict[str, Any] | None] = queue.SimpleQueue()
         self._readers = [
-            threading.Thread(target=in_context(read), name=f"read-{self.pid}", daemon=True)
+            threading.Thread(target=copy_context().run, args=(read,), name=f"read-{self.pid}", daemon=True)
             for read in (self._read_stdout, self._read_stderr)
         ]
         for reader in self._readers:

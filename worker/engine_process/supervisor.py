@@ -11,13 +11,13 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from contextvars import copy_context
 from dataclasses import dataclass
 from enum import StrEnum
 from types import TracebackType
 
 from store.errors import LostFence, Unavailable
 from store.jobs.fence import StopRequest
-from store.logs import in_context
 from store.settings import StoreSettings
 from worker.engine_process.child import Child
 
@@ -98,7 +98,9 @@ class Supervisor:
         self._child: Child | None = None
         self._kill_at = float("inf")
         self._over = threading.Event()
-        self._thread = threading.Thread(target=in_context(self._run), name="supervisor", daemon=True)
+        self._thread = threading.Thread(
+            target=copy_context().run, args=(self._run,), name="supervisor", daemon=True
+        )
 
     def __enter__(self) -> Supervisor:
         self._thread.start()

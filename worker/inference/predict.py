@@ -42,13 +42,17 @@ class PredictHandler:
     def _predict(self, message: PredictMessage, request: OpenRequest) -> list[PredictedRow]:
         request.check_active()
         model, intervention = message["model"], message["intervention"]
-        is_base = model["kind"] == "base"
-        base_task = infer_task(parse_inputs(message["inputs"], None)) if is_base else None
+        rows = base_task = None
+        if model["kind"] == "base":
+            rows = parse_inputs(message["inputs"], None)
+            base_task = infer_task(rows)
         with self._models.use(model, base_task) as predictor:
             request.check_active()
             self._metrics.on_started(time.time() - message["sent_at"])
+            if rows is None:
+                rows = parse_inputs(message["inputs"], predictor.task.row_labels)
             predictions = predictor.predict(
-                parse_inputs(message["inputs"], predictor.task.row_labels),
+                rows,
                 enabled=intervention["enabled"],
                 scale=intervention["scale"],
                 owner=model["owner"],

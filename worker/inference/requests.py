@@ -19,6 +19,7 @@ from redis.exceptions import RedisError
 
 from heft_engine.errors import EngineError, ModelError, RowError
 from store.errors import StoreError, Unavailable
+from store.logs import bound
 from store.messages.broker import redis_py_url
 from store.messages.generate import GenerateMessage, GenerateReply
 from store.messages.predict import (
@@ -75,17 +76,18 @@ class Requests:
 
     @contextmanager
     def open(self, message: PredictMessage | GenerateMessage) -> Iterator[OpenRequest]:
-        """Gives the request for as long as it is being answered.
+        """Gives the request for as long as it is being answered; log lines of the body have its id.
 
         An exception of the body becomes the reply; those that are neither the client's fault nor a known failure are
-        raised again. The body of an abandoned request raises RequestAbandoned, which ends it without a reply.
+        raised again. RequestAbandoned ends the body without a reply.
         """
         request = OpenRequest(message, self)
         request_id = message["request_id"]
         with self._lock:
             self._active.add(request_id)
         try:
-            yield request
+            with bound(request_id=request_id):
+                yield request
         except RequestAbandoned:
             log.info("request %s was abandoned", request_id)
         except (EngineError, StoreError) as error:

@@ -20,8 +20,7 @@ from heft_engine.cpu.packed_weights import bytes_to_pack
 from heft_engine.data.encoding import Example
 from heft_engine.inference.model_variant import ModelVariant
 from heft_engine.inference.prefix_cache import PrefixCache, prefix_hashes
-from heft_engine.inference.scoring import Scores, score
-from heft_engine.inference.scoring_pass import ScoringRow, score_rows
+from heft_engine.inference.scoring import Scores, ScoringRow, score, score_rows
 from heft_engine.serving.row_adapters import adapt_rows
 
 pytestmark = pytest.mark.usefixtures("with_amx")

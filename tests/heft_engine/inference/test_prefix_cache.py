@@ -24,8 +24,7 @@ from heft_engine.inference.prefix_cache import (
     prefix_hashes,
     reusable_prefix,
 )
-from heft_engine.inference.scoring import Scores
-from heft_engine.inference.scoring_pass import ScoringRow, score_rows
+from heft_engine.inference.scoring import Scores, ScoringRow, score_rows
 from heft_engine.model import attention, layout
 from heft_engine.model.layout import Layout, PackedRow, PrefixKV
 from heft_engine.model.packed_lm import PackedLM

@@ -16,8 +16,7 @@ from tiny_models import FAMILIES
 from heft_engine.errors import BundleError
 from heft_engine.inference.decode_batch import DecodeBatch, DecodeRequest
 from heft_engine.inference.model_variant import ModelVariant
-from heft_engine.inference.scoring import Scores, score
-from heft_engine.inference.scoring_pass import ScoringRow, score_rows
+from heft_engine.inference.scoring import Scores, ScoringRow, score, score_rows
 from heft_engine.serving.row_adapters import UnmergedModel, adapt_rows
 from heft_engine.serving.shared_copy import unique_bytes
 

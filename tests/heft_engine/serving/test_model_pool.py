@@ -337,7 +337,7 @@ def test_a_change_that_fails_leaves_the_model_as_it_is_and_is_not_tried_again_at
 
     assert wait_until(has_failed, seconds=30)
     fetched = len(library.fetched)
-    pool._rebalanced_at.clear()
+    pool._next_maintenance = 0.0
     assert ask(pool, library, "m1") == before
     assert len(library.fetched) == fetched
     assert pool.usage()["shared"][0] == 1
