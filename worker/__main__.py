@@ -83,7 +83,9 @@ def _register(app: Celery, role: Role, context: Context, stack: ExitStack) -> li
     registry = worker_registry(role)
     if role is Role.TRAIN:
         tasks.register_training(app, context)
-        offers = Chore(name="offers", seconds=_OFFER_SECONDS, run=lambda: offer_base_models(context))
+        offers = Chore(
+            name="offer base models", seconds=_OFFER_SECONDS, run=lambda: offer_base_models(context)
+        )
         return [offers, activation_chore(context), *_metrics_chores(context, stack, registry)]
     if role is Role.PREPARE:
         tasks.register_preparing(app, context)
@@ -101,7 +103,7 @@ def _register(app: Celery, role: Role, context: Context, stack: ExitStack) -> li
     return [
         *handoff_chores(context, models.pool.evict_idle),
         eviction_chore(context, models),
-        Chore(name="memory", seconds=_TRIM_SECONDS, run=models.trim_memory),
+        Chore(name="trim memory", seconds=_TRIM_SECONDS, run=models.trim_memory),
         *_metrics_chores(context, stack, registry, models.record_usage),
     ]
 

@@ -69,9 +69,8 @@ def test_more_rows_than_may_wait_are_refused_at_once(
     with ThreadPoolExecutor(2) as threads:
         large = threads.submit(ask, 20)  # finds nobody waiting
         until(lambda: queued(settings) == 1)
-        started = time.monotonic()
         refused = ask(1)
-        assert time.monotonic() - started < 1
+        assert not large.done(), "refused while the first one waits"
         assert refused.status_code == 429
         assert refused.json()["error"]["type"] == "rate_limit_error"
         assert 1 <= int(refused.headers["retry-after"]) <= 60

@@ -54,12 +54,10 @@ def test_a_broker_that_is_away_opens_the_breaker(tmp_path: Path) -> None:
 
 def test_a_frozen_broker_blocks_nobody(frozen_broker: str) -> None:
     hints = Hints(make_celery(frozen_broker))
-    began = time.monotonic()
     for number in range(100):
         hints.hint(f"ftjob-{number}", "train")
-    assert time.monotonic() - began < 0.5
+    assert not hints.broker_is_away, "nobody waits for the socket timeout"
     _until(lambda: hints.broker_is_away)
-    assert time.monotonic() - began < 10, "it gives up after its socket timeout"
     hints.close()
 
 

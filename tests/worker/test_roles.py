@@ -34,7 +34,10 @@ def test_only_the_inference_worker_retains_freed_memory(
 
 @pytest.mark.parametrize(
     ("role", "chores"),
-    [(Role.TRAIN, {"offers", "prefills"}), (Role.INFERENCE, {"forgetting", "memory"})],
+    [
+        (Role.TRAIN, {"offer base models", "expire activations"}),
+        (Role.INFERENCE, {"evict deleted models", "trim memory"}),
+    ],
 )
 def test_chores(bench: Bench, role: Role, chores: set[str]) -> None:
     with ExitStack() as stack:

@@ -23,4 +23,4 @@ def activation_folder(context: Context) -> Path:
 
 def activation_chore(context: Context) -> Chore:
     expire = partial(remove_older_than, activation_folder(context), _MAX_AGE_SECONDS)
-    return Chore(name="prefills", seconds=_PERIOD_SECONDS, run=expire)
+    return Chore(name="expire activations", seconds=_PERIOD_SECONDS, run=expire)

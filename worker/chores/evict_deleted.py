@@ -27,7 +27,9 @@ class LoadedModels(Protocol):
 
 
 def eviction_chore(context: Context, loaded: LoadedModels) -> Chore:
-    return Chore(name="forgetting", seconds=_PERIOD_SECONDS, run=lambda: evict_deleted(context, loaded))
+    return Chore(
+        name="evict deleted models", seconds=_PERIOD_SECONDS, run=lambda: evict_deleted(context, loaded)
+    )
 
 
 def evict_deleted(context: Context, loaded: LoadedModels) -> None:

@@ -71,7 +71,7 @@ def handoff_chores(context: Context, evict_idle: Callable[[], None]) -> list[Cho
             served.update(requests)
             _write_info(context, {SERVED: sorted(served)})
 
-    return [Chore(name="room", seconds=_POLL_SECONDS, run=serve)]
+    return [Chore(name="GPU handoff", seconds=_POLL_SECONDS, run=serve)]
 
 
 def _is_served(context: Context, request: str) -> bool:

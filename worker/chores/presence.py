@@ -43,7 +43,7 @@ def registered(context: Context, role: Role) -> Iterator[None]:
     )
     retrying(_register, context, role)
     heartbeat = Chore(
-        name="presence", seconds=context.settings.heartbeat_seconds, run=lambda: _heartbeat(context)
+        name="heartbeat", seconds=context.settings.heartbeat_seconds, run=lambda: _heartbeat(context)
     )
     with run_chores([heartbeat]):
         yield

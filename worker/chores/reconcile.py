@@ -64,7 +64,11 @@ def collect_unlisted(context: Context) -> None:
 
 def reconcile_chores(context: Context) -> list[Chore]:
     return [
-        Chore(name="sweep", seconds=context.settings.sweep_seconds, run=lambda: recover_lost(context)),
-        Chore(name="garbage", seconds=_GARBAGE_SECONDS, run=lambda: collect_garbage(context)),
-        Chore(name="listed garbage", seconds=_LISTING_SECONDS, run=lambda: collect_unlisted(context)),
+        Chore(
+            name="recover lost jobs",
+            seconds=context.settings.sweep_seconds,
+            run=lambda: recover_lost(context),
+        ),
+        Chore(name="collect garbage", seconds=_GARBAGE_SECONDS, run=lambda: collect_garbage(context)),
+        Chore(name="collect unlisted files", seconds=_LISTING_SECONDS, run=lambda: collect_unlisted(context)),
     ]
