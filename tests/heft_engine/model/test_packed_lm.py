@@ -144,7 +144,7 @@ def test_decoding_on_the_cache_says_what_recomputation_says(make_tiny_model: Mak
 
     (edited,) = generate(lm, [prompt], eos_tokens={-1}, max_new_tokens=[24])
     assert edited == greedy(recompute)
-    (shorter,) = generate(lm, [prompt], ends={edited[5]}, max_new_tokens=[24])
+    (shorter,) = generate(lm, [prompt], eos_tokens={edited[5]}, max_new_tokens=[24])
     assert shorter == edited[: edited.index(edited[5])]
 
 

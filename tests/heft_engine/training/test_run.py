@@ -38,7 +38,7 @@ def computed(lm: PackedLM, encoder: Encoder, examples: list[Example]) -> list[An
     if encoder.task.type != "text":
         return scores
     eos = encoder.tokenizer.eos_token_id
-    tokens = generate(lm, examples, ends={eos}, max_new_tokens=[8] * len(examples))
+    tokens = generate(lm, examples, eos_tokens={eos}, max_new_tokens=[8] * len(examples))
     return list(zip(scores, tokens, strict=True))
 
 
