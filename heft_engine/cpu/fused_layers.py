@@ -1,9 +1,9 @@
 """Decoder layers of passes without a gradient, as a few compiled operators: AMX products with norms, activations and
-LoRA deltas in them (heft_engine.cpu.fused_linear), and AMX attention.
+LoRA deltas in them (heft_engine.cpu.fused_linear), and AMX attention; without AMX compiled norms and rotary embeddings.
 
 The layers are those of Llama and its kin: norm, query, key and value, rotary embedding, attention, sum, norm, gated
 activation, sum. A layer of each type that a model has is compared with its module's own `forward`, to the bit; where
-they differ, or without AMX, the modules' own run. Hooks on layers and on linear layers act as ever.
+they differ, the modules' own run. Hooks on layers and on linear layers act as ever.
 """
 
 from __future__ import annotations
@@ -45,7 +45,7 @@ class FusedLayers:
         self._forwards: dict[nn.Module, Forward] = {}
         self._lock, self._threads = threading.Lock(), 0
         fused_ops = operators.fused_ops()
-        if fused_ops is None or operators.amx_ops() is None or not all(map(_fits, layers.modules)):
+        if fused_ops is None or not all(map(_fits, layers.modules)):
             return
         options: dict[str, AttentionOptions | None] = {}
         for layer, kind in zip(layers.modules, layers.types, strict=True):
@@ -106,11 +106,10 @@ class _Layer:
     def __call__(
         self, states: Tensor, *, position_embeddings: tuple[Tensor, Tensor], layout: Layout, **_: Any
     ) -> Tensor:
-        with all_threads():
-            # A mode has no say in AMX operators, and its looking at every call would take as long as a short pass.
-            with torch._C.DisableTorchFunction():
-                out = self._fused(states, position_embeddings, layout)
-            return self.in_parts(states, position_embeddings, layout) if out is None else out
+        # A mode has no say in AMX operators, and its looking at every call would take as long as a short pass.
+        with all_threads(), torch._C.DisableTorchFunction():
+            out = self._fused(states, position_embeddings, layout)
+        return self.in_parts(states, position_embeddings, layout) if out is None else out
 
     def _fused(self, states: Tensor, rotary: tuple[Tensor, Tensor], layout: Layout) -> Tensor | None:
         """The layer in four operators; None where AMX does not support all of it, adapters included."""
@@ -129,7 +128,7 @@ class _Layer:
         return self._linears.gated(amx, states, self._norm(1), mlp, deltas[4:])
 
     def in_parts(self, states: Tensor, rotary: tuple[Tensor, Tensor], layout: Layout) -> Tensor:
-        """The same, one operation after the other: for passes with adapters that are more than a LoRA delta."""
+        """The same, one operation after the other: without AMX, and with adapters that are more than a LoRA delta."""
         hidden = self._ops.rms_norm(states, *self._norm(0))
         projections = [self._linears.linear(linear, hidden, layout) for linear in self._qkv]
         with torch._C.DisableTorchFunction():
@@ -167,7 +166,8 @@ class _Layer:
         amx = amx_attention.amx_for(layout, query, key, value, self._options)
         if amx is not None:
             layer = cast(int, module.layer_idx)
-            return amx_attention.attend(amx, layer, query, key, value, layout, self._options)
+            with all_threads():
+                return amx_attention.attend(amx, layer, query, key, value, layout, self._options)
         q, k, v = (states.transpose(0, 1)[None] for states in (query, key, value))
         scaling, window, softcap = self._options
         with one_thread():

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from heft_engine.cpu import operators, packed_weights
 from heft_engine.cpu.amx import AmxOps, LoraDelta, Norm, Projection
 from heft_engine.model.layout import AdapterHook, Layout, PackedRow, RowAdapter
+from heft_engine.runtime.parallel import all_threads
 
 #: Rows whose adapters do more than a product can add.
 Others = list[tuple[PackedRow, RowAdapter]]
@@ -40,7 +41,8 @@ class LayerProducts:
             return cast(Tensor, module(x))
         lora_deltas, others = _adapters(module, layout)
         packed = packed_weights.packed_copy(module.weight)
-        out = amx_ops.linear(x, module.weight, packed, module.bias, None, lora_deltas)
+        with all_threads():
+            out = amx_ops.linear(x, module.weight, packed, module.bias, None, lora_deltas)
         if others:
             _hook(module).adapt(others, module, x, out)
         return out

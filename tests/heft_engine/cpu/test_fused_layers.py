@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 import torch
+from needs import needs_compiler
 from probe_models import with_intervention
 from torch import Tensor, nn
 
@@ -21,6 +22,8 @@ from heft_engine.data.encoding import Example
 from heft_engine.inference.scoring import score
 from heft_engine.model.backend import TorchBackend
 from heft_engine.model.packed_lm import PackedLM
+
+pytestmark = [needs_compiler, pytest.mark.usefixtures("with_and_without_amx")]
 
 QUICK = ("llama", "mistral", "qwen2", "qwen3")
 OTHERS = ("gemma", "gemma2", "gemma3_text", "gpt_neox")
@@ -57,7 +60,6 @@ def totals(lm: PackedLM, examples: list[Example]) -> list[tuple[float, ...]]:
     return [row_scores.totals for row_scores in score(lm, examples)]
 
 
-@pytest.mark.usefixtures("with_amx")
 @pytest.mark.parametrize("family", QUICK + OTHERS)
 @pytest.mark.parametrize("branched", [False, True])
 def test_scores_have_the_bits_of_the_modules_own(
@@ -70,14 +72,12 @@ def test_scores_have_the_bits_of_the_modules_own(
     assert len(fused_layers(quick)) == (quick.n_layers if family in QUICK else 0)
 
 
-@pytest.mark.usefixtures("with_amx")
 def test_only_bfloat16_layers_are_quick(make_tiny_model: MakeModel) -> None:
     lm = model(make_tiny_model("llama"), torch.float32)
     totals(lm, rows(2, branched=False))
     assert len(fused_layers(lm)) == 0
 
 
-@pytest.mark.usefixtures("with_amx")
 def test_a_layer_that_is_not_what_it_looks_like_keeps_its_own_pass(
     make_tiny_model: MakeModel, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -94,7 +94,6 @@ def test_a_layer_that_is_not_what_it_looks_like_keeps_its_own_pass(
     assert totals(lm, rows(3, branched=False)) == expected
 
 
-@pytest.mark.usefixtures("with_amx")
 def test_hooks_on_layers_and_on_products_act(make_tiny_model: MakeModel) -> None:
     lm = model(make_tiny_model("llama"))
     examples = rows(3, branched=False)
@@ -117,7 +116,6 @@ def test_hooks_on_layers_and_on_products_act(make_tiny_model: MakeModel) -> None
     assert totals(lm, examples) == before
 
 
-@pytest.mark.usefixtures("with_amx")
 def test_layers_are_their_own_again_when_the_last_thread_has_left(make_tiny_model: MakeModel) -> None:
     lm = model(make_tiny_model("llama"))
     with lm.inference_mode():
@@ -136,7 +134,6 @@ def test_layers_are_their_own_again_when_the_last_thread_has_left(make_tiny_mode
     assert "forward" not in lm.layers[0].__dict__
 
 
-@pytest.mark.usefixtures("with_amx")
 def test_a_family_asks_once_for_each_kind_of_layer(
     make_tiny_model: MakeModel, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -86,7 +86,7 @@ def test_a_linear_layers_rows_are_the_same_in_passes_of_every_length(
     for threads in THREADS:
         torch.set_num_threads(threads)
         with one_thread(), BatchInvariantMode():
-            for count in (1, 5, 63, 64, 65, 300):
+            for count in (1, 5, 95, 96, 97, 300):
                 assert torch.equal(layer(x[:count]), whole[:count]), (threads, count)
                 assert torch.equal(layer(x[77 : 77 + count]), whole[77 : 77 + count]), (threads, count)
             assert torch.equal(layer(x[None, -1:]), whole[None, -1:])
