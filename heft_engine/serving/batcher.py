@@ -18,7 +18,7 @@ from heft_engine.data.encoding import Example
 from heft_engine.inference.model_variant import ModelVariant
 from heft_engine.inference.prefix_cache import PrefixCache
 from heft_engine.inference.scoring import Scores, score_rows
-from heft_engine.serving.request_queue import RequestQueue
+from heft_engine.serving.request_queue import RequestQueue, ScheduledBatch
 
 log = logging.getLogger(__name__)
 T = TypeVar("T")
@@ -28,6 +28,8 @@ TOKEN_BUDGET = 2_048
 #: Longest wait for the requests that follow a shared pass.
 LINGER_SECONDS = 0.004
 PREFIX_BYTES = 512 * 1024**2
+#: Interval at which `wait` asks whether a result is still needed.
+_POLL_SECONDS = 0.25
 
 
 class Observer(Protocol):
@@ -103,11 +105,24 @@ class Batcher:
             done: Future[list[Scores]] = Future()
             done.set_result([])
             return done
-        future = self._queue.add(variant, examples, scale=scale, owner=owner)
         with self._changed:
             self._start()
+        future = self._queue.add(variant, examples, scale=scale, owner=owner)
+        with self._changed:
             self._changed.notify()
         return future
+
+    def score(
+        self,
+        variant: ModelVariant,
+        examples: Sequence[Example],
+        *,
+        scale: float = 1.0,
+        owner: Hashable = None,
+        is_active: Callable[[], bool] = lambda: True,
+    ) -> list[Scores]:
+        """Returns the examples' scores: `submit` and `wait`."""
+        return wait(self.submit(variant, examples, scale=scale, owner=owner), is_active)
 
     def run(self, call: Callable[[], T]) -> T:
         """Runs `call` on the batcher's thread, between passes, and returns its result."""
@@ -171,7 +186,13 @@ class Batcher:
                 except Exception:
                     log.exception("a decoding step failed")
             if not self._closed:
-                self._score()
+                try:
+                    batch = self._queue.take()
+                except BaseException as error:
+                    log.exception("scheduling a scoring pass failed")
+                    self._queue.fail(error)
+                else:
+                    self._score(batch)
             self._last_active_at = time.monotonic()
         self._end()
 
@@ -192,13 +213,7 @@ class Batcher:
         self._decode_work = [work for work in self._decode_work if work.is_busy]
         return bool(self._calls or self._decode_work)
 
-    def _score(self) -> None:
-        try:
-            batch = self._queue.take()
-        except BaseException as error:
-            log.exception("scheduling a scoring pass failed")
-            self._queue.fail(error)
-            return
+    def _score(self, batch: ScheduledBatch) -> None:
         self._last_pass_rows = len(batch.rows)
         if not batch.rows:
             return
@@ -223,7 +238,7 @@ class Batcher:
             )
 
     def _end(self) -> None:
-        self._queue.fail(CancelledError())
+        self._queue.close(CancelledError())
         with self._changed:
             calls, self._calls = self._calls, []
             decode_work, self._decode_work = self._decode_work, []
@@ -231,3 +246,16 @@ class Batcher:
             work.fail(CancelledError())
         for call in calls:
             call()
+
+
+def wait(future: Future[T], is_active: Callable[[], bool]) -> T:
+    """Returns the future's result. Raises CancelledError, and cancels it, once `is_active` returns False."""
+    while True:
+        try:
+            return future.result(_POLL_SECONDS)
+        except TimeoutError:
+            if future.done():
+                return future.result()  # just now, or the pass itself raised TimeoutError
+            if not is_active():
+                future.cancel()
+                raise CancelledError from None

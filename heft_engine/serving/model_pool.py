@@ -26,7 +26,13 @@ from heft_engine.runtime.devices import choose_device, choose_dtype, dtype_of
 from heft_engine.runtime.threads import run_in_short_lived_thread
 from heft_engine.serving.batcher import Batcher
 from heft_engine.serving.loaded_base import BaseKey, Kind, LoadedBase, LoadedModel, size_on_disk
-from heft_engine.serving.placement import Fetch, PoolEntry, first_placement, placement_changes
+from heft_engine.serving.placement import (
+    Fetch,
+    PoolEntry,
+    first_placement,
+    placement_changes,
+    update_rates,
+)
 from heft_engine.serving.predictor import KEY_VALUE_BYTES, Predictor
 
 log = logging.getLogger(__name__)
@@ -69,6 +75,7 @@ class ModelPool:
         self._entries: dict[Hashable, PoolEntry] = {}
         self._bases: dict[BaseKey, LoadedBase] = {}
         self._next_maintenance = 0.0
+        self._rates_updated_at = time.monotonic()
         self._evicted = False
         # One model at a time, and a base model between passes: transformers changes torch's default dtype meanwhile.
         self._loading = threading.Lock()
@@ -147,7 +154,7 @@ class ModelPool:
                 self._entries[name] = PoolEntry(load=load, fetch=fetch)
             entry = self._entries[name]
             entry.users += 1
-            entry.rate.add()
+            entry.requests += 1
         try:
             if is_new:
                 self._load(entry)
@@ -247,6 +254,7 @@ class ModelPool:
         if self._placement != "auto":
             return self._placement
         with self._lock:
+            self._update_rates(time.monotonic())
             entry = self._entries.get(name)
             return first_placement(entry, list(self._on(key).values())) if entry is not None else "shared"
 
@@ -262,6 +270,7 @@ class ModelPool:
         """Reloads models in the background where their placement should change."""
         if self._placement != "auto":
             return
+        self._update_rates(now)
         for base in self._bases:
             for name, kind in placement_changes(self._on(base)):
                 entry = self._entries[name]
@@ -272,6 +281,10 @@ class ModelPool:
                     self._reloads.submit(self._reload_as, str(name), entry, entry.fetch, kind)
                 except RuntimeError:  # the pool is closed
                     entry.is_reloading = False
+
+    def _update_rates(self, now: float) -> None:
+        update_rates(self._entries.values(), now - self._rates_updated_at)
+        self._rates_updated_at = now
 
     def _reload_as(self, name: str, entry: PoolEntry, fetch: Fetch, kind: Kind) -> None:
         model: LoadedModel | None = None

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
@@ -26,23 +26,6 @@ DECAY_SECONDS = 60.0
 Fetch = Callable[[], AbstractContextManager[Path]]
 
 
-class RequestRate:
-    """An exponentially decaying count of requests: those of about the last minute."""
-
-    def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
-        self._clock = clock
-        self._count = 0.0
-        self._counted_at = clock()
-
-    def add(self, requests: float = 1.0) -> None:
-        self._count = self.value + requests
-        self._counted_at = self._clock()
-
-    @property
-    def value(self) -> float:
-        return self._count * math.exp(-(self._clock() - self._counted_at) / DECAY_SECONDS)
-
-
 @dataclass(eq=False)
 class PoolEntry:
     """A model in the pool, loaded or being loaded. Callers wait for `future`; `loaded` is what is in memory."""
@@ -54,7 +37,8 @@ class PoolEntry:
     base: BaseKey | None = None  #: known before the model is loaded
     users: int = 0
     used_at: float = field(default_factory=time.monotonic)
-    rate: RequestRate = field(default_factory=RequestRate)
+    requests: int = 0  #: since the last `update_rates`
+    rate: float = 0.0  #: requests of about the last minute
     is_reloading: bool = False
     is_removed: bool = False  #: leaves the pool once it is idle
     only_merged: bool = False  #: its probe rows did not agree unmerged
@@ -76,20 +60,28 @@ class PoolEntry:
         return self.users == 0 and self.future.done() and not self.is_reloading
 
 
+def update_rates(entries: Iterable[PoolEntry], seconds: float) -> None:
+    """Counts the requests of the last `seconds` in; older ones decay exponentially."""
+    decay = math.exp(-seconds / DECAY_SECONDS)
+    for entry in entries:
+        entry.rate = entry.rate * decay + entry.requests
+        entry.requests = 0
+
+
 def first_placement(entry: PoolEntry, neighbours: Sequence[PoolEntry]) -> Kind:
     """Returns how to load a model, given the models on its base model."""
-    others = sum(other.rate.value for other in neighbours if other is not entry)
-    return "merged" if entry.rate.value >= MERGE_SHARE * (entry.rate.value + others) else "shared"
+    others = sum(other.rate for other in neighbours if other is not entry)
+    return "merged" if entry.rate >= MERGE_SHARE * (entry.rate + others) else "shared"
 
 
 def placement_changes(entries: Mapping[Hashable, PoolEntry]) -> Iterator[tuple[Hashable, Kind]]:
     """Yields the models of one base model that should be placed otherwise."""
-    total = sum(entry.rate.value for entry in entries.values())
+    total = sum(entry.rate for entry in entries.values())
     if total < MIN_REQUESTS:
         return
     for name, entry in entries.items():
         kind = entry.loaded.kind if entry.loaded is not None else None
-        share = entry.rate.value / total
+        share = entry.rate / total
         if kind == "shared" and share >= MERGE_SHARE:
             yield name, "merged"
         if kind == "merged" and share < UNMERGE_SHARE and not entry.only_merged:

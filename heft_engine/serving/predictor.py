@@ -8,11 +8,11 @@ from __future__ import annotations
 import itertools
 import weakref
 from collections.abc import Callable, Hashable, Sequence
-from concurrent.futures import CancelledError, Future, InvalidStateError
+from concurrent.futures import Future, InvalidStateError
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 from transformers import PreTrainedTokenizerBase
 
@@ -33,17 +33,13 @@ from heft_engine.model.model_files import inspect
 from heft_engine.model.packed_lm import PackedLM
 from heft_engine.runtime.devices import choose_device, choose_dtype
 from heft_engine.runtime.threads import run_in_short_lived_thread
-from heft_engine.serving.batcher import Batcher
+from heft_engine.serving.batcher import Batcher, wait
 from heft_engine.serving.text_generator import OnDelta, TextDelta, TextGenerator, TextRequest
-
-T = TypeVar("T")
 
 #: Default budget of the key/value cache for generated text.
 KEY_VALUE_BYTES = 1024**3
 #: Longest answer of a base model, in tokens; a bundle brings its own.
 _BASE_MAX_NEW_TOKENS = 64
-#: Interval at which a waiting call asks whether its answer is still needed.
-_POLL_SECONDS = 0.25
 _CALL_IDS = itertools.count()
 
 
@@ -146,10 +142,9 @@ class Predictor:
         """
         examples = [self.encoder.question(row) for row in rows]
         scale = scale if enabled else 0.0
-        if self.task.type == "text":
+        if self.encoder.task.type == "text":
             return self._complete(examples, scale, is_active)
-        future = self.batcher.submit(self.variant, examples, scale=scale, owner=owner)
-        scores = _wait(future, is_active)
+        scores = self.batcher.score(self.variant, examples, scale=scale, owner=owner, is_active=is_active)
         return [self._label(example, row) for example, row in zip(examples, scores, strict=True)]
 
     def generate(self, requests: Sequence[TextRequest], on_delta: OnDelta) -> None:
@@ -193,7 +188,7 @@ class Predictor:
             )
         self.generate(requests, lambda request_id, delta: texts[request_id[1]].on_delta(delta))
         try:
-            return [_wait(text.prediction, is_active) for text in texts]
+            return [wait(text.prediction, is_active) for text in texts]
         except BaseException:
             for request in requests:
                 self.cancel(request.id)
@@ -229,19 +224,6 @@ class _Text:
         )
         with suppress(InvalidStateError):
             self.prediction.set_result(prediction)
-
-
-def _wait(future: Future[T], is_active: Callable[[], bool]) -> T:
-    """Returns the future's result. Raises CancelledError, and cancels it, once `is_active` returns False."""
-    while True:
-        try:
-            return future.result(_POLL_SECONDS)
-        except TimeoutError:
-            if future.done():
-                return future.result()  # just now, or the pass itself raised TimeoutError
-            if not is_active():
-                future.cancel()
-                raise CancelledError from None
 
 
 def load(

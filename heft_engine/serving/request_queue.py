@@ -25,12 +25,12 @@ from heft_engine.model.packing import packed_length
 class Request:
     """Examples that one model scores. `future` gets the scores of all, and may be cancelled at any time."""
 
-    def __init__(self, variant: ModelVariant, rows: list[ScoringRow]) -> None:
+    def __init__(self, variant: ModelVariant, examples: Sequence[Example], scale: float) -> None:
         self.variant = variant
-        self.rows = rows
+        self.rows = [ScoringRow(example=example, variant=variant, scale=scale) for example in examples]
         self.arrived_at = time.monotonic()
         self.future: Future[list[Scores]] = Future()
-        self.waiting = list(rows)
+        self.waiting = list(self.rows)
         self.deferred: set[ScoringRow] = set()
         self._scores: dict[ScoringRow, Scores] = {}
 
@@ -64,6 +64,7 @@ class RequestQueue:
         self._token_budget = token_budget
         self._lock = threading.Lock()
         self._requests: list[Request] = []
+        self._closed_by: BaseException | None = None
         #: The number of each model's last pass.
         self._last_pass: WeakKeyDictionary[PackedLM, int] = WeakKeyDictionary()
         self._passes = 0
@@ -72,13 +73,15 @@ class RequestQueue:
         self, variant: ModelVariant, examples: Sequence[Example], *, scale: float, owner: Hashable
     ) -> Future[list[Scores]]:
         """Queues examples and returns the future of their scores."""
-        rows = [ScoringRow(example=example, variant=variant, scale=scale) for example in examples]
+        request = Request(variant, examples, scale)
         if self._cache.budget_bytes > 0:
-            for row in rows:
+            for row in request.rows:
                 row.hashes = prefix_hashes(variant, row.example.prompt, scale=scale, owner=owner)
-        request = Request(variant, rows)
         with self._lock:
-            self._requests.append(request)
+            if self._closed_by is None:
+                self._requests.append(request)
+                return request.future
+        request.fail(self._closed_by)
         return request.future
 
     def waiting_rows(self) -> int:
@@ -93,6 +96,12 @@ class RequestQueue:
             requests, self._requests = self._requests, []
         for request in requests:
             request.fail(error)
+
+    def close(self, error: BaseException) -> None:
+        """Ends all requests, and those that are added from now on, with `error`."""
+        with self._lock:
+            self._closed_by = error
+        self.fail(error)
 
     def take(self) -> ScheduledBatch:
         """Removes and returns the rows of the next pass, all of one PackedLM."""
@@ -110,8 +119,8 @@ class RequestQueue:
         batch = ScheduledBatch()
         computed: set[bytes] = set()  # blocks that rows of this pass compute
         for request, row in _round_robin(requests):
-            row.cached_prefix = self._cache.find(row.hashes)
-            cached_tokens = row.cached_tokens
+            prefix = row.cached_prefix = self._cache.find(row.hashes)
+            cached_tokens = prefix.length if prefix is not None else 0
             # Once: what is computed meanwhile may not fit the cache.
             if row not in request.deferred and _gains_by_deferring(row.hashes, cached_tokens, computed):
                 request.deferred.add(row)

@@ -20,7 +20,7 @@ from store.messages.generate import (
     TopToken,
 )
 from worker.inference.models import Models
-from worker.inference.requests import POLL_SECONDS, OpenRequest, Requests
+from worker.inference.requests import POLL_SECONDS, ActiveRequest, Requests
 from worker.inference.text_batch import IndexedDelta, TextBatch, start
 
 #: Deltas that come within this time go out together.
@@ -36,19 +36,20 @@ class GenerateHandler:
 
     def handle(self, message: GenerateMessage) -> None:
         """Answers a request, with its texts or with the error that prevents them."""
-        with self._requests.open(message) as request:
-            request.check_active()
-            with self._models.use(message["model"], "text") as predictor:
-                batch = start(predictor, message)
-                try:
-                    for reply in _replies(message, batch, request):
-                        request.reply(reply)
-                finally:
-                    for index in batch.unfinished:
-                        predictor.cancel((batch.request_id, index))
+        self._requests.answer(message, lambda request: self._answer(message, request))
+
+    def _answer(self, message: GenerateMessage, request: ActiveRequest) -> None:
+        with self._models.use(message["model"], "text") as predictor:
+            batch = start(predictor, message)
+            try:
+                for reply in _replies(message, batch, request):
+                    request.reply(reply)
+            finally:
+                for index in batch.unfinished:
+                    predictor.cancel((batch.request_id, index))
 
 
-def _replies(message: GenerateMessage, batch: TextBatch, request: OpenRequest) -> Iterator[GenerateReply]:
+def _replies(message: GenerateMessage, batch: TextBatch, request: ActiveRequest) -> Iterator[GenerateReply]:
     """Yields a request's replies, one where it is not streamed; the last has `done`. Raises what ended a text."""
     parts: dict[int, GeneratedPart] = {}
     completion_tokens: dict[int, int] = {}
@@ -72,7 +73,7 @@ def _replies(message: GenerateMessage, batch: TextBatch, request: OpenRequest) -
         time.sleep(COALESCE_SECONDS)
 
 
-def _next_deltas(batch: TextBatch, request: OpenRequest) -> Iterator[IndexedDelta]:
+def _next_deltas(batch: TextBatch, request: ActiveRequest) -> Iterator[IndexedDelta]:
     """Waits for a delta, then yields all that are there. Raises RequestAbandoned."""
     while True:
         request.check_active()

@@ -13,7 +13,7 @@ from heft_engine.errors import RowError
 from store.messages.predict import PredictedRow, PredictedRows, PredictMessage, PredictReply
 from worker.inference.metrics import InferenceMetrics
 from worker.inference.models import Models
-from worker.inference.requests import OpenRequest, RequestAbandoned, Requests
+from worker.inference.requests import ActiveRequest, RequestAbandoned, Requests
 
 
 class PredictHandler:
@@ -27,20 +27,11 @@ class PredictHandler:
     def handle(self, message: PredictMessage) -> None:
         """Answers a request, with predictions or with the error that prevents them."""
         started = time.perf_counter()
-        with self._requests.open(message) as request:
-            try:
-                predictions = PredictedRows(data=self._predict(message, request))
-            except CancelledError as error:
-                self._metrics.on_abandoned()
-                raise RequestAbandoned from error
-            except RequestAbandoned:
-                self._metrics.on_abandoned()
-                raise
-            request.reply(PredictReply(request_id=message["request_id"], ok=predictions))
+        if not self._requests.answer(message, lambda request: self._answer(message, request)):
+            self._metrics.on_abandoned()
         self._metrics.on_answered(time.perf_counter() - started)
 
-    def _predict(self, message: PredictMessage, request: OpenRequest) -> list[PredictedRow]:
-        request.check_active()
+    def _answer(self, message: PredictMessage, request: ActiveRequest) -> None:
         model, intervention = message["model"], message["intervention"]
         rows = base_task = None
         if model["kind"] == "base":
@@ -51,14 +42,18 @@ class PredictHandler:
             self._metrics.on_started(time.time() - message["sent_at"])
             if rows is None:
                 rows = parse_inputs(message["inputs"], predictor.task.row_labels)
-            predictions = predictor.predict(
-                rows,
-                enabled=intervention["enabled"],
-                scale=intervention["scale"],
-                owner=model["owner"],
-                is_active=request.is_active,
-            )
-        return [cast(PredictedRow, asdict(prediction)) for prediction in predictions]
+            try:
+                predictions = predictor.predict(
+                    rows,
+                    enabled=intervention["enabled"],
+                    scale=intervention["scale"],
+                    owner=model["owner"],
+                    is_active=request.is_active,
+                )
+            except CancelledError as error:
+                raise RequestAbandoned from error
+        predicted = cast(list[PredictedRow], list(map(asdict, predictions)))
+        request.reply(PredictReply(request_id=message["request_id"], ok=PredictedRows(data=predicted)))
 
 
 def parse_inputs(inputs: Sequence[dict[str, Any]], labels: Sequence[str] | None) -> list[Row]:

@@ -10,8 +10,7 @@ import json
 import logging
 import threading
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from typing import Any, cast
 
 from redis import Redis
@@ -74,22 +73,25 @@ class Requests:
     def close(self) -> None:
         self._redis.close()
 
-    @contextmanager
-    def open(self, message: PredictMessage | GenerateMessage) -> Iterator[OpenRequest]:
-        """Gives the request for as long as it is being answered; log lines of the body have its id.
+    def answer(
+        self, message: PredictMessage | GenerateMessage, handler: Callable[[ActiveRequest], None]
+    ) -> bool:
+        """Calls `handler` with the request; its log lines have the request's id.
 
-        An exception of the body becomes the reply; those that are neither the client's fault nor a known failure are
-        raised again. RequestAbandoned ends the body without a reply.
+        An exception of the handler becomes the reply; those that are neither the client's fault nor a known failure are
+        raised again. Returns False for a request that is or becomes abandoned, which gets no reply.
         """
-        request = OpenRequest(message, self)
+        request = ActiveRequest(message, self)
         request_id = message["request_id"]
         with self._lock:
             self._active.add(request_id)
         try:
             with bound(request_id=request_id):
-                yield request
+                request.check_active()
+                handler(request)
         except RequestAbandoned:
             log.info("request %s was abandoned", request_id)
+            return False
         except (EngineError, StoreError) as error:
             request.fail(_fault(error))
         except Exception:
@@ -101,9 +103,10 @@ class Requests:
             with self._lock:
                 self._active.discard(request_id)
                 self._cancelled.discard(request_id)
+        return True
 
     def is_active(self, message: PredictMessage | GenerateMessage) -> bool:
-        """Returns whether the client of an open request still waits; a client that goes is noticed in POLL_SECONDS."""
+        """Returns whether a request's client still waits; a client that goes is noticed within POLL_SECONDS."""
         now = self._wall_clock()
         if now > message["deadline"]:
             return False
@@ -140,7 +143,7 @@ class Requests:
             self._polling.release()
 
 
-class OpenRequest:
+class ActiveRequest:
     """One request that is being answered."""
 
     def __init__(self, message: PredictMessage | GenerateMessage, requests: Requests) -> None:

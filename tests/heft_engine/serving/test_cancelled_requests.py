@@ -7,15 +7,15 @@ from concurrent.futures import CancelledError, Future
 import pytest
 
 from heft_engine.inference.scoring import Scores
-from heft_engine.serving import predictor
-from heft_engine.serving.predictor import _wait
+from heft_engine.serving import batcher
+from heft_engine.serving.batcher import wait
 
 SCORES = [Scores(totals=(0.0,), means=(0.0,))]
 
 
 @pytest.fixture(autouse=True)
 def _looks_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(predictor, "_POLL_SECONDS", 0.001)
+    monkeypatch.setattr(batcher, "_POLL_SECONDS", 0.001)
 
 
 class Late(Future[list[Scores]]):
@@ -37,17 +37,17 @@ class Late(Future[list[Scores]]):
 
 
 def test_an_answer_that_comes_while_one_looks_is_the_answer() -> None:
-    assert _wait(Late(), lambda: True) == SCORES
+    assert wait(Late(), lambda: True) == SCORES
 
 
 def test_the_timeout_error_of_a_pass_is_raised() -> None:
     with pytest.raises(TimeoutError, match="of the pass"):
-        _wait(Late(TimeoutError("of the pass")), lambda: True)
+        wait(Late(TimeoutError("of the pass")), lambda: True)
 
 
 def test_an_unwanted_answer_is_cancelled() -> None:
     future: Future[list[Scores]] = Future()
     answers = iter([True, True, False])
     with pytest.raises(CancelledError):
-        _wait(future, lambda: next(answers))
+        wait(future, lambda: next(answers))
     assert future.cancelled()

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import json
-import logging
+import queue
+import threading
 from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import pytest
@@ -14,7 +16,7 @@ from redis.retry import Retry
 
 from store.messages.broker import redis_py_url
 from store.messages.predict import Intervention, PredictMessage, PredictModel, PredictReply, cancelled_key
-from worker.inference.requests import POLL_SECONDS, RequestAbandoned, Requests
+from worker.inference.requests import POLL_SECONDS, ActiveRequest, RequestAbandoned, Requests
 
 MODEL = PredictModel(id="m", owner="o", kind="base", base_model="m", storage_key=None, manifest=None)
 
@@ -65,27 +67,50 @@ def replies(redis: Redis) -> list[PredictReply]:
     return [json.loads(payload) for payload in payloads]
 
 
+@contextmanager
+def opened(requests: Requests, message: PredictMessage) -> Iterator[ActiveRequest]:
+    """The request, while a thread of its own answers it."""
+    active: queue.SimpleQueue[ActiveRequest] = queue.SimpleQueue()
+    done = threading.Event()
+
+    def handler(request: ActiveRequest) -> None:
+        active.put(request)
+        assert done.wait(60)
+
+    thread = threading.Thread(target=requests.answer, args=(message, handler))
+    thread.start()
+    try:
+        yield active.get(timeout=60)
+    finally:
+        done.set()
+        thread.join(60)
+
+
 def test_a_cancelled_request_is_abandoned_and_no_other(
     redis: Redis, requests: Requests, clock: Clock
 ) -> None:
     redis.set(cancelled_key("gone"), 1)
     with (
-        requests.open(message("gone", clock.now)) as gone,
-        requests.open(message("there", clock.now)) as there,
+        opened(requests, message("gone", clock.now)) as gone,
+        opened(requests, message("there", clock.now)) as there,
     ):
         clock.now += POLL_SECONDS
         assert not gone.is_active()
         assert there.is_active()
         with pytest.raises(RequestAbandoned):
             gone.check_active()
-    with requests.open(message("gone", clock.now)) as again:
+    with opened(requests, message("gone", clock.now)) as again:
         assert again.is_active(), "a cancellation is forgotten with its request"
 
 
-def test_a_request_is_abandoned_after_its_deadline(requests: Requests, clock: Clock, redis: Redis) -> None:
-    with requests.open(message("late", clock.now)) as late:
+def test_an_abandoned_request_gets_no_reply(requests: Requests, clock: Clock, redis: Redis) -> None:
+    def late(request: ActiveRequest) -> None:
         clock.now += 61
-        late.check_active()
+        request.check_active()
+
+    assert requests.answer(message("late", clock.now), lambda request: None)
+    assert not requests.answer(message("late", clock.now), late)
+    assert not requests.answer(message("too late", clock.now - 61), lambda request: pytest.fail("handled"))
     assert replies(redis) == []
 
 
@@ -93,11 +118,11 @@ def test_one_poll_for_all_and_none_for_a_request_that_came_just_now(
     redis: Redis, requests: Requests, clock: Clock
 ) -> None:
     before = polls(redis)
-    with requests.open(message("first", clock.now)) as first:
+    with opened(requests, message("first", clock.now)) as first:
         assert first.is_active()
         assert polls(redis) == before
         clock.now += POLL_SECONDS
-        with requests.open(message("second", clock.now - 1)) as second:
+        with opened(requests, message("second", clock.now - 1)) as second:
             assert all(request.is_active() for request in [first, second] * 10)
             assert polls(redis) == before + 1
             redis.set(cancelled_key("second"), 1)
@@ -110,25 +135,26 @@ def test_one_poll_for_all_and_none_for_a_request_that_came_just_now(
 def test_a_broker_that_is_away_cancels_nobody_and_is_left_alone_for_a_while(
     clock: Clock, caplog: pytest.LogCaptureFixture
 ) -> None:
+    def handler(request: ActiveRequest) -> None:
+        clock.now += 1
+        assert request.is_active()
+        assert len(caplog.records) == 1
+        request.reply(PredictReply(request_id="one"))
+
     with Redis(host="127.0.0.1", port=1, retry=Retry(NoBackoff(), 0)) as nowhere:
         requests = Requests(nowhere, clock=clock, wall_clock=clock)
-        with requests.open(message("one", clock.now - 1)) as request, caplog.at_level(logging.WARNING):
-            assert request.is_active()
-            clock.now += 1
-            assert request.is_active()
-            assert len(caplog.records) == 1
-            request.reply(PredictReply(request_id="one"))
+        assert requests.answer(message("one", clock.now - 1), handler)
     assert "no reply to one" in caplog.text
 
 
 def test_an_unknown_error_is_replied_and_raised(redis: Redis, requests: Requests, clock: Clock) -> None:
-    with pytest.raises(ZeroDivisionError), requests.open(message("one", clock.now)):
-        1 // 0  # noqa: B018
-    with (
-        pytest.raises(ValueError, match="not JSON compliant"),
-        requests.open(message("two", clock.now)) as two,
-    ):
-        two.reply({"request_id": "two", "ok": {"data": [{"probability": float("nan")}]}})  # type: ignore[typeddict-item]
+    def reply_nan(request: ActiveRequest) -> None:
+        request.reply({"request_id": "two", "ok": {"data": [{"probability": float("nan")}]}})  # type: ignore[typeddict-item]
+
+    with pytest.raises(ZeroDivisionError):
+        requests.answer(message("one", clock.now), lambda request: [][1 // 0])
+    with pytest.raises(ValueError, match="not JSON compliant"):
+        requests.answer(message("two", clock.now), reply_nan)
     assert [(reply["request_id"], reply["error"]["code"]) for reply in replies(redis)] == [
         ("one", "internal_error"),
         ("two", "internal_error"),
