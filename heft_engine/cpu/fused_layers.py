@@ -79,7 +79,7 @@ class FusedLayers:
 
 
 def _fits(layer: nn.Module) -> bool:
-    """Whether a layer has the parts, on a CPU in bfloat16."""
+    """Returns True if a layer has the parts, on a CPU in bfloat16."""
     norms = [getattr(layer, name, None) for name in ("input_layernorm", "post_attention_layernorm")]
     return (
         all(_epsilon(norm) is not None for norm in norms)
@@ -140,7 +140,7 @@ class _Layer:
         return states + self._linears.linear(down_proj, self._mlp.act_fn(gate) * up, layout)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> _Layer:
-        """As functions: who copies a model during a pass takes it off the copy (heft_engine.serving.shared_copy)."""
+        """Returns itself, as functions do: heft_engine.serving.shared_copy takes it off a copied model."""
         return self
 
     @property

@@ -48,7 +48,7 @@ class LayerProducts:
         return out
 
     def lora_deltas(self, modules: Sequence[nn.Linear], layout: Layout) -> list[list[LoraDelta]] | None:
-        """What adapters add to each product; None where one of them does more."""
+        """Returns the LoRA deltas of each product; None if an adapter of a row does more than add."""
         adapters = [_adapters(module, layout) for module in modules]
         return None if any(others for _, others in adapters) else [lora_deltas for lora_deltas, _ in adapters]
 
@@ -60,12 +60,12 @@ class LayerProducts:
         modules: Sequence[nn.Linear],
         lora_deltas: Sequence[Sequence[LoraDelta]],
     ) -> list[Tensor]:
-        """Of norm(states), the output of each module that `amx_for` has found, with the LoRA deltas to it."""
-        asked = [
+        """Returns, of norm(states), the output of each module that `amx_for` has found, with the LoRA deltas to it."""
+        projections = [
             Projection(module.weight, packed_weights.packed_copy(module.weight), module.bias, more)
             for module, more in zip(modules, lora_deltas, strict=True)
         ]
-        return amx_ops.norm_linears(states, norm, asked)
+        return amx_ops.norm_linears(states, norm, projections)
 
     @staticmethod
     def gated(
@@ -80,10 +80,10 @@ class LayerProducts:
         modules: gate, up and down, without biases, as `amx_for` has found them.
         """
         gate, up, down = (module.weight for module in modules)
-        packed = [found for w in (gate, up, down) if (found := packed_weights.packed_copy(w)) is not None]
-        kept = (packed[0], packed[1], packed[2]) if len(packed) == len(modules) else None
-        added = (lora_deltas[0], lora_deltas[1], lora_deltas[2])
-        return amx_ops.gated_mlp(states, norm, (gate, up, down), kept, added)
+        copies = [copy for w in (gate, up, down) if (copy := packed_weights.packed_copy(w)) is not None]
+        packed = (copies[0], copies[1], copies[2]) if len(copies) == len(modules) else None
+        deltas = (lora_deltas[0], lora_deltas[1], lora_deltas[2])
+        return amx_ops.gated_mlp(states, norm, (gate, up, down), packed, deltas)
 
 
 def _is_plain(module: nn.Module) -> bool:

@@ -1,4 +1,4 @@
-"""What stands between the products of a decoder layer, each in one pass over memory: csrc/fused_ops.cpp.
+"""Operators between the products of a decoder layer, each in one pass over memory: csrc/fused_ops.cpp.
 
 torch's own operations go over a pass's activations a dozen times between two products, and on a CPU with AMX that takes
 as long as the products. Each operator but `logits` has the bits of the operations that it replaces
@@ -23,7 +23,7 @@ class FusedOps:
         self._ops = namespace
 
     def rms_norm(self, x: Tensor, weight: Tensor, epsilon: float) -> Tensor:
-        """As transformers' LlamaRMSNorm: x (…, width), weight (width,)."""
+        """RMS norm with the bits of transformers' LlamaRMSNorm: x (…, width), weight (width,)."""
         return cast(Tensor, self._ops.rms_norm(x, weight, epsilon))
 
     def rotate(self, x: Tensor, cosine: Tensor, sine: Tensor) -> Tensor:
@@ -36,6 +36,6 @@ class FusedOps:
 
 
 def rms_norm(x: Tensor, weight: Tensor, epsilon: float) -> Tensor:
-    """As torch computes it: x (…, width), weight (width,)."""
+    """RMS norm as torch computes it: x (…, width), weight (width,)."""
     single = x.float()
     return weight * (single * torch.rsqrt(single.pow(2).mean(-1, keepdim=True) + epsilon)).to(x.dtype)

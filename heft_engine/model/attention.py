@@ -69,7 +69,7 @@ def packed_attention(
 def attend_rows(
     layer: int, query: Tensor, key: Tensor, value: Tensor, layout: Layout, options: AttentionOptions
 ) -> Tensor:
-    """As `packed_attention`, with torch: one call for every row, and one for every branch of a row."""
+    """Packed attention with torch: one call for every row, and one for every branch of a row."""
     # One split of each tensor, never a slice a row: the gradient of a slice is a tensor of zeros as long as the batch.
     lengths = [length for group in layout.groups for length in _segments(layout, group)]
     queries, keys, values = (_split(states, lengths) for states in (query, key, value))

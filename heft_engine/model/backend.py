@@ -56,7 +56,7 @@ class TorchBackend:
         return -(-tokens // BLOCK_ROWS) * BLOCK_ROWS if self.layers.device.type == "cpu" else tokens
 
     def linear(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor | None:
-        """As F.linear, for any number of rows with the same bits; None if there is no such operator for the weight."""
+        """F.linear, for any number of rows with the same bits; None if there is no such operator for the weight."""
         return None
 
     def attention(
@@ -68,7 +68,7 @@ class TorchBackend:
         layout: Layout,
         options: AttentionOptions,
     ) -> Tensor | None:
-        """As `attend_rows` of heft_engine.model.attention; None if there is no operator for these rows."""
+        """Attention as `attend_rows` of heft_engine.model.attention; None if there is no operator for these rows."""
         return None
 
     def logits(self, hidden: Tensor, weight: Tensor) -> Tensor | None:

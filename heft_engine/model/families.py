@@ -1,4 +1,4 @@
-"""What differs between model families: the names of their parts, and how logits leave them.
+"""Model families and what differs between them: the names of their parts, and how logits leave them.
 
 One table, closed: a family that is not in it is refused rather than half understood.
 """

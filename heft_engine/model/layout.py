@@ -23,8 +23,8 @@ GROUP_TOKENS = 160
 
 
 class AttentionOptions(NamedTuple):
-    """How a layer attends: scores are multiplied by `scaling` (None: 1/√head_dim), capped at ±`softcap`, and those of
-    the last `window` positions count."""
+    """Options of a layer's attention: scores are multiplied by `scaling` (None: 1/√head_dim), capped at ±`softcap`, and those
+    of the last `window` positions count."""
 
     scaling: float | None = None
     window: int | None = None
@@ -33,7 +33,7 @@ class AttentionOptions(NamedTuple):
 
 @dataclass(frozen=True, kw_only=True)
 class PackedRow:
-    """Where one row lies: `start` in the flat batch, then `prompt` tokens, then `branches` of these lengths.
+    """The place of one row: `start` in the flat batch, then `prompt` tokens, then `branches` of these lengths.
 
     Of a row that continues a cache, the first `cached_tokens` prompt tokens are not in the batch: attention finds their
     keys and values in the layout's `prefix`, and positions go on counting from the row's true start. Of a row that
@@ -79,10 +79,10 @@ class PrefixKV(Protocol):
 
 
 class RowAdapter(Protocol):
-    """What one row's model adds to the base that all rows share: see `heft_engine.serving.row_adapters`."""
+    """One row's adapter, beside the base that all rows share: see `heft_engine.serving.row_adapters`."""
 
     def touches(self, module: str) -> bool:
-        """Whether `linear` does anything to this layer."""
+        """Returns True if `linear` changes this layer's output."""
 
     def factors(self, module: str) -> Sequence[tuple[Tensor, Tensor, int]] | None:
         """All that `linear` does to a layer it touches, where that is to add (x · downᵀ) · up: pairs down
@@ -108,7 +108,7 @@ class AdapterHook(ABC):
         """Turns the layer's y (…, out) for x (…, in) into the adapted one's at these rows, in place."""
 
     def __deepcopy__(self, memo: dict[int, Any]) -> AdapterHook:
-        """As functions, a copied model's hooks are those of the model."""
+        """Returns itself, as functions do: a copied model shares the hooks."""
         return self
 
 
@@ -134,7 +134,7 @@ class AttentionGroup:
 
 @dataclass(frozen=True, kw_only=True)
 class PaddedPrefix:
-    """What stands left of a batch of suffixes, padded to the longest.
+    """Keys and values left of a batch of suffixes, padded to the longest.
 
     keys_values: (layers, 2, rows, kv_heads, P, head_dim), `first_layer` being the first. lengths: of each row, ≤ P.
     `rows` are the suffixes, each one causal sequence.
@@ -165,7 +165,7 @@ class PaddedPrefix:
 
     @cached_property
     def is_even(self) -> bool:
-        """Whether all suffixes are as long, so that the flat batch is the padded one."""
+        """True if all suffixes are as long, so that the flat batch is the padded one."""
         return all(row.length == self.longest for row in self.rows)
 
     @cached_property
@@ -191,23 +191,23 @@ class PaddedPrefix:
 
     def _new_bias(self, window: int | None, device: torch.device) -> Tensor:
         before = torch.tensor(self.lengths, device=device)[:, None]
-        own = torch.tensor([row.length for row in self.rows], device=device)[:, None]
+        lengths = torch.tensor([row.length for row in self.rows], device=device)[:, None]
         prefix = torch.arange(self.keys_values.shape[4], device=device)[None]
         suffix = torch.arange(self.longest, device=device)[None]
-        exists = torch.cat([prefix < before, suffix < own], dim=1)  # (rows, P + S)
+        exists = torch.cat([prefix < before, suffix < lengths], dim=1)  # (rows, P + S)
         position = torch.cat([prefix.expand(len(self.rows), -1), before + suffix], dim=1)
         query = (before + suffix)[:, :, None]
         seen = exists[:, None, :] & (position[:, None, :] <= query)
         if window is not None:
             seen &= position[:, None, :] > query - window
         # A padded query must see something: the softmax of nothing is no number.
-        seen |= (suffix >= own)[:, :, None]
+        seen |= (suffix >= lengths)[:, :, None]
         return torch.zeros(seen.shape, device=device).masked_fill_(~seen, float("-inf"))[:, None]
 
 
 @dataclass(frozen=True, kw_only=True)
 class Layout:
-    """What attention and interventions need to know of a flat batch of T tokens."""
+    """The structure of a flat batch of T tokens, for attention and interventions."""
 
     rows: tuple[PackedRow, ...]
     #: s in h + s·(Φ(h) − h); 0 leaves interventions out altogether.
@@ -241,7 +241,7 @@ class Layout:
         return tuple(AttentionGroup(first=first, end=end) for first, end in zip(starts, ends, strict=True))
 
     def _joins_group(self, index: int) -> bool:
-        """Whether a row continues the prefix that the row before it continues; both are one causal sequence each."""
+        """Returns True if a row and the one before it continue the same prefix, each as one causal sequence."""
         if self.cached_prefixes is None or index == 0 or self.cached_prefixes[index] is None:
             return False
         return self.cached_prefixes[index] == self.cached_prefixes[index - 1] and all(

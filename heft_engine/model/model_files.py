@@ -35,7 +35,7 @@ UNSUPPORTED = "unsupported_model"
 
 @dataclass(frozen=True, kw_only=True)
 class ModelInfo:
-    """What can be said of a model without loading its weights. `parameters` counts tied weights once."""
+    """Facts about a model that need no weights. `parameters` counts tied weights once."""
 
     model_type: str
     n_layers: int

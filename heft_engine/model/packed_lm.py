@@ -64,7 +64,7 @@ class PackedLM:
 
     @property
     def device(self) -> torch.device:
-        """Where token ids go: the embedding's device, which a model spread over several GPUs has first."""
+        """The device of token ids: the embedding's device, which a model spread over several GPUs has first."""
         return cast(torch.device, getattr(self.backbone, self.family.embedding).weight.device)
 
     @property
@@ -149,7 +149,7 @@ class PackedLM:
         return states
 
     def _kind(self, index: int) -> str | None:
-        """Of a layer: families with several kinds name them in their configuration."""
+        """The type of a layer: families with several types name them in their configuration."""
         kinds = getattr(self.config, "layer_types", None)
         return None if kinds is None else str(kinds[index])
 
@@ -172,7 +172,7 @@ class PackedLM:
         return self._cap(cast(Tensor, self.head(hidden)).float())
 
     def exact_logits(self, hidden: Tensor) -> Tensor:
-        """As `logits`, but multiplied in float32: through a bfloat16 head, 7 of 160 BoolQ rows tied exactly."""
+        """The logits, multiplied in float32: through a bfloat16 head, 7 of 160 BoolQ rows tied exactly."""
         weight = self.head.weight
         logits = self.backend.logits(hidden, weight)
         if logits is not None:

@@ -20,7 +20,7 @@ def suffix_attention(
     layer: int,
     options: AttentionOptions,
 ) -> Tensor:
-    """Of flat suffixes: query (1, heads, T, head_dim), key and value (1, kv_heads, T, head_dim).
+    """Attention of flat suffixes: query (1, heads, T, head_dim), key and value (1, kv_heads, T, head_dim).
 
     Returns (1, T, heads, head_dim).
     """

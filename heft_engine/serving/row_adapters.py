@@ -71,21 +71,21 @@ class UnmergedModel:
     @property
     def memory_bytes(self) -> int:
         factors = [tensor for stage in self._stages for tensor in stage.tensors]
-        own = [p for placed in self.interventions for p in placed.intervention.parameters()]
-        return sum(tensor.numel() * tensor.element_size() for tensor in (*factors, *own))
+        parameters = [p for placed in self.interventions for p in placed.intervention.parameters()]
+        return sum(tensor.numel() * tensor.element_size() for tensor in (*factors, *parameters))
 
     def touches(self, module: str) -> bool:
         return any(module in stage.places for stage in self._stages)
 
     def factors(self, module: str) -> list[tuple[Tensor, Tensor, int]] | None:
-        found = []
+        factors = []
         for stage in self._stages:
             place = stage.places.get(module)
             if place is not None and stage.ratios is not None:
                 return None
             if place is not None:
-                found.append((*stage.groups[place[0]], place[1]))
-        return found
+                factors.append((*stage.groups[place[0]], place[1]))
+        return factors
 
     def linear(self, module: str, x: Tensor, y: Tensor, bias: Tensor | None) -> None:
         for stage in self._stages:
@@ -214,8 +214,8 @@ class _LinearHook(AdapterHook):
         with torch._C.DisableTorchFunction(), torch_threads(1):
             x, y = x.view(-1, x.shape[-1]), y.view(-1, y.shape[-1])
             for row, adapter in rows:
-                own = slice(row.start, row.start + row.length)
-                adapter.linear(self.name, x[own], y[own], module.bias)
+                tokens = slice(row.start, row.start + row.length)
+                adapter.linear(self.name, x[tokens], y[tokens], module.bias)
 
 
 def _layer_hook(index: int, now: _Now, *, is_last: bool) -> Callable[..., None]:

@@ -71,7 +71,7 @@ class TextGenerator:
 
     @property
     def is_busy(self) -> bool:
-        """Whether `step` would do something."""
+        """Returns True if `step` has work to do."""
         with self._lock:
             return bool(self._submitted or self._cancelled or self._streams)
 

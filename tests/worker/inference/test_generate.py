@@ -81,7 +81,7 @@ class Asker:
         return self.heard(request_id)
 
     def held_bytes(self) -> int:
-        """What models hold beside their weights."""
+        """Bytes that models hold beside their weights."""
         return self.pool.memory_bytes - self.pool.usage()["base"][1]
 
 

@@ -1,4 +1,4 @@
-"""What a worker counts, and how it gets to the API."""
+"""A worker's metrics, and their way to the API."""
 
 from __future__ import annotations
 
