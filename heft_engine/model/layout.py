@@ -23,8 +23,10 @@ GROUP_TOKENS = 160
 
 
 class AttentionOptions(NamedTuple):
-    """Options of a layer's attention: scores are multiplied by `scaling` (None: 1/√head_dim), capped at ±`softcap`, and those
-    of the last `window` positions count."""
+    """Options of a layer's attention: scores are multiplied by `scaling` (None: 1/√head_dim) and capped at ±`softcap`.
+
+    Those of the last `window` positions count.
+    """
 
     scaling: float | None = None
     window: int | None = None
