@@ -11,14 +11,14 @@ from __future__ import annotations
 import logging
 import threading
 import time
-from collections.abc import Callable, Hashable, Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 from heft_engine.bundle.assemble import resolve_base
-from heft_engine.bundle.format import Bundle, read_bundle
+from heft_engine.bundle.format import read_bundle
 from heft_engine.config.metric_names import TaskType
 from heft_engine.errors import BundleError
 from heft_engine.model.base_models import BaseModel, resolve
@@ -27,7 +27,9 @@ from heft_engine.runtime.threads import run_in_short_lived_thread
 from heft_engine.serving.batcher import Batcher
 from heft_engine.serving.loaded_base import BaseKey, Kind, LoadedBase, LoadedModel, size_on_disk
 from heft_engine.serving.placement import (
+    BaseName,
     Fetch,
+    ModelName,
     PoolEntry,
     first_placement,
     placement_changes,
@@ -64,15 +66,17 @@ class ModelPool:
         self._budget = budget_bytes
         self._batcher = batcher
         self._placement = placement
-        self._model_dir = model_dir
-        self._cache_dir = cache_dir
-        self._allow_paths = allow_paths
+        self._source: dict[str, Any] = {
+            "model_dir": model_dir,
+            "cache_dir": cache_dir,
+            "allow_paths": allow_paths,
+        }
         self._device = choose_device(device)
         self._key_value_bytes = key_value_bytes
         self._out_of_memory = out_of_memory
         self._on_evict = on_evict
         self._lock = threading.RLock()
-        self._entries: dict[Hashable, PoolEntry] = {}
+        self._entries: dict[ModelName, PoolEntry] = {}
         self._bases: dict[BaseKey, LoadedBase] = {}
         self._next_maintenance = 0.0
         self._rates_updated_at = time.monotonic()
@@ -87,13 +91,13 @@ class ModelPool:
 
         Raises BundleError, ModelError, and what `fetch` raises; the next call tries again.
         """
-        with self._use(name, lambda: self._load_bundle(name, fetch), fetch) as model:
+        with self._use(name, fetch) as model:
             yield model.predictor
 
     @contextmanager
     def base(self, reference: str, task: TaskType) -> Iterator[Predictor]:
         """Gives a base model as it is. Raises ModelError."""
-        with self._use((reference, task), lambda: self._load_base(reference, task)) as model:
+        with self._use(BaseName(reference, task)) as model:
             yield model.predictor
 
     def evict_idle(self) -> None:
@@ -109,7 +113,7 @@ class ModelPool:
             if entry is None:
                 return
             entry.is_removed = True
-            self._drop_removed(name, entry)
+            self._drop_removed(entry)
         self._notify_evicted()
 
     def close(self) -> None:
@@ -145,13 +149,11 @@ class ModelPool:
         return usage
 
     @contextmanager
-    def _use(
-        self, name: Hashable, load: Callable[[], LoadedModel], fetch: Fetch | None = None
-    ) -> Iterator[LoadedModel]:
+    def _use(self, name: ModelName, fetch: Fetch | None = None) -> Iterator[LoadedModel]:
         with self._lock:
             is_new = name not in self._entries
             if is_new:
-                self._entries[name] = PoolEntry(load=load, fetch=fetch)
+                self._entries[name] = PoolEntry(name, fetch)
             entry = self._entries[name]
             entry.users += 1
             entry.requests += 1
@@ -160,7 +162,7 @@ class ModelPool:
                 self._load(entry)
             yield entry.future.result()
         finally:
-            self._release(name, entry)
+            self._release(entry)
 
     def _load(self, entry: PoolEntry) -> None:
         try:
@@ -173,64 +175,49 @@ class ModelPool:
 
     def _load_or_make_room(self, entry: PoolEntry) -> LoadedModel:
         try:
-            return entry.load()
+            return self._load_model(entry)
         except self._out_of_memory:
             log.warning("out of memory while loading a model: evicting all idle ones")
         self.evict_idle()
-        return entry.load()
+        return self._load_model(entry)
 
-    def _release(self, name: Hashable, entry: PoolEntry) -> None:
+    def _release(self, entry: PoolEntry) -> None:
         with self._lock:
             entry.users -= 1
             entry.used_at = now = time.monotonic()
-            failed = entry.future.done() and entry.future.exception() is not None
-            if self._entries.get(name) is entry and (failed or (entry.is_removed and entry.is_idle)):
-                self._remove(name)
+            self._drop_removed(entry)
             if now >= self._next_maintenance:
                 fits = self._evict(self._budget)
                 self._next_maintenance = now + MAINTENANCE_SECONDS if fits else 0.0
                 self._rebalance(now)
         self._notify_evicted()
 
-    def _load_bundle(self, name: str, fetch: Fetch, kind: Kind | None = None) -> LoadedModel:
-        with fetch() as path:
+    def _load_model(self, entry: PoolEntry, kind: Kind | None = None) -> LoadedModel:
+        if isinstance(entry.name, BaseName):
+            model = resolve(entry.name.reference, **self._source)
+            key = BaseKey.of(model, choose_dtype("auto", self._device))
+            with self._loading:
+                base = self._get_base(entry, key, model)
+                return base.load_plain(entry.name.task, scope=(entry.name.reference, "base"))
+        assert entry.fetch is not None
+        with entry.fetch() as path:
             bundle = read_bundle(path)
-            model = resolve_base(
-                bundle, model_dir=self._model_dir, cache_dir=self._cache_dir, allow_paths=self._allow_paths
-            )
+            model = resolve_base(bundle, **self._source)
             key = BaseKey.of(model, dtype_of(bundle.info.dtype))
             with self._loading:
-                base = self._get_base(name, key, model)
-                if (kind or self._first_placement(name, key)) == "shared":
-                    shared = self._try_shared(name, bundle, base)
-                    if shared is not None:
-                        return shared
-                return base.load_merged(bundle, scope=(name, "merged"))
+                base = self._get_base(entry, key, model)
+                if (kind or self._first_placement(entry, key)) == "shared":
+                    try:
+                        return base.load_shared(bundle, scope=(entry.name, "shared"))
+                    except BundleError as error:
+                        log.warning("%s is merged, its unmerged scores differ: %s", entry.name, error)
+                        entry.only_merged = True
+                return base.load_merged(bundle, scope=(entry.name, "merged"))
 
-    def _try_shared(self, name: str, bundle: Bundle, base: LoadedBase) -> LoadedModel | None:
-        try:
-            return base.load_shared(bundle, scope=(name, "shared"))
-        except BundleError as error:
-            log.warning("%s is merged because its unmerged scores differ: %s", name, error)
+    def _get_base(self, entry: PoolEntry, key: BaseKey, model: BaseModel) -> LoadedBase:
+        """Returns an entry's base model, loaded if need be. Called under `_loading`."""
         with self._lock:
-            if (entry := self._entries.get(name)) is not None:
-                entry.only_merged = True
-        return None
-
-    def _load_base(self, reference: str, task: TaskType) -> LoadedModel:
-        model = resolve(
-            reference, model_dir=self._model_dir, cache_dir=self._cache_dir, allow_paths=self._allow_paths
-        )
-        key = BaseKey.of(model, choose_dtype("auto", self._device))
-        with self._loading:
-            base = self._get_base((reference, task), key, model)
-            return base.load_plain(task, scope=(reference, "base"))
-
-    def _get_base(self, name: Hashable, key: BaseKey, model: BaseModel) -> LoadedBase:
-        """Returns the base model of the entry called `name`, loaded if need be. Called under `_loading`."""
-        with self._lock:
-            if (entry := self._entries.get(name)) is not None:
-                entry.base = key
+            entry.base = key
             base = self._bases.get(key)
             if base is not None:
                 return base
@@ -250,21 +237,18 @@ class ModelPool:
             self._bases[key] = base
         return base
 
-    def _first_placement(self, name: str, key: BaseKey) -> Kind:
+    def _first_placement(self, entry: PoolEntry, key: BaseKey) -> Kind:
         if self._placement != "auto":
             return self._placement
         with self._lock:
             self._update_rates(time.monotonic())
-            entry = self._entries.get(name)
-            return first_placement(entry, list(self._on(key).values())) if entry is not None else "shared"
+            return first_placement(entry, self._on(key))
 
-    def _on(self, key: BaseKey) -> dict[Hashable, PoolEntry]:
+    def _on(self, key: BaseKey) -> list[PoolEntry]:
         """Returns the loaded models of one base model."""
-        return {
-            name: entry
-            for name, entry in self._entries.items()
-            if entry.loaded is not None and entry.loaded.base == key
-        }
+        return [
+            entry for entry in self._entries.values() if entry.loaded is not None and entry.loaded.base == key
+        ]
 
     def _rebalance(self, now: float) -> None:
         """Reloads models in the background where their placement should change."""
@@ -272,13 +256,12 @@ class ModelPool:
             return
         self._update_rates(now)
         for base in self._bases:
-            for name, kind in placement_changes(self._on(base)):
-                entry = self._entries[name]
+            for entry, kind in placement_changes(self._on(base)):
                 if entry.fetch is None or entry.is_reloading or now < entry.reload_after:
                     continue
                 entry.is_reloading = True
                 try:
-                    self._reloads.submit(self._reload_as, str(name), entry, entry.fetch, kind)
+                    self._reloads.submit(self._reload_as, entry, kind)
                 except RuntimeError:  # the pool is closed
                     entry.is_reloading = False
 
@@ -286,21 +269,21 @@ class ModelPool:
         update_rates(self._entries.values(), now - self._rates_updated_at)
         self._rates_updated_at = now
 
-    def _reload_as(self, name: str, entry: PoolEntry, fetch: Fetch, kind: Kind) -> None:
+    def _reload_as(self, entry: PoolEntry, kind: Kind) -> None:
         model: LoadedModel | None = None
         try:
             if not entry.is_removed:
-                model = run_in_short_lived_thread(lambda: self._load_bundle(name, fetch, kind))
-                log.info("%s is %s now", name, model.kind)
+                model = run_in_short_lived_thread(lambda: self._load_model(entry, kind))
+                log.info("%s is %s now", entry.name, model.kind)
         except Exception:
-            log.exception("%s could not be reloaded as %s and stays as it is", name, kind)
+            log.exception("%s could not be reloaded as %s and stays as it is", entry.name, kind)
         with self._lock:
             entry.is_reloading = False
             if model is None:
                 entry.reload_after = time.monotonic() + RETRY_SECONDS
-            elif self._entries.get(name) is entry:
+            elif self._entries.get(entry.name) is entry:
                 self._replace(entry, model)
-            self._drop_removed(name, entry)
+            self._drop_removed(entry)
             self._evict(self._budget)
         self._notify_evicted()
 
@@ -327,20 +310,21 @@ class ModelPool:
         """
         excess = self._used_bytes() - budget
         if excess > 0:
-            for name in sorted(self._entries, key=lambda name: self._entries[name].used_at):
-                if excess > 0 and self._entries[name].is_idle:
-                    excess -= self._remove(name)
+            for entry in sorted(self._entries.values(), key=lambda entry: entry.used_at):
+                if excess > 0 and entry.is_idle:
+                    excess -= self._remove(entry)
         return excess <= 0
 
-    def _drop_removed(self, name: Hashable, entry: PoolEntry) -> None:
-        if entry.is_removed and entry.is_idle and self._entries.get(name) is entry:
-            self._remove(name)
+    def _drop_removed(self, entry: PoolEntry) -> None:
+        is_over = entry.has_failed or (entry.is_removed and entry.is_idle)
+        if is_over and self._entries.get(entry.name) is entry:
+            self._remove(entry)
 
-    def _remove(self, name: Hashable) -> int:
+    def _remove(self, entry: PoolEntry) -> int:
         """Removes an entry, and its base model with the last entry on it; returns their bytes."""
-        log.info("evicted: %s", name)
+        log.info("evicted: %s", entry.name)
         self._evicted = True
-        entry = self._entries.pop(name)
+        del self._entries[entry.name]
         if entry.loaded is not None:
             self._batcher.clear_prefixes(entry.loaded.predictor.variant.scope)
         freed = entry.memory_bytes

@@ -7,12 +7,14 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import NamedTuple
 
+from heft_engine.config.metric_names import TaskType
 from heft_engine.serving.loaded_base import BaseKey, Kind, LoadedModel
 
 #: Shares of a base model's requests above which a model is merged, and below which it is shared again.
@@ -26,12 +28,23 @@ DECAY_SECONDS = 60.0
 Fetch = Callable[[], AbstractContextManager[Path]]
 
 
+class BaseName(NamedTuple):
+    """A base model in the pool, once for each task that it is used for."""
+
+    reference: str
+    task: TaskType
+
+
+#: The name of a fine-tuned model is its id.
+ModelName = str | BaseName
+
+
 @dataclass(eq=False)
 class PoolEntry:
     """A model in the pool, loaded or being loaded. Callers wait for `future`; `loaded` is what is in memory."""
 
-    load: Callable[[], LoadedModel]
-    fetch: Fetch | None = None  #: None for a base model
+    name: ModelName
+    fetch: Fetch | None  #: None for a base model
     future: Future[LoadedModel] = field(default_factory=Future)
     loaded: LoadedModel | None = None
     base: BaseKey | None = None  #: known before the model is loaded
@@ -56,6 +69,10 @@ class PoolEntry:
         return self.loaded.memory_bytes if self.loaded is not None else 0
 
     @property
+    def has_failed(self) -> bool:
+        return self.future.done() and self.future.exception() is not None
+
+    @property
     def is_idle(self) -> bool:
         return self.users == 0 and self.future.done() and not self.is_reloading
 
@@ -74,15 +91,15 @@ def first_placement(entry: PoolEntry, neighbours: Sequence[PoolEntry]) -> Kind:
     return "merged" if entry.rate >= MERGE_SHARE * (entry.rate + others) else "shared"
 
 
-def placement_changes(entries: Mapping[Hashable, PoolEntry]) -> Iterator[tuple[Hashable, Kind]]:
+def placement_changes(entries: Sequence[PoolEntry]) -> Iterator[tuple[PoolEntry, Kind]]:
     """Yields the models of one base model that should be placed otherwise."""
-    total = sum(entry.rate for entry in entries.values())
+    total = sum(entry.rate for entry in entries)
     if total < MIN_REQUESTS:
         return
-    for name, entry in entries.items():
+    for entry in entries:
         kind = entry.loaded.kind if entry.loaded is not None else None
         share = entry.rate / total
         if kind == "shared" and share >= MERGE_SHARE:
-            yield name, "merged"
+            yield entry, "merged"
         if kind == "merged" and share < UNMERGE_SHARE and not entry.only_merged:
-            yield name, "shared"
+            yield entry, "shared"
