@@ -81,7 +81,7 @@ def url(settings: StoreSettings) -> Iterator[str]:
 
 @pytest.fixture(scope="module")
 def sessions(settings: StoreSettings) -> Iterator[SessionFactory]:
-    """The same database, as a worker sees it."""
+    """Sessions of the API's database, as a worker has them."""
     engine = make_engine(settings.database_url, pool_size=2)
     yield session_factory(engine)
     engine.dispose()
@@ -89,13 +89,13 @@ def sessions(settings: StoreSettings) -> Iterator[SessionFactory]:
 
 @pytest.fixture
 def owner() -> str:
-    """The owner that `client` has a key of: nobody's but this test's."""
+    """The owner of `client`'s key, used by this test only."""
     return f"owner-{next(_numbers)}"
 
 
 @pytest.fixture
 def make_client(url: str, sessions: SessionFactory) -> Iterator[Callable[[str], httpx.Client]]:
-    """`make_client("bob")` → a client with a new key of that owner."""
+    """`make_client("bob")` returns a client with a new key of that owner."""
     clients: list[httpx.Client] = []
 
     def make(owner: str) -> httpx.Client:
@@ -117,13 +117,13 @@ def client(make_client: Callable[[str], httpx.Client], owner: str) -> httpx.Clie
 
 @pytest.fixture
 def stranger(make_client: Callable[[str], httpx.Client]) -> httpx.Client:
-    """A client of somebody else."""
+    """A client of another owner."""
     return make_client(f"stranger-{next(_numbers)}")
 
 
 @pytest.fixture
 def new_files(settings: StoreSettings) -> Callable[[], set[Path]]:
-    """The files in storage that were not there when the test began."""
+    """Returns the files that were added to storage since the test started."""
     root = Path(settings.artifacts_url.removeprefix("file://"))
 
     def files() -> set[Path]:

@@ -1,4 +1,4 @@
-"""Tasks that forget a cancellation end all the same."""
+"""Tasks that lose a cancellation are cancelled again."""
 
 from __future__ import annotations
 
@@ -9,19 +9,19 @@ import pytest
 from api import cancellation
 
 
-def test_a_task_that_forgets_its_first_cancellation_is_told_again(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_task_that_loses_a_cancellation_is_cancelled_again(monkeypatch: pytest.MonkeyPatch) -> None:
     """Python 3.11's wait_for does so when its work is done in the same moment."""
     monkeypatch.setattr(cancellation, "_RETRY_SECONDS", 0.01)
-    told = 0
+    cancellations = 0
 
     async def forgetful() -> None:
-        nonlocal told
+        nonlocal cancellations
         while True:
             try:
                 await asyncio.sleep(100)
             except asyncio.CancelledError:
-                told += 1
-                if told == 3:
+                cancellations += 1
+                if cancellations == 3:
                     raise
 
     async def run() -> None:
@@ -31,4 +31,4 @@ def test_a_task_that_forgets_its_first_cancellation_is_told_again(monkeypatch: p
         assert task.cancelled()
 
     asyncio.run(run())
-    assert told == 3
+    assert cancellations == 3

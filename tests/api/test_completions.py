@@ -1,4 +1,4 @@
-"""OpenAI's text endpoints over HTTP, with a stand-in worker on a real broker that says what each test wants."""
+"""Completions over HTTP, with a scripted worker on a real broker."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ def worker(settings: StoreSettings, sessions: SessionFactory) -> Iterator[StubWo
 
 @pytest.fixture
 def says(worker: StubWorker) -> Callable[..., list[GenerateMessage]]:
-    """`says(reply, …)`: what the worker answers from now on; returns what it will have heard."""
+    """`says(reply, …)` sets the worker's replies, and returns the list of messages that it receives."""
     worker.heard.clear()
 
     def says(*replies: dict[str, Any]) -> list[GenerateMessage]:
@@ -139,7 +139,7 @@ def test_a_stream_in_openais_shape(client: httpx.Client, says: Any) -> None:
     assert all("usage" not in chunk for chunk in chunks)
 
 
-def test_the_message_tells_the_worker_all(client: httpx.Client, says: Any) -> None:
+def test_the_message_has_everything_for_the_worker(client: httpx.Client, says: Any) -> None:
     heard = says({"chunk": [part("x", finish="stop")]} | DONE)
     settings: dict[str, Any] = {
         "max_tokens": 7,
@@ -152,8 +152,13 @@ def test_the_message_tells_the_worker_all(client: httpx.Client, says: Any) -> No
         "stop": "\n",
         "n": 2,
     }
-    own = {"intervention": {"enabled": True, "scale": 0.5}, "user": "u", "logprobs": 0, "suffix": None}
-    answer = client.post("/v1/completions", json=COMPLETION | settings | own | {"prompt": ["a", "b"]})
+    heft_fields = {
+        "intervention": {"enabled": True, "scale": 0.5},
+        "user": "u",
+        "logprobs": 0,
+        "suffix": None,
+    }
+    answer = client.post("/v1/completions", json=COMPLETION | settings | heft_fields | {"prompt": ["a", "b"]})
     (message,) = heard
     assert message["request_id"] == answer.headers["x-request-id"]
     assert message["inputs"] == [{"prompt": "a"}, {"prompt": "b"}]
@@ -184,7 +189,7 @@ def test_a_refusal_has_its_own_status(client: httpx.Client, says: Any, path: str
     assert answer.json()["error"]["code"] == "model_not_ready"
 
 
-def test_a_fault_under_way_is_an_event_in_the_services_shape(client: httpx.Client, says: Any) -> None:
+def test_an_error_in_mid_stream_is_an_event_with_an_error_object(client: httpx.Client, says: Any) -> None:
     says({"chunk": [part("Hi")]}, {"error": FAULT | {"status": 500, "code": "internal_error"}})
     first, fault = events(client.post("/v1/completions", json=COMPLETION | {"stream": True}))
     assert first["choices"][0]["text"] == "Hi"
@@ -203,10 +208,10 @@ def test_a_fault_under_way_is_an_event_in_the_services_shape(client: httpx.Clien
 
 @pytest.mark.parametrize("path", PATHS)
 @pytest.mark.parametrize("stream", [False, True])
-def test_a_client_that_goes_away_is_marked(
+def test_a_request_of_a_disconnected_client_is_marked_as_cancelled(
     client: httpx.Client, says: Any, worker: StubWorker, path: str, stream: bool
 ) -> None:
-    """Before the first piece, and in the middle of a stream."""
+    """Before the first chunk, and in mid-stream."""
     heard = says({"chunk": [part("Hi")]}) if stream else says()
     if stream:
         with client.stream("POST", path, json=PATHS[path] | {"stream": True}) as answer:
@@ -221,9 +226,7 @@ def test_a_client_that_goes_away_is_marked(
         assert 0 < cast(int, connection.ttl(key)) <= 600
 
 
-def test_an_answer_that_is_whole_is_not_cancelled(
-    client: httpx.Client, says: Any, worker: StubWorker
-) -> None:
+def test_a_complete_answer_is_not_cancelled(client: httpx.Client, says: Any, worker: StubWorker) -> None:
     heard = says({"chunk": [part("x", finish="stop")]} | DONE)
     for stream in (False, True):
         client.post("/v1/completions", json=COMPLETION | {"stream": stream})
@@ -262,7 +265,7 @@ def test_an_answer_that_is_whole_is_not_cancelled(
         ),
     ],
 )
-def test_a_field_that_can_not_be_done_is_refused_by_name(
+def test_an_unsupported_field_is_refused_by_name(
     client: httpx.Client, path: str, changes: dict[str, Any], param: str
 ) -> None:
     answer = client.post(path, json=PATHS[path] | changes)
@@ -270,8 +273,8 @@ def test_a_field_that_can_not_be_done_is_refused_by_name(
     assert answer.json()["error"]["param"] == param
 
 
-def test_what_asks_for_nothing_is_accepted(client: httpx.Client, says: Any) -> None:
-    """Values by which clients say that they want nothing special; an answer that is sent back as it came."""
+def test_empty_values_of_unsupported_fields_are_accepted(client: httpx.Client, says: Any) -> None:
+    """Default values that clients send, and an assistant message sent back as it was received."""
     says({"chunk": [part("x", finish="stop")]} | DONE)
     nothing = {"echo": False, "suffix": None, "best_of": 1, "stream": False, "metadata": {}, "store": False}
     assert client.post("/v1/completions", json=COMPLETION | nothing).status_code == 200
@@ -286,7 +289,9 @@ def test_what_asks_for_nothing_is_accepted(client: httpx.Client, says: Any) -> N
 
 
 @pytest.mark.parametrize("path", PATHS)
-def test_models_are_looked_up_first(client: httpx.Client, says: Any, path: str) -> None:
+def test_the_model_is_authorized_before_the_request_is_sent(
+    client: httpx.Client, says: Any, path: str
+) -> None:
     heard = says()
     answer = client.post(path, json=PATHS[path] | {"model": "ft:none"})
     assert (answer.status_code, answer.json()["error"]["code"]) == (404, "model_not_found")

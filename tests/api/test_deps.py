@@ -16,7 +16,7 @@ from api import routes
 
 
 def called(dependant: Dependant) -> Iterator[Callable[..., Any]]:
-    """A route's function, and those of all that it depends on."""
+    """Yields a route's function and those of its dependencies."""
     if dependant.call is not None:
         yield dependant.call
     for each in dependant.dependencies:
@@ -24,11 +24,11 @@ def called(dependant: Dependant) -> Iterator[Callable[..., Any]]:
 
 
 @pytest.mark.parametrize("name", [module.name for module in pkgutil.iter_modules(routes.__path__)])
-def test_nothing_runs_on_a_thread(name: str) -> None:
+def test_dependencies_are_coroutines(name: str) -> None:
     router = importlib.import_module(f"api.routes.{name}").router
-    found = [route for route in router.routes if isinstance(route, APIRoute)]
-    assert found
-    for route in found:
+    routes = [route for route in router.routes if isinstance(route, APIRoute)]
+    assert routes
+    for route in routes:
         for call in called(route.dependant):
             runs = call if inspect.isfunction(call) else type(call).__call__
             assert inspect.iscoroutinefunction(runs), f"{route.path}: {runs.__qualname__}"

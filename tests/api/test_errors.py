@@ -1,4 +1,4 @@
-"""Every refusal has OpenAI's shape, all four keys, a request id, and shows nothing of the inside."""
+"""Error responses: OpenAI's object with all four keys, a request id, and no internals."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ JOBS = "/v1/fine_tuning/jobs"
 
 
 def error(answer: httpx.Response) -> dict[str, Any]:
-    """The error of an answer, once its shape is as promised."""
+    """Returns the error of a response after checking its format."""
     body = answer.json()
     assert body.keys() == {"error"}
     assert body["error"].keys() == {"message", "type", "param", "code"}
@@ -67,7 +67,7 @@ def test_the_store_errors_have_one_map(
     assert headers.items() <= dict(answer.headers).items()
 
 
-def test_a_bug_shows_nothing_but_its_request_id(
+def test_an_unexpected_exception_shows_only_its_request_id(
     settings: StoreSettings,
     serving: Callable[[FastAPI], AbstractContextManager[str]],
     caplog: pytest.LogCaptureFixture,
@@ -88,11 +88,11 @@ def test_a_bug_shows_nothing_but_its_request_id(
     assert "Traceback" not in answer.text
     request_id = answer.headers["x-request-id"]
     assert request_id in error(answer)["message"]
-    told = [record for record in caplog.records if record.exc_info]
-    assert [record.__dict__["ids"] for record in told] == [{"request_id": request_id}]
+    exceptions = [record for record in caplog.records if record.exc_info]
+    assert [record.__dict__["ids"] for record in exceptions] == [{"request_id": request_id}]
 
 
-#: Routes that learn whose key it is with the model that is asked, once their body has been read.
+#: Routes that authenticate the key together with the model, after reading their body.
 ASKS: dict[str, dict[str, Any]] = {
     "/predict": {"model": "x", "question": "is it so"},
     "/v1/completions": {"model": "x", "prompt": "so"},
@@ -125,13 +125,15 @@ class TestKeys:
             ("POST", "/v1/chat/completions"),
         ],
     )
-    def test_no_answer_without_a_key(self, url: str, headers: dict[str, str], method: str, path: str) -> None:
+    def test_requests_without_a_key_are_refused(
+        self, url: str, headers: dict[str, str], method: str, path: str
+    ) -> None:
         raw = {name: value.encode("latin-1") for name, value in headers.items()}
         answer = httpx.request(method, url + path, headers=raw, json=ASKS.get(path))
         assert (answer.status_code, error(answer)["type"]) == (401, "authentication_error")
 
     @pytest.mark.parametrize("path", ["/healthz", "/readyz", "/docs", "/openapi.json"])
-    def test_these_need_none(self, url: str, path: str) -> None:
+    def test_health_routes_need_no_key(self, url: str, path: str) -> None:
         answer = httpx.get(url + path)
         assert answer.status_code == 200
         assert answer.headers["x-request-id"].startswith("req_")
@@ -171,7 +173,7 @@ class TestPaths:
             "/v1/files/%ff",
         ],
     )
-    def test_a_path_is_no_id(self, client: httpx.Client, path: str) -> None:
+    def test_a_path_is_not_taken_for_an_id(self, client: httpx.Client, path: str) -> None:
         answer = client.get(path)
         assert answer.status_code == 404
         assert error(answer)["type"] == "not_found_error"
@@ -185,13 +187,13 @@ class TestBodies:
     @pytest.mark.parametrize(
         "content", [b"{", b"nonsense", b'{"a": }', b"\xff\xfe{}", b"[" * 100_000, b'{"seed": ' + b"9" * 9_999]
     )
-    def test_what_is_not_json_is_400(self, client: httpx.Client, content: bytes) -> None:
+    def test_a_body_that_is_not_json_is_400(self, client: httpx.Client, content: bytes) -> None:
         answer = post(client, content)
         assert answer.status_code == 400
         assert error(answer)["type"] == "invalid_request_error"
 
     @pytest.mark.parametrize("content", [b"[]", b'"text"', b"3", b"null", b"", b"NaN"])
-    def test_what_is_no_object_is_422(self, client: httpx.Client, content: bytes) -> None:
+    def test_a_body_that_is_not_an_object_is_422(self, client: httpx.Client, content: bytes) -> None:
         answer = post(client, content)
         assert answer.status_code == 422
         assert error(answer)["type"] == "invalid_request_error"
@@ -214,7 +216,7 @@ class TestBodies:
         answer = client.post(path, content=body, headers={"Content-Type": "application/json"})
         assert (answer.status_code, error(answer)["code"]) == (413, "too_large")
 
-    def test_a_large_body_that_does_not_say_so_is_413(self, client: httpx.Client) -> None:
+    def test_a_large_body_without_a_content_length_is_413(self, client: httpx.Client) -> None:
         answer = post(client, (b"x" * 65_536 for _ in range(200)))
         assert (answer.status_code, error(answer)["code"]) == (413, "too_large")
 
@@ -231,11 +233,11 @@ class TestBodies:
         fault = error(post(client, b'{"model": "m"}'))
         assert (fault["param"], fault["code"]) == ("training_file", "missing_required_parameter")
 
-    def test_a_key_that_postgres_can_not_hold_is_refused(self, client: httpx.Client) -> None:
+    def test_a_key_that_postgres_can_not_store_is_refused(self, client: httpx.Client) -> None:
         answer = post(client, b'{"model": "m", "training_file": "sample:p", "metadata": {"\\u0000": ""}}')
         assert (answer.status_code, error(answer)["param"]) == (422, "metadata")
 
-    def test_one_setting_with_two_forms_names_the_setting(self, client: httpx.Client) -> None:
+    def test_an_error_in_a_union_names_the_setting(self, client: httpx.Client) -> None:
         method = {"type": "heft", "heft": {"lora": {"target_modules": 3}}}
         answer = client.post(JOBS, json={"model": "m", "training_file": "sample:p", "method": method})
         assert error(answer)["param"] == "method.heft.lora.target_modules"

@@ -1,4 +1,4 @@
-"""Events as a stream: replayed from the database, followed live, ended with the job."""
+"""Event streams: replayed from the database, followed live, ended with the job."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ class Sent:
 
 
 def read(lines: Iterator[str]) -> Iterator[Sent]:
-    """The events of a stream as they come; the comments that keep it alive are left out."""
+    """Yields the events of a stream without its heartbeat comments."""
     seq = 0
     for line in lines:
         if line.startswith("id: "):
@@ -39,13 +39,13 @@ def read(lines: Iterator[str]) -> Iterator[Sent]:
 
 
 def follow(client: httpx.Client, job_id: str, **headers: str) -> list[Sent]:
-    """The whole stream, until the server ends it."""
+    """Returns all events of a stream, until the server ends it."""
     with client.stream("GET", f"{JOBS}/{job_id}/events?stream=true", headers=headers) as answer:
         assert answer.headers["content-type"].startswith("text/event-stream")
         return list(read(answer.iter_lines()))
 
 
-def test_what_was_is_replayed_and_the_stream_ends_with_the_job(client: httpx.Client) -> None:
+def test_past_events_are_replayed_and_the_stream_ends_with_the_job(client: httpx.Client) -> None:
     job_id = create(client)["id"]
     for wish in ("pause", "resume", "cancel"):
         client.post(f"{JOBS}/{job_id}/{wish}")
@@ -57,7 +57,7 @@ def test_what_was_is_replayed_and_the_stream_ends_with_the_job(client: httpx.Cli
 
 
 @pytest.mark.parametrize("seen", range(5))
-def test_a_reader_that_comes_back_misses_nothing(client: httpx.Client, seen: int) -> None:
+def test_a_stream_continues_after_last_event_id(client: httpx.Client, seen: int) -> None:
     job_id = create(client)["id"]
     for wish in ("pause", "resume", "cancel"):
         client.post(f"{JOBS}/{job_id}/{wish}")
@@ -76,7 +76,7 @@ def test_more_events_than_one_batch_come_in_order(client: httpx.Client, sessions
     assert [event.seq for event in follow(client, job_id)] == list(range(1, 2 * routes.BATCH + 3))
 
 
-def test_a_live_reader_sees_each_event_as_it_comes(client: httpx.Client) -> None:
+def test_a_stream_sends_each_event_as_it_is_written(client: httpx.Client) -> None:
     job_id = create(client)["id"]
     with client.stream("GET", f"{JOBS}/{job_id}/events?stream=true") as answer:
         sent = read(answer.iter_lines())
@@ -90,7 +90,7 @@ def test_a_live_reader_sees_each_event_as_it_comes(client: httpx.Client) -> None
 
 
 def test_twenty_readers_hold_no_connection(client: httpx.Client) -> None:
-    """More readers than the pool has connections, and the API goes on answering beside them."""
+    """More readers than the pool has connections; the API still answers other requests."""
     job_id = create(client)["id"]
     done: list[list[Sent]] = []
     limits = httpx.Limits(max_connections=40)
@@ -105,7 +105,7 @@ def test_twenty_readers_hold_no_connection(client: httpx.Client) -> None:
     assert [[event.code for event in sent] for sent in done] == [["CREATED", "CANCELLED"]] * 25
 
 
-def test_a_silent_stream_is_kept_alive(
+def test_a_stream_without_events_sends_heartbeats(
     settings: StoreSettings,
     serving: Callable[[FastAPI], AbstractContextManager[str]],
     client: httpx.Client,
@@ -122,6 +122,6 @@ def test_a_silent_stream_is_kept_alive(
 
 
 @pytest.mark.parametrize("last", ["-1", "x", str(2**64)])
-def test_a_place_that_can_not_be_is_refused(client: httpx.Client, last: str) -> None:
+def test_an_invalid_folder_is_refused(client: httpx.Client, last: str) -> None:
     answer = client.get(f"{JOBS}/{create(client)['id']}/events?stream=true", headers={"Last-Event-ID": last})
     assert (answer.status_code, answer.json()["error"]["param"]) == (422, "last-event-id")

@@ -1,4 +1,4 @@
-"""Files over HTTP: streamed in and out, the key checked before a byte is read, nothing left after a fault."""
+"""Files over HTTP: streamed in and out, authenticated before the body is read, no file left after an error."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ def upload(client: httpx.Client, content: bytes = ROW, **changes: object) -> htt
     return client.post("/v1/files", **(request | changes))  # type: ignore[arg-type]
 
 
-def test_a_file_goes_in_and_comes_out_as_it_was(client: httpx.Client) -> None:
+def test_a_file_is_downloaded_as_it_was_uploaded(client: httpx.Client) -> None:
     content = ROW * 5_000
 
     created = upload(client, content).json()
@@ -52,7 +52,7 @@ def test_a_file_keeps_its_name(client: httpx.Client, name: str) -> None:
     assert created["filename"] in (name, name.replace('"', "%22"))  # as httpx escapes a quote
 
 
-def test_a_deleted_file_is_gone_at_once_and_its_bytes_wait_for_the_sweep(
+def test_a_deleted_file_is_hidden_at_once_and_its_content_is_kept_until_the_sweep(
     client: httpx.Client, new_files: NewFiles
 ) -> None:
     file_id = upload(client).json()["id"]
@@ -66,7 +66,7 @@ def test_a_deleted_file_is_gone_at_once_and_its_bytes_wait_for_the_sweep(
     assert len(new_files()) == 1
 
 
-def test_lists_turn_pages_in_both_orders(client: httpx.Client) -> None:
+def test_lists_are_paged_in_both_orders(client: httpx.Client) -> None:
     ids = [upload(client).json()["id"] for _ in range(5)]
 
     first = client.get("/v1/files", params={"limit": 2}).json()
@@ -82,7 +82,7 @@ def test_lists_turn_pages_in_both_orders(client: httpx.Client) -> None:
     ("query", "param"),
     [("limit=0", "limit"), ("limit=10001", "limit"), ("order=up", "order"), ("after=file-none", "after")],
 )
-def test_a_list_that_can_not_be_is_refused(client: httpx.Client, query: str, param: str) -> None:
+def test_an_invalid_list_query_is_refused(client: httpx.Client, query: str, param: str) -> None:
     answer = client.get(f"/v1/files?{query}")
     assert (answer.status_code, answer.json()["error"]["param"]) == (422, param)
 
@@ -116,7 +116,7 @@ def test_another_owner_sees_nothing(client: httpx.Client, stranger: httpx.Client
         ({"files": None, "data": None, "json": {"purpose": "fine-tune"}}, 422, None),
     ],
 )
-def test_a_bad_upload_is_refused_and_leaves_nothing(
+def test_an_invalid_upload_is_refused_and_leaves_no_file(
     client: httpx.Client,
     new_files: NewFiles,
     changes: dict[str, object],
@@ -142,7 +142,7 @@ def test_a_bad_upload_is_refused_and_leaves_nothing(
         b"",
     ],
 )
-def test_a_broken_form_is_refused_and_leaves_nothing(
+def test_a_malformed_form_is_refused_and_leaves_no_file(
     client: httpx.Client, new_files: NewFiles, body: bytes
 ) -> None:
     answer = client.post(
@@ -153,7 +153,7 @@ def test_a_broken_form_is_refused_and_leaves_nothing(
 
 
 def test_the_key_is_checked_before_a_byte_of_the_body(url: str) -> None:
-    """Only headers are sent, and the answer is there: nothing waited for the 300 MB that they announce."""
+    """The response comes after the headers only, without the 300 MB that they announce."""
     address = urlsplit(url)
     with socket.create_connection((address.hostname, address.port), timeout=5) as connection:
         connection.sendall(
@@ -163,7 +163,9 @@ def test_the_key_is_checked_before_a_byte_of_the_body(url: str) -> None:
         assert connection.recv(100).startswith(b"HTTP/1.1 401 ")
 
 
-def test_a_client_that_goes_away_leaves_nothing(client: httpx.Client, new_files: NewFiles, url: str) -> None:
+def test_an_upload_of_a_disconnected_client_leaves_no_file(
+    client: httpx.Client, new_files: NewFiles, url: str
+) -> None:
     address = urlsplit(url)
     head = b'--b\r\nContent-Disposition: form-data; name="file"; filename="x"\r\n\r\n'
     with socket.create_connection((address.hostname, address.port), timeout=5) as connection:
@@ -181,7 +183,9 @@ def test_a_client_that_goes_away_leaves_nothing(client: httpx.Client, new_files:
     assert client.get("/v1/files").json()["data"] == []
 
 
-def test_a_body_without_a_length_is_counted_as_it_comes(client: httpx.Client, new_files: NewFiles) -> None:
+def test_a_body_without_a_length_is_counted_while_it_is_read(
+    client: httpx.Client, new_files: NewFiles
+) -> None:
     def endless() -> Iterator[bytes]:
         yield b'--b\r\nContent-Disposition: form-data; name="file"; filename="x"\r\n\r\n'
         for _ in range(200):
@@ -197,12 +201,14 @@ def test_a_body_without_a_length_is_counted_as_it_comes(client: httpx.Client, ne
 class TestIdempotency:
     KEY = {"Idempotency-Key": "once"}  # noqa: RUF012
 
-    def test_the_same_upload_again_is_the_same_file(self, client: httpx.Client, new_files: NewFiles) -> None:
+    def test_a_repeated_upload_is_the_same_file(self, client: httpx.Client, new_files: NewFiles) -> None:
         first = upload(client, headers=self.KEY).json()
         assert upload(client, headers=self.KEY).json() == first
         assert len(new_files()) == 1
 
-    def test_eight_at_once_make_one_file(self, client: httpx.Client, new_files: NewFiles) -> None:
+    def test_eight_concurrent_requests_create_one_file(
+        self, client: httpx.Client, new_files: NewFiles
+    ) -> None:
         with ThreadPoolExecutor(8) as threads:
             answers = list(threads.map(lambda _: upload(client, headers=self.KEY), range(8)))
         assert {answer.json()["id"] for answer in answers} == {answers[0].json()["id"]}
@@ -222,6 +228,8 @@ class TestIdempotency:
         assert answer.json()["error"]["code"] == "idempotency_key_reused"
         assert len(new_files()) == 1
 
-    def test_owners_do_not_share_keys(self, client: httpx.Client, stranger: httpx.Client) -> None:
+    def test_idempotency_keys_are_separate_for_owners(
+        self, client: httpx.Client, stranger: httpx.Client
+    ) -> None:
         assert upload(client, headers=self.KEY).status_code == 200
         assert upload(stranger, b"other" + ROW, headers=self.KEY).status_code == 200

@@ -1,4 +1,4 @@
-"""Whatever is sent to create a job or to ask a model: a success, or a refusal in OpenAI's shape. Never a 500."""
+"""Random requests to create jobs and to predict: a success or an error in OpenAI's format, never a 500."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ FAST = settings(
     suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow],
 )
 
-#: Every kind of text, half surrogates and NUL among them: json.dumps writes them all as escapes.
+#: All text, including lone surrogates and NUL: json.dumps escapes them.
 TEXT = st.text(st.characters(), max_size=12) | st.sampled_from(
     ["auto", "heft", "\0", "\ud800", "../x", "ft:"]
 )

@@ -1,4 +1,4 @@
-"""Asking for a job over HTTP: what is taken, and what is refused by name."""
+"""Requests for a job over HTTP: accepted fields, and errors that name the field."""
 
 from __future__ import annotations
 
@@ -48,7 +48,7 @@ class TestCreate:
             {"hyperparameters": {"n_epochs": 2, "batch_size": "auto"}, "method": None},
         ],
     )
-    def test_what_an_openai_caller_sends_works_as_it_is(
+    def test_requests_of_openai_clients_work_unchanged(
         self, client: httpx.Client, sent: dict[str, Any]
     ) -> None:
         nulls = {"integrations": None, "suffix": None, "validation_file": None, "metadata": None}
@@ -76,7 +76,7 @@ class TestCreate:
         assert set(shown) == {"type", method["type"]}
         assert shown["type"] == method["type"]
 
-    def test_a_hint_goes_to_the_workers(self, client: httpx.Client, settings: StoreSettings) -> None:
+    def test_a_new_job_is_hinted_to_the_workers(self, client: httpx.Client, settings: StoreSettings) -> None:
         job = create(client)
         assert hint(settings, "prepare", job["id"]) == "heft.prepare"
 
@@ -133,7 +133,7 @@ class TestCreate:
             ({"hyperparameters": {"n_epochs": 0}}, "hyperparameters.n_epochs"),
         ],
     )
-    def test_what_can_not_be_is_refused_by_name(
+    def test_invalid_fields_are_refused_by_name(
         self, client: httpx.Client, changes: dict[str, Any], param: str | None
     ) -> None:
         body = {name: value for name, value in (MINIMAL | changes).items() if value is not None}
@@ -141,7 +141,7 @@ class TestCreate:
         assert refusal(answer) == (422, param)
         assert client.get(JOBS).json()["data"] == []
 
-    def test_a_strangers_file_is_no_file(self, client: httpx.Client, stranger: httpx.Client) -> None:
+    def test_a_file_of_another_owner_is_not_found(self, client: httpx.Client, stranger: httpx.Client) -> None:
         theirs = stranger.post(
             "/v1/files", files={"file": ("rows.jsonl", b"{}\n")}, data={"purpose": "fine-tune"}
         )
@@ -152,7 +152,7 @@ class TestCreate:
 class TestIdempotency:
     KEY = {"Idempotency-Key": "once"}  # noqa: RUF012
 
-    def test_eight_at_once_make_one_job(self, client: httpx.Client) -> None:
+    def test_eight_concurrent_requests_create_one_job(self, client: httpx.Client) -> None:
         with ThreadPoolExecutor(8) as threads:
             answers = list(
                 threads.map(lambda _: client.post(JOBS, json=MINIMAL, headers=self.KEY).json(), range(8))
@@ -160,7 +160,7 @@ class TestIdempotency:
         assert answers == [answers[0]] * 8
         assert len(client.get(JOBS).json()["data"]) == 1
 
-    def test_the_order_of_keys_makes_no_other_body(self, client: httpx.Client) -> None:
+    def test_the_order_of_keys_does_not_change_the_body_hash(self, client: httpx.Client) -> None:
         first = client.post(JOBS, json=MINIMAL, headers=self.KEY).json()
         again = client.post(JOBS, json=dict(reversed(MINIMAL.items())), headers=self.KEY).json()
         assert again["id"] == first["id"]
@@ -171,7 +171,7 @@ class TestIdempotency:
         assert (answer.status_code, answer.headers["x-should-retry"]) == (409, "false")
         assert len(client.get(JOBS).json()["data"]) == 1
 
-    def test_a_refused_request_does_not_use_the_key_up(self, client: httpx.Client) -> None:
+    def test_a_refused_request_does_not_use_up_the_idempotency_key(self, client: httpx.Client) -> None:
         refused = client.post(JOBS, json=MINIMAL | {"training_file": "file-none"}, headers=self.KEY)
         assert refused.status_code == 422
         assert client.post(JOBS, json=MINIMAL, headers=self.KEY).status_code == 200

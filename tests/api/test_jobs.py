@@ -1,4 +1,4 @@
-"""Jobs over HTTP: lists, wishes, and what the job object shows of a run."""
+"""Jobs over HTTP: lists, cancel, pause and resume, and the job object."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from store.settings import StoreSettings
 
 
 class TestLists:
-    def test_pages_newest_first(self, client: httpx.Client) -> None:
+    def test_jobs_are_listed_newest_first_in_pages(self, client: httpx.Client) -> None:
         ids = [create(client)["id"] for _ in range(5)]
 
         first = client.get(JOBS, params={"limit": 3}).json()
@@ -28,30 +28,30 @@ class TestLists:
         create(client, metadata={"team": "a", "run": "2"})
         create(client, metadata={"team": ""})
 
-        def found(**filters: str) -> list[str]:
+        def list_ids(**filters: str) -> list[str]:
             params = {f"metadata[{key}]": value for key, value in filters.items()}
             return [job["id"] for job in client.get(JOBS, params=params).json()["data"]]
 
-        assert found(team="a", run="1") == [ours]
-        assert len(found(team="a")) == 2
-        assert len(found(team="")) == 1
-        assert found(team="b") == []
+        assert list_ids(team="a", run="1") == [ours]
+        assert len(list_ids(team="a")) == 2
+        assert len(list_ids(team="")) == 1
+        assert list_ids(team="b") == []
 
     @pytest.mark.parametrize(("query", "param"), [("limit=101", "limit"), ("after=ftjob-none", "after")])
-    def test_a_list_that_can_not_be_is_refused(self, client: httpx.Client, query: str, param: str) -> None:
+    def test_an_invalid_list_query_is_refused(self, client: httpx.Client, query: str, param: str) -> None:
         assert refusal(client.get(f"{JOBS}?{query}")) == (422, param)
 
     @pytest.mark.parametrize(
-        ("given", "shown"), [({}, True), ({"reuse": True}, True), ({"reuse": False}, False)]
+        ("fields", "reuse"), [({}, True), ({"reuse": True}, True), ({"reuse": False}, False)]
     )
-    def test_equal_stages_are_reused_unless_a_job_says_no(
-        self, client: httpx.Client, given: dict[str, bool], shown: bool
+    def test_equal_stages_are_reused_unless_a_job_disables_it(
+        self, client: httpx.Client, fields: dict[str, bool], reuse: bool
     ) -> None:
-        job = create(client, **given)
-        assert job["reuse"] is shown
-        assert client.get(f"{JOBS}/{job['id']}").json()["reuse"] is shown
+        job = create(client, **fields)
+        assert job["reuse"] is reuse
+        assert client.get(f"{JOBS}/{job['id']}").json()["reuse"] is reuse
 
-    def test_reuse_is_yes_or_no(self, client: httpx.Client) -> None:
+    def test_reuse_must_be_a_boolean(self, client: httpx.Client) -> None:
         assert refusal(client.post(JOBS, json=MINIMAL | {"reuse": "lora"})) == (422, "reuse")
 
 
@@ -86,7 +86,7 @@ class TestWishes:
         for _ in ("created", "resumed"):
             assert hint(settings, "prepare", job_id) == "heft.prepare"
 
-    def test_what_has_ended_takes_no_wishes(self, client: httpx.Client) -> None:
+    def test_a_finished_job_can_not_be_cancelled_or_paused(self, client: httpx.Client) -> None:
         job_id = create(client)["id"]
         client.post(f"{JOBS}/{job_id}/cancel")
         for wish in ("cancel", "pause", "resume"):
@@ -95,16 +95,16 @@ class TestWishes:
             assert answer.headers["x-should-retry"] == "false"
             assert answer.json()["error"]["type"] == "conflict_error"
 
-    def test_a_running_job_is_told(self, client: httpx.Client, sessions: SessionFactory) -> None:
-        held = running(client, sessions)
-        assert client.post(f"{JOBS}/{held.job_id}/cancel").json()["status"] == "running"
+    def test_a_running_job_gets_the_request(self, client: httpx.Client, sessions: SessionFactory) -> None:
+        claim = running(client, sessions)
+        assert client.post(f"{JOBS}/{claim.job_id}/cancel").json()["status"] == "running"
         with transaction(sessions) as session:
-            assert leases.heartbeat(session, held).cancel
+            assert leases.heartbeat(session, claim).cancel
 
 
 class TestWhatARunShows:
     def test_resolved_settings_replace_auto(self, client: httpx.Client, sessions: SessionFactory) -> None:
-        held = running(client, sessions)
+        claim = running(client, sessions)
         stages = [
             {"type": "lora", "learning_rate": 5e-4, "target_modules": ["q_proj", "v_proj"]},
             {"type": "reft", "learning_rate": 2e-3, "layers": [14]},
@@ -113,7 +113,7 @@ class TestWhatARunShows:
         with transaction(sessions) as session:
             leases.record_event(
                 session,
-                held,
+                claim,
                 code="STAGE_STARTED",
                 message="Stage lora.",
                 stage="lora",
@@ -122,7 +122,7 @@ class TestWhatARunShows:
                 resolved=resolved,
             )
 
-        job = client.get(f"{JOBS}/{held.job_id}").json()
+        job = client.get(f"{JOBS}/{claim.job_id}").json()
 
         heft = job["method"]["heft"]
         assert (heft["lora"]["learning_rate"], heft["lora"]["rank"]) == (5e-4, 8)
@@ -135,22 +135,22 @@ class TestWhatARunShows:
     def test_checkpoints_are_listed_with_first_and_last_id(
         self, client: httpx.Client, sessions: SessionFactory, owner: str
     ) -> None:
-        held = running(client, sessions, suffix="boolq")
+        claim = running(client, sessions, suffix="boolq")
         for index, (stage, kind) in enumerate([("lora", "step"), ("lora", "stage"), ("reft", "stage")]):
             with transaction(sessions) as session:
                 leases.record_checkpoint(
                     session,
-                    held,
+                    claim,
                     step=10 * (index + 1),
                     stage=stage,
                     stage_index=int(stage == "reft"),
                     kind=kind,  # type: ignore[arg-type]
-                    storage_key=f"jobs/{held.job_id}/1/{stage}-{kind}",
+                    storage_key=f"jobs/{claim.job_id}/1/{stage}-{kind}",
                     manifest={"bundle/heft.json": "0" * 64},
                     metrics={"train_loss": 0.25},
                 )
 
-        page = client.get(f"{JOBS}/{held.job_id}/checkpoints").json()
+        page = client.get(f"{JOBS}/{claim.job_id}/checkpoints").json()
 
         assert [item["step_number"] for item in page["data"]] == [30, 20]
         assert (page["first_id"], page["last_id"]) == (page["data"][0]["id"], page["data"][1]["id"])
@@ -161,21 +161,21 @@ class TestWhatARunShows:
             rf"ft:smollm2-135m:{owner}:boolq:\w{{8}}:ckpt-lora", last["fine_tuned_model_checkpoint"]
         )
         assert client.get(f"/v1/models/{last['fine_tuned_model_checkpoint']}").json()["kind"] == "checkpoint"
-        one = client.get(f"{JOBS}/{held.job_id}/checkpoints?limit=1").json()
-        assert (len(one["data"]), one["has_more"]) == (1, True)
+        page = client.get(f"{JOBS}/{claim.job_id}/checkpoints?limit=1").json()
+        assert (len(page["data"]), page["has_more"]) == (1, True)
 
     def test_a_failed_job_says_what_to_change(self, client: httpx.Client, sessions: SessionFactory) -> None:
-        held = running(client, sessions)
+        claim = running(client, sessions)
         error = {"code": "out_of_memory", "message": "A batch of 4 would fit.", "param": "batch_size"}
         with transaction(sessions) as session:
-            endings.finish_failed(session, held, error=error)
+            endings.finish_failed(session, claim, error=error)
 
-        job = client.get(f"{JOBS}/{held.job_id}").json()
+        job = client.get(f"{JOBS}/{claim.job_id}").json()
 
         assert (job["status"], job["error"]) == ("failed", error)
         assert isinstance(job["finished_at"], int)
 
-    def test_events_are_listed_latest_first_and_turn_pages(self, client: httpx.Client) -> None:
+    def test_events_are_listed_newest_first_in_pages(self, client: httpx.Client) -> None:
         job_id = create(client)["id"]
         for wish in ("pause", "resume", "cancel"):
             client.post(f"{JOBS}/{job_id}/{wish}")
@@ -193,9 +193,7 @@ class TestWhatARunShows:
         )
 
 
-def test_the_jobs_module_is_used_through_the_api_alone(
-    client: httpx.Client, sessions: SessionFactory, owner: str
-) -> None:
+def test_the_openai_packages_jobs_work(client: httpx.Client, sessions: SessionFactory, owner: str) -> None:
     """The store has the job that the API created, with the caller as its owner."""
     job_id = create(client, metadata={"k": "v"})["id"]
     with transaction(sessions) as session:

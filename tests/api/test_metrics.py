@@ -1,4 +1,4 @@
-"""/metrics: what is counted, merged from everywhere, and there whatever is away."""
+"""/metrics: counters of all processes, merged, and available without database and broker."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ def value(samples: Samples, name: str, **labels: str) -> float | None:
 
 @pytest.fixture
 def fresh(settings: StoreSettings, serving: Serving) -> Iterator[str]:
-    """An API that has counted nothing yet."""
+    """A new API process, whose counters are zero."""
     with serving(create_app(settings)) as url:
         yield url
 
@@ -67,21 +67,23 @@ def test_requests_are_counted_by_route_and_status(
         for model in ("one", "two"):
             mine.get(f"/v1/models/{model}")
             mine.request("PROPFIND", f"/{model}")
-    found = scraped(fresh)
+    samples = scraped(fresh)
     name = "heft_http_requests_total"
-    assert value(found, name, method="POST", route="/predict", status="200") == 2
-    assert value(found, name, method="GET", route="/v1/models/{model_id:path}", status="404") == 2
-    assert value(found, name, method="any", route="unmatched", status="404") == 2
-    assert value(found, "heft_http_requests_in_flight") == 1, "this one"
-    assert value(found, "heft_predict_duration_seconds_count") == 2
-    assert 0 < (value(found, "heft_predict_duration_seconds_sum") or 0) < 5
-    assert value(found, "heft_predict_refused_total", status="503") == 1
-    assert value(found, "heft_predict_refused_total", status="429") == 0
-    assert value(found, "heft_predict_waiting_rows") == 0
-    assert (value(found, "process_resident_memory_bytes") or 0) > 1e7
+    assert value(samples, name, method="POST", route="/predict", status="200") == 2
+    assert value(samples, name, method="GET", route="/v1/models/{model_id:path}", status="404") == 2
+    assert value(samples, name, method="any", route="unmatched", status="404") == 2
+    assert value(samples, "heft_http_requests_in_flight") == 1, "this one"
+    assert value(samples, "heft_predict_duration_seconds_count") == 2
+    assert 0 < (value(samples, "heft_predict_duration_seconds_sum") or 0) < 5
+    assert value(samples, "heft_predict_refused_total", status="503") == 1
+    assert value(samples, "heft_predict_refused_total", status="429") == 0
+    assert value(samples, "heft_predict_waiting_rows") == 0
+    assert (value(samples, "process_resident_memory_bytes") or 0) > 1e7
 
 
-def test_jobs_and_workers_are_in_it(fresh: str, settings: StoreSettings, sessions: SessionFactory) -> None:
+def test_the_page_has_metrics_of_jobs_and_workers(
+    fresh: str, settings: StoreSettings, sessions: SessionFactory
+) -> None:
     spec = TrainingSpec(model=MODEL, training_file="sample:passages", seed=1)
     with transaction(sessions) as session:
         jobs.create(session, owner_id="someone", spec=spec)
@@ -89,18 +91,18 @@ def test_jobs_and_workers_are_in_it(fresh: str, settings: StoreSettings, session
     with redis.Redis.from_url(redis_py_url(settings.redis_url)) as connection:
         for worker, text in (("a", count.format(3)), ("b", count.format(4)), ("c", "no { metric")):
             connection.set(metrics_key(worker), text, ex=METRICS_SECONDS)
-        found = scraped(fresh)
+        samples = scraped(fresh)
         connection.delete(*map(metrics_key, "abc"))
-    assert [value(found, "heft_tokens_total", worker=worker) for worker in "abc"] == [3, 4, None]
-    assert (value(found, "heft_jobs", state="validating_files") or 0) >= 1
-    assert value(found, "heft_jobs", state="running") == 0
-    assert (value(found, "heft_jobs_oldest_waiting_seconds", state="validating_files") or 0) > 0
-    assert [value(found, "heft_source_up", source=source) for source in ("database", "broker")] == [1, 1]
+    assert [value(samples, "heft_tokens_total", worker=worker) for worker in "abc"] == [3, 4, None]
+    assert (value(samples, "heft_jobs", state="validating_files") or 0) >= 1
+    assert value(samples, "heft_jobs", state="running") == 0
+    assert (value(samples, "heft_jobs_oldest_waiting_seconds", state="validating_files") or 0) > 0
+    assert [value(samples, "heft_source_up", source=source) for source in ("database", "broker")] == [1, 1]
     text = httpx.get(f"{fresh}/metrics").text
     assert text.count("# TYPE heft_tokens_total counter") == 1, "one family, whoever counts"
 
 
-def test_with_everything_away_it_says_what_it_has(settings: StoreSettings, serving: Serving) -> None:
+def test_the_page_works_without_database_and_broker(settings: StoreSettings, serving: Serving) -> None:
     nowhere = settings.model_copy(
         update={
             "database_url": "postgresql+psycopg://u@127.0.0.1:1/none",
@@ -110,16 +112,19 @@ def test_with_everything_away_it_says_what_it_has(settings: StoreSettings, servi
     with serving(create_app(nowhere)) as url:
         httpx.get(f"{url}/healthz")
         started = time.monotonic()
-        found = scraped(url)
+        samples = scraped(url)
         assert time.monotonic() - started < 8
-        assert [value(found, "heft_source_up", source=source) for source in ("database", "broker")] == [0, 0]
-        assert value(found, "heft_http_requests_total", method="GET", route="/healthz", status="200") == 1
+        assert [value(samples, "heft_source_up", source=source) for source in ("database", "broker")] == [
+            0,
+            0,
+        ]
+        assert value(samples, "heft_http_requests_total", method="GET", route="/healthz", status="200") == 1
 
 
 def request(host: str | None, **headers: str) -> Request:
-    given = [(name.replace("_", "-").encode(), text.encode()) for name, text in headers.items()]
+    raw_headers = [(name.replace("_", "-").encode(), text.encode()) for name, text in headers.items()]
     client = None if host is None else (host, 1_234)
-    return Request({"type": "http", "client": client, "headers": given})
+    return Request({"type": "http", "client": client, "headers": raw_headers})
 
 
 def test_a_caller_from_elsewhere_needs_a_key(url: str, client: httpx.Client) -> None:

@@ -1,4 +1,4 @@
-"""Models over HTTP: ids with colons and slashes, owners, and archives that a worker has yet to build."""
+"""Models over HTTP: ids with colons and slashes, owners, and archives."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ def base(sessions: SessionFactory) -> str:
 
 @pytest.fixture
 def trained(client: httpx.Client, sessions: SessionFactory, base: str) -> str:
-    """The model that a finished job left behind."""
+    """The model of a finished job."""
     body = {"model": base, "training_file": "sample:passages", "suffix": "boolq"}
     job_id = client.post("/v1/fine_tuning/jobs", json=body).json()["id"]
     with transaction(sessions) as session:
@@ -56,7 +56,7 @@ def trained(client: httpx.Client, sessions: SessionFactory, base: str) -> str:
     return str(job["fine_tuned_model"])
 
 
-def test_the_list_holds_base_models_and_ones_own(
+def test_the_list_has_base_models_and_own_models(
     client: httpx.Client, stranger: httpx.Client, base: str, trained: str
 ) -> None:
     listed = client.get(MODELS).json()
@@ -77,7 +77,7 @@ def test_a_model_is_found_by_its_id(client: httpx.Client, owner: str, base: str,
     assert client.get(f"{MODELS}/{base}").json()["info"] == {"n_layers": 4}
 
 
-def test_a_strangers_model_is_not_found(stranger: httpx.Client, trained: str) -> None:
+def test_a_model_of_another_owner_is_not_found(stranger: httpx.Client, trained: str) -> None:
     for answer in (
         stranger.get(path(trained)),
         stranger.delete(path(trained)),
@@ -87,7 +87,9 @@ def test_a_strangers_model_is_not_found(stranger: httpx.Client, trained: str) ->
         assert (answer.status_code, answer.json()["error"]["code"]) == (404, "model_not_found")
 
 
-def test_one_deletes_ones_own_and_no_base(client: httpx.Client, base: str, trained: str) -> None:
+def test_own_models_can_be_deleted_and_base_models_can_not(
+    client: httpx.Client, base: str, trained: str
+) -> None:
     assert client.delete(path(trained)).json() == {"id": trained, "object": "model", "deleted": True}
     assert client.get(path(trained)).status_code == 404
 
@@ -97,7 +99,7 @@ def test_one_deletes_ones_own_and_no_base(client: httpx.Client, base: str, train
 
 
 class TestExport:
-    def test_it_is_built_when_asked_for_and_then_streamed(
+    def test_an_archive_is_built_on_request_and_then_streamed(
         self, client: httpx.Client, sessions: SessionFactory, settings: StoreSettings, trained: str
     ) -> None:
         pending = client.get(f"{path(trained)}/export?format=peft")
@@ -127,7 +129,7 @@ class TestExport:
         assert ready.headers["content-type"] == "application/x-tar"
         assert ready.headers["content-disposition"].endswith('-peft.tar"')
 
-    def test_one_that_can_not_be_built_says_why(
+    def test_an_export_that_can_not_be_built_has_a_reason(
         self, client: httpx.Client, sessions: SessionFactory, trained: str
     ) -> None:
         client.get(f"{path(trained)}/export?format=pyreft")
@@ -140,7 +142,7 @@ class TestExport:
         assert answer.status_code == 409
         assert answer.json()["error"] == error | {"type": "conflict_error"}
 
-    def test_bytes_that_are_gone_are_no_broken_answer(
+    def test_missing_content_is_an_error_response(
         self, client: httpx.Client, sessions: SessionFactory, trained: str
     ) -> None:
         client.get(f"{path(trained)}/export")
@@ -161,9 +163,9 @@ class TestExport:
 
 
 class TestDiagnostics:
-    """Through the job; computed by a worker as archives are."""
+    """Diagnostics belong to the job, and are computed by a worker as archives are."""
 
-    def test_they_are_computed_when_asked_for_and_then_told(
+    def test_diagnostics_are_computed_on_request_and_then_returned(
         self,
         client: httpx.Client,
         stranger: httpx.Client,
@@ -181,7 +183,7 @@ class TestDiagnostics:
             "status": "pending",
         }
         with Connection(settings.redis_url) as broker, broker.SimpleQueue("export", no_ack=True) as queue:
-            # Hints of other tests' models may stand before it.
+            # Hints for models of other tests may precede it.
             while queue.get(timeout=10).payload[0] != [trained, "diagnostics"]:
                 pass
         assert stranger.get(address).status_code == 404
@@ -198,7 +200,7 @@ class TestDiagnostics:
         refused = client.get(f"{path(trained)}/export?format=diagnostics")
         assert (refused.status_code, refused.json()["error"]["param"]) == (422, "format")
 
-    def test_a_job_without_a_model_has_none(self, client: httpx.Client, base: str) -> None:
+    def test_export_of_a_job_without_a_model_is_refused(self, client: httpx.Client, base: str) -> None:
         body = {"model": base, "training_file": "sample:passages"}
         job_id = client.post("/v1/fine_tuning/jobs", json=body).json()["id"]
         answer = client.get(f"/v1/fine_tuning/jobs/{job_id}/diagnostics")

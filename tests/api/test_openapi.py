@@ -1,4 +1,4 @@
-"""The description at /openapi.json: every route is there, and says what it takes, what it gives and how it fails."""
+"""/openapi.json: every route with its parameters, responses and errors."""
 
 from __future__ import annotations
 
@@ -22,11 +22,11 @@ def operations(described: dict[str, Any]) -> dict[str, dict[str, Any]]:
     }
 
 
-def test_it_is_valid(described: dict[str, Any]) -> None:
+def test_the_schema_is_valid(described: dict[str, Any]) -> None:
     validate(described)
 
 
-def test_every_route_of_the_contract_is_there(described: dict[str, Any]) -> None:
+def test_every_route_of_the_contract_exists(described: dict[str, Any]) -> None:
     jobs = "/v1/fine_tuning/jobs"
     assert set(operations(described)) == {
         "POST /v1/files",
@@ -61,7 +61,7 @@ def test_every_route_of_the_contract_is_there(described: dict[str, Any]) -> None
     }
 
 
-def test_each_says_how_it_fails_in_openais_shape(described: dict[str, Any]) -> None:
+def test_each_route_documents_openais_error_object(described: dict[str, Any]) -> None:
     for operation in operations(described).values():
         shape = operation["responses"]["default"]["content"]["application/json"]["schema"]
         assert shape == {"$ref": "#/components/schemas/ErrorBody"}
@@ -75,12 +75,12 @@ def test_each_says_how_it_fails_in_openais_shape(described: dict[str, Any]) -> N
     assert "HTTPValidationError" not in described["components"]["schemas"]
 
 
-def test_all_but_health_take_a_key(described: dict[str, Any]) -> None:
+def test_all_routes_but_health_need_a_key(described: dict[str, Any]) -> None:
     for name, operation in operations(described).items():
         assert bool(operation.get("security")) == (not name.endswith(("/healthz", "/readyz"))), name
 
 
-def test_the_body_of_a_job_names_every_setting(described: dict[str, Any]) -> None:
+def test_the_schema_of_a_job_has_every_setting(described: dict[str, Any]) -> None:
     schemas = described["components"]["schemas"]
     assert {"model", "training_file", "method", "task", "seed", "suffix"} <= schemas["JobRequest"][
         "properties"
@@ -89,6 +89,6 @@ def test_the_body_of_a_job_names_every_setting(described: dict[str, Any]) -> Non
     assert {"rank", "layers", "positions", "learning_rate"} <= schemas["ReftStage"]["properties"].keys()
 
 
-def test_each_route_has_a_sentence(described: dict[str, Any]) -> None:
+def test_each_route_has_a_description(described: dict[str, Any]) -> None:
     for name, operation in operations(described).items():
         assert operation.get("description"), name

@@ -1,4 +1,4 @@
-"""A broker or a database that is away, or worse, frozen: quick refusals, nothing lost, and well again by itself."""
+"""A broker or database that is stopped or frozen: fast errors, nothing lost, and recovery."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ def _tiny(sessions: SessionFactory) -> None:
 
 @pytest.fixture
 def silent_socket(tmp_path: Path) -> Iterator[Path]:
-    """A server that takes every connection and never says a word."""
+    """A server that accepts connections and never answers."""
     path = tmp_path / "silent"
     with socket.socket(socket.AF_UNIX) as server:
         server.bind(str(path))
@@ -51,7 +51,7 @@ def silent_socket(tmp_path: Path) -> Iterator[Path]:
 
 @contextmanager
 def timed(at_most: float) -> Iterator[None]:
-    """Not counted is what the threads of this process, the API's among them, stood in line for a processor."""
+    """Does not count the time that threads of this process, the API's among them, waited for a processor."""
     started, in_line = time.monotonic(), seconds_in_line()
     yield
     waited = seconds_in_line() - in_line
@@ -83,7 +83,7 @@ class TestBroker:
         with serving(create_app(away)) as url:
             yield url
 
-    def test_jobs_are_taken_and_questions_refused(self, url: str, client: httpx.Client) -> None:
+    def test_jobs_are_accepted_and_questions_refused(self, url: str, client: httpx.Client) -> None:
         for _ in range(3):
             with timed(1):
                 assert client.post(url + JOBS, json=MINIMAL).status_code == 200
@@ -115,7 +115,7 @@ class TestDatabase:
         stack: Any,
         client: httpx.Client,
     ) -> Iterator[str]:
-        """The API without its Postgres, which was there for long enough to give `client` a key."""
+        """The API without its Postgres, which is stopped after `client` has got its key."""
         if request.param == "absent":
             away = settings.model_copy(
                 update={"database_url": f"postgresql+psycopg://app@/postgres?host={tmp_path}"}
@@ -128,7 +128,9 @@ class TestDatabase:
                 with frozen_postgres(stack.postgres_socket_folder):
                     yield url
 
-    def test_every_route_that_needs_it_refuses_in_time(self, url: str, client: httpx.Client) -> None:
+    def test_every_route_that_needs_the_database_fails_within_the_deadline(
+        self, url: str, client: httpx.Client
+    ) -> None:
         requests: list[tuple[str, str, dict[str, Any]]] = [
             ("GET", "/readyz", {}),
             ("GET", "/v1/files", {}),
@@ -155,7 +157,7 @@ class TestDatabase:
                 assert int(answer.headers["retry-after"]) > 0
 
 
-def test_after_a_frozen_database_everything_goes_on(
+def test_requests_work_again_after_a_frozen_database(
     client: httpx.Client, stack: Any, new_files: Callable[[], set[Path]]
 ) -> None:
     """A refused request is not carried out later."""
@@ -167,7 +169,7 @@ def test_after_a_frozen_database_everything_goes_on(
 
 @contextmanager
 def frozen_postgres(socket_folder: Path) -> Iterator[None]:
-    """Stop every process of the server, as a machine does that has run out of everything."""
+    """Freezes all processes of a server, as on an overloaded machine."""
     with psycopg.connect(host=str(socket_folder), user="app", dbname="postgres") as connection:
         server = psutil.Process(connection.info.backend_pid).parent()
     assert server is not None
@@ -184,13 +186,13 @@ def frozen_postgres(socket_folder: Path) -> Iterator[None]:
 
 
 @pytest.mark.parametrize(
-    ("slow", "told", "made"),
+    ("slow", "message", "rows"),
     [("before COMMIT", "nothing was changed", 0), ("in COMMIT", "may or may not have been", 1)],
 )
-def test_a_caller_who_was_not_waited_for_is_told_what_is_known(
-    sessions: SessionFactory, slow: str, told: str, made: int
+def test_a_timed_out_request_says_whether_it_was_carried_out(
+    sessions: SessionFactory, slow: str, message: str, rows: int
 ) -> None:
-    """Too late to roll back, a COMMIT that hangs may yet be carried out: nobody is told that it was not."""
+    """A COMMIT that hangs may still be carried out, so the error must not say that nothing was changed."""
     released = threading.Event()
     others = set(threading.enumerate())
 
@@ -207,7 +209,7 @@ def test_a_caller_who_was_not_waited_for_is_told_what_is_known(
     event.listen(engine, "commit", hang)
     database = Database(sessions, deadline=0.5)
     try:
-        with pytest.raises(Unavailable, match=told):
+        with pytest.raises(Unavailable, match=message):
             asyncio.run(database(offer))
     finally:
         released.set()
@@ -216,5 +218,5 @@ def test_a_caller_who_was_not_waited_for_is_told_what_is_known(
             thread.join(10)  # it ends its transaction first, either way
         event.remove(engine, "commit", hang)
     with transaction(sessions) as session:
-        found = session.execute(text("SELECT count(*) FROM base_models WHERE id = 'late'")).scalar_one()
-    assert found == made
+        count = session.execute(text("SELECT count(*) FROM base_models WHERE id = 'late'")).scalar_one()
+    assert count == rows

@@ -1,4 +1,4 @@
-"""More than can be answered: refused at once, with the time to come back; clients that went away are not served."""
+"""Overload: requests are refused at once with Retry-After, and those of disconnected clients are dropped."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ def key(sessions: SessionFactory) -> str:
 
 @pytest.fixture
 def ask(settings: StoreSettings, serving: Serving, key: str) -> Iterator[Callable[..., httpx.Response]]:
-    """Asks for so many rows of an API that lets 8 rows wait here and 6 requests in the broker; no worker runs."""
+    """Sends rows to an API that lets 8 rows wait and 6 requests queue in the broker; no worker runs."""
     with redis.Redis.from_url(redis_py_url(settings.redis_url)) as connection:
         connection.flushdb()
     tight = settings.model_copy(update={"predict_max_waiting": 8, "predict_max_queued": 6})
@@ -63,7 +63,7 @@ def until(condition: Callable[[], bool]) -> None:
         assert time.monotonic() < deadline
 
 
-def test_more_rows_than_may_wait_are_refused_at_once(
+def test_rows_above_the_limit_are_refused_at_once(
     settings: StoreSettings, ask: Callable[..., httpx.Response]
 ) -> None:
     with ThreadPoolExecutor(2) as threads:
@@ -79,7 +79,7 @@ def test_more_rows_than_may_wait_are_refused_at_once(
     assert queued(settings) == 2, "what was refused has sent nothing"
 
 
-def test_a_broker_that_is_full_is_told_no_more(
+def test_a_full_broker_gets_no_more_messages(
     settings: StoreSettings, ask: Callable[..., httpx.Response]
 ) -> None:
     with Connection(settings.redis_url) as broker, broker.SimpleQueue("predict") as queue:
@@ -94,7 +94,7 @@ def test_a_broker_that_is_full_is_told_no_more(
     until(lambda: ask(1).json()["error"]["code"] == "model_not_ready")
 
 
-def test_a_client_that_goes_away_cancels_its_request(
+def test_a_disconnected_client_cancels_its_request(
     settings: StoreSettings, ask: Callable[..., httpx.Response]
 ) -> None:
     with pytest.raises(httpx.ReadTimeout):
@@ -120,7 +120,7 @@ def admission(clock: Clock, **changes: int) -> Admission:
     return Admission(**bounds, timeout=30, queued=lambda: 0, clock=clock)  # type: ignore[arg-type]
 
 
-def test_no_more_may_wait_than_the_observed_rate_answers_in_time() -> None:
+def test_no_more_rows_wait_than_the_rate_answers_in_time() -> None:
     clock = Clock()
     door = admission(clock)
     for _ in range(10):  # ten rows a second
@@ -139,7 +139,7 @@ def test_no_more_may_wait_than_the_observed_rate_answers_in_time() -> None:
     assert door.waiting == 0
 
 
-def test_rows_that_nobody_answered_are_no_rate_and_some_may_always_wait() -> None:
+def test_unanswered_rows_give_no_rate_and_a_minimum_may_always_wait() -> None:
     clock = Clock()
     door = admission(clock)
     with door.admit(100):
@@ -159,7 +159,7 @@ def test_rows_that_nobody_answered_are_no_rate_and_some_may_always_wait() -> Non
         door.admit(1).__enter__()
 
 
-def test_idle_time_is_not_slowness_and_what_was_observed_fades() -> None:
+def test_idle_time_does_not_lower_the_rate_and_the_rate_decays() -> None:
     clock = Clock()
     door = admission(clock)
     with door.admit(100):

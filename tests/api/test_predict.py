@@ -1,4 +1,4 @@
-"""Questions over HTTP, with a stand-in worker that takes real messages from a real broker and answers on it."""
+"""/predict over HTTP, with a scripted worker on a real broker."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ def stand_in(settings: StoreSettings, sessions: SessionFactory) -> Iterator[Stub
 
 @pytest.fixture
 def worker(stand_in: StubWorker) -> StubWorker:
-    """A worker that has heard nothing yet and answers everything."""
+    """A new worker that answers every message."""
     stand_in.heard.clear()
     stand_in.behaviour = answered
     return stand_in
@@ -54,7 +54,9 @@ def test_one_question(client: httpx.Client, worker: StubWorker, path: str) -> No
     }
 
 
-def test_the_message_tells_the_worker_all(client: httpx.Client, worker: StubWorker, owner: str) -> None:
+def test_the_message_has_everything_for_the_worker(
+    client: httpx.Client, worker: StubWorker, owner: str
+) -> None:
     before = time.time()
     answer = client.post("/predict", json=QUESTION | {"intervention": {"enabled": False}})
     (message,) = worker.heard
@@ -73,63 +75,61 @@ def test_the_message_tells_the_worker_all(client: httpx.Client, worker: StubWork
 
 
 @pytest.mark.parametrize(
-    "asked",
+    "question",
     [
         {"question": "which", "choices": ["a", "b"]},
         {"prompt": "Once upon"},
         {"messages": [{"role": "user", "content": "hello"}]},
     ],
 )
-def test_every_form_of_a_question_reaches_the_worker_as_it_was_written(
-    client: httpx.Client, worker: StubWorker, asked: dict[str, Any]
+def test_every_form_of_a_question_reaches_the_worker_unchanged(
+    client: httpx.Client, worker: StubWorker, question: dict[str, Any]
 ) -> None:
-    assert client.post("/predict", json={"model": MODEL, **asked}).status_code == 200
-    assert worker.heard[0]["inputs"] == [asked]
+    assert client.post("/predict", json={"model": MODEL, **question}).status_code == 200
+    assert worker.heard[0]["inputs"] == [question]
 
 
 def test_many_questions_are_answered_in_order(client: httpx.Client, worker: StubWorker) -> None:
     def numbered(message: PredictMessage) -> dict[str, Any]:
         reply = answered(message)
-        for row, given in zip(reply["ok"]["data"], message["inputs"], strict=True):
-            row["answer"] = given["question"]
+        for row, question in zip(reply["ok"]["data"], message["inputs"], strict=True):
+            row["answer"] = question["question"]
         return reply
 
     worker.behaviour = numbered
     inputs = [{"question": str(number)} for number in range(1_024)]
     answer = client.post("/predict", json={"model": MODEL, "inputs": inputs}).json()
     assert (answer["object"], answer["model"]) == ("list", MODEL)
-    assert [row["answer"] for row in answer["data"]] == [given["question"] for given in inputs]
+    assert [row["answer"] for row in answer["data"]] == [question["question"] for question in inputs]
     assert answer["usage"] == {"prompt_tokens": 1_024, "completion_tokens": 1_024, "total_tokens": 2_048}
 
 
-def test_an_answer_that_is_less_probable_than_asked_for_is_withheld(
-    client: httpx.Client, worker: StubWorker
-) -> None:
+def test_an_answer_below_abstain_below_is_null(client: httpx.Client, worker: StubWorker) -> None:
     def ask(abstain_below: float) -> dict[str, Any]:
         answer = client.post("/predict", json=QUESTION | {"abstain_below": abstain_below})
         assert answer.status_code == 200
         return dict(answer.json())
 
-    withheld, given = ask(0.76), ask(0.75)
+    withheld, answered = ask(0.76), ask(0.75)
     assert (withheld["answer"], withheld["abstained"]) == (None, True)
-    assert (given["answer"], given["abstained"]) == ("yes", False)
-    assert withheld["probability"] == given["probability"] == 0.75
-    assert withheld["label_probabilities"] == given["label_probabilities"]
+    assert (answered["answer"], answered["abstained"]) == ("yes", False)
+    assert withheld["probability"] == answered["probability"] == 0.75
+    assert withheld["label_probabilities"] == answered["label_probabilities"]
     many = client.post(
         "/predict", json={"model": MODEL, "inputs": [{"question": "q"}] * 2, "abstain_below": 1}
     )
     assert [(row["answer"], row["abstained"]) for row in many.json()["data"]] == [(None, True)] * 2
 
 
-def test_replies_find_their_own_request(client: httpx.Client, worker: StubWorker) -> None:
-    """Sixty at once, answered in pairs and each pair the wrong way round."""
-    held: list[PredictMessage] = []
+def test_replies_are_assigned_to_their_requests(client: httpx.Client, worker: StubWorker) -> None:
+    """Sixty concurrent requests, answered in pairs in reverse order."""
+    messages: list[PredictMessage] = []
 
     def in_reverse(message: PredictMessage) -> dict[str, Any] | None:
-        held.append(message)
-        if len(held) % 2:
+        messages.append(message)
+        if len(messages) % 2:
             return None
-        first = held[-2]
+        first = messages[-2]
         with redis.Redis.from_url(redis_py_url(worker.url)) as connection:
             for waiting in (message, first):
                 reply = answered(waiting)
@@ -150,7 +150,7 @@ def test_replies_find_their_own_request(client: httpx.Client, worker: StubWorker
     assert [answer.json()["answer"] for answer in answers] == [f"q{number}" for number in range(60)]
 
 
-def test_a_workers_refusal_is_passed_on(client: httpx.Client, worker: StubWorker) -> None:
+def test_a_workers_error_is_passed_on(client: httpx.Client, worker: StubWorker) -> None:
     fault = {"status": 422, "code": "invalid_value", "message": "no choices", "param": "choices"}
     worker.behaviour = lambda _: {"error": fault}
     answer = client.post("/predict", json=QUESTION)
@@ -172,7 +172,7 @@ def test_a_model_that_is_not_loaded_in_time_is_503(client: httpx.Client, worker:
     assert answer.json()["error"]["code"] == "model_not_ready"
 
 
-def test_late_and_broken_replies_harm_nobody(client: httpx.Client, worker: StubWorker) -> None:
+def test_late_and_malformed_replies_are_ignored(client: httpx.Client, worker: StubWorker) -> None:
     client.post("/predict", json=QUESTION)
     reply_to = worker.heard[0]["reply_to"]
     with redis.Redis.from_url(redis_py_url(worker.url)) as connection:
@@ -182,13 +182,13 @@ def test_late_and_broken_replies_harm_nobody(client: httpx.Client, worker: StubW
     assert client.post("/predict", json=QUESTION).json()["answer"] == "yes"
 
 
-def test_lost_connections_to_the_broker_are_made_again(client: httpx.Client, worker: StubWorker) -> None:
+def test_lost_connections_to_the_broker_are_restored(client: httpx.Client, worker: StubWorker) -> None:
     """The broker restarts: all connections of the API are gone, and the next question is answered."""
     assert client.post("/predict", json=QUESTION).status_code == 200
     with redis.Redis.from_url(redis_py_url(worker.url)) as connection:
-        for held in connection.client_list():
-            if held["cmd"] != "brpop":  # what the stand-in waits with
-                connection.execute_command("CLIENT", "KILL", "ID", held["id"], "SKIPME", "yes")
+        for listed in connection.client_list():
+            if listed["cmd"] != "brpop":  # what the stand-in waits with
+                connection.execute_command("CLIENT", "KILL", "ID", listed["id"], "SKIPME", "yes")
     for _ in range(3):
         assert client.post("/predict", json=QUESTION).status_code == 200
 
@@ -219,7 +219,7 @@ def test_lost_connections_to_the_broker_are_made_again(client: httpx.Client, wor
         ({"model": "ft:tiny:other::12345678", "question": "q"}, 404, "model"),
     ],
 )
-def test_what_can_not_be_asked_is_refused(
+def test_invalid_requests_are_refused(
     client: httpx.Client, worker: StubWorker, body: dict[str, Any], status: int, param: str | None
 ) -> None:
     answer = client.post("/predict", json=body)
@@ -227,8 +227,8 @@ def test_what_can_not_be_asked_is_refused(
     assert worker.heard == []
 
 
-def test_waiting_questions_hold_up_nobody_else(client: httpx.Client, worker: StubWorker) -> None:
-    """Sixty requests that nobody answers, and the others are served as if they were not there."""
+def test_waiting_questions_do_not_delay_other_requests(client: httpx.Client, worker: StubWorker) -> None:
+    """Sixty unanswered requests do not slow others."""
     worker.behaviour = lambda _: None
     with ThreadPoolExecutor(60) as threads:
         waiting = [threads.submit(client.post, "/predict", json=QUESTION) for _ in range(60)]

@@ -1,4 +1,4 @@
-"""The API as a process: quick to start, small, without torch, and gone when it is told to go."""
+"""The API's process: start time, memory, no torch, and shutdown."""
 
 from __future__ import annotations
 
@@ -70,7 +70,7 @@ def served(settings: StoreSettings) -> Iterator[Served]:
 
 
 def test_it_starts_quickly_and_stays_small(served: Served) -> None:
-    # Processor time: what the clock on the wall shows depends on who else is at work on this machine.
+    # Processor time, because wall time depends on other programs on this machine.
     assert served.started_in < MAX_START_SECONDS
     for path in ("/readyz", "/openapi.json", "/docs"):
         assert httpx.get(served.url + path, timeout=20).status_code == 200
@@ -78,7 +78,7 @@ def test_it_starts_quickly_and_stays_small(served: Served) -> None:
 
 
 def test_a_large_file_is_never_whole_in_memory(served: Served, client: httpx.Client) -> None:
-    """100 MB in and out, and the process is hardly larger than before."""
+    """100 MB are uploaded and downloaded, and the process's memory hardly grows."""
     pieces, piece = 100, b"x" * 1_000_000
 
     def form() -> Iterator[bytes]:
@@ -97,9 +97,7 @@ def test_a_large_file_is_never_whole_in_memory(served: Served, client: httpx.Cli
     assert process.memory_info().rss - before < 40 * 1024**2
 
 
-def test_it_ends_when_told_to_although_somebody_listens(
-    settings: StoreSettings, client: httpx.Client
-) -> None:
+def test_it_stops_on_sigterm_although_a_stream_is_open(settings: StoreSettings, client: httpx.Client) -> None:
     job_id = create(client)["id"]
     with (
         serving_process(settings) as served,
@@ -111,7 +109,7 @@ def test_it_ends_when_told_to_although_somebody_listens(
         assert served.process.wait(15) in (0, -signal.SIGTERM)
 
 
-def test_its_log_names_requests_and_jobs_and_keeps_secrets(
+def test_the_log_has_request_and_job_ids_and_no_secrets(
     settings: StoreSettings, client: httpx.Client, tmp_path: Path
 ) -> None:
     """The process of `heft api`, with passwords in its URLs, and a broker that does not answer."""
@@ -149,13 +147,13 @@ def test_its_log_names_requests_and_jobs_and_keeps_secrets(
     lines = [json.loads(line) for line in log.read_text().splitlines()]
     accepted = next(line for line in lines if line.get("job_id") == answer.json()["id"])
     assert accepted["request_id"] == answer.headers["x-request-id"]
-    told = log.read_text()
-    assert "broker" in told, "it says that its broker is away"
+    text = log.read_text()
+    assert "broker" in text, "it says that its broker is away"
     for secret in ("hunter2", client.headers["authorization"].removeprefix("Bearer "), "nobody else"):
-        assert secret not in told
+        assert secret not in text
 
 
-def test_nothing_that_it_imports_imports_torch() -> None:
+def test_the_api_imports_no_torch() -> None:
     code = "import sys, api.app; print(*sorted({name.partition('.')[0] for name in sys.modules}))"
     output = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
     assert not {"torch", "transformers", "peft", "numpy", "datasets", "pandas"} & set(output.split())

@@ -1,4 +1,4 @@
-"""Studies over HTTP: asked for, shown, refused, cancelled, and estimated."""
+"""Studies over HTTP: create, retrieve, refuse, cancel and estimate."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ def create(client: httpx.Client, **changes: Any) -> dict[str, Any]:
 
 
 def end_all(sessions: SessionFactory, study_id: str) -> None:
-    """Play the workers: every job ends with one right row more than the one before it, and the study is judged."""
+    """Plays the workers: each job ends with one more correct row than the one before, and the study is compared."""
     with transaction(sessions) as session:
         runs = studies.runs_of(session, study_id)
     for number, run in enumerate(runs):
@@ -78,7 +78,7 @@ def end_all(sessions: SessionFactory, study_id: str) -> None:
                 "missing_seeds": [],
             }
         ],
-        "comparisons": [{"a": "heft", "b": "rank 2", "separable": False, "sentence": "Not told apart."}],
+        "comparisons": [{"a": "heft", "b": "rank 2", "separable": False, "sentence": "Not significant."}],
     }
     with transaction(sessions) as session:
         verdicts.record(session, study_id, studies.runs_of(session, study_id), verdict)
@@ -100,7 +100,7 @@ def test_a_study_is_made_of_ordinary_jobs(client: httpx.Client) -> None:
     assert "arms" not in listed[0]
 
 
-def test_a_study_that_has_ended_shows_its_verdict(client: httpx.Client, sessions: SessionFactory) -> None:
+def test_a_finished_study_has_its_comparisons(client: httpx.Client, sessions: SessionFactory) -> None:
     study_id = create(client)["id"]
     end_all(sessions, study_id)
     study = client.get(f"{STUDIES}/{study_id}").json()
@@ -110,7 +110,7 @@ def test_a_study_that_has_ended_shows_its_verdict(client: httpx.Client, sessions
     assert (heft["accuracy"], heft["interval_95"], heft["metric"]) == (0.25, [0.1, 0.4], "rouge_l")
     assert (heft["flops"], heft["seconds"], heft["trained_parameters"]) == (22.0, 5.0, 14)
     assert all(job["fine_tuned_model"].startswith("ft:") for job in heft["jobs"])
-    assert study["comparisons"][0]["sentence"] == "Not told apart."
+    assert study["comparisons"][0]["sentence"] == "Not significant."
     events = client.get(f"{STUDIES}/{study_id}/events").json()["data"]
     assert [event["data"]["code"] for event in events] == [
         "SUCCEEDED", "COMPARISON", "JOB_ENDED", "JOB_ENDED", "JOB_ENDED", "JOB_ENDED", "CREATED",
@@ -118,7 +118,7 @@ def test_a_study_that_has_ended_shows_its_verdict(client: httpx.Client, sessions
     assert refusal(client.post(f"{STUDIES}/{study_id}/cancel"))[0] == 409
 
 
-def test_the_same_request_makes_one_study(client: httpx.Client) -> None:
+def test_a_repeated_request_creates_one_study(client: httpx.Client) -> None:
     headers = {"Idempotency-Key": "once"}
     first = client.post(STUDIES, json=BODY, headers=headers).json()
     assert client.post(STUDIES, json=BODY, headers=headers).json()["id"] == first["id"]
@@ -132,7 +132,7 @@ def test_a_study_is_cancelled_with_its_jobs(client: httpx.Client) -> None:
     assert study["jobs"] == {"cancelled": 4}
 
 
-def test_another_owners_study_is_not_there(client: httpx.Client, stranger: httpx.Client) -> None:
+def test_another_owners_study_is_not_found(client: httpx.Client, stranger: httpx.Client) -> None:
     study_id = create(client)["id"]
     for answer in (
         stranger.get(f"{STUDIES}/{study_id}"),
@@ -199,14 +199,14 @@ def test_another_owners_study_is_not_there(client: httpx.Client, stranger: httpx
         ("test_file", SEARCH | {"test_file": None}),
     ],
 )
-def test_what_can_not_be_is_refused_by_its_name(
+def test_invalid_fields_are_refused_by_name(
     client: httpx.Client, param: str, changes: dict[str, Any]
 ) -> None:
     assert refusal(client.post(STUDIES, json=BODY | changes)) == (422, param)
     assert client.get(JOBS).json()["data"] == []
 
 
-def test_too_few_rows_to_tell_anything_are_refused(client: httpx.Client) -> None:
+def test_files_with_too_few_rows_are_refused(client: httpx.Client) -> None:
     row = b'{"question": "is it so", "answer": true}\n'
     few, enough = (
         client.post(
@@ -239,7 +239,7 @@ def test_a_search_is_shown_with_its_trials(client: httpx.Client) -> None:
     assert client.post(f"{STUDIES}/{study['id']}/cancel").json()["jobs"] == {"cancelled": 6}
 
 
-def test_one_set_of_methods_on_several_tasks_is_shown_by_task(client: httpx.Client) -> None:
+def test_a_cross_task_study_is_shown_by_task(client: httpx.Client) -> None:
     study = create(client, **TASKS)
     assert [(arm["task"], arm["method_name"]) for arm in study["arms"]][2:4] == [
         ("boolq", "HEFT 3+3"), ("sst2", "LoRA alone 6"),
@@ -251,7 +251,7 @@ def test_one_set_of_methods_on_several_tasks_is_shown_by_task(client: httpx.Clie
     assert job["task"]["type"] == "yes_no"
 
 
-def test_the_rows_of_every_measured_file_are_counted(client: httpx.Client) -> None:
+def test_the_rows_of_every_evaluated_file_are_counted(client: httpx.Client) -> None:
     row = b'{"question": "is it so", "answer": true}\n'
     sent = {"files": {"file": ("rows.jsonl", row * 19)}, "data": {"purpose": "fine-tune"}}
     few = client.post("/v1/files", **sent).json()["id"]
@@ -264,7 +264,7 @@ def test_the_rows_of_every_measured_file_are_counted(client: httpx.Client) -> No
     )
 
 
-def test_a_request_sent_again_is_answered_though_its_file_is_gone(client: httpx.Client) -> None:
+def test_a_repeated_request_is_answered_although_its_file_is_deleted(client: httpx.Client) -> None:
     row = b'{"question": "is it so", "answer": true}\n'
     sent = {"files": {"file": ("rows.jsonl", row * 20)}, "data": {"purpose": "fine-tune"}}
     file = client.post("/v1/files", **sent).json()["id"]
@@ -277,10 +277,18 @@ def test_a_request_sent_again_is_answered_though_its_file_is_gone(client: httpx.
 
 
 def test_a_search_is_estimated_at_its_whole_budget(client: httpx.Client) -> None:
-    asked = {"name": "s", "model": "meta-llama/Llama-2-7b-hf", "training_file": "hub:google/boolq:train"}
-    asked |= {"validation_file": "sample:passages", "test_file": "sample:passages:test", "dry_run": True}
+    request_body = {
+        "name": "s",
+        "model": "meta-llama/Llama-2-7b-hf",
+        "training_file": "hub:google/boolq:train",
+    }
+    request_body |= {
+        "validation_file": "sample:passages",
+        "test_file": "sample:passages:test",
+        "dry_run": True,
+    }
     body = {
-        **asked,
+        **request_body,
         "seeds": [1, 2],
         "reuse": False,
         "search": {"space": {"reft.rank": [2, 4]}, "budget": 10},
@@ -304,7 +312,7 @@ def test_the_papers_run_is_estimated_and_not_started(client: httpx.Client) -> No
     assert lora == pytest.approx(20 * 4 * 6.6e9 * 9_427 * 150, rel=0.05)
     assert reft < lora / 10
     assert both == pytest.approx(lora + reft)
-    # HEFT 20+20 goes on from LoRA alone.
+    # HEFT 20+20 reuses the stage of LoRA alone.
     assert estimate["flops"] == pytest.approx(sum(arm["flops"] for arm in estimate["arms"]) - lora)
     assert estimate["memory_bytes"] == pytest.approx(13.5e9, rel=0.01)
     assert estimate["arms"][0]["trained_parameters"] == 4_194_304
@@ -312,14 +320,14 @@ def test_the_papers_run_is_estimated_and_not_started(client: httpx.Client) -> No
     assert client.get(JOBS).json()["data"] == []
 
 
-def test_arms_of_equal_arithmetic_are_estimated_at_the_same(client: httpx.Client) -> None:
-    asked = {"name": "equal", "preset": "equal_compute", "dry_run": True, "seeds": [1, 2]}
-    asked |= {
+def test_arms_of_equal_compute_have_equal_estimates(client: httpx.Client) -> None:
+    request_body = {"name": "equal", "preset": "equal_compute", "dry_run": True, "seeds": [1, 2]}
+    request_body |= {
         "model": "meta-llama/Llama-2-7b-hf",
         "training_file": "hub:google/boolq:train",
         "test_file": "sample:passages",
     }
-    estimate = client.post(STUDIES, json=asked).json()
+    estimate = client.post(STUDIES, json=request_body).json()
     (flops,) = {arm["flops"] for arm in estimate["arms"]}
     assert estimate["flops"] == pytest.approx(6 * flops)
     assert estimate["arms"][1]["stages"] == ["as much as HEFT 3+3"]

@@ -1,4 +1,4 @@
-"""Homes for the tests of the command, and owners of their stacks that end with the test."""
+"""Homes for the tests of the command, and processes that own their stacks and end with the test."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from cli.stack.process import User
 
 @pytest.fixture
 def folder() -> Iterator[Path]:
-    """A short folder that other users can walk into; pytest's own are closed to them."""
+    """A folder with a short path that other users can traverse; pytest's are private."""
     path = Path(tempfile.mkdtemp(prefix="heft-test-", dir="/tmp"))
     path.chmod(0o711)
     yield path

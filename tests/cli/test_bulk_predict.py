@@ -1,4 +1,4 @@
-"""`heft predict --file`: bulk scoring against a scripted service that is busy, slow, or gone in the middle."""
+"""`heft predict --file` against a scripted service that is busy, slow, or stops in the middle."""
 
 from __future__ import annotations
 
@@ -18,11 +18,11 @@ Reply = tuple[int, dict[str, Any], dict[str, str]]
 
 
 class Answering:
-    """Says of each question whether its number is even; `before` may answer a request in its place."""
+    """Answers whether each question's number is even; `before` can answer a request instead."""
 
     def __init__(self) -> None:
         self.url = ""
-        self.asked: list[list[int]] = []
+        self.answered: list[list[int]] = []
         self.before: Callable[[list[int]], Reply | None] = lambda numbers: None
         self.most_at_once = 0
         self._under_way = 0
@@ -38,7 +38,7 @@ class Answering:
             if reply is None:
                 reply = 200, {"data": [answer(number) for number in numbers]}, {}
                 with self._lock:
-                    self.asked.append(numbers)
+                    self.answered.append(numbers)
             return reply
         finally:
             with self._lock:
@@ -87,7 +87,7 @@ def service() -> Iterator[Answering]:
 
 @pytest.fixture
 def rows(tmp_path: Path) -> Path:
-    """100 rows, every tenth of which says something wrong."""
+    """100 rows, every tenth with a wrong answer."""
     path = tmp_path / "rows.jsonl"
     lines = [{"question": str(n), "answer": (n % 2 == 0) != (n % 10 == 0)} for n in range(100)]
     path.write_text("".join(json.dumps(line) + "\n\n" for line in lines))
@@ -103,11 +103,13 @@ def numbers(out: Path) -> list[int]:
     return [json.loads(line)["number"] for line in out.read_text().splitlines()]
 
 
-def test_all_rows_in_order_several_requests_at_once(service: Answering, rows: Path, tmp_path: Path) -> None:
+def test_answers_of_concurrent_requests_are_in_the_order_of_the_rows(
+    service: Answering, rows: Path, tmp_path: Path
+) -> None:
     arrived = threading.Barrier(3, timeout=10)
 
-    def together(asked: list[int]) -> None:
-        if asked[0] < 21:
+    def together(numbers: list[int]) -> None:
+        if numbers[0] < 21:
             arrived.wait()
 
     service.before = together
@@ -120,12 +122,14 @@ def test_all_rows_in_order_several_requests_at_once(service: Answering, rows: Pa
     assert "yes 50, no 40\nabstained 10\naccuracy 88.9% (80 of 90 answered)" in result.stderr
 
 
-def test_a_busy_service_is_asked_again_when_it_says(service: Answering, rows: Path, tmp_path: Path) -> None:
+def test_requests_refused_by_a_busy_service_are_retried_after_its_retry_after(
+    service: Answering, rows: Path, tmp_path: Path
+) -> None:
     refused: list[tuple[float, int]] = []
 
-    def busy(asked: list[int]) -> Reply | None:
+    def busy(numbers: list[int]) -> Reply | None:
         if len(refused) < 4:
-            refused.append((time.monotonic(), asked[0]))
+            refused.append((time.monotonic(), numbers[0]))
             return refusal(429, "rate_limit_exceeded", "0.3") if len(refused) % 2 else refusal(502, "away")
         return None
 
@@ -138,18 +142,16 @@ def test_a_busy_service_is_asked_again_when_it_says(service: Answering, rows: Pa
     assert len(refused) == 4
 
 
-def test_what_takes_too_long_is_asked_in_smaller_parts(
-    service: Answering, rows: Path, tmp_path: Path
-) -> None:
-    service.before = lambda asked: refusal(503, "model_not_ready") if len(asked) > 2 else None
+def test_requests_that_time_out_are_split(service: Answering, rows: Path, tmp_path: Path) -> None:
+    service.before = lambda numbers: refusal(503, "model_not_ready") if len(numbers) > 2 else None
     out = tmp_path / "answers.jsonl"
     assert run(service, rows, out).exit_code == 0
     assert numbers(out) == list(range(100))
-    assert max(map(len, service.asked)) <= 2
+    assert max(map(len, service.answered)) <= 2
 
 
-def test_an_interrupted_run_goes_on_where_it_stopped(service: Answering, rows: Path, tmp_path: Path) -> None:
-    service.before = lambda asked: refusal(500, "internal_error") if 50 in asked else None
+def test_an_interrupted_run_is_continued(service: Answering, rows: Path, tmp_path: Path) -> None:
+    service.before = lambda numbers: refusal(500, "internal_error") if 50 in numbers else None
     out = tmp_path / "answers.jsonl"
     result = run(service, rows, out, "--requests", "1")
     assert result.exit_code == 1
@@ -157,28 +159,30 @@ def test_an_interrupted_run_goes_on_where_it_stopped(service: Answering, rows: P
     assert numbers(out) == list(range(49))
     out.write_bytes(out.read_bytes() + b'{"answer": "ye')
 
-    service.before, service.asked = lambda asked: None, []
+    service.before, service.answered = lambda numbers: None, []
     assert run(service, rows, out).exit_code == 0
     assert numbers(out) == list(range(100))
-    assert min(number for asked in service.asked for number in asked) == 49
-    service.asked = []
+    assert min(number for numbers in service.answered for number in numbers) == 49
+    service.answered = []
     assert run(service, rows, out).exit_code == 0
-    assert service.asked == [], "all of it is there"
+    assert service.answered == [], "all of it is there"
 
 
 def test_answers_of_another_model_are_not_mixed_in(service: Answering, rows: Path, tmp_path: Path) -> None:
     out = tmp_path / "answers.jsonl"
     assert run(service, rows, out).exit_code == 0
-    before, service.asked = out.read_bytes(), []
+    before, service.answered = out.read_bytes(), []
     result = run(service, rows, out, "--scale", "0.5")
     assert result.exit_code == 1
     assert "with other options" in result.stderr
-    assert (out.read_bytes(), service.asked) == (before, [])
+    assert (out.read_bytes(), service.answered) == (before, [])
 
 
-def test_a_bad_row_is_told_by_its_line(service: Answering, rows: Path, tmp_path: Path) -> None:
-    def refuse(asked: list[int]) -> Reply | None:
-        return refusal(422, "invalid_value", param=f"inputs[{asked.index(45)}].x") if 45 in asked else None
+def test_an_invalid_row_is_reported_with_its_line(service: Answering, rows: Path, tmp_path: Path) -> None:
+    def refuse(numbers: list[int]) -> Reply | None:
+        return (
+            refusal(422, "invalid_value", param=f"inputs[{numbers.index(45)}].x") if 45 in numbers else None
+        )
 
     service.before = refuse
     result = run(service, rows, tmp_path / "answers.jsonl")
@@ -186,11 +190,11 @@ def test_a_bad_row_is_told_by_its_line(service: Answering, rows: Path, tmp_path:
     assert "line 91: not now" in result.stderr
 
 
-def test_a_service_that_is_away_for_too_long_ends_it(
+def test_retries_end_after_a_time_limit(
     service: Answering, rows: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("cli.bulk_predict.RETRY_SECONDS", 0.2)
-    service.before = lambda asked: refusal(503, "overloaded", "0.1")
+    service.before = lambda numbers: refusal(503, "overloaded", "0.1")
     result = run(service, rows, tmp_path / "answers.jsonl")
     assert result.exit_code == 1
     assert "the service answered nothing for" in result.stderr

@@ -51,7 +51,7 @@ def error(message: str) -> dict[str, Any]:
         ),
     ],
 )
-def test_settings_go_where_the_api_has_them(method: str, settings: list[str], expected: Any) -> None:
+def test_settings_are_put_into_the_fields_of_the_api(method: str, settings: list[str], expected: Any) -> None:
     assert job_body(model="m", method=method, settings=settings) == {"model": "m", **expected}
 
 
@@ -136,7 +136,7 @@ def test_create_and_watch(service: Service, tmp_path: Path) -> None:
 
 
 @pytest.mark.usefixtures("quick")
-def test_watching_a_failure_fails(service: Service) -> None:
+def test_watching_a_failed_job_exits_with_an_error(service: Service) -> None:
     service.on("GET /v1/fine_tuning/jobs/ftjob-1", job("failed", error={"message": "rows are bad"}))
     service.on("GET /v1/fine_tuning/jobs/ftjob-1/events?limit=100", events("it failed"))
     result = service.run("jobs", "get", "ftjob-1", "--watch")
@@ -182,7 +182,7 @@ def test_predict_one(service: Service) -> None:
     }
 
 
-def test_predict_that_may_abstain(service: Service) -> None:
+def test_predict_with_abstain_below(service: Service) -> None:
     shared = {"yes": 0.4, "no": 0.6}
     withheld = {"answer": None, "abstained": True, "probability": 0.6, "label_probabilities": shared}
     service.on("POST /v1/predict", (200, withheld))
@@ -221,7 +221,7 @@ def test_predict_names_the_bad_line(service: Service, tmp_path: Path, content: s
 
 
 @pytest.mark.parametrize("arguments", [[], ["--question", "q", "--file", "f"]])
-def test_predict_wants_one_thing(service: Service, arguments: list[str]) -> None:
+def test_predict_needs_a_question_or_a_file(service: Service, arguments: list[str]) -> None:
     result = service.run("predict", "m", *arguments)
     assert result.exit_code == 1
     assert "--file" in result.stderr
@@ -234,20 +234,20 @@ def test_refusals_are_one_line(service: Service) -> None:
     assert result.stderr == "heft: no such model (model)\n"
 
 
-def test_answers_that_are_not_ours(service: Service) -> None:
+def test_an_existing_file_that_is_not_an_answer_file_is_refused(service: Service) -> None:
     service.on("GET /v1/models", (502, b"<html>"))
     result = service.run("models", "list")
     assert result.exit_code == 1
     assert "502" in result.stderr
 
 
-def test_nobody_there() -> None:
+def test_a_service_that_does_not_answer_is_named() -> None:
     result = heft("--url", "http://127.0.0.1:1", "--api-key", "k", "models", "list")
     assert result.exit_code == 1
     assert "does not answer" in result.stderr
 
 
-def test_help_is_quick_and_knows_no_torch() -> None:
+def test_help_is_fast_and_imports_no_torch() -> None:
     code = (
         "import sys; from typer.testing import CliRunner; from cli.main import app;"
         "assert CliRunner().invoke(app, ['--help']).exit_code == 0;"

@@ -1,4 +1,4 @@
-"""`heft doctor` on servers of one's own: what is away, old, stuck or missing is named, with what to do about it."""
+"""`heft doctor` on real servers: it names parts that are down, outdated, stuck or missing, with advice."""
 
 from __future__ import annotations
 
@@ -42,40 +42,40 @@ def doctor(home: Home, database_url: str, redis_url: str, artifacts_url: str) ->
         result = CliRunner().invoke(
             app, ["--home", str(home.path), "doctor", "--json"], env={**places, **changes}
         )
-        told: dict[str, Any] = json.loads(result.stdout)
-        assert result.exit_code == (0 if told["ok"] else 1)
-        return told
+        report: dict[str, Any] = json.loads(result.stdout)
+        assert result.exit_code == (0 if report["ok"] else 1)
+        return report
 
     return run
 
 
-def state(told: dict[str, Any], name: str) -> str:
-    return str(next(check["state"] for check in told["checks"] if check["name"] == name))
+def state(report: dict[str, Any], name: str) -> str:
+    return str(next(check["state"] for check in report["checks"] if check["name"] == name))
 
 
 def is_well(sessions: SessionFactory) -> None:
-    """Workers of every role have just been seen, and one has swept."""
+    """Recent heartbeats of workers of every role, and a recent sweep."""
     with transaction(sessions) as session:
         for role in ("train", "prepare", "inference"):
             workers.register(session, worker_id=f"{role}-0", role=role, info={"host": "here", "pid": 1})
         reconcile.sweep(session)
 
 
-def test_all_is_well(doctor: Doctor, sessions: SessionFactory, artifacts_url: str) -> None:
+def test_a_working_service_is_ok(doctor: Doctor, sessions: SessionFactory, artifacts_url: str) -> None:
     is_well(sessions)
-    told = doctor()
-    assert told["ok"]
-    assert {check["state"] for check in told["checks"]} == {"ok"}
-    assert not any(check["advice"] for check in told["checks"])
+    report = doctor()
+    assert report["ok"]
+    assert {check["state"] for check in report["checks"]} == {"ok"}
+    assert not any(check["advice"] for check in report["checks"])
     assert list(Path(artifacts_url.removeprefix("file://")).iterdir()) in (
         [],
         [Path(artifacts_url[7:]) / ".incomplete"],
     )
 
 
-def test_nobody_works(doctor: Doctor) -> None:
-    told = doctor()
-    wrong = {check["name"]: check for check in told["checks"] if check["state"] == "wrong"}
+def test_a_service_without_workers(doctor: Doctor) -> None:
+    report = doctor()
+    wrong = {check["name"]: check for check in report["checks"] if check["state"] == "wrong"}
     assert set(wrong) == {"train workers", "prepare workers", "inference workers", "reconciler"}
     assert "heft worker train" in wrong["train workers"]["advice"]
 
@@ -89,60 +89,60 @@ def test_nobody_works(doctor: Doctor) -> None:
         ({"HEFT_URL": "http://127.0.0.1:9"}, "API"),
     ],
 )
-def test_what_is_away_is_named(
+def test_servers_that_do_not_answer_are_named(
     doctor: Doctor, sessions: SessionFactory, change: dict[str, str], name: str
 ) -> None:
     is_well(sessions)
-    told = doctor(**change)
-    assert [check["name"] for check in told["checks"] if check["state"] == "wrong"] == [name]
-    assert all(check["advice"] for check in told["checks"] if check["state"] == "wrong")
-    assert "secret" not in json.dumps(told)
+    report = doctor(**change)
+    assert [check["name"] for check in report["checks"] if check["state"] == "wrong"] == [name]
+    assert all(check["advice"] for check in report["checks"] if check["state"] == "wrong")
+    assert "secret" not in json.dumps(report)
 
 
-def test_tables_of_another_version(doctor: Doctor, stack: Any) -> None:
+def test_a_schema_of_another_version(doctor: Doctor, stack: Any) -> None:
     """An empty database."""
-    told = doctor(HEFT_DATABASE_URL=address(stack.postgres_socket_folder))
-    assert state(told, "database") == "ok"
+    report = doctor(HEFT_DATABASE_URL=address(stack.postgres_socket_folder))
+    assert state(report, "database") == "ok"
     assert "heft migrate" in next(
-        check["advice"] for check in told["checks"] if check["name"] == "migrations"
+        check["advice"] for check in report["checks"] if check["name"] == "migrations"
     )
 
 
 def test_stuck_jobs_and_silent_workers(doctor: Doctor, sessions: SessionFactory) -> None:
     is_well(sessions)
-    held, waiting = (created(sessions) for _ in range(2))
+    claimed, waiting = (created(sessions) for _ in range(2))
     with transaction(sessions) as session:
-        leases.claim(session, job_id=held, worker_id="prepare-9", purpose="prepare")
+        leases.claim(session, job_id=claimed, worker_id="prepare-9", purpose="prepare")
         session.execute(
-            text("UPDATE jobs SET lease_until = now() - interval '1 hour' WHERE id = :id"), {"id": held}
+            text("UPDATE jobs SET lease_until = now() - interval '1 hour' WHERE id = :id"), {"id": claimed}
         )
         session.execute(
             text("UPDATE jobs SET trainer_deaths = 2, lost_leases = 4 WHERE id = :id"), {"id": waiting}
         )
         session.execute(text("UPDATE events SET created_at = now() - interval '1 hour'"))
         session.execute(text("UPDATE workers SET seen_at = now() - interval '1 day' WHERE role = 'train'"))
-    told = doctor()
-    stuck = [check["found"] for check in told["checks"] if check["name"] == "stuck job"]
-    assert any(held in found and "expired 3600 s ago" in found for found in stuck)
-    assert any(waiting in found and "crashed 2 times" in found for found in stuck)
-    assert any(waiting in found and "lost 4 times" in found for found in stuck)
-    assert state(told, "silent worker") == "warning"
-    assert state(told, "train workers") == "wrong"
-    # One is held by a worker that is gone, so the one that lives could take the other, but does not.
-    assert state(told, "training queue") == "ok"
+    report = doctor()
+    stuck = [check["found"] for check in report["checks"] if check["name"] == "stuck job"]
+    assert any(claimed in result and "expired 3600 s ago" in result for result in stuck)
+    assert any(waiting in result and "crashed 2 times" in result for result in stuck)
+    assert any(waiting in result and "lost 4 times" in result for result in stuck)
+    assert state(report, "silent worker") == "warning"
+    assert state(report, "train workers") == "wrong"
+    # A lost worker holds one job; the live worker could take the other, but does not.
+    assert state(report, "training queue") == "ok"
 
 
-def test_an_idle_worker_that_hears_of_nothing(doctor: Doctor, sessions: SessionFactory) -> None:
+def test_a_job_waiting_beside_an_idle_worker_is_reported(doctor: Doctor, sessions: SessionFactory) -> None:
     is_well(sessions)
     created(sessions)
     assert doctor()["ok"]
     with transaction(sessions) as session:
         session.execute(text("UPDATE events SET created_at = now() - interval '10 minutes'"))
-    told = doctor()
-    assert state(told, "validation queue") == "wrong"
+    report = doctor()
+    assert state(report, "validation queue") == "wrong"
 
 
-def test_people_are_told_what_to_do(
+def test_the_text_output_has_advice(
     home: Home, database_url: str, redis_url: str, artifacts_url: str
 ) -> None:
     places = {

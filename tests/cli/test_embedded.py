@@ -1,4 +1,4 @@
-"""The embedded servers under every mishap that was seen with their wheels' own code."""
+"""The embedded servers in all failures that were observed with the code of their wheels."""
 
 from __future__ import annotations
 
@@ -36,17 +36,17 @@ def valkey(home: Home) -> redis.Redis:
 
 def write(home: Home) -> None:
     with connect(home) as connection:
-        connection.execute("CREATE TABLE kept (n int)")
-        connection.execute("INSERT INTO kept SELECT generate_series(1, 300)")
+        connection.execute("CREATE TABLE numbers (n int)")
+        connection.execute("INSERT INTO numbers SELECT generate_series(1, 300)")
     with valkey(home) as client:
-        client.rpush("kept", *range(300))
+        client.rpush("numbers", *range(300))
 
 
 def assert_kept(home: Home) -> None:
     with connect(home) as connection:
-        assert connection.execute("SELECT count(*), sum(n) FROM kept").fetchone() == (300, 45150)
+        assert connection.execute("SELECT count(*), sum(n) FROM numbers").fetchone() == (300, 45150)
     with valkey(home) as client:
-        assert client.llen("kept") == 300
+        assert client.llen("numbers") == 300
 
 
 def test_starts_stops_and_keeps_its_data(home: Home) -> None:
@@ -65,13 +65,13 @@ def test_starts_stops_and_keeps_its_data(home: Home) -> None:
         assert_kept(home)
 
 
-def test_folders_are_closed_to_others(home: Home) -> None:
+def test_folders_are_private(home: Home) -> None:
     with embedded_stack(home) as stack:
         for private in (home.artifacts, home.logs, home.valkey, home.postgres, stack.postgres.socket_folder):
             assert stat.S_IMODE(private.stat().st_mode) == 0o700, private
 
 
-def test_kill_of_the_owner_takes_the_servers_along(home: Home, start_owner: StartOwner) -> None:
+def test_the_servers_end_with_a_killed_owner(home: Home, start_owner: StartOwner) -> None:
     owner = start_owner(home)
     assert is_ready(owner)
     write(home)
@@ -82,7 +82,7 @@ def test_kill_of_the_owner_takes_the_servers_along(home: Home, start_owner: Star
         assert_kept(home)
 
 
-def test_kill_of_the_servers_loses_nothing(home: Home) -> None:
+def test_killed_servers_lose_no_data(home: Home) -> None:
     with embedded_stack(home) as stack:
         write(home)
         with connect(home) as connection:
@@ -98,7 +98,7 @@ def test_kill_of_the_servers_loses_nothing(home: Home) -> None:
         assert_kept(home)
 
 
-def test_six_starters_at_once_make_one_stack(home: Home, start_owner: StartOwner) -> None:
+def test_six_concurrent_starts_run_one_stack(home: Home, start_owner: StartOwner) -> None:
     starters = [start_owner(home) for _ in range(6)]
     ready = [is_ready(starter) for starter in starters]
     assert ready.count(True) == 1
@@ -108,10 +108,10 @@ def test_six_starters_at_once_make_one_stack(home: Home, start_owner: StartOwner
     assert len(servers_on(home)) == 2
 
 
-def test_an_owner_killed_while_postgres_recovers(
+def test_the_owner_is_killed_while_postgres_recovers(
     home: Home, start_owner: StartOwner, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Asked to shut down in the middle of its recovery, the server recovers, and then stays for ever."""
+    """A server that is shut down during crash recovery finishes recovery and then hangs."""
     monkeypatch.setattr("cli.stack.postgres._ORPHAN_SECONDS", 1)
     owner = start_owner(home)
     assert is_ready(owner)
@@ -127,7 +127,7 @@ def test_an_owner_killed_while_postgres_recovers(
         assert_kept(home)
 
 
-def test_a_server_that_runs_is_never_started_twice(home: Home, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_running_server_is_not_started_twice(home: Home, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("cli.stack.postgres._ORPHAN_SECONDS", 0)
     monkeypatch.setattr("cli.stack.valkey._LOCK_SECONDS", 0)
     with embedded_stack(home):
@@ -138,7 +138,7 @@ def test_a_server_that_runs_is_never_started_twice(home: Home, monkeypatch: pyte
         assert servers_on(home) == before
 
 
-def test_a_pid_file_that_names_somebody_else_is_stale(home: Home) -> None:
+def test_a_pid_file_with_the_id_of_another_process_is_stale(home: Home) -> None:
     with embedded_stack(home) as stack:
         write(home)
         assert stack.postgres.process is not None
@@ -152,7 +152,7 @@ def test_a_pid_file_that_names_somebody_else_is_stale(home: Home) -> None:
         assert_kept(home)
 
 
-def test_a_killed_initdb_is_no_cluster(home: Home, start_owner: StartOwner) -> None:
+def test_an_interrupted_initdb_is_not_taken_for_a_cluster(home: Home, start_owner: StartOwner) -> None:
     owner = start_owner(home)
     partial = home.path / "postgres" / "data.partial"
     assert wait_until(lambda: (partial / "PG_VERSION").exists(), seconds=20)
@@ -166,7 +166,7 @@ def test_a_killed_initdb_is_no_cluster(home: Home, start_owner: StartOwner) -> N
 
 
 @pytest.mark.parametrize("name", ["/".join(["deep" * 10] * 5), "ä name % of #1"])
-def test_a_home_that_no_socket_can_name(folder: Path, name: str) -> None:
+def test_a_home_whose_path_does_not_fit_a_socket_url(folder: Path, name: str) -> None:
     home = Home.at(folder / name)
     with embedded_stack(home):
         write(home)
@@ -218,7 +218,7 @@ def test_root_with_a_closed_installation(folder: Path, home: Home, start_owner: 
 
 @needs_root
 @pytest.mark.skipif(not INSTALLATION_IS_OPEN, reason="another user cannot walk to the installed servers")
-def test_an_ordinary_user(folder: Path, start_owner: StartOwner) -> None:
+def test_a_user_without_root_privileges(folder: Path, start_owner: StartOwner) -> None:
     (folder / "nobody").mkdir()
     os.chown(folder / "nobody", NOBODY.uid, NOBODY.gid)
     home = Home.at(folder / "nobody" / "home")

@@ -1,4 +1,4 @@
-"""`heft studies`: what is sent, what is shown, and the reports."""
+"""`heft studies`: requests, output and reports."""
 
 from __future__ import annotations
 
@@ -58,7 +58,7 @@ def a_report(*arms: dict[str, Any], **changes: Any) -> Report:
 
 
 class Tags(HTMLParser):
-    """Every tag and attribute of a page."""
+    """Collects the tags and attributes of a page."""
 
     def __init__(self, text: str) -> None:
         super().__init__()
@@ -69,7 +69,7 @@ class Tags(HTMLParser):
         self.seen.append((tag, dict(attrs)))
 
 
-def test_arms_and_grids_are_written_as_jobs_are() -> None:
+def test_arms_and_grids_use_the_settings_of_jobs() -> None:
     assert arm_body("narrow: heft reft.rank=2 max_length=64") == {
         "name": "narrow",
         "method": {"type": "heft", "heft": {"reft": {"rank": 2}}},
@@ -94,19 +94,19 @@ def test_arms_and_grids_are_written_as_jobs_are() -> None:
             fault()
 
 
-def test_a_table_of_losses_becomes_a_short_curve() -> None:
+def test_a_table_of_losses_is_averaged_to_a_short_curve() -> None:
     table = (
         "step,stage,train_loss\n"
         + "".join(f"{step},lora,{step}.0\n" for step in range(1, 401))
         + "400,lora,\n"
     )
-    found = losses(table)
-    assert len(found) == 200
-    assert found[0] == (2, 1.5)
+    curve = losses(table)
+    assert len(curve) == 200
+    assert curve[0] == (2, 1.5)
     assert losses("step,stage,train_loss\n") == []
 
 
-def test_markdown_has_every_number_and_no_markup_of_the_users() -> None:
+def test_markdown_has_every_number_and_escapes_names() -> None:
     text = markdown(a_report(an_arm("a|b"), an_arm("gone", accuracy=None)))
     assert "# table \\| \\<b\\>of\\</b\\> $3" in text
     assert "| a\\|b | 80.0 % | 75.0 to 85.0 % | 1: 80.0 %, 2: 80.0 % | 3.21 TFLOP | 1:01 | 1,234 |" in text
@@ -115,7 +115,7 @@ def test_markdown_has_every_number_and_no_markup_of_the_users() -> None:
     assert "| a | b | 1 | 9 | 4 | +1.2 | −1.0 to +3.0 | 0.270 | 0.540 |" in text
 
 
-def test_the_page_needs_nothing_beside_it() -> None:
+def test_the_page_is_self_contained() -> None:
     text = page(a_report(*(an_arm(f"{layer} {rank}", layer, rank) for layer in (1, 2) for rank in (2, 4))))
     tags = Tags(text).seen
     assert [tag for tag, _ in tags].count("svg") == 3
@@ -142,7 +142,7 @@ def test_plots_show_the_arms() -> None:
     assert cells.count("60.0") >= 2
 
 
-def test_there_is_no_plot_without_numbers() -> None:
+def test_there_is_no_plot_without_data() -> None:
     gone = an_arm("gone", accuracy=None)
     assert against_compute([gone]) is None
     assert layer_rank_map([gone]) is None
@@ -154,7 +154,7 @@ def test_there_is_no_plot_without_numbers() -> None:
 @pytest.mark.parametrize(
     ("value", "text"), [(3.2e15, "3.2 PFLOP"), (5e9, "5 GFLOP"), (12.0, "12 FLOP"), (None, "")]
 )
-def test_arithmetic_is_readable(value: float | None, text: str) -> None:
+def test_operations_have_a_readable_unit(value: float | None, text: str) -> None:
     assert flops(value) == text
 
 
@@ -189,7 +189,7 @@ def test_the_command_sends_a_study_and_writes_its_report(service: Any, tmp_path:
     assert (tmp_path / "report.md").read_text().startswith("# table")
 
 
-def test_watching_a_study_tells_what_happens_and_how_it_ends(service: Any) -> None:
+def test_watching_a_study_prints_its_events_and_its_status(service: Any) -> None:
     events = [{"id": "2", "message": "The study has ended."}, {"id": "1", "message": "Created."}]
     service.on("GET /v1/studies/study_1", (200, {"status": "failed"}))
     service.on("GET /v1/studies/study_1/events?limit=100", (200, {"data": events, "has_more": False}))
@@ -230,21 +230,21 @@ def test_the_command_sends_a_search(service: Any) -> None:
     assert service.run("studies", "create", "--sampler", "random").exit_code == 1
 
 
-def test_what_is_given_goes_before_the_search_that_was_written_down() -> None:
+def test_options_override_the_search_of_a_file() -> None:
     written = {"space": {"lora.rank": [4]}, "budget": 9, "sampler": "random"}
     assert search_or_budget(["reft.rank=2,4"], written, budget=5, sampler=None, parallel=None) == {
         "search": {"space": {"reft.rank": [2, 4]}, "budget": 5, "sampler": "random"}
     }
 
 
-def test_tasks_that_are_none_are_refused(service: Any, tmp_path: Path) -> None:
+def test_invalid_tasks_are_refused(service: Any, tmp_path: Path) -> None:
     (tmp_path / "study.json").write_text('{"name": "s", "tasks": "boolq"}')
     run = service.run("studies", "create", "--from", str(tmp_path / "study.json"))
     assert run.exit_code == 1
     assert '"tasks" must be a list of objects' in run.output
 
 
-def test_a_request_that_was_written_down_is_sent_with_its_files(service: Any, tmp_path: Path) -> None:
+def test_a_request_from_a_file_is_sent_with_its_files_uploaded(service: Any, tmp_path: Path) -> None:
     rows = tmp_path / "rows.jsonl"
     rows.write_text("{}\n")
     task = {"name": "a", "training_file": str(rows), "test_file": "file-t"}
@@ -272,7 +272,7 @@ def test_a_request_that_was_written_down_is_sent_with_its_files(service: Any, tm
         assert service.run("studies", "create", "--from", str(path)).exit_code == 1
 
 
-def test_reports_show_a_search_and_its_best_trial_alone() -> None:
+def test_reports_show_a_search_and_only_its_best_trial() -> None:
     trials = [
         {"number": 1, "params": {"reft.rank": 2}, "state": "complete", "value": 0.9, "reason": None},
         {
@@ -299,7 +299,7 @@ def test_reports_show_a_search_and_its_best_trial_alone() -> None:
     assert "Best on the validation rows: trial 1, 90.0 %." in shown
 
 
-def test_reports_show_task_by_method() -> None:
+def test_reports_have_a_table_of_tasks_and_methods() -> None:
     arms = [
         {**an_arm(f"{method} on {task}", accuracy=accuracy), "method_name": method, "task": task}
         for task, accuracy in (("boolq", 0.8), ("sst2", None))

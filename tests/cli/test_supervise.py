@@ -1,4 +1,4 @@
-"""The supervisor with small programs: what dies comes back, what is stubborn goes."""
+"""The supervisor with small programs: restarts, pauses and shutdown."""
 
 from __future__ import annotations
 
@@ -16,19 +16,19 @@ from cli.errors import CommandError
 from cli.stack.process import last_lines, wait_until
 from cli.stack.supervise import Interrupted, Program, Supervisor, interruptible
 
-#: Says that it is there, and stays.
+#: Prints a line and sleeps.
 STAYS = "print('here', flush=True); import time; time.sleep(600)"
 STUBBORN = f"import signal; signal.signal(signal.SIGTERM, signal.SIG_IGN); {STAYS}"
 
 
 @pytest.fixture
-def said() -> list[str]:
+def messages() -> list[str]:
     return []
 
 
 @pytest.fixture
-def supervisor(said: list[str]) -> Iterator[Supervisor]:
-    supervisor = Supervisor(said.append)
+def supervisor(messages: list[str]) -> Iterator[Supervisor]:
+    supervisor = Supervisor(messages.append)
     yield supervisor
     supervisor.stop()
 
@@ -47,7 +47,7 @@ def is_there(helper: Program) -> bool:
     return last_lines(helper.log, 1) == "here"
 
 
-def test_what_dies_is_started_again(tmp_path: Path, supervisor: Supervisor, said: list[str]) -> None:
+def test_a_dead_process_is_restarted(tmp_path: Path, supervisor: Supervisor, messages: list[str]) -> None:
     helper = program(tmp_path, STAYS)
     supervisor.start(helper)
     assert helper.process is not None
@@ -56,23 +56,21 @@ def test_what_dies_is_started_again(tmp_path: Path, supervisor: Supervisor, said
     assert supervisor.watch(
         until=lambda: helper.process is not None and helper.process.pid != first, seconds=20
     )
-    assert said[0] == "helper ended (Killed), restarting in 0.5 s"
-    assert said[1].startswith("helper restarted")
+    assert messages[0] == "helper ended (Killed), restarting in 0.5 s"
+    assert messages[1].startswith("helper restarted")
 
 
-def test_pauses_grow(tmp_path: Path, supervisor: Supervisor, said: list[str]) -> None:
+def test_pauses_grow(tmp_path: Path, supervisor: Supervisor, messages: list[str]) -> None:
     supervisor.start(program(tmp_path, "raise SystemExit(3)"))
-    assert supervisor.watch(until=lambda: len(said) >= 5, seconds=20)
-    assert [line.removeprefix("helper ended (exit 3), restarting in ") for line in said[::2]] == [
+    assert supervisor.watch(until=lambda: len(messages) >= 5, seconds=20)
+    assert [line.removeprefix("helper ended (exit 3), restarting in ") for line in messages[::2]] == [
         "0.5 s",
         "1 s",
         "2 s",
     ]
 
 
-def test_what_cannot_be_started_is_tried_again(
-    supervisor: Supervisor, said: list[str], tmp_path: Path
-) -> None:
+def test_a_failed_start_is_retried(supervisor: Supervisor, messages: list[str], tmp_path: Path) -> None:
     helper = program(tmp_path, "raise SystemExit(1)")
     supervisor.start(helper)
 
@@ -80,14 +78,18 @@ def test_what_cannot_be_started_is_tried_again(
         raise CommandError("not today")
 
     helper.start = refuse  # type: ignore[method-assign]
-    assert supervisor.watch(until=lambda: said[-2:] == ["helper did not start: not today"] * 2, seconds=20)
+    assert supervisor.watch(
+        until=lambda: messages[-2:] == ["helper did not start: not today"] * 2, seconds=20
+    )
 
 
-def test_watching_ends_in_time(supervisor: Supervisor) -> None:
+def test_watch_returns_on_timeout(supervisor: Supervisor) -> None:
     assert not supervisor.watch(until=lambda: False, seconds=0.3)
 
 
-def test_the_stubborn_are_killed_with_their_group(tmp_path: Path, supervisor: Supervisor) -> None:
+def test_a_process_that_ignores_signals_is_killed_with_its_group(
+    tmp_path: Path, supervisor: Supervisor
+) -> None:
     child = f"import subprocess, sys; subprocess.Popen([sys.executable, '-c', {STUBBORN!r}]); {STUBBORN}"
     helper = program(tmp_path, child, stop_seconds=0.2)
     supervisor.start(helper)
@@ -98,7 +100,7 @@ def test_the_stubborn_are_killed_with_their_group(tmp_path: Path, supervisor: Su
     assert wait_until(lambda: not group_lives(group), seconds=20)
 
 
-def test_a_second_interrupt_does_not_wait(tmp_path: Path, supervisor: Supervisor) -> None:
+def test_a_second_interrupt_kills_the_programs(tmp_path: Path, supervisor: Supervisor) -> None:
     helper = program(tmp_path, STUBBORN, stop_seconds=600)
     supervisor.start(helper)
     assert wait_until(lambda: is_there(helper), seconds=20)
@@ -113,7 +115,7 @@ def test_a_second_interrupt_does_not_wait(tmp_path: Path, supervisor: Supervisor
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
-def test_interruptible(number: signal.Signals) -> None:
+def test_signals_raise_interrupted(number: signal.Signals) -> None:
     before = signal.getsignal(number)
     with pytest.raises(Interrupted), interruptible():
         signal.raise_signal(number)
@@ -125,7 +127,7 @@ def group_lives(group: int) -> bool:
         os.killpg(group, 0)
     except ProcessLookupError:
         return False
-    # A zombie that waits for its reaper still counts for kill(2).
+    # A zombie still counts for kill(2).
     members = [path for path in Path("/proc").glob("[0-9]*/stat") if _group_and_state(path) == (group, True)]
     return bool(members)
 
@@ -138,7 +140,7 @@ def _group_and_state(path: Path) -> tuple[int, bool]:
     return int(fields[2]), fields[0] != "Z"
 
 
-def test_a_blocked_signal_of_ours_reaches_the_child(tmp_path: Path) -> None:
+def test_a_signal_blocked_in_the_parent_reaches_the_child(tmp_path: Path) -> None:
     helper = program(tmp_path, STAYS)
     before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
     try:

@@ -1,4 +1,4 @@
-"""`heft up` as a process: the deaths of its children, and the commands that use it. tests/e2e kills the owner."""
+"""`heft up` as a process: restarts of its children, and commands that use it. tests/e2e kills `heft up` itself."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ GIVEN_KEY = "a key of my own"
 
 @pytest.fixture(scope="module")
 def stack_up() -> Iterator[HeftUp]:
-    """One that the tests which leave it as it was share."""
+    """A stack that is shared by tests that do not change it."""
     folder = Path(tempfile.mkdtemp(prefix="heft-test-", dir="/tmp"))
     folder.chmod(0o711)
     home = Home.at(folder / "home")
@@ -54,13 +54,13 @@ def upload(stack: HeftUp, folder: Path) -> str:
     return result.stdout.strip()
 
 
-def test_every_child_comes_back(stack_up: HeftUp) -> None:
+def test_every_process_is_restarted(stack_up: HeftUp) -> None:
     for words in (["cli", "api"], ["worker", "prepare"], ["bin/postgres -D"], ["valkey-server"]):
         [child] = stack_up.named(*words)
         child.kill()
 
         def is_back(words: list[str] = words, dead: psutil.Process = child) -> bool:
-            return any(found.pid != dead.pid for found in stack_up.named(*words)) and stack_up.is_ready()
+            return any(process.pid != dead.pid for process in stack_up.named(*words)) and stack_up.is_ready()
 
         assert wait_until(is_back, seconds=60), words
 
@@ -70,8 +70,8 @@ def test_two_trainers_share_the_processors(stack_up: HeftUp) -> None:
     assert len(trainers) == 2
     share = str(max(1, len(os.sched_getaffinity(0)) // 2))
     for trainer in trainers:
-        told = trainer.environ()
-        assert (told["OMP_NUM_THREADS"], told["HEFT_TRAINERS"]) == (share, "2")
+        environment = trainer.environ()
+        assert (environment["OMP_NUM_THREADS"], environment["HEFT_TRAINERS"]) == (share, "2")
     [other] = stack_up.named("worker", "prepare")
     assert "OMP_NUM_THREADS" not in other.environ()
     assert {log.name for log in stack_up.home.logs.glob("worker-train*")} == {
@@ -80,11 +80,11 @@ def test_two_trainers_share_the_processors(stack_up: HeftUp) -> None:
     }
 
 
-def test_trainers_forget_prefills_that_nobody_used_for_long(stack_up: HeftUp) -> None:
+def test_trainers_evict_unused_activations(stack_up: HeftUp) -> None:
     assert wait_until(lambda: not (prefills(stack_up.home) / "left").exists(), seconds=60)
 
 
-def test_only_one_in_a_home(stack_up: HeftUp) -> None:
+def test_one_stack_runs_in_a_home(stack_up: HeftUp) -> None:
     second = start(stack_up.home)
     _, errors = second.communicate(timeout=60)
     assert second.returncode == 1
@@ -114,7 +114,7 @@ def test_keys_command(stack_up: HeftUp) -> None:
     assert "key" in refused.stderr
 
 
-def test_lists_and_refusals(stack_up: HeftUp) -> None:
+def test_lists_and_errors(stack_up: HeftUp) -> None:
     for command in (["jobs", "list"], ["models", "list"], ["migrate"]):
         assert stack_up.run(*command).exit_code == 0
     for command in (["jobs", "get", "ftjob-none"], ["models", "delete", "ft:a/b:c"], ["jobs", "events", "x"]):
@@ -123,14 +123,14 @@ def test_lists_and_refusals(stack_up: HeftUp) -> None:
         assert result.stderr.startswith("heft: ")
 
 
-def test_a_given_key_is_known_and_kept_nowhere(stack_up: HeftUp) -> None:
+def test_a_key_from_the_environment_is_accepted_and_not_stored(stack_up: HeftUp) -> None:
     answer = httpx.get(f"{stack_up.record.url}/v1/models", headers={"Authorization": f"Bearer {GIVEN_KEY}"})
     assert answer.status_code == 200
     assert not stack_up.home.key_file.exists()
     assert all("HEFT_API_KEY" not in child.environ() for child in stack_up.named("-m"))
 
 
-def test_a_busy_port_is_named(home: Home) -> None:
+def test_a_port_in_use_is_named(home: Home) -> None:
     with socket.create_server(("127.0.0.1", 0)) as listener:
         port = listener.getsockname()[1]
         result = heft("--home", str(home.path), "up", "--port", str(port))
@@ -146,26 +146,26 @@ def test_keys_without_a_running_stack(home: Home) -> None:
 
 
 @pytest.mark.parametrize("command", [["jobs", "list"], ["api"], ["worker", "train"]])
-def test_commands_say_what_to_start(home: Home, command: list[str]) -> None:
+def test_commands_without_a_service_say_what_to_start(home: Home, command: list[str]) -> None:
     result = heft("--home", str(home.path), *command)
     assert result.exit_code == 1
     assert "heft up" in result.stderr
 
 
-def test_a_folder_of_models_that_is_none_is_named(home: Home) -> None:
+def test_a_model_folder_that_does_not_exist_is_named(home: Home) -> None:
     result = heft("--home", str(home.path), "up", "--model-dir", "/nowhere")
     assert result.exit_code == 1
     assert "/nowhere" in result.stderr
 
 
-def test_a_doctor_finds_a_running_stack_well(stack_up: HeftUp) -> None:
-    def told() -> list[tuple[str, str]]:
+def test_the_doctor_reports_a_running_stack_as_ok(stack_up: HeftUp) -> None:
+    def problems() -> list[tuple[str, str]]:
         checks = json.loads(stack_up.run("doctor", "--json").stdout)["checks"]
         return [(check["name"], check["found"]) for check in checks if check["state"] == "wrong"]
 
-    assert wait_until(lambda: told() == [], seconds=60), told()
+    assert wait_until(lambda: problems() == [], seconds=60), problems()
     assert stack_up.run("doctor").exit_code == 0
 
 
-def test_a_doctor_finds_a_stack_that_was_killed(home: Home) -> None:
+def test_the_doctor_reports_a_killed_stack(home: Home) -> None:
     assert heft("--home", str(home.path), "doctor").exit_code == 1
