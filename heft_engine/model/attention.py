@@ -1,8 +1,9 @@
-"""Attention over packed rows, one row at a time, registered with transformers under the name IMPLEMENTATION.
+"""Attention over packed rows, registered with transformers under the name IMPLEMENTATION.
 
-Row by row keeps `is_causal` (no mask tensor, so the fast kernels stay on) and gives every row the same bits whatever
-it is packed with. Windows count absolute positions inside a row. An option that is not implemented here is an error:
-a function that swallows `sliding_window` or `softcap` is wrong by 0.4 to 2.0 in the logits, silently.
+On a GPU all rows attend in one call (heft_engine.model.varlen_attention), unless its kernel refuses the layer. Else
+each row attends alone, which keeps `is_causal` (no mask tensor, so the fast kernels stay on) and gives every row the
+same bits whatever it is packed with. Windows count absolute positions inside a row. An option that is not implemented
+here is an error: a function that swallows `sliding_window` or `softcap` is wrong by 0.4 to 2.0 in the logits, silently.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ import torch.nn.functional as F  # noqa: N812
 from torch import Tensor
 from transformers import AttentionInterface, AttentionMaskInterface
 
+from heft_engine.model import varlen_attention
 from heft_engine.model.backend import TorchBackend
 from heft_engine.model.causal_attention import LONGEST_MATRIX, CausalAttention, causal
 from heft_engine.model.layout import AttentionGroup, AttentionOptions, Layout
@@ -60,6 +62,8 @@ def packed_attention(
     how = AttentionOptions(scaling, sliding_window, softcap)
     if layout.decoding is not None:
         return layout.decoding.attend(layer, query, key, value, how), None
+    if varlen_attention.is_supported(query, how):
+        return varlen_attention.varlen_attention(layer, query, key, value, layout, how), None
     if layout.prefix is not None:
         return suffix_attention(query, key, value, layout.prefix, layer, how), None
     out = backend.attention(layer, query, key, value, layout, how) if backend is not None else None
