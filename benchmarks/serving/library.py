@@ -34,7 +34,7 @@ from heft_engine.model.packing import packed_length
 from heft_engine.runtime import parallel
 from heft_engine.runtime.threads import run_in_short_lived_thread
 from heft_engine.serving.batcher import Batcher
-from heft_engine.serving.row_adapters import adapt_rows
+from heft_engine.serving.row_adapters import enable_row_adapters
 
 PREFIX_BYTES = 512 * 1024**2
 #: The functions of each kind of operation in a forward pass.
@@ -165,7 +165,7 @@ def many_models(options: argparse.Namespace) -> dict[str, Any]:
     """
     base = rows.base_model(options.model)
     lm = run_in_short_lived_thread(lambda: rows.packed_model(base))
-    adapt_rows(lm)
+    enable_row_adapters(lm)
     lm.pack()
     examples = questions(options, base, options.rows)
     merged = run_in_short_lived_thread(lambda: synthetic.merged(lm, 0))

@@ -11,7 +11,7 @@ from heft_engine.inference.model_variant import ModelVariant
 from heft_engine.model.interventions import PlacedIntervention
 from heft_engine.model.packed_lm import PackedLM
 from heft_engine.serving.row_adapters import UnmergedModel
-from heft_engine.serving.shared_copy import copy_sharing
+from heft_engine.serving.shared_copy import copy_sharing_weights
 
 LAYER, RANK, LORA_RANK = 15, 4, 8
 
@@ -45,7 +45,7 @@ def stored_intervention(lm: PackedLM, seed: int) -> StoredIntervention:
 def merged(lm: PackedLM, seed: int) -> ModelVariant:
     """Returns a model merged into a copy of the base, as the service keeps frequently used models."""
     lora = adapter(lm, seed)
-    copy = PackedLM(copy_sharing(lm.model, set(lora.factors)))
+    copy = PackedLM(copy_sharing_weights(lm.model, set(lora.factors)))
     lora.merge_into(copy.model)
     copy.pack()
     placed: PlacedIntervention = stored_intervention(lm, seed).restore(lm.hidden_size)

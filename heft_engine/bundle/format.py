@@ -1,12 +1,10 @@
-"""The bundle: what a job leaves behind, small enough to keep for ever. Safetensors and JSON, nothing that runs.
+"""The bundle: a fine-tuned model without its base model, as safetensors and JSON, with nothing that can be executed.
 
-    heft.json           format version, method, stages, base model, task, tokenizer hash, evaluation, parity, versions
-    lora/ lora-2/ …     plain LoRA on the ORIGINAL base, one for each LoRA stage in order, each loadable by peft alone
-    reft/ reft-2/ …     intervention.safetensors + intervention.json
-    probe.safetensors   probe rows with their float32 scores: loading checks these
-    tokenizer/
-
-It does NOT know training or serving.
+heft.json           format version, method, stages, base model, task, tokenizer hash, evaluation, parity, versions
+lora/ lora-2/ …     LoRA for the ORIGINAL base model, one for each LoRA stage in order, each loadable by peft alone
+reft/ reft-2/ …     intervention.safetensors + intervention.json
+probe.safetensors   probe rows with their float32 scores, which loading checks
+tokenizer/
 """
 
 from __future__ import annotations
@@ -38,7 +36,7 @@ _PACKAGES = ("torch", "transformers", "peft", "tokenizers", "safetensors")
 
 
 class BaseRecord(Schema):
-    """The base model a bundle belongs to: how to find it, and the hash that says it is the same."""
+    """The base model of a bundle: its reference, and the hash of its weights."""
 
     model_config = ConfigDict(extra="forbid")
 
@@ -50,7 +48,7 @@ class BaseRecord(Schema):
 
 
 class BundleInfo(Schema):
-    """heft.json."""
+    """The content of heft.json."""
 
     model_config = ConfigDict(extra="forbid")
 
@@ -63,8 +61,8 @@ class BundleInfo(Schema):
     dtype: str
     max_length: int
     seed: int
-    max_new_tokens: int = 64  #: text tasks: how far an answer may go by default
-    #: Probabilities are softmax(totals / temperature); 1 where no validation rows could say
+    max_new_tokens: int = 64  #: text tasks: default limit of an answer
+    #: Probabilities are softmax(totals / temperature); 1 without validation rows to calibrate on
     #: (heft_engine.evaluation.calibration).
     temperature: float = Field(default=1.0, gt=0, allow_inf_nan=False)
     calibration: dict[str, Any] | None = None
@@ -76,7 +74,7 @@ class BundleInfo(Schema):
 
 @dataclass(frozen=True, kw_only=True)
 class Probe:
-    """Rows with the float32 scores that the finished model gave them, answer by answer."""
+    """Rows with the finished model's float32 scores, answer by answer."""
 
     examples: list[Example]
     scores: list[tuple[float, ...]]
@@ -84,7 +82,7 @@ class Probe:
 
 @dataclass(frozen=True, kw_only=True)
 class StoredIntervention:
-    """An intervention on disk: where it sits, and R, W, b (or what its kind has of them) as plain matrices."""
+    """An intervention on disk: its place, and R, W, b (those that its kind has) as plain matrices."""
 
     layer: int
     positions: str
@@ -93,12 +91,12 @@ class StoredIntervention:
     kind: InterventionKind = "loreft"
 
     def restore(self, hidden_size: int) -> PlacedIntervention:
-        """The intervention, frozen. Raises BundleError when it does not fit such hidden states, or is damaged."""
+        """Returns the intervention, frozen. Raises BundleError when it is damaged or for another hidden size."""
         intervention = self.module(hidden_size)
         return PlacedIntervention(layer=self.layer, positions=self.positions, intervention=intervention)
 
     def module(self, hidden_size: int) -> ReftIntervention:
-        """The same without its place."""
+        """Returns the intervention without its place. Raises BundleError like `restore`."""
         kind = KINDS[self.kind]
         shapes = {name: tuple(tensor.shape) for name, tensor in self.state.items()}
         if shapes != kind.shapes(hidden_size, self.rank):
@@ -113,7 +111,7 @@ class StoredIntervention:
 
 @dataclass(frozen=True, kw_only=True)
 class Bundle:
-    """A bundle on disk, read."""
+    """The content of a bundle's directory."""
 
     path: Path
     info: BundleInfo
@@ -132,7 +130,7 @@ def write_stages(
     interventions: list[PlacedIntervention],
     base_reference: str | None = None,
 ) -> None:
-    """Writes the trained parts alone, under the names that a bundle gives them."""
+    """Writes adapters and interventions alone, under their names in a bundle."""
     path.mkdir(parents=True, exist_ok=True)
     for name, adapter in zip(_names("lora"), adapters, strict=False):
         adapter.save(path / name, base_reference)
@@ -172,7 +170,7 @@ def read_bundle(path: Path) -> Bundle:
         raise BundleError(f"this bundle has format {info.format}; this version reads format {FORMAT}")
     adapters, interventions = read_stages(path)
     loras = [stage for stage in info.stages if stage["type"] == "lora"]
-    # Stages that go on with an intervention share it.
+    # A stage that continues an earlier stage's intervention shares it.
     places = {
         (layer, stage["positions"], stage["rank"], stage.get("kind"))
         for stage in info.stages
@@ -236,7 +234,7 @@ def _read_intervention(path: Path) -> StoredIntervention:
 
 
 def _write_probe(path: Path, probe: Probe) -> None:
-    """Ragged rows as flat tensors with lengths."""
+    """Writes the ragged rows as flat tensors with lengths."""
     answers = [answer for example in probe.examples for answer in example.answers]
     tensors = {
         "prompts": torch.tensor([token for example in probe.examples for token in example.prompt]),
@@ -251,11 +249,11 @@ def _write_probe(path: Path, probe: Probe) -> None:
 
 def _read_probe(path: Path) -> Probe:
     try:
-        t = {name: tensor.tolist() for name, tensor in load_file(path).items()}
-        prompts, answers, scores = iter(t["prompts"]), iter(t["answers"]), iter(t["scores"])
-        lengths = iter(t["answer_lengths"])
+        flat = {name: tensor.tolist() for name, tensor in load_file(path).items()}
+        prompts, answers, scores = iter(flat["prompts"]), iter(flat["answers"]), iter(flat["scores"])
+        lengths = iter(flat["answer_lengths"])
         examples, totals = [], []
-        for prompt_length, count in zip(t["prompt_lengths"], t["answer_counts"], strict=True):
+        for prompt_length, count in zip(flat["prompt_lengths"], flat["answer_counts"], strict=True):
             prompt = tuple(next(prompts) for _ in range(prompt_length))
             branches = tuple(tuple(next(answers) for _ in range(next(lengths))) for _ in range(count))
             labels = tuple(str(i) for i in range(count))

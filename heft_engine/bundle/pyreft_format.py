@@ -1,22 +1,21 @@
 """pyreft's intervention directory, written and read without pyreft or pyvene being installed.
 
-    config.json          pyvene's IntervenableConfig: where each intervention sits, and its class
+    config.json          pyvene's IntervenableConfig: each intervention's place and class
     intkey_<key>.bin     one torch file each. LoReFT: rotate_layer (hidden, rank), weight (rank, hidden), bias (rank,);
                          the other kinds: the state_dict of pyreft's module, R as the raw parametrisation
-    heft.json            ours, ignored by pyreft: positions, task, base model, for which pyreft has no field
+    heft.json            ignored by pyreft: positions, task and base model, for which it has no field
 
-`pyreft.ReftModel.load(directory, model)` reads it onto the merged base. pyreft 0.1.0 makes W and b bfloat16 there,
-whatever the files hold, and then can't multiply them with float32 states. On a float32 base two lines undo that:
+`pyreft.ReftModel.load(directory, model)` reads it onto the merged base model. pyreft 0.1.0 casts W and b to bfloat16
+and then can't multiply them with float32 states. For a float32 base model two lines undo that:
 
     for key, intervention in reft_model.interventions.items():
         intervention.learned_source.float()
         intervention.load_state_dict(torch.load(f"{directory}/intkey_{key}.bin"))
 
-What pyreft 0.1.0 saves of NoReFT and NodiReFT it can't load again, for want of `add_bias` (KeyError): there, give the
-ReftConfig interventions made with add_bias=False, and let each load its file.
+pyreft 0.1.0 can't load its own NoReFT and NodiReFT, which lack `add_bias` (KeyError): there, give the ReftConfig
+interventions made with add_bias=False, and let each load its file.
 
 Reading opens pickles (with `weights_only`), so it is for library users and the command line, never for the service.
-It does NOT know training or models.
 """
 
 from __future__ import annotations
@@ -40,13 +39,13 @@ from heft_engine.errors import BundleError
 _CLASSES = {f"pyreft.interventions.{cls.__name__}": cls.kind for cls in KINDS.values()}
 _CLASS_OF = {kind: name for name, kind in _CLASSES.items()}
 _RAW_ROTATION = "rotate_layer.parametrizations.weight."
-#: Of pyreft's modules: what a baked state calls a part, and what its state_dict does.
+#: Names of an exported state's tensors in the state_dict of pyreft's modules.
 _PARTS = {
     "proj_layer": ("proj_layer.weight",),
     "weight": ("learned_source.weight",),
     "bias": ("learned_source.bias", "learned_source"),
 }
-#: pyvene's RepresentationConfig, in its order: a saved representation is a plain list.
+#: The fields of pyvene's RepresentationConfig, in the order of a saved representation, which is a list.
 _FIELDS = (
     "layer",
     "component",
@@ -63,8 +62,14 @@ _FIELDS = (
     "hidden_source_representation",
     "latent_dim",
 )
-#: Fields that change what an intervention computes, in ways that this engine does not have.
-_FOREIGN = ("subspace_partition", "group_key", "intervention_link_key", "moe_key", "source_representation")
+#: Fields that change an intervention's computation in ways that this engine does not support.
+_UNSUPPORTED = (
+    "subspace_partition",
+    "group_key",
+    "intervention_link_key",
+    "moe_key",
+    "source_representation",
+)
 _UNREADABLE = (OSError, EOFError, RuntimeError, ValueError, pickle.UnpicklingError)
 
 
@@ -89,7 +94,7 @@ def write_pyreft(bundle: Bundle, out_dir: Path) -> None:
     (out_dir / "config.json").write_text(json.dumps(config, indent=2, sort_keys=True))
     for key, intervention in zip(keys, interventions, strict=True):
         torch.save(_content(intervention), out_dir / _file(key))
-    ours = {
+    heft_record = {
         "base_model": bundle.info.base_model.model_dump(),
         "merged_adapters": len(bundle.adapters),
         "task": bundle.info.task,
@@ -105,14 +110,14 @@ def write_pyreft(bundle: Bundle, out_dir: Path) -> None:
             for key, intervention in zip(keys, interventions, strict=True)
         ],
     }
-    (out_dir / "heft.json").write_text(json.dumps(ours, indent=1))
+    (out_dir / "heft.json").write_text(json.dumps(heft_record, indent=1))
 
 
 def read_pyreft(directory: Path, *, positions: str | Sequence[str] | None = None) -> list[StoredIntervention]:
-    """The interventions of a directory that `reft_model.save` or `write_pyreft` wrote, in pyvene's order.
+    """Reads the interventions of a directory that `reft_model.save` or `write_pyreft` wrote, in pyvene's order.
 
-    `positions` is what they were trained at, for all or one by one: pyreft does not store it. None takes it from the
-    heft.json that `write_pyreft` leaves. Raises BundleError for anything but ReFT at the output of decoder layers.
+    `positions`, for all or for each, are those of the training, which pyreft does not store; by default they are read
+    from the heft.json of `write_pyreft`. Raises BundleError for anything but ReFT at the output of decoder layers.
     """
     config = _read_json(directory / "config.json")
     try:
@@ -120,11 +125,11 @@ def read_pyreft(directory: Path, *, positions: str | Sequence[str] | None = None
         classes = [re.sub(r"^<class '(.*)'>$", r"\1", kind) for kind in config["intervention_types"]]
     except (KeyError, TypeError) as error:
         raise BundleError(f"{directory.name}/config.json is not pyvene's: {error!r}") from error
-    foreign = next((name for name in classes if name not in _CLASSES), None)
-    if foreign is not None:
-        raise BundleError(f"interventions of kind {foreign} are not known, only {', '.join(_CLASSES)}")
+    unknown = next((name for name in classes if name not in _CLASSES), None)
+    if unknown is not None:
+        raise BundleError(f"interventions of kind {unknown} are not known, only {', '.join(_CLASSES)}")
     if not representations or len(classes) != len(representations):
-        raise BundleError(f"{directory.name}/config.json names no interventions, or not each one's class")
+        raise BundleError(f"{directory.name}/config.json must name interventions, each with its class")
     layers = [_layer(fields) for fields in representations]
     places = _positions(directory, positions, len(layers))
     return [
@@ -134,7 +139,7 @@ def read_pyreft(directory: Path, *, positions: str | Sequence[str] | None = None
 
 
 def _keys(representations: Iterable[dict[str, Any]]) -> list[str]:
-    """pyvene's names: two interventions at one place are told apart by a running number."""
+    """Returns pyvene's names; those at one place differ in a running number."""
     seen: Counter[str] = Counter()
     keys = []
     for fields in representations:
@@ -154,19 +159,19 @@ def _file(key: str) -> str:
 
 
 def _layer(fields: dict[str, Any]) -> int:
-    """The decoder layer whose output a representation means, by either of pyvene's two ways of naming it."""
-    odd = [name for name in _FOREIGN if fields.get(name) is not None]
-    if odd or fields.get("unit") != "pos" or fields.get("max_number_of_units") != 1:
+    """Returns the decoder layer whose output a representation names, in either of pyvene's two ways."""
+    unsupported = [name for name in _UNSUPPORTED if fields.get(name) is not None]
+    if unsupported or fields.get("unit") != "pos" or fields.get("max_number_of_units") != 1:
         raise BundleError(
-            f"interventions with {', '.join(odd) or 'units other than one token'} are not known"
+            f"interventions with {', '.join(unsupported) or 'units other than one token'} are not known"
         )
     component, layer = str(fields.get("component")), fields.get("layer")
     if component == "block_output" and isinstance(layer, int) and layer >= 0:
         return layer
-    named = re.fullmatch(r"[\w.]*layers\[(\d+)\]\.output", component)
-    if named is None:
+    match = re.fullmatch(r"[\w.]*layers\[(\d+)\]\.output", component)
+    if match is None:
         raise BundleError(f"interventions at {component} are not known, only at the output of decoder layers")
-    return int(named[1])
+    return int(match[1])
 
 
 def _positions(directory: Path, positions: str | Sequence[str] | None, count: int) -> list[str]:
@@ -236,7 +241,7 @@ def _state(name: str, content: dict[str, Tensor], kind: InterventionKind) -> dic
 
 
 def _rotation(name: str, content: dict[str, Tensor]) -> Tensor:
-    """Rᵀ from torch's parametrisation of it, by torch."""
+    """Returns Rᵀ, computed by torch from the raw tensors of its parametrisation."""
     original, base = content[f"{_RAW_ROTATION}original"], content.get(f"{_RAW_ROTATION}0.base")
     shape = tuple(original.shape)
     if len(shape) != 2 or not 0 < shape[1] <= shape[0] or base is None or base.shape != (shape[0], shape[0]):

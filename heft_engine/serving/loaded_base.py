@@ -23,8 +23,8 @@ from heft_engine.model.base_models import BaseModel, load_model, load_tokenizer
 from heft_engine.model.packed_lm import PackedLM
 from heft_engine.serving.batcher import Batcher
 from heft_engine.serving.predictor import Predictor
-from heft_engine.serving.row_adapters import UnmergedModel, adapt_rows
-from heft_engine.serving.shared_copy import copy_sharing, unique_bytes
+from heft_engine.serving.row_adapters import UnmergedModel, enable_row_adapters
+from heft_engine.serving.shared_copy import copy_sharing_weights, unique_bytes
 from heft_engine.serving.text_generator import TextGenerator
 
 #: merged: with layers of its own, the fastest. shared: an unmerged adapter on the base model. base: the base model.
@@ -80,7 +80,7 @@ class LoadedBase:
         self.model = model
         self.key = key
         self.lm = PackedLM(load_model(model, dtype=key.dtype, device=device, attention=IMPLEMENTATION))
-        adapt_rows(self.lm)
+        enable_row_adapters(self.lm)
         self._spare_bytes = spare_bytes
         self.lm.pack(spare_bytes() - unique_bytes(self.lm))
         self.weight_bytes = unique_bytes(self.lm)
@@ -148,7 +148,7 @@ class LoadedBase:
         if self._device == "auto":
             # Layers on several devices are bound to their modules and can't be copied.
             return assemble(bundle, base=self.model, device=self._device, dtype=self.lm.dtype)
-        lm = PackedLM(copy_sharing(self.lm.model, changed))
+        lm = PackedLM(copy_sharing_weights(self.lm.model, changed))
         apply_bundle(lm, bundle)
         return lm
 

@@ -1,12 +1,10 @@
-"""One base in memory, and for each row of a batch its own LoRA and its own interventions, unmerged.
+"""Unmerged models on one base model: each row of a batch has a LoRA adapter and interventions of its own.
 
-A row's product is its base's plus (x·Aᵀ)·(s·B)ᵀ. Where a CPU's matrix units do it, they add that before the product is
-rounded (heft_engine.cpu.amx); elsewhere it is one small pair of products a row and module, whose shapes depend on
-the row alone. Either way a row's bits don't depend on the rows beside it. Stages follow one another; DoRA (arXiv
-2402.09353) multiplies what came before by m/‖W + s·B·A‖, bias aside. Factors are kept in the base's dtype, so an answer
-agrees with the merged model's within that dtype's rounding and no closer.
-
-It does NOT know batches, budgets or where adapters come from.
+An adapted linear layer returns its base's product plus (x·Aᵀ)·(s·B)ᵀ. AMX adds that before the product is rounded
+(heft_engine.cpu.amx); elsewhere it is a small pair of products a row and module, whose shapes depend on the row alone.
+Either way a row's bits don't depend on the rows beside it. LoRA stages follow one another; DoRA (arXiv 2402.09353)
+multiplies what came before, without the bias, by m/‖W + s·B·A‖. Factors have the base model's dtype, so scores agree
+with those of the merged model within its rounding and no closer.
 """
 
 from __future__ import annotations
@@ -34,34 +32,42 @@ from heft_engine.runtime.threads import torch_threads
 
 @dataclass(frozen=True, kw_only=True)
 class _Stage:
-    """Factors of equal shape stand in one tensor: a thousand models of sixty modules would be mostly headers.
+    """One LoRA stage. Factors of equal shape are stacked in one tensor, as the headers of a thousand models' tensors
+    would take more memory than their numbers.
 
-    places[module] = (group, index); groups: (n, rank, in) and (n, rank, out), the latter times s.
+    groups: stacked A (n, rank, in) and s·Bᵀ (n, rank, out). places[module]: (group, index in its stack).
+    ratios[module]: DoRA's m/‖W + s·B·A‖, (out,).
     """
 
-    places: dict[str, tuple[int, int]]
     groups: tuple[tuple[Tensor, Tensor], ...]
-    #: DoRA: m/‖W + s·B·A‖ of each module, (out,).
+    places: dict[str, tuple[int, int]]
     ratios: dict[str, Tensor] | None
 
     @property
     def tensors(self) -> list[Tensor]:
-        return [each for group in self.groups for each in group] + list((self.ratios or {}).values())
+        stacks = [tensor for group in self.groups for tensor in group]
+        return stacks + list((self.ratios or {}).values())
+
+    def factors(self, module: str) -> tuple[Tensor, Tensor, int] | None:
+        """Returns the stacks that hold a module's factors and its index in them."""
+        place = self.places.get(module)
+        return None if place is None else (*self.groups[place[0]], place[1])
 
 
 class UnmergedModel:
-    """A fine-tuned model as what it adds to its base. See `packing.RowAdapter`.
+    """A fine-tuned model's adapters and interventions, unmerged. Implements `layout.RowAdapter`.
 
-    Raises BundleError for adapters and interventions of another base.
+    Raises BundleError when they are for another base model.
     """
 
     def __init__(
         self, lm: PackedLM, adapters: Sequence[LoraWeights], interventions: Sequence[StoredIntervention]
     ) -> None:
         weights: dict[str, Tensor] = {}
-        last_dora = max((i for i, each in enumerate(adapters) if each.magnitudes is not None), default=0)
+        dora_stages = [i for i, adapter in enumerate(adapters) if adapter.magnitudes is not None]
+        last_dora = max(dora_stages, default=0)
         self._stages = [
-            _stage(lm, adapter, weights, followed=index < last_dora) for index, adapter in enumerate(adapters)
+            _stage(lm, adapter, weights, updates_weights=i < last_dora) for i, adapter in enumerate(adapters)
         ]
         self.interventions = restore_interventions(interventions, lm)
         self._by_layer: dict[int, list[PlacedIntervention]] = {}
@@ -80,27 +86,27 @@ class UnmergedModel:
     def factors(self, module: str) -> list[tuple[Tensor, Tensor, int]] | None:
         factors = []
         for stage in self._stages:
-            place = stage.places.get(module)
-            if place is not None and stage.ratios is not None:
+            stage_factors = stage.factors(module)
+            if stage_factors is not None and stage.ratios is not None:
                 return None
-            if place is not None:
-                factors.append((*stage.groups[place[0]], place[1]))
+            if stage_factors is not None:
+                factors.append(stage_factors)
         return factors
 
     def linear(self, module: str, x: Tensor, y: Tensor, bias: Tensor | None) -> None:
         for stage in self._stages:
-            place = stage.places.get(module)
-            if place is None:
+            factors = stage.factors(module)
+            if factors is None:
                 continue
-            down, up = stage.groups[place[0]]
-            # As matrix products, not linear layers: those would be cut into the fixed shapes of scoring.
-            low = x @ down[place[1]].T
+            down, up, index = factors
+            # Matrix products, not linear layers: those would be cut into blocks of a fixed shape.
+            low = x @ down[index].T
             if stage.ratios is None:
-                y.addmm_(low, up[place[1]])
+                y.addmm_(low, up[index])
                 continue
             if bias is not None:
                 y.sub_(bias)
-            y.addmm_(low, up[place[1]]).mul_(stage.ratios[module])
+            y.addmm_(low, up[index]).mul_(stage.ratios[module])
             if bias is not None:
                 y.add_(bias)
 
@@ -116,8 +122,13 @@ class UnmergedModel:
                 hidden[at] = placed.intervention(hidden[at], scale)
 
 
-def _stage(lm: PackedLM, adapter: LoraWeights, weights: dict[str, Tensor], *, followed: bool) -> _Stage:
-    """`weights`: float32 weights as the stages before left them; `followed`: a later stage, DoRA's, asks for them."""
+def _stage(
+    lm: PackedLM, adapter: LoraWeights, weights: dict[str, Tensor], *, updates_weights: bool
+) -> _Stage:
+    """Stacks an adapter's factors.
+
+    `weights` are the float32 weights after the stages before; `updates_weights` merges this one for a later DoRA stage.
+    """
     places: dict[str, tuple[int, int]] = {}
     grouped: dict[tuple[torch.Size, torch.Size], list[tuple[Tensor, Tensor]]] = {}
     for module, (down, up) in adapter.factors.items():
@@ -137,15 +148,15 @@ def _stage(lm: PackedLM, adapter: LoraWeights, weights: dict[str, Tensor], *, fo
         for members in grouped.values()
     )
     ratios = _ratios(lm, adapter, weights)
-    if followed:
+    if updates_weights:
         for module in adapter.factors:
             weights[module] = adapter.merged(module, _weight(lm, weights, module))
     return _Stage(places=places, groups=groups, ratios=ratios)
 
 
 def _stacked(tensors: list[Tensor], scaling: float, lm: PackedLM) -> Tensor:
-    """scaling · tensors, one after another. Each is rounded straight into its place: what a thousand models need only
-    while they are loaded would stay between them as holes."""
+    """Returns scaling · tensors, stacked. Each is rounded straight into its place: temporary tensors of a thousand
+    models would leave holes in the heap. Raises BundleError for values that are not finite."""
     stacked = torch.empty(len(tensors), *tensors[0].shape, dtype=lm.dtype, device=lm.device)
     for place, tensor in zip(stacked, tensors, strict=True):
         place.copy_(tensor if scaling == 1.0 else scaling * tensor)
@@ -155,6 +166,7 @@ def _stacked(tensors: list[Tensor], scaling: float, lm: PackedLM) -> Tensor:
 
 
 def _ratios(lm: PackedLM, adapter: LoraWeights, weights: dict[str, Tensor]) -> dict[str, Tensor] | None:
+    """Returns DoRA's m/‖W + s·B·A‖ of each module; None for LoRA."""
     if adapter.magnitudes is None:
         return None
     ratios = {}
@@ -165,11 +177,12 @@ def _ratios(lm: PackedLM, adapter: LoraWeights, weights: dict[str, Tensor]) -> d
 
 
 def _weight(lm: PackedLM, weights: dict[str, Tensor], module: str) -> Tensor:
+    """Returns a module's float32 weight after the stages in `weights`."""
     return weights[module] if module in weights else weight_of(lm.model, module).detach().float().cpu()
 
 
-class _Now(threading.local):
-    """The pass that a thread is in, if there are adapters, and its rows that have one: lanes are in several at once."""
+class _CurrentPass(threading.local):
+    """The layout of the pass that a thread runs and its rows with adapters, set by the first layer for the others."""
 
     layout: Layout | None = None
     rows: Sequence[tuple[PackedRow, RowAdapter, float]] = ()
@@ -177,40 +190,41 @@ class _Now(threading.local):
     def enter(self, layout: Layout | None) -> None:
         if layout is not self.layout:
             self.layout = layout
-            self.rows = _adapted(layout) if layout is not None else ()
+            self.rows = _adapted_rows(layout) if layout is not None else ()
 
 
-def adapt_rows(lm: PackedLM) -> None:
-    """Makes a base's layers heed `Layout.adapters`, for ever. Rows without an adapter are as before, to the bit."""
+def enable_row_adapters(lm: PackedLM) -> None:
+    """Hooks a base model's layers so that they apply `Layout.adapters`. Rows without an adapter keep their bits."""
     names = {id(module): name for name, module in lm.model.named_modules()}
-    now = _Now()
+    current = _CurrentPass()
 
     def begin(module: nn.Module, args: Any, kwargs: dict[str, Any]) -> None:
         layout = kwargs.get("layout")
-        now.enter(layout if layout is not None and layout.adapters is not None else None)
+        current.enter(layout if layout is not None and layout.adapters is not None else None)
 
     for index, layer in enumerate(lm.layers):
         layer.register_forward_pre_hook(begin, with_kwargs=True)
-        for part in layer.modules():
-            if isinstance(part, nn.Linear):
-                part.register_forward_hook(_LinearHook(names[id(part)], now))
-        layer.register_forward_hook(_layer_hook(index, now, is_last=index + 1 == lm.n_layers))
+        for module in layer.modules():
+            if isinstance(module, nn.Linear):
+                module.register_forward_hook(_LinearHook(names[id(module)], current))
+        layer.register_forward_hook(_layer_hook(index, current, is_last=index + 1 == lm.n_layers))
 
 
 class _LinearHook(AdapterHook):
-    def __init__(self, name: str, now: _Now) -> None:
-        self.name, self._now = name, now
+    def __init__(self, name: str, current: _CurrentPass) -> None:
+        self.name = name
+        self._current = current
 
     def __call__(self, module: nn.Linear, args: tuple[Tensor, ...], output: Tensor) -> None:
-        touching = [(row, adapter) for row, adapter, _ in self._now.rows if adapter.touches(self.name)]
-        if touching:
-            self.adapt(touching, module, args[0], output)
+        adapted = [(row, adapter) for row, adapter, _ in self._current.rows if adapter.touches(self.name)]
+        if adapted:
+            self.adapt(adapted, module, args[0], output)
 
     def adapt(
         self, rows: Sequence[tuple[PackedRow, RowAdapter]], module: nn.Linear, x: Tensor, y: Tensor
     ) -> None:
-        # Small products for every row: what a mode has to look at takes longer than they do. On one thread:
-        # more of them might round otherwise.
+        # A torch function mode would take longer than these small products, and several threads might round them
+        # otherwise.
         with torch._C.DisableTorchFunction(), torch_threads(1):
             x, y = x.view(-1, x.shape[-1]), y.view(-1, y.shape[-1])
             for row, adapter in rows:
@@ -218,18 +232,18 @@ class _LinearHook(AdapterHook):
                 adapter.linear(self.name, x[tokens], y[tokens], module.bias)
 
 
-def _layer_hook(index: int, now: _Now, *, is_last: bool) -> Callable[..., None]:
+def _layer_hook(index: int, current: _CurrentPass, *, is_last: bool) -> Callable[..., None]:
     def hook(module: nn.Module, args: Any, output: Tensor) -> None:
-        for row, adapter, scale in now.rows:
+        for row, adapter, scale in current.rows:
             if scale:
                 adapter.intervene(index, output[0, row.start : row.start + row.length], row, scale)
         if is_last:
-            now.enter(None)  # a thread that waits must not keep models that are put away
+            current.enter(None)  # an idle thread must not keep evicted models in memory
 
     return hook
 
 
-def _adapted(layout: Layout) -> list[tuple[PackedRow, RowAdapter, float]]:
+def _adapted_rows(layout: Layout) -> list[tuple[PackedRow, RowAdapter, float]]:
     scales = layout.scales or (layout.scale,) * len(layout.rows)
     rows = zip(layout.rows, layout.adapters or (), scales, strict=True)
     return [(row, adapter, scale) for row, adapter, scale in rows if adapter is not None]

@@ -1,7 +1,4 @@
-"""A model that shares with another every weight but a few: a merged copy costs what its adapters touch.
-
-It does NOT know adapters.
-"""
+"""Copies of a model that share all weights but a few: a merged copy costs what its adapters change."""
 
 from __future__ import annotations
 
@@ -14,22 +11,20 @@ from torch import nn
 from heft_engine.model.packed_lm import PackedLM
 
 
-def copy_sharing(model: nn.Module, own: Collection[str]) -> nn.Module:
-    """The same model with the weights of the modules named in `own` copied and all other tensors shared.
+def copy_sharing_weights(model: nn.Module, copied: Collection[str]) -> nn.Module:
+    """Returns a copy without hooks that shares all tensors but the weights of the modules named in `copied`.
 
-    Hooks stay behind. Raises ValueError for a model that accelerate has spread over devices: its layers' calls are
-    bound to the very modules.
+    Raises ValueError for a model that accelerate has spread over devices: its layers' calls are bound to the original
+    modules.
     """
     if len(set(getattr(model, "hf_device_map", {}).values())) > 1:
         raise ValueError("a model spread over several devices can't be copied")
-    fresh = {id(model.get_submodule(name).weight) for name in own}
-    tensors = [*model.parameters(), *model.buffers()]
-    shared = {id(tensor): tensor for tensor in tensors if id(tensor) not in fresh}
-    twin = copy.deepcopy(model, dict(shared))
+    copied_ids = {id(model.get_submodule(name).weight) for name in copied}
+    memo = {id(tensor): tensor for tensor in _tensors(model) if id(tensor) not in copied_ids}
+    twin = copy.deepcopy(model, memo)
     for module in twin.modules():
-        module.__dict__.pop(
-            "forward", None
-        )  # bound to the very modules, while a pass runs (heft_engine.cpu.fused_layers)
+        # Bound to the original modules while a pass runs (heft_engine.cpu.fused_layers).
+        module.__dict__.pop("forward", None)
         module._forward_hooks.clear()
         module._forward_hooks_with_kwargs.clear()
         module._forward_hooks_always_called.clear()
@@ -39,13 +34,14 @@ def copy_sharing(model: nn.Module, own: Collection[str]) -> nn.Module:
 
 
 def unique_bytes(lm: PackedLM, beside: PackedLM | None = None) -> int:
-    """Bytes of a model's tensors, packed ones too, without those that it shares with another."""
-    known = {tensor.data_ptr() for tensor in _tensors(beside.model)} if beside is not None else set()
-    seen: dict[int, int] = {}
-    for tensor in _tensors(lm.model):
-        if tensor.data_ptr() not in known:
-            seen[tensor.data_ptr()] = tensor.numel() * tensor.element_size() + lm.backend.packed_bytes(tensor)
-    return sum(seen.values())
+    """Returns the bytes of a model's tensors with their packed copies, without those shared with `beside`."""
+    shared = {tensor.data_ptr() for tensor in _tensors(beside.model)} if beside is not None else set()
+    sizes = {
+        tensor.data_ptr(): tensor.numel() * tensor.element_size() + lm.backend.packed_bytes(tensor)
+        for tensor in _tensors(lm.model)
+        if tensor.data_ptr() not in shared
+    }
+    return sum(sizes.values())
 
 
 def _tensors(model: nn.Module) -> list[torch.Tensor]:

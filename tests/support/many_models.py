@@ -17,7 +17,7 @@ from heft_engine.data.encoding import Example
 from heft_engine.inference.model_variant import ModelVariant
 from heft_engine.model.packed_lm import PackedLM
 from heft_engine.serving.row_adapters import UnmergedModel
-from heft_engine.serving.shared_copy import copy_sharing
+from heft_engine.serving.shared_copy import copy_sharing_weights
 
 
 @dataclass(frozen=True)
@@ -89,7 +89,7 @@ def models(lm: PackedLM, *, suffixes: tuple[str, ...], biased: bool = False) -> 
 def merged(lm: PackedLM, weights: StoredWeights) -> ModelVariant:
     """The model merged into a copy of the base."""
     touched = {module for lora in weights.adapters for module in lora.factors}
-    copy = PackedLM(copy_sharing(lm.model, touched))
+    copy = PackedLM(copy_sharing_weights(lm.model, touched))
     for lora in weights.adapters:
         lora.merge_into(copy.model)
     for stored in weights.interventions:

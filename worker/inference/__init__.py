@@ -1,1 +1,1 @@
-"""Answers: scores and text, for the API's messages."""
+"""The inference worker: it answers the API's requests for predictions and generated text."""

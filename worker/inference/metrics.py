@@ -25,6 +25,7 @@ from store.messages.broker import METRICS_SECONDS, metrics_key, redis_py_url
 from worker.chores.chore import Chore
 from worker.context import Context
 
+#: Interval of writes.
 SECONDS = 10.0
 _TIMEOUT_SECONDS = 3.0
 _LATENCIES = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0)
@@ -58,7 +59,7 @@ class InferenceMetrics:
             buckets=_LATENCIES,
             registry=registry,
         )
-        self._dropped = Counter(
+        self._abandoned = Counter(
             "heft_inference_dropped",
             "Requests that nobody waited for any more: too late, or cancelled.",
             registry=registry,
@@ -91,14 +92,16 @@ class InferenceMetrics:
         )
 
     def on_started(self, seconds: float) -> None:
-        """A request's work begins, so long after it was sent."""
+        """Observes the time from the API's sending of a request to the start of its work."""
         self._queued.observe(max(0.0, seconds))  # clocks of two machines
 
     def on_answered(self, seconds: float) -> None:
+        """Observes the time from a request's arrival at the worker to its end."""
         self._answered.observe(seconds)
 
     def on_abandoned(self) -> None:
-        self._dropped.inc()
+        """Counts a request whose client has gone or whose deadline has passed."""
+        self._abandoned.inc()
 
     def on_pass(
         self, *, rows: int, tokens: int, cached_tokens: int, seconds: float, waits: Sequence[float]
@@ -114,13 +117,13 @@ class InferenceMetrics:
             self._waited.observe(wait)
 
     def on_usage(self, kind: str, count: int, bytes: int) -> None:
-        """Models in memory now, of one kind: `merged`, `shared`, `base`."""
+        """Sets the number and bytes of the loaded models of one kind: `merged`, `shared` or `base`."""
         self._models.labels(kind).set(count)
         self._bytes.labels(kind).set(bytes)
 
 
 class Publisher:
-    """Puts a registry's text into Redis, under the worker's name; `refresh` is called before."""
+    """Writes a registry's text to Redis, under the worker's id. `refresh` is called before each write."""
 
     def __init__(
         self, context: Context, registry: CollectorRegistry, refresh: Callable[[], None] = lambda: None
@@ -139,12 +142,12 @@ class Publisher:
         return [Chore(name="metrics", seconds=SECONDS, run=self.publish)]
 
     def publish(self) -> None:
-        """Raises Unavailable."""
+        """Writes the metrics now. Raises Unavailable."""
         self._refresh()
         try:
             self._redis.set(self._key, generate_latest(self._registry), ex=METRICS_SECONDS)
-        except RedisError as fault:
-            raise Unavailable(f"the broker does not take this worker's metrics: {fault}") from fault
+        except RedisError as error:
+            raise Unavailable(f"the broker does not accept this worker's metrics: {error}") from error
 
     def close(self) -> None:
         self._redis.close()

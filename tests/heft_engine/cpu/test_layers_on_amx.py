@@ -21,7 +21,7 @@ from heft_engine.data.encoding import Example
 from heft_engine.inference.model_variant import ModelVariant
 from heft_engine.inference.prefix_cache import PrefixCache, prefix_hashes
 from heft_engine.inference.scoring import Scores, ScoringRow, score, score_rows
-from heft_engine.serving.row_adapters import adapt_rows
+from heft_engine.serving.row_adapters import enable_row_adapters
 
 pytestmark = pytest.mark.usefixtures("with_amx")
 
@@ -130,7 +130,7 @@ def test_a_kept_prefix_changes_no_bit(
 def test_nor_does_it_for_unmerged_models(family: str, make_wide_model: Callable[[str], Path]) -> None:
     """The models have LoRA of several ranks; DoRA is left out, because torch computes its products."""
     base = packed(make_wide_model(family), BF16)
-    adapt_rows(base)
+    enable_row_adapters(base)
     stored_models = models(base, suffixes=("q_proj", "o_proj", "gate_proj", "down_proj"))
     without_dora = [
         stored for stored in stored_models if not any(adapter.magnitudes for adapter in stored.adapters)
@@ -179,7 +179,7 @@ def test_rows_of_many_models_score_as_alone_and_as_merged(
 ) -> None:
     """DoRA rows run through the layer's own modules; the other rows' bits must not change."""
     base = packed(make_wide_model(family), BF16)
-    adapt_rows(base)
+    enable_row_adapters(base)
     stored_models = models(base, suffixes=("q_proj", "o_proj", "gate_proj", "up_proj", "down_proj"))
     variants = [unmerged(base, stored_model) for stored_model in stored_models] + [
         ModelVariant(lm=base, scope="base")

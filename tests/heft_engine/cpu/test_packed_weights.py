@@ -19,7 +19,7 @@ from heft_engine.inference.scoring import score
 from heft_engine.model.attention import IMPLEMENTATION
 from heft_engine.model.base_models import load_model, resolve_path
 from heft_engine.model.packed_lm import PackedLM
-from heft_engine.serving.shared_copy import copy_sharing, unique_bytes
+from heft_engine.serving.shared_copy import copy_sharing_weights, unique_bytes
 
 
 def linear(outs: int, ins: int, *, bias: bool = False) -> nn.Linear:
@@ -68,7 +68,7 @@ def test_packed_weights_are_counted_and_shared(make_tiny_model: Callable[[str], 
     assert bytes_to_pack(lm.layers) == 0
     assert unique_bytes(lm) == plain + more
     name = "model.layers.0.self_attn.q_proj"
-    twin = PackedLM(copy_sharing(lm.model, {name}))
+    twin = PackedLM(copy_sharing_weights(lm.model, {name}))
     copied_weight = twin.model.get_submodule(name).weight
     assert packed_copy(copied_weight) is None
     assert bytes_to_pack(twin.layers) == 2 * copied_weight.numel(), "the others are packed already"
@@ -84,7 +84,7 @@ def test_a_copy_made_during_a_pass_runs_its_own_layers(make_tiny_model: Callable
     )
     with lm.inference_mode():
         assert "forward" in lm.layers[0].__dict__
-        twin = copy_sharing(lm.model, {"model.layers.0.self_attn.q_proj"})
+        twin = copy_sharing_weights(lm.model, {"model.layers.0.self_attn.q_proj"})
     assert not any("forward" in module.__dict__ for module in twin.modules())
 
 

@@ -28,7 +28,7 @@ from heft_engine.inference.scoring import Scores, ScoringRow, score_rows
 from heft_engine.model import attention, layout
 from heft_engine.model.layout import Layout, PackedRow, PrefixKV
 from heft_engine.model.packed_lm import PackedLM
-from heft_engine.serving.row_adapters import adapt_rows
+from heft_engine.serving.row_adapters import enable_row_adapters
 
 MakeModel = Callable[[str], Path]
 PASSAGE = tuple(range(100, 170))
@@ -147,7 +147,7 @@ def test_neighbours_with_the_same_cached_prefix_form_a_group() -> None:
 
 def test_unmerged_models_find_only_their_own_prefixes(tiny_llama_dir: Path) -> None:
     base = packed(tiny_llama_dir)
-    adapt_rows(base)
+    enable_row_adapters(base)
     cache = PrefixCache(2**24)
     models = [
         unmerged(

@@ -20,7 +20,7 @@ from heft_engine.inference.scoring import Scores, score
 from heft_engine.model.packed_lm import PackedLM
 from heft_engine.serving import batcher as batching
 from heft_engine.serving.batcher import Batcher
-from heft_engine.serving.row_adapters import adapt_rows
+from heft_engine.serving.row_adapters import enable_row_adapters
 
 PASSAGE = tuple(range(100, 170))
 
@@ -194,7 +194,7 @@ def test_models_on_one_base_share_passes_and_a_merged_model_has_its_own(
     tiny_llama_dir: Path, observer: PassRecorder
 ) -> None:
     base = packed(tiny_llama_dir)
-    adapt_rows(base)
+    enable_row_adapters(base)
     stored = models(base, suffixes=("q_proj", "v_proj"))[:4]
     batcher = Batcher(prefix_bytes=0, observer=observer)
     requests = [examples(2, seed=seed) for seed in range(4)]

@@ -17,7 +17,7 @@ from heft_engine.errors import BundleError
 from heft_engine.inference.decode_batch import DecodeBatch, DecodeRequest
 from heft_engine.inference.model_variant import ModelVariant
 from heft_engine.inference.scoring import Scores, ScoringRow, score, score_rows
-from heft_engine.serving.row_adapters import UnmergedModel, adapt_rows
+from heft_engine.serving.row_adapters import UnmergedModel, enable_row_adapters
 from heft_engine.serving.shared_copy import unique_bytes
 
 MakeModel = Callable[[str], Path]
@@ -36,7 +36,7 @@ def test_rows_of_many_models_in_one_pass_score_as_their_merged_models(
     family: str, make_tiny_model: MakeModel
 ) -> None:
     base = packed(make_tiny_model(family))
-    adapt_rows(base)
+    enable_row_adapters(base)
     stored = models(base, suffixes=modules(family))
     rows, expected = [], []
     for index, weights in enumerate([*stored, StoredWeights([], [])]):
@@ -59,7 +59,7 @@ def test_in_bfloat16_a_row_keeps_its_bits_beside_others(tiny_llama_dir: Path, th
     """Rows in parallel on one thread each, and a single row on all threads."""
     torch.set_num_threads(threads)
     base = packed(tiny_llama_dir, torch.bfloat16)
-    adapt_rows(base)
+    enable_row_adapters(base)
     variants = [unmerged(base, weights) for weights in models(base, suffixes=modules("llama"))]
     rows = [
         ScoringRow(example=example, variant=variants[index % len(variants)])
@@ -71,7 +71,7 @@ def test_in_bfloat16_a_row_keeps_its_bits_beside_others(tiny_llama_dir: Path, th
 def test_a_pass_keeps_no_evicted_model_alive(tiny_llama_dir: Path) -> None:
     torch.set_num_threads(3)
     base = packed(tiny_llama_dir)
-    adapt_rows(base)
+    enable_row_adapters(base)
     variant = unmerged(base, models(base, suffixes=modules("llama"))[0])
     gone = weakref.ref(variant.adapter)
     score_rows([ScoringRow(example=example, variant=variant) for example in examples(9)])
@@ -82,7 +82,7 @@ def test_a_pass_keeps_no_evicted_model_alive(tiny_llama_dir: Path) -> None:
 
 def test_texts_of_many_models_are_decoded_together(tiny_llama_dir: Path) -> None:
     base = packed(tiny_llama_dir)
-    adapt_rows(base)
+    enable_row_adapters(base)
     stored = models(base, suffixes=modules("llama"))
     requests, expected = [], {}
     for index, weights in enumerate(stored):
@@ -116,7 +116,7 @@ def test_the_memory_of_an_unmerged_model_is_that_of_its_adapters(tiny_llama_dir:
 
 def test_a_merged_copy_costs_what_its_adapters_touch(tiny_llama_dir: Path) -> None:
     base = packed(tiny_llama_dir)
-    adapt_rows(base)
+    enable_row_adapters(base)
     before = [parameter.clone() for parameter in base.model.parameters()]
     copy = merged(base, StoredWeights([adapter(base, 4, 1, suffixes=("q_proj",))], []))
     assert unique_bytes(copy.lm, beside=base) == 4 * base.n_layers * 32 * 32

@@ -163,7 +163,7 @@ def _tensors(change: Callable[[dict[str, Any]], Any]) -> Callable[[Path], None]:
             "hold proj_layer",
         ),
         (_edit(intervention_types=["<class 'os.system'>"] * 2), "kind os.system"),
-        (_edit(representations=[]), "names no interventions"),
+        (_edit(representations=[]), "must name interventions"),
         (_edit(representations=7), "not pyvene's"),
         (_first_field(1, "mlp_output"), "at mlp_output"),
         (_first_field(1, "../../layers[1].output"), "interventions at"),
