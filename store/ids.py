@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import secrets
 import string
+from functools import partial
 
 _ALPHABET = string.ascii_letters + string.digits
 _LENGTH = 24  #: 62^24 ids: unique, and too many to guess
@@ -14,36 +15,14 @@ def _new(prefix: str) -> str:
     return prefix + "".join(secrets.choice(_ALPHABET) for _ in range(_LENGTH))
 
 
-def new_file_id() -> str:
-    return _new("file-")
-
-
-def new_job_id() -> str:
-    return _new("ftjob-")
-
-
-def new_study_id() -> str:
-    return _new("study_")
-
-
-def new_study_event_id() -> str:
-    return _new("studyevent_")
-
-
-def new_event_id() -> str:
-    return _new("ftevent-")
-
-
-def new_checkpoint_id() -> str:
-    return _new("ftckpt-")
-
-
-def new_completion_id() -> str:
-    return _new("cmpl-")
-
-
-def new_chat_completion_id() -> str:
-    return _new("chatcmpl-")
+new_file_id = partial(_new, "file-")
+new_job_id = partial(_new, "ftjob-")
+new_study_id = partial(_new, "study_")
+new_study_event_id = partial(_new, "studyevent_")
+new_event_id = partial(_new, "ftevent-")
+new_checkpoint_id = partial(_new, "ftckpt-")
+new_completion_id = partial(_new, "cmpl-")
+new_chat_completion_id = partial(_new, "chatcmpl-")
 
 
 def model_id(*, base: str, owner_id: str, suffix: str | None, job_id: str) -> str:

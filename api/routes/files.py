@@ -20,6 +20,7 @@ from store.errors import Conflict
 from store.ids import new_file_id
 from store.storage import files
 from store.storage.artifacts import file_key
+from store.storage.files import NewFile
 
 router = APIRouter(prefix="/v1/files", tags=["Files"])
 
@@ -92,16 +93,14 @@ def _record(
         )
         if not reserved.is_new:
             return files.get(session, owner_id=owner_id, file_id=reserved.resource_id)
-    return files.create(
-        session,
-        owner_id=owner_id,
+    file = NewFile(
         file_id=file_id,
         filename=received.filename,
-        purpose=received.purpose,
         size=received.size,
         sha256=received.sha256,
         storage_key=file_key(file_id),
     )
+    return files.create(session, owner_id=owner_id, purpose=received.purpose, file=file)
 
 
 @router.get("")

@@ -20,7 +20,7 @@ from store.db.tables import FineTunedModel, Job
 from store.jobs.fence import Claim, apply_stop_request, finish_attempt, lock, write_fenced
 from store.jobs.transitions import NewEvent, cancelled, failed, paused
 from store.storage import files
-from store.storage.files import NewFile
+from store.storage.files import RESULTS_PURPOSE, NewFile
 
 MAX_TRAINER_DEATHS = 3
 
@@ -64,7 +64,7 @@ def finish_succeeded(
     model = _final_model(claim, storage_key, manifest, task)
     session.add_all([model, Outcome(job_id=claim.job_id, outcomes=outcomes, costs=list(costs))])
     if result_file is not None:
-        files.create_result(session, owner_id=claim.owner_id, file=result_file)
+        files.create(session, owner_id=claim.owner_id, purpose=RESULTS_PURPOSE, file=result_file)
     values = {
         "fine_tuned_model": model.id,
         "evaluation": evaluation,

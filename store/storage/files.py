@@ -34,44 +34,20 @@ class NewFile:
     storage_key: str
 
 
-def create(
-    session: Session,
-    *,
-    owner_id: str,
-    file_id: str,
-    filename: str,
-    purpose: str,
-    size: int,
-    sha256: str,
-    storage_key: str,
-) -> File:
-    """Adds the row of a file whose bytes are durable under `storage_key`."""
+def create(session: Session, *, owner_id: str, purpose: str, file: NewFile) -> File:
+    """Adds a file's row."""
     row = File(
-        id=file_id,
+        id=file.file_id,
         owner_id=owner_id,
-        filename=filename,
+        filename=file.filename,
         purpose=purpose,
-        bytes=size,
-        sha256=sha256,
-        storage_key=storage_key,
+        bytes=file.size,
+        sha256=file.sha256,
+        storage_key=file.storage_key,
     )
     session.add(row)
     session.flush()
     return row
-
-
-def create_result(session: Session, *, owner_id: str, file: NewFile) -> File:
-    """Adds the row of a job's result file."""
-    return create(
-        session,
-        owner_id=owner_id,
-        file_id=file.file_id,
-        filename=file.filename,
-        purpose=RESULTS_PURPOSE,
-        size=file.size,
-        sha256=file.sha256,
-        storage_key=file.storage_key,
-    )
 
 
 def get(session: Session, *, owner_id: str, file_id: str) -> File:

@@ -8,7 +8,6 @@ collect at the same time.
 from __future__ import annotations
 
 from contextlib import suppress
-from dataclasses import dataclass
 from typing import Any
 
 from sqlalchemy import Delete, Update, delete, func, select, update
@@ -23,10 +22,8 @@ from store.storage.artifacts import EXPORTS, FILES, PREPARED, Artifacts, attempt
 _BATCH = 100
 
 
-@dataclass(frozen=True, kw_only=True)
-class _Garbage:
-    storage_key: str
-    deleted: Update | Delete  #: the statement to execute once the bytes are deleted
+#: A storage key, and the statement to execute once its bytes are deleted.
+_Garbage = tuple[str, Update | Delete]
 
 
 def collect(factory: SessionFactory, artifacts: Artifacts, *, quiet_seconds: float = 600.0) -> None:
@@ -37,10 +34,10 @@ def collect(factory: SessionFactory, artifacts: Artifacts, *, quiet_seconds: flo
     """
     with transaction(factory) as session:
         garbage = _of_deleted_rows(session)
-    for item in garbage:
-        artifacts.delete(item.storage_key)
+    for storage_key, deleted in garbage:
+        artifacts.delete(storage_key)
         with transaction(factory) as session:
-            session.execute(item.deleted)
+            session.execute(deleted)
     with transaction(factory) as session:
         attempts = _ended_attempts(session, quiet_seconds)
     for job_id, number in attempts:
@@ -104,41 +101,36 @@ def _of_deleted_rows(session: Session) -> list[_Garbage]:
         .where(Job.finished_at.is_not(None))  # until then the job may resume from it
     )
     archives = (
-        select(Export)
+        select(Export.storage_key)
         .join(FineTunedModel, FineTunedModel.id == Export.model_id)
         .where(FineTunedModel.deleted_at.is_not(None), Export.storage_key.is_not(None))
     )
-    results = select(StageResult).where(StageResult.removed_at.is_not(None))
+    results = select(StageResult.storage_key).where(StageResult.removed_at.is_not(None))
     return [
         *(_of_row(File, row, row.storage_key) for row in files.purgeable(session, limit=_BATCH)),
         *(_of_row(Checkpoint, row, row.storage_key) for row in session.scalars(checkpoints.limit(_BATCH))),
         *(_of_row(FineTunedModel, row, _model_key(row)) for row in session.scalars(models.limit(_BATCH))),
-        *(_of_archive(row) for row in session.scalars(archives.limit(_BATCH))),
-        *(_of_stage_result(row) for row in session.scalars(results.limit(_BATCH))),
+        *(
+            (key, update(Export).where(Export.storage_key == key).values(storage_key=None))
+            for key in session.scalars(archives.limit(_BATCH))
+            if key is not None
+        ),
+        *(
+            (key, delete(StageResult).where(StageResult.storage_key == key))
+            for key in session.scalars(results.limit(_BATCH))
+        ),
     ]
 
 
 def _of_row(
     table: type[File] | type[Checkpoint] | type[FineTunedModel], row: Any, storage_key: str
 ) -> _Garbage:
-    purged = update(table).where(table.id == row.id).values(purged_at=func.now())
-    return _Garbage(storage_key=storage_key, deleted=purged)
+    return storage_key, update(table).where(table.id == row.id).values(purged_at=func.now())
 
 
 def _model_key(model: FineTunedModel) -> str:
     """Returns the key to delete: of a checkpoint's model the whole checkpoint, which no job resumes from any more."""
     return model.storage_key.removesuffix("/bundle") if model.kind == "checkpoint" else model.storage_key
-
-
-def _of_archive(archive: Export) -> _Garbage:
-    assert archive.storage_key is not None
-    dropped = update(Export).where(Export.storage_key == archive.storage_key).values(storage_key=None)
-    return _Garbage(storage_key=archive.storage_key, deleted=dropped)
-
-
-def _of_stage_result(result: StageResult) -> _Garbage:
-    dropped = delete(StageResult).where(StageResult.storage_key == result.storage_key)
-    return _Garbage(storage_key=result.storage_key, deleted=dropped)
 
 
 def _ended_attempts(session: Session, quiet_seconds: float) -> list[tuple[str, int]]:

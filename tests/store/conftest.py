@@ -129,16 +129,9 @@ class Bench:
 
     def file(self, *, owner_id: str = OWNER, purpose: str = files.TRAINING_PURPOSE) -> str:
         file_id = ids.new_file_id()
-        self.do(
-            files.create,
-            owner_id=owner_id,
-            file_id=file_id,
-            filename="rows.jsonl",
-            purpose=purpose,
-            size=12,
-            sha256=SHA,
-            storage_key=f"files/{file_id}",
-        )
+        key = f"files/{file_id}"
+        file = files.NewFile(file_id=file_id, filename="rows.jsonl", size=12, sha256=SHA, storage_key=key)
+        self.do(files.create, owner_id=owner_id, purpose=purpose, file=file)
         return file_id
 
 

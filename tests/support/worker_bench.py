@@ -24,6 +24,7 @@ from store.jobs import endings, jobs, leases
 from store.jobs.spec import TrainingSpec
 from store.storage import files
 from store.storage.artifacts import file_key
+from store.storage.files import NewFile
 from worker.context import Context
 from worker.jobs.train import train_job
 
@@ -63,16 +64,10 @@ class Bench:
         key = file_key(file_id)
         sha256 = self.context.artifacts.put_stream(key, [content])
         with transaction(self.context.sessions) as session:
-            files.create(
-                session,
-                owner_id=self.owner,
-                file_id=file_id,
-                filename="rows.jsonl",
-                purpose="fine-tune",
-                size=len(content),
-                sha256=sha256,
-                storage_key=key,
+            file = NewFile(
+                file_id=file_id, filename="rows.jsonl", size=len(content), sha256=sha256, storage_key=key
             )
+            files.create(session, owner_id=self.owner, purpose="fine-tune", file=file)
         return file_id
 
     def run(self, job_id: str, context: Context | None = None) -> Job:

@@ -9,7 +9,6 @@ import json
 import logging
 import time
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -27,14 +26,6 @@ log = logging.getLogger(__name__)
 #: A short stage saves a checkpoint at the end of each epoch. Step checkpoints are stored no more often than this,
 #: or than the operator's interval where that is shorter.
 _MIN_SECONDS = 30.0
-
-
-@dataclass(frozen=True, kw_only=True)
-class StoredDirectory:
-    """A directory in storage under `key`; the manifest is {file: SHA-256}."""
-
-    key: str
-    manifest: dict[str, str]
 
 
 class Publisher:
@@ -82,10 +73,10 @@ class Publisher:
         for old_key in old_keys:
             self._delete(old_key)
 
-    def bundle(self, path: Path) -> StoredDirectory:
-        """Stores the trained model."""
+    def bundle(self, path: Path) -> tuple[str, dict[str, str]]:
+        """Stores the trained model. Returns its storage key and its manifest, {file: SHA-256}."""
         key = f"{self._prefix}/bundle"
-        return StoredDirectory(key=key, manifest=self._store(key, path))
+        return key, self._store(key, path)
 
     def loss_history(self) -> NewFile:
         """Stores the loss history as the job's result file, whose row is written with the job's end."""

@@ -61,11 +61,11 @@ def _train(attempt: Attempt) -> Ending:
     with gpu_requested(attempt.context, f"{attempt.claim.job_id}/{attempt.claim.attempt}"):
         result = attempt.run_engine("train", run, final_code="SUCCEEDED", handle=recorder.handle)
 
-    bundle = publisher.bundle(run.out)
+    storage_key, manifest = publisher.bundle(run.out)
     return partial(
         endings.finish_succeeded,
-        storage_key=bundle.key,
-        manifest=bundle.manifest,
+        storage_key=storage_key,
+        manifest=manifest,
         task=bundle_task(run.out),
         evaluation=result["evaluation"],
         parity=result["parity"],
