@@ -54,7 +54,8 @@ class StageStartedData(StageData):
     learning_rate: float | str
     trained_parameters: int
     cache: dict[str, Any]  #: CachePlan.to_json
-    memory_bytes: int  #: predicted peak of the process
+    memory_bytes: int  #: predicted peak of the process on its device
+    host_memory_bytes: int  #: predicted beside it, in the machine's memory; 0 on a CPU
     token_budget: int  #: tokens of a forward pass, at most
     compiled: bool
     checkpointing: bool  #: gradient checkpointing

@@ -132,8 +132,11 @@ def load_model(
 
     `device` "auto" spreads the layers over all GPUs with accelerate. `attention` is a name that transformers
     knows or that was registered with its AttentionInterface; None is the family's own. No other thread may make
-    tensors of the default dtype meanwhile. Raises ModelError if a weight is missing.
+    tensors of the default dtype meanwhile. Raises ModelError if a weight is missing, torch.OutOfMemoryError
+    for a model that does not fit on the device.
     """
+    from torch import OutOfMemoryError
+
     config = read_config(base.path)
     model_class = transformers.MODEL_FOR_CAUSAL_LM_MAPPING[type(config)]
     try:
@@ -149,6 +152,8 @@ def load_model(
                 trust_remote_code=False,
                 output_loading_info=True,
             )
+    except OutOfMemoryError:
+        raise  # a RuntimeError too, but not the model's fault: callers make room and try again
     except RuntimeError as error:
         raise ModelError(f"{base.reference} can't be loaded: {error}", code=UNSUPPORTED) from error
     # transformers fills what is missing with random numbers and a warning.

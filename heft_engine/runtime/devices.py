@@ -21,12 +21,13 @@ _TRAINING_COMMAND = frozenset({"heft_engine", "train"})
 
 
 def choose_device(requested: str | None = None) -> str:
-    """Returns `requested`, else "cuda" with one GPU, "auto" (placed by accelerate) with several, "cpu" with none."""
+    """Returns `requested`, else "cuda" where there is a GPU, else "cpu".
+
+    Of several GPUs one is used, the current one: a model is spread over all of them on request ("auto") only.
+    """
     if requested is not None:
         return requested
-    if not torch.cuda.is_available():
-        return "cpu"
-    return "auto" if torch.cuda.device_count() > 1 else "cuda"
+    return "cuda" if torch.cuda.is_available() else "cpu"
 
 
 def choose_dtype(requested: Dtype, device: str) -> torch.dtype:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from enum import StrEnum
 from pathlib import Path
 from typing import Any
 
@@ -19,9 +20,16 @@ from heft_engine.training.activation_store import StageActivations
 from heft_engine.training.forward_pass import ForwardPass, FullPass, SuffixPass
 
 
+class CachePlace(StrEnum):
+    """The memory that a cache lies in. Checkpoints carry the values."""
+
+    HOST = "host"  #: the machine's memory: on a CPU, the same that passes take
+    DISK = "disk"  #: a mapped file
+
+
 @dataclass(frozen=True, kw_only=True)
 class CacheBudget:
-    """Bytes that a run's cache may take: of memory, and of files in `directory`.
+    """Bytes that a run's cache may take: of the machine's memory, and of files in `directory`.
 
     memory: None is a quarter of what is free when the stage starts, shared among `sharers` runs.
     """
@@ -33,7 +41,7 @@ class CacheBudget:
 
     def without(self, plan: CachePlan) -> CacheBudget:
         """Returns what a plan leaves of the budget."""
-        if plan.on_disk:
+        if plan.place == CachePlace.DISK:
             return replace(self, disk=self.disk - plan.bytes)
         return replace(self, memory=self.memory_bytes() - plan.bytes)
 
@@ -45,19 +53,32 @@ class CacheBudget:
 
 @dataclass(frozen=True, kw_only=True)
 class CachePlan:
-    """The cache of some rows: its level, whether it is a file, and its bytes. Checkpoints carry it."""
+    """The cache of some rows: its level, its place and its bytes. Checkpoints carry it."""
 
     level: CacheLevel
-    on_disk: bool = False
+    place: CachePlace = CachePlace.HOST
     bytes: int = 0
 
     @staticmethod
     def from_json(values: Mapping[str, Any]) -> CachePlan:
-        return CachePlan(level=CacheLevel(values["rung"]), on_disk=values["on_disk"], bytes=values["bytes"])
+        """Returns the plan of `to_json`; of a checkpoint without a place, by whether it was on disk."""
+        place = values.get("place", "disk" if values["on_disk"] else "host")
+        return CachePlan(level=CacheLevel(values["rung"]), place=CachePlace(place), bytes=values["bytes"])
 
     def to_json(self) -> dict[str, Any]:
         """Returns the plan as checkpoints and events carry it."""
-        return {"rung": self.level.value, "on_disk": self.on_disk, "bytes": self.bytes}
+        on_disk = self.place == CachePlace.DISK
+        return {
+            "rung": self.level.value,
+            "place": self.place.value,
+            "on_disk": on_disk,
+            "bytes": self.bytes,
+        }
+
+    def bytes_on(self, device: torch.device) -> int:
+        """Returns the bytes that the cache takes of a device's own memory."""
+        in_host_memory = self.place == CachePlace.HOST
+        return self.bytes if in_host_memory and device.type == "cpu" else 0
 
     def open(
         self,
@@ -70,8 +91,9 @@ class CachePlan:
         """Returns the forward pass of these examples. Fills the cache, or takes it from `activations`."""
         if self.level == CacheLevel.NONE or not examples:
             return FullPass(lm=lm, examples=examples)
-        cache = SuffixCache(lm, boundary, examples, self.level, file if self.on_disk else None, activations)
-        if self.on_disk and file is not None:
+        file = file if self.place == CachePlace.DISK else None
+        cache = SuffixCache(lm, boundary, examples, self.level, file, activations)
+        if file is not None:
             # The mapping stays; nothing is left behind, however this process ends.
             file.unlink(missing_ok=True)
         return SuffixPass(cache=cache)
@@ -95,5 +117,5 @@ def plan_cache(
         if size <= budget.memory_bytes():
             return CachePlan(level=level, bytes=size)
         if size <= disk:
-            return CachePlan(level=level, on_disk=True, bytes=size)
+            return CachePlan(level=level, place=CachePlace.DISK, bytes=size)
     return CachePlan(level=CacheLevel.NONE)

@@ -37,7 +37,11 @@ COUNTED_ROWS = 200_000
 
 @dataclass(frozen=True, kw_only=True)
 class StagePlan:
-    """compile_failure: why layers that should run compiled do not. memory_bytes: predicted peak of the process."""
+    """compile_failure: why layers that should run compiled do not.
+
+    memory_bytes: predicted peak of the process on the model's device. host_memory_bytes: what the stage adds beside it
+    in the machine's memory, if the device is a GPU.
+    """
 
     cache: CachePlan
     validation_cache: CachePlan
@@ -46,6 +50,7 @@ class StagePlan:
     token_budget: int
     checkpointing: bool
     memory_bytes: int
+    host_memory_bytes: int = 0
 
     @property
     def as_progress(self) -> Progress:
@@ -102,6 +107,7 @@ def plan_stage(
             token_budget=fit.token_budget,
             checkpointing=fit.checkpointing,
             memory_bytes=devices.resident_bytes(lm.device) + fixed + passes.peak_bytes(fit),
+            host_memory_bytes=_host_bytes(lm.device, cache, validation_cache),
         )
 
 
@@ -147,9 +153,16 @@ def _free_bytes(options: StageOptions, device: torch.device) -> int:
 
 
 def _fixed_bytes(inputs: StageInputs, *caches: CachePlan) -> int:
-    """Returns what the stage takes from its start to its end: caches in memory, gradients, Adam's state."""
-    cached = sum(cache.bytes for cache in caches if not cache.on_disk)
+    """Returns what the stage takes of the device from its start to its end: caches, gradients, Adam's state."""
+    cached = sum(cache.bytes_on(inputs.lm.device) for cache in caches)
     return cached + memory_plan.gradient_bytes(list(inputs.adapter.parameters().values()))
+
+
+def _host_bytes(device: torch.device, *caches: CachePlan) -> int:
+    """Returns what caches take of the machine's memory beside a GPU's; 0 on a CPU, whose memory it is."""
+    if device.type == "cpu":
+        return 0
+    return sum(cache.bytes_on(torch.device("cpu")) for cache in caches)
 
 
 @dataclass(frozen=True, kw_only=True)

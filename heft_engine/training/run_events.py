@@ -57,6 +57,7 @@ def stage_started(config: TrainConfig, inputs: StageInputs, plan: StagePlan) -> 
         trained_parameters=inputs.trained_parameters(),
         cache=plan.cache.to_json(),
         memory_bytes=plan.memory_bytes,
+        host_memory_bytes=plan.host_memory_bytes,
         token_budget=plan.token_budget,
         compiled=plan.compiled,
         checkpointing=plan.checkpointing,

@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 import torch
+import transformers
 from safetensors.torch import load_file, save_file
 from tiny_models import FAMILIES
 
@@ -183,6 +184,17 @@ def test_a_tensor_of_another_shape(model_dir: Path) -> None:
     with pytest.raises(ModelError, match="can't be loaded") as caught:
         load_model(resolve("tiny", model_dir=model_dir), dtype=torch.float32)
     assert caught.value.code == "unsupported_model"
+
+
+def test_running_out_of_memory_is_not_the_models_fault(
+    model_dir: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def from_pretrained(*args: Any, **options: Any) -> None:
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 86.00 MiB")
+
+    monkeypatch.setattr(transformers.LlamaForCausalLM, "from_pretrained", from_pretrained)
+    with pytest.raises(torch.OutOfMemoryError, match="Tried to allocate"):
+        load_model(resolve("tiny", model_dir=model_dir), dtype=torch.float32)
 
 
 def test_an_adapter_is_no_base_model(model_dir: Path) -> None:

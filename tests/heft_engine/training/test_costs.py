@@ -67,7 +67,7 @@ def test_it_is_what_torch_counts_for_reft_on_the_cache(tiny_llama_dir: Path) -> 
     inputs = load_inputs(tiny_llama_dir, [stage], yes_no_rows())
     trainable = ReftAdapter.attach(inputs.lm, stage)
     boundary = trainable.boundary()
-    plan = CachePlan(level=CacheLevel.KV, on_disk=False, bytes=0)
+    plan = CachePlan(level=CacheLevel.KV, bytes=0)
     with Counted() as counted:
         forward = plan.open(inputs.lm, boundary, inputs.examples, None)
         for _ in range(6):

@@ -25,7 +25,7 @@ from heft_engine.model.base_models import load_model, resolve_path
 from heft_engine.model.interventions import PlacedIntervention
 from heft_engine.model.packed_lm import PackedLM
 from heft_engine.objectives.supervised import SupervisedObjective
-from heft_engine.training.cache_plan import CacheBudget, CachePlan, plan_cache
+from heft_engine.training.cache_plan import CacheBudget, CachePlace, CachePlan, plan_cache
 from heft_engine.training.forward_pass import ForwardPass, FullPass, summed_loss
 
 MakeModel = Callable[[str], Path]
@@ -117,14 +117,10 @@ def test_a_reft_stage_on_every_cache_level(
     trainable = ReftAdapter.attach(lm, but(REFT, layers=[1, 3], positions=positions, rank=2))
     trainable.train(False)
     plain = computed(FullPass(lm=lm, examples=rows()), trainable)
-    ladder: list[tuple[CacheLevel, bool]] = [
-        (CacheLevel.HIDDEN_STATES, False),
-        (CacheLevel.HIDDEN_STATES, True),
-    ]
-    if positions == "l1":
-        ladder += [(CacheLevel.KV, False), (CacheLevel.KV, True)]
-    for level, on_disk in ladder:
-        plan = CachePlan(level=level, on_disk=on_disk, bytes=0)
+    levels = [CacheLevel.HIDDEN_STATES, CacheLevel.KV] if positions == "l1" else [CacheLevel.HIDDEN_STATES]
+    ladder = [(level, place) for level in levels for place in CachePlace]
+    for level, place in ladder:
+        plan = CachePlan(level=level, place=place, bytes=0)
         forward = plan.open(lm, trainable.boundary(), rows(), tmp_path / "cache")
         assert not (tmp_path / "cache").exists(), "nothing is left behind, however the process ends"
         assert_same(computed(forward, trainable), plain)
@@ -142,9 +138,7 @@ def test_lora_on_upper_layers_on_every_cache_level(make_tiny_model: MakeModel, f
             parameter.normal_(std=0.1)
     trainable.train(False)
     plain = computed(FullPass(lm=lm, examples=rows()), trainable)
-    forward = CachePlan(level=CacheLevel.HIDDEN_STATES, on_disk=False, bytes=0).open(
-        lm, trainable.boundary(), rows(), None
-    )
+    forward = CachePlan(level=CacheLevel.HIDDEN_STATES, bytes=0).open(lm, trainable.boundary(), rows(), None)
     assert_same(computed(forward, trainable), plain)
 
 
@@ -159,18 +153,16 @@ def test_the_ladder_is_climbed_as_far_as_the_budget_allows(tiny_llama_dir: Path,
     # 137 tokens are fed in, 109 of them left of a last prompt token; above are two layers of two heads of 8.
     tokens, left = 115 + 1 + 2 + 19, 0 + 1 + 4 + 16 + 39 + 49
     states, keys_values = 4 * 32 * tokens, 4 * (32 * (tokens - left) + 2 * 2 * 16 * left)
-    assert plan(memory=10**9) == CachePlan(level=CacheLevel.KV, on_disk=False, bytes=keys_values)
-    assert plan(memory=keys_values - 1, disk=keys_values).on_disk
+    assert plan(memory=10**9) == CachePlan(level=CacheLevel.KV, bytes=keys_values)
+    assert plan(memory=keys_values - 1, disk=keys_values).place == CachePlace.DISK
     assert plan(memory=keys_values - 1, disk=keys_values).level == CacheLevel.KV
-    assert plan(memory=states, disk=0) == CachePlan(
-        level=CacheLevel.HIDDEN_STATES, on_disk=False, bytes=states
-    )
+    assert plan(memory=states, disk=0) == CachePlan(level=CacheLevel.HIDDEN_STATES, bytes=states)
     assert plan(memory=0, disk=states) == CachePlan(
-        level=CacheLevel.HIDDEN_STATES, on_disk=True, bytes=states
+        level=CacheLevel.HIDDEN_STATES, place=CachePlace.DISK, bytes=states
     )
     assert plan(memory=0, disk=0).level == CacheLevel.NONE
     # With a first token intervened, nothing is left of the suffix.
-    assert plan(first, memory=10**9) == CachePlan(level=CacheLevel.HIDDEN_STATES, on_disk=False, bytes=states)
+    assert plan(first, memory=10**9) == CachePlan(level=CacheLevel.HIDDEN_STATES, bytes=states)
     assert (
         plan(LoraAdapter.attach(lm, LoraStage(target_modules=["q_proj"])).boundary(), memory=10**9).level
         == "nothing"
