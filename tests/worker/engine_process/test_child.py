@@ -40,6 +40,9 @@ def test_only_listed_variables_are_inherited() -> None:
         "PATH": "/bin",
         "HF_HOME": "/hub",
         "CUDA_VISIBLE_DEVICES": "1",
+        "NCCL_SOCKET_IFNAME": "eth0",
+        "TRITON_CACHE_DIR": "/cache",
+        "CUBLAS_WORKSPACE_CONFIG": ":4096:8",
         "OMP_NUM_THREADS": "2",
         "HEFT_KERNELS": "off",
         "https_proxy": "http://proxy",
@@ -49,7 +52,8 @@ def test_only_listed_variables_are_inherited() -> None:
     }
     inherited = child_environment(environment)
     assert {name for name in environment if name in inherited} == {
-        *("PATH", "HF_HOME", "CUDA_VISIBLE_DEVICES", "OMP_NUM_THREADS", "HEFT_KERNELS", "https_proxy")
+        *("PATH", "HF_HOME", "CUDA_VISIBLE_DEVICES", "OMP_NUM_THREADS", "HEFT_KERNELS", "https_proxy"),
+        *("NCCL_SOCKET_IFNAME", "TRITON_CACHE_DIR", "CUBLAS_WORKSPACE_CONFIG"),
     }
 
 
