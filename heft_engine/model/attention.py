@@ -62,7 +62,7 @@ def packed_attention(
     how = AttentionOptions(scaling, sliding_window, softcap)
     if layout.decoding is not None:
         return layout.decoding.attend(layer, query, key, value, how), None
-    if varlen_attention.is_supported(query, how):
+    if varlen_attention.is_supported(query, how) and varlen_attention.fits(layout):
         return varlen_attention.varlen_attention(layer, query, key, value, layout, how), None
     if layout.prefix is not None:
         return suffix_attention(query, key, value, layout.prefix, layer, how), None
@@ -105,9 +105,7 @@ def _segments(layout: Layout, group: AttentionGroup) -> list[int]:
     A row with one branch is one causal sequence; rows of one group are one segment.
     """
     rows = layout.rows[group.first : group.end]
-    if len(rows) > 1 or len(rows[0].branches) < 2:
-        return [sum(row.length for row in rows)]
-    return [rows[0].prompt_length, *rows[0].branches]
+    return list(rows[0].segments) if len(rows) == 1 else [sum(row.length for row in rows)]
 
 
 def _split(states: Tensor, lengths: list[int]) -> list[Tensor]:

@@ -58,6 +58,11 @@ class PackedRow:
         """Tokens in the batch."""
         return self.prompt_length + sum(self.branches)
 
+    @property
+    def segments(self) -> tuple[int, ...]:
+        """Lengths of the causal sequences in the batch: the prompt and each of several branches, or all as one."""
+        return (self.length,) if len(self.branches) < 2 else (self.prompt_length, *self.branches)
+
 
 class KVSink(Protocol):
     """Keeps keys and values that a batch leaves behind."""

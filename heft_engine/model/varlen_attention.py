@@ -24,7 +24,9 @@ from heft_engine.model.layout import AttentionOptions, Layout, PackedRow, Prefix
 _LARGEST_HEAD = 256
 _UNTRAINABLE_HEADS = range(193, 225)
 _FIRST_CAPABILITY = (8, 0)
-_MEMO = "varlen"
+#: Keys that a scoring pass gathers at most: 0.5 GB of keys and values a layer for Llama-2-7B.
+MOST_KEYS = 32_768
+_MEMO, _FITS = "varlen", "varlen fits"
 
 
 def is_supported(query: Tensor, options: AttentionOptions) -> bool:
@@ -50,6 +52,25 @@ def _has_kernel(device: torch.device) -> bool:
     return torch.version.hip is None and torch.cuda.get_device_capability(device) >= _FIRST_CAPABILITY
 
 
+def fits(layout: Layout) -> bool:
+    """Returns False if the branches and cached prefixes of a layout would be gathered into more than MOST_KEYS keys.
+
+    Each branch and each row that continues a prefix has a copy of all that is left of it. A training pass's prefixes
+    are planned for (heft_engine.training.plan).
+    """
+    if layout.prefix is not None:
+        return True
+    if _FITS not in layout.memo:
+        keys = 0
+        prefixes = layout.cached_prefixes or (None,) * len(layout.rows)
+        for row, prefix in zip(layout.rows, prefixes, strict=True):
+            first, *branches = row.segments
+            left = first + (prefix.length if prefix is not None else 0)
+            keys += left + sum(left + branch for branch in branches)
+        layout.memo[_FITS] = keys <= max(MOST_KEYS, sum(row.length for row in layout.rows))
+    return cast(bool, layout.memo[_FITS])
+
+
 def varlen_attention(
     layer: int, query: Tensor, key: Tensor, value: Tensor, layout: Layout, options: AttentionOptions
 ) -> Tensor:
@@ -65,7 +86,8 @@ def varlen_attention(
             for parts, states in zip(earlier, (keys, values), strict=True)
         )
     window = (-1, 0) if options.window is None else (options.window - 1, 0)
-    # One split: a row's bits then do not depend on the longest row beside it.
+    # One split: the sums of a row are not cut by the longest row beside it. With a window the kernel may still choose
+    # other tiles when no row is longer than the window.
     out = varlen_attn(
         queries.contiguous(),
         keys.contiguous(),
@@ -137,9 +159,8 @@ def _prefix_places(layout: Layout) -> tuple[list[range], tuple[PrefixKV, ...], i
     """Returns where the keys left of each row lie among the kept ones, the distinct cached prefixes, all kept keys."""
     if layout.prefix is not None:
         padded = layout.prefix.keys_values.shape[4]
-        starts = range(0, padded * len(layout.rows), padded)
-        by_row = zip(starts, layout.prefix.lengths, strict=True)
-        return [range(start, start + length) for start, length in by_row], (), padded * len(layout.rows)
+        places_by_row = [range(i * padded, i * padded + n) for i, n in enumerate(layout.prefix.lengths)]
+        return places_by_row, (), padded * len(layout.rows)
     places: dict[PrefixKV, range] = {}
     by_prefix, end = [], 0
     for prefix in layout.cached_prefixes or (None,) * len(layout.rows):
@@ -154,19 +175,16 @@ def _prefix_places(layout: Layout) -> tuple[list[range], tuple[PrefixKV, ...], i
 
 
 def _row_segments(row: PackedRow, before: range, prefix_tokens: int) -> Iterator[tuple[int, list[int]]]:
-    """Yields the number of queries and the places of the keys of a row's segments.
-
-    These are its prompt and each branch of a row with several branches; a row with one branch is one causal sequence.
-    """
+    """Yields the number of queries and the places of the keys of a row's segments."""
+    first, *branches = row.segments
     start = prefix_tokens + row.start
-    first = row.length if len(row.branches) < 2 else row.prompt_length
-    left = [*before, *range(start, start + first)]
+    end = start + first
+    left = [*before, *range(start, end)]
     if first:
         yield first, left
-    for length in row.branches if len(row.branches) > 1 else ():
-        branch = start + first
-        yield length, [*left, *range(branch, branch + length)]
-        start += length
+    for length in branches:
+        yield length, [*left, *range(end, end + length)]
+        end += length
 
 
 def _earlier_keys_values(
@@ -190,6 +208,5 @@ def _write(layout: Layout, layer: int, keys: Tensor, values: Tensor) -> None:
     """Gives each row's keys and values, those of the prompt alone where it has several branches, to the KVSink."""
     assert layout.kv_sink is not None
     for index, row in enumerate(layout.rows):
-        length = row.length if len(row.branches) < 2 else row.prompt_length
-        place = slice(row.start, row.start + length)
+        place = slice(row.start, row.start + row.segments[0])
         layout.kv_sink.write(layer, index, keys[:, :, place], values[:, :, place])

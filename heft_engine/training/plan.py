@@ -249,7 +249,8 @@ class _Passes:
             return footprint.of(with_gradient)
         kv_heads, head_dim = lm.kv_shape
         per_token = 2 * kv_heads * head_dim * (lm.n_layers - self.boundary.layer) * lm.dtype.itemsize
-        copies = 1 if self.level == CacheLevel.KV else 2
+        # Keys and values computed in the step are copied from there, and on a GPU each layer gathers its own.
+        copies = 1 if self.level == CacheLevel.KV and lm.device.type == "cpu" else 2
         total = footprint.of(with_gradient) + copies * len(rows) * max(cached) * per_token
         if self.level == CacheLevel.HIDDEN_STATES:
             total += memory_plan.pass_bytes(lm, sum(cached))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -20,7 +21,7 @@ from heft_engine.adapters.reft import ReftAdapter
 from heft_engine.config.flops import CacheLevel
 from heft_engine.data.encoding import Example
 from heft_engine.inference.prefix_cache import PrefixCache, prefix_hashes
-from heft_engine.inference.scoring import ScoringRow, score_rows
+from heft_engine.inference.scoring import ScoringRow, score, score_rows
 from heft_engine.model import varlen_attention
 from heft_engine.model.layout import AttentionOptions
 from heft_engine.objectives.supervised import SupervisedObjective
@@ -101,23 +102,60 @@ def test_branches_and_cached_prefixes(
     ]
     others = examples(2, longest=30)
 
-    def score(questions: Sequence[Example], cache: PrefixCache | None) -> list[float]:
+    found: list[bool] = []
+
+    def totals(questions: Sequence[Example], cache: PrefixCache | None) -> list[float]:
         rows = []
         for question in questions:
             hashes = prefix_hashes(variant, question.prompt, scale=1.0, owner=None) if cache else []
             prefix = cache.find(hashes) if cache else None
+            found.append(prefix is not None)
             rows.append(ScoringRow(example=question, variant=variant, hashes=hashes, cached_prefix=prefix))
         return [total for scores in score_rows(rows, cache) for total in scores.totals]
 
-    expected = score([*questions, *others], None)
+    expected = totals([*questions, *others], None)
     layers = use_reference(monkeypatch)
-    assert score([*questions, *others], None) == pytest.approx(expected, abs=SCORES, rel=SCORES)
+    assert totals([*questions, *others], None) == pytest.approx(expected, abs=SCORES, rel=SCORES)
     assert layers
     cache = PrefixCache(2**24)
-    filling = score(questions[:1], cache)
+    filling = totals(questions[:1], cache)
     assert cache.used_bytes > 0
-    continuing = score([*questions[1:], *others], cache)
+    found.clear()
+    continuing = totals([*questions[1:], *others], cache)
+    assert found == [True] * 3 + [False] * 2, "rows continue the cached prefix"
     assert filling + continuing == pytest.approx(expected, abs=SCORES, rel=SCORES)
+
+
+@torch.inference_mode()
+def test_validation_rows_without_a_prefix(tiny_llama_dir: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Prompts of one token: nothing is left of the last position, and nothing is intervened on."""
+    lm = packed(tiny_llama_dir)
+    adapter = ReftAdapter.attach(lm, but(REFT, layers=[1], positions="l1"))
+    adapter.train(False)
+    rows = [Example(prompt=(7,), answers=((5, n),), labels=("",), gold=0) for n in range(3)]
+    forward = SuffixPass(cache=SuffixCache(lm, adapter.boundary(), rows, CacheLevel.KV))
+    loss = summed_loss(forward, SupervisedObjective(), range(3))
+    layers = use_reference(monkeypatch)
+    varlen_loss = summed_loss(forward, SupervisedObjective(), range(3))
+    assert layers
+    torch.testing.assert_close(varlen_loss, loss, rtol=SCORES, atol=SCORES)
+
+
+def test_rows_that_would_gather_too_many_keys_attend_alone(
+    tiny_llama_dir: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    lm = packed(tiny_llama_dir)
+    layers = use_reference(monkeypatch)
+    # 40 tokens with a branch each for three answers: 40 + 3 * 41 + 2 keys.
+    choices = [Example(prompt=(7,) * 40, answers=((5, 6), (8, 3), (9, 4, 1)), labels=("a", "b", "c"), gold=0)]
+    together = score(lm, choices)
+    assert layers
+    layers.clear()
+    monkeypatch.setattr(varlen_attention, "MOST_KEYS", 100)
+    assert score(lm, choices)[0].totals == pytest.approx(together[0].totals, abs=SCORES, rel=SCORES)
+    assert not layers
+    assert score(lm, [replace(choices[0], prompt=(7,) * 110, answers=((5,),), labels=("a",))])
+    assert layers, "a pass that gathers nothing is of any length"
 
 
 @pytest.mark.parametrize(
