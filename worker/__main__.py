@@ -62,7 +62,10 @@ def run(
 def _context(role: Role, values: StoreSettings, engine_command: Sequence[str]) -> Iterator[Context]:
     root = (values.cache_dir or user_cache_path("heft")) / "workers"
     engine = make_engine(values.database_url)
-    with acquire_slot(root, role) as slot, closing(Hints(make_celery(values.redis_url))) as hints:
+    with ExitStack() as stack:
+        stack.callback(engine.dispose)
+        slot = stack.enter_context(acquire_slot(root, role))
+        hints = stack.enter_context(closing(Hints(make_celery(values.redis_url))))
         yield Context(
             worker_id=slot.worker_id,
             settings=values,
@@ -75,7 +78,6 @@ def _context(role: Role, values: StoreSettings, engine_command: Sequence[str]) -
             device=visible_device(),
             engine_command=engine_command,
         )
-    engine.dispose()
 
 
 def _register(app: Celery, role: Role, context: Context, stack: ExitStack) -> list[Chore]:

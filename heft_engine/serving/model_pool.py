@@ -17,6 +17,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Literal
 
+import torch
+
 from heft_engine.bundle.assemble import resolve_base
 from heft_engine.bundle.format import read_bundle
 from heft_engine.config.metric_names import TaskType
@@ -60,7 +62,6 @@ class ModelPool:
         allow_paths: bool = True,
         device: str | None = None,
         key_value_bytes: int = KEY_VALUE_BYTES,
-        out_of_memory: tuple[type[BaseException], ...] = (MemoryError,),
         on_evict: Callable[[], None] = lambda: None,
     ) -> None:
         self._budget = budget_bytes
@@ -73,7 +74,6 @@ class ModelPool:
         }
         self._device = choose_device(device)
         self._key_value_bytes = key_value_bytes
-        self._out_of_memory = out_of_memory
         self._on_evict = on_evict
         self._lock = threading.RLock()
         self._entries: dict[ModelName, PoolEntry] = {}
@@ -176,7 +176,7 @@ class ModelPool:
     def _load_or_make_room(self, entry: PoolEntry) -> LoadedModel:
         try:
             return self._load_model(entry)
-        except self._out_of_memory:
+        except (MemoryError, torch.OutOfMemoryError):
             log.warning("out of memory while loading a model: evicting all idle ones")
         self.evict_idle()
         return self._load_model(entry)

@@ -45,7 +45,6 @@ class Models:
             cache_dir=settings.cache_dir,
             allow_paths=False,
             key_value_bytes=settings.generate_memory_bytes,
-            out_of_memory=(MemoryError, torch.OutOfMemoryError),
             on_evict=self._on_evict,
         )
         self._trimmed_at = time.monotonic()

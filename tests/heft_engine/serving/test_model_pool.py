@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from engine_runs import LORA, REFT, but, config, parse, run, yes_no
 from tiny_models import save_tiny_model
 
@@ -217,12 +218,13 @@ def test_a_load_that_failed_is_tried_again_with_the_next_request(
     assert ask(pool, library, "m0")
 
 
+@pytest.mark.parametrize("error", [MemoryError, torch.OutOfMemoryError])
 def test_without_memory_idle_models_are_evicted_first(
-    make_pool: Callable[..., ModelPool], library: Library
+    make_pool: Callable[..., ModelPool], library: Library, error: type[BaseException]
 ) -> None:
     pool = make_pool()
     ask(pool, library, "m0")
-    library.fault = MemoryError()
+    library.fault = error()
     assert ask(pool, library, "m1")
     assert pool.names == ["m1"]
 
