@@ -76,7 +76,7 @@ class StoreSettings(BaseSettings):
     memory_budget_bytes: int = (
         0  #: of models in one inference worker; 0: three quarters of the machine's memory
     )
-    #: Of that budget, for the prefix cache; 0: none, and scores have equal bits.
+    #: Of that budget, for the prefix cache; 0: none.
     prefix_cache_bytes: int = Field(default=512 * 1024**2, ge=0)
     hold_models: Hold = "auto"  #: fine-tuned models in memory: merged, shared, or chosen by use
 

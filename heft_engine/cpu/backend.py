@@ -25,6 +25,10 @@ class CpuBackend(TorchBackend):
 
     def __init__(self, layers: DecoderLayers) -> None:
         super().__init__(layers)
+        #: AMX products have the same bits in any batch for nothing.
+        self.is_batch_invariant |= any(
+            packed_weights.amx_for_weight(weight) is not None for weight in self._weights()
+        )
         self._fused_layers: FusedLayers | None = None
         #: Held while fused layers are built: threads may need them side by side.
         self._building = threading.Lock()
@@ -44,8 +48,7 @@ class CpuBackend(TorchBackend):
             yield
 
     def pass_length(self, tokens: int) -> int:
-        linears = (part for part in self.layers.modules[0].modules() if isinstance(part, nn.Linear))
-        needs_no_blocks = all(packed_weights.amx_for_weight(linear.weight) is not None for linear in linears)
+        needs_no_blocks = all(packed_weights.amx_for_weight(weight) is not None for weight in self._weights())
         return tokens if needs_no_blocks else super().pass_length(tokens)
 
     def linear(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor | None:
@@ -89,3 +92,7 @@ class CpuBackend(TorchBackend):
 
     def packed_bytes(self, weight: Tensor) -> int:
         return packed_weights.packed_bytes(weight)
+
+    def _weights(self) -> Iterator[Tensor]:
+        """The weights of the first layer's linear layers: those of the others have the same shapes."""
+        return (part.weight for part in self.layers.modules[0].modules() if isinstance(part, nn.Linear))

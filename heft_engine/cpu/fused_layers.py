@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from typing import Any, cast
 
 import torch
@@ -53,7 +53,7 @@ class FusedLayers:
                 options[kind] = _attention_options(layer, kind, layers, backend, fused_ops)
             how = options[kind]
             if how is not None:
-                self._forwards[layer] = _Layer(layer, how, fused_ops)
+                self._forwards[layer] = _Layer(layer, how, fused_ops, backend.is_batch_invariant)
 
     def __len__(self) -> int:
         return len(self._forwards)
@@ -97,7 +97,10 @@ def _epsilon(norm: Any) -> float | None:
 class _Layer:
     """One layer's fused pass; `options`: how it attends."""
 
-    def __init__(self, layer: Any, options: AttentionOptions, fused_ops: FusedOps) -> None:
+    def __init__(
+        self, layer: Any, options: AttentionOptions, fused_ops: FusedOps, is_batch_invariant: bool
+    ) -> None:
+        self._attention_threads = one_thread if is_batch_invariant else nullcontext
         self._attention, self._mlp, self._options, self._ops = layer.self_attn, layer.mlp, options, fused_ops
         self._norms = (layer.input_layernorm, layer.post_attention_layernorm)
         self._linears = LayerProducts()
@@ -170,7 +173,7 @@ class _Layer:
                 return amx_attention.attend(amx, layer, query, key, value, layout, self._options)
         q, k, v = (states.transpose(0, 1)[None] for states in (query, key, value))
         scaling, window, softcap = self._options
-        with one_thread():
+        with self._attention_threads():
             return packed_attention(
                 module, q, k, v, None, layout=layout, scaling=scaling, sliding_window=window, softcap=softcap
             )[0]
@@ -213,6 +216,7 @@ def _attention_options(
     record = _RecordOptions()
     own_forward(Layout(rows=rows, decoding=record))
     layout = Layout(rows=rows)
-    fused, expected = _Layer(layer, record.options, fused_ops), own_forward(layout)
+    fused = _Layer(layer, record.options, fused_ops, backend.is_batch_invariant)
+    expected = own_forward(layout)
     same = torch.equal(fused(states, position_embeddings=rotary, layout=layout), expected)
     return record.options if same and torch.equal(fused.in_parts(states, rotary, layout), expected) else None

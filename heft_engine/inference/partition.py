@@ -1,6 +1,6 @@
 """Divides the rows of a pass into parts that run side by side on the threads of a CPU.
 
-A row's scores have the same bits in any part (heft_engine.model.batch_invariant).
+A row's scores agree to rounding in any part, to the bit where passes are batch-invariant.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """Sampling of the next token from its logits: greedy or drawn, with random numbers of each request's own.
 
-A request with a seed gets the same tokens in any batch: its logits have the same bits, and its generator draws one
-number a token.
+A request with a seed has a generator of its own, which draws one number a token. Where passes are batch-invariant
+(heft_engine.model.batch_invariant) it gets the same tokens in any batch.
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
 """Scoring: the float32 log-probability of each answer of each example, from packed forward passes.
 
-Evaluation and serving share this path, so their scores have the same bits. Rows of one pass may have different adapters
+Evaluation and serving share this path. Rows of one pass may have different adapters
 and scales, and continue cached prefixes.
 """
 

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from heft_engine.model.batch_invariant import BLOCK_ROWS, STEP_ROWS, BatchInvariantMode
 from heft_engine.model.layout import AttentionOptions, Layout
+from heft_engine.runtime.devices import batch_invariance_requested
 from heft_engine.runtime.parallel import one_thread
 
 _CPU_BACKEND = "heft_engine.cpu.backend"
@@ -37,15 +38,20 @@ class DecoderLayers:
 
 
 class TorchBackend:
-    """torch's own operations. On a CPU passes are batch-invariant (heft_engine.model.batch_invariant)."""
+    """torch's own operations.
+
+    is_batch_invariant: passes without a gradient give a row the same bits in any batch and with any number of threads
+    (heft_engine.model.batch_invariant): on a CPU, on request.
+    """
 
     def __init__(self, layers: DecoderLayers) -> None:
         self.layers = layers
+        self.is_batch_invariant = layers.device.type == "cpu" and batch_invariance_requested()
 
     @contextmanager
     def inference_mode(self, *, one_token: bool = False) -> Iterator[None]:
         """For passes without a gradient; `one_token`: for passes of one token a sequence, and for the head."""
-        if self.layers.device.type != "cpu":
+        if not self.is_batch_invariant:
             yield
             return
         with one_thread(), BatchInvariantMode(STEP_ROWS if one_token else BLOCK_ROWS, self.linear):
@@ -53,7 +59,7 @@ class TorchBackend:
 
     def pass_length(self, tokens: int) -> int:
         """Returns the tokens of a pass, filled up to whole blocks where products are cut into blocks."""
-        return -(-tokens // BLOCK_ROWS) * BLOCK_ROWS if self.layers.device.type == "cpu" else tokens
+        return -(-tokens // BLOCK_ROWS) * BLOCK_ROWS if self.is_batch_invariant else tokens
 
     def linear(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor | None:
         """F.linear, for any number of rows with the same bits; None if there is no such operator for the weight."""

@@ -2,15 +2,13 @@
 
 Matrix libraries choose the order of a product's sums by its shape and number of threads: a bfloat16 product of 160 rows
 and one of 4,096 rows differ in the last bit, and 16 of 40 packed questions changed their scores with their neighbours.
-So on a CPU every product with a weight has one shape here: so many rows of the input, zeros beyond the last one, and a
-fixed part of the weight's outputs, computed by one thread. Inside one shape every row is summed alike, wherever it
-stands. Threads share out whole blocks (heft_engine.runtime.parallel). Nothing is measured, so nothing can change from
-one process to the next.
+Where that matters (HEFT_BATCH_INVARIANT=1, on a CPU) every product with a weight has one shape: so many rows of the
+input, zeros beyond the last one, and a fixed part of the weight's outputs, computed by one thread. Inside one shape
+every row is summed alike, wherever it stands. Threads share out whole blocks (heft_engine.runtime.parallel). Nothing is
+measured, so nothing can change from one process to the next.
 
 Activations have the same trouble: vector code and the scalar code for what is left at the end of a thread's share round
 differently. They run on shares that leave nothing.
-
-A GPU runs torch's own products: there a row's numbers agree to rounding.
 """
 
 from __future__ import annotations

@@ -85,8 +85,8 @@ class PackedLM:
         return sum(parameter.numel() for parameter in self.model.parameters())
 
     def inference_mode(self, *, one_token: bool = False) -> AbstractContextManager[None]:
-        """For passes without a gradient. On a CPU a row's numbers don't depend on the rows beside it inside, nor on
-        the number of threads (heft_engine.model.batch_invariant); on a GPU they agree to rounding.
+        """For passes without a gradient. A row's numbers agree to rounding in any batch; to the bit where the backend
+        is batch-invariant (heft_engine.model.batch_invariant).
 
         `one_token`: for passes of one token a sequence, and for the head.
         """

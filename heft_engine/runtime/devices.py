@@ -47,6 +47,11 @@ def kernels_enabled() -> bool:
     return os.environ.get("HEFT_KERNELS", "").lower() != "off"
 
 
+def batch_invariance_requested() -> bool:
+    """Returns True if HEFT_BATCH_INVARIANT=1 asks for scores that have the same bits in any batch, on a CPU."""
+    return os.environ.get("HEFT_BATCH_INVARIANT", "").lower() in ("1", "true", "on")
+
+
 def dtype_name(dtype: torch.dtype) -> str:
     """The name without its module: "bfloat16"."""
     return str(dtype).removeprefix("torch.")

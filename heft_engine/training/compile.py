@@ -60,6 +60,8 @@ def compiled_layers(
             AttentionInterface.register(IMPLEMENTATION, packed_attention)
             for layer in eager:
                 layer.__dict__.pop("forward", None)
+            # Dynamo counts compilations by code object: a process's ninth model would run uncompiled.
+            torch.compiler.reset()
 
 
 def _failure(try_out: Callable[[], None], layers: Any) -> Exception | None:

@@ -30,7 +30,7 @@ from heft_engine.errors import BundleError
 from heft_engine.evaluation.calibration import Calibration
 from heft_engine.model.interventions import PlacedIntervention
 from heft_engine.model.model_files import weights_hash
-from heft_engine.runtime.devices import dtype_name, kernels_enabled
+from heft_engine.runtime.devices import batch_invariance_requested, dtype_name, kernels_enabled
 from heft_engine.runtime.sealed_directory import load_state
 from heft_engine.training.checkpoint import RunState, rows_hash
 from heft_engine.training.result import StageMeasurements
@@ -167,6 +167,7 @@ def _model_ingredients(inputs: RunInputs) -> dict[str, Any]:
     return {
         "code": code_hash(),
         "kernels": kernels_enabled(),
+        "batch_invariant": batch_invariance_requested(),
         "versions": package_versions(),
         "device": inputs.lm.device.type,
         "dtype": dtype_name(inputs.lm.dtype),

@@ -9,6 +9,12 @@ from tiny_models import make_tiny_model, tiny_llama_dir
 __all__ = ["make_tiny_model", "tiny_llama_dir"]
 
 
+@pytest.fixture
+def batch_invariant(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Models that are made in this test give a row the same bits in any batch."""
+    monkeypatch.setenv("HEFT_BATCH_INVARIANT", "1")
+
+
 @pytest.fixture(autouse=True, scope="module")
 def _one_thread() -> Iterator[None]:
     before = torch.get_num_threads()

@@ -37,6 +37,7 @@ _INHERITED = {
     "LD_LIBRARY_PATH",
     "CC",
     "CXX",
+    "HEFT_BATCH_INVARIANT",
     "HEFT_KERNELS",
     "GLIBC_TUNABLES",
 }

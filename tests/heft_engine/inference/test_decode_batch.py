@@ -80,6 +80,7 @@ def alone(lm: PackedLM, requests: Sequence[DecodeRequest]) -> dict[Hashable, lis
     return tokens
 
 
+@pytest.mark.usefixtures("batch_invariant")
 @pytest.mark.parametrize(
     ("family", "dtype"),
     [(family, torch.float32) for family in FAMILIES]
@@ -107,8 +108,9 @@ def test_tokens_do_not_depend_on_who_joins_and_leaves(
     assert batch.allocated_bytes == 0
 
 
-def test_each_request_has_its_own_scale(llama: PackedLM) -> None:
-    scales = (1.0, 0.0, 0.5, 3.0)
+@pytest.mark.usefixtures("batch_invariant")
+def test_each_request_has_its_own_scale(tiny_llama_dir: Path) -> None:
+    llama, scales = loaded(tiny_llama_dir), (1.0, 0.0, 0.5, 3.0)
     requests = [request_for(0, 30, scale=scale, sampling=EXACT) for scale in scales]
     named = [DecodeRequest(**{**vars(request), "id": i}) for i, request in enumerate(requests)]
     expected = alone(llama, named)
@@ -216,7 +218,11 @@ def test_capacities_grow_by_about_half(tokens: int, capacity: int) -> None:
     assert capacity_for(tokens) == capacity
 
 
-def test_steps_multiply_in_blocks_of_fewer_rows(llama: PackedLM, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.usefixtures("batch_invariant")
+def test_steps_multiply_in_blocks_of_fewer_rows(
+    tiny_llama_dir: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    llama = loaded(tiny_llama_dir)
     seen: list[int] = []
     multiply = batch_invariant.linear_in_blocks
 

@@ -47,6 +47,7 @@ def totals(lm: PackedLM, examples: list[Example]) -> list[tuple[float, ...]]:
     return [scores.totals for scores in score(lm, examples)]
 
 
+@pytest.mark.usefixtures("batch_invariant")
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("threads", [1, 3])
 @pytest.mark.parametrize("family", ["llama", "gemma2", "gpt_neox"])

@@ -16,10 +16,11 @@ from torch import nn
 
 from heft_engine.data.encoding import Example
 from heft_engine.inference.scoring import score
+from heft_engine.model import batch_invariant
 from heft_engine.model.batch_invariant import BatchInvariantMode
 from heft_engine.runtime.parallel import one_thread
 
-pytestmark = pytest.mark.usefixtures("without_amx")
+pytestmark = pytest.mark.usefixtures("without_amx", "batch_invariant")
 
 THREADS = (1, 2, 3, 5)
 
@@ -68,6 +69,21 @@ def test_a_rows_scores_are_its_own(
         assert totals(examples[2:5]) == alone[2:5], threads
         for index in (0, 3):
             assert totals([examples[index]]) == [alone[index]], threads
+
+
+def test_products_are_torchs_own_unless_the_bits_are_asked_for(
+    tiny_llama_dir: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """By default the scores agree to rounding, and no product is cut into blocks."""
+    examples = rows(7)
+    exact = score(with_intervention(tiny_llama_dir, "l1"), examples)
+    monkeypatch.delenv("HEFT_BATCH_INVARIANT")
+    monkeypatch.setattr(batch_invariant, "linear_in_blocks", None)
+    lm = with_intervention(tiny_llama_dir, "l1")
+    together, alone = score(lm, examples), [score(lm, [example])[0] for example in examples]
+    for row in zip(exact, together, alone, strict=True):
+        assert row[1].totals == pytest.approx(row[0].totals, abs=1e-5)
+        assert row[2].totals == pytest.approx(row[0].totals, abs=1e-5)
 
 
 @torch.inference_mode()

@@ -42,6 +42,7 @@ def computed(lm: PackedLM, encoder: Encoder, examples: list[Example]) -> list[An
     return list(zip(scores, tokens, strict=True))
 
 
+@pytest.mark.usefixtures("batch_invariant")
 @pytest.mark.parametrize("kind", ROWS)
 @pytest.mark.parametrize("method", STAGES)
 def test_every_method_trains_every_task_and_its_bundle_answers_with_the_same_bits(

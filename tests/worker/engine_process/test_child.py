@@ -44,6 +44,7 @@ def test_only_listed_variables_are_inherited() -> None:
         "TRITON_CACHE_DIR": "/cache",
         "CUBLAS_WORKSPACE_CONFIG": ":4096:8",
         "OMP_NUM_THREADS": "2",
+        "HEFT_BATCH_INVARIANT": "1",
         "HEFT_KERNELS": "off",
         "https_proxy": "http://proxy",
         "HEFT_DATABASE_URL": "postgresql://secret",
@@ -53,7 +54,7 @@ def test_only_listed_variables_are_inherited() -> None:
     inherited = child_environment(environment)
     assert {name for name in environment if name in inherited} == {
         *("PATH", "HF_HOME", "CUDA_VISIBLE_DEVICES", "OMP_NUM_THREADS", "HEFT_KERNELS", "https_proxy"),
-        *("NCCL_SOCKET_IFNAME", "TRITON_CACHE_DIR", "CUBLAS_WORKSPACE_CONFIG"),
+        *("HEFT_BATCH_INVARIANT", "NCCL_SOCKET_IFNAME", "TRITON_CACHE_DIR", "CUBLAS_WORKSPACE_CONFIG"),
     }
 
 
