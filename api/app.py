@@ -15,6 +15,9 @@ from api.clients.generate import TextClient
 from api.clients.predict import PredictClient
 from api.database import Database
 from api.deps import Services
+from api.door.bodies import ArrivalRate, BodyMiddleware, bounds_by_route
+from api.door.keys import KeyMiddleware
+from api.door.wrong_keys import WrongKeys
 from api.errors import ErrorBody, add_handlers
 from api.metrics import ApiMetrics
 from api.metrics_page import MetricsPage
@@ -32,9 +35,6 @@ DESCRIPTION = """Fine-tune language models coarse to fine (LoRA, merge, then LoR
 
 Wire-compatible with OpenAI's fine-tuning API: the `openai` package works against it with `base_url` and
 `api_key` changed and nothing else."""
-
-#: Routes that stream their request body and limit its size themselves.
-STREAMED = frozenset({("POST", "/v1/files")})
 
 
 def create_app(settings: StoreSettings | None = None) -> FastAPI:
@@ -54,10 +54,18 @@ def create_app(settings: StoreSettings | None = None) -> FastAPI:
         description=DESCRIPTION,
         lifespan=lifespan,
         redirect_slashes=False,
+        redoc_url=None,
+        swagger_ui_oauth2_redirect_url=None,
         responses={"default": {"model": ErrorBody, "description": "OpenAI's error object"}},
     )
     add_handlers(app)
-    app.add_middleware(RequestMiddleware, streamed=STREAMED, metrics=metrics)
+    # The last one added is the outermost.
+    slowest = ArrivalRate(
+        grace_seconds=chosen.body_grace_seconds, bytes_per_second=chosen.body_bytes_per_second
+    )
+    app.add_middleware(BodyMiddleware, routes=bounds_by_route(chosen), slowest=slowest)
+    app.add_middleware(KeyMiddleware, wrong_keys=WrongKeys(chosen.wrong_keys_per_minute))
+    app.add_middleware(RequestMiddleware, metrics=metrics)
     for module in (files, jobs, events, studies, models, predict, completions, health, metrics_route):
         app.include_router(module.router)
     return app

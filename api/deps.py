@@ -16,7 +16,6 @@ from api.clients.predict import PredictClient
 from api.database import Database
 from api.metrics_page import MetricsPage
 from store import keys
-from store.errors import Unauthenticated
 from store.messages.hints import Hints
 from store.settings import StoreSettings
 from store.storage.artifacts import Artifacts
@@ -55,20 +54,16 @@ Db = Annotated[Database, Depends(_database)]
 bearer = HTTPBearer(auto_error=False, description="An API key: `heft keys create` makes one.")
 
 
-async def get_api_key(credentials: Annotated[HTTPAuthorizationCredentials | None, Security(bearer)]) -> str:
-    """Returns the API key of the request, not yet authenticated. Raises Unauthenticated without one."""
-    if credentials is None:
-        raise Unauthenticated("an API key is required: Authorization: Bearer <key>")
-    return credentials.credentials
+async def get_caller(
+    request: Request, _: Annotated[HTTPAuthorizationCredentials | None, Security(bearer)]
+) -> keys.Owner:
+    """Returns the owner of the request's key. `api.door.keys` has authenticated it before the body was read.
 
-
-#: For routes that authenticate the key in the transaction of their query (`models.authorize`).
-ApiKey = Annotated[str, Depends(get_api_key)]
-
-
-async def get_caller(db: Db, key: ApiKey) -> keys.Owner:
-    """Authenticates the request, before any of its body is read."""
-    return await db(keys.authenticate, key)
+    `bearer` is there for /openapi.json.
+    """
+    caller = request.state.caller
+    assert isinstance(caller, keys.Owner)
+    return caller
 
 
 Caller = Annotated[keys.Owner, Depends(get_caller)]

@@ -45,6 +45,7 @@ CODES = {
     400: "invalid_request",
     404: "not_found",
     405: "method_not_allowed",
+    408: "request_timeout",
     413: "too_large",
     415: "unsupported_media_type",
     422: "invalid_value",
@@ -96,12 +97,17 @@ def error_response(
     return response
 
 
-async def on_store_error(_: Request, fault: errors.StoreError) -> JSONResponse:
+def store_error_response(fault: errors.StoreError) -> JSONResponse:
+    """Returns the error object of a domain error."""
     status = next((STATUS[kind] for kind in type(fault).__mro__ if kind in STATUS), 500)
     headers = {}
     if isinstance(fault, errors.RateLimited | errors.Unavailable):
         headers["Retry-After"] = str(fault.retry_after)
     return error_response(status, fault.message, param=fault.param, code=fault.code, headers=headers)
+
+
+async def on_store_error(_: Request, fault: errors.StoreError) -> JSONResponse:
+    return store_error_response(fault)
 
 
 async def on_http_error(request: Request, fault: HTTPException) -> JSONResponse:

@@ -1,7 +1,7 @@
-"""The outermost middleware, plain ASGI: request ids, metrics, body limits, and a 500 for unexpected exceptions.
+"""The outermost middleware, plain ASGI: request ids, metrics, and a 500 for unexpected exceptions.
 
-Every response has an `x-request-id`. Requests that are too large, have a content encoding or a NUL in their path are
-refused here.
+Every response has an `x-request-id`. Requests with a content encoding or a NUL in their path are refused here. A
+connection is closed when its request is answered before a large body has been received.
 """
 
 from __future__ import annotations
@@ -11,7 +11,6 @@ import time
 import uuid
 
 from starlette.datastructures import Headers, MutableHeaders
-from starlette.exceptions import HTTPException
 from starlette.responses import JSONResponse
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
@@ -21,15 +20,15 @@ from store.logs import bound
 
 log = logging.getLogger(__name__)
 
-MAX_JSON_BYTES = 8 * 1024**2
+#: The server reads and discards so much of a body that nobody wants, to keep the connection.
+MAX_DISCARDED_BYTES = 64 * 1024
 
 
 class RequestMiddleware:
-    """`streamed`: (method, path) pairs of routes that stream their body and limit its size themselves."""
+    """Gives each request its id, and records its response."""
 
-    def __init__(self, app: ASGIApp, *, streamed: frozenset[tuple[str, str]], metrics: ApiMetrics) -> None:
+    def __init__(self, app: ASGIApp, *, metrics: ApiMetrics) -> None:
         self.app = app
-        self.streamed = streamed
         self.metrics = metrics
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
@@ -54,22 +53,31 @@ class RequestMiddleware:
         request_id = f"req_{uuid.uuid4().hex}"
         scope.setdefault("state", {})["request_id"] = request_id
         started = False
+        unreceived = _has_large_body(scope)
+
+        async def receive_and_record() -> Message:
+            nonlocal unreceived
+            message = await receive()
+            unreceived = unreceived and message.get("more_body", False)
+            return message
 
         async def send_with_id(message: Message) -> None:
             nonlocal started
             if message["type"] == "http.response.start":
                 started = True
-                MutableHeaders(scope=message)["x-request-id"] = request_id
+                headers = MutableHeaders(scope=message)
+                headers["x-request-id"] = request_id
+                if unreceived:
+                    headers["connection"] = "close"
             await send(message)
 
-        streamed = (scope["method"], scope["path"]) in self.streamed
-        refusal = _refusal(scope, streamed=streamed)
+        refusal = _refusal(scope)
         if refusal is not None:
             await refusal(scope, receive, send_with_id)
             return
         try:
             with bound(request_id=request_id):
-                await self.app(scope, receive if streamed else _counted(receive), send_with_id)
+                await self.app(scope, receive_and_record, send_with_id)
         except Exception:
             with bound(request_id=request_id):
                 log.exception("%s %s failed", scope["method"], scope["path"])
@@ -79,7 +87,7 @@ class RequestMiddleware:
             await error_response(500, message)(scope, receive, send_with_id)
 
 
-def _refusal(scope: Scope, *, streamed: bool) -> JSONResponse | None:
+def _refusal(scope: Scope) -> JSONResponse | None:
     """Returns an error response if the request line and headers are not acceptable."""
     headers = Headers(scope=scope)
     if "\0" in scope["path"] or b"%00" in scope["query_string"]:
@@ -87,27 +95,11 @@ def _refusal(scope: Scope, *, streamed: bool) -> JSONResponse | None:
     encoding = headers.get("content-encoding", "identity")
     if encoding.lower() != "identity":
         return error_response(415, f"Content-Encoding {encoding!r} is not supported")
-    length = headers.get("content-length", "0")
-    if not streamed and length.isdecimal() and int(length) > MAX_JSON_BYTES:
-        return error_response(413, _too_large())
     return None
 
 
-def _counted(receive: Receive) -> Receive:
-    """Wraps `receive`; raises a 413 when a body without a Content-Length grows too large."""
-    size = 0
-
-    async def counted() -> Message:
-        nonlocal size
-        message = await receive()
-        size += len(message.get("body", b""))
-        if size > MAX_JSON_BYTES:
-            # FastAPI lets only HTTPException through while it reads a body.
-            raise HTTPException(413, _too_large())
-        return message
-
-    return counted
-
-
-def _too_large() -> str:
-    return f"the body is larger than {MAX_JSON_BYTES:,} bytes"
+def _has_large_body(scope: Scope) -> bool:
+    """Returns whether a large body is announced, or one of unknown length."""
+    headers = Headers(scope=scope)
+    length = headers.get("content-length", "0")
+    return "transfer-encoding" in headers or (length.isdecimal() and int(length) > MAX_DISCARDED_BYTES)

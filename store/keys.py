@@ -1,7 +1,7 @@
 """API keys: `heft_<id>_<secret>`. Only the SHA-256 of the secret is stored; the key itself is shown once.
 
-A key is looked up by its id and compared in constant time. An operator may set a key of any format; its id is then
-derived from it.
+A key is looked up by its id and compared in constant time. An operator may set a key of another format, of at least 16
+characters; its id is then derived from it.
 """
 
 from __future__ import annotations
@@ -22,6 +22,10 @@ from store.errors import Conflict, InvalidRequest, NotFound, Unauthenticated
 _KEY = re.compile(r"heft_([0-9a-f]{16})_([A-Za-z0-9_-]{43})")
 #: Owners are part of model ids, whose parts are separated by colons.
 _OWNER = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
+#: A shorter key could be guessed; a longer one is nobody's.
+MIN_KEY_CHARS, MAX_KEY_CHARS = 16, 512
+_FORM = re.compile(rf"(?! )[\x20-\x7e]{{{MIN_KEY_CHARS},{MAX_KEY_CHARS}}}(?<! )")
+_FORM_DESCRIPTION = f"{MIN_KEY_CHARS} to {MAX_KEY_CHARS} characters of ASCII, and no space at its ends"
 _LAST_USED_PRECISION = text("interval '1 minute'")
 
 
@@ -45,20 +49,26 @@ def create(session: Session, *, owner_id: str, name: str, key: str | None = None
 def ensure(session: Session, key: str, owner_id: str, name: str) -> None:
     """Registers `key` unless it is known already. A revoked key stays revoked.
 
-    Raises InvalidRequest for an owner that can't be part of a model id or an empty key, Conflict when the id in the key
-    belongs to another secret.
+    Raises InvalidRequest for an owner that can't be part of a model id or a key that is too short, Conflict when the id
+    in the key belongs to another secret.
     """
     if not _OWNER.fullmatch(owner_id):
         message = "an owner must consist of letters, digits, '.', '_' and '-', 64 of them at most"
         raise InvalidRequest(message, param="owner_id")
-    if not key:
-        raise InvalidRequest("an API key must not be empty", param="key")
+    if not _FORM.fullmatch(key):
+        raise InvalidRequest(f"an API key has {_FORM_DESCRIPTION}", param="key")
     key_id, secret_hash = _split(key)
     row = {"id": key_id, "owner_id": owner_id, "name": name, "secret_hash": secret_hash}
     session.execute(insert(ApiKey).values(row).on_conflict_do_nothing(index_elements=[ApiKey.id]))
     stored_hash = session.scalars(select(ApiKey.secret_hash).where(ApiKey.id == key_id)).one()
     if not hmac.compare_digest(stored_hash, secret_hash):
         raise Conflict(f"another key has the id {key_id}", param="key")
+
+
+def check_form(key: str) -> None:
+    """Raises Unauthenticated for a string that can't be a key. Needs no database."""
+    if not _FORM.fullmatch(key):
+        raise Unauthenticated(f"this is no API key: one has {_FORM_DESCRIPTION}")
 
 
 def authenticate(session: Session, key: str) -> Owner:

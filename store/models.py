@@ -11,7 +11,6 @@ from sqlalchemy import func, select, update
 from sqlalchemy.dialects.postgresql import insert
 from sqlalchemy.orm import Session
 
-from store import keys
 from store.db.tables import BaseModelRow, FineTunedModel
 from store.errors import Forbidden, NotFound
 
@@ -65,12 +64,6 @@ def get(session: Session, *, owner_id: str, model_id: str) -> Model:
     if base is not None:
         return _base(base)
     raise _no_model(model_id)
-
-
-def authorize(session: Session, *, key: str, model_id: str) -> tuple[keys.Owner, Model]:
-    """Returns the owner of `key` and a model that they may use. Raises Unauthenticated, then NotFound."""
-    owner = keys.authenticate(session, key)
-    return owner, get(session, owner_id=owner.id, model_id=model_id)
 
 
 def for_worker(session: Session, *, model_id: str) -> Model:

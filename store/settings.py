@@ -45,6 +45,14 @@ class StoreSettings(BaseSettings):
     #: Before a job whose trainer crashed is tried again; four times as long after each further crash.
     death_pause_seconds: float = Field(default=10, ge=0)
 
+    #: Wrong API keys from one address; more are refused with 429.
+    wrong_keys_per_minute: int = Field(default=30, gt=0)
+
+    max_question_bytes: int = Field(default=4 * 1024**2, gt=0)  #: of a request for answers or text
+    max_job_bytes: int = Field(default=1024**2, gt=0)  #: of a request for a job or a study
+    #: A request's body that takes longer must arrive at `body_bytes_per_second` on average.
+    body_grace_seconds: float = Field(default=30, gt=0)
+    body_bytes_per_second: float = Field(default=16 * 1024, gt=0)
     max_file_bytes: int = 2 * 1024**3
     max_line_bytes: int = 8 * 1024**2
     max_rows: int = 5_000_000

@@ -16,7 +16,7 @@ from pydantic import BaseModel
 from api.admission import Admission
 from api.cancellation import while_connected
 from api.clients.generate import Replies
-from api.deps import ApiKey, Db, Services, ServicesDep
+from api.deps import Caller, Db, Services, ServicesDep
 from api.schemas.completion_objects import (
     ChatChoice,
     ChatChunk,
@@ -43,10 +43,10 @@ _STREAMED: dict[int | str, dict[str, Any]] = {
 
 @router.post("/completions", response_model=Completion, responses=_STREAMED)
 async def complete(
-    request: Request, body: CompletionRequest, key: ApiKey, db: Db, services: ServicesDep
+    request: Request, body: CompletionRequest, caller: Caller, db: Db, services: ServicesDep
 ) -> Response | Completion:
     """Continues a prompt with a fine-tuned text model, a checkpoint or a base model."""
-    caller, model = await db(models.authorize, key=key, model_id=body.model)
+    model = await db(models.get, owner_id=caller.id, model_id=body.model)
     completion = partial(
         Completion,
         id=ids.new_completion_id(),
@@ -73,10 +73,10 @@ async def complete(
 
 @router.post("/chat/completions", response_model=ChatCompletion, responses=_STREAMED)
 async def chat(
-    request: Request, body: ChatCompletionRequest, key: ApiKey, db: Db, services: ServicesDep
+    request: Request, body: ChatCompletionRequest, caller: Caller, db: Db, services: ServicesDep
 ) -> Response | ChatCompletion:
     """Generates the next assistant turn with a fine-tuned text model, a checkpoint or a base model."""
-    caller, model = await db(models.authorize, key=key, model_id=body.model)
+    model = await db(models.get, owner_id=caller.id, model_id=body.model)
     common: dict[str, Any] = {
         "id": ids.new_chat_completion_id(),
         "created": int(time.time()),

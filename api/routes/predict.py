@@ -5,7 +5,7 @@ from __future__ import annotations
 from fastapi import APIRouter, Request
 
 from api.cancellation import while_connected
-from api.deps import ApiKey, Db, ServicesDep
+from api.deps import Caller, Db, ServicesDep
 from api.schemas.predict import MAX_INPUTS, Prediction, Predictions, PredictRequest
 from store import models
 from store.errors import InvalidRequest, TooLarge
@@ -17,14 +17,14 @@ router = APIRouter(tags=["Answers"])
 @router.post("/predict")
 @router.post("/v1/predict", include_in_schema=False)
 async def predict(
-    request: Request, body: PredictRequest, key: ApiKey, db: Db, services: ServicesDep
+    request: Request, body: PredictRequest, caller: Caller, db: Db, services: ServicesDep
 ) -> Prediction | Predictions:
     """Ask a fine-tuned model, a checkpoint or a base model one question, or up to 1,024 in `inputs`.
 
     Probabilities are calibrated where the model's job had validation rows. With `abstain_below` an answer that is less
     probable is null, and `abstained` true. Too many inputs waiting at once: 429 or 503, with `Retry-After`.
     """
-    caller, model = await db(models.authorize, key=key, model_id=body.model)
+    model = await db(models.get, owner_id=caller.id, model_id=body.model)
     rows = body.rows()
     if len(rows) > MAX_INPUTS:
         raise TooLarge(f"at most {MAX_INPUTS:,} inputs at a time", param="inputs")

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from datetime import datetime
 from typing import Any, Generic, Literal, TypeVar, overload
 
 from pydantic import BaseModel, ConfigDict, model_validator
 from pydantic_core import PydanticCustomError
+
+#: Fields of one JSON object. The largest object is a bias for tokens.
+MAX_FIELDS = 1_024
 
 Item = TypeVar("Item", bound="Identified")
 
@@ -20,7 +23,7 @@ class Identified(BaseModel):
 
 
 class RequestBody(BaseModel):
-    """Base class of JSON bodies. Refuses unknown fields and values that Postgres can't store."""
+    """Base class of JSON bodies. Refuses unknown fields, objects of too many and values that Postgres can't store."""
 
     model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
 
@@ -41,18 +44,38 @@ def dotted(steps: Sequence[str | int]) -> str:
 
 
 def find_unstorable(body: Any) -> tuple[str, str] | None:
-    """Returns the path of a value that can't be stored and the reason, or None. Not recursive: any depth is safe."""
-    stack: list[tuple[tuple[str | int, ...], Any]] = [((), body)]
-    while stack:
-        steps, value = stack.pop()
+    """Returns the path of a value that can't be stored and the reason, or None.
+
+    Linear in the number of values, whatever their depth: the path is that of the containers being visited.
+    """
+    path: list[str | int] = []
+    visited: list[Iterator[tuple[str | int, Any]]] = [iter([("", body)])]
+    while visited:
+        step, value = next(visited[-1], (None, None))
+        if step is None:
+            visited.pop()
+            del path[-1:]
+            continue
         if isinstance(value, dict):
-            stack += [((*steps, key), part) for key, part in value.items()]
-            stack += [(steps, key) for key in value]  # checked first, so that no path contains a faulty key
+            reason = _object_error(value)
+            visited.append(iter(value.items()))
+            path.append(step)
         elif isinstance(value, list):
-            stack += [((*steps, index), part) for index, part in enumerate(value)]
+            reason = None
+            visited.append(enumerate(value))
+            path.append(step)
         elif (reason := _storage_error(value)) is not None:
-            return dotted(steps), reason
+            path.append(step)
+        if reason is not None:
+            return dotted(path[1:]), reason
     return None
+
+
+def _object_error(value: dict[str, Any]) -> str | None:
+    """Checks the names of an object's fields, so that no path contains a faulty one."""
+    if len(value) > MAX_FIELDS:
+        return f"an object may have at most {MAX_FIELDS:,} fields"
+    return next((reason for name in value if (reason := _storage_error(name)) is not None), None)
 
 
 def _storage_error(value: Any) -> str | None:

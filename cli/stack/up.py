@@ -81,6 +81,8 @@ def up(
     """
     if options.model_dir is not None and not options.model_dir.is_dir():
         raise CommandError(f"HEFT_MODEL_DIR: {options.model_dir} is not a folder")
+    if options.api_key is not None:
+        _check_key(options.api_key)
     with home.occupied(), _listen(options.host, options.port) as listener:
         home.state_file.unlink(missing_ok=True)
         supervisor = Supervisor(report)
@@ -167,6 +169,17 @@ def _prepare_database(home: Home, options: UpOptions, database_url: str) -> None
             keys.ensure(session, options.api_key or first_key(home), OWNER, "first key")
     finally:
         engine.dispose()
+
+
+def _check_key(key: str) -> None:
+    """Raises CommandError for a key that the service would refuse."""
+    from store import keys
+    from store.errors import Unauthenticated
+
+    try:
+        keys.check_form(key)
+    except Unauthenticated as fault:
+        raise CommandError(f"HEFT_API_KEY: {fault.message}") from None
 
 
 def first_key(home: Home) -> str:

@@ -12,7 +12,6 @@ import pytest
 from fastapi import FastAPI
 
 from api.app import create_app
-from api.middleware import MAX_JSON_BYTES
 from store import errors
 from store.logs import add_ids
 from store.settings import StoreSettings
@@ -49,6 +48,7 @@ def error(answer: httpx.Response) -> dict[str, Any]:
 def test_the_store_errors_have_one_map(
     settings: StoreSettings,
     serving: Callable[[FastAPI], AbstractContextManager[str]],
+    client: httpx.Client,
     raised: errors.StoreError,
     status: int,
     kind: str,
@@ -61,7 +61,7 @@ def test_the_store_errors_have_one_map(
         raise raised
 
     with serving(app) as url:
-        answer = httpx.get(f"{url}/raise")
+        answer = client.get(f"{url}/raise")
     assert answer.status_code == status
     assert error(answer) == {"message": "no", "type": kind, "param": raised.param, "code": raised.code}
     assert headers.items() <= dict(answer.headers).items()
@@ -70,6 +70,7 @@ def test_the_store_errors_have_one_map(
 def test_an_unexpected_exception_shows_only_its_request_id(
     settings: StoreSettings,
     serving: Callable[[FastAPI], AbstractContextManager[str]],
+    client: httpx.Client,
     caplog: pytest.LogCaptureFixture,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
@@ -81,7 +82,7 @@ def test_an_unexpected_exception_shows_only_its_request_id(
         raise RuntimeError("password=hunter2")
 
     with serving(app) as url:
-        answer = httpx.get(f"{url}/bug")
+        answer = client.get(f"{url}/bug")
 
     assert (answer.status_code, error(answer)["type"]) == (500, "server_error")
     assert "hunter2" not in answer.text
@@ -90,14 +91,6 @@ def test_an_unexpected_exception_shows_only_its_request_id(
     assert request_id in error(answer)["message"]
     exceptions = [record for record in caplog.records if record.exc_info]
     assert [record.__dict__["ids"] for record in exceptions] == [{"request_id": request_id}]
-
-
-#: Routes that authenticate the key together with the model, after reading their body.
-ASKS: dict[str, dict[str, Any]] = {
-    "/predict": {"model": "x", "question": "is it so"},
-    "/v1/completions": {"model": "x", "prompt": "so"},
-    "/v1/chat/completions": {"model": "x", "messages": [{"role": "user", "content": "so"}]},
-}
 
 
 class TestKeys:
@@ -129,7 +122,7 @@ class TestKeys:
         self, url: str, headers: dict[str, str], method: str, path: str
     ) -> None:
         raw = {name: value.encode("latin-1") for name, value in headers.items()}
-        answer = httpx.request(method, url + path, headers=raw, json=ASKS.get(path))
+        answer = httpx.request(method, url + path, headers=raw)
         assert (answer.status_code, error(answer)["type"]) == (401, "authentication_error")
 
     @pytest.mark.parametrize("path", ["/healthz", "/readyz", "/docs", "/openapi.json"])
@@ -211,8 +204,8 @@ class TestBodies:
         assert (answer.status_code, error(answer)["code"]) == (415, "unsupported_media_type")
 
     @pytest.mark.parametrize("path", [JOBS, "/predict", "/v1/nothing"])
-    def test_a_large_body_is_413(self, client: httpx.Client, path: str) -> None:
-        body = json.dumps({"model": "x" * MAX_JSON_BYTES}).encode()
+    def test_a_large_body_is_413(self, client: httpx.Client, path: str, settings: StoreSettings) -> None:
+        body = json.dumps({"model": "x" * settings.max_question_bytes}).encode()
         answer = client.post(path, content=body, headers={"Content-Type": "application/json"})
         assert (answer.status_code, error(answer)["code"]) == (413, "too_large")
 
@@ -220,9 +213,9 @@ class TestBodies:
         answer = post(client, (b"x" * 65_536 for _ in range(200)))
         assert (answer.status_code, error(answer)["code"]) == (413, "too_large")
 
-    def test_the_largest_body_is_read(self, client: httpx.Client) -> None:
+    def test_the_largest_body_is_read(self, client: httpx.Client, settings: StoreSettings) -> None:
         head, tail = b'{"model": "', b'"}'
-        answer = post(client, head + b"x" * (MAX_JSON_BYTES - len(head + tail)) + tail)
+        answer = post(client, head + b"x" * (settings.max_job_bytes - len(head + tail)) + tail)
         assert answer.status_code == 422
 
     def test_an_unknown_field_is_named(self, client: httpx.Client) -> None:

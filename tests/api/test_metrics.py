@@ -11,11 +11,11 @@ import pytest
 import redis
 from fastapi import FastAPI
 from prometheus_client.parser import text_string_to_metric_families
-from starlette.requests import Request
+from starlette.types import Scope
 from stub_worker import StubWorker, answered
 
 from api.app import create_app
-from api.routes.metrics import is_local
+from api.door.addresses import is_local
 from store import models
 from store.db.session import SessionFactory, transaction
 from store.jobs import jobs
@@ -121,10 +121,10 @@ def test_the_page_works_without_database_and_broker(settings: StoreSettings, ser
         assert value(samples, "heft_http_requests_total", method="GET", route="/healthz", status="200") == 1
 
 
-def request(host: str | None, **headers: str) -> Request:
+def request(host: str | None, **headers: str) -> Scope:
     raw_headers = [(name.replace("_", "-").encode(), text.encode()) for name, text in headers.items()]
     client = None if host is None else (host, 1_234)
-    return Request({"type": "http", "client": client, "headers": raw_headers})
+    return {"type": "http", "client": client, "headers": raw_headers}
 
 
 def test_a_caller_from_elsewhere_needs_a_key(url: str, client: httpx.Client) -> None:

@@ -18,7 +18,7 @@ from running_stack import HeftUp, heft, heft_up, start
 from cli.stack.home import Home
 from cli.stack.process import wait_until
 
-GIVEN_KEY = "a key of my own"
+GIVEN_KEY = "a long key of my own"
 
 
 @pytest.fixture(scope="module")
@@ -156,6 +156,14 @@ def test_a_model_folder_that_does_not_exist_is_named(home: Home) -> None:
     result = heft("--home", str(home.path), "up", "--model-dir", "/nowhere")
     assert result.exit_code == 1
     assert "/nowhere" in result.stderr
+
+
+def test_a_key_that_could_be_guessed_is_refused_before_anything_starts(home: Home) -> None:
+    result = heft("--home", str(home.path), "--api-key", "s3cret", "up")
+    assert result.exit_code == 1
+    assert "HEFT_API_KEY" in result.stderr
+    assert "16 to 512 characters" in result.stderr
+    assert not home.path.exists()
 
 
 def test_the_doctor_reports_a_running_stack_as_ok(stack_up: HeftUp) -> None:

@@ -49,7 +49,9 @@ def test_a_revoked_key_is_refused_and_stays_revoked(bench) -> None:
         bench.do(keys.revoke, key_id=owner.key_id)
 
 
-@pytest.mark.parametrize("key", ["s3cret", "sk-proj-abc_def", "heft_short_key", "ключ"])
+@pytest.mark.parametrize(
+    "key", ["s3cret-s3cret-16", "sk-proj-abc_def/+=.", "a long key of ours", "heft_not_of_our_own_form"]
+)
 def test_an_operators_own_key_may_have_any_shape(bench, key: str) -> None:
     for _ in range(2):  # at every start of the service
         bench.do(keys.ensure, key, "team", "first key")
@@ -58,6 +60,17 @@ def test_an_operators_own_key_may_have_any_shape(bench, key: str) -> None:
     assert bench.do(keys.list_keys, owner_id="others") == []
     with pytest.raises(Unauthenticated):
         bench.do(keys.authenticate, key + "x")
+
+
+@pytest.mark.parametrize(
+    "key", ["", "k", "fifteen-letters", "x" * 513, "\u043a\u043b\u044e\u0447" * 8, " a key with a space"]
+)
+def test_a_key_that_could_be_guessed_or_not_be_sent_is_refused(bench, key: str) -> None:
+    with pytest.raises(InvalidRequest, match="16 to 512 characters") as refused:
+        bench.do(keys.ensure, key, "team", "first key")
+    assert refused.value.param == "key"
+    with pytest.raises(Unauthenticated, match="16 to 512 characters"):
+        keys.check_form(key)
 
 
 def test_a_key_made_elsewhere_in_our_shape_keeps_its_id(bench) -> None:

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import pytest
 
-from store import keys, models
-from store.errors import Forbidden, NotFound, Unauthenticated
+from store import models
+from store.errors import Forbidden, NotFound
 
 OWNER = "team"
 
@@ -36,20 +36,6 @@ def test_a_result_is_found_by_its_owner_alone(bench) -> None:
             with pytest.raises(NotFound) as refused:
                 bench.do(call, owner_id="others", model_id=model_id)
             assert refused.value.code == "model_not_found"
-
-
-def test_whose_key_it_is_comes_before_whose_model(bench) -> None:
-    final = bench.succeed(bench.running()).fine_tuned_model
-    key, other_key = (
-        bench.do(keys.create, owner_id=owner, name="one who asks") for owner in (OWNER, "others")
-    )
-    asker, model = bench.do(models.authorize, key=key, model_id=final)
-    assert (asker.id, model.id) == (OWNER, final)
-    with pytest.raises(NotFound):
-        bench.do(models.authorize, key=other_key, model_id=final)
-    for model_id in (final, "unknown"):
-        with pytest.raises(Unauthenticated):
-            bench.do(models.authorize, key="nobody's", model_id=model_id)
 
 
 def test_a_deleted_model_is_hidden_but_a_worker_in_the_middle_still_finds_it(bench) -> None:

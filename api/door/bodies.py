@@ -1,0 +1,176 @@
+"""Bounds of a request's body by route: bytes, a minimal rate at which it arrives, and depth and values of JSON.
+
+All but uploads are received whole before their route runs, in one piece that the route then reads.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from starlette.datastructures import Headers
+from starlette.exceptions import HTTPException
+from starlette.requests import ClientDisconnect
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+from api.door.json_bounds import check_json
+from api.errors import error_response, store_error_response
+from store.errors import StoreError, TooLarge
+from store.settings import StoreSettings
+
+#: For routes that take no body. Some clients send `{}` all the same.
+MAX_OTHER_BYTES = 64 * 1024
+#: Beside its file, an upload has a few small fields and boundaries.
+_FORM_BYTES = 256 * 1024
+
+#: `/predict` takes 1,024 questions, each with up to 100 choices or several messages.
+MAX_QUESTION_VALUES = 200_000
+#: A study has up to 200 arms with settings of their own.
+MAX_JOB_VALUES = 20_000
+
+
+@dataclass(frozen=True, kw_only=True)
+class BodyBounds:
+    """The most that a route's body may be. `setting` raises `max_bytes`; None: it is fixed."""
+
+    max_bytes: int
+    max_values: int = 1_000
+    setting: str | None = None
+    is_streamed: bool = False  #: the route reads the body as it arrives
+
+
+def bounds_by_route(settings: StoreSettings) -> dict[tuple[str, str], BodyBounds]:
+    """Returns {(method, path): bounds} of the routes that take a body."""
+    question = BodyBounds(
+        max_bytes=settings.max_question_bytes,
+        max_values=MAX_QUESTION_VALUES,
+        setting="HEFT_MAX_QUESTION_BYTES",
+    )
+    job = BodyBounds(
+        max_bytes=settings.max_job_bytes, max_values=MAX_JOB_VALUES, setting="HEFT_MAX_JOB_BYTES"
+    )
+    upload = BodyBounds(
+        max_bytes=settings.max_file_bytes + _FORM_BYTES, setting="HEFT_MAX_FILE_BYTES", is_streamed=True
+    )
+    return {
+        ("POST", "/predict"): question,
+        ("POST", "/v1/predict"): question,
+        ("POST", "/v1/completions"): question,
+        ("POST", "/v1/chat/completions"): question,
+        ("POST", "/v1/fine_tuning/jobs"): job,
+        ("POST", "/v1/studies"): job,
+        ("POST", "/v1/files"): upload,
+    }
+
+
+@dataclass(frozen=True, kw_only=True)
+class ArrivalRate:
+    """The slowest that a body may arrive: after `grace_seconds`, at `bytes_per_second` on average."""
+
+    grace_seconds: float
+    bytes_per_second: float
+
+    def seconds(self, received: int) -> float:
+        """Returns the time from the body's start within which more than `received` bytes must be there."""
+        return self.grace_seconds + received / self.bytes_per_second
+
+
+class BodyMiddleware:
+    """Refuses bodies beyond their route's bounds: 413 for size, 408 for slowness, 400 for depth."""
+
+    def __init__(
+        self, app: ASGIApp, *, routes: Mapping[tuple[str, str], BodyBounds], slowest: ArrivalRate
+    ) -> None:
+        self.app = app
+        self.routes = routes
+        self.slowest = slowest
+        self.other = BodyBounds(max_bytes=MAX_OTHER_BYTES)
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] != "http":
+            await self.app(scope, receive, send)
+            return
+        bounds = self.routes.get((scope["method"], scope["path"]), self.other)
+        body = _Body(receive, bounds, self.slowest)
+        try:
+            body.check_length(Headers(scope=scope))
+            if not bounds.is_streamed:
+                content = await body.whole()
+                check_json(content, max_values=bounds.max_values)
+                receive = _replayed(content, receive)
+        except StoreError as fault:
+            await store_error_response(fault)(scope, receive, send)
+        except HTTPException as fault:
+            await error_response(fault.status_code, fault.detail, headers=fault.headers)(scope, receive, send)
+        except ClientDisconnect:
+            return
+        else:
+            await self.app(scope, body.receive if bounds.is_streamed else receive, send)
+
+
+class _Body:
+    """A request's body, counted and timed while it is received."""
+
+    def __init__(self, receive: Receive, bounds: BodyBounds, slowest: ArrivalRate) -> None:
+        self._receive = receive
+        self._bounds = bounds
+        self._slowest = slowest
+        self._received = 0
+        self._complete = False
+        self._started_at: float | None = None
+
+    def check_length(self, headers: Headers) -> None:
+        """Raises TooLarge if the announced length is beyond the bounds."""
+        length = headers.get("content-length", "0")
+        if length.isdecimal() and int(length) > self._bounds.max_bytes:
+            raise self._too_large()
+
+    async def receive(self) -> Message:
+        """Returns the next message. Raises TooLarge, and HTTPException (408) for a body that arrives too slowly."""
+        if self._complete:
+            return await self._receive()  # the client's disconnection, at any time
+        now = asyncio.get_running_loop().time()
+        if self._started_at is None:
+            self._started_at = now
+        deadline = self._started_at + self._slowest.seconds(self._received)
+        try:
+            async with asyncio.timeout_at(deadline):
+                message = await self._receive()
+        except TimeoutError:
+            message = "the body arrives too slowly: send it without pauses"
+            raise HTTPException(408, message, headers={"Connection": "close"}) from None
+        self._received += len(message.get("body", b""))
+        self._complete = not message.get("more_body", False)
+        if self._received > self._bounds.max_bytes:
+            raise self._too_large()
+        return message
+
+    async def whole(self) -> bytes:
+        """Returns the whole body. Raises as `receive`, and ClientDisconnect."""
+        chunks: list[bytes] = []
+        while not self._complete:
+            message = await self.receive()
+            if message["type"] == "http.disconnect":
+                raise ClientDisconnect
+            chunks.append(message.get("body", b""))
+        return b"".join(chunks)
+
+    def _too_large(self) -> TooLarge:
+        bounds = self._bounds
+        reason = f"{bounds.setting} allows" if bounds.setting else "this route takes"
+        return TooLarge(f"the body is larger than the {bounds.max_bytes:,} bytes that {reason}")
+
+
+def _replayed(content: bytes, receive: Receive) -> Receive:
+    """Returns a `receive` that gives the content first, and then what comes after it: the client's disconnection."""
+    is_given = False
+
+    async def replayed() -> Message:
+        nonlocal is_given
+        if is_given:
+            return await receive()
+        is_given = True
+        return {"type": "http.request", "body": content, "more_body": False}
+
+    return replayed

@@ -1,0 +1,124 @@
+"""Bounds of bodies by route: announced and streamed bytes, slowness, depth and number of values."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+from asgi_calls import Exchange, scope_of
+from fastapi.routing import iter_route_contexts
+from starlette.requests import Request
+from starlette.responses import PlainTextResponse
+from starlette.types import Receive, Scope, Send
+
+from api.app import create_app
+from api.door.bodies import MAX_OTHER_BYTES, ArrivalRate, BodyMiddleware, bounds_by_route
+from store.settings import StoreSettings
+
+SETTINGS = StoreSettings(
+    database_url="postgresql+psycopg://nowhere/heft",
+    redis_url="redis://nowhere",
+    artifacts_url="file:///nowhere",
+    max_question_bytes=20_000,
+    max_job_bytes=10_000,
+    max_file_bytes=1_000_000,
+)
+PATIENT = ArrivalRate(grace_seconds=60, bytes_per_second=1)
+
+
+class Route:
+    """An application that reads its body."""
+
+    body: bytes | None = None
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        self.body = await Request(scope, receive).body()
+        await PlainTextResponse("ok")(scope, receive, send)
+
+
+def post(path: str, *chunks: bytes, slowest: ArrivalRate = PATIENT, **more: Any) -> tuple[Exchange, Route]:
+    route = Route()
+    app = BodyMiddleware(route, routes=bounds_by_route(SETTINGS), slowest=slowest)
+    headers = more.pop("headers", {"transfer-encoding": "chunked"})
+    return Exchange(chunks, **more).run(app, scope_of("POST", path, headers)), route
+
+
+def test_every_route_with_a_body_has_bounds_of_its_own() -> None:
+    app = create_app(SETTINGS)
+    with_body = {
+        ("POST", context.path)
+        for context in iter_route_contexts(app.routes)
+        if getattr(context.original_route, "body_field", None) is not None
+    }
+    assert len(with_body) >= 6
+    assert with_body | {("POST", "/v1/files")} == set(bounds_by_route(SETTINGS))
+
+
+@pytest.mark.parametrize(
+    ("path", "size", "setting"),
+    [
+        ("/predict", 20_000, "HEFT_MAX_QUESTION_BYTES"),
+        ("/v1/chat/completions", 20_000, "HEFT_MAX_QUESTION_BYTES"),
+        ("/v1/fine_tuning/jobs", 10_000, "HEFT_MAX_JOB_BYTES"),
+        ("/v1/studies", 10_000, "HEFT_MAX_JOB_BYTES"),
+        ("/v1/fine_tuning/jobs/x/cancel", MAX_OTHER_BYTES, "this route"),
+    ],
+)
+def test_a_body_may_be_as_large_as_its_route_allows(path: str, size: int, setting: str) -> None:
+    allowed, route = post(path, b"x" * (size - 1), b"x")
+    assert (allowed.status, route.body) == (200, b"x" * size)
+    announced, route = post(path, headers={"content-length": str(size + 1)})
+    assert (announced.status, announced.received, route.body) == (413, 0, None)
+    streamed, route = post(path, b"x" * size, b"x", b"y" * size)
+    assert (streamed.status, streamed.received, route.body) == (413, 2, None)
+    for refused in (announced, streamed):
+        assert refused.error["code"] == "too_large"
+        assert setting in refused.error["message"]
+        assert f"{size:,}" in refused.error["message"]
+
+
+def test_an_upload_is_streamed_to_its_route() -> None:
+    received: list[int] = []
+
+    async def route(scope: Scope, receive: Receive, send: Send) -> None:
+        async for chunk in Request(scope, receive).stream():
+            received.append(len(chunk))
+        await PlainTextResponse("ok")(scope, receive, send)
+
+    app = BodyMiddleware(route, routes=bounds_by_route(SETTINGS), slowest=PATIENT)
+    Exchange([b"x" * 10, b"y" * 20]).run(app, scope_of("POST", "/v1/files"))
+    assert received == [10, 20, 0]
+
+
+@pytest.mark.parametrize("path", ["/predict", "/v1/fine_tuning/jobs", "/v1/fine_tuning/jobs/x/cancel"])
+def test_a_body_that_trickles_is_refused(path: str) -> None:
+    hasty = ArrivalRate(grace_seconds=0.01, bytes_per_second=1_000_000)
+    exchange, route = post(path, b"{", slowest=hasty, hangs=True)
+    assert (exchange.status, exchange.error["code"]) == (408, "request_timeout")
+    assert exchange.headers["connection"] == "close"
+    assert route.body is None
+
+
+def test_the_time_allowed_grows_with_what_has_arrived() -> None:
+    slowest = ArrivalRate(grace_seconds=30, bytes_per_second=1_000)
+    assert slowest.seconds(0) == 30
+    assert slowest.seconds(60_000) == 90
+
+
+def test_depth_and_values_are_checked_before_the_route_parses() -> None:
+    deep, route = post("/predict", b'{"inputs":' + b"[" * 33)
+    assert (deep.status, route.body) == (400, None)
+    many, route = post("/v1/fine_tuning/jobs/x/cancel", b"[" + b"0," * 1_000 + b"0]")
+    assert (many.status, many.error["code"], route.body) == (413, "too_large", None)
+
+
+def test_a_client_that_disconnects_gets_no_route() -> None:
+    class Gone(Exchange):
+        def _messages(self) -> Any:
+            yield {"type": "http.request", "body": b"{", "more_body": True}
+            yield {"type": "http.disconnect"}
+
+    route = Route()
+    app = BodyMiddleware(route, routes=bounds_by_route(SETTINGS), slowest=PATIENT)
+    exchange = Gone().run(app, scope_of("POST", "/predict"))
+    assert (exchange.sent, route.body) == ([], None)
