@@ -37,6 +37,7 @@ class BodyBounds:
     max_bytes: int
     max_values: int = 1_000
     setting: str | None = None
+    param: str | None = None  #: the field that the body consists of
     is_streamed: bool = False  #: the route reads the body as it arrives
 
 
@@ -51,7 +52,10 @@ def bounds_by_route(settings: StoreSettings) -> dict[tuple[str, str], BodyBounds
         max_bytes=settings.max_job_bytes, max_values=MAX_JOB_VALUES, setting="HEFT_MAX_JOB_BYTES"
     )
     upload = BodyBounds(
-        max_bytes=settings.max_file_bytes + _FORM_BYTES, setting="HEFT_MAX_FILE_BYTES", is_streamed=True
+        max_bytes=settings.max_file_bytes + _FORM_BYTES,
+        setting="HEFT_MAX_FILE_BYTES",
+        param="file",
+        is_streamed=True,
     )
     return {
         ("POST", "/predict"): question,
@@ -138,8 +142,8 @@ class _Body:
             async with asyncio.timeout_at(deadline):
                 message = await self._receive()
         except TimeoutError:
-            message = "the body arrives too slowly: send it without pauses"
-            raise HTTPException(408, message, headers={"Connection": "close"}) from None
+            reason = "the body arrives too slowly: send it without pauses"
+            raise HTTPException(408, reason, headers={"Connection": "close"}) from None
         self._received += len(message.get("body", b""))
         self._complete = not message.get("more_body", False)
         if self._received > self._bounds.max_bytes:
@@ -159,7 +163,8 @@ class _Body:
     def _too_large(self) -> TooLarge:
         bounds = self._bounds
         reason = f"{bounds.setting} allows" if bounds.setting else "this route takes"
-        return TooLarge(f"the body is larger than the {bounds.max_bytes:,} bytes that {reason}")
+        message = f"the body is larger than the {bounds.max_bytes:,} bytes that {reason}"
+        return TooLarge(message, param=bounds.param)
 
 
 def _replayed(content: bytes, receive: Receive) -> Receive:
