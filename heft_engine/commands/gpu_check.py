@@ -34,7 +34,7 @@ from heft_engine.serving.predictor import load
 from heft_engine.training.run import train
 
 TRAIN_ROWS, TEST_ROWS = 64, 32
-#: Of the GPU's free memory, for weights: the rest is for activations and the cache.
+#: Of the device's free memory, for weights: the rest is for activations and the cache.
 WEIGHTS_SHARE = 0.6
 
 
@@ -94,12 +94,11 @@ def check(full: Shape, device: str) -> None:
 def fitting(full: Shape, device: str, folder: Path) -> Shape:
     """Returns the shape with as many layers as fit.
 
-    Weights are bfloat16 on the GPU and on the disk, and float32 in memory for the parity check. Raises TrainingError
-    (out_of_memory) where fewer than two layers fit.
+    Weights are bfloat16 on the device and on the disk. Raises TrainingError (out_of_memory) where fewer than two layers
+    fit.
     """
-    parameters = [psutil.virtual_memory().available / 4, shutil.disk_usage(folder).free / 2]
-    if device != "cpu":
-        parameters.append(torch.cuda.mem_get_info()[0] * WEIGHTS_SHARE / 2)
+    free = psutil.virtual_memory().available if device == "cpu" else torch.cuda.mem_get_info()[0]
+    parameters = [free * WEIGHTS_SHARE / 2, shutil.disk_usage(folder).free / 2]
     for layers in range(full.layers, 1, -1):
         shape = replace(full, layers=layers)
         if shape.parameters() <= min(parameters):

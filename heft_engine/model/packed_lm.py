@@ -13,6 +13,7 @@ from contextlib import AbstractContextManager, contextmanager
 from typing import Any, cast
 
 import torch
+import torch.nn.functional as F  # noqa: N812
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
@@ -170,6 +171,12 @@ class PackedLM:
     def logits(self, hidden: Tensor) -> Tensor:
         """Hidden states (n, hidden) → float32 logits (n, vocabulary), soft-capped where the family does so."""
         return self._cap(cast(Tensor, self.head(hidden)).float())
+
+    def logits_of(self, hidden: Tensor, tokens: slice) -> Tensor:
+        """Float32 logits of a slice of the vocabulary, (n, tokens); hidden (n, hidden) is multiplied in its dtype."""
+        weight, bias = self.head.weight, getattr(self.head, "bias", None)
+        part = None if bias is None else bias[tokens].to(hidden.dtype)
+        return self._cap(F.linear(hidden.to(weight.device), weight[tokens].to(hidden.dtype), part).float())
 
     def exact_logits(self, hidden: Tensor) -> Tensor:
         """The logits, multiplied in float32: through a bfloat16 head, 7 of 160 BoolQ rows tied exactly."""

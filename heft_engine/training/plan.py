@@ -196,7 +196,7 @@ class _Passes:
         code = memory_plan.code_bytes(lm, self._distinct_lengths(self._all(fit.token_budget)))
         training = int(memory_plan.OVERHEAD * (fit.bytes + self._loss_bytes()))
         scoring = memory_plan.pass_bytes(lm, SCORING_BUDGET)
-        merging = self._merge_bytes() if self.inputs.adapter.merges and lm.device.type == "cpu" else 0
+        merging = self._merge_bytes() if self.inputs.adapter.merges else 0
         return code + max(training, scoring, merging)
 
     def _all(self, budget: int) -> set[tuple[int, ...]]:
@@ -263,8 +263,14 @@ class _Passes:
         return create(stage.objective).loss_bytes(self.inputs.lm, sum(tokens[-stage.batch_size :]))
 
     def _merge_bytes(self) -> int:
-        """Returns the bytes of the merge's check: a float32 copy of the model, on the CPU, and a pass over probes."""
+        """Returns the bytes of a merge's check: float32 passes over probe rows, and one weight at a time in float32.
+
+        There are the weight in float32, the adapter's change, and their sum; later slices of logits.
+        """
         lm = self.inputs.lm
         longest = max(map(packed_length, self.inputs.examples))
         tokens = max(longest, min(parity.TOKEN_BUDGET, parity.PROBE_ROWS * longest))
-        return 4 * lm.parameters + memory_plan.pass_bytes(lm, tokens) * 4 // lm.dtype.itemsize
+        weight = max(parameter.numel() for parameter in lm.layers.parameters())
+        passes = memory_plan.pass_bytes(lm, tokens) * 4 // lm.dtype.itemsize
+        logits = min(parity.SLICE_BYTES, 4 * len(lm.head.weight) * (lm.hidden_size + 3 * tokens))
+        return max(3 * 4 * weight + passes, logits)

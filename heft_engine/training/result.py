@@ -9,7 +9,9 @@ from pathlib import Path
 from random import Random
 from typing import Any
 
-from heft_engine.adapters.parity import float32_copy
+import torch
+
+from heft_engine.adapters.parity import TOKEN_BUDGET
 from heft_engine.bundle.format import (
     BaseRecord,
     Bundle,
@@ -22,10 +24,12 @@ from heft_engine.bundle.format import (
 from heft_engine.data.encoding import Example, tokenizer_hash
 from heft_engine.evaluation.calibration import MAX_ROWS, Calibration, LabelledScores, calibrate
 from heft_engine.evaluation.evaluate import evaluate
-from heft_engine.inference.scoring import Scores, score
+from heft_engine.inference.scoring import Scores, score, score_hidden
+from heft_engine.model.float32_lm import Float32LM
 from heft_engine.model.interventions import PlacedIntervention
 from heft_engine.model.model_files import weights_hash
 from heft_engine.model.packed_lm import PackedLM
+from heft_engine.model.packing import micro_batches, pack
 from heft_engine.runtime.devices import dtype_name
 from heft_engine.training import failure_signatures
 from heft_engine.training.checkpoint import RunState
@@ -214,9 +218,15 @@ def _labelled(scores: Sequence[Scores], examples: Sequence[Example]) -> Labelled
 
 def _tolerance(lm: PackedLM, probe: Probe) -> float:
     """Returns how far a probe score may lie elsewhere: four times the error of the dtype alone, at least 1e-3."""
-    exact = float32_copy(lm)
-    exact.interventions.extend(lm.interventions)
-    pairs = zip(score(exact, probe.examples), probe.scores, strict=True)
-    errors = [abs(a - b) for row, totals in pairs for a, b in zip(row.totals, totals, strict=True)]
-    exact.interventions.clear()
+    pairs = zip(_float32_totals(lm, probe.examples), probe.scores, strict=True)
+    errors = [abs(a - b) for exact, totals in pairs for a, b in zip(exact, totals, strict=True)]
     return max(1e-3, 4 * max(errors))
+
+
+@torch.inference_mode()
+def _float32_totals(lm: PackedLM, examples: Sequence[Example]) -> list[tuple[float, ...]]:
+    """Returns the totals of every example in float32, one pass after the other."""
+    exact = Float32LM(lm)
+    exact.interventions.extend(lm.interventions)
+    batches = [pack(part) for part in micro_batches(examples, TOKEN_BUDGET)]
+    return [row.totals for batch in batches for row in score_hidden(exact, batch, exact.hidden(batch))]

@@ -8,6 +8,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from heft_engine.adapters.parity import probe_states
 from heft_engine.adapters.reft import LoreftIntervention
 from heft_engine.data.encoding import Example
 from heft_engine.model.attention import IMPLEMENTATION
@@ -34,6 +35,12 @@ def probes() -> list[Example]:
     rng = random.Random(0)
     rows = [tuple(rng.randrange(5, 600) for _ in range(n)) for n in (5, 20, 40)]
     return [Example(prompt=row, answers=((7, 9),), labels=("",), gold=0) for row in rows]
+
+
+@torch.inference_mode()
+def probe_logits(lm: PackedLM, examples: list[Example]) -> Tensor:
+    """Returns float32 logits at the supervised tokens, interventions disabled: (tokens, vocabulary)."""
+    return lm.logits(probe_states(lm, examples)).cpu()
 
 
 def bits(lm: PackedLM) -> dict[str, Tensor]:

@@ -2,20 +2,24 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Sequence
-from typing import Any, cast
+from functools import partial
 
 import torch
 from peft import PeftModel
+from peft.tuners.lora import Linear
 from torch import Tensor
 
 from heft_engine.adapters.adapter import Merge
 from heft_engine.adapters.lora import peft_layers
 from heft_engine.adapters.lora.intruders import repaired
 from heft_engine.adapters.lora.weights import LoraWeights, weight_of
-from heft_engine.adapters.parity import Parity, ProbeLogits, compare, float32_copy, probe_logits
+from heft_engine.adapters.parity import Parity, ProbeStates, compare, probe_states
 from heft_engine.config.train import LoraStage
 from heft_engine.data.encoding import Example
+from heft_engine.errors import TrainingError
+from heft_engine.model.float32_lm import Float32LM
 from heft_engine.model.packed_lm import PackedLM
 
 
@@ -45,53 +49,76 @@ def merge_and_verify(
     lm: PackedLM, peft_model: PeftModel, stage: LoraStage, weights: LoraWeights, examples: Sequence[Example]
 ) -> Parity:
     """Detaches the trained adapter, merges it, and compares. Raises TrainingError (parity_broken)."""
-    served = probe_logits(lm, examples)
-    parameters = {name: p.detach().clone() for name, p in peft_layers.trainable(peft_model).items()}
-    initial = {name: factor.clone() for name, factor in peft_layers.initial(peft_model).items()}
+    served = probe_states(lm, examples)
+    parameters = peft_layers.parameter_copies(peft_model, lm.device)
+    initial = {name: factor.to(lm.device) for name, factor in peft_layers.initial(peft_model).items()}
     peft_layers.detach(peft_model)
-    exact = float32_copy(lm)
-    float32 = _peft_logits(exact, stage, weights.target_modules, parameters, initial, examples)
-    adapted = ProbeLogits(served=served, float32=float32)
-    _restore(exact, lm, weights)
+    exact = _adapted(lm, stage, weights.target_modules, parameters, initial)
+    adapted = ProbeStates(served=served, float32=probe_states(exact, examples))
 
+    hashes: dict[str, str] = {}
+    float32 = probe_states(_merged(lm, weights, hashes), examples)
     weights.merge_into(lm.model)
-    served = probe_logits(lm, examples)
-    weights.merge_into(exact.model)
-    merged = ProbeLogits(served=served, float32=probe_logits(exact, examples))
-    return compare(adapted, merged, lm.dtype, len(examples))
+    merged = ProbeStates(served=probe_states(lm, examples), float32=float32)
+    parity = compare(lm, adapted, merged, len(examples))
+    _check_hashes(lm, hashes)
+    return parity
 
 
-def _peft_logits(
-    exact: PackedLM,
+def _adapted(
+    lm: PackedLM,
     stage: LoraStage,
     modules: list[str],
     parameters: dict[str, Tensor],
     initial: dict[str, Tensor],
-    examples: Sequence[Example],
-) -> Tensor:
-    """Returns the probe rows' logits by the raw parameters and peft's forward pass, none of this engine's conversions.
+) -> Float32LM:
+    """Returns float32 passes by the raw parameters and peft's forward pass, none of this engine's conversions.
 
-    PiSSA and OLoRA: on W − s·B₀A₀, which is left behind in `exact`.
+    PiSSA and OLoRA: on W − s·B₀A₀.
     """
+    exact = Float32LM(lm)
     peft_model = peft_layers.attach(exact, stage.model_copy(update={"init": "default"}), modules)
     peft_model.eval()  # peft attaches an adapter with its dropout on
-    with torch.no_grad():
-        for name, parameter in peft_layers.trainable(peft_model).items():
-            parameter.copy_(parameters[name])
-        for name, down in initial.items():
-            module = name.removesuffix(".lora_A")
-            if module != name:
-                layer = cast(Any, exact.model.get_submodule(module)).base_layer
-                layer.weight.sub_(
-                    (stage.scaling * initial[f"{module}.lora_B"] @ down).to(layer.weight.device)
-                )
-    logits = probe_logits(exact, examples)
-    peft_layers.detach(peft_model)
-    return logits
+    peft_layers.assign(peft_model, parameters)
+    for module, layer in peft_layers.lora_layers(peft_model).items():
+        exact.keep_during(module, layer)  # DoRA reads the base layer's weights outside of its call
+        if f"{module}.lora_A" in initial:
+            down, up = initial[f"{module}.lora_A"], initial[f"{module}.lora_B"]
+            exact.on_load(module, partial(_subtract, layer, stage.scaling, down, up))
+    return exact
 
 
 @torch.no_grad()
-def _restore(exact: PackedLM, lm: PackedLM, weights: LoraWeights) -> None:
-    """Copies the base's weights of the adapted modules back into its float32 copy."""
+def _subtract(layer: Linear, scaling: float, down: Tensor, up: Tensor) -> None:
+    layer.base_layer.weight.sub_(scaling * up @ down)
+
+
+def _merged(lm: PackedLM, weights: LoraWeights, hashes: dict[str, str]) -> Float32LM:
+    """Returns float32 passes with the adapter merged module by module.
+
+    hashes: gets those of the merged weights as the model will have them, rounded to its dtype.
+    """
+    exact = Float32LM(lm)
+
+    def merge(module: str) -> None:
+        weights.of_module(module).merge_into(exact.model)
+        if module not in hashes:
+            hashes[module] = _hash(weight_of(exact.model, module).to(lm.dtype))
+
     for module in weights.factors:
-        weight_of(exact.model, module).copy_(weight_of(lm.model, module))
+        exact.on_load(module, partial(merge, module))
+    return exact
+
+
+def _check_hashes(lm: PackedLM, hashes: dict[str, str]) -> None:
+    """Raises TrainingError (parity_broken) unless the model's merged weights are those of the float32 passes."""
+    different = [module for module, digest in hashes.items() if _hash(weight_of(lm.model, module)) != digest]
+    if different:
+        message = (
+            f"the merged weights of {different[0]} are not those that were compared with the trained adapter"
+        )
+        raise TrainingError(message, code="parity_broken")
+
+
+def _hash(weight: Tensor) -> str:
+    return hashlib.sha256(weight.detach().cpu().contiguous().view(torch.uint8).numpy().data).hexdigest()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any, cast
 
+import torch
 from peft import PeftModel, get_peft_model
 from peft.tuners.lora import Linear
 from torch import Tensor, nn
@@ -36,7 +37,7 @@ def attach(lm: PackedLM, stage: LoraStage, modules: list[str]) -> PeftModel:
     """
     check_modules(lm, modules)
     peft_model = cast(PeftModel, get_peft_model(cast(Any, lm.model), peft_config(stage, modules)))
-    for name, layer in _lora_layers(peft_model).items():
+    for name, layer in lora_layers(peft_model).items():
         weight = layer.base_layer.weight
         if stage.use_dora:
             # peft takes the norm in the model's dtype; in bfloat16 that is not the row's norm.
@@ -63,7 +64,7 @@ def initial(peft_model: PeftModel) -> dict[str, Tensor]:
     """Returns A₀ and B₀ of every adapted module by a stable name; nothing where training begins at ΔW = 0."""
     return {
         f"{name}.{side}": factor
-        for name, layer in _lora_layers(peft_model).items()
+        for name, layer in lora_layers(peft_model).items()
         for side, factor in zip(_SIDES, initial_of(layer) or (), strict=False)
     }
 
@@ -83,6 +84,21 @@ def trainable(peft_model: PeftModel) -> dict[str, nn.Parameter]:
     }
 
 
+def parameter_copies(peft_model: PeftModel, device: torch.device) -> dict[str, Tensor]:
+    """Returns copies of the adapter's raw parameters, by the names that `assign` takes."""
+    return {
+        name: parameter.detach().to(device, copy=True)
+        for name, parameter in peft_model.named_parameters()
+        if parameter.requires_grad
+    }
+
+
+def assign(peft_model: PeftModel, parameters: dict[str, Tensor]) -> None:
+    """Puts raw parameters in the place of an adapter's own."""
+    unknown = peft_model.load_state_dict(parameters, strict=False, assign=True).unexpected_keys
+    assert not unknown, f"the adapter has no parameters named {', '.join(unknown)}"
+
+
 def is_magnitude(name: str) -> bool:
     """Returns whether one of `trainable`'s names is DoRA's m."""
     return MAGNITUDE in name
@@ -91,7 +107,7 @@ def is_magnitude(name: str) -> bool:
 def extract(peft_model: PeftModel, stage: LoraStage, modules: list[str]) -> LoraWeights:
     """Returns a copy of the adapter, float32 on the CPU, relative to the weights that the stage started from."""
     factors, magnitudes = {}, {}
-    for name, layer in _lora_layers(peft_model).items():
+    for name, layer in lora_layers(peft_model).items():
         down, up = (_copy(getattr(layer, side)["default"].weight) for side in _SIDES)
         start = initial_of(layer)
         factors[name] = (
@@ -121,7 +137,7 @@ def detach(peft_model: PeftModel) -> None:
     cast(Any, peft_model.base_model).unload()
 
 
-def _lora_layers(peft_model: PeftModel) -> dict[str, Linear]:
+def lora_layers(peft_model: PeftModel) -> dict[str, Linear]:
     """Returns the adapted layers by the names that they have in the model."""
     return {
         name.removeprefix(PREFIX): module

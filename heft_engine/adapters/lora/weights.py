@@ -8,7 +8,7 @@ bundle rebuilds the same bits.
 from __future__ import annotations
 
 import json
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import cast
 
@@ -61,6 +61,11 @@ class LoraWeights:
             raise BundleError(f"the adapter's {module} is {shapes}")
         changed = weight.float().cpu() + delta
         return changed if self.magnitudes is None else with_magnitude(changed, self.magnitudes[module])
+
+    def of_module(self, module: str) -> LoraWeights:
+        """Returns the adapter of one module alone."""
+        magnitudes = None if self.magnitudes is None else {module: self.magnitudes[module]}
+        return replace(self, factors={module: self.factors[module]}, magnitudes=magnitudes)
 
     @torch.no_grad()
     def merge_into(self, model: nn.Module) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 from pathlib import Path
 
@@ -10,7 +11,7 @@ import pytest
 import torch
 from transformers import LlamaForCausalLM
 
-from heft_engine.commands.gpu_check import LLAMA_2_7B, Shape, check, fitting, write_model
+from heft_engine.commands.gpu_check import LLAMA_2_7B, WEIGHTS_SHARE, Shape, check, fitting, write_model
 from heft_engine.commands.main import main
 from heft_engine.errors import TrainingError
 from heft_engine.model.model_files import inspect
@@ -58,9 +59,10 @@ def test_fewer_layers_where_memory_is_short(monkeypatch: pytest.MonkeyPatch, tmp
         monkeypatch.setattr(psutil, "virtual_memory", lambda: memory)
 
     three = Shape(layers=3, hidden=64, intermediate=128, heads=4, vocabulary=1_000)
-    available(4 * TINY.parameters())
+    needed = math.ceil(2 * TINY.parameters() / WEIGHTS_SHARE)
+    available(needed)
     assert fitting(TINY, "cpu", tmp_path) == TINY
-    available(4 * TINY.parameters() - 1)
+    available(needed - 2)
     assert fitting(TINY, "cpu", tmp_path) == three
     available(1_000)
     with pytest.raises(TrainingError, match="not even two layers"):

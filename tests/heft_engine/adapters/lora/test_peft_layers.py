@@ -11,8 +11,9 @@ from typing import Any
 import pytest
 import torch
 from peft import PeftModel
-from probe_models import bits, packed, probes, same
+from probe_models import bits, packed, probe_logits, probes, same
 from tiny_models import FAMILIES
+from torch import nn
 from transformers import AutoModelForCausalLM
 
 from heft_engine.adapters import parity
@@ -20,7 +21,6 @@ from heft_engine.adapters.lora import peft_layers as lora
 from heft_engine.adapters.lora.concat import concatenate
 from heft_engine.adapters.lora.merge import merge_and_verify
 from heft_engine.adapters.lora.weights import ADAPTER_CONFIG, ADAPTER_WEIGHTS, LoraWeights
-from heft_engine.adapters.parity import probe_logits
 from heft_engine.config.train import LoraStage
 from heft_engine.errors import BundleError, ConfigError, TrainingError
 from heft_engine.model.attention import IMPLEMENTATION
@@ -28,6 +28,7 @@ from heft_engine.model.auto_settings import resolve_stage
 from heft_engine.model.packed_lm import PackedLM
 
 MakeModel = Callable[[str], Path]
+Merging = Callable[[LoraWeights, nn.Module], None]
 
 
 def trained(lm: PackedLM, stage: LoraStage, seed: int = 0) -> tuple[Any, LoraWeights]:
@@ -104,7 +105,7 @@ def test_the_parity_record_holds_a_merge_to_its_limit(tiny_llama_dir: Path, dtyp
 
 
 def test_probe_rows_run_a_few_at_a_time(tiny_llama_dir: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A float32 copy of the model stands beside it: there is no room for one pass over eight long rows."""
+    """Beside a model that has been trained there is no room for one pass over eight long rows."""
     lm, passes = packed(tiny_llama_dir), []
     together = probe_logits(lm, probes())
     lm.on_forward = lambda: passes.append(1)
@@ -121,17 +122,57 @@ def test_dropout_has_no_part_in_the_comparison(tiny_llama_dir: Path) -> None:
     assert 0 < merge_and_verify(lm, adapted, stage, adapter, probes()).float32 < 1e-4
 
 
+def scaled_merge(merge: Merging, weights: LoraWeights, model: nn.Module) -> None:
+    merge(replace(weights, scaling=weights.scaling * 1.01), model)
+
+
+def merge_of_the_first_module(merge: Merging, weights: LoraWeights, model: nn.Module) -> None:
+    merge(weights.of_module(next(iter(weights.factors))), model)
+
+
+def repeated_merge(merge: Merging, weights: LoraWeights, model: nn.Module) -> None:
+    merge(weights, model)
+    merge(weights, model)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("damaged", [scaled_merge, merge_of_the_first_module, repeated_merge])
 def test_a_merge_that_is_not_the_adapter_fails_the_run(
-    tiny_llama_dir: Path, monkeypatch: pytest.MonkeyPatch
+    tiny_llama_dir: Path, monkeypatch: pytest.MonkeyPatch, damaged: Any, dtype: torch.dtype
 ) -> None:
-    lm = packed(tiny_llama_dir)
+    lm = packed(tiny_llama_dir, dtype)
     adapted, adapter = trained(lm, auto(lm))
     merge_into = LoraWeights.merge_into
-    other = replace(adapter, scaling=adapter.scaling * 1.01)
-    monkeypatch.setattr(LoraWeights, "merge_into", lambda self, model: merge_into(other, model))
-    with pytest.raises(TrainingError, match="is not the adapter that was trained") as broken:
+    monkeypatch.setattr(LoraWeights, "merge_into", lambda self, model: damaged(merge_into, self, model))
+    with pytest.raises(TrainingError, match="trained") as broken:
         merge_and_verify(lm, adapted, auto(lm), adapter, probes())
     assert broken.value.code == "parity_broken"
+
+
+@pytest.mark.parametrize("damaged", [scaled_merge, merge_of_the_first_module])
+def test_a_merge_into_the_model_is_the_one_that_was_compared(
+    tiny_llama_dir: Path, monkeypatch: pytest.MonkeyPatch, damaged: Any
+) -> None:
+    """Rounding to bfloat16 hides from logits what happens to the model alone; its weights' bits show it."""
+    lm = packed(tiny_llama_dir, torch.bfloat16)
+    adapted, adapter = trained(lm, auto(lm))
+    merge_into = LoraWeights.merge_into
+
+    def damaged_in_the_model(self: LoraWeights, model: nn.Module) -> None:
+        damaged(merge_into, self, model) if model is lm.model else merge_into(self, model)
+
+    monkeypatch.setattr(LoraWeights, "merge_into", damaged_in_the_model)
+    with pytest.raises(TrainingError, match="are not those that were compared") as broken:
+        merge_and_verify(lm, adapted, auto(lm), adapter, probes())
+    assert broken.value.code == "parity_broken"
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_the_check_of_a_merge_holds_for_every_family(make_tiny_model: MakeModel, family: str) -> None:
+    lm = packed(make_tiny_model(family), torch.bfloat16)
+    adapted, adapter = trained(lm, auto(lm))
+    record = merge_and_verify(lm, adapted, auto(lm), adapter, probes())
+    assert 0 < record.float32 < 1e-4 < record.dtype_noise < 1
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)

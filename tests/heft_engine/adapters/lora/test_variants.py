@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from engine_runs import LORA, but
 from peft import LoraConfig, PeftModel, get_peft_model
-from probe_models import bits, packed, probes, same
+from probe_models import bits, packed, probe_logits, probes, same
 from pydantic import ValidationError
 from real_pyreft import plain
 from small_runs import SEED, load_inputs, step_losses, steps_of, train_inputs, yes_no_rows
@@ -23,7 +23,6 @@ from heft_engine.adapters.lora.concat import concatenate
 from heft_engine.adapters.lora.merge import merge_and_verify
 from heft_engine.adapters.lora.variants import initial_factors, widened
 from heft_engine.adapters.lora.weights import ADAPTER_WEIGHTS, LoraWeights, weight_of
-from heft_engine.adapters.parity import probe_logits
 from heft_engine.config.train import LoraStage
 from heft_engine.data.encoding import Example
 from heft_engine.errors import BundleError, ConfigError, TrainingError
