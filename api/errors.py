@@ -60,6 +60,9 @@ VALIDATION_CODES = {
     "json_invalid": "invalid_json",
 }
 
+#: A name in the request may be longer; an error repeats so much of it.
+_MAX_PARAM_CHARS = 300
+
 
 class ErrorDetail(BaseModel):
     """An error. `type` tells errors of the request from errors of the service; `param` is the field at fault."""
@@ -166,12 +169,11 @@ def _reason(fault: Mapping[str, Any]) -> str:
 def _param(fault: Mapping[str, Any], body: Any) -> str | None:
     """Returns the path of the field at fault, `method.heft.lora.rank`, without the tags that unions add."""
     path = fault.get("ctx", {}).get("path")
-    if path is not None:
-        return str(path) or None
-    source, *parts = fault["loc"]
-    if source != "body":
-        return dotted(parts) or None
-    return dotted(_steps(parts, body, missing=fault["type"] == "missing")) or None
+    if path is None:
+        source, *parts = fault["loc"]
+        steps = _steps(parts, body, missing=fault["type"] == "missing") if source == "body" else parts
+        path = dotted(steps)
+    return str(path)[:_MAX_PARAM_CHARS] or None
 
 
 def _steps(parts: Sequence[str | int], body: Any, *, missing: bool) -> list[str | int]:

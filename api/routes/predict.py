@@ -6,9 +6,9 @@ from fastapi import APIRouter, Request
 
 from api.cancellation import while_connected
 from api.deps import Caller, Db, ServicesDep
-from api.schemas.predict import MAX_INPUTS, Prediction, Predictions, PredictRequest
+from api.schemas.predict import Prediction, Predictions, PredictRequest
 from store import models
-from store.errors import InvalidRequest, TooLarge
+from store.errors import InvalidRequest
 from store.messages.predict import Intervention
 
 router = APIRouter(tags=["Answers"])
@@ -26,8 +26,6 @@ async def predict(
     """
     model = await db(models.get, owner_id=caller.id, model_id=body.model)
     rows = body.rows()
-    if len(rows) > MAX_INPUTS:
-        raise TooLarge(f"at most {MAX_INPUTS:,} inputs at a time", param="inputs")
     if body.abstain_below is not None and any("question" not in row for row in rows):
         raise InvalidRequest("generated text has no probability to abstain below", param="abstain_below")
     with services.admission.admit(len(rows)):

@@ -5,13 +5,22 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Sequence
 from datetime import datetime
-from typing import Any, Generic, Literal, TypeVar, overload
+from typing import Annotated, Any, Generic, Literal, TypeVar, overload
 
-from pydantic import BaseModel, ConfigDict, model_validator
+from pydantic import BaseModel, ConfigDict, Field, model_validator
 from pydantic_core import PydanticCustomError
 
 #: Fields of one JSON object. The largest object is a bias for tokens.
 MAX_FIELDS = 1_024
+
+#: Characters of a text that a model reads: several times the longest context.
+MAX_TEXT_CHARS = 1_000_000
+MAX_MESSAGES = 2_048
+
+Text = Annotated[str, Field(max_length=MAX_TEXT_CHARS)]
+NonEmptyText = Annotated[str, Field(min_length=1, max_length=MAX_TEXT_CHARS)]
+#: A field of OpenAI's clients that is only accepted.
+IgnoredText = Annotated[str, Field(max_length=512)]
 
 Item = TypeVar("Item", bound="Identified")
 

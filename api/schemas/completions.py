@@ -11,12 +11,14 @@ from typing import Annotated, Any, Literal
 from pydantic import AfterValidator, Field, field_validator, model_validator
 from pydantic_core import PydanticCustomError
 
-from api.schemas.common import RequestBody
+from api.schemas.common import MAX_MESSAGES, IgnoredText, NonEmptyText, RequestBody, Text
 from api.schemas.predict import Intervention
 from store.messages.generate import SamplingParams
 
 #: Texts of one request at most: prompts times n.
 MAX_TEXTS = 128
+#: Parts of one message's content.
+MAX_PARTS = 1_024
 #: The default of max_tokens in OpenAI's `/v1/completions`.
 DEFAULT_MAX_TOKENS = 16
 
@@ -76,12 +78,12 @@ class GenerationRequest(RequestBody, ABC):
     stream: bool | None = None
     stream_options: StreamOptions | None = None
     intervention: Intervention = Intervention()
-    user: str | None = None
-    metadata: dict[str, Any] | None = None
+    user: IgnoredText | None = None
+    metadata: Annotated[dict[Annotated[str, Field(max_length=64)], Any], Field(max_length=16)] | None = None
     store: bool | None = None
-    service_tier: str | None = None
-    safety_identifier: str | None = None
-    prompt_cache_key: str | None = None
+    service_tier: IgnoredText | None = None
+    safety_identifier: IgnoredText | None = None
+    prompt_cache_key: IgnoredText | None = None
 
     @model_validator(mode="before")
     @classmethod
@@ -131,7 +133,7 @@ class GenerationRequest(RequestBody, ABC):
 class CompletionRequest(GenerationRequest):
     """A base model continues the bare prompt; a fine-tuned one gets it in the template that it was trained with."""
 
-    prompt: Annotated[str, Field(min_length=1)] | Annotated[list[str], Field(min_length=1)]
+    prompt: NonEmptyText | Annotated[list[Text], Field(min_length=1, max_length=MAX_TEXTS, fail_fast=True)]
     logprobs: Annotated[int, Field(ge=0, le=5)] | None = None
     best_of: Annotated[int, Field(ge=1)] | None = None
 
@@ -165,12 +167,12 @@ class CompletionRequest(GenerationRequest):
 
 class TextPart(RequestBody):
     type: Literal["text"]
-    text: str
+    text: Text
 
 
 class ConversationMessage(RequestBody):
     role: Literal["system", "developer", "user", "assistant"]
-    content: str | Annotated[list[TextPart], Field(min_length=1)]
+    content: Text | Annotated[list[TextPart], Field(min_length=1, max_length=MAX_PARTS, fail_fast=True)]
 
     @model_validator(mode="before")
     @classmethod
@@ -185,12 +187,14 @@ class ChatCompletionRequest(GenerationRequest):
     """`max_completion_tokens` is the newer name of `max_tokens`. Without either, an answer has at most as many tokens
     as the model's training answers, but at least 256."""
 
-    messages: Annotated[list[ConversationMessage], Field(min_length=1)]
+    messages: Annotated[
+        list[ConversationMessage], Field(min_length=1, max_length=MAX_MESSAGES, fail_fast=True)
+    ]
     max_completion_tokens: Annotated[int, Field(ge=1)] | None = None
     logprobs: bool | None = None
     top_logprobs: Annotated[int, Field(ge=0, le=20)] | None = None
     response_format: TextFormat | None = None
-    modalities: list[Literal["text"]] | None = None
+    modalities: Annotated[list[Literal["text"]], Field(max_length=4)] | None = None
     parallel_tool_calls: bool | None = None
 
     @model_validator(mode="after")

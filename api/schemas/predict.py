@@ -5,28 +5,33 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, Field, model_validator
+from pydantic import BaseModel, Field, field_validator, model_validator
 
-from api.schemas.common import RequestBody
+from api.schemas.common import MAX_MESSAGES, NonEmptyText, RequestBody, Text
+from store.errors import TooLarge
 from store.messages.predict import PredictedRow
 
 #: Questions of one request at most.
 MAX_INPUTS = 1_024
 
+Choice = Annotated[str, Field(max_length=10_000)]
+
 
 class ChatMessage(RequestBody):
     role: Literal["system", "developer", "user", "assistant"]
-    content: str
+    content: Text
 
 
 class Question(RequestBody):
     """One of `question` (with an optional passage and choices), `prompt` and `messages`."""
 
-    question: Annotated[str, Field(min_length=1)] | None = None
-    passage: str | None = None
-    choices: Annotated[list[str], Field(min_length=2, max_length=100)] | None = None
-    prompt: Annotated[str, Field(min_length=1)] | None = None
-    messages: Annotated[list[ChatMessage], Field(min_length=1)] | None = None
+    question: NonEmptyText | None = None
+    passage: Text | None = None
+    choices: Annotated[list[Choice], Field(min_length=2, max_length=100, fail_fast=True)] | None = None
+    prompt: NonEmptyText | None = None
+    messages: (
+        Annotated[list[ChatMessage], Field(min_length=1, max_length=MAX_MESSAGES, fail_fast=True)] | None
+    ) = None
 
     @model_validator(mode="after")
     def _one_form(self) -> Question:
@@ -57,11 +62,25 @@ class PredictRequest(Question):
     """One question, or up to 1,024 in `inputs`. Answers with a probability below `abstain_below` are null."""
 
     model: Annotated[str, Field(min_length=1, max_length=300)]
-    inputs: Annotated[list[Question], Field(min_length=1)] | None = None
+    inputs: (
+        Annotated[
+            list[Question],
+            Field(min_length=1, fail_fast=True, json_schema_extra={"maxItems": MAX_INPUTS}),
+        ]
+        | None
+    ) = None
     intervention: Intervention = Intervention()
     abstain_below: (
         Annotated[float, Field(ge=0, le=1, description="Answers with a lower probability are null.")] | None
     ) = None
+
+    @field_validator("inputs", mode="before")
+    @classmethod
+    def _not_too_many(cls, inputs: Any) -> Any:
+        """Raises TooLarge, which pydantic lets through, before any input is validated."""
+        if isinstance(inputs, list) and len(inputs) > MAX_INPUTS:
+            raise TooLarge(f"at most {MAX_INPUTS:,} inputs at a time", param="inputs")
+        return inputs
 
     @model_validator(mode="after")
     def _one_question_or_inputs(self) -> PredictRequest:

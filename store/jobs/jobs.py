@@ -17,7 +17,7 @@ from store.db.session import seconds
 from store.db.states import PURPOSES, TERMINAL, JobState
 from store.db.tables import Checkpoint, Event, Job
 from store.errors import Conflict, NotFound
-from store.jobs.spec import TrainingSpec, check_known_datasets
+from store.jobs.spec import TrainingSpec, check_new
 from store.jobs.transitions import (
     NewEvent,
     append,
@@ -45,9 +45,9 @@ def create(
     """Creates a job in `validating_files`, with its first event. After the commit, hint (job.id, "prepare").
 
     Its uploaded files are locked against deletion until this transaction ends. Raises InvalidRequest naming the field
-    of a file that is unknown, deleted or another owner's, or as `check_known_datasets`.
+    of a file that is unknown, deleted or another owner's, or as `check_new`.
     """
-    check_known_datasets(spec)
+    check_new(spec)
     files.lock_for_job(session, owner_id=owner_id, references=spec.files().items())
     job = Job(
         id=job_id or ids.new_job_id(),
@@ -68,7 +68,7 @@ def create_all(
 ) -> list[str]:
     """Creates many jobs, (settings, metadata) each, in a few statements. Returns their ids; they queue in this order.
 
-    Raises InvalidRequest as `create`, but `check_known_datasets` is the caller's.
+    Raises InvalidRequest as `create`, but `check_new` is the caller's.
     """
     references = dict.fromkeys(reference for spec, _ in jobs for reference in spec.files().items())
     files.lock_for_job(session, owner_id=owner_id, references=references)

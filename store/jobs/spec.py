@@ -38,6 +38,11 @@ FILE_REFERENCE = re.compile(
     r"|sample:[a-z0-9_-]{1,64}(:[a-z]{1,16})?"
 )
 
+Reference = Annotated[str, Field(max_length=300)]
+
+#: Epochs of all stages of a job together.
+MAX_JOB_EPOCHS = 2_000
+
 
 class Stages(Settings):
     """The settings of a method that is made of LoRA and ReFT stages."""
@@ -113,9 +118,9 @@ class TrainingSpec(Settings):
     """A job's settings. `worker.jobs.run_file` makes the engine's TrainConfig of them."""
 
     model: Annotated[str, Field(min_length=1, max_length=200)]
-    training_file: str
-    validation_file: str | None = None
-    test_file: str | None = None
+    training_file: Reference
+    validation_file: Reference | None = None
+    test_file: Reference | None = None
     suffix: Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9_-]{0,63}$")] | None = None
     seed: Annotated[int, Field(ge=0, le=2**31 - 1)]
     method: Method = Method()
@@ -160,12 +165,16 @@ class TrainingSpec(Settings):
         return {field: value for field in FILE_FIELDS if (value := getattr(self, field)) is not None}
 
 
-def check_known_datasets(spec: TrainingSpec) -> None:
-    """Checks hub datasets and the task against what is known of well-known datasets.
+def check_new(spec: TrainingSpec) -> None:
+    """Checks the number of epochs, and hub datasets and the task against what is known of well-known datasets.
 
-    Raises InvalidRequest naming the field. This is no validator of TrainingSpec: jobs that were stored before a dataset
-    became known must still load.
+    Raises InvalidRequest naming the field. This is no validator of TrainingSpec: jobs that were stored before must
+    still load.
     """
+    epochs = sum(stage.n_epochs for stage in spec.stages())
+    if epochs > MAX_JOB_EPOCHS:
+        message = f"all stages together have {epochs:,} epochs: a job may have at most {MAX_JOB_EPOCHS:,}"
+        raise InvalidRequest(message, param="method")
     try:
         for field, reference in spec.files().items():
             source, _, dataset = reference.partition(":")

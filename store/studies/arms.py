@@ -10,7 +10,7 @@ from pydantic import ValidationError
 
 from store.db.states import TrialState
 from store.errors import InvalidRequest
-from store.jobs.spec import TrainingSpec, check_known_datasets
+from store.jobs.spec import TrainingSpec, check_new
 from store.storage.files import FILE_FIELDS
 from store.studies.dotted_settings import JOB_SETTINGS, RequestFields
 from store.studies.spec import StudySpec
@@ -81,7 +81,7 @@ def build_arm(
         raise InvalidRequest(error.reason, param=fields.param(error.path))
     assert isinstance(job_spec, TrainingSpec)
     try:
-        check_known_datasets(job_spec)
+        check_new(job_spec)
     except InvalidRequest as refusal:
         raise InvalidRequest(refusal.message, param=fields.param(refusal.param or "")) from refusal
     return PlannedArm(name=name, spec=job_spec)

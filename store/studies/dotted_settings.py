@@ -25,11 +25,15 @@ class RequestFields:
     def param(self, path: str) -> str:
         """Returns the request's field for the setting `path` of the job."""
         for setting in self.changed_settings:
-            names = setting.split(".")
-            parents = [".".join(names[:count]) for count in range(1, len(names))]
-            if f".{setting}." in f".{path}." or any(f".{path}".endswith(f".{parent}") for parent in parents):
+            if f".{setting}." in f".{path}." or _ends_with_parent(path, setting):
                 return f"{self.changes}.{setting}"
         return f"{self.arm}.{path}" if self.arm and path.startswith(self.arm_settings) else path
+
+
+def _ends_with_parent(path: str, setting: str) -> bool:
+    """Returns whether the path ends with a group that the setting is in: `method.heft.reft`, that of `reft.rank`."""
+    steps, names = path.split("."), setting.split(".")
+    return any(steps[-count:] == names[:count] for count in range(1, min(len(names), len(steps) + 1)))
 
 
 def apply_settings(method: dict[str, Any], settings: Mapping[str, Any], field: str) -> dict[str, Any]:

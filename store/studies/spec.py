@@ -5,15 +5,16 @@ Contradictions are refused here, invalid settings of arms in store.studies.plan.
 
 from __future__ import annotations
 
+import json
 from typing import Annotated, Any, Literal
 
-from pydantic import Field, field_validator, model_validator
+from pydantic import AfterValidator, Field, field_validator, model_validator
 from pydantic_core import PydanticCustomError
 
-from heft_engine.config.search_space import MAX_SETTINGS, Values
+from heft_engine.config.search_space import MAX_CHOICES, MAX_SETTINGS, Values
 from heft_engine.config.train import Dtype, EarlyStopping, Settings, TaskSettings
 from store.errors import InvalidRequest
-from store.jobs.spec import Method
+from store.jobs.spec import Method, Reference
 from store.storage.files import FILE_FIELDS
 from store.studies import presets
 
@@ -21,6 +22,20 @@ from store.studies import presets
 MAX_ARMS, MAX_SEEDS, MAX_JOBS = 200, 50, 300
 MAX_TASKS = 20
 
+#: Settings that one arm or a grid changes.
+MAX_CHANGES = 100
+#: Characters of one setting's value in JSON. A list of all layers of a large model has a few hundred.
+MAX_VALUE_CHARS = 10_000
+
+
+def _short(value: Any) -> Any:
+    if len(json.dumps(value)) > MAX_VALUE_CHARS:
+        raise ValueError(f"a setting's value may have at most {MAX_VALUE_CHARS:,} characters")
+    return value
+
+
+SettingName = Annotated[str, Field(max_length=200)]
+SettingValue = Annotated[Any, AfterValidator(_short)]
 Name = Annotated[str, Field(min_length=1, max_length=100)]
 Seed = Annotated[int, Field(ge=0, le=2**31 - 1)]
 
@@ -30,14 +45,16 @@ class ArmSpec(Settings):
 
     name: Name
     method: Method | None = None
-    set: dict[str, Any] = Field(default_factory=dict)
+    set: Annotated[dict[SettingName, SettingValue], Field(max_length=MAX_CHANGES)] = Field(
+        default_factory=dict
+    )
 
 
 class SearchSpec(Settings):
     """A search: trials of the study's method, suggested from the results of earlier ones on the validation rows."""
 
     #: `{"reft.rank": [2, 4, 8], "reft.learning_rate": {"low": 1e-5, "high": 1e-3, "log": true}}`
-    space: Annotated[dict[str, Values], Field(min_length=1, max_length=MAX_SETTINGS)]
+    space: Annotated[dict[SettingName, Values], Field(min_length=1, max_length=MAX_SETTINGS)]
     #: The number of trials, each with every seed.
     budget: Annotated[int, Field(ge=1, le=MAX_ARMS)]
     sampler: Literal["tpe", "random"] = "tpe"
@@ -49,9 +66,9 @@ class DataSpec(Settings):
     """One of several tasks with the same methods: its files and its task settings."""
 
     name: Annotated[str, Field(min_length=1, max_length=60)]
-    training_file: str
-    validation_file: str | None = None
-    test_file: str | None = None
+    training_file: Reference
+    validation_file: Reference | None = None
+    test_file: Reference | None = None
     #: None: the study's.
     task: TaskSettings | None = None
 
@@ -60,17 +77,23 @@ class StudySpec(Settings):
     """A study's settings. Exactly one of `arms`, `grid`, `search` and `preset` defines its arms."""
 
     name: Name
-    model: str | None = None
-    training_file: str | None = None
-    validation_file: str | None = None
-    test_file: str | None = None
+    model: Reference | None = None
+    training_file: Reference | None = None
+    validation_file: Reference | None = None
+    test_file: Reference | None = None
     task: TaskSettings = TaskSettings()
     seeds: Annotated[list[Seed], Field(min_length=1, max_length=MAX_SEEDS)] = Field(default=[1, 2, 3])
     #: The method that a grid or a search varies, and that of arms without their own.
     method: Method = Method()
-    arms: Annotated[list[ArmSpec], Field(min_length=1, max_length=MAX_ARMS)] | None = None
+    arms: Annotated[list[ArmSpec], Field(min_length=1, max_length=MAX_ARMS, fail_fast=True)] | None = None
     #: `{"reft.layers": [10, 15], "reft.rank": [2, 4]}`: each combination is an arm.
-    grid: dict[str, list[Any]] | None = None
+    grid: (
+        Annotated[
+            dict[SettingName, Annotated[list[SettingValue], Field(max_length=MAX_CHOICES)]],
+            Field(max_length=MAX_CHANGES),
+        ]
+        | None
+    ) = None
     #: So many combinations of the grid, drawn at random with the first seed, instead of all.
     budget: Annotated[int, Field(ge=1, le=MAX_ARMS)] | None = None
     search: SearchSpec | None = None

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Any
 
 import httpx
@@ -92,3 +93,48 @@ def test_the_schema_of_a_job_has_every_setting(described: dict[str, Any]) -> Non
 def test_each_route_has_a_description(described: dict[str, Any]) -> None:
     for name, operation in operations(described).items():
         assert operation.get("description"), name
+
+
+#: Not ours to bound: `positions` has a form of its own, and modules are names in the model.
+BOUNDED_ELSEWHERE = {"positions", "target_modules"}
+
+
+def unbounded(schema: Any, schemas: dict[str, Any], path: str, seen: set[str]) -> Iterator[str]:
+    """Yields the paths of lists, texts and objects of free names without a largest size."""
+    if "$ref" in schema:
+        name = schema["$ref"].rpartition("/")[2]
+        if name not in seen:
+            seen.add(name)
+            yield from unbounded(schemas[name], schemas, path, seen)
+        return
+    kind = schema.get("type")
+    if kind == "array":
+        if "maxItems" not in schema:
+            yield path
+        yield from unbounded(schema.get("items", {}), schemas, f"{path}[]", seen)
+    if kind == "string" and not {"maxLength", "enum", "const", "pattern"} & schema.keys():
+        yield path
+    if kind == "object":
+        more = schema.get("additionalProperties", True)
+        if more and "maxProperties" not in schema:
+            yield path
+        if isinstance(more, dict):
+            yield from unbounded(more, schemas, f"{path}.*", seen)
+        for name, part in schema.get("properties", {}).items():
+            if name not in BOUNDED_ELSEWHERE:
+                yield from unbounded(part, schemas, f"{path}.{name}", seen)
+    for alternative in [*schema.get("anyOf", ()), *schema.get("oneOf", ())]:
+        yield from unbounded(alternative, schemas, path, seen)
+
+
+def test_every_list_and_text_of_a_request_is_bounded(described: dict[str, Any]) -> None:
+    schemas = described["components"]["schemas"]
+    bodies = {
+        name: operation["requestBody"]["content"]["application/json"]["schema"]
+        for name, operation in operations(described).items()
+        if "application/json" in operation.get("requestBody", {}).get("content", {})
+    }
+    assert len(bodies) >= 5
+    seen: set[str] = set()
+    assert [path for name, schema in bodies.items() for path in unbounded(schema, schemas, name, seen)] == []
+    assert {"PredictRequest", "ConversationMessage", "ArmSpec", "ReftStage"} <= seen

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import tracemalloc
 from typing import Any
 
 import pytest
 from pydantic import ValidationError
 
+from heft_engine.config.search_space import MAX_CHOICES
 from store.errors import InvalidRequest
 from store.studies import presets
 from store.studies.arms import BaseModelInfo, PlannedArm, Trial
+from store.studies.dotted_settings import RequestFields
 from store.studies.plan import plan
 from store.studies.search import (
     MAX_INITIAL_FAILURES,
@@ -21,7 +24,7 @@ from store.studies.search import (
     trials_of,
     with_trial_results,
 )
-from store.studies.spec import StudySpec
+from store.studies.spec import MAX_CHANGES, MAX_VALUE_CHARS, StudySpec
 
 BASE = BaseModelInfo(n_layers=30, hidden_size=576)
 
@@ -388,3 +391,39 @@ def test_what_a_datasets_name_shows_is_refused_with_the_requests_own_field(
     field: str, changes: dict[str, Any]
 ) -> None:
     assert refused(**changes) == field
+
+
+def invalid(**changes: Any) -> None:
+    with pytest.raises(ValidationError):
+        spec(**changes)
+
+
+def test_settings_of_a_grid_and_of_an_arm_have_bounds() -> None:
+    invalid(grid={"reft." * 16_000: [1]})
+    invalid(grid={f"reft.{number}": [1] for number in range(MAX_CHANGES + 1)})
+    invalid(grid={"reft.rank": list(range(MAX_CHOICES + 1))})
+    invalid(grid={"reft.rank": ["x" * MAX_VALUE_CHARS]})
+    invalid(arms=[{"name": "a", "set": {"reft." * 100: 1}}])
+    invalid(arms=[{"name": "a", "set": {"reft.rank": ["x"] * MAX_VALUE_CHARS}}])
+    invalid(**search(space={"reft." * 100: [1, 2]}))
+
+
+def test_a_name_of_many_parts_costs_no_copy_of_each_beginning() -> None:
+    """A name of 80 kB once took 1.9 GB."""
+    fields = RequestFields(changes="grid", changed_settings=("a." * 20_000 + "b", "reft.rank"))
+    tracemalloc.start()
+    try:
+        assert fields.param("method.heft.reft") == "grid.reft.rank"
+        assert fields.param("method.x") == "method.x"
+        assert tracemalloc.get_traced_memory()[1] < 10_000_000
+    finally:
+        tracemalloc.stop()
+
+
+def test_the_epochs_of_all_stages_have_a_bound() -> None:
+    many = [{"type": "lora", "n_epochs": 1_000}] * 3
+    assert (
+        refused(method={"type": "recipe", "recipe": {"stages": many}}, grid={"max_length": [64]}) == "method"
+    )
+    few = {"type": "recipe", "recipe": {"stages": many[:2]}}
+    assert len(arms(method=few, grid={"max_length": [64]})) == 1

@@ -1,13 +1,17 @@
-"""Values that can't be stored are named by their path, in one visit of each value and without a path for each."""
+"""Validation of bodies: each value is visited once, and a list of objects ends at its first fault."""
 
 from __future__ import annotations
 
 from typing import Any
 
 import pytest
+from pydantic import BaseModel, ValidationError
 
 from api.schemas import common
 from api.schemas.common import MAX_FIELDS, find_unstorable
+from api.schemas.completions import ChatCompletionRequest, CompletionRequest
+from api.schemas.predict import PredictRequest
+from store.errors import TooLarge
 
 
 @pytest.mark.parametrize(
@@ -55,3 +59,24 @@ def test_each_value_is_visited_once_and_no_path_is_made(monkeypatch: pytest.Monk
     assert find_unstorable(body) is None
     assert CountedList.visits == 100_900
     assert paths == []
+
+
+@pytest.mark.parametrize(
+    ("kind", "body"),
+    [
+        (ChatCompletionRequest, {"messages": [0] * 2_000}),
+        (ChatCompletionRequest, {"messages": [{"role": "user", "content": "a"}] * 2_049}),
+        (PredictRequest, {"inputs": [0] * 1_000}),
+        (PredictRequest, {"messages": [0] * 2_000}),
+        (CompletionRequest, {"prompt": ["a"] * 129}),
+    ],
+)
+def test_a_list_ends_at_its_first_fault(kind: type[BaseModel], body: dict[str, Any]) -> None:
+    with pytest.raises(ValidationError) as refusal:
+        kind.model_validate({"model": "m", **body})
+    assert refusal.value.error_count() <= 2  # a prompt may be a text or a list of texts
+
+
+def test_too_many_inputs_are_refused_before_any_is_validated() -> None:
+    with pytest.raises(TooLarge):
+        PredictRequest.model_validate({"model": "m", "inputs": [0] * 1_025})
