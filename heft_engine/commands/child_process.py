@@ -15,8 +15,6 @@ from heft_engine.errors import EngineError, Stopped
 from heft_engine.events import ErrorData, Event, FailedData
 
 _PR_SET_PDEATHSIG = 1
-#: Of torch's exceptions, which have several classes and messages for it, on a CPU and on a GPU.
-_OUT_OF_MEMORY = ("out of memory", "can't allocate memory")
 
 
 def die_with_parent() -> None:
@@ -57,7 +55,9 @@ def report_failures() -> Iterator[None]:
         _print_failure(error)
         raise
     except (MemoryError, RuntimeError) as error:
-        if not _is_out_of_memory(error):
+        from heft_engine.runtime.out_of_memory import is_out_of_memory  # torch takes seconds to import
+
+        if not is_out_of_memory(error):
             raise
         message = (
             "the machine ran out of memory: lower max_length (rows this long fill a forward pass alone), choose "
@@ -70,10 +70,6 @@ def report_failures() -> Iterator[None]:
 
 def error_data(error: EngineError) -> ErrorData:
     return {"code": error.code, "message": error.message, "param": error.param}
-
-
-def _is_out_of_memory(error: Exception) -> bool:
-    return isinstance(error, MemoryError) or any(words in str(error).lower() for words in _OUT_OF_MEMORY)
 
 
 def _print_failure(error: EngineError) -> None:

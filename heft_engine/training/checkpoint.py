@@ -28,7 +28,7 @@ from heft_engine.config.train import TrainConfig
 from heft_engine.data.encoding import Example
 from heft_engine.errors import BundleError
 from heft_engine.runtime.sealed_directory import load_state, prune, save_state, seal, verify
-from heft_engine.training.loop import Progress
+from heft_engine.training.progress import Progress
 from heft_engine.training.stage_inputs import StageInputs
 
 #: Step checkpoints that are kept: the newest, and the one before it should that be damaged. The ends of stages stay:

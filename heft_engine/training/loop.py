@@ -9,8 +9,8 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field, fields
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -23,57 +23,17 @@ from heft_engine.events import Event, OnEvent
 from heft_engine.model.packing import packed_length
 from heft_engine.objectives.objective import Objective
 from heft_engine.training.forward_pass import ForwardPass, split_by_tokens, summed_loss
+from heft_engine.training.progress import Progress
 from heft_engine.training.schedule import epoch_order, learning_rate_at
+from heft_engine.training.smaller_passes import run_in_smaller_passes
 
 BETAS, EPSILON = (0.9, 0.999), 1e-8
-#: Tokens of one micro-batch, at most: larger ones are no faster. Bits of the gradient's sum depend on it, so
-#: checkpoints carry it.
-TOKEN_BUDGET = 1_536
 #: After so many steps (or at the end of a shorter stage) the hidden states of probe rows must have changed.
 TRAINS_AFTER = 20
 #: Probe rows are so many, the shortest of the first so many.
 _PROBE_ROWS, _PROBE_CANDIDATES = 4, 64
 #: A running mean of the loss this many times its lowest value, and more than 1 nat above it, is called divergence.
 DIVERGED = 2.0
-
-
-@dataclass(kw_only=True)
-class Progress:
-    """The position of a stage in its training; JSON values only, because checkpoints carry it."""
-
-    epoch: int = 0
-    step: int = 0  #: optimizer steps of this stage
-    tokens: int = 0
-    seconds: float = 0.0
-    epoch_loss: float = 0.0  #: summed loss of the epoch so far
-    epoch_tokens: int = 0  #: the objective's count of the epoch so far
-    loss: float | None = None  #: of the last step
-    valid_loss: float | None = None  #: of the last epoch; None without validation rows, or if it is infinite
-    running: float | None = None  #: exponential mean of the step losses
-    lowest: float | None = None
-    warned: bool = False
-    best_loss: float | None = None
-    bad_epochs: int = 0
-    #: How passes run. Decided when the stage starts, because it changes rounding.
-    token_budget: int = TOKEN_BUDGET
-    compiled: bool = False
-    checkpointing: bool = False
-    finished: bool = False
-    #: How training and validation rows are cached. Decided when the stage starts, because it changes rounding.
-    cache: dict[str, Any] | None = None
-    validation_cache: dict[str, Any] | None = None
-
-    @property
-    def losses(self) -> dict[str, float]:
-        """The latest losses in nats a token, by OpenAI's names; without those that are not known."""
-        values = {"train_loss": self.loss, "valid_loss": self.valid_loss}
-        return {name: value for name, value in values.items() if value is not None}
-
-    @classmethod
-    def of(cls, values: Mapping[str, Any]) -> Progress:
-        """Returns the progress in a checkpoint; values that only other versions know are left out."""
-        known = {field.name for field in fields(cls)}
-        return cls(**{name: value for name, value in values.items() if name in known})
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -161,13 +121,18 @@ class TrainLoop:
     def _forward_backward(self, rows: Sequence[int]) -> tuple[float, int]:
         """Accumulates the gradients of one step. Returns its summed loss, and the count to divide it by."""
         count = self.objective.count([self.forward.examples[row] for row in rows])
+
+        def accumulate(token_budget: int) -> float:
+            self.optimizer.zero_grad(set_to_none=True)
+            total = 0.0
+            for micro_batch in split_by_tokens(self.forward.tokens, rows, token_budget):
+                loss = summed_loss(self.forward, self.objective, micro_batch)
+                (loss / count).backward()  # type: ignore[no-untyped-call]
+                total += float(loss.detach())
+            return total
+
         self.adapter.train(True)
-        self.optimizer.zero_grad(set_to_none=True)
-        total = 0.0
-        for micro_batch in split_by_tokens(self.forward.tokens, rows, self.progress.token_budget):
-            loss = summed_loss(self.forward, self.objective, micro_batch)
-            (loss / count).backward()  # type: ignore[no-untyped-call]
-            total += float(loss.detach())
+        total = self._in_smaller_passes(accumulate, self.forward, rows)
         self.adapter.train(False)
         if not math.isfinite(total / count):
             raise TrainingError(self._divergence(total / count), code="diverged")
@@ -208,8 +173,12 @@ class TrainLoop:
     @torch.inference_mode()
     def _validation_loss(self) -> float:
         rows = range(len(self.validation.examples))
-        micro_batches = split_by_tokens(self.validation.tokens, rows, self.progress.token_budget)
-        total = sum(float(summed_loss(self.validation, self.objective, part)) for part in micro_batches)
+
+        def summed(token_budget: int) -> float:
+            micro_batches = split_by_tokens(self.validation.tokens, rows, token_budget)
+            return sum(float(summed_loss(self.validation, self.objective, part)) for part in micro_batches)
+
+        total = self._in_smaller_passes(summed, self.validation, rows)
         return total / self.objective.count(self.validation.examples) if math.isfinite(total) else math.inf
 
     def _stop_early(self, loss: float) -> None:
@@ -226,6 +195,22 @@ class TrainLoop:
             progress.finished = True
 
     # -- failures ---------------------------------------------------------------------------------------------------
+
+    def _in_smaller_passes(
+        self, work: Callable[[int], float], forward: ForwardPass, rows: Sequence[int]
+    ) -> float:
+        """Runs passes by the stage's token budget, which is lowered for good when they run out of memory."""
+        return run_in_smaller_passes(
+            work, forward, rows, self.progress.token_budget, self._lower_token_budget
+        )
+
+    def _lower_token_budget(self, token_budget: int) -> None:
+        message = (
+            f"Stage {self.stage.type} ran out of memory in passes of up to {self.progress.token_budget} tokens. It "
+            f"goes on with passes of up to {token_budget}; batch_size stays as it is"
+        )
+        self.progress.token_budget = token_budget
+        self._emit("WARNING", message, level="warn", signature="out_of_memory")
 
     def _warn_of_divergence(self, loss: float) -> None:
         progress = self.progress

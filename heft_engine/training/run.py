@@ -40,9 +40,10 @@ from heft_engine.training.checkpoint import (
     write_stage,
 )
 from heft_engine.training.costs import stage_cost
-from heft_engine.training.loop import Hooks, Progress
+from heft_engine.training.loop import Hooks
 from heft_engine.training.memory_plan import peak
 from heft_engine.training.plan import plan_stage
+from heft_engine.training.progress import Progress
 from heft_engine.training.result import (
     StageMeasurements,
     evaluate_stage,

@@ -22,8 +22,8 @@ from heft_engine.events import (
 from heft_engine.runtime.devices import dtype_name
 from heft_engine.training import failure_signatures
 from heft_engine.training.checkpoint import RunState
-from heft_engine.training.loop import Progress
 from heft_engine.training.plan import StagePlan
+from heft_engine.training.progress import Progress
 from heft_engine.training.setup import RunInputs
 from heft_engine.training.stage_inputs import StageInputs
 

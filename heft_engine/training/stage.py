@@ -16,8 +16,9 @@ from heft_engine.training.activation_store import StageActivations
 from heft_engine.training.cache_plan import CachePlan
 from heft_engine.training.checkpoint import StageSnapshot
 from heft_engine.training.forward_pass import ForwardPass, SuffixPass
-from heft_engine.training.loop import Hooks, Progress, TrainLoop
+from heft_engine.training.loop import Hooks, TrainLoop
 from heft_engine.training.plan import StagePlan
+from heft_engine.training.progress import Progress
 from heft_engine.training.stage_inputs import StageInputs
 
 #: Returns the saved activations of some rows, to be read or written; None: they are not shared between runs.

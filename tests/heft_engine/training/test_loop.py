@@ -24,7 +24,7 @@ from heft_engine.objectives.supervised import SupervisedObjective
 from heft_engine.serving.predictor import load
 from heft_engine.training import forward_pass, loop
 from heft_engine.training.forward_pass import FullPass, summed_loss
-from heft_engine.training.loop import Progress
+from heft_engine.training.progress import Progress
 from heft_engine.training.schedule import derived_seed
 
 VALIDATION = parse(yes_no(16, seed=1))

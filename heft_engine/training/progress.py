@@ -1,0 +1,50 @@
+"""The position of a stage in its training, and how it runs its passes: what a checkpoint carries beside tensors."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, fields
+from typing import Any
+
+#: Tokens of one micro-batch, at most: larger ones are no faster. Bits of the gradient's sum depend on it, so
+#: checkpoints carry it.
+TOKEN_BUDGET = 1_536
+
+
+@dataclass(kw_only=True)
+class Progress:
+    """The position of a stage in its training; JSON values only, because checkpoints carry it."""
+
+    epoch: int = 0
+    step: int = 0  #: optimizer steps of this stage
+    tokens: int = 0
+    seconds: float = 0.0
+    epoch_loss: float = 0.0  #: summed loss of the epoch so far
+    epoch_tokens: int = 0  #: the objective's count of the epoch so far
+    loss: float | None = None  #: of the last step
+    valid_loss: float | None = None  #: of the last epoch; None without validation rows, or if it is infinite
+    running: float | None = None  #: exponential mean of the step losses
+    lowest: float | None = None
+    warned: bool = False
+    best_loss: float | None = None
+    bad_epochs: int = 0
+    #: How passes run. Decided when the stage starts, because it changes rounding.
+    token_budget: int = TOKEN_BUDGET
+    compiled: bool = False
+    checkpointing: bool = False
+    finished: bool = False
+    #: How training and validation rows are cached. Decided when the stage starts, because it changes rounding.
+    cache: dict[str, Any] | None = None
+    validation_cache: dict[str, Any] | None = None
+
+    @property
+    def losses(self) -> dict[str, float]:
+        """The latest losses in nats a token, by OpenAI's names; without those that are not known."""
+        values = {"train_loss": self.loss, "valid_loss": self.valid_loss}
+        return {name: value for name, value in values.items() if value is not None}
+
+    @classmethod
+    def of(cls, values: Mapping[str, Any]) -> Progress:
+        """Returns the progress in a checkpoint; values that only other versions know are left out."""
+        known = {field.name for field in fields(cls)}
+        return cls(**{name: value for name, value in values.items() if name in known})
