@@ -65,7 +65,7 @@ def create_app(settings: StoreSettings | None = None) -> FastAPI:
     )
     app.add_middleware(BodyMiddleware, routes=bounds_by_route(chosen), slowest=slowest)
     app.add_middleware(KeyMiddleware, wrong_keys=WrongKeys(chosen.wrong_keys_per_minute))
-    app.add_middleware(RequestMiddleware, metrics=metrics)
+    app.add_middleware(RequestMiddleware, max_header_bytes=chosen.max_header_bytes, metrics=metrics)
     for module in (files, jobs, events, studies, models, predict, completions, health, metrics_route):
         app.include_router(module.router)
     return app

@@ -49,6 +49,7 @@ CODES = {
     413: "too_large",
     415: "unsupported_media_type",
     422: "invalid_value",
+    431: "headers_too_large",
     500: "internal_error",
     503: "unavailable",
 }

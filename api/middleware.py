@@ -27,8 +27,9 @@ MAX_DISCARDED_BYTES = 64 * 1024
 class RequestMiddleware:
     """Gives each request its id, and records its response."""
 
-    def __init__(self, app: ASGIApp, *, metrics: ApiMetrics) -> None:
+    def __init__(self, app: ASGIApp, *, max_header_bytes: int, metrics: ApiMetrics) -> None:
         self.app = app
+        self.max_header_bytes = max_header_bytes
         self.metrics = metrics
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
@@ -71,7 +72,7 @@ class RequestMiddleware:
                     headers["connection"] = "close"
             await send(message)
 
-        refusal = _refusal(scope)
+        refusal = self._refusal(scope)
         if refusal is not None:
             await refusal(scope, receive, send_with_id)
             return
@@ -86,16 +87,21 @@ class RequestMiddleware:
             message = f"internal error; the log of the service has details under {request_id}"
             await error_response(500, message)(scope, receive, send_with_id)
 
-
-def _refusal(scope: Scope) -> JSONResponse | None:
-    """Returns an error response if the request line and headers are not acceptable."""
-    headers = Headers(scope=scope)
-    if "\0" in scope["path"] or b"%00" in scope["query_string"]:
-        return error_response(400, "path and query must not contain NUL")
-    encoding = headers.get("content-encoding", "identity")
-    if encoding.lower() != "identity":
-        return error_response(415, f"Content-Encoding {encoding!r} is not supported")
-    return None
+    def _refusal(self, scope: Scope) -> JSONResponse | None:
+        """Returns an error response if the request line and headers are not acceptable."""
+        if "\0" in scope["path"] or b"%00" in scope["query_string"]:
+            return error_response(400, "path and query must not contain NUL")
+        size = len(scope["raw_path"]) + len(scope["query_string"])
+        size += sum(len(name) + len(value) for name, value in scope["headers"])
+        if size > self.max_header_bytes:
+            message = (
+                f"the headers are larger than the {self.max_header_bytes:,} bytes of HEFT_MAX_HEADER_BYTES"
+            )
+            return error_response(431, message)
+        encoding = Headers(scope=scope).get("content-encoding", "identity")
+        if encoding.lower() != "identity":
+            return error_response(415, f"Content-Encoding {encoding!r} is not supported")
+        return None
 
 
 def _has_large_body(scope: Scope) -> bool:

@@ -45,6 +45,10 @@ class StoreSettings(BaseSettings):
     #: Before a job whose trainer crashed is tried again; four times as long after each further crash.
     death_pause_seconds: float = Field(default=10, ge=0)
 
+    max_connections: int = Field(default=2_048, gt=0)  #: of one API process
+    max_connections_per_client: int = Field(default=512, gt=0)
+    header_seconds: float = Field(default=15, gt=0)  #: for the headers of a request to arrive
+    max_header_bytes: int = Field(default=32 * 1024, gt=0)
     #: Wrong API keys from one address; more are refused with 429.
     wrong_keys_per_minute: int = Field(default=30, gt=0)
 

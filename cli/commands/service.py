@@ -16,6 +16,7 @@ from cli.options import target
 #: Idle connections are closed after this time. uvicorn's default of 5 s is also httpx's (and the openai package's), so
 #: that the server sometimes closed a connection just as a client reused it.
 _KEEP_ALIVE_SECONDS = 75
+_MAX_DESCRIPTORS = 65_536
 _URLS = ("HEFT_DATABASE_URL", "HEFT_REDIS_URL", "HEFT_ARTIFACTS_URL")
 
 
@@ -108,6 +109,8 @@ def api(
     config = uvicorn.Config(
         "api.app:create_app",
         factory=True,
+        http="api.door.connections:LimitedProtocol",
+        ws="none",
         host=host,
         port=port,
         timeout_graceful_shutdown=5,
@@ -116,6 +119,7 @@ def api(
         log_config=None,
         server_header=False,
     )
+    _allow_descriptors()
     # Not uvicorn's fd option, which expects a Unix socket and leaves Nagle's algorithm on.
     sockets = None if fd is None else [socket.socket(fileno=fd)]
     uvicorn.Server(config).run(sockets=sockets)
@@ -184,6 +188,16 @@ def _missing_settings(context: typer.Context) -> dict[str, str]:
     if stack is None:
         raise CommandError(f"set {', '.join(_URLS)}, or start `heft up` on this machine")
     return {name: value for name, value in stack.environment().items() if not os.environ.get(name)}
+
+
+def _allow_descriptors() -> None:
+    """Lets this process open as many connections as the system allows: shells often allow 1,024."""
+    import resource
+
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    most = _MAX_DESCRIPTORS if hard == resource.RLIM_INFINITY else min(hard, _MAX_DESCRIPTORS)
+    if soft != resource.RLIM_INFINITY and soft < most:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (most, hard))
 
 
 def _print(message: str) -> None:

@@ -149,6 +149,14 @@ class TestPaths:
         assert answer.headers["allow"]
         assert error(answer)["code"] == "method_not_allowed"
 
+    def test_large_headers_are_431(self, client: httpx.Client, settings: StoreSettings) -> None:
+        for path, headers in (
+            ("/healthz", {"X": "x" * settings.max_header_bytes}),
+            ("/healthz?" + "x" * settings.max_header_bytes, {}),
+        ):
+            answer = client.get(path, headers=headers)
+            assert (answer.status_code, error(answer)["code"]) == (431, "headers_too_large")
+
     @pytest.mark.parametrize("path", ["/v1/files/a%00b", "/v1/models/%00", f"{JOBS}?after=%00"])
     def test_a_nul_in_a_path_is_400(self, client: httpx.Client, path: str) -> None:
         answer = client.get(path)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import resource
 import subprocess
 import sys
 from pathlib import Path
@@ -14,7 +15,9 @@ import typer
 import uvicorn
 from running_stack import heft
 from scripted_service import Service
+from uvicorn.importer import import_from_string
 
+from api.door.connections import LimitedProtocol
 from cli.commands import service as service_commands
 from cli.errors import CommandError
 from cli.job_body import job_body
@@ -60,14 +63,34 @@ def test_a_setting_without_a_value() -> None:
         job_body(model="m", method="heft", settings=["lora.rank"])
 
 
-def test_the_api_keeps_idle_connections_for_longer_than_clients_do(monkeypatch: pytest.MonkeyPatch) -> None:
-    served: list[uvicorn.Config] = []
-    monkeypatch.setattr(uvicorn.Server, "run", lambda self, sockets: served.append(self.config))
+@pytest.fixture
+def served(monkeypatch: pytest.MonkeyPatch) -> uvicorn.Config:
+    """The configuration that `heft api` serves with."""
+    configs: list[uvicorn.Config] = []
+    monkeypatch.setattr(uvicorn.Server, "run", lambda self, sockets: configs.append(self.config))
     monkeypatch.setattr(logs, "configure", lambda _: None)
     for name in ("DATABASE", "REDIS", "ARTIFACTS"):
         monkeypatch.setenv(f"HEFT_{name}_URL", "unused://")
     service_commands.api(typer.Context(typer.main.get_command(app)))
-    assert served[0].timeout_keep_alive > httpx.Limits().keepalive_expiry
+    return configs[0]
+
+
+def test_the_api_keeps_idle_connections_for_longer_than_clients_do(served: uvicorn.Config) -> None:
+    assert served.timeout_keep_alive > httpx.Limits().keepalive_expiry
+
+
+def test_the_api_limits_its_connections(served: uvicorn.Config) -> None:
+    assert import_from_string(served.http) is LimitedProtocol
+    assert served.ws == "none"
+
+
+def test_the_api_may_open_as_many_descriptors_as_the_system_allows(monkeypatch: pytest.MonkeyPatch) -> None:
+    changed: list[tuple[int, int]] = []
+    monkeypatch.setattr(resource, "setrlimit", lambda _, limits: changed.append(limits))
+    for limits in ((1_024, 4_096), (1_024, 1_048_576), (1_024, resource.RLIM_INFINITY), (4_096, 4_096)):
+        monkeypatch.setattr(resource, "getrlimit", lambda _, limits=limits: limits)
+        service_commands._allow_descriptors()
+    assert changed == [(4_096, 4_096), (65_536, 1_048_576), (65_536, resource.RLIM_INFINITY)]
 
 
 def job(status: str, **more: Any) -> tuple[int, dict[str, Any]]:

@@ -1,0 +1,140 @@
+"""Limits of connections that uvicorn lacks: their number, in all and by address, and the time and size of headers.
+
+uvicorn limits headers with h11 only, knows no deadline for them, and counts connections once a request is there. This
+is its protocol on httptools with those added. The deadline of bodies is in `api.door.bodies`.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import resource
+from collections import Counter
+from dataclasses import dataclass
+from typing import Any
+from weakref import WeakKeyDictionary
+
+from uvicorn.protocols.http.httptools_impl import STATUS_LINE, HttpToolsProtocol
+from uvicorn.server import ServerState
+
+from api.door.addresses import counted_address
+from api.errors import error_response
+from store.settings import StoreSettings, settings
+
+#: Descriptors for databases, brokers, files and logs.
+_OTHER_DESCRIPTORS = 256
+#: A chunk of one byte is sent as six.
+_FRAMING = 6
+
+#: The number of connections of each address.
+_addresses: WeakKeyDictionary[ServerState, Counter[str]] = WeakKeyDictionary()
+
+
+@dataclass(frozen=True, kw_only=True)
+class ConnectionLimits:
+    """Limits of a server's connections."""
+
+    total: int
+    per_address: int
+    header_seconds: (
+        float  #: from a request's first byte, or the connection's start, to the end of its headers
+    )
+    header_bytes: int
+
+    @classmethod
+    def of(cls, chosen: StoreSettings) -> ConnectionLimits:
+        """Returns the chosen limits, with no more connections than this process may open files."""
+        descriptors, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
+        total = chosen.max_connections
+        if descriptors != resource.RLIM_INFINITY:
+            total = max(1, min(total, descriptors - _OTHER_DESCRIPTORS))
+        return cls(
+            total=total,
+            per_address=chosen.max_connections_per_client,
+            header_seconds=chosen.header_seconds,
+            header_bytes=chosen.max_header_bytes,
+        )
+
+
+class LimitedProtocol(HttpToolsProtocol):
+    """A connection with limits, those of the process's settings. The server makes one for each."""
+
+    def __init__(self, *args: Any, limits: ConnectionLimits | None = None, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self._limits = limits or ConnectionLimits.of(settings())
+        self._counts = _addresses.setdefault(self.server_state, Counter())
+        self._address = ""
+        self._deadline: asyncio.TimerHandle | None = None
+        self._received_bytes = 0  #: of the message at hand
+        self._body_bytes = 0
+
+    def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
+        super().connection_made(transport)
+        self._address = counted_address(self.client[0]) if self.client else ""
+        self._counts[self._address] += 1
+        if len(self.connections) > self._limits.total:
+            self._refuse(503, "the service has too many open connections")
+        elif self._counts[self._address] > self._limits.per_address:
+            self._refuse(429, "too many open connections from this address")
+        else:
+            self._expect_headers()
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        self._stop_deadline()
+        self._counts[self._address] -= 1
+        if self._counts[self._address] <= 0:
+            del self._counts[self._address]
+        super().connection_lost(exc)
+
+    def data_received(self, data: bytes) -> None:
+        if self.transport.is_closing():
+            return
+        self._received_bytes += len(data)
+        super().data_received(data)
+        # The rest is headers, trailers, and the framing of chunks.
+        rest = self._received_bytes - self._body_bytes
+        if rest > self._limits.header_bytes + _FRAMING * self._body_bytes:
+            self._refuse(431, f"the headers are larger than {self._limits.header_bytes:,} bytes")
+        elif not self._is_answering and self._deadline is None:
+            self._expect_headers()
+
+    def on_headers_complete(self) -> None:
+        self._stop_deadline()
+        super().on_headers_complete()
+
+    def on_body(self, body: bytes) -> None:
+        self._body_bytes += len(body)
+        super().on_body(body)
+
+    def on_message_complete(self) -> None:
+        self._received_bytes = self._body_bytes = 0
+        super().on_message_complete()
+
+    @property
+    def _is_answering(self) -> bool:
+        return self.cycle is not None and not self.cycle.response_complete
+
+    def _expect_headers(self) -> None:
+        """Closes the connection unless a request's headers are complete in time."""
+        self._deadline = self.loop.call_later(self._limits.header_seconds, self._give_up)
+
+    def _give_up(self) -> None:
+        self._deadline = None
+        self._refuse(408, "the headers arrive too slowly")
+
+    def _stop_deadline(self) -> None:
+        if self._deadline is not None:
+            self._deadline.cancel()
+            self._deadline = None
+
+    def _refuse(self, status: int, message: str) -> None:
+        """Closes the connection, with an error response unless another one is under way."""
+        self._stop_deadline()
+        if self.transport.is_closing():
+            return
+        if self._is_answering:
+            self.transport.abort()
+            return
+        response = error_response(status, message, headers={"Connection": "close"})
+        headers = b"".join(name + b": " + value + b"\r\n" for name, value in response.raw_headers)
+        self.transport.write(STATUS_LINE[status] + headers + b"\r\n" + bytes(response.body))
+        self.transport.close()

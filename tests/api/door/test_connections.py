@@ -1,0 +1,219 @@
+"""Limits of connections: number, time and size of headers. A protocol on a transport that only records."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import pytest
+import uvicorn
+from starlette.requests import Request
+from starlette.responses import PlainTextResponse
+from starlette.types import Receive, Scope, Send
+from uvicorn.server import ServerState
+
+from api.door import connections
+from api.door.connections import ConnectionLimits, LimitedProtocol
+from store.settings import StoreSettings
+
+LIMITS = ConnectionLimits(total=3, per_address=2, header_seconds=60, header_bytes=1_000)
+GET = b"GET / HTTP/1.1\r\nHost: localhost\r\n\r\n"
+CHUNKED = b"POST / HTTP/1.1\r\nHost: localhost\r\nTransfer-Encoding: chunked\r\n\r\n"
+
+
+class Recorder(asyncio.Transport):
+    """A client's end of a connection."""
+
+    def __init__(self, host: str) -> None:
+        super().__init__({"peername": (host, 1), "sockname": ("127.0.0.1", 80)})
+        self.written = b""
+        self.closed = asyncio.Event()
+        self.aborted = False
+
+    def write(self, data: Any) -> None:
+        self.written += bytes(data)
+
+    def close(self) -> None:
+        self.closed.set()
+
+    def abort(self) -> None:
+        self.aborted = True
+        self.closed.set()
+
+    def is_closing(self) -> bool:
+        return self.closed.is_set()
+
+    def pause_reading(self) -> None: ...
+
+    def resume_reading(self) -> None: ...
+
+    @property
+    def status(self) -> int:
+        return int(self.written.split()[1])
+
+    @property
+    def error(self) -> dict[str, Any]:
+        return dict(json.loads(self.written.partition(b"\r\n\r\n")[2])["error"])
+
+
+async def echo(scope: Scope, receive: Receive, send: Send) -> None:
+    await PlainTextResponse(await Request(scope, receive).body())(scope, receive, send)
+
+
+Connect = Callable[..., tuple[LimitedProtocol, Recorder]]
+
+
+@pytest.fixture
+def connect() -> Iterator[Connect]:
+    """`connect(host)` opens a connection to one server. To be called in a running event loop."""
+    config = uvicorn.Config(echo, log_config=None, ws="none")
+    state = ServerState()
+
+    def connect(
+        host: str = "192.0.2.1", limits: ConnectionLimits = LIMITS
+    ) -> tuple[LimitedProtocol, Recorder]:
+        loop = asyncio.get_running_loop()
+        protocol = LimitedProtocol(config, state, {}, loop, limits=limits)
+        transport = Recorder(host)
+        protocol.connection_made(transport)
+        return protocol, transport
+
+    yield connect
+    assert connections._addresses[state].total() == len(state.connections)
+
+
+async def finished(protocol: LimitedProtocol) -> None:
+    await asyncio.gather(*protocol.tasks)
+
+
+def run(test: Any) -> None:
+    asyncio.run(test())
+
+
+def test_connections_of_one_address_are_limited(connect: Connect) -> None:
+    async def test() -> None:
+        first, _ = connect()
+        connect()
+        refused, third = connect()
+        assert (third.status, third.error["type"], third.is_closing()) == (429, "rate_limit_error", True)
+        refused.connection_lost(None)
+        assert not connect("192.0.2.2")[1].written, "another address"
+        first.connection_lost(None)
+        assert not connect()[1].written
+
+    run(test)
+
+
+def test_connections_in_all_are_limited(connect: Connect) -> None:
+    async def test() -> None:
+        for number in range(3):
+            assert not connect(f"192.0.2.{number}")[1].written
+        _, fourth = connect("192.0.2.9")
+        assert (fourth.status, fourth.error["code"], fourth.is_closing()) == (503, "unavailable", True)
+
+    run(test)
+
+
+@pytest.mark.parametrize("start", [b"", b"GET / HT", b"GET / HTTP/1.1\r\nHost: a\r\nX: ", b"\r\n"])
+def test_headers_that_are_not_complete_in_time_end_the_connection(connect: Connect, start: bytes) -> None:
+    limits = ConnectionLimits(total=9, per_address=9, header_seconds=0.01, header_bytes=1_000)
+
+    async def test() -> None:
+        protocol, transport = connect(limits=limits)
+        if start:
+            protocol.data_received(start)
+        await asyncio.wait_for(transport.closed.wait(), 5)
+        assert (transport.status, transport.error["code"]) == (408, "request_timeout")
+
+    run(test)
+
+
+def test_a_second_request_has_a_deadline_too_and_an_answer_has_none(connect: Connect) -> None:
+    async def test() -> None:
+        protocol, transport = connect()
+        protocol.data_received(GET)
+        assert protocol._deadline is None
+        await finished(protocol)
+        assert transport.status == 200
+        assert protocol._deadline is None, "uvicorn's own deadline is for idle connections"
+        protocol.data_received(b"\r\n")
+        assert protocol._deadline is not None
+        protocol._give_up()
+        assert transport.is_closing()
+
+    run(test)
+
+
+def test_a_body_that_trickles_after_its_answer_has_a_deadline(connect: Connect) -> None:
+    async def refuse(scope: Scope, receive: Receive, send: Send) -> None:
+        await PlainTextResponse("no", 401)(scope, receive, send)
+
+    async def test() -> None:
+        protocol, transport = connect()
+        protocol.app = refuse
+        protocol.data_received(b"POST / HTTP/1.1\r\nHost: a\r\nContent-Length: 100\r\n\r\n")
+        await finished(protocol)
+        assert transport.status == 401
+        protocol.data_received(b"x")
+        assert protocol._deadline is not None
+
+    run(test)
+
+
+def test_large_headers_are_refused_before_they_are_complete(connect: Connect) -> None:
+    async def test() -> None:
+        protocol, transport = connect()
+        protocol.data_received(b"GET / HTTP/1.1\r\nX: ")
+        protocol.data_received(b"x" * 500)
+        assert not transport.written
+        protocol.data_received(b"x" * 500)
+        assert (transport.status, transport.error["code"]) == (431, "headers_too_large")
+        assert transport.is_closing()
+        protocol.data_received(b"x" * 500)
+
+    run(test)
+
+
+def test_requests_on_one_connection_do_not_add_up(connect: Connect) -> None:
+    async def test() -> None:
+        protocol, transport = connect()
+        for _ in range(100):
+            protocol.data_received(GET)
+            await finished(protocol)
+        assert transport.written.count(b"200 OK") == 100
+
+    run(test)
+
+
+def test_a_body_in_small_chunks_is_no_header(connect: Connect) -> None:
+    async def test() -> None:
+        protocol, transport = connect()
+        protocol.data_received(CHUNKED)
+        for _ in range(1_000):
+            protocol.data_received(b"1\r\nx\r\n")
+        protocol.data_received(b"0\r\n\r\n")
+        await finished(protocol)
+        assert transport.written.endswith(b"x" * 1_000)
+
+    run(test)
+
+
+def test_large_trailers_end_the_connection(connect: Connect) -> None:
+    async def test() -> None:
+        protocol, transport = connect()
+        protocol.data_received(CHUNKED + b"1\r\nx\r\n0\r\nX: ")
+        protocol.data_received(b"x" * 2_000)
+        assert transport.aborted
+        protocol.connection_lost(None)
+        await asyncio.gather(*protocol.tasks, return_exceptions=True)
+
+    run(test)
+
+
+def test_there_are_no_more_connections_than_descriptors(monkeypatch: pytest.MonkeyPatch) -> None:
+    chosen = StoreSettings(database_url="a", redis_url="b", artifacts_url="c", max_connections=2_048)
+    for descriptors, total in ((1_024, 768), (100, 1), (65_536, 2_048), (-1, 2_048)):
+        monkeypatch.setattr(connections.resource, "getrlimit", lambda _, soft=descriptors: (soft, soft))
+        assert ConnectionLimits.of(chosen).total == total
