@@ -9,6 +9,7 @@ from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 
 from fastapi import FastAPI
+from fastapi_offline import FastAPIOffline
 
 from api.admission import Admission, QueueDepth
 from api.clients.generate import TextClient
@@ -16,7 +17,8 @@ from api.clients.predict import PredictClient
 from api.database import Database
 from api.deps import Services
 from api.door.bodies import ArrivalRate, BodyMiddleware, bounds_by_route
-from api.door.keys import KeyMiddleware
+from api.door.hosts import HostMiddleware, allowed_hosts
+from api.door.keys import DOCS_FILES, KeyMiddleware
 from api.door.wrong_keys import WrongKeys
 from api.errors import ErrorBody, add_handlers
 from api.metrics import ApiMetrics
@@ -48,14 +50,15 @@ def create_app(settings: StoreSettings | None = None) -> FastAPI:
             app.state.services = services
             yield
 
-    app = FastAPI(
+    app: FastAPI = FastAPIOffline(
+        docs_url="/docs",
+        redoc_url=None,
+        static_url=DOCS_FILES,
         title="HEFT as a service",
         version="1",
         description=DESCRIPTION,
         lifespan=lifespan,
         redirect_slashes=False,
-        redoc_url=None,
-        swagger_ui_oauth2_redirect_url=None,
         responses={"default": {"model": ErrorBody, "description": "OpenAI's error object"}},
     )
     add_handlers(app)
@@ -65,6 +68,7 @@ def create_app(settings: StoreSettings | None = None) -> FastAPI:
     )
     app.add_middleware(BodyMiddleware, routes=bounds_by_route(chosen), slowest=slowest)
     app.add_middleware(KeyMiddleware, wrong_keys=WrongKeys(chosen.wrong_keys_per_minute))
+    app.add_middleware(HostMiddleware, hosts=allowed_hosts(chosen))
     app.add_middleware(RequestMiddleware, max_header_bytes=chosen.max_header_bytes, metrics=metrics)
     for module in (files, jobs, events, studies, models, predict, completions, health, metrics_route):
         app.include_router(module.router)

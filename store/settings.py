@@ -2,16 +2,24 @@
 
 from __future__ import annotations
 
+import re
 from functools import lru_cache
 from pathlib import Path
 from typing import Literal
 
-from pydantic import Field
+from pydantic import Field, field_validator
 from pydantic_settings import BaseSettings, SettingsConfigDict
 
 from store.logs import LogFormat
 
 Hold = Literal["auto", "merged", "shared"]
+
+
+_HOST_PATTERN = re.compile(r"(\*\.)?[A-Za-z0-9_.-]+|\[[0-9A-Fa-f:.]+\]")
+
+
+def _names(value: str) -> list[str]:
+    return [name.strip() for name in value.split(",") if name.strip()]
 
 
 class StoreSettings(BaseSettings):
@@ -27,6 +35,8 @@ class StoreSettings(BaseSettings):
 
     host: str = "127.0.0.1"
     port: int = 8000
+    #: Names in the Host header beside loopback's and `host`, separated by commas; *.example.org and * are possible.
+    allowed_hosts: str = ""
     log_format: LogFormat = "text"  #: json: one object a line
 
     lease_seconds: float = Field(default=60, gt=0)  #: a worker without a heartbeat for so long loses its job
@@ -91,6 +101,19 @@ class StoreSettings(BaseSettings):
     #: Of that budget, for the prefix cache; 0: none.
     prefix_cache_bytes: int = Field(default=512 * 1024**2, ge=0)
     hold_models: Hold = "auto"  #: fine-tuned models in memory: merged, shared, or chosen by use
+
+    @field_validator("allowed_hosts")
+    @classmethod
+    def _hosts_are_names(cls, value: str) -> str:
+        for name in _names(value):
+            if name != "*" and not _HOST_PATTERN.fullmatch(name):
+                raise ValueError(f"{name!r} is no host name: write heft.example.org, *.example.org, or *")
+        return value
+
+    @property
+    def allowed_host_names(self) -> list[str]:
+        """The names of `allowed_hosts`."""
+        return _names(self.allowed_hosts)
 
     @property
     def reuse_enabled(self) -> bool:

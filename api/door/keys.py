@@ -18,6 +18,8 @@ from store.errors import StoreError, Unauthenticated
 
 #: Probes, and the description of the API.
 OPEN_PATHS = frozenset({"/healthz", "/readyz", "/docs", "/openapi.json"})
+#: The script and style of /docs, which come from no other site.
+DOCS_FILES = "/docs/files"
 #: Open to callers on this machine, such as a Prometheus beside the service.
 LOCAL_PATHS = frozenset({"/metrics"})
 
@@ -25,7 +27,9 @@ LOCAL_PATHS = frozenset({"/metrics"})
 def needs_key(scope: Scope) -> bool:
     """Returns whether a request needs an API key."""
     path = scope["path"]
-    return not (path in OPEN_PATHS or (path in LOCAL_PATHS and is_local(scope)))
+    if path in OPEN_PATHS or path.startswith(f"{DOCS_FILES}/"):
+        return False
+    return not (path in LOCAL_PATHS and is_local(scope))
 
 
 class KeyMiddleware:

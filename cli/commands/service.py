@@ -103,7 +103,7 @@ def api(
     from store import logs
     from store.settings import settings
 
-    os.environ.update(_missing_settings(context))
+    os.environ.update(_missing_settings(context) | {"HEFT_HOST": host})
     logs.configure(settings().log_format)
     # No access log: clients that poll a job would fill the disk.
     config = uvicorn.Config(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager
 from typing import Any
@@ -130,6 +131,16 @@ class TestKeys:
         answer = httpx.get(url + path)
         assert answer.status_code == 200
         assert answer.headers["x-request-id"].startswith("req_")
+
+
+def test_the_docs_load_nothing_from_another_site(url: str) -> None:
+    page = httpx.get(f"{url}/docs").text
+    addresses = re.findall(r"""(?:src|href|url)\s*[=:]\s*["']([^"']+)""", page)
+    assert len(addresses) >= 3
+    for address in addresses:
+        assert address.startswith("/"), address
+        assert not address.startswith("//")
+        assert httpx.get(url + address).status_code == 200
 
 
 class TestPaths:
