@@ -5,6 +5,7 @@ EngineError                 code, message, param; the message says what to chang
 ├── ConfigError             a setting that the model or the data does not allow
 ├── ModelError              a base model that can't be found, read or trusted
 ├── TrainingError           diverged, no progress, collapsed rotation, failed merge check
+├── OutOfMemory             a single row or prompt that the device has no memory for
 ├── BundleError             a damaged bundle, or one whose probe rows don't give their stored scores
 └── Stopped                 no fault: the run was asked to stop and has written its checkpoint
 """
@@ -45,6 +46,10 @@ class ModelError(EngineError):
 
 class TrainingError(EngineError):
     code = "training_failed"
+
+
+class OutOfMemory(EngineError):
+    code = "out_of_memory"
 
 
 class BundleError(EngineError):

@@ -74,6 +74,10 @@ class DecodeBatch:
         return request_id in self._sequences
 
     @property
+    def device(self) -> torch.device:
+        return self._lm.device
+
+    @property
     def allocated_bytes(self) -> int:
         """Bytes of the key/value cache now."""
         return self._kv_cache.allocated_bytes

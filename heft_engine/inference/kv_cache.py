@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from heft_engine.model.packed_lm import PackedLM
+from heft_engine.runtime.out_of_memory import is_out_of_memory
 
 MIN_CAPACITY = 64
 SLOTS_PER_CHUNK = 8
@@ -54,10 +55,17 @@ class Chunk:
         self.slots: list[Slot] = []
 
     def add(self, slot: Slot) -> None:
-        """Appends a slot of zeros: a masked key counts for nothing only if its value is a number."""
-        for layer, tensor in enumerate(self.layers):
-            zeros = tensor.new_zeros(2, 1, *tensor.shape[2:])
-            self.layers[layer] = torch.cat([tensor, zeros], dim=1)
+        """Appends a slot of zeros: a masked key counts for nothing only if its value is a number.
+
+        Nothing is added if memory runs out.
+        """
+        try:
+            for layer, tensor in enumerate(self.layers):
+                zeros = tensor.new_zeros(2, 1, *tensor.shape[2:])
+                self.layers[layer] = torch.cat([tensor, zeros], dim=1)
+        except BaseException:
+            self.layers = [tensor[:, : len(self.slots)] for tensor in self.layers]
+            raise
         slot.chunk, slot.index = self, len(self.slots)
         self.slots.append(slot)
 
@@ -67,7 +75,7 @@ class Chunk:
         for layer, tensor in enumerate(self.layers):
             if last is not slot:
                 tensor[:, slot.index] = tensor[:, last.index]
-            self.layers[layer] = tensor[:, :-1].clone()
+            self.layers[layer] = _shrunk(tensor)
         if last is not slot:
             self.slots[slot.index] = last
             last.index = slot.index
@@ -130,8 +138,9 @@ class KVCache:
                 for device in self._devices
             ]
             chunk = Chunk(capacity, empty)
-            chunks.append(chunk)
         chunk.add(slot)
+        if chunk not in chunks:
+            chunks.append(chunk)
         self.allocated_bytes += self.bytes_for(capacity)
 
     def _remove(self, slot: Slot) -> None:
@@ -140,6 +149,16 @@ class KVCache:
         self.allocated_bytes -= self.bytes_for(chunk.capacity)
         if not chunk.slots:
             self._chunks[chunk.capacity].remove(chunk)
+
+
+def _shrunk(tensor: Tensor) -> Tensor:
+    """Returns a chunk's tensor without its last slot, whose memory stays in use where there is none for a copy."""
+    try:
+        return tensor[:, :-1].clone()
+    except (MemoryError, RuntimeError) as error:
+        if not is_out_of_memory(error):
+            raise
+        return tensor[:, :-1]
 
 
 def _device_of(layer: nn.Module) -> torch.device:

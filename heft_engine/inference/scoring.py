@@ -14,12 +14,14 @@ import torch
 from torch import Tensor
 
 from heft_engine.data.encoding import Example
+from heft_engine.errors import OutOfMemory
 from heft_engine.inference.model_variant import ModelVariant
 from heft_engine.inference.partition import in_row_order, partition, run_parts
 from heft_engine.inference.prefix_cache import CachedPrefix, PrefixCache, PrefixWriter
 from heft_engine.model.layout import RowAdapter
 from heft_engine.model.packed_lm import PackedLM
 from heft_engine.model.packing import Batch, pack, packed_length
+from heft_engine.runtime.out_of_memory import free_memory, is_out_of_memory
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -81,12 +83,24 @@ def score(lm: PackedLM, examples: Sequence[Example], *, scale: float = 1.0) -> l
     return score_rows([ScoringRow(example=example, variant=variant, scale=scale) for example in examples])
 
 
-@torch.inference_mode()
 def score_rows(rows: Sequence[ScoringRow], cache: PrefixCache | None = None) -> list[Scores]:
     """Returns the scores of every row, in order, and caches the rows' prefixes. All rows are of one PackedLM.
 
-    A row's bits do not depend on the other rows.
+    A row's bits do not depend on the other rows. Raises OutOfMemory if a row does not fit into memory alone.
     """
+    scores: list[Scores] = []
+    for outcome in score_or_fail_rows(rows, cache):
+        if isinstance(outcome, OutOfMemory):
+            raise outcome
+        scores.append(outcome)
+    return scores
+
+
+@torch.inference_mode()
+def score_or_fail_rows(
+    rows: Sequence[ScoringRow], cache: PrefixCache | None = None
+) -> list[Scores | OutOfMemory]:
+    """Returns the scores of every row as `score_rows`, and an exception for a row that does not fit alone."""
     if not rows:
         return []
     # Rows that continue the same prefix stand side by side: attention takes them together.
@@ -97,10 +111,29 @@ def score_rows(rows: Sequence[ScoringRow], cache: PrefixCache | None = None) -> 
     lm = rows[0].variant.lm
     parts = [[order[place] for place in places] for places in partition(lm, examples, cached_tokens)]
     sinks = [_PrefixSink(cache, [rows[index] for index in part], lm.n_layers) for part in parts]
-    scores = run_parts(lm, lambda sink: _score_part(lm, sink), sinks)
+    outcomes = run_parts(lm, lambda sink: _score_or_halve(lm, sink), sinks)
     for sink in sinks:
         sink.commit()
-    return in_row_order(parts, scores)
+    return in_row_order(parts, outcomes)
+
+
+def _score_or_halve(lm: PackedLM, sink: _PrefixSink) -> list[Scores | OutOfMemory]:
+    """Scores the rows of one part; in halves, which cache nothing, where memory runs out."""
+    try:
+        return list(_score_part(lm, sink))
+    except (MemoryError, RuntimeError) as error:
+        if not is_out_of_memory(error):
+            raise
+    # Outside of the handler: the exception holds the tensors of the failed pass.
+    sink.discard()
+    free_memory(lm.device)
+    rows = sink.rows
+    if len(rows) == 1:
+        tokens = rows[0].uncached_tokens
+        return [OutOfMemory(f"the device has no memory for a row of {tokens} tokens: shorten it")]
+    middle = len(rows) // 2
+    halves = [_PrefixSink(None, half, lm.n_layers) for half in (rows[:middle], rows[middle:])]
+    return [outcome for half in halves for outcome in _score_or_halve(lm, half)]
 
 
 def _score_part(lm: PackedLM, sink: _PrefixSink) -> list[Scores]:
@@ -147,6 +180,10 @@ class _PrefixSink:
         writer = self._writers[row]
         if writer is not None:
             writer.write(layer, keys, values)
+
+    def discard(self) -> None:
+        """Frees what a failed pass has written."""
+        self._writers.clear()
 
     def commit(self) -> None:
         """Caches what was written, after a pass that has succeeded."""

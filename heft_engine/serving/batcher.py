@@ -2,7 +2,8 @@
 
 An idle batcher starts a pass at once. Requests that arrive meanwhile are taken together by the next one, up to a token
 budget. After a shared pass the batcher lingers for a few milliseconds: clients that ask one question after another ask
-again at once. An error in a pass ends the requests in it; the thread goes on.
+again at once. An error in a pass ends the requests in it; the thread goes on. A row that does not fit into memory alone
+ends its own request only.
 """
 
 from __future__ import annotations
@@ -15,9 +16,10 @@ from concurrent.futures import CancelledError, Future
 from typing import Protocol, TypeVar
 
 from heft_engine.data.encoding import Example
+from heft_engine.errors import OutOfMemory
 from heft_engine.inference.model_variant import ModelVariant
 from heft_engine.inference.prefix_cache import PrefixCache
-from heft_engine.inference.scoring import Scores, score_rows
+from heft_engine.inference.scoring import Scores, score_or_fail_rows
 from heft_engine.serving.request_queue import RequestQueue, ScheduledBatch
 
 log = logging.getLogger(__name__)
@@ -219,15 +221,19 @@ class Batcher:
             return
         began = time.monotonic()
         try:
-            scores = score_rows([row for _, row in batch.rows], self._cache)
+            outcomes = score_or_fail_rows([row for _, row in batch.rows], self._cache)
         except BaseException as error:  # noqa: BLE001 - it is raised where the requests are waited for
             log.warning("a scoring pass of %d rows failed: %s", len(batch.rows), error)
             for request, _ in batch.rows:
                 request.fail(error)
             return
         self._last_pass_ended_at = time.monotonic()
-        for (request, row), row_scores in zip(batch.rows, scores, strict=True):
-            request.complete(row, row_scores)
+        for (request, row), outcome in zip(batch.rows, outcomes, strict=True):
+            if isinstance(outcome, OutOfMemory):
+                log.warning("a row failed: %s", outcome)
+                request.fail(outcome)
+            else:
+                request.complete(row, outcome)
         if self._observer is not None:
             self._observer.on_pass(
                 rows=len(batch.rows),

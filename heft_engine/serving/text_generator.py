@@ -17,7 +17,7 @@ from heft_engine.inference.decode_batch import DecodeBatch, DecodeRequest
 from heft_engine.inference.detokenizer import Detokenizer, Vocabulary
 from heft_engine.inference.greedy import eos_token_ids
 from heft_engine.inference.sampling import SampledToken
-from heft_engine.inference.scheduler import DecodeScheduler
+from heft_engine.inference.scheduler import DecodeScheduler, PromptOutOfMemory
 from heft_engine.inference.stop_strings import StopStringFilter
 from heft_engine.model.packed_lm import PackedLM
 
@@ -104,10 +104,13 @@ class TextGenerator:
             self._cancelled.add(request_id)
 
     def step(self) -> None:
-        """Runs one pass. If it raises, every request has been told and removed."""
+        """Runs one pass. If it raises, every request has been told and removed.
+
+        A prompt that does not fit into memory alone ends its own request only.
+        """
         self._take_submitted()
         try:
-            for request_id, token in self._scheduler.step().items():
+            for request_id, token in self._next_tokens().items():
                 stream = self._streams[request_id]
                 delta = stream.append(token)
                 if delta.finish_reason is not None:
@@ -117,6 +120,15 @@ class TextGenerator:
         except Exception as error:
             self._fail_all(error)
             raise
+
+    def _next_tokens(self) -> dict[Hashable, SampledToken]:
+        try:
+            return self._scheduler.step()
+        except PromptOutOfMemory as error:
+            stream = self._streams[error.request_id]
+            self._remove(error.request_id)
+            stream.on_delta(error.request_id, error)
+            return {}
 
     def fail(self, error: Exception) -> None:
         """Ends every request with `error`: no step will follow."""

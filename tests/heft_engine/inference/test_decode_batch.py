@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from memory_limit import limit_pass_tokens
 from tiny_models import FAMILIES
 from torch import Tensor
 
@@ -15,7 +16,7 @@ from heft_engine.adapters.reft import LoreftIntervention
 from heft_engine.inference.decode_batch import DecodeBatch, DecodeRequest
 from heft_engine.inference.kv_cache import SLOTS_PER_CHUNK, capacity_for
 from heft_engine.inference.sampling import SampledToken, SamplingParams
-from heft_engine.inference.scheduler import MAX_SEQUENCES, DecodeScheduler
+from heft_engine.inference.scheduler import MAX_SEQUENCES, DecodeScheduler, PromptOutOfMemory
 from heft_engine.model import batch_invariant
 from heft_engine.model.attention import IMPLEMENTATION
 from heft_engine.model.base_models import load_model, resolve_path
@@ -181,6 +182,76 @@ def test_a_prefill_that_fails_leaves_nothing(llama: PackedLM, monkeypatch: pytes
     assert (len(batch), batch.allocated_bytes) == (1, allocated_bytes)
     tokens = [first[0], *(batch.decode()[0] for _ in range(2))]
     assert tokens == alone(llama, [request_for(0, 10)])[0][:3]
+
+
+def finished(lm: PackedLM, requests: Sequence[DecodeRequest]) -> tuple[dict[Hashable, list[int]], list[int]]:
+    """Returns the tokens of every request, and the number of sequences in the batch after each step."""
+    batch = DecodeBatch(lm, budget_bytes=PLENTY)
+    scheduler, sizes = DecodeScheduler(batch), []
+    scheduler.add(requests)
+    tokens: dict[Hashable, list[int]] = {request.id: [] for request in requests}
+    most = {request.id: request.max_tokens for request in requests}
+    while scheduler.is_busy:
+        for request_id, sampled in scheduler.step().items():
+            tokens[request_id].append(sampled.token)
+        sizes.append(len(batch))
+        for request_id, generated in tokens.items():
+            if len(generated) == most[request_id]:
+                scheduler.abort(request_id)
+    assert batch.allocated_bytes == 0
+    return tokens, sizes
+
+
+@pytest.mark.usefixtures("batch_invariant")
+def test_a_prefill_without_memory_is_run_again_with_fewer_requests(
+    tiny_llama_dir: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    llama = loaded(tiny_llama_dir)
+    requests = [request_for(name, 40) for name in range(8)]
+    expected, sizes = finished(llama, requests)
+    assert sizes[0] == 8
+    passes = limit_pass_tokens(monkeypatch, 100)
+    tokens, sizes = finished(llama, requests)
+    assert tokens == expected, "no request is lost"
+    assert passes[:3] == [320, 160, 80]
+    assert max(sizes) == 2, "the others wait until sequences have left"
+    assert len([size for size in passes if size > 100]) < len(requests)
+
+
+@pytest.mark.usefixtures("batch_invariant")
+@pytest.mark.parametrize("layer", [0, 2])
+def test_slots_without_memory_are_taken_back(
+    tiny_llama_dir: Path, monkeypatch: pytest.MonkeyPatch, layer: int
+) -> None:
+    """Memory that runs out between two layers of a chunk leaves all layers alike."""
+    llama = loaded(tiny_llama_dir)
+    requests = [request_for(name, 40) for name in range(6)]
+    expected, _ = finished(llama, requests)
+    cat, calls = torch.cat, []
+
+    def limited(tensors: Sequence[Tensor], dim: int = 0) -> Tensor:
+        if len(tensors) == 2 and tensors[0].dim() == 5 and tensors[0].shape[1] == 3:
+            calls.append(1)
+            if (len(calls) - 1) % 4 == layer:
+                raise torch.OutOfMemoryError("CUDA out of memory")
+        return cat(tensors, dim=dim)
+
+    monkeypatch.setattr(torch, "cat", limited)
+    tokens, sizes = finished(llama, requests)
+    assert tokens == expected
+    assert max(sizes) == 3
+
+
+def test_a_prompt_without_memory_fails_alone(llama: PackedLM, monkeypatch: pytest.MonkeyPatch) -> None:
+    scheduler = DecodeScheduler(DecodeBatch(llama, budget_bytes=PLENTY))
+    scheduler.add([request_for(0, 300), request_for(1, 30, max_tokens=2)])
+    limit_pass_tokens(monkeypatch, 100)
+    with pytest.raises(PromptOutOfMemory, match="no memory for a prompt of 300 tokens") as failed:
+        scheduler.step()
+    assert (failed.value.request_id, failed.value.code) == (0, "out_of_memory")
+    assert list(scheduler.step()) == [1]
+    scheduler.abort(1)
+    assert not scheduler.is_busy
 
 
 def test_a_sequence_at_its_end_must_leave(llama: PackedLM) -> None:

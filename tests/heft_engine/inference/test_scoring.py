@@ -11,12 +11,16 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
+from memory_limit import limit_pass_tokens
 from probe_models import with_intervention
 from transformers import AutoModelForCausalLM
 
 from heft_engine.data.encoding import Example
+from heft_engine.errors import OutOfMemory
 from heft_engine.inference import partition
-from heft_engine.inference.scoring import Scores, score
+from heft_engine.inference.model_variant import ModelVariant
+from heft_engine.inference.prefix_cache import PrefixCache, prefix_hashes
+from heft_engine.inference.scoring import Scores, ScoringRow, score, score_or_fail_rows, score_rows
 from heft_engine.model import attention, batch_invariant
 from heft_engine.model.packed_lm import PackedLM
 
@@ -138,3 +142,61 @@ def test_a_pass_ends_on_a_whole_block(tiny_llama_dir: Path, monkeypatch: pytest.
     lm.interventions.clear()
     score(lm, long_rows(3, 41, 50))
     assert not padded
+
+
+def test_a_pass_without_memory_is_run_again_in_halves(
+    tiny_llama_dir: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    lm, examples = packed(tiny_llama_dir), questions(24)
+    before = totals(lm, examples)
+    passes = limit_pass_tokens(monkeypatch, 200)
+    after = totals(lm, examples)
+    assert max(passes) > 200
+    assert len(passes) > 8
+    for row, expected in zip(after, before, strict=True):
+        assert row == pytest.approx(expected, abs=1e-4)
+
+
+def test_a_row_without_memory_fails_alone(tiny_llama_dir: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    lm, examples = packed(tiny_llama_dir), long_rows(60, 300, 50)
+    expected = totals(lm, examples)
+    limit_pass_tokens(monkeypatch, 200)
+    rows = [ScoringRow(example=example, variant=ModelVariant(lm=lm)) for example in examples]
+    first, failed, last = score_or_fail_rows(rows)
+    assert isinstance(failed, OutOfMemory)
+    assert "no memory for a row of 300 tokens" in failed.message
+    assert failed.__context__ is None, "an exception's frames would hold the tensors of the failed pass"
+    for outcome, row in ((first, expected[0]), (last, expected[2])):
+        assert isinstance(outcome, Scores)
+        assert outcome.totals == pytest.approx(row, abs=1e-4)
+    with pytest.raises(OutOfMemory) as raised:
+        score(lm, examples)
+    assert raised.value.code == "out_of_memory"
+
+
+def test_a_failed_pass_caches_nothing(tiny_llama_dir: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    lm = packed(tiny_llama_dir)
+    variant, cache, rows = ModelVariant(lm=lm, scope="model"), PrefixCache(2**24), []
+    for example in long_rows(120, 130):
+        hashes = prefix_hashes(variant, example.prompt, scale=1.0, owner=None)
+        rows.append(ScoringRow(example=example, variant=variant, hashes=hashes))
+    with monkeypatch.context() as patch:
+        limit_pass_tokens(patch, 200)
+        patch.setattr(partition, "job_threads", lambda device: 1)
+        scores = score_rows(rows, cache)
+    assert cache.used_bytes == 0
+    assert score_rows(rows, cache) == scores
+    assert cache.used_bytes > 0
+
+
+def test_another_error_is_not_taken_for_a_lack_of_memory(
+    tiny_llama_dir: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    lm = packed(tiny_llama_dir)
+
+    def broken(*_: Any) -> None:
+        raise RuntimeError("CUDA error: an illegal memory access was encountered")
+
+    monkeypatch.setattr(lm, "run_layers", broken)
+    with pytest.raises(RuntimeError, match="illegal memory access"):
+        score(lm, questions(3))

@@ -12,9 +12,11 @@ from typing import Any
 import pytest
 import torch
 from many_models import examples, merged, models, unmerged
+from memory_limit import limit_pass_tokens
 from probe_models import packed
 
 from heft_engine.data.encoding import Example
+from heft_engine.errors import OutOfMemory
 from heft_engine.inference.model_variant import ModelVariant
 from heft_engine.inference.scoring import Scores, score
 from heft_engine.model.packed_lm import PackedLM
@@ -226,14 +228,14 @@ def test_the_answer_to_a_cancelled_request_is_dropped(
     lm: PackedLM, batcher: Batcher, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     begun, cancelled = threading.Event(), threading.Event()
-    plain = batching.score_rows
+    plain = batching.score_or_fail_rows
 
     def slow(*arguments: Any) -> list[Scores]:
         begun.set()
         assert cancelled.wait(60)
         return plain(*arguments)
 
-    monkeypatch.setattr(batching, "score_rows", slow)
+    monkeypatch.setattr(batching, "score_or_fail_rows", slow)
     gone = batcher.submit(ModelVariant(lm=lm), examples(1))
     assert begun.wait(60)
     assert gone.cancel()
@@ -271,12 +273,30 @@ def test_a_failed_pass_fails_its_requests_and_the_next_pass_runs(
         raise torch.OutOfMemoryError("no room")
 
     with monkeypatch.context() as patch:
-        patch.setattr(batching, "score_rows", broken)
+        patch.setattr(batching, "score_or_fail_rows", broken)
         with pytest.raises(torch.OutOfMemoryError, match="no room"):
             batcher.submit(ModelVariant(lm=lm), examples(2)).result(60)
     assert batcher.submit(ModelVariant(lm=lm), examples(2)).result(60) == score(lm, examples(2))
     with pytest.raises(ZeroDivisionError):
         batcher.run(lambda: 1 // 0)
+
+
+def test_a_row_without_memory_ends_its_own_request(
+    lm: PackedLM, batcher: Batcher, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    variant, small = ModelVariant(lm=lm), examples(6, longest=20)
+    large = Example(prompt=(5,) * 150, answers=((7,), (9,)), labels=("a", "b"), gold=None)
+    expected = score(lm, small)
+    with Gate(batcher):
+        fits = batcher.submit(variant, small[:3])
+        mixed = batcher.submit(variant, [small[3], large, small[4]])
+        also_fits = batcher.submit(variant, small[5:])
+        limit_pass_tokens(monkeypatch, 100)
+    with pytest.raises(OutOfMemory, match="no memory for a row of 150 tokens"):
+        mixed.result(60)
+    for future, scores in ((fits, expected[:3]), (also_fits, expected[5:])):
+        for answer, reference in zip(future.result(60), scores, strict=True):
+            assert answer.totals == pytest.approx(reference.totals, abs=1e-4)
 
 
 def test_an_empty_request_is_answered_at_once(lm: PackedLM, batcher: Batcher) -> None:

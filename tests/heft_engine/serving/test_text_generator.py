@@ -8,10 +8,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from memory_limit import limit_pass_tokens
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from heft_engine.data.rows import parse_row
-from heft_engine.errors import RowError
+from heft_engine.errors import OutOfMemory, RowError
 from heft_engine.inference.detokenizer import Detokenizer, Vocabulary
 from heft_engine.inference.kv_cache import KVCache
 from heft_engine.inference.sampling import SamplingParams
@@ -222,6 +223,18 @@ def test_memory_that_is_out_while_slots_grow_ends_all_and_leaks_nothing(
     listener.submit("four")
     listener.run()
     assert listener.pieces["four"][-1].finish_reason == "length"
+
+
+def test_a_prompt_without_memory_ends_its_own_request(
+    listener: Listener, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    limit_pass_tokens(monkeypatch, 100)
+    listener.submit("long", prompt="again and again " * 40)
+    listener.submit("short")
+    listener.run()
+    assert isinstance(listener.errors["long"], OutOfMemory)
+    assert list(listener.errors) == ["long"]
+    assert listener.pieces["short"][-1].finish_reason == "length"
 
 
 def test_a_request_that_never_has_room_is_refused(tiny_llama_dir: Path) -> None:
