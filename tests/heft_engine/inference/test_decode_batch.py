@@ -184,16 +184,23 @@ def test_a_prefill_that_fails_leaves_nothing(llama: PackedLM, monkeypatch: pytes
     assert tokens == alone(llama, [request_for(0, 10)])[0][:3]
 
 
-def finished(lm: PackedLM, requests: Sequence[DecodeRequest]) -> tuple[dict[Hashable, list[int]], list[int]]:
-    """Returns the tokens of every request, and the number of sequences in the batch after each step."""
+def finished(
+    lm: PackedLM, requests: Sequence[DecodeRequest], later: Sequence[DecodeRequest] = ()
+) -> tuple[dict[Hashable, list[int]], list[int]]:
+    """Returns the tokens of every request, and the number of sequences in the batch after each step.
+
+    later: requests that come after the first step.
+    """
     batch = DecodeBatch(lm, budget_bytes=PLENTY)
     scheduler, sizes = DecodeScheduler(batch), []
     scheduler.add(requests)
-    tokens: dict[Hashable, list[int]] = {request.id: [] for request in requests}
-    most = {request.id: request.max_tokens for request in requests}
+    tokens: dict[Hashable, list[int]] = {request.id: [] for request in (*requests, *later)}
+    most = {request.id: request.max_tokens for request in (*requests, *later)}
     while scheduler.is_busy:
         for request_id, sampled in scheduler.step().items():
             tokens[request_id].append(sampled.token)
+        if not sizes:
+            scheduler.add(later)
         sizes.append(len(batch))
         for request_id, generated in tokens.items():
             if len(generated) == most[request_id]:
@@ -223,10 +230,10 @@ def test_a_prefill_without_memory_is_run_again_with_fewer_requests(
 def test_slots_without_memory_are_taken_back(
     tiny_llama_dir: Path, monkeypatch: pytest.MonkeyPatch, layer: int
 ) -> None:
-    """Memory that runs out between two layers of a chunk leaves all layers alike."""
+    """Memory that runs out between two layers of a chunk leaves all layers alike, for the sequences that run."""
     llama = loaded(tiny_llama_dir)
-    requests = [request_for(name, 40) for name in range(6)]
-    expected, _ = finished(llama, requests)
+    running, later = ([request_for(name, 40) for name in names] for names in (range(3), range(3, 6)))
+    expected, _ = finished(llama, running, later)
     cat, calls = torch.cat, []
 
     def limited(tensors: Sequence[Tensor], dim: int = 0) -> Tensor:
@@ -237,9 +244,10 @@ def test_slots_without_memory_are_taken_back(
         return cat(tensors, dim=dim)
 
     monkeypatch.setattr(torch, "cat", limited)
-    tokens, sizes = finished(llama, requests)
+    tokens, sizes = finished(llama, running, later)
     assert tokens == expected
     assert max(sizes) == 3
+    assert calls
 
 
 def test_a_prompt_without_memory_fails_alone(llama: PackedLM, monkeypatch: pytest.MonkeyPatch) -> None:
