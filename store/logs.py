@@ -18,8 +18,8 @@ from pythonjsonlogger.json import JsonFormatter
 LogFormat = Literal["text", "json"]
 
 _BOUND: contextvars.ContextVar[Mapping[str, str | int]] = contextvars.ContextVar("bound")
-#: API keys, Bearer tokens, and the user and password of a URL.
-_SECRETS = re.compile(r"heft_\w+?_[\w-]{8,}|(?<=Bearer )\S+|(?<=://)[^/@\s]*:[^/@\s]*(?=@)")
+#: API keys, Bearer tokens, and the user and password of a URL. Possessive: any line costs one pass.
+_SECRETS = re.compile(r"heft_\w+?_[\w-]{8,}|(?<=Bearer )\S+|(?<=://)[^/@:\s]*+:[^/@\s]*+(?=@)")
 _REDACTED = "***"
 
 

@@ -95,3 +95,11 @@ def test_a_database_error_shows_no_values(bench) -> None:
     with pytest.raises(exc.DBAPIError) as failed:
         bench.do(lambda session: session.execute(text("SELECT :row / 0, :row::int"), {"row": 7_654_321}))
     assert "7654321" not in str(failed.value)
+
+
+@pytest.mark.parametrize("part", [":", "://", "heft_", "heft_a_", "_", "a:", "://a:", "Bearer ", "@"])
+def test_a_long_line_costs_one_pass(lines: Callable[[], list[str]], part: str) -> None:
+    """30,000 colons after `://` once took 19 seconds; a quadratic pattern does not end within the test's time here."""
+    logs.configure("text")
+    log.info("%s", "see ://" + part * 1_000_000)
+    assert len(lines()) == 1
