@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from memory_limit import limit_pass_tokens
 from prometheus_client import CollectorRegistry
 from redis import Redis
 from worker_bench import Bench
@@ -176,15 +177,27 @@ def test_a_pass_that_fails_is_answered(asker: Asker, bench: Bench, monkeypatch: 
     asker.ask("warm up")
 
     def fail(_: Predictor) -> None:
-        raise MemoryError
+        raise ArithmeticError
 
     with asker.pool.base("llama", "text") as predictor:
         lm = predictor.lm
     with monkeypatch.context() as patch:
         patch.setattr(lm, "finish", fail)
         asked = asker.begin("unlucky")
-        with pytest.raises(MemoryError):
+        with pytest.raises(ArithmeticError):
             asked.result(30)
     (reply,) = asker.heard("unlucky")
     assert (reply["error"]["status"], reply["error"]["code"]) == (500, "internal_error")
+    assert "done" in asker.ask("after")[0]
+
+
+def test_a_prompt_without_memory_is_answered_by_its_name(
+    asker: Asker, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asker.ask("warm up")
+    with monkeypatch.context() as patch:
+        limit_pass_tokens(patch, 2)
+        (reply,) = asker.ask("large")
+    assert (reply["error"]["status"], reply["error"]["code"]) == (500, "out_of_memory")
+    assert "no memory for a prompt of" in reply["error"]["message"]
     assert "done" in asker.ask("after")[0]
