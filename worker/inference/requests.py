@@ -1,13 +1,15 @@
 """Requests to the inference worker: whether their clients still wait, and the replies to them.
 
 The API marks the requests of clients that have gone in Redis. A worker looks for marks of all of its requests at once,
-at most four times a second, and never for a request that has just come.
+at most four times a second, and never for a request that has just come. A failure of the device ends the process.
 """
 
 from __future__ import annotations
 
 import json
 import logging
+import os
+import signal
 import threading
 import time
 from collections.abc import Callable
@@ -17,6 +19,7 @@ from redis import Redis
 from redis.exceptions import RedisError
 
 from heft_engine.errors import EngineError, ModelError, RowError
+from heft_engine.runtime.device_failure import is_device_failure
 from store.errors import StoreError, Unavailable
 from store.logs import bound
 from store.messages.broker import redis_py_url
@@ -58,6 +61,7 @@ class Requests:
         self._polling = threading.Lock()
         self._active: set[str] = set()
         self._cancelled: set[str] = set()
+        self._is_ending = False
         self._next_poll = clock()
 
     @classmethod
@@ -79,7 +83,8 @@ class Requests:
         """Calls `handler` with the request; its log lines have the request's id.
 
         An exception of the handler becomes the reply; those that are neither the client's fault nor a known failure are
-        raised again. Returns False for a request that is or becomes abandoned, which gets no reply.
+        raised again. After a failure of the device the worker shuts down. Returns False for a request that is or
+        becomes abandoned, which gets no reply.
         """
         request = ActiveRequest(message, self)
         request_id = message["request_id"]
@@ -94,16 +99,26 @@ class Requests:
             return False
         except (EngineError, StoreError) as error:
             request.fail(_fault(error))
-        except Exception:
+        except Exception as error:
             request.fail(
                 PredictFault(status=500, code="internal_error", message="the worker failed", param=None)
             )
+            if is_device_failure(error):
+                self._end_process()
             raise
         finally:
             with self._lock:
                 self._active.discard(request_id)
                 self._cancelled.discard(request_id)
         return True
+
+    def _end_process(self) -> None:
+        """Shuts this worker down in order, once: whoever supervises it starts it again."""
+        with self._lock:
+            is_first, self._is_ending = not self._is_ending, True
+        if is_first:
+            log.error("the device has failed: this worker ends, and needs a new process to go on")
+            os.kill(os.getpid(), signal.SIGTERM)
 
     def is_active(self, message: PredictMessage | GenerateMessage) -> bool:
         """Returns whether a request's client still waits; a client that goes is noticed within POLL_SECONDS."""

@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import json
+import os
 import queue
+import signal
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
 import pytest
+import torch
 from redis import Redis
 from redis.backoff import NoBackoff
 from redis.retry import Retry
@@ -159,3 +162,35 @@ def test_an_unknown_error_is_replied_and_raised(redis: Redis, requests: Requests
         ("one", "internal_error"),
         ("two", "internal_error"),
     ]
+
+
+@pytest.mark.parametrize(
+    ("error", "signals"),
+    [
+        (torch.AcceleratorError("CUDA error: device-side assert triggered"), [signal.SIGTERM]),
+        (RuntimeError("CUDA error: an illegal memory access was encountered"), [signal.SIGTERM]),
+        (torch.AcceleratorError("CUDA error: out of memory"), []),
+        (torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 86.00 MiB"), []),
+        (RuntimeError("shapes do not match"), []),
+    ],
+    ids=str,
+)
+def test_a_failure_of_the_device_ends_the_worker_once(
+    requests: Requests,
+    redis: Redis,
+    clock: Clock,
+    monkeypatch: pytest.MonkeyPatch,
+    error: Exception,
+    signals: list[signal.Signals],
+) -> None:
+    sent: list[tuple[int, int]] = []
+    monkeypatch.setattr(os, "kill", lambda pid, number: sent.append((pid, number)))
+
+    def handler(request: ActiveRequest) -> None:
+        raise error
+
+    for name in ("first", "second"):
+        with pytest.raises(type(error)):
+            requests.answer(message(name, clock.now), handler)
+    assert sent == [(os.getpid(), number) for number in signals]
+    assert [reply["error"]["code"] for reply in replies(redis)] == ["internal_error"] * 2
