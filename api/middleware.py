@@ -6,6 +6,7 @@ connection is closed when its request is answered before a large body has been r
 
 from __future__ import annotations
 
+import asyncio
 import logging
 import time
 import uuid
@@ -22,6 +23,9 @@ log = logging.getLogger(__name__)
 
 #: The server reads and discards so much of a body that nobody wants, to keep the connection.
 MAX_DISCARDED_BYTES = 64 * 1024
+#: A connection with an unread body is reset when it is closed. nginx, still sending, would then answer 502: it gets so
+#: long to read the response, which is complete by its Content-Length.
+LINGER_SECONDS = 0.5
 
 
 class RequestMiddleware:
@@ -62,14 +66,20 @@ class RequestMiddleware:
             unreceived = unreceived and message.get("more_body", False)
             return message
 
+        closes = False
+
         async def send_with_id(message: Message) -> None:
-            nonlocal started
+            nonlocal started, closes
             if message["type"] == "http.response.start":
-                started = True
+                started, closes = True, unreceived
                 headers = MutableHeaders(scope=message)
                 headers["x-request-id"] = request_id
-                if unreceived:
+                if closes:
                     headers["connection"] = "close"
+            elif closes and not message.get("more_body", False):
+                await send({**message, "more_body": True})
+                await asyncio.sleep(LINGER_SECONDS)
+                message = {"type": "http.response.body", "body": b"", "more_body": False}
             await send(message)
 
         refusal = self._refusal(scope)

@@ -43,6 +43,11 @@ class OneKey:
         return keys.Owner(id="me", key_id="x")
 
 
+@pytest.fixture(autouse=True)
+def _no_lingering(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("api.middleware.LINGER_SECONDS", 0)
+
+
 @pytest.fixture
 def database() -> OneKey:
     return OneKey()
@@ -89,6 +94,16 @@ def test_a_wrong_key_is_refused_before_the_body_is_received(app: FastAPI, key: s
     assert (exchange.status, exchange.received) == (401, 0)
     assert exchange.error["code"] == "invalid_api_key"
     assert exchange.headers["connection"] == "close"
+
+
+def test_a_refusal_is_complete_before_the_connection_is_closed(app: FastAPI) -> None:
+    """A proxy that is still sending the body can read it."""
+    exchange = Exchange().run(app, scope_of("POST", "/predict", {"content-length": "7000000"}))
+    assert [message.get("more_body") for message in exchange.sent] == [None, True, False]
+    assert len(exchange.sent[1]["body"]) == int(exchange.headers["content-length"])
+    small = Exchange().run(app, scope_of("POST", "/predict", {"content-length": "70"}))
+    assert "connection" not in small.headers
+    assert len(small.sent) == 2
 
 
 def test_the_database_is_not_asked_for_a_string_that_is_no_key(app: FastAPI, database: OneKey) -> None:
