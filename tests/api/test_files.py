@@ -157,7 +157,7 @@ def test_the_key_is_checked_before_a_byte_of_the_body(url: str) -> None:
     address = urlsplit(url)
     with socket.create_connection((address.hostname, address.port), timeout=5) as connection:
         connection.sendall(
-            b"POST /v1/files HTTP/1.1\r\nHost: heft\r\nAuthorization: Bearer heft_wrong\r\n"
+            b"POST /v1/files HTTP/1.1\r\nHost: localhost\r\nAuthorization: Bearer heft_wrong\r\n"
             b"Content-Type: multipart/form-data; boundary=b\r\nContent-Length: 300000000\r\n\r\n"
         )
         assert connection.recv(100).startswith(b"HTTP/1.1 401 ")
@@ -170,7 +170,7 @@ def test_an_upload_of_a_disconnected_client_leaves_no_file(
     head = b'--b\r\nContent-Disposition: form-data; name="file"; filename="x"\r\n\r\n'
     with socket.create_connection((address.hostname, address.port), timeout=5) as connection:
         connection.sendall(
-            b"POST /v1/files HTTP/1.1\r\nHost: heft\r\nContent-Length: 100000\r\n"
+            b"POST /v1/files HTTP/1.1\r\nHost: localhost\r\nContent-Length: 100000\r\n"
             + f"Authorization: {client.headers['Authorization']}\r\n".encode()
             + b"Content-Type: multipart/form-data; boundary=b\r\n\r\n"
             + head
