@@ -8,7 +8,7 @@ rest of the batch. Not thread-safe.
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Sequence
+from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass, replace
 from typing import TypeVar
 
@@ -23,8 +23,10 @@ from heft_engine.inference.sampling import SampledToken, Sampler, SamplingParams
 from heft_engine.model.layout import Layout, PackedRow, RowAdapter
 from heft_engine.model.packed_lm import PackedLM
 from heft_engine.model.packing import micro_batches, pack
+from heft_engine.runtime.out_of_memory import free_memory, is_out_of_memory
 
 R = TypeVar("R", bound="DecodeRequest")
+T = TypeVar("T")
 GREEDY = SamplingParams()
 
 
@@ -46,13 +48,23 @@ class DecodeRequest:
         return len(self.prompt) + self.max_tokens - 1
 
 
+class PassOutOfMemory(RuntimeError):
+    """A pass that ran out of memory. The batch is as it was before it."""
+
+
 class _Sequence:
-    def __init__(self, request: DecodeRequest, slot: Slot) -> None:
+    slot: Slot
+
+    def __init__(self, request: DecodeRequest) -> None:
         self.request = request
-        self.slot = slot
         self.sampler = Sampler(request.sampling)
-        self.last_token = -1
-        self.completion_tokens = 0
+        self.generated: list[int] = []
+
+    @property
+    def computed(self) -> Example:
+        """The prompt and, as its one answer, all tokens after it. The answer's last token is never fed in."""
+        answers = ((*self.generated, 0),) if self.generated else ()
+        return Example(prompt=self.request.prompt, answers=answers, labels=(), gold=None)
 
     def row(self, start: int) -> PackedRow:
         prompt = len(self.request.prompt)
@@ -66,16 +78,13 @@ class DecodeBatch:
         self._lm = lm
         self._kv_cache = KVCache(lm, budget_bytes)
         self._sequences: dict[Hashable, _Sequence] = {}
+        self._preempted: dict[Hashable, _Sequence] = {}
 
     def __len__(self) -> int:
         return len(self._sequences)
 
     def __contains__(self, request_id: Hashable) -> bool:
         return request_id in self._sequences
-
-    @property
-    def device(self) -> torch.device:
-        return self._lm.device
 
     @property
     def allocated_bytes(self) -> int:
@@ -103,38 +112,62 @@ class DecodeBatch:
 
     @torch.inference_mode()
     def prefill(self, requests: Sequence[DecodeRequest]) -> dict[Hashable, SampledToken]:
-        """Adds requests, prefills their prompts and returns the first token of each. They must be `fitting`.
+        """Adds requests, prefills their prompts and returns the next token of each. They must be `fitting`.
 
-        If the pass fails, none has been added.
+        The next token is the first one; of a preempted sequence, whose tokens are computed again, the one after its
+        last. If the pass fails, none has been added. Raises PassOutOfMemory.
         """
-        added: dict[Hashable, _Sequence] = {}
-        tokens: dict[Hashable, SampledToken] = {}
+        sequences = [self._preempted.get(request.id) or _Sequence(request) for request in requests]
+        logits = self._run(lambda: self._allocate_and_prefill(sequences))
+        for sequence in sequences:
+            self._preempted.pop(sequence.request.id, None)
+            self._sequences[sequence.request.id] = sequence
+        return _sample(sequences, logits)
+
+    def _allocate_and_prefill(self, sequences: Sequence[_Sequence]) -> Tensor:
+        """Returns the logits after the last token of each sequence, (sequences, vocabulary)."""
+        allocated: list[_Sequence] = []
         try:
-            for request in requests:
-                slot = self._kv_cache.allocate(len(request.prompt), request.max_cached_tokens)
-                added[request.id] = _Sequence(request, slot)
-            for sequences in _passes(list(added.values())):
-                tokens |= self._prefill(sequences)
+            for sequence in sequences:
+                tokens = len(sequence.request.prompt) + len(sequence.generated)
+                sequence.slot = self._kv_cache.allocate(tokens, sequence.request.max_cached_tokens)
+                allocated.append(sequence)
+            return torch.cat([self._prefill(part) for part in _passes(sequences)])
         except BaseException:
-            for sequence in added.values():
+            for sequence in allocated:
                 self._kv_cache.free(sequence.slot)
             raise
-        self._sequences |= added
-        return tokens
+
+    @torch.inference_mode()
+    def preempt(self, count: int) -> list[DecodeRequest]:
+        """Takes the newest sequences out of the batch and returns their requests, to be prefilled again."""
+        preempted = list(self._sequences.items())[len(self._sequences) - count :]
+        for request_id, sequence in preempted:
+            del self._sequences[request_id]
+            self._kv_cache.free(sequence.slot)
+            self._preempted[request_id] = sequence
+        return [sequence.request for _, sequence in preempted]
 
     @torch.inference_mode()
     def decode(self) -> dict[Hashable, SampledToken]:
         """Runs one pass and returns a new token for every sequence.
 
-        Raises ValueError while a sequence with all of its tokens has not been removed.
+        Raises ValueError while a sequence with all of its tokens has not been removed, and PassOutOfMemory.
         """
         if not self._sequences:
             return {}
         complete = [
-            s.request.id for s in self._sequences.values() if s.completion_tokens >= s.request.max_tokens
+            s.request.id for s in self._sequences.values() if len(s.generated) >= s.request.max_tokens
         ]
         if complete:
             raise ValueError(f"these sequences have all of their tokens and must be removed: {complete}")
+        sequences, logits = self._run(self._decode)
+        for sequence in sequences:
+            sequence.slot.length += 1
+        return _sample(sequences, logits)
+
+    def _decode(self) -> tuple[list[_Sequence], Tensor]:
+        """Returns the sequences in the order of their slots, and their logits (sequences, vocabulary)."""
         for sequence in self._sequences.values():
             self._kv_cache.grow(sequence.slot)
         chunks = list(self._kv_cache.chunks())
@@ -146,18 +179,29 @@ class DecodeBatch:
             adapters=_adapters(sequences),
         )
         device = self._lm.device
-        ids = torch.tensor([[sequence.last_token for sequence in sequences]], device=device)
+        ids = torch.tensor([[sequence.generated[-1] for sequence in sequences]], device=device)
         positions = torch.tensor([[sequence.slot.length for sequence in sequences]], device=device)
         with self._lm.inference_mode(one_token=True):
             states = self._lm.run_layers(self._lm.embed(ids), positions, layout, 0, self._lm.n_layers)
             logits = self._lm.logits(self._lm.finish(states)[0])
-        for sequence in sequences:
-            sequence.slot.length += 1
-        return _sample(sequences, logits)
+        return sequences, logits
+
+    def _run(self, work: Callable[[], T]) -> T:
+        """Returns what a pass returns. Raises PassOutOfMemory once the memory of a pass that failed has been freed."""
+        try:
+            return work()
+        except (MemoryError, RuntimeError) as error:
+            if not is_out_of_memory(error):
+                raise
+            reason = str(error)
+        # Outside of the handler: the exception holds the tensors of the failed pass.
+        free_memory(self._lm.device)
+        raise PassOutOfMemory(f"a pass ran out of memory: {reason}")
 
     @torch.inference_mode()
     def remove(self, request_id: Hashable) -> None:
         """Removes a sequence between two passes and frees its slot. An unknown id is ignored."""
+        self._preempted.pop(request_id, None)
         sequence = self._sequences.pop(request_id, None)
         if sequence is not None:
             self._kv_cache.free(sequence.slot)
@@ -165,25 +209,26 @@ class DecodeBatch:
     def clear(self) -> None:
         """Removes every sequence and frees all memory, also after a pass that failed half-way."""
         self._sequences.clear()
+        self._preempted.clear()
         self._kv_cache.clear()
 
-    def _prefill(self, sequences: Sequence[_Sequence]) -> dict[Hashable, SampledToken]:
-        batch = pack([_prompt_only(sequence) for sequence in sequences])
+    def _prefill(self, sequences: Sequence[_Sequence]) -> Tensor:
+        """Returns the logits after the last token of each sequence, (sequences, vocabulary)."""
+        batch = pack([sequence.computed for sequence in sequences])
         layout = replace(
             batch.layout,
             scales=tuple(sequence.request.scale for sequence in sequences),
             kv_sink=_SlotWriter([sequence.slot for sequence in sequences]),
             adapters=_adapters(sequences),
         )
-        last_positions = [row.start + row.prompt - 1 for row in layout.rows]
+        last_positions = [row.start + row.length - 1 for row in layout.rows]
         device = self._lm.device
         positions = batch.position_ids.to(device)[None]
         with self._lm.inference_mode():
             states = self._lm.embed(batch.input_ids.to(device)[None])
             states = self._lm.run_layers(states, positions, layout, 0, self._lm.n_layers)
         with self._lm.inference_mode(one_token=True):
-            logits = self._lm.logits(self._lm.finish(states[:, last_positions])[0])
-        return _sample(sequences, logits)
+            return self._lm.logits(self._lm.finish(states[:, last_positions])[0])
 
 
 class _SlotWriter:
@@ -203,8 +248,7 @@ def _sample(sequences: Sequence[_Sequence], logits: Tensor) -> dict[Hashable, Sa
     for sequence, likeliest, row in zip(sequences, argmax, logits, strict=True):
         is_argmax = sequence.request.sampling.is_argmax
         sampled = SampledToken(token=likeliest) if is_argmax else sequence.sampler.sample(row)
-        sequence.last_token = sampled.token
-        sequence.completion_tokens += 1
+        sequence.generated.append(sampled.token)
         tokens[sequence.request.id] = sampled
     return tokens
 
@@ -214,14 +258,10 @@ def _adapters(sequences: Sequence[_Sequence]) -> tuple[RowAdapter | None, ...] |
     return adapters if any(adapter is not None for adapter in adapters) else None
 
 
-def _prompt_only(sequence: _Sequence) -> Example:
-    return Example(prompt=sequence.request.prompt, answers=(), labels=(), gold=None)
-
-
 def _passes(sequences: Sequence[_Sequence]) -> list[list[_Sequence]]:
-    """Cuts sequences into passes of at most TOKEN_BUDGET prompt tokens."""
+    """Cuts sequences into passes of at most TOKEN_BUDGET tokens."""
     passes, start = [], 0
-    for examples in micro_batches([_prompt_only(sequence) for sequence in sequences], TOKEN_BUDGET):
+    for examples in micro_batches([sequence.computed for sequence in sequences], TOKEN_BUDGET):
         passes.append(list(sequences[start : start + len(examples)]))
         start += len(examples)
     return passes

@@ -69,16 +69,17 @@ class Chunk:
         slot.chunk, slot.index = self, len(self.slots)
         self.slots.append(slot)
 
-    def remove(self, slot: Slot) -> None:
-        """Removes a slot; the last one moves into its place."""
+    def remove(self, index: int) -> None:
+        """Removes the slot at an index; the last one moves into its place."""
         last = self.slots.pop()
+        is_last = index == len(self.slots)
         for layer, tensor in enumerate(self.layers):
-            if last is not slot:
-                tensor[:, slot.index] = tensor[:, last.index]
+            if not is_last:
+                tensor[:, index] = tensor[:, -1]
             self.layers[layer] = _shrunk(tensor)
-        if last is not slot:
-            self.slots[slot.index] = last
-            last.index = slot.index
+        if not is_last:
+            self.slots[index] = last
+            last.index = index
 
 
 class KVCache:
@@ -110,18 +111,18 @@ class KVCache:
         return slot
 
     def grow(self, slot: Slot) -> None:
-        """Makes room for one more token."""
+        """Makes room for one more token. If memory runs out, the slot stays as it is."""
         if slot.length < slot.chunk.capacity:
             return
-        contents = [tensor[:, slot.index].clone() for tensor in slot.chunk.layers]
-        self._remove(slot)
+        chunk, index = slot.chunk, slot.index
         self._insert(slot, capacity_for(slot.length + 1))
-        for tensor, content in zip(slot.chunk.layers, contents, strict=True):
-            tensor[:, slot.index, :, : slot.length] = content
+        for tensor, contents in zip(slot.chunk.layers, chunk.layers, strict=True):
+            tensor[:, slot.index, :, : slot.length] = contents[:, index]
+        self._remove(chunk, index)
 
     def free(self, slot: Slot) -> None:
         self.reserved_bytes -= self.bytes_for(slot.max_capacity)
-        self._remove(slot)
+        self._remove(slot.chunk, slot.index)
 
     def clear(self) -> None:
         """Frees every slot."""
@@ -143,9 +144,8 @@ class KVCache:
             chunks.append(chunk)
         self.allocated_bytes += self.bytes_for(capacity)
 
-    def _remove(self, slot: Slot) -> None:
-        chunk = slot.chunk
-        chunk.remove(slot)
+    def _remove(self, chunk: Chunk, index: int) -> None:
+        chunk.remove(index)
         self.allocated_bytes -= self.bytes_for(chunk.capacity)
         if not chunk.slots:
             self._chunks[chunk.capacity].remove(chunk)

@@ -1,8 +1,10 @@
 """Continuous batching: requests join a decode batch first come, first served, as far as memory and tokens allow.
 
 A step is one forward pass, a prefill or a decoding of one token for every sequence. Where both are due they alternate,
-so that neither waiting nor running requests starve. Where a prefill runs out of memory, fewer requests are admitted and
-the others go on waiting, until a sequence has left the batch.
+so that neither waiting nor running requests starve.
+
+A prefill that runs out of memory is run again with fewer requests, and a decoding step without the newest sequences,
+whose tokens are computed again later. Those left out wait until a sequence has left the batch.
 """
 
 from __future__ import annotations
@@ -11,20 +13,22 @@ from collections.abc import Hashable, Sequence
 from itertools import islice
 
 from heft_engine.errors import OutOfMemory
-from heft_engine.inference.decode_batch import DecodeBatch, DecodeRequest
+from heft_engine.inference.decode_batch import DecodeBatch, DecodeRequest, PassOutOfMemory
 from heft_engine.inference.sampling import SampledToken
-from heft_engine.runtime.out_of_memory import free_memory, is_out_of_memory
 
 #: Most sequences that run at a time, and most prompt tokens of one prefill.
 MAX_SEQUENCES = 64
 MAX_PREFILL_TOKENS = 2_048
 
 
-class PromptOutOfMemory(OutOfMemory):
-    """A prompt that the device has no memory for, even while no other sequence runs."""
+class SequenceOutOfMemory(OutOfMemory):
+    """A sequence that the device has no memory for, even while no other one runs."""
 
     def __init__(self, request: DecodeRequest) -> None:
-        super().__init__(f"the device has no memory for a prompt of {len(request.prompt)} tokens: shorten it")
+        super().__init__(
+            f"the device has no memory for a prompt of {len(request.prompt)} tokens and the text after it: shorten the "
+            "prompt, or ask for fewer max_tokens"
+        )
         self.request_id = request.id
 
 
@@ -59,31 +63,43 @@ class DecodeScheduler:
     def step(self) -> dict[Hashable, SampledToken]:
         """Runs one pass and returns the new token of each sequence in it. The caller aborts those that have ended.
 
-        Raises PromptOutOfMemory, and removes its request, for a prompt that does not fit into memory alone.
+        Raises SequenceOutOfMemory, and removes its request, for a sequence that does not fit into memory alone.
         """
         admitted = [] if self._prefilled_last and len(self.batch) else self._admit()
         tokens = self._prefill(admitted)
         self._prefilled_last = bool(tokens)
-        return tokens or self.batch.decode()
+        return tokens or self._decode()
 
     def _prefill(self, requests: list[DecodeRequest]) -> dict[Hashable, SampledToken]:
         """Prefills the first requests that there is memory for, and returns their tokens: none if there is for none."""
         while requests:
             try:
                 tokens = self.batch.prefill(requests)
-            except (MemoryError, RuntimeError) as error:
-                if not is_out_of_memory(error):
-                    raise
+            except PassOutOfMemory:
+                if len(requests) == 1 and not len(self.batch):
+                    self.abort(requests[0].id)
+                    raise SequenceOutOfMemory(requests[0]) from None
+                requests = requests[: len(requests) // 2]
+                self._full_at = len(self.batch) + len(requests)
             else:
                 for request in requests:
                     del self._waiting[request.id]
                 return tokens
-            free_memory(self.batch.device)
-            if len(requests) == 1 and not len(self.batch):
-                self.abort(requests[0].id)
-                raise PromptOutOfMemory(requests[0])
-            requests = requests[: len(requests) // 2]
-            self._full_at = len(self.batch) + len(requests)
+        return {}
+
+    def _decode(self) -> dict[Hashable, SampledToken]:
+        """Decodes as many sequences as there is memory for; the newest of the others become the first to wait."""
+        while len(self.batch):
+            try:
+                return self.batch.decode()
+            except PassOutOfMemory:
+                is_alone = len(self.batch) == 1
+                preempted = self.batch.preempt(-(-len(self.batch) // 2))
+                if is_alone:
+                    self.abort(preempted[0].id)
+                    raise SequenceOutOfMemory(preempted[0]) from None
+                self._waiting = {request.id: request for request in preempted} | self._waiting
+                self._full_at = len(self.batch)
         return {}
 
     def _admit(self) -> list[DecodeRequest]:

@@ -17,7 +17,7 @@ from heft_engine.inference.decode_batch import DecodeBatch, DecodeRequest
 from heft_engine.inference.detokenizer import Detokenizer, Vocabulary
 from heft_engine.inference.greedy import eos_token_ids
 from heft_engine.inference.sampling import SampledToken
-from heft_engine.inference.scheduler import DecodeScheduler, PromptOutOfMemory
+from heft_engine.inference.scheduler import DecodeScheduler, SequenceOutOfMemory
 from heft_engine.inference.stop_strings import StopStringFilter
 from heft_engine.model.packed_lm import PackedLM
 
@@ -106,7 +106,7 @@ class TextGenerator:
     def step(self) -> None:
         """Runs one pass. If it raises, every request has been told and removed.
 
-        A prompt that does not fit into memory alone ends its own request only.
+        A sequence that does not fit into memory alone ends its own request only.
         """
         self._take_submitted()
         try:
@@ -124,7 +124,7 @@ class TextGenerator:
     def _next_tokens(self) -> dict[Hashable, SampledToken]:
         try:
             return self._scheduler.step()
-        except PromptOutOfMemory as error:
+        except SequenceOutOfMemory as error:
             stream = self._streams[error.request_id]
             self._remove(error.request_id)
             stream.on_delta(error.request_id, error)

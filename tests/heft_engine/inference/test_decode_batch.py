@@ -13,10 +13,10 @@ from tiny_models import FAMILIES
 from torch import Tensor
 
 from heft_engine.adapters.reft import LoreftIntervention
-from heft_engine.inference.decode_batch import DecodeBatch, DecodeRequest
-from heft_engine.inference.kv_cache import SLOTS_PER_CHUNK, capacity_for
+from heft_engine.inference.decode_batch import GREEDY, DecodeBatch, DecodeRequest, PassOutOfMemory
+from heft_engine.inference.kv_cache import SLOTS_PER_CHUNK, KVCache, Slot, capacity_for
 from heft_engine.inference.sampling import SampledToken, SamplingParams
-from heft_engine.inference.scheduler import MAX_SEQUENCES, DecodeScheduler, PromptOutOfMemory
+from heft_engine.inference.scheduler import MAX_SEQUENCES, DecodeScheduler, SequenceOutOfMemory
 from heft_engine.model import batch_invariant
 from heft_engine.model.attention import IMPLEMENTATION
 from heft_engine.model.base_models import load_model, resolve_path
@@ -177,7 +177,7 @@ def test_a_prefill_that_fails_leaves_nothing(llama: PackedLM, monkeypatch: pytes
 
     with monkeypatch.context() as patch:
         patch.setattr(llama, "finish", fail)
-        with pytest.raises(MemoryError):
+        with pytest.raises(PassOutOfMemory):
             batch.prefill([request_for(1, 10)])
     assert (len(batch), batch.allocated_bytes) == (1, allocated_bytes)
     tokens = [first[0], *(batch.decode()[0] for _ in range(2))]
@@ -250,11 +250,59 @@ def test_slots_without_memory_are_taken_back(
     assert calls
 
 
+@pytest.mark.parametrize("sampling", [GREEDY, SamplingParams(temperature=1.2, seed=3, frequency_penalty=0.5)])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_sequences_without_memory_are_preempted_and_go_on_where_they_were(
+    make_tiny_model: MakeModel, monkeypatch: pytest.MonkeyPatch, family: str, sampling: SamplingParams
+) -> None:
+    """Four sequences outgrow their slots, and there is memory for two of the next size."""
+    lm = loaded(make_tiny_model(family))
+    requests = [request_for(name, 60, max_tokens=12, sampling=sampling) for name in range(4)]
+    expected, sizes = finished(lm, requests)
+    assert set(sizes) == {4}
+    insert = KVCache._insert
+    limit = 3 * KVCache(lm, PLENTY).bytes_for(96)
+
+    def limited(cache: KVCache, slot: Slot, capacity: int) -> None:
+        if cache.allocated_bytes + cache.bytes_for(capacity) > limit:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        insert(cache, slot, capacity)
+
+    monkeypatch.setattr(KVCache, "_insert", limited)
+    tokens, sizes = finished(lm, requests)
+    assert tokens == expected
+    assert sizes[0] == 4
+    assert 2 in sizes
+
+
+def test_a_preempted_request_can_be_aborted(llama: PackedLM) -> None:
+    batch = DecodeBatch(llama, budget_bytes=PLENTY)
+    batch.prefill([request_for(0, 10), request_for(1, 10)])
+    (preempted,) = batch.preempt(1)
+    assert (preempted.id, len(batch)) == (1, 1)
+    batch.remove(1)
+    first = batch.prefill([request_for(1, 10)])
+    assert first[1].token == alone(llama, [request_for(1, 10)])[1][0].token, "it begins anew"
+
+
+def test_a_sequence_that_outgrows_memory_alone_fails(
+    llama: PackedLM, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    scheduler = DecodeScheduler(DecodeBatch(llama, budget_bytes=PLENTY))
+    scheduler.add([request_for(0, 10)])
+    scheduler.step()
+    limit_pass_tokens(monkeypatch, 0)
+    with pytest.raises(SequenceOutOfMemory, match="ask for fewer max_tokens"):
+        scheduler.step()
+    assert not scheduler.is_busy
+    assert scheduler.batch.allocated_bytes == 0
+
+
 def test_a_prompt_without_memory_fails_alone(llama: PackedLM, monkeypatch: pytest.MonkeyPatch) -> None:
     scheduler = DecodeScheduler(DecodeBatch(llama, budget_bytes=PLENTY))
     scheduler.add([request_for(0, 300), request_for(1, 30, max_tokens=2)])
     limit_pass_tokens(monkeypatch, 100)
-    with pytest.raises(PromptOutOfMemory, match="no memory for a prompt of 300 tokens") as failed:
+    with pytest.raises(SequenceOutOfMemory, match="no memory for a prompt of 300 tokens") as failed:
         scheduler.step()
     assert (failed.value.request_id, failed.value.code) == (0, "out_of_memory")
     assert list(scheduler.step()) == [1]
