@@ -70,13 +70,16 @@ def bounds_by_route(settings: StoreSettings) -> dict[tuple[str, str], BodyBounds
 
 @dataclass(frozen=True, kw_only=True)
 class ArrivalRate:
-    """The slowest that a body may arrive: after `grace_seconds`, at `bytes_per_second` on average."""
+    """The slowest that a body may arrive: after `grace_seconds`, at `bytes_per_second` on average.
+
+    Only time that is spent waiting for the client counts, not that of a slow storage.
+    """
 
     grace_seconds: float
     bytes_per_second: float
 
     def seconds(self, received: int) -> float:
-        """Returns the time from the body's start within which more than `received` bytes must be there."""
+        """Returns how long a client may be waited for in all, until more than `received` bytes are there."""
         return self.grace_seconds + received / self.bytes_per_second
 
 
@@ -122,7 +125,7 @@ class _Body:
         self._slowest = slowest
         self._received = 0
         self._complete = False
-        self._started_at: float | None = None
+        self._waited_seconds = 0.0
 
     def check_length(self, headers: Headers) -> None:
         """Raises TooLarge if the announced length is beyond the bounds."""
@@ -134,16 +137,15 @@ class _Body:
         """Returns the next message. Raises TooLarge, and HTTPException (408) for a body that arrives too slowly."""
         if self._complete:
             return await self._receive()  # the client's disconnection, at any time
-        now = asyncio.get_running_loop().time()
-        if self._started_at is None:
-            self._started_at = now
-        deadline = self._started_at + self._slowest.seconds(self._received)
+        loop = asyncio.get_running_loop()
+        started_at = loop.time()
         try:
-            async with asyncio.timeout_at(deadline):
+            async with asyncio.timeout(self._slowest.seconds(self._received) - self._waited_seconds):
                 message = await self._receive()
         except TimeoutError:
             reason = "the body arrives too slowly: send it without pauses"
             raise HTTPException(408, reason, headers={"Connection": "close"}) from None
+        self._waited_seconds += loop.time() - started_at
         self._received += len(message.get("body", b""))
         self._complete = not message.get("more_body", False)
         if self._received > self._bounds.max_bytes:

@@ -90,6 +90,8 @@ class LimitedProtocol(HttpToolsProtocol):
             return
         self._received_bytes += len(data)
         super().data_received(data)
+        if self.transport.is_closing():
+            return
         # The rest is headers, trailers, and the framing of chunks.
         rest = self._received_bytes - self._body_bytes
         if rest > self._limits.header_bytes + _FRAMING * self._body_bytes:
@@ -108,6 +110,10 @@ class LimitedProtocol(HttpToolsProtocol):
     def on_message_complete(self) -> None:
         self._received_bytes = self._body_bytes = 0
         super().on_message_complete()
+
+    def send_400_response(self, msg: str) -> None:
+        """Refuses bytes that are no HTTP, in the API's own format."""
+        self._refuse(400, "this is not a valid HTTP request")
 
     @property
     def _is_answering(self) -> bool:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 from typing import Any
 
 import pytest
@@ -9,7 +10,7 @@ from asgi_calls import Exchange, scope_of
 from fastapi.routing import iter_route_contexts
 from starlette.requests import Request
 from starlette.responses import PlainTextResponse
-from starlette.types import Receive, Scope, Send
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from api.app import create_app
 from api.door.bodies import MAX_OTHER_BYTES, ArrivalRate, BodyMiddleware, bounds_by_route
@@ -97,6 +98,47 @@ def test_a_body_that_trickles_is_refused(path: str) -> None:
     assert (exchange.status, exchange.error["code"]) == (408, "request_timeout")
     assert exchange.headers["connection"] == "close"
     assert route.body is None
+
+
+class Clock(asyncio.SelectorEventLoop):
+    """An event loop whose time a test can move on."""
+
+    passed = 0.0
+
+    def time(self) -> float:
+        return super().time() + self.passed
+
+
+def test_a_route_that_reads_slowly_is_not_the_clients_fault() -> None:
+    """The storage takes an hour for each chunk, and the client sends the next one when it is asked for."""
+    received: list[bytes] = []
+
+    class Prompt(Exchange):
+        async def _call(self, app: ASGIApp, scope: Scope) -> None:
+            chunks = iter([b"a", b"b", b"c"])
+
+            async def receive() -> Message:
+                await asyncio.sleep(0)
+                chunk = next(chunks, None)
+                return {"type": "http.request", "body": chunk or b"", "more_body": chunk is not None}
+
+            async def send(message: Message) -> None:
+                self.sent.append(message)
+
+            await app(scope, receive, send)
+
+    async def route(scope: Scope, receive: Receive, send: Send) -> None:
+        async for chunk in Request(scope, receive).stream():
+            received.append(chunk)
+            loop = asyncio.get_running_loop()
+            assert isinstance(loop, Clock)
+            loop.passed += 3_600
+        await PlainTextResponse("ok")(scope, receive, send)
+
+    app = BodyMiddleware(route, routes=bounds_by_route(SETTINGS), slowest=PATIENT)
+    with asyncio.Runner(loop_factory=Clock) as runner:
+        runner.run(Prompt()._call(app, scope_of("POST", "/v1/files")))
+    assert b"".join(received) == b"abc"
 
 
 def test_the_time_allowed_grows_with_what_has_arrived() -> None:

@@ -212,6 +212,17 @@ def test_large_trailers_end_the_connection(connect: Connect) -> None:
     run(test)
 
 
+def test_bytes_that_are_no_http_get_the_apis_own_error(connect: Connect) -> None:
+    async def test() -> None:
+        protocol, transport = connect()
+        protocol.data_received(b"\x16\x03\x01 nonsense\r\n\r\n")
+        assert (transport.status, transport.error["code"]) == (400, "invalid_request")
+        assert transport.is_closing()
+        assert protocol._deadline is None
+
+    run(test)
+
+
 def test_there_are_no_more_connections_than_descriptors(monkeypatch: pytest.MonkeyPatch) -> None:
     chosen = StoreSettings(database_url="a", redis_url="b", artifacts_url="c", max_connections=2_048)
     for descriptors, total in ((1_024, 768), (100, 1), (65_536, 2_048), (-1, 2_048)):
