@@ -112,6 +112,15 @@ def save_tokenizer(path: Path) -> None:
     (path / "chat_template.jinja").write_text(CHAT_TEMPLATE)
 
 
+def tiny_config(family: str, **changes: Any) -> Any:
+    """Returns the configuration of a tiny model of `family`, with changed fields."""
+    import transformers
+
+    name = _CLASSES[family]
+    config_class = getattr(transformers, f"{'Gemma3Text' if name == 'Gemma3' else name}Config")
+    return config_class(**{**_SIZES, **_OWN[family], **changes})
+
+
 def save_tiny_model(
     path: Path, family: str = "llama", *, layers: int = 4, seed: int = 0, **sizes: int
 ) -> Path:
@@ -122,12 +131,10 @@ def save_tiny_model(
     import torch
     import transformers
 
-    name = _CLASSES[family]
-    config_class = getattr(transformers, f"{'Gemma3Text' if name == 'Gemma3' else name}Config")
-    config = config_class(**{**_SIZES, **_OWN[family], "num_hidden_layers": layers, **sizes})
+    config = tiny_config(family, num_hidden_layers=layers, **sizes)
     with torch.random.fork_rng():
         torch.manual_seed(seed)
-        model = getattr(transformers, f"{name}ForCausalLM")(config)
+        model = getattr(transformers, f"{_CLASSES[family]}ForCausalLM")(config)
     save_tokenizer(path)
     model.save_pretrained(path)
     return path

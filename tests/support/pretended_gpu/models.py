@@ -1,0 +1,48 @@
+"""Models on a pretended GPU: tiny ones of every family, and the shapes of real ones."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import transformers
+from tiny_models import tiny_config
+from transformers import LlamaConfig, PreTrainedConfig
+
+from heft_engine.model.attention import IMPLEMENTATION
+from heft_engine.model.packed_lm import PackedLM
+
+LLAMA_2_7B: dict[str, Any] = {
+    "hidden_size": 4096,
+    "intermediate_size": 11008,
+    "num_hidden_layers": 32,
+    "num_attention_heads": 32,
+    "vocab_size": 32000,
+    "max_position_embeddings": 4096,
+}
+
+
+def tiny_lm(
+    family: str, device: str = "cuda", dtype: torch.dtype = torch.bfloat16, **changes: Any
+) -> PackedLM:
+    """Returns a tiny model of a family, with changed fields of its configuration."""
+    return lm_of(tiny_config(family, **changes), device, dtype)
+
+
+def llama_2_7b(layers: int = 32, **changes: Any) -> PackedLM:
+    """Returns Llama-2-7B's shape in bfloat16, with fewer layers if that is enough."""
+    config = LlamaConfig(**{**LLAMA_2_7B, "num_hidden_layers": layers, **changes})
+    return lm_of(config, "cuda", torch.bfloat16)
+
+
+def lm_of(config: PreTrainedConfig, device: str, dtype: torch.dtype) -> PackedLM:
+    """Returns a frozen model of this configuration, with the engine's attention."""
+    config._attn_implementation = IMPLEMENTATION
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(dtype)
+    try:
+        with torch.device(device):
+            model = transformers.MODEL_FOR_CAUSAL_LM_MAPPING[type(config)](config)
+    finally:
+        torch.set_default_dtype(before)
+    return PackedLM(model.requires_grad_(False).eval())
