@@ -24,6 +24,7 @@ from heft_engine.model.layout import Layout, PackedRow, RowAdapter
 from heft_engine.model.packed_lm import PackedLM
 from heft_engine.model.packing import micro_batches, pack
 from heft_engine.runtime.out_of_memory import free_memory, is_out_of_memory
+from heft_engine.runtime.transfers import index_tensor, to_device
 
 R = TypeVar("R", bound="DecodeRequest")
 T = TypeVar("T")
@@ -179,8 +180,8 @@ class DecodeBatch:
             adapters=_adapters(sequences),
         )
         device = self._lm.device
-        ids = torch.tensor([[sequence.generated[-1] for sequence in sequences]], device=device)
-        positions = torch.tensor([[sequence.slot.length for sequence in sequences]], device=device)
+        ids = index_tensor([sequence.generated[-1] for sequence in sequences], device)[None]
+        positions = index_tensor([sequence.slot.length for sequence in sequences], device)[None]
         with self._lm.inference_mode(one_token=True):
             states = self._lm.run_layers(self._lm.embed(ids), positions, layout, 0, self._lm.n_layers)
             logits = self._lm.logits(self._lm.finish(states)[0])
@@ -223,12 +224,12 @@ class DecodeBatch:
         )
         last_positions = [row.start + row.length - 1 for row in layout.rows]
         device = self._lm.device
-        positions = batch.position_ids.to(device)[None]
+        positions = to_device(batch.position_ids, device)[None]
         with self._lm.inference_mode():
-            states = self._lm.embed(batch.input_ids.to(device)[None])
+            states = self._lm.embed(to_device(batch.input_ids, device)[None])
             states = self._lm.run_layers(states, positions, layout, 0, self._lm.n_layers)
         with self._lm.inference_mode(one_token=True):
-            return self._lm.logits(self._lm.finish(states[:, last_positions])[0])
+            return self._lm.logits(self._lm.finish(states[:, index_tensor(last_positions, device)])[0])
 
 
 class _SlotWriter:

@@ -1,13 +1,13 @@
 """Scoring: the float32 log-probability of each answer of each example, from packed forward passes.
 
-Evaluation and serving share this path. Rows of one pass may have different adapters
-and scales, and continue cached prefixes.
+Evaluation and serving share this path. Rows of one pass may have different adapters and scales, and continue cached
+prefixes.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 
 import torch
@@ -19,9 +19,16 @@ from heft_engine.inference.model_variant import ModelVariant
 from heft_engine.inference.partition import in_row_order, partition, run_parts
 from heft_engine.inference.prefix_cache import CachedPrefix, PrefixCache, PrefixWriter
 from heft_engine.model.layout import RowAdapter
+from heft_engine.model.loss import CHUNK
 from heft_engine.model.packed_lm import PackedLM
 from heft_engine.model.packing import Batch, pack, packed_length
 from heft_engine.runtime.out_of_memory import free_memory, is_out_of_memory
+from heft_engine.runtime.transfers import index_tensor
+
+#: Labels whose rows of the head are gathered at a time.
+LABELS = 4_096
+#: Numbers (n,), and of each the example and the answer to whose total it is added.
+AnswerNumbers = tuple[list[tuple[int, int]], Tensor]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -193,31 +200,89 @@ class _PrefixSink:
 
 
 def score_hidden(lm: PackedLM, batch: Batch, hidden: Tensor) -> list[Scores]:
-    """Returns the scores of a batch's examples from its last hidden states (T, hidden)."""
-    scores: list[Scores] = []
-    for example, reads in zip(batch.examples, batch.reads, strict=True):
-        if all(len(answer) == 1 for answer in example.answers):
-            totals = _single_token_totals(lm, example, hidden[reads[0][0]])
-        else:
-            totals = _branch_totals(lm, example, reads, hidden)
-        means = tuple(total / len(answer) for total, answer in zip(totals, example.answers, strict=True))
-        scores.append(Scores(totals=totals, means=means))
-    return scores
+    """Returns the scores of a batch's examples from its last hidden states (T, hidden).
+
+    All numbers come from the device at once: each transfer makes the host wait for the GPU.
+    """
+    answers: list[tuple[int, int]] = []  # of each number, its example and answer
+    numbers: list[Tensor] = []
+    for part in (_label_logits(lm, batch, hidden), _token_log_probabilities(lm, batch, hidden)):
+        for part_answers, part_numbers in part:
+            answers += part_answers
+            numbers.append(part_numbers)
+    totals = [[0.0] * len(example.answers) for example in batch.examples]
+    for (example, answer), number in zip(answers, torch.cat(numbers).tolist(), strict=True):
+        totals[example][answer] += number
+    return [
+        Scores(
+            totals=tuple(row_totals),
+            means=tuple(
+                total / len(answer) for total, answer in zip(row_totals, example.answers, strict=True)
+            ),
+        )
+        for example, row_totals in zip(batch.examples, totals, strict=True)
+    ]
 
 
-def _single_token_totals(lm: PackedLM, example: Example, hidden: Tensor) -> tuple[float, ...]:
-    tokens = torch.tensor([[answer[0] for answer in example.answers]], device=hidden.device)
-    return tuple(lm.label_logits(hidden[None], tokens)[0].tolist())
+def _label_logits(lm: PackedLM, batch: Batch, hidden: Tensor) -> Iterator[AnswerNumbers]:
+    """Yields the logits of answers of one token: their differences are those of the log-probabilities."""
+    by_answers: dict[int, list[int]] = {}
+    for index, example in enumerate(batch.examples):
+        if _is_single_token(example):
+            by_answers.setdefault(len(example.answers), []).append(index)
+    for count, indices in by_answers.items():
+        per_product = max(1, LABELS // count)
+        for start in range(0, len(indices), per_product):
+            part = indices[start : start + per_product]
+            positions = index_tensor([batch.reads[index][0][0] for index in part], hidden.device)
+            labels = [answer[0] for index in part for answer in batch.examples[index].answers]
+            tokens = index_tensor(labels, hidden.device).view(len(part), count)
+            answers = [(index, answer) for index in part for answer in range(count)]
+            yield answers, lm.label_logits(hidden[positions], tokens).flatten()
 
 
-def _branch_totals(
-    lm: PackedLM, example: Example, reads: tuple[tuple[int, ...], ...], hidden: Tensor
-) -> tuple[float, ...]:
-    # The first read of every branch is the prompt's last position: computed once.
-    positions = sorted({position for read in reads for position in read})
-    log_probabilities = torch.log_softmax(lm.exact_logits(hidden[positions]), dim=-1)
-    places = {position: place for place, position in enumerate(positions)}
-    return tuple(
-        sum(float(log_probabilities[places[p], token]) for p, token in zip(read, answer, strict=True))
-        for read, answer in zip(reads, example.answers, strict=True)
-    )
+def _token_log_probabilities(lm: PackedLM, batch: Batch, hidden: Tensor) -> Iterator[AnswerNumbers]:
+    """Yields the log-probabilities of the tokens of longer answers."""
+    for indices in _head_products(lm, batch):
+        positions: list[int] = []
+        answers: list[tuple[int, int]] = []
+        rows: list[int] = []
+        tokens: list[int] = []
+        for index in indices:
+            # The first read of every branch is the prompt's last position: computed once.
+            first, reads = len(positions), batch.reads[index]
+            positions += sorted({position for read in reads for position in read})
+            row_of = {position: row for row, position in enumerate(positions[first:], first)}
+            for answer, (read, answer_tokens) in enumerate(
+                zip(reads, batch.examples[index].answers, strict=True)
+            ):
+                answers += [(index, answer)] * len(read)
+                rows += [row_of[position] for position in read]
+                tokens += answer_tokens
+        logits = lm.exact_logits(hidden[index_tensor(positions, hidden.device)])
+        log_probabilities = torch.log_softmax(logits, dim=-1)
+        yield (
+            answers,
+            log_probabilities[index_tensor(rows, logits.device), index_tensor(tokens, logits.device)],
+        )
+
+
+def _head_products(lm: PackedLM, batch: Batch) -> Iterator[list[int]]:
+    """Yields the examples of each product with the head: one on a CPU, whose bits depend on a product's rows."""
+    indices: list[int] = []
+    positions = 0
+    for index, example in enumerate(batch.examples):
+        if _is_single_token(example):
+            continue
+        reads = len({position for read in batch.reads[index] for position in read})
+        if indices and (lm.device.type == "cpu" or positions + reads > CHUNK):
+            yield indices
+            indices, positions = [], 0
+        indices.append(index)
+        positions += reads
+    if indices:
+        yield indices
+
+
+def _is_single_token(example: Example) -> bool:
+    return all(len(answer) == 1 for answer in example.answers)

@@ -20,6 +20,7 @@ from heft_engine.model.backend import TorchBackend
 from heft_engine.model.causal_attention import LONGEST_MATRIX, CausalAttention, causal
 from heft_engine.model.layout import AttentionGroup, AttentionOptions, Layout
 from heft_engine.model.prefix_attention import suffix_attention
+from heft_engine.runtime.transfers import to_device
 
 IMPLEMENTATION = "heft_packed"
 
@@ -195,7 +196,7 @@ def _mask(lengths: tuple[int, ...], keys: int, window: int | None, device: torch
     queries = position[left:, None]
     mask = position <= queries
     if len(lengths) > 1:
-        row = torch.repeat_interleave(torch.tensor(lengths, device=device))
+        row = to_device(torch.repeat_interleave(torch.tensor(lengths)), device)
         mask[:, left:] &= row == row[:, None]
     if window is not None:
         mask &= position > queries - window

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from heft_engine.config.train import InterventionKind, parse_positions
 from heft_engine.model.layout import Layout
+from heft_engine.runtime.transfers import index_tensor, to_device
 
 
 class Intervention(Protocol):
@@ -48,7 +49,7 @@ class PlacedIntervention:
         }
         if not scale_of:
             return hidden
-        tokens = torch.tensor(list(scale_of), device=hidden.device)
+        tokens = index_tensor(list(scale_of), hidden.device)
         self.intervention.to(hidden.device)
         edited = self.intervention(hidden[0, tokens], _scale(list(scale_of.values()), hidden.device))
         return hidden.index_copy(1, tokens, edited[None])
@@ -65,7 +66,7 @@ def _scale(scales: list[float], device: torch.device) -> float | Tensor:
     """Returns one number where all are alike, else (n, 1)."""
     if len(set(scales)) == 1:
         return scales[0]
-    return torch.tensor(scales, device=device)[:, None]
+    return to_device(torch.tensor(scales), device)[:, None]
 
 
 class Interventions:

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from heft_engine.data.encoding import intervened_positions
+from heft_engine.runtime.transfers import index_tensor, to_device
 
 #: Tokens of rows that attend together to a prefix of theirs: each also sees, and leaves out, the others' tokens.
 GROUP_TOKENS = 160
@@ -160,10 +161,17 @@ class PaddedPrefix:
         """From one tensor a row, (layers, 2, kv_heads, length, head_dim)."""
         lengths = tuple(each.shape[3] for each in kept)
         layers, two, heads, _, width = kept[0].shape
-        padded = kept[0].new_zeros(layers, two, len(kept), heads, max(lengths), width, device=device)
+        # Put together where they are and copied once, from pinned memory: the host does not wait for a GPU.
+        padded = torch.zeros(
+            (layers, two, len(kept), heads, max(lengths), width),
+            dtype=kept[0].dtype,
+            device=kept[0].device,
+            pin_memory=device.type == "cuda" and kept[0].device.type == "cpu",
+        )
         for index, (each, length) in enumerate(zip(kept, lengths, strict=True)):
             padded[:, :, index, :, :length] = each
-        return PaddedPrefix(first_layer=first_layer, keys_values=padded, lengths=lengths, rows=rows)
+        keys_values = padded.to(device, non_blocking=True)
+        return PaddedPrefix(first_layer=first_layer, keys_values=keys_values, lengths=lengths, rows=rows)
 
     @cached_property
     def longest(self) -> int:
@@ -179,8 +187,8 @@ class PaddedPrefix:
     def padded_index(self) -> Tensor:
         """(rows, S): where each row's tokens lie in the flat batch; padding points at the row's first token."""
         device = self.keys_values.device
-        starts = torch.tensor([row.start for row in self.rows], device=device)
-        lengths = torch.tensor([row.length for row in self.rows], device=device)
+        starts = index_tensor([row.start for row in self.rows], device)
+        lengths = index_tensor([row.length for row in self.rows], device)
         offsets = torch.arange(self.longest, device=device)
         return starts[:, None] + torch.where(offsets[None] < lengths[:, None], offsets[None], 0)
 
@@ -188,7 +196,7 @@ class PaddedPrefix:
     def flat_index(self) -> Tensor:
         """(T,): where each flat token lies in (rows · S)."""
         places = [torch.arange(row.length) + index * self.longest for index, row in enumerate(self.rows)]
-        return torch.cat(places).to(self.keys_values.device)
+        return to_device(torch.cat(places), self.keys_values.device)
 
     def bias(self, window: int | None, device: torch.device) -> Tensor:
         """(rows, 1, S, P + S), float32: 0 where a suffix token may look, −∞ elsewhere. Windows count positions."""
@@ -197,8 +205,8 @@ class PaddedPrefix:
         return self._biases[window].to(device)
 
     def _new_bias(self, window: int | None, device: torch.device) -> Tensor:
-        before = torch.tensor(self.lengths, device=device)[:, None]
-        lengths = torch.tensor([row.length for row in self.rows], device=device)[:, None]
+        before = index_tensor(self.lengths, device)[:, None]
+        lengths = index_tensor([row.length for row in self.rows], device)[:, None]
         prefix = torch.arange(self.keys_values.shape[4], device=device)[None]
         suffix = torch.arange(self.longest, device=device)[None]
         exists = torch.cat([prefix < before, suffix < lengths], dim=1)  # (rows, P + S)

@@ -17,6 +17,7 @@ from torch import Tensor
 from heft_engine.data.encoding import Example
 from heft_engine.model.packed_lm import PackedLM
 from heft_engine.model.packing import pack
+from heft_engine.runtime.transfers import index_tensor
 
 #: Supervised tokens whose logits are in memory at a time.
 CHUNK = 256
@@ -32,7 +33,7 @@ def supervised_loss(
     batch = pack(examples, length=length)
     positions, targets = batch.supervised()
     hidden = lm.hidden(batch)
-    return cross_entropy(lm, hidden[torch.tensor(positions, device=hidden.device)], targets), len(targets)
+    return cross_entropy(lm, hidden[index_tensor(positions, hidden.device)], targets), len(targets)
 
 
 def cross_entropy(lm: PackedLM, hidden: Tensor, targets: list[int]) -> Tensor:
@@ -72,7 +73,7 @@ class _CrossEntropy(torch.autograd.Function):
 
 
 def _chunks(hidden: Tensor, targets: list[int]) -> Iterator[tuple[Tensor, Tensor]]:
-    target_ids = torch.tensor(targets, device=hidden.device)
+    target_ids = index_tensor(targets, hidden.device)
     return zip(torch.split(hidden, CHUNK), torch.split(target_ids, CHUNK), strict=True)
 
 

@@ -32,6 +32,7 @@ from heft_engine.data.encoding import Example
 from heft_engine.model.layout import Layout, PackedRow, PaddedPrefix
 from heft_engine.model.packed_lm import PackedLM
 from heft_engine.model.packing import fill, micro_batches, pack, packed_length
+from heft_engine.runtime.transfers import index_tensor, to_device
 from heft_engine.training.activation_store import StageActivations
 
 #: Tokens of one pass that fills the cache. The same split gives the same bits when the cache is built again.
@@ -153,10 +154,13 @@ class SuffixCache:
         """Runs some rows and writes their activations. upper: (depths, tokens, hidden), these rows' tokens first."""
         lm, boundary = self.lm, self.boundary
         batch = pack(examples)
-        ids, positions = batch.input_ids.to(lm.device)[None], batch.position_ids.to(lm.device)[None]
+        ids, positions = (
+            to_device(batch.input_ids, lm.device)[None],
+            to_device(batch.position_ids, lm.device)[None],
+        )
         with lm.interventions.disabled(boundary.interventions):
             states = lm.run_layers(lm.embed(ids), positions, batch.layout, 0, boundary.layer)
-        suffixes = torch.tensor(_cached_tokens(batch.layout, rows), device=lm.device)
+        suffixes = index_tensor(_cached_tokens(batch.layout, rows), lm.device)
         row_states = torch.split(states[0, suffixes], [len(row.states) for row in rows])
         for row, of_row in zip(rows, row_states, strict=True):
             row.states.copy_(of_row)
@@ -205,7 +209,11 @@ class SuffixCache:
         suffixes = tuple(packed)
         prefix = PaddedPrefix.of(self.boundary.layer, prefixes, suffixes, device) if prefixes else None
         layout = Layout(rows=suffixes, prefix=prefix)
-        return torch.cat(states).to(device)[None], torch.cat(positions).to(device)[None], layout
+        return (
+            to_device(torch.cat(states), device)[None],
+            to_device(torch.cat(positions), device)[None],
+            layout,
+        )
 
     @torch.no_grad()
     def _run_prefixes(self, rows: Sequence[CachedRow]) -> list[Tensor]:
@@ -222,7 +230,8 @@ class SuffixCache:
         if filler:
             packed.append(PackedRow(start=start, prompt=filler, branches=()))
         zeros = rows[0].states.new_zeros(filler, self.lm.hidden_size)
-        states = torch.cat([*(row.states[: row.prefix_length] for row in rows), zeros]).to(self.lm.device)
+        states = torch.cat([*(row.states[: row.prefix_length] for row in rows), zeros])
+        states = to_device(states, self.lm.device)
         lengths = [row.prefix_length for row in rows] + [0] * (len(packed) - len(rows))
         layout = Layout(rows=tuple(packed))
         return prefix_keys_values(self.lm, self.boundary.layer, states, layout, lengths)[: len(rows)]

@@ -10,7 +10,6 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
-import torch
 from torch import Tensor
 
 from heft_engine.config.flops import CacheLevel
@@ -18,6 +17,7 @@ from heft_engine.data.encoding import Example
 from heft_engine.model.packed_lm import PackedLM
 from heft_engine.model.packing import fill, pack, packed_length
 from heft_engine.objectives.objective import Objective
+from heft_engine.runtime.transfers import index_tensor
 from heft_engine.training.activation_cache import SuffixCache
 
 #: So many tokens of which keys and values are cached count as one that runs.
@@ -52,7 +52,7 @@ class FullPass:
         examples = [self.examples[index] for index in indices]
         batch = pack(examples, length=fill(self.lm.device, sum(map(packed_length, examples))))
         hidden = self.lm.hidden(batch)
-        return hidden[torch.tensor(batch.supervised()[0], device=hidden.device)]
+        return hidden[index_tensor(batch.supervised()[0], hidden.device)]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -83,7 +83,7 @@ class SuffixPass:
         for row, index in zip(layout.rows, indices, strict=True):
             prompt_end = row.start + row.prompt - row.cached_tokens - 1
             reads += range(prompt_end, prompt_end + len(self.examples[index].answers[0]))
-        return lm.finish(states)[0, torch.tensor(reads, device=states.device)]
+        return lm.finish(states)[0, index_tensor(reads, states.device)]
 
 
 def pass_tokens(level: CacheLevel, example: Example, cached: int) -> int:

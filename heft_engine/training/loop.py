@@ -73,7 +73,9 @@ class TrainLoop:
             {"params": decaying, "weight_decay": self.stage.weight_decay},
             {"params": constant, "weight_decay": 0.0},
         ]
-        self.optimizer = torch.optim.AdamW(groups, lr=0.0, betas=BETAS, eps=EPSILON)
+        #: One kernel for all parameters of a GPU; Adam's step counters are on the GPU then.
+        self._fused = all(parameter.is_cuda for parameter in parameters.values())
+        self.optimizer = torch.optim.AdamW(groups, lr=0.0, betas=BETAS, eps=EPSILON, fused=self._fused)
 
     @property
     def steps_per_epoch(self) -> int:
@@ -124,12 +126,13 @@ class TrainLoop:
 
         def accumulate(token_budget: int) -> float:
             self.optimizer.zero_grad(set_to_none=True)
-            total = 0.0
+            losses: list[Tensor] = []
             for micro_batch in split_by_tokens(self.forward.tokens, rows, token_budget):
                 loss = summed_loss(self.forward, self.objective, micro_batch)
                 (loss / count).backward()  # type: ignore[no-untyped-call]
-                total += float(loss.detach())
-            return total
+                losses.append(loss.detach().double())
+            # Read once: each number that is read makes the host wait for the GPU.
+            return float(torch.stack(losses).sum())
 
         self.adapter.train(True)
         total = self._in_smaller_passes(accumulate, self.forward, rows)
@@ -176,7 +179,8 @@ class TrainLoop:
 
         def summed(token_budget: int) -> float:
             micro_batches = split_by_tokens(self.validation.tokens, rows, token_budget)
-            return sum(float(summed_loss(self.validation, self.objective, part)) for part in micro_batches)
+            losses = [summed_loss(self.validation, self.objective, part).double() for part in micro_batches]
+            return float(torch.stack(losses).sum())
 
         total = self._in_smaller_passes(summed, self.validation, rows)
         return total / self.objective.count(self.validation.examples) if math.isfinite(total) else math.inf
@@ -229,7 +233,8 @@ class TrainLoop:
 
     def _check_parameters(self) -> None:
         """Raises TrainingError for parameters that are not finite (the last step may do it) or break an invariant."""
-        if not all(parameter.isfinite().all() for parameter in self.adapter.parameters().values()):
+        are_finite = [parameter.isfinite().all() for parameter in self.adapter.parameters().values()]
+        if not torch.stack([finite.to(are_finite[0].device) for finite in are_finite]).all():
             raise TrainingError(self._divergence(math.nan), code="diverged")
         self.adapter.check()
 
@@ -291,7 +296,9 @@ class TrainLoop:
                     key: tensors[f"adam/{key}/{name}"].to(parameter.device, copy=True)
                     for key in ("exp_avg", "exp_avg_sq")
                 }
-                self.optimizer.state[parameter] = {"step": tensors[f"adam/step/{name}"].clone(), **moments}
+                device = parameter.device if self._fused else torch.device("cpu")
+                step = tensors[f"adam/step/{name}"].to(device, copy=True)
+                self.optimizer.state[parameter] = {"step": step, **moments}
 
     @torch.no_grad()
     def _load(self, tensors: dict[str, Tensor]) -> None:

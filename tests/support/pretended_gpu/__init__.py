@@ -22,7 +22,7 @@ holds its scenario beside it, as a function of the file's top level, and runs it
 
 `run_all` runs several scenarios in one child process, which saves its start of three seconds. The counters name the
 operation and the engine's line. Bytes that pass the GPU's memory, or a lower `gpu.memory.limits["cuda:0"]`, raise
-torch.OutOfMemoryError as the caching allocator does; `torch.cuda.mem_get_info` and its like answer from the same ledger.
+torch.OutOfMemoryError as the caching allocator does; `torch.cuda.mem_get_info` answers from the same ledger.
 The engine's models load as ever (`load_model`): safetensors are read as shapes.
 
 A scenario runs in a child process, because nothing of the pretence can be taken back. It needs torch's CPU build and a

@@ -102,7 +102,7 @@ def _count(scenario: Scenario, machine: Machine, options: dict[str, Any]) -> Rep
     with FakeTensorMode(allow_non_fake_inputs=True), memory, watch:
         try:
             values = scenario(Gpu(watch, memory), **options)
-        except Exception:  # whatever it is, the test reports it
+        except Exception:  # noqa: BLE001  whatever it is, the test reports it
             error = traceback.format_exc()
     counts = (watch.launches, watch.synchronisations, watch.mixed, memory.peak)
     return Report(*map(dict, counts), values or {}, error)

@@ -82,7 +82,7 @@ def _facts(machine: Machine) -> dict[str, Callable[..., Any]]:
         "is_bf16_supported": lambda including_emulation=True: including_emulation or major >= 8,
         "get_device_name": lambda device=None: properties(device).name,
         "get_device_properties": properties,
-        "get_device_capability": lambda device=None: machine.capability,
+        "get_device_capability": lambda device=None: (major, minor),
         "get_arch_list": lambda: ["sm_75", "sm_80", "sm_90"],
         "synchronize": nothing,
         "empty_cache": nothing,

@@ -1,0 +1,171 @@
+"""Steps and passes on a pretended GPU: nothing mixes devices, and the host waits once a step or pass."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Sequence
+from functools import partial
+from typing import Any, get_args
+
+import pytest
+from pretended_gpu.build import requires_pretended_gpu
+from pretended_gpu.child import run_all
+from pretended_gpu.gpu import Gpu
+from pretended_gpu.models import tiny_lm
+from tiny_models import FAMILIES
+
+from heft_engine.adapters.adapter import Adapter
+from heft_engine.adapters.registry import ADAPTERS
+from heft_engine.config.flops import CacheLevel
+from heft_engine.config.train import InterventionKind, LoraStage, ReftStage, Stage
+from heft_engine.data.encoding import Example
+from heft_engine.inference.decode_batch import DecodeBatch, DecodeRequest
+from heft_engine.inference.sampling import SamplingParams
+from heft_engine.inference.scoring import score
+from heft_engine.objectives.supervised import SupervisedObjective
+from heft_engine.training.activation_cache import SuffixCache
+from heft_engine.training.forward_pass import ForwardPass, FullPass, SuffixPass
+from heft_engine.training.loop import Hooks, TrainLoop
+from heft_engine.training.low_memory_layers import low_memory_layers
+
+pytestmark = requires_pretended_gpu
+
+
+def rows(*lengths: int, answers: tuple[tuple[int, ...], ...] = ((7, 8),)) -> list[Example]:
+    rng = random.Random(0)
+    labels = tuple(map(str, range(len(answers))))
+    return [
+        Example(
+            prompt=tuple(rng.randrange(5, 500) for _ in range(length)), answers=answers, labels=labels, gold=0
+        )
+        for length in lengths
+    ]
+
+
+def loop_of(adapter: Adapter, stage: Stage, forward: ForwardPass) -> TrainLoop:
+    return TrainLoop(
+        stage=stage,
+        index=0,
+        seed=0,
+        adapter=adapter,
+        objective=SupervisedObjective(),
+        forward=forward,
+        validation=FullPass(lm=forward.lm, examples=rows(9, 30)),
+        early_stopping=None,
+        first_step=0,
+        total_steps=2,
+        hooks=Hooks(on_event=lambda _: None, save=lambda *_: None, should_stop=lambda: False),
+    )
+
+
+def trains(gpu: Gpu, family: str, stage: dict[str, Any], level: str = "nothing") -> dict[str, Any]:
+    """Two steps of a stage, of which the second is counted; then the end of an epoch, and a checkpoint restored."""
+    lm = tiny_lm(family)
+    settings: Stage
+    if stage["type"] == "lora":
+        settings = LoraStage(**stage, target_modules=list(lm.family.attention))
+    else:
+        settings = ReftStage(**stage)
+    adapter = ADAPTERS[settings.type].attach(lm, settings)
+    examples = rows(40, 7, 33, 1)
+    with low_memory_layers(lm):
+        forward: ForwardPass = FullPass(lm=lm, examples=examples)
+        if level != "nothing":
+            cache = SuffixCache(lm, adapter.boundary(), examples, CacheLevel(level))
+            forward = SuffixPass(cache=cache)
+        loop = loop_of(adapter, settings, forward)
+        loop.progress.token_budget = 48  # several micro-batches
+        for _ in range(2):
+            gpu.watch.clear()
+            loop._forward_backward(range(4))
+            loop._optimizer_step(1e-3)
+        waits = list(gpu.watch.synchronisations.elements())
+        loop._validation_loss()
+        loop.restore(loop.progress, loop._tensors())
+        loop._forward_backward(range(4))
+        loop._optimizer_step(1e-3)
+    places = {str(tensor.device) for state in loop.optimizer.state.values() for tensor in state.values()}
+    return {"waits": waits, "places": sorted(places)}
+
+
+def scores(gpu: Gpu, family: str) -> None:
+    """Single labels and longer answers of different numbers, in one pass."""
+    lm = tiny_lm(family)
+    examples = [
+        *rows(40, 9, answers=((7,), (8,))),
+        *rows(30, answers=((7,), (8,), (9,))),
+        *rows(21, 5, answers=((7, 8), (9, 10, 11), (3,))),
+    ]
+    score(lm, examples)
+    gpu.watch.clear()
+    score(lm, examples)
+
+
+def decodes(gpu: Gpu, family: str) -> dict[str, Any]:
+    lm = tiny_lm(family)
+    batch = DecodeBatch(lm, budget_bytes=1 << 30)
+    prompts = [example.prompt for example in rows(60, 5, 63, 30)]
+    drawn = SamplingParams(temperature=0.7, top_p=0.9, top_logprobs=2, presence_penalty=0.1)
+    batch.prefill(
+        [
+            DecodeRequest(
+                id=index, prompt=prompt, max_tokens=70, sampling=drawn if index else SamplingParams()
+            )
+            for index, prompt in enumerate(prompts)
+        ]
+    )
+    batch.remove(1)
+    for _ in range(6):
+        batch.decode()
+    return {"sequences": len(batch)}
+
+
+LORA = {"type": "lora", "learning_rate": 1e-3}
+REFT = {"type": "reft", "learning_rate": 1e-3, "layers": [1], "positions": "f1+l2"}
+LEVELS = ("nothing", "states", "keys_values")
+
+
+def scenarios(family: str, loras: Sequence[dict[str, Any]], refts: Sequence[dict[str, Any]]) -> list[Any]:
+    """A family's stages, on every level of the cache; its scores; its texts."""
+    stages = [partial(trains, family=family, stage=LORA | changes) for changes in loras]
+    stages += [
+        partial(trains, family=family, stage=REFT | changes, level=level)
+        for changes in refts
+        for level in LEVELS
+    ]
+    return [*stages, partial(scores, family=family), partial(decodes, family=family)]
+
+
+def check(all_scenarios: list[Any], seconds: float) -> None:
+    reports = run_all(all_scenarios, seconds=seconds)
+    for scenario, report in zip(all_scenarios, reports, strict=True):
+        name = f"{scenario.func.__name__} {scenario.keywords}"
+        assert not report.error, f"{name}\n{report.error}"
+        assert report.mixed == {}, name
+        if scenario.func is trains:
+            # To read the loss. The optimizer's state is on the GPU, after a resume too.
+            assert len(report.values["waits"]) == 1, (name, report.values["waits"])
+            assert report.values["places"] == ["cuda:0"], name
+        if scenario.func is scores:
+            assert sum(report.synchronisations.values()) == 1, (name, report.synchronisations)
+        if scenario.func is decodes:
+            assert report.values == {"sequences": 3}, name
+
+
+def test_a_step_and_a_scoring_pass_wait_for_the_gpu_once() -> None:
+    check(scenarios("llama", [{}], [{}]), 200)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("family", FAMILIES)
+def test_every_family_and_variant_runs_on_one_gpu(family: str) -> None:
+    loras = [
+        *({}, {"use_dora": True}, {"init": "pissa"}, {"init": "pissa_niter_4", "use_dora": True}),
+        *({"init": "olora"}, {"dropout": 0.1}, {"layers": [2, 3]}),
+    ]
+    refts = [
+        {"kind": kind, "positions": positions, "dropout": 0.1}
+        for kind in get_args(InterventionKind)
+        for positions in ("l1", "f1+l2")
+    ]
+    check(scenarios(family, loras, refts), 1_200)
