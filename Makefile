@@ -3,7 +3,7 @@ SHELL := /bin/bash
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: install demo serve test test-without-cpu test-slow chaos chaos-resume chaos-figures chaos-summary check bench bench-serve studies gpu-check clean
+.PHONY: install demo serve test test-without-cpu test-pretended-gpu test-slow chaos chaos-resume chaos-figures chaos-summary check bench bench-serve studies gpu-check clean
 
 # Of `make chaos`: how many kills, and the seed of their schedule.
 N ?= 100
@@ -28,7 +28,7 @@ serve: install
 	$(BIN)/heft up
 
 # Test processes share the cores: torch's threads sleep while they wait for each other.
-test test-slow: export OMP_WAIT_POLICY = PASSIVE
+test test-slow test-pretended-gpu: export OMP_WAIT_POLICY = PASSIVE
 
 # The fast suite: real Postgres, real Valkey, tiny models. Two processes, each with servers of its own: much of it waits.
 test: install
@@ -42,6 +42,10 @@ test-without-cpu: install
 	rm -r "$$copy"/heft_engine/cpu "$$copy"/tests/heft_engine/cpu; \
 	bin=$$PWD/$(BIN); cd "$$copy"; export PYTHONPATH="$$copy"; "$$bin"/mypy; \
 	"$$bin"/python -m pytest -q -m "not slow" -n 2 --dist loadfile $(addprefix tests/heft_engine/, model inference serving adapters bundle)
+
+# The engine's real code on a GPU that isn't there: every family, stage and cache; memory of 7B to 9B shapes. Minutes.
+test-pretended-gpu: install
+	$(BIN)/python -m pytest tests/heft_engine/on_gpu tests/support/test_pretended_gpu.py
 
 # Real language model, real rows: minutes.
 test-slow: install

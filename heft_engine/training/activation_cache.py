@@ -279,7 +279,7 @@ def prefix_keys_values(
         return [states.new_empty(0, 2, kv_heads, length, head_dim) for length in lengths]
     sink = FirstTokensSink(lengths)
     offsets = [torch.arange(row.length) for row in layout.rows]
-    positions = torch.cat(offsets).to(states.device)[None]
+    positions = to_device(torch.cat(offsets), states.device)[None]
     collecting = Layout(rows=layout.rows, scale=layout.scale, kv_sink=sink)
     lm.run_layers(states[None], positions, collecting, layer, lm.n_layers, watch)
     return sink.rows()

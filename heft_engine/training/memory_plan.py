@@ -11,7 +11,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -24,8 +24,12 @@ from heft_engine.model.loss import supervised_loss
 from heft_engine.model.packed_lm import PackedLM
 from heft_engine.runtime import malloc
 
-#: Times the saved bytes: temporaries, and fragmentation.
-OVERHEAD = 1.35
+#: Times the saved bytes on a CPU: temporaries, and fragmentation. Measured (benchmarks/RESULTS.md).
+_CPU_OVERHEAD = 1.35
+#: On a GPU temporaries are counted; this is for fragmentation. Simulated (tests/heft_engine/on_gpu/test_memory.py).
+_GPU_OVERHEAD = 1.1
+#: Gradients of one layer's intermediate results that are there at a time, as multiples of what it saves.
+_TEMPORARIES = 2.0
 #: Machine code that oneDNN compiles for the matrix products of one pass length, and for all that it caches.
 _CODE_PER_LENGTH, _MAX_CODE = 16_000_000, 230_000_000
 _PROBES = ((64,), (32, 32), (128,))
@@ -34,7 +38,7 @@ _SMALLEST_LENGTH = 64
 
 @dataclass(frozen=True, kw_only=True)
 class Footprint:
-    """Bytes that a forward pass saves for its gradient: fixed + per_token · Σn + per_square · Σn² over its rows.
+    """Bytes of a pass with a gradient: fixed + per_token · Σn + per_square · Σn² over its rows.
 
     The squares are attention weights, of rows padded to STEP; rows longer than `longest_square` save none.
     """
@@ -48,6 +52,15 @@ class Footprint:
         squares = sum(_padded(length) ** 2 for length in lengths if length <= self.longest_square)
         return self.fixed + self.per_token * sum(lengths) + self.per_square * squares
 
+    def plus(self, other: Footprint, share: float) -> Footprint:
+        """Returns the footprint of this pass and of a share of another one at a time."""
+        return replace(
+            self,
+            fixed=self.fixed + share * other.fixed,
+            per_token=self.per_token + share * other.per_token,
+            per_square=self.per_square + share * other.per_square,
+        )
+
     def longest(self, room: float) -> int:
         """Returns the longest row whose pass takes at most `room` bytes; 0 when none does."""
         low, high = 0, 1 << 20
@@ -59,6 +72,27 @@ class Footprint:
 
 def _padded(length: int) -> int:
     return -(-length // STEP) * STEP
+
+
+def overhead(device: torch.device) -> float:
+    """Returns by how much a footprint on a device is multiplied."""
+    return _CPU_OVERHEAD if device.type == "cpu" else _GPU_OVERHEAD
+
+
+def peak_footprint(lm: PackedLM, layers: int, *, checkpointing: bool) -> Footprint:
+    """Returns the footprint of a forward and backward pass with a gradient in so many layers.
+
+    With checkpointing the backward pass computes what one layer saves again. On a GPU a layer's gradients count, too.
+    """
+    plain = footprint(lm)
+    shares = _TEMPORARIES / layers if lm.device.type == "cuda" else 0.0
+    if not checkpointing:
+        return plain.plus(plain, shares)
+    lm.checkpointing = True
+    try:
+        return footprint(lm).plus(plain, shares + 1 / layers)
+    finally:
+        lm.checkpointing = False
 
 
 def footprint(lm: PackedLM) -> Footprint:
@@ -80,16 +114,17 @@ def footprint(lm: PackedLM) -> Footprint:
 
 def _saved_bytes(lm: PackedLM, lengths: Sequence[int]) -> int:
     """Returns the bytes of all storages that a pass over rows of these lengths saves, without the model's weights."""
-    weights = {tensor.untyped_storage().data_ptr() for tensor in lm.model.state_dict().values()}
+    weights = {tensor.untyped_storage()._cdata for tensor in lm.model.state_dict().values()}
     sizes: dict[int, int] = {}
     saved: list[Tensor] = []
 
     def pack(tensor: Tensor) -> Tensor:
         storage = tensor.untyped_storage()
-        if storage.data_ptr() not in weights and storage.data_ptr() not in sizes:
-            sizes[storage.data_ptr()] = storage.nbytes()
-            saved.append(tensor)  # so that no address is reused
-        return tensor
+        if storage._cdata not in weights and storage._cdata not in sizes:
+            sizes[storage._cdata] = storage.nbytes()
+            saved.append(tensor.detach())  # so that no address is reused
+        # Detached: a node that keeps its own output would keep itself, and the pass's memory, for good.
+        return tensor.detach()
 
     examples = [Example(prompt=(1,) * n, answers=((1,),), labels=("",), gold=0) for n in lengths]
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):

@@ -30,6 +30,8 @@ from heft_engine.training.progress import TOKEN_BUDGET, Progress
 from heft_engine.training.schedule import epoch_order
 from heft_engine.training.stage_inputs import StageInputs, StageOptions
 
+#: Tokens of one micro-batch on a GPU, at most: there each pass costs thousands of launches.
+GPU_TOKEN_BUDGET = 16_384
 #: The largest pass is searched in the first epochs, up to this many rows: counting out a thousand epochs would take as
 #: long as some stages, and hardly find a larger one.
 COUNTED_ROWS = 200_000
@@ -175,14 +177,15 @@ class _Passes:
 
     def fit(self, free: int) -> Fit:
         """Cuts the passes so that they fit into `free` bytes. Raises TrainingError (out_of_memory)."""
-        free = int(free / memory_plan.OVERHEAD) - self._loss_bytes()
+        free = int(free / memory_plan.overhead(self.inputs.lm.device)) - self._loss_bytes()
         longest = max(map(packed_length, self.inputs.examples))
 
         def largest(footprint: Footprint, budget: int) -> float:
             return max(self._pass_bytes(footprint, rows) for rows in self._all(budget))
 
         kind = self.inputs.stage.type
-        return memory_plan.fit(free, TOKEN_BUDGET, largest, longest, self._footprint, kind)
+        most = GPU_TOKEN_BUDGET if self.inputs.lm.device.type == "cuda" else TOKEN_BUDGET
+        return memory_plan.fit(free, most, largest, longest, self._footprint, kind)
 
     def fit_as(self, earlier: Progress) -> Fit:
         """Returns the passes of a checkpoint, whatever is free by now: cut otherwise, sums would round otherwise."""
@@ -194,7 +197,7 @@ class _Passes:
         """Returns the most that passes take at a time: while training, measuring or merging."""
         lm = self.inputs.lm
         code = memory_plan.code_bytes(lm, self._distinct_lengths(self._all(fit.token_budget)))
-        training = int(memory_plan.OVERHEAD * (fit.bytes + self._loss_bytes()))
+        training = int(memory_plan.overhead(lm.device) * (fit.bytes + self._loss_bytes()))
         scoring = memory_plan.pass_bytes(lm, SCORING_BUDGET)
         merging = self._merge_bytes() if self.inputs.adapter.merges else 0
         return code + max(training, scoring, merging)
@@ -232,12 +235,9 @@ class _Passes:
 
     def _footprint(self, checkpointing: bool) -> Footprint:
         lm = self.inputs.lm
-        lm.checkpointing = checkpointing
-        try:
-            with torch.random.fork_rng():
-                return memory_plan.footprint(lm)
-        finally:
-            lm.checkpointing = False
+        with torch.random.fork_rng():
+            layers = max(1, lm.n_layers - self.boundary.layer)
+            return memory_plan.peak_footprint(lm, layers, checkpointing=checkpointing)
 
     def _pass_bytes(self, footprint: Footprint, rows: Sequence[int]) -> float:
         lm, examples = self.inputs.lm, self.inputs.examples

@@ -18,7 +18,8 @@ def derived_seed(*parts: int) -> int:
 def epoch_order(seed: int, stage_index: int, epoch: int, rows: int) -> list[int]:
     """Returns the order of rows in an epoch, from seed, stage and epoch alone."""
     generator = torch.Generator().manual_seed(derived_seed(seed, stage_index, epoch))
-    return [int(row) for row in torch.randperm(rows, generator=generator)]
+    order: list[int] = torch.randperm(rows, generator=generator).tolist()
+    return order
 
 
 def learning_rate_at(stage: StageSettings, step: int, total: int) -> float:

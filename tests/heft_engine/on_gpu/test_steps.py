@@ -121,7 +121,7 @@ def decodes(gpu: Gpu, family: str) -> dict[str, Any]:
 
 
 LORA = {"type": "lora", "learning_rate": 1e-3}
-REFT = {"type": "reft", "learning_rate": 1e-3, "layers": [1], "positions": "f1+l2"}
+REFT = {"type": "reft", "learning_rate": 1e-3, "layers": [1], "positions": "l2"}
 LEVELS = ("nothing", "states", "keys_values")
 
 

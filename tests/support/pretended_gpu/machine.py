@@ -17,7 +17,7 @@ from pretended_gpu.memory import Memory
 
 @dataclass(frozen=True)
 class Machine:
-    """So many GPUs of so much memory (bytes) and of one compute capability: (7, 5) has no bfloat16, from (8, 0) on."""
+    """A number of GPUs of so much memory (bytes) and of one compute capability: bfloat16 from (8, 0) on."""
 
     gpus: int = 1
     memory: int = 24 << 30

@@ -12,10 +12,11 @@ import torch
 import torch.nn.functional as F
 from safetensors.torch import _TYPES
 from torch import Tensor
-from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
+from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode, unset_fake_temporarily
 
 aten = torch.ops.aten
 _cpu_attention = F.scaled_dot_product_attention
+_cpu_randperm = torch.randperm
 
 
 def replace() -> None:
@@ -25,8 +26,15 @@ def replace() -> None:
     FakeTensorMode.avoid_device_init = property(lambda self: True)  # type: ignore[assignment, method-assign]
     FakeTensor.tolist = _tolist  # type: ignore[method-assign]
     torch.utils.swap_tensors = _swap_tensors
+    torch.randperm = _randperm
     F.scaled_dot_product_attention = _attention
     transformers.modeling_utils.safe_open = _SafeFile
+
+
+def _randperm(*args: Any, **options: Any) -> Tensor:
+    """A real permutation on the CPU: the order of the rows is no matter of the GPU's."""
+    with unset_fake_temporarily():
+        return _cpu_randperm(*args, **options)
 
 
 class _SafeFile:

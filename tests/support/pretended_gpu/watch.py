@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensor
 from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -116,7 +117,8 @@ class Watch(TorchDispatchMode):
         if name in ("_local_scalar_dense", "item", "is_nonzero", "equal"):
             if on_gpu:
                 self.synchronisations[f"{name} {_place()}"] += 1
-            return True if name == "equal" else number(inputs[0])
+            if isinstance(inputs[0], FakeTensor):
+                return True if name == "equal" else number(inputs[0])
         if name in _DATA_DEPENDENT and on_gpu:
             self.synchronisations[f"{name} {_place()}"] += 1
         out = func(*args, **kwargs)
