@@ -8,6 +8,7 @@ import struct
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from safetensors.torch import _TYPES
@@ -25,6 +26,7 @@ def replace() -> None:
 
     FakeTensorMode.avoid_device_init = property(lambda self: True)  # type: ignore[assignment, method-assign]
     FakeTensor.tolist = _tolist  # type: ignore[method-assign]
+    FakeTensor.numpy = lambda tensor: np.zeros(tensor.shape, np.uint8)  # type: ignore[method-assign, assignment]
     torch.utils.swap_tensors = _swap_tensors
     torch.randperm = _randperm
     F.scaled_dot_product_attention = _attention
