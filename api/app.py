@@ -16,7 +16,7 @@ from api.clients.generate import TextClient
 from api.clients.predict import PredictClient
 from api.database import Database
 from api.deps import Services
-from api.door.bodies import ArrivalRate, BodyMiddleware, bounds_by_route
+from api.door.bodies import ArrivalRate, BodyMemory, BodyMiddleware, bounds_by_route
 from api.door.hosts import HostMiddleware, allowed_hosts
 from api.door.keys import DOCS_FILES, KeyMiddleware
 from api.door.wrong_keys import WrongKeys
@@ -66,7 +66,8 @@ def create_app(settings: StoreSettings | None = None) -> FastAPI:
     slowest = ArrivalRate(
         grace_seconds=chosen.body_grace_seconds, bytes_per_second=chosen.body_bytes_per_second
     )
-    app.add_middleware(BodyMiddleware, routes=bounds_by_route(chosen), slowest=slowest)
+    memory = BodyMemory(chosen.max_body_memory_bytes)
+    app.add_middleware(BodyMiddleware, routes=bounds_by_route(chosen), slowest=slowest, memory=memory)
     app.add_middleware(KeyMiddleware, wrong_keys=WrongKeys(chosen.wrong_keys_per_minute))
     app.add_middleware(HostMiddleware, hosts=allowed_hosts(chosen))
     app.add_middleware(RequestMiddleware, max_header_bytes=chosen.max_header_bytes, metrics=metrics)

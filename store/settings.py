@@ -64,6 +64,8 @@ class StoreSettings(BaseSettings):
 
     max_question_bytes: int = Field(default=4 * 1024**2, gt=0)  #: of a request for answers or text
     max_job_bytes: int = Field(default=1024**2, gt=0)  #: of a request for a job or a study
+    #: Of all requests' JSON in one API process; more are refused with 503.
+    max_body_memory_bytes: int = Field(default=256 * 1024**2, gt=0)
     #: A request's body that takes longer must arrive at `body_bytes_per_second` on average.
     body_grace_seconds: float = Field(default=30, gt=0)
     body_bytes_per_second: float = Field(default=16 * 1024, gt=0)

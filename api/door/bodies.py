@@ -16,7 +16,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from api.door.json_bounds import check_json
 from api.errors import error_response, store_error_response
-from store.errors import StoreError, TooLarge
+from store.errors import StoreError, TooLarge, Unavailable
 from store.settings import StoreSettings
 
 #: For routes that take no body. Some clients send `{}` all the same.
@@ -83,15 +83,39 @@ class ArrivalRate:
         return self.grace_seconds + received / self.bytes_per_second
 
 
+class BodyMemory:
+    """The bytes of all bodies in this process, from their arrival to the end of their requests."""
+
+    def __init__(self, limit: int) -> None:
+        self.limit = limit
+        self.held_bytes = 0
+
+    def take(self, size: int) -> None:
+        """Raises Unavailable if the bodies would be larger than the limit together."""
+        if self.held_bytes + size > self.limit:
+            message = "the service is overloaded: the bodies of too many large requests are in its memory"
+            raise Unavailable(message, code="overloaded")
+        self.held_bytes += size
+
+    def give_back(self, size: int) -> None:
+        self.held_bytes -= size
+
+
 class BodyMiddleware:
-    """Refuses bodies beyond their route's bounds: 413 for size, 408 for slowness, 400 for depth."""
+    """Refuses bodies beyond their route's bounds: 413 for size, 408 for slowness, 400 for depth; 503 for memory."""
 
     def __init__(
-        self, app: ASGIApp, *, routes: Mapping[tuple[str, str], BodyBounds], slowest: ArrivalRate
+        self,
+        app: ASGIApp,
+        *,
+        routes: Mapping[tuple[str, str], BodyBounds],
+        slowest: ArrivalRate,
+        memory: BodyMemory,
     ) -> None:
         self.app = app
         self.routes = routes
         self.slowest = slowest
+        self.memory = memory
         self.other = BodyBounds(max_bytes=MAX_OTHER_BYTES)
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
@@ -99,7 +123,14 @@ class BodyMiddleware:
             await self.app(scope, receive, send)
             return
         bounds = self.routes.get((scope["method"], scope["path"]), self.other)
-        body = _Body(receive, bounds, self.slowest)
+        body = _Body(receive, bounds, self.slowest, self.memory)
+        try:
+            await self._respond(body, bounds, scope, send)
+        finally:
+            body.forget()
+
+    async def _respond(self, body: _Body, bounds: BodyBounds, scope: Scope, send: Send) -> None:
+        receive: Receive = body.receive
         try:
             body.check_length(Headers(scope=scope))
             if not bounds.is_streamed:
@@ -113,17 +144,21 @@ class BodyMiddleware:
         except ClientDisconnect:
             return
         else:
-            await self.app(scope, body.receive if bounds.is_streamed else receive, send)
+            await self.app(scope, receive, send)
 
 
 class _Body:
     """A request's body, counted and timed while it is received."""
 
-    def __init__(self, receive: Receive, bounds: BodyBounds, slowest: ArrivalRate) -> None:
+    def __init__(
+        self, receive: Receive, bounds: BodyBounds, slowest: ArrivalRate, memory: BodyMemory
+    ) -> None:
         self._receive = receive
         self._bounds = bounds
         self._slowest = slowest
+        self._memory = memory
         self._received = 0
+        self._held_bytes = 0
         self._complete = False
         self._waited_seconds = 0.0
 
@@ -153,14 +188,22 @@ class _Body:
         return message
 
     async def whole(self) -> bytes:
-        """Returns the whole body. Raises as `receive`, and ClientDisconnect."""
+        """Returns the whole body. Raises as `receive`, Unavailable for want of memory, ClientDisconnect."""
         chunks: list[bytes] = []
         while not self._complete:
             message = await self.receive()
             if message["type"] == "http.disconnect":
                 raise ClientDisconnect
-            chunks.append(message.get("body", b""))
+            chunk = message.get("body", b"")
+            self._memory.take(len(chunk))
+            self._held_bytes += len(chunk)
+            chunks.append(chunk)
         return b"".join(chunks)
+
+    def forget(self) -> None:
+        """Gives back the memory of a whole body."""
+        self._memory.give_back(self._held_bytes)
+        self._held_bytes = 0
 
     def _too_large(self) -> TooLarge:
         bounds = self._bounds

@@ -138,6 +138,7 @@ def test_an_invalid_upload_is_refused_and_leaves_no_file(
         b'--b\r\nContent-Disposition: form-data; name="file"\r\n\r\nrow\r\n--b--\r\n',
         b'--b\r\nContent-Disposition: form-data; name="file"; filename="\xff"\r\n\r\nrow\r\n--b--\r\n',
         b"--b\r\nContent-Disposition: form-data\r\n\r\nrow\r\n--b--\r\n",
+        b'--b\r\nContent-Disposition: form-data; name="' + b"x" * 10_000,
         b"no boundary at all",
         b"",
     ],

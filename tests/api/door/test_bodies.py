@@ -13,7 +13,7 @@ from starlette.responses import PlainTextResponse
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from api.app import create_app
-from api.door.bodies import MAX_OTHER_BYTES, ArrivalRate, BodyMiddleware, bounds_by_route
+from api.door.bodies import MAX_OTHER_BYTES, ArrivalRate, BodyMemory, BodyMiddleware, bounds_by_route
 from store.settings import StoreSettings
 
 SETTINGS = StoreSettings(
@@ -25,6 +25,7 @@ SETTINGS = StoreSettings(
     max_file_bytes=1_000_000,
 )
 PATIENT = ArrivalRate(grace_seconds=60, bytes_per_second=1)
+MEMORY = BodyMemory(1_000_000)
 
 
 class Route:
@@ -39,7 +40,7 @@ class Route:
 
 def post(path: str, *chunks: bytes, slowest: ArrivalRate = PATIENT, **more: Any) -> tuple[Exchange, Route]:
     route = Route()
-    app = BodyMiddleware(route, routes=bounds_by_route(SETTINGS), slowest=slowest)
+    app = BodyMiddleware(route, routes=bounds_by_route(SETTINGS), slowest=slowest, memory=MEMORY)
     headers = more.pop("headers", {"transfer-encoding": "chunked"})
     return Exchange(chunks, **more).run(app, scope_of("POST", path, headers)), route
 
@@ -86,7 +87,7 @@ def test_an_upload_is_streamed_to_its_route() -> None:
             received.append(len(chunk))
         await PlainTextResponse("ok")(scope, receive, send)
 
-    app = BodyMiddleware(route, routes=bounds_by_route(SETTINGS), slowest=PATIENT)
+    app = BodyMiddleware(route, routes=bounds_by_route(SETTINGS), slowest=PATIENT, memory=MEMORY)
     Exchange([b"x" * 10, b"y" * 20]).run(app, scope_of("POST", "/v1/files"))
     assert received == [10, 20, 0]
 
@@ -135,7 +136,7 @@ def test_a_route_that_reads_slowly_is_not_the_clients_fault() -> None:
             loop.passed += 3_600
         await PlainTextResponse("ok")(scope, receive, send)
 
-    app = BodyMiddleware(route, routes=bounds_by_route(SETTINGS), slowest=PATIENT)
+    app = BodyMiddleware(route, routes=bounds_by_route(SETTINGS), slowest=PATIENT, memory=MEMORY)
     with asyncio.Runner(loop_factory=Clock) as runner:
         runner.run(Prompt()._call(app, scope_of("POST", "/v1/files")))
     assert b"".join(received) == b"abc"
@@ -154,6 +155,33 @@ def test_depth_and_values_are_checked_before_the_route_parses() -> None:
     assert (many.status, many.error["code"], route.body) == (413, "too_large", None)
 
 
+def test_all_bodies_together_have_a_bound_and_give_their_memory_back() -> None:
+    memory = BodyMemory(15_000)
+    held: list[int] = []
+
+    async def other(scope: Scope, receive: Receive, send: Send) -> None:
+        """A route during which another request arrives."""
+        held.append(memory.held_bytes)
+        second = Exchange([b"y" * 4_000, b"y" * 4_000])
+        await second._call(app, scope_of("POST", "/predict"))
+        assert (second.status, second.error["code"]) == (503, "overloaded")
+        assert second.headers["retry-after"]
+        held.append(memory.held_bytes)
+        await PlainTextResponse("ok")(scope, receive, send)
+
+    app = BodyMiddleware(other, routes=bounds_by_route(SETTINGS), slowest=PATIENT, memory=memory)
+    first = Exchange([b"x" * 8_000]).run(app, scope_of("POST", "/predict"))
+    assert first.status == 200
+    assert held == [8_000, 8_000]
+    assert memory.held_bytes == 0
+
+
+def test_a_body_that_is_refused_gives_its_memory_back() -> None:
+    for path, chunks in (("/predict", [b"x" * 20_000, b"x"]), ("/predict", [b"[" * 50])):
+        post(path, *chunks)
+    assert MEMORY.held_bytes == 0
+
+
 def test_a_client_that_disconnects_gets_no_route() -> None:
     class Gone(Exchange):
         def _messages(self) -> Any:
@@ -161,6 +189,6 @@ def test_a_client_that_disconnects_gets_no_route() -> None:
             yield {"type": "http.disconnect"}
 
     route = Route()
-    app = BodyMiddleware(route, routes=bounds_by_route(SETTINGS), slowest=PATIENT)
+    app = BodyMiddleware(route, routes=bounds_by_route(SETTINGS), slowest=PATIENT, memory=MEMORY)
     exchange = Gone().run(app, scope_of("POST", "/predict"))
     assert (exchange.sent, route.body) == ([], None)
