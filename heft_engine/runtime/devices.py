@@ -15,6 +15,7 @@ import torch
 
 from heft_engine.config.train import Dtype
 
+_MOST_RESERVED = 2 << 30
 _CGROUP = Path("/sys/fs/cgroup")
 #: Words in the command line of every training process.
 _TRAINING_COMMAND = frozenset({"heft_engine", "train"})
@@ -81,6 +82,14 @@ def free_bytes(device: torch.device) -> int:
         limit = int((_CGROUP / "memory.max").read_text())
         free = min(free, limit - int((_CGROUP / "memory.current").read_text()))
     return free
+
+
+def reserved_bytes(device: torch.device) -> int:
+    """Bytes of a GPU that no plan uses: libraries' workspaces, machine code, and the allocator's own rounding."""
+    if device.type != "cuda":
+        return 0
+    _, total = torch.cuda.mem_get_info(device)
+    return min(_MOST_RESERVED, total // 12)
 
 
 def memory_share(device: torch.device, runs: int) -> int:

@@ -151,7 +151,7 @@ def _try_out(inputs: StageInputs) -> None:
 def _free_bytes(options: StageOptions, device: torch.device) -> int:
     if options.memory_bytes is not None:
         return options.memory_bytes
-    return devices.memory_share(device, options.cache.sharers)
+    return devices.memory_share(device, options.cache.sharers) - devices.reserved_bytes(device)
 
 
 def _fixed_bytes(inputs: StageInputs, *caches: CachePlan) -> int:
