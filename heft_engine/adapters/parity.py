@@ -14,6 +14,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -25,6 +26,7 @@ from heft_engine.model.float32_lm import full_precision
 from heft_engine.model.packed_lm import PackedLM
 from heft_engine.model.packing import micro_batches, pack
 from heft_engine.runtime.devices import dtype_name
+from heft_engine.runtime.out_of_memory import run_in_halves
 
 LIMIT = 1e-3
 #: Probe rows are a few short ones, because they also run in float32.
@@ -94,7 +96,13 @@ def compare(lm: PackedLM, adapted: ProbeStates, merged: ProbeStates, rows: int) 
 def probe_states(lm: PackedLM, examples: Sequence[Example]) -> Tensor:
     """Returns the last hidden states at the supervised tokens, interventions disabled: (tokens, hidden)."""
     with lm.interventions.disabled():
-        return torch.cat([_states(lm, part) for part in micro_batches(examples, TOKEN_BUDGET)])
+        return torch.cat(
+            [
+                states
+                for rows in micro_batches(examples, TOKEN_BUDGET)
+                for states in run_in_halves(partial(_states, lm), rows, lm.device)
+            ]
+        )
 
 
 def _states(lm: PackedLM, examples: Sequence[Example]) -> Tensor:

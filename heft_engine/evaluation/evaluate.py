@@ -9,6 +9,7 @@ import math
 from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import torch
@@ -25,6 +26,7 @@ from heft_engine.inference.scoring import Scores, score
 from heft_engine.model.loss import supervised_loss
 from heft_engine.model.packed_lm import PackedLM
 from heft_engine.model.packing import micro_batches
+from heft_engine.runtime.out_of_memory import run_in_halves
 
 #: For exact_match, tokens generated beyond the length of the reference.
 EXTRA_NEW_TOKENS = 8
@@ -171,6 +173,6 @@ def mean_loss(lm: PackedLM, examples: Sequence[Example]) -> float:
     """Mean cross-entropy per supervised token (nats) of examples; infinite if it overflows."""
     total, tokens = 0.0, 0
     for micro_batch in micro_batches(examples, TOKEN_BUDGET):
-        loss, count = supervised_loss(lm, micro_batch)
-        total, tokens = total + float(loss), tokens + count
+        for loss, count in run_in_halves(partial(supervised_loss, lm), micro_batch, lm.device):
+            total, tokens = total + float(loss), tokens + count
     return total / tokens if math.isfinite(total) else math.inf

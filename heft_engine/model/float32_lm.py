@@ -75,6 +75,9 @@ class Float32LM(PackedLM):
         with full_precision():
             return super().run_layers(states, positions, layout, first, end, watch)
 
+    def finish(self, states: Tensor) -> Tensor:
+        return super().finish(states).to(self.head.weight.device)
+
     def logits(self, hidden: Tensor) -> Tensor:
         return self.exact_logits(hidden)
 

@@ -1,12 +1,18 @@
-"""Running out of memory: recognised on any device, and what can be freed before a smaller attempt."""
+"""Running out of memory: recognised on any device, freed, and the work done in smaller pieces."""
 
 from __future__ import annotations
 
 import gc
+from collections.abc import Callable, Sequence
+from typing import TypeVar
 
 import torch
 
+from heft_engine.errors import OutOfMemory
 from heft_engine.runtime import malloc
+
+T = TypeVar("T")
+R = TypeVar("R")
 
 #: Of torch's exceptions, which have several classes and messages for it, on a CPU and on a GPU.
 _MESSAGES = ("out of memory", "can't allocate memory")
@@ -28,3 +34,21 @@ def free_memory(device: torch.device) -> None:
     malloc.trim()
     if device.type == "cuda":
         torch.cuda.empty_cache()
+
+
+def run_in_halves(work: Callable[[Sequence[T]], R], rows: Sequence[T], device: torch.device) -> list[R]:
+    """Returns what `work` returns for all rows, or, where memory runs out, for parts of them, in order.
+
+    The work can be repeated. Raises OutOfMemory if one row alone does not fit.
+    """
+    try:
+        return [work(rows)]
+    except (MemoryError, RuntimeError) as error:
+        if not is_out_of_memory(error):
+            raise
+    # Outside of the handler: the exception holds the tensors of the failed pass.
+    free_memory(device)
+    if len(rows) == 1:
+        raise OutOfMemory("the device ran out of memory in a pass over one row alone: lower max_length")
+    middle = len(rows) // 2
+    return [*run_in_halves(work, rows[:middle], device), *run_in_halves(work, rows[middle:], device)]

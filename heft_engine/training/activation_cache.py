@@ -16,6 +16,7 @@ Rows lie end to end in one flat tensor, in memory or mapped from a file.
 
 from __future__ import annotations
 
+import itertools
 import math
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -32,6 +33,7 @@ from heft_engine.data.encoding import Example
 from heft_engine.model.layout import Layout, PackedRow, PaddedPrefix
 from heft_engine.model.packed_lm import PackedLM
 from heft_engine.model.packing import fill, micro_batches, pack, packed_length
+from heft_engine.runtime.out_of_memory import run_in_halves
 from heft_engine.runtime.transfers import index_tensor, to_device
 from heft_engine.training.activation_store import StageActivations
 
@@ -104,12 +106,18 @@ class SuffixCache:
             stored = None
         # A cache on disk is there because memory has no room for it, and so none for more.
         upper = self._upper_states(keys_values, stored) if stored is not None and file is None else None
-        row = token = 0
+        lengths = [len(row.states) for row in self.rows]
+        first_token = [0, *itertools.accumulate(lengths)]
+
+        def fill_rows(indices: Sequence[int]) -> None:
+            rows = [self.rows[index] for index in indices]
+            self._fill(rows, upper[:, first_token[indices[0]] :] if upper is not None else None)
+
+        first = 0
         with torch.no_grad():
             for examples in micro_batches(self.examples, TOKEN_BUDGET):
-                rows = self.rows[row : row + len(examples)]
-                self._fill(examples, rows, upper[:, token:] if upper is not None else None)
-                row, token = row + len(rows), token + sum(len(each.states) for each in rows)
+                run_in_halves(fill_rows, range(first, first + len(examples)), lm.device)
+                first += len(examples)
         if stored is not None:
             computed = time.monotonic()
             with suppress(OSError):  # the disk is full: later runs compute it again
@@ -150,10 +158,10 @@ class SuffixCache:
             )
         return rows
 
-    def _fill(self, examples: Sequence[Example], rows: Sequence[CachedRow], upper: Tensor | None) -> None:
+    def _fill(self, rows: Sequence[CachedRow], upper: Tensor | None) -> None:
         """Runs some rows and writes their activations. upper: (depths, tokens, hidden), these rows' tokens first."""
         lm, boundary = self.lm, self.boundary
-        batch = pack(examples)
+        batch = pack([row.example for row in rows])
         ids, positions = (
             to_device(batch.input_ids, lm.device)[None],
             to_device(batch.position_ids, lm.device)[None],

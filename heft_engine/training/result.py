@@ -31,6 +31,7 @@ from heft_engine.model.model_files import weights_hash
 from heft_engine.model.packed_lm import PackedLM
 from heft_engine.model.packing import micro_batches, pack
 from heft_engine.runtime.devices import dtype_name
+from heft_engine.runtime.out_of_memory import run_in_halves
 from heft_engine.training import failure_signatures
 from heft_engine.training.checkpoint import RunState
 from heft_engine.training.setup import RunInputs
@@ -228,5 +229,14 @@ def _float32_totals(lm: PackedLM, examples: Sequence[Example]) -> list[tuple[flo
     """Returns the totals of every example in float32, one pass after the other."""
     exact = Float32LM(lm)
     exact.interventions.extend(lm.interventions)
-    batches = [pack(part) for part in micro_batches(examples, TOKEN_BUDGET)]
-    return [row.totals for batch in batches for row in score_hidden(exact, batch, exact.hidden(batch))]
+
+    def totals(rows: Sequence[Example]) -> list[tuple[float, ...]]:
+        batch = pack(rows)
+        return [row.totals for row in score_hidden(exact, batch, exact.hidden(batch))]
+
+    return [
+        row_totals
+        for rows in micro_batches(examples, TOKEN_BUDGET)
+        for part in run_in_halves(totals, rows, exact.device)
+        for row_totals in part
+    ]

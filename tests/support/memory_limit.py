@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 from typing import Any
 
 import pytest
@@ -23,4 +24,5 @@ def limit_pass_tokens(monkeypatch: pytest.MonkeyPatch, limit: int) -> list[int]:
         return out
 
     monkeypatch.setattr(PackedLM, "run_layers", limited)
+    monkeypatch.setattr(gc, "collect", lambda: 0)  # of a whole test session it takes a third of a second
     return passes

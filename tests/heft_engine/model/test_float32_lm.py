@@ -21,6 +21,7 @@ from heft_engine.adapters.lora.merge import merge_and_verify
 from heft_engine.adapters.parity import probe_states
 from heft_engine.config.train import LoraStage
 from heft_engine.data.encoding import Example
+from heft_engine.errors import OutOfMemory
 from heft_engine.model.attention import IMPLEMENTATION
 from heft_engine.model.float32_lm import Float32LM
 from heft_engine.model.packed_lm import PackedLM
@@ -91,6 +92,29 @@ def test_products_are_float32s_whatever_the_process_has_set(tiny_llama_dir: Path
     finally:
         torch.set_float32_matmul_precision("highest")
     assert precisions == ["highest"]
+
+
+def test_a_pass_that_fails_leaves_nothing_loaded(tiny_llama_dir: Path) -> None:
+    exact = Float32LM(packed(tiny_llama_dir))
+    expected = probe_states(exact, probes())
+
+    def fail() -> None:
+        raise torch.OutOfMemoryError
+
+    for module in ("self_attn.q_proj", "mlp.down_proj"):
+        exact.on_load(f"model.layers.2.{module}", fail)
+        with pytest.raises(OutOfMemory):
+            probe_states(exact, probes())
+        assert all(parameter.is_meta for parameter in exact.model.parameters())
+        exact.on_load(f"model.layers.2.{module}", lambda: None)
+        assert torch.equal(probe_states(exact, probes()), expected)
+
+
+def test_states_end_on_the_device_of_the_head(tiny_llama_dir: Path) -> None:
+    """A model spread over several devices has its head on the last one."""
+    exact = Float32LM(packed(tiny_llama_dir))
+    exact.head = torch.nn.Linear(exact.hidden_size, 10, device="meta")
+    assert exact.finish(torch.ones(1, 2, exact.hidden_size)).is_meta
 
 
 class PeakBytes(TorchDispatchMode):

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import gc
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import pytest
 import torch
 from engine_runs import LORA, REFT, RunRecord, assert_equal, but, config, interrupted, parse, run, yes_no
+from memory_limit import limit_pass_tokens
 from torch import Tensor
 
 from heft_engine.config.train import LoraStage, ReftStage
@@ -39,6 +41,7 @@ def limit_tokens(monkeypatch: pytest.MonkeyPatch) -> LimitTokens:
             return loss
 
         monkeypatch.setattr(loop, "summed_loss", limited)
+        monkeypatch.setattr(gc, "collect", lambda: 0)  # of a whole test session it takes a third of a second
 
     return limit
 
@@ -115,6 +118,22 @@ def test_a_row_that_does_not_fit_alone_fails_the_run(
         run(config(tiny_llama_dir, "lora", [LORA]), tmp_path / "out", record=record)
     assert (failed.value.code, failed.value.param) == ("out_of_memory", "max_length")
     assert record.losses == {}
+
+
+def test_a_run_whose_every_pass_runs_out_of_memory_ends_as_the_others(
+    tiny_llama_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Training, cached activations, evaluation, the checks of merges and probe rows: all go on in smaller passes."""
+    settings, rows = config(tiny_llama_dir, max_length=128), parse(yes_no(16, seed=1))
+    whole = run(settings, tmp_path / "whole", validation=rows)
+    passes = limit_pass_tokens(monkeypatch, 130)
+    survived = run(settings, tmp_path / "survived", validation=rows)
+    assert len([tokens for tokens in passes if tokens > 130]) > 5
+    assert warned_budgets(survived) != []
+    assert survived.losses == pytest.approx(whole.losses, abs=1e-3)
+    assert survived.one("MERGE_VERIFIED")["float32"] < 1e-4
+    for mine, theirs in zip(survived.data("EVALUATION"), whole.data("EVALUATION"), strict=True):
+        assert mine["accuracy"] == theirs["accuracy"]
 
 
 def test_another_failure_is_not_taken_for_a_lack_of_memory(
