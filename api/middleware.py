@@ -1,7 +1,8 @@
 """The outermost middleware, plain ASGI: request ids, metrics, and a 500 for unexpected exceptions.
 
 Every response has an `x-request-id`. Requests with a content encoding or a NUL in their path are refused here. A
-connection is closed when its request is answered before a large body has been received.
+connection is closed when its request had no valid key and is answered before a large body has been received. With a
+key the server reads and discards the rest, so that every client can read the refusal (`api.door.connections`).
 """
 
 from __future__ import annotations
@@ -21,7 +22,7 @@ from store.logs import bound
 
 log = logging.getLogger(__name__)
 
-#: The server reads and discards so much of a body that nobody wants, to keep the connection.
+#: The server discards so much of a body that nobody wants even without a key, to keep the connection.
 MAX_DISCARDED_BYTES = 64 * 1024
 #: A connection with an unread body is reset when it is closed. nginx, still sending, would then answer 502: it gets so
 #: long to read the response, which is complete by its Content-Length.
@@ -71,7 +72,7 @@ class RequestMiddleware:
         async def send_with_id(message: Message) -> None:
             nonlocal started, closes
             if message["type"] == "http.response.start":
-                started, closes = True, unreceived
+                started, closes = True, unreceived and "caller" not in scope["state"]
                 headers = MutableHeaders(scope=message)
                 headers["x-request-id"] = request_id
                 if closes:

@@ -1,7 +1,7 @@
 """Predictions for many rows over HTTP: concurrent requests, answers in the order of the rows.
 
-Requests that the service refuses because it is busy are retried after its Retry-After. A request that repeatedly times
-out is split in half.
+Requests that the service refuses because it is busy are retried after its Retry-After. A request that is too large, or
+that repeatedly times out, is split in half.
 """
 
 from __future__ import annotations
@@ -82,15 +82,20 @@ class BulkPredictor:
                 self._answered_at = time.monotonic()
                 answers: list[Json] = response.json()["data"]
                 return answers
+            if response.status_code == 413 and len(batch) > 1:
+                return await self._predict_halves(batch)
             if response.status_code not in _BUSY:
                 raise CommandError(_error(response, batch))
             await self._pause(error_message(response), _retry_after(response))
             timeouts += _timed_out(response)
             # The first timeout may be due to loading the model.
             if timeouts > 1 and len(batch) > 1:
-                half = len(batch) // 2
-                first, second = batch[:half], batch[half:]
-                return [*await self._predict_with_retries(first), *await self._predict_with_retries(second)]
+                return await self._predict_halves(batch)
+
+    async def _predict_halves(self, batch: Sequence[Line]) -> list[Json]:
+        half = len(batch) // 2
+        first, second = batch[:half], batch[half:]
+        return [*await self._predict_with_retries(first), *await self._predict_with_retries(second)]
 
     async def _pause(self, reason: str, seconds: float) -> None:
         """Raises CommandError if nothing was answered for too long."""

@@ -25,6 +25,9 @@ _OTHER_DESCRIPTORS = 256
 #: A chunk of one byte is sent as six.
 _FRAMING = 6
 
+#: Of the rest of a body whose request has been answered. Many clients read no response before they have sent all.
+_MAX_DISCARDED_BYTES = 32 * 1024**2
+
 #: The number of connections of each address.
 _addresses: WeakKeyDictionary[ServerState, Counter[str]] = WeakKeyDictionary()
 
@@ -66,6 +69,7 @@ class LimitedProtocol(HttpToolsProtocol):
         self._deadline: asyncio.TimerHandle | None = None
         self._received_bytes = 0  #: of the message at hand
         self._body_bytes = 0
+        self._discarded_bytes = 0
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
         super().connection_made(transport)
@@ -105,10 +109,14 @@ class LimitedProtocol(HttpToolsProtocol):
 
     def on_body(self, body: bytes) -> None:
         self._body_bytes += len(body)
+        if self.cycle.response_complete:
+            self._discarded_bytes += len(body)
+            if self._discarded_bytes > _MAX_DISCARDED_BYTES:
+                self.transport.close()
         super().on_body(body)
 
     def on_message_complete(self) -> None:
-        self._received_bytes = self._body_bytes = 0
+        self._received_bytes = self._body_bytes = self._discarded_bytes = 0
         super().on_message_complete()
 
     def send_400_response(self, msg: str) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 import re
 from collections.abc import Callable, Iterator
@@ -226,6 +227,16 @@ class TestBodies:
     def test_a_large_body_is_413(self, client: httpx.Client, path: str, settings: StoreSettings) -> None:
         body = json.dumps({"model": "x" * settings.max_question_bytes}).encode()
         answer = client.post(path, content=body, headers={"Content-Type": "application/json"})
+        assert (answer.status_code, error(answer)["code"]) == (413, "too_large")
+
+    def test_an_asynchronous_client_reads_the_refusal_of_a_body_that_it_still_sends(
+        self, client: httpx.Client, url: str
+    ) -> None:
+        async def send() -> httpx.Response:
+            async with httpx.AsyncClient(base_url=url, headers=client.headers) as sender:
+                return await sender.post("/predict", content=b"x" * 20_000_000)
+
+        answer = asyncio.run(send())
         assert (answer.status_code, error(answer)["code"]) == (413, "too_large")
 
     def test_a_large_body_without_a_content_length_is_413(self, client: httpx.Client) -> None:

@@ -150,6 +150,20 @@ def test_requests_that_time_out_are_split(service: Answering, rows: Path, tmp_pa
     assert max(map(len, service.answered)) <= 2
 
 
+def test_requests_that_are_too_large_are_split(service: Answering, rows: Path, tmp_path: Path) -> None:
+    service.before = lambda numbers: refusal(413, "too_large") if len(numbers) > 1 else None
+    out = tmp_path / "answers.jsonl"
+    assert run(service, rows, out).exit_code == 0
+    assert numbers(out) == list(range(100))
+
+
+def test_a_row_that_is_too_large_alone_is_named(service: Answering, rows: Path, tmp_path: Path) -> None:
+    service.before = lambda numbers: refusal(413, "too_large") if 5 in numbers else None
+    result = run(service, rows, tmp_path / "answers.jsonl")
+    assert result.exit_code == 1
+    assert "line 11: " in result.stderr  # every other line is empty
+
+
 def test_an_interrupted_run_is_continued(service: Answering, rows: Path, tmp_path: Path) -> None:
     service.before = lambda numbers: refusal(500, "internal_error") if 50 in numbers else None
     out = tmp_path / "answers.jsonl"

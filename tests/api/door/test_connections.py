@@ -162,6 +162,31 @@ def test_a_body_that_trickles_after_its_answer_has_a_deadline(connect: Connect) 
     run(test)
 
 
+def test_the_rest_of_a_body_is_discarded_up_to_a_bound(
+    connect: Connect, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(connections, "_MAX_DISCARDED_BYTES", 1_000)
+
+    async def refuse(scope: Scope, receive: Receive, send: Send) -> None:
+        await PlainTextResponse("no", 413)(scope, receive, send)
+
+    async def test() -> None:
+        protocol, transport = connect()
+        protocol.app = refuse
+        for _ in range(2):
+            protocol.data_received(b"POST / HTTP/1.1\r\nHost: a\r\nContent-Length: 900\r\n\r\n")
+            await finished(protocol)
+            protocol.data_received(b"x" * 900)
+            assert not transport.is_closing()
+        assert transport.written.count(b" 413 ") == 2
+        protocol.data_received(b"POST / HTTP/1.1\r\nHost: a\r\nContent-Length: 2000\r\n\r\n")
+        await finished(protocol)
+        protocol.data_received(b"x" * 1_001)
+        assert transport.is_closing()
+
+    run(test)
+
+
 def test_large_headers_are_refused_before_they_are_complete(connect: Connect) -> None:
     async def test() -> None:
         protocol, transport = connect()

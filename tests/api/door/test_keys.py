@@ -101,6 +101,10 @@ def test_a_refusal_is_complete_before_the_connection_is_closed(app: FastAPI) -> 
     exchange = Exchange().run(app, scope_of("POST", "/predict", {"content-length": "7000000"}))
     assert [message.get("more_body") for message in exchange.sent] == [None, True, False]
     assert len(exchange.sent[1]["body"]) == int(exchange.headers["content-length"])
+    with_key = {"content-length": "7000000", "authorization": f"Bearer {RIGHT}"}
+    known = Exchange().run(app, scope_of("POST", "/predict", with_key))
+    assert (known.status, len(known.sent)) == (413, 2)
+    assert "connection" not in known.headers
     small = Exchange().run(app, scope_of("POST", "/predict", {"content-length": "70"}))
     assert "connection" not in small.headers
     assert len(small.sent) == 2
