@@ -25,7 +25,7 @@ MAX_OTHER_BYTES = 64 * 1024
 _FORM_BYTES = 256 * 1024
 
 #: `/predict` takes 1,024 questions, each with up to 100 choices or several messages.
-MAX_QUESTION_VALUES = 200_000
+MAX_QUESTION_VALUES = 120_000
 #: A study has up to 200 arms with settings of their own.
 MAX_JOB_VALUES = 20_000
 

@@ -31,10 +31,14 @@ class Identified(BaseModel):
     id: str
 
 
-class RequestBody(BaseModel):
-    """Base class of JSON bodies. Refuses unknown fields, objects of too many and values that Postgres can't store."""
+class RequestPart(BaseModel):
+    """Base class of objects within JSON bodies. Refuses unknown fields."""
 
     model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
+
+
+class RequestBody(RequestPart):
+    """Base class of JSON bodies. Refuses large objects and values that Postgres can't store, at any depth."""
 
     @model_validator(mode="before")
     @classmethod

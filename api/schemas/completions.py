@@ -11,7 +11,7 @@ from typing import Annotated, Any, Literal
 from pydantic import AfterValidator, Field, field_validator, model_validator
 from pydantic_core import PydanticCustomError
 
-from api.schemas.common import MAX_MESSAGES, IgnoredText, NonEmptyText, RequestBody, Text
+from api.schemas.common import MAX_MESSAGES, IgnoredText, NonEmptyText, RequestBody, RequestPart, Text
 from api.schemas.predict import Intervention
 from store.messages.generate import SamplingParams
 
@@ -47,12 +47,12 @@ def _not_empty(stop: str) -> str:
 Stop = Annotated[str, Field(max_length=1_000), AfterValidator(_not_empty)]
 
 
-class StreamOptions(RequestBody):
+class StreamOptions(RequestPart):
     include_usage: bool = False
     include_obfuscation: bool = False  #: accepted from OpenAI's clients and ignored
 
 
-class TextFormat(RequestBody):
+class TextFormat(RequestPart):
     type: Literal["text"]
 
 
@@ -165,12 +165,12 @@ class CompletionRequest(GenerationRequest):
         return params
 
 
-class TextPart(RequestBody):
+class TextPart(RequestPart):
     type: Literal["text"]
     text: Text
 
 
-class ConversationMessage(RequestBody):
+class ConversationMessage(RequestPart):
     role: Literal["system", "developer", "user", "assistant"]
     content: Text | Annotated[list[TextPart], Field(min_length=1, max_length=MAX_PARTS, fail_fast=True)]
 

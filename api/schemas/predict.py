@@ -7,7 +7,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, Field, field_validator, model_validator
 
-from api.schemas.common import MAX_MESSAGES, NonEmptyText, RequestBody, Text
+from api.schemas.common import MAX_MESSAGES, NonEmptyText, RequestBody, RequestPart, Text
 from store.errors import TooLarge
 from store.messages.predict import PredictedRow
 
@@ -17,12 +17,12 @@ MAX_INPUTS = 1_024
 Choice = Annotated[str, Field(max_length=10_000)]
 
 
-class ChatMessage(RequestBody):
+class ChatMessage(RequestPart):
     role: Literal["system", "developer", "user", "assistant"]
     content: Text
 
 
-class Question(RequestBody):
+class Question(RequestPart):
     """One of `question` (with an optional passage and choices), `prompt` and `messages`."""
 
     question: NonEmptyText | None = None
@@ -51,14 +51,14 @@ class Question(RequestBody):
         return self.model_dump(include=set(Question.model_fields), exclude_none=True)
 
 
-class Intervention(RequestBody):
+class Intervention(RequestPart):
     """Stage 2's intervention in this request: disabled, or scaled, h + scale · (Φ(h) − h)."""
 
     enabled: bool = True
     scale: Annotated[float, Field(ge=-100, le=100)] = 1.0
 
 
-class PredictRequest(Question):
+class PredictRequest(RequestBody, Question):
     """One question, or up to 1,024 in `inputs`. Answers with a probability below `abstain_below` are null."""
 
     model: Annotated[str, Field(min_length=1, max_length=300)]

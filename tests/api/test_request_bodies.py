@@ -77,6 +77,25 @@ def test_a_list_ends_at_its_first_fault(kind: type[BaseModel], body: dict[str, A
     assert refusal.value.error_count() <= 2  # a prompt may be a text or a list of texts
 
 
+@pytest.mark.parametrize(
+    ("kind", "body"),
+    [
+        (
+            ChatCompletionRequest,
+            {"messages": [{"role": "user", "content": [{"type": "text", "text": "a"}] * 9}]},
+        ),
+        (PredictRequest, {"inputs": [{"messages": [{"role": "user", "content": "a"}] * 9}] * 9}),
+    ],
+)
+def test_only_the_whole_body_is_searched_for_what_can_not_be_stored(
+    kind: type[BaseModel], body: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    searched: list[object] = []
+    monkeypatch.setattr(common, "find_unstorable", searched.append)
+    kind.model_validate({"model": "m", **body})
+    assert len(searched) == 1
+
+
 def test_too_many_inputs_are_refused_before_any_is_validated() -> None:
     with pytest.raises(TooLarge):
         PredictRequest.model_validate({"model": "m", "inputs": [0] * 1_025})
