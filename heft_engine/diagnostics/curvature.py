@@ -34,6 +34,7 @@ from heft_engine.data.encoding import Example
 from heft_engine.diagnostics.eigen import hutchinson, lanczos
 from heft_engine.model.interventions import PlacedIntervention
 from heft_engine.model.packed_lm import PackedLM
+from heft_engine.runtime.transfers import index_tensor
 from heft_engine.training.activation_cache import SuffixCache
 
 #: Rows of one forward pass through the upper layers.
@@ -80,12 +81,14 @@ class _Batch:
 
 
 class GaussNewton:
-    """G at the initial intervention, over the rows of a cache. Vectors are all parameters, flattened: (n,)."""
+    """G at the initial intervention, over the rows of a cache. Vectors are all parameters, flat, on the CPU."""
 
     def __init__(self, cache: SuffixCache, initial: InitialIntervention) -> None:
         self._initial = initial
         self._lm = cache.lm
-        self.parameters: Parameters = initial.intervention.export_state()
+        self.parameters: Parameters = {
+            name: tensor.to(cache.lm.device) for name, tensor in initial.intervention.export_state().items()
+        }
         self._functions = [
             self._function(cache, range(start, min(start + BATCH_ROWS, len(cache.rows))))
             for start in range(0, len(cache.rows), BATCH_ROWS)
@@ -99,16 +102,17 @@ class GaussNewton:
 
     def product(self, vector: Tensor) -> Tensor:
         """P·G·P·v."""
-        direction = self._project(self._split(vector.float()))
-        total = torch.zeros(self.size)
+        direction = self._project(self._split(vector.float().to(self._lm.device)))
+        total = torch.zeros(self.size, device=self._lm.device)
         for batch in self._batches:
             total += self._join(batch.product(direction))
         self._lm.on_forward()
-        return self._join(self._project(self._split(total))) / self.tokens
+        return self._join(self._project(self._split(total))).cpu() / self.tokens
 
     def tangent(self, generator: torch.Generator) -> Tensor:
         """Returns a random vector of the tangent space."""
-        return self._join(self._project(self._split(torch.randn(self.size, generator=generator))))
+        vector = torch.randn(self.size, generator=generator).to(self._lm.device)
+        return self._join(self._project(self._split(vector))).cpu()
 
     def logits(self) -> list[Callable[[Parameters], Tensor]]:
         """Returns the supervised tokens' logits as functions of the parameters, one for each batch."""
@@ -134,14 +138,14 @@ class GaussNewton:
     def _function(self, cache: SuffixCache, indices: Sequence[int]) -> Callable[[Parameters], Tensor]:
         lm, kind = self._lm, type(self._initial.intervention)
         states, positions, layout = cache.suffix(indices)
-        at = torch.tensor(layout.intervened(*parse_positions(self._initial.positions)), device=states.device)
+        at = index_tensor(layout.intervened(*parse_positions(self._initial.positions)), states.device)
         reads = [
             start + offset
             for row, index in zip(layout.rows, indices, strict=True)
             for start in [row.start + row.prompt - row.cached_tokens - 1]
             for offset in range(len(cache.rows[index].example.answers[0]))
         ]
-        supervised = torch.tensor(reads, device=states.device)
+        supervised = index_tensor(reads, states.device)
 
         def logits(parameters: Parameters) -> Tensor:
             h = states[0, at]

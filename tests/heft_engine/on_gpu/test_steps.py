@@ -8,6 +8,7 @@ from functools import partial
 from typing import Any, get_args
 
 import pytest
+import torch
 from pretended_gpu.build import requires_pretended_gpu
 from pretended_gpu.child import run_all
 from pretended_gpu.gpu import Gpu
@@ -19,6 +20,7 @@ from heft_engine.adapters.registry import ADAPTERS
 from heft_engine.config.flops import CacheLevel
 from heft_engine.config.train import InterventionKind, LoraStage, ReftStage, Stage
 from heft_engine.data.encoding import Example
+from heft_engine.diagnostics import curvature, representations
 from heft_engine.inference.decode_batch import DecodeBatch, DecodeRequest
 from heft_engine.inference.sampling import SamplingParams
 from heft_engine.inference.scoring import score
@@ -120,6 +122,17 @@ def decodes(gpu: Gpu, family: str) -> dict[str, Any]:
     return {"sequences": len(batch)}
 
 
+def diagnoses(gpu: Gpu, kind: str) -> None:
+    """Curvature and representations. A descent's steps are those of training."""
+    lm = tiny_lm("llama", dtype=torch.float32)
+    intervention = curvature.new_intervention(kind, lm.hidden_size, rank=2, seed=0).to(lm.device)
+    initial = curvature.InitialIntervention(layer=1, positions="l1", intervention=intervention)
+    examples = rows(9, 30, 5)
+    curvature.curvature(lm, initial, examples, seed=0, steps=2, probes=2)
+    states = representations.states(lm, examples, layer=1, positions="l1")
+    assert states.device.type == "cpu"
+
+
 LORA = {"type": "lora", "learning_rate": 1e-3}
 REFT = {"type": "reft", "learning_rate": 1e-3, "layers": [1], "positions": "l2"}
 LEVELS = ("nothing", "states", "keys_values")
@@ -154,6 +167,10 @@ def check(all_scenarios: list[Any], seconds: float) -> None:
 
 def test_a_step_and_a_scoring_pass_wait_for_the_gpu_once() -> None:
     check(scenarios("llama", [{}], [{}]), 200)
+
+
+def test_a_diagnosis_runs_on_a_gpu() -> None:
+    check([partial(diagnoses, kind=kind) for kind in ("loreft", "direft")], 200)
 
 
 @pytest.mark.slow
