@@ -87,6 +87,12 @@ def authenticate(session: Session, key: str) -> Owner:
     return Owner(id=row.owner_id, key_id=key_id)
 
 
+def is_valid(session: Session, *, key_id: str) -> bool:
+    """Returns whether a key that was authenticated has not been revoked since."""
+    query = select(ApiKey.id).where(ApiKey.id == key_id, ApiKey.revoked_at.is_(None))
+    return session.scalar(query) is not None
+
+
 def list_keys(session: Session, *, owner_id: str | None = None) -> list[ApiKey]:
     """Returns all keys, or one owner's, newest first; revoked ones too."""
     query = select(ApiKey).order_by(ApiKey.created_at.desc(), ApiKey.id.desc())

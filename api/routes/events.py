@@ -16,6 +16,7 @@ from api.database import Database
 from api.deps import After, Caller, Db, Limit
 from api.schemas.common import Listing
 from api.schemas.job_object import EventObject
+from store import keys
 from store.db.states import TERMINAL
 from store.db.tables import Event
 from store.errors import Unavailable
@@ -55,16 +56,18 @@ async def list_events(
         return Listing.of([EventObject.of(event) for event in page.items], has_more=page.has_more)
     await db(jobs.get, owner_id=caller.id, job_id=job_id)  # a 404 must come before the stream starts
     return EventSourceResponse(
-        _follow(db, owner_id=caller.id, job_id=job_id, seq=last_event_id), ping=HEARTBEAT_SECONDS
+        _follow(db, caller=caller, job_id=job_id, seq=last_event_id), ping=HEARTBEAT_SECONDS
     )
 
 
-async def _follow(db: Database, *, owner_id: str, job_id: str, seq: int) -> AsyncIterator[ServerSentEvent]:
+async def _follow(
+    db: Database, *, caller: keys.Owner, job_id: str, seq: int
+) -> AsyncIterator[ServerSentEvent]:
     """Each poll has a session of its own, so that an open stream holds no connection."""
     ended = False
     while not ended:
         try:
-            ended, events = await db(_next, owner_id=owner_id, job_id=job_id, seq=seq)
+            ended, events = await db(_next, caller=caller, job_id=job_id, seq=seq)
         except Unavailable as fault:
             log.warning("event stream of %s waits for the database: %s", job_id, fault)
             events = ()
@@ -75,11 +78,13 @@ async def _follow(db: Database, *, owner_id: str, job_id: str, seq: int) -> Asyn
             await asyncio.sleep(POLL_SECONDS)
 
 
-def _next(session: Session, *, owner_id: str, job_id: str, seq: int) -> tuple[bool, Sequence[Event]]:
-    """Returns the next events, and whether the stream ends with them.
+def _next(session: Session, *, caller: keys.Owner, job_id: str, seq: int) -> tuple[bool, Sequence[Event]]:
+    """Returns the next events, and whether the stream ends with them: the job has, or the key was revoked.
 
     The state is read first, so that the event that ended the job is among them.
     """
-    state = jobs.get(session, owner_id=owner_id, job_id=job_id).state
-    events = jobs.events_after(session, owner_id=owner_id, job_id=job_id, seq=seq, limit=BATCH)
+    if not keys.is_valid(session, key_id=caller.key_id):
+        return True, ()
+    state = jobs.get(session, owner_id=caller.id, job_id=job_id).state
+    events = jobs.events_after(session, owner_id=caller.id, job_id=job_id, seq=seq, limit=BATCH)
     return state in TERMINAL and len(events) < BATCH, events

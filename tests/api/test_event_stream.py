@@ -15,6 +15,7 @@ from fastapi import FastAPI
 
 from api.app import create_app
 from api.routes import events as routes
+from store import keys
 from store.db.session import SessionFactory, transaction
 from store.jobs import leases
 from store.settings import StoreSettings
@@ -87,6 +88,21 @@ def test_a_stream_sends_each_event_as_it_is_written(client: httpx.Client) -> Non
             assert next(sent) == Sent(seq=2, code="PAUSED")
             other.post(f"{JOBS}/{job_id}/cancel")
             assert list(sent) == [Sent(seq=3, code="CANCELLED")]
+
+
+def test_a_stream_ends_when_its_key_is_revoked(
+    client: httpx.Client, sessions: SessionFactory, owner: str
+) -> None:
+    """The job goes on, and so do the owner's other keys; the revoked one is refused from then on."""
+    job_id = create(client)["id"]
+    with client.stream("GET", f"{JOBS}/{job_id}/events?stream=true") as answer:
+        sent = read(answer.iter_lines())
+        assert next(sent).code == "CREATED"
+        with transaction(sessions) as session:
+            [key] = keys.list_keys(session, owner_id=owner)
+            keys.revoke(session, key_id=key.id)
+        assert list(sent) == []
+    assert client.get(f"{JOBS}/{job_id}").status_code == 401
 
 
 def test_twenty_readers_hold_no_connection(client: httpx.Client) -> None:
