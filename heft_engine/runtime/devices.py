@@ -32,10 +32,15 @@ def choose_device(requested: str | None = None) -> str:
 
 
 def choose_dtype(requested: Dtype, device: str) -> torch.dtype:
-    """Returns the requested dtype; for "auto", bfloat16 where the hardware multiplies it, else float32."""
+    """Returns the requested dtype; for "auto", bfloat16 where the hardware multiplies it, else float32.
+
+    GPUs before compute capability 8.0 (T4, V100) only emulate bfloat16.
+    """
     if requested != "auto":
         return torch.float32 if requested == "float32" else torch.bfloat16
-    has_bfloat16 = torch.cuda.is_bf16_supported() if device != "cpu" else _cpu_has_bfloat16()
+    has_bfloat16 = (
+        torch.cuda.is_bf16_supported(including_emulation=False) if device != "cpu" else _cpu_has_bfloat16()
+    )
     return torch.bfloat16 if has_bfloat16 else torch.float32
 
 

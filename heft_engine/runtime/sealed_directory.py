@@ -12,12 +12,12 @@ import shutil
 from pathlib import Path
 from typing import Any
 
-import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from heft_engine.errors import BundleError
+from heft_engine.runtime.random_state import RandomState
 
 MANIFEST = "manifest.json"
 _TENSORS = "state.safetensors"
@@ -25,9 +25,9 @@ _VALUES = "state.json"
 
 
 def save_state(directory: Path, values: dict[str, Any], tensors: dict[str, Tensor]) -> None:
-    """Writes JSON values and tensors, and adds torch's random state to the tensors as "rng"."""
+    """Writes JSON values and tensors, and adds torch's random state to the tensors."""
     directory.mkdir(parents=True, exist_ok=True)
-    with_rng = {**tensors, "rng": torch.get_rng_state()}
+    with_rng = {**tensors, **RandomState.current().to_tensors()}
     save_file(
         {name: tensor.detach().cpu().contiguous() for name, tensor in with_rng.items()},
         directory / _TENSORS,

@@ -39,7 +39,7 @@ _STEPS, _ANY = "????????-0-*-step", "????????-[01]-*-st*"
 
 @dataclass(frozen=True, kw_only=True)
 class StageSnapshot:
-    """A stage in the middle of its training. tensors: by TrainLoop's names, and torch's random state as "rng"."""
+    """A stage in the middle of its training. tensors: by TrainLoop's names, and torch's random state."""
 
     progress: Progress
     tensors: dict[str, Tensor]

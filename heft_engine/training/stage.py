@@ -7,11 +7,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from uuid import uuid4
 
-import torch
-
 from heft_engine.config.flops import CacheLevel
 from heft_engine.data.encoding import Example
 from heft_engine.objectives.registry import create
+from heft_engine.runtime.random_state import RandomState
 from heft_engine.training.activation_store import StageActivations
 from heft_engine.training.cache_plan import CachePlan
 from heft_engine.training.checkpoint import StageSnapshot
@@ -75,7 +74,7 @@ def train_stage(
     )
     if snapshot is not None:
         loop.restore(snapshot.progress, snapshot.tensors)
-        torch.set_rng_state(snapshot.tensors["rng"])  # last, since everything above may draw
+        RandomState.from_tensors(snapshot.tensors).restore()  # last, since everything above may draw
         snapshot.tensors.clear()  # with Adam's moments they are larger than the adapter
     loop.run()
     caches = [forward.cache for forward in (training, validation) if isinstance(forward, SuffixPass)]
