@@ -229,7 +229,7 @@ class DecodeBatch:
             states = self._lm.embed(to_device(batch.input_ids, device)[None])
             states = self._lm.run_layers(states, positions, layout, 0, self._lm.n_layers)
         with self._lm.inference_mode(one_token=True):
-            return self._lm.logits(self._lm.finish(states[:, index_tensor(last_positions, device)])[0])
+            return self._lm.logits(self._lm.finish(states[:, index_tensor(last_positions, states.device)])[0])
 
 
 class _SlotWriter:

@@ -69,7 +69,7 @@ class _CrossEntropy(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor, None, None]:
         (gradient,) = ctx.saved_tensors
-        return gradient * grad_outputs[0], None, None
+        return gradient * grad_outputs[0].to(gradient.device), None, None
 
 
 def _chunks(hidden: Tensor, targets: list[int]) -> Iterator[tuple[Tensor, Tensor]]:

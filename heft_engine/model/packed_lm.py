@@ -183,6 +183,7 @@ class PackedLM:
     def exact_logits(self, hidden: Tensor) -> Tensor:
         """The logits, multiplied in float32: through a bfloat16 head, 7 of 160 BoolQ rows tied exactly."""
         weight = self.head.weight
+        hidden = hidden.to(weight.device)  # of a model on several GPUs
         logits = self.backend.logits(hidden, weight)
         if logits is not None:
             return self._cap(logits + self._bias())
@@ -195,6 +196,8 @@ class PackedLM:
 
         Products and sums row by row, never one matrix product: a row's bits don't depend on n.
         """
+        device = self.head.weight.device
+        hidden, tokens = hidden.to(device), tokens.to(device)  # of a model on several GPUs
         weights = self.head.weight[tokens].float()
         bias = self._bias()
         offset = bias[tokens] if isinstance(bias, Tensor) else bias

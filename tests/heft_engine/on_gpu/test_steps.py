@@ -12,6 +12,7 @@ import torch
 from pretended_gpu.build import requires_pretended_gpu
 from pretended_gpu.child import run_all
 from pretended_gpu.gpu import Gpu
+from pretended_gpu.machine import Machine
 from pretended_gpu.models import tiny_lm
 from tiny_models import FAMILIES
 
@@ -60,9 +61,9 @@ def loop_of(adapter: Adapter, stage: Stage, forward: ForwardPass) -> TrainLoop:
     )
 
 
-def trains(gpu: Gpu, family: str, stage: dict[str, Any], level: str = "nothing") -> dict[str, Any]:
+def trains(gpu: Gpu, stage: dict[str, Any], level: str = "nothing", **model: Any) -> dict[str, Any]:
     """Two steps of a stage, of which the second is counted; then the end of an epoch, and a checkpoint restored."""
-    lm = tiny_lm(family)
+    lm = tiny_lm(**model)
     settings: Stage
     if stage["type"] == "lora":
         settings = LoraStage(**stage, target_modules=list(lm.family.attention))
@@ -90,9 +91,9 @@ def trains(gpu: Gpu, family: str, stage: dict[str, Any], level: str = "nothing")
     return {"waits": waits, "places": sorted(places)}
 
 
-def scores(gpu: Gpu, family: str) -> None:
+def scores(gpu: Gpu, **model: Any) -> None:
     """Single labels and longer answers of different numbers, in one pass."""
-    lm = tiny_lm(family)
+    lm = tiny_lm(**model)
     examples = [
         *rows(40, 9, answers=((7,), (8,))),
         *rows(30, answers=((7,), (8,), (9,))),
@@ -103,8 +104,8 @@ def scores(gpu: Gpu, family: str) -> None:
     score(lm, examples)
 
 
-def decodes(gpu: Gpu, family: str) -> dict[str, Any]:
-    lm = tiny_lm(family)
+def decodes(gpu: Gpu, **model: Any) -> dict[str, Any]:
+    lm = tiny_lm(**model)
     batch = DecodeBatch(lm, budget_bytes=1 << 30)
     prompts = [example.prompt for example in rows(60, 5, 63, 30)]
     drawn = SamplingParams(temperature=0.7, top_p=0.9, top_logprobs=2, presence_penalty=0.1)
@@ -138,19 +139,19 @@ REFT = {"type": "reft", "learning_rate": 1e-3, "layers": [1], "positions": "l2"}
 LEVELS = ("nothing", "states", "keys_values")
 
 
-def scenarios(family: str, loras: Sequence[dict[str, Any]], refts: Sequence[dict[str, Any]]) -> list[Any]:
-    """A family's stages, on every level of the cache; its scores; its texts."""
-    stages = [partial(trains, family=family, stage=LORA | changes) for changes in loras]
+def scenarios(
+    loras: Sequence[dict[str, Any]], refts: Sequence[dict[str, Any]], **model: Any
+) -> list[partial[Any]]:
+    """A model's stages, on every level of the cache; its scores; its texts."""
+    stages = [partial(trains, stage=LORA | changes, **model) for changes in loras]
     stages += [
-        partial(trains, family=family, stage=REFT | changes, level=level)
-        for changes in refts
-        for level in LEVELS
+        partial(trains, stage=REFT | changes, level=level, **model) for changes in refts for level in LEVELS
     ]
-    return [*stages, partial(scores, family=family), partial(decodes, family=family)]
+    return [*stages, partial(scores, **model), partial(decodes, **model)]
 
 
-def check(all_scenarios: list[Any], seconds: float) -> None:
-    reports = run_all(all_scenarios, seconds=seconds)
+def check(all_scenarios: list[Any], seconds: float, gpus: int = 1) -> None:
+    reports = run_all(all_scenarios, Machine(gpus=gpus), seconds=seconds)
     for scenario, report in zip(all_scenarios, reports, strict=True):
         name = f"{scenario.func.__name__} {scenario.keywords}"
         assert not report.error, f"{name}\n{report.error}"
@@ -158,7 +159,7 @@ def check(all_scenarios: list[Any], seconds: float) -> None:
         if scenario.func is trains:
             # To read the loss. The optimizer's state is on the GPU, after a resume too.
             assert len(report.values["waits"]) == 1, (name, report.values["waits"])
-            assert report.values["places"] == ["cuda:0"], name
+            assert set(report.values["places"]) <= {f"cuda:{index}" for index in range(gpus)}, name
         if scenario.func is scores:
             assert sum(report.synchronisations.values()) == 1, (name, report.synchronisations)
         if scenario.func is decodes:
@@ -166,7 +167,7 @@ def check(all_scenarios: list[Any], seconds: float) -> None:
 
 
 def test_a_step_and_a_scoring_pass_wait_for_the_gpu_once() -> None:
-    check(scenarios("llama", [{}], [{}]), 200)
+    check(scenarios([{}], [{}], family="llama"), 200)
 
 
 def test_a_diagnosis_runs_on_a_gpu() -> None:
@@ -185,4 +186,13 @@ def test_every_family_and_variant_runs_on_one_gpu(family: str) -> None:
         for kind in get_args(InterventionKind)
         for positions in ("l1", "f1+l2")
     ]
-    check(scenarios(family, loras, refts), 1_200)
+    check(scenarios(loras, refts, family=family), 1_200)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("gpus", [2, 4])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_model_can_be_spread_over_gpus(family: str, gpus: int) -> None:
+    """Its head alone, or with the embedding that it is tied to."""
+    models = [{"family": family, "gpus": gpus, "tie_word_embeddings": tied} for tied in (True, False)]
+    check([scenario for model in models for scenario in scenarios([{}], [{}], **model)], 600, gpus)

@@ -6,7 +6,9 @@ from typing import Any
 
 import torch
 import transformers
+from accelerate.hooks import AlignDevicesHook, add_hook_to_module
 from tiny_models import tiny_config
+from torch import nn
 from transformers import LlamaConfig, PreTrainedConfig
 
 from heft_engine.model.attention import IMPLEMENTATION
@@ -23,10 +25,26 @@ LLAMA_2_7B: dict[str, Any] = {
 
 
 def tiny_lm(
-    family: str, device: str = "cuda", dtype: torch.dtype = torch.bfloat16, **changes: Any
+    family: str, device: str = "cuda", dtype: torch.dtype = torch.bfloat16, gpus: int = 1, **changes: Any
 ) -> PackedLM:
-    """Returns a tiny model of a family, with changed fields of its configuration."""
-    return lm_of(tiny_config(family, **changes), device, dtype)
+    """Returns a tiny model of a family, with changed fields of its configuration, spread over some GPUs."""
+    lm = lm_of(tiny_config(family, **changes), device, dtype)
+    if gpus > 1:
+        _spread(lm, gpus)
+    return lm
+
+
+def _spread(lm: PackedLM, gpus: int) -> None:
+    """Places a model as accelerate does: layers in turn, the norm last, a head with the weights that it is tied to."""
+    for index, layer in enumerate(lm.layers):
+        _place(layer, index * gpus // lm.n_layers)
+    _place(getattr(lm.backbone, lm.family.norm), gpus - 1)
+    _place(lm.head, 0 if lm.config.tie_word_embeddings else gpus - 1)
+
+
+def _place(module: nn.Module, gpu: int) -> None:
+    module.to(f"cuda:{gpu}")
+    add_hook_to_module(module, AlignDevicesHook(execution_device=gpu), append=True)
 
 
 def llama_2_7b(layers: int = 32, **changes: Any) -> PackedLM:
