@@ -50,9 +50,13 @@ class PlacedIntervention:
         if not scale_of:
             return hidden
         tokens = index_tensor(list(scale_of), hidden.device)
-        self.intervention.to(hidden.device)
-        edited = self.intervention(hidden[0, tokens], _scale(list(scale_of.values()), hidden.device))
-        return hidden.index_copy(1, tokens, edited[None])
+        device = next(self.intervention.parameters()).device
+        if device.type != hidden.device.type:
+            self.intervention.to(hidden.device)
+            device = hidden.device
+        # Of a model on several GPUs the states go to the intervention: it may be training where it is.
+        edited = self.intervention(hidden[0, tokens].to(device), _scale(list(scale_of.values()), device))
+        return hidden.index_copy(1, tokens, edited.to(hidden.device)[None])
 
     def same_place(self, other: PlacedIntervention) -> bool:
         """Returns whether a later stage goes on with this intervention instead of adding the other."""

@@ -159,7 +159,7 @@ class PackedLM:
     def _turned(self, states: Tensor, positions: Tensor, kind: str | None) -> Any:
         """Cosine and sine of the rotary embedding, of states' dtype."""
         by_kind = (kind,) if self.family.rotary_by_layer_type else ()
-        return self.backbone.rotary_emb(states, positions, *by_kind)
+        return self.backbone.rotary_emb(states, positions.to(states.device), *by_kind)
 
     def _run_layer(self, index: int, states: Tensor, options: dict[str, Any]) -> Tensor:
         if self.checkpointing and torch.is_grad_enabled():

@@ -267,7 +267,8 @@ class FirstTokensSink:
 
     def rows(self) -> list[Tensor]:
         """Returns (layers, 2, kv_heads, length, head_dim) for each row."""
-        return [torch.stack(layers) for layers in self._layers]
+        # Of a model on several GPUs, on that of the first of the layers.
+        return [torch.stack([layer.to(layers[0].device) for layer in layers]) for layers in self._layers]
 
 
 def prefix_keys_values(
