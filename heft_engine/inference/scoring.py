@@ -93,7 +93,7 @@ def score(lm: PackedLM, examples: Sequence[Example], *, scale: float = 1.0) -> l
 def score_rows(rows: Sequence[ScoringRow], cache: PrefixCache | None = None) -> list[Scores]:
     """Returns the scores of every row, in order, and caches the rows' prefixes. All rows are of one PackedLM.
 
-    A row's bits do not depend on the other rows. Raises OutOfMemory if a row does not fit into memory alone.
+    Raises OutOfMemory if a row does not fit into memory alone.
     """
     scores: list[Scores] = []
     for outcome in score_or_fail_rows(rows, cache):

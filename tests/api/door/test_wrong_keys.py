@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import pytest
+from clock import Clock
 
 from api.door import wrong_keys
 from api.door.addresses import counted_address
@@ -10,13 +11,6 @@ from api.door.wrong_keys import WrongKeys
 from store.errors import RateLimited
 
 A, B = "203.0.113.1", "203.0.113.2"
-
-
-class Clock:
-    now = 1_000.0
-
-    def __call__(self) -> float:
-        return self.now
 
 
 @pytest.fixture

@@ -13,8 +13,7 @@ from pretended_gpu.build import requires_pretended_gpu
 from pretended_gpu.child import run, run_all
 from pretended_gpu.gpu import Gpu
 from pretended_gpu.machine import Machine
-from pretended_gpu.models import lm_of, tiny_lm
-from transformers import Gemma2Config, LlamaConfig
+from pretended_gpu.models import SHAPES, lm_of, tiny_lm
 
 from heft_engine.adapters.registry import attach
 from heft_engine.config.flops import CacheLevel
@@ -35,35 +34,7 @@ from heft_engine.training.stage_inputs import StageInputs, StageOptions
 pytestmark = requires_pretended_gpu
 GIB = 1 << 30
 
-SHAPES: dict[str, Any] = {
-    "llama-2-7b": LlamaConfig(
-        hidden_size=4096,
-        intermediate_size=11008,
-        num_hidden_layers=32,
-        num_attention_heads=32,
-        vocab_size=32_000,
-    ),
-    "llama-3-8b": LlamaConfig(
-        hidden_size=4096,
-        intermediate_size=14336,
-        num_hidden_layers=32,
-        num_attention_heads=32,
-        num_key_value_heads=8,
-        vocab_size=128_256,
-    ),
-    "gemma-2-9b": Gemma2Config(
-        hidden_size=3584,
-        intermediate_size=14336,
-        num_hidden_layers=42,
-        num_attention_heads=16,
-        num_key_value_heads=8,
-        head_dim=256,
-        vocab_size=256_000,
-    ),
-}
-
-
-#: Of BoolQ, in tokens: 9,427 rows of about 130.
+#: Of BoolQ, in tokens: 9,427 rows of about 155.
 BOOLQ = [60 + (37 * row) % 190 for row in range(9_427)]
 
 

@@ -9,18 +9,33 @@ import transformers
 from accelerate.hooks import AlignDevicesHook, add_hook_to_module
 from tiny_models import tiny_config
 from torch import nn
-from transformers import LlamaConfig, PreTrainedConfig
+from transformers import Gemma2Config, LlamaConfig, PreTrainedConfig
 
 from heft_engine.model.attention import IMPLEMENTATION
 from heft_engine.model.packed_lm import PackedLM
 
-LLAMA_2_7B: dict[str, Any] = {
-    "hidden_size": 4096,
-    "intermediate_size": 11008,
+_LLAMA_2_7B: dict[str, Any] = {
+    "hidden_size": 4_096,
+    "intermediate_size": 11_008,
     "num_hidden_layers": 32,
     "num_attention_heads": 32,
-    "vocab_size": 32000,
-    "max_position_embeddings": 4096,
+    "vocab_size": 32_000,
+    "max_position_embeddings": 4_096,
+}
+_LLAMA_3_8B = {"intermediate_size": 14_336, "num_key_value_heads": 8, "vocab_size": 128_256}
+#: Configurations of real models' sizes, by name.
+SHAPES: dict[str, PreTrainedConfig] = {
+    "llama-2-7b": LlamaConfig(**_LLAMA_2_7B),
+    "llama-3-8b": LlamaConfig(**_LLAMA_2_7B | _LLAMA_3_8B),
+    "gemma-2-9b": Gemma2Config(
+        hidden_size=3_584,
+        intermediate_size=14_336,
+        num_hidden_layers=42,
+        num_attention_heads=16,
+        num_key_value_heads=8,
+        head_dim=256,
+        vocab_size=256_000,
+    ),
 }
 
 
@@ -49,7 +64,7 @@ def _place(module: nn.Module, gpu: int) -> None:
 
 def llama_2_7b(layers: int = 32, **changes: Any) -> PackedLM:
     """Returns Llama-2-7B's shape in bfloat16, with fewer layers if that is enough."""
-    config = LlamaConfig(**{**LLAMA_2_7B, "num_hidden_layers": layers, **changes})
+    config = LlamaConfig(**_LLAMA_2_7B | {"num_hidden_layers": layers} | changes)
     return lm_of(config, "cuda", torch.bfloat16)
 
 
