@@ -16,6 +16,7 @@ from starlette.datastructures import Headers, MutableHeaders
 from starlette.responses import JSONResponse
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
+from api.door.bodies import announced_length
 from api.errors import error_response
 from api.metrics import ApiMetrics
 from store.logs import bound
@@ -118,5 +119,4 @@ class RequestMiddleware:
 def _has_large_body(scope: Scope) -> bool:
     """Returns whether a large body is announced, or one of unknown length."""
     headers = Headers(scope=scope)
-    length = headers.get("content-length", "0")
-    return "transfer-encoding" in headers or (length.isdecimal() and int(length) > MAX_DISCARDED_BYTES)
+    return "transfer-encoding" in headers or announced_length(headers) > MAX_DISCARDED_BYTES

@@ -30,6 +30,13 @@ MAX_QUESTION_VALUES = 120_000
 MAX_JOB_VALUES = 20_000
 
 
+def announced_length(headers: Headers) -> int:
+    """Returns the announced bytes of a body; 0 without a number, which the parser refuses by itself."""
+    length = headers.get("content-length", "0")
+    # int() takes 4,300 digits at most, and zeros in front count.
+    return int(length.lstrip("0")[:20] or "0") if length.isdecimal() else 0
+
+
 @dataclass(frozen=True, kw_only=True)
 class BodyBounds:
     """The most that a route's body may be. `setting` raises `max_bytes`; None: it is fixed."""
@@ -164,8 +171,7 @@ class _Body:
 
     def check_length(self, headers: Headers) -> None:
         """Raises TooLarge if the announced length is beyond the bounds."""
-        length = headers.get("content-length", "0")
-        if length.isdecimal() and int(length) > self._bounds.max_bytes:
+        if announced_length(headers) > self._bounds.max_bytes:
             raise self._too_large()
 
     async def receive(self) -> Message:

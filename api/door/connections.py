@@ -42,6 +42,7 @@ class ConnectionLimits:
         float  #: from a request's first byte, or the connection's start, to the end of its headers
     )
     header_bytes: int
+    read_seconds: float = 60.0  #: without a byte read of a response that waits to be sent
 
     @classmethod
     def of(cls, chosen: StoreSettings) -> ConnectionLimits:
@@ -58,6 +59,10 @@ class ConnectionLimits:
         )
 
 
+class PipelinedRequest(Exception):
+    """A request that was sent before the one ahead of it was answered."""
+
+
 class LimitedProtocol(HttpToolsProtocol):
     """A connection with limits, those of the process's settings. The server makes one for each."""
 
@@ -67,6 +72,7 @@ class LimitedProtocol(HttpToolsProtocol):
         self._counts = _addresses.setdefault(self.server_state, Counter())
         self._address = ""
         self._deadline: asyncio.TimerHandle | None = None
+        self._unread: asyncio.TimerHandle | None = None
         self._received_bytes = 0  #: of the message at hand
         self._body_bytes = 0
         self._discarded_bytes = 0
@@ -84,6 +90,7 @@ class LimitedProtocol(HttpToolsProtocol):
 
     def connection_lost(self, exc: Exception | None) -> None:
         self._stop_deadline()
+        self._stop_waiting_for_reader()
         self._counts[self._address] -= 1
         if self._counts[self._address] <= 0:
             del self._counts[self._address]
@@ -105,7 +112,25 @@ class LimitedProtocol(HttpToolsProtocol):
 
     def on_headers_complete(self) -> None:
         self._stop_deadline()
+        if self._is_answering:
+            # Requests sent ahead of their turn would wait in memory without bound, and hide a disconnection from the
+            # one that is being answered. No client of today sends them: the connection is closed.
+            raise PipelinedRequest
         super().on_headers_complete()
+
+    def pause_writing(self) -> None:
+        """Gives the client a time to read: it holds a connection until then."""
+        super().pause_writing()
+        self._unread = self.loop.call_later(self._limits.read_seconds, self.transport.abort)
+
+    def resume_writing(self) -> None:
+        self._stop_waiting_for_reader()
+        super().resume_writing()
+
+    def _stop_waiting_for_reader(self) -> None:
+        if self._unread is not None:
+            self._unread.cancel()
+            self._unread = None
 
     def on_body(self, body: bytes) -> None:
         self._body_bytes += len(body)

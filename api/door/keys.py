@@ -52,15 +52,9 @@ class KeyMiddleware:
         """Returns the owner of the request's key. Raises Unauthenticated, RateLimited, or Unavailable."""
         key = bearer_key(Headers(scope=scope))
         host = scope["client"][0] if scope.get("client") else ""
-        self.wrong_keys.check(host, key)
-        try:
+        with self.wrong_keys.trying(host, key):
             keys.check_form(key)
-            owner = await _services(scope).database(keys.authenticate, key)
-        except Unauthenticated:
-            self.wrong_keys.wrong(host, key)
-            raise
-        self.wrong_keys.right(key)
-        return owner
+            return await _services(scope).database(keys.authenticate, key)
 
 
 def bearer_key(headers: Headers) -> str:

@@ -6,6 +6,7 @@ import itertools
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,7 @@ from fastapi import FastAPI
 from psycopg import sql
 
 from api.app import create_app
+from api.door.connections import ConnectionLimits, LimitedProtocol
 from cli.stack.postgres import database_url as address
 from store import keys
 from store.db.session import SessionFactory, make_engine, session_factory, transaction
@@ -46,7 +48,16 @@ def settings(stack: Any, _template: str, tmp_path_factory: pytest.TempPathFactor
 
 @contextmanager
 def _serving(app: FastAPI) -> Iterator[str]:
-    server = uvicorn.Server(uvicorn.Config(app, host="127.0.0.1", port=0, log_level="warning"))
+    limits = ConnectionLimits(total=500, per_address=500, header_seconds=30, header_bytes=32 * 1024)
+    config = uvicorn.Config(
+        app,
+        host="127.0.0.1",
+        port=0,
+        log_level="warning",
+        http=partial(LimitedProtocol, limits=limits),  # type: ignore[arg-type]
+        ws="none",
+    )
+    server = uvicorn.Server(config)
     started = threading.Event()
     startup = server.startup
 

@@ -8,12 +8,20 @@ from typing import Any
 import pytest
 from asgi_calls import Exchange, scope_of
 from fastapi.routing import iter_route_contexts
+from starlette.datastructures import Headers
 from starlette.requests import Request
 from starlette.responses import PlainTextResponse
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from api.app import create_app
-from api.door.bodies import MAX_OTHER_BYTES, ArrivalRate, BodyMemory, BodyMiddleware, bounds_by_route
+from api.door.bodies import (
+    MAX_OTHER_BYTES,
+    ArrivalRate,
+    BodyMemory,
+    BodyMiddleware,
+    announced_length,
+    bounds_by_route,
+)
 from store.settings import StoreSettings
 
 SETTINGS = StoreSettings(
@@ -192,3 +200,12 @@ def test_a_client_that_disconnects_gets_no_route() -> None:
     app = BodyMiddleware(route, routes=bounds_by_route(SETTINGS), slowest=PATIENT, memory=MEMORY)
     exchange = Gone().run(app, scope_of("POST", "/predict"))
     assert (exchange.sent, route.body) == ([], None)
+
+
+@pytest.mark.parametrize(
+    ("length", "announced"),
+    [("70", 70), ("0" * 5_000 + "70", 70), ("9" * 5_000, int("9" * 20)), ("-1", 0), ("²", 0)],
+)
+def test_announced_lengths_of_any_form_are_numbers(length: str, announced: int) -> None:
+    """int() raises for more than 4,300 digits: it was a 500 for anybody."""
+    assert announced_length(Headers({"content-length": length})) == announced

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import json
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -126,6 +127,35 @@ def test_headers_that_are_not_complete_in_time_end_the_connection(connect: Conne
             protocol.data_received(start)
         await asyncio.wait_for(transport.closed.wait(), 5)
         assert (transport.status, transport.error["code"]) == (408, "request_timeout")
+
+    run(test)
+
+
+def test_requests_ahead_of_their_turn_end_the_connection(connect: Connect) -> None:
+    """They would wait in memory without bound, before any key was looked at."""
+
+    async def test() -> None:
+        protocol, transport = connect()
+        protocol.data_received(GET * 50)
+        assert transport.aborted
+        assert not protocol.pipeline
+        protocol.connection_lost(None)
+        await finished(protocol)
+
+    run(test)
+
+
+def test_a_client_that_does_not_read_its_answer_is_not_waited_for(connect: Connect) -> None:
+    limits = replace(LIMITS, read_seconds=0.01)
+
+    async def test() -> None:
+        protocol, transport = connect(limits=limits)
+        protocol.pause_writing()
+        protocol.resume_writing()
+        assert protocol._unread is None
+        protocol.pause_writing()
+        await asyncio.wait_for(transport.closed.wait(), 5)
+        assert transport.aborted
 
     run(test)
 

@@ -13,7 +13,6 @@ from typing import Any
 
 import pytest
 import torch
-from clock import Clock
 from redis import Redis
 from redis.backoff import NoBackoff
 from redis.retry import Retry
@@ -23,6 +22,14 @@ from store.messages.predict import Intervention, PredictMessage, PredictModel, P
 from worker.inference.requests import POLL_SECONDS, ActiveRequest, RequestAbandoned, Requests
 
 MODEL = PredictModel(id="m", owner="o", kind="base", base_model="m", storage_key=None, manifest=None)
+
+
+class Clock:
+    def __init__(self) -> None:
+        self.now = 1_000.0
+
+    def __call__(self) -> float:
+        return self.now
 
 
 @pytest.fixture
