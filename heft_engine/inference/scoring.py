@@ -268,14 +268,14 @@ def _token_log_probabilities(lm: PackedLM, batch: Batch, hidden: Tensor) -> Iter
 
 
 def _head_products(lm: PackedLM, batch: Batch) -> Iterator[list[int]]:
-    """Yields the examples of each product with the head: one on a CPU, whose bits depend on a product's rows."""
+    """Yields the examples of each product with the head: one where a row's bits must not depend on the others."""
     indices: list[int] = []
     positions = 0
     for index, example in enumerate(batch.examples):
         if _is_single_token(example):
             continue
         reads = len({position for read in batch.reads[index] for position in read})
-        if indices and (lm.device.type == "cpu" or positions + reads > CHUNK):
+        if indices and (lm.backend.is_batch_invariant or positions + reads > CHUNK):
             yield indices
             indices, positions = [], 0
         indices.append(index)

@@ -133,9 +133,9 @@ def load_model(
     `device` "auto" spreads the layers over all GPUs with accelerate. `attention` is a name that transformers
     knows or that was registered with its AttentionInterface; None is the family's own. No other thread may make
     tensors of the default dtype meanwhile. Raises ModelError if a weight is missing, torch.OutOfMemoryError
-    for a model that does not fit on the device.
+    for a model that does not fit on the device (on a CPU a RuntimeError that says so).
     """
-    from torch import OutOfMemoryError
+    from heft_engine.runtime.out_of_memory import is_out_of_memory
 
     config = read_config(base.path)
     model_class = transformers.MODEL_FOR_CAUSAL_LM_MAPPING[type(config)]
@@ -152,9 +152,9 @@ def load_model(
                 trust_remote_code=False,
                 output_loading_info=True,
             )
-    except OutOfMemoryError:
-        raise  # a RuntimeError too, but not the model's fault: callers make room and try again
     except RuntimeError as error:
+        if is_out_of_memory(error):
+            raise  # not the model's fault: callers make room and try again
         raise ModelError(f"{base.reference} can't be loaded: {error}", code=UNSUPPORTED) from error
     # transformers fills what is missing with random numbers and a warning.
     if missing := report["missing_keys"]:

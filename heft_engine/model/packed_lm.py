@@ -9,7 +9,7 @@ from __future__ import annotations
 import os
 import threading
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any, cast
 
 import torch
@@ -187,8 +187,8 @@ class PackedLM:
         logits = self.backend.logits(hidden, weight)
         if logits is not None:
             return self._cap(logits + self._bias())
-        # One copy of the head at a time, and as many threads wherever it is: more of them might round otherwise.
-        with _EXACT, torch_threads(1):
+        # One copy of the head at a time. More threads might round otherwise.
+        with _EXACT, torch_threads(1) if self.backend.is_batch_invariant else nullcontext():
             return self._cap(hidden.float() @ weight.float().T + self._bias())
 
     def label_logits(self, hidden: Tensor, tokens: Tensor) -> Tensor:

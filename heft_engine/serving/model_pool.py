@@ -17,14 +17,13 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Literal
 
-import torch
-
 from heft_engine.bundle.assemble import resolve_base
 from heft_engine.bundle.format import read_bundle
 from heft_engine.config.metric_names import TaskType
 from heft_engine.errors import BundleError
 from heft_engine.model.base_models import BaseModel, resolve
 from heft_engine.runtime.devices import choose_device, choose_dtype, dtype_of
+from heft_engine.runtime.out_of_memory import is_out_of_memory
 from heft_engine.runtime.threads import run_in_short_lived_thread
 from heft_engine.serving.batcher import Batcher
 from heft_engine.serving.loaded_base import BaseKey, Kind, LoadedBase, LoadedModel, size_on_disk
@@ -176,7 +175,9 @@ class ModelPool:
     def _load_or_make_room(self, entry: PoolEntry) -> LoadedModel:
         try:
             return self._load_model(entry)
-        except (MemoryError, torch.OutOfMemoryError):
+        except (MemoryError, RuntimeError) as error:
+            if not is_out_of_memory(error):
+                raise
             log.warning("out of memory while loading a model: evicting all idle ones")
         self.evict_idle()
         return self._load_model(entry)

@@ -2,9 +2,9 @@
 
 An adapted linear layer returns its base's product plus (x·Aᵀ)·(s·B)ᵀ. AMX adds that before the product is rounded
 (heft_engine.cpu.amx); elsewhere it is a small pair of products a row and module, whose shapes depend on the row alone.
-Either way a row's bits don't depend on the rows beside it. LoRA stages follow one another; DoRA (arXiv 2402.09353)
-multiplies what came before, without the bias, by m/‖W + s·B·A‖. Factors have the base model's dtype, so scores agree
-with those of the merged model within its rounding and no closer.
+Either way a row's bits depend on the rows beside it only as the base's do. LoRA stages follow one another; DoRA (arXiv
+2402.09353) multiplies what came before, without the bias, by m/‖W + s·B·A‖. Factors have the base model's dtype, so
+scores agree with those of the merged model within its rounding and no closer.
 """
 
 from __future__ import annotations

@@ -37,7 +37,8 @@ from heft_engine.runtime.out_of_memory import run_in_halves
 from heft_engine.runtime.transfers import index_tensor, to_device
 from heft_engine.training.activation_store import StageActivations
 
-#: Tokens of one pass that fills the cache. The same split gives the same bits when the cache is built again.
+#: Tokens of one pass that fills the cache. The same split gives the same bits when the cache is built again; a pass
+#: that runs out of memory is split further.
 TOKEN_BUDGET = 4_096
 #: Bytes of hidden states above the first layer that are stored for later runs, as a share of the keys and values.
 _UPPER_STATES_SHARE = 0.1
