@@ -25,6 +25,8 @@ log = logging.getLogger(__name__)
 
 #: The server discards so much of a body that nobody wants even without a key, to keep the connection.
 MAX_DISCARDED_BYTES = 64 * 1024
+#: Of ": " and the line's end, which are not in the scope.
+_HEADER_FRAMING = 4
 #: A connection with an unread body is reset when it is closed. nginx, still sending, would then answer 502: it gets so
 #: long to read the response, which is complete by its Content-Length.
 LINGER_SECONDS = 0.5
@@ -104,7 +106,7 @@ class RequestMiddleware:
         if "\0" in scope["path"] or b"%00" in scope["query_string"]:
             return error_response(400, "path and query must not contain NUL")
         size = len(scope["raw_path"]) + len(scope["query_string"])
-        size += sum(len(name) + len(value) for name, value in scope["headers"])
+        size += sum(len(name) + len(value) + _HEADER_FRAMING for name, value in scope["headers"])
         if size > self.max_header_bytes:
             message = (
                 f"the headers are larger than the {self.max_header_bytes:,} bytes of HEFT_MAX_HEADER_BYTES"

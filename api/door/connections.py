@@ -10,6 +10,7 @@ import asyncio
 import resource
 from collections import Counter
 from dataclasses import dataclass
+from functools import cache
 from typing import Any
 from weakref import WeakKeyDictionary
 
@@ -59,6 +60,11 @@ class ConnectionLimits:
         )
 
 
+@cache
+def _process_limits() -> ConnectionLimits:
+    return ConnectionLimits.of(settings())
+
+
 class PipelinedRequest(Exception):
     """A request that was sent before the one ahead of it was answered."""
 
@@ -68,7 +74,7 @@ class LimitedProtocol(HttpToolsProtocol):
 
     def __init__(self, *args: Any, limits: ConnectionLimits | None = None, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
-        self._limits = limits or ConnectionLimits.of(settings())
+        self._limits = limits or _process_limits()
         self._counts = _addresses.setdefault(self.server_state, Counter())
         self._address = ""
         self._deadline: asyncio.TimerHandle | None = None

@@ -119,25 +119,34 @@ class DecodeBatch:
         last. If the pass fails, none has been added. Raises PassOutOfMemory.
         """
         sequences = [self._preempted.get(request.id) or _Sequence(request) for request in requests]
-        logits = self._run(lambda: self._allocate_and_prefill(sequences))
+        allocated: list[_Sequence] = []
+        try:
+            logits = self._run(lambda: self._allocate_and_prefill(sequences, allocated))
+        except BaseException:
+            # Only now: while the pass's own exception lives, so do its tensors, and freeing a slot copies its chunk.
+            for sequence in allocated:
+                self._kv_cache.free(sequence.slot)
+            raise
         for sequence in sequences:
             self._preempted.pop(sequence.request.id, None)
             self._sequences[sequence.request.id] = sequence
         return _sample(sequences, logits)
 
-    def _allocate_and_prefill(self, sequences: Sequence[_Sequence]) -> Tensor:
-        """Returns the logits after the last token of each sequence, (sequences, vocabulary)."""
-        allocated: list[_Sequence] = []
-        try:
-            for sequence in sequences:
-                tokens = len(sequence.request.prompt) + len(sequence.generated)
-                sequence.slot = self._kv_cache.allocate(tokens, sequence.request.max_cached_tokens)
-                allocated.append(sequence)
-            return torch.cat([self._prefill(part) for part in _passes(sequences)])
-        except BaseException:
-            for sequence in allocated:
-                self._kv_cache.free(sequence.slot)
-            raise
+    def _allocate_and_prefill(self, sequences: Sequence[_Sequence], allocated: list[_Sequence]) -> Tensor:
+        """Returns the logits after the last token of each sequence, (sequences, vocabulary).
+
+        Sequences that have got a slot are appended to `allocated`.
+        """
+        for sequence in sequences:
+            tokens = len(sequence.request.prompt) + len(sequence.generated)
+            sequence.slot = self._kv_cache.allocate(tokens, sequence.request.max_cached_tokens)
+            allocated.append(sequence)
+        return torch.cat([self._prefill(part) for part in _passes(sequences)])
+
+    def prefill_tokens(self, request: DecodeRequest) -> int:
+        """Returns the tokens that a prefill of a request computes: of a preempted one, those it has written, too."""
+        preempted = self._preempted.get(request.id)
+        return len(request.prompt) + (len(preempted.generated) if preempted is not None else 0)
 
     @torch.inference_mode()
     def preempt(self, count: int) -> list[DecodeRequest]:

@@ -111,7 +111,7 @@ class DecodeScheduler:
         tokens = 0
         admitted: list[DecodeRequest] = []
         for request in self.batch.fitting(first):
-            tokens += len(request.prompt)
+            tokens += self.batch.prefill_tokens(request)
             if admitted and tokens > MAX_PREFILL_TOKENS:
                 break
             admitted.append(request)

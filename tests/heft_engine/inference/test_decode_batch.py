@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+import sys
 from collections.abc import Callable, Hashable, Mapping, Sequence
 from pathlib import Path
 
@@ -13,6 +14,7 @@ from tiny_models import FAMILIES
 from torch import Tensor
 
 from heft_engine.adapters.reft import LoreftIntervention
+from heft_engine.inference import scheduler as scheduler_module
 from heft_engine.inference.decode_batch import GREEDY, DecodeBatch, DecodeRequest, PassOutOfMemory
 from heft_engine.inference.kv_cache import SLOTS_PER_CHUNK, KVCache, Slot, capacity_for
 from heft_engine.inference.sampling import SampledToken, SamplingParams
@@ -283,6 +285,42 @@ def test_a_preempted_request_can_be_aborted(llama: PackedLM) -> None:
     batch.remove(1)
     first = batch.prefill([request_for(1, 10)])
     assert first[1].token == alone(llama, [request_for(1, 10)])[1][0].token, "it begins anew"
+
+
+def test_a_prefill_counts_the_tokens_that_preempted_requests_compute_again(
+    llama: PackedLM, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(scheduler_module, "MAX_PREFILL_TOKENS", 25)
+    scheduler = DecodeScheduler(DecodeBatch(llama, budget_bytes=PLENTY))
+    scheduler.add([request_for(0, 10, max_tokens=9), request_for(1, 10, max_tokens=9)])
+    assert len(scheduler.step()) == 2, "together"
+    for _ in range(4):
+        scheduler.step()
+    preempted = scheduler.batch.preempt(2)
+    assert [scheduler.batch.prefill_tokens(request) for request in preempted] == [15, 15]
+    scheduler.add(preempted)
+    assert len(scheduler.step()) == 1, "one after the other"
+
+
+def test_slots_are_freed_after_the_failed_pass(llama: PackedLM, monkeypatch: pytest.MonkeyPatch) -> None:
+    """While torch's exception lives, so do the tensors of the pass, and freeing a slot copies the others."""
+    errors: list[type[BaseException] | None] = []
+    free = KVCache.free
+
+    def recording(cache: KVCache, slot: Slot) -> None:
+        errors.append(sys.exc_info()[0])
+        free(cache, slot)
+
+    def fail(*args: object, **options: object) -> None:
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    monkeypatch.setattr(KVCache, "free", recording)
+    monkeypatch.setattr(llama, "run_layers", fail)
+    batch = DecodeBatch(llama, budget_bytes=PLENTY)
+    with pytest.raises(PassOutOfMemory):
+        batch.prefill([request_for(0, 10), request_for(1, 10)])
+    assert errors == [PassOutOfMemory, PassOutOfMemory]
+    assert batch.allocated_bytes == 0
 
 
 def test_a_sequence_that_outgrows_memory_alone_fails(
