@@ -1,11 +1,13 @@
 """Bounds of a request's body by route: bytes, a minimal rate at which it arrives, and depth and values of JSON.
 
-All but uploads are received whole before their route runs, in one piece that the route then reads.
+All but uploads are received whole before their route runs, in one piece that the route then reads. Their memory is
+shared among the owners of keys. A request without a key has no body: no route that is open to everybody reads one.
 """
 
 from __future__ import annotations
 
 import asyncio
+from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass
 
@@ -91,21 +93,28 @@ class ArrivalRate:
 
 
 class BodyMemory:
-    """The bytes of all bodies in this process, from their arrival to the end of their requests."""
+    """The bytes of all bodies in this process, from their arrival to the end of their requests.
+
+    An owner's bodies may take as much as remains free beside them: half of the memory if nobody else has any, a third
+    if one other takes all that it may, and so on. Some is always left for an owner who has none
+    (dynamic thresholds, Choudhury and Hahne 1998, with alpha = 1).
+    """
 
     def __init__(self, limit: int) -> None:
         self.limit = limit
-        self.held_bytes = 0
+        self.held_bytes: Counter[str] = Counter()  #: by owner
 
-    def take(self, size: int) -> None:
-        """Raises Unavailable if the bodies would be larger than the limit together."""
-        if self.held_bytes + size > self.limit:
+    def take(self, owner_id: str, size: int) -> None:
+        """Raises Unavailable if the owner's bodies would be larger than the memory that remains free."""
+        if self.held_bytes[owner_id] + size > self.limit - self.held_bytes.total() - size:
             message = "the service is overloaded: the bodies of too many large requests are in its memory"
             raise Unavailable(message, code="overloaded")
-        self.held_bytes += size
+        self.held_bytes[owner_id] += size
 
-    def give_back(self, size: int) -> None:
-        self.held_bytes -= size
+    def give_back(self, owner_id: str, size: int) -> None:
+        self.held_bytes[owner_id] -= size
+        if self.held_bytes[owner_id] <= 0:
+            del self.held_bytes[owner_id]
 
 
 class BodyMiddleware:
@@ -126,11 +135,12 @@ class BodyMiddleware:
         self.other = BodyBounds(max_bytes=MAX_OTHER_BYTES)
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        if scope["type"] != "http":
+        caller = scope.get("state", {}).get("caller")
+        if caller is None:
             await self.app(scope, receive, send)
             return
         bounds = self.routes.get((scope["method"], scope["path"]), self.other)
-        body = _Body(receive, bounds, self.slowest, self.memory)
+        body = _Body(receive, bounds, self.slowest, self.memory, caller.id)
         try:
             await self._respond(body, bounds, scope, send)
         finally:
@@ -158,12 +168,18 @@ class _Body:
     """A request's body, counted and timed while it is received."""
 
     def __init__(
-        self, receive: Receive, bounds: BodyBounds, slowest: ArrivalRate, memory: BodyMemory
+        self,
+        receive: Receive,
+        bounds: BodyBounds,
+        slowest: ArrivalRate,
+        memory: BodyMemory,
+        owner_id: str,
     ) -> None:
         self._receive = receive
         self._bounds = bounds
         self._slowest = slowest
         self._memory = memory
+        self._owner_id = owner_id
         self._received = 0
         self._held_bytes = 0
         self._complete = False
@@ -201,14 +217,14 @@ class _Body:
             if message["type"] == "http.disconnect":
                 raise ClientDisconnect
             chunk = message.get("body", b"")
-            self._memory.take(len(chunk))
+            self._memory.take(self._owner_id, len(chunk))
             self._held_bytes += len(chunk)
             chunks.append(chunk)
         return b"".join(chunks)
 
     def forget(self) -> None:
         """Gives back the memory of a whole body."""
-        self._memory.give_back(self._held_bytes)
+        self._memory.give_back(self._owner_id, self._held_bytes)
         self._held_bytes = 0
 
     def _too_large(self) -> TooLarge:

@@ -7,6 +7,7 @@ is its protocol on httptools with those added. The deadline of bodies is in `api
 from __future__ import annotations
 
 import asyncio
+import logging
 import resource
 from collections import Counter
 from dataclasses import dataclass
@@ -65,6 +66,14 @@ def _process_limits() -> ConnectionLimits:
     return ConnectionLimits.of(settings())
 
 
+@cache
+def _error_log() -> logging.Logger:
+    """Returns uvicorn's logger without its warnings of invalid requests, with which any client could fill the log."""
+    log = logging.getLogger("uvicorn.error.connections")
+    log.setLevel(logging.ERROR)
+    return log
+
+
 class PipelinedRequest(Exception):
     """A request that was sent before the one ahead of it was answered."""
 
@@ -74,11 +83,13 @@ class LimitedProtocol(HttpToolsProtocol):
 
     def __init__(self, *args: Any, limits: ConnectionLimits | None = None, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
+        self.logger = _error_log()
         self._limits = limits or _process_limits()
         self._counts = _addresses.setdefault(self.server_state, Counter())
         self._address = ""
         self._deadline: asyncio.TimerHandle | None = None
         self._unread: asyncio.TimerHandle | None = None
+        self._in_headers = False
         self._received_bytes = 0  #: of the message at hand
         self._body_bytes = 0
         self._discarded_bytes = 0
@@ -113,8 +124,13 @@ class LimitedProtocol(HttpToolsProtocol):
         rest = self._received_bytes - self._body_bytes
         if rest > self._limits.header_bytes + _FRAMING * self._body_bytes:
             self._refuse(431, f"the headers are larger than {self._limits.header_bytes:,} bytes")
-        elif not self._is_answering and self._deadline is None:
+        elif not self._is_answering and self._deadline is None and self.timeout_keep_alive_task is None:
             self._expect_headers()
+
+    def on_message_begin(self) -> None:
+        self._unset_keepalive_if_required()
+        self._in_headers = True
+        super().on_message_begin()
 
     def on_headers_complete(self) -> None:
         self._stop_deadline()
@@ -123,6 +139,7 @@ class LimitedProtocol(HttpToolsProtocol):
             # one that is being answered. No client of today sends them: the connection is closed.
             raise PipelinedRequest
         super().on_headers_complete()
+        self._in_headers = False
 
     def pause_writing(self) -> None:
         """Gives the client a time to read: it holds a connection until then."""
@@ -149,6 +166,14 @@ class LimitedProtocol(HttpToolsProtocol):
     def on_message_complete(self) -> None:
         self._received_bytes = self._body_bytes = self._discarded_bytes = 0
         super().on_message_complete()
+        if (
+            not self._is_answering
+        ):  # the answer came first, and now the rest of the body: the connection is idle
+            self._stop_deadline()
+            self._unset_keepalive_if_required()
+            self.timeout_keep_alive_task = self.loop.call_later(
+                self.timeout_keep_alive, self.timeout_keep_alive_handler
+            )
 
     def send_400_response(self, msg: str) -> None:
         """Refuses bytes that are no HTTP, in the API's own format."""
@@ -172,12 +197,18 @@ class LimitedProtocol(HttpToolsProtocol):
             self._deadline = None
 
     def _refuse(self, status: int, message: str) -> None:
-        """Closes the connection, with an error response unless another one is under way."""
+        """Closes the connection, with an error response unless the request has one, complete or under way.
+
+        A client that sends nothing after an answer would take this one for that of its next request.
+        """
         self._stop_deadline()
         if self.transport.is_closing():
             return
         if self._is_answering:
             self.transport.abort()
+            return
+        if self.cycle is not None and not self._in_headers:
+            self.transport.close()
             return
         response = error_response(status, message, headers={"Connection": "close"})
         headers = b"".join(name + b": " + value + b"\r\n" for name, value in response.raw_headers)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+from contextlib import suppress
 from typing import Any
 
 import pytest
@@ -22,6 +23,8 @@ from api.door.bodies import (
     announced_length,
     bounds_by_route,
 )
+from store.errors import Unavailable
+from store.keys import Owner
 from store.settings import StoreSettings
 
 SETTINGS = StoreSettings(
@@ -33,7 +36,12 @@ SETTINGS = StoreSettings(
     max_file_bytes=1_000_000,
 )
 PATIENT = ArrivalRate(grace_seconds=60, bytes_per_second=1)
-MEMORY = BodyMemory(1_000_000)
+MEMORY = BodyMemory(2_000_000)
+
+
+def keyed(method: str, path: str, headers: dict[str, str] | None = None, owner: str = "alice") -> Scope:
+    """Returns the scope of a request whose key has been checked."""
+    return scope_of(method, path, headers) | {"state": {"caller": Owner(id=owner, key_id="key")}}
 
 
 class Route:
@@ -50,7 +58,7 @@ def post(path: str, *chunks: bytes, slowest: ArrivalRate = PATIENT, **more: Any)
     route = Route()
     app = BodyMiddleware(route, routes=bounds_by_route(SETTINGS), slowest=slowest, memory=MEMORY)
     headers = more.pop("headers", {"transfer-encoding": "chunked"})
-    return Exchange(chunks, **more).run(app, scope_of("POST", path, headers)), route
+    return Exchange(chunks, **more).run(app, keyed("POST", path, headers)), route
 
 
 def test_every_route_with_a_body_has_bounds_of_its_own() -> None:
@@ -96,7 +104,7 @@ def test_an_upload_is_streamed_to_its_route() -> None:
         await PlainTextResponse("ok")(scope, receive, send)
 
     app = BodyMiddleware(route, routes=bounds_by_route(SETTINGS), slowest=PATIENT, memory=MEMORY)
-    Exchange([b"x" * 10, b"y" * 20]).run(app, scope_of("POST", "/v1/files"))
+    Exchange([b"x" * 10, b"y" * 20]).run(app, keyed("POST", "/v1/files"))
     assert received == [10, 20, 0]
 
 
@@ -146,7 +154,7 @@ def test_a_route_that_reads_slowly_is_not_the_clients_fault() -> None:
 
     app = BodyMiddleware(route, routes=bounds_by_route(SETTINGS), slowest=PATIENT, memory=MEMORY)
     with asyncio.Runner(loop_factory=Clock) as runner:
-        runner.run(Prompt()._call(app, scope_of("POST", "/v1/files")))
+        runner.run(Prompt()._call(app, keyed("POST", "/v1/files")))
     assert b"".join(received) == b"abc"
 
 
@@ -163,31 +171,81 @@ def test_depth_and_values_are_checked_before_the_route_parses() -> None:
     assert (many.status, many.error["code"], route.body) == (413, "too_large", None)
 
 
-def test_all_bodies_together_have_a_bound_and_give_their_memory_back() -> None:
+def test_bodies_hold_their_memory_until_their_requests_end() -> None:
     memory = BodyMemory(15_000)
     held: list[int] = []
 
     async def other(scope: Scope, receive: Receive, send: Send) -> None:
         """A route during which another request arrives."""
-        held.append(memory.held_bytes)
+        held.append(memory.held_bytes.total())
         second = Exchange([b"y" * 4_000, b"y" * 4_000])
-        await second._call(app, scope_of("POST", "/predict"))
+        await second._call(app, keyed("POST", "/predict"))
         assert (second.status, second.error["code"]) == (503, "overloaded")
         assert second.headers["retry-after"]
-        held.append(memory.held_bytes)
+        held.append(memory.held_bytes.total())
         await PlainTextResponse("ok")(scope, receive, send)
 
     app = BodyMiddleware(other, routes=bounds_by_route(SETTINGS), slowest=PATIENT, memory=memory)
-    first = Exchange([b"x" * 8_000]).run(app, scope_of("POST", "/predict"))
+    first = Exchange([b"x" * 7_000]).run(app, keyed("POST", "/predict"))
     assert first.status == 200
-    assert held == [8_000, 8_000]
-    assert memory.held_bytes == 0
+    assert held == [7_000, 7_000]
+    assert memory.held_bytes == {}
+
+
+def test_one_owners_slow_uploads_leave_memory_for_anothers_request() -> None:
+    """Alice's bodies, one after the other, never end. Bob's question is answered all the same."""
+    memory = BodyMemory(100_000)
+    app = BodyMiddleware(Route(), routes=bounds_by_route(SETTINGS), slowest=PATIENT, memory=memory)
+
+    async def test() -> None:
+        flood = [Exchange([b"x" * 10_000], hangs=True) for _ in range(20)]
+        calls = [asyncio.create_task(request._call(app, keyed("POST", "/predict"))) for request in flood]
+        await asyncio.sleep(0)
+        refused = [request for request in flood if request.sent]
+        assert [request.error["code"] for request in refused] == ["overloaded"] * 15
+        assert memory.held_bytes == {"alice": 50_000}
+        question = Exchange([b"y" * 20_000])
+        await question._call(app, keyed("POST", "/predict", owner="bob"))
+        assert question.status == 200
+        for call in calls:
+            call.cancel()
+        await asyncio.gather(*calls, return_exceptions=True)
+        assert memory.held_bytes == {}
+
+    asyncio.run(test())
+
+
+def test_owners_share_the_memory_evenly_and_some_is_always_left() -> None:
+    memory = BodyMemory(100_000)
+    for owner in ("alice", "bob", "carol"):
+        for _ in range(100):
+            with suppress(Unavailable):
+                memory.take(owner, 1_000)
+    assert memory.held_bytes == {"alice": 50_000, "bob": 25_000, "carol": 12_000}
+    memory.take("dave", 6_000)
+    memory.give_back("alice", 50_000)
+    for _ in range(100):
+        with suppress(Unavailable):
+            memory.take("carol", 1_000)
+    assert memory.held_bytes["carol"] == 34_000, "as much as remains free"
+
+
+def test_a_request_without_a_key_holds_no_memory() -> None:
+    received: list[bool] = []
+
+    async def probe(scope: Scope, receive: Receive, send: Send) -> None:
+        received.append(MEMORY.held_bytes == {})
+        await PlainTextResponse("ok")(scope, receive, send)
+
+    app = BodyMiddleware(probe, routes=bounds_by_route(SETTINGS), slowest=PATIENT, memory=MEMORY)
+    request = Exchange([b"x" * 10_000]).run(app, scope_of("POST", "/healthz"))
+    assert (request.status, request.received, received) == (200, 0, [True])
 
 
 def test_a_body_that_is_refused_gives_its_memory_back() -> None:
     for path, chunks in (("/predict", [b"x" * 20_000, b"x"]), ("/predict", [b"[" * 50])):
         post(path, *chunks)
-    assert MEMORY.held_bytes == 0
+    assert MEMORY.held_bytes == {}
 
 
 def test_a_client_that_disconnects_gets_no_route() -> None:
@@ -198,7 +256,7 @@ def test_a_client_that_disconnects_gets_no_route() -> None:
 
     route = Route()
     app = BodyMiddleware(route, routes=bounds_by_route(SETTINGS), slowest=PATIENT, memory=MEMORY)
-    exchange = Gone().run(app, scope_of("POST", "/predict"))
+    exchange = Gone().run(app, keyed("POST", "/predict"))
     assert (exchange.sent, route.body) == ([], None)
 
 

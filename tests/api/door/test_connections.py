@@ -192,6 +192,41 @@ def test_a_body_that_trickles_after_its_answer_has_a_deadline(connect: Connect) 
     run(test)
 
 
+@pytest.mark.parametrize("rest", [b"x" * 10, b"x" * 10 + b"\r\n", b"x"])
+def test_nothing_is_written_after_an_answer_without_a_request(connect: Connect, rest: bytes) -> None:
+    """A client reads what is written there as the answer to its next request."""
+
+    async def refuse(scope: Scope, receive: Receive, send: Send) -> None:
+        await PlainTextResponse("no", 413)(scope, receive, send)
+
+    async def test() -> None:
+        protocol, transport = connect(limits=replace(LIMITS, header_seconds=0.01))
+        protocol.timeout_keep_alive = 0.02
+        protocol.app = refuse
+        protocol.data_received(b"POST / HTTP/1.1\r\nHost: a\r\nContent-Length: 10\r\n\r\n")
+        await finished(protocol)
+        answer = transport.written
+        protocol.data_received(rest)
+        await asyncio.wait_for(transport.closed.wait(), 5)
+        assert transport.written == answer
+
+    run(test)
+
+
+def test_a_request_after_a_discarded_body_is_answered(connect: Connect) -> None:
+    async def test() -> None:
+        protocol, _ = connect()
+        protocol.data_received(b"POST / HTTP/1.1\r\nHost: a\r\nContent-Length: 3\r\n\r\n")
+        protocol.cycle.response_complete = True
+        protocol.data_received(b"abc" + GET[:5])
+        assert protocol.timeout_keep_alive_task is None
+        assert protocol._deadline is not None
+        protocol.data_received(GET[5:])
+        assert protocol._deadline is None
+
+    run(test)
+
+
 def test_the_rest_of_a_body_is_discarded_up_to_a_bound(
     connect: Connect, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -265,6 +300,33 @@ def test_large_trailers_end_the_connection(connect: Connect) -> None:
         await asyncio.gather(*protocol.tasks, return_exceptions=True)
 
     run(test)
+
+
+@pytest.mark.parametrize(
+    "start", [b"nonsense\r\n\r\n", b"GET / HTTP/1.1\r\nUpgrade: x\r\nConnection: upgrade\r\n\r\n"]
+)
+def test_no_client_fills_the_log(connect: Connect, caplog: pytest.LogCaptureFixture, start: bytes) -> None:
+    async def test() -> None:
+        protocol, _ = connect()
+        protocol.data_received(start)
+        await finished(protocol)
+
+    run(test)
+    assert not caplog.records
+
+
+def test_a_fault_of_the_application_is_logged(connect: Connect, caplog: pytest.LogCaptureFixture) -> None:
+    async def fail(scope: Scope, receive: Receive, send: Send) -> None:
+        raise RuntimeError("a fault of ours")
+
+    async def test() -> None:
+        protocol, _ = connect()
+        protocol.app = fail
+        protocol.data_received(GET)
+        await finished(protocol)
+
+    run(test)
+    assert "a fault of ours" in caplog.text
 
 
 def test_bytes_that_are_no_http_get_the_apis_own_error(connect: Connect) -> None:
