@@ -18,6 +18,7 @@ from redis.exceptions import RedisError
 from starlette.requests import ClientDisconnect
 
 from api.cancellation import cancel_and_wait
+from api.rate_limits import RateLimit
 from store.errors import RateLimited, Unavailable
 
 log = logging.getLogger(__name__)
@@ -68,14 +69,16 @@ class Admission:
         self._next_turn = -math.inf  #: the earliest time for the next refused request to retry
 
     @contextmanager
-    def admit(self, rows: int) -> Iterator[None]:
-        """Raises RateLimited or Unavailable, both with `retry_after`."""
-        self._check(rows)
+    def admit(self, rows: int) -> Iterator[RateLimit]:
+        """Gives the limit with these rows counted. Raises RateLimited or Unavailable, both with `retry_after`."""
+        rate, limit = self._check(rows)
         self._advance()
         self.waiting += rows
         answered = rows
         try:
-            yield
+            reset_seconds = self.waiting / rate if rate else _DEFAULT_RETRY_SECONDS
+            remaining = max(0, limit - self.waiting)
+            yield RateLimit(limit=limit, remaining=remaining, reset_seconds=reset_seconds)
         except (Unavailable, ClientDisconnect, asyncio.CancelledError):
             answered = 0
             raise
@@ -94,7 +97,8 @@ class Admission:
             self._rate_known = False
         return self._answered / self._busy_seconds if self._rate_known else None
 
-    def _check(self, rows: int) -> None:
+    def _check(self, rows: int) -> tuple[float | None, int]:
+        """Returns the rate and the limit of rows that may wait."""
         if self._queued() >= self._max_queued:
             raise Unavailable(
                 "the service is overloaded: too many requests wait for the inference workers",
@@ -109,8 +113,11 @@ class Admission:
         if self.waiting and excess > 0:
             raise RateLimited(
                 f"too many inputs are waiting ({self.waiting:,}): {rows:,} more would not be answered in time",
+                limit=limit,
+                remaining=max(0, limit - self.waiting),
                 retry_after=self._retry_after(rows, excess, rate),
             )
+        return rate, limit
 
     def _retry_after(self, rows: int, excess: int, rate: float | None) -> int:
         """Seconds until the rows would be admitted, staggered after earlier refused requests."""

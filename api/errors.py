@@ -18,11 +18,13 @@ from starlette.requests import ClientDisconnect
 from starlette.responses import JSONResponse
 
 from api.clients.predict import WorkerError
+from api.rate_limits import RateLimit
 from api.schemas.common import dotted
 from store import errors
 
 STATUS: dict[type[errors.StoreError], int] = {
-    errors.InvalidRequest: 422,
+    errors.InvalidRequest: 400,
+    errors.WrongState: 400,
     errors.Unauthenticated: 401,
     errors.Forbidden: 403,
     errors.NotFound: 404,
@@ -32,10 +34,9 @@ STATUS: dict[type[errors.StoreError], int] = {
     errors.Unavailable: 503,
 }
 
+#: Types that are neither `invalid_request_error` nor `server_error`.
 TYPES = {
-    401: "authentication_error",
     403: "permission_error",
-    404: "not_found_error",
     409: "conflict_error",
     429: "rate_limit_error",
 }
@@ -43,12 +44,11 @@ TYPES = {
 #: Default codes, for responses without a domain error.
 CODES = {
     400: "invalid_request",
-    404: "not_found",
     405: "method_not_allowed",
     408: "request_timeout",
     413: "too_large",
     415: "unsupported_media_type",
-    422: "invalid_value",
+    429: "rate_limit_exceeded",
     431: "headers_too_large",
     500: "internal_error",
     503: "unavailable",
@@ -104,7 +104,10 @@ def error_response(
 def store_error_response(fault: errors.StoreError) -> JSONResponse:
     """Returns the error object of a domain error."""
     status = next((STATUS[kind] for kind in type(fault).__mro__ if kind in STATUS), 500)
-    headers = {}
+    headers: dict[str, str] = {}
+    if isinstance(fault, errors.RateLimited):
+        limit = RateLimit(limit=fault.limit, remaining=fault.remaining, reset_seconds=fault.retry_after)
+        headers |= limit.headers()
     if isinstance(fault, errors.RateLimited | errors.Unavailable):
         headers["Retry-After"] = str(fault.retry_after)
     return error_response(status, fault.message, param=fault.param, code=fault.code, headers=headers)
@@ -135,7 +138,7 @@ async def on_invalid_request(request: Request, fault: RequestValidationError) ->
     reasons = [_reason(other) for other in faults if _param(other, fault.body) == param]
     message = "; ".join(dict.fromkeys(reasons))
     code = VALIDATION_CODES.get(first["type"], "invalid_value")
-    return error_response(422, f"{param}: {message}" if param else message, param=param, code=code)
+    return error_response(400, f"{param}: {message}" if param else message, param=param, code=code)
 
 
 async def on_worker_error(_: Request, error: WorkerError) -> JSONResponse:

@@ -1,8 +1,9 @@
 """The outermost middleware, plain ASGI: request ids, metrics, and a 500 for unexpected exceptions.
 
-Every response has an `x-request-id`. Requests with a content encoding or a NUL in their path are refused here. A
-connection is closed when its request had no valid key and is answered before a large body has been received. With a
-key the server reads and discards the rest, so that every client can read the refusal (`api.door.connections`).
+Every response has an `x-request-id`, and the headers that its route put into `request.state.headers`. Requests with a
+content encoding or a NUL in their path are refused here. A connection is closed when its request had no valid key and
+is answered before a large body has been received. With a key the server reads and discards the rest, so that every
+client can read the refusal (`api.door.connections`).
 """
 
 from __future__ import annotations
@@ -60,7 +61,8 @@ class RequestMiddleware:
 
     async def _respond(self, scope: Scope, receive: Receive, send: Send) -> None:
         request_id = f"req_{uuid.uuid4().hex}"
-        scope.setdefault("state", {})["request_id"] = request_id
+        added_headers: dict[str, str] = {}
+        scope.setdefault("state", {}).update(request_id=request_id, headers=added_headers)
         started = False
         unreceived = _has_large_body(scope)
 
@@ -78,6 +80,7 @@ class RequestMiddleware:
                 started, closes = True, unreceived and "caller" not in scope["state"]
                 headers = MutableHeaders(scope=message)
                 headers["x-request-id"] = request_id
+                headers.update(added_headers)
                 if closes:
                     headers["connection"] = "close"
             elif closes and not message.get("more_body", False):

@@ -1,13 +1,14 @@
 """The errors of the service. `api.errors` alone maps them to HTTP.
 
 StoreError              message, param (the invalid field), code (stable, for programs)
-├── InvalidRequest      an invalid value                               → 422 (400 where it isn't JSON)
+├── InvalidRequest      an invalid value                               → 400
+├── WrongState          the state of a job, a study or an export forbids it          → 400
 ├── Unauthenticated     no API key, or an unknown one                  → 401
 ├── Forbidden           a valid key without permission                 → 403
 ├── NotFound            an unknown id, or another owner's              → 404
-├── Conflict            a state or an idempotency key forbids it       → 409, never retried
+├── Conflict            a key was used for something else              → 409, never retried
 ├── TooLarge            more bytes, rows or inputs than allowed        → 413
-├── RateLimited         too many requests at once                      → 429 with Retry-After
+├── RateLimited         too many requests                              → 429 with Retry-After and the limit
 ├── Unavailable         database, broker or workers do not answer      → 503 with Retry-After
 ├── Damaged             stored bytes are missing or differ from their SHA-256        → 500
 └── LostFence           a worker's attempt is no longer the current one (never leaves the worker)
@@ -31,6 +32,10 @@ class InvalidRequest(StoreError):
     code = "invalid_value"
 
 
+class WrongState(StoreError):
+    code = "wrong_state"
+
+
 class Unauthenticated(StoreError):
     code = "invalid_api_key"
 
@@ -40,7 +45,7 @@ class Forbidden(StoreError):
 
 
 class NotFound(StoreError):
-    code = "not_found"
+    """Only a model that is not found has a code, as in OpenAI's API."""
 
 
 class Conflict(StoreError):
@@ -54,8 +59,11 @@ class TooLarge(StoreError):
 class RateLimited(StoreError):
     code = "rate_limit_exceeded"
 
-    def __init__(self, message: str, *, retry_after: int = 1) -> None:
+    def __init__(self, message: str, *, limit: int, remaining: int = 0, retry_after: int = 1) -> None:
+        """limit: requests (or inputs of requests) that are allowed; remaining: of these, now."""
         super().__init__(message)
+        self.limit = limit
+        self.remaining = remaining
         self.retry_after = retry_after
 
 

@@ -17,7 +17,7 @@ from store import models
 from store.db.session import seconds
 from store.db.states import ExportState
 from store.db.tables import Export
-from store.errors import Conflict, InvalidRequest, LostFence
+from store.errors import InvalidRequest, LostFence, WrongState
 from store.jobs import jobs
 from store.models import Model
 
@@ -54,12 +54,12 @@ def request(session: Session, *, owner_id: str, model_id: str, format: str) -> E
 def request_diagnostics(session: Session, *, owner_id: str, job_id: str) -> Export:
     """Returns the row of a job's diagnostics, in the states of an archive.
 
-    Raises NotFound; Conflict for a job without a model.
+    Raises NotFound; WrongState for a job without a model.
     """
     job = jobs.get(session, owner_id=owner_id, job_id=job_id)
     if job.fine_tuned_model is None:
         message = f"the job is {job.state}: only a job that has succeeded has diagnostics"
-        raise Conflict(message, code="job_has_no_model")
+        raise WrongState(message, code="job_has_no_model")
     return _request(session, owner_id=owner_id, model_id=job.fine_tuned_model, format=DIAGNOSTICS)
 
 

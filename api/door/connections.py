@@ -10,6 +10,7 @@ import asyncio
 import logging
 import resource
 from collections import Counter
+from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cache
 from typing import Any
@@ -20,10 +21,13 @@ from uvicorn.server import ServerState
 
 from api.door.addresses import counted_address
 from api.errors import error_response
+from api.rate_limits import RateLimit
 from store.settings import StoreSettings, settings
 
 #: Descriptors for databases, brokers, files and logs.
 _OTHER_DESCRIPTORS = 256
+#: For a client with too many connections to try again.
+_RETRY_SECONDS = 2
 #: A chunk of one byte is sent as six.
 _FRAMING = 6
 
@@ -101,7 +105,9 @@ class LimitedProtocol(HttpToolsProtocol):
         if len(self.connections) > self._limits.total:
             self._refuse(503, "the service has too many open connections")
         elif self._counts[self._address] > self._limits.per_address:
-            self._refuse(429, "too many open connections from this address")
+            limit = RateLimit(limit=self._limits.per_address, remaining=0, reset_seconds=_RETRY_SECONDS)
+            message = "too many open connections from this address"
+            self._refuse(429, message, limit.headers() | {"Retry-After": str(_RETRY_SECONDS)})
         else:
             self._expect_headers()
 
@@ -196,7 +202,7 @@ class LimitedProtocol(HttpToolsProtocol):
             self._deadline.cancel()
             self._deadline = None
 
-    def _refuse(self, status: int, message: str) -> None:
+    def _refuse(self, status: int, message: str, headers: Mapping[str, str] | None = None) -> None:
         """Closes the connection, with an error response unless the request has one, complete or under way.
 
         A client that sends nothing after an answer would take this one for that of its next request.
@@ -210,7 +216,7 @@ class LimitedProtocol(HttpToolsProtocol):
         if self.cycle is not None and not self._in_headers:
             self.transport.close()
             return
-        response = error_response(status, message, headers={"Connection": "close"})
-        headers = b"".join(name + b": " + value + b"\r\n" for name, value in response.raw_headers)
-        self.transport.write(STATUS_LINE[status] + headers + b"\r\n" + bytes(response.body))
+        response = error_response(status, message, headers={"Connection": "close", **(headers or {})})
+        lines = b"".join(name + b": " + value + b"\r\n" for name, value in response.raw_headers)
+        self.transport.write(STATUS_LINE[status] + lines + b"\r\n" + bytes(response.body))
         self.transport.close()

@@ -65,7 +65,7 @@ class WrongKeys:
         if tries < 1:
             seconds = math.ceil((1 - tries) * 60 / self._per_minute)
             message = f"too many wrong API keys from this address: try again in {seconds} seconds"
-            raise RateLimited(message, retry_after=seconds)
+            raise RateLimited(message, limit=self._per_minute, retry_after=seconds)
         self._add(address, -1)
 
     def _add(self, address: str, tries: int) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import ExitStack
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -133,11 +133,18 @@ def _generation(
     return _Generation(request=request, admission=services.text_admission, texts=texts, replies=replies)
 
 
+@contextmanager
+def _admit(generation: _Generation) -> Iterator[None]:
+    with generation.admission.admit(generation.texts) as limit:
+        generation.request.state.headers.update(limit.headers())
+        yield
+
+
 async def _stream(
     generation: _Generation, chunks: Callable[[GenerateReply], Iterable[BaseModel]]
 ) -> Response:
     with ExitStack() as until_end:
-        until_end.enter_context(generation.admission.admit(generation.texts))
+        until_end.enter_context(_admit(generation))
         try:
             first = await while_connected(generation.request, generation.replies.next())
         except BaseException:
@@ -147,7 +154,7 @@ async def _stream(
 
 
 async def _complete(generation: _Generation) -> tuple[list[GeneratedPart], Usage]:
-    with generation.admission.admit(generation.texts):
+    with _admit(generation):
         try:
             reply = await while_connected(generation.request, generation.replies.next())
         finally:

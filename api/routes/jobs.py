@@ -20,7 +20,7 @@ from api.stored_response import stored_response
 from store import exports, idempotency
 from store.db.states import PURPOSES, JobState
 from store.db.tables import Job
-from store.errors import Conflict
+from store.errors import WrongState
 from store.ids import new_job_id
 from store.jobs import jobs
 from store.logs import bound
@@ -141,7 +141,7 @@ async def job_diagnostics(job_id: str, caller: Caller, db: Db, services: Service
     export = await db(exports.request_diagnostics, owner_id=caller.id, job_id=job_id)
     if export.state == "failed":
         error = export.error or {}
-        raise Conflict(error["message"], param=error["param"], code=error["code"])
+        raise WrongState(error["message"], param=error["param"], code=error["code"])
     if export.storage_key is None:
         services.hints.export(export.model_id, export.format)
         pending = DiagnosticsPending(job=job_id, status=export.state)

@@ -12,7 +12,7 @@ from api.schemas.common import Deleted, Listing
 from api.schemas.models import ExportPending, ModelObject
 from api.stored_response import stored_response
 from store import exports, models
-from store.errors import Conflict
+from store.errors import WrongState
 
 router = APIRouter(prefix="/v1/models", tags=["Models"])
 
@@ -37,7 +37,7 @@ async def export_model(
     export = await db(exports.request, owner_id=caller.id, model_id=model_id, format=format)
     if export.state == "failed":
         error = export.error or {}
-        raise Conflict(error["message"], param=error["param"], code=error["code"])
+        raise WrongState(error["message"], param=error["param"], code=error["code"])
     if export.storage_key is None:
         services.hints.export(model_id, format)
         pending = ExportPending(model=model_id, format=format, status=export.state)

@@ -28,7 +28,8 @@ async def predict(
     rows = body.rows()
     if body.abstain_below is not None and any("question" not in row for row in rows):
         raise InvalidRequest("generated text has no probability to abstain below", param="abstain_below")
-    with services.admission.admit(len(rows)):
+    with services.admission.admit(len(rows)) as limit:
+        request.state.headers.update(limit.headers())
         prediction = services.predict.predict(
             request.state.request_id,
             model,

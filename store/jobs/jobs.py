@@ -16,7 +16,7 @@ from store.db.pagination import Page, cursor_of, fetch_page
 from store.db.session import seconds
 from store.db.states import PURPOSES, TERMINAL, JobState
 from store.db.tables import Checkpoint, Event, Job
-from store.errors import Conflict, NotFound
+from store.errors import NotFound, WrongState
 from store.jobs.spec import TrainingSpec, check_new
 from store.jobs.transitions import (
     NewEvent,
@@ -104,7 +104,7 @@ def get(session: Session, *, owner_id: str, job_id: str) -> Job:
     job = session.scalar(select(Job).where(_is_job(owner_id, job_id)))
     if job is None:
         message = f"there is no fine-tuning job {job_id!r}"
-        raise NotFound(message, param="fine_tuning_job_id", code="job_not_found")
+        raise NotFound(message, param="fine_tuning_job_id")
     return job
 
 
@@ -132,7 +132,7 @@ def request_cancel(session: Session, *, owner_id: str, job_id: str) -> Job:
     """Cancels a job: at once unless it runs.
 
     A running job stays `running`, with `cancel_requested_at`, until its worker has stopped the trainer; however that
-    run ends, it ends as cancelled. May be repeated. Raises NotFound; Conflict when the job has already ended.
+    run ends, it ends as cancelled. May be repeated. Raises NotFound; WrongState when the job has already ended.
     """
     is_job = _is_job(owner_id, job_id)
     job = move(session, and_(is_job, Job.state.in_(_AT_REST)), JobState.CANCELLED, cancelled())
@@ -150,7 +150,7 @@ def request_cancel(session: Session, *, owner_id: str, job_id: str) -> Job:
 def request_pause(session: Session, *, owner_id: str, job_id: str) -> Job:
     """Pauses a job: at once unless it runs; a running one writes a checkpoint first.
 
-    May be repeated. Raises NotFound; Conflict when the job has ended or is being cancelled.
+    May be repeated. Raises NotFound; WrongState when the job has ended or is being cancelled.
     """
     is_job = _is_job(owner_id, job_id)
     waiting = and_(is_job, Job.state.in_(tuple(PURPOSES)))
@@ -172,7 +172,7 @@ def request_pause(session: Session, *, owner_id: str, job_id: str) -> Job:
 def resume(session: Session, *, owner_id: str, job_id: str) -> Job:
     """Resumes a paused job in the state that it was paused from. After the commit, hint (job.id, PURPOSES[job.state]).
 
-    Raises NotFound; Conflict when the job is not paused.
+    Raises NotFound; WrongState when the job is not paused.
     """
     event = NewEvent(code="RESUMED", message="The job is resumed.")
     values = {"paused_from": None, "not_before": None, "hinted_at": func.now()}
@@ -227,9 +227,9 @@ def _is_job(owner_id: str, job_id: str) -> ColumnElement[bool]:
 
 
 def _refuse(job: Job, participle: str) -> Job:
-    """Raises the Conflict that says why a job can't be cancelled, paused or resumed."""
+    """Raises the WrongState that says why a job can't be cancelled, paused or resumed."""
     if job.state in TERMINAL:
-        raise Conflict(f"the job has already ended: it is {job.state}", code="job_ended")
+        raise WrongState(f"the job has already ended: it is {job.state}", code="job_ended")
     if job.cancel_requested_at is not None:
-        raise Conflict("the job is being cancelled", code="job_being_cancelled")
-    raise Conflict(f"a job that is {job.state} can't be {participle}", code="wrong_state")
+        raise WrongState("the job is being cancelled", code="job_being_cancelled")
+    raise WrongState(f"a job that is {job.state} can't be {participle}")

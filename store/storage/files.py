@@ -141,4 +141,4 @@ def purgeable(session: Session, *, limit: int = 100) -> list[File]:
 
 
 def _no_file(file_id: str) -> NotFound:
-    return NotFound(f"there is no file {file_id!r}", param="file_id", code="file_not_found")
+    return NotFound(f"there is no file {file_id!r}", param="file_id")

@@ -17,7 +17,7 @@ from store.db.pagination import Page, cursor_of, fetch_page
 from store.db.states import PURPOSES, TERMINAL, JobState, StudyStatus
 from store.db.study_tables import Outcome, Study, StudyEvent, StudyJob, StudyPrefix
 from store.db.tables import Job
-from store.errors import Conflict, NotFound
+from store.errors import NotFound, WrongState
 from store.jobs import jobs
 from store.jobs.shared_prefix import prefix_keys
 from store.jobs.spec import MODEL_REFERENCE
@@ -121,7 +121,7 @@ def get(session: Session, *, owner_id: str, study_id: str) -> Study:
     """Returns a study. Raises NotFound for an unknown one or another owner's."""
     study = session.scalar(select(Study).where(Study.id == study_id, Study.owner_id == owner_id))
     if study is None:
-        raise NotFound(f"there is no study {study_id!r}", param="study_id", code="study_not_found")
+        raise NotFound(f"there is no study {study_id!r}", param="study_id")
     return study
 
 
@@ -198,22 +198,22 @@ def is_trial(session: Session, job_id: str) -> bool:
 
 
 def request_cancel(session: Session, *, owner_id: str, study_id: str) -> Study:
-    """Cancels all unfinished jobs. May be repeated. Raises NotFound; Conflict when the study has ended."""
+    """Cancels all unfinished jobs. May be repeated. Raises NotFound; WrongState when the study has ended."""
     study = session.scalar(
         select(Study).where(Study.id == study_id, Study.owner_id == owner_id).with_for_update()
     )
     if study is None:
         return get(session, owner_id=owner_id, study_id=study_id)
     if study.finished_at is not None:
-        raise Conflict("the study has already ended", code="study_ended")
+        raise WrongState("the study has already ended", code="study_ended")
     # True where a cancel has an effect: on later jobs, or on existing ones.
     cancelled = any(arm.get("like") for arm in study.spec["planned"]) or study.spec.get("search") is not None
     for run in runs_of(session, study_id):
-        with suppress(Conflict):  # the job has ended
+        with suppress(WrongState):  # the job has ended
             jobs.request_cancel(session, owner_id=owner_id, job_id=run.job.id)
             cancelled = True
     if not cancelled and study.cancel_requested_at is None:
-        raise Conflict("all jobs of the study have ended; its verdict is on its way", code="study_ended")
+        raise WrongState("all jobs of the study have ended; its verdict is on its way", code="study_ended")
     if study.cancel_requested_at is None:
         write(session, study_id, cancel_requested_at=func.now())
         append_event(session, study_id, "CANCELLING", "Cancelling all jobs that have not ended.")

@@ -25,7 +25,7 @@ COMPLETION = {"model": MODEL, "prompt": "Once"}
 CHAT = {"model": MODEL, "messages": [{"role": "user", "content": "Hello"}]}
 PATHS = {"/v1/completions": COMPLETION, "/v1/chat/completions": CHAT}
 DONE = {"done": {"prompt_tokens": 3, "completion_tokens": 2}}
-FAULT = {"status": 422, "code": "invalid_value", "message": "too long", "param": "max_tokens"}
+FAULT = {"status": 400, "code": "invalid_value", "message": "too long", "param": "max_tokens"}
 
 
 @pytest.fixture(scope="module")
@@ -102,7 +102,10 @@ def test_a_completion_in_openais_shape(client: httpx.Client, says: Any) -> None:
 def test_a_chat_in_openais_shape(client: httpx.Client, says: Any) -> None:
     says({"chunk": [part("Hi", finish="length", tokens=[token(b"Hi", 0, b"Ho")])]} | DONE)
     body = CHAT | {"logprobs": True, "top_logprobs": 1}
-    answer = client.post("/v1/chat/completions", json=body).json()
+    response = client.post("/v1/chat/completions", json=body)
+    assert response.headers["x-ratelimit-limit-requests"] == "256"
+    assert response.headers["x-ratelimit-remaining-requests"] == "255"
+    answer = response.json()
     assert answer["object"] == "chat.completion"
     assert answer["id"].startswith("chatcmpl-")
     top = [{"token": "Ho", "logprob": -0.25, "bytes": [72, 111]}]
@@ -122,6 +125,7 @@ def test_a_stream_in_openais_shape(client: httpx.Client, says: Any) -> None:
     body = CHAT | {"stream": True, "stream_options": {"include_usage": True}}
     answer = client.post("/v1/chat/completions", json=body)
     assert answer.headers["content-type"].startswith("text/event-stream")
+    assert answer.headers["x-ratelimit-remaining-requests"] == "255"
     *chunks, last, end = events(answer)
     assert end == "[DONE]"
     assert (last["choices"], last["usage"]["total_tokens"]) == ([], 5)
@@ -181,7 +185,7 @@ def test_the_message_has_everything_for_the_worker(client: httpx.Client, says: A
 def test_a_refusal_has_its_own_status(client: httpx.Client, says: Any, path: str, stream: bool) -> None:
     says({"error": FAULT})
     answer = client.post(path, json=PATHS[path] | {"stream": stream})
-    assert answer.status_code == 422
+    assert answer.status_code == 400
     assert answer.json()["error"]["param"] == "max_tokens"
     says()
     answer = client.post(path, json=PATHS[path] | {"stream": stream})
@@ -269,7 +273,7 @@ def test_an_unsupported_field_is_refused_by_name(
     client: httpx.Client, path: str, changes: dict[str, Any], param: str
 ) -> None:
     answer = client.post(path, json=PATHS[path] | changes)
-    assert answer.status_code == 422
+    assert answer.status_code == 400
     assert answer.json()["error"]["param"] == param
 
 

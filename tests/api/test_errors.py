@@ -35,13 +35,24 @@ def error(answer: httpx.Response) -> dict[str, Any]:
 @pytest.mark.parametrize(
     ("raised", "status", "kind", "headers"),
     [
-        (errors.InvalidRequest("no", param="p"), 422, "invalid_request_error", {}),
-        (errors.Unauthenticated("no"), 401, "authentication_error", {"www-authenticate": "Bearer"}),
+        (errors.InvalidRequest("no", param="p"), 400, "invalid_request_error", {}),
+        (errors.WrongState("no"), 400, "invalid_request_error", {}),
+        (errors.Unauthenticated("no"), 401, "invalid_request_error", {"www-authenticate": "Bearer"}),
         (errors.Forbidden("no"), 403, "permission_error", {}),
-        (errors.NotFound("no"), 404, "not_found_error", {}),
+        (errors.NotFound("no"), 404, "invalid_request_error", {}),
         (errors.Conflict("no"), 409, "conflict_error", {"x-should-retry": "false"}),
         (errors.TooLarge("no"), 413, "invalid_request_error", {}),
-        (errors.RateLimited("no", retry_after=7), 429, "rate_limit_error", {"retry-after": "7"}),
+        (
+            errors.RateLimited("no", limit=30, remaining=2, retry_after=67),
+            429,
+            "rate_limit_error",
+            {
+                "retry-after": "67",
+                "x-ratelimit-limit-requests": "30",
+                "x-ratelimit-remaining-requests": "2",
+                "x-ratelimit-reset-requests": "1m7s",
+            },
+        ),
         (errors.Unavailable("no", retry_after=9), 503, "server_error", {"retry-after": "9"}),
         (errors.Damaged("no"), 500, "server_error", {}),
     ],
@@ -125,7 +136,7 @@ class TestKeys:
     ) -> None:
         raw = {name: value.encode("latin-1") for name, value in headers.items()}
         answer = httpx.request(method, url + path, headers=raw)
-        assert (answer.status_code, error(answer)["type"]) == (401, "authentication_error")
+        assert (answer.status_code, error(answer)["type"]) == (401, "invalid_request_error")
 
     @pytest.mark.parametrize("path", ["/healthz", "/readyz", "/docs", "/openapi.json"])
     def test_health_routes_need_no_key(self, url: str, path: str) -> None:
@@ -149,7 +160,7 @@ class TestPaths:
     def test_an_unknown_path_is_404(self, client: httpx.Client, path: str) -> None:
         answer = client.get(path)
         assert answer.status_code == 404
-        assert error(answer)["type"] == "not_found_error"
+        assert error(answer)["type"] == "invalid_request_error"
 
     @pytest.mark.parametrize(
         ("method", "path"),
@@ -189,7 +200,7 @@ class TestPaths:
     def test_a_path_is_not_taken_for_an_id(self, client: httpx.Client, path: str) -> None:
         answer = client.get(path)
         assert answer.status_code == 404
-        assert error(answer)["type"] == "not_found_error"
+        assert error(answer)["type"] == "invalid_request_error"
 
 
 def post(client: httpx.Client, content: bytes | Iterator[bytes], **headers: str) -> httpx.Response:
@@ -206,9 +217,9 @@ class TestBodies:
         assert error(answer)["type"] == "invalid_request_error"
 
     @pytest.mark.parametrize("content", [b"[]", b'"text"', b"3", b"null", b"", b"NaN"])
-    def test_a_body_that_is_not_an_object_is_422(self, client: httpx.Client, content: bytes) -> None:
+    def test_a_body_that_is_not_an_object_is_400(self, client: httpx.Client, content: bytes) -> None:
         answer = post(client, content)
-        assert answer.status_code == 422
+        assert answer.status_code == 400
         assert error(answer)["type"] == "invalid_request_error"
 
     @pytest.mark.parametrize("kind", ["text/plain", "application/x-www-form-urlencoded", "nonsense"])
@@ -246,7 +257,7 @@ class TestBodies:
     def test_the_largest_body_is_read(self, client: httpx.Client, settings: StoreSettings) -> None:
         head, tail = b'{"model": "', b'"}'
         answer = post(client, head + b"x" * (settings.max_job_bytes - len(head + tail)) + tail)
-        assert answer.status_code == 422
+        assert answer.status_code == 400
 
     def test_an_unknown_field_is_named(self, client: httpx.Client) -> None:
         fault = error(post(client, b'{"model": "m", "training_file": "sample:passages", "modl": 1}'))
@@ -258,7 +269,7 @@ class TestBodies:
 
     def test_a_key_that_postgres_can_not_store_is_refused(self, client: httpx.Client) -> None:
         answer = post(client, b'{"model": "m", "training_file": "sample:p", "metadata": {"\\u0000": ""}}')
-        assert (answer.status_code, error(answer)["param"]) == (422, "metadata")
+        assert (answer.status_code, error(answer)["param"]) == (400, "metadata")
 
     def test_an_error_in_a_union_names_the_setting(self, client: httpx.Client) -> None:
         method = {"type": "heft", "heft": {"lora": {"target_modules": 3}}}

@@ -140,4 +140,4 @@ def test_a_stream_without_events_sends_heartbeats(
 @pytest.mark.parametrize("last", ["-1", "x", str(2**64)])
 def test_an_invalid_folder_is_refused(client: httpx.Client, last: str) -> None:
     answer = client.get(f"{JOBS}/{create(client)['id']}/events?stream=true", headers={"Last-Event-ID": last})
-    assert (answer.status_code, answer.json()["error"]["param"]) == (422, "last-event-id")
+    assert (answer.status_code, answer.json()["error"]["param"]) == (400, "last-event-id")

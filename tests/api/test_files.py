@@ -84,7 +84,7 @@ def test_lists_are_paged_in_both_orders(client: httpx.Client) -> None:
 )
 def test_an_invalid_list_query_is_refused(client: httpx.Client, query: str, param: str) -> None:
     answer = client.get(f"/v1/files?{query}")
-    assert (answer.status_code, answer.json()["error"]["param"]) == (422, param)
+    assert (answer.status_code, answer.json()["error"]["param"]) == (400, param)
 
 
 def test_another_owner_sees_nothing(client: httpx.Client, stranger: httpx.Client) -> None:
@@ -96,24 +96,24 @@ def test_another_owner_sees_nothing(client: httpx.Client, stranger: httpx.Client
         stranger.get(f"/v1/files/{file_id}/content"),
         stranger.delete(f"/v1/files/{file_id}"),
     ):
-        assert (answer.status_code, answer.json()["error"]["type"]) == (404, "not_found_error")
+        assert (answer.status_code, answer.json()["error"]["type"]) == (404, "invalid_request_error")
     assert client.get(f"/v1/files/{file_id}").status_code == 200
 
 
 @pytest.mark.parametrize(
     ("changes", "status", "param"),
     [
-        ({"data": {}}, 422, "purpose"),
-        ({"data": {"purpose": "vision"}}, 422, "purpose"),
-        ({"data": {"purpose": "fine-tune", "expires_after[seconds]": "3600"}}, 422, "expires_after[seconds]"),
+        ({"data": {}}, 400, "purpose"),
+        ({"data": {"purpose": "vision"}}, 400, "purpose"),
+        ({"data": {"purpose": "fine-tune", "expires_after[seconds]": "3600"}}, 400, "expires_after[seconds]"),
         ({"data": {"purpose": "fine-tune", "note": "x" * 5_000}}, 413, "note"),
-        ({"data": {"purpose": "fine-\0tune"}}, 422, "purpose"),
-        ({"files": {"file": ("rows.jsonl", b"")}}, 422, "file"),
-        ({"files": {"rows": ("rows.jsonl", ROW)}}, 422, "file"),
-        ({"files": [("file", ("a.jsonl", ROW)), ("file", ("b.jsonl", ROW))]}, 422, "file"),
+        ({"data": {"purpose": "fine-\0tune"}}, 400, "purpose"),
+        ({"files": {"file": ("rows.jsonl", b"")}}, 400, "file"),
+        ({"files": {"rows": ("rows.jsonl", ROW)}}, 400, "file"),
+        ({"files": [("file", ("a.jsonl", ROW)), ("file", ("b.jsonl", ROW))]}, 400, "file"),
         ({"files": {"file": ("rows.jsonl", ROW * 50_000)}}, 413, "file"),
-        ({"files": None}, 422, None),
-        ({"files": None, "data": None, "json": {"purpose": "fine-tune"}}, 422, None),
+        ({"files": None}, 400, None),
+        ({"files": None, "data": None, "json": {"purpose": "fine-tune"}}, 400, None),
     ],
 )
 def test_an_invalid_upload_is_refused_and_leaves_no_file(
@@ -149,7 +149,7 @@ def test_a_malformed_form_is_refused_and_leaves_no_file(
     answer = client.post(
         "/v1/files", content=body, headers={"Content-Type": "multipart/form-data; boundary=b"}
     )
-    assert (answer.status_code, answer.json()["error"]["type"]) == (422, "invalid_request_error")
+    assert (answer.status_code, answer.json()["error"]["type"]) == (400, "invalid_request_error")
     assert new_files() == set()
 
 

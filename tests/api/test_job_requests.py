@@ -138,7 +138,7 @@ class TestCreate:
     ) -> None:
         body = {name: value for name, value in (MINIMAL | changes).items() if value is not None}
         answer = client.post(JOBS, content=json.dumps(body), headers={"Content-Type": "application/json"})
-        assert refusal(answer) == (422, param)
+        assert refusal(answer) == (400, param)
         assert client.get(JOBS).json()["data"] == []
 
     def test_a_file_of_another_owner_is_not_found(self, client: httpx.Client, stranger: httpx.Client) -> None:
@@ -146,7 +146,7 @@ class TestCreate:
             "/v1/files", files={"file": ("rows.jsonl", b"{}\n")}, data={"purpose": "fine-tune"}
         )
         answer = client.post(JOBS, json=MINIMAL | {"training_file": theirs.json()["id"]})
-        assert refusal(answer) == (422, "training_file")
+        assert refusal(answer) == (400, "training_file")
 
 
 class TestIdempotency:
@@ -173,9 +173,9 @@ class TestIdempotency:
 
     def test_a_refused_request_does_not_use_up_the_idempotency_key(self, client: httpx.Client) -> None:
         refused = client.post(JOBS, json=MINIMAL | {"training_file": "file-none"}, headers=self.KEY)
-        assert refused.status_code == 422
+        assert refused.status_code == 400
         assert client.post(JOBS, json=MINIMAL, headers=self.KEY).status_code == 200
 
     def test_a_key_too_long_is_refused(self, client: httpx.Client) -> None:
         answer = client.post(JOBS, json=MINIMAL, headers={"Idempotency-Key": "k" * 256})
-        assert refusal(answer) == (422, "Idempotency-Key")
+        assert refusal(answer) == (400, "Idempotency-Key")

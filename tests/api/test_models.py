@@ -139,8 +139,8 @@ class TestExport:
             assert claim is not None
             exports.fail(session, claim, error=error)
         answer = client.get(f"{path(trained)}/export?format=pyreft")
-        assert answer.status_code == 409
-        assert answer.json()["error"] == error | {"type": "conflict_error"}
+        assert answer.status_code == 400
+        assert answer.json()["error"] == error | {"type": "invalid_request_error"}
 
     def test_missing_content_is_an_error_response(
         self, client: httpx.Client, sessions: SessionFactory, trained: str
@@ -156,10 +156,10 @@ class TestExport:
     @pytest.mark.parametrize("query", ["format=zip", "format="])
     def test_an_unknown_format_is_refused(self, client: httpx.Client, trained: str, query: str) -> None:
         answer = client.get(f"{path(trained)}/export?{query}")
-        assert (answer.status_code, answer.json()["error"]["param"]) == (422, "format")
+        assert (answer.status_code, answer.json()["error"]["param"]) == (400, "format")
 
     def test_a_base_model_is_not_exported(self, client: httpx.Client, base: str) -> None:
-        assert client.get(f"{path(base)}/export").status_code == 422
+        assert client.get(f"{path(base)}/export").status_code == 400
 
 
 class TestDiagnostics:
@@ -198,10 +198,10 @@ class TestDiagnostics:
         assert (ready.status_code, ready.content) == (200, report)
         assert ready.headers["content-type"] == "application/json"
         refused = client.get(f"{path(trained)}/export?format=diagnostics")
-        assert (refused.status_code, refused.json()["error"]["param"]) == (422, "format")
+        assert (refused.status_code, refused.json()["error"]["param"]) == (400, "format")
 
     def test_export_of_a_job_without_a_model_is_refused(self, client: httpx.Client, base: str) -> None:
         body = {"model": base, "training_file": "sample:passages"}
         job_id = client.post("/v1/fine_tuning/jobs", json=body).json()["id"]
         answer = client.get(f"/v1/fine_tuning/jobs/{job_id}/diagnostics")
-        assert (answer.status_code, answer.json()["error"]["code"]) == (409, "job_has_no_model")
+        assert (answer.status_code, answer.json()["error"]["code"]) == (400, "job_has_no_model")

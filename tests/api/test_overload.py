@@ -72,7 +72,10 @@ def test_rows_above_the_limit_are_refused_at_once(
         refused = ask(1)
         assert not large.done(), "refused while the first one waits"
         assert refused.status_code == 429
-        assert refused.json()["error"]["type"] == "rate_limit_error"
+        assert refused.json()["error"]["code"] == "rate_limit_exceeded"
+        assert refused.headers["x-ratelimit-limit-requests"] == "8"
+        assert refused.headers["x-ratelimit-remaining-requests"] == "0"
+        assert refused.headers["x-ratelimit-reset-requests"] == f"{refused.headers['retry-after']}s"
         assert 1 <= int(refused.headers["retry-after"]) <= 60
         assert large.result().status_code == 503, "nobody answers it"
     assert ask(1).status_code == 503, "let in again"
@@ -134,8 +137,10 @@ def test_no_more_rows_wait_than_the_rate_answers_in_time() -> None:
         with pytest.raises(RateLimited) as another:
             door.admit(100).__enter__()
         assert 16 <= another.value.retry_after <= 19, "and the 100 before it"
-        with door.admit(20):
+        with door.admit(20) as limit:
             assert door.waiting == 220
+            assert (limit.limit, limit.remaining) == (225, 5)
+            assert limit.reset_seconds == pytest.approx(22, rel=0.05), "220 rows, at ten a second"
     assert door.waiting == 0
 
 

@@ -98,7 +98,11 @@ def test_many_questions_are_answered_in_order(client: httpx.Client, worker: Stub
 
     worker.behaviour = numbered
     inputs = [{"question": str(number)} for number in range(1_024)]
-    answer = client.post("/predict", json={"model": MODEL, "inputs": inputs}).json()
+    response = client.post("/predict", json={"model": MODEL, "inputs": inputs})
+    assert response.headers["x-ratelimit-limit-requests"] == "4096"
+    assert response.headers["x-ratelimit-remaining-requests"] == "3072"
+    assert response.headers["x-ratelimit-reset-requests"].endswith("s")
+    answer = response.json()
     assert (answer["object"], answer["model"]) == ("list", MODEL)
     assert [row["answer"] for row in answer["data"]] == [question["question"] for question in inputs]
     assert answer["usage"] == {"prompt_tokens": 1_024, "completion_tokens": 1_024, "total_tokens": 2_048}
@@ -151,10 +155,10 @@ def test_replies_are_assigned_to_their_requests(client: httpx.Client, worker: St
 
 
 def test_a_workers_error_is_passed_on(client: httpx.Client, worker: StubWorker) -> None:
-    fault = {"status": 422, "code": "invalid_value", "message": "no choices", "param": "choices"}
+    fault = {"status": 400, "code": "invalid_value", "message": "no choices", "param": "choices"}
     worker.behaviour = lambda _: {"error": fault}
     answer = client.post("/predict", json=QUESTION)
-    assert answer.status_code == 422
+    assert answer.status_code == 400
     assert answer.json()["error"] == {
         "message": "no choices",
         "type": "invalid_request_error",
@@ -196,24 +200,24 @@ def test_lost_connections_to_the_broker_are_restored(client: httpx.Client, worke
 @pytest.mark.parametrize(
     ("body", "status", "param"),
     [
-        ({"question": "q"}, 422, "model"),
-        ({"model": MODEL}, 422, None),
-        ({"model": MODEL, "question": ""}, 422, "question"),
-        ({"model": MODEL, "question": "q", "prompt": "p"}, 422, None),
-        ({"model": MODEL, "question": "q", "inputs": [{"question": "q"}]}, 422, None),
-        ({"model": MODEL, "prompt": "p", "passage": "p"}, 422, None),
-        ({"model": MODEL, "question": "q", "choices": ["one"]}, 422, "choices"),
-        ({"model": MODEL, "inputs": []}, 422, "inputs"),
-        ({"model": MODEL, "inputs": [{"question": "q"}, {}]}, 422, None),
-        ({"model": MODEL, "inputs": [{"question": "q", "answer": "yes"}]}, 422, "inputs[0].answer"),
+        ({"question": "q"}, 400, "model"),
+        ({"model": MODEL}, 400, None),
+        ({"model": MODEL, "question": ""}, 400, "question"),
+        ({"model": MODEL, "question": "q", "prompt": "p"}, 400, None),
+        ({"model": MODEL, "question": "q", "inputs": [{"question": "q"}]}, 400, None),
+        ({"model": MODEL, "prompt": "p", "passage": "p"}, 400, None),
+        ({"model": MODEL, "question": "q", "choices": ["one"]}, 400, "choices"),
+        ({"model": MODEL, "inputs": []}, 400, "inputs"),
+        ({"model": MODEL, "inputs": [{"question": "q"}, {}]}, 400, None),
+        ({"model": MODEL, "inputs": [{"question": "q", "answer": "yes"}]}, 400, "inputs[0].answer"),
         ({"model": MODEL, "inputs": [{"question": "q"}] * 1_025}, 413, "inputs"),
-        ({"model": MODEL, "question": "\0"}, 422, "question"),
-        ({"model": MODEL, "question": "q", "intervention": {"scale": "big"}}, 422, "intervention.scale"),
-        ({"model": MODEL, "question": "q", "intervention": {"scal": 1}}, 422, "intervention.scal"),
-        ({"model": MODEL, "question": "q", "abstain_below": 1.5}, 422, "abstain_below"),
-        ({"model": MODEL, "prompt": "p", "abstain_below": 0.5}, 422, "abstain_below"),
-        ({"model": MODEL, "inputs": [{"prompt": "p"}], "abstain_below": 0.5}, 422, "abstain_below"),
-        ({"model": MODEL, "messages": [{"role": "robot", "content": ""}]}, 422, "messages[0].role"),
+        ({"model": MODEL, "question": "\0"}, 400, "question"),
+        ({"model": MODEL, "question": "q", "intervention": {"scale": "big"}}, 400, "intervention.scale"),
+        ({"model": MODEL, "question": "q", "intervention": {"scal": 1}}, 400, "intervention.scal"),
+        ({"model": MODEL, "question": "q", "abstain_below": 1.5}, 400, "abstain_below"),
+        ({"model": MODEL, "prompt": "p", "abstain_below": 0.5}, 400, "abstain_below"),
+        ({"model": MODEL, "inputs": [{"prompt": "p"}], "abstain_below": 0.5}, 400, "abstain_below"),
+        ({"model": MODEL, "messages": [{"role": "robot", "content": ""}]}, 400, "messages[0].role"),
         ({"model": "nobody/knows", "question": "q"}, 404, "model"),
         ({"model": "../../etc", "question": "q"}, 404, "model"),
         ({"model": "ft:tiny:other::12345678", "question": "q"}, 404, "model"),

@@ -115,7 +115,7 @@ def test_a_finished_study_has_its_comparisons(client: httpx.Client, sessions: Se
     assert [event["data"]["code"] for event in events] == [
         "SUCCEEDED", "COMPARISON", "JOB_ENDED", "JOB_ENDED", "JOB_ENDED", "JOB_ENDED", "CREATED",
     ]  # fmt: skip
-    assert refusal(client.post(f"{STUDIES}/{study_id}/cancel"))[0] == 409
+    assert refusal(client.post(f"{STUDIES}/{study_id}/cancel"))[0] == 400
 
 
 def test_a_repeated_request_creates_one_study(client: httpx.Client) -> None:
@@ -202,7 +202,7 @@ def test_another_owners_study_is_not_found(client: httpx.Client, stranger: httpx
 def test_invalid_fields_are_refused_by_name(
     client: httpx.Client, param: str, changes: dict[str, Any]
 ) -> None:
-    assert refusal(client.post(STUDIES, json=BODY | changes)) == (422, param)
+    assert refusal(client.post(STUDIES, json=BODY | changes)) == (400, param)
     assert client.get(JOBS).json()["data"] == []
 
 
@@ -214,9 +214,9 @@ def test_files_with_too_few_rows_are_refused(client: httpx.Client) -> None:
         ).json()["id"]
         for n in (19, 20)
     )
-    assert refusal(client.post(STUDIES, json={**BODY, "test_file": few})) == (422, "test_file")
+    assert refusal(client.post(STUDIES, json={**BODY, "test_file": few})) == (400, "test_file")
     assert refusal(client.post(STUDIES, json={**BODY, "test_file": None, "validation_file": few})) == (
-        422,
+        400,
         "validation_file",
     )
     assert create(client, test_file=enough)["test_file"] == enough
@@ -257,9 +257,9 @@ def test_the_rows_of_every_evaluated_file_are_counted(client: httpx.Client) -> N
     few = client.post("/v1/files", **sent).json()["id"]
     one, two = TASKS["tasks"]
     answer = client.post(STUDIES, json={**BODY, **TASKS, "tasks": [one, {**two, "test_file": few}]})
-    assert refusal(answer) == (422, "tasks[1].test_file")
+    assert refusal(answer) == (400, "tasks[1].test_file")
     assert refusal(client.post(STUDIES, json={**BODY, **SEARCH, "validation_file": few})) == (
-        422,
+        400,
         "validation_file",
     )
 
@@ -273,7 +273,7 @@ def test_a_repeated_request_is_answered_although_its_file_is_deleted(client: htt
     assert client.delete(f"/v1/files/{file}").status_code == 200
     again = client.post(STUDIES, json={**BODY, "test_file": file}, headers=headers)
     assert again.json()["id"] == first["id"]
-    assert refusal(client.post(STUDIES, json={**BODY, "test_file": file})) == (422, "test_file")
+    assert refusal(client.post(STUDIES, json={**BODY, "test_file": file})) == (400, "test_file")
 
 
 def test_a_search_is_estimated_at_its_whole_budget(client: httpx.Client) -> None:

@@ -195,7 +195,7 @@ def test_answers_of_another_model_are_not_mixed_in(service: Answering, rows: Pat
 def test_an_invalid_row_is_reported_with_its_line(service: Answering, rows: Path, tmp_path: Path) -> None:
     def refuse(numbers: list[int]) -> Reply | None:
         return (
-            refusal(422, "invalid_value", param=f"inputs[{numbers.index(45)}].x") if 45 in numbers else None
+            refusal(400, "invalid_value", param=f"inputs[{numbers.index(45)}].x") if 45 in numbers else None
         )
 
     service.before = refuse

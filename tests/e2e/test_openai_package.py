@@ -161,7 +161,7 @@ class TestErrors:
 
     def test_what_can_not_be(self, client: openai.OpenAI) -> None:
         method: Any = {"type": "lora", "lora": {"rank": 0}}
-        with pytest.raises(openai.UnprocessableEntityError) as refusal:
+        with pytest.raises(openai.BadRequestError) as refusal:
             client.fine_tuning.jobs.create(model=MODEL, training_file="sample:passages", method=method)
         assert refusal.value.param == "method.lora.rank"
         assert refusal.value.type == "invalid_request_error"
@@ -354,10 +354,10 @@ class TestText:
         assert order.index(0) < len(order) - order[::-1].index(1) - 1
 
     def test_what_can_not_be_is_refused_by_name(self, client: openai.OpenAI) -> None:
-        with pytest.raises(openai.UnprocessableEntityError) as refusal:
+        with pytest.raises(openai.BadRequestError) as refusal:
             client.completions.create(model=MODEL, prompt="Once", max_tokens=10_000)
         assert refusal.value.param == "max_tokens"
-        with pytest.raises(openai.UnprocessableEntityError) as refusal:
+        with pytest.raises(openai.BadRequestError) as refusal:
             client.completions.create(model=MODEL, prompt="Once", echo=True)
         assert refusal.value.param == "echo"
         with pytest.raises(openai.NotFoundError):
@@ -367,7 +367,7 @@ class TestText:
         self, client: openai.OpenAI, job: FineTuningJob
     ) -> None:
         assert job.fine_tuned_model is not None
-        with pytest.raises(openai.UnprocessableEntityError, match="/predict") as refusal:
+        with pytest.raises(openai.BadRequestError, match="/predict") as refusal:
             client.chat.completions.create(model=f"{job.fine_tuned_model}:ckpt-lora", messages=TURNS)
         assert refusal.value.param == "model"
 

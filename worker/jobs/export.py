@@ -171,7 +171,7 @@ def _rows_in_storage(session: Session, job_id: str) -> tuple[str, str]:
     """Returns storage key and SHA-256 of the rows for diagnostics. Raises NotFound when they have been deleted."""
     job = session.get(Job, job_id)
     if job is None:
-        raise NotFound(f"no fine-tuning job {job_id!r}", param="fine_tuning_job_id", code="job_not_found")
+        raise NotFound(f"no fine-tuning job {job_id!r}", param="fine_tuning_job_id")
     spec = TrainingSpec.model_validate(job.spec)
     field, reference = next((name, value) for name in _DIAGNOSTIC_FIELDS if (value := getattr(spec, name)))
     if reference.startswith("file-"):

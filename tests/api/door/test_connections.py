@@ -98,7 +98,8 @@ def test_connections_of_one_address_are_limited(connect: Connect) -> None:
         first, _ = connect()
         connect()
         refused, third = connect()
-        assert (third.status, third.error["type"], third.is_closing()) == (429, "rate_limit_error", True)
+        assert (third.status, third.error["code"], third.is_closing()) == (429, "rate_limit_exceeded", True)
+        assert b"x-ratelimit-limit-requests: 2\r\n" in third.written
         refused.connection_lost(None)
         assert not connect("192.0.2.2")[1].written, "another address"
         first.connection_lost(None)

@@ -83,7 +83,7 @@ def test_every_route_refuses_without_a_key_before_the_body_is_received(app: Fast
             continue
         exchange = Exchange().run(app, scope_of(method, path, {"content-length": "7000000"}))
         assert (exchange.status, exchange.received) == (401, 0), path
-        assert exchange.error["type"] == "authentication_error"
+        assert exchange.error["type"] == "invalid_request_error"
         assert exchange.headers["connection"] == "close"
 
 

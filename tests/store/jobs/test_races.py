@@ -15,7 +15,7 @@ from sqlalchemy.orm import Session
 from store import idempotency, ids
 from store.db.session import transaction
 from store.db.states import JobState
-from store.errors import Conflict, InvalidRequest, LostFence, StoreError
+from store.errors import InvalidRequest, LostFence, StoreError, WrongState
 from store.jobs import jobs, leases, reconcile
 from store.jobs.fence import Claim
 from store.storage import files
@@ -71,7 +71,7 @@ def test_cancel_races_success_and_one_of_them_is_the_end(bench) -> None:
         ends.add(job.state)
         assert success.state == job.state  # the worker is told how it ended
         if job.state == JobState.SUCCEEDED:
-            assert isinstance(cancel, Conflict)
+            assert isinstance(cancel, WrongState)
         else:
             assert job.state == JobState.CANCELLED
             assert cancel.cancel_requested_at is not None
@@ -115,8 +115,8 @@ def test_events_from_many_writers_are_numbered_without_gaps(bench) -> None:
             try:
                 with transaction(bench.factory) as session:
                     leases.record_event(session, claim, code="METRICS", message="never seen")
-                    raise Conflict("rolled back: its number is given to the next")
-            except Conflict:
+                    raise WrongState("rolled back: its number is given to the next")
+            except WrongState:
                 continue
 
     def follow() -> None:

@@ -12,7 +12,7 @@ from sqlalchemy import exc
 
 from store.db.states import TERMINAL, TRANSITIONS, JobState, sources
 from store.db.tables import Job
-from store.errors import Conflict, LostFence
+from store.errors import LostFence, WrongState
 from store.jobs import endings, jobs, leases, reconcile
 from store.jobs.fence import Claim
 from store.jobs.transitions import NewEvent, move
@@ -23,7 +23,7 @@ DEAD = {"code": "trainer_died", "message": "The training process ended without a
 V, Q, R, P = JobState.VALIDATING_FILES, JobState.QUEUED, JobState.RUNNING, JobState.PAUSED
 SUCCEEDED, FAILED, CANCELLED = JobState.SUCCEEDED, JobState.FAILED, JobState.CANCELLED
 
-#: What a user may ask, and where it leads at once; nothing listed: Conflict.
+#: What a user may ask, and where it leads at once; nothing listed: WrongState.
 ASKED: dict[str, tuple[Callable[..., Any], dict[JobState, JobState]]] = {
     "cancel": (jobs.request_cancel, {V: CANCELLED, Q: CANCELLED, R: R, P: CANCELLED}),
     "pause": (jobs.request_pause, {V: P, Q: P, R: R, P: P}),
@@ -38,7 +38,7 @@ def test_what_a_user_asks(bench, wish: str, state: JobState) -> None:
     job = bench.in_state(state)
     try:
         reached = bench.do(ask, owner_id=OWNER, job_id=job.id).state
-    except Conflict:
+    except WrongState:
         assert state not in leads_to
         assert bench.get(job.id).state == state
     else:
@@ -137,7 +137,7 @@ def test_a_random_life_takes_only_allowed_steps(bench, is_running, operations) -
     for operation in operations:
         try:
             operation(life)
-        except (Conflict, LostFence):
+        except (WrongState, LostFence):
             refused = bench.get(life.job_id)
             assert (refused.state, refused.attempt, refused.event_seq) == (
                 before.state,

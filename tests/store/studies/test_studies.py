@@ -10,7 +10,7 @@ from sqlalchemy.orm.exc import DetachedInstanceError
 
 from store.db.states import JobState
 from store.db.study_tables import Study
-from store.errors import Conflict, InvalidRequest, NotFound
+from store.errors import InvalidRequest, NotFound, WrongState
 from store.jobs import endings, jobs, leases, reconcile
 from store.ops import diagnosis, job_statistics
 from store.studies import studies, verdicts
@@ -289,7 +289,7 @@ def test_cancelling_a_study_cancels_its_jobs(bench) -> None:
     assert (bench.get(first).state, bench.get(second).state) == (JobState.SUCCEEDED, JobState.CANCELLED)
     bench.do(verdicts.record, study.id, runs(bench, study), VERDICT)
     assert status(bench, study) == "cancelled"
-    with pytest.raises(Conflict):
+    with pytest.raises(WrongState):
         bench.do(studies.request_cancel, owner_id=OWNER, study_id=study.id)
     with pytest.raises(NotFound):
         bench.do(studies.request_cancel, owner_id="other", study_id=study.id)
@@ -299,7 +299,7 @@ def test_a_study_whose_jobs_have_all_ended_is_not_cancelled_any_more(bench) -> N
     study = create(bench, seeds=[1])
     for job_id in prepared(bench, study):
         succeed(bench, bench.claim(job_id))
-    with pytest.raises(Conflict, match="on its way"):
+    with pytest.raises(WrongState, match="on its way"):
         bench.do(studies.request_cancel, owner_id=OWNER, study_id=study.id)
     bench.do(verdicts.record, study.id, runs(bench, study), VERDICT)
     assert status(bench, study) == "succeeded"

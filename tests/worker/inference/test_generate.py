@@ -159,10 +159,10 @@ def test_time_that_is_over_frees_it_too(asker: Asker) -> None:
 @pytest.mark.parametrize(
     ("changes", "status", "param"),
     [
-        ({"max_tokens": 5_000}, 422, "max_tokens"),
-        ({"inputs": [{"prompt": "long " * 900}]}, 422, "prompt"),
-        ({"inputs": [*PROMPT, {"prompt": ""}]}, 422, "prompt[1]"),
-        ({"inputs": [{"messages": [{"role": "assistant", "content": "So"}]}]}, 422, "messages"),
+        ({"max_tokens": 5_000}, 400, "max_tokens"),
+        ({"inputs": [{"prompt": "long " * 900}]}, 400, "prompt"),
+        ({"inputs": [*PROMPT, {"prompt": ""}]}, 400, "prompt[1]"),
+        ({"inputs": [{"messages": [{"role": "assistant", "content": "So"}]}]}, 400, "messages"),
         ({"model": {**BASE, "base_model": "gone"}}, 404, "model"),
     ],
 )

@@ -176,10 +176,10 @@ def test_a_deleted_model_is_forgotten_and_others_are_not(
 def test_a_bad_question_is_the_callers_fault(bench: Bench, inference: Inference, model: PredictModel) -> None:
     reply = ask(bench, inference, model, [QUESTIONS[0], {"question": ""}])
     assert reply is not None
-    assert (reply["error"]["status"], reply["error"]["param"]) == (422, "inputs[1].question")
+    assert (reply["error"]["status"], reply["error"]["param"]) == (400, "inputs[1].question")
     reply = ask(bench, inference, model, [{"question": "which", "choices": ["one", "two"]}])
     assert reply is not None
-    assert reply["error"]["status"] == 422, "a yes/no model is not asked to choose"
+    assert reply["error"]["status"] == 400, "a yes/no model is not asked to choose"
 
 
 def test_a_damaged_bundle_is_not_served(bench: Bench, inference: Inference, model: PredictModel) -> None:

@@ -11,7 +11,7 @@ from worker_bench import OWNER, Bench
 from store import exports
 from store.db.session import transaction
 from store.db.tables import Export
-from store.errors import Conflict, NotFound
+from store.errors import NotFound, WrongState
 from worker.jobs.export import build_export
 
 ACT = {"do": "metrics", "step": 1}
@@ -60,7 +60,7 @@ def test_rows_that_were_not_trained_on_come_first(bench: Bench) -> None:
 
 def test_a_job_without_a_model_has_none(bench: Bench) -> None:
     failed = finished(bench, {"do": "fail", "code": "diverged", "message": "it did"})
-    with pytest.raises(Conflict, match="the job is failed") as refused:
+    with pytest.raises(WrongState, match="the job is failed") as refused:
         request(bench, failed)
     assert refused.value.code == "job_has_no_model"
     with pytest.raises(NotFound):

@@ -1,0 +1,24 @@
+"""The `x-ratelimit-*` headers of OpenAI's API, on successes and on 429."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True, kw_only=True)
+class RateLimit:
+    """A limit that a request came under, in requests, or in inputs where one request may have many."""
+
+    limit: int
+    remaining: int
+    reset_seconds: float  #: until `limit` remain, or on a refusal until the request may be sent again
+
+    def headers(self) -> dict[str, str]:
+        """Returns the headers of a response."""
+        minutes, seconds = divmod(math.ceil(self.reset_seconds), 60)
+        return {
+            "x-ratelimit-limit-requests": str(self.limit),
+            "x-ratelimit-remaining-requests": str(self.remaining),
+            "x-ratelimit-reset-requests": f"{minutes}m{seconds}s" if minutes else f"{seconds}s",
+        }
