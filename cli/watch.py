@@ -37,7 +37,7 @@ def watch_job(client: Client, job_id: str, console: Console | None = None) -> Js
             job = client.get_with_retries(path)
             # After the job, so that the events that ended it are among them.
             for event in _new_events(client, path, seen):
-                if event["type"] == "message":
+                if event["data"]["code"] != "METRICS":
                     colour = _COLOURS.get(event["level"])
                     console.print(event["message"], style=colour, markup=False, soft_wrap=True)
             _update(progress, bar, job)

@@ -66,15 +66,26 @@ class MetricsData(StageData):
     total_steps: int
     epoch: int  #: of the stage, from 1
     loss: float  #: mean over the step's supervised tokens, nats
+    train_loss: float  #: the same, by OpenAI's name
+    train_mean_token_accuracy: float
     learning_rate: float
     tokens: int  #: of the stage so far
     seconds: float  #: in the stage's steps so far
 
 
 class EpochCompleteData(StageData):
+    """By OpenAI's names; of validation if there are validation rows. `full_valid_*` have the values of `valid_*`."""
+
+    step: int  #: of the run
+    total_steps: int
     epoch: int
-    train_loss: float
-    eval_loss: NotRequired[float | None]  #: with validation rows; None if infinite
+    train_loss: float  #: mean over the epoch's supervised tokens, nats
+    train_mean_token_accuracy: float
+    eval_loss: NotRequired[float | None]  #: valid_loss; None if infinite
+    valid_loss: NotRequired[float]  #: absent if infinite
+    valid_mean_token_accuracy: NotRequired[float]
+    full_valid_loss: NotRequired[float]
+    full_valid_mean_token_accuracy: NotRequired[float]
 
 
 class StageKeysData(TypedDict):
@@ -92,7 +103,7 @@ class CheckpointSavedData(StageData):
     step: int  #: of the run
     kind: str  #: "step" inside a stage, "stage" at its end
     path: str  #: of a complete directory, whose manifest was written last
-    metrics: dict[str, float]  #: step and, where known, train_loss and valid_loss
+    metrics: dict[str, float]  #: step and, where known, Progress.losses
     key: NotRequired[str]  #: of the stage's result, if later runs may reuse it
 
 
@@ -168,7 +179,7 @@ class Event:
 
     def to_json(self) -> str:
         """Returns one line without its newline. `type` is "metrics" or "message", as in the REST API."""
-        kind = "metrics" if self.code == "METRICS" else "message"
+        kind = "metrics" if self.code in ("METRICS", "EPOCH_COMPLETE") else "message"
         return json.dumps(
             {
                 "code": self.code,

@@ -8,7 +8,7 @@ loss, in the forward pass: nothing is stored and nothing is computed twice.
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F  # noqa: N812
@@ -23,6 +23,13 @@ from heft_engine.runtime.transfers import index_tensor
 CHUNK = 256
 
 
+class LossSums(NamedTuple):
+    """Sums over supervised tokens, each a scalar."""
+
+    loss: Tensor  #: in nats, differentiable
+    correct: Tensor  #: tokens with the largest logit, as integers: the numerator of token accuracy
+
+
 def supervised_loss(
     lm: PackedLM, examples: Sequence[Example], length: int | None = None
 ) -> tuple[Tensor, int]:
@@ -33,15 +40,14 @@ def supervised_loss(
     batch = pack(examples, length=length)
     positions, targets = batch.supervised()
     hidden = lm.hidden(batch)
-    return cross_entropy(lm, hidden[index_tensor(positions, hidden.device)], targets), len(targets)
+    return cross_entropy(lm, hidden[index_tensor(positions, hidden.device)], targets).loss, len(targets)
 
 
-def cross_entropy(lm: PackedLM, hidden: Tensor, targets: list[int]) -> Tensor:
-    """Returns the summed cross-entropy (nats) of hidden (n, hidden) and n target tokens, differentiable in hidden."""
+def cross_entropy(lm: PackedLM, hidden: Tensor, targets: list[int]) -> LossSums:
+    """Returns the sums of hidden (n, hidden) and n target tokens; the loss is differentiable in hidden."""
     if torch.is_grad_enabled() and hidden.requires_grad and not lm.head.weight.requires_grad:
-        total: Tensor = _CrossEntropy.apply(hidden, lm, targets)  # type: ignore[no-untyped-call]
-        return total
-    return torch.stack([_loss(lm, *chunk) for chunk in _chunks(hidden, targets)]).sum()
+        return LossSums(*_CrossEntropy.apply(hidden, lm, targets))  # type: ignore[no-untyped-call]
+    return _total([_sums(lm, *chunk) for chunk in _chunks(hidden, targets)])
 
 
 def logits_bytes(lm: PackedLM, tokens: int) -> int:
@@ -54,17 +60,19 @@ def logits_bytes(lm: PackedLM, tokens: int) -> int:
 
 class _CrossEntropy(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, hidden: Tensor, lm: PackedLM, targets: list[int]) -> Tensor:
-        losses: list[Tensor] = []
+    def forward(ctx: Any, hidden: Tensor, lm: PackedLM, targets: list[int]) -> tuple[Tensor, Tensor]:
+        parts: list[LossSums] = []
         gradients: list[Tensor] = []
         for chunk, chunk_targets in _chunks(hidden, targets):
             with torch.enable_grad():
                 leaf = chunk.detach().requires_grad_()
-                loss = _loss(lm, leaf, chunk_targets)
-                gradients += torch.autograd.grad(loss, leaf)
-            losses.append(loss.detach())
+                sums = _sums(lm, leaf, chunk_targets)
+                gradients += torch.autograd.grad(sums.loss, leaf)
+            parts.append(LossSums(sums.loss.detach(), sums.correct))
         ctx.save_for_backward(torch.cat(gradients))
-        return torch.stack(losses).sum()
+        total = _total(parts)
+        ctx.mark_non_differentiable(total.correct)
+        return total
 
     @staticmethod
     def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor, None, None]:
@@ -77,6 +85,13 @@ def _chunks(hidden: Tensor, targets: list[int]) -> Iterator[tuple[Tensor, Tensor
     return zip(torch.split(hidden, CHUNK), torch.split(target_ids, CHUNK), strict=True)
 
 
-def _loss(lm: PackedLM, hidden: Tensor, targets: Tensor) -> Tensor:
+def _sums(lm: PackedLM, hidden: Tensor, targets: Tensor) -> LossSums:
     logits = lm.logits(hidden)
-    return F.cross_entropy(logits, targets.to(logits.device), reduction="sum")
+    targets = targets.to(logits.device)
+    correct = (logits.detach().argmax(-1) == targets).sum()
+    return LossSums(F.cross_entropy(logits, targets, reduction="sum"), correct)
+
+
+def _total(parts: Sequence[LossSums]) -> LossSums:
+    losses, correct = zip(*parts, strict=True)
+    return LossSums(torch.stack(losses).sum(), torch.stack(correct).sum())

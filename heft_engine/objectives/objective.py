@@ -10,6 +10,7 @@ from torch import Tensor
 
 from heft_engine.data.encoding import Encoder, Example
 from heft_engine.data.rows import Row
+from heft_engine.model.loss import LossSums
 from heft_engine.model.packed_lm import PackedLM
 
 
@@ -34,11 +35,11 @@ class Objective(ABC):
 
     @abstractmethod
     def count(self, examples: Sequence[Example]) -> int:
-        """Returns the number that the summed loss of these examples is divided by."""
+        """Returns the number of tokens that the sums of these examples are divided by."""
 
     @abstractmethod
-    def loss(self, lm: PackedLM, hidden: Tensor, examples: Sequence[Example]) -> Tensor:
-        """Returns the summed loss of a micro-batch, a scalar differentiable in `hidden`.
+    def loss(self, lm: PackedLM, hidden: Tensor, examples: Sequence[Example]) -> LossSums:
+        """Returns the summed loss of a micro-batch, differentiable in `hidden`, and its correct tokens.
 
         hidden: (answer tokens, hidden), the last hidden states that predict the tokens of each example's answers, in
         their order.

@@ -9,7 +9,7 @@ from torch import Tensor
 from heft_engine.config.train import SupervisedSettings
 from heft_engine.data.encoding import Encoder, Example
 from heft_engine.data.rows import Row
-from heft_engine.model.loss import cross_entropy, logits_bytes
+from heft_engine.model.loss import LossSums, cross_entropy, logits_bytes
 from heft_engine.model.packed_lm import PackedLM
 from heft_engine.objectives.objective import Objective
 
@@ -27,7 +27,7 @@ class SupervisedObjective(Objective):
     def count(self, examples: Sequence[Example]) -> int:
         return sum(example.supervised_tokens for example in examples)
 
-    def loss(self, lm: PackedLM, hidden: Tensor, examples: Sequence[Example]) -> Tensor:
+    def loss(self, lm: PackedLM, hidden: Tensor, examples: Sequence[Example]) -> LossSums:
         targets = [token for example in examples for token in example.answers[0]]
         return cross_entropy(lm, hidden, targets)
 

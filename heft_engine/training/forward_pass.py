@@ -14,6 +14,7 @@ from torch import Tensor
 
 from heft_engine.config.flops import CacheLevel
 from heft_engine.data.encoding import Example
+from heft_engine.model.loss import LossSums
 from heft_engine.model.packed_lm import PackedLM
 from heft_engine.model.packing import fill, pack, packed_length
 from heft_engine.objectives.objective import Objective
@@ -94,10 +95,15 @@ def pass_tokens(level: CacheLevel, example: Example, cached: int) -> int:
     return packed_length(example) - cached + cached // CACHED_TOKENS_PER_TOKEN
 
 
-def summed_loss(forward: ForwardPass, objective: Objective, indices: Sequence[int]) -> Tensor:
-    """Returns the objective's summed loss of some examples, in one pass."""
+def loss_sums(forward: ForwardPass, objective: Objective, indices: Sequence[int]) -> LossSums:
+    """Returns the objective's sums of some examples, in one pass."""
     examples = [forward.examples[index] for index in indices]
     return objective.loss(forward.lm, forward.hidden(indices), examples)
+
+
+def summed_loss(forward: ForwardPass, objective: Objective, indices: Sequence[int]) -> Tensor:
+    """Returns the objective's summed loss of some examples, in one pass."""
+    return loss_sums(forward, objective, indices).loss
 
 
 def split_by_tokens(

@@ -22,7 +22,7 @@ from heft_engine.errors import Stopped, TrainingError
 from heft_engine.events import Event, OnEvent
 from heft_engine.model.packing import packed_length
 from heft_engine.objectives.objective import Objective
-from heft_engine.training.forward_pass import ForwardPass, split_by_tokens, summed_loss
+from heft_engine.training.forward_pass import ForwardPass, loss_sums, split_by_tokens
 from heft_engine.training.progress import Progress
 from heft_engine.training.schedule import epoch_order, learning_rate_at
 from heft_engine.training.smaller_passes import run_in_smaller_passes
@@ -93,12 +93,12 @@ class TrainLoop:
         while self.progress.epoch < self.stage.n_epochs and not self.progress.finished:
             for rows in self._remaining_batches():
                 started = time.monotonic()
-                loss, count = self._forward_backward(rows)
+                loss, correct, count = self._forward_backward(rows)
                 learning_rate = learning_rate_at(self.stage, self.progress.step, self.stage_steps)
                 self._optimizer_step(learning_rate)
-                self._record_step(rows, loss, count, time.monotonic() - started)
+                self._record_step(rows, loss, correct, count, time.monotonic() - started)
                 self._warn_of_divergence(loss / count)
-                self._emit_metrics(loss / count, learning_rate)
+                self._emit_metrics(loss / count, correct / count, learning_rate)
                 if self.progress.step == min(TRAINS_AFTER, self.stage_steps):
                     self._check_trains()
                 self._save_or_stop()
@@ -108,6 +108,7 @@ class TrainLoop:
         if self.best:
             self._load(self.best)
             self.progress.valid_loss = self.progress.best_loss
+            self.progress.valid_token_accuracy = self.progress.best_token_accuracy
         self._check_parameters()
 
     # -- one step ---------------------------------------------------------------------------------------------------
@@ -120,26 +121,25 @@ class TrainLoop:
         for start in range(done * size, len(order), size):
             yield order[start : start + size]
 
-    def _forward_backward(self, rows: Sequence[int]) -> tuple[float, int]:
-        """Accumulates the gradients of one step. Returns its summed loss, and the count to divide it by."""
+    def _forward_backward(self, rows: Sequence[int]) -> tuple[float, float, int]:
+        """Accumulates the gradients of one step. Returns its summed loss, its correct tokens, and the count of all."""
         count = self.objective.count([self.forward.examples[row] for row in rows])
 
-        def accumulate(token_budget: int) -> float:
+        def accumulate(token_budget: int) -> tuple[float, float]:
             self.optimizer.zero_grad(set_to_none=True)
-            losses: list[Tensor] = []
+            sums: list[Tensor] = []
             for micro_batch in split_by_tokens(self.forward.tokens, rows, token_budget):
-                loss = summed_loss(self.forward, self.objective, micro_batch)
+                loss, correct = loss_sums(self.forward, self.objective, micro_batch)
                 (loss / count).backward()  # type: ignore[no-untyped-call]
-                losses.append(loss.detach().double())
-            # Read once: each number that is read makes the host wait for the GPU.
-            return float(torch.stack(losses).sum())
+                sums.append(_as_doubles(loss, correct))
+            return _read_total(sums)
 
         self.adapter.train(True)
-        total = self._in_smaller_passes(accumulate, self.forward, rows)
+        total, correct = self._in_smaller_passes(accumulate, self.forward, rows)
         self.adapter.train(False)
         if not math.isfinite(total / count):
             raise TrainingError(self._divergence(total / count), code="diverged")
-        return total, count
+        return total, correct, count
 
     def _optimizer_step(self, learning_rate: float) -> None:
         for group in self.optimizer.param_groups:
@@ -148,12 +148,15 @@ class TrainLoop:
         torch.nn.utils.clip_grad_norm_(parameters, self.stage.max_grad_norm)
         self.optimizer.step()
 
-    def _record_step(self, rows: Sequence[int], loss: float, count: int, seconds: float) -> None:
+    def _record_step(
+        self, rows: Sequence[int], loss: float, correct: float, count: int, seconds: float
+    ) -> None:
         progress = self.progress
         progress.step += 1
         progress.tokens += sum(packed_length(self.forward.examples[row]) for row in rows)
-        progress.loss = loss / count
+        progress.loss, progress.token_accuracy = loss / count, correct / count
         progress.epoch_loss += loss
+        progress.epoch_correct += correct
         progress.epoch_tokens += count
         progress.seconds += seconds
 
@@ -162,36 +165,46 @@ class TrainLoop:
     def _end_epoch(self) -> None:
         progress = self.progress
         self._check_parameters()
-        data: dict[str, Any] = {"train_loss": progress.epoch_loss / progress.epoch_tokens}
+        data: dict[str, Any] = {
+            "step": self.first_step + progress.step,
+            "total_steps": self.total_steps,
+            "train_loss": progress.epoch_loss / progress.epoch_tokens,
+            "train_mean_token_accuracy": progress.epoch_correct / progress.epoch_tokens,
+        }
         progress.epoch += 1
-        progress.epoch_loss, progress.epoch_tokens = 0.0, 0
+        progress.epoch_loss, progress.epoch_correct, progress.epoch_tokens = 0.0, 0.0, 0
         if self.validation.examples:
-            loss = self._validation_loss()
-            data["eval_loss"] = progress.valid_loss = loss if math.isfinite(loss) else None
-            self._stop_early(loss)
+            loss, accuracy = self._validation_loss()
+            progress.valid_loss = loss if math.isfinite(loss) else None
+            progress.valid_token_accuracy = accuracy
+            data = {**progress.losses, **data, "eval_loss": progress.valid_loss}
+            self._stop_early(loss, accuracy)
         message = f"Epoch {progress.epoch} of {self.stage.n_epochs}"
         self._emit("EPOCH_COMPLETE", message, epoch=progress.epoch, **data, **self.objective.report())
         self._save_or_stop(due=True)
 
     @torch.inference_mode()
-    def _validation_loss(self) -> float:
+    def _validation_loss(self) -> tuple[float, float]:
+        """Returns the mean loss of the validation rows, and their token accuracy."""
         rows = range(len(self.validation.examples))
 
-        def summed(token_budget: int) -> float:
+        def summed(token_budget: int) -> tuple[float, float]:
             micro_batches = split_by_tokens(self.validation.tokens, rows, token_budget)
-            losses = [summed_loss(self.validation, self.objective, part).double() for part in micro_batches]
-            return float(torch.stack(losses).sum())
+            return _read_total(
+                [_as_doubles(*loss_sums(self.validation, self.objective, part)) for part in micro_batches]
+            )
 
-        total = self._in_smaller_passes(summed, self.validation, rows)
-        return total / self.objective.count(self.validation.examples) if math.isfinite(total) else math.inf
+        total, correct = self._in_smaller_passes(summed, self.validation, rows)
+        count = self.objective.count(self.validation.examples)
+        return total / count if math.isfinite(total) else math.inf, correct / count
 
-    def _stop_early(self, loss: float) -> None:
+    def _stop_early(self, loss: float, accuracy: float) -> None:
         """Keeps the best parameters, and finishes after `patience` epochs without an improvement."""
         progress = self.progress
         if self.early_stopping is None:
             return
         if math.isfinite(loss) and (progress.best_loss is None or loss < progress.best_loss):
-            progress.best_loss, progress.bad_epochs = loss, 0
+            progress.best_loss, progress.best_token_accuracy, progress.bad_epochs = loss, accuracy, 0
             self.best = {name: p.detach().clone() for name, p in self.adapter.parameters().items()}
             return
         progress.bad_epochs += 1
@@ -201,8 +214,8 @@ class TrainLoop:
     # -- failures ---------------------------------------------------------------------------------------------------
 
     def _in_smaller_passes(
-        self, work: Callable[[int], float], forward: ForwardPass, rows: Sequence[int]
-    ) -> float:
+        self, work: Callable[[int], tuple[float, float]], forward: ForwardPass, rows: Sequence[int]
+    ) -> tuple[float, float]:
         """Runs passes by the stage's token budget, which is lowered for good when they run out of memory."""
         return run_in_smaller_passes(
             work, forward, rows, self.progress.token_budget, self._lower_token_budget
@@ -305,7 +318,7 @@ class TrainLoop:
         for name, parameter in self.adapter.parameters().items():
             parameter.copy_(tensors[name])
 
-    def _emit_metrics(self, loss: float, learning_rate: float) -> None:
+    def _emit_metrics(self, loss: float, accuracy: float, learning_rate: float) -> None:
         progress = self.progress
         run_step = self.first_step + progress.step
         self._emit(
@@ -315,6 +328,8 @@ class TrainLoop:
             total_steps=self.total_steps,
             epoch=(progress.step - 1) // self.steps_per_epoch + 1,
             loss=loss,
+            train_loss=loss,
+            train_mean_token_accuracy=accuracy,
             learning_rate=learning_rate,
             tokens=progress.tokens,
             seconds=round(progress.seconds, 3),
@@ -323,6 +338,16 @@ class TrainLoop:
     def _emit(self, code: Any, message: str, *, level: Any = "info", **data: Any) -> None:
         data = {"stage": self.stage.type, "stage_index": self.index, **data}
         self.hooks.on_event(Event(code=code, message=message, data=data, level=level))
+
+
+def _as_doubles(loss: Tensor, correct: Tensor) -> Tensor:
+    return torch.stack([loss.detach().double(), correct.double()])
+
+
+def _read_total(sums: Sequence[Tensor]) -> tuple[float, float]:
+    """Returns loss and correct tokens of all passes, read at once: each read makes the host wait for the GPU."""
+    loss, correct = torch.stack(list(sums)).sum(0).tolist()
+    return loss, correct
 
 
 def _with_prefix(prefix: str, tensors: dict[str, Tensor]) -> dict[str, Tensor]:

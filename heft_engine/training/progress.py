@@ -20,13 +20,17 @@ class Progress:
     tokens: int = 0
     seconds: float = 0.0
     epoch_loss: float = 0.0  #: summed loss of the epoch so far
+    epoch_correct: float = 0.0  #: tokens of the epoch so far that were predicted
     epoch_tokens: int = 0  #: the objective's count of the epoch so far
     loss: float | None = None  #: of the last step
+    token_accuracy: float | None = None
     valid_loss: float | None = None  #: of the last epoch; None without validation rows, or if it is infinite
+    valid_token_accuracy: float | None = None
     running: float | None = None  #: exponential mean of the step losses
     lowest: float | None = None
     warned: bool = False
     best_loss: float | None = None
+    best_token_accuracy: float | None = None
     bad_epochs: int = 0
     #: How passes run. Decided when the stage starts, because it changes rounding.
     token_budget: int = TOKEN_BUDGET
@@ -39,8 +43,18 @@ class Progress:
 
     @property
     def losses(self) -> dict[str, float]:
-        """The latest losses in nats a token, by OpenAI's names; without those that are not known."""
-        values = {"train_loss": self.loss, "valid_loss": self.valid_loss}
+        """The latest losses (nats a token) and token accuracies by OpenAI's names; without those that are not known.
+
+        Validation is always on all validation rows, so the names with and without `full` have the same values.
+        """
+        values = {
+            "train_loss": self.loss,
+            "train_mean_token_accuracy": self.token_accuracy,
+            "valid_loss": self.valid_loss,
+            "valid_mean_token_accuracy": self.valid_token_accuracy,
+            "full_valid_loss": self.valid_loss,
+            "full_valid_mean_token_accuracy": self.valid_token_accuracy,
+        }
         return {name: value for name, value in values.items() if value is not None}
 
     @classmethod

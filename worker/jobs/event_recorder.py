@@ -23,7 +23,15 @@ _MAX_SECONDS = 10.0
 _METRICS_EVENTS = 500
 
 _STEP_METRICS = ("step", "epoch", "loss", "learning_rate", "tokens", "seconds")
-_SCORES = ("accuracy", "train_loss", "eval_loss", "eval_accuracy")
+_SCORES = (
+    "accuracy",
+    "train_loss",
+    "train_mean_token_accuracy",
+    "eval_loss",
+    "eval_accuracy",
+    "valid_loss",
+    "valid_mean_token_accuracy",
+)
 
 
 class EventRecorder:

@@ -5,19 +5,24 @@ Each checkpoint carries the history so far: a run that is resumed on another mac
 
 from __future__ import annotations
 
+import csv
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 COLUMNS = (
+    # OpenAI's, in its order.
     "step",
+    "train_loss",
+    "train_accuracy",
+    "valid_loss",
+    "valid_mean_token_accuracy",
+    # HEFT's own.
     "stage",
     "stage_index",
     "epoch",
-    "train_loss",
     "learning_rate",
     "tokens",
-    "valid_loss",
     "accuracy",
     "correct",
     "n",
@@ -35,12 +40,15 @@ class LossHistory:
 
     @classmethod
     def load(cls, path: Path) -> LossHistory:
-        """Reads a file that `save` wrote; an empty history if there is none."""
+        """Reads a file that `save` wrote, maybe with the columns of an earlier version.
+
+        Returns an empty history if there is none.
+        """
         history = cls()
         if path.exists():
-            history._lines = path.read_text().splitlines()[1:]
-        if history._lines:
-            history._step = history._lines[-1].partition(",")[0]
+            with path.open(newline="") as file:
+                for row in csv.DictReader(file):
+                    history._append(row)
         return history
 
     def save(self, path: Path) -> None:
@@ -51,12 +59,24 @@ class LossHistory:
         data = event["data"]
         match event["code"]:
             case "METRICS":
-                self._append({**data, "train_loss": data["loss"]})
+                values = {"train_loss": data["loss"], "train_accuracy": data.get("train_mean_token_accuracy")}
+                self._append({**data, **values})
             case "EPOCH_COMPLETE":
-                # Its own train_loss is the mean of the epoch; the column has the loss of each step.
-                self._append({**data, "train_loss": None, "valid_loss": data.get("eval_loss")})
+                # Without its train_loss, the mean of the epoch: the column has the loss of each step.
+                names = ("stage", "stage_index", "epoch", "valid_loss", "valid_mean_token_accuracy")
+                self._append({**self._take_step(), **{name: data.get(name) for name in names}})
             case "EVALUATION":
                 self._append(data)
+
+    def _take_step(self) -> dict[str, str]:
+        """Removes and returns the last row if it is that of a step: its epoch's validation goes into the same row."""
+        if not self._lines:
+            return {}
+        row = dict(zip(COLUMNS, self._lines[-1].split(","), strict=True))
+        if not row["train_loss"]:
+            return {}
+        del self._lines[-1]
+        return row
 
     def _append(self, data: Mapping[str, Any]) -> None:
         self._step = str(data.get("step", self._step))

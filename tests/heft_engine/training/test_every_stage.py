@@ -29,6 +29,7 @@ from heft_engine.bundle.export import Format, export
 from heft_engine.config.train import ObjectiveSettings, Stage, SupervisedSettings, TrainConfig
 from heft_engine.data.encoding import Example
 from heft_engine.errors import ConfigError
+from heft_engine.model.loss import LossSums
 from heft_engine.model.packed_lm import PackedLM
 from heft_engine.objectives.registry import OBJECTIVES
 from heft_engine.objectives.supervised import SupervisedObjective
@@ -97,11 +98,12 @@ class LastLossWeighs(SupervisedObjective):
     def __init__(self) -> None:
         self.weight = torch.ones(())
 
-    def loss(self, lm: PackedLM, hidden: Tensor, examples: Sequence[Example]) -> Tensor:
-        loss = super().loss(lm, hidden, examples) * float(self.weight)
+    def loss(self, lm: PackedLM, hidden: Tensor, examples: Sequence[Example]) -> LossSums:
+        loss, correct = super().loss(lm, hidden, examples)
+        loss = loss * float(self.weight)
         if loss.requires_grad:
             self.weight.copy_(0.5 * self.weight + 0.5 / (1 + loss.detach()))
-        return loss
+        return LossSums(loss, correct)
 
     def report(self) -> dict[str, float]:
         return {"weight": float(self.weight)}

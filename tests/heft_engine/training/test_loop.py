@@ -23,7 +23,7 @@ from heft_engine.model.packed_lm import PackedLM
 from heft_engine.objectives.supervised import SupervisedObjective
 from heft_engine.serving.predictor import load
 from heft_engine.training import forward_pass, loop
-from heft_engine.training.forward_pass import FullPass, summed_loss
+from heft_engine.training.forward_pass import FullPass, loss_sums
 from heft_engine.training.progress import Progress
 from heft_engine.training.schedule import derived_seed
 
@@ -101,10 +101,11 @@ def test_a_step_s_loss_and_gradient_are_means_over_its_supervised_tokens(
     torch.manual_seed(derived_seed(0, 0))
     trainable = ReftAdapter.attach(lm, stage)
     objective = SupervisedObjective()
-    loss = summed_loss(FullPass(lm=lm, examples=examples), objective, range(4))
+    loss, correct = loss_sums(FullPass(lm=lm, examples=examples), objective, range(4))
     mean = loss / objective.count(examples)
     mean.backward()
     assert record.losses[1] == pytest.approx(float(mean.detach()), abs=1e-5)
+    assert record.data("METRICS")[0]["train_mean_token_accuracy"] == int(correct) / objective.count(examples)
     named = trainable.parameters().items()
     expected = [parameter.grad for name, parameter in named if name not in trainable.no_decay()]
     expected += [parameter.grad for name, parameter in named if name in trainable.no_decay()]
@@ -167,6 +168,30 @@ def test_early_stopping_ends_a_stage_and_keeps_its_best(
     predictor = load(tmp_path / "out")
     examples = [e.supervised() for row in VALIDATION for e in predictor.encoder.encode(row)]
     assert mean_loss(predictor.lm, examples) == pytest.approx(losses[best], abs=1e-4)
+
+
+def test_losses_and_token_accuracies_have_openais_names(tiny_llama_dir: Path, tmp_path: Path) -> None:
+    rows = parse([{"prompt": "Say", "completion": "sea " * n} for n in (1, 2, 5, 20) * 4])
+    stage = but(REFT, n_epochs=4, learning_rate=0.1)
+    record = run(config(tiny_llama_dir, "reft", [stage]), tmp_path / "out", rows, rows[:3])
+    epochs, steps = record.data("EPOCH_COMPLETE"), record.data("METRICS")
+    assert all(step["train_loss"] == step["loss"] for step in steps)
+    assert len({epoch["valid_mean_token_accuracy"] for epoch in epochs}) > 1
+    predictor = load(tmp_path / "out")
+    examples = [example.supervised() for row in rows[:3] for example in predictor.encoder.encode(row)]
+    with torch.inference_mode():
+        loss, correct = loss_sums(
+            FullPass(lm=predictor.lm, examples=examples), SupervisedObjective(), range(3)
+        )
+    count = SupervisedObjective().count(examples)
+    last = epochs[-1]
+    assert last["step"] == steps[-1]["step"]
+    assert last["valid_loss"] == last["full_valid_loss"] == last["eval_loss"]
+    assert last["valid_loss"] == pytest.approx(float(loss) / count, abs=1e-5)
+    assert last["valid_mean_token_accuracy"] == last["full_valid_mean_token_accuracy"] == int(correct) / count
+    per_epoch = len(steps) // len(epochs)
+    of_epoch = [step["train_mean_token_accuracy"] for step in steps[-per_epoch:]]
+    assert min(of_epoch) <= last["train_mean_token_accuracy"] <= max(of_epoch)
 
 
 def test_early_stopping_needs_validation_rows(tiny_llama_dir: Path, tmp_path: Path) -> None:

@@ -147,7 +147,7 @@ def test_the_loss_of_many_tokens_is_the_sum_of_its_chunks(
     def chunked(chunk: int) -> tuple[torch.Tensor, torch.Tensor]:
         monkeypatch.setattr(supervised, "CHUNK", chunk)
         states = hidden.clone().requires_grad_()
-        loss = supervised.cross_entropy(lm, states, targets)
+        loss = supervised.cross_entropy(lm, states, targets).loss
         (loss / 50).backward()  # type: ignore[no-untyped-call]
         assert states.grad is not None
         return loss.detach(), states.grad
@@ -160,7 +160,7 @@ def test_the_loss_of_many_tokens_is_the_sum_of_its_chunks(
         torch.testing.assert_close(loss, plain.detach())
         torch.testing.assert_close(gradient, states.grad)
     with torch.no_grad():
-        torch.testing.assert_close(supervised.cross_entropy(lm, hidden, targets), plain.detach())
+        torch.testing.assert_close(supervised.cross_entropy(lm, hidden, targets).loss, plain.detach())
 
 
 def test_a_reft_stage_foretells_its_cache(tiny_llama_dir: Path, tmp_path: Path) -> None:

@@ -10,10 +10,10 @@ import pytest
 import torch
 from engine_runs import LORA, REFT, RunRecord, assert_equal, but, config, interrupted, parse, run, yes_no
 from memory_limit import limit_pass_tokens
-from torch import Tensor
 
 from heft_engine.config.train import LoraStage, ReftStage
 from heft_engine.errors import TrainingError
+from heft_engine.model.loss import LossSums
 from heft_engine.objectives.objective import Objective
 from heft_engine.training import loop, plan
 from heft_engine.training.forward_pass import ForwardPass
@@ -31,16 +31,16 @@ def limit_tokens(monkeypatch: pytest.MonkeyPatch) -> LimitTokens:
 
     Those with a gradient, or those without.
     """
-    summed_loss = loop.summed_loss
+    loss_sums = loop.loss_sums
 
     def limit(tokens: int, error: Exception, *, training: bool = True) -> None:
-        def limited(forward: ForwardPass, objective: Objective, indices: Sequence[int]) -> Tensor:
-            loss = summed_loss(forward, objective, indices)  # dropout has drawn its random numbers
+        def limited(forward: ForwardPass, objective: Objective, indices: Sequence[int]) -> LossSums:
+            sums = loss_sums(forward, objective, indices)  # dropout has drawn its random numbers
             if sum(map(forward.tokens, indices)) > tokens and torch.is_grad_enabled() == training:
                 raise error
-            return loss
+            return sums
 
-        monkeypatch.setattr(loop, "summed_loss", limited)
+        monkeypatch.setattr(loop, "loss_sums", limited)
         monkeypatch.setattr(gc, "collect", lambda: 0)  # of a whole test session it takes a third of a second
 
     return limit

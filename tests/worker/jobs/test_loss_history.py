@@ -14,7 +14,8 @@ def event(code: str, **data: Any) -> dict[str, Any]:
 
 
 def metrics(step: int) -> dict[str, Any]:
-    return event("METRICS", stage="lora", stage_index=0, step=step, epoch=1, loss=1 / step, learning_rate=0.1)
+    measured = {"loss": 1 / step, "train_mean_token_accuracy": 0.5}
+    return event("METRICS", stage="lora", stage_index=0, step=step, epoch=1, learning_rate=0.1, **measured)
 
 
 def table(history: LossHistory, path: Path) -> list[dict[str, str]]:
@@ -29,7 +30,8 @@ def test_losses_and_scores_have_their_step(tmp_path: Path) -> None:
         event("EVALUATION", stage="base", stage_index=None, accuracy=0.5, correct=1, n=2, split="test")
     )
     history.add(metrics(1))
-    history.add(event("EPOCH_COMPLETE", stage="lora", stage_index=0, epoch=1, train_loss=9.0, eval_loss=0.25))
+    measured = {"train_loss": 9.0, "valid_loss": 0.25, "valid_mean_token_accuracy": 0.75}
+    history.add(event("EPOCH_COMPLETE", stage="lora", stage_index=0, epoch=1, **measured))
     history.add(event("STAGE_STARTED", stage="lora", stage_index=0))
     assert table(history, tmp_path / "t.csv") == [
         {"step": "0", "stage": "base", "accuracy": "0.5", "correct": "1", "n": "2", "split": "test"},
@@ -39,9 +41,34 @@ def test_losses_and_scores_have_their_step(tmp_path: Path) -> None:
             "stage_index": "0",
             "epoch": "1",
             "train_loss": "1.0",
+            "train_accuracy": "0.5",
+            "valid_loss": "0.25",
+            "valid_mean_token_accuracy": "0.75",
             "learning_rate": "0.1",
         },
-        {"step": "1", "stage": "lora", "stage_index": "0", "epoch": "1", "valid_loss": "0.25"},
+    ]
+
+
+def test_its_first_columns_are_openais(tmp_path: Path) -> None:
+    history = LossHistory()
+    history.add(metrics(1))
+    history.save(tmp_path / "t.csv")
+    openais = "step,train_loss,train_accuracy,valid_loss,valid_mean_token_accuracy,"
+    assert (tmp_path / "t.csv").read_text().startswith(openais)
+
+
+def test_it_continues_from_a_checkpoint_of_an_earlier_version(tmp_path: Path) -> None:
+    (tmp_path / "history.csv").write_text(
+        "step,stage,stage_index,epoch,train_loss,learning_rate,tokens,valid_loss,accuracy,correct,n,split\n"
+        "1,lora,0,1,0.5,0.1,40,,,,,\n1,lora,0,1,,,,0.25,,,,\n"
+    )
+    history = LossHistory.load(tmp_path / "history.csv")
+    history.add(event("EVALUATION", stage="lora", stage_index=0, accuracy=0.5))
+    common = {"step": "1", "stage": "lora", "stage_index": "0"}
+    assert table(history, tmp_path / "t.csv") == [
+        {**common, "epoch": "1", "train_loss": "0.5", "learning_rate": "0.1", "tokens": "40"},
+        {**common, "epoch": "1", "valid_loss": "0.25"},
+        {**common, "accuracy": "0.5"},
     ]
 
 

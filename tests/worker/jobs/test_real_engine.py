@@ -82,12 +82,15 @@ def test_a_job_from_its_files_to_its_model_with_a_pause(
     table = bench.results(job)
     for checkpoint in stage_ends:
         lines = [line for line in table if line["step"] == str(checkpoint.step)]
-        (train_loss,) = [float(line["train_loss"]) for line in lines if line["train_loss"]]
-        (valid_loss,) = [float(line["valid_loss"]) for line in lines if line["valid_loss"]]
+        (line,) = [line for line in lines if line["train_loss"]]
         assert checkpoint.metrics == {
             "step": checkpoint.step,
-            "train_loss": train_loss,
-            "valid_loss": valid_loss,
+            "train_loss": float(line["train_loss"]),
+            "train_mean_token_accuracy": float(line["train_accuracy"]),
+            "valid_loss": float(line["valid_loss"]),
+            "valid_mean_token_accuracy": float(line["valid_mean_token_accuracy"]),
+            "full_valid_loss": float(line["valid_loss"]),
+            "full_valid_mean_token_accuracy": float(line["valid_mean_token_accuracy"]),
         }
     assert set(job.metrics) == {"base", "lora", "reft"}
     assert "stages" in job.resolved
