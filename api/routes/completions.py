@@ -8,6 +8,7 @@ from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
+from urllib.parse import quote
 
 from fastapi import APIRouter, Request
 from fastapi.responses import Response
@@ -17,6 +18,7 @@ from api.admission import Admission
 from api.cancellation import while_connected
 from api.clients.generate import Replies
 from api.deps import Caller, Db, Services, ServicesDep
+from api.schemas.common import ignored_fields
 from api.schemas.completion_objects import (
     ChatChoice,
     ChatChunk,
@@ -36,6 +38,9 @@ from store.messages.generate import GeneratedPart, GeneratedUsage, GenerateReply
 from store.messages.predict import Intervention
 
 router = APIRouter(prefix="/v1", tags=["Answers"])
+
+#: Of the header `x-heft-ignored`; the rest is cut off.
+_MAX_IGNORED_CHARS = 1_000
 _STREAMED: dict[int | str, dict[str, Any]] = {
     200: {"content": {"text/event-stream": {"schema": {"type": "string"}}}}
 }
@@ -113,7 +118,8 @@ class _Generation:
 def _generation(
     request: Request, body: GenerationRequest, model: models.Model, owner_id: str, services: Services
 ) -> _Generation:
-    """Raises InvalidRequest for a model that does not generate text."""
+    """Names ignored fields in the response's headers. Raises InvalidRequest for a model that generates no text."""
+    _name_ignored_fields(request, body)
     task = model.task.get("type")
     if task not in (None, "text"):
         message = f"{model.id} is a {task} model and does not generate text: use POST /predict"
@@ -131,6 +137,12 @@ def _generation(
     )
     texts = len(inputs) * (body.n or 1)
     return _Generation(request=request, admission=services.text_admission, texts=texts, replies=replies)
+
+
+def _name_ignored_fields(request: Request, body: GenerationRequest) -> None:
+    names = ",".join(quote(path, safe=".[]") for path in ignored_fields(body))
+    if names:
+        request.state.headers["x-heft-ignored"] = names[:_MAX_IGNORED_CHARS]
 
 
 @contextmanager

@@ -19,9 +19,6 @@ MAX_MESSAGES = 2_048
 
 Text = Annotated[str, Field(max_length=MAX_TEXT_CHARS)]
 NonEmptyText = Annotated[str, Field(min_length=1, max_length=MAX_TEXT_CHARS)]
-#: A field of OpenAI's clients that is only accepted.
-IgnoredText = Annotated[str, Field(max_length=512)]
-
 Item = TypeVar("Item", bound="Identified")
 
 
@@ -35,6 +32,33 @@ class RequestPart(BaseModel):
     """Base class of objects within JSON bodies. Refuses unknown fields."""
 
     model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
+
+
+#: The configuration of objects whose unknown fields are ignored. `ignored_fields` names them.
+LENIENT = ConfigDict(extra="allow", json_schema_extra={"maxProperties": MAX_FIELDS})
+
+
+class LenientPart(RequestPart):
+    """Base class of objects within the JSON bodies of OpenAI's clients, whose unknown fields are ignored."""
+
+    model_config = LENIENT
+
+
+def ignored_fields(body: BaseModel) -> list[str]:
+    """Returns the paths of the fields that are ignored, at any depth."""
+    paths: list[str] = []
+
+    def visit(value: Any, steps: tuple[str | int, ...]) -> None:
+        if isinstance(value, BaseModel):
+            paths.extend(dotted([*steps, name]) for name in value.model_extra or {})
+            for name in type(value).model_fields:
+                visit(getattr(value, name), (*steps, name))
+        elif isinstance(value, list):
+            for index, item in enumerate(value):
+                visit(item, (*steps, index))
+
+    visit(body, ())
+    return paths
 
 
 class RequestBody(RequestPart):

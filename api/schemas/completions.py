@@ -1,6 +1,7 @@
 """Requests of `/v1/completions` and `/v1/chat/completions` as in OpenAI's API; `intervention` is HEFT's own.
 
-Fields of OpenAI's API that are not supported here are refused by name, unless their value is empty.
+Fields of OpenAI's API that are not supported here and change the answer are refused by name, unless their value is
+empty. All other unknown fields are ignored, and named in the response (`api.schemas.common.ignored_fields`).
 """
 
 from __future__ import annotations
@@ -11,7 +12,7 @@ from typing import Annotated, Any, Literal
 from pydantic import AfterValidator, Field, field_validator, model_validator
 from pydantic_core import PydanticCustomError
 
-from api.schemas.common import MAX_MESSAGES, IgnoredText, NonEmptyText, RequestBody, RequestPart, Text
+from api.schemas.common import LENIENT, MAX_MESSAGES, LenientPart, NonEmptyText, RequestBody, Text
 from api.schemas.predict import Intervention
 from store.messages.generate import SamplingParams
 
@@ -28,14 +29,17 @@ _UNSUPPORTED = {
     "audio": "audio output is not supported",
     "function_call": "function calls are not supported",
     "functions": "function calls are not supported",
-    "prediction": "predicted outputs are not supported",
-    "reasoning_effort": "reasoning is not supported",
+    "store": "completions are not kept, so they can't be listed later: leave store out",
     "suffix": "inserting text before a suffix is not supported",
     "tool_choice": "tool calls are not supported",
     "tools": "tool calls are not supported",
     "web_search_options": "web search is not supported",
     "echo": "echoing the prompt is not supported",
 }
+
+
+#: Fields of a message that are part of calls of tools.
+_MESSAGE_CALLS = ("tool_calls", "function_call", "tool_call_id", "audio")
 
 
 def _not_empty(stop: str) -> str:
@@ -47,23 +51,24 @@ def _not_empty(stop: str) -> str:
 Stop = Annotated[str, Field(max_length=1_000), AfterValidator(_not_empty)]
 
 
-class StreamOptions(RequestPart):
+class StreamOptions(LenientPart):
     include_usage: bool = False
-    include_obfuscation: bool = False  #: accepted from OpenAI's clients and ignored
 
 
-class TextFormat(RequestPart):
+class TextFormat(LenientPart):
     type: Literal["text"]
 
 
 class GenerationRequest(RequestBody, ABC):
-    """The fields of both requests. `user`, `metadata`, `store` and the like are accepted and ignored."""
+    """The fields of both requests."""
+
+    model_config = LENIENT
 
     model: Annotated[str, Field(min_length=1, max_length=300)]
     max_tokens: Annotated[int, Field(ge=1)] | None = None
     temperature: Annotated[float, Field(ge=0, le=2)] | None = None
     top_p: Annotated[float, Field(gt=0, le=1)] | None = None
-    n: Annotated[int, Field(ge=1, le=8)] | None = None
+    n: Annotated[int, Field(ge=1, le=MAX_TEXTS)] | None = None
     seed: int | None = None
     stop: Stop | Annotated[list[Stop], Field(max_length=4)] | None = None
     presence_penalty: Annotated[float, Field(ge=-2, le=2)] | None = None
@@ -78,12 +83,6 @@ class GenerationRequest(RequestBody, ABC):
     stream: bool | None = None
     stream_options: StreamOptions | None = None
     intervention: Intervention = Intervention()
-    user: IgnoredText | None = None
-    metadata: Annotated[dict[Annotated[str, Field(max_length=64)], Any], Field(max_length=16)] | None = None
-    store: bool | None = None
-    service_tier: IgnoredText | None = None
-    safety_identifier: IgnoredText | None = None
-    prompt_cache_key: IgnoredText | None = None
 
     @model_validator(mode="before")
     @classmethod
@@ -165,22 +164,37 @@ class CompletionRequest(GenerationRequest):
         return params
 
 
-class TextPart(RequestPart):
+class TextPart(LenientPart):
     type: Literal["text"]
     text: Text
 
 
-class ConversationMessage(RequestPart):
+class ConversationMessage(LenientPart):
     role: Literal["system", "developer", "user", "assistant"]
     content: Text | Annotated[list[TextPart], Field(min_length=1, max_length=MAX_PARTS, fail_fast=True)]
 
     @model_validator(mode="before")
     @classmethod
     def _without_nulls(cls, message: Any) -> Any:
-        """Assistant messages of earlier responses have null fields."""
+        """Assistant messages of earlier responses have null fields. Calls of tools are refused, as `tools` are."""
         if not isinstance(message, dict):
             return message
-        return {name: value for name, value in message.items() if value is not None}
+        for name in _MESSAGE_CALLS:
+            if message.get(name) not in _EMPTY:
+                raise ValueError(f"{name}: tool calls are not supported")
+        return {
+            name: value for name, value in message.items() if value is not None and name not in _MESSAGE_CALLS
+        }
+
+    def turn(self) -> dict[str, Any]:
+        """Returns the message as a row has it, without ignored fields."""
+        content = self.content
+        if isinstance(content, list):
+            return {
+                "role": self.role,
+                "content": [{"type": part.type, "text": part.text} for part in content],
+            }
+        return {"role": self.role, "content": content}
 
 
 class ChatCompletionRequest(GenerationRequest):
@@ -195,7 +209,6 @@ class ChatCompletionRequest(GenerationRequest):
     top_logprobs: Annotated[int, Field(ge=0, le=20)] | None = None
     response_format: TextFormat | None = None
     modalities: Annotated[list[Literal["text"]], Field(max_length=4)] | None = None
-    parallel_tool_calls: bool | None = None
 
     @model_validator(mode="after")
     def _consistent(self) -> ChatCompletionRequest:
@@ -208,7 +221,7 @@ class ChatCompletionRequest(GenerationRequest):
         return self
 
     def inputs(self) -> list[dict[str, Any]]:
-        return [{"messages": [message.model_dump() for message in self.messages]}]
+        return [{"messages": [message.turn() for message in self.messages]}]
 
     def sampling_params(self) -> SamplingParams:
         params = super().sampling_params()

@@ -248,13 +248,14 @@ def test_a_complete_answer_is_not_cancelled(client: httpx.Client, says: Any, wor
         ("/v1/completions", {"suffix": "end"}, "suffix"),
         ("/v1/completions", {"best_of": 3}, "best_of"),
         ("/v1/completions", {"logprobs": 6}, "logprobs"),
-        ("/v1/completions", {"n": 9}, "n"),
+        ("/v1/completions", {"n": 129}, "n"),
+        ("/v1/completions", {"store": True}, "store"),
         ("/v1/completions", {"max_tokens": 0}, "max_tokens"),
         ("/v1/completions", {"stop": ["a", "b", "c", "d", "e"]}, "stop"),
         ("/v1/completions", {"stop": ""}, "stop"),
         ("/v1/completions", {"temperature": 3}, "temperature"),
         ("/v1/completions", {"stream_options": {"include_usage": True}}, "stream_options"),
-        ("/v1/completions", {"strange": 1}, "strange"),
+        ("/v1/completions", {"intervention": {"strange": 1}}, "intervention.strange"),
         ("/v1/chat/completions", {"tools": [{"type": "function"}]}, "tools"),
         ("/v1/chat/completions", {"response_format": {"type": "json_object"}}, "response_format.type"),
         ("/v1/chat/completions", {"max_tokens": 1, "max_completion_tokens": 1}, "max_tokens"),
@@ -264,8 +265,8 @@ def test_a_complete_answer_is_not_cancelled(client: httpx.Client, says: Any, wor
         ("/v1/chat/completions", {"messages": [{"role": "tool", "content": "x"}]}, "messages[0].role"),
         (
             "/v1/chat/completions",
-            {"messages": [{"role": "user", "content": "x", "name": "me"}]},
-            "messages[0].name",
+            {"messages": [{"role": "assistant", "content": "x", "tool_calls": [{"id": "a"}]}]},
+            "messages[0]",
         ),
     ],
 )
@@ -275,6 +276,43 @@ def test_an_unsupported_field_is_refused_by_name(
     answer = client.post(path, json=PATHS[path] | changes)
     assert answer.status_code == 400
     assert answer.json()["error"]["param"] == param
+
+
+def test_unknown_fields_are_ignored_and_named(client: httpx.Client, says: Any) -> None:
+    heard = says({"chunk": [part("x", finish="stop")]} | DONE)
+    part_with_cache = {"type": "text", "text": "hi", "cache_control": {"type": "ephemeral"}}
+    body = {
+        "model": MODEL,
+        "messages": [{"role": "user", "content": [part_with_cache], "name": "me"}],
+        "user": "u",
+        "metadata": {"a": "b"},
+        "verbosity": "low",
+        "odd\r\nnäme": 1,
+    }
+    answer = client.post("/v1/chat/completions", json=body)
+    assert answer.headers["x-heft-ignored"].split(",") == [
+        "user",
+        "metadata",
+        "verbosity",
+        "odd%0D%0An%C3%A4me",
+        "messages[0].name",
+        "messages[0].content[0].cache_control",
+    ]
+    turn = {"role": "user", "content": [{"type": "text", "text": "hi"}]}
+    assert heard[0]["inputs"] == [{"messages": [turn]}]
+
+    streamed = client.post("/v1/completions", json=COMPLETION | {"stream": True, "strange": 1})
+    assert streamed.headers["x-heft-ignored"] == "strange"
+    assert "x-heft-ignored" not in client.post("/v1/completions", json=COMPLETION).headers
+    many = {f"unknown_{number}": 1 for number in range(500)}
+    assert len(client.post("/v1/completions", json=COMPLETION | many).headers["x-heft-ignored"]) == 1_000
+
+
+def test_a_request_may_have_128_texts(client: httpx.Client, says: Any) -> None:
+    heard = says({"chunk": [part("x", finish="stop")]} | DONE)
+    for path, body in PATHS.items():
+        assert client.post(path, json=body | {"n": 128}).status_code == 200
+    assert [message["n"] for message in heard] == [128, 128]
 
 
 def test_empty_values_of_unsupported_fields_are_accepted(client: httpx.Client, says: Any) -> None:
