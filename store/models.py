@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from datetime import datetime
 from typing import Any, Literal
 
-from sqlalchemy import func, select, update
+from sqlalchemy import ColumnElement, func, select, update
 from sqlalchemy.dialects.postgresql import insert
 from sqlalchemy.orm import Session
 
@@ -42,8 +42,7 @@ def list_models(session: Session, *, owner_id: str) -> list[Model]:
     base = session.scalars(select(BaseModelRow).order_by(BaseModelRow.created_at.desc(), BaseModelRow.id))
     results = session.scalars(
         select(FineTunedModel)
-        .where(FineTunedModel.owner_id == owner_id, FineTunedModel.kind == "final")
-        .where(FineTunedModel.deleted_at.is_(None))
+        .where(FineTunedModel.kind == "final", *_visible_to(owner_id))
         .order_by(FineTunedModel.created_at.desc(), FineTunedModel.id.desc())
     )
     return [_fine_tuned(row) for row in results] + [_base(row) for row in base]
@@ -51,19 +50,7 @@ def list_models(session: Session, *, owner_id: str) -> list[Model]:
 
 def get(session: Session, *, owner_id: str, model_id: str) -> Model:
     """Returns a model. Raises NotFound for one that is unknown, deleted, or another owner's."""
-    fine_tuned = session.scalar(
-        select(FineTunedModel).where(
-            FineTunedModel.id == model_id,
-            FineTunedModel.owner_id == owner_id,
-            FineTunedModel.deleted_at.is_(None),
-        )
-    )
-    if fine_tuned is not None:
-        return _fine_tuned(fine_tuned)
-    base = session.scalar(select(BaseModelRow).where(BaseModelRow.id == model_id))
-    if base is not None:
-        return _base(base)
-    raise _no_model(model_id)
+    return _get(session, model_id, *_visible_to(owner_id))
 
 
 def for_worker(session: Session, *, model_id: str) -> Model:
@@ -71,32 +58,35 @@ def for_worker(session: Session, *, model_id: str) -> Model:
 
     Raises NotFound for an unknown id.
     """
-    row = session.get(FineTunedModel, model_id)
+    return _get(session, model_id)
+
+
+def _get(session: Session, model_id: str, *conditions: ColumnElement[bool]) -> Model:
+    """Returns a base model, or a fine-tuned one that meets these conditions. Raises NotFound."""
+    row = session.scalar(select(FineTunedModel).where(FineTunedModel.id == model_id, *conditions))
     if row is not None:
         return _fine_tuned(row)
     base = session.get(BaseModelRow, model_id)
-    if base is not None:
-        return _base(base)
-    raise _no_model(model_id)
+    if base is None:
+        raise NotFound(f"there is no model {model_id!r}", param="model", code="model_not_found")
+    return _base(base)
+
+
+def _visible_to(owner_id: str) -> tuple[ColumnElement[bool], ...]:
+    return FineTunedModel.owner_id == owner_id, FineTunedModel.deleted_at.is_(None)
 
 
 def present(session: Session, *, model_ids: Collection[str]) -> set[str]:
     """Returns those of these fine-tuned models and checkpoints that exist and are not deleted."""
-    query = select(FineTunedModel.id).where(
-        FineTunedModel.id.in_(model_ids), FineTunedModel.deleted_at.is_(None)
-    )
-    return set(session.scalars(query))
+    query = select(FineTunedModel.id).where(FineTunedModel.id.in_(model_ids))
+    return set(session.scalars(query.where(FineTunedModel.deleted_at.is_(None))))
 
 
 def delete(session: Session, *, owner_id: str, model_id: str) -> None:
     """Hides a fine-tuned model or a checkpoint; its bytes are deleted later. Raises NotFound; Forbidden for a base."""
     hidden_id = session.scalar(
         update(FineTunedModel)
-        .where(
-            FineTunedModel.id == model_id,
-            FineTunedModel.owner_id == owner_id,
-            FineTunedModel.deleted_at.is_(None),
-        )
+        .where(FineTunedModel.id == model_id, *_visible_to(owner_id))
         .values(deleted_at=func.now())
         .returning(FineTunedModel.id)
     )
@@ -115,10 +105,6 @@ def offer_base(
         .values({"id": model_id, **values})
         .on_conflict_do_update(index_elements=[BaseModelRow.id], set_={**values, "seen_at": func.now()})
     )
-
-
-def _no_model(model_id: str) -> NotFound:
-    return NotFound(f"there is no model {model_id!r}", param="model", code="model_not_found")
 
 
 def _base(row: BaseModelRow) -> Model:

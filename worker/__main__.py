@@ -14,7 +14,7 @@ from prometheus_client import CollectorRegistry
 from heft_engine.runtime.malloc import retain_freed_memory
 from store import logs
 from store.db.session import make_engine, session_factory
-from store.messages.broker import make_celery
+from store.messages.broker import connect_redis, make_celery
 from store.messages.hints import Hints
 from store.settings import StoreSettings, settings
 from store.storage.artifacts import Artifacts
@@ -23,7 +23,6 @@ from worker.celery_app import Role, run_worker, worker_app
 from worker.chores.activation_folder import activation_chore
 from worker.chores.chore import Chore, run_chores
 from worker.chores.compare_studies import study_chore
-from worker.chores.evict_deleted import eviction_chore
 from worker.chores.gpu_handoff import handoff_chores, visible_device
 from worker.chores.presence import offer_base_models, registered
 from worker.chores.reconcile import reconcile_chores
@@ -31,7 +30,9 @@ from worker.context import ENGINE, Context
 from worker.inference.metrics import InferenceMetrics, Publisher, worker_registry
 from worker.scratch import acquire_slot
 
+_METRICS_SECONDS = 10.0
 _OFFER_SECONDS = 3_600.0
+_EVICT_SECONDS = 30.0
 _TRIM_SECONDS = 30.0
 
 
@@ -88,37 +89,36 @@ def _register(app: Celery, role: Role, context: Context, stack: ExitStack) -> li
         offers = Chore(
             name="offer base models", seconds=_OFFER_SECONDS, run=lambda: offer_base_models(context)
         )
-        return [offers, activation_chore(context), *_metrics_chores(context, stack, registry)]
+        return [offers, activation_chore(context), _metrics_chore(context, stack, registry)]
     if role is Role.PREPARE:
         tasks.register_preparing(app, context)
-        return [study_chore(context), *_metrics_chores(context, stack, registry)]
+        return [study_chore(context), _metrics_chore(context, stack, registry)]
     from worker.inference.generate import GenerateHandler
     from worker.inference.models import Models
     from worker.inference.predict import PredictHandler
     from worker.inference.requests import Requests
 
     metrics = InferenceMetrics(registry)
-    requests = stack.enter_context(closing(Requests.connect(context.settings.redis_url)))
+    requests = stack.enter_context(closing(Requests(connect_redis(context.settings.redis_url))))
     models = stack.enter_context(closing(Models(context, metrics)))
     predict, generate = PredictHandler(models, requests, metrics), GenerateHandler(models, requests)
     tasks.register_inference(app, predict.handle, generate.handle)
     return [
         *handoff_chores(context, models.pool.evict_idle),
-        eviction_chore(context, models),
+        Chore(name="evict deleted models", seconds=_EVICT_SECONDS, run=models.evict_deleted),
         Chore(name="trim memory", seconds=_TRIM_SECONDS, run=models.trim_memory),
-        *_metrics_chores(context, stack, registry, models.record_usage),
+        _metrics_chore(context, stack, registry, models.record_usage),
     ]
 
 
-def _metrics_chores(
+def _metrics_chore(
     context: Context,
     stack: ExitStack,
     registry: CollectorRegistry,
     refresh: Callable[[], None] = lambda: None,
-) -> list[Chore]:
-    publisher = Publisher(context, registry, refresh)
-    stack.callback(publisher.close)
-    return publisher.chores
+) -> Chore:
+    publisher = stack.enter_context(closing(Publisher(context, registry, refresh)))
+    return Chore(name="metrics", seconds=_METRICS_SECONDS, run=publisher.publish)
 
 
 if __name__ == "__main__":

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any, Generic, Literal, TypeVar
 
-from sqlalchemy import Select, tuple_
+from sqlalchemy import ColumnElement, Select, tuple_
 from sqlalchemy.orm import InstrumentedAttribute, Session
 
 from store.errors import InvalidRequest
@@ -22,33 +22,25 @@ class Page(Generic[T]):
 
 def fetch_page(
     session: Session,
-    query: Select[T],
-    *,
+    items: Select[T],
+    *conditions: ColumnElement[bool],
     by: tuple[InstrumentedAttribute[Any], ...],
-    cursor: tuple[Any, ...] | None,
+    after: str | None,
     limit: int,
     order: Order = "desc",
 ) -> Page[T]:
-    """Returns the items of `query`, ordered by the columns `by`, after the one whose values of `by` are `cursor`.
+    """Returns those of `items` that meet `conditions`, ordered by the columns `by`, after the one with the id `after`.
 
-    A keyset instead of an offset: rows that arrive or go between two pages shift nothing.
+    A keyset instead of an offset: rows that arrive or go between two pages shift nothing. The item `after` need not
+    meet the conditions (any more). Raises InvalidRequest (param `after`) when it is none of `items`.
     """
-    if cursor is not None:
+    query = items.where(*conditions)
+    if after is not None:
+        cursor = session.execute(items.with_only_columns(*by).where(by[0].class_.id == after)).one_or_none()
+        if cursor is None:
+            raise InvalidRequest(f"after: there is no item {after!r}", param="after")
         keyset = tuple_(*by)
-        query = query.where(keyset < cursor if order == "desc" else keyset > cursor)
+        query = query.where(keyset < tuple(cursor) if order == "desc" else keyset > tuple(cursor))
     ordered = query.order_by(*(column.desc() if order == "desc" else column.asc() for column in by))
     rows = list(session.scalars(ordered.limit(limit + 1)))
     return Page(items=rows[:limit], has_more=len(rows) > limit)
-
-
-def cursor_of(session: Session, query: Select[*tuple[Any, ...]], after: str | None) -> tuple[Any, ...] | None:
-    """Returns the keyset values of the item named `after`, which `query` selects; None when `after` is None.
-
-    Raises InvalidRequest when there is no such item.
-    """
-    if after is None:
-        return None
-    row = session.execute(query).one_or_none()
-    if row is None:
-        raise InvalidRequest(f"after: there is no item {after!r}", param="after")
-    return tuple(row)

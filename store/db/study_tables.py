@@ -5,10 +5,10 @@ from __future__ import annotations
 from datetime import datetime
 from typing import Any
 
-from sqlalchemy import ForeignKey, Index, UniqueConstraint, func, text
+from sqlalchemy import ForeignKey, Index, UniqueConstraint, text
 from sqlalchemy.orm import Mapped, mapped_column
 
-from store.db.tables import Base
+from store.db.tables import Base, Count, CreatedAt, JsonObject
 
 
 class Outcome(Base):
@@ -17,9 +17,8 @@ class Outcome(Base):
     __tablename__ = "outcomes"
 
     job_id: Mapped[str] = mapped_column(ForeignKey("jobs.id"), primary_key=True)
-    outcomes: Mapped[
-        dict[str, Any] | None
-    ]  #: of the engine's SUCCEEDED event; None: there were no rows to score
+    #: Of the engine's SUCCEEDED event; None: there were no rows to score.
+    outcomes: Mapped[dict[str, Any] | None]
     costs: Mapped[list[Any]]  #: of the same event, one a stage
 
 
@@ -31,11 +30,11 @@ class Study(Base):
     id: Mapped[str] = mapped_column(primary_key=True)  #: study_…
     owner_id: Mapped[str]
     spec: Mapped[dict[str, Any]]  #: StudySpec as JSON, with the arms that were planned from it (`planned`)
-    metadata_: Mapped[dict[str, Any]] = mapped_column("metadata", server_default=text("'{}'::jsonb"))
-    created_at: Mapped[datetime] = mapped_column(server_default=func.now())
+    metadata_: Mapped[JsonObject] = mapped_column("metadata")
+    created_at: Mapped[CreatedAt]
     finished_at: Mapped[datetime | None]  #: set with the last verdict
     cancel_requested_at: Mapped[datetime | None]
-    event_seq: Mapped[int] = mapped_column(server_default=text("0"))
+    event_seq: Mapped[Count]
     verdict: Mapped[dict[str, Any] | None]  #: heft_engine.studies.compare of the jobs that have ended
 
     __table_args__ = (
@@ -80,7 +79,7 @@ class StudyEvent(Base):
     study_id: Mapped[str] = mapped_column(ForeignKey("studies.id"), primary_key=True)
     seq: Mapped[int] = mapped_column(primary_key=True)
     id: Mapped[str] = mapped_column(unique=True)  #: studyevent_…
-    created_at: Mapped[datetime] = mapped_column(server_default=func.now())
+    created_at: Mapped[CreatedAt]
     level: Mapped[str]
     message: Mapped[str]
     data: Mapped[dict[str, Any]]

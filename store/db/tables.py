@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from datetime import datetime
-from typing import Any, ClassVar
+from typing import Annotated, Any, ClassVar
 
 from sqlalchemy import (
     BigInteger,
@@ -34,8 +34,9 @@ class Base(DeclarativeBase):
     }
 
 
-def _now() -> Mapped[datetime]:
-    return mapped_column(server_default=func.now())
+CreatedAt = Annotated[datetime, mapped_column(server_default=func.now())]
+Count = Annotated[int, mapped_column(server_default=text("0"))]
+JsonObject = Annotated[dict[str, Any], mapped_column(server_default=text("'{}'::jsonb"))]
 
 
 class ApiKey(Base):
@@ -47,7 +48,7 @@ class ApiKey(Base):
     owner_id: Mapped[str] = mapped_column(index=True)
     name: Mapped[str]
     secret_hash: Mapped[bytes] = mapped_column(LargeBinary)
-    created_at: Mapped[datetime] = _now()
+    created_at: Mapped[CreatedAt]
     last_used_at: Mapped[datetime | None]
     revoked_at: Mapped[datetime | None]
 
@@ -64,7 +65,7 @@ class File(Base):
     bytes: Mapped[int]
     sha256: Mapped[str]
     storage_key: Mapped[str]
-    created_at: Mapped[datetime] = _now()
+    created_at: Mapped[CreatedAt]
     deleted_at: Mapped[datetime | None]  #: hidden from its owner since then
     purged_at: Mapped[datetime | None]  #: its bytes were deleted then
 
@@ -80,37 +81,33 @@ class Job(Base):
     owner_id: Mapped[str]
     state: Mapped[str] = mapped_column(String(20))
     spec: Mapped[dict[str, Any]]  #: TrainingSpec as JSON
-    metadata_: Mapped[dict[str, Any]] = mapped_column("metadata", server_default=text("'{}'::jsonb"))
-    created_at: Mapped[datetime] = _now()
+    metadata_: Mapped[JsonObject] = mapped_column("metadata")
+    created_at: Mapped[CreatedAt]
     started_at: Mapped[datetime | None]
     finished_at: Mapped[datetime | None]
 
     # The attempt and its lease.
-    attempt: Mapped[int] = mapped_column(server_default=text("0"))  #: the fencing token
+    attempt: Mapped[Count]  #: the fencing token
     worker_id: Mapped[str | None]
     lease_until: Mapped[datetime | None]
     hinted_at: Mapped[datetime | None]  #: when a message was last sent for it
     not_before: Mapped[datetime | None]  #: the end of the pause after a crash of its trainer
-    trainer_deaths: Mapped[int] = mapped_column(
-        server_default=text("0")
-    )  #: crashes since the last checkpoint
-    lost_leases: Mapped[int] = mapped_column(server_default=text("0"))
+    trainer_deaths: Mapped[Count]  #: crashes since the last checkpoint
+    lost_leases: Mapped[Count]
     paused_from: Mapped[str | None]  #: the state that resume goes back to
     #: Stages whose results other jobs can reuse.
-    stages_passed: Mapped[int] = mapped_column(server_default=text("0"))
+    stages_passed: Mapped[Count]
 
     # Requests of its user.
     cancel_requested_at: Mapped[datetime | None]
     pause_requested_at: Mapped[datetime | None]
 
     # Progress and results.
-    event_seq: Mapped[int] = mapped_column(server_default=text("0"))  #: the number of its last event
+    event_seq: Mapped[Count]  #: the number of its last event
     stage: Mapped[str | None]
-    progress: Mapped[dict[str, Any]] = mapped_column(server_default=text("'{}'::jsonb"))
-    #: {stage: its latest metrics}
-    metrics: Mapped[dict[str, Any]] = mapped_column(server_default=text("'{}'::jsonb"))
-    #: "auto" settings as the engine resolved them
-    resolved: Mapped[dict[str, Any]] = mapped_column(server_default=text("'{}'::jsonb"))
+    progress: Mapped[JsonObject]
+    metrics: Mapped[JsonObject]  #: {stage: its latest metrics}
+    resolved: Mapped[JsonObject]  #: "auto" settings as the engine resolved them
     validation: Mapped[dict[str, Any] | None]  #: the report on its files
     evaluation: Mapped[dict[str, Any] | None]
     parity: Mapped[dict[str, Any] | None]
@@ -139,7 +136,7 @@ class Attempt(Base):
     number: Mapped[int] = mapped_column(primary_key=True)
     worker_id: Mapped[str]
     purpose: Mapped[str]  #: prepare or train
-    started_at: Mapped[datetime] = _now()
+    started_at: Mapped[CreatedAt]
     ended_at: Mapped[datetime | None]
     outcome: Mapped[str | None]  #: an AttemptOutcome
     swept_at: Mapped[datetime | None]  #: when the bytes that it stored and no row names were deleted
@@ -154,7 +151,7 @@ class Event(Base):
     seq: Mapped[int] = mapped_column(primary_key=True)
     id: Mapped[str] = mapped_column(unique=True)  #: ftevent-…
     attempt: Mapped[int]
-    created_at: Mapped[datetime] = _now()
+    created_at: Mapped[CreatedAt]
     level: Mapped[str]
     type: Mapped[str]  #: message or metrics
     message: Mapped[str]
@@ -177,7 +174,7 @@ class Checkpoint(Base):
     manifest: Mapped[dict[str, Any]]  #: {file: sha256}
     metrics: Mapped[dict[str, Any]]  #: train_loss, valid_loss, … by OpenAI's names
     model_id: Mapped[str | None]
-    created_at: Mapped[datetime] = _now()
+    created_at: Mapped[CreatedAt]
     removed_at: Mapped[datetime | None]  #: not to be resumed from since then
     purged_at: Mapped[datetime | None]  #: its bytes were deleted then
 
@@ -193,8 +190,8 @@ class BaseModelRow(Base):
     source: Mapped[str]  #: alias, directory or hub
     revision: Mapped[str | None]  #: a commit on the hub
     info: Mapped[dict[str, Any]]  #: model_type, n_layers, hidden_size, parameters
-    created_at: Mapped[datetime] = _now()
-    seen_at: Mapped[datetime] = _now()
+    created_at: Mapped[CreatedAt]
+    seen_at: Mapped[CreatedAt]
 
 
 class FineTunedModel(Base):
@@ -210,7 +207,7 @@ class FineTunedModel(Base):
     storage_key: Mapped[str]
     manifest: Mapped[dict[str, Any]]
     task: Mapped[dict[str, Any]]
-    created_at: Mapped[datetime] = _now()
+    created_at: Mapped[CreatedAt]
     deleted_at: Mapped[datetime | None]
     purged_at: Mapped[datetime | None]
 
@@ -230,8 +227,8 @@ class StageResult(Base):
     job_id: Mapped[str] = mapped_column(ForeignKey("jobs.id"), index=True)  #: the job that stored it
     manifest: Mapped[dict[str, Any]]  #: {file: sha256}
     bytes: Mapped[int]
-    created_at: Mapped[datetime] = _now()
-    last_used_at: Mapped[datetime] = _now()
+    created_at: Mapped[CreatedAt]
+    last_used_at: Mapped[CreatedAt]
     removed_at: Mapped[datetime | None]  #: not reused since then; the row is deleted after its bytes
 
     __table_args__ = (Index("stage_results_by_key", "owner_id", "key"),)
@@ -245,15 +242,13 @@ class Export(Base):
     model_id: Mapped[str] = mapped_column(ForeignKey("models.id"), primary_key=True)
     format: Mapped[str] = mapped_column(primary_key=True)  #: bundle, merged, peft, pyreft; diagnostics
     state: Mapped[str]  #: an ExportState
-    attempt: Mapped[int] = mapped_column(server_default=text("0"))  #: the fencing token
-    losses: Mapped[int] = mapped_column(
-        server_default=text("0")
-    )  #: workers that were lost while they built it
+    attempt: Mapped[Count]  #: the fencing token
+    losses: Mapped[Count]  #: workers that were lost while they built it
     lease_until: Mapped[datetime | None]
     storage_key: Mapped[str | None]
     bytes: Mapped[int | None]
     error: Mapped[dict[str, Any] | None]
-    created_at: Mapped[datetime] = _now()
+    created_at: Mapped[CreatedAt]
     failed_at: Mapped[datetime | None]
 
 
@@ -275,8 +270,8 @@ class Worker(Base):
     id: Mapped[str] = mapped_column(primary_key=True)
     role: Mapped[str]  #: train or inference
     info: Mapped[dict[str, Any]]  #: host, pid, version, device; gpu_requested and gpu_released_to
-    started_at: Mapped[datetime] = _now()
-    seen_at: Mapped[datetime] = _now()  #: its last heartbeat
+    started_at: Mapped[CreatedAt]
+    seen_at: Mapped[CreatedAt]  #: its last heartbeat
 
 
 class IdempotencyKey(Base):
@@ -288,4 +283,4 @@ class IdempotencyKey(Base):
     key: Mapped[str] = mapped_column(primary_key=True)
     body_hash: Mapped[str]
     resource_id: Mapped[str]
-    created_at: Mapped[datetime] = mapped_column(server_default=func.now(), index=True)
+    created_at: Mapped[CreatedAt] = mapped_column(index=True)

@@ -44,7 +44,15 @@ def committed_key(session: Session, checkpoint: Checkpoint) -> str | None:
 def add(session: Session, job: Job, checkpoint: Checkpoint, task: Mapping[str, Any]) -> Checkpoint:
     """Adds the row; of a stage checkpoint, also its model, which answers `task`."""
     if checkpoint.kind == "stage":
-        checkpoint.model_id = _add_model(session, job, checkpoint, task)
+        spec = TrainingSpec.model_validate(job.spec)
+        label = spec.stage_label(checkpoint.stage, checkpoint.stage_index)
+        files = checkpoint.manifest.items()
+        manifest = {name.removeprefix(_BUNDLE): sha256 for name, sha256 in files if name.startswith(_BUNDLE)}
+        key = f"{checkpoint.storage_key}/bundle"
+        row = model_row(job, spec, stage_label=label, storage_key=key, manifest=manifest, task=task)
+        # An attempt that fell back behind the end of a stage reaches it a second time: the first model stays.
+        session.execute(insert(FineTunedModel).values(row).on_conflict_do_nothing())
+        checkpoint.model_id = row["id"]
     session.add(checkpoint)
     session.flush()
     return checkpoint
@@ -65,25 +73,24 @@ def remove_old(session: Session, job_id: str, *, keep: int = _KEPT_STEPS) -> lis
     return list(session.scalars(statement))
 
 
-def _add_model(session: Session, job: Job, checkpoint: Checkpoint, task: Mapping[str, Any]) -> str:
-    spec = TrainingSpec.model_validate(job.spec)
-    final = ids.model_id(base=spec.model, owner_id=job.owner_id, suffix=spec.suffix, job_id=job.id)
-    model_id = ids.checkpoint_model_id(final, spec.stage_label(checkpoint.stage, checkpoint.stage_index))
-    manifest = {
-        name.removeprefix(_BUNDLE): sha256
-        for name, sha256 in checkpoint.manifest.items()
-        if name.startswith(_BUNDLE)
-    }
-    row = {
-        "id": model_id,
+def model_row(
+    job: Job,
+    spec: TrainingSpec,
+    *,
+    stage_label: str | None = None,
+    storage_key: str,
+    manifest: Mapping[str, str],
+    task: Mapping[str, Any],
+) -> dict[str, Any]:
+    """Returns the values of a model's row: of the job's result, or with `stage_label` of a checkpoint."""
+    model_id = ids.model_id(base=spec.model, owner_id=job.owner_id, suffix=spec.suffix, job_id=job.id)
+    return {
+        "id": model_id if stage_label is None else ids.checkpoint_model_id(model_id, stage_label),
         "owner_id": job.owner_id,
         "job_id": job.id,
-        "kind": "checkpoint",
+        "kind": "final" if stage_label is None else "checkpoint",
         "base_model": spec.model,
-        "storage_key": f"{checkpoint.storage_key}/bundle",
-        "manifest": manifest,
+        "storage_key": storage_key,
+        "manifest": dict(manifest),
         "task": dict(task),
     }
-    # An attempt that fell back behind the end of a stage reaches it a second time: the first model stays.
-    session.execute(insert(FineTunedModel).values(row).on_conflict_do_nothing())
-    return model_id

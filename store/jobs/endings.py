@@ -6,19 +6,19 @@ requests come first: a job that is to be cancelled becomes `cancelled` however i
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any
 
 from sqlalchemy import func, update
 from sqlalchemy.orm import Session
 
-from store import ids
 from store.db.session import seconds
-from store.db.states import WAITING, JobState
+from store.db.states import PURPOSES, WAITING, AttemptOutcome, JobState
 from store.db.study_tables import Outcome
 from store.db.tables import FineTunedModel, Job
-from store.jobs.fence import Claim, apply_stop_request, finish_attempt, lock, write_fenced
-from store.jobs.transitions import NewEvent, cancelled, failed, paused
+from store.jobs.checkpoints import model_row
+from store.jobs.fence import Claim, fence, lock, lost_lease, write_fenced
+from store.jobs.transitions import NewEvent, cancelled, close_attempt, failed, move, paused
 from store.storage import files
 from store.storage.files import RESULTS_PURPOSE, NewFile
 
@@ -27,17 +27,14 @@ MAX_TRAINER_DEATHS = 3
 
 def finish_prepared(session: Session, claim: Claim, *, report: Mapping[str, Any]) -> Job:
     """Queues a job whose files are valid. After the commit, hint (job.id, "train") if its state is `queued`."""
-    job = write_fenced(
+    write_fenced(
         session,
         claim,
         {"validation": dict(report), "hinted_at": func.now()},
         NewEvent(code="VALIDATION_COMPLETE", message="The files have been checked.", data=report),
     )
-    stopped_job = apply_stop_request(session, claim, job, resume_to=JobState.QUEUED)
-    if stopped_job is not None:
-        return stopped_job
     event = NewEvent(code="QUEUED", message="The job waits for a training worker.")
-    return finish_attempt(session, claim, JobState.QUEUED, event, "prepared")
+    return _finish(session, claim, JobState.QUEUED, event, "prepared")
 
 
 def finish_succeeded(
@@ -47,91 +44,60 @@ def finish_succeeded(
     storage_key: str,
     manifest: dict[str, str],
     task: dict[str, Any],
-    evaluation: dict[str, Any] | None = None,
-    parity: dict[str, Any] | None = None,
-    trained_tokens: int | None = None,
+    result: Mapping[str, Any],
     result_file: NewFile | None = None,
-    outcomes: dict[str, Any] | None = None,
-    costs: Sequence[dict[str, Any]] = (),
 ) -> Job:
     """Adds the model, whose files are durable under `storage_key`, and ends the job as succeeded.
 
-    `outcomes` and `costs` are those of the engine's SUCCEEDED event, for comparisons with other jobs.
+    `result` is the data of the engine's SUCCEEDED event. Its outcomes and costs are for comparisons with other jobs.
     """
     job = lock(session, claim)
     if job.cancel_requested_at is not None:
-        return finish_attempt(session, claim, JobState.CANCELLED, cancelled(), "cancelled")
-    model = _final_model(claim, storage_key, manifest, task)
-    session.add_all([model, Outcome(job_id=claim.job_id, outcomes=outcomes, costs=list(costs))])
+        return finish_cancelled(session, claim)
+    row = model_row(job, claim.spec, storage_key=storage_key, manifest=manifest, task=task)
+    model = FineTunedModel(**row)
+    outcomes, costs = result.get("outcomes"), list(result.get("costs", ()))
+    session.add_all([model, Outcome(job_id=claim.job_id, outcomes=outcomes, costs=costs)])
     if result_file is not None:
         files.create(session, owner_id=claim.owner_id, purpose=RESULTS_PURPOSE, file=result_file)
     values = {
         "fine_tuned_model": model.id,
-        "evaluation": evaluation,
-        "parity": parity,
-        "trained_tokens": trained_tokens,
+        **{name: result.get(name) for name in ("evaluation", "parity", "trained_tokens")},
         "result_file_id": result_file.file_id if result_file is not None else None,
     }
     event = NewEvent(
         code="SUCCEEDED",
         message=f"The job has succeeded; its model is {model.id}.",
-        data={"fine_tuned_model": model.id, "evaluation": evaluation},
+        data={"fine_tuned_model": model.id, "evaluation": result.get("evaluation")},
     )
-    return finish_attempt(session, claim, JobState.SUCCEEDED, event, "succeeded", values)
-
-
-def _final_model(
-    claim: Claim, storage_key: str, manifest: dict[str, str], task: dict[str, Any]
-) -> FineTunedModel:
-    spec = claim.spec
-    return FineTunedModel(
-        id=ids.model_id(base=spec.model, owner_id=claim.owner_id, suffix=spec.suffix, job_id=claim.job_id),
-        owner_id=claim.owner_id,
-        job_id=claim.job_id,
-        kind="final",
-        base_model=spec.model,
-        storage_key=storage_key,
-        manifest=manifest,
-        task=task,
-    )
+    return _finish(session, claim, JobState.SUCCEEDED, event, "succeeded", values)
 
 
 def finish_failed(
     session: Session, claim: Claim, *, error: Mapping[str, Any], report: Mapping[str, Any] | None = None
 ) -> Job:
     """Ends a job as failed. `error` is {code, message, param}; `report` that on its files, if they are invalid."""
-    job = lock(session, claim)
-    if job.cancel_requested_at is not None:
-        return finish_attempt(session, claim, JobState.CANCELLED, cancelled(), "cancelled")
     values: dict[str, Any] = {"error": dict(error)}
     if report is not None:
         values["validation"] = dict(report)
-    return finish_attempt(session, claim, JobState.FAILED, failed(error), "failed", values)
+    return _finish(session, claim, JobState.FAILED, failed(error), "failed", values)
 
 
 def finish_cancelled(session: Session, claim: Claim) -> Job:
     """Ends a job as cancelled: its user asked for it, and the trainer is stopped."""
-    return finish_attempt(session, claim, JobState.CANCELLED, cancelled(), "cancelled")
+    return _finish(session, claim, JobState.CANCELLED, cancelled(), "cancelled")
 
 
 def finish_paused(session: Session, claim: Claim) -> Job:
     """Pauses a job: the trainer is stopped, and its last checkpoint is recorded."""
-    job = lock(session, claim)
-    stopped_job = apply_stop_request(session, claim, job, resume_to=WAITING[claim.purpose])
-    if stopped_job is not None:
-        return stopped_job
     values = {"paused_from": WAITING[claim.purpose]}
-    return finish_attempt(session, claim, JobState.PAUSED, paused(), "paused", values)
+    return _finish(session, claim, JobState.PAUSED, paused(), "paused", values)
 
 
 def release(session: Session, claim: Claim, *, reason: str = "Its worker was asked to stop.") -> Job:
     """Gives the job back, to wait for another worker."""
-    job = lock(session, claim)
-    stopped_job = apply_stop_request(session, claim, job, resume_to=WAITING[claim.purpose])
-    if stopped_job is not None:
-        return stopped_job
     event = NewEvent(code="RESTARTED", message=f"{reason} The job waits for another.")
-    return finish_attempt(session, claim, WAITING[claim.purpose], event, "released", {"hinted_at": None})
+    return _finish(session, claim, WAITING[claim.purpose], event, "released", {"hinted_at": None})
 
 
 def record_crash(
@@ -145,17 +111,14 @@ def record_crash(
     """Ends an attempt whose trainer crashed; `error` is {code, message, param}.
 
     The job is tried again after `pause_seconds`, four times as many after each further crash; the `max_deaths`-th crash
-    without a new checkpoint in between fails it with `error`.
+    without a new checkpoint in between fails it with `error`, unless its user has asked for a pause.
     """
     job = lock(session, claim)
-    stopped_job = apply_stop_request(session, claim, job, resume_to=WAITING[claim.purpose])
-    if stopped_job is not None:
-        return stopped_job
     deaths = job.trainer_deaths + 1
     values: dict[str, Any] = {"trainer_deaths": deaths}
-    if deaths >= max_deaths:
+    if deaths >= max_deaths and job.pause_requested_at is None:
         values["error"] = dict(error)
-        return finish_attempt(session, claim, JobState.FAILED, failed(error), "trainer_died", values)
+        return _finish(session, claim, JobState.FAILED, failed(error), "trainer_died", values)
     pause = pause_seconds * 4 ** (deaths - 1)
     values |= {"not_before": func.now() + seconds(pause), "hinted_at": None}
     event = NewEvent(
@@ -164,7 +127,31 @@ def record_crash(
         data={"error": dict(error), "deaths": deaths},
         level="warn",
     )
-    return finish_attempt(session, claim, WAITING[claim.purpose], event, "trainer_died", values)
+    return _finish(session, claim, WAITING[claim.purpose], event, "trainer_died", values)
+
+
+def _finish(
+    session: Session,
+    claim: Claim,
+    to: JobState,
+    event: NewEvent,
+    outcome: AttemptOutcome,
+    values: Mapping[str, Any] | None = None,
+) -> Job:
+    """Ends the attempt with `outcome` and moves its job into state `to`, or as its user's cancel or pause request says.
+
+    A cancelled job ends as cancelled in any case; a pause request takes the place of the wait for another worker.
+    """
+    job = lock(session, claim)
+    if job.cancel_requested_at is not None:
+        to, event, outcome, values = JobState.CANCELLED, cancelled(), "cancelled", None
+    elif job.pause_requested_at is not None and to in PURPOSES:
+        to, event, outcome, values = JobState.PAUSED, paused(), "paused", {"paused_from": to}
+    moved_job = move(session, fence(claim), to, event, values)
+    if moved_job is None:
+        raise lost_lease(claim)
+    close_attempt(session, claim.job_id, claim.attempt, outcome)
+    return moved_job
 
 
 def record_cleanup_error(session: Session, claim: Claim, message: str) -> None:

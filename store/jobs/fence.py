@@ -9,11 +9,11 @@ from typing import Any
 from sqlalchemy import ColumnElement, and_, select
 from sqlalchemy.orm import Session
 
-from store.db.states import CLAIMED, AttemptOutcome, JobState, Purpose
+from store.db.states import CLAIMED, Purpose
 from store.db.tables import Checkpoint, Job
 from store.errors import LostFence
 from store.jobs.spec import TrainingSpec
-from store.jobs.transitions import NewEvent, cancelled, close_attempt, move, paused, write
+from store.jobs.transitions import NewEvent, write
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -71,28 +71,3 @@ def lock(session: Session, claim: Claim) -> Job:
     if job is None:
         raise lost_lease(claim)
     return job
-
-
-def finish_attempt(
-    session: Session,
-    claim: Claim,
-    to: JobState,
-    event: NewEvent,
-    outcome: AttemptOutcome,
-    values: Mapping[str, Any] | None = None,
-) -> Job:
-    """Ends the attempt with `outcome` and moves its job into state `to`. Returns the job. Raises LostFence."""
-    job = move(session, fence(claim), to, event, values)
-    if job is None:
-        raise lost_lease(claim)
-    close_attempt(session, claim.job_id, claim.attempt, outcome)
-    return job
-
-
-def apply_stop_request(session: Session, claim: Claim, job: Job, *, resume_to: JobState) -> Job | None:
-    """Ends the attempt as the user's cancel or pause request says. Returns the job, None without such a request."""
-    if job.cancel_requested_at is not None:
-        return finish_attempt(session, claim, JobState.CANCELLED, cancelled(), "cancelled")
-    if job.pause_requested_at is not None:
-        return finish_attempt(session, claim, JobState.PAUSED, paused(), "paused", {"paused_from": resume_to})
-    return None

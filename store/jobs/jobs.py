@@ -5,29 +5,20 @@ Another owner's job is never found. The caller sends the hints, after its transa
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any
 
-from sqlalchemy import ARRAY, ColumnElement, Text, and_, cast, func, insert, select, update
+from sqlalchemy import ColumnElement, and_, func, insert, select
 from sqlalchemy.orm import Session
 
 from store import ids
-from store.db.pagination import Page, cursor_of, fetch_page
+from store.db.pagination import Page, fetch_page
 from store.db.session import seconds
 from store.db.states import PURPOSES, TERMINAL, JobState
 from store.db.tables import Checkpoint, Event, Job
 from store.errors import NotFound, WrongState
 from store.jobs.spec import TrainingSpec, check_new
-from store.jobs.transitions import (
-    NewEvent,
-    append,
-    cancelled,
-    close_attempt,
-    first_event,
-    move,
-    paused,
-    write,
-)
+from store.jobs.transitions import NewEvent, cancelled, close_attempt, event_row, move, paused, write
 from store.storage import files
 
 #: No trainer runs in these states: a cancel is carried out at once.
@@ -48,55 +39,41 @@ def create(
     of a file that is unknown, deleted or another owner's, or as `check_new`.
     """
     check_new(spec)
-    files.lock_for_job(session, owner_id=owner_id, references=spec.files().items())
-    job = Job(
-        id=job_id or ids.new_job_id(),
-        owner_id=owner_id,
-        state=JobState.VALIDATING_FILES,
-        spec=spec.model_dump(mode="json"),
-        metadata_=dict(metadata or {}),
-        hinted_at=func.now(),
-    )
-    session.add(job)
-    session.flush()
-    append(session, job.id, _created(job.id))
-    return get(session, owner_id=owner_id, job_id=job.id)
+    job_id = job_id or ids.new_job_id()
+    create_all(session, owner_id=owner_id, jobs={job_id: (spec, metadata or {})})
+    return get(session, owner_id=owner_id, job_id=job_id)
 
 
 def create_all(
-    session: Session, *, owner_id: str, jobs: Sequence[tuple[TrainingSpec, Mapping[str, str]]]
-) -> list[str]:
-    """Creates many jobs, (settings, metadata) each, in a few statements. Returns their ids; they queue in this order.
+    session: Session, *, owner_id: str, jobs: Mapping[str, tuple[TrainingSpec, Mapping[str, str]]]
+) -> None:
+    """Creates jobs, {id: (settings, metadata)}, in three statements; they queue in this order.
 
     Raises InvalidRequest as `create`, but `check_new` is the caller's.
     """
-    references = dict.fromkeys(reference for spec, _ in jobs for reference in spec.files().items())
+    references = dict.fromkeys(reference for spec, _ in jobs.values() for reference in spec.files().items())
     files.lock_for_job(session, owner_id=owner_id, references=references)
-    rows: list[dict[str, Any]] = [
+    rows = [
         {
-            "id": ids.new_job_id(),
+            "id": job_id,
             "owner_id": owner_id,
             "state": JobState.VALIDATING_FILES,
             "spec": spec.model_dump(mode="json"),
             "metadata_": dict(metadata),
+            # now() is the same for a whole transaction, and the queue is ordered by created_at: a microsecond apart.
+            "created_at": func.now() + seconds(1e-6 * place),
+            "hinted_at": func.now(),
             "event_seq": 1,
         }
-        for spec, metadata in jobs
+        for place, (job_id, (spec, metadata)) in enumerate(jobs.items())
     ]
-    session.execute(insert(Job), rows)
-    session.execute(insert(Event), [first_event(row["id"], _created(row["id"])) for row in rows])
-    # now() is the same for a whole transaction, and the queue is ordered by created_at: a microsecond apart.
-    job_ids = [row["id"] for row in rows]
-    place = func.array_position(cast(job_ids, ARRAY(Text)), Job.id)
-    created_at = func.now() + place * seconds(1e-6)
-    statement = update(Job).where(Job.id.in_(job_ids))
-    session.execute(statement.values(hinted_at=func.now(), created_at=created_at))
-    return job_ids
+    session.execute(insert(Job).values(rows))
+    session.execute(insert(Event), [_first_event(job_id) for job_id in jobs])
 
 
-def _created(job_id: str) -> NewEvent:
+def _first_event(job_id: str) -> dict[str, Any]:
     message = f"Created fine-tuning job {job_id}; its files wait to be checked."
-    return NewEvent(code="CREATED", message=message)
+    return event_row(job_id, seq=1, attempt=0, event=NewEvent(code="CREATED", message=message))
 
 
 def get(session: Session, *, owner_id: str, job_id: str) -> Job:
@@ -120,12 +97,9 @@ def list_page(
 
     Raises InvalidRequest (param `after`) for an unknown cursor.
     """
-    keyset = select(Job.created_at, Job.id).where(Job.id == after, Job.owner_id == owner_id)
-    query = select(Job).where(Job.owner_id == owner_id)
-    if metadata:
-        query = query.where(Job.metadata_.contains(dict(metadata)))
-    cursor = cursor_of(session, keyset, after)
-    return fetch_page(session, query, by=(Job.created_at, Job.id), cursor=cursor, limit=limit)
+    owned = select(Job).where(Job.owner_id == owner_id)
+    conditions = [Job.metadata_.contains(dict(metadata))] if metadata else []
+    return fetch_page(session, owned, *conditions, by=(Job.created_at, Job.id), after=after, limit=limit)
 
 
 def request_cancel(session: Session, *, owner_id: str, job_id: str) -> Job:
@@ -192,9 +166,8 @@ def list_events(
     Raises NotFound; InvalidRequest (param `after`) for an unknown cursor.
     """
     get(session, owner_id=owner_id, job_id=job_id)
-    keyset = select(Event.seq).where(Event.job_id == job_id, Event.id == after)
-    query = select(Event).where(Event.job_id == job_id)
-    return fetch_page(session, query, by=(Event.seq,), cursor=cursor_of(session, keyset, after), limit=limit)
+    events = select(Event).where(Event.job_id == job_id)
+    return fetch_page(session, events, by=(Event.seq,), after=after, limit=limit)
 
 
 def events_after(session: Session, *, owner_id: str, job_id: str, seq: int, limit: int = 100) -> list[Event]:
@@ -216,10 +189,9 @@ def list_checkpoints(
     `after`) for an unknown cursor.
     """
     get(session, owner_id=owner_id, job_id=job_id)
+    checkpoints = select(Checkpoint).where(Checkpoint.job_id == job_id)
     by = (Checkpoint.created_at, Checkpoint.id)
-    keyset = select(*by).where(Checkpoint.job_id == job_id, Checkpoint.id == after)
-    query = select(Checkpoint).where(Checkpoint.job_id == job_id, Checkpoint.kind == "stage")
-    return fetch_page(session, query, by=by, cursor=cursor_of(session, keyset, after), limit=limit)
+    return fetch_page(session, checkpoints, Checkpoint.kind == "stage", by=by, after=after, limit=limit)
 
 
 def _is_job(owner_id: str, job_id: str) -> ColumnElement[bool]:

@@ -43,7 +43,7 @@ def write(
     statement = update(Job).where(guard).values(changes).returning(Job)
     job = session.scalars(statement).one_or_none()
     if job is not None and event is not None:
-        session.add(Event(**_event_row(job.id, job.event_seq, job.attempt, event)))
+        session.add(Event(**event_row(job.id, seq=job.event_seq, attempt=job.attempt, event=event)))
         session.flush()
     return job
 
@@ -76,12 +76,8 @@ def append(session: Session, job_id: str, event: NewEvent) -> None:
         raise LookupError(job_id)
 
 
-def first_event(job_id: str, event: NewEvent) -> dict[str, Any]:
-    """Returns the values of event 1 of a job that is inserted with `event_seq` 1."""
-    return _event_row(job_id, 1, 0, event)
-
-
-def _event_row(job_id: str, seq: int, attempt: int, event: NewEvent) -> dict[str, Any]:
+def event_row(job_id: str, *, seq: int, attempt: int, event: NewEvent) -> dict[str, Any]:
+    """Returns the values of an event's row. `seq` is the `event_seq` of its job from then on."""
     return {
         "job_id": job_id,
         "seq": seq,

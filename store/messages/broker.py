@@ -6,6 +6,7 @@ from enum import StrEnum
 from urllib.parse import parse_qs, urlsplit
 
 from celery import Celery
+from redis import Redis
 
 
 class Task(StrEnum):
@@ -21,6 +22,7 @@ class Task(StrEnum):
         return "predict" if self is Task.GENERATE else self.value.removeprefix("heft.")
 
 
+_TIMEOUT_SECONDS = 3
 METRICS_PREFIX = "heft:metrics:"
 METRICS_SECONDS = 60  #: the expiry of a worker's metrics in Redis
 
@@ -48,8 +50,8 @@ def make_celery(redis_url: str, *, name: str = "heft") -> Celery:
         broker_connection_retry_on_startup=True,
         broker_connection_max_retries=None,
         broker_transport_options={
-            "socket_timeout": 3,
-            "socket_connect_timeout": 3,
+            "socket_timeout": _TIMEOUT_SECONDS,
+            "socket_connect_timeout": _TIMEOUT_SECONDS,
             "health_check_interval": 10,
             "client_name": name,
         },
@@ -61,6 +63,12 @@ def make_celery(redis_url: str, *, name: str = "heft") -> Celery:
         worker_redirect_stdouts=False,
     )
     return app
+
+
+def connect_redis(redis_url: str) -> Redis:
+    """Returns a client that gives up on an answer as soon as `make_celery`'s does."""
+    url = redis_py_url(redis_url)
+    return Redis.from_url(url, socket_timeout=_TIMEOUT_SECONDS, socket_connect_timeout=_TIMEOUT_SECONDS)
 
 
 def redis_py_url(redis_url: str) -> str:

@@ -13,7 +13,7 @@ from sqlalchemy import exists, func, or_, select, update
 from sqlalchemy.orm import Session
 
 from heft_engine.config.run_file import FileField
-from store.db.pagination import Order, Page, cursor_of, fetch_page
+from store.db.pagination import Order, Page, fetch_page
 from store.db.tables import File, Job
 from store.errors import InvalidRequest, NotFound
 
@@ -71,18 +71,9 @@ def list_page(
 ) -> Page[File]:
     """Returns a page of this owner's files in `order`. Raises InvalidRequest (param `after`) for an unknown cursor."""
     # A file that was deleted between two pages is still a valid cursor.
-    keyset = select(File.created_at, File.id).where(File.id == after, File.owner_id == owner_id)
-    query = select(File).where(File.owner_id == owner_id, File.deleted_at.is_(None))
-    if purpose is not None:
-        query = query.where(File.purpose == purpose)
-    return fetch_page(
-        session,
-        query,
-        by=(File.created_at, File.id),
-        cursor=cursor_of(session, keyset, after),
-        limit=limit,
-        order=order,
-    )
+    conditions = [File.deleted_at.is_(None), *([File.purpose == purpose] if purpose is not None else [])]
+    owned, by = select(File).where(File.owner_id == owner_id), (File.created_at, File.id)
+    return fetch_page(session, owned, *conditions, by=by, after=after, limit=limit, order=order)
 
 
 def delete(session: Session, *, owner_id: str, file_id: str) -> None:

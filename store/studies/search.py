@@ -126,46 +126,9 @@ def _search(spec: StudySpec) -> SearchSpec:
 # -- results of trials ------------------------------------------------------------------------------------------------
 
 
-@dataclass(frozen=True, kw_only=True)
-class EndedRun:
-    """A job of a trial that has ended."""
-
-    arm: str
-    status: str
-    value: float | None  #: on the validation rows
-
-
 def trials_of(planned: Sequence[Mapping[str, Any]]) -> list[Trial]:
     """Returns the trials among these arms."""
     return [Trial(**arm["trial"]) for arm in planned if "trial" in arm]
-
-
-def with_trial_results(
-    planned: Sequence[Mapping[str, Any]], ended: Sequence[EndedRun], seeds: int
-) -> list[dict[str, Any]]:
-    """Returns the arms with the results of those trials whose jobs, one a seed, have all ended."""
-    runs_by_arm: dict[str, list[EndedRun]] = {}
-    for run in ended:
-        runs_by_arm.setdefault(run.arm, []).append(run)
-    return [_with_result(arm, runs_by_arm.get(arm["name"], []), seeds) for arm in planned]
-
-
-def _with_result(arm: Mapping[str, Any], ended: Sequence[EndedRun], seeds: int) -> dict[str, Any]:
-    if "trial" not in arm or len(ended) < seeds:
-        return dict(arm)
-    trial = Trial(**arm["trial"])
-    if trial.state != "running":
-        return dict(arm)
-    values = [run.value for run in ended if run.value is not None]
-    if len(values) == seeds:
-        trial = replace(trial, state="complete", value=sum(values) / seeds)
-    else:
-        statuses = Counter(run.status for run in ended if run.value is None)
-        reason = ", ".join(f"{count} {status}" for status, count in statuses.items()) + f" of {seeds} jobs"
-        if "succeeded" in statuses:
-            reason = "a job has no value on the validation rows"
-        trial = replace(trial, state="failed", reason=reason)
-    return {**arm, "trial": trial.to_json()}
 
 
 def free_slots(search: Mapping[str, Any], trials: Sequence[Trial]) -> int:

@@ -5,43 +5,52 @@ All of it happens in the transaction that writes a verdict, while the study's ro
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 from sqlalchemy.orm import Session
 
 from store.db.states import TERMINAL, JobState
 from store.db.study_tables import Study
+from store.studies.arms import Trial
 from store.studies.events import append_event, write
-from store.studies.search import (
-    EndedRun,
-    Proposal,
-    best,
-    stop_reason,
-    trial_arm,
-    trials_of,
-    with_trial_results,
-)
+from store.studies.search import Proposal, best, stop_reason, trial_arm, trials_of
 from store.studies.studies import Run, create_jobs, spec_of
 
 
-def ended_runs(runs: Sequence[Run]) -> list[EndedRun]:
-    """Returns the runs that have ended, with their values on the validation rows."""
+def arms_with_results(study: Study, runs: Sequence[Run]) -> list[dict[str, Any]]:
+    """Returns the study's arms with the results of those trials whose jobs, one a seed, have all ended."""
+    ended = [run for run in runs if run.job.state in TERMINAL]
+    seeds = len(study.spec["seeds"])
     return [
-        EndedRun(arm=run.arm, status=str(run.job.state), value=_validation_value(run))
-        for run in runs
-        if JobState(run.job.state) in TERMINAL
+        _with_result(arm, [run for run in ended if run.arm == arm["name"]], seeds)
+        for arm in study.spec["planned"]
     ]
+
+
+def _with_result(arm: Mapping[str, Any], ended: Sequence[Run], seeds: int) -> dict[str, Any]:
+    if "trial" not in arm or len(ended) < seeds:
+        return dict(arm)
+    trial = Trial(**arm["trial"])
+    if trial.state != "running":
+        return dict(arm)
+    values = [value for run in ended if (value := _validation_value(run)) is not None]
+    if len(values) == seeds:
+        trial = replace(trial, state="complete", value=sum(values) / seeds)
+    else:
+        states = Counter(run.job.state for run in ended if _validation_value(run) is None)
+        reason = ", ".join(f"{count} {state}" for state, count in states.items()) + f" of {seeds} jobs"
+        if JobState.SUCCEEDED in states:
+            reason = "a job has no value on the validation rows"
+        trial = replace(trial, state="failed", reason=reason)
+    return {**arm, "trial": trial.to_json()}
 
 
 def _validation_value(run: Run) -> float | None:
     outcomes = (run.outcome.outcomes if run.outcome is not None else None) or {}
     return (outcomes.get("validation") or {}).get("value")
-
-
-def arms_with_results(study: Study, runs: Sequence[Run]) -> list[dict[str, Any]]:
-    """Returns the study's arms with the results of their trials so far."""
-    return with_trial_results(study.spec["planned"], ended_runs(runs), len(study.spec["seeds"]))
 
 
 def is_over(planned: Sequence[Mapping[str, Any]]) -> bool:

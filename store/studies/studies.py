@@ -13,7 +13,7 @@ from sqlalchemy import func, select
 from sqlalchemy.orm import Session, load_only
 
 from store import ids, models
-from store.db.pagination import Page, cursor_of, fetch_page
+from store.db.pagination import Page, fetch_page
 from store.db.states import PURPOSES, TERMINAL, JobState, StudyStatus
 from store.db.study_tables import Outcome, Study, StudyEvent, StudyJob, StudyPrefix
 from store.db.tables import Job
@@ -106,15 +106,17 @@ def create_jobs(
 
     After the commit, hint each with "prepare". Raises InvalidRequest as jobs.create.
     """
-    specs = [(arm.name, arm.with_seed(seed)) for arm, seed in runs]
-    new_jobs = [(spec, {"study": study.id, "arm": name}) for name, spec in specs]
-    job_ids = jobs.create_all(session, owner_id=study.owner_id, jobs=new_jobs)
-    for place, (job_id, (name, spec)) in enumerate(zip(job_ids, specs, strict=True), first):
-        session.add(StudyJob(job_id=job_id, study_id=study.id, place=place, arm=name, seed=spec.seed))
+    new_jobs = {
+        ids.new_job_id(): (arm.with_seed(seed), {"study": study.id, "arm": arm.name}) for arm, seed in runs
+    }
+    jobs.create_all(session, owner_id=study.owner_id, jobs=new_jobs)
+    for place, (job_id, (spec, metadata)) in enumerate(new_jobs.items(), first):
+        arm_name = metadata["arm"]
+        session.add(StudyJob(job_id=job_id, study_id=study.id, place=place, arm=arm_name, seed=spec.seed))
         for length, key in enumerate(prefix_keys(study.id, spec) if reuse_enabled else [], 1):
             session.add(StudyPrefix(job_id=job_id, length=length, key=key, place=place))
     session.flush()
-    return job_ids
+    return list(new_jobs)
 
 
 def get(session: Session, *, owner_id: str, study_id: str) -> Study:
@@ -129,10 +131,8 @@ def list_page(session: Session, *, owner_id: str, limit: int = 20, after: str | 
     """Returns a page of this owner's studies, newest first. Raises InvalidRequest (param `after`) for an unknown
     cursor.
     """
-    by = (Study.created_at, Study.id)
-    query = select(Study).where(Study.owner_id == owner_id)
-    keyset = select(*by).where(Study.id == after, Study.owner_id == owner_id)
-    return fetch_page(session, query, by=by, cursor=cursor_of(session, keyset, after), limit=limit)
+    owned = select(Study).where(Study.owner_id == owner_id)
+    return fetch_page(session, owned, by=(Study.created_at, Study.id), after=after, limit=limit)
 
 
 def spec_of(study: Study) -> StudySpec:
@@ -229,7 +229,5 @@ def list_events(
     Raises NotFound; InvalidRequest (param `after`) for an unknown cursor.
     """
     get(session, owner_id=owner_id, study_id=study_id)
-    keyset = select(StudyEvent.seq).where(StudyEvent.study_id == study_id, StudyEvent.id == after)
-    query = select(StudyEvent).where(StudyEvent.study_id == study_id)
-    cursor = cursor_of(session, keyset, after)
-    return fetch_page(session, query, by=(StudyEvent.seq,), cursor=cursor, limit=limit)
+    events = select(StudyEvent).where(StudyEvent.study_id == study_id)
+    return fetch_page(session, events, by=(StudyEvent.seq,), after=after, limit=limit)

@@ -47,9 +47,11 @@ def trained(client: httpx.Client, sessions: SessionFactory, base: str) -> str:
             storage_key=f"jobs/{job_id}/{train.attempt}/bundle",
             manifest={"heft.json": "0" * 64},
             task={"type": "yes_no"},
-            evaluation={"n": 10, "metric": "accuracy", "split": "test", "results": []},
-            parity={"merge": 1e-6},
-            trained_tokens=123,
+            result={
+                "evaluation": {"n": 10, "metric": "accuracy", "split": "test", "results": []},
+                "parity": {"merge": 1e-6},
+                "trained_tokens": 123,
+            },
         )
     job = client.get(f"/v1/fine_tuning/jobs/{job_id}").json()
     assert (job["status"], job["trained_tokens"], job["evaluation"]["n"]) == ("succeeded", 123, 10)

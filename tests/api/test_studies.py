@@ -65,9 +65,8 @@ def end_all(sessions: SessionFactory, study_id: str) -> None:
                 "results": [{**stage, "right": packed}],
             }
             cost = {**stage, "flops": 10 + number, "seconds": 2.5, "trained_parameters": 7, "tokens": 5}
-            endings.finish_succeeded(
-                session, claim, storage_key="k", manifest={}, task={}, outcomes=outcomes, costs=[cost, cost]
-            )
+            result = {"outcomes": outcomes, "costs": [cost, cost]}
+            endings.finish_succeeded(session, claim, storage_key="k", manifest={}, task={}, result=result)
     verdict = {
         "arms": [
             {

@@ -75,6 +75,7 @@ class Bench:
             storage_key=f"jobs/{claim.job_id}/{claim.attempt}/bundle",
             manifest={"heft.json": SHA},
             task={"type": "yes_no"},
+            result={},
         )
 
     def checkpoint(self, claim: Claim, step: int, kind: str = "step", **changes: Any) -> list[str]:

@@ -6,6 +6,7 @@ The text expires with its worker.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from functools import partial
 from importlib.metadata import version
 
 from prometheus_client import (
@@ -17,17 +18,12 @@ from prometheus_client import (
     disable_created_metrics,
     generate_latest,
 )
-from redis import Redis
 from redis.exceptions import RedisError
 
 from store.errors import Unavailable
-from store.messages.broker import METRICS_SECONDS, metrics_key, redis_py_url
-from worker.chores.chore import Chore
+from store.messages.broker import METRICS_SECONDS, connect_redis, metrics_key
 from worker.context import Context
 
-#: Interval of writes.
-SECONDS = 10.0
-_TIMEOUT_SECONDS = 3.0
 _LATENCIES = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0)
 _POWERS = tuple(2**n for n in range(11))
 _TOKENS = tuple(2**n for n in range(5, 18))
@@ -47,49 +43,29 @@ class InferenceMetrics:
     """The metrics of an inference worker. Safe to use from many threads."""
 
     def __init__(self, registry: CollectorRegistry) -> None:
-        self._answered = Histogram(
-            "heft_inference_duration_seconds",
-            "Requests answered, from the moment that a worker took them.",
-            buckets=_LATENCIES,
-            registry=registry,
+        histogram = partial(Histogram, registry=registry)
+        latency = partial(histogram, buckets=_LATENCIES)
+        counter = partial(Counter, registry=registry)
+        gauge = partial(Gauge, registry=registry)
+        self._answered = latency(
+            "heft_inference_duration_seconds", "Requests answered, from the moment that a worker took them."
         )
-        self._queued = Histogram(
-            "heft_inference_queue_seconds",
-            "From the API's sending of a request until its work began.",
-            buckets=_LATENCIES,
-            registry=registry,
+        self._queued = latency(
+            "heft_inference_queue_seconds", "From the API's sending of a request until its work began."
         )
-        self._abandoned = Counter(
-            "heft_inference_dropped",
-            "Requests that nobody waited for any more: too late, or cancelled.",
-            registry=registry,
+        self._abandoned = counter(
+            "heft_inference_dropped", "Requests that nobody waited for any more: too late, or cancelled."
         )
-        self._waited = Histogram(
-            "heft_batch_wait_seconds",
-            "A row's wait for room in a forward pass.",
-            buckets=_LATENCIES,
-            registry=registry,
+        self._waited = latency("heft_batch_wait_seconds", "A row's wait for room in a forward pass.")
+        self._batch_rows = histogram("heft_batch_rows", "Rows of one forward pass.", buckets=_POWERS)
+        self._batch_tokens = histogram("heft_batch_tokens", "Tokens of one forward pass.", buckets=_TOKENS)
+        self._batch_seconds = latency("heft_batch_duration_seconds", "Time of one forward pass.")
+        self._tokens = counter("heft_tokens", "Tokens that ran.")
+        self._prefix = counter(
+            "heft_prefix_tokens", "Prompt tokens looked up in the prefix cache.", ["result"]
         )
-        self._batch_rows = Histogram(
-            "heft_batch_rows", "Rows of one forward pass.", buckets=_POWERS, registry=registry
-        )
-        self._batch_tokens = Histogram(
-            "heft_batch_tokens", "Tokens of one forward pass.", buckets=_TOKENS, registry=registry
-        )
-        self._batch_seconds = Histogram(
-            "heft_batch_duration_seconds", "Time of one forward pass.", buckets=_LATENCIES, registry=registry
-        )
-        self._tokens = Counter("heft_tokens", "Tokens that ran.", registry=registry)
-        self._prefix = Counter(
-            "heft_prefix_tokens",
-            "Prompt tokens looked up in the prefix cache.",
-            ["result"],
-            registry=registry,
-        )
-        self._models = Gauge("heft_models_held", "Models in memory.", ["kind"], registry=registry)
-        self._bytes = Gauge(
-            "heft_models_held_bytes", "Memory of the models held.", ["kind"], registry=registry
-        )
+        self._models = gauge("heft_models_held", "Models in memory.", ["kind"])
+        self._bytes = gauge("heft_models_held_bytes", "Memory of the models held.", ["kind"])
 
     def on_started(self, seconds: float) -> None:
         """Observes the time from the API's sending of a request to the start of its work."""
@@ -131,15 +107,7 @@ class Publisher:
         self._key = metrics_key(context.worker_id)
         self._registry = registry
         self._refresh = refresh
-        self._redis = Redis.from_url(
-            redis_py_url(context.settings.redis_url),
-            socket_timeout=_TIMEOUT_SECONDS,
-            socket_connect_timeout=_TIMEOUT_SECONDS,
-        )
-
-    @property
-    def chores(self) -> list[Chore]:
-        return [Chore(name="metrics", seconds=SECONDS, run=self.publish)]
+        self._redis = connect_redis(context.settings.redis_url)
 
     def publish(self) -> None:
         """Writes the metrics now. Raises Unavailable."""

@@ -19,6 +19,8 @@ from heft_engine.runtime import malloc
 from heft_engine.serving.batcher import Batcher
 from heft_engine.serving.model_pool import ModelPool
 from heft_engine.serving.predictor import Predictor
+from store import models
+from store.db.session import transaction
 from store.messages.predict import PredictModel
 from worker.context import Context
 from worker.inference.metrics import InferenceMetrics
@@ -34,6 +36,7 @@ class Models:
         settings = context.settings
         transformers.utils.logging.disable_progress_bar()  # the log is no terminal
         self._metrics = metrics
+        self._sessions = context.sessions
         self._artifacts = context.artifacts
         self._scratch = context.scratch
         self._batcher = Batcher(prefix_bytes=settings.prefix_cache_bytes, observer=metrics)
@@ -64,13 +67,16 @@ class Models:
             return self.pool.model(model["id"], lambda: self._fetch(model))
         return self.pool.base(model["base_model"], base_task or "yes_no")
 
-    def fine_tuned(self) -> list[str]:
-        """Returns the ids of the fine-tuned models that are loaded."""
-        return self.pool.names
-
-    def evict(self, model_id: str) -> None:
-        """Evicts a model after the requests under way. Ignores unknown ids."""
-        self.pool.remove(model_id)
+    def evict_deleted(self) -> None:
+        """Evicts models that their owners have deleted. Raises Unavailable, on which loaded models go on answering."""
+        model_ids = self.pool.names
+        if not model_ids:
+            return
+        with transaction(self._sessions) as session:
+            existing = models.present(session, model_ids=model_ids)
+        for model_id in model_ids:
+            if model_id not in existing:
+                self.pool.remove(model_id)
 
     def record_usage(self) -> None:
         """Updates the metrics of loaded models."""

@@ -22,7 +22,6 @@ from heft_engine.errors import EngineError, ModelError, RowError
 from heft_engine.runtime.device_failure import is_device_failure
 from store.errors import StoreError, Unavailable
 from store.logs import bound
-from store.messages.broker import redis_py_url
 from store.messages.generate import GenerateMessage, GenerateReply
 from store.messages.predict import (
     REPLY_SECONDS,
@@ -37,7 +36,6 @@ log = logging.getLogger(__name__)
 #: Interval of looks for cancelled requests, and after one that failed.
 POLL_SECONDS = 0.25
 _RETRY_SECONDS = 5.0
-_REDIS_TIMEOUT_SECONDS = 3.0
 
 
 class RequestAbandoned(Exception):
@@ -63,16 +61,6 @@ class Requests:
         self._cancelled: set[str] = set()
         self._is_ending = False
         self._next_poll = clock()
-
-    @classmethod
-    def connect(cls, redis_url: str) -> Requests:
-        return cls(
-            Redis.from_url(
-                redis_py_url(redis_url),
-                socket_timeout=_REDIS_TIMEOUT_SECONDS,
-                socket_connect_timeout=_REDIS_TIMEOUT_SECONDS,
-            )
-        )
 
     def close(self) -> None:
         self._redis.close()

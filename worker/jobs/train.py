@@ -67,12 +67,8 @@ def _train(attempt: Attempt) -> Ending:
         storage_key=storage_key,
         manifest=manifest,
         task=bundle_task(run.out),
-        evaluation=result["evaluation"],
-        parity=result["parity"],
-        trained_tokens=result["trained_tokens"],
+        result=result,
         result_file=publisher.loss_history(),
-        outcomes=result.get("outcomes"),
-        costs=result.get("costs", ()),
     )
 
 

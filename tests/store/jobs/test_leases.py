@@ -223,17 +223,17 @@ def test_the_model_of_a_stage_end_is_the_bundle_inside_the_checkpoint(bench) -> 
 def test_success_sets_state_model_file_and_event_together(bench) -> None:
     claim = bench.running()
     bench.checkpoint(claim, 10)
-    result = NewFile(file_id="file-r", filename="result.csv", size=9, sha256=SHA, storage_key="jobs/r.csv")
+    result_file = NewFile(
+        file_id="file-r", filename="result.csv", size=9, sha256=SHA, storage_key="jobs/r.csv"
+    )
     job = bench.do(
         endings.finish_succeeded,
         claim,
         storage_key="jobs/bundle",
         manifest={"heft.json": SHA},
         task={"type": "yes_no"},
-        evaluation={"n": 3},
-        parity=None,
-        trained_tokens=77,
-        result_file=result,
+        result={"evaluation": {"n": 3}, "parity": None, "trained_tokens": 77},
+        result_file=result_file,
     )
     assert job.state == JobState.SUCCEEDED
     assert job.fine_tuned_model == f"ft:smollm2-135m:team:boolq:{job.id[-8:]}"

@@ -105,7 +105,7 @@ def test_what_an_attempt_left_without_a_row_goes_when_it_is_quiet(
     prefix = f"jobs/{claim.job_id}/{claim.attempt}"
     named = {f"{prefix}/bundle/heft.json", f"{prefix}/result.csv"}
     put(artifacts, *named, f"{prefix}/step-99/state.bin", f"{prefix}/bundle-2/heft.json")
-    result = NewFile(
+    result_file = NewFile(
         file_id="file-r", filename="result.csv", size=1, sha256=SHA, storage_key=f"{prefix}/result.csv"
     )
     bench.do(
@@ -114,7 +114,8 @@ def test_what_an_attempt_left_without_a_row_goes_when_it_is_quiet(
         storage_key=f"{prefix}/bundle",
         manifest={"heft.json": SHA},
         task={},
-        result_file=result,
+        result={},
+        result_file=result_file,
     )
     garbage.collect(bench.factory, artifacts)
     assert len(stored(artifacts_url)) == 4  # a zombie of it may still be writing

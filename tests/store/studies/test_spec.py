@@ -9,6 +9,8 @@ import pytest
 from pydantic import ValidationError
 
 from heft_engine.config.search_space import MAX_CHOICES
+from store.db.study_tables import Outcome, Study
+from store.db.tables import Job
 from store.errors import InvalidRequest
 from store.studies import presets
 from store.studies.arms import BaseModelInfo, PlannedArm, Trial
@@ -16,15 +18,15 @@ from store.studies.dotted_settings import RequestFields
 from store.studies.plan import plan
 from store.studies.search import (
     MAX_INITIAL_FAILURES,
-    EndedRun,
     best,
     free_slots,
     stop_reason,
     trial_json,
     trials_of,
-    with_trial_results,
 )
+from store.studies.search_rounds import arms_with_results
 from store.studies.spec import MAX_CHANGES, MAX_VALUE_CHARS, StudySpec
+from store.studies.studies import Run
 
 BASE = BaseModelInfo(n_layers=30, hidden_size=576)
 
@@ -244,17 +246,25 @@ def test_what_can_not_be_later_is_left_out_with_a_reason() -> None:
     assert trial_json(study, Trial(number=4, params={"reft.layers": 29}), BASE)["trial"]["state"] == "running"
 
 
+def run_of(arm: str, state: str, value: float | None = None) -> Run:
+    """A job of a trial, with this value on the validation rows."""
+    outcome = None if value is None else Outcome(outcomes={"validation": {"value": value}})
+    return Run(arm=arm, seed=1, job=Job(state=state), outcome=outcome, metric=None)
+
+
 def test_a_trial_is_the_mean_over_its_seeds_and_fails_with_any_of_them() -> None:
     planned = [arm.to_json() for arm in arms(**search(parallel=3), baseline="as it is")]
     first, second, third = (arm["name"] for arm in planned[1:])
-    ended = [
-        *(EndedRun(arm=first, status="succeeded", value=value) for value in (0.5, 0.6)),
-        EndedRun(arm=second, status="succeeded", value=0.9),
-        EndedRun(arm=second, status="failed", value=None),
-        EndedRun(arm=third, status="succeeded", value=0.9),
-        EndedRun(arm="as it is", status="succeeded", value=1.0),
+    runs = [
+        run_of(first, "succeeded", 0.5),
+        run_of(first, "succeeded", 0.6),
+        run_of(second, "succeeded", 0.9),
+        run_of(second, "failed"),
+        run_of(third, "succeeded", 0.9),
+        run_of(third, "running"),
+        run_of("as it is", "succeeded", 1.0),
     ]
-    with_results = with_trial_results(planned, ended, 2)
+    with_results = arms_with_results(Study(spec={"planned": planned, "seeds": [1, 2]}), runs)
     assert with_results[0] == planned[0]
     trials = trials_of(with_results)
     assert [trial.state for trial in trials] == ["complete", "failed", "running"]

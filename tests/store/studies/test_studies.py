@@ -73,8 +73,7 @@ def succeed(bench, claim: Any, costs: Any = ()) -> None:
         storage_key=f"jobs/{claim.job_id}/{claim.attempt}/bundle",
         manifest={},
         task={"type": "yes_no"},
-        outcomes=outcomes,
-        costs=costs,
+        result={"outcomes": outcomes, "costs": costs},
     )
 
 

@@ -95,11 +95,13 @@ def end(bench: Bench, run: studies.Run, arm: dict[str, Any], quality_of: Quality
             storage_key=f"jobs/{run.job.id}",
             manifest={},
             task={},
-            outcomes={
-                "n": 200,
-                "rows_sha256": "x",
-                "results": [{"stage": "reft", "stage_index": 1, "right": pack_correctness(right)}],
-                "validation": {"n": 100, "metric": "accuracy", "value": value},
+            result={
+                "outcomes": {
+                    "n": 200,
+                    "rows_sha256": "x",
+                    "results": [{"stage": "reft", "stage_index": 1, "right": pack_correctness(right)}],
+                    "validation": {"n": 100, "metric": "accuracy", "value": value},
+                }
             },
         )
 

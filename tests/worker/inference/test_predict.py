@@ -20,9 +20,8 @@ from heft_engine.config.run_file import RunOptions
 from heft_engine.config.train import LoraStage, ReftStage, TrainConfig
 from heft_engine.data.rows import parse_row
 from heft_engine.runtime import malloc
-from store.messages.broker import redis_py_url
+from store.messages.broker import connect_redis, redis_py_url
 from store.messages.predict import PredictMessage, PredictModel, PredictReply, cancelled_key
-from worker.chores.evict_deleted import evict_deleted
 from worker.inference import models as models_module
 from worker.inference.metrics import InferenceMetrics
 from worker.inference.models import Models
@@ -62,7 +61,7 @@ def inference(bench: Bench, tiny_llama_dir: Path) -> Iterator[Inference]:
     context = bench.with_settings(model_dir=tiny_llama_dir.parent)
     metrics = InferenceMetrics(CollectorRegistry())
     models = Models(context, metrics)
-    requests = Requests.connect(context.settings.redis_url)
+    requests = Requests(connect_redis(context.settings.redis_url))
     yield Inference(models, PredictHandler(models, requests, metrics))
     models.close()
     requests.close()
@@ -165,11 +164,11 @@ def test_a_deleted_model_is_forgotten_and_others_are_not(
 ) -> None:
     ask(bench, inference, model, QUESTIONS[:1])
     ask(bench, inference, BASE, QUESTIONS[:1])
-    assert inference.models.fine_tuned() == [model["id"]]
+    assert inference.models.pool.names == [model["id"]]
     held = inference.models.pool.memory_bytes
     inference.models.record_usage()
-    evict_deleted(bench.context, inference.models)  # the database has never heard of it
-    assert inference.models.fine_tuned() == []
+    inference.models.evict_deleted()  # the database has never heard of it
+    assert inference.models.pool.names == []
     assert 0 < inference.models.pool.memory_bytes < held
 
 
@@ -214,7 +213,7 @@ def test_memory_goes_back_when_models_leave_and_when_nobody_asks(
     inference.models.trim_memory()
     assert given == ["back"], "once, until somebody asks again"
     monkeypatch.setattr(models_module, "_IDLE_SECONDS", 3_600.0)
-    inference.models.evict(model["id"])
+    inference.models.pool.remove(model["id"])
     inference.models.trim_memory()
     inference.models.trim_memory()
     assert given == ["back"] * 2
