@@ -37,7 +37,7 @@ def states(lm: PackedLM, examples: Sequence[Example], layer: int, positions: str
     outputs = []
     for micro_batch in micro_batches(examples, TOKEN_BUDGET):
         batch = pack(micro_batch)
-        ids, position_ids = batch.input_ids.to(lm.device)[None], batch.position_ids.to(lm.device)[None]
+        ids, position_ids = batch.inputs(lm.device)
         with lm.interventions.disabled():
             hidden = lm.run_layers(lm.embed(ids), position_ids, batch.layout, 0, layer + 1)
         at = [

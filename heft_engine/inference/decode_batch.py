@@ -24,7 +24,7 @@ from heft_engine.model.layout import Layout, PackedRow, RowAdapter
 from heft_engine.model.packed_lm import PackedLM
 from heft_engine.model.packing import micro_batches, pack
 from heft_engine.runtime.out_of_memory import free_memory, is_out_of_memory
-from heft_engine.runtime.transfers import index_tensor, to_device
+from heft_engine.runtime.transfers import index_tensor
 
 R = TypeVar("R", bound="DecodeRequest")
 T = TypeVar("T")
@@ -232,11 +232,9 @@ class DecodeBatch:
             adapters=_adapters(sequences),
         )
         last_positions = [row.start + row.length - 1 for row in layout.rows]
-        device = self._lm.device
-        positions = to_device(batch.position_ids, device)[None]
+        ids, positions = batch.inputs(self._lm.device)
         with self._lm.inference_mode():
-            states = self._lm.embed(to_device(batch.input_ids, device)[None])
-            states = self._lm.run_layers(states, positions, layout, 0, self._lm.n_layers)
+            states = self._lm.run_layers(self._lm.embed(ids), positions, layout, 0, self._lm.n_layers)
         with self._lm.inference_mode(one_token=True):
             return self._lm.logits(self._lm.finish(states[:, index_tensor(last_positions, states.device)])[0])
 

@@ -24,7 +24,6 @@ from heft_engine.model.layout import Layout
 from heft_engine.model.packing import Batch
 from heft_engine.runtime.devices import free_bytes
 from heft_engine.runtime.threads import torch_threads
-from heft_engine.runtime.transfers import to_device
 
 #: On a CPU every shape of a matrix product has machine code of its own, 0.9 MB of it, of which oneDNN keeps the last
 #: 1,024 otherwise: as much memory as a pass takes, for shapes that mostly don't come again. It reads this at its first
@@ -109,10 +108,8 @@ class PackedLM:
 
     def hidden(self, batch: Batch) -> Tensor:
         """The last hidden states, after the final norm: (T, hidden)."""
-        ids = to_device(batch.input_ids, self.device)[None]
-        positions = to_device(batch.position_ids, self.device)[None]
-        states = self.embed(ids)
-        return self.finish(self.run_layers(states, positions, batch.layout, 0, self.n_layers))[0]
+        ids, positions = batch.inputs(self.device)
+        return self.finish(self.run_layers(self.embed(ids), positions, batch.layout, 0, self.n_layers))[0]
 
     def embed(self, ids: Tensor) -> Tensor:
         """Token ids (B, T) → embeddings (B, T, hidden), scaled as the family does it."""

@@ -9,6 +9,7 @@ import torch
 
 from heft_engine.data.encoding import Example
 from heft_engine.model.layout import Layout, PackedRow
+from heft_engine.runtime.transfers import to_device
 
 #: The shortest and longest step between the lengths that passes are filled up to.
 _STEPS = (16, 64)
@@ -31,6 +32,10 @@ class Batch:
     @property
     def tokens(self) -> int:
         return len(self.input_ids)
+
+    def inputs(self, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
+        """Returns ids and positions on a device, (1, T) each."""
+        return to_device(self.input_ids, device)[None], to_device(self.position_ids, device)[None]
 
     def supervised(self) -> tuple[list[int], list[int]]:
         """Flat positions to read, and the token that each must predict, over all answers."""

@@ -20,7 +20,7 @@ from heft_engine.errors import OutOfMemory
 from heft_engine.inference.model_variant import ModelVariant
 from heft_engine.inference.prefix_cache import PrefixCache
 from heft_engine.inference.scoring import Scores, score_or_fail_rows
-from heft_engine.serving.request_queue import RequestQueue, ScheduledBatch
+from heft_engine.serving.request_queue import Request, RequestQueue, ScheduledBatch
 
 log = logging.getLogger(__name__)
 T = TypeVar("T")
@@ -69,9 +69,9 @@ class Batcher:
         observer: Observer | None = None,
     ) -> None:
         self._cache = PrefixCache(prefix_bytes)
-        self._queue = RequestQueue(self._cache, token_budget)
         self._observer = observer
-        self._changed = threading.Condition()
+        self._changed = threading.Condition()  #: Guards the queue, the calls and the decode work.
+        self._queue = RequestQueue(self._cache, token_budget)
         self._calls: list[Callable[[], None]] = []
         self._decode_work: list[DecodeWork] = []
         self._thread: threading.Thread | None = None
@@ -107,12 +107,12 @@ class Batcher:
             done: Future[list[Scores]] = Future()
             done.set_result([])
             return done
+        request = Request(variant, examples, scale=scale, owner=owner, cached=self._cache.budget_bytes > 0)
         with self._changed:
             self._start()
-        future = self._queue.add(variant, examples, scale=scale, owner=owner)
-        with self._changed:
+            self._queue.add(request)
             self._changed.notify()
-        return future
+        return request.future
 
     def score(
         self,
@@ -188,15 +188,18 @@ class Batcher:
                 except Exception:
                     log.exception("a decoding step failed")
             if not self._closed:
-                try:
-                    batch = self._queue.take()
-                except BaseException as error:
-                    log.exception("scheduling a scoring pass failed")
-                    self._queue.fail(error)
-                else:
-                    self._score(batch)
+                self._score(self._next_batch())
             self._last_active_at = time.monotonic()
         self._end()
+
+    def _next_batch(self) -> ScheduledBatch:
+        with self._changed:
+            try:
+                return self._queue.take()
+            except BaseException as error:
+                log.exception("scheduling a scoring pass failed")
+                self._queue.fail(error)
+                return ScheduledBatch()
 
     def _wait_for_work(self) -> bool:
         """Waits for something to do. Returns False once the batcher is closed."""
@@ -244,8 +247,8 @@ class Batcher:
             )
 
     def _end(self) -> None:
-        self._queue.close(CancelledError())
         with self._changed:
+            self._queue.fail(CancelledError())
             calls, self._calls = self._calls, []
             decode_work, self._decode_work = self._decode_work, []
         for work in decode_work:

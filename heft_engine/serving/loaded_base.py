@@ -80,7 +80,7 @@ class LoadedBase:
         self.model = model
         self.key = key
         self.lm = PackedLM(load_model(model, dtype=key.dtype, device=device, attention=IMPLEMENTATION))
-        enable_row_adapters(self.lm)
+        self._has_row_adapters = False
         self._spare_bytes = spare_bytes
         self.lm.pack(spare_bytes() - unique_bytes(self.lm))
         self.weight_bytes = unique_bytes(self.lm)
@@ -116,13 +116,20 @@ class LoadedBase:
         variant = ModelVariant(
             lm=self.lm, adapter=adapter, interventions=tuple(adapter.interventions), scope=scope
         )
-        self._batcher.run(lambda: check_probe(bundle, variant))
+        self._batcher.run(lambda: self._check_shared(bundle, variant))
         tokenizer = self._tokenizer(bundle)
         shared = self._shared_parts(bundle.info.tokenizer_sha256, tokenizer)
         predictor = Predictor.of_bundle(bundle, variant, tokenizer, **shared)
         return LoadedModel(
             predictor=predictor, kind="shared", base=self.key, weight_bytes=adapter.memory_bytes
         )
+
+    def _check_shared(self, bundle: Bundle, variant: ModelVariant) -> None:
+        # The hooks cost every pass a little, so the first shared model brings them.
+        if not self._has_row_adapters:
+            enable_row_adapters(self.lm)
+            self._has_row_adapters = True
+        check_probe(bundle, variant)
 
     def load_merged(self, bundle: Bundle, scope: Hashable) -> LoadedModel:
         """Loads a bundle merged into copies of the weights that its adapters change. Raises BundleError."""

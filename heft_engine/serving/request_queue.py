@@ -2,11 +2,12 @@
 
 Models take turns, and on one model requests do, row by row, so that a large request does not hold up small ones. A row
 whose prefix another row of the same pass computes is deferred once, and takes it from the prefix cache.
+
+Not thread-safe.
 """
 
 from __future__ import annotations
 
-import threading
 import time
 from collections.abc import Hashable, Iterator, Sequence
 from concurrent.futures import Future, InvalidStateError
@@ -25,9 +26,25 @@ from heft_engine.model.packing import packed_length
 class Request:
     """Examples that one model scores. `future` gets the scores of all, and may be cancelled at any time."""
 
-    def __init__(self, variant: ModelVariant, examples: Sequence[Example], scale: float) -> None:
+    def __init__(
+        self,
+        variant: ModelVariant,
+        examples: Sequence[Example],
+        *,
+        scale: float,
+        owner: Hashable,
+        cached: bool,
+    ) -> None:
         self.variant = variant
-        self.rows = [ScoringRow(example=example, variant=variant, scale=scale) for example in examples]
+        self.rows = [
+            ScoringRow(
+                example=example,
+                variant=variant,
+                scale=scale,
+                hashes=prefix_hashes(variant, example.prompt, scale=scale, owner=owner) if cached else (),
+            )
+            for example in examples
+        ]
         self.arrived_at = time.monotonic()
         self.future: Future[list[Scores]] = Future()
         self.waiting = list(self.rows)
@@ -57,56 +74,33 @@ class ScheduledBatch:
 
 
 class RequestQueue:
-    """Requests that are not done. `add` is thread-safe; the rest is for the thread that runs the passes."""
+    """Requests that are not done."""
 
     def __init__(self, cache: PrefixCache, token_budget: int) -> None:
         self._cache = cache
         self._token_budget = token_budget
-        self._lock = threading.Lock()
         self._requests: list[Request] = []
-        self._closed_by: BaseException | None = None
         #: The number of each model's last pass.
         self._last_pass: WeakKeyDictionary[PackedLM, int] = WeakKeyDictionary()
         self._passes = 0
 
-    def add(
-        self, variant: ModelVariant, examples: Sequence[Example], *, scale: float, owner: Hashable
-    ) -> Future[list[Scores]]:
-        """Queues examples and returns the future of their scores."""
-        request = Request(variant, examples, scale)
-        if self._cache.budget_bytes > 0:
-            for row in request.rows:
-                row.hashes = prefix_hashes(variant, row.example.prompt, scale=scale, owner=owner)
-        with self._lock:
-            if self._closed_by is None:
-                self._requests.append(request)
-                return request.future
-        request.fail(self._closed_by)
-        return request.future
+    def add(self, request: Request) -> None:
+        self._requests.append(request)
 
     def waiting_rows(self) -> int:
         """Drops requests that are done, and returns the number of rows that wait."""
-        with self._lock:
-            self._requests = [request for request in self._requests if not request.future.done()]
-            return sum(len(request.waiting) for request in self._requests)
+        self._requests = [request for request in self._requests if not request.future.done()]
+        return sum(len(request.waiting) for request in self._requests)
 
     def fail(self, error: BaseException) -> None:
         """Ends all requests with `error`."""
-        with self._lock:
-            requests, self._requests = self._requests, []
+        requests, self._requests = self._requests, []
         for request in requests:
             request.fail(error)
 
-    def close(self, error: BaseException) -> None:
-        """Ends all requests, and those that are added from now on, with `error`."""
-        with self._lock:
-            self._closed_by = error
-        self.fail(error)
-
     def take(self) -> ScheduledBatch:
         """Removes and returns the rows of the next pass, all of one PackedLM."""
-        with self._lock:
-            requests = [r for r in self._requests if r.waiting and not r.future.done()]
+        requests = [request for request in self._requests if request.waiting and not request.future.done()]
         if not requests:
             return ScheduledBatch()
         # The model whose last pass is the longest ago; of new ones that of the first request.

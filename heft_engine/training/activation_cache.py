@@ -163,10 +163,7 @@ class SuffixCache:
         """Runs some rows and writes their activations. upper: (depths, tokens, hidden), these rows' tokens first."""
         lm, boundary = self.lm, self.boundary
         batch = pack([row.example for row in rows])
-        ids, positions = (
-            to_device(batch.input_ids, lm.device)[None],
-            to_device(batch.position_ids, lm.device)[None],
-        )
+        ids, positions = batch.inputs(lm.device)
         with lm.interventions.disabled(boundary.interventions):
             states = lm.run_layers(lm.embed(ids), positions, batch.layout, 0, boundary.layer)
         suffixes = index_tensor(_cached_tokens(batch.layout, rows), lm.device)
