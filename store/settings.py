@@ -47,9 +47,7 @@ class StoreSettings(BaseSettings):
     stall_seconds: float = Field(default=900, gt=0)  #: a trainer without progress for so long is stopped
     cancel_grace_seconds: float = Field(default=5, ge=0)  #: from SIGTERM to SIGKILL at a cancel
     checkpoint_grace_seconds: float = Field(default=30, ge=0)  #: the same at a pause, for a checkpoint
-    checkpoint_seconds: float = Field(
-        default=300, ge=0
-    )  #: the most training that a crash loses; 0: every step
+    checkpoint_seconds: float = Field(default=300, ge=0)  #: the most training that a crash loses
     max_trainer_deaths: int = 3  #: so many crashes in a row without a new checkpoint fail the job
     max_lost_leases: int = 20
     #: Before a job whose trainer crashed is tried again; four times as long after each further crash.
@@ -97,9 +95,8 @@ class StoreSettings(BaseSettings):
     #: Of a training machine's disk, for frozen activations that later stages on the same rows reuse; 0: none.
     prefill_bytes: int = Field(default=4 * 1024**3, ge=0)
 
-    memory_budget_bytes: int = (
-        0  #: of models in one inference worker; 0: three quarters of the machine's memory
-    )
+    #: Of models in one inference worker; 0: three quarters of the machine's memory.
+    memory_budget_bytes: int = 0
     #: Of that budget, for the prefix cache; 0: none.
     prefix_cache_bytes: int = Field(default=512 * 1024**2, ge=0)
     hold_models: Hold = "auto"  #: fine-tuned models in memory: merged, shared, or chosen by use

@@ -10,19 +10,16 @@ import json
 from pathlib import Path
 from typing import Annotated, Any
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import Field, model_validator
 
 from heft_engine.commands.json_file import read_json_file
+from heft_engine.config.train import Settings
 from heft_engine.evaluation.row_values import unpack_correctness, unpack_graded
 from heft_engine.studies.arms import Arm, RowValues
 from heft_engine.studies.compare import compare_arms
 
 
-class _Strict(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True)
-
-
-class RunInput(_Strict):
+class RunInput(Settings):
     """The row values of a run, packed by heft_engine.evaluation.row_values: `right`, or `values` of a graded metric."""
 
     seed: int
@@ -46,7 +43,7 @@ class RunInput(_Strict):
         return RowValues(seed=self.seed, values=values, rows_sha256=self.rows_sha256)
 
 
-class ArmInput(_Strict):
+class ArmInput(Settings):
     name: str
     seeds: list[int]
     runs: list[RunInput]
@@ -63,7 +60,7 @@ class ArmInput(_Strict):
         )
 
 
-class Question(_Strict):
+class Question(Settings):
     """`baseline`: the arm or method that all others are compared with; None compares every pair."""
 
     arms: list[ArmInput]

@@ -10,31 +10,22 @@ import json
 from pathlib import Path
 from typing import Annotated, Any
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import Field
 
 from heft_engine.commands.json_file import read_json_file
 from heft_engine.config.search_space import Values
-from heft_engine.studies.suggest import Sampler, Search, State, Trial, suggest
+from heft_engine.config.train import Settings
+from heft_engine.studies.suggest import Sampler, Search, Trial, suggest
 
 
-class _Strict(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True)
-
-
-class PastTrial(_Strict):
-    point: dict[str, Any]
-    state: State
-    value: float | None = None
-
-
-class Question(_Strict):
+class Question(Settings):
     """`count`: the number of points to suggest."""
 
     space: dict[str, Values]
     budget: Annotated[int, Field(ge=1)]
     sampler: Sampler
     seed: int
-    trials: list[PastTrial]
+    trials: list[Trial]
     count: Annotated[int, Field(ge=1)]
 
 
@@ -50,5 +41,4 @@ def answer(question: Question) -> dict[str, Any]:
     search = Search(
         space=question.space, budget=question.budget, sampler=question.sampler, seed=question.seed
     )
-    trials = [Trial(point=past.point, state=past.state, value=past.value) for past in question.trials]
-    return {"points": suggest(search, trials, question.count)}
+    return {"points": suggest(search, question.trials, question.count)}

@@ -51,9 +51,7 @@ class RunFile(RunOptions):
     stages_on_request: bool = False
     #: A folder of frozen activations that runs on this machine share; None: none are reused.
     activation_dir: Path | None = None
-    activation_bytes: Annotated[int, Field(ge=0)] | None = (
-        None  #: the folder's budget; None: the default, 0: none
-    )
+    activation_bytes: Annotated[int, Field(ge=0)] | None = None  #: its budget; None: the default, 0: none
     owner: str = ""  #: activations are shared between runs of the same owner only
 
 

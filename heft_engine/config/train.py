@@ -64,20 +64,16 @@ class StageSettings(Settings):
         default=SupervisedSettings(), exclude_if=lambda objective: objective == SupervisedSettings()
     )
 
-    @field_validator("n_epochs", mode="before")
+    @field_validator("n_epochs", "batch_size", "learning_rate_multiplier", mode="before")
     @classmethod
-    def _auto_epochs(cls, value: Any) -> Any:
-        return 3 if value == "auto" else value
+    def _auto_is_the_default(cls, value: Any, info: ValidationInfo) -> Any:
+        return cls.model_fields[str(info.field_name)].default if value == "auto" else value
 
-    @field_validator("batch_size", mode="before")
+    @field_validator("layers", mode="before", check_fields=False)
     @classmethod
-    def _auto_batch_size(cls, value: Any) -> Any:
-        return 16 if value == "auto" else value
-
-    @field_validator("learning_rate_multiplier", mode="before")
-    @classmethod
-    def _auto_multiplier(cls, value: Any) -> Any:
-        return 1.0 if value == "auto" else value
+    def _layers_as_list(cls, value: Any) -> Any:
+        """Accepts a bare integer for a single layer."""
+        return [value] if isinstance(value, int) and not isinstance(value, bool) else value
 
     @model_validator(mode="after")
     def _one_learning_rate(self) -> StageSettings:
@@ -124,11 +120,6 @@ class LoraStage(StageSettings):
         """The factor of B·A."""
         return self.alpha / (math.sqrt(self.rank) if self.use_rslora else self.rank)
 
-    @field_validator("layers", mode="before")
-    @classmethod
-    def _layers_as_list(cls, value: Any) -> Any:
-        return _as_list(value)
-
     @model_validator(mode="after")
     def _no_dropout_with_pissa_or_olora(self) -> LoraStage:
         if self.init != "default" and self.dropout > 0:
@@ -150,11 +141,6 @@ class ReftStage(StageSettings):
     positions: str = "l1"
     kind: InterventionKind = "loreft"
 
-    @field_validator("layers", mode="before")
-    @classmethod
-    def _layers_as_list(cls, value: Any) -> Any:
-        return _as_list(value)
-
     @field_validator("layers")
     @classmethod
     def _unique_sorted_layers(cls, value: Any) -> Any:
@@ -167,11 +153,6 @@ class ReftStage(StageSettings):
     def _valid_positions(cls, value: str) -> str:
         parse_positions(value)
         return value
-
-
-def _as_list(layers: Any) -> Any:
-    """A single layer may be given as a bare integer."""
-    return [layers] if isinstance(layers, int) and not isinstance(layers, bool) else layers
 
 
 Stage = Annotated[LoraStage | ReftStage, Field(discriminator="type")]

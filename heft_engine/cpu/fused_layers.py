@@ -65,9 +65,7 @@ class FusedLayers:
             self._threads += 1
             if self._threads == 1:
                 for layer, forward in self._forwards.items():
-                    layer.__dict__["forward"] = (
-                        forward  # a hundred times quicker than setting a module's attribute
-                    )
+                    layer.__dict__["forward"] = forward  # a hundred times quicker than a module's setattr
         try:
             yield
         finally:

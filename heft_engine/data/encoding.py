@@ -172,9 +172,8 @@ class Encoder:
                     f"more than max_length {self.max_length}",
                     param="question",
                 )
-            offsets = self.tokenizer(passage, add_special_tokens=False, return_offsets_mapping=True)[
-                "offset_mapping"
-            ]
+            encoded = self.tokenizer(passage, add_special_tokens=False, return_offsets_mapping=True)
+            offsets = encoded["offset_mapping"]
             keep = max(0, len(offsets) - (len(ids) - budget))
             shorter = passage[: offsets[keep - 1][1]] if keep else ""
             passage = shorter if len(shorter) < len(passage) else passage[:-1]

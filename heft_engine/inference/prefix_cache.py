@@ -119,9 +119,8 @@ class PrefixCache:
     def __init__(self, budget_bytes: int) -> None:
         self.budget_bytes = budget_bytes
         self.used_bytes = 0
-        self._blocks: dict[
-            bytes, tuple[_Segment, int]
-        ] = {}  #: hash → segment and the block's end in the prompt
+        #: hash → segment and the block's end in the prompt
+        self._blocks: dict[bytes, tuple[_Segment, int]] = {}
         self._segments: OrderedDict[_Segment, None] = OrderedDict()  #: least recently used first
         self._reserving = threading.Lock()  #: rows of one pass are computed on several threads
 

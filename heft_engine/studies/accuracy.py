@@ -6,7 +6,7 @@ seeds Student's t. With several seeds the squares of both half-widths add, as in
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -39,27 +39,25 @@ def accuracy_of(arm: Arm) -> Accuracy | None:
     accuracies = [run.accuracy for run in arm.runs]
     mean, seeds = float(np.mean(accuracies)), len(accuracies)
     low, high = _interval_over_rows(arm, mean)
-    per_seed = [_of_seed(run) for run in arm.runs]
+    over_rows = Accuracy(
+        mean=mean,
+        interval_95=(low, high),
+        covers="rows",
+        over_seeds=None,
+        deviation=None,
+        per_seed=[_of_seed(run) for run in arm.runs],
+    )
     if seeds == 1:
-        return Accuracy(
-            mean=mean,
-            interval_95=(low, high),
-            covers="rows",
-            over_seeds=None,
-            deviation=None,
-            per_seed=per_seed,
-        )
+        return over_rows
     deviation = float(np.std(accuracies, ddof=1))
     half_width = float(stats.t.ppf((1 + LEVEL) / 2, seeds - 1)) * deviation / seeds**0.5
-    return Accuracy(
-        mean=mean,
-        interval_95=_clip(
-            mean - float(np.hypot(mean - low, half_width)), mean + float(np.hypot(high - mean, half_width))
-        ),
+    below, above = np.hypot([mean - low, high - mean], half_width)
+    return replace(
+        over_rows,
+        interval_95=_clip(mean - float(below), mean + float(above)),
         covers="rows and seeds",
         over_seeds=_clip(mean - half_width, mean + half_width),
         deviation=deviation,
-        per_seed=per_seed,
     )
 
 

@@ -137,9 +137,7 @@ class Artifacts:
         with storage_faults(key):
             if self._local:
                 return Path(path).open("rb")
-            size = self._fs.info(path)[
-                "size"
-            ]  # here, since fsspec's file objects report their own failure badly
+            size = self._fs.info(path)["size"]  # fsspec's file objects report their own failure badly
             return cast("IO[bytes]", self._fs.open(path, "rb", block_size=PART_BYTES, size=size))
 
     def iter_bytes(self, key: str) -> Iterator[bytes]:
