@@ -70,7 +70,7 @@ class Trace:
             yield
         finally:
             sys.setprofile(None)
-            threading.setprofile(None)  # type: ignore[arg-type]
+            threading.setprofile(None)
 
     def _on_event(self, frame: FrameType, event: str, _: Any) -> None:
         if event != "call" or not self.is_recording:
