@@ -101,7 +101,7 @@ class StageReusedData(StageData):
 
 class CheckpointSavedData(StageData):
     step: int  #: of the run
-    kind: str  #: "step" inside a stage, "stage" at its end
+    kind: str  #: "step" inside a stage, "epoch" for a model inside a stage, "stage" at its end
     path: str  #: of a complete directory, whose manifest was written last
     metrics: dict[str, float]  #: step and, where known, Progress.losses
     key: NotRequired[str]  #: of the stage's result, if later runs may reuse it

@@ -34,5 +34,5 @@ def model_id(*, base: str, owner_id: str, suffix: str | None, job_id: str) -> st
 
 
 def checkpoint_model_id(final: str, label: str) -> str:
-    """Returns `ft:…:ckpt-lora`, the id of a checkpoint's model."""
+    """Returns `ft:…:ckpt-lora` or `ft:…:ckpt-step-20`, the id of a checkpoint's model."""
     return f"{final}:ckpt-{label}"

@@ -18,11 +18,12 @@ from api.schemas.job_object import CheckpointObject, JobObject
 from api.schemas.jobs import JobRequest
 from api.stored_response import stored_response
 from store import exports, idempotency
+from store.db.pagination import Page
 from store.db.states import PURPOSES, JobState
-from store.db.tables import Job
+from store.db.tables import Checkpoint, Job
 from store.errors import WrongState
 from store.ids import new_job_id
-from store.jobs import jobs
+from store.jobs import checkpoints, jobs
 from store.logs import bound
 
 log = logging.getLogger(__name__)
@@ -126,10 +127,17 @@ async def resume_job(job_id: str, caller: Caller, db: Db, services: ServicesDep)
 async def list_checkpoints(
     job_id: str, caller: Caller, db: Db, after: After = None, limit: Limit = 10
 ) -> Listing[CheckpointObject]:
-    """The checkpoints at the ends of a job's stages. Each is a model too."""
-    page = await db(jobs.list_checkpoints, owner_id=caller.id, job_id=job_id, limit=limit, after=after)
-    items = [CheckpointObject.of(checkpoint) for checkpoint in page.items]
+    """The checkpoints at the ends of a job's stages and of its last epochs, newest first. Each is a model too."""
+    page, best_id = await db(_checkpoints, owner_id=caller.id, job_id=job_id, limit=limit, after=after)
+    items = [CheckpointObject.of(checkpoint, best_id) for checkpoint in page.items]
     return Listing.of(items, has_more=page.has_more)
+
+
+def _checkpoints(
+    session: Session, *, owner_id: str, job_id: str, limit: int, after: str | None
+) -> tuple[Page[Checkpoint], str | None]:
+    page = jobs.list_checkpoints(session, owner_id=owner_id, job_id=job_id, limit=limit, after=after)
+    return page, checkpoints.best(session, job_id)
 
 
 @router.get("/{job_id}/diagnostics", responses=_DIAGNOSTICS_RESPONSES, response_class=Response)

@@ -48,6 +48,7 @@ class JobObject(Identified):
     max_length: int | None
     dtype: str
     reuse: bool
+    n_checkpoints: int
     stage: str | None
     progress: dict[str, Any]
     metrics: dict[str, Any]
@@ -86,6 +87,7 @@ class JobObject(Identified):
             max_length=resolved.get("max_length", spec.max_length),
             dtype=resolved.get("dtype", spec.dtype),
             reuse=spec.reuse,
+            n_checkpoints=spec.n_checkpoints,
             stage=job.stage,
             progress=job.progress,
             metrics=job.metrics,
@@ -154,7 +156,10 @@ class EventObject(Identified):
 
 
 class CheckpointObject(Identified):
-    """The model at the end of a stage; `fine_tuned_model_checkpoint` is its model id."""
+    """The model at the end of a stage or an epoch; `fine_tuned_model_checkpoint` is its model id.
+
+    `best`: of the job's checkpoints, this one has the lowest validation loss.
+    """
 
     object: Literal["fine_tuning.job.checkpoint"] = "fine_tuning.job.checkpoint"
     created_at: int
@@ -164,9 +169,10 @@ class CheckpointObject(Identified):
     stage: str
     stage_index: int
     metrics: dict[str, Any]
+    best: bool
 
     @classmethod
-    def of(cls, checkpoint: Checkpoint) -> Self:
+    def of(cls, checkpoint: Checkpoint, best_id: str | None) -> Self:
         assert checkpoint.model_id is not None
         return cls(
             id=checkpoint.id,
@@ -177,4 +183,5 @@ class CheckpointObject(Identified):
             stage=checkpoint.stage,
             stage_index=checkpoint.stage_index,
             metrics={"step": checkpoint.step, **checkpoint.metrics},
+            best=checkpoint.id == best_id,
         )

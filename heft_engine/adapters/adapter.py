@@ -97,6 +97,10 @@ class Adapter(ABC):
         Raises TrainingError (parity_broken) when the merged model is not the trained one.
         """
 
+    def weights(self) -> Any | None:
+        """Returns what a bundle stores of a merging adapter as it is now; None for one that stays in place."""
+        return None
+
     def no_decay(self) -> set[str]:
         """Returns the names of parameters that weight decay must not touch."""
         return set()

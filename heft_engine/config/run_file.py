@@ -24,6 +24,9 @@ class RunOptions(Settings):
     device: str | None = None  #: None: the GPU when there is one
     checkpoint_dir: Path | None = None  #: None: no checkpoints
     checkpoint_seconds: Annotated[float, Field(ge=0)] = 300.0  #: between two checkpoints inside an epoch
+    #: Models at the ends of epochs that are written as checkpoints too: the last so many of the run, and earlier ones
+    #: that are far apart in time.
+    n_checkpoints: Annotated[int, Field(ge=0)] = 0
     resume: Path | None = None  #: a checkpoint of an earlier run of the same config and rows
     #: Bytes that a stage's activation cache may take in memory; None: a quarter of what is free at its start.
     cache_memory_bytes: Annotated[int, Field(ge=0)] | None = None

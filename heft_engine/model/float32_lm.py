@@ -39,7 +39,7 @@ class Float32LM(PackedLM):
         # The rows of a pass stand for the table, which may end before the padding token's row.
         embedding.padding_idx = None
         self._weights = {
-            name: _Float32Weights(module, source.model.get_submodule(name), source.device)
+            name: _Float32Weights(module, _base_layer(source.model.get_submodule(name)), source.device)
             for name, module in self.model.named_modules()
             if module._parameters and module is not embedding and name != _head_name(self.model)
         }
@@ -128,6 +128,13 @@ def _without_weights(source: PackedLM) -> nn.Module:
         for name, buffer in module.named_buffers(recurse=False):
             module._buffers[name] = buffer.to(source.device)
     return model.requires_grad_(False).eval()
+
+
+def _base_layer(module: nn.Module) -> nn.Module:
+    """Returns the layer that peft has put an adapter around, or the module itself."""
+    layer = getattr(module, "base_layer", module)
+    assert isinstance(layer, nn.Module)
+    return layer
 
 
 def _head_name(model: nn.Module) -> str:

@@ -2,7 +2,8 @@
 
 state.json, state.safetensors   the RunState, the stage in training, torch's random state
 stages/                         merged adapters and interventions in place so far (kind "step")
-bundle/                         the same as a complete bundle (kind "stage", at the end of a stage)
+bundle/                         the same as a complete bundle (kind "stage", at the end of a stage), or nothing but a
+                                bundle of the model inside a stage, not to resume from (kind "epoch")
 manifest.json                   SHA-256 of every file, written last
 """
 
@@ -34,7 +35,9 @@ from heft_engine.training.stage_inputs import StageInputs
 #: Step checkpoints that are kept: the newest, and the one before it should that be damaged. The ends of stages stay:
 #: they are few, and models in their own right.
 KEEP = 2
-_STEPS, _ANY = "????????-0-*-step", "????????-[01]-*-st*"
+_STEPS, _EPOCHS, _ANY = "????????-0-*-step", "????????-0-*-epoch", "????????-[01]-*"
+#: Checkpoints of epochs before the last ones are written no sooner than this after one another.
+EPOCH_SECONDS = 30.0
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -132,10 +135,18 @@ class CheckpointWriter:
 
     directory: Path | None
     seconds: float  #: between two checkpoints inside an epoch
+    epochs: int = 0  #: the last epochs of the run with checkpoints of their own
     last: float = field(default_factory=time.monotonic)
+    last_epoch: float = field(default_factory=time.monotonic)
 
     def is_due(self, forced: bool) -> bool:
         return self.directory is not None and (forced or time.monotonic() - self.last >= self.seconds)
+
+    def is_epoch_due(self, later_epochs: int) -> bool:
+        """later_epochs: those with checkpoints of their own that are still to come."""
+        if self.directory is None or self.epochs == 0:
+            return False
+        return later_epochs < self.epochs or time.monotonic() - self.last_epoch >= EPOCH_SECONDS
 
     def save_step(
         self, state: RunState, config: TrainConfig, stage: StageInputs, snapshot: StageSnapshot
@@ -155,6 +166,15 @@ class CheckpointWriter:
         path = self._new_directory(run_step, "stage")
         write_stage(path, state, config, write_bundle)
         self._seal(path)
+        return path
+
+    def save_epoch(self, run_step: int, write_bundle: Callable[[Path], Any]) -> Path:
+        """Writes a bundle of the model at the end of an epoch. Returns its directory."""
+        path = self._new_directory(run_step, "epoch")
+        write_bundle(path / "bundle")
+        seal(path)
+        self.last_epoch = time.monotonic()
+        prune(path.parent, KEEP, sealed=_EPOCHS, unsealed=_ANY)
         return path
 
     def _new_directory(self, run_step: int, kind: str) -> Path:

@@ -44,6 +44,8 @@ class Hooks:
     #: Takes the progress, a function that returns the tensors, and whether to save whatever the clock says.
     save: Callable[[Progress, Callable[[], dict[str, Tensor]], bool], None]
     should_stop: Callable[[], bool]
+    #: Takes the progress at the end of each epoch but the stage's last.
+    save_epoch: Callable[[Progress], None] = lambda _: None
 
 
 @dataclass(kw_only=True)
@@ -181,6 +183,8 @@ class TrainLoop:
             self._stop_early(loss, accuracy)
         message = f"Epoch {progress.epoch} of {self.stage.n_epochs}"
         self._emit("EPOCH_COMPLETE", message, epoch=progress.epoch, **data, **self.objective.report())
+        if progress.epoch < self.stage.n_epochs and not progress.finished:
+            self.hooks.save_epoch(progress)
         self._save_or_stop(due=True)
 
     @torch.inference_mode()

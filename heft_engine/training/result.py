@@ -11,6 +11,8 @@ from typing import Any
 
 import torch
 
+from heft_engine.adapters.lora.merge import merged_in_float32
+from heft_engine.adapters.lora.weights import LoraWeights
 from heft_engine.adapters.parity import TOKEN_BUDGET
 from heft_engine.bundle.format import (
     BaseRecord,
@@ -70,9 +72,8 @@ def evaluate_stage(inputs: RunInputs, index: int | None) -> tuple[dict[str, Any]
 
 def measure_stage(inputs: RunInputs, scores: Sequence[Scores] = ()) -> StageMeasurements:
     """Measures the model as it is now. scores: of the reported rows, if they are known."""
-    examples = [example for _, example in inputs.bundle_probes]
-    probe = Probe(examples=examples, scores=[row.totals for row in score(inputs.lm, examples)])
-    tolerance = _tolerance(inputs.lm, probe)
+    probe = _probe(inputs)
+    tolerance = _tolerance(Float32LM(inputs.lm), inputs.lm, probe)
     if inputs.encoder.task.type == "text" or not inputs.reported:
         return StageMeasurements(probe=probe, probe_tolerance=tolerance, calibration=None)
     reported = _labelled(scores or score(inputs.lm, inputs.reported), inputs.reported)
@@ -87,6 +88,22 @@ def measure_stage(inputs: RunInputs, scores: Sequence[Scores] = ()) -> StageMeas
         calibration=calibrate(_labelled(validation_scores, sample), reported, inputs.split),
         validation_scores=validation_scores,
     )
+
+
+def measure_epoch(inputs: RunInputs, weights: LoraWeights | None) -> StageMeasurements:
+    """Measures the model in the middle of a stage for a bundle. weights: of the attached adapter.
+
+    Without a calibration, which would score all validation rows.
+    """
+    exact = Float32LM(inputs.lm) if weights is None else merged_in_float32(inputs.lm, weights, {})
+    probe = _probe(inputs)
+    tolerance = _tolerance(exact, inputs.lm, probe)
+    return StageMeasurements(probe=probe, probe_tolerance=tolerance, calibration=None)
+
+
+def _probe(inputs: RunInputs) -> Probe:
+    examples = [example for _, example in inputs.bundle_probes]
+    return Probe(examples=examples, scores=[row.totals for row in score(inputs.lm, examples)])
 
 
 def write_result(
@@ -217,18 +234,20 @@ def _labelled(scores: Sequence[Scores], examples: Sequence[Example]) -> Labelled
     return LabelledScores.of(scores, [example.gold for example in examples])
 
 
-def _tolerance(lm: PackedLM, probe: Probe) -> float:
-    """Returns how far a probe score may lie elsewhere: four times the error of the dtype alone, at least 1e-3."""
-    pairs = zip(_float32_totals(lm, probe.examples), probe.scores, strict=True)
+def _tolerance(exact: Float32LM, lm: PackedLM, probe: Probe) -> float:
+    """Returns how far a probe score may lie elsewhere: four times the error of the dtype alone, at least 1e-3.
+
+    exact: the float32 passes of `lm`.
+    """
+    exact.interventions.extend(lm.interventions)
+    pairs = zip(_float32_totals(exact, probe.examples), probe.scores, strict=True)
     errors = [abs(a - b) for exact, totals in pairs for a, b in zip(exact, totals, strict=True)]
     return max(1e-3, 4 * max(errors))
 
 
 @torch.inference_mode()
-def _float32_totals(lm: PackedLM, examples: Sequence[Example]) -> list[tuple[float, ...]]:
+def _float32_totals(exact: Float32LM, examples: Sequence[Example]) -> list[tuple[float, ...]]:
     """Returns the totals of every example in float32, one pass after the other."""
-    exact = Float32LM(lm)
-    exact.interventions.extend(lm.interventions)
 
     def totals(rows: Sequence[Example]) -> list[tuple[float, ...]]:
         batch = pack(rows)

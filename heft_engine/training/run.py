@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 
@@ -28,6 +28,7 @@ from heft_engine.model.base_models import resolve
 from heft_engine.model.interventions import PlacedIntervention
 from heft_engine.model.packed_lm import PackedLM
 from heft_engine.runtime.devices import choose_device
+from heft_engine.runtime.random_state import RandomState
 from heft_engine.training import run_events
 from heft_engine.training.activation_store import ActivationStore, StageActivations
 from heft_engine.training.cache_plan import CacheBudget
@@ -47,6 +48,7 @@ from heft_engine.training.progress import Progress
 from heft_engine.training.result import (
     StageMeasurements,
     evaluate_stage,
+    measure_epoch,
     measure_stage,
     row_results,
     validation_result,
@@ -155,7 +157,9 @@ def _open(
         _apply(inputs.lm, state.adapters, interventions)
     # A checkpoint may be continued by newer code, or beside other test rows: its results belong to no key.
     cache = StageCache(store=stage_store, keys=keys if state.keys == keys else [])
-    checkpoints = CheckpointWriter(directory=options.checkpoint_dir, seconds=options.checkpoint_seconds)
+    checkpoints = CheckpointWriter(
+        directory=options.checkpoint_dir, seconds=options.checkpoint_seconds, epochs=options.n_checkpoints
+    )
     return state, _Output(inputs=inputs, on_event=on_event, checkpoints=checkpoints, cache=cache)
 
 
@@ -212,7 +216,12 @@ def _train(
         result = train_stage(
             stage,
             plan,
-            Hooks(on_event=output.on_event, save=save, should_stop=should_stop),
+            Hooks(
+                on_event=output.on_event,
+                save=save,
+                save_epoch=partial(output.save_epoch, state, stage),
+                should_stop=should_stop,
+            ),
             cache_directory=options.cache.directory,
             snapshot=snapshot,
             find_activations=find_activations,
@@ -263,6 +272,23 @@ class _Output:
         path = self.checkpoints.save_step(state, config, stage, snapshot)
         step = stage.first_step + progress.step
         self.emit(run_events.checkpoint_saved(config, stage.index, step, "step", path, progress.losses))
+
+    def save_epoch(self, state: RunState, stage: StageInputs, progress: Progress) -> None:
+        """Writes the model at the end of an epoch, which can be served. state: before the stage."""
+        inputs, index = self.inputs, stage.index
+        later_stages = sum(later.n_epochs - 1 for later in inputs.config.stages[index + 1 :])
+        if not self.checkpoints.is_epoch_due(stage.stage.n_epochs - 1 - progress.epoch + later_stages):
+            return
+        random_state = RandomState.current()
+        weights = stage.adapter.weights()
+        adapters = state.adapters if weights is None else [*state.adapters, weights]
+        inside = replace(state, stage_index=index + 1, adapters=adapters)
+        measured = measure_epoch(inputs, weights)
+        write = partial(write_result, inputs, inside, measured, list(inputs.lm.interventions))
+        step = stage.first_step + progress.step
+        path = self.checkpoints.save_epoch(step, write)
+        random_state.restore()  # a run with checkpoints of epochs is the same as one without
+        self.emit(run_events.checkpoint_saved(inputs.config, index, step, "epoch", path, progress.losses))
 
     def save_stage(
         self,

@@ -169,7 +169,7 @@ class Checkpoint(Base):
     step: Mapped[int]  #: optimizer steps of the whole run
     stage: Mapped[str]
     stage_index: Mapped[int]
-    kind: Mapped[str]  #: step (to resume from) or stage (the end of a stage, also a model)
+    kind: Mapped[str]  #: step (to resume from), epoch (a model), stage (the end of a stage: both)
     storage_key: Mapped[str]
     manifest: Mapped[dict[str, Any]]  #: {file: sha256}
     metrics: Mapped[dict[str, Any]]  #: train_loss, valid_loss, … by OpenAI's names

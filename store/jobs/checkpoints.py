@@ -1,15 +1,15 @@
 """Checkpoint rows. The caller checks the fence and stores the bytes.
 
 Each job keeps two step checkpoints: the newest, and the one before in case that is damaged. The checkpoints at the end
-of stages stay, since they are models.
+of stages stay, since they are models. Of those at the end of epochs, models too, the newest stay and the best one.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
-from sqlalchemy import func, select, update
+from sqlalchemy import Select, func, select, update
 from sqlalchemy.dialects.postgresql import insert
 from sqlalchemy.orm import Session
 
@@ -26,30 +26,39 @@ _NEWEST_FIRST = (Checkpoint.attempt.desc(), Checkpoint.step.desc(), Checkpoint.c
 
 def resumable(session: Session, job_id: str) -> list[Checkpoint]:
     """Returns the checkpoints to resume from, the best first: the newest and the one before."""
-    query = select(Checkpoint).where(Checkpoint.job_id == job_id, Checkpoint.removed_at.is_(None))
+    query = select(Checkpoint).where(
+        Checkpoint.job_id == job_id, Checkpoint.kind != "epoch", Checkpoint.removed_at.is_(None)
+    )
     return list(session.scalars(query.order_by(*_NEWEST_FIRST).limit(_KEPT_STEPS)))
 
 
 def committed_key(session: Session, checkpoint: Checkpoint) -> str | None:
-    """Returns the storage key of the committed checkpoint of the same attempt, step and kind; None without one."""
+    """Returns the storage key of the committed checkpoint of the same attempt, step and kind; None without one.
+
+    That of an epoch may be of any attempt: one that fell back reaches the epoch a second time, and the first model
+    stays.
+    """
     query = select(Checkpoint.storage_key).where(
         Checkpoint.job_id == checkpoint.job_id,
-        Checkpoint.attempt == checkpoint.attempt,
         Checkpoint.step == checkpoint.step,
         Checkpoint.kind == checkpoint.kind,
     )
+    if checkpoint.kind != "epoch":
+        query = query.where(Checkpoint.attempt == checkpoint.attempt)
     return session.scalar(query)
 
 
 def add(session: Session, job: Job, checkpoint: Checkpoint, task: Mapping[str, Any]) -> Checkpoint:
-    """Adds the row; of a stage checkpoint, also its model, which answers `task`."""
-    if checkpoint.kind == "stage":
+    """Adds the row; of an epoch's or a stage's checkpoint, also its model, which answers `task`."""
+    if checkpoint.kind != "step":
         spec = TrainingSpec.model_validate(job.spec)
-        label = spec.stage_label(checkpoint.stage, checkpoint.stage_index)
+        label = f"step-{checkpoint.step}"
+        if checkpoint.kind == "stage":
+            label = spec.stage_label(checkpoint.stage, checkpoint.stage_index)
         files = checkpoint.manifest.items()
         manifest = {name.removeprefix(_BUNDLE): sha256 for name, sha256 in files if name.startswith(_BUNDLE)}
         key = f"{checkpoint.storage_key}/bundle"
-        row = model_row(job, spec, stage_label=label, storage_key=key, manifest=manifest, task=task)
+        row = model_row(job, spec, label=label, storage_key=key, manifest=manifest, task=task)
         # An attempt that fell back behind the end of a stage reaches it a second time: the first model stays.
         session.execute(insert(FineTunedModel).values(row).on_conflict_do_nothing())
         checkpoint.model_id = row["id"]
@@ -58,37 +67,60 @@ def add(session: Session, job: Job, checkpoint: Checkpoint, task: Mapping[str, A
     return checkpoint
 
 
-def remove_old(session: Session, job_id: str, *, keep: int = _KEPT_STEPS) -> list[str]:
+def best(session: Session, job_id: str) -> str | None:
+    """Returns the id of the checkpoint whose model has the lowest validation loss; None without validation rows."""
+    valid_loss = Checkpoint.metrics["valid_loss"].as_float()
+    models = _present(job_id).where(Checkpoint.kind != "step", valid_loss.is_not(None))
+    # A stage that stops early ends with the parameters of its best epoch, and comes first.
+    return session.scalar(models.order_by(valid_loss, Checkpoint.step.desc()).limit(1))
+
+
+def remove_old_steps(session: Session, job_id: str, *, keep: int = _KEPT_STEPS) -> list[str]:
     """Marks all but the newest `keep` step checkpoints as removed. Returns their storage keys."""
-    steps = select(Checkpoint.id).where(
-        Checkpoint.job_id == job_id, Checkpoint.kind == "step", Checkpoint.removed_at.is_(None)
-    )
-    old = steps.order_by(*_NEWEST_FIRST).offset(keep)
-    statement = (
-        update(Checkpoint)
-        .where(Checkpoint.id.in_(old))
-        .values(removed_at=func.now())
-        .returning(Checkpoint.storage_key)
-    )
-    return list(session.scalars(statement))
+    old = _present(job_id).where(Checkpoint.kind == "step").order_by(*_NEWEST_FIRST).offset(keep)
+    return [key for key, _ in _remove(session, session.scalars(old))]
+
+
+def remove_old_epochs(session: Session, job_id: str, *, keep: int) -> list[str]:
+    """Marks all but the newest `keep` epoch checkpoints and the best one as removed, and deletes their models.
+
+    Returns their storage keys.
+    """
+    old = _present(job_id).where(Checkpoint.kind == "epoch").order_by(Checkpoint.step.desc()).offset(keep)
+    removed = _remove(session, {*session.scalars(old)} - {best(session, job_id)})
+    models = FineTunedModel.id.in_([model_id for _, model_id in removed])
+    statement = update(FineTunedModel).where(models, FineTunedModel.deleted_at.is_(None))
+    session.execute(statement.values(deleted_at=func.now()))
+    return [key for key, _ in removed]
+
+
+def _present(job_id: str) -> Select[str]:
+    return select(Checkpoint.id).where(Checkpoint.job_id == job_id, Checkpoint.removed_at.is_(None))
+
+
+def _remove(session: Session, old_ids: Iterable[str]) -> list[tuple[str, str | None]]:
+    """Marks checkpoints as removed. Returns storage key and model id of each."""
+    statement = update(Checkpoint).where(Checkpoint.id.in_(list(old_ids))).values(removed_at=func.now())
+    rows = session.execute(statement.returning(Checkpoint.storage_key, Checkpoint.model_id))
+    return [(key, model_id) for key, model_id in rows]
 
 
 def model_row(
     job: Job,
     spec: TrainingSpec,
     *,
-    stage_label: str | None = None,
+    label: str | None = None,
     storage_key: str,
     manifest: Mapping[str, str],
     task: Mapping[str, Any],
 ) -> dict[str, Any]:
-    """Returns the values of a model's row: of the job's result, or with `stage_label` of a checkpoint."""
+    """Returns the values of a model's row: of the job's result, or with `label` of a checkpoint."""
     model_id = ids.model_id(base=spec.model, owner_id=job.owner_id, suffix=spec.suffix, job_id=job.id)
     return {
-        "id": model_id if stage_label is None else ids.checkpoint_model_id(model_id, stage_label),
+        "id": model_id if label is None else ids.checkpoint_model_id(model_id, label),
         "owner_id": job.owner_id,
         "job_id": job.id,
-        "kind": "final" if stage_label is None else "checkpoint",
+        "kind": "final" if label is None else "checkpoint",
         "base_model": spec.model,
         "storage_key": storage_key,
         "manifest": dict(manifest),

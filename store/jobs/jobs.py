@@ -183,7 +183,7 @@ def events_after(session: Session, *, owner_id: str, job_id: str, seq: int, limi
 def list_checkpoints(
     session: Session, *, owner_id: str, job_id: str, limit: int = 10, after: str | None = None
 ) -> Page[Checkpoint]:
-    """Returns a page of a job's stage checkpoints, which are models, newest first.
+    """Returns a page of a job's checkpoints of epochs and stages, which are models, newest first.
 
     Step checkpoints are left out: they serve to resume from, and come and go. Raises NotFound; InvalidRequest (param
     `after`) for an unknown cursor.
@@ -191,7 +191,8 @@ def list_checkpoints(
     get(session, owner_id=owner_id, job_id=job_id)
     checkpoints = select(Checkpoint).where(Checkpoint.job_id == job_id)
     by = (Checkpoint.created_at, Checkpoint.id)
-    return fetch_page(session, checkpoints, Checkpoint.kind == "stage", by=by, after=after, limit=limit)
+    are_models = (Checkpoint.kind != "step", Checkpoint.removed_at.is_(None))
+    return fetch_page(session, checkpoints, *are_models, by=by, after=after, limit=limit)
 
 
 def _is_job(owner_id: str, job_id: str) -> ColumnElement[bool]:

@@ -19,7 +19,7 @@ from store.db.session import seconds
 from store.db.states import CLAIMED, WAITING, Purpose
 from store.db.tables import Attempt, Checkpoint, Job
 from store.jobs import checkpoints
-from store.jobs.fence import Claim, StopRequest, fence, lost_lease, write_fenced
+from store.jobs.fence import Claim, StopRequest, fence, lock, lost_lease, write_fenced
 from store.jobs.shared_prefix import may_train
 from store.jobs.spec import TrainingSpec
 from store.jobs.transitions import EventType, Level, NewEvent, append, write
@@ -128,7 +128,7 @@ def record_checkpoint(
     step: int,
     stage: str,
     stage_index: int,
-    kind: Literal["step", "stage"],
+    kind: Literal["step", "epoch", "stage"],
     storage_key: str,
     manifest: Mapping[str, str],
     metrics: Mapping[str, Any] | None = None,
@@ -136,10 +136,10 @@ def record_checkpoint(
 ) -> list[str]:
     """Commits a checkpoint whose files are durable under `storage_key`, with its CHECKPOINT_SAVED event.
 
-    A stage checkpoint also becomes a model for `task`, of its files `bundle/…`. `metrics` have OpenAI's names
-    (train_loss, valid_loss, …). The job's count of crashes starts again at 0. Returns the storage keys of older step
-    checkpoints that are no longer needed, to be deleted after the commit (else the sweep deletes them). Raises
-    LostFence.
+    A checkpoint of an epoch or a stage also becomes a model for `task`, of its files `bundle/…`. `metrics` have
+    OpenAI's names (train_loss, valid_loss, …). The job's count of crashes starts again at 0, unless the checkpoint is
+    an epoch's, from which no attempt resumes. Returns the storage keys of older checkpoints that are no longer needed,
+    to be deleted after the commit (else the sweep deletes them). Raises LostFence.
     """
     checkpoint = Checkpoint(
         id=ids.new_checkpoint_id(),
@@ -153,7 +153,8 @@ def record_checkpoint(
         manifest=dict(manifest),
         metrics=dict(metrics or {}),
     )
-    job = write_fenced(session, claim, {"trainer_deaths": 0})  # first, since it locks the row
+    # First, since it locks the row.
+    job = lock(session, claim) if kind == "epoch" else write_fenced(session, claim, {"trainer_deaths": 0})
     committed = checkpoints.committed_key(session, checkpoint)
     if committed is not None:  # this call was repeated, or the same state was saved again under another key
         return [] if committed == storage_key else [storage_key]
@@ -163,7 +164,9 @@ def record_checkpoint(
         data["model"] = checkpoint.model_id
     message = f"Checkpoint saved at step {step}."
     append(session, claim.job_id, NewEvent(code="CHECKPOINT_SAVED", message=message, data=data))
-    return checkpoints.remove_old(session, claim.job_id)
+    if kind == "epoch":
+        return checkpoints.remove_old_epochs(session, claim.job_id, keep=claim.spec.n_checkpoints)
+    return checkpoints.remove_old_steps(session, claim.job_id)
 
 
 def record_stage_passed(session: Session, claim: Claim, *, stages: int) -> None:

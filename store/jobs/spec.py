@@ -128,6 +128,8 @@ class TrainingSpec(Settings):
     early_stopping: EarlyStopping | None = None
     max_length: Annotated[int, Field(ge=16, le=1_048_576)] | None = None
     dtype: Dtype = "auto"
+    #: Models at the ends of epochs that are kept beside those at the ends of stages: the newest, and the best one.
+    n_checkpoints: Annotated[int, Field(ge=0, le=100)] = 3
     #: Start from stage results of this owner's jobs with equal settings, and store this job's for others.
     reuse: bool = True
 

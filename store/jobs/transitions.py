@@ -66,7 +66,7 @@ def move(
         changes["finished_at"] = func.now()
     job = write(session, and_(guard, Job.state.in_(sources(to))), changes | dict(values or {}), event)
     if job is not None and to in TERMINAL:
-        checkpoints.remove_old(session, job.id, keep=0)  # no attempt resumes from them any more
+        checkpoints.remove_old_steps(session, job.id, keep=0)  # no attempt resumes from them any more
     return job
 
 

@@ -93,7 +93,9 @@ def training_spec(spec: StudySpec, changes: Mapping[str, Any]) -> TrainingSpec |
     values = {name: value for name, value in shared.items() if value is not None}
     task = spec.task.model_dump(mode="json")
     try:
-        return TrainingSpec.model_validate({**values, "task": task, "seed": spec.seeds[0], **changes})
+        # Nobody asks the epochs of hundreds of jobs.
+        fixed = {"task": task, "seed": spec.seeds[0], "n_checkpoints": 0}
+        return TrainingSpec.model_validate({**values, **fixed, **changes})
     except ValidationError as invalid:
         error = invalid.errors()[0]
         reason = "there is no such setting" if error["type"] == "extra_forbidden" else error["msg"]

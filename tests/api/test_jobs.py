@@ -139,7 +139,8 @@ class TestWhatARunShows:
         self, client: httpx.Client, sessions: SessionFactory, owner: str
     ) -> None:
         claim = running(client, sessions, suffix="boolq")
-        for index, (stage, kind) in enumerate([("lora", "step"), ("lora", "stage"), ("reft", "stage")]):
+        saved = [("lora", "step"), ("lora", "stage"), ("reft", "epoch"), ("reft", "stage")]
+        for index, (stage, kind) in enumerate(saved):
             with transaction(sessions) as session:
                 leases.record_checkpoint(
                     session,
@@ -150,16 +151,18 @@ class TestWhatARunShows:
                     kind=kind,  # type: ignore[arg-type]
                     storage_key=f"jobs/{claim.job_id}/1/{stage}-{kind}",
                     manifest={"bundle/heft.json": "0" * 64},
-                    metrics={"train_loss": 0.25},
+                    metrics={"train_loss": 0.25, "valid_loss": 0.5 - index * (kind == "epoch")},
                 )
 
         page = client.get(f"{JOBS}/{claim.job_id}/checkpoints").json()
 
-        assert [item["step_number"] for item in page["data"]] == [30, 20]
-        assert (page["first_id"], page["last_id"]) == (page["data"][0]["id"], page["data"][1]["id"])
-        last = page["data"][1]
+        assert [item["step_number"] for item in page["data"]] == [40, 30, 20]
+        assert [item["best"] for item in page["data"]] == [False, True, False]
+        assert page["data"][1]["fine_tuned_model_checkpoint"].endswith(":ckpt-step-30")
+        assert (page["first_id"], page["last_id"]) == (page["data"][0]["id"], page["data"][2]["id"])
+        last = page["data"][2]
         assert last["object"] == "fine_tuning.job.checkpoint"
-        assert last["metrics"] == {"step": 20, "train_loss": 0.25}
+        assert last["metrics"] == {"step": 20, "train_loss": 0.25, "valid_loss": 0.5}
         assert re.fullmatch(
             rf"ft:smollm2-135m:{owner}:boolq:\w{{8}}:ckpt-lora", last["fine_tuned_model_checkpoint"]
         )

@@ -74,7 +74,7 @@ class Play:
         self.step = act.get("step", self.step)
         path = self.checkpoints / f"step-{self.step}-{os.getpid()}"
         files = {"state.json": json.dumps({"step": self.step})}
-        if act.get("kind") == "stage":
+        if act.get("kind") in ("epoch", "stage"):
             files |= {"bundle/heft.json": json.dumps({"task": {"type": "yes_no"}})}
         write_directory(path, files)
         if act.get("spoil") == "remove":

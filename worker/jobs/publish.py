@@ -65,7 +65,7 @@ class Publisher:
                 storage_key=key,
                 manifest=manifest,
                 metrics=data.get("metrics"),
-                task=bundle_task(path / "bundle") if kind == "stage" else None,
+                task=bundle_task(path / "bundle") if kind != "step" else None,
             )
         )
         self._committed.add((step, kind))

@@ -45,6 +45,7 @@ def run_file(
     activation_dir: Path | None = None,
     owner: str = "",
     evaluate_validation: bool = False,
+    n_checkpoints: int = 0,
 ) -> RunFile:
     """The input of `python -m heft_engine train`, whose output goes into `folder`, the attempt's own.
 
@@ -59,6 +60,7 @@ def run_file(
         out=folder / "bundle",
         checkpoint_dir=folder / CHECKPOINTS,
         checkpoint_seconds=settings.checkpoint_seconds,
+        n_checkpoints=n_checkpoints,
         resume=resume,
         model_dir=settings.model_dir,
         cache_dir=settings.cache_dir,

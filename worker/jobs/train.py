@@ -84,6 +84,7 @@ def _run_file(attempt: Attempt, rows: Mapping[FileField, Path], checkpoint: Path
         activation_dir=activation_folder(attempt.context) if reuses(spec, settings) else None,
         owner=attempt.claim.owner_id,
         evaluate_validation=is_trial,
+        n_checkpoints=spec.n_checkpoints,
     )
 
 

@@ -50,9 +50,11 @@ class LoraAdapter(Adapter):
             if name.endswith("lora_dropout.default"):
                 module.train(mode)
 
+    def weights(self) -> LoraWeights:
+        return peft_layers.extract(self.peft_model, self.stage, _modules(self.stage))
+
     def finish(self, probes: Sequence[Example]) -> Merge[LoraWeights]:
-        weights = peft_layers.extract(self.peft_model, self.stage, _modules(self.stage))
-        return merge_adapter(self.lm, self.peft_model, self.stage, weights, probes)
+        return merge_adapter(self.lm, self.peft_model, self.stage, self.weights(), probes)
 
     def no_decay(self) -> set[str]:
         """DoRA's magnitudes: decaying them would shrink the base's weights."""

@@ -57,7 +57,7 @@ def merge_and_verify(
     adapted = ProbeStates(served=served, float32=probe_states(exact, examples))
 
     hashes: dict[str, str] = {}
-    float32 = probe_states(_merged(lm, weights, hashes), examples)
+    float32 = probe_states(merged_in_float32(lm, weights, hashes), examples)
     weights.merge_into(lm.model)
     merged = ProbeStates(served=probe_states(lm, examples), float32=float32)
     parity = compare(lm, adapted, merged, len(examples))
@@ -93,8 +93,9 @@ def _subtract(layer: Linear, scaling: float, down: Tensor, up: Tensor) -> None:
     layer.base_layer.weight.sub_(scaling * up @ down)
 
 
-def _merged(lm: PackedLM, weights: LoraWeights, hashes: dict[str, str]) -> Float32LM:
-    """Returns float32 passes with the adapter merged module by module.
+def merged_in_float32(lm: PackedLM, weights: LoraWeights, hashes: dict[str, str]) -> Float32LM:
+    """Returns float32 passes with the adapter merged module by module. It may be attached to the model, which it leaves
+    as it is.
 
     hashes: gets those of the merged weights as the model will have them, rounded to its dtype.
     """

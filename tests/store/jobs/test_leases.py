@@ -8,8 +8,8 @@ import pytest
 
 from store import models
 from store.db.states import JobState
-from store.errors import LostFence
-from store.jobs import endings, jobs, leases
+from store.errors import LostFence, NotFound
+from store.jobs import checkpoints, endings, jobs, leases
 from store.storage import files
 from store.storage.files import NewFile
 
@@ -218,6 +218,57 @@ def test_the_model_of_a_stage_end_is_the_bundle_inside_the_checkpoint(bench) -> 
     assert model.storage_key == f"jobs/{claim.job_id}/{claim.attempt}/stage-10/bundle"
     assert model.manifest == {"heft.json": SHA}
     assert model.task == {"type": "yes_no"}
+
+
+def epochs(bench, claim) -> list[tuple[int, str]]:
+    """(step, id of the model) of the job's checkpoints, newest first."""
+    page = bench.do(jobs.list_checkpoints, owner_id=OWNER, job_id=claim.job_id)
+    return [(checkpoint.step, checkpoint.model_id) for checkpoint in page.items]
+
+
+def test_the_newest_models_of_epochs_are_kept_and_the_best_one(bench) -> None:
+    claim = bench.running()
+    losses = {10: 0.9, 20: 0.5, 30: 0.6, 40: 0.7, 50: 0.8}
+    removed = {
+        step: bench.checkpoint(claim, step, "epoch", metrics={"valid_loss": loss})
+        for step, loss in losses.items()
+    }
+    prefix = f"jobs/{claim.job_id}/{claim.attempt}/epoch"
+    assert removed == {10: [], 20: [], 30: [], 40: [f"{prefix}-10"], 50: []}
+    listed = epochs(bench, claim)
+    assert [step for step, _ in listed] == [50, 40, 30, 20]
+    assert listed[-1][1].endswith(":ckpt-step-20")
+    model = bench.do(models.get, owner_id=OWNER, model_id=listed[-1][1])
+    assert (model.kind, model.storage_key) == ("checkpoint", f"{prefix}-20/bundle")
+    with pytest.raises(NotFound):
+        bench.do(models.get, owner_id=OWNER, model_id=listed[-1][1].replace("20", "10"))
+    best = bench.do(checkpoints.best, claim.job_id)
+    assert [row.step for row in bench.sql("SELECT step FROM checkpoints WHERE id = :id", id=best)] == [20]
+
+    bench.checkpoint(claim, 60, "stage", metrics={"valid_loss": 0.4})
+    bench.checkpoint(claim, 70, "epoch", metrics={"valid_loss": 0.6})
+    assert [step for step, _ in epochs(bench, claim)] == [70, 60, 50, 40], "20 is not the best any more"
+
+
+def test_no_attempt_resumes_from_an_epoch_s_model(bench) -> None:
+    claim = bench.running()
+    bench.checkpoint(claim, 10)
+    bench.sql("UPDATE jobs SET trainer_deaths = 2")
+    bench.checkpoint(claim, 20, "epoch")
+    assert bench.get(claim.job_id).trainer_deaths == 2
+    bench.do(endings.release, claim)
+    assert [row.step for row in bench.claim(claim.job_id).checkpoints] == [10]
+
+
+def test_an_epoch_that_is_reached_again_keeps_its_first_model(bench) -> None:
+    claim = bench.running()
+    bench.checkpoint(claim, 20, "epoch")
+    bench.do(endings.release, claim)
+    again = bench.claim(claim.job_id)
+    key = f"jobs/{claim.job_id}/{again.attempt}/epoch-20"
+    assert bench.checkpoint(again, 20, "epoch") == [key]
+    (checkpoint,) = epochs(bench, claim)
+    assert bench.do(models.get, owner_id=OWNER, model_id=checkpoint[1]).storage_key != f"{key}/bundle"
 
 
 def test_success_sets_state_model_file_and_event_together(bench) -> None:

@@ -92,6 +92,10 @@ def test_a_job_from_its_files_to_its_model_with_a_pause(
             "full_valid_loss": float(line["valid_loss"]),
             "full_valid_mean_token_accuracy": float(line["valid_mean_token_accuracy"]),
         }
+    epoch_ends = [row for row in bench.checkpoints(job_id) if row.kind == "epoch" and row.removed_at is None]
+    assert {24, 30, 42} <= {row.step for row in epoch_ends}, "the last three, and the best"
+    for row in epoch_ends:
+        assert "heft.json" in real.artifacts.children(f"{row.storage_key}/bundle")
     assert set(job.metrics) == {"base", "lora", "reft"}
     assert "stages" in job.resolved
     losses = [(int(line["step"]), float(line["train_loss"])) for line in table if line["train_loss"]]

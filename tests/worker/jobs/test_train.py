@@ -62,6 +62,20 @@ def test_a_checkpoint_has_the_metrics_of_its_step(bench: Bench) -> None:
     assert metrics == {2: of_step, 3: at_end, 4: {}}
 
 
+def test_the_model_of_an_epoch_is_stored_and_replaced_by_newer_ones(bench: Bench) -> None:
+    acts = [{"do": "checkpoint", "step": step, "kind": "epoch"} for step in (1, 2, 3)]
+    job_id = bench.queued([*STEPS, *acts], n_checkpoints=2)
+    job = bench.run(job_id)
+    assert job.state == JobState.SUCCEEDED
+    first, *kept = bench.checkpoints(job_id)
+    assert (first.step, first.removed_at is None) == (1, False)
+    assert [(checkpoint.step, checkpoint.removed_at) for checkpoint in kept] == [(2, None), (3, None)]
+    assert kept[0].model_id == f"{job.fine_tuned_model}:ckpt-step-2"
+    artifacts = bench.context.artifacts
+    assert artifacts.children(first.storage_key) == []
+    assert "heft.json" in artifacts.children(f"{kept[0].storage_key}/bundle")
+
+
 def test_every_step_is_in_the_result_file(bench: Bench) -> None:
     acts = [{"do": "metrics", "step": step} for step in range(1, 11)]
     job_id = bench.queued([{"do": "eval", "accuracy": 0.5}, *acts])
