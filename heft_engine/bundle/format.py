@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import json
 import platform
+from collections.abc import Mapping
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
@@ -26,6 +27,7 @@ from transformers import PreTrainedTokenizerBase
 
 from heft_engine.adapters.lora.weights import LoraWeights
 from heft_engine.adapters.reft import KINDS, ReftIntervention
+from heft_engine.adapters.registry import ADAPTERS
 from heft_engine.config.train import InterventionKind, parse_positions
 from heft_engine.data.encoding import Example, tokenizer_hash
 from heft_engine.errors import BundleError, TrainingError
@@ -169,21 +171,31 @@ def read_bundle(path: Path) -> Bundle:
     if info.format != FORMAT:
         raise BundleError(f"this bundle has format {info.format}; this version reads format {FORMAT}")
     adapters, interventions = read_stages(path)
-    loras = [stage for stage in info.stages if stage["type"] == "lora"]
+    merged = [stage for stage in info.stages if is_merged(stage)]
     # A stage that continues an earlier stage's intervention shares it.
     places = {
         (layer, stage["positions"], stage["rank"], stage.get("kind"))
         for stage in info.stages
-        if stage["type"] == "reft"
+        if not is_merged(stage)
         for layer in stage["layers"]
     }
-    if len(adapters) != len(loras) or len(interventions) != len(places):
+    if len(adapters) != len(merged) or len(interventions) != len(places):
         raise BundleError(
-            f"this bundle should hold {len(loras)} adapters and {len(places)} interventions; "
+            f"this bundle should hold {len(merged)} adapters and {len(places)} interventions; "
             f"it has {len(adapters)} and {len(interventions)}"
         )
     probe = _read_probe(path / "probe.safetensors")
     return Bundle(path=path, info=info, adapters=adapters, interventions=interventions, probe=probe)
+
+
+def is_merged(stage: Mapping[str, Any]) -> bool:
+    """Returns whether a stage of heft.json left a merged adapter; otherwise interventions. Raises BundleError."""
+    adapter = ADAPTERS.get(stage["type"])
+    if adapter is None:
+        raise BundleError(
+            f"this bundle has a stage of type {stage['type']!r}, which this version does not know"
+        )
+    return adapter.merges
 
 
 def check_tokenizer(info: BundleInfo, tokenizer: PreTrainedTokenizerBase) -> None:

@@ -24,7 +24,7 @@ import torch
 
 from heft_engine.adapters.lora.weights import weight_of
 from heft_engine.bundle.assemble import assemble
-from heft_engine.bundle.format import Bundle, check_tokenizer, read_bundle
+from heft_engine.bundle.format import Bundle, check_tokenizer, is_merged, read_bundle
 from heft_engine.config.train import ReftStage
 from heft_engine.data.encoding import Encoder
 from heft_engine.data.general_text import general_examples
@@ -183,7 +183,7 @@ class _Diagnosis:
         adapters = iter(self.bundle.adapters)
         unapplied = [stored.restore(self.lm.hidden_size) for stored in self.bundle.interventions]
         for index, stage in enumerate(self.bundle.info.stages):
-            if stage["type"] == "lora":
+            if is_merged(stage):
                 next(adapters).merge_into(self.lm.model)
             else:
                 settings = (stage["positions"], stage["rank"], stage.get("kind", "loreft"))

@@ -204,14 +204,12 @@ class Batcher:
     def _wait_for_work(self) -> bool:
         """Waits for something to do. Returns False once the batcher is closed."""
         with self._changed:
-            while not (self._closed or self._has_other_work() or self._queue.waiting_rows()):
-                self._changed.wait()
-            linger_until = self._last_pass_ended_at + LINGER_SECONDS
             while not (self._closed or self._has_other_work()):
-                seconds = linger_until - time.monotonic()
-                if seconds <= 0 or self._queue.waiting_rows() >= self._last_pass_rows:
+                rows = self._queue.waiting_rows()
+                seconds = self._last_pass_ended_at + LINGER_SECONDS - time.monotonic()
+                if rows and (rows >= self._last_pass_rows or seconds <= 0):
                     break
-                self._changed.wait(seconds)
+                self._changed.wait(seconds if rows else None)
             return not self._closed
 
     def _has_other_work(self) -> bool:

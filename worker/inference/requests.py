@@ -79,8 +79,8 @@ class Requests:
         with self._lock:
             self._active.add(request_id)
         try:
+            request.check_active()
             with bound(request_id=request_id):
-                request.check_active()
                 handler(request)
         except RequestAbandoned:
             log.info("request %s was abandoned", request_id)
