@@ -6,6 +6,7 @@ EngineError                 code, message, param; the message says what to chang
 ├── ModelError              a base model that can't be found, read or trusted
 ├── TrainingError           diverged, no progress, collapsed rotation, failed merge check
 ├── OutOfMemory             a single row or prompt that the device has no memory for
+├── RankLost                another process of the same run has ended or does not answer
 ├── BundleError             a damaged bundle, or one whose probe rows don't give their stored scores
 └── Stopped                 no fault: the run was asked to stop and has written its checkpoint
 """
@@ -50,6 +51,10 @@ class TrainingError(EngineError):
 
 class OutOfMemory(EngineError):
     code = "out_of_memory"
+
+
+class RankLost(EngineError):
+    code = "rank_lost"
 
 
 class BundleError(EngineError):

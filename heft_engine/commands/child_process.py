@@ -8,13 +8,16 @@ import os
 import signal
 import sys
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
 from heft_engine.errors import EngineError, Stopped
 from heft_engine.events import ErrorData, Event, FailedData
 
 _PR_SET_PDEATHSIG = 1
+#: Exit codes.
+STOPPED = 75  #: EX_TEMPFAIL: a checkpoint was written, try again
+RANK_LOST = 76  #: another process of the same run has ended
 
 
 def die_with_parent() -> None:
@@ -45,14 +48,18 @@ def print_event(event: Event) -> None:
 
 
 @contextmanager
-def report_failures() -> Iterator[None]:
-    """Prints an EngineError, and a lack of memory as one, as a FAILED event, and raises it on."""
+def report_failures(is_reporter: Callable[[EngineError], bool] = lambda error: True) -> Iterator[None]:
+    """Prints an EngineError, and a lack of memory as one, as a FAILED event, and raises it on.
+
+    is_reporter: called once; False where another process of the run reports the failure.
+    """
     try:
         yield
     except Stopped:
         raise
     except EngineError as error:
-        _print_failure(error)
+        if is_reporter(error):
+            _print_failure(error)
         raise
     except (MemoryError, RuntimeError) as error:
         from heft_engine.runtime.out_of_memory import is_out_of_memory  # torch takes seconds to import
@@ -64,7 +71,8 @@ def report_failures() -> Iterator[None]:
             "a smaller model, or give the worker more memory"
         )
         failure = EngineError(message, param="max_length", code="out_of_memory")
-        _print_failure(failure)
+        if is_reporter(failure):
+            _print_failure(failure)
         raise failure from error
 
 

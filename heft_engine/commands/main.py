@@ -1,4 +1,8 @@
-"""`python -m heft_engine`. Exit codes: 0 done, 1 refused or failed, 2 unusable arguments, 75 stopped (STOPPED)."""
+"""`python -m heft_engine`.
+
+Exit codes: 0 done, 1 refused or failed, 2 unusable arguments, 75 stopped (STOPPED), 76 a process of the run was lost
+(RANK_LOST).
+"""
 
 from __future__ import annotations
 
@@ -8,10 +12,8 @@ import sys
 from collections.abc import Sequence
 from importlib import import_module
 
-from heft_engine.commands.child_process import die_with_parent, error_data
-from heft_engine.errors import EngineError, Stopped
-
-STOPPED = 75  #: EX_TEMPFAIL: a checkpoint was written, try again
+from heft_engine.commands.child_process import RANK_LOST, STOPPED, die_with_parent, error_data
+from heft_engine.errors import EngineError, RankLost, Stopped
 
 #: Each in a module of its name, with `add_arguments(parser)` and `run(args)`. Only the module of the command that runs
 #: is imported: most import torch, which takes seconds.
@@ -51,5 +53,5 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return STOPPED
     except EngineError as error:
         print(json.dumps({"error": error_data(error)}), file=sys.stderr)
-        return 1
+        return RANK_LOST if isinstance(error, RankLost) else 1
     return 0

@@ -6,23 +6,18 @@ import argparse
 import signal
 import threading
 from pathlib import Path
+from tempfile import TemporaryDirectory
 
 from platformdirs import user_cache_path
 
 from heft_engine.commands.arguments import add_child_argument, add_machine_arguments, add_set_argument
-from heft_engine.commands.child_process import dump_stacks_on_signal, print_event, report_failures
+from heft_engine.commands.child_process import dump_stacks_on_signal, report_failures
 from heft_engine.commands.json_file import read_json_file
-from heft_engine.commands.stage_exchange import RequestedStages
+from heft_engine.commands.launch import is_rank, run_ranks
 from heft_engine.commands.train_config import config_from_settings
 from heft_engine.config.known_datasets import DatasetError, with_dataset_defaults
 from heft_engine.config.run_file import FileField, RunFile
-from heft_engine.data.rows import Row, read_rows
-from heft_engine.errors import ConfigError, RowError
-from heft_engine.preflight.prepare import Directories, write_reference
-from heft_engine.training.activation_store import MAX_BYTES, ActivationStore
-from heft_engine.training.run import train
-from heft_engine.training.stage_cache import StageStore
-from heft_engine.training.stage_store import LocalStages
+from heft_engine.errors import ConfigError
 
 _METHODS = ["heft", "lora", "reft", "heft_reversed", "heft_interleaved"]
 
@@ -46,63 +41,54 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         action="store_false",
         help="train every stage, even one that an equal run has trained before; and store none for later runs",
     )
+    processes = parser.add_mutually_exclusive_group()
+    processes.add_argument("--gpus", type=int, help="train on so many GPUs of this machine")
+    processes.add_argument("--processes", type=int, help="train in so many processes on its processors")
+    parser.add_argument("--nodes", type=int, default=1, help="machines that train this run together")
+    parser.add_argument("--node-rank", type=int, default=0, help="of this machine: 0 to nodes - 1")
+    parser.add_argument("--rendezvous", metavar="HOST:PORT", help="a free port of machine 0")
     parser.add_argument("--run-file", type=Path, help="a JSON file instead of all of the above")
     add_machine_arguments(parser)
     add_child_argument(parser)
 
 
 def run(args: argparse.Namespace) -> None:
-    """Trains, with events on stdout. SIGTERM and SIGINT end the run at its next step, with a checkpoint."""
+    """Trains, with events on stdout. SIGTERM and SIGINT end the run at its next step, with a checkpoint.
+
+    Several processes are started from here; each runs this too.
+    """
     dump_stacks_on_signal()
     stop = threading.Event()
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, lambda *_: stop.set())
+    if is_rank():
+        _train_in_this_process(_read_run_file(args), stop)
+        return
     with report_failures():
-        run_file = _from_arguments(args) if args.run_file is None else read_json_file(args.run_file, RunFile)
-        _train(run_file, stop)
+        run_file = _read_run_file(args)
+        if run_file.processes * run_file.nodes > 1:
+            _train_in_several_processes(run_file, args.run_file)
+            return
+    _train_in_this_process(run_file, stop)
 
 
-def _train(run_file: RunFile, stop: threading.Event) -> None:
-    train(
-        run_file.config,
-        _read("training_file", run_file.train, run_file),
-        _read("validation_file", run_file.eval, run_file),
-        run_file.out,
-        print_event,
-        test_rows=_read("test_file", run_file.test, run_file),
-        options=run_file,
-        stage_store=_stage_store(run_file, stop),
-        activations=_activation_store(run_file),
-        should_stop=stop.is_set,
-    )
+def _train_in_this_process(run_file: RunFile, stop: threading.Event) -> None:
+    # The process that starts others needs no torch, which takes seconds to import.
+    from heft_engine.commands.train_process import train_in_process
+
+    train_in_process(run_file, stop)
 
 
-def _stage_store(run_file: RunFile, stop: threading.Event) -> StageStore | None:
-    if run_file.stage_dir is None:
-        return None
-    if run_file.stages_on_request:
-        return RequestedStages(directory=run_file.stage_dir, on_event=print_event, should_stop=stop.is_set)
-    return LocalStages(directory=run_file.stage_dir)
+def _train_in_several_processes(run_file: RunFile, path: Path | None) -> None:
+    with TemporaryDirectory(prefix="heft-run-") as folder:
+        if path is None:
+            path = Path(folder) / "run.json"
+            path.write_text(run_file.model_dump_json())
+        run_ranks(run_file, path)
 
 
-def _activation_store(run_file: RunFile) -> ActivationStore | None:
-    if run_file.activation_dir is None or run_file.activation_bytes == 0:
-        return None
-    return ActivationStore(
-        directory=run_file.activation_dir,
-        max_bytes=run_file.activation_bytes or MAX_BYTES,
-        owner=run_file.owner,
-    )
-
-
-def _read(field: FileField, path: Path | None, run_file: RunFile) -> list[Row]:
-    """Returns the rows of a file, none for None. Raises RowError."""
-    if path is None:
-        return []
-    try:
-        return read_rows(path, labels=run_file.config.task.labels, max_line_bytes=run_file.max_line_bytes)
-    except OSError as error:
-        raise RowError(f"{path} can't be read: {error.strerror}", param=field) from error
+def _read_run_file(args: argparse.Namespace) -> RunFile:
+    return _from_arguments(args) if args.run_file is None else read_json_file(args.run_file, RunFile)
 
 
 def _from_arguments(args: argparse.Namespace) -> RunFile:
@@ -126,7 +112,11 @@ def _from_arguments(args: argparse.Namespace) -> RunFile:
         resume=args.resume,
         model_dir=args.model_dir,
         cache_dir=args.cache_dir,
-        device=args.device,
+        device="cuda" if args.gpus else "cpu" if args.processes else args.device,
+        processes=args.gpus or args.processes or 1,
+        nodes=args.nodes,
+        node_rank=args.node_rank,
+        rendezvous=args.rendezvous,
         stage_dir=cache_dir / "stages" if args.reuse else None,
         activation_dir=cache_dir / "prefills" if args.reuse else None,
         allow_paths=True,
@@ -137,6 +127,13 @@ def _rows_file(args: argparse.Namespace, field: FileField, reference: str) -> Pa
     """Returns a path unchanged; the rows of `hub:…` and `sample:…` are written beside the bundle first."""
     if not reference.startswith(("hub:", "sample:")):
         return Path(reference)
+    if is_rank():
+        message = (
+            f"{field}: {reference} would be written by every process. Give a file, or start with --processes"
+        )
+        raise ConfigError(message, param=field)
+    from heft_engine.preflight.prepare import Directories, write_reference  # torch takes seconds to import
+
     folder: Path = args.out.parent / f"{args.out.name}-rows"
     folder.mkdir(parents=True, exist_ok=True)
     path = write_reference(field, reference, Directories(out=folder, cache_dir=args.cache_dir))

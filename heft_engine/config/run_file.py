@@ -34,6 +34,13 @@ class RunOptions(Settings):
     #: Bytes that a stage may take beyond what the process already has; None: what is free.
     memory_bytes: Annotated[int, Field(ge=0)] | None = None
     sharers: Annotated[int, Field(ge=1)] = 1  #: runs that share the free memory, this one included
+    #: Processes on this machine that train this run together, each on a GPU of its own if there is one.
+    processes: Annotated[int, Field(ge=1)] = 1
+    nodes: Annotated[int, Field(ge=1)] = (
+        1  #: machines that train this run together, with as many processes each
+    )
+    node_rank: Annotated[int, Field(ge=0)] = 0  #: of this machine; 0 has the rank that evaluates and writes
+    rendezvous: str | None = None  #: host:port of machine 0, where the processes of several machines meet
     #: A text task is also generated and measured on the validation rows at the end, for a search to choose by.
     evaluate_validation: bool = False
 

@@ -68,6 +68,7 @@ class RunState:
         default_factory=list
     )  #: heft_engine.training.costs.stage_cost of each stage
     threads: int = field(default_factory=torch.get_num_threads)
+    processes: int = 1  #: that trained together
     adapters: list[LoraWeights] = field(default_factory=list)
     snapshot: StageSnapshot | None = None
 
@@ -211,7 +212,7 @@ def rows_hash(examples: Sequence[Example]) -> str:
 
 
 def load_checkpoint(path: Path, config: TrainConfig, rows_sha256: str) -> Checkpoint:
-    """Reads and verifies a checkpoint of a run of the same config and rows; sets torch's threads to that run's.
+    """Reads and verifies a checkpoint of a run of the same config and rows.
 
     Raises BundleError for a damaged checkpoint, or one of another run.
     """
@@ -222,8 +223,6 @@ def load_checkpoint(path: Path, config: TrainConfig, rows_sha256: str) -> Checkp
     if values["rows_sha256"] != rows_sha256:
         raise BundleError("this checkpoint belongs to a run with other training rows")
     adapters, interventions = read_stages(path / ("bundle" if values["inside_stage"] is None else "stages"))
-    # The order of sums in a matrix product may depend on the number of threads.
-    torch.set_num_threads(values["threads"])
     return Checkpoint(state=RunState.from_json(values, adapters, tensors), interventions=interventions)
 
 

@@ -80,3 +80,11 @@ def _intervened_tokens(interventions: list[tuple[int, str]], example: Example) -
         (layer, intervened_positions(prompt, *parse_positions(positions)))
         for layer, positions in interventions
     ]
+
+
+def divergence_message(stage: Stage, loss: float) -> str:
+    """Returns what to change in a stage whose loss has risen so far."""
+    lower = f"Lower {stage.type}.learning_rate (now {float(stage.learning_rate):.1e})"
+    rank = getattr(stage, "rank", None)
+    smaller = f" or {stage.type}.rank (now {rank})" if rank is not None else ""
+    return f"Stage {stage.type} diverges: its loss rose to {loss:.3g}. {lower}{smaller}"

@@ -10,6 +10,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
+import torch
 from torch import Tensor
 
 from heft_engine.config.flops import CacheLevel
@@ -23,6 +24,8 @@ from heft_engine.training.activation_cache import SuffixCache
 
 #: So many tokens of which keys and values are cached count as one that runs.
 CACHED_TOKENS_PER_TOKEN = 4
+#: Probe rows are so many, the shortest of the first so many.
+_PROBE_ROWS, _PROBE_CANDIDATES = 4, 64
 
 
 class ForwardPass(Protocol):
@@ -32,6 +35,9 @@ class ForwardPass(Protocol):
     def lm(self) -> PackedLM: ...
     @property
     def examples(self) -> Sequence[Example]: ...
+    def share(self, rows: Sequence[int]) -> Sequence[int]:
+        """Returns those of some examples that this process runs; the others run on other ranks."""
+
     def tokens(self, index: int) -> int:
         """Returns how much of a micro-batch's token budget an example takes."""
 
@@ -45,6 +51,9 @@ class FullPass:
 
     lm: PackedLM
     examples: Sequence[Example]
+
+    def share(self, rows: Sequence[int]) -> Sequence[int]:
+        return rows
 
     def tokens(self, index: int) -> int:
         return packed_length(self.examples[index])
@@ -69,6 +78,9 @@ class SuffixPass:
     @property
     def examples(self) -> Sequence[Example]:
         return self.cache.examples
+
+    def share(self, rows: Sequence[int]) -> Sequence[int]:
+        return rows
 
     def tokens(self, index: int) -> int:
         row = self.cache.rows[index]
@@ -104,6 +116,22 @@ def loss_sums(forward: ForwardPass, objective: Objective, indices: Sequence[int]
 def summed_loss(forward: ForwardPass, objective: Objective, indices: Sequence[int]) -> Tensor:
     """Returns the objective's summed loss of some examples, in one pass."""
     return loss_sums(forward, objective, indices).loss
+
+
+@torch.inference_mode()
+def probe_states(forward: ForwardPass) -> Tensor:
+    """Returns hidden states of a few short rows, through the cache: whole rows would take longer than steps."""
+    examples = forward.examples
+    candidates = forward.share(range(len(examples)))[:_PROBE_CANDIDATES]
+    shortest = sorted(candidates, key=lambda row: packed_length(examples[row]))[:_PROBE_ROWS]
+    return forward.hidden(shortest).float().cpu()
+
+
+def added_up(sums: Sequence[LossSums], device: torch.device) -> Tensor:
+    """Returns the sums of all passes, (2,) in float64: loss and correct tokens."""
+    if not sums:
+        return torch.zeros(2, dtype=torch.float64, device=device)
+    return torch.stack([torch.stack([loss.double(), correct.double()]) for loss, correct in sums]).sum(0)
 
 
 def split_by_tokens(

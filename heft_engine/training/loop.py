@@ -20,9 +20,13 @@ from heft_engine.adapters.adapter import Adapter
 from heft_engine.config.train import EarlyStopping, Stage
 from heft_engine.errors import Stopped, TrainingError
 from heft_engine.events import Event, OnEvent
+from heft_engine.model.loss import LossSums
 from heft_engine.model.packing import packed_length
 from heft_engine.objectives.objective import Objective
-from heft_engine.training.forward_pass import ForwardPass, loss_sums, split_by_tokens
+from heft_engine.runtime.distributed import SINGLE_PROCESS, Ranks
+from heft_engine.training.exchange import Exchange
+from heft_engine.training.failure_signatures import divergence_message
+from heft_engine.training.forward_pass import ForwardPass, added_up, loss_sums, probe_states, split_by_tokens
 from heft_engine.training.progress import Progress
 from heft_engine.training.schedule import epoch_order, learning_rate_at
 from heft_engine.training.smaller_passes import run_in_smaller_passes
@@ -30,8 +34,6 @@ from heft_engine.training.smaller_passes import run_in_smaller_passes
 BETAS, EPSILON = (0.9, 0.999), 1e-8
 #: After so many steps (or at the end of a shorter stage) the hidden states of probe rows must have changed.
 TRAINS_AFTER = 20
-#: Probe rows are so many, the shortest of the first so many.
-_PROBE_ROWS, _PROBE_CANDIDATES = 4, 64
 #: A running mean of the loss this many times its lowest value, and more than 1 nat above it, is called divergence.
 DIVERGED = 2.0
 
@@ -63,6 +65,7 @@ class TrainLoop:
     first_step: int  #: optimizer steps of the run before this stage
     total_steps: int  #: of the whole run
     hooks: Hooks
+    ranks: Ranks = SINGLE_PROCESS  #: the processes that share the rows of each step
     progress: Progress = field(default_factory=Progress)
     best: dict[str, Tensor] = field(default_factory=dict)  #: parameters of the best epoch, for early stopping
     probe_before: Tensor | None = None  #: hidden states of the probe rows before the first step
@@ -78,6 +81,7 @@ class TrainLoop:
         #: One kernel for all parameters of a GPU; Adam's step counters are on the GPU then.
         self._fused = all(parameter.is_cuda for parameter in parameters.values())
         self.optimizer = torch.optim.AdamW(groups, lr=0.0, betas=BETAS, eps=EPSILON, fused=self._fused)
+        self._exchange = Exchange(ranks=self.ranks, seed=self.seed, stage_index=self.index)
 
     @property
     def steps_per_epoch(self) -> int:
@@ -90,8 +94,9 @@ class TrainLoop:
     def run(self) -> None:
         """Trains to the end. Raises Stopped after a checkpoint, TrainingError when training can't succeed."""
         self.adapter.train(False)  # fresh modules are in training mode: dropout would change the probe rows
-        if self.probe_before is None:
-            self.probe_before = self._probe()
+        if self.probe_before is None and self.ranks.is_first:
+            self.probe_before = probe_states(self.forward)
+        self._exchange.check_same(self.adapter.parameters())
         while self.progress.epoch < self.stage.n_epochs and not self.progress.finished:
             for rows in self._remaining_batches():
                 started = time.monotonic()
@@ -124,23 +129,30 @@ class TrainLoop:
             yield order[start : start + size]
 
     def _forward_backward(self, rows: Sequence[int]) -> tuple[float, float, int]:
-        """Accumulates the gradients of one step. Returns its summed loss, its correct tokens, and the count of all."""
-        count = self.objective.count([self.forward.examples[row] for row in rows])
+        """Accumulates the gradients of one step. Returns its summed loss, its correct tokens, and the count of all.
 
-        def accumulate(token_budget: int) -> tuple[float, float]:
+        With several ranks, each runs its share of the rows; gradients and sums are those of all rows.
+        """
+        count = self.objective.count([self.forward.examples[row] for row in rows])
+        share = self.forward.share(rows)
+
+        def accumulate(token_budget: int) -> Tensor:
             self.optimizer.zero_grad(set_to_none=True)
-            sums: list[Tensor] = []
-            for micro_batch in split_by_tokens(self.forward.tokens, rows, token_budget):
+            sums: list[LossSums] = []
+            for micro_batch in split_by_tokens(self.forward.tokens, share, token_budget):
                 loss, correct = loss_sums(self.forward, self.objective, micro_batch)
                 (loss / count).backward()  # type: ignore[no-untyped-call]
-                sums.append(_as_doubles(loss, correct))
-            return _read_total(sums)
+                sums.append(LossSums(loss.detach(), correct))
+            return added_up(sums, self.forward.lm.device)
 
+        self._exchange.begin_step(self.progress.step)
         self.adapter.train(True)
-        total, correct = self._in_smaller_passes(accumulate, self.forward, rows)
+        sums = self._in_smaller_passes(accumulate, self.forward, share)
         self.adapter.train(False)
+        # Reads the sums, once: each read makes the host wait for the GPU.
+        total, correct = self._exchange.sum_gradients(self.adapter.parameters(), sums)
         if not math.isfinite(total / count):
-            raise TrainingError(self._divergence(total / count), code="diverged")
+            raise TrainingError(divergence_message(self.stage, total / count), code="diverged")
         return total, correct, count
 
     def _optimizer_step(self, learning_rate: float) -> None:
@@ -167,6 +179,7 @@ class TrainLoop:
     def _end_epoch(self) -> None:
         progress = self.progress
         self._check_parameters()
+        self._exchange.check_same(self.adapter.parameters())
         data: dict[str, Any] = {
             "step": self.first_step + progress.step,
             "total_steps": self.total_steps,
@@ -190,15 +203,14 @@ class TrainLoop:
     @torch.inference_mode()
     def _validation_loss(self) -> tuple[float, float]:
         """Returns the mean loss of the validation rows, and their token accuracy."""
-        rows = range(len(self.validation.examples))
+        share = self.validation.share(range(len(self.validation.examples)))
 
-        def summed(token_budget: int) -> tuple[float, float]:
-            micro_batches = split_by_tokens(self.validation.tokens, rows, token_budget)
-            return _read_total(
-                [_as_doubles(*loss_sums(self.validation, self.objective, part)) for part in micro_batches]
-            )
+        def summed(token_budget: int) -> Tensor:
+            micro_batches = split_by_tokens(self.validation.tokens, share, token_budget)
+            sums = [loss_sums(self.validation, self.objective, part) for part in micro_batches]
+            return added_up(sums, self.validation.lm.device)
 
-        total, correct = self._in_smaller_passes(summed, self.validation, rows)
+        total, correct = self._exchange.sum(self._in_smaller_passes(summed, self.validation, share))
         count = self.objective.count(self.validation.examples)
         return total / count if math.isfinite(total) else math.inf, correct / count
 
@@ -218,9 +230,9 @@ class TrainLoop:
     # -- failures ---------------------------------------------------------------------------------------------------
 
     def _in_smaller_passes(
-        self, work: Callable[[int], tuple[float, float]], forward: ForwardPass, rows: Sequence[int]
-    ) -> tuple[float, float]:
-        """Runs passes by the stage's token budget, which is lowered for good when they run out of memory."""
+        self, work: Callable[[int], Tensor], forward: ForwardPass, rows: Sequence[int]
+    ) -> Tensor:
+        """Runs passes by this rank's token budget, which is lowered for good when they run out of memory."""
         return run_in_smaller_passes(
             work, forward, rows, self.progress.token_budget, self._lower_token_budget
         )
@@ -239,32 +251,24 @@ class TrainLoop:
         progress.lowest = min(progress.running, progress.lowest if progress.lowest is not None else math.inf)
         if not progress.warned and progress.running > max(DIVERGED * progress.lowest, progress.lowest + 1):
             progress.warned = True
-            self._emit("WARNING", self._divergence(progress.running), level="warn", signature="diverges")
-
-    def _divergence(self, loss: float) -> str:
-        kind = self.stage.type
-        lower = f"Lower {kind}.learning_rate (now {float(self.stage.learning_rate):.1e})"
-        rank = getattr(self.stage, "rank", None)
-        smaller = f" or {kind}.rank (now {rank})" if rank is not None else ""
-        return f"Stage {kind} diverges: its loss rose to {loss:.3g}. {lower}{smaller}"
+            self._emit(
+                "WARNING",
+                divergence_message(self.stage, progress.running),
+                level="warn",
+                signature="diverges",
+            )
 
     def _check_parameters(self) -> None:
         """Raises TrainingError for parameters that are not finite (the last step may do it) or break an invariant."""
         are_finite = [parameter.isfinite().all() for parameter in self.adapter.parameters().values()]
         if not torch.stack([finite.to(are_finite[0].device) for finite in are_finite]).all():
-            raise TrainingError(self._divergence(math.nan), code="diverged")
+            raise TrainingError(divergence_message(self.stage, math.nan), code="diverged")
         self.adapter.check()
 
-    @torch.inference_mode()
-    def _probe(self) -> Tensor:
-        """Returns hidden states of a few short rows, through the cache: whole rows would take longer than steps."""
-        examples = self.forward.examples
-        candidates = range(min(len(examples), _PROBE_CANDIDATES))
-        shortest = sorted(candidates, key=lambda row: packed_length(examples[row]))[:_PROBE_ROWS]
-        return self.forward.hidden(shortest).float().cpu()
-
     def _check_trains(self) -> None:
-        if self.probe_before is not None and not torch.equal(self.probe_before, self._probe()):
+        if not self.ranks.is_first:
+            return  # rank 0 speaks for all: parameters are the same
+        if self.probe_before is not None and not torch.equal(self.probe_before, probe_states(self.forward)):
             return
         raise TrainingError(
             f"stage {self.stage.type} does not train: after {self.progress.step} steps its parameters have changed "
@@ -275,7 +279,7 @@ class TrainLoop:
     # -- checkpoints and events -------------------------------------------------------------------------------------
 
     def _save_or_stop(self, due: bool = False) -> None:
-        stop = self.hooks.should_stop()
+        stop = self._exchange.should_stop(self.hooks.should_stop())
         self.hooks.save(self.progress, self._tensors, due or stop)
         if stop:
             raise Stopped("stopped at a checkpoint, as requested")
@@ -342,16 +346,6 @@ class TrainLoop:
     def _emit(self, code: Any, message: str, *, level: Any = "info", **data: Any) -> None:
         data = {"stage": self.stage.type, "stage_index": self.index, **data}
         self.hooks.on_event(Event(code=code, message=message, data=data, level=level))
-
-
-def _as_doubles(loss: Tensor, correct: Tensor) -> Tensor:
-    return torch.stack([loss.detach().double(), correct.double()])
-
-
-def _read_total(sums: Sequence[Tensor]) -> tuple[float, float]:
-    """Returns loss and correct tokens of all passes, read at once: each read makes the host wait for the GPU."""
-    loss, correct = torch.stack(list(sums)).sum(0).tolist()
-    return loss, correct
 
 
 def _with_prefix(prefix: str, tensors: dict[str, Tensor]) -> dict[str, Tensor]:

@@ -15,6 +15,7 @@ import torch
 from heft_engine.adapters import parity
 from heft_engine.adapters.adapter import Boundary
 from heft_engine.config.flops import CacheLevel
+from heft_engine.data.encoding import Example
 from heft_engine.inference.partition import TOKEN_BUDGET as SCORING_BUDGET
 from heft_engine.model.loss import supervised_loss
 from heft_engine.model.packing import fill, packed_length
@@ -119,8 +120,14 @@ def _plan_caches(
     if earlier is not None:
         return CachePlan.from_json(earlier.cache or {}), CachePlan.from_json(earlier.validation_cache or {})
     boundary = inputs.adapter.boundary()
-    training = plan_cache(inputs.lm, boundary, inputs.examples, options.cache)
-    return training, plan_cache(inputs.lm, boundary, inputs.validation, options.cache.without(training))
+    training = plan_cache(inputs.lm, boundary, _held(inputs, inputs.examples), options.cache)
+    budget = options.cache.without(training)
+    return training, plan_cache(inputs.lm, boundary, _held(inputs, inputs.validation), budget)
+
+
+def _held(inputs: StageInputs, examples: Sequence[Example]) -> list[Example]:
+    """Returns the examples whose cached activations this rank would hold."""
+    return [examples[row] for row in inputs.division(examples, fixed=True).held(inputs.ranks.rank)]
 
 
 def _should_compile(
@@ -151,7 +158,8 @@ def _try_out(inputs: StageInputs) -> None:
 def _free_bytes(options: StageOptions, device: torch.device) -> int:
     if options.memory_bytes is not None:
         return options.memory_bytes
-    return devices.memory_share(device, options.cache.sharers) - devices.reserved_bytes(device)
+    sharers = options.cache.sharers if device.type == "cpu" else options.sharers
+    return devices.memory_share(device, sharers) - devices.reserved_bytes(device)
 
 
 def _fixed_bytes(inputs: StageInputs, *caches: CachePlan) -> int:
@@ -208,8 +216,10 @@ class _Passes:
         epochs = min(inputs.stage.n_epochs, max(1, COUNTED_ROWS // rows))
         orders = (epoch_order(inputs.seed, inputs.index, epoch, rows) for epoch in range(epochs))
         steps = (order[start : start + size] for order in orders for start in range(0, rows, size))
+        division = inputs.division(inputs.examples, fixed=self.level != CacheLevel.NONE)
+        shares = (share for step in steps for share in division.of(step))
         return {
-            tuple(part) for step in steps for part in split_by_tokens(self._budgeted_tokens, step, budget)
+            tuple(part) for share in shares for part in split_by_tokens(self._budgeted_tokens, share, budget)
         }
 
     def _budgeted_tokens(self, index: int) -> int:

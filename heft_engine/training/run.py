@@ -2,19 +2,26 @@
 
 A LoRA stage ends merged; a ReFT stage leaves an intervention in place that later stages train through. This module
 alone holds the run's state, emits its events and writes its files.
+
+Of several ranks all train and merge; rank 0 alone reads checkpoints, plans, evaluates, emits events and writes. The
+others wait for what it sends: the state to begin with, each stage's plan, and the state after each stage.
 """
 
 from __future__ import annotations
 
+import logging
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
+from typing import Any
 
-from safetensors import SafetensorError
+import torch
 from torch import Tensor
 
+from heft_engine.adapters.adapter import Merge
 from heft_engine.adapters.lora.weights import LoraWeights
 from heft_engine.bundle.format import Bundle
 from heft_engine.config.run_file import RunOptions
@@ -28,36 +35,36 @@ from heft_engine.model.base_models import resolve
 from heft_engine.model.interventions import PlacedIntervention
 from heft_engine.model.packed_lm import PackedLM
 from heft_engine.runtime.devices import choose_device
-from heft_engine.runtime.random_state import RandomState
+from heft_engine.runtime.distributed import SINGLE_PROCESS, Ranks
 from heft_engine.training import run_events
 from heft_engine.training.activation_store import ActivationStore, StageActivations
-from heft_engine.training.cache_plan import CacheBudget
 from heft_engine.training.checkpoint import (
     CheckpointWriter,
     RunState,
     StageSnapshot,
     load_checkpoint,
     rows_hash,
-    write_stage,
 )
 from heft_engine.training.costs import stage_cost
 from heft_engine.training.loop import Hooks
 from heft_engine.training.memory_plan import peak
-from heft_engine.training.plan import plan_stage
+from heft_engine.training.plan import StagePlan, plan_stage
 from heft_engine.training.progress import Progress
 from heft_engine.training.result import (
     StageMeasurements,
     evaluate_stage,
-    measure_epoch,
     measure_stage,
     row_results,
     validation_result,
     write_result,
 )
+from heft_engine.training.run_output import RunOutput
 from heft_engine.training.setup import RunInputs, load
 from heft_engine.training.stage import train_stage
-from heft_engine.training.stage_cache import StageCache, StageStore, activation_key, stage_keys
-from heft_engine.training.stage_inputs import StageInputs, StageOptions, attach_stage
+from heft_engine.training.stage_cache import CachedStage, StageCache, StageStore, activation_key, stage_keys
+from heft_engine.training.stage_inputs import StageInputs, StageOptions, attach_stage, make_stage_options
+
+log = logging.getLogger(__name__)
 
 
 def train(
@@ -72,17 +79,19 @@ def train(
     stage_store: StageStore | None = None,
     activations: ActivationStore | None = None,
     should_stop: Callable[[], bool] = lambda: False,
+    ranks: Ranks = SINGLE_PROCESS,
 ) -> Bundle:
     """Trains the stages of a config and writes a bundle to `out_dir`, a new or empty directory.
 
     `eval_rows` decide early stopping and `test_rows` are only reported. `stage_store` holds the results of stages of
     earlier runs: a new run starts after the longest prefix of its stages found there, and stores its own results.
-    `activations`: frozen activations that runs on this machine share.
+    `activations`: frozen activations that runs on this machine share. `ranks`: the processes that train together; each
+    calls this with the same arguments, and all return the bundle that rank 0 has written.
     Raises EngineError: RowError, ConfigError, ModelError, TrainingError, or Stopped after `should_stop` returned True
     and a checkpoint was written.
     """
     options = options or RunOptions()
-    if out_dir.exists() and any(out_dir.iterdir()):
+    if ranks.is_first and out_dir.exists() and any(out_dir.iterdir()):
         raise ConfigError(f"{out_dir} is not empty: a bundle needs a directory of its own", param="out")
     base = resolve(
         config.model,
@@ -90,7 +99,9 @@ def train(
         cache_dir=options.cache_dir,
         allow_paths=options.allow_paths,
     )
-    inputs = load(config, base, train_rows, eval_rows, test_rows, options.device or choose_device())
+    ranks = ranks.on_device(options.device)
+    device = ranks.device or choose_device()
+    inputs = load(config, base, train_rows, eval_rows, test_rows, device, ranks)
     return run_stages(
         inputs,
         out_dir,
@@ -113,46 +124,52 @@ def run_stages(
     should_stop: Callable[[], bool] = lambda: False,
 ) -> Bundle:
     """Trains the stages of loaded inputs and writes the bundle. Parameters and errors are those of `train`."""
-    config, lm = inputs.config, inputs.lm
-    lm.on_forward = Pulse(on_event)
+    ranks = inputs.ranks
+    if not ranks.is_first:
+        on_event, stage_store = _log_warning, None
+        options = options.model_copy(update={"checkpoint_dir": None})
+    inputs.lm.on_forward = Pulse(on_event)
     state, output = _open(inputs, options, on_event, stage_store)
     output.emit(run_events.started(inputs))
     state, measured = _begin(inputs, state, output)
-    stage_options = _stage_options(config, options, out_dir.parent)
-    for index in range(state.stage_index, len(config.stages)):
+    stage_options = make_stage_options(inputs, options, out_dir.parent)
+    for index in range(state.stage_index, len(inputs.config.stages)):
         began = time.monotonic()
         stage = attach_stage(inputs, index)
-        with peak(lm.device) as peak_bytes:
+        with peak(inputs.lm.device) as peak_bytes:
             progress, other_seconds = _train(stage, state, stage_options, output, activations, should_stop)
-            cost = stage_cost(stage, progress, time.monotonic() - began + other_seconds)
-            merge = stage.adapter.finish(inputs.merge_probes)
-            if merge is not None:
-                output.emit(run_events.merge_verified(config, index, merge))
-            evaluation, scores = evaluate_stage(inputs, index)
-            general_loss = mean_loss(lm, inputs.general)
-            memory_bytes = peak_bytes()
-        state = state.after_stage(progress, merge, evaluation, general_loss, cost)
-        output.emit(*run_events.stage_ended(inputs, state, progress, time.monotonic() - began, memory_bytes))
-        measured = measure_stage(inputs, scores)
-        output.save_stage(state, measured, list(lm.interventions), key=output.cache.key(index))
-        output.store_stage(state, measured)
-    measured = measured or measure_stage(inputs)
-    bundle = write_result(inputs, state, measured, list(lm.interventions), out_dir)
-    validation = validation_result(inputs, measured, generate_text=options.evaluate_validation)
-    output.emit(run_events.succeeded(state, bundle, row_results(inputs, state, validation)))
-    return bundle
+            trained = _TrainedStage(
+                stage=stage,
+                progress=progress,
+                cost=stage_cost(stage, progress, time.monotonic() - began + other_seconds),
+                merge=stage.adapter.finish(inputs.merge_probes),
+                began=began,
+                peak_bytes=peak_bytes,
+            )
+            state, measured = ranks.broadcast(partial(_finish_stage, trained, state, output))
+
+    def finish() -> Bundle:
+        stage_results = measured or measure_stage(inputs)
+        bundle = write_result(inputs, state, stage_results, list(inputs.lm.interventions), out_dir)
+        validation = validation_result(inputs, stage_results, generate_text=options.evaluate_validation)
+        output.emit(run_events.succeeded(state, bundle, row_results(inputs, state, validation)))
+        return bundle
+
+    return ranks.broadcast(finish)
 
 
 def _open(
     inputs: RunInputs, options: RunOptions, on_event: OnEvent, stage_store: StageStore | None
-) -> tuple[RunState, _Output]:
+) -> tuple[RunState, RunOutput]:
     """Returns the state to continue, a checkpoint's or a new one, and the outputs of a run that does."""
-    rows_sha256 = rows_hash(inputs.examples)
+    ranks, rows_sha256 = inputs.ranks, rows_hash(inputs.examples)
+    ranks.check_same("the training rows", rows_sha256)
     keys = stage_keys(inputs) if stage_store is not None else []
-    state = RunState(rows_sha256=rows_sha256, keys=keys)
-    if options.resume is not None:
-        checkpoint = load_checkpoint(options.resume, inputs.config, rows_sha256)
-        state = checkpoint.state
+    state = RunState(rows_sha256=rows_sha256, keys=keys, processes=ranks.size)
+    resume = options.resume
+    if resume is not None:
+        checkpoint = ranks.broadcast(lambda: load_checkpoint(resume, inputs.config, rows_sha256))
+        state = _continued(checkpoint.state, ranks)
         interventions = [stored.restore(inputs.lm.hidden_size) for stored in checkpoint.interventions]
         _apply(inputs.lm, state.adapters, interventions)
     # A checkpoint may be continued by newer code, or beside other test rows: its results belong to no key.
@@ -160,10 +177,23 @@ def _open(
     checkpoints = CheckpointWriter(
         directory=options.checkpoint_dir, seconds=options.checkpoint_seconds, epochs=options.n_checkpoints
     )
-    return state, _Output(inputs=inputs, on_event=on_event, checkpoints=checkpoints, cache=cache)
+    return state, RunOutput(inputs=inputs, on_event=on_event, checkpoints=checkpoints, cache=cache)
 
 
-def _begin(inputs: RunInputs, state: RunState, output: _Output) -> tuple[RunState, StageMeasurements | None]:
+def _continued(state: RunState, ranks: Ranks) -> RunState:
+    """Returns a checkpoint's state for these ranks. Sets torch's threads as they were, unless ranks are more or fewer.
+
+    The order of sums in a matrix product may depend on the number of threads.
+    """
+    if state.processes == ranks.size:
+        torch.set_num_threads(state.threads)
+        return state
+    return replace(state, processes=ranks.size, threads=torch.get_num_threads())
+
+
+def _begin(
+    inputs: RunInputs, state: RunState, output: RunOutput
+) -> tuple[RunState, StageMeasurements | None]:
     """Returns the state before the first stage to train, and its measurements where they are known.
 
     A new run starts after its longest cached prefix, each stage of which is announced and saved as if it had just
@@ -171,25 +201,34 @@ def _begin(inputs: RunInputs, state: RunState, output: _Output) -> tuple[RunStat
     """
     if state.evaluations:
         return state, None
-    cached_stages = output.cache.restore(inputs)
-    if not cached_stages:
+    cached = inputs.ranks.broadcast(partial(_restore_cached, inputs, output))
+    if cached is not None:
+        _apply(inputs.lm, cached.state.adapters, cached.interventions)
+        return cached.state, cached.measured
+
+    def with_base() -> RunState:
         general_loss = mean_loss(inputs.lm, inputs.general)
         evaluation, _ = evaluate_stage(inputs, None)
         output.emit(*run_events.evaluation(evaluation, inputs.split))
-        return state.with_base(evaluation, general_loss), None
+        return state.with_base(evaluation, general_loss)
+
+    return inputs.ranks.broadcast(with_base), None
+
+
+def _restore_cached(inputs: RunInputs, output: RunOutput) -> CachedStage | None:
+    """Announces and saves the longest cached prefix of the run's stages. Returns the last of them."""
+    cached_stages = output.cache.restore(inputs)
     for index, cached in enumerate(cached_stages):
         output.emit(*run_events.stage_reused(inputs, cached.state, output.cache.key(index)))
         output.save_stage(cached.state, cached.measured, cached.interventions)
-    last = cached_stages[-1]
-    _apply(inputs.lm, last.state.adapters, last.interventions)
-    return last.state, last.measured
+    return cached_stages[-1] if cached_stages else None
 
 
 def _train(
     stage: StageInputs,
     state: RunState,
     options: StageOptions,
-    output: _Output,
+    output: RunOutput,
     activations: ActivationStore | None,
     should_stop: Callable[[], bool],
 ) -> tuple[Progress, float]:
@@ -211,7 +250,7 @@ def _train(
             return None
         return activations.for_key(activation_key(inputs, state.adapters, stage, examples, activations.owner))
 
-    with plan_stage(stage, options, earlier) as plan:
+    with _shared_plan(stage, options, earlier) as plan:
         output.emit(*run_events.stage_started(inputs.config, stage, plan))
         result = train_stage(
             stage,
@@ -229,6 +268,55 @@ def _train(
     return result.progress, earlier_seconds + result.saved_seconds
 
 
+@contextmanager
+def _shared_plan(stage: StageInputs, options: StageOptions, earlier: Progress | None) -> Iterator[StagePlan]:
+    """Yields the plan of a stage: rank 0's, by its own free memory, which the other ranks follow."""
+    ranks = stage.ranks
+    if not ranks.is_first:
+        earlier = ranks.receive()
+    with plan_stage(stage, options, earlier) as plan:
+        if ranks.is_first:
+            ranks.send(plan.as_progress)
+        yield plan
+
+
+@dataclass(frozen=True, kw_only=True)
+class _TrainedStage:
+    """A stage that has been trained and merged, but not measured. began: on the monotonic clock."""
+
+    stage: StageInputs
+    progress: Progress
+    cost: dict[str, Any]
+    merge: Merge[LoraWeights] | None
+    began: float
+    peak_bytes: Callable[[], int | None]
+
+
+def _finish_stage(
+    trained: _TrainedStage, state: RunState, output: RunOutput
+) -> tuple[RunState, StageMeasurements]:
+    """Measures a trained stage, emits its events and writes its checkpoint. Returns the state after it."""
+    inputs, index = output.inputs, trained.stage.index
+    if trained.merge is not None:
+        output.emit(run_events.merge_verified(inputs.config, index, trained.merge))
+    evaluation, scores = evaluate_stage(inputs, index)
+    general_loss = mean_loss(inputs.lm, inputs.general)
+    memory_bytes = trained.peak_bytes()
+    state = state.after_stage(trained.progress, trained.merge, evaluation, general_loss, trained.cost)
+    seconds = time.monotonic() - trained.began
+    output.emit(*run_events.stage_ended(inputs, state, trained.progress, seconds, memory_bytes))
+    measured = measure_stage(inputs, scores)
+    output.save_stage(state, measured, list(inputs.lm.interventions), key=output.cache.key(index))
+    output.store_stage(state, measured)
+    return state, measured
+
+
+def _log_warning(event: Event) -> None:
+    """Logs warnings of a rank whose other events nobody needs: rank 0 emits the same ones."""
+    if event.level != "info":
+        log.warning("%s", event.message)
+
+
 def _apply(
     lm: PackedLM, adapters: Sequence[LoraWeights], interventions: Sequence[PlacedIntervention]
 ) -> None:
@@ -236,82 +324,3 @@ def _apply(
     for adapter in adapters:
         adapter.merge_into(lm.model)
     lm.interventions.extend(interventions)
-
-
-def _stage_options(config: TrainConfig, options: RunOptions, cache_directory: Path) -> StageOptions:
-    cache = CacheBudget(
-        memory=options.cache_memory_bytes,
-        disk=options.cache_disk_bytes,
-        directory=cache_directory,
-        sharers=options.sharers,
-    )
-    return StageOptions(
-        cache=cache,
-        compile=config.compile,
-        memory_bytes=options.memory_bytes,
-        cache_dir=options.cache_dir,
-    )
-
-
-@dataclass(frozen=True, kw_only=True)
-class _Output:
-    """Everything that leaves a run before its bundle: events, checkpoints, results of stages for later runs."""
-
-    inputs: RunInputs
-    on_event: OnEvent
-    checkpoints: CheckpointWriter
-    cache: StageCache
-
-    def emit(self, *events: Event) -> None:
-        for event in events:
-            self.on_event(event)
-
-    def save_step(self, state: RunState, stage: StageInputs, snapshot: StageSnapshot) -> None:
-        """Writes a checkpoint inside a stage."""
-        config, progress = self.inputs.config, snapshot.progress
-        path = self.checkpoints.save_step(state, config, stage, snapshot)
-        step = stage.first_step + progress.step
-        self.emit(run_events.checkpoint_saved(config, stage.index, step, "step", path, progress.losses))
-
-    def save_epoch(self, state: RunState, stage: StageInputs, progress: Progress) -> None:
-        """Writes the model at the end of an epoch, which can be served. state: before the stage."""
-        inputs, index = self.inputs, stage.index
-        later_stages = sum(later.n_epochs - 1 for later in inputs.config.stages[index + 1 :])
-        if not self.checkpoints.is_epoch_due(stage.stage.n_epochs - 1 - progress.epoch + later_stages):
-            return
-        random_state = RandomState.current()
-        weights = stage.adapter.weights()
-        adapters = state.adapters if weights is None else [*state.adapters, weights]
-        inside = replace(state, stage_index=index + 1, adapters=adapters)
-        measured = measure_epoch(inputs, weights)
-        write = partial(write_result, inputs, inside, measured, list(inputs.lm.interventions))
-        step = stage.first_step + progress.step
-        path = self.checkpoints.save_epoch(step, write)
-        random_state.restore()  # a run with checkpoints of epochs is the same as one without
-        self.emit(run_events.checkpoint_saved(inputs.config, index, step, "epoch", path, progress.losses))
-
-    def save_stage(
-        self,
-        state: RunState,
-        measured: StageMeasurements,
-        interventions: Sequence[PlacedIntervention],
-        key: str | None = None,
-    ) -> None:
-        """Writes a checkpoint at the end of a stage, which is a model too. key: that later runs find it by."""
-        if self.checkpoints.directory is None:
-            return
-        config, index = self.inputs.config, state.stage_index - 1
-        step = self.inputs.first_step(state.stage_index)
-        write = partial(write_result, self.inputs, state, measured, interventions)
-        path = self.checkpoints.save_stage(state, config, step, write)
-        self.emit(run_events.checkpoint_saved(config, index, step, "stage", path, state.losses, key))
-
-    def store_stage(self, state: RunState, measured: StageMeasurements) -> None:
-        """Stores the result of a stage for later runs. A store that can't take it does not fail the run."""
-        config, index = self.inputs.config, state.stage_index - 1
-        interventions = list(self.inputs.lm.interventions)
-        write = partial(write_result, self.inputs, state, measured, interventions)
-        try:
-            self.cache.put(index, partial(write_stage, state=state, config=config, write_bundle=write))
-        except (OSError, SafetensorError) as error:
-            self.emit(run_events.stage_not_stored(config, index, error))

@@ -20,6 +20,7 @@ from heft_engine.model.model_files import inspect
 from heft_engine.model.packed_lm import PackedLM
 from heft_engine.objectives.registry import create
 from heft_engine.runtime.devices import choose_dtype
+from heft_engine.runtime.distributed import SINGLE_PROCESS, Ranks
 
 #: Probe rows are the shortest of this many rows.
 _PROBE_CANDIDATES = 64
@@ -41,6 +42,7 @@ class RunInputs:
     merge_probes: list[Example]  #: training rows on which a merged model is compared with the adapter
     bundle_probes: list[tuple[Row, Example]]  #: rows on which a loaded bundle is compared with training
     general: list[Example]  #: text that has nothing to do with the task, to measure forgetting on
+    ranks: Ranks = SINGLE_PROCESS  #: the processes of this run
 
     def first_step(self, index: int) -> int:
         """Returns the number of optimizer steps before stage `index`."""
@@ -59,6 +61,7 @@ def load(
     eval_rows: Sequence[Row],
     test_rows: Sequence[Row],
     device: str,
+    ranks: Ranks = SINGLE_PROCESS,
 ) -> RunInputs:
     """Loads the base and encodes the rows. Raises RowError, ConfigError and ModelError."""
     if not train_rows:
@@ -89,6 +92,7 @@ def load(
         merge_probes=sorted(examples[:_PROBE_CANDIDATES], key=_prompt_length)[:PROBE_ROWS],
         bundle_probes=sorted(probes, key=lambda probe: _prompt_length(probe[1]))[:PROBE_ROWS],
         general=[example.supervised() for example in general_examples(encoder)],
+        ranks=ranks,
     )
 
 

@@ -11,9 +11,11 @@ from heft_engine.config.flops import CacheLevel
 from heft_engine.data.encoding import Example
 from heft_engine.objectives.registry import create
 from heft_engine.runtime.random_state import RandomState
+from heft_engine.training.activation_cache import SuffixCache
 from heft_engine.training.activation_store import StageActivations
 from heft_engine.training.cache_plan import CachePlan
 from heft_engine.training.checkpoint import StageSnapshot
+from heft_engine.training.division import SharedPass
 from heft_engine.training.forward_pass import ForwardPass, SuffixPass
 from heft_engine.training.loop import Hooks, TrainLoop
 from heft_engine.training.plan import StagePlan
@@ -51,10 +53,24 @@ def train_stage(
     # New modules start in training mode, in which an intervention above the first would drop out of the prefill.
     inputs.adapter.train(False)
 
+    caches: list[SuffixCache] = []
+
     def open_pass(cache: CachePlan, examples: Sequence[Example], name: str) -> ForwardPass:
-        activations = find_activations(examples) if _shareable(inputs, cache) else None
+        division = inputs.division(examples, fixed=cache.level != CacheLevel.NONE)
+        held = division.held(inputs.ranks.rank)
+        held_examples = [examples[row] for row in held]
+        activations = find_activations(held_examples) if _shareable(inputs, cache) else None
         file = _cache_file(cache_directory, name)
-        return cache.open(inputs.lm, inputs.adapter.boundary(), examples, file, activations)
+        forward = cache.open(inputs.lm, inputs.adapter.boundary(), held_examples, file, activations)
+        if isinstance(forward, SuffixPass):
+            caches.append(forward.cache)
+        return SharedPass(
+            forward=forward,
+            examples=examples,
+            division=division,
+            rank=inputs.ranks.rank,
+            places={row: place for place, row in enumerate(held)},
+        )
 
     training = open_pass(plan.cache, inputs.examples, "training")
     validation = open_pass(plan.validation_cache, inputs.validation, "validation")
@@ -70,6 +86,7 @@ def train_stage(
         first_step=inputs.first_step,
         total_steps=inputs.total_steps,
         hooks=hooks,
+        ranks=inputs.ranks,
         progress=plan.as_progress,
     )
     if snapshot is not None:
@@ -77,7 +94,6 @@ def train_stage(
         RandomState.from_tensors(snapshot.tensors).restore()  # last, since everything above may draw
         snapshot.tensors.clear()  # with Adam's moments they are larger than the adapter
     loop.run()
-    caches = [forward.cache for forward in (training, validation) if isinstance(forward, SuffixPass)]
     return StageResult(progress=loop.progress, saved_seconds=sum(cache.saved_seconds for cache in caches))
 
 

@@ -10,11 +10,15 @@ import torch
 
 from heft_engine.adapters.adapter import Adapter
 from heft_engine.adapters.registry import attach
+from heft_engine.config.run_file import RunOptions
 from heft_engine.config.train import Auto, EarlyStopping, Stage
 from heft_engine.data.encoding import Example
 from heft_engine.model.interventions import PlacedIntervention
 from heft_engine.model.packed_lm import PackedLM
+from heft_engine.model.packing import packed_length
+from heft_engine.runtime.distributed import SINGLE_PROCESS, Ranks
 from heft_engine.training.cache_plan import CacheBudget
+from heft_engine.training.division import Division
 from heft_engine.training.schedule import derived_seed
 from heft_engine.training.setup import RunInputs
 
@@ -34,6 +38,11 @@ class StageInputs:
     early_stopping: EarlyStopping | None = None
     first_step: int = 0  #: optimizer steps of the run before this stage
     total_steps: int  #: of the whole run
+    ranks: Ranks = SINGLE_PROCESS
+
+    def division(self, examples: Sequence[Example], *, fixed: bool) -> Division:
+        """Returns the division of this stage's examples among its ranks."""
+        return Division([packed_length(example) for example in examples], self.ranks.size, fixed)
 
     def trained_parameters(self) -> int:
         return sum(parameter.numel() for parameter in self.adapter.parameters().values())
@@ -43,12 +52,14 @@ class StageInputs:
 class StageOptions:
     """A stage's use of its machine. cache_dir: for compiled layers.
 
-    memory_bytes: what the stage may take beyond what the process has; None: its share of what is free.
+    memory_bytes: what the stage may take beyond what the process has; None: its share of what is free. sharers: runs
+    that share a GPU's memory; the machine's own is shared by `cache.sharers` processes.
     """
 
     cache: CacheBudget
     compile: bool | Auto
     memory_bytes: int | None = None
+    sharers: int = 1
     cache_dir: Path | None = None
 
 
@@ -69,4 +80,28 @@ def attach_stage(inputs: RunInputs, index: int) -> StageInputs:
         early_stopping=inputs.config.early_stopping,
         first_step=inputs.first_step(index),
         total_steps=inputs.total_steps,
+        ranks=inputs.ranks,
     )
+
+
+def make_stage_options(inputs: RunInputs, options: RunOptions, cache_directory: Path) -> StageOptions:
+    """The ranks of one machine divide its memory and its disk among them; each has a GPU to itself."""
+    processes = inputs.ranks.local_size
+    cache = CacheBudget(
+        memory=_divided(options.cache_memory_bytes, processes),
+        disk=options.cache_disk_bytes // processes,
+        directory=cache_directory,
+        sharers=options.sharers * processes,
+    )
+    device_sharers = processes if inputs.lm.device.type == "cpu" else 1
+    return StageOptions(
+        cache=cache,
+        compile=inputs.config.compile,
+        memory_bytes=_divided(options.memory_bytes, device_sharers),
+        sharers=options.sharers,
+        cache_dir=options.cache_dir,
+    )
+
+
+def _divided(budget: int | None, parts: int) -> int | None:
+    return None if budget is None else budget // parts

@@ -18,6 +18,7 @@ from heft_engine.config.train import InterventionKind, LoraStage, ReftStage, Sta
 from heft_engine.data.rows import Row, parse_row
 from heft_engine.errors import Stopped
 from heft_engine.events import Event
+from heft_engine.runtime.distributed import SINGLE_PROCESS, Ranks
 from heft_engine.training.activation_store import ActivationStore
 from heft_engine.training.run import train
 from heft_engine.training.stage_cache import StageStore
@@ -136,6 +137,7 @@ def run(
     stage_store: StageStore | None = None,
     activations: ActivationStore | None = None,
     should_stop: Callable[[], bool] = lambda: False,
+    ranks: Ranks = SINGLE_PROCESS,
     **options: Any,
 ) -> RunRecord:
     """Trains on 24 yes/no rows, or those passed. `record` is filled as events come, and outlives an error.
@@ -154,6 +156,7 @@ def run(
         stage_store=stage_store,
         activations=activations,
         should_stop=should_stop,
+        ranks=ranks,
     )
     return record
 

@@ -3,23 +3,21 @@
 from __future__ import annotations
 
 import json
-import os
 import signal
-import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
 import psutil
 import pytest
 from engine_command import write_rows
+from engine_process import DEADLINE, start, until
 from engine_runs import LORA, but, config, parse, run, yes_no
 
 from heft_engine.runtime.sealed_directory import verify
 
-DEADLINE = 60.0  #: seconds, on a busy machine
+__all__ = ["start"]
 
 
 @pytest.fixture
@@ -39,36 +37,8 @@ def plan(tiny_llama_dir: Path, tmp_path: Path) -> Path:
     return path
 
 
-@pytest.fixture
-def start() -> Iterator[Callable[..., subprocess.Popen[str]]]:
-    """Starts a process with pipes, and ends it with the test."""
-    processes: list[subprocess.Popen[str]] = []
-
-    def start(*command: Any) -> subprocess.Popen[str]:
-        pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
-        environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-        processes.append(subprocess.Popen([*map(str, command)], text=True, env=environment, **pipes))  # type: ignore[call-overload]
-        return processes[-1]
-
-    yield start
-    for process in processes:
-        process.kill()
-        process.communicate()
-
-
 def engine(plan: Path, *flags: str) -> list[str]:
     return [sys.executable, "-m", "heft_engine", "train", "--run-file", str(plan), *flags]
-
-
-def until(stream: IO[str] | None, code: str) -> list[dict[str, Any]]:
-    """Reads events up to the first of this code."""
-    assert stream is not None
-    events = []
-    for line in stream:
-        events.append(json.loads(line))
-        if events[-1]["code"] == code:
-            return events
-    raise AssertionError(f"the process ended without {code}")
 
 
 def test_sigterm_ends_a_run_with_a_checkpoint_that_it_goes_on_from(

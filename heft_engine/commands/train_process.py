@@ -1,0 +1,73 @@
+"""A training process: a whole run, or one rank of it."""
+
+from __future__ import annotations
+
+import threading
+from pathlib import Path
+
+from heft_engine.commands.child_process import print_event, report_failures
+from heft_engine.commands.stage_exchange import RequestedStages
+from heft_engine.config.run_file import FileField, RunFile
+from heft_engine.data.rows import Row, read_rows
+from heft_engine.errors import EngineError, RankLost, RowError
+from heft_engine.runtime.distributed import Ranks, process_group
+from heft_engine.training.activation_store import MAX_BYTES, ActivationStore
+from heft_engine.training.run import train
+from heft_engine.training.stage_cache import StageStore
+from heft_engine.training.stage_store import LocalStages
+
+
+def train_in_process(run_file: RunFile, stop: threading.Event) -> None:
+    """Trains, with events on stdout: those of rank 0, and one rank's if it fails."""
+    with process_group() as ranks:
+
+        def is_reporter(error: EngineError) -> bool:
+            # Of a lost rank, the process that started the ranks knows more.
+            return not isinstance(error, RankLost) and ranks.is_first_failure()
+
+        with report_failures(is_reporter):
+            _train(run_file, stop, ranks)
+
+
+def _train(run_file: RunFile, stop: threading.Event, ranks: Ranks) -> None:
+    train(
+        run_file.config,
+        _read("training_file", run_file.train, run_file),
+        _read("validation_file", run_file.eval, run_file),
+        run_file.out,
+        print_event,
+        test_rows=_read("test_file", run_file.test, run_file),
+        options=run_file,
+        stage_store=_stage_store(run_file, stop),
+        activations=_activation_store(run_file),
+        should_stop=stop.is_set,
+        ranks=ranks,
+    )
+
+
+def _stage_store(run_file: RunFile, stop: threading.Event) -> StageStore | None:
+    if run_file.stage_dir is None:
+        return None
+    if run_file.stages_on_request:
+        return RequestedStages(directory=run_file.stage_dir, on_event=print_event, should_stop=stop.is_set)
+    return LocalStages(directory=run_file.stage_dir)
+
+
+def _activation_store(run_file: RunFile) -> ActivationStore | None:
+    if run_file.activation_dir is None or run_file.activation_bytes == 0:
+        return None
+    return ActivationStore(
+        directory=run_file.activation_dir,
+        max_bytes=run_file.activation_bytes or MAX_BYTES,
+        owner=run_file.owner,
+    )
+
+
+def _read(field: FileField, path: Path | None, run_file: RunFile) -> list[Row]:
+    """Returns the rows of a file, none for None. Raises RowError."""
+    if path is None:
+        return []
+    try:
+        return read_rows(path, labels=run_file.config.task.labels, max_line_bytes=run_file.max_line_bytes)
+    except OSError as error:
+        raise RowError(f"{path} can't be read: {error.strerror}", param=field) from error

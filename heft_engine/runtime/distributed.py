@@ -1,0 +1,237 @@
+"""The processes ("ranks") of one data-parallel run, and everything that they exchange.
+
+There is no wrapper around the model. Every rank knows the rows of every optimizer step, runs its share of them and adds
+its gradients to those of the others, so that all take the same optimizer step. Gradients go through NCCL on GPUs and
+gloo on CPUs; all else goes through gloo. `process_group` reads the environment variables of torchrun.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field, replace
+from datetime import timedelta
+from typing import Any, TypeVar
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.distributed.distributed_c10d import Store
+from torch.distributed.rendezvous import rendezvous
+
+from heft_engine.errors import ConfigError, RankLost, TrainingError
+from heft_engine.runtime.out_of_memory import is_out_of_memory
+
+T = TypeVar("T")
+
+#: Longest time between the first and the last rank's start.
+START_TIMEOUT = timedelta(minutes=10)
+#: Longest wait for the gradients of the other ranks: rank 0 may be writing a checkpoint. Only a rank that hangs, or
+#: whose machine is gone, is noticed by this; the end of a process closes its connections.
+STEP_TIMEOUT = timedelta(minutes=30)
+#: Longest wait for rank 0, which evaluates alone.
+FIRST_RANK_TIMEOUT = timedelta(days=2)
+#: Whole multiples of 1/64 have an exact sum in float32 up to 2¹⁸.
+_FIGURE_PARTS = 64
+_VARIABLES = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
+
+
+@dataclass(frozen=True, kw_only=True)
+class StepSum:
+    """A step's sums over all ranks, of each figure. stop: a rank was asked to stop."""
+
+    sums: list[float]
+    stop: bool
+
+
+@dataclass(frozen=True, kw_only=True)
+class Ranks:
+    """The processes of a run, seen from one of them. All of them make the same calls in the same order.
+
+    Every exchange may raise RankLost: another rank has ended or does not answer. A single process exchanges nothing.
+    """
+
+    rank: int = 0
+    size: int = 1
+    local_rank: int = 0  #: the rank among those of this machine, and the number of its GPU
+    local_size: int = 1
+    device: str | None = None  #: of this rank; None: not chosen yet
+    _gradients: dist.ProcessGroup | None = field(default=None, repr=False)
+    _store: Store | None = field(default=None, repr=False)
+
+    @property
+    def is_first(self) -> bool:
+        """True for rank 0, which alone evaluates, emits events and writes files."""
+        return self.rank == 0
+
+    def on_device(self, requested: str | None) -> Ranks:
+        """Returns these ranks, each on its device: the GPU with the number of its local rank, or the CPU.
+
+        Raises ConfigError for a device that several ranks can't use, and for more ranks than GPUs.
+        """
+        if self.size == 1:
+            return replace(self, device=requested)
+        device = _rank_device(requested, self.local_rank, self.local_size)
+        backend = "gloo"
+        if device != "cpu":
+            torch.cuda.set_device(self.local_rank)
+            backend = "nccl"
+        with self._exchange():
+            group = dist.new_group(backend=backend, timeout=STEP_TIMEOUT)
+        return replace(self, device=device, _gradients=group)
+
+    def sum_gradients(self, parameters: Sequence[nn.Parameter], figures: Tensor, *, stop: bool) -> StepSum:
+        """Replaces the gradients by their sums over all ranks, and returns the sums of the figures.
+
+        figures: (n,) in float64, on the parameters' device. Gradients, figures and `stop` travel in one flat float32
+        buffer, so that a step costs one exchange.
+        """
+        if self.size == 1:
+            return StepSum(sums=figures.tolist(), stop=stop)
+        gradients = [torch.zeros_like(p) if p.grad is None else p.grad for p in parameters]
+        # In two parts, whose sums lose no digit that matters: float32 alone would round a loss of 100 by 4e-6.
+        coarse = (figures * _FIGURE_PARTS).round() / _FIGURE_PARTS
+        extra = torch.cat([coarse, figures - coarse, figures.new_tensor([float(stop)])]).float()
+        buffer = torch.cat([*(gradient.reshape(-1) for gradient in gradients), extra])
+        with self._exchange():
+            dist.all_reduce(buffer, group=self._gradients)
+            # NCCL fails where its result is read.
+            *halves, stops = buffer[-len(extra) :].tolist()
+        parts = torch.split(buffer[: -len(extra)], [p.numel() for p in parameters])
+        for parameter, part in zip(parameters, parts, strict=True):
+            parameter.grad = part.view_as(parameter)
+        sums = [
+            coarse + rest for coarse, rest in zip(halves[: len(figures)], halves[len(figures) :], strict=True)
+        ]
+        return StepSum(sums=sums, stop=stops > 0)
+
+    def sum(self, figures: Tensor) -> list[float]:
+        """Returns the sums of (n,) figures over all ranks, in float64, with the same bits on each."""
+        total = figures.to("cpu", torch.float64)
+        if self.size > 1:
+            with self._exchange():
+                dist.all_reduce(total)
+        sums: list[float] = total.tolist()
+        return sums
+
+    def check_same(self, name: str, digest: str) -> None:
+        """Raises TrainingError (ranks_differ) on every rank unless all have the same digest."""
+        if self.size == 1:
+            return
+        digests: list[str] = [""] * self.size
+        with self._exchange():
+            dist.all_gather_object(digests, digest)
+        for rank, other in enumerate(digests):
+            if other != digests[0]:
+                message = (
+                    f"{name} of rank {rank} differ from those of rank 0. Start every rank with the same run file, rows "
+                    "and base model, on machines of one kind"
+                )
+                raise TrainingError(message, code="ranks_differ")
+
+    def broadcast(self, make: Callable[[], T]) -> T:
+        """Returns to every rank what `make` returns on rank 0, the only one that calls it."""
+        if not self.is_first:
+            received: T = self.receive()
+            return received
+        value = make()
+        self.send(value)
+        return value
+
+    def send(self, value: Any) -> None:
+        """Sends a value from rank 0 to the others, which call `receive`. Tensors must be on the CPU."""
+        if self.size > 1:
+            with self._exchange():
+                dist.broadcast_object_list([value], src=0, device=torch.device("cpu"))
+
+    def receive(self) -> Any:
+        """Returns what rank 0 sends, however long it takes until it does."""
+        values: list[Any] = [None]
+        with self._exchange():
+            dist.broadcast_object_list(values, src=0, device=torch.device("cpu"))
+        return values[0]
+
+    def is_first_failure(self) -> bool:
+        """Returns True to the first rank that asks: the one that tells why the run fails."""
+        if self._store is None:
+            return True
+        try:
+            return int(self._store.add("failures", 1)) == 1
+        except RuntimeError:  # the store ended with rank 0: nobody else can have told
+            return True
+
+    @contextmanager
+    def _exchange(self) -> Iterator[None]:
+        try:
+            yield
+        except RuntimeError as error:  # torch.distributed's errors derive from it
+            if is_out_of_memory(error):
+                raise
+            message = (
+                f"rank {self.rank} of {self.size} has lost another process of its run: {_first_line(error)}"
+            )
+            raise RankLost(message) from error
+
+
+SINGLE_PROCESS = Ranks()
+
+
+@contextmanager
+def process_group() -> Iterator[Ranks]:
+    """Yields the ranks that torchrun's environment variables describe; without them, a single process.
+
+    Raises ConfigError for an incomplete environment, RankLost if the ranks don't find each other.
+    """
+    if int(os.environ.get("WORLD_SIZE", "1")) == 1:
+        yield SINGLE_PROCESS
+        return
+    missing = [name for name in _VARIABLES if name not in os.environ]
+    if missing:
+        raise ConfigError(
+            f"WORLD_SIZE is set, but {', '.join(missing)} is not. Start the ranks with --processes"
+        )
+    rank, local_rank, size, local_size = (int(os.environ[name]) for name in _VARIABLES[:4])
+    try:
+        store, _, _ = next(rendezvous("env://", timeout=START_TIMEOUT))
+        store.set_timeout(START_TIMEOUT)
+        dist.init_process_group("gloo", store=store, rank=rank, world_size=size, timeout=FIRST_RANK_TIMEOUT)
+    except RuntimeError as error:
+        message = f"rank {rank} of {size} did not find the others: {_first_line(error)}"
+        raise RankLost(message) from error
+    yield Ranks(rank=rank, size=size, local_rank=local_rank, local_size=local_size, _store=store)
+    # Only after success: with a rank gone, it could wait for it.
+    dist.destroy_process_group()
+
+
+def _rank_device(requested: str | None, local_rank: int, local_size: int) -> str:
+    """Returns the device of a rank. Raises ConfigError for one that several ranks can't use."""
+    if requested not in (None, "cpu", "cuda"):
+        message = (
+            f"device {requested!r} does not fit a run of several processes: each takes one GPU, and none spreads its "
+            "model over several. Leave device out, or choose cpu or cuda"
+        )
+        raise ConfigError(message, param="device")
+    if requested == "cpu" or (requested is None and not torch.cuda.is_available()):
+        return "cpu"
+    if local_size > torch.cuda.device_count():
+        message = (
+            f"processes: {local_size} processes need a GPU each, and {torch.cuda.device_count()} can be seen here. "
+            "Lower it, or look at CUDA_VISIBLE_DEVICES"
+        )
+        raise ConfigError(message, param="processes")
+    return f"cuda:{local_rank}"
+
+
+def fingerprint(tensors: Mapping[str, Tensor]) -> str:
+    """Returns the SHA-256 of named tensors' bytes."""
+    total = hashlib.sha256()
+    for name, tensor in tensors.items():
+        total.update(name.encode())
+        total.update(tensor.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy().tobytes())
+    return total.hexdigest()
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).splitlines() or [type(error).__name__])[0][:200]

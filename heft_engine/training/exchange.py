@@ -1,0 +1,55 @@
+"""The exchanges of a training loop with those of the other ranks. A single process exchanges nothing."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from heft_engine.runtime.distributed import Ranks, fingerprint
+from heft_engine.training.schedule import derived_seed
+
+
+@dataclass(kw_only=True)
+class Exchange:
+    """One stage's exchanges: gradients, losses, requests to stop, and proofs that all ranks train the same weights."""
+
+    ranks: Ranks
+    seed: int  #: the run's
+    stage_index: int
+    _stop_requested: bool = False  #: this rank was asked to stop
+    _stop_agreed: bool = False  #: all ranks know that one of them was
+
+    def begin_step(self, step: int) -> None:
+        """Gives each rank dropout masks of its own, which follow from the step: a resumed run draws the same."""
+        if self.ranks.size > 1:
+            torch.manual_seed(derived_seed(self.seed, self.stage_index, step, self.ranks.rank))
+
+    def sum_gradients(self, parameters: Mapping[str, nn.Parameter], sums: Tensor) -> tuple[float, float]:
+        """Replaces the gradients by their sums over all ranks. Returns the total loss and correct tokens.
+
+        sums: (2,), this rank's loss and correct tokens.
+        """
+        step = self.ranks.sum_gradients(list(parameters.values()), sums, stop=self._stop_requested)
+        self._stop_agreed = step.stop
+        loss, correct = step.sums
+        return loss, correct
+
+    def sum(self, sums: Tensor) -> tuple[float, float]:
+        """Returns the total loss and correct tokens of all ranks."""
+        loss, correct = self.ranks.sum(sums)
+        return loss, correct
+
+    def should_stop(self, requested: bool) -> bool:
+        """Returns True on all ranks after the same step: a request travels with the gradients of the next one."""
+        if self.ranks.size == 1:
+            return requested
+        self._stop_requested = self._stop_requested or requested
+        return self._stop_agreed
+
+    def check_same(self, parameters: Mapping[str, nn.Parameter]) -> None:
+        """Raises TrainingError (ranks_differ) unless every rank has the same parameters, bit for bit."""
+        if self.ranks.size > 1:
+            self.ranks.check_same("the trained parameters", fingerprint(parameters))

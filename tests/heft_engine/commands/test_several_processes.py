@@ -1,0 +1,139 @@
+"""`train` in several processes: a killed one, a stop, a failure, and the death of the process that started them."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import sys
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import psutil
+import pytest
+from engine_command import Command, command, write_rows
+from engine_process import DEADLINE, start, until
+from engine_runs import LORA, but, config, yes_no
+
+from heft_engine.runtime.sealed_directory import verify
+
+__all__ = ["command", "start"]
+
+
+@pytest.fixture
+def run_file(tiny_llama_dir: Path, tmp_path: Path) -> Path:
+    """A run file of 3,000 steps in two processes, with a checkpoint after each."""
+    content = {
+        "config": config(tiny_llama_dir, "lora", [but(LORA, n_epochs=1_000)]).model_dump(mode="json"),
+        "train": str(write_rows(tmp_path / "train.jsonl", yes_no(24))),
+        "out": str(tmp_path / "out"),
+        "checkpoint_dir": str(tmp_path / "checkpoints"),
+        "checkpoint_seconds": 0,
+        "allow_paths": True,
+        "device": "cpu",
+        "processes": 2,
+    }
+    path = tmp_path / "run.json"
+    path.write_text(json.dumps(content))
+    return path
+
+
+def train(run_file: Path) -> list[str]:
+    return [sys.executable, "-m", "heft_engine", "train", "--run-file", str(run_file)]
+
+
+def ranks_of(process: Any) -> list[psutil.Process]:
+    """Waits for the two ranks of a process; rank 0 is the first."""
+    deadline = time.monotonic() + DEADLINE
+    while len(ranks := psutil.Process(process.pid).children()) < 2:
+        assert time.monotonic() < deadline
+        time.sleep(0.02)
+    return sorted(ranks, key=lambda rank: int(rank.environ()["RANK"]))
+
+
+def assert_gone(processes: Sequence[psutil.Process]) -> None:
+    _, alive = psutil.wait_procs(processes, timeout=DEADLINE)
+    assert not alive
+
+
+def finish(process: Any) -> tuple[list[dict[str, Any]], str]:
+    """Returns the rest of a process's events, and its stderr."""
+    out, err = process.communicate(timeout=DEADLINE)
+    return [json.loads(line) for line in out.splitlines()], err
+
+
+def test_a_killed_rank_ends_the_run_which_goes_on_from_its_last_checkpoint(
+    run_file: Path, tmp_path: Path, start: Any
+) -> None:
+    process = start(*train(run_file))
+    events = until(process.stdout, "CHECKPOINT_SAVED")
+    ranks = ranks_of(process)
+    ranks[1].kill()
+    rest, rest_err = finish(process)
+    events += rest
+    assert_gone(ranks)
+    assert process.returncode == 76, rest_err
+    failures = [event for event in events if event["code"] == "FAILED"]
+    assert [failure["data"]["error"]["code"] for failure in failures] == ["rank_lost"]
+    assert "Process 1 of the 2" in failures[0]["message"]
+    assert "SIGKILL" in failures[0]["message"]
+
+    checkpoint = [event["data"] for event in events if event["code"] == "CHECKPOINT_SAVED"][-1]
+    verify(Path(checkpoint["path"]))
+    steps = [event["data"]["step"] for event in events if event["code"] == "METRICS"]
+    assert steps[-1] - checkpoint["step"] <= 1
+    run_file.write_text(json.dumps({**json.loads(run_file.read_text()), "resume": checkpoint["path"]}))
+    process = start(*train(run_file))
+    assert until(process.stdout, "METRICS")[-1]["data"]["step"] == checkpoint["step"] + 1
+
+    ranks = ranks_of(process)
+    process.send_signal(signal.SIGUSR1)
+    until(process.stdout, "METRICS")
+    process.send_signal(signal.SIGTERM)
+    events, err = finish(process)
+    assert_gone(ranks)
+    assert process.returncode == 75
+    assert events[-1]["code"] == "CHECKPOINT_SAVED"
+    assert err.count("most recent call first") >= 2, "both ranks show their stacks"
+
+
+def test_ranks_end_with_the_process_that_started_them(run_file: Path, tmp_path: Path, start: Any) -> None:
+    process = start(*train(run_file))
+    ranks = ranks_of(process)
+    assert {os.getpgid(rank.pid) for rank in ranks} == {os.getpgid(process.pid)}
+    process.kill()
+    assert_gone(ranks)
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_failure_of_all_ranks_is_reported_once(run_file: Path, start: Any) -> None:
+    run_file.write_text(json.dumps({**json.loads(run_file.read_text()), "device": "cuda:1"}))
+    process = start(*train(run_file))
+    ranks = ranks_of(process)
+    events, _ = finish(process)
+    assert_gone(ranks)
+    assert process.returncode == 1
+    assert [event["code"] for event in events] == ["FAILED"]
+    assert events[0]["data"]["error"]["param"] == "device"
+    assert "each takes one GPU" in events[0]["message"]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "param"),
+    [
+        (["--nodes", "2"], "rendezvous"),
+        (["--nodes", "2", "--rendezvous", "host"], "rendezvous"),
+        (["--nodes", "2", "--node-rank", "2", "--rendezvous", "host:29500"], "node_rank"),
+    ],
+)
+def test_machines_that_can_not_meet_are_refused(
+    command: Command, tiny_llama_dir: Path, tmp_path: Path, arguments: list[str], param: str
+) -> None:
+    rows = write_rows(tmp_path / "rows.jsonl", yes_no(4))
+    paths = ("--model", tiny_llama_dir, "--train", rows, "--out", tmp_path / "out")
+    code, events, _ = command("train", *paths, *arguments)
+    assert code == 1
+    assert events[-1]["code"] == "FAILED"
+    assert events[-1]["data"]["error"]["param"] == param

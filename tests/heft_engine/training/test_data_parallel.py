@@ -1,0 +1,157 @@
+"""Two gloo processes that train one run, against one process: the same losses and weights, whatever is trained."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+import torch.distributed as dist
+from engine_runs import LORA, REFT, RunRecord, assert_equal, but, config, parse, tensors, yes_no
+from rank_runs import Run, run_in_ranks
+from small_runs import step_losses
+from torch.testing._internal.distributed.fake_pg import FakeStore
+
+from heft_engine.config.run_file import RunOptions
+from heft_engine.config.train import Stage, TrainConfig
+from heft_engine.model.base_models import resolve_path
+from heft_engine.runtime.distributed import Ranks
+from heft_engine.training.run import run_stages
+from heft_engine.training.setup import load
+
+#: Sums of float32 gradients in another order: seen were 7e-7 and 1.2e-7, of weights up to 0.8.
+LOSS_BOUND, WEIGHT_BOUND = 1e-6, 1e-6
+DROPOUT = {"dropout": 0.2}
+
+
+def same_as_one_process(model: Path) -> list[Run]:
+    """Each kind of stage, on each level of the activation cache; the batches of 22 rows end with one of 6."""
+    return [
+        Run(name="lora", config=config(model, "lora")),
+        Run(name="dora", config=config(model, "lora", [but(LORA, use_dora=True, init="pissa")])),
+        Run(name="keys and values", config=config(model, "reft")),
+        Run(
+            name="hidden states", config=config(model, "reft", [but(REFT, positions="f1+l1", layers=[1, 2])])
+        ),
+        Run(name="no cache", config=config(model, "reft"), options={"cache_memory_bytes": 0}),
+        Run(name="both stages", config=config(model, "heft")),
+        Run(name="one row a step", config=config(model, "heft", one_row_a_step()), rows=3),
+    ]
+
+
+def one_row_a_step() -> list[Stage]:
+    return [but(LORA, batch_size=1), but(REFT, batch_size=1)]
+
+
+def with_dropout(model: Path) -> TrainConfig:
+    return config(model, "heft", [but(LORA, **DROPOUT), but(REFT, **DROPOUT)])
+
+
+def all_runs(model: Path) -> list[Run]:
+    dropout = with_dropout(model)
+    return [
+        *same_as_one_process(model),
+        Run(name="whole", config=dropout),
+        # In the middle of an epoch of stage 1, then of stage 2.
+        Run(name="first part", config=dropout, stop_after=1),
+        Run(name="second part", config=dropout, stop_after=7, resume_from="first part"),
+        Run(name="third part", config=dropout, resume_from="second part"),
+    ]
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("ranks")
+
+
+@pytest.fixture(scope="module")
+def records(tiny_llama_dir: Path, folder: Path) -> dict[str, list[RunRecord]]:
+    """The records of two ranks, by the run's name."""
+    return run_in_ranks(2, folder, all_runs(tiny_llama_dir))
+
+
+@pytest.mark.parametrize("index", range(7))
+def test_two_processes_have_the_losses_and_weights_of_one(
+    tiny_llama_dir: Path, tmp_path: Path, records: dict[str, list[RunRecord]], index: int
+) -> None:
+    single_run = same_as_one_process(tiny_llama_dir)[index]
+    single = single_run.start(tmp_path)
+    first, second = records[single_run.name]
+
+    assert first.losses == pytest.approx(single.losses, abs=LOSS_BOUND)
+    assert [epoch["eval_loss"] for epoch in first.data("EPOCH_COMPLETE")] == pytest.approx(
+        [epoch["eval_loss"] for epoch in single.data("EPOCH_COMPLETE")], abs=LOSS_BOUND
+    )
+    levels = [[stage["cache"]["rung"] for stage in each.data("STAGE_STARTED")] for each in (first, single)]
+    assert levels[0] == levels[1]
+    theirs = tensors(first)
+    for name, tensor in tensors(single).items():
+        torch.testing.assert_close(theirs[name], tensor, rtol=0, atol=WEIGHT_BOUND)
+    assert not second.events  # rank 0 alone tells
+    assert second.bundle is not None
+    assert first.bundle is not None
+    assert second.bundle.info == first.bundle.info
+
+
+def test_the_runs_above_cover_every_level_of_the_cache(records: dict[str, list[RunRecord]]) -> None:
+    levels = {
+        name: {stage["cache"]["rung"] for stage in first.data("STAGE_STARTED")}
+        for name, (first, _) in records.items()
+    }
+    assert levels["keys and values"] == {"keys_values"}
+    assert levels["hidden states"] == {"states"}
+    assert levels["no cache"] == levels["lora"] == {"nothing"}
+    assert levels["both stages"] == {"nothing", "keys_values"}
+
+
+def test_ranks_that_are_stopped_and_resumed_were_never_stopped(records: dict[str, list[RunRecord]]) -> None:
+    """Bit for bit, with dropout. One rank alone is asked to stop; both stop after the next step."""
+    whole, last = records["whole"][0], records["third part"][0]
+    losses: dict[int, float] = {}
+    for part in ("first part", "second part", "third part"):
+        assert not losses.keys() & records[part][0].losses.keys(), "no step is done twice"
+        losses |= records[part][0].losses
+    assert list(records["first part"][0].losses) == [1, 2]
+    assert losses == whole.losses
+    assert_equal(last, whole)
+
+
+def test_each_rank_has_dropout_masks_of_its_own(
+    tiny_llama_dir: Path, tmp_path: Path, records: dict[str, list[RunRecord]]
+) -> None:
+    single = Run(name="single", config=with_dropout(tiny_llama_dir)).start(tmp_path)
+    assert records["whole"][0].losses != pytest.approx(single.losses, abs=LOSS_BOUND)
+    assert records["whole"][0].losses == pytest.approx(single.losses, abs=0.5)
+
+
+def test_one_process_continues_what_two_began(
+    tiny_llama_dir: Path, tmp_path: Path, folder: Path, records: dict[str, list[RunRecord]]
+) -> None:
+    first, _ = records["both stages"]
+    checkpoint = min((folder / "both stages-checkpoints").glob("*-step"))
+    run = Run(name="rest", config=config(tiny_llama_dir, "heft"))
+    rest = run.start(tmp_path, resume=checkpoint).losses
+    assert rest == pytest.approx({step: first.losses[step] for step in rest}, abs=LOSS_BOUND)
+    assert 0 < len(rest) < len(first.losses)
+
+
+def test_eight_ranks_exchange_one_flat_buffer_a_step(
+    tiny_llama_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With torch's fake group, in which every exchange ends at once and nothing arrives."""
+    dist.init_process_group("fake", rank=0, world_size=8, store=FakeStore())
+    sizes: list[int] = []
+    all_reduce = dist.all_reduce
+    monkeypatch.setattr(dist, "all_reduce", lambda t, **how: (sizes.append(t.numel()), all_reduce(t, **how)))
+    events = []
+    try:
+        settings = config(tiny_llama_dir, "heft")
+        ranks = Ranks(rank=0, size=8, local_size=8)
+        base = resolve_path(tiny_llama_dir)
+        inputs = load(settings, base, parse(yes_no(20)), (), (), "cpu", ranks)
+        run_stages(inputs, tmp_path / "out", events.append, RunOptions())
+    finally:
+        dist.destroy_process_group()
+    trained = [e.data["trained_parameters"] for e in events if e.code == "STAGE_STARTED"]
+    assert sizes == [trained[0] + 5] * 6 + [trained[1] + 5] * 6
+    assert len(step_losses(events)) == 12

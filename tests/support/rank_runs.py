@@ -1,0 +1,80 @@
+"""Runs of the engine in several gloo processes, which are started once for many runs."""
+
+from __future__ import annotations
+
+import os
+import pickle
+import socket
+from collections.abc import Sequence
+from contextlib import suppress
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from engine_runs import RunRecord, parse, run, yes_no
+
+from heft_engine.config.train import TrainConfig
+from heft_engine.errors import Stopped
+from heft_engine.runtime.distributed import process_group
+
+VALIDATION = parse(yes_no(7, seed=1))
+
+
+@dataclass(frozen=True, kw_only=True)
+class Run:
+    """One run of all ranks. stop_after: steps after which the last rank, and no other, is asked to stop."""
+
+    name: str
+    config: TrainConfig
+    rows: int = 22
+    stop_after: int | None = None
+    resume_from: str | None = None  #: the run whose last checkpoint it continues
+    options: dict[str, Any] = field(default_factory=dict)
+
+    def start(self, folder: Path, **more: Any) -> RunRecord:
+        """Trains in this process, or as one of several ranks."""
+        return run(
+            self.config, folder / self.name, parse(yes_no(self.rows)), VALIDATION, **more, **self.options
+        )
+
+
+def run_in_ranks(size: int, folder: Path, runs: Sequence[Run]) -> dict[str, list[RunRecord]]:
+    """Runs them one after the other in `size` processes. Returns each rank's record, by the run's name."""
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        port = server.getsockname()[1]
+    torch.multiprocessing.spawn(_run_rank, (size, port, folder, runs), nprocs=size)
+    return {
+        each.name: [pickle.loads((folder / f"{each.name}-{rank}").read_bytes()) for rank in range(size)]
+        for each in runs
+    }
+
+
+def _run_rank(rank: int, size: int, port: int, folder: Path, runs: Sequence[Run]) -> None:
+    torch.set_num_threads(1)
+    sizes = {"WORLD_SIZE": size, "LOCAL_WORLD_SIZE": size, "RANK": rank, "LOCAL_RANK": rank}
+    address = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "GLOO_SOCKET_IFNAME": "lo"}
+    os.environ.update({name: str(value) for name, value in (sizes | address).items()})
+    with process_group() as ranks:
+        for each in runs:
+            record = RunRecord()
+            steps = iter(range(1, 1_000))
+
+            def should_stop(each: Run = each, steps: Any = steps) -> bool:
+                return next(steps) == each.stop_after and rank == size - 1
+
+            resume = None if each.resume_from is None else folder / f"{each.resume_from}-checkpoints"
+            if resume is not None and rank == 0:  # which alone reads it
+                resume = max(resume.iterdir())
+            # A resumed process starts with another random state.
+            torch.manual_seed(1_000 + rank)
+            with suppress(Stopped):
+                each.start(
+                    folder,
+                    record=record,
+                    ranks=ranks,
+                    should_stop=should_stop,
+                    resume=resume,
+                    checkpoint_dir=folder / f"{each.name}-checkpoints",
+                )
+            (folder / f"{each.name}-{rank}").write_bytes(pickle.dumps(record))
