@@ -24,7 +24,7 @@ from heft_engine.model.loss import LossSums
 from heft_engine.model.packing import packed_length
 from heft_engine.objectives.objective import Objective
 from heft_engine.runtime.distributed import SINGLE_PROCESS, Ranks
-from heft_engine.training.exchange import Exchange
+from heft_engine.training.data_parallel.exchange import Exchange
 from heft_engine.training.failure_signatures import divergence_message
 from heft_engine.training.forward_pass import ForwardPass, added_up, loss_sums, probe_states, split_by_tokens
 from heft_engine.training.progress import Progress

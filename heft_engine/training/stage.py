@@ -11,12 +11,11 @@ from heft_engine.config.flops import CacheLevel
 from heft_engine.data.encoding import Example
 from heft_engine.objectives.registry import create
 from heft_engine.runtime.random_state import RandomState
-from heft_engine.training.activation_cache import SuffixCache
 from heft_engine.training.activation_store import StageActivations
 from heft_engine.training.cache_plan import CachePlan
 from heft_engine.training.checkpoint import StageSnapshot
-from heft_engine.training.division import SharedPass
-from heft_engine.training.forward_pass import ForwardPass, SuffixPass
+from heft_engine.training.data_parallel.division import SharedPass
+from heft_engine.training.forward_pass import SuffixPass
 from heft_engine.training.loop import Hooks, TrainLoop
 from heft_engine.training.plan import StagePlan
 from heft_engine.training.progress import Progress
@@ -53,27 +52,16 @@ def train_stage(
     # New modules start in training mode, in which an intervention above the first would drop out of the prefill.
     inputs.adapter.train(False)
 
-    caches: list[SuffixCache] = []
-
-    def open_pass(cache: CachePlan, examples: Sequence[Example], name: str) -> ForwardPass:
-        division = inputs.division(examples, fixed=cache.level != CacheLevel.NONE)
-        held = division.held(inputs.ranks.rank)
-        held_examples = [examples[row] for row in held]
-        activations = find_activations(held_examples) if _shareable(inputs, cache) else None
-        file = _cache_file(cache_directory, name)
-        forward = cache.open(inputs.lm, inputs.adapter.boundary(), held_examples, file, activations)
-        if isinstance(forward, SuffixPass):
-            caches.append(forward.cache)
-        return SharedPass(
-            forward=forward,
-            examples=examples,
-            division=division,
-            rank=inputs.ranks.rank,
-            places={row: place for place, row in enumerate(held)},
-        )
-
-    training = open_pass(plan.cache, inputs.examples, "training")
-    validation = open_pass(plan.validation_cache, inputs.validation, "validation")
+    training = _open_pass(
+        inputs, plan.cache, inputs.examples, _cache_file(cache_directory, "training"), find_activations
+    )
+    validation = _open_pass(
+        inputs,
+        plan.validation_cache,
+        inputs.validation,
+        _cache_file(cache_directory, "validation"),
+        find_activations,
+    )
     loop = TrainLoop(
         stage=inputs.stage,
         index=inputs.index,
@@ -94,7 +82,30 @@ def train_stage(
         RandomState.from_tensors(snapshot.tensors).restore()  # last, since everything above may draw
         snapshot.tensors.clear()  # with Adam's moments they are larger than the adapter
     loop.run()
+    passes = [shared.forward for shared in (training, validation)]
+    caches = [forward.cache for forward in passes if isinstance(forward, SuffixPass)]
     return StageResult(progress=loop.progress, saved_seconds=sum(cache.saved_seconds for cache in caches))
+
+
+def _open_pass(
+    inputs: StageInputs,
+    cache: CachePlan,
+    examples: Sequence[Example],
+    file: Path | None,
+    find_activations: FindActivations,
+) -> SharedPass:
+    """Returns the pass of these examples, with the activations of the rows that this rank holds."""
+    division = inputs.division(examples, fixed=cache.level != CacheLevel.NONE)
+    rows = division.held(inputs.ranks.rank)
+    rank_examples = [examples[row] for row in rows]
+    activations = find_activations(rank_examples) if _shareable(inputs, cache) else None
+    return SharedPass(
+        forward=cache.open(inputs.lm, inputs.adapter.boundary(), rank_examples, file, activations),
+        examples=examples,
+        division=division,
+        rank=inputs.ranks.rank,
+        places={row: place for place, row in enumerate(rows)},
+    )
 
 
 def _shareable(inputs: StageInputs, cache: CachePlan) -> bool:

@@ -157,7 +157,7 @@ def test_a_known_dataset_is_checked_against_the_task(
     error = failed(command(*arguments, "--set", "task.type=choice"))
     assert error["param"] == "task.type"
     path = write_rows(tmp_path / "rows.jsonl", [{"prompt": "2+2?", "completion": "no number"}])
-    monkeypatch.setattr("heft_engine.commands.train.write_reference", lambda *args: path)
+    monkeypatch.setattr("heft_engine.preflight.prepare.write_reference", lambda *args: path)
     error = failed(command(*arguments))
     assert (error["code"], error["param"]) == ("invalid_training_file", "completion")
     assert "final_number" in error["message"]

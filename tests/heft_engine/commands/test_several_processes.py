@@ -8,15 +8,18 @@ import signal
 import sys
 import time
 from collections.abc import Sequence
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
 import psutil
 import pytest
 from engine_command import Command, command, write_rows
-from engine_process import DEADLINE, start, until
+from engine_processes.pipes import DEADLINE, start, until
 from engine_runs import LORA, but, config, yes_no
 
+from heft_engine.errors import ConfigError, RankLost
+from heft_engine.runtime.distributed import Ranks
 from heft_engine.runtime.sealed_directory import verify
 
 __all__ = ["command", "start"]
@@ -108,16 +111,35 @@ def test_ranks_end_with_the_process_that_started_them(run_file: Path, tmp_path: 
     assert not (tmp_path / "out").exists()
 
 
-def test_a_failure_of_all_ranks_is_reported_once(run_file: Path, start: Any) -> None:
-    run_file.write_text(json.dumps({**json.loads(run_file.read_text()), "device": "cuda:1"}))
-    process = start(*train(run_file))
-    ranks = ranks_of(process)
-    events, _ = finish(process)
-    assert_gone(ranks)
-    assert process.returncode == 1
-    assert [event["code"] for event in events] == ["FAILED"]
-    assert events[0]["data"]["error"]["param"] == "device"
-    assert "each takes one GPU" in events[0]["message"]
+@pytest.mark.parametrize(
+    ("error", "is_first", "reported"),
+    [
+        (ConfigError("no", param="device"), True, ["FAILED"]),
+        (ConfigError("no", param="device"), False, []),
+        (RankLost("rank 1"), True, []),  # the process that started the ranks knows more
+    ],
+)
+def test_one_rank_reports_a_failure(
+    run_file: Path,
+    command: Command,
+    monkeypatch: pytest.MonkeyPatch,
+    error: Exception,
+    is_first: bool,
+    reported: list[str],
+) -> None:
+    class FailingRanks(Ranks):
+        def on_device(self, requested: str | None) -> Ranks:
+            raise error
+
+        def is_first_failure(self) -> bool:
+            return is_first
+
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    ranks = FailingRanks(rank=1, size=2)
+    monkeypatch.setattr("heft_engine.commands.train_process.process_group", lambda: nullcontext(ranks))
+    code, events, _ = command("train", "--run-file", run_file)
+    assert code == (76 if isinstance(error, RankLost) else 1)
+    assert [event["code"] for event in events] == reported
 
 
 @pytest.mark.parametrize(

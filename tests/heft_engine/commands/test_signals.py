@@ -12,7 +12,7 @@ from typing import Any
 import psutil
 import pytest
 from engine_command import write_rows
-from engine_process import DEADLINE, start, until
+from engine_processes.pipes import DEADLINE, start, until
 from engine_runs import LORA, but, config, parse, run, yes_no
 
 from heft_engine.runtime.sealed_directory import verify

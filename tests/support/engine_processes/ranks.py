@@ -17,6 +17,7 @@ from engine_runs import RunRecord, parse, run, yes_no
 from heft_engine.config.train import TrainConfig
 from heft_engine.errors import Stopped
 from heft_engine.runtime.distributed import process_group
+from heft_engine.training import loop
 
 VALIDATION = parse(yes_no(7, seed=1))
 
@@ -29,6 +30,7 @@ class Run:
     config: TrainConfig
     rows: int = 22
     stop_after: int | None = None
+    out_of_memory: bool = False  #: the last rank, and no other, runs out of memory once
     resume_from: str | None = None  #: the run whose last checkpoint it continues
     options: dict[str, Any] = field(default_factory=dict)
 
@@ -50,6 +52,17 @@ def run_in_ranks(size: int, folder: Path, runs: Sequence[Run]) -> dict[str, list
     }
 
 
+def run_out_of_memory_once() -> None:
+    """Makes the next training pass of this process fail for lack of memory."""
+    loss_sums = loop.loss_sums
+
+    def fail(*_: Any) -> Any:
+        loop.loss_sums = loss_sums
+        raise torch.OutOfMemoryError
+
+    loop.loss_sums = fail
+
+
 def _run_rank(rank: int, size: int, port: int, folder: Path, runs: Sequence[Run]) -> None:
     torch.set_num_threads(1)
     sizes = {"WORLD_SIZE": size, "LOCAL_WORLD_SIZE": size, "RANK": rank, "LOCAL_RANK": rank}
@@ -66,6 +79,8 @@ def _run_rank(rank: int, size: int, port: int, folder: Path, runs: Sequence[Run]
             resume = None if each.resume_from is None else folder / f"{each.resume_from}-checkpoints"
             if resume is not None and rank == 0:  # which alone reads it
                 resume = max(resume.iterdir())
+            if each.out_of_memory and rank == size - 1:
+                run_out_of_memory_once()
             # A resumed process starts with another random state.
             torch.manual_seed(1_000 + rank)
             with suppress(Stopped):
@@ -78,3 +93,5 @@ def _run_rank(rank: int, size: int, port: int, folder: Path, runs: Sequence[Run]
                     checkpoint_dir=folder / f"{each.name}-checkpoints",
                 )
             (folder / f"{each.name}-{rank}").write_bytes(pickle.dumps(record))
+        if ranks.is_first_failure():
+            (folder / f"first-failure-{rank}").touch()

@@ -7,8 +7,8 @@ from pathlib import Path
 import pytest
 import torch
 import torch.distributed as dist
+from engine_processes.ranks import Run, run_in_ranks
 from engine_runs import LORA, REFT, RunRecord, assert_equal, but, config, parse, tensors, yes_no
-from rank_runs import Run, run_in_ranks
 from small_runs import step_losses
 from torch.testing._internal.distributed.fake_pg import FakeStore
 
@@ -51,6 +51,7 @@ def all_runs(model: Path) -> list[Run]:
     dropout = with_dropout(model)
     return [
         *same_as_one_process(model),
+        Run(name="out of memory", config=config(model, "lora"), out_of_memory=True),
         Run(name="whole", config=dropout),
         # In the middle of an epoch of stage 1, then of stage 2.
         Run(name="first part", config=dropout, stop_after=1),
@@ -116,6 +117,16 @@ def test_ranks_that_are_stopped_and_resumed_were_never_stopped(records: dict[str
     assert_equal(last, whole)
 
 
+def test_a_rank_that_runs_out_of_memory_goes_on_in_smaller_passes_of_its_own(
+    records: dict[str, list[RunRecord]],
+) -> None:
+    first, _ = records["out of memory"]
+    plain, _ = records["lora"]
+    assert first.losses == pytest.approx(plain.losses, abs=LOSS_BOUND)
+    assert first.losses != plain.losses
+    assert not first.data("WARNING")
+
+
 def test_each_rank_has_dropout_masks_of_its_own(
     tiny_llama_dir: Path, tmp_path: Path, records: dict[str, list[RunRecord]]
 ) -> None:
@@ -133,6 +144,11 @@ def test_one_process_continues_what_two_began(
     rest = run.start(tmp_path, resume=checkpoint).losses
     assert rest == pytest.approx({step: first.losses[step] for step in rest}, abs=LOSS_BOUND)
     assert 0 < len(rest) < len(first.losses)
+
+
+@pytest.mark.usefixtures("records")
+def test_one_of_the_ranks_is_the_first_to_fail(folder: Path) -> None:
+    assert len(list(folder.glob("first-failure-*"))) == 1
 
 
 def test_eight_ranks_exchange_one_flat_buffer_a_step(

@@ -6,7 +6,7 @@ import random
 
 import pytest
 
-from heft_engine.training.division import Division, balanced
+from heft_engine.training.data_parallel.division import Division, balanced
 
 RNG = random.Random(0)
 LENGTHS = [RNG.randint(5, 400) for _ in range(200)]
