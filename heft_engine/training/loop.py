@@ -129,10 +129,7 @@ class TrainLoop:
             yield order[start : start + size]
 
     def _forward_backward(self, rows: Sequence[int]) -> tuple[float, float, int]:
-        """Accumulates the gradients of one step. Returns its summed loss, its correct tokens, and the count of all.
-
-        With several ranks, each runs its share of the rows; gradients and sums are those of all rows.
-        """
+        """Accumulates the gradients of one step. Returns its summed loss, its correct tokens, and the count of all."""
         count = self.objective.count([self.forward.examples[row] for row in rows])
         share = self.forward.share(rows)
 
@@ -266,9 +263,8 @@ class TrainLoop:
         self.adapter.check()
 
     def _check_trains(self) -> None:
-        if not self.ranks.is_first:
-            return  # rank 0 speaks for all: parameters are the same
-        if self.probe_before is not None and not torch.equal(self.probe_before, probe_states(self.forward)):
+        before = self.probe_before  # of rank 0
+        if not self.ranks.is_first or (before is not None and not before.equal(probe_states(self.forward))):
             return
         raise TrainingError(
             f"stage {self.stage.type} does not train: after {self.progress.step} steps its parameters have changed "
