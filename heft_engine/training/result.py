@@ -95,7 +95,7 @@ def measure_epoch(inputs: RunInputs, weights: LoraWeights | None) -> StageMeasur
 
     Without a calibration, which would score all validation rows.
     """
-    exact = Float32LM(inputs.lm) if weights is None else merged_in_float32(inputs.lm, weights, {})
+    exact = Float32LM(inputs.lm) if weights is None else merged_in_float32(inputs.lm, weights)
     probe = _probe(inputs)
     tolerance = _tolerance(exact, inputs.lm, probe)
     return StageMeasurements(probe=probe, probe_tolerance=tolerance, calibration=None)

@@ -1,4 +1,4 @@
-"""Random requests to create jobs and to predict: a success or an error in OpenAI's format, never a 500."""
+"""Random requests to create jobs, to predict and for text: a success or an error in OpenAI's format, never a 500."""
 
 from __future__ import annotations
 
@@ -75,6 +75,21 @@ NEARLY_A_QUESTION = st.fixed_dictionaries(
     },
 )
 
+#: Of a model that does not exist, so that nothing is sent to a worker.
+NEARLY_A_PROMPT = st.fixed_dictionaries(
+    {"model": st.just("no-such-model") | VALUES},
+    optional={
+        "prompt": VALUES,
+        "messages": st.lists(ROW, max_size=3)
+        | st.lists(
+            st.fixed_dictionaries({"role": st.just("user"), "content": VALUES}, optional={"name": VALUES})
+        )
+        | VALUES,
+        **dict.fromkeys(("n", "stop", "store", "tools", "logit_bias", "stream_options", "seed"), VALUES),
+    }
+    | dict.fromkeys(("user", "metadata", "odd\r\n", "\U0001f600"), VALUES),
+)
+
 
 def judge(answer: httpx.Response) -> None:
     assert answer.status_code in (200, 400, 404), answer.text
@@ -97,6 +112,14 @@ def test_jobs(client: httpx.Client, body: Any) -> None:
 @given(body=NEARLY_A_QUESTION | VALUES)
 def test_questions(client: httpx.Client, body: Any) -> None:
     judge(client.post("/predict", content=json.dumps(body), headers={"Content-Type": "application/json"}))
+
+
+@FAST
+@given(path=st.sampled_from(["/v1/completions", "/v1/chat/completions"]), body=NEARLY_A_PROMPT | VALUES)
+def test_prompts(client: httpx.Client, path: str, body: Any) -> None:
+    answer = client.post(path, content=json.dumps(body), headers={"Content-Type": "application/json"})
+    judge(answer)
+    assert len(answer.headers.get("x-heft-ignored", "")) <= 1_000
 
 
 @FAST

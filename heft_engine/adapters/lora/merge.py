@@ -93,7 +93,7 @@ def _subtract(layer: Linear, scaling: float, down: Tensor, up: Tensor) -> None:
     layer.base_layer.weight.sub_(scaling * up @ down)
 
 
-def merged_in_float32(lm: PackedLM, weights: LoraWeights, hashes: dict[str, str]) -> Float32LM:
+def merged_in_float32(lm: PackedLM, weights: LoraWeights, hashes: dict[str, str] | None = None) -> Float32LM:
     """Returns float32 passes with the adapter merged module by module. It may be attached to the model, which it leaves
     as it is.
 
@@ -103,7 +103,7 @@ def merged_in_float32(lm: PackedLM, weights: LoraWeights, hashes: dict[str, str]
 
     def merge(module: str) -> None:
         weights.of_module(module).merge_into(exact.model)
-        if module not in hashes:
+        if hashes is not None and module not in hashes:
             hashes[module] = _hash(weight_of(exact.model, module).to(lm.dtype))
 
     for module in weights.factors:
