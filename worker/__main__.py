@@ -6,6 +6,7 @@ import argparse
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, closing, contextmanager
+from functools import partial
 
 from celery import Celery
 from platformdirs import user_cache_path
@@ -20,7 +21,6 @@ from store.settings import StoreSettings, settings
 from store.storage.artifacts import Artifacts
 from worker import tasks
 from worker.celery_app import Role, run_worker, worker_app
-from worker.chores.activation_folder import activation_chore
 from worker.chores.chore import Chore, run_chores
 from worker.chores.compare_studies import study_chore
 from worker.chores.gpu_handoff import handoff_chores, visible_device
@@ -28,10 +28,13 @@ from worker.chores.presence import offer_base_models, registered
 from worker.chores.reconcile import reconcile_chores
 from worker.context import ENGINE, Context
 from worker.inference.metrics import InferenceMetrics, Publisher, worker_registry
-from worker.scratch import acquire_slot
+from worker.scratch import acquire_slot, remove_older_than
 
 _METRICS_SECONDS = 10.0
 _OFFER_SECONDS = 3_600.0
+_EXPIRE_SECONDS = 3_600.0
+#: Since their last use.
+_MAX_ACTIVATION_SECONDS = 86_400.0
 _EVICT_SECONDS = 30.0
 _TRIM_SECONDS = 30.0
 
@@ -89,7 +92,10 @@ def _register(app: Celery, role: Role, context: Context, stack: ExitStack) -> li
         offers = Chore(
             name="offer base models", seconds=_OFFER_SECONDS, run=lambda: offer_base_models(context)
         )
-        return [offers, activation_chore(context), _metrics_chore(context, stack, registry)]
+        # Whether or not anything trains: the rows may have been deleted since.
+        expire = partial(remove_older_than, context.activation_folder, _MAX_ACTIVATION_SECONDS)
+        expiry = Chore(name="expire activations", seconds=_EXPIRE_SECONDS, run=expire)
+        return [offers, expiry, _metrics_chore(context, stack, registry)]
     if role is Role.PREPARE:
         tasks.register_preparing(app, context)
         return [study_chore(context), _metrics_chore(context, stack, registry)]

@@ -32,6 +32,11 @@ class Context:
     #: The command that starts an engine process; tests put a fake here.
     engine_command: Sequence[str] = ENGINE
 
+    @property
+    def activation_folder(self) -> Path:
+        """Cached activations of training stages, which the engine keeps within a budget (`prefill_bytes`)."""
+        return self.shared / "prefills"
+
     def model_options(self) -> list[str]:
         """Returns the options that tell an engine command where models lie."""
         options: list[str] = []

@@ -39,12 +39,9 @@ def row_converter(dataset: HubReference, columns: Sequence[str]) -> Converter:
     )
 
 
-def _messages(fields: Fields) -> dict[str, Any]:
-    return {"messages": fields["messages"]}
-
-
-def _completion(fields: Fields) -> dict[str, Any]:
-    return {"prompt": fields["prompt"], "completion": fields["completion"]}
+def _only(*columns: str) -> Converter:
+    """For rows that have the format already, among other columns."""
+    return lambda fields: {column: fields[column] for column in columns}
 
 
 def _keyed_choices(fields: Fields) -> dict[str, Any]:
@@ -106,8 +103,8 @@ def _story(fields: Fields) -> dict[str, Any]:
 
 _BY_NAME: Mapping[str, Converter] = {"openai/gsm8k": _gsm8k}
 _BY_COLUMNS: tuple[tuple[set[str], Converter], ...] = (
-    ({"messages"}, _messages),
-    ({"prompt", "completion"}, _completion),
+    ({"messages"}, _only("messages")),
+    ({"prompt", "completion"}, _only("prompt", "completion")),
     ({*STORY_COLUMNS, *ENDING_COLUMNS}, _story_ending),
     (set(SENTENCE_COLUMNS), _story),
     ({"question", "choices", "answerKey"}, _keyed_choices),

@@ -153,13 +153,8 @@ def _methods_json(pair: _Pair, result: MethodComparison, test: Significance) -> 
     required = RequiredSize(seeds=result.seeds_needed(test.alpha), rows=result.rows_needed(test.alpha))
     return {
         "question": "methods",
-        "difference": result.difference,
-        "interval_95": list(result.interval_95),
-        "p_value": result.p_value,
-        "p_adjusted": test.p_adjusted,
-        "separable": test.significant,
+        **_test_json(result, test),
         "seeds": result.seeds,
-        "rows": result.rows,
         "per_seed": result.per_seed,
         "seed_deviation": result.seed_deviation,
         "effect_size": result.cohens_dz,
@@ -175,14 +170,20 @@ def _models_json(pair: _Pair, models: Mapping[int, Significance]) -> dict[str, A
     result = pair.models[seed]
     return {
         "question": "models",
+        **_test_json(result, test),
+        "seeds": 1,
+        "sentence": sentences.of_models(pair.a, pair.b, seed, result, test),
+    }
+
+
+def _test_json(result: MethodComparison | ModelComparison, test: Significance) -> dict[str, Any]:
+    return {
         "difference": result.difference,
         "interval_95": list(result.interval_95),
         "p_value": result.p_value,
         "p_adjusted": test.p_adjusted,
         "separable": test.significant,
-        "seeds": 1,
         "rows": result.rows,
-        "sentence": sentences.of_models(pair.a, pair.b, seed, result, test),
     }
 
 

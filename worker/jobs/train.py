@@ -17,7 +17,6 @@ from store.db.tables import Job
 from store.errors import Damaged
 from store.jobs import endings, leases
 from store.studies import studies
-from worker.chores.activation_folder import activation_folder
 from worker.chores.gpu_handoff import gpu_requested
 from worker.context import Context
 from worker.jobs.attempt import Attempt, Ending, run_attempt
@@ -81,7 +80,7 @@ def _run_file(attempt: Attempt, rows: Mapping[FileField, Path], checkpoint: Path
         rows,
         settings,
         resume=checkpoint,
-        activation_dir=activation_folder(attempt.context) if reuses(spec, settings) else None,
+        activation_dir=attempt.context.activation_folder if reuses(spec, settings) else None,
         owner=attempt.claim.owner_id,
         evaluate_validation=is_trial,
         n_checkpoints=spec.n_checkpoints,

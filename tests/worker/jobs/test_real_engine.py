@@ -22,7 +22,6 @@ from store.db.session import transaction
 from store.db.states import JobState
 from store.db.tables import Job, StageResult
 from store.jobs import jobs, stage_results
-from worker.chores.activation_folder import activation_folder
 from worker.context import ENGINE, Context
 from worker.jobs.prepare import prepare_job
 
@@ -129,11 +128,11 @@ def test_a_sweep_pays_for_its_first_stage_once(
 ) -> None:
     first = bench.run(queued(bench), real)
     assert trained_stages(bench, first) == {"lora", "reft"}
-    prefills = sorted(activation_folder(real).iterdir())
+    prefills = sorted(real.activation_folder.iterdir())
     assert len(prefills) == 1, "of the training rows"
     second = bench.run(queued(bench, rank=3), real)
     assert trained_stages(bench, second) == {"reft"}
-    assert sorted(activation_folder(real).iterdir()) == prefills, "taken over"
+    assert sorted(real.activation_folder.iterdir()) == prefills, "taken over"
 
     stages = [LoraStage(**HEFT["lora"]), ReftStage(**HEFT["reft"], rank=3)]
     config = TrainConfig(model="llama", stages=stages, method="heft", dtype="float32")
