@@ -1,5 +1,6 @@
 """Decoder layers of passes without a gradient, as a few compiled operators: AMX products with norms, activations and
-LoRA deltas in them (heft_engine.cpu.fused_linear), and AMX attention; without AMX compiled norms and rotary embeddings.
+LoRA deltas in them (heft_engine.cpu.fused_linear), and AMX attention. Without AMX the modules' own forward runs: norms
+and rotary embeddings alone gained less than 6 % (docs/serving.md).
 
 The layers are those of Llama and its kin: norm, query, key and value, rotary embedding, attention, sum, norm, gated
 activation, sum. A layer of each type that a model has is compared with its module's own `forward`, to the bit; where
@@ -45,7 +46,7 @@ class FusedLayers:
         self._forwards: dict[nn.Module, Forward] = {}
         self._lock, self._threads = threading.Lock(), 0
         fused_ops = operators.fused_ops()
-        if fused_ops is None or not all(map(_fits, layers.modules)):
+        if fused_ops is None or operators.amx_ops() is None or not all(map(_fits, layers.modules)):
             return
         options: dict[str, AttentionOptions | None] = {}
         for layer, kind in zip(layers.modules, layers.types, strict=True):
@@ -129,7 +130,7 @@ class _Layer:
         return self._linears.gated(amx, states, self._norm(1), mlp, deltas[4:])
 
     def in_parts(self, states: Tensor, rotary: tuple[Tensor, Tensor], layout: Layout) -> Tensor:
-        """The same, one operation after the other: without AMX, and with adapters that are more than a LoRA delta."""
+        """The same, one operation after the other: with adapters that are more than a LoRA delta."""
         hidden = self._ops.rms_norm(states, *self._norm(0))
         projections = [self._linears.linear(linear, hidden, layout) for linear in self._qkv]
         with torch._C.DisableTorchFunction():

@@ -69,9 +69,3 @@ def without_amx(monkeypatch: pytest.MonkeyPatch) -> None:
     except ModuleNotFoundError:  # the package can be deleted
         return
     monkeypatch.setattr(operators, "amx_ops", lambda: None)
-
-
-@pytest.fixture(params=["amx", "torch"])
-def with_and_without_amx(request: pytest.FixtureRequest) -> None:
-    """Both, one after the other."""
-    request.getfixturevalue("with_amx" if request.param == "amx" else "without_amx")

@@ -23,7 +23,7 @@ from heft_engine.inference.scoring import score
 from heft_engine.model.backend import TorchBackend
 from heft_engine.model.packed_lm import PackedLM
 
-pytestmark = [needs_compiler, pytest.mark.usefixtures("with_and_without_amx")]
+pytestmark = [needs_compiler, pytest.mark.usefixtures("with_amx")]
 
 QUICK = ("llama", "mistral", "qwen2", "qwen3")
 OTHERS = ("gemma", "gemma2", "gemma3_text", "gpt_neox")
@@ -70,6 +70,12 @@ def test_scores_have_the_bits_of_the_modules_own(
     plain.backend = WithoutFusedLayers(plain.backend.layers)
     assert totals(quick, examples) == totals(plain, examples)
     assert len(fused_layers(quick)) == (quick.n_layers if family in QUICK else 0)
+
+
+def test_without_amx_the_modules_own_forward_runs(make_tiny_model: MakeModel, without_amx: None) -> None:
+    lm = model(make_tiny_model("llama"))
+    totals(lm, rows(2, branched=False))
+    assert len(fused_layers(lm)) == 0
 
 
 def test_only_bfloat16_layers_are_quick(make_tiny_model: MakeModel) -> None:
