@@ -88,6 +88,12 @@ class StoreSettings(BaseSettings):
     cache_disk_bytes: int = Field(default=0, ge=0)
     #: Of memory, for a training stage beyond what its process holds already; None: what is free.
     train_memory_bytes: int | None = Field(default=None, ge=0)
+    #: Processes of a training worker that train one job together, each on a GPU of its own if there is one.
+    train_processes: int = Field(default=1, ge=1)
+    #: Training workers that take one job together, each on a machine of its own, with as many processes each.
+    train_nodes: int = Field(default=1, ge=1)
+    #: This machine's name or address, by which the others' processes reach it; empty: its host name.
+    train_address: str = ""
     trainers: int = Field(default=1, ge=1)  #: jobs that train at a time on this machine, and share its memory
     #: A stage's result is stored so long after its last use, for equal stages of later jobs; 0: not at all.
     reuse_days: float = Field(default=30, ge=0)

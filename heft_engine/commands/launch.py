@@ -21,12 +21,13 @@ from pathlib import Path
 from types import FrameType
 
 from heft_engine.commands.child_process import RANK_LOST, STOPPED
-from heft_engine.config.run_file import RunFile
+from heft_engine.config.run_file import LISTEN_FD, RunFile
 from heft_engine.errors import ConfigError, RankLost, Stopped
 
 #: Seconds that ranks have to end by themselves once one of them has ended early.
 _GRACE_SECONDS = 10.0
 _LOOPBACK = "127.0.0.1"
+_TRAIN = (sys.executable, "-P", "-m", "heft_engine", "train")
 
 
 def is_rank() -> bool:
@@ -41,17 +42,12 @@ def run_ranks(run_file: RunFile, path: Path) -> None:
     Raises Stopped, RankLost if a rank ended without a result, SystemExit(1) if one has reported why it failed, and
     ConfigError for machines that can't meet.
     """
-    command = [
-        sys.executable,
-        "-P",
-        "-m",
-        "heft_engine",
-        "train",
-        "--run-file",
-        str(path),
-        "--die-with-parent",
-    ]
-    ranks = _Ranks(command, _environments(run_file))
+    command = [*_TRAIN, "--run-file", str(path), "--die-with-parent"]
+    if run_file.nodes == 1:
+        with socket.create_server((_LOOPBACK, 0)) as server:
+            ranks = _Ranks(command, _environments(run_file, _on_loopback(server)), (server.fileno(),))
+    else:
+        ranks = _Ranks(command, _environments(run_file, _between_machines(run_file)))
     endings = ranks.wait()
     codes = {ending.code for ending in endings}
     if codes == {0}:
@@ -65,31 +61,33 @@ def run_ranks(run_file: RunFile, path: Path) -> None:
     raise RankLost(_lost_message(first, run_file))
 
 
-def _environments(run_file: RunFile) -> list[dict[str, str]]:
-    """Returns the variables of each rank on this machine. Raises ConfigError."""
+def _environments(run_file: RunFile, network: Mapping[str, str]) -> list[dict[str, str]]:
+    """Returns the variables of each rank on this machine. network: those by which they find each other."""
     processes = run_file.processes
-    address, port = _rendezvous(run_file)
     common = {
+        **network,
         "WORLD_SIZE": str(run_file.nodes * processes),
         "LOCAL_WORLD_SIZE": str(processes),
-        "MASTER_ADDR": address,
-        "MASTER_PORT": port,
         "OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", str(max(1, _processors() // processes))),
     }
-    if run_file.nodes == 1 and sys.platform == "linux":
-        # Gradients are not encrypted, and whoever reaches the port can send some.
-        common |= {"GLOO_SOCKET_IFNAME": "lo", "NCCL_SOCKET_IFNAME": "lo"}
     return [
         {**common, "RANK": str(run_file.node_rank * processes + local_rank), "LOCAL_RANK": str(local_rank)}
         for local_rank in range(processes)
     ]
 
 
-def _rendezvous(run_file: RunFile) -> tuple[str, str]:
-    """Returns the address and port where the ranks meet: a free port of this machine, or what the run file names."""
-    if run_file.nodes == 1:
-        with socket.create_server((_LOOPBACK, 0)) as server:
-            return _LOOPBACK, str(server.getsockname()[1])
+def _on_loopback(server: socket.socket) -> dict[str, str]:
+    """Returns the variables of ranks on one machine, which meet at a listening socket."""
+    address, port = server.getsockname()
+    network = {"MASTER_ADDR": address, "MASTER_PORT": str(port), LISTEN_FD: str(server.fileno())}
+    if sys.platform == "linux":
+        # Gradients are not encrypted, and whoever reaches the port can send some.
+        network |= {"GLOO_SOCKET_IFNAME": "lo", "NCCL_SOCKET_IFNAME": "lo"}
+    return network
+
+
+def _between_machines(run_file: RunFile) -> dict[str, str]:
+    """Returns the variables of ranks on several machines. Raises ConfigError."""
     address, _, port = (run_file.rendezvous or "").rpartition(":")
     if not address or not port.isdigit():
         message = "rendezvous: several machines need HOST:PORT of machine 0, the same on each"
@@ -97,7 +95,7 @@ def _rendezvous(run_file: RunFile) -> tuple[str, str]:
     if run_file.node_rank >= run_file.nodes:
         message = f"node_rank: {run_file.nodes} machines have the numbers 0 to {run_file.nodes - 1}"
         raise ConfigError(message, param="node_rank")
-    return address, port
+    return {"MASTER_ADDR": address, "MASTER_PORT": port}
 
 
 def _processors() -> int:
@@ -126,7 +124,13 @@ class _Ending:
 class _Ranks:
     """Running ranks. Signals that this process gets go to all of them."""
 
-    def __init__(self, command: Sequence[str], environments: Sequence[Mapping[str, str]]) -> None:
+    def __init__(
+        self,
+        command: Sequence[str],
+        environments: Sequence[Mapping[str, str]],
+        descriptors: Sequence[int] = (),
+    ) -> None:
+        """descriptors: of open sockets that the ranks inherit."""
         self.stopping = False  #: a stop was requested
         self._processes: list[subprocess.Popen[bytes]] = []
         self._endings: queue.SimpleQueue[_Ending] = queue.SimpleQueue()
@@ -134,7 +138,9 @@ class _Ranks:
             signal.signal(number, self._on_stop)
         signal.signal(signal.SIGUSR1, self._on_dump)
         for environment in environments:
-            process = subprocess.Popen(command, env={**os.environ, **environment}, stdin=subprocess.PIPE)
+            process = subprocess.Popen(
+                command, env={**os.environ, **environment}, stdin=subprocess.PIPE, pass_fds=descriptors
+            )
             self._processes.append(process)
             arguments = (process, int(environment["RANK"]))
             threading.Thread(target=self._await_end, args=arguments, daemon=True).start()

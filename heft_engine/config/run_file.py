@@ -12,6 +12,9 @@ from pydantic import Field
 
 from heft_engine.config.train import MAX_LINE_BYTES, Settings, TrainConfig
 
+#: The environment variable of ranks on one machine that names the listening socket where they meet.
+LISTEN_FD = "HEFT_LISTEN_FD"
+
 FileField = Literal["training_file", "validation_file", "test_file"]
 
 

@@ -18,9 +18,11 @@ from typing import Any, TypeVar
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch.distributed import TCPStore  # type: ignore[attr-defined]
 from torch.distributed.distributed_c10d import Store
 from torch.distributed.rendezvous import rendezvous
 
+from heft_engine.config.run_file import LISTEN_FD
 from heft_engine.errors import ConfigError, RankLost, TrainingError
 from heft_engine.runtime.out_of_memory import is_out_of_memory
 
@@ -194,8 +196,7 @@ def process_group() -> Iterator[Ranks]:
         )
     rank, local_rank, size, local_size = (int(os.environ[name]) for name in _VARIABLES[:4])
     try:
-        store, _, _ = next(rendezvous("env://", timeout=START_TIMEOUT))
-        store.set_timeout(START_TIMEOUT)
+        store = _connect(rank)
         dist.init_process_group("gloo", store=store, rank=rank, world_size=size, timeout=FIRST_RANK_TIMEOUT)
     except RuntimeError as error:
         message = f"rank {rank} of {size} did not find the others: {_first_line(error)}"
@@ -203,6 +204,28 @@ def process_group() -> Iterator[Ranks]:
     yield Ranks(rank=rank, size=size, local_rank=local_rank, local_size=local_size, _store=store)
     # Only after success: with a rank gone, it could wait for it.
     dist.destroy_process_group()
+
+
+def _connect(rank: int) -> Store:
+    """Returns the store in which the ranks find each other. Rank 0 serves it.
+
+    Its server would listen on every interface; on one machine it takes over a socket that listens on loopback.
+    """
+    store: Store
+    descriptor = os.environ.get(LISTEN_FD)
+    if descriptor is None:
+        store, _, _ = next(rendezvous("env://", timeout=START_TIMEOUT))
+        store.set_timeout(START_TIMEOUT)
+        return store
+    store = TCPStore(
+        os.environ["MASTER_ADDR"],
+        int(os.environ["MASTER_PORT"]),
+        is_master=rank == 0,
+        timeout=START_TIMEOUT,
+        master_listen_fd=int(descriptor) if rank == 0 else None,
+    )
+    store.set_timeout(START_TIMEOUT)
+    return store
 
 
 def _rank_device(requested: str | None, local_rank: int, local_size: int) -> str:

@@ -167,8 +167,11 @@ def _open(
     keys = stage_keys(inputs) if stage_store is not None else []
     state = RunState(rows_sha256=rows_sha256, keys=keys, processes=ranks.size)
     resume = options.resume
-    if resume is not None:
-        checkpoint = ranks.broadcast(lambda: load_checkpoint(resume, inputs.config, rows_sha256))
+    # Rank 0's alone: other machines need not have it.
+    checkpoint = ranks.broadcast(
+        lambda: None if resume is None else load_checkpoint(resume, inputs.config, rows_sha256)
+    )
+    if checkpoint is not None:
         state = _continued(checkpoint.state, ranks)
         interventions = [stored.restore(inputs.lm.hidden_size) for stored in checkpoint.interventions]
         _apply(inputs.lm, state.adapters, interventions)

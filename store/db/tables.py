@@ -10,6 +10,7 @@ from sqlalchemy import (
     CheckConstraint,
     DateTime,
     ForeignKey,
+    ForeignKeyConstraint,
     Index,
     LargeBinary,
     String,
@@ -140,6 +141,35 @@ class Attempt(Base):
     ended_at: Mapped[datetime | None]
     outcome: Mapped[str | None]  #: an AttemptOutcome
     swept_at: Mapped[datetime | None]  #: when the bytes that it stored and no row names were deleted
+
+
+class Group(Base):
+    """Workers that train one job together, in one attempt. Its worker is machine 0."""
+
+    __tablename__ = "groups"
+
+    job_id: Mapped[str] = mapped_column(ForeignKey("jobs.id"), primary_key=True)
+    attempt: Mapped[int] = mapped_column(primary_key=True)
+    nodes: Mapped[int]  #: machines, that of the claim included
+    processes: Mapped[int]  #: of each machine
+    rendezvous: Mapped[str]  #: host:port of machine 0, where the processes meet
+    opened_at: Mapped[CreatedAt]
+    started_at: Mapped[datetime | None]  #: when it was full; nobody joins afterwards
+
+
+class GroupMember(Base):
+    """The place of another worker in a group."""
+
+    __tablename__ = "group_members"
+
+    job_id: Mapped[str] = mapped_column(primary_key=True)
+    attempt: Mapped[int] = mapped_column(primary_key=True)
+    node_rank: Mapped[int] = mapped_column(primary_key=True)  #: from 1
+    worker_id: Mapped[str]
+    joined_at: Mapped[CreatedAt]
+    lease_until: Mapped[datetime]
+
+    __table_args__ = (ForeignKeyConstraint(["job_id", "attempt"], ["groups.job_id", "groups.attempt"]),)
 
 
 class Event(Base):

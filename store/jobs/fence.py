@@ -33,10 +33,11 @@ class Claim:
 
 @dataclass(frozen=True, kw_only=True)
 class StopRequest:
-    """The cancel and the pause that a job's user has asked for."""
+    """The cancel and the pause that a job's user has asked for. member_lost: a worker of its group is gone."""
 
     cancel: bool
     pause: bool
+    member_lost: bool = False
 
 
 def fence(claim: Claim) -> ColumnElement[bool]:

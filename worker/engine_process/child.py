@@ -50,6 +50,7 @@ _INHERITED_PREFIXES = (
     "PYTORCH_",
     "TORCH",
     "NCCL_",
+    "GLOO_",
     "TRITON_",
     "CUBLAS_",
     "OMP_",

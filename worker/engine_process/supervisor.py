@@ -30,6 +30,7 @@ class StopReason(StrEnum):
     SHUTDOWN = "shutdown"  #: The worker shuts down: a checkpoint, then back to the queue.
     PAUSED = "paused"  #: The user paused the job: a checkpoint, if it comes in time.
     STALLED = "stalled"  #: The child wrote nothing for too long: counts as a crash.
+    MEMBER_LOST = "member_lost"  #: Another worker that trains the job was lost: counts as a crash.
     CANCELLED = "cancelled"  #: The user cancelled the job: no checkpoint.
     LOST = "lost"  #: The attempt is no longer the current one: killed at once, nothing more is written.
 
@@ -64,7 +65,7 @@ class Limits:
 
     def grace(self, reason: StopReason) -> float:
         match reason:
-            case StopReason.LOST:
+            case StopReason.LOST | StopReason.MEMBER_LOST:
                 return 0.0
             case StopReason.CANCELLED:
                 return self.cancel_grace
@@ -163,6 +164,8 @@ class Supervisor:
             self._stop(StopReason.PAUSED)
         if self._is_stalled():
             self._stop(StopReason.STALLED)
+        if request.member_lost:
+            self._stop(StopReason.MEMBER_LOST)
         if request.cancel:
             self._stop(StopReason.CANCELLED)
 
@@ -186,7 +189,7 @@ class Supervisor:
         self._kill_at = min(self._kill_at, time.monotonic() + self._limits.grace(reason))
         if reason is StopReason.STALLED:
             child.dump_stacks()
-        elif reason is StopReason.LOST:
+        elif reason in (StopReason.LOST, StopReason.MEMBER_LOST):
             child.kill()
         else:
             child.terminate()

@@ -14,6 +14,7 @@ import signal
 import tempfile
 from collections.abc import Callable, Mapping
 from contextlib import suppress
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
@@ -22,11 +23,12 @@ import tenacity
 from pydantic import BaseModel
 from sqlalchemy.orm import Session
 
+from heft_engine.commands.child_process import STOPPED
 from store.db.session import transaction
 from store.db.states import Purpose
 from store.db.tables import Job
 from store.errors import Damaged, LostFence, Unavailable
-from store.jobs import endings, leases
+from store.jobs import endings, groups, leases
 from store.jobs.fence import Claim, StopRequest
 from store.logs import bound
 from worker.context import Context
@@ -138,31 +140,42 @@ class Attempt:
         Returns the data of the final event. Raises EngineFailed, EngineCrashed, AttemptStopped, and whatever `handle`
         raises, after the process has ended.
         """
-        self.raise_if_stopping()
-        path = self.folder / f"{command}.json"
-        path.write_text(run_file.model_dump_json())
-        argv = [*self.context.engine_command, command, "--run-file", str(path), "--die-with-parent"]
         final_event: Event | None = None
-        with (
-            Child(argv, env=child_environment(os.environ), cwd=self.folder) as child,
-            self._supervisor.supervising(child),
-        ):
-            for event in child.lines():
-                if self.stop_reason in (StopReason.CANCELLED, StopReason.LOST):
-                    continue  # nothing more of this attempt is written
-                if event["code"] in (final_code, "FAILED"):
-                    final_event = event
-                else:
-                    handle(event)
-            exit_code = child.wait()
-        log.info("child %d of %s ended: %d", child.pid, self.claim.job_id, exit_code)
+
+        def handle_all(event: Event) -> None:
+            nonlocal final_event
+            if event["code"] in (final_code, "FAILED"):
+                final_event = event
+            else:
+                handle(event)
+
+        exit_code = self.run_child(command, run_file, handle_all)
         if final_event is None:
             self.raise_if_stopping()
+            if exit_code == STOPPED:
+                raise AttemptStopped("another worker that trains the job was asked to stop")
             raise EngineCrashed(exit_code)
         data: Mapping[str, Any] = final_event["data"]
         if final_event["code"] == "FAILED":
             raise EngineFailed(data["error"])
         return data
+
+    def run_child(self, command: str, run_file: BaseModel, handle: Callable[[Event], None]) -> int:
+        """Runs `heft_engine <command>` to its end, with `handle` called for every event. Returns its exit code."""
+        self.raise_if_stopping()
+        path = self.folder / f"{command}.json"
+        path.write_text(run_file.model_dump_json())
+        argv = [*self.context.engine_command, command, "--run-file", str(path), "--die-with-parent"]
+        with (
+            Child(argv, env=child_environment(os.environ), cwd=self.folder) as child,
+            self._supervisor.supervising(child),
+        ):
+            for event in child.lines():
+                if self.stop_reason not in (StopReason.CANCELLED, StopReason.LOST):
+                    handle(event)  # else nothing more of this attempt is written
+            exit_code = child.wait()
+        log.info("child %d of %s ended: %d", child.pid, self.claim.job_id, exit_code)
+        return exit_code
 
 
 def run_attempt(
@@ -209,9 +222,12 @@ def _claim(context: Context, job_id: str, purpose: Purpose) -> Claim | None:
 
 
 def _supervisor(context: Context, claim: Claim) -> Supervisor:
+    in_group = claim.purpose == "train" and context.settings.train_nodes > 1
+
     def renew_lease() -> StopRequest:
         with transaction(context.sessions) as session:
-            return leases.heartbeat(session, claim)
+            request = leases.heartbeat(session, claim)
+            return replace(request, member_lost=in_group and groups.has_lost_member(session, claim))
 
     def read_stop_request() -> StopRequest:
         with transaction(context.sessions) as session:
@@ -268,6 +284,11 @@ def _stopped(attempt: Attempt, crashed: Callable[..., Job]) -> Ending:
         case StopReason.STALLED:
             error = job_error("stalled", "The training process made no progress and was ended.")
             return partial(crashed, error=error)
+        case StopReason.MEMBER_LOST:
+            error = job_error("rank_lost", "Another worker that trains this job was lost.")
+            return partial(crashed, error=error)
+        case None:
+            return partial(endings.release, reason="Another worker that trains it was asked to stop.")
         case _:
             raise LostFence(f"attempt {attempt.claim.attempt} of {attempt.claim.job_id} is lost")
 

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from heft_engine.config.known_datasets import with_dataset_defaults
 from heft_engine.config.run_file import CheckFile, FileField, RunFile
@@ -35,6 +37,21 @@ def train_config(spec: TrainingSpec, *, revision: str | None) -> TrainConfig:
     )
 
 
+def hub_revision(validation: Mapping[str, Any] | None) -> str | None:
+    """Returns the revision of a hub model that the files were checked with. validation: the report on them."""
+    base = (validation or {}).get("base_model") or {}
+    return base.get("revision") if base.get("source") == "hub" else None
+
+
+@dataclass(frozen=True, kw_only=True)
+class Node:
+    """A machine of several that train a job together. rendezvous: host:port of machine 0."""
+
+    count: int
+    rank: int
+    rendezvous: str
+
+
 def run_file(
     config: TrainConfig,
     folder: Path,
@@ -46,11 +63,12 @@ def run_file(
     owner: str = "",
     evaluate_validation: bool = False,
     n_checkpoints: int = 0,
+    node: Node | None = None,
 ) -> RunFile:
     """The input of `python -m heft_engine train`, whose output goes into `folder`, the attempt's own.
 
     `resume`: a verified checkpoint to continue from. `activation_dir`: the machine's folder of frozen activations;
-    None: stages and activations of earlier jobs are not reused.
+    None: stages and activations of earlier jobs are not reused. `node`: None where this machine trains alone.
     """
     return RunFile(
         config=config,
@@ -68,6 +86,10 @@ def run_file(
         cache_disk_bytes=settings.cache_disk_bytes,
         memory_bytes=settings.train_memory_bytes,
         sharers=settings.trainers,
+        processes=settings.train_processes,
+        nodes=node.count if node is not None else 1,
+        node_rank=node.rank if node is not None else 0,
+        rendezvous=node.rendezvous if node is not None else None,
         max_line_bytes=settings.max_line_bytes,
         stage_dir=folder / STAGES if activation_dir else None,
         stages_on_request=activation_dir is not None,

@@ -22,23 +22,36 @@ from worker.context import Context
 from worker.jobs.attempt import Attempt, Ending, run_attempt
 from worker.jobs.event_recorder import EventRecorder
 from worker.jobs.fetch_rows import fetch_rows
+from worker.jobs.group import GivesWay, gather, join_group
 from worker.jobs.loss_history import FILE_NAME, LossHistory
 from worker.jobs.publish import Publisher, bundle_task
-from worker.jobs.run_file import CHECKPOINTS, STAGES, reuses, run_file, train_config
+from worker.jobs.run_file import CHECKPOINTS, STAGES, Node, hub_revision, reuses, run_file, train_config
 from worker.jobs.stage_results import StageResults
 
 log = logging.getLogger(__name__)
 
 
 def train_job(context: Context, job_id: str) -> Job | None:
-    """Trains this job if it is queued. Returns the job afterwards; None if it is not queued."""
+    """Trains this job if it is queued. Returns the job afterwards; None if it is not queued.
+
+    Of workers that train together, one that a group waits for joins that group instead.
+    """
+    is_grouped = context.settings.train_nodes > 1 and not context.stopping.is_set()
+    if is_grouped and join_group(context):
+        return None
     return run_attempt(context, job_id, "train", _train)
 
 
 def _train(attempt: Attempt) -> Ending:
     rows = fetch_rows(attempt)
     checkpoint = _fetch_checkpoint(attempt)
-    run = _run_file(attempt, rows, checkpoint)
+    try:
+        node = gather(attempt)
+    except GivesWay:
+        return partial(
+            endings.release, reason="Its worker joins a job that waited longer for several workers."
+        )
+    run = _run_file(attempt, rows, checkpoint, node)
     history = LossHistory.load(checkpoint / FILE_NAME) if checkpoint else LossHistory()
     publisher = Publisher(attempt, history)
     stage_dir = attempt.folder / STAGES
@@ -71,11 +84,13 @@ def _train(attempt: Attempt) -> Ending:
     )
 
 
-def _run_file(attempt: Attempt, rows: Mapping[FileField, Path], checkpoint: Path | None) -> RunFile:
+def _run_file(
+    attempt: Attempt, rows: Mapping[FileField, Path], checkpoint: Path | None, node: Node | None
+) -> RunFile:
     spec, settings = attempt.claim.spec, attempt.context.settings
     is_trial = attempt.write(lambda session, claim: studies.is_trial(session, claim.job_id))
     return run_file(
-        train_config(spec, revision=_hub_revision(attempt)),
+        train_config(spec, revision=hub_revision(attempt.claim.validation)),
         attempt.folder,
         rows,
         settings,
@@ -84,6 +99,7 @@ def _run_file(attempt: Attempt, rows: Mapping[FileField, Path], checkpoint: Path
         owner=attempt.claim.owner_id,
         evaluate_validation=is_trial,
         n_checkpoints=spec.n_checkpoints,
+        node=node,
     )
 
 
@@ -110,9 +126,3 @@ def _fetch_checkpoint(attempt: Attempt) -> Path | None:
         else:
             return path
     return None
-
-
-def _hub_revision(attempt: Attempt) -> str | None:
-    """Returns the revision of a hub model that the files were checked with."""
-    base = (attempt.claim.validation or {}).get("base_model") or {}
-    return base.get("revision") if base.get("source") == "hub" else None

@@ -73,6 +73,8 @@ def test_a_killed_rank_ends_the_run_which_goes_on_from_its_last_checkpoint(
     process = start(*train(run_file))
     events = until(process.stdout, "CHECKPOINT_SAVED")
     ranks = ranks_of(process)
+    sockets = [connection for rank in ranks for connection in rank.net_connections("inet")]
+    assert {connection.laddr.ip.removeprefix("::ffff:") for connection in sockets} == {"127.0.0.1"}
     ranks[1].kill()
     rest, rest_err = finish(process)
     events += rest

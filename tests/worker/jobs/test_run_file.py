@@ -73,6 +73,9 @@ def test_the_run_file_has_the_job_s_rows_and_the_operator_s_settings(
     assert plain.config == config
     assert (plain.train, plain.eval, plain.test) == (Path("/t"), Path("/v"), None)
     assert plain.out.parent == tmp_path
+    assert plain.processes == 1
+    changed = settings.model_copy(update={"train_processes": 4})
+    assert run_file(config, tmp_path, ROWS, changed).processes == 4
     assert (plain.checkpoint_dir, plain.resume) == (tmp_path / "checkpoints", tmp_path / "r")
     assert (plain.checkpoint_seconds, plain.model_dir, plain.cache_dir) == (300, Path("/models"), None)
     assert not plain.allow_paths

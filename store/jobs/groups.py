@@ -1,0 +1,207 @@
+"""Groups of workers that train one job together.
+
+The worker that has claimed a job opens a group for its attempt, and is machine 0 of it. Others join, each as a machine
+of its own, until the group is full; then it starts, and nobody joins any more. The job has one lease, its claim's. A
+member has a lease on its place, which machine 0 watches, and writes nothing to the job.
+
+Members join the group that was opened first, and a group that is not full gives way to one opened before it. So workers
+that have claimed two jobs at a time don't wait for each other.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from sqlalchemy import ColumnElement, and_, delete, exists, func, or_, select, update
+from sqlalchemy.orm import Session
+
+from store.db.session import seconds
+from store.db.states import JobState
+from store.db.tables import Group, GroupMember, Job
+from store.errors import LostFence
+from store.jobs.fence import Claim, lock
+from store.jobs.spec import TrainingSpec
+
+
+@dataclass(frozen=True, kw_only=True)
+class GroupShape:
+    """Machines of a group, and processes on each: workers of equal shape train together."""
+
+    nodes: int
+    processes: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class Membership:
+    """A worker's place in a group. `claim` is read only: the job's fence names the worker of machine 0."""
+
+    claim: Claim
+    node_rank: int
+    rendezvous: str
+
+
+def open_group(session: Session, claim: Claim, *, shape: GroupShape, rendezvous: str) -> None:
+    """Opens a group for a claimed job. rendezvous: host:port of this machine. Raises LostFence."""
+    lock(session, claim)
+    session.add(
+        Group(
+            job_id=claim.job_id,
+            attempt=claim.attempt,
+            nodes=shape.nodes,
+            processes=shape.processes,
+            rendezvous=rendezvous,
+        )
+    )
+    session.flush()
+
+
+def missing_members(session: Session, claim: Claim) -> int:
+    """Starts the group of a claimed job if it is full. Returns how many members it lacks. Raises LostFence."""
+    lock(session, claim)
+    group = session.scalars(select(Group).where(_is_group_of(claim)).with_for_update()).one()
+    _remove_expired(session, group)
+    missing = group.nodes - 1 - len(_taken(session, group))
+    if missing == 0:
+        session.execute(update(Group).where(_is_group_of(claim)).values(started_at=func.now()))
+    return missing
+
+
+def gives_way(session: Session, claim: Claim) -> bool:
+    """Returns True if a group of the same shape, opened before this claim's, still lacks members."""
+    group = session.scalars(select(Group).where(_is_group_of(claim))).one()
+    query = (
+        select(Group.job_id).join(Job, Job.id == Group.job_id).where(_is_open(group.nodes, group.processes))
+    )
+    earlier = or_(
+        Group.opened_at < group.opened_at,
+        and_(Group.opened_at == group.opened_at, Group.job_id < group.job_id),
+    )
+    return session.scalar(query.where(earlier).limit(1)) is not None
+
+
+def join(session: Session, *, worker_id: str, shape: GroupShape, lease_seconds: float) -> Membership | None:
+    """Takes a place in the group of this shape that was opened first; None when no group lacks members."""
+    present = select(func.count()).where(
+        GroupMember.job_id == Group.job_id,
+        GroupMember.attempt == Group.attempt,
+        GroupMember.lease_until >= func.now(),
+    )
+    query = (
+        select(Group, Job)
+        .join(Job, Job.id == Group.job_id)
+        .where(_is_open(shape.nodes, shape.processes), present.scalar_subquery() < Group.nodes - 1)
+        .order_by(Group.opened_at, Group.job_id)
+        .limit(1)
+        .with_for_update(of=Group)
+    )
+    row = session.execute(query).first()
+    if row is None:
+        return None
+    group, job = row
+    _remove_expired(session, group)
+    free = sorted(set(range(1, group.nodes)) - _taken(session, group))
+    if not free:
+        return None  # another worker was faster; the next hint brings this one back
+    session.add(
+        GroupMember(
+            job_id=group.job_id,
+            attempt=group.attempt,
+            node_rank=free[0],
+            worker_id=worker_id,
+            lease_until=func.now() + seconds(lease_seconds),
+        )
+    )
+    session.flush()
+    claim = _claim_of_member(job, worker_id, lease_seconds)
+    return Membership(claim=claim, node_rank=free[0], rendezvous=group.rendezvous)
+
+
+def _claim_of_member(job: Job, worker_id: str, lease_seconds: float) -> Claim:
+    return Claim(
+        job_id=job.id,
+        owner_id=job.owner_id,
+        worker_id=worker_id,
+        purpose="train",
+        attempt=job.attempt,
+        lease_seconds=lease_seconds,
+        spec=TrainingSpec.model_validate(job.spec),
+        checkpoints=(),
+        validation=job.validation,
+    )
+
+
+def renew(session: Session, membership: Membership) -> bool:
+    """Renews a member's lease. Returns whether the group has started. Raises LostFence once the attempt is over."""
+    claim = membership.claim
+    is_current = exists().where(
+        Job.id == GroupMember.job_id, Job.attempt == GroupMember.attempt, Job.state == JobState.RUNNING
+    )
+    statement = (
+        update(GroupMember)
+        .where(_is_place_of(membership), is_current)
+        .values(lease_until=func.now() + seconds(claim.lease_seconds))
+        .returning(GroupMember.node_rank)
+    )
+    if session.scalar(statement) is None:
+        raise LostFence(f"the group of attempt {claim.attempt} of {claim.job_id} is over")
+    return session.scalar(select(Group.started_at).where(_is_group_of(claim))) is not None
+
+
+def leave(session: Session, membership: Membership, *, lost: bool = False) -> None:
+    """Gives up a member's place. lost: its processes have failed, which machine 0 sees as an expired lease."""
+    if lost:
+        expired = (
+            update(GroupMember).where(_is_place_of(membership)).values(lease_until=func.now() - seconds(1))
+        )
+        session.execute(expired)
+    else:
+        session.execute(delete(GroupMember).where(_is_place_of(membership)))
+
+
+def has_lost_member(session: Session, claim: Claim) -> bool:
+    """Returns True if a member of a group that has started has not renewed its lease."""
+    query = select(GroupMember.node_rank).join(
+        Group, and_(Group.job_id == GroupMember.job_id, Group.attempt == GroupMember.attempt)
+    )
+    is_lost = and_(Group.started_at.is_not(None), GroupMember.lease_until < func.now())
+    return session.scalar(query.where(_is_group_of(claim), is_lost).limit(1)) is not None
+
+
+def _is_group_of(claim: Claim) -> ColumnElement[bool]:
+    return and_(Group.job_id == claim.job_id, Group.attempt == claim.attempt)
+
+
+def _is_place_of(membership: Membership) -> ColumnElement[bool]:
+    return and_(
+        GroupMember.job_id == membership.claim.job_id,
+        GroupMember.attempt == membership.claim.attempt,
+        GroupMember.node_rank == membership.node_rank,
+        GroupMember.worker_id == membership.claim.worker_id,
+    )
+
+
+def _is_open(nodes: int, processes: int) -> ColumnElement[bool]:
+    """Returns the condition under which a group of this shape lacks members; of a row of Group and its Job."""
+    return and_(
+        Group.nodes == nodes,
+        Group.processes == processes,
+        Group.started_at.is_(None),
+        Group.attempt == Job.attempt,
+        Job.state == JobState.RUNNING,
+        Job.lease_until > func.now(),
+        Job.cancel_requested_at.is_(None),
+        Job.pause_requested_at.is_(None),
+    )
+
+
+def _remove_expired(session: Session, group: Group) -> None:
+    expired = and_(*_members_of(group), GroupMember.lease_until < func.now())
+    session.execute(delete(GroupMember).where(expired))
+
+
+def _taken(session: Session, group: Group) -> set[int]:
+    return set(session.scalars(select(GroupMember.node_rank).where(*_members_of(group))))
+
+
+def _members_of(group: Group) -> tuple[ColumnElement[bool], ColumnElement[bool]]:
+    return GroupMember.job_id == group.job_id, GroupMember.attempt == group.attempt

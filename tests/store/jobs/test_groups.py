@@ -1,0 +1,129 @@
+"""Groups of workers: places are taken once, the oldest group first, and end with the attempt."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+
+from store.db.states import JobState
+from store.errors import LostFence
+from store.jobs import endings, groups, leases
+from store.jobs.fence import Claim
+from store.jobs.groups import GroupShape, Membership
+
+SHAPE = GroupShape(nodes=3, processes=2)
+
+
+def opened(bench: Any, shape: GroupShape = SHAPE) -> Claim:
+    claim: Claim = bench.running()
+    bench.do(groups.open_group, claim, shape=shape, rendezvous="host:1")
+    return claim
+
+
+def join(bench: Any, worker_id: str, shape: GroupShape = SHAPE) -> Membership | None:
+    membership: Membership | None = bench.do(
+        groups.join, worker_id=worker_id, shape=shape, lease_seconds=60.0
+    )
+    return membership
+
+
+def expire(bench: Any, node_rank: int) -> None:
+    statement = (
+        "UPDATE group_members SET lease_until = now() - interval '1 hour' WHERE node_rank = :node_rank"
+    )
+    bench.sql(statement, node_rank=node_rank)
+
+
+def test_members_take_the_places_until_the_group_is_full_and_starts(bench: Any) -> None:
+    claim = opened(bench)
+    assert bench.do(groups.missing_members, claim) == 2
+    first = join(bench, "worker-2")
+    assert first is not None
+    assert (first.node_rank, first.rendezvous, first.claim.attempt) == (1, "host:1", claim.attempt)
+    assert first.claim.spec == claim.spec
+    assert not bench.do(groups.renew, first), "it waits for the others"
+    assert bench.do(groups.missing_members, claim) == 1
+    second = join(bench, "worker-3")
+    assert second is not None
+    assert second.node_rank == 2
+    assert join(bench, "worker-4") is None, "all places are taken"
+    assert bench.do(groups.missing_members, claim) == 0
+    assert bench.do(groups.renew, first)
+    bench.do(groups.leave, second)
+    assert join(bench, "worker-4") is None, "nobody joins a group that has started"
+
+
+@pytest.mark.parametrize("shape", [GroupShape(nodes=2, processes=2), GroupShape(nodes=3, processes=1)])
+def test_workers_of_another_shape_do_not_join(bench: Any, shape: GroupShape) -> None:
+    opened(bench)
+    assert join(bench, "worker-2", shape) is None
+
+
+def test_a_place_that_was_left_or_has_expired_is_free_again(bench: Any) -> None:
+    claim = opened(bench)
+    first, second = join(bench, "worker-2"), join(bench, "worker-3")
+    assert first is not None
+    assert second is not None
+    bench.do(groups.leave, first)
+    expire(bench, second.node_rank)
+    assert bench.do(groups.missing_members, claim) == 2
+    with pytest.raises(LostFence):
+        bench.do(groups.renew, second)
+    third = join(bench, "worker-4")
+    assert third is not None
+    assert third.node_rank == 1
+
+
+def test_the_oldest_group_comes_first_and_the_others_give_way(bench: Any) -> None:
+    older, younger = opened(bench), opened(bench)
+    assert bench.do(groups.gives_way, younger)
+    assert not bench.do(groups.gives_way, older)
+    joined = [join(bench, f"worker-{number}") for number in (2, 3, 4)]
+    assert [member.claim.job_id for member in joined if member] == [older.job_id] * 2 + [younger.job_id]
+    bench.do(groups.missing_members, older)
+    assert not bench.do(groups.gives_way, younger), "the older one has started"
+
+
+def test_a_group_ends_with_its_attempt(bench: Any) -> None:
+    claim = opened(bench)
+    member = join(bench, "worker-2")
+    assert member is not None
+    bench.do(endings.release, claim)
+    assert bench.get(claim.job_id).state == JobState.QUEUED
+    with pytest.raises(LostFence):
+        bench.do(groups.renew, member)
+    assert join(bench, "worker-3") is None
+    with pytest.raises(LostFence):
+        bench.do(groups.missing_members, claim)
+
+
+def test_a_group_whose_worker_is_lost_or_whose_job_is_cancelled_is_not_joined(bench: Any) -> None:
+    claim = opened(bench)
+    bench.expire(claim.job_id)
+    assert join(bench, "worker-2") is None
+    cancelled = opened(bench)
+    bench.sql("UPDATE jobs SET cancel_requested_at = now() WHERE id = :id", id=cancelled.job_id)
+    assert join(bench, "worker-2") is None
+
+
+@pytest.mark.parametrize("how", ["expired", "failed", "left"])
+def test_a_lost_member_of_a_started_group_is_noticed(bench: Any, how: str) -> None:
+    claim = opened(bench, GroupShape(nodes=2, processes=2))
+    member = join(bench, "worker-2", GroupShape(nodes=2, processes=2))
+    assert member is not None
+    bench.do(groups.missing_members, claim)
+    assert not bench.do(groups.has_lost_member, claim)
+    if how == "expired":
+        expire(bench, 1)
+    else:
+        bench.do(groups.leave, member, lost=how == "failed")
+    assert bench.do(groups.has_lost_member, claim) == (how != "left")
+
+
+def test_a_member_can_not_write_to_the_job(bench: Any) -> None:
+    opened(bench)
+    member = join(bench, "worker-2")
+    assert member is not None
+    with pytest.raises(LostFence):
+        bench.do(leases.heartbeat, member.claim)

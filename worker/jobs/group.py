@@ -1,0 +1,165 @@
+"""Several workers that train one job together (store.jobs.groups): how machine 0 gathers them, and a member's part.
+
+Machine 0 has the claim, runs rank 0 and writes everything. A member runs its ranks until they end, or the attempt does.
+"""
+
+from __future__ import annotations
+
+import logging
+import shutil
+import socket
+import tempfile
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from heft_engine.commands.child_process import STOPPED
+from heft_engine.config.run_file import FileField, RunFile
+from store.db.session import transaction
+from store.errors import LostFence, Unavailable
+from store.jobs import groups
+from store.jobs.fence import StopRequest
+from store.jobs.groups import GroupShape, Membership
+from store.logs import bound
+from store.settings import StoreSettings
+from worker.chores.gpu_handoff import gpu_requested
+from worker.context import Context
+from worker.engine_process.supervisor import Limits, Supervisor
+from worker.jobs.attempt import Attempt, AttemptStopped, Event
+from worker.jobs.fetch_rows import fetch_rows
+from worker.jobs.run_file import Node, hub_revision, run_file, train_config
+
+log = logging.getLogger(__name__)
+
+
+def shape_of(settings: StoreSettings) -> GroupShape:
+    return GroupShape(nodes=settings.train_nodes, processes=settings.train_processes)
+
+
+class GivesWay(Exception):
+    """An earlier group of equal workers lacks members: this worker joins it instead."""
+
+
+def gather(attempt: Attempt) -> Node | None:
+    """Opens a group for the attempt and waits until it is full. Returns machine 0's place in it.
+
+    None where workers train alone. Raises GivesWay, AttemptStopped and LostFence.
+    """
+    settings = attempt.context.settings
+    if settings.train_nodes == 1:
+        return None
+    node = Node(count=settings.train_nodes, rank=0, rendezvous=_rendezvous(settings))
+    shape = shape_of(settings)
+    attempt.write(
+        lambda session, claim: groups.open_group(session, claim, shape=shape, rendezvous=node.rendezvous)
+    )
+    hint_at = 0.0
+    while missing := attempt.write(groups.missing_members):
+        attempt.raise_if_stopping()
+        if attempt.write(groups.gives_way):
+            raise GivesWay
+        if time.monotonic() >= hint_at:
+            # Each hint wakes one worker; a lost one is sent again, as the reconciler does for jobs.
+            hint_at = time.monotonic() + settings.sweep_seconds
+            for _ in range(missing):
+                attempt.context.hints.hint(attempt.claim.job_id, "train")
+        attempt.context.stopping.wait(settings.control_seconds)
+    return node
+
+
+def _rendezvous(settings: StoreSettings) -> str:
+    """Returns this machine's address with a port that is free now."""
+    address = settings.train_address or socket.gethostname()
+    with socket.create_server(("", 0)) as server:
+        return f"{address}:{server.getsockname()[1]}"
+
+
+def join_group(context: Context) -> bool:
+    """Joins the group that was opened first, if one lacks members, and trains a part of its job to the end.
+
+    Returns False without such a group.
+    """
+    settings = context.settings
+    with transaction(context.sessions) as session:
+        membership = groups.join(
+            session,
+            worker_id=context.worker_id,
+            shape=shape_of(settings),
+            lease_seconds=settings.lease_seconds,
+        )
+    if membership is None:
+        return False
+    claim = membership.claim
+    log.info("joins attempt %d at %s as machine %d", claim.attempt, claim.job_id, membership.node_rank)
+    folder = Path(tempfile.mkdtemp(prefix=f"{claim.job_id}-{membership.node_rank}-", dir=context.scratch))
+    try:
+        with bound(job_id=claim.job_id, attempt=claim.attempt):
+            _Member(context, membership, folder).run()
+    except (AttemptStopped, LostFence, Unavailable) as error:
+        log.info("machine %d of %s ends: %s", membership.node_rank, claim.job_id, error)
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
+    return True
+
+
+@dataclass
+class _Member:
+    """A member's part of an attempt."""
+
+    context: Context
+    membership: Membership
+    folder: Path
+    has_started: bool = False  #: the group is full
+    exit_code: int | None = None  #: of the process that starts this machine's ranks
+
+    def run(self) -> None:
+        """Trains until the ranks end. Raises AttemptStopped, LostFence and Unavailable."""
+        with self._supervisor() as supervisor:
+            attempt = Attempt(self.context, self.membership.claim, self.folder, supervisor)
+            try:
+                rows = fetch_rows(attempt)
+                while not self.has_started:
+                    attempt.raise_if_stopping()
+                    self.context.stopping.wait(self.context.settings.control_seconds)
+                with gpu_requested(self.context, f"{attempt.claim.job_id}/{attempt.claim.attempt}"):
+                    self.exit_code = attempt.run_child("train", self._run_file(attempt, rows), _log_failure)
+                log.info("machine %d's processes ended: %d", self.membership.node_rank, self.exit_code)
+            finally:
+                attempt.write(lambda session, _: groups.leave(session, self.membership, lost=self._is_lost))
+
+    @property
+    def _is_lost(self) -> bool:
+        """True if the group has started, and this machine's part has not ended as it should."""
+        return self.has_started and self.exit_code not in (0, STOPPED)
+
+    def _run_file(self, attempt: Attempt, rows: Mapping[FileField, Path]) -> RunFile:
+        claim = attempt.claim
+        node = Node(
+            count=self.context.settings.train_nodes,
+            rank=self.membership.node_rank,
+            rendezvous=self.membership.rendezvous,
+        )
+        config = train_config(claim.spec, revision=hub_revision(claim.validation))
+        return run_file(config, self.folder, rows, self.context.settings, node=node)
+
+    def _supervisor(self) -> Supervisor:
+        limits = Limits.from_settings(self.context.settings)
+        # Machine 0 alone emits events, and so notices a stall.
+        return Supervisor(
+            renew_lease=self._renew,
+            read_stop_request=self._renew,
+            stopping=self.context.stopping,
+            limits=replace(limits, stall=float("inf")),
+        )
+
+    def _renew(self) -> StopRequest:
+        """Renews the lease. Requests of the job's user reach these ranks through those of machine 0."""
+        with transaction(self.context.sessions) as session:
+            self.has_started = groups.renew(session, self.membership)
+        return StopRequest(cancel=False, pause=False)
+
+
+def _log_failure(event: Event) -> None:
+    if event["code"] == "FAILED":
+        log.error("this machine's processes failed: %s", event["message"])
