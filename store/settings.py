@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from functools import lru_cache
 from pathlib import Path
-from typing import Literal
+from typing import Literal, get_args
 
 from pydantic import Field, field_validator
 from pydantic_settings import BaseSettings, SettingsConfigDict
@@ -13,6 +13,8 @@ from pydantic_settings import BaseSettings, SettingsConfigDict
 from store.logs import LogFormat
 
 Hold = Literal["auto", "merged", "shared"]
+IntegrationType = Literal["wandb", "mlflow", "trackio", "tensorboard"]
+INTEGRATIONS: tuple[str, ...] = get_args(IntegrationType)
 
 
 _HOST_PATTERN = re.compile(r"(\*\.)?[A-Za-z0-9_.-]+|\[[0-9A-Fa-f:.]+\]")
@@ -59,6 +61,11 @@ class StoreSettings(BaseSettings):
     max_header_bytes: int = Field(default=32 * 1024, gt=0)
     #: Wrong API keys from one address; more are refused with 429.
     wrong_keys_per_minute: int = Field(default=30, gt=0)
+
+    #: Trackers that jobs may send their metrics to, separated by commas: wandb, mlflow, trackio, tensorboard.
+    integrations: str = ""
+    #: Of trackers that write files; None: a folder in the worker's cache.
+    tracking_dir: Path | None = None
 
     max_question_bytes: int = Field(default=4 * 1024**2, gt=0)  #: of a request for answers or text
     max_job_bytes: int = Field(default=1024**2, gt=0)  #: of a request for a job or a study
@@ -114,6 +121,19 @@ class StoreSettings(BaseSettings):
             if name != "*" and not _HOST_PATTERN.fullmatch(name):
                 raise ValueError(f"{name!r} is no host name: write heft.example.org, *.example.org, or *")
         return value
+
+    @field_validator("integrations")
+    @classmethod
+    def _integrations_are_known(cls, value: str) -> str:
+        for name in _names(value):
+            if name not in INTEGRATIONS:
+                raise ValueError(f"{name!r} is no tracker: the known ones are {', '.join(INTEGRATIONS)}")
+        return value
+
+    @property
+    def enabled_integrations(self) -> list[str]:
+        """The names of `integrations`."""
+        return _names(self.integrations)
 
     @property
     def allowed_host_names(self) -> list[str]:

@@ -15,6 +15,7 @@ from store.storage.artifacts import Artifacts
 
 #: -P: Python files in a job's folder are never imported.
 ENGINE = (sys.executable, "-P", "-m", "heft_engine")
+TRACKER = (sys.executable, "-P", "-m", "worker.jobs.tracker_process")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -29,8 +30,9 @@ class Context:
     stopping: threading.Event  #: set when the worker is asked to shut down
     #: The name of the GPUs that this process shares with others (worker.chores.gpu_handoff); None without a GPU.
     device: str | None = None
-    #: The command that starts an engine process; tests put a fake here.
+    #: The commands that start an engine process and a tracker; tests put fakes here.
     engine_command: Sequence[str] = ENGINE
+    tracker_command: Sequence[str] = TRACKER
 
     @property
     def activation_folder(self) -> Path:

@@ -21,10 +21,11 @@ from store import exports, idempotency
 from store.db.pagination import Page
 from store.db.states import PURPOSES, JobState
 from store.db.tables import Checkpoint, Job
-from store.errors import WrongState
+from store.errors import InvalidRequest, WrongState
 from store.ids import new_job_id
 from store.jobs import checkpoints, jobs
 from store.logs import bound
+from store.settings import StoreSettings
 
 log = logging.getLogger(__name__)
 
@@ -55,11 +56,20 @@ async def create_job(
     body: JobRequest, caller: Caller, db: Db, services: ServicesDep, idempotency_key: IdempotencyKey = None
 ) -> JobObject:
     """Creates a job. It is in `validating_files` until a worker has checked its rows line by line."""
+    _check_integrations(body, services.settings)
     job = await db(_create, owner_id=caller.id, body=body, idempotency_key=idempotency_key)
     with bound(job_id=job.id):
         log.info("accepted from %s", caller.id)
     _hint(services, job)
     return JobObject.of(job)
+
+
+def _check_integrations(body: JobRequest, settings: StoreSettings) -> None:
+    """Raises InvalidRequest for a tracker that the operator has not enabled."""
+    for index, integration in enumerate(body.integrations):
+        if integration.type not in settings.enabled_integrations:
+            message = f"{integration.type} is not enabled here: the operator lists it in HEFT_INTEGRATIONS"
+            raise InvalidRequest(message, param=f"integrations[{index}].type")
 
 
 def _create(session: Session, *, owner_id: str, body: JobRequest, idempotency_key: str | None) -> Job:

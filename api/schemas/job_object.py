@@ -79,7 +79,7 @@ class JobObject(Identified):
             seed=spec.seed,
             suffix=spec.suffix,
             hyperparameters=_hyperparameters(spec),
-            integrations=[],
+            integrations=[item.model_dump(exclude_none=True) for item in spec.integrations],
             metadata=job.metadata_,
             method=_method(spec, resolved.get("stages", [])),
             task=spec.task.model_dump() | resolved.get("task", {}),

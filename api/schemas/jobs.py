@@ -27,8 +27,6 @@ class JobRequest(RequestBody, TrainingSpec):
     metadata: Metadata = Field(default_factory=dict)
     #: OpenAI's older field for `method.supervised.hyperparameters`.
     hyperparameters: Hyperparameters | None = None
-    #: Must be empty: integrations are not supported.
-    integrations: Annotated[list[Any], Field(max_length=0)] | None = None
 
     @model_validator(mode="before")
     @classmethod

@@ -26,6 +26,7 @@ from heft_engine.config.train import (
     recipe,
 )
 from store.errors import InvalidRequest
+from store.settings import INTEGRATIONS, IntegrationType
 from store.storage.files import FILE_FIELDS
 
 #: An alias (`smollm2-135m`), a folder inside HEFT_MODEL_DIR, or a hub id; never a path, which could leave that folder.
@@ -37,6 +38,9 @@ FILE_REFERENCE = re.compile(
     r"|hub:[A-Za-z0-9][A-Za-z0-9._-]*(/[A-Za-z0-9][A-Za-z0-9._-]*)?(:[A-Za-z0-9._\[\]:%+-]{1,64})?"
     r"|sample:[a-z0-9_-]{1,64}(:[a-z]{1,16})?"
 )
+
+#: Part of paths and filters.
+_TRACKER_NAME = r"^[A-Za-z0-9][A-Za-z0-9._ -]{0,127}$"
 
 Reference = Annotated[str, Field(max_length=300)]
 
@@ -114,6 +118,41 @@ class Method(Settings):
         return recipe(self.type, settings.lora, settings.reft)
 
 
+class TrackerSettings(Settings):
+    """The settings of an integration: where its run appears."""
+
+    project: Annotated[str, Field(pattern=_TRACKER_NAME)]
+    name: Annotated[str, Field(pattern=_TRACKER_NAME)] | None = None  #: None: the job's id
+    entity: Annotated[str, Field(pattern=_TRACKER_NAME)] | None = None  #: of wandb
+    tags: Annotated[list[Annotated[str, Field(pattern=_TRACKER_NAME)]], Field(max_length=16)] = Field(
+        default_factory=list
+    )
+
+
+class Integration(Settings):
+    """A tracker that gets the job's metrics, in OpenAI's form: `{"type": "wandb", "wandb": {"project": …}}`."""
+
+    type: IntegrationType
+    wandb: TrackerSettings | None = None
+    mlflow: TrackerSettings | None = None
+    trackio: TrackerSettings | None = None
+    tensorboard: TrackerSettings | None = None
+
+    @model_validator(mode="after")
+    def _settings_of_its_own_type(self) -> Integration:
+        for name in INTEGRATIONS:
+            if (name == self.type) != (getattr(self, name) is not None):
+                raise ValueError(
+                    f"an integration of type {self.type!r} needs the field {self.type}, and no other"
+                )
+        return self
+
+    def settings(self) -> TrackerSettings:
+        settings = getattr(self, self.type)
+        assert isinstance(settings, TrackerSettings)
+        return settings
+
+
 class TrainingSpec(Settings):
     """A job's settings. `worker.jobs.run_file` makes the engine's TrainConfig of them."""
 
@@ -130,6 +169,7 @@ class TrainingSpec(Settings):
     dtype: Dtype = "auto"
     #: Models at the ends of epochs that are kept beside those at the ends of stages: the newest, and the best one.
     n_checkpoints: Annotated[int, Field(ge=0, le=100)] = 3
+    integrations: Annotated[list[Integration], Field(max_length=4)] = Field(default_factory=list)
     #: Start from stage results of this owner's jobs with equal settings, and store this job's for others.
     reuse: bool = True
 

@@ -3,14 +3,21 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import AbstractContextManager
 from typing import Any
 
 import httpx
+import openai
 import pytest
 from api_calls import JOBS, MINIMAL, create, hint, refusal
+from fastapi import FastAPI
 
+from api.app import create_app
 from store.settings import StoreSettings
+
+MLFLOW = {"type": "mlflow", "mlflow": {"project": "boolq"}}
 
 
 class TestCreate:
@@ -39,6 +46,25 @@ class TestCreate:
         seeds = {create(client)["seed"] for _ in range(3)} | {create(client, seed=None)["seed"]}
         assert len(seeds) == 4
         assert create(client, seed=7)["seed"] == 7
+
+    def test_metrics_are_sent_to_trackers_that_the_operator_enables(
+        self,
+        client: httpx.Client,
+        settings: StoreSettings,
+        serving: Callable[[FastAPI], AbstractContextManager[str]],
+    ) -> None:
+        wandb = {"type": "wandb", "wandb": {"project": "boolq", "tags": ["a"]}}
+        app = create_app(settings.model_copy(update={"integrations": "wandb, trackio"}))
+        with serving(app) as url:
+            body = MINIMAL | {"integrations": [wandb]}
+            key = client.headers["authorization"].removeprefix("Bearer ")
+            with openai.OpenAI(base_url=f"{url}/v1", api_key=key) as package:
+                job = package.fine_tuning.jobs.create(**body)
+            refused = client.post(f"{url}{JOBS}", json=MINIMAL | {"integrations": [wandb, MLFLOW]})
+        assert job.integrations is not None
+        assert (job.integrations[0].type, job.integrations[0].wandb.project) == ("wandb", "boolq")
+        assert refusal(refused) == (400, "integrations[1].type")
+        assert "HEFT_INTEGRATIONS" in refused.json()["error"]["message"]
 
     @pytest.mark.parametrize(
         "sent",
@@ -102,7 +128,14 @@ class TestCreate:
             ({"seed": 1e400}, "seed"),
             ({"suffix": "a b"}, "suffix"),
             ({"suffix": "x" * 65}, "suffix"),
-            ({"integrations": [{"type": "wandb", "wandb": {"project": "p"}}]}, "integrations"),
+            ({"integrations": [{"type": "wandb", "wandb": {"project": "p"}}]}, "integrations[0].type"),
+            ({"integrations": [{"type": "wandb"}]}, "integrations[0]"),
+            ({"integrations": [{"type": "wandb", "mlflow": {"project": "p"}}]}, "integrations[0]"),
+            (
+                {"integrations": [{"type": "wandb", "wandb": {"project": "../p"}}]},
+                "integrations[0].wandb.project",
+            ),
+            ({"integrations": [{"type": "excel", "excel": {}}]}, "integrations[0].type"),
             ({"metadata": {"k": 1}}, "metadata.k"),
             ({"metadata": {"k": "\0"}}, "metadata.k"),
             ({"metadata": {"k": "v" * 513}}, "metadata.k"),

@@ -68,7 +68,7 @@ class Play:
     def metrics(self, act: dict[str, Any]) -> None:
         self.step = act["step"]
         emit("METRICS", **STAGE, step=self.step, total_steps=10, epoch=self.step / 5, loss=1 / self.step,
-             learning_rate=0.001, tokens=8, seconds=0.1)  # fmt: skip
+             train_loss=1 / self.step, learning_rate=0.001, tokens=8, seconds=0.1)  # fmt: skip
 
     def checkpoint(self, act: dict[str, Any]) -> None:
         self.step = act.get("step", self.step)
@@ -119,6 +119,15 @@ class Play:
         STOP.wait()
         self.checkpoint({})
         sys.exit(75)
+
+    def until_ended(self, act: dict[str, Any]) -> None:
+        """Waits for the end of the process whose id is written into the file."""
+        file = Path(act["file"])
+        while not (file.exists() and (pid := file.read_text())):
+            threading.Event().wait(0.02)
+        status = Path(f"/proc/{pid}/stat")
+        while status.exists() and status.read_text().rpartition(")")[2].split()[0] != "Z":
+            threading.Event().wait(0.02)
 
     def stubborn(self, _: dict[str, Any]) -> None:
         signal.signal(signal.SIGTERM, signal.SIG_IGN)

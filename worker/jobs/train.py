@@ -19,7 +19,7 @@ from store.jobs import endings, leases
 from store.studies import studies
 from worker.chores.gpu_handoff import gpu_requested
 from worker.context import Context
-from worker.jobs.attempt import Attempt, Ending, run_attempt
+from worker.jobs.attempt import Attempt, Ending, Event, run_attempt
 from worker.jobs.event_recorder import EventRecorder
 from worker.jobs.fetch_rows import fetch_rows
 from worker.jobs.group import GivesWay, gather, join_group
@@ -27,6 +27,7 @@ from worker.jobs.loss_history import FILE_NAME, LossHistory
 from worker.jobs.publish import Publisher, bundle_task
 from worker.jobs.run_file import CHECKPOINTS, STAGES, Node, hub_revision, reuses, run_file, train_config
 from worker.jobs.stage_results import StageResults
+from worker.jobs.trackers import trackers_of
 
 log = logging.getLogger(__name__)
 
@@ -67,11 +68,16 @@ def _train(attempt: Attempt) -> Ending:
         attempt, history, save_checkpoint=save_checkpoint, fetch_stage_results=stage_results.fetch
     )
 
+    def handle(event: Event) -> None:
+        recorder.handle(event)
+        trackers.handle(event)
+
     attempt.raise_if_stopping()
     (attempt.folder / CHECKPOINTS).mkdir()
     stage_dir.mkdir()
-    with gpu_requested(attempt.context, f"{attempt.claim.job_id}/{attempt.claim.attempt}"):
-        result = attempt.run_engine("train", run, final_code="SUCCEEDED", handle=recorder.handle)
+    gpu = gpu_requested(attempt.context, f"{attempt.claim.job_id}/{attempt.claim.attempt}")
+    with trackers_of(attempt) as trackers, gpu:
+        result = attempt.run_engine("train", run, final_code="SUCCEEDED", handle=handle)
 
     storage_key, manifest = publisher.bundle(run.out)
     return partial(
