@@ -99,7 +99,13 @@ def job(status: str, **more: Any) -> tuple[int, dict[str, Any]]:
 
 def events(*messages: str, start: int = 0) -> tuple[int, dict[str, Any]]:
     data = [
-        {"id": f"e{number}", "type": "message", "level": "info", "message": message, "data": {}}
+        {
+            "id": f"e{number}",
+            "type": "message",
+            "level": "info",
+            "message": message,
+            "data": {"code": "STARTED"},
+        }
         for number, message in enumerate(messages, start=start)
     ]
     return 200, {"data": data[::-1], "has_more": False}
