@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.memory_prediction import CASES
+from benchmarks.processor import processor
 from benchmarks.report import write
 
 HERE = Path(__file__).parent
@@ -68,7 +69,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     options = parser().parse_args(arguments)
     PARTS_FOLDER.mkdir(exist_ok=True)
     for part in options.parts:
-        result = {"command": shlex.join(["python", "-m", "benchmarks", *arguments]), **_run(options, part)}
+        command = shlex.join(["python", "-m", "benchmarks", *arguments])
+        result = {"command": command, "processor": processor(), **_run(options, part)}
         (PARTS_FOLDER / f"{part}.json").write_text(json.dumps(result, indent=1))
         write(HERE, PARTS_FOLDER)
         print(f"{part}: done", file=sys.stderr)

@@ -12,6 +12,8 @@ import matplotlib as mpl
 mpl.use("Agg")
 import matplotlib.pyplot as plt
 
+from benchmarks.processor import measured_on
+
 #: Parameters of SmolLM2-135M without its embeddings, which decide the operations of a token.
 NON_EMBEDDING = 106_203_456
 
@@ -45,6 +47,7 @@ def write(folder: Path, parts: Path) -> None:
     commands = sorted({part["command"] for part in results.values()})
     first = next((run for part in pairs for run in part["ours"]), {"threads": "?", "dtype": "?"})
     lines = [_HEAD.format(command="\n    ".join(commands), threads=first["threads"], dtype=first["dtype"])]
+    lines += [*measured_on(results.items()), ""]
     if pairs:
         lines += _pairs(pairs)
     if "losses" in results:

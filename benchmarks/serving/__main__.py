@@ -10,6 +10,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+from benchmarks.processor import processor
 from benchmarks.serving import http, library, report
 from heft_engine.runtime.malloc import retain_freed_memory
 
@@ -30,7 +31,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     retain_freed_memory()  # for the baselines too
     for part in options.parts:
         command = shlex.join(["python", "-m", "benchmarks.serving", *arguments])
-        result = {"command": command, **PARTS[part](options)}
+        result = {"command": command, "processor": processor(), **PARTS[part](options)}
         (FOLDER / f"{part}.json").write_text(json.dumps(result, indent=1))
         report.write(FOLDER)
         print(f"{part}: done", file=sys.stderr)

@@ -12,6 +12,8 @@ import matplotlib as mpl
 mpl.use("Agg")
 import matplotlib.pyplot as plt
 
+from benchmarks.processor import measured_on
+
 _HEAD = """# Serving
 
 Written by
@@ -28,7 +30,7 @@ intervention.
 def write(folder: Path) -> None:
     results = {path.stem: json.loads(path.read_text()) for path in sorted(folder.glob("*.json"))}
     commands = "\n    ".join(dict.fromkeys(part["command"] for part in results.values()))
-    lines = [_HEAD.format(commands=commands)]
+    lines = [_HEAD.format(commands=commands), *measured_on(results.items()), ""]
     for name, title in (("distinct", "Distinct passages"), ("passages", "Five questions per passage")):
         if name in results:
             lines += _one_model(title, results[name])

@@ -19,6 +19,7 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
+from benchmarks.processor import processor
 from benchmarks.serving.http import heft_up
 from benchmarks.studies.report import write
 from cli.client import Client, Json
@@ -43,6 +44,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         jobs = [_job(client, job["id"]) for arm in study["arms"] for job in arm["jobs"]]
     result = {
         "command": shlex.join(["python", "-m", "benchmarks.studies", *arguments]),
+        "processor": processor(),
         "seconds": study.pop("seconds"),
         "jobs": jobs,
         "study": study,

@@ -25,7 +25,7 @@ def write(target: Path, results: Path) -> None:
         parts += [
             f"#{heading}",
             f"    {result['command']}",
-            f"Took {duration(result['seconds'])} in total.",
+            _took(result),
             *([words.read_text().strip()] if words.exists() else []),
             deeper.strip(),
             "### Comparisons",
@@ -33,6 +33,12 @@ def write(target: Path, results: Path) -> None:
             f"All pairs of methods and of single models: [{path.stem}](studies/results/{path.stem}.md).",
         ]
     (target / "STUDIES.md").write_text("\n\n".join(parts) + "\n")
+
+
+def _took(result: dict[str, Any]) -> str:
+    # The first studies did not record their processor.
+    machine = f", on {result['processor']}" if "processor" in result else ""
+    return f"Took {duration(result['seconds'])} in total{machine}."
 
 
 def _sentences(comparisons: list[dict[str, Any]]) -> str:
