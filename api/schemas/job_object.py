@@ -47,6 +47,7 @@ class JobObject(Identified):
     early_stopping: dict[str, Any] | None
     max_length: int | None
     dtype: str
+    base_quantization: str | None
     reuse: bool
     n_checkpoints: int
     stage: str | None
@@ -86,6 +87,7 @@ class JobObject(Identified):
             early_stopping=None if spec.early_stopping is None else spec.early_stopping.model_dump(),
             max_length=resolved.get("max_length", spec.max_length),
             dtype=resolved.get("dtype", spec.dtype),
+            base_quantization=spec.base_quantization,
             reuse=spec.reuse,
             n_checkpoints=spec.n_checkpoints,
             stage=job.stage,

@@ -39,6 +39,7 @@ def assemble(
         dtype=dtype or dtype_of(bundle.info.dtype),
         device=device or choose_device(),
         attention=IMPLEMENTATION,
+        quantization=bundle.info.base_quantization,
     )
     lm = PackedLM(model)
     apply_bundle(lm, bundle)

@@ -21,6 +21,7 @@ from heft_engine.bundle.probe import check_probe
 from heft_engine.bundle.pyreft_format import write_pyreft
 from heft_engine.errors import ConfigError
 from heft_engine.inference.model_variant import ModelVariant
+from heft_engine.model.nf4 import store_dense
 
 Format = Literal["merged", "peft", "pyreft"]
 
@@ -70,6 +71,7 @@ def _merged(bundle: Bundle, out_dir: Path, **source: Any) -> None:
     check_probe(bundle, ModelVariant.of_merged(lm))
     model: Any = lm.model
     lm.interventions.clear()
+    store_dense(model)
     # transformers does not know this engine's attention.
     model.config._attn_implementation = "sdpa"
     model.save_pretrained(out_dir, safe_serialization=True)

@@ -28,7 +28,7 @@ from transformers import PreTrainedTokenizerBase
 from heft_engine.adapters.lora.weights import LoraWeights
 from heft_engine.adapters.reft import KINDS, ReftIntervention
 from heft_engine.adapters.registry import ADAPTERS
-from heft_engine.config.train import InterventionKind, parse_positions
+from heft_engine.config.train import BaseQuantization, InterventionKind, parse_positions
 from heft_engine.data.encoding import Example, tokenizer_hash
 from heft_engine.errors import BundleError, TrainingError
 from heft_engine.model.interventions import PlacedIntervention
@@ -61,6 +61,7 @@ class BundleInfo(Schema):
     task: dict[str, Any]
     tokenizer_sha256: str
     dtype: str
+    base_quantization: BaseQuantization | None = Field(default=None, exclude_if=lambda value: value is None)
     max_length: int
     seed: int
     max_new_tokens: int = 64  #: text tasks: default limit of an answer

@@ -17,6 +17,7 @@ from heft_engine.config.metric_names import MetricName, TaskType, metrics_error
 Auto = Literal["auto"]
 Scheduler = Literal["linear", "cosine", "constant"]
 Dtype = Literal["auto", "float32", "bfloat16"]
+BaseQuantization = Literal["nf4"]
 LoraInit = Literal["default", "pissa", "pissa_niter_4", "pissa_niter_16", "olora"]
 InterventionKind = Literal["loreft", "direft", "consreft", "lobireft", "noreft", "nodireft"]
 MethodType = Literal["heft", "lora", "reft", "heft_reversed", "heft_interleaved", "recipe"]
@@ -209,9 +210,20 @@ class TrainConfig(Settings):
     #: None: the model's maximum, at most 2,048.
     max_length: Annotated[int, Field(ge=16, le=1_048_576)] | None = None
     dtype: Dtype = "auto"
+    #: Stores the frozen weights of the base's decoder layers in 4 bits (arXiv 2305.14314). Dumps leave None out, as
+    #: stored settings always did.
+    base_quantization: BaseQuantization | None = Field(default=None, exclude_if=lambda value: value is None)
     early_stopping: EarlyStopping | None = None
     #: Compile decoder layers (torch.compile) in LoRA stages; "auto": on a CPU, if the stage is long enough to pay off.
     compile: bool | Auto = "auto"
+
+    @model_validator(mode="after")
+    def _no_compiled_quantised_layers(self) -> TrainConfig:
+        if self.base_quantization is not None and self.compile is True:
+            raise ValueError(
+                "compile must be false or auto with base_quantization: quantised layers run uncompiled"
+            )
+        return self
 
 
 def recipe(method: MethodType, lora: LoraStage | None = None, reft: ReftStage | None = None) -> list[Stage]:

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from heft_engine.model.batch_invariant import BLOCK_ROWS, STEP_ROWS, BatchInvariantMode
 from heft_engine.model.layout import AttentionOptions, Layout
+from heft_engine.model.nf4 import is_quantized
 from heft_engine.runtime.devices import batch_invariance_requested
 from heft_engine.runtime.parallel import one_thread
 
@@ -93,8 +94,11 @@ class TorchBackend:
 
 
 def backend_for(layers: DecoderLayers) -> TorchBackend:
-    """Returns the backend for a model's device: that of heft_engine.cpu on a CPU, if it is installed."""
-    if layers.device.type == "cpu":
+    """Returns the backend for a model's device: that of heft_engine.cpu on a CPU, if it is installed.
+
+    A quantised model runs on torch's own: compiled operators read weights as they are stored.
+    """
+    if layers.device.type == "cpu" and not any(map(is_quantized, layers.modules)):
         try:
             cpu = importlib.import_module(_CPU_BACKEND)
         except ModuleNotFoundError as error:

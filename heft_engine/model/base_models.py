@@ -25,6 +25,7 @@ from huggingface_hub.errors import (
 )
 from platformdirs import user_cache_path
 
+from heft_engine.config.train import BaseQuantization
 from heft_engine.errors import ModelError
 from heft_engine.model import smollm2
 from heft_engine.model.model_files import UNSUPPORTED, ModelInfo, inspect, read_config, read_tokenizer_config
@@ -78,6 +79,23 @@ def resolve(
     return _resolve_directory(reference, model_dir)
 
 
+def model_description(
+    reference: str, *, model_dir: Path | None = None, cache_dir: Path | None = None
+) -> Path:
+    """Returns a directory with a model's configuration, perhaps without its weights: of a hub model, kilobytes.
+
+    References are those of `resolve`, paths allowed. Raises ModelError.
+    """
+    match = _REFERENCE.fullmatch(reference)
+    if match is None or not match["org"]:
+        if match is None and reference.startswith(("/", ".", "~")):
+            return Path(reference).expanduser().resolve()
+        return resolve(reference, model_dir=model_dir, cache_dir=cache_dir, allow_paths=True).path
+    with _hub_errors(reference):
+        hub_cache = cache_dir / "hub" if cache_dir else None
+        return Path(_download(match["org"] + match["name"], match["revision"], _DESCRIPTION_FILES, hub_cache))
+
+
 def resolve_path(path: Path) -> BaseModel:
     """A directory anywhere, for users of the library. Raises ModelError."""
     path = path.expanduser().resolve()
@@ -126,15 +144,22 @@ _LOADING = threading.Lock()
 
 
 def load_model(
-    base: BaseModel, *, dtype: torch.dtype, device: str | torch.device = "cpu", attention: str | None = None
+    base: BaseModel,
+    *,
+    dtype: torch.dtype,
+    device: str | torch.device = "cpu",
+    attention: str | None = None,
+    quantization: BaseQuantization | None = None,
 ) -> transformers.PreTrainedModel:
     """The frozen base in eval mode: no parameter asks for a gradient.
 
     `device` "auto" spreads the layers over all GPUs with accelerate. `attention` is a name that transformers
-    knows or that was registered with its AttentionInterface; None is the family's own. No other thread may make
-    tensors of the default dtype meanwhile. Raises ModelError if a weight is missing, torch.OutOfMemoryError
+    knows or that was registered with its AttentionInterface; None is the family's own. `quantization` stores the
+    decoder layers' weights in 4 bits, module by module as they are read (heft_engine.model.nf4). No other thread may
+    make tensors of the default dtype meanwhile. Raises ModelError if a weight is missing, torch.OutOfMemoryError
     for a model that does not fit on the device (on a CPU a RuntimeError that says so).
     """
+    from heft_engine.model import nf4
     from heft_engine.runtime.out_of_memory import is_out_of_memory
 
     config = read_config(base.path)
@@ -151,6 +176,7 @@ def load_model(
                 local_files_only=True,
                 trust_remote_code=False,
                 output_loading_info=True,
+                **({"quantization_config": nf4.loading_config(dtype)} if quantization else {}),
             )
     except RuntimeError as error:
         if is_out_of_memory(error):
@@ -161,6 +187,8 @@ def load_model(
         raise ModelError(
             f"{base.reference} lacks {len(missing)} weights, {sorted(missing)[0]} for one", code=UNSUPPORTED
         )
+    if quantization:
+        nf4.replace_bitsandbytes_layers(model)
     model.requires_grad_(False)
     return model.eval()
 

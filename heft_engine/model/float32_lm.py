@@ -105,9 +105,12 @@ class _Float32Weights:
         self._users += 1
         if self._users > 1:
             return
-        for name, parameter in self._source.named_parameters(recurse=False):
+        for name in self._empty:
+            weights = getattr(self._source, name)
+            if weights is None:
+                continue
             # A copy of float32 weights too: `change` writes into them.
-            exact = parameter.detach().to(self._device, torch.float32, copy=True)
+            exact = weights.detach().to(self._device, torch.float32, copy=True)
             self._module._parameters[name] = nn.Parameter(exact, requires_grad=False)
         self.change()
 

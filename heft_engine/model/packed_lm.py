@@ -21,6 +21,7 @@ from heft_engine.model.backend import DecoderLayers, backend_for
 from heft_engine.model.families import family_of
 from heft_engine.model.interventions import Interventions
 from heft_engine.model.layout import Layout
+from heft_engine.model.nf4 import quantized_sizes
 from heft_engine.model.packing import Batch
 from heft_engine.runtime.devices import free_bytes
 from heft_engine.runtime.threads import torch_threads
@@ -83,7 +84,7 @@ class PackedLM:
 
     @property
     def parameters(self) -> int:
-        return sum(parameter.numel() for parameter in self.model.parameters())
+        return sum(p.numel() for p in self.model.parameters()) + sum(quantized_sizes(self.model))
 
     def inference_mode(self, *, one_token: bool = False) -> AbstractContextManager[None]:
         """For passes without a gradient. A row's numbers agree to rounding in any batch; to the bit where the backend

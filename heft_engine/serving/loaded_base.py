@@ -11,11 +11,12 @@ from typing import Any, Literal
 import torch
 from transformers import PreTrainedTokenizerBase
 
-from heft_engine.adapters.lora.weights import weight_of
+from heft_engine.adapters.lora.weights import linear_of
 from heft_engine.bundle.assemble import apply_bundle, assemble
 from heft_engine.bundle.format import Bundle, check_tokenizer
 from heft_engine.bundle.probe import check_probe
 from heft_engine.config.metric_names import TaskType
+from heft_engine.config.train import BaseQuantization
 from heft_engine.data.encoding import tokenizer_hash
 from heft_engine.inference.model_variant import ModelVariant
 from heft_engine.model.attention import IMPLEMENTATION
@@ -39,10 +40,13 @@ class BaseKey:
     revision: str | None
     path: Path
     dtype: torch.dtype
+    quantization: BaseQuantization | None = None
 
     @classmethod
-    def of(cls, model: BaseModel, dtype: torch.dtype) -> BaseKey:
-        return cls(model.reference, model.revision, model.path, dtype)
+    def of(
+        cls, model: BaseModel, dtype: torch.dtype, quantization: BaseQuantization | None = None
+    ) -> BaseKey:
+        return cls(model.reference, model.revision, model.path, dtype, quantization)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -79,7 +83,14 @@ class LoadedBase:
     ) -> None:
         self.model = model
         self.key = key
-        self.lm = PackedLM(load_model(model, dtype=key.dtype, device=device, attention=IMPLEMENTATION))
+        base = load_model(
+            model,
+            dtype=key.dtype,
+            device=device,
+            attention=IMPLEMENTATION,
+            quantization=key.quantization,
+        )
+        self.lm = PackedLM(base)
         self._has_row_adapters = False
         self._spare_bytes = spare_bytes
         self.lm.pack(spare_bytes() - unique_bytes(self.lm))
@@ -151,7 +162,7 @@ class LoadedBase:
     def _merge(self, bundle: Bundle) -> PackedLM:
         changed = {module for adapter in bundle.adapters for module in adapter.factors}
         for module in changed:
-            weight_of(self.lm.model, module)  # raises BundleError when there is none
+            linear_of(self.lm.model, module)  # raises BundleError when there is none
         if self._device == "auto":
             # Layers on several devices are bound to their modules and can't be copied.
             return assemble(bundle, base=self.model, device=self._device, dtype=self.lm.dtype)

@@ -204,7 +204,7 @@ class ModelPool:
         with entry.fetch() as path:
             bundle = read_bundle(path)
             model = resolve_base(bundle, **self._source)
-            key = BaseKey.of(model, dtype_of(bundle.info.dtype))
+            key = BaseKey.of(model, dtype_of(bundle.info.dtype), bundle.info.base_quantization)
             with self._loading:
                 base = self._get_base(entry, key, model)
                 if (kind or self._first_placement(entry, key)) == "shared":

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from heft_engine.adapters.lora.variants import row_norms
-from heft_engine.adapters.lora.weights import LoraWeights, weight_of
+from heft_engine.adapters.lora.weights import LoraWeights, linear_of, weight_of
 from heft_engine.bundle.assemble import restore_interventions
 from heft_engine.bundle.format import StoredIntervention
 from heft_engine.config.train import parse_positions
@@ -132,10 +132,10 @@ def _stage(
     places: dict[str, tuple[int, int]] = {}
     grouped: dict[tuple[torch.Size, torch.Size], list[tuple[Tensor, Tensor]]] = {}
     for module, (down, up) in adapter.factors.items():
-        expected = weight_of(lm.model, module).shape
-        if (up.shape[0], down.shape[1]) != expected:
-            shape = (up.shape[0], down.shape[1])
-            raise BundleError(f"the adapter's {module} is {shape}, the base's {tuple(expected)}")
+        linear, shape = linear_of(lm.model, module), (up.shape[0], down.shape[1])
+        expected = (linear.out_features, linear.in_features)
+        if shape != expected:
+            raise BundleError(f"the adapter's {module} is {shape}, the base's {expected}")
         key = (down.shape, up.shape)
         members = grouped.setdefault(key, [])
         places[module] = (list(grouped).index(key), len(members))

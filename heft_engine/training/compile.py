@@ -18,6 +18,7 @@ from platformdirs import user_cache_path
 from transformers import AttentionInterface
 
 from heft_engine.model.attention import IMPLEMENTATION, packed_attention
+from heft_engine.model.nf4 import is_quantized
 from heft_engine.model.packed_lm import PackedLM
 from heft_engine.runtime.devices import cpp_compiler
 
@@ -29,7 +30,8 @@ WORTH = 3e13
 def pays(lm: PackedLM, tokens: int) -> bool:
     """Returns whether compiling pays for so many tokens, forward and backward. Measured on CPUs only."""
     # Forward and backward through a frozen base: 4 operations a parameter and token.
-    return lm.device.type == "cpu" and can_compile() and 4 * lm.parameters * tokens >= WORTH
+    runs_compiled = lm.device.type == "cpu" and not is_quantized(lm.model)
+    return runs_compiled and can_compile() and 4 * lm.parameters * tokens >= WORTH
 
 
 def can_compile() -> bool:

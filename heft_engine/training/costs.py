@@ -8,6 +8,7 @@ from typing import Any
 from heft_engine.adapters.adapter import Boundary
 from heft_engine.config.flops import CacheLevel, RowTokens, Shape, StageWork, stage_flops
 from heft_engine.data.encoding import Example
+from heft_engine.model.nf4 import quantized_sizes
 from heft_engine.model.packed_lm import PackedLM
 from heft_engine.model.packing import packed_length
 from heft_engine.training.cache_plan import CachePlan
@@ -18,10 +19,11 @@ from heft_engine.training.stage_inputs import StageInputs
 def shape_of(lm: PackedLM) -> Shape:
     """Returns the sizes of the frozen weights that tokens are multiplied with."""
     weights = [p for layer in lm.layers for p in layer.parameters() if p.dim() > 1 and not p.requires_grad]
+    in_layers = sum(p.numel() for p in weights) + sum(quantized_sizes(lm.layers))
     heads = int(lm.config.num_attention_heads)
     return Shape(
         layers=lm.n_layers,
-        layer=sum(p.numel() for p in weights) // lm.n_layers,
+        layer=in_layers // lm.n_layers,
         head=int(lm.head.weight.numel()),
         width=heads * int(getattr(lm.config, "head_dim", None) or lm.hidden_size // heads),
     )

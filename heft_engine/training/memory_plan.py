@@ -21,6 +21,7 @@ from heft_engine.data.encoding import Example
 from heft_engine.errors import TrainingError
 from heft_engine.model.causal_attention import LONGEST_MATRIX, STEP
 from heft_engine.model.loss import supervised_loss
+from heft_engine.model.nf4 import quantized_sizes
 from heft_engine.model.packed_lm import PackedLM
 from heft_engine.runtime import malloc
 
@@ -85,7 +86,7 @@ def peak_footprint(lm: PackedLM, layers: int, *, checkpointing: bool) -> Footpri
     With checkpointing the backward pass computes what one layer saves again. On a GPU a layer's gradients count, too.
     """
     plain = footprint(lm)
-    shares = _TEMPORARIES / layers if lm.device.type == "cuda" else 0.0
+    shares = _TEMPORARIES / layers if lm.device.type != "cpu" else 0.0
     if not checkpointing:
         return plain.plus(plain, shares)
     lm.checkpointing = True
@@ -208,6 +209,11 @@ def _highest_resident() -> int | None:
             if line.startswith("VmHWM:"):
                 return int(line.split()[1]) * 1_024
     return None
+
+
+def dequantized_bytes(lm: PackedLM) -> int:
+    """Returns the bytes of the largest weight that is dequantised for a product, forward and backward."""
+    return 2 * lm.dtype.itemsize * max(quantized_sizes(lm.layers), default=0)
 
 
 def gradient_bytes(parameters: Sequence[Tensor]) -> int:

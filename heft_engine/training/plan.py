@@ -18,6 +18,7 @@ from heft_engine.config.flops import CacheLevel
 from heft_engine.data.encoding import Example
 from heft_engine.inference.partition import TOKEN_BUDGET as SCORING_BUDGET
 from heft_engine.model.loss import supervised_loss
+from heft_engine.model.nf4 import quantized_sizes
 from heft_engine.model.packing import fill, packed_length
 from heft_engine.objectives.registry import create
 from heft_engine.runtime import devices, malloc
@@ -163,9 +164,13 @@ def _free_bytes(options: StageOptions, device: torch.device) -> int:
 
 
 def _fixed_bytes(inputs: StageInputs, *caches: CachePlan) -> int:
-    """Returns what the stage takes of the device from its start to its end: caches, gradients, Adam's state."""
+    """Returns what the stage takes of the device from its start to its end.
+
+    There are caches, gradients, Adam's state, and a weight that is dequantised.
+    """
     cached = sum(cache.bytes_on(inputs.lm.device) for cache in caches)
-    return cached + memory_plan.gradient_bytes(list(inputs.adapter.parameters().values()))
+    gradients = memory_plan.gradient_bytes(list(inputs.adapter.parameters().values()))
+    return cached + gradients + memory_plan.dequantized_bytes(inputs.lm)
 
 
 def _host_bytes(device: torch.device, *caches: CachePlan) -> int:
@@ -192,7 +197,7 @@ class _Passes:
             return max(self._pass_bytes(footprint, rows) for rows in self._all(budget))
 
         kind = self.inputs.stage.type
-        most = GPU_TOKEN_BUDGET if self.inputs.lm.device.type == "cuda" else TOKEN_BUDGET
+        most = TOKEN_BUDGET if self.inputs.lm.device.type == "cpu" else GPU_TOKEN_BUDGET
         return memory_plan.fit(free, most, largest, longest, self._footprint, kind)
 
     def fit_as(self, earlier: Progress) -> Fit:
@@ -280,7 +285,7 @@ class _Passes:
         lm = self.inputs.lm
         longest = max(map(packed_length, self.inputs.examples))
         tokens = max(longest, min(parity.TOKEN_BUDGET, parity.PROBE_ROWS * longest))
-        weight = max(parameter.numel() for parameter in lm.layers.parameters())
+        weight = max(*(p.numel() for p in lm.layers.parameters()), *quantized_sizes(lm.layers))
         passes = memory_plan.pass_bytes(lm, tokens) * 4 // lm.dtype.itemsize
         logits = min(parity.SLICE_BYTES, 4 * len(lm.head.weight) * (lm.hidden_size + 3 * tokens))
         return max(3 * 4 * weight + passes, logits)

@@ -128,6 +128,7 @@ def write_result(
         task=inputs.encoder.task.to_json(),
         tokenizer_sha256=tokenizer_hash(inputs.encoder.tokenizer),
         dtype=dtype_name(inputs.lm.dtype),
+        base_quantization=inputs.config.base_quantization,
         max_length=inputs.encoder.max_length,
         seed=inputs.config.seed,
         max_new_tokens=max_new_tokens(inputs.examples),

@@ -74,7 +74,9 @@ def load(
     max_length = resolve_max_length(config.max_length, model_info.max_position_embeddings)
     encoder = Encoder(tokenizer, task, max_length)
     dtype = choose_dtype(config.dtype, device)
-    lm = PackedLM(load_model(base, dtype=dtype, device=device, attention=IMPLEMENTATION))
+    quantization = config.base_quantization
+    model = load_model(base, dtype=dtype, device=device, attention=IMPLEMENTATION, quantization=quantization)
+    lm = PackedLM(model)
     objective = create(config.stages[0].objective)
     examples = objective.examples(encoder, train_rows)
     probe_rows = (eval_rows or train_rows)[:_PROBE_CANDIDATES]

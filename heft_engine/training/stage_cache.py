@@ -171,6 +171,7 @@ def _model_ingredients(inputs: RunInputs) -> dict[str, Any]:
         "versions": package_versions(),
         "device": inputs.lm.device.type,
         "dtype": dtype_name(inputs.lm.dtype),
+        "base_quantization": inputs.config.base_quantization,
         "float32_products": torch.get_float32_matmul_precision(),
         "weights": weights_hash(inputs.base.path),
         "config": hashlib.sha256((inputs.base.path / "config.json").read_bytes()).hexdigest(),

@@ -15,6 +15,7 @@ from heft_engine.config import known_datasets
 from heft_engine.config.run_file import FileField
 from heft_engine.config.train import (
     Auto,
+    BaseQuantization,
     Dtype,
     EarlyStopping,
     LoraStage,
@@ -170,6 +171,7 @@ class TrainingSpec(Settings):
     #: Models at the ends of epochs that are kept beside those at the ends of stages: the newest, and the best one.
     n_checkpoints: Annotated[int, Field(ge=0, le=100)] = 3
     integrations: Annotated[list[Integration], Field(max_length=4)] = Field(default_factory=list)
+    base_quantization: BaseQuantization | None = Field(default=None, exclude_if=lambda value: value is None)
     #: Start from stage results of this owner's jobs with equal settings, and store this job's for others.
     reuse: bool = True
 

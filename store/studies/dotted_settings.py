@@ -10,7 +10,7 @@ from typing import Any
 from store.errors import InvalidRequest
 
 #: Settings of a job beside its method.
-JOB_SETTINGS = ("max_length", "dtype", "early_stopping")
+JOB_SETTINGS = ("max_length", "dtype", "base_quantization", "early_stopping")
 
 
 @dataclass(frozen=True, kw_only=True)

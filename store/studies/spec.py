@@ -12,7 +12,7 @@ from pydantic import AfterValidator, Field, field_validator, model_validator
 from pydantic_core import PydanticCustomError
 
 from heft_engine.config.search_space import MAX_CHOICES, MAX_SETTINGS, Values
-from heft_engine.config.train import Dtype, EarlyStopping, Settings, TaskSettings
+from heft_engine.config.train import BaseQuantization, Dtype, EarlyStopping, Settings, TaskSettings
 from store.errors import InvalidRequest
 from store.jobs.spec import Method, Reference
 from store.storage.files import FILE_FIELDS
@@ -108,6 +108,7 @@ class StudySpec(Settings):
     early_stopping: EarlyStopping | None = None
     max_length: Annotated[int, Field(ge=16, le=1_048_576)] | None = None
     dtype: Dtype = "auto"
+    base_quantization: BaseQuantization | None = Field(default=None, exclude_if=lambda value: value is None)
     reuse: bool = True
 
     @field_validator("seeds")

@@ -33,6 +33,7 @@ def train_config(spec: TrainingSpec, *, revision: str | None) -> TrainConfig:
         seed=spec.seed,
         max_length=spec.max_length,
         dtype=spec.dtype,
+        base_quantization=spec.base_quantization,
         early_stopping=spec.early_stopping,
     )
 

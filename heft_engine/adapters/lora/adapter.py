@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import ClassVar, cast
 
 from peft import PeftModel
 from torch import Tensor, nn
@@ -52,6 +52,12 @@ class LoraAdapter(Adapter):
 
     def weights(self) -> LoraWeights:
         return peft_layers.extract(self.peft_model, self.stage, _modules(self.stage))
+
+    def detach(self) -> list[nn.Linear]:
+        """Takes the adapter out, unmerged. Returns the layers that it was on."""
+        layers = [layer.get_base_layer() for layer in peft_layers.lora_layers(self.peft_model).values()]
+        peft_layers.detach(self.peft_model)
+        return cast(list[nn.Linear], layers)
 
     def finish(self, probes: Sequence[Example]) -> Merge[LoraWeights]:
         return merge_adapter(self.lm, self.peft_model, self.stage, self.weights(), probes)

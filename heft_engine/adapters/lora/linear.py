@@ -19,41 +19,55 @@ import torch
 import torch.nn.functional as F  # noqa: N812
 from peft import PeftModel
 from peft.tuners.lora import Linear
-from torch import Tensor
+from torch import Tensor, nn
 
 from heft_engine.adapters.lora.peft_layers import initial_of
 from heft_engine.adapters.lora.variants import row_norms, widened
+from heft_engine.model.nf4 import Nf4Linear
 
 
 class LoraProduct(torch.autograd.Function):
     """Returns (…, out) for x (…, in), weight (out, in), down (rank, in), up (out, rank). W and b are frozen.
+
+    `quantized`: the layer that W has been dequantised from. W is then not saved for the backward pass, which
+    dequantises it again.
 
     With g = ∂L/∂y: ∂L/∂B = s·gᵀ(xAᵀ), ∂L/∂A = s·(gB)ᵀx, ∂L/∂x = gW + s·(gB)A.
     """
 
     @staticmethod
     def forward(
-        ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, down: Tensor, up: Tensor, scaling: float
+        ctx: Any,
+        x: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        down: Tensor,
+        up: Tensor,
+        scaling: float,
+        quantized: Nf4Linear | None,
     ) -> Tensor:
         a, b = down.to(x.dtype), up.to(x.dtype)
         flat = x.reshape(-1, x.shape[-1])
         low = flat @ a.T
         out = F.linear(flat, weight, bias).addmm_(low, b.T, alpha=scaling)
-        ctx.save_for_backward(x, weight, a, b, low)
-        ctx.scaling = scaling
+        ctx.save_for_backward(x, weight if quantized is None else None, a, b, low)
+        ctx.scaling, ctx.quantized = scaling, quantized
         return out.view(*x.shape[:-1], weight.shape[0])
 
     @staticmethod
-    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, None, None, Tensor, Tensor, None]:
+    def backward(
+        ctx: Any, *gradients: Tensor
+    ) -> tuple[Tensor | None, None, None, Tensor, Tensor, None, None]:
         x, weight, a, b, low = ctx.saved_tensors
-        grad_out = gradients[0].reshape(-1, weight.shape[0])
+        grad_out = gradients[0].reshape(-1, gradients[0].shape[-1])
         grad_low = (grad_out @ b).mul_(ctx.scaling)
         grad_x = None
         if ctx.needs_input_grad[0]:
+            weight = weight if ctx.quantized is None else ctx.quantized.weight
             grad_x = (grad_out @ weight).addmm_(grad_low, a).view(x.shape)
         grad_down = grad_low.T @ x.reshape(-1, x.shape[-1])
         grad_up = (grad_out.T @ low).mul_(ctx.scaling)
-        return grad_x, None, None, grad_down.float(), grad_up.float(), None
+        return grad_x, None, None, grad_down.float(), grad_up.float(), None, None
 
 
 def use_fused_forward(peft_model: PeftModel) -> None:
@@ -77,17 +91,18 @@ def _forward(module: Any, x: Tensor) -> Tensor:
     if initial is not None:
         down, up = widened((down, up), initial)
     if name not in module.lora_magnitude_vector:
-        return _product(x, base.weight, base.bias, down, up, scaling)
+        return _product(x, base, base.bias, down, up, scaling)
     with torch.no_grad():
         norms = row_norms(torch.addmm(base.weight.float(), up, down, alpha=scaling))
     # In float32: bfloat16 has no number between 1 and 1.0078, and magnitudes change by less than that.
     factor: Tensor = module.lora_magnitude_vector[name].weight / norms
-    scaled = _product(x, base.weight, None, down, up, scaling) * factor
+    scaled = _product(x, base, None, down, up, scaling) * factor
     return (scaled if base.bias is None else scaled + base.bias).to(x.dtype)
 
 
 def _product(
-    x: Tensor, weight: Tensor, bias: Tensor | None, down: Tensor, up: Tensor, scaling: float
+    x: Tensor, base: nn.Linear, bias: Tensor | None, down: Tensor, up: Tensor, scaling: float
 ) -> Tensor:
-    product: Tensor = LoraProduct.apply(x, weight, bias, down, up, scaling)  # type: ignore[no-untyped-call]
+    quantized = base if isinstance(base, Nf4Linear) and base.is_quantized else None
+    product: Tensor = LoraProduct.apply(x, base.weight, bias, down, up, scaling, quantized)  # type: ignore[no-untyped-call]
     return product

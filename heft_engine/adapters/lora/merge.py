@@ -14,12 +14,13 @@ from torch import Tensor
 from heft_engine.adapters.adapter import Merge
 from heft_engine.adapters.lora import peft_layers
 from heft_engine.adapters.lora.intruders import repaired
-from heft_engine.adapters.lora.weights import LoraWeights, weight_of
+from heft_engine.adapters.lora.weights import LoraWeights, linear_of, weight_of
 from heft_engine.adapters.parity import Parity, ProbeStates, compare, probe_states
 from heft_engine.config.train import LoraStage
 from heft_engine.data.encoding import Example
 from heft_engine.errors import TrainingError
 from heft_engine.model.float32_lm import Float32LM
+from heft_engine.model.nf4 import set_weight
 from heft_engine.model.packed_lm import PackedLM
 
 
@@ -38,9 +39,8 @@ def merge_adapter(
     originals = {module: weight_of(lm.model, module).detach().clone() for module in weights.factors}
     parity = merge_and_verify(lm, peft_model, stage, weights, examples)
     weights, count = repaired(weights, originals.__getitem__, scale)
-    with torch.no_grad():
-        for module, original in originals.items():
-            weight_of(lm.model, module).copy_(original)
+    for module, original in originals.items():
+        set_weight(linear_of(lm.model, module), original)
     weights.merge_into(lm.model)
     return Merge(weights=weights, record={**parity.to_json(), "intruder_scale": scale, "intruders": count})
 

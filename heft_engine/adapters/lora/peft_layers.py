@@ -133,8 +133,14 @@ def _copy(tensor: Tensor) -> Tensor:
 
 
 def detach(peft_model: PeftModel) -> None:
-    """Takes the adapter out, unmerged: the model is its base again, with the same module objects."""
-    cast(Any, peft_model.base_model).unload()
+    """Takes the adapter out, unmerged: the model is its base again, with the same module objects.
+
+    peft's `unload` does the same and assigns each layer its own weight, of which a quantised layer has no tensor.
+    """
+    model: Any = peft_model.get_base_model()
+    for name, layer in lora_layers(peft_model).items():
+        model.set_submodule(name, layer.get_base_layer())
+    del model.peft_config
 
 
 def lora_layers(peft_model: PeftModel) -> dict[str, Linear]:

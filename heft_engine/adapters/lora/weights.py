@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from heft_engine.adapters.lora.variants import Factors, with_magnitude
 from heft_engine.config.train import LoraStage
 from heft_engine.errors import BundleError
+from heft_engine.model.nf4 import set_weight
 
 ADAPTER_WEIGHTS = "adapter_model.safetensors"
 ADAPTER_CONFIG = "adapter_config.json"
@@ -71,8 +72,8 @@ class LoraWeights:
     def merge_into(self, model: nn.Module) -> None:
         """Merges into the model's weights, in place. Raises BundleError when the adapter is for another model."""
         for module in self.factors:
-            weight = weight_of(model, module)
-            weight.copy_(self.merged(module, weight).to(weight.dtype))
+            linear = linear_of(model, module)
+            set_weight(linear, self.merged(module, linear.weight))
 
     def save(self, directory: Path, base_reference: str | None = None) -> None:
         """Writes a directory that peft loads by itself, onto the original base (`base_reference`)."""
@@ -122,12 +123,24 @@ class LoraWeights:
             raise BundleError(f"the adapter in {directory.name} can't be read: {error}") from error
 
 
-def weight_of(model: nn.Module, module: str) -> Tensor:
-    """Returns a module's weight. Raises BundleError for a module that this model does not have."""
+def linear_of(model: nn.Module, module: str) -> nn.Linear:
+    """Returns a linear layer by its name, without an adapter that is on it.
+
+    Raises BundleError for a name that this model does not have.
+    """
     try:
-        return cast(Tensor, model.get_submodule(module).weight)
-    except AttributeError as error:
-        raise BundleError(f"the adapter names {module}, which this base model does not have") from error
+        linear: nn.Module | None = model.get_submodule(module)
+    except AttributeError:
+        linear = None
+    linear = getattr(linear, "base_layer", linear)
+    if not isinstance(linear, nn.Linear):
+        raise BundleError(f"the adapter names {module}, which is no linear layer of this base model")
+    return linear
+
+
+def weight_of(model: nn.Module, module: str) -> Tensor:
+    """Returns a linear layer's weight. Raises BundleError for a name that this model does not have."""
+    return linear_of(model, module).weight
 
 
 def peft_config(stage: LoraStage, modules: list[str]) -> LoraConfig:

@@ -12,6 +12,7 @@ from torch import nn
 from transformers import Gemma2Config, LlamaConfig, PreTrainedConfig
 
 from heft_engine.model.attention import IMPLEMENTATION
+from heft_engine.model.nf4 import quantize_without_numbers
 from heft_engine.model.packed_lm import PackedLM
 
 _LLAMA_2_7B: dict[str, Any] = {
@@ -79,3 +80,19 @@ def lm_of(config: PreTrainedConfig, device: str, dtype: torch.dtype) -> PackedLM
     finally:
         torch.set_default_dtype(before)
     return PackedLM(model.requires_grad_(False).eval())
+
+
+def quantized_lm(shape: str) -> PackedLM:
+    """Returns a model of one of SHAPES in bfloat16 whose layers are stored in 4 bits, on the GPU from the start."""
+    lm = lm_of(SHAPES[shape], "meta", torch.bfloat16)
+    quantize_without_numbers(lm.layers)
+    for module in lm.model.modules():
+        for name, tensor in module._parameters.items():
+            if tensor is not None:
+                module._parameters[name] = nn.Parameter(
+                    torch.empty_like(tensor, device="cuda"), requires_grad=False
+                )
+        for name, tensor in module._buffers.items():
+            if tensor is not None:
+                module._buffers[name] = torch.empty_like(tensor, device="cuda")
+    return PackedLM(lm.model)

@@ -31,6 +31,8 @@ def replace() -> None:
     torch.randperm = _randperm
     F.scaled_dot_product_attention = _attention
     transformers.modeling_utils.safe_open = _SafeFile
+    # bitsandbytes looks for it when it is imported; torch's CPU build has none.
+    torch._C._cuda_getCurrentRawStream = lambda device: 0  # type: ignore[attr-defined]
 
 
 def _randperm(*args: Any, **options: Any) -> Tensor:
