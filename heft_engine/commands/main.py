@@ -25,6 +25,7 @@ COMMANDS = {
     "diagnose": "measure what a bundle's stages did to weights, hidden states and curvature",
     "import-pyreft": "make a bundle of an intervention that pyreft trained and saved",
     "gpu-check": "run a HEFT job on a random model of Llama-2-7B's shape, on a GPU",
+    "plan": "memory, cache and arithmetic of a run on a GPU, from a model's configuration alone",
     "models": "list the base models on this machine, one JSON line each",
     "check": "check a run's model, settings and files before it is trained",
     "compare": "test the differences between arms of several runs",

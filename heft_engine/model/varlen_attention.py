@@ -32,11 +32,12 @@ _MEMO, _FITS = "varlen", "varlen fits"
 def is_supported(query: Tensor, options: AttentionOptions) -> bool:
     """Returns True if the kernel takes a layer's attention: CUDA from sm 80, half precision, no soft cap.
 
+    A model on "meta" is planned for such a GPU.
     query: (1, heads, T, head_dim).
     """
     width = query.shape[3]
     return (
-        query.device.type == "cuda"
+        query.device.type in ("cuda", "meta")
         and query.dtype in (torch.bfloat16, torch.float16)
         and options.softcap is None
         and width % 8 == 0
@@ -48,6 +49,8 @@ def is_supported(query: Tensor, options: AttentionOptions) -> bool:
 
 @lru_cache(maxsize=64)
 def _has_kernel(device: torch.device) -> bool:
+    if device.type == "meta":
+        return True
     # ROCm calls its devices "cuda" too; its kernel does not take num_splits.
     return torch.version.hip is None and torch.cuda.get_device_capability(device) >= _FIRST_CAPABILITY
 

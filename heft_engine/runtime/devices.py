@@ -74,6 +74,8 @@ def resident_bytes(device: torch.device) -> int:
     """Bytes that this process uses: allocated by torch on a GPU, resident set size on a CPU."""
     if device.type == "cuda":
         return torch.cuda.memory_allocated(device)
+    if device.type == "meta":
+        return 0
     return int(psutil.Process().memory_info().rss)
 
 
@@ -94,6 +96,11 @@ def reserved_bytes(device: torch.device) -> int:
     if device.type != "cuda":
         return 0
     _, total = torch.cuda.mem_get_info(device)
+    return reserved_share(total)
+
+
+def reserved_share(total: int) -> int:
+    """Returns `reserved_bytes` of a GPU with so many bytes."""
     return min(_MOST_RESERVED, total // 12)
 
 

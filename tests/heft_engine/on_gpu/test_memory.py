@@ -13,11 +13,11 @@ from pretended_gpu.build import requires_pretended_gpu
 from pretended_gpu.child import run, run_all
 from pretended_gpu.gpu import Gpu
 from pretended_gpu.machine import Machine
-from pretended_gpu.models import SHAPES, lm_of, tiny_lm
+from pretended_gpu.models import SHAPES, lm_of, quantized_lm, tiny_lm
 
 from heft_engine.adapters.registry import attach
 from heft_engine.config.flops import CacheLevel
-from heft_engine.config.train import LoraStage, ReftStage, Stage
+from heft_engine.config.train import LoraStage, ReftStage, Stage, TrainConfig
 from heft_engine.data.encoding import Example
 from heft_engine.model.packed_lm import PackedLM
 from heft_engine.model.packing import packed_length
@@ -25,6 +25,8 @@ from heft_engine.objectives.supervised import SupervisedObjective
 from heft_engine.training import memory_plan
 from heft_engine.training.activation_cache import SuffixCache
 from heft_engine.training.cache_plan import CacheBudget
+from heft_engine.training.dry_run import CONTEXT_BYTES, Rows, plan_run
+from heft_engine.training.dry_run import Machine as DryMachine
 from heft_engine.training.forward_pass import ForwardPass, FullPass, SuffixPass, split_by_tokens, summed_loss
 from heft_engine.training.low_memory_layers import low_memory_layers
 from heft_engine.training.plan import plan_stage
@@ -110,12 +112,12 @@ def largest_step(rows: Sequence[Example], batch_size: int) -> list[Example]:
     return [rows[row] for row in most]
 
 
-def runs_the_paper(gpu: Gpu, host: int) -> dict[str, Any]:
+def runs_the_paper(gpu: Gpu, host: int, quantized: bool = False) -> dict[str, Any]:
     """HEFT on Llama-2-7B and BoolQ as the paper trains it: both stages planned, and the largest step of each run.
 
-    `host`: bytes of the machine's memory for the cache of stage 2.
+    `host`: bytes of the machine's memory for the cache of stage 2. `quantized`: the base is stored in 4 bits.
     """
-    lm = lm_of(SHAPES["llama-2-7b"], "cuda", torch.bfloat16)
+    lm = quantized_lm("llama-2-7b") if quantized else lm_of(SHAPES["llama-2-7b"], "cuda", torch.bfloat16)
     lora = LoraStage(learning_rate=2e-4, rank=8, target_modules=["q_proj", "v_proj"], batch_size=16)
     reft = ReftStage(learning_rate=2e-4, rank=4, layers=[15], batch_size=16)
     stages: dict[str, Any] = {}
@@ -144,6 +146,36 @@ def runs_the_paper(gpu: Gpu, host: int) -> dict[str, Any]:
     return stages
 
 
+def plans(gpu: Gpu, lengths: list[int], host: int, quantized: bool) -> dict[str, Any]:
+    """The first stage of the paper's run, planned on the GPU."""
+    lm = quantized_lm("llama-2-7b") if quantized else lm_of(SHAPES["llama-2-7b"], "cuda", torch.bfloat16)
+    stage = LoraStage(learning_rate=2e-4, target_modules=["q_proj", "v_proj"])
+    with plan_stage(
+        stage_inputs(lm, stage, lengths), StageOptions(cache=CacheBudget(memory=host), compile=False)
+    ) as plan:
+        return {"bytes": plan.memory_bytes, "budget": plan.token_budget, "checkpointing": plan.checkpointing}
+
+
+@pytest.mark.parametrize("quantized", [True, pytest.param(False, marks=pytest.mark.slow)])
+def test_a_plan_without_a_gpu_is_the_plan_on_it(quantized: bool) -> None:
+    rows = Rows(count=2_000, tokens=160, longest=600)
+    prompts = [len(example.prompt) for example in rows.examples()]
+    assert (len(prompts), max(prompts), prompts[-1]) == (2_000, 599, 159)
+    config = TrainConfig(
+        model="-", stages=[LoraStage(), ReftStage()], base_quantization="nf4" if quantized else None
+    )
+    planned, _ = plan_run(
+        config,
+        SHAPES["llama-2-7b"],
+        rows,
+        DryMachine(gpu_bytes=24 * GIB + CONTEXT_BYTES, gpus=1, host_bytes=64 * GIB),
+    )
+    report = run(plans, Machine(memory=24 * GIB), lengths=prompts, host=16 * GIB, quantized=quantized)
+    assert planned.token_budget == report.values["budget"]
+    assert planned.checkpointing == report.values["checkpointing"]
+    assert planned.gpu_bytes == pytest.approx(report.values["bytes"], rel=0.01)
+
+
 @pytest.mark.parametrize("host", [64, *(pytest.param(host, marks=pytest.mark.slow) for host in (8, 16, 256))])
 def test_the_papers_job_fits_a_card_of_24_gb(host: int) -> None:
     """The cache of stage 2 lies in the machine's memory and takes nothing of the card's, however large it is."""
@@ -153,6 +185,13 @@ def test_the_papers_job_fits_a_card_of_24_gb(host: int) -> None:
     for stage in report.values.values():
         assert stage["peak"] < 22e9
         assert 0.95 <= stage["predicted"] / stage["peak"] <= 1.25, report.values
+
+
+def test_the_papers_job_on_a_base_in_4_bits_fits_a_card_of_12_gb() -> None:
+    report = run(runs_the_paper, Machine(memory=12 * GIB), host=16 * GIB, quantized=True)
+    for stage in report.values.values():
+        assert 0.95 <= stage["predicted"] / stage["peak"] <= 1.25, report.values
+    assert report.values["reft"]["level"] == "states"
 
 
 def test_the_measurement_of_a_pass_leaves_nothing_behind() -> None:

@@ -1,0 +1,220 @@
+"""The plan of a run that has not begun, from a model's configuration alone: memory, cache and arithmetic of each stage.
+
+The planner of a real stage (heft_engine.training.plan) plans a model on torch's "meta" device, whose tensors have
+shapes and no numbers, for a GPU that need not be there. So a stage is refused here where a GPU of that size would
+refuse it. Not counted: evaluation, and the time that a GPU waits.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass, replace
+from typing import Any, cast
+
+import torch
+import transformers
+
+from heft_engine.adapters.lora.adapter import LoraAdapter
+from heft_engine.adapters.registry import attach, check_stage
+from heft_engine.config.train import LoraStage, Stage, TrainConfig
+from heft_engine.data.encoding import Example
+from heft_engine.errors import TrainingError
+from heft_engine.model import nf4
+from heft_engine.model.attention import IMPLEMENTATION
+from heft_engine.model.auto_settings import resolve_stage
+from heft_engine.model.packed_lm import PackedLM
+from heft_engine.model.packing import packed_length
+from heft_engine.runtime.devices import reserved_share
+from heft_engine.training.cache_plan import CacheBudget
+from heft_engine.training.costs import stage_cost
+from heft_engine.training.plan import StagePlan, plan_stage
+from heft_engine.training.progress import Progress
+from heft_engine.training.stage_inputs import StageInputs, StageOptions
+
+#: Bytes of a GPU that CUDA takes for itself before a tensor is there. An assumption: between 0.3 and 0.6 GB.
+CONTEXT_BYTES = 500_000_000
+#: Of the machine's free memory a run takes so much for caches (heft_engine.training.cache_plan).
+_CACHE_SHARE = 4
+
+
+@dataclass(frozen=True, kw_only=True)
+class Machine:
+    """GPUs of gpu_bytes each, and host_bytes of the machine's memory that are free."""
+
+    gpu_bytes: int
+    gpus: int
+    host_bytes: int
+
+    @property
+    def room(self) -> int:
+        """Bytes of one GPU that a model and its training may take."""
+        return self.gpu_bytes - CONTEXT_BYTES - reserved_share(self.gpu_bytes)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Rows:
+    """The training rows: their number, their mean length and the longest one's, in tokens with the answer."""
+
+    count: int
+    tokens: int
+    longest: int
+
+    def examples(self) -> list[Example]:
+        """Returns rows of these lengths: one is the longest, all others have the mean length."""
+
+        def row(tokens: int) -> Example:
+            return Example(prompt=(1,) * (tokens - 1), answers=((1,),), labels=("",), gold=0)
+
+        return [row(self.longest)] + [row(self.tokens)] * (self.count - 1)
+
+
+@dataclass(frozen=True, kw_only=True)
+class PlannedStage:
+    """One stage on this machine. Bytes are those of each GPU, but for host_bytes.
+
+    placement: "one GPU", "data parallel" (the model on each) or "spread" (layers over all, an even split assumed).
+    error: of a stage that does not fit, with what would. seconds: None without a rate of arithmetic.
+    """
+
+    type: str
+    fits: bool
+    placement: str
+    weight_bytes: int
+    gpu_bytes: int | None = None
+    host_bytes: int | None = None
+    cache: dict[str, Any] | None = None
+    token_budget: int | None = None
+    checkpointing: bool | None = None
+    trained_parameters: int | None = None
+    flops: int | None = None
+    seconds: float | None = None
+    error: str | None = None
+
+    def to_json(self) -> dict[str, Any]:
+        return {name: value for name, value in asdict(self).items() if value is not None}
+
+
+def plan_run(
+    config: TrainConfig,
+    model_config: transformers.PreTrainedConfig,
+    rows: Rows,
+    machine: Machine,
+    *,
+    flops_per_second: float | None = None,
+) -> list[PlannedStage]:
+    """Returns the plan of each stage, in order. flops_per_second: of one GPU.
+
+    Raises ConfigError for settings that do not fit the model.
+    """
+    lm = meta_model(model_config, config)
+    sizes = {"n_layers": lm.n_layers, "hidden_size": lm.hidden_size, "parameters": lm.parameters}
+    stages = [resolve_stage(stage, lm.family, **sizes) for stage in config.stages]
+    for stage in stages:
+        check_stage(lm, stage)
+    return list(_planned(lm, stages, rows.examples(), machine, flops_per_second))
+
+
+def meta_model(model_config: transformers.PreTrainedConfig, config: TrainConfig) -> PackedLM:
+    """Returns a model without numbers, in the dtype that a GPU of compute capability 8.0 would have."""
+    dtype = torch.float32 if config.dtype == "float32" else torch.bfloat16
+    model_config._attn_implementation = IMPLEMENTATION
+    model_class: Any = transformers.MODEL_FOR_CAUSAL_LM_MAPPING[type(model_config)]
+    with torch.device("meta"):
+        model = model_class._from_config(model_config, dtype=dtype, attn_implementation=IMPLEMENTATION)
+    lm = PackedLM(model.requires_grad_(False).eval())
+    if config.base_quantization is not None:
+        nf4.quantize_without_numbers(lm.layers)
+    return lm
+
+
+def _planned(
+    lm: PackedLM,
+    stages: list[Stage],
+    examples: list[Example],
+    machine: Machine,
+    flops_per_second: float | None,
+) -> Iterator[PlannedStage]:
+    for index, stage in enumerate(stages):
+        inputs = StageInputs(
+            lm=lm,
+            stage=stage,
+            index=index,
+            seed=0,
+            adapter=attach(lm, stage),
+            standing=tuple(lm.interventions),
+            examples=examples,
+            validation=[],
+            total_steps=0,
+        )
+        yield _planned_stage(inputs, machine, flops_per_second)
+        if isinstance(inputs.adapter, LoraAdapter):
+            _merge(inputs.adapter, cast(LoraStage, stage))
+
+
+def _merge(adapter: LoraAdapter, stage: LoraStage) -> None:
+    """Leaves the model as a merge does: with weights that are no longer in 4 bits where they were."""
+    modules = adapter.detach()
+    for module in modules:
+        nf4.set_weight(module, torch.empty_like(module.weight))
+
+
+def _planned_stage(inputs: StageInputs, machine: Machine, flops_per_second: float | None) -> PlannedStage:
+    weights = _weight_bytes(inputs.lm)
+    trained = inputs.trained_parameters()
+    failure: TrainingError | None = None
+    for placement, cards in _placements(machine.gpus):
+        planned = PlannedStage(
+            type=inputs.stage.type,
+            fits=False,
+            placement=placement,
+            weight_bytes=weights // cards,
+            trained_parameters=trained,
+        )
+        room = machine.room * cards - weights
+        options = StageOptions(
+            cache=CacheBudget(memory=machine.host_bytes // _CACHE_SHARE), compile=False, memory_bytes=room
+        )
+        try:
+            with plan_stage(inputs, options) as plan:
+                return _fitting(planned, inputs, plan, machine, flops_per_second)
+        except TrainingError as error:
+            failure = failure or error
+    return replace(planned, error=str(failure))
+
+
+def _placements(gpus: int) -> list[tuple[str, int]]:
+    """Returns how a model may lie on the GPUs, the best first, and over how many of them its layers are spread."""
+    if gpus == 1:
+        return [("one GPU", 1)]
+    return [("data parallel", 1), ("spread", gpus)]
+
+
+def _fitting(
+    planned: PlannedStage,
+    inputs: StageInputs,
+    plan: StagePlan,
+    machine: Machine,
+    flops_per_second: float | None,
+) -> PlannedStage:
+    epochs, tokens = inputs.stage.n_epochs, sum(map(packed_length, inputs.examples))
+    progress = Progress(tokens=epochs * tokens, cache=plan.cache.to_json(), checkpointing=plan.checkpointing)
+    flops = stage_cost(inputs, progress, 0.0)["flops"]
+    # GPUs that share a model's layers work one after the other.
+    workers = machine.gpus if planned.placement == "data parallel" else 1
+    cards = machine.gpus if planned.placement == "spread" else 1
+    return replace(
+        planned,
+        fits=True,
+        gpu_bytes=planned.weight_bytes + plan.memory_bytes // cards,
+        host_bytes=plan.host_memory_bytes,
+        cache={"level": plan.cache.level.value, "place": plan.cache.place.value, "bytes": plan.cache.bytes},
+        token_budget=plan.token_budget,
+        checkpointing=plan.checkpointing,
+        flops=flops,
+        seconds=None if flops_per_second is None else round(flops / (flops_per_second * workers), 1),
+    )
+
+
+def _weight_bytes(lm: PackedLM) -> int:
+    tensors = [*lm.model.parameters(), *lm.model.buffers()]
+    return sum(tensor.numel() * tensor.element_size() for tensor in tensors if not tensor.requires_grad)
