@@ -14,7 +14,7 @@ from heft_engine.config.train import LoraStage, ReftStage
 from heft_engine.data.encoding import Example
 from heft_engine.events import Event
 from heft_engine.model.packed_lm import PackedLM
-from heft_engine.training.memory_plan import peak
+from heft_engine.training.memory.memory_plan import peak
 
 
 def train(

@@ -18,9 +18,9 @@ from heft_engine.events import OnEvent
 from heft_engine.model.packed_lm import PackedLM
 from heft_engine.objectives.registry import create
 from heft_engine.training.activation_cache import size_of
-from heft_engine.training.cache_plan import CacheBudget, CachePlan
 from heft_engine.training.forward_pass import ForwardPass, FullPass
 from heft_engine.training.loop import Hooks, TrainLoop
+from heft_engine.training.memory.cache_plan import CacheBudget, CachePlan
 from heft_engine.training.plan import StagePlan, plan_stage
 from heft_engine.training.stage_inputs import StageInputs, StageOptions
 

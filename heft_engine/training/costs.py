@@ -11,7 +11,7 @@ from heft_engine.data.encoding import Example
 from heft_engine.model.nf4 import quantized_sizes
 from heft_engine.model.packed_lm import PackedLM
 from heft_engine.model.packing import packed_length
-from heft_engine.training.cache_plan import CachePlan
+from heft_engine.training.memory.cache_plan import CachePlan
 from heft_engine.training.progress import Progress
 from heft_engine.training.stage_inputs import StageInputs
 

@@ -25,15 +25,15 @@ from heft_engine.model.auto_settings import resolve_stage
 from heft_engine.model.packed_lm import PackedLM
 from heft_engine.model.packing import packed_length
 from heft_engine.runtime.devices import reserved_share
-from heft_engine.training.cache_plan import CacheBudget
 from heft_engine.training.costs import stage_cost
+from heft_engine.training.memory.cache_plan import CacheBudget
 from heft_engine.training.plan import StagePlan, plan_stage
 from heft_engine.training.progress import Progress
 from heft_engine.training.stage_inputs import StageInputs, StageOptions
 
 #: Bytes of a GPU that CUDA takes for itself before a tensor is there. An assumption: between 0.3 and 0.6 GB.
 CONTEXT_BYTES = 500_000_000
-#: Of the machine's free memory a run takes so much for caches (heft_engine.training.cache_plan).
+#: Of the machine's free memory a run takes so much for caches (heft_engine.training.memory.cache_plan).
 _CACHE_SHARE = 4
 
 

@@ -22,12 +22,12 @@ from heft_engine.model.nf4 import quantized_sizes
 from heft_engine.model.packing import fill, packed_length
 from heft_engine.objectives.registry import create
 from heft_engine.runtime import devices, malloc
-from heft_engine.training import memory_plan
-from heft_engine.training.cache_plan import CachePlan, plan_cache
 from heft_engine.training.compile import compiled_layers, pays
 from heft_engine.training.forward_pass import pass_tokens, split_by_tokens
-from heft_engine.training.low_memory_layers import low_memory_layers
-from heft_engine.training.memory_plan import Fit, Footprint
+from heft_engine.training.memory import memory_plan
+from heft_engine.training.memory.cache_plan import CachePlan, plan_cache
+from heft_engine.training.memory.low_memory_layers import low_memory_layers
+from heft_engine.training.memory.memory_plan import Fit, Footprint
 from heft_engine.training.progress import TOKEN_BUDGET, Progress
 from heft_engine.training.schedule import epoch_order
 from heft_engine.training.stage_inputs import StageInputs, StageOptions

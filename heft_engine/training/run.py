@@ -47,7 +47,7 @@ from heft_engine.training.checkpoint import (
 )
 from heft_engine.training.costs import stage_cost
 from heft_engine.training.loop import Hooks
-from heft_engine.training.memory_plan import peak
+from heft_engine.training.memory.memory_plan import peak
 from heft_engine.training.plan import StagePlan, plan_stage
 from heft_engine.training.progress import Progress
 from heft_engine.training.result import (

@@ -12,11 +12,11 @@ from heft_engine.data.encoding import Example
 from heft_engine.objectives.registry import create
 from heft_engine.runtime.random_state import RandomState
 from heft_engine.training.activation_store import StageActivations
-from heft_engine.training.cache_plan import CachePlan
 from heft_engine.training.checkpoint import StageSnapshot
 from heft_engine.training.data_parallel.division import SharedPass
 from heft_engine.training.forward_pass import SuffixPass
 from heft_engine.training.loop import Hooks, TrainLoop
+from heft_engine.training.memory.cache_plan import CachePlan
 from heft_engine.training.plan import StagePlan
 from heft_engine.training.progress import Progress
 from heft_engine.training.stage_inputs import StageInputs

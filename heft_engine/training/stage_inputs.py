@@ -17,8 +17,8 @@ from heft_engine.model.interventions import PlacedIntervention
 from heft_engine.model.packed_lm import PackedLM
 from heft_engine.model.packing import packed_length
 from heft_engine.runtime.distributed import SINGLE_PROCESS, Ranks
-from heft_engine.training.cache_plan import CacheBudget
 from heft_engine.training.data_parallel.division import Division
+from heft_engine.training.memory.cache_plan import CacheBudget
 from heft_engine.training.schedule import derived_seed
 from heft_engine.training.setup import RunInputs
 

@@ -22,13 +22,13 @@ from heft_engine.data.encoding import Example
 from heft_engine.model.packed_lm import PackedLM
 from heft_engine.model.packing import packed_length
 from heft_engine.objectives.supervised import SupervisedObjective
-from heft_engine.training import memory_plan
 from heft_engine.training.activation_cache import SuffixCache
-from heft_engine.training.cache_plan import CacheBudget
 from heft_engine.training.dry_run import CONTEXT_BYTES, Rows, plan_run
 from heft_engine.training.dry_run import Machine as DryMachine
 from heft_engine.training.forward_pass import ForwardPass, FullPass, SuffixPass, split_by_tokens, summed_loss
-from heft_engine.training.low_memory_layers import low_memory_layers
+from heft_engine.training.memory import memory_plan
+from heft_engine.training.memory.cache_plan import CacheBudget
+from heft_engine.training.memory.low_memory_layers import low_memory_layers
 from heft_engine.training.plan import plan_stage
 from heft_engine.training.schedule import epoch_order
 from heft_engine.training.stage_inputs import StageInputs, StageOptions

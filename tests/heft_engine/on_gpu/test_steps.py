@@ -29,7 +29,7 @@ from heft_engine.objectives.supervised import SupervisedObjective
 from heft_engine.training.activation_cache import SuffixCache
 from heft_engine.training.forward_pass import ForwardPass, FullPass, SuffixPass
 from heft_engine.training.loop import Hooks, TrainLoop
-from heft_engine.training.low_memory_layers import low_memory_layers
+from heft_engine.training.memory.low_memory_layers import low_memory_layers
 
 pytestmark = requires_pretended_gpu
 

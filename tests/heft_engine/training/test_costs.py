@@ -20,9 +20,9 @@ from heft_engine.config.train import LoraStage
 from heft_engine.evaluation.row_values import unpack_correctness
 from heft_engine.model.packing import packed_length
 from heft_engine.objectives.supervised import SupervisedObjective
-from heft_engine.training.cache_plan import CachePlan
 from heft_engine.training.costs import shape_of
 from heft_engine.training.forward_pass import FullPass, summed_loss
+from heft_engine.training.memory.cache_plan import CachePlan
 from heft_engine.training.stage_store import LocalStages
 
 TEST, EVAL = parse(yes_no(20, seed=9)), parse(yes_no(24, seed=10))

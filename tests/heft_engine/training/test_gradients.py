@@ -25,8 +25,8 @@ from heft_engine.model.base_models import load_model, resolve_path
 from heft_engine.model.interventions import PlacedIntervention
 from heft_engine.model.packed_lm import PackedLM
 from heft_engine.objectives.supervised import SupervisedObjective
-from heft_engine.training.cache_plan import CacheBudget, CachePlace, CachePlan, plan_cache
 from heft_engine.training.forward_pass import ForwardPass, FullPass, summed_loss
+from heft_engine.training.memory.cache_plan import CacheBudget, CachePlace, CachePlan, plan_cache
 
 MakeModel = Callable[[str], Path]
 

@@ -13,8 +13,8 @@ from small_runs import load_inputs, reft, yes_no_rows
 
 from heft_engine.config.flops import CacheLevel
 from heft_engine.training import plan
-from heft_engine.training.cache_plan import CachePlace, CachePlan
-from heft_engine.training.memory_plan import Footprint
+from heft_engine.training.memory.cache_plan import CachePlace, CachePlan
+from heft_engine.training.memory.memory_plan import Footprint
 from heft_engine.training.stage_inputs import StageInputs, attach_stage
 
 #: More than any card has.
@@ -31,7 +31,12 @@ def stage(tiny_llama_dir: Path) -> StageInputs:
 def test_a_cache_takes_of_a_gpu_nothing_and_of_a_cpu_what_is_no_file(
     stage: StageInputs, device: str, place: CachePlace
 ) -> None:
-    placed = replace(stage, lm=cast(Any, SimpleNamespace(device=torch.device(device))))
+    placed = replace(
+        stage,
+        lm=cast(
+            Any, SimpleNamespace(device=torch.device(device), layers=stage.lm.layers, dtype=stage.lm.dtype)
+        ),
+    )
     cache = CachePlan(level=CacheLevel.KV, place=place, bytes=HUGE)
     without = plan._fixed_bytes(placed, CachePlan(level=CacheLevel.NONE))
     assert without > 0

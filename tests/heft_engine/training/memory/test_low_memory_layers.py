@@ -17,9 +17,9 @@ from heft_engine.model.attention import IMPLEMENTATION
 from heft_engine.model.base_models import load_model, resolve_path
 from heft_engine.model.packed_lm import PackedLM
 from heft_engine.objectives.supervised import SupervisedObjective
-from heft_engine.training import memory_plan
 from heft_engine.training.forward_pass import FullPass, summed_loss
-from heft_engine.training.low_memory_layers import low_memory_layers
+from heft_engine.training.memory import memory_plan
+from heft_engine.training.memory.low_memory_layers import low_memory_layers
 
 MakeModel = Callable[[str], Path]
 ROWS = [Example(prompt=(7, 8, 9) * n, answers=((5, n),), labels=("",), gold=0) for n in (1, 7, 20)]

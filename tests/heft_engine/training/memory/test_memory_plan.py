@@ -22,11 +22,12 @@ from heft_engine.model.base_models import load_model, resolve_path
 from heft_engine.model.packed_lm import PackedLM
 from heft_engine.objectives.supervised import SupervisedObjective
 from heft_engine.runtime import devices
-from heft_engine.training import compile, memory_plan, schedule
+from heft_engine.training import compile, schedule
 from heft_engine.training import plan as stage_plan
-from heft_engine.training.cache_plan import CacheBudget
 from heft_engine.training.forward_pass import FullPass, summed_loss
-from heft_engine.training.memory_plan import Fit, Footprint
+from heft_engine.training.memory import memory_plan
+from heft_engine.training.memory.cache_plan import CacheBudget
+from heft_engine.training.memory.memory_plan import Fit, Footprint
 from heft_engine.training.plan import plan_stage
 
 FOOTPRINT = Footprint(fixed=1_000, per_token=100, per_square=2)

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from heft_engine.config.flops import CacheLevel
-from heft_engine.training.cache_plan import CachePlace, CachePlan
+from heft_engine.training.memory.cache_plan import CachePlace, CachePlan
 
 CPU, GPU = torch.device("cpu"), torch.device("cuda", 0)
 
