@@ -85,7 +85,7 @@ studies: install
 	$(BIN)/python -m benchmarks.studies.all --sst2 $(SST2) --boolq $(BOOLQ)
 
 gpu-check: install
-	$(BIN)/python -m heft_engine gpu-check
+	$(BIN)/python -m heft_engine gpu-check --out benchmarks/gpu
 
 clean:
 	rm -rf .venv build *.egg-info .mypy_cache .ruff_cache .pytest_cache .import_linter_cache

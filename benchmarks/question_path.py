@@ -28,7 +28,7 @@ from prometheus_client import CollectorRegistry
 from api.app import create_app
 from cli.stack.embedded import EmbeddedStack, embedded_stack
 from cli.stack.home import Home
-from heft_engine.commands.gpu_check import Shape, write_model
+from heft_engine.gpu_check.job import write_tiny_model
 from migrations import upgrade
 from store import keys, models
 from store.db.session import make_engine, session_factory, transaction
@@ -46,7 +46,6 @@ ROOT = Path(__file__).parents[1]
 PACKAGES = ("api", "store", "worker", "heft_engine")
 #: The forward pass, whose layers and kernels differ between processors.
 MODEL_PASS = ("heft_engine/model/", "heft_engine/cpu/", "heft_engine/runtime/")
-SHAPE = Shape(layers=1, hidden=64, intermediate=128, heads=4, vocabulary=2_000)
 KEY = "a key for this measurement"
 _RESUMABLE = inspect.CO_GENERATOR | inspect.CO_COROUTINE | inspect.CO_ASYNC_GENERATOR
 QUESTION = {"model": "tiny", "question": "is the sky blue", "passage": "The sky was blue all day."}
@@ -101,7 +100,7 @@ def main() -> None:
         servers = stack.enter_context(embedded_stack(Home.at(folder / "home"), durable=False))
         upgrade(servers.database_url)
         (folder / "models").mkdir()
-        write_model(SHAPE, folder / "models" / "tiny")
+        write_tiny_model(folder / "models" / "tiny")
         settings = _settings(servers, folder)
         trace = Trace()
         stack.enter_context(trace.installed())

@@ -1,11 +1,25 @@
 """LoRA (arXiv 2106.09685) and its variants: trained through peft, merged into the base when the stage ends."""
 
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 
-# peft would import bitsandbytes for adapter classes of its own layers, which never occur here (heft_engine.model.nf4):
-# two seconds at each start.
-if "bitsandbytes" not in sys.modules:
+
+@contextmanager
+def without_bitsandbytes() -> Iterator[None]:
+    """Inside, peft does not import bitsandbytes, which takes two seconds.
+
+    It would do so for adapter classes of bitsandbytes' own layers, which never occur here (heft_engine.model.nf4).
+    """
+    if "bitsandbytes" in sys.modules:
+        yield
+        return
     sys.modules["bitsandbytes"] = None  # type: ignore[assignment]
-    import peft as peft
+    try:
+        yield
+    finally:
+        del sys.modules["bitsandbytes"]
 
-    del sys.modules["bitsandbytes"]
+
+with without_bitsandbytes():
+    import peft as peft

@@ -9,6 +9,7 @@ from peft import PeftModel, get_peft_model
 from peft.tuners.lora import Linear
 from torch import Tensor, nn
 
+from heft_engine.adapters.lora import without_bitsandbytes
 from heft_engine.adapters.lora.variants import Factors, initial_factors, row_norms, widened
 from heft_engine.adapters.lora.weights import MAGNITUDE, PREFIX, LoraWeights, peft_config
 from heft_engine.config.train import LoraStage
@@ -36,7 +37,8 @@ def attach(lm: PackedLM, stage: LoraStage, modules: list[str]) -> PeftModel:
     know that; heft_engine.adapters.lora.linear's does. Raises ConfigError for modules that this model does not have.
     """
     check_modules(lm, modules)
-    peft_model = cast(PeftModel, get_peft_model(cast(Any, lm.model), peft_config(stage, modules)))
+    with without_bitsandbytes():
+        peft_model = cast(PeftModel, get_peft_model(cast(Any, lm.model), peft_config(stage, modules)))
     for name, layer in lora_layers(peft_model).items():
         weight = layer.base_layer.weight
         if stage.use_dora:

@@ -230,7 +230,9 @@ def test_modules_that_a_models_layers_do_not_have_are_refused(tiny_llama_dir: Pa
 
 def test_a_foreign_adapter_is_refused(make_tiny_model: MakeModel) -> None:
     llama, neox = packed(make_tiny_model("llama")), packed(make_tiny_model("gpt_neox"))
-    with pytest.raises(BundleError, match=r"names model\.layers\.0\.self_attn\.q_proj, which this base"):
+    with pytest.raises(
+        BundleError, match=r"names model\.layers\.0\.self_attn\.q_proj, which is no linear layer of this base"
+    ):
         trained(llama, auto(llama))[1].merge_into(neox.model)
     narrow = trained(packed(make_tiny_model("llama")), LoraStage(target_modules=["up_proj"]))[1]
     down, up = narrow.factors["model.layers.0.mlp.up_proj"]
