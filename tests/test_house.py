@@ -11,6 +11,8 @@ from pathlib import Path
 
 import pytest
 
+from store.settings import StoreSettings
+
 ROOT = Path(__file__).parents[1]
 PACKAGES = ("api", "benchmarks", "cli", "heft_engine", "migrations", "store", "worker")
 #: The most modules that a reader takes in at a glance.
@@ -69,6 +71,11 @@ def test_the_readme_maps_every_folder_and_no_other() -> None:
     folders = {folder for folder in modules_by_folder() if not folder.startswith("tests/")}
     assert folders - mapped == set()
     assert [folder for folder in sorted(mapped) if not (ROOT / folder).is_dir()] == []
+
+
+def test_the_manual_has_every_setting_of_the_service() -> None:
+    manual = (ROOT / "docs" / "settings.md").read_text()
+    assert not [name for name in StoreSettings.model_fields if not re.search(rf"[_…]{name.upper()}`", manual)]
 
 
 def test_the_files_that_the_architecture_names_exist() -> None:
