@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ctypes
 import faulthandler
+import json
 import os
 import signal
 import sys
@@ -74,6 +75,16 @@ def report_failures(is_reporter: Callable[[EngineError], bool] = lambda error: T
         if is_reporter(failure):
             _print_failure(failure)
         raise failure from error
+
+
+@contextmanager
+def errors_on_stdout() -> Iterator[None]:
+    """Prints an EngineError as the line {"error"}, which the worker reads, and raises it on."""
+    try:
+        yield
+    except EngineError as error:
+        print(json.dumps({"error": error_data(error)}), flush=True)
+        raise
 
 
 def error_data(error: EngineError) -> ErrorData:

@@ -8,11 +8,11 @@ from pathlib import Path
 
 from heft_engine.bundle.format import read_bundle
 from heft_engine.commands.arguments import add_child_argument, add_machine_arguments
-from heft_engine.commands.child_process import error_data, print_event
+from heft_engine.commands.child_process import errors_on_stdout, print_event
 from heft_engine.data.rows import read_rows
 from heft_engine.data.task import Task
 from heft_engine.diagnostics.report import PARTS, REPORT, Options, diagnose
-from heft_engine.errors import ConfigError, EngineError, RowError
+from heft_engine.errors import ConfigError
 from heft_engine.events import Pulse
 
 
@@ -33,20 +33,17 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> None:
     """Prints WORKING events while it computes; then one JSON line: {"out", "report", "plots"} or {"error"}."""
-    try:
+    with errors_on_stdout():
         _diagnose(args)
-    except EngineError as error:
-        print(json.dumps({"error": error_data(error)}), flush=True)  # the worker reads stdout
-        raise
 
 
 def _diagnose(args: argparse.Namespace) -> None:
     task = Task.from_json(read_bundle(args.bundle).info.task)
+    rows = read_rows(args.data, param="data", labels=task.row_labels)
     try:
-        rows = read_rows(args.data, labels=task.row_labels)
         general = args.general.read_text() if args.general is not None else None
     except (OSError, UnicodeDecodeError) as error:
-        raise RowError(f"a file can't be read: {error}", param="data") from error
+        raise ConfigError(f"{args.general} can't be read: {error}", param="general") from error
     unknown = [part for part in args.parts or () if part not in PARTS]
     if unknown:
         raise ConfigError(f"there is no part {unknown[0]}; there are {', '.join(PARTS)}", param="parts")

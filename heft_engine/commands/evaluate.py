@@ -12,7 +12,6 @@ import numpy as np
 from heft_engine.commands.arguments import add_machine_arguments
 from heft_engine.data.encoding import Example
 from heft_engine.data.rows import read_rows
-from heft_engine.errors import RowError
 from heft_engine.evaluation.calibration import (
     LabelledScores,
     expected_calibration_error,
@@ -34,10 +33,7 @@ def run(args: argparse.Namespace) -> None:
     For labels it has the calibration at the bundle's temperature too: "ece", "nll" and "temperature".
     """
     predictor = load(args.bundle, model_dir=args.model_dir, cache_dir=args.cache_dir, device=args.device)
-    try:
-        rows = read_rows(args.data, labels=predictor.task.row_labels)
-    except OSError as error:
-        raise RowError(f"{args.data} can't be read: {error.strerror}", param="data") from error
+    rows = read_rows(args.data, param="data", labels=predictor.task.row_labels)
     examples = [example for row in rows for example in predictor.encoder.encode(row)]
     limit = predictor.max_new_tokens
     evaluation = evaluate(predictor.lm, predictor.encoder, examples, max_new_tokens=limit)

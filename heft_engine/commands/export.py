@@ -8,8 +8,7 @@ from pathlib import Path
 
 from heft_engine.bundle.export import export
 from heft_engine.commands.arguments import add_child_argument, add_machine_arguments
-from heft_engine.commands.child_process import error_data
-from heft_engine.errors import EngineError
+from heft_engine.commands.child_process import errors_on_stdout
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -22,9 +21,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> None:
     """Prints {"format", "out"} or {"error"} as one JSON line."""
-    try:
+    with errors_on_stdout():
         export(args.bundle, args.format, args.out, model_dir=args.model_dir, cache_dir=args.cache_dir)
-    except EngineError as error:
-        print(json.dumps({"error": error_data(error)}), flush=True)  # the worker reads stdout
-        raise
     print(json.dumps({"format": args.format, "out": str(args.out)}))

@@ -42,7 +42,7 @@ def run(args: argparse.Namespace) -> None:
     bundle = import_pyreft(
         args.directory,
         config,
-        read_rows(args.rows, labels=config.task.labels),
+        read_rows(args.rows, param="rows", labels=config.task.labels),
         args.out,
         positions=positions[0] if positions and len(positions) == 1 else positions,
         options=RunOptions(model_dir=args.model_dir, cache_dir=args.cache_dir, device=args.device),

@@ -9,7 +9,7 @@ from heft_engine.commands.child_process import print_event, report_failures
 from heft_engine.commands.stage_exchange import RequestedStages
 from heft_engine.config.run_file import FileField, RunFile
 from heft_engine.data.rows import Row, read_rows
-from heft_engine.errors import EngineError, RankLost, RowError
+from heft_engine.errors import EngineError, RankLost
 from heft_engine.runtime.distributed import Ranks, process_group
 from heft_engine.training.activation_store import MAX_BYTES, ActivationStore
 from heft_engine.training.run import train
@@ -67,7 +67,5 @@ def _read(field: FileField, path: Path | None, run_file: RunFile) -> list[Row]:
     """Returns the rows of a file, none for None. Raises RowError."""
     if path is None:
         return []
-    try:
-        return read_rows(path, labels=run_file.config.task.labels, max_line_bytes=run_file.max_line_bytes)
-    except OSError as error:
-        raise RowError(f"{path} can't be read: {error.strerror}", param=field) from error
+    labels = run_file.config.task.labels
+    return read_rows(path, param=field, labels=labels, max_line_bytes=run_file.max_line_bytes)

@@ -24,7 +24,7 @@ log = logging.getLogger(__name__)
 
 @lru_cache(maxsize=1)
 def fused_ops() -> FusedOps | None:
-    """Norms, rotary embeddings, gated activations and logits."""
+    """Norms, rotary embeddings and logits."""
     namespace = _namespace()
     if namespace is None:
         return None

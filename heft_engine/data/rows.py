@@ -85,17 +85,22 @@ def infer_task(rows: Iterable[Row]) -> TaskType:
 def read_rows(
     path: Path,
     *,
+    param: str,
     labels: Sequence[str] | None = None,
-    need_answer: bool = True,
     max_line_bytes: int = MAX_LINE_BYTES,
 ) -> list[Row]:
-    """Returns all rows of a JSONL file. Raises RowError for its first invalid row, or if it is empty."""
+    """Returns all rows of a JSONL file.
+
+    Raises RowError for its first invalid row, if it is empty, and (with `param`) if it can't be read.
+    """
     rows = []
-    scan = scan_rows(path, labels=labels, need_answer=need_answer, max_line_bytes=max_line_bytes)
-    for line, row in scan:
-        if isinstance(row, RowError):
-            raise RowError(f"line {line}: {row.message}", param=row.param, line=line)
-        rows.append(row)
+    try:
+        for line, row in scan_rows(path, labels=labels, max_line_bytes=max_line_bytes):
+            if isinstance(row, RowError):
+                raise RowError(f"line {line}: {row.message}", param=row.param, line=line)
+            rows.append(row)
+    except OSError as error:
+        raise RowError(f"{path} can't be read: {error.strerror}", param=param) from error
     if not rows:
         raise RowError("the file has no rows")
     return rows

@@ -211,14 +211,14 @@ def test_a_file_with_a_byte_order_mark_and_blank_lines(tmp_path: Path) -> None:
         tmp_path / "rows.jsonl", b"\xef\xbb\xbf" + json.dumps(QUESTION).encode(), b"", b"  \r", QUESTION, b""
     )
     assert [line for line, _ in scan_rows(path)] == [1, 4]
-    assert len(read_rows(path)) == 2
+    assert len(read_rows(path, param="data")) == 2
 
 
 def test_the_one_bad_row_of_5000_is_named_by_its_line(tmp_path: Path) -> None:
     rows: list[bytes | dict[str, Any]] = [QUESTION] * 5_000
     rows[4_321] = {"question": "q", "answer": "perhaps"}
     with pytest.raises(RowError, match=r"line 4322: answer must be .* not 'perhaps'") as caught:
-        read_rows(write(tmp_path / "rows.jsonl", *rows))
+        read_rows(write(tmp_path / "rows.jsonl", *rows), param="data")
     assert (caught.value.line, caught.value.param) == (4_322, "answer")
 
 
@@ -255,4 +255,10 @@ def test_a_line_just_as_long_as_allowed(tmp_path: Path) -> None:
 
 def test_an_empty_file_is_an_error(tmp_path: Path) -> None:
     with pytest.raises(RowError, match="has no rows"):
-        read_rows(write(tmp_path / "rows.jsonl", b"", b""))
+        read_rows(write(tmp_path / "rows.jsonl", b"", b""), param="data")
+
+
+def test_a_file_that_cannot_be_read_is_named_with_its_parameter(tmp_path: Path) -> None:
+    with pytest.raises(RowError, match=r"none\.jsonl can't be read: No such file") as caught:
+        read_rows(tmp_path / "none.jsonl", param="data")
+    assert caught.value.param == "data"

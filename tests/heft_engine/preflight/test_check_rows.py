@@ -31,7 +31,7 @@ def test_a_good_file_is_counted(tmp_path: Path, tiny_llama_dir: Path) -> None:
     report = check_files(path, model_path=tiny_llama_dir)
     counts = report.files["training_file"]
     encoder = Encoder(load_tokenizer(tiny_llama_dir), Task.resolve(TaskSettings(), "yes_no"), 512)
-    examples = [example for row in read_rows(path) for example in encoder.encode(row)]
+    examples = [example for row in read_rows(path, param="data") for example in encoder.encode(row)]
     assert (report.task, report.max_length) == ("yes_no", 512)
     assert (counts.rows, counts.examples, counts.faults) == (40, 40, 0)
     assert counts.labels == {"no": 30, "yes": 10}

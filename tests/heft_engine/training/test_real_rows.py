@@ -30,7 +30,7 @@ pytestmark = [
 
 
 def rows(name: str, count: int | None = None) -> list[Row]:
-    return read_rows(DATA / name)[:count]
+    return read_rows(DATA / name, param="data")[:count]
 
 
 def trained(folder: Path, config: dict[str, Any], training: list[Row], test: list[Row]) -> dict[str, Any]:
