@@ -4,6 +4,23 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from typing import Any
+
+#: The headers in /openapi.json.
+HEADERS: dict[str, Any] = {
+    "x-ratelimit-limit-requests": {
+        "description": "The inputs that may wait at the moment.",
+        "schema": {"type": "integer"},
+    },
+    "x-ratelimit-remaining-requests": {
+        "description": "Those of them that are left.",
+        "schema": {"type": "integer"},
+    },
+    "x-ratelimit-reset-requests": {
+        "description": "The time until all are left again, such as `1m7s`.",
+        "schema": {"type": "string"},
+    },
+}
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -18,6 +18,7 @@ from api.admission import Admission
 from api.cancellation import while_connected
 from api.clients.generate import Replies
 from api.deps import Caller, Db, Services, ServicesDep
+from api.rate_limits import HEADERS
 from api.schemas.common import ignored_fields
 from api.schemas.completion_objects import (
     ChatChoice,
@@ -41,8 +42,12 @@ router = APIRouter(prefix="/v1", tags=["Answers"])
 
 #: Of the header `x-heft-ignored`; the rest is cut off.
 _MAX_IGNORED_CHARS = 1_000
+_IGNORED = {"description": "The request's fields that are ignored.", "schema": {"type": "string"}}
 _STREAMED: dict[int | str, dict[str, Any]] = {
-    200: {"content": {"text/event-stream": {"schema": {"type": "string"}}}}
+    200: {
+        "content": {"text/event-stream": {"schema": {"type": "string"}}},
+        "headers": {**HEADERS, "x-heft-ignored": _IGNORED},
+    }
 }
 
 

@@ -6,6 +6,7 @@ from fastapi import APIRouter, Request
 
 from api.cancellation import while_connected
 from api.deps import Caller, Db, ServicesDep
+from api.rate_limits import HEADERS
 from api.schemas.predict import Prediction, Predictions, PredictRequest
 from store import models
 from store.errors import InvalidRequest
@@ -14,7 +15,7 @@ from store.messages.predict import Intervention
 router = APIRouter(tags=["Answers"])
 
 
-@router.post("/predict")
+@router.post("/predict", responses={200: {"headers": HEADERS}})
 @router.post("/v1/predict", include_in_schema=False)
 async def predict(
     request: Request, body: PredictRequest, caller: Caller, db: Db, services: ServicesDep

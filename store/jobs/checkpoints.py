@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 from typing import Any
 
-from sqlalchemy import Select, func, select, update
+from sqlalchemy import ColumnElement, Select, exists, func, select, update
 from sqlalchemy.dialects.postgresql import insert
 from sqlalchemy.orm import Session
 
@@ -67,10 +67,15 @@ def add(session: Session, job: Job, checkpoint: Checkpoint, task: Mapping[str, A
     return checkpoint
 
 
+def is_model() -> ColumnElement[bool]:
+    """Returns the condition that a checkpoint is a model, which nobody has deleted."""
+    return exists().where(FineTunedModel.id == Checkpoint.model_id, FineTunedModel.deleted_at.is_(None))
+
+
 def best(session: Session, job_id: str) -> str | None:
     """Returns the id of the checkpoint whose model has the lowest validation loss; None without validation rows."""
     valid_loss = Checkpoint.metrics["valid_loss"].as_float()
-    models = _present(job_id).where(Checkpoint.kind != "step", valid_loss.is_not(None))
+    models = _present(job_id).where(is_model(), valid_loss.is_not(None))
     # A stage that stops early ends with the parameters of its best epoch, and comes first.
     return session.scalar(models.order_by(valid_loss, Checkpoint.step.desc()).limit(1))
 

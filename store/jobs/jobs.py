@@ -17,6 +17,7 @@ from store.db.session import seconds
 from store.db.states import PURPOSES, TERMINAL, JobState
 from store.db.tables import Checkpoint, Event, Job
 from store.errors import NotFound, WrongState
+from store.jobs import checkpoints
 from store.jobs.spec import TrainingSpec, check_new
 from store.jobs.transitions import NewEvent, cancelled, close_attempt, event_row, move, paused, write
 from store.storage import files
@@ -183,16 +184,15 @@ def events_after(session: Session, *, owner_id: str, job_id: str, seq: int, limi
 def list_checkpoints(
     session: Session, *, owner_id: str, job_id: str, limit: int = 10, after: str | None = None
 ) -> Page[Checkpoint]:
-    """Returns a page of a job's checkpoints of epochs and stages, which are models, newest first.
+    """Returns a page of a job's checkpoints of epochs and stages, which are models, newest first, without deleted ones.
 
     Step checkpoints are left out: they serve to resume from, and come and go. Raises NotFound; InvalidRequest (param
     `after`) for an unknown cursor.
     """
     get(session, owner_id=owner_id, job_id=job_id)
-    checkpoints = select(Checkpoint).where(Checkpoint.job_id == job_id)
+    of_job = select(Checkpoint).where(Checkpoint.job_id == job_id)
     by = (Checkpoint.created_at, Checkpoint.id)
-    are_models = (Checkpoint.kind != "step", Checkpoint.removed_at.is_(None))
-    return fetch_page(session, checkpoints, *are_models, by=by, after=after, limit=limit)
+    return fetch_page(session, of_job, checkpoints.is_model(), by=by, after=after, limit=limit)
 
 
 def _is_job(owner_id: str, job_id: str) -> ColumnElement[bool]:

@@ -160,6 +160,7 @@ class TestWhatARunShows:
         assert [item["best"] for item in page["data"]] == [False, True, False]
         assert page["data"][1]["fine_tuned_model_checkpoint"].endswith(":ckpt-step-30")
         assert (page["first_id"], page["last_id"]) == (page["data"][0]["id"], page["data"][2]["id"])
+        model_ids = [item["fine_tuned_model_checkpoint"] for item in page["data"]]
         last = page["data"][2]
         assert last["object"] == "fine_tuning.job.checkpoint"
         assert last["metrics"] == {"step": 20, "train_loss": 0.25, "valid_loss": 0.5}
@@ -169,6 +170,11 @@ class TestWhatARunShows:
         assert client.get(f"/v1/models/{last['fine_tuned_model_checkpoint']}").json()["kind"] == "checkpoint"
         page = client.get(f"{JOBS}/{claim.job_id}/checkpoints?limit=1").json()
         assert (len(page["data"]), page["has_more"]) == (1, True)
+
+        client.delete(f"/v1/models/{model_ids[1]}")
+        page = client.get(f"{JOBS}/{claim.job_id}/checkpoints").json()
+        assert [item["step_number"] for item in page["data"]] == [40, 20]
+        assert [item["best"] for item in page["data"]] == [True, False], "of equal ones the later"
 
     def test_a_failed_job_says_what_to_change(self, client: httpx.Client, sessions: SessionFactory) -> None:
         claim = running(client, sessions)

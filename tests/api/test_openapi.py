@@ -76,6 +76,13 @@ def test_each_route_documents_openais_error_object(described: dict[str, Any]) ->
     assert "HTTPValidationError" not in described["components"]["schemas"]
 
 
+def test_headers_of_answers_are_described(described: dict[str, Any]) -> None:
+    for route in ("POST /predict", "POST /v1/completions", "POST /v1/chat/completions"):
+        headers = operations(described)[route]["responses"]["200"]["headers"]
+        assert "x-ratelimit-remaining-requests" in headers
+        assert ("x-heft-ignored" in headers) == (route != "POST /predict")
+
+
 def test_all_routes_but_health_need_a_key(described: dict[str, Any]) -> None:
     for name, operation in operations(described).items():
         assert bool(operation.get("security")) == (not name.endswith(("/healthz", "/readyz"))), name
