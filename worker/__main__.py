@@ -23,7 +23,7 @@ from worker import tasks
 from worker.celery_app import Role, run_worker, worker_app
 from worker.chores.chore import Chore, run_chores
 from worker.chores.compare_studies import study_chore
-from worker.chores.gpu_handoff import handoff_chores, visible_device
+from worker.chores.gpu_handoff import handoff_chores, visible_devices
 from worker.chores.presence import offer_base_models, registered
 from worker.chores.reconcile import reconcile_chores
 from worker.context import ENGINE, Context
@@ -79,7 +79,7 @@ def _context(role: Role, values: StoreSettings, engine_command: Sequence[str]) -
             scratch=slot.folder,
             shared=root / "shared",
             stopping=threading.Event(),
-            device=visible_device(),
+            devices=visible_devices(),
             engine_command=engine_command,
         )
 

@@ -28,8 +28,8 @@ class Context:
     scratch: Path  #: this worker's own folder, emptied when its slot is taken again
     shared: Path  #: a folder of all workers on this machine
     stopping: threading.Event  #: set when the worker is asked to shut down
-    #: The name of the GPUs that this process shares with others (worker.chores.gpu_handoff); None without a GPU.
-    device: str | None = None
+    #: UUIDs of the GPUs that this process sees, which it may share with others (worker.chores.gpu_handoff).
+    devices: frozenset[str] = frozenset()
     #: The commands that start an engine process and a tracker; tests put fakes here.
     engine_command: Sequence[str] = ENGINE
     tracker_command: Sequence[str] = TRACKER

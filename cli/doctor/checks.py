@@ -10,6 +10,7 @@ from collections.abc import Iterator
 
 from cli.doctor import servers
 from cli.doctor.finding import Finding, State, ok, warning, wrong
+from cli.doctor.gpu import gpu
 from store.db.session import SessionFactory, make_engine, session_factory, transaction
 from store.ops import diagnosis
 from store.ops.diagnosis import Queue, SeenWorker, TroubledJob
@@ -66,6 +67,7 @@ def examine(settings: StoreSettings, api_url: str | None) -> Iterator[Finding]:
     yield servers.broker(settings)
     yield servers.storage(settings)
     yield from servers.disks(settings)
+    yield gpu()
 
 
 def _workers_and_jobs(sessions: SessionFactory, settings: StoreSettings) -> Iterator[Finding]:

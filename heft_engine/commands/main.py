@@ -26,6 +26,7 @@ COMMANDS = {
     "import-pyreft": "make a bundle of an intervention that pyreft trained and saved",
     "gpu-check": "run a HEFT job on a random model of Llama-2-7B's shape, on a GPU",
     "plan": "memory, cache and arithmetic of a run on a GPU, from a model's configuration alone",
+    "devices": "the GPUs that torch can use, or why it can't; one JSON line",
     "models": "list the base models on this machine, one JSON line each",
     "check": "check a run's model, settings and files before it is trained",
     "compare": "test the differences between arms of several runs",

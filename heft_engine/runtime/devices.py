@@ -14,21 +14,49 @@ import psutil
 import torch
 
 from heft_engine.config.train import Dtype
+from heft_engine.errors import ConfigError
 
 _MOST_RESERVED = 2 << 30
 _CGROUP = Path("/sys/fs/cgroup")
+#: There with NVIDIA's driver.
+_DRIVER = Path("/dev/nvidiactl")
 #: Words in the command line of every training process.
 _TRAINING_COMMAND = frozenset({"heft_engine", "train"})
 
 
 def choose_device(requested: str | None = None) -> str:
-    """Returns `requested`, else "cuda" where there is a GPU, else "cpu".
+    """Returns `requested`, or what HEFT_DEVICE says; else "cuda" where there is a GPU, else "cpu".
 
     Of several GPUs one is used, the current one: a model is spread over all of them on request ("auto") only.
+    Raises ConfigError (gpu_unusable) for a GPU that torch can't use: the CPU would take days for its work.
     """
-    if requested is not None:
-        return requested
-    return "cuda" if torch.cuda.is_available() else "cpu"
+    chosen = requested or os.environ.get("HEFT_DEVICE")
+    if chosen:
+        return chosen
+    if torch.cuda.is_available():
+        return "cuda"
+    reason = unusable_gpu()
+    if reason is not None:
+        message = (
+            f"this machine has an NVIDIA GPU that can't be used: {reason}; HEFT_DEVICE=cpu does without it"
+        )
+        raise ConfigError(message, param="device", code="gpu_unusable")
+    return "cpu"
+
+
+def unusable_gpu() -> str | None:
+    """Returns why torch can't use this machine's GPU, and what to do; None if it can, or if there is none to use."""
+    is_hidden = os.environ.get("CUDA_VISIBLE_DEVICES", "all").strip() in ("", "-1")
+    if is_hidden or not _DRIVER.exists() or torch.cuda.is_available():
+        return None
+    if torch.version.cuda is None and torch.version.hip is None:
+        return f"torch {torch.__version__} is built without CUDA, install torch's build for CUDA"
+    try:
+        torch.cuda.init()  # type: ignore[no-untyped-call]
+    except (RuntimeError, AssertionError) as error:
+        first_line = str(error).strip().partition("\n")[0]
+        return f"{first_line} (torch {torch.__version__} is built for CUDA {torch.version.cuda})"
+    return f"torch {torch.__version__}, built for CUDA {torch.version.cuda}, finds no device"
 
 
 def choose_dtype(requested: Dtype, device: str) -> torch.dtype:

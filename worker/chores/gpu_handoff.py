@@ -9,7 +9,9 @@ from __future__ import annotations
 
 import logging
 import os
+import re
 import socket
+import subprocess
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -29,21 +31,49 @@ REQUEST = "gpu_requested"
 SERVED = "gpu_released_to"
 
 _POLL_SECONDS = 1.0
+#: There with NVIDIA's driver.
+_DRIVER = Path("/dev/nvidiactl")
 #: A trainer waits this long for inference workers; then it starts with the memory that there is.
 _MAX_WAIT_SECONDS = 15.0
 
 
-def visible_device() -> str | None:
-    """Returns a name for the GPUs that this process sees, the same for all processes that share them; None without."""
-    if not Path("/dev/nvidiactl").exists():
-        return None
-    return f"{socket.gethostname()}/{os.environ.get('CUDA_VISIBLE_DEVICES', 'all')}"
+def visible_devices() -> frozenset[str]:
+    """Returns the UUIDs of the GPUs that this process sees, those of MIG instances included; empty without any.
+
+    CUDA_VISIBLE_DEVICES names them by number or by (the beginning of) their UUID. Where nvidia-smi does not answer, all
+    GPUs of the host have one name.
+    """
+    if not _DRIVER.exists():
+        return frozenset()
+    uuids = _uuids()
+    visible = os.environ.get("CUDA_VISIBLE_DEVICES")
+    if not uuids:
+        return frozenset() if visible in ("", "-1") else frozenset({f"{socket.gethostname()}/all"})
+    if visible is None:
+        return frozenset(uuids)
+    chosen = [name.strip() for name in visible.split(",")]
+    by_number = {str(number): uuid for number, uuid in enumerate(u for u in uuids if u.startswith("GPU-"))}
+    return frozenset(
+        uuid
+        for uuid in uuids
+        for name in chosen
+        if name and (by_number.get(name) == uuid or uuid.startswith(name))
+    )
+
+
+def _uuids() -> list[str]:
+    """Returns the UUIDs of all GPUs and MIG instances, in nvidia-smi's order (PCI bus)."""
+    try:
+        listing = subprocess.run(["nvidia-smi", "-L"], capture_output=True, text=True, check=True, timeout=30)
+    except (OSError, subprocess.SubprocessError):
+        return []
+    return re.findall(r"UUID: ((?:GPU|MIG)-[^)\s]+)", listing.stdout)
 
 
 @contextmanager
 def gpu_requested(context: Context, request: str) -> Iterator[None]:
     """Requests the GPU under this id, waits for the inference workers on it, and withdraws the request afterwards."""
-    if context.device is None:
+    if not context.devices:
         yield
         return
     _write_info(context, {REQUEST: request})
@@ -58,7 +88,7 @@ def gpu_requested(context: Context, request: str) -> Iterator[None]:
 
 def handoff_chores(context: Context, evict_idle: Callable[[], None]) -> list[Chore]:
     """Returns the inference worker's chore: serve new requests by evicting idle models. Empty without a GPU."""
-    if context.device is None:
+    if not context.devices:
         return []
     served: set[str] = set()
 
@@ -82,9 +112,10 @@ def _is_served(context: Context, request: str) -> bool:
 
 
 def _workers_on_device(context: Context, role: str) -> list[Any]:
+    """Returns the workers of a role that share a GPU with this one."""
     with transaction(context.sessions) as session:
         rows = workers.list_workers(session, role=role)
-    return [row for row in rows if row.info.get("device") == context.device]
+    return [row for row in rows if context.devices & set(row.info.get("devices", ()))]
 
 
 def _write_info(context: Context, changes: Mapping[str, Any]) -> None:

@@ -59,7 +59,7 @@ def _register(context: Context, role: Role) -> None:
         "host": socket.gethostname(),
         "pid": os.getpid(),
         "version": version("heft-service"),
-        "device": context.device,
+        "devices": sorted(context.devices),
         REQUEST: None,
         SERVED: [],
     }

@@ -38,6 +38,7 @@ _INHERITED = {
     "CC",
     "CXX",
     "HEFT_BATCH_INVARIANT",
+    "HEFT_DEVICE",
     "HEFT_KERNELS",
     "GLIBC_TUNABLES",
 }

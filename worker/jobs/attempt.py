@@ -46,7 +46,7 @@ Ending = Callable[[Session, Claim], Job]
 _SHUTDOWN_RETRY_SECONDS = 10.0
 _RETRY_SECONDS = 2.0
 #: Errors that are not the user's mistake: the attempt counts as crashed and is tried again.
-_TRANSIENT_CODES = frozenset({"hub_unavailable", "rank_lost"})
+_TRANSIENT_CODES = frozenset({"gpu_unusable", "hub_unavailable", "rank_lost"})
 _OUT_OF_MEMORY = (
     "The training process was killed, most likely because memory ran out: a smaller max_length needs less."
 )
