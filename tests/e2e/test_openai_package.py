@@ -294,6 +294,18 @@ class TestText:
         again = client.completions.create(prompt="Once", **asked)
         assert [choice.text for choice in again.choices] == [choice.text for choice in both.choices[:2]]
 
+    def test_128_texts_of_one_prompt(self, client: openai.OpenAI) -> None:
+        answer = client.completions.with_raw_response.create(
+            model=MODEL, prompt="Once", n=128, max_tokens=3, seed=1, user="somebody"
+        )
+        assert answer.headers["x-heft-ignored"] == "user"
+        assert answer.headers["x-ratelimit-remaining-requests"] == "128"
+        many = answer.parse()
+        assert [choice.index for choice in many.choices] == list(range(128))
+        assert len({choice.text for choice in many.choices}) > 64
+        assert many.usage is not None
+        assert many.usage.completion_tokens == 3 * 128
+
     def test_a_chat_whole_and_streamed(self, client: openai.OpenAI) -> None:
         asked: Any = {"model": MODEL, "messages": TURNS, "max_tokens": 10, "temperature": 0, "logprobs": True}
         whole = client.chat.completions.create(**asked, top_logprobs=2)
