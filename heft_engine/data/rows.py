@@ -110,7 +110,6 @@ def scan_rows(
     path: Path,
     *,
     labels: Sequence[str] | None = None,
-    need_answer: bool = True,
     max_line_bytes: int = MAX_LINE_BYTES,
 ) -> Iterator[tuple[int, Row | RowError]]:
     """Yields (line number, row or its error) for every row of a JSONL file; lines are counted from 1.
@@ -126,7 +125,7 @@ def scan_rows(
             try:
                 if line is None:
                     raise RowError(f"the line is longer than {max_line_bytes:,} bytes")
-                yield number, parse_row(_decode(line), labels=labels, need_answer=need_answer)
+                yield number, parse_row(_decode(line), labels=labels)
             except RowError as error:
                 error.line = number
                 yield number, error

@@ -64,9 +64,8 @@ class RunState:
     general_loss: list[float] = field(default_factory=list)
     trained_tokens: int = 0
     losses: dict[str, float] = field(default_factory=dict)  #: Progress.losses of the last finished stage
-    costs: list[dict[str, Any]] = field(
-        default_factory=list
-    )  #: heft_engine.training.costs.stage_cost of each stage
+    #: Of each stage, by heft_engine.training.costs.stage_cost.
+    costs: list[dict[str, Any]] = field(default_factory=list)
     threads: int = field(default_factory=torch.get_num_threads)
     processes: int = 1  #: that trained together
     adapters: list[LoraWeights] = field(default_factory=list)

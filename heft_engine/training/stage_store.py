@@ -52,10 +52,8 @@ class LocalStages:
             shutil.rmtree(self.directory / key, ignore_errors=True)
             partial.rename(self.directory / key)
         except OSError as error:
-            if error.errno not in (
-                errno.ENOTEMPTY,
-                errno.EEXIST,
-            ):  # another run has stored the same meanwhile
+            # Another run may have stored the same meanwhile.
+            if error.errno not in (errno.ENOTEMPTY, errno.EEXIST):
                 raise
         finally:
             shutil.rmtree(partial, ignore_errors=True)

@@ -156,8 +156,9 @@ def test_a_sweep_pays_for_its_first_stage_once(
     assert [(line["stage"], line["step"]) for line in told] == [("base", "0"), ("lora", "12"), ("reft", "24")]
     assert first.trained_tokens is not None
     assert second.trained_tokens == first.trained_tokens // 2, "those of its own stage"
-    models_of = [(one.step, str(one.model_id)[-9:]) for one in bench.checkpoints(second.id) if one.model_id]
-    assert models_of == [(12, "ckpt-lora"), (24, "ckpt-reft")]
+    checkpoints = [checkpoint for checkpoint in bench.checkpoints(second.id) if checkpoint.model_id]
+    models = [(checkpoint.step, str(checkpoint.model_id).rpartition(":")[2]) for checkpoint in checkpoints]
+    assert models == [(12, "ckpt-lora"), (18, "ckpt-step-18"), (24, "ckpt-reft")]
 
 
 @pytest.mark.slow
