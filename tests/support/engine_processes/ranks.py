@@ -18,6 +18,7 @@ from heft_engine.config.train import TrainConfig
 from heft_engine.errors import Stopped
 from heft_engine.runtime.distributed import process_group
 from heft_engine.training import loop
+from heft_engine.training.stage_store import LocalStages
 
 VALIDATION = parse(yes_no(7, seed=1))
 
@@ -31,6 +32,7 @@ class Run:
     rows: int = 22
     stop_after: int | None = None
     out_of_memory: bool = False  #: the last rank, and no other, runs out of memory once
+    reuses_stages: bool = False  #: of earlier runs in the same folder
     resume_from: str | None = None  #: the run whose last checkpoint it continues
     options: dict[str, Any] = field(default_factory=dict)
 
@@ -90,6 +92,7 @@ def _run_rank(rank: int, size: int, port: int, folder: Path, runs: Sequence[Run]
                     ranks=ranks,
                     should_stop=should_stop,
                     resume=resume,
+                    stage_store=LocalStages(directory=folder / "stages") if each.reuses_stages else None,
                     checkpoint_dir=folder / f"{each.name}-checkpoints",
                 )
             (folder / f"{each.name}-{rank}").write_bytes(pickle.dumps(record))

@@ -13,7 +13,7 @@ from small_runs import step_losses
 from torch.testing._internal.distributed.fake_pg import FakeStore
 
 from heft_engine.config.run_file import RunOptions
-from heft_engine.config.train import Stage, TrainConfig
+from heft_engine.config.train import EarlyStopping, Stage, TrainConfig
 from heft_engine.model.base_models import resolve_path
 from heft_engine.runtime.distributed import Ranks
 from heft_engine.training.run import run_stages
@@ -35,12 +35,22 @@ def same_as_one_process(model: Path) -> list[Run]:
         ),
         Run(name="no cache", config=config(model, "reft"), options={"cache_memory_bytes": 0}),
         Run(name="both stages", config=config(model, "heft")),
+        Run(name="early stopping", config=stopped_early(model)),
         Run(name="one row a step", config=config(model, "heft", one_row_a_step()), rows=3),
     ]
 
 
+def stopped_early(model: Path) -> TrainConfig:
+    stage = but(REFT, n_epochs=9, learning_rate=0.05)
+    return config(model, "reft", [stage], early_stopping=EarlyStopping(patience=1))
+
+
 def one_row_a_step() -> list[Stage]:
     return [but(LORA, batch_size=1), but(REFT, batch_size=1)]
+
+
+def three_stages(model: Path) -> TrainConfig:
+    return config(model, "recipe", [LORA, REFT, but(LORA, n_epochs=1)])
 
 
 def with_dropout(model: Path) -> TrainConfig:
@@ -51,6 +61,8 @@ def all_runs(model: Path) -> list[Run]:
     dropout = with_dropout(model)
     return [
         *same_as_one_process(model),
+        Run(name="stored", config=config(model, "heft"), reuses_stages=True),
+        Run(name="reused", config=three_stages(model), reuses_stages=True),
         Run(name="out of memory", config=config(model, "lora"), out_of_memory=True),
         Run(name="whole", config=dropout),
         # In the middle of an epoch of stage 1, then of stage 2.
@@ -71,7 +83,7 @@ def records(tiny_llama_dir: Path, folder: Path) -> dict[str, list[RunRecord]]:
     return run_in_ranks(2, folder, all_runs(tiny_llama_dir))
 
 
-@pytest.mark.parametrize("index", range(7))
+@pytest.mark.parametrize("index", range(8))
 def test_two_processes_have_the_losses_and_weights_of_one(
     tiny_llama_dir: Path, tmp_path: Path, records: dict[str, list[RunRecord]], index: int
 ) -> None:
@@ -115,6 +127,17 @@ def test_ranks_that_are_stopped_and_resumed_were_never_stopped(records: dict[str
     assert list(records["first part"][0].losses) == [1, 2]
     assert losses == whole.losses
     assert_equal(last, whole)
+
+
+def test_all_ranks_go_on_from_stages_that_rank_0_finds_stored(records: dict[str, list[RunRecord]]) -> None:
+    first, second = records["reused"]
+    assert [stage["stage"] for stage in first.data("STAGE_REUSED")] == ["lora", "reft"]
+    assert [stage["stage"] for stage in first.data("STAGE_STARTED")] == ["lora"]
+    assert list(first.losses) == [13, 14, 15]
+    assert second.bundle is not None
+    assert len(second.bundle.adapters) == 2
+    stored, reused = tensors(records["stored"][0]), tensors(first)
+    assert all(torch.equal(reused[name], tensor) for name, tensor in stored.items())
 
 
 def test_a_rank_that_runs_out_of_memory_goes_on_in_smaller_passes_of_its_own(
