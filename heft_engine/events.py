@@ -14,7 +14,7 @@ from typing import Any, Literal, NotRequired, TypedDict
 
 Level = Literal["info", "warn", "error"]
 
-#: The service adds VALIDATION_COMPLETE, QUEUED, PAUSED, RESUMED, RESTARTED and CANCELLED.
+#: The service adds VALIDATION_COMPLETE, QUEUED, WAITING_FOR_WORKERS, PAUSED, RESUMED, RESTARTED and CANCELLED.
 Code = Literal[
     "STARTED",  #: the run's resolved settings: StartedData
     "STAGE_STARTED",  #: the stage's plan: StageStartedData

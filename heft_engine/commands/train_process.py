@@ -9,7 +9,7 @@ from heft_engine.commands.child_process import print_event, report_failures
 from heft_engine.commands.stage_exchange import RequestedStages
 from heft_engine.config.run_file import FileField, RunFile
 from heft_engine.data.rows import Row, read_rows
-from heft_engine.errors import EngineError, RankLost
+from heft_engine.errors import EngineError, FailedElsewhere, RankLost
 from heft_engine.runtime.distributed import Ranks, process_group
 from heft_engine.training.activation_store import MAX_BYTES, ActivationStore
 from heft_engine.training.run import train
@@ -19,14 +19,20 @@ from heft_engine.training.stage_store import LocalStages
 
 def train_in_process(run_file: RunFile, stop: threading.Event) -> None:
     """Trains, with events on stdout: those of rank 0, and one rank's if it fails."""
-    with process_group() as ranks:
-
-        def is_reporter(error: EngineError) -> bool:
-            # Of a lost rank, the process that started the ranks knows more.
-            return not isinstance(error, RankLost) and ranks.is_first_failure()
-
-        with report_failures(is_reporter):
+    with process_group() as ranks, report_failures(lambda error: _is_reporter(error, ranks)):
+        try:
             _train(run_file, stop, ranks)
+        except RankLost as lost:
+            failure = ranks.failure_elsewhere()
+            if failure is None:
+                raise
+            raise failure from lost
+
+
+def _is_reporter(error: EngineError, ranks: Ranks) -> bool:
+    if isinstance(error, RankLost):
+        return False  # the process that started the ranks knows more
+    return isinstance(error, FailedElsewhere) or ranks.is_first_failure(error)
 
 
 def _train(run_file: RunFile, stop: threading.Event, ranks: Ranks) -> None:

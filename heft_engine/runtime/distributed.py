@@ -8,6 +8,7 @@ gloo on CPUs; all else goes through gloo. `process_group` reads the environment 
 from __future__ import annotations
 
 import hashlib
+import json
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -23,7 +24,7 @@ from torch.distributed.distributed_c10d import Store
 from torch.distributed.rendezvous import rendezvous
 
 from heft_engine.config.run_file import LISTEN_FD
-from heft_engine.errors import ConfigError, RankLost, TrainingError
+from heft_engine.errors import ConfigError, EngineError, FailedElsewhere, RankLost, TrainingError
 from heft_engine.runtime.out_of_memory import is_out_of_memory
 
 T = TypeVar("T")
@@ -37,6 +38,8 @@ STEP_TIMEOUT = timedelta(minutes=30)
 FIRST_RANK_TIMEOUT = timedelta(days=2)
 #: Whole multiples of 1/64 have an exact sum in float32 up to 2¹⁸.
 _FIGURE_PARTS = 64
+#: In the store: the error of the first rank that has failed.
+_FAILURE = "failure"
 _VARIABLES = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
 
 
@@ -95,7 +98,7 @@ class Ranks:
         gradients = [torch.zeros_like(p) if p.grad is None else p.grad for p in parameters]
         # In two parts, whose sums lose no digit that matters: float32 alone would round a loss of 100 by 4e-6.
         coarse = (figures * _FIGURE_PARTS).round() / _FIGURE_PARTS
-        extra = torch.cat([coarse, figures - coarse, figures.new_tensor([float(stop)])]).float()
+        extra = torch.cat([coarse, figures - coarse, torch.full_like(figures[:1], float(stop))]).float()
         buffer = torch.cat([*(gradient.reshape(-1) for gradient in gradients), extra])
         with self._exchange():
             dist.all_reduce(buffer, group=self._gradients)
@@ -155,14 +158,32 @@ class Ranks:
             dist.broadcast_object_list(values, src=0, device=torch.device("cpu"))
         return values[0]
 
-    def is_first_failure(self) -> bool:
-        """Returns True to the first rank that asks: the one that tells why the run fails."""
+    def is_first_failure(self, error: EngineError) -> bool:
+        """Returns True to the first rank that fails: the one that tells why. Stores the error for other machines."""
         if self._store is None:
             return True
         try:
-            return int(self._store.add("failures", 1)) == 1
+            if int(self._store.add("failures", 1)) > 1:
+                return False
+            failure = {"rank": self.rank, "code": error.code, "message": error.message, "param": error.param}
+            self._store.set(_FAILURE, json.dumps(failure))
         except RuntimeError:  # the store ended with rank 0: nobody else can have told
             return True
+        return True
+
+    def failure_elsewhere(self) -> FailedElsewhere | None:
+        """Returns why a rank on another machine has failed; None to all ranks but the first, which tells it."""
+        if not self.is_first or self._store is None:
+            return None
+        try:
+            if not self._store.check([_FAILURE]):
+                return None
+            failure = json.loads(self._store.get(_FAILURE))
+        except RuntimeError:  # the other machine had the store
+            return None
+        if failure["rank"] < self.local_size:
+            return None  # on this machine, it has told by itself
+        return FailedElsewhere(failure["message"], code=failure["code"], param=failure["param"])
 
     @contextmanager
     def _exchange(self) -> Iterator[None]:

@@ -168,6 +168,7 @@ class GroupMember(Base):
     worker_id: Mapped[str]
     joined_at: Mapped[CreatedAt]
     lease_until: Mapped[datetime]
+    error: Mapped[dict[str, Any] | None]  #: {code, message, param}, that its processes have failed with
 
     __table_args__ = (ForeignKeyConstraint(["job_id", "attempt"], ["groups.job_id", "groups.attempt"]),)
 

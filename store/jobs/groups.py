@@ -10,7 +10,9 @@ that have claimed two jobs at a time don't wait for each other.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any
 
 from sqlalchemy import ColumnElement, and_, delete, exists, func, or_, select, update
 from sqlalchemy.orm import Session
@@ -147,15 +149,22 @@ def renew(session: Session, membership: Membership) -> bool:
     return session.scalar(select(Group.started_at).where(_is_group_of(claim))) is not None
 
 
-def leave(session: Session, membership: Membership, *, lost: bool = False) -> None:
-    """Gives up a member's place. lost: its processes have failed, which machine 0 sees as an expired lease."""
-    if lost:
-        expired = (
-            update(GroupMember).where(_is_place_of(membership)).values(lease_until=func.now() - seconds(1))
-        )
-        session.execute(expired)
-    else:
-        session.execute(delete(GroupMember).where(_is_place_of(membership)))
+def leave(session: Session, membership: Membership) -> None:
+    """Gives up a member's place."""
+    session.execute(delete(GroupMember).where(_is_place_of(membership)))
+
+
+def fail(session: Session, membership: Membership, *, error: Mapping[str, Any] | None) -> None:
+    """Ends the lease of a member whose processes have failed, so that machine 0 notices. error: what they said."""
+    values = {"lease_until": func.now() - seconds(1), "error": None if error is None else dict(error)}
+    session.execute(update(GroupMember).where(_is_place_of(membership)).values(values))
+
+
+def member_error(session: Session, claim: Claim) -> dict[str, Any] | None:
+    """Returns an error that a member's processes have failed with."""
+    is_member = and_(GroupMember.job_id == claim.job_id, GroupMember.attempt == claim.attempt)
+    query = select(GroupMember.error).where(is_member, GroupMember.error.is_not(None))
+    return session.scalar(query.order_by(GroupMember.node_rank).limit(1))
 
 
 def has_lost_member(session: Session, claim: Claim) -> bool:

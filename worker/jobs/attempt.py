@@ -254,9 +254,7 @@ def _run_work(attempt: Attempt, work: Callable[[Attempt], Ending]) -> Ending:
     except AttemptStopped:
         return _stopped(attempt, crashed)
     except EngineFailed as failure:
-        if failure.error["code"] in _TRANSIENT_CODES:
-            return partial(crashed, error=failure.error)
-        return partial(endings.finish_failed, error=failure.error)
+        return _failed(failure.error, crashed)
     except EngineCrashed as crash:
         return partial(crashed, error=crash.error)
     except (LostFence, Unavailable):
@@ -273,6 +271,13 @@ def _run_work(attempt: Attempt, work: Callable[[Attempt], Ending]) -> Ending:
         raise
 
 
+def _failed(error: Error, crashed: Callable[..., Job]) -> Ending:
+    """Returns the ending of an attempt whose engine has reported an error."""
+    if error["code"] in _TRANSIENT_CODES:
+        return partial(crashed, error=error)
+    return partial(endings.finish_failed, error=error)
+
+
 def _stopped(attempt: Attempt, crashed: Callable[..., Job]) -> Ending:
     match attempt.stop_reason:
         case StopReason.CANCELLED:
@@ -285,8 +290,9 @@ def _stopped(attempt: Attempt, crashed: Callable[..., Job]) -> Ending:
             error = job_error("stalled", "The training process made no progress and was ended.")
             return partial(crashed, error=error)
         case StopReason.MEMBER_LOST:
-            error = job_error("rank_lost", "Another worker that trains this job was lost.")
-            return partial(crashed, error=error)
+            lost = job_error("rank_lost", "Another worker that trains this job was lost.")
+            member_error = attempt.write(groups.member_error)
+            return _failed(member_error or lost, crashed)
         case None:
             return partial(endings.release, reason="Another worker that trains it was asked to stop.")
         case _:

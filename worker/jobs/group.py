@@ -12,21 +12,25 @@ import tempfile
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
+from typing import Any
+
+from sqlalchemy.orm import Session
 
 from heft_engine.commands.child_process import STOPPED
 from heft_engine.config.run_file import FileField, RunFile
 from store.db.session import transaction
 from store.errors import LostFence, Unavailable
-from store.jobs import groups
-from store.jobs.fence import StopRequest
+from store.jobs import groups, leases
+from store.jobs.fence import Claim, StopRequest
 from store.jobs.groups import GroupShape, Membership
 from store.logs import bound
 from store.settings import StoreSettings
 from worker.chores.gpu_handoff import gpu_requested
 from worker.context import Context
 from worker.engine_process.supervisor import Limits, Supervisor
-from worker.jobs.attempt import Attempt, AttemptStopped, Event
+from worker.jobs.attempt import Attempt, AttemptStopped, Error, Event
 from worker.jobs.fetch_rows import fetch_rows
 from worker.jobs.run_file import Node, hub_revision, run_file, train_config
 
@@ -55,6 +59,7 @@ def gather(attempt: Attempt) -> Node | None:
         lambda session, claim: groups.open_group(session, claim, shape=shape, rendezvous=node.rendezvous)
     )
     hint_at = 0.0
+    attempt.write(partial(leases.record_event, **_waiting_event(settings.train_nodes)))
     while missing := attempt.write(groups.missing_members):
         attempt.raise_if_stopping()
         if attempt.write(groups.gives_way):
@@ -66,6 +71,14 @@ def gather(attempt: Attempt) -> Node | None:
                 attempt.context.hints.hint(attempt.claim.job_id, "train")
         attempt.context.stopping.wait(settings.control_seconds)
     return node
+
+
+def _waiting_event(nodes: int) -> dict[str, Any]:
+    return {
+        "code": "WAITING_FOR_WORKERS",
+        "message": f"The job is trained by {nodes} workers together. It starts when all of them are free.",
+        "data": {"workers": nodes},
+    }
 
 
 def _rendezvous(settings: StoreSettings) -> str:
@@ -111,6 +124,7 @@ class _Member:
     membership: Membership
     folder: Path
     has_started: bool = False  #: the group is full
+    error: Error | None = None  #: that its processes have failed with
     exit_code: int | None = None  #: of the process that starts this machine's ranks
 
     def run(self) -> None:
@@ -123,15 +137,22 @@ class _Member:
                     attempt.raise_if_stopping()
                     self.context.stopping.wait(self.context.settings.control_seconds)
                 with gpu_requested(self.context, f"{attempt.claim.job_id}/{attempt.claim.attempt}"):
-                    self.exit_code = attempt.run_child("train", self._run_file(attempt, rows), _log_failure)
+                    self.exit_code = attempt.run_child("train", self._run_file(attempt, rows), self._handle)
                 log.info("machine %d's processes ended: %d", self.membership.node_rank, self.exit_code)
             finally:
-                attempt.write(lambda session, _: groups.leave(session, self.membership, lost=self._is_lost))
+                attempt.write(self._end)
 
-    @property
-    def _is_lost(self) -> bool:
-        """True if the group has started, and this machine's part has not ended as it should."""
-        return self.has_started and self.exit_code not in (0, STOPPED)
+    def _handle(self, event: Event) -> None:
+        if event["code"] == "FAILED":
+            self.error = event["data"]["error"]
+            log.error("this machine's processes failed: %s", event["message"])
+
+    def _end(self, session: Session, _: Claim) -> None:
+        """Gives up the place; if the group has started and this part has not ended as it should, says why."""
+        if self.has_started and self.exit_code not in (0, STOPPED):
+            groups.fail(session, self.membership, error=self.error)
+        else:
+            groups.leave(session, self.membership)
 
     def _run_file(self, attempt: Attempt, rows: Mapping[FileField, Path]) -> RunFile:
         claim = attempt.claim
@@ -158,8 +179,3 @@ class _Member:
         with transaction(self.context.sessions) as session:
             self.has_started = groups.renew(session, self.membership)
         return StopRequest(cancel=False, pause=False)
-
-
-def _log_failure(event: Event) -> None:
-    if event["code"] == "FAILED":
-        log.error("this machine's processes failed: %s", event["message"])

@@ -18,7 +18,7 @@ from engine_command import Command, command, write_rows
 from engine_processes.pipes import DEADLINE, start, until
 from engine_runs import LORA, but, config, yes_no
 
-from heft_engine.errors import ConfigError, RankLost
+from heft_engine.errors import ConfigError, EngineError, FailedElsewhere, RankLost
 from heft_engine.runtime.distributed import Ranks
 from heft_engine.runtime.sealed_directory import verify
 
@@ -119,6 +119,7 @@ def test_ranks_end_with_the_process_that_started_them(run_file: Path, tmp_path: 
         (ConfigError("no", param="device"), True, ["FAILED"]),
         (ConfigError("no", param="device"), False, []),
         (RankLost("rank 1"), True, []),  # the process that started the ranks knows more
+        (FailedElsewhere("no", code="model_not_found"), False, ["FAILED"]),
     ],
 )
 def test_one_rank_reports_a_failure(
@@ -133,8 +134,11 @@ def test_one_rank_reports_a_failure(
         def on_device(self, requested: str | None) -> Ranks:
             raise error
 
-        def is_first_failure(self) -> bool:
+        def is_first_failure(self, error: EngineError) -> bool:
             return is_first
+
+        def failure_elsewhere(self) -> FailedElsewhere | None:
+            return None
 
     monkeypatch.setenv("WORLD_SIZE", "2")
     ranks = FailingRanks(rank=1, size=2)

@@ -9,12 +9,14 @@ from typing import Any, get_args
 
 import pytest
 import torch
+import torch.distributed as dist
 from pretended_gpu.build import requires_pretended_gpu
 from pretended_gpu.child import run_all
 from pretended_gpu.gpu import Gpu
 from pretended_gpu.machine import Machine
 from pretended_gpu.models import tiny_lm
 from tiny_models import FAMILIES
+from torch.testing._internal.distributed.fake_pg import FakeStore
 
 from heft_engine.adapters.adapter import Adapter
 from heft_engine.adapters.registry import ADAPTERS
@@ -26,6 +28,7 @@ from heft_engine.inference.decode_batch import DecodeBatch, DecodeRequest
 from heft_engine.inference.sampling import SamplingParams
 from heft_engine.inference.scoring import score
 from heft_engine.objectives.supervised import SupervisedObjective
+from heft_engine.runtime.distributed import SINGLE_PROCESS, Ranks
 from heft_engine.training.activation_cache import SuffixCache
 from heft_engine.training.forward_pass import ForwardPass, FullPass, SuffixPass
 from heft_engine.training.loop import Hooks, TrainLoop
@@ -45,7 +48,7 @@ def rows(*lengths: int, answers: tuple[tuple[int, ...], ...] = ((7, 8),)) -> lis
     ]
 
 
-def loop_of(adapter: Adapter, stage: Stage, forward: ForwardPass) -> TrainLoop:
+def loop_of(adapter: Adapter, stage: Stage, forward: ForwardPass, ranks: Ranks = SINGLE_PROCESS) -> TrainLoop:
     return TrainLoop(
         stage=stage,
         index=0,
@@ -57,11 +60,18 @@ def loop_of(adapter: Adapter, stage: Stage, forward: ForwardPass) -> TrainLoop:
         early_stopping=None,
         first_step=0,
         total_steps=2,
+        ranks=ranks,
         hooks=Hooks(on_event=lambda _: None, save=lambda *_: None, should_stop=lambda: False),
     )
 
 
-def trains(gpu: Gpu, stage: dict[str, Any], level: str = "nothing", **model: Any) -> dict[str, Any]:
+def trains(
+    gpu: Gpu,
+    stage: dict[str, Any],
+    level: str = "nothing",
+    ranks: Ranks = SINGLE_PROCESS,
+    **model: Any,
+) -> dict[str, Any]:
     """Two steps of a stage, of which the second is counted; then the end of an epoch, and a checkpoint restored."""
     lm = tiny_lm(**model)
     settings: Stage
@@ -76,7 +86,7 @@ def trains(gpu: Gpu, stage: dict[str, Any], level: str = "nothing", **model: Any
         if level != "nothing":
             cache = SuffixCache(lm, adapter.boundary(), examples, CacheLevel(level))
             forward = SuffixPass(cache=cache)
-        loop = loop_of(adapter, settings, forward)
+        loop = loop_of(adapter, settings, forward, ranks)
         loop.progress.token_budget = 48  # several micro-batches
         for _ in range(2):
             gpu.watch.clear()
@@ -89,6 +99,17 @@ def trains(gpu: Gpu, stage: dict[str, Any], level: str = "nothing", **model: Any
         loop._optimizer_step(1e-3)
     places = {str(tensor.device) for state in loop.optimizer.state.values() for tensor in state.values()}
     return {"waits": waits, "places": sorted(places)}
+
+
+def trains_in_a_rank(gpu: Gpu, **scenario: Any) -> dict[str, Any]:
+    """The same as rank 1 of two, which has the second GPU. The other rank never answers: torch's fake group."""
+    dist.init_process_group("fake", rank=1, world_size=2, store=FakeStore())
+    try:
+        return trains(
+            gpu, ranks=Ranks(rank=1, size=2, local_rank=1, local_size=2), device="cuda:1", **scenario
+        )
+    finally:
+        dist.destroy_process_group()
 
 
 def scores(gpu: Gpu, **model: Any) -> None:
@@ -160,6 +181,9 @@ def check(all_scenarios: list[Any], seconds: float, gpus: int = 1) -> None:
             # To read the loss. The optimizer's state is on the GPU, after a resume too.
             assert len(report.values["waits"]) == 1, (name, report.values["waits"])
             assert set(report.values["places"]) <= {f"cuda:{index}" for index in range(gpus)}, name
+        if scenario.func is trains_in_a_rank:
+            assert len(report.values["waits"]) == 1, (name, report.values["waits"])
+            assert report.values["places"] == ["cuda:1"], name
         if scenario.func is scores:
             assert sum(report.synchronisations.values()) == 1, (name, report.synchronisations)
         if scenario.func is decodes:
@@ -167,7 +191,10 @@ def check(all_scenarios: list[Any], seconds: float, gpus: int = 1) -> None:
 
 
 def test_a_step_and_a_scoring_pass_wait_for_the_gpu_once() -> None:
-    check(scenarios([{}], [{}], family="llama"), 200)
+    """Also in the second of two processes, which stays on its own GPU."""
+    stages = [(LORA | {"dropout": 0.1}, "nothing"), *((REFT, level) for level in LEVELS)]
+    ranks = [partial(trains_in_a_rank, stage=stage, level=level, family="llama") for stage, level in stages]
+    check([*scenarios([{}], [{}], family="llama"), *ranks], 200, gpus=2)
 
 
 def test_a_diagnosis_runs_on_a_gpu() -> None:

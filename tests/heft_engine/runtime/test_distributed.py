@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 from torch import nn
+from torch.distributed import HashStore  # type: ignore[attr-defined]
 
 from heft_engine.errors import ConfigError, TrainingError
 from heft_engine.runtime.distributed import SINGLE_PROCESS, Ranks, fingerprint, process_group
@@ -22,7 +23,7 @@ def test_without_variables_there_is_one_process_which_exchanges_nothing(
     assert (step.sums, step.stop) == ([1.5, 3.0], True)
     assert torch.equal(parameter.grad, torch.full((3,), 2.0))
     assert ranks.broadcast(lambda: "made") == "made"
-    assert ranks.is_first_failure()
+    assert ranks.is_first_failure(ConfigError("no"))
     ranks.check_same("rows", "anything")
 
 
@@ -59,6 +60,25 @@ def test_ranks_that_differ_are_named(monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(TrainingError, match="the training rows of rank 2 differ") as caught:
         Ranks(rank=2, size=3).check_same("the training rows", "b")
     assert caught.value.code == "ranks_differ"
+
+
+def test_rank_0_tells_what_another_machine_failed_with() -> None:
+    store = HashStore()
+    first, second, third = (Ranks(rank=rank, size=4, local_size=2, _store=store) for rank in (0, 1, 2))
+    assert first.failure_elsewhere() is None
+    assert third.is_first_failure(ConfigError("too large", param="max_length", code="out_of_memory"))
+    assert not second.is_first_failure(ConfigError("later"))
+    failure = first.failure_elsewhere()
+    assert failure is not None
+    assert (failure.code, failure.message, failure.param) == ("out_of_memory", "too large", "max_length")
+    assert second.failure_elsewhere() is None, "one rank tells"
+
+
+def test_a_failure_on_this_machine_is_told_by_its_rank() -> None:
+    store = HashStore()
+    first, second = (Ranks(rank=rank, size=4, local_size=2, _store=store) for rank in (0, 1))
+    assert second.is_first_failure(ConfigError("no"))
+    assert first.failure_elsewhere() is None
 
 
 def test_a_fingerprint_depends_on_every_bit_and_name() -> None:

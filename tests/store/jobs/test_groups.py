@@ -114,11 +114,16 @@ def test_a_lost_member_of_a_started_group_is_noticed(bench: Any, how: str) -> No
     assert member is not None
     bench.do(groups.missing_members, claim)
     assert not bench.do(groups.has_lost_member, claim)
-    if how == "expired":
-        expire(bench, 1)
-    else:
-        bench.do(groups.leave, member, lost=how == "failed")
+    error = {"code": "model_not_found", "message": "no", "param": "model"}
+    match how:
+        case "expired":
+            expire(bench, 1)
+        case "failed":
+            bench.do(groups.fail, member, error=error)
+        case "left":
+            bench.do(groups.leave, member)
     assert bench.do(groups.has_lost_member, claim) == (how != "left")
+    assert bench.do(groups.member_error, claim) == (error if how == "failed" else None)
 
 
 def test_a_member_can_not_write_to_the_job(bench: Any) -> None:

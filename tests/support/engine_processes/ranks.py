@@ -15,7 +15,7 @@ import torch
 from engine_runs import RunRecord, parse, run, yes_no
 
 from heft_engine.config.train import TrainConfig
-from heft_engine.errors import Stopped
+from heft_engine.errors import Stopped, TrainingError
 from heft_engine.runtime.distributed import process_group
 from heft_engine.training import loop
 from heft_engine.training.stage_store import LocalStages
@@ -96,5 +96,5 @@ def _run_rank(rank: int, size: int, port: int, folder: Path, runs: Sequence[Run]
                     checkpoint_dir=folder / f"{each.name}-checkpoints",
                 )
             (folder / f"{each.name}-{rank}").write_bytes(pickle.dumps(record))
-        if ranks.is_first_failure():
+        if ranks.is_first_failure(TrainingError("no")):
             (folder / f"first-failure-{rank}").touch()

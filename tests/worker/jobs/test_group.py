@@ -61,6 +61,7 @@ def test_two_workers_train_one_job(bench: Bench) -> None:
     job_id, attempt, part = start_both(bench, acts)
     assert attempt.result(60).state == JobState.SUCCEEDED
     assert part.result(60) is None
+    assert "WAITING_FOR_WORKERS" in bench.codes(job_id)
     assert bench.codes(job_id).count("METRICS") == 1, "machine 0's alone"
     assert len(bench.checkpoints(job_id)) == 1
     assert rows(bench, GroupMember) == []

@@ -138,6 +138,24 @@ def test_two_workers_train_one_job_through_a_kill_a_shutdown_and_a_cancel(
     assert bench.outcomes(job_id) == ["trainer_died", "released", "cancelled"]
 
 
+def test_a_mistake_on_one_machine_ends_the_job_with_its_own_error(
+    bench: Bench, tiny_llama_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("GLOO_SOCKET_IFNAME", "lo")
+    first = context_of(bench, tiny_llama_dir, train_nodes=2, train_address="127.0.0.1")
+    settings = first.settings.model_copy(update={"model_dir": tmp_path})  # where the model is missing
+    second = replace(first, worker_id="worker-2", settings=settings)
+    job_id = queued(bench)
+    claimed = bench.start(job_id, first)
+    eventually(lambda: group_attempts(bench))
+    joined = bench.start(job_id, second)
+    job = claimed.result(60)
+    joined.result(60)
+    assert job.state == JobState.FAILED
+    assert job.error["code"] == "model_not_found"
+    assert bench.outcomes(job_id) == ["failed"]
+
+
 def group_attempts(bench: Bench) -> list[int]:
     with transaction(bench.context.sessions) as session:
         return list(session.scalars(select(Group.attempt)))
