@@ -1,4 +1,4 @@
-"""What a member's processes have failed with."""
+"""Errors of members: the one that a member's processes have failed with."""
 
 from __future__ import annotations
 
