@@ -25,6 +25,7 @@ from torch.distributed.rendezvous import rendezvous
 
 from heft_engine.config.run_file import LISTEN_FD
 from heft_engine.errors import ConfigError, EngineError, FailedElsewhere, RankLost, TrainingError
+from heft_engine.runtime.devices import choose_device
 from heft_engine.runtime.out_of_memory import is_out_of_memory
 
 T = TypeVar("T")
@@ -251,14 +252,15 @@ def _connect(rank: int) -> Store:
 
 def _rank_device(requested: str | None, local_rank: int, local_size: int) -> str:
     """Returns the device of a rank. Raises ConfigError for one that several ranks can't use."""
-    if requested not in (None, "cpu", "cuda"):
+    device = choose_device(requested)
+    if device not in ("cpu", "cuda"):
         message = (
-            f"device {requested!r} does not fit a run of several processes: each takes one GPU, and none spreads its "
+            f"device {device!r} does not fit a run of several processes: each takes one GPU, and none spreads its "
             "model over several. Leave device out, or choose cpu or cuda"
         )
         raise ConfigError(message, param="device")
-    if requested == "cpu" or (requested is None and not torch.cuda.is_available()):
-        return "cpu"
+    if device == "cpu":
+        return device
     if local_size > torch.cuda.device_count():
         message = (
             f"processes: {local_size} processes need a GPU each, and {torch.cuda.device_count()} can be seen here. "

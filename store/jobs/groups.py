@@ -15,6 +15,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from sqlalchemy import ColumnElement, and_, delete, exists, func, or_, select, update
+from sqlalchemy.dialects.postgresql import insert
 from sqlalchemy.orm import Session
 
 from store.db.session import seconds
@@ -45,16 +46,15 @@ class Membership:
 def open_group(session: Session, claim: Claim, *, shape: GroupShape, rendezvous: str) -> None:
     """Opens a group for a claimed job. rendezvous: host:port of this machine. Raises LostFence."""
     lock(session, claim)
-    session.add(
-        Group(
-            job_id=claim.job_id,
-            attempt=claim.attempt,
-            nodes=shape.nodes,
-            processes=shape.processes,
-            rendezvous=rendezvous,
-        )
-    )
-    session.flush()
+    values = {
+        "job_id": claim.job_id,
+        "attempt": claim.attempt,
+        "nodes": shape.nodes,
+        "processes": shape.processes,
+        "rendezvous": rendezvous,
+    }
+    # This call may be repeated, when the answer to the first COMMIT was lost.
+    session.execute(insert(Group).values(values).on_conflict_do_nothing())
 
 
 def missing_members(session: Session, claim: Claim) -> int:

@@ -47,6 +47,13 @@ def test_each_of_several_ranks_takes_one_gpu(
     assert caught.value.param == param
 
 
+def test_what_the_operator_says_of_devices_holds_for_ranks(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setenv("HEFT_DEVICE", "cuda:1")
+    with pytest.raises(ConfigError, match="cuda:1"):
+        Ranks(rank=0, size=2, local_size=2).on_device(None)
+
+
 def test_a_single_process_keeps_the_device_that_is_requested() -> None:
     assert SINGLE_PROCESS.on_device("auto").device == "auto"
 
