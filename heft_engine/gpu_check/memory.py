@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
-
 import torch
 
 from heft_engine.gpu_check.part import Findings, Target
@@ -14,26 +12,26 @@ from heft_engine.training.plan import plan_stage
 from heft_engine.training.stage_inputs import StageOptions
 
 #: Bytes beside the model that the cap leaves.
-_ROOM = 3 << 30
+_ROOM, _SMALL_ROOM = 3 << 30, 40 << 20
 
 
 def check_memory(target: Target, findings: Findings) -> None:
     if target.device.type != "cuda":
         findings.figures["note"] = "a CPU's memory can't be capped"
         return
-    lm = target.lm
+    lm, cap = target.lm, target.size(_ROOM, _SMALL_ROOM)
     torch.cuda.empty_cache()
     total = torch.cuda.get_device_properties(target.device).total_memory
     torch.cuda.set_per_process_memory_fraction(
-        min(1.0, (torch.cuda.memory_allocated() + _ROOM) / total), target.device
+        min(1.0, (torch.cuda.memory_allocated() + cap) / total), target.device
     )
     try:
-        for name, room in (("planned", _ROOM * 3 // 4), ("unplanned", total)):
+        for name, room in (("planned", cap * 3 // 4), ("unplanned", total)):
             inputs = stage_inputs(lm, lora_stage(lm, batch_size=48), random_lengths(96, 150))
             try:
                 options = StageOptions(cache=CacheBudget(memory=0), compile=False, memory_bytes=room)
                 with plan_stage(inputs, options) as plan:
-                    training = train(inputs, replace(plan))
+                    training = train(inputs, plan)
             finally:
                 detach(inputs)
             findings.figures[name] = {"token_budget": plan.token_budget, "warnings": training.warnings}

@@ -23,11 +23,11 @@ _WARM_UP = 2
 
 
 def lora_stage(lm: PackedLM, **settings: Any) -> LoraStage:
-    return LoraStage(learning_rate=1e-4, target_modules=list(lm.family.attention), n_epochs=1, **settings)
+    return LoraStage(learning_rate=1e-3, target_modules=list(lm.family.attention), n_epochs=1, **settings)
 
 
 def reft_stage(lm: PackedLM, **settings: Any) -> ReftStage:
-    return ReftStage(learning_rate=1e-4, layers=[lm.n_layers // 2 - 1], n_epochs=1, **settings)
+    return ReftStage(learning_rate=1e-3, layers=[lm.n_layers // 2 - 1], n_epochs=1, **settings)
 
 
 def stage_inputs(lm: PackedLM, stage: Stage, lengths: Sequence[int]) -> StageInputs:

@@ -18,17 +18,20 @@ from heft_engine.gpu_check.stages import (
     stage_inputs,
     train,
 )
+from heft_engine.objectives.registry import create
 from heft_engine.training.activation_cache import size_of
+from heft_engine.training.memory import memory_plan
 from heft_engine.training.memory.cache_plan import CacheBudget, CachePlace, CachePlan
 from heft_engine.training.memory.memory_plan import peak_footprint
 from heft_engine.training.plan import plan_stage
-from heft_engine.training.stage_inputs import StageOptions
+from heft_engine.training.stage_inputs import StageInputs, StageOptions
 
 _STEPS, _BATCH = 10, 16
+PLACES = tuple(CachePlace)
 #: Of predicted over measured memory, beside the model's (docs/gpu.md).
 _LOWEST_RATIO, _HIGHEST_RATIO = 0.9, 1.6
-#: Rows of so many tokens, and bytes for their pass as a share of what the pass would take plainly.
-_MEMORY_CASES = ((1_536, 1.5), (4_096, 1.5), (8_192, 0.5), (16_384, 0.5))
+#: Rows of so many tokens, and whether their passes get too little memory to run without gradient checkpointing.
+_MEMORY_CASES = ((1_536, False), (4_096, False), (8_192, True), (16_384, True))
 
 
 def check_training(target: Target, findings: Findings) -> None:
@@ -45,29 +48,33 @@ def check_training(target: Target, findings: Findings) -> None:
         }
     detach(inputs)
     findings.figures["memory"] = [
-        figures for tokens, share in _MEMORY_CASES if (figures := _memory(target, tokens, share, findings))
+        figures
+        for tokens, checkpointing in _MEMORY_CASES
+        if (figures := _memory(target, tokens, checkpointing, findings))
     ]
 
 
-def _memory(target: Target, tokens: int, share: float, findings: Findings) -> dict[str, float | bool] | None:
+def _memory(
+    target: Target, tokens: int, checkpointing: bool, findings: Findings
+) -> dict[str, float | bool] | None:
     """Compares the planned with the allocated memory of a stage whose rows have so many tokens."""
     if target.device.type != "cuda":
         return None
     lm = target.lm
     inputs = stage_inputs(lm, lora_stage(lm, batch_size=1), [tokens - 1] * 2)
     before = torch.cuda.memory_allocated()
-    room = torch.cuda.mem_get_info()[0]
-    plain_bytes = peak_footprint(lm, lm.n_layers, checkpointing=False).of([tokens])
     options = StageOptions(
-        cache=CacheBudget(memory=0), compile=False, memory_bytes=min(room, int(share * plain_bytes))
+        cache=CacheBudget(memory=0),
+        compile=False,
+        memory_bytes=_between(inputs, tokens) if checkpointing else None,
     )
     try:
         with plan_stage(inputs, options) as plan:
+            findings.check(plan.checkpointing == checkpointing, f"{tokens} tokens: {plan}")
             torch.cuda.reset_peak_memory_stats()
             train(inputs, plan)
             allocated = torch.cuda.max_memory_allocated() - before
             ratio = (plan.memory_bytes - before) / allocated
-            checkpointing = plan.checkpointing
     finally:
         detach(inputs)
     findings.check(
@@ -82,13 +89,24 @@ def _memory(target: Target, tokens: int, share: float, findings: Findings) -> di
     }
 
 
+def _between(inputs: StageInputs, tokens: int) -> int:
+    """Returns bytes in which one row's pass fits with gradient checkpointing and does not fit without."""
+    lm = inputs.lm
+    plain, recomputed = (
+        peak_footprint(lm, lm.n_layers, checkpointing=flag).of([tokens]) for flag in (False, True)
+    )
+    fixed = memory_plan.gradient_bytes(list(inputs.adapter.parameters().values()))
+    loss = create(inputs.stage.objective).loss_bytes(lm, 1)
+    return fixed + int(memory_plan.overhead(lm.device) * ((plain * recomputed) ** 0.5 + loss))
+
+
 def check_cache(target: Target, findings: Findings) -> None:
     """Trains stage 2 with its activations on every level and place."""
     lm = target.lm
     stage = reft_stage(lm, batch_size=_BATCH)
     lengths = random_lengths(6 * _BATCH, target.size(148, 12))
     for level in (CacheLevel.NONE, CacheLevel.HIDDEN_STATES, CacheLevel.KV):
-        for place in CachePlace:
+        for place in PLACES:
             if level == CacheLevel.NONE and place != CachePlace.HOST:
                 continue
             inputs = stage_inputs(lm, stage, lengths)

@@ -189,6 +189,7 @@ def test_the_papers_job_fits_a_card_of_24_gb(host: int) -> None:
 
 def test_the_papers_job_on_a_base_in_4_bits_fits_a_card_of_12_gb() -> None:
     report = run(runs_the_paper, Machine(memory=12 * GIB), host=16 * GIB, quantized=True)
+    assert report.mixed == {}
     for stage in report.values.values():
         assert 0.95 <= stage["predicted"] / stage["peak"] <= 1.25, report.values
     assert report.values["reft"]["level"] == "states"

@@ -137,7 +137,7 @@ def test_weights_of_another_base_are_refused(tiny_llama_dir: Path, make_tiny_mod
     good.factors[name] = (torch.zeros(2, 31), torch.zeros(32, 2))
     with pytest.raises(BundleError, match=f"{name} is \\(32, 31\\), the base's \\(32, 32\\)"):
         UnmergedModel(base, [good], [])
-    with pytest.raises(BundleError, match="which this base model does not have"):
+    with pytest.raises(BundleError, match="which is no linear layer of this base model"):
         UnmergedModel(packed(make_tiny_model("gpt_neox")), [good], [])
     with pytest.raises(BundleError, match="layers"):
         UnmergedModel(base, [], [stored_intervention(base, 4, "l1", 1)])
