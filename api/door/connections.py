@@ -187,7 +187,16 @@ class LimitedProtocol(HttpToolsProtocol):
 
     @property
     def _is_answering(self) -> bool:
-        return self.cycle is not None and not self.cycle.response_complete
+        """True until a client has its response, which may be before the application has ended it.
+
+        Of a streamed file the last byte of its Content-Length is sent before the end of the stream. A client may send
+        its next request at once, and uvicorn starts it when the first one has ended.
+        """
+        if self.cycle is None or self.cycle.response_complete:
+            return False
+        cycle = self.cycle
+        is_sent = cycle.chunked_encoding is False and cycle.expected_content_length == 0
+        return not (cycle.response_started and is_sent)
 
     def _expect_headers(self) -> None:
         """Closes the connection unless a request's headers are complete in time."""

@@ -146,6 +146,36 @@ def test_requests_ahead_of_their_turn_end_the_connection(connect: Connect) -> No
     run(test)
 
 
+@pytest.mark.parametrize("requests", [1, 2])
+def test_the_next_request_may_come_when_the_last_byte_is_sent(connect: Connect, requests: int) -> None:
+    """A file's response ends a moment later: the file is closed first. A second request is ahead of its turn."""
+    closes = asyncio.Event()
+
+    async def send_file(scope: Scope, receive: Receive, send: Send) -> None:
+        await send({"type": "http.response.start", "status": 200, "headers": [(b"content-length", b"4")]})
+        await send({"type": "http.response.body", "body": b"file", "more_body": True})
+        await closes.wait()
+        await send({"type": "http.response.body", "body": b"", "more_body": False})
+
+    async def test() -> None:
+        protocol, transport = connect()
+        protocol.app = send_file
+        protocol.data_received(GET)
+        await asyncio.sleep(0)
+        assert transport.written.endswith(b"file")
+        protocol.data_received(GET * requests)
+        assert transport.aborted == (requests > 1)
+        closes.set()
+        for _ in range(3):
+            await finished(protocol)
+            await asyncio.sleep(0)
+        assert transport.written.count(b"file") == (2 if requests == 1 else 1)
+        if requests > 1:
+            protocol.connection_lost(None)
+
+    run(test)
+
+
 def test_a_client_that_does_not_read_its_answer_is_not_waited_for(connect: Connect) -> None:
     limits = replace(LIMITS, read_seconds=0.01)
 
