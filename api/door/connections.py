@@ -70,11 +70,11 @@ def _process_limits() -> ConnectionLimits:
     return ConnectionLimits.of(settings())
 
 
-@cache
 def _error_log() -> logging.Logger:
     """Returns uvicorn's logger without its warnings of invalid requests, with which any client could fill the log."""
     log = logging.getLogger("uvicorn.error.connections")
-    log.setLevel(logging.ERROR)
+    if log.level != logging.ERROR:  # a later configuration of uvicorn's logging resets it
+        log.setLevel(logging.ERROR)
     return log
 
 
