@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+from collections.abc import Callable
 from pathlib import Path
 
 
@@ -23,3 +24,15 @@ def add_child_argument(parser: argparse.ArgumentParser) -> None:
 
 def add_set_argument(parser: argparse.ArgumentParser, examples: str) -> None:
     parser.add_argument("--set", action="append", default=[], metavar="NAME=VALUE", help=examples)
+
+
+def at_least(least: int) -> Callable[[str], int]:
+    """Returns the type of an argument that is a whole number from `least` on."""
+
+    def number(text: str) -> int:
+        value = int(text)
+        if value < least:
+            raise argparse.ArgumentTypeError(f"give a whole number from {least} on")
+        return value
+
+    return number

@@ -10,7 +10,12 @@ from tempfile import TemporaryDirectory
 
 from platformdirs import user_cache_path
 
-from heft_engine.commands.arguments import add_child_argument, add_machine_arguments, add_set_argument
+from heft_engine.commands.arguments import (
+    add_child_argument,
+    add_machine_arguments,
+    add_set_argument,
+    at_least,
+)
 from heft_engine.commands.child_process import dump_stacks_on_signal, report_failures
 from heft_engine.commands.json_file import read_json_file
 from heft_engine.commands.launch import is_rank, run_ranks
@@ -42,10 +47,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="train every stage, even one that an equal run has trained before; and store none for later runs",
     )
     processes = parser.add_mutually_exclusive_group()
-    processes.add_argument("--gpus", type=int, help="train on so many GPUs of this machine")
-    processes.add_argument("--processes", type=int, help="train in so many processes on its processors")
-    parser.add_argument("--nodes", type=int, default=1, help="machines that train this run together")
-    parser.add_argument("--node-rank", type=int, default=0, help="of this machine: 0 to nodes - 1")
+    processes.add_argument("--gpus", type=at_least(1), help="train on so many GPUs of this machine")
+    processes.add_argument(
+        "--processes", type=at_least(1), help="train in so many processes on its processors"
+    )
+    parser.add_argument("--nodes", type=at_least(1), default=1, help="machines that train this run together")
+    parser.add_argument("--node-rank", type=at_least(0), default=0, help="of this machine: 0 to nodes - 1")
     parser.add_argument("--rendezvous", metavar="HOST:PORT", help="a free port of machine 0")
     parser.add_argument("--run-file", type=Path, help="a JSON file instead of all of the above")
     add_machine_arguments(parser)

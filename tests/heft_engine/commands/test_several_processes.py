@@ -165,3 +165,15 @@ def test_machines_that_can_not_meet_are_refused(
     assert code == 1
     assert events[-1]["code"] == "FAILED"
     assert events[-1]["data"]["error"]["param"] == param
+
+
+@pytest.mark.parametrize(
+    "argument", [("--gpus", "0"), ("--processes", "-1"), ("--nodes", "0"), ("--node-rank", "-1")]
+)
+def test_numbers_of_processes_and_machines_count_from_one(
+    command: Command, argument: tuple[str, str], capfd: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit) as caught:
+        command("train", *argument)
+    assert caught.value.code == 2
+    assert f"{argument[0]}: give a whole number from" in capfd.readouterr().err
