@@ -64,6 +64,7 @@ class Ranks:
     local_rank: int = 0  #: the rank among those of this machine, and the number of its GPU
     local_size: int = 1
     device: str | None = None  #: of this rank; None: not chosen yet
+    _control: dist.ProcessGroup | None = field(default=None, repr=False)  #: for all but gradients
     _gradients: dist.ProcessGroup | None = field(default=None, repr=False)
     _store: Store | None = field(default=None, repr=False)
 
@@ -80,6 +81,7 @@ class Ranks:
         if self.size == 1:
             return replace(self, device=requested)
         device = _rank_device(requested, self.local_rank, self.local_size)
+        self.sum(torch.zeros(1))  # however long others take to download the model
         backend = "gloo"
         if device != "cpu":
             torch.cuda.set_device(self.local_rank)
@@ -118,7 +120,7 @@ class Ranks:
         total = figures.to("cpu", torch.float64)
         if self.size > 1:
             with self._exchange():
-                dist.all_reduce(total)
+                dist.all_reduce(total, group=self._control)
         sums: list[float] = total.tolist()
         return sums
 
@@ -128,7 +130,7 @@ class Ranks:
             return
         digests: list[str] = [""] * self.size
         with self._exchange():
-            dist.all_gather_object(digests, digest)
+            dist.all_gather_object(digests, digest, group=self._control)
         for rank, other in enumerate(digests):
             if other != digests[0]:
                 message = (
@@ -150,13 +152,13 @@ class Ranks:
         """Sends a value from rank 0 to the others, which call `receive`. Tensors must be on the CPU."""
         if self.size > 1:
             with self._exchange():
-                dist.broadcast_object_list([value], src=0, device=torch.device("cpu"))
+                dist.broadcast_object_list([value], src=0, group=self._control, device=torch.device("cpu"))
 
     def receive(self) -> Any:
         """Returns what rank 0 sends, however long it takes until it does."""
         values: list[Any] = [None]
         with self._exchange():
-            dist.broadcast_object_list(values, src=0, device=torch.device("cpu"))
+            dist.broadcast_object_list(values, src=0, group=self._control, device=torch.device("cpu"))
         return values[0]
 
     def is_first_failure(self, error: EngineError) -> bool:
@@ -219,11 +221,15 @@ def process_group() -> Iterator[Ranks]:
     rank, local_rank, size, local_size = (int(os.environ[name]) for name in _VARIABLES[:4])
     try:
         store = _connect(rank)
-        dist.init_process_group("gloo", store=store, rank=rank, world_size=size, timeout=FIRST_RANK_TIMEOUT)
+        dist.init_process_group("gloo", store=store, rank=rank, world_size=size, timeout=START_TIMEOUT)
+        # A group of its own, because the first connection between machines must not wait for so long.
+        control = dist.new_group(backend="gloo", timeout=FIRST_RANK_TIMEOUT)
     except RuntimeError as error:
         message = f"rank {rank} of {size} did not find the others: {_first_line(error)}"
         raise RankLost(message) from error
-    yield Ranks(rank=rank, size=size, local_rank=local_rank, local_size=local_size, _store=store)
+    yield Ranks(
+        rank=rank, size=size, local_rank=local_rank, local_size=local_size, _control=control, _store=store
+    )
     # Only after success: with a rank gone, it could wait for it.
     dist.destroy_process_group()
 

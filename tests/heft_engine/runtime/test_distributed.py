@@ -59,7 +59,7 @@ def test_a_single_process_keeps_the_device_that_is_requested() -> None:
 
 
 def test_ranks_that_differ_are_named(monkeypatch: pytest.MonkeyPatch) -> None:
-    def gather(digests: list[str], mine: str) -> None:
+    def gather(digests: list[str], mine: str, group: object) -> None:
         digests[:] = ["a", "a", mine]
 
     monkeypatch.setattr(torch.distributed, "all_gather_object", gather)
