@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
 from collections.abc import Sequence
@@ -22,6 +23,8 @@ def gpu(command: Sequence[str] = COMMAND) -> Finding:
     """Names the GPUs that torch can use, or why it can't use one that is there."""
     if not DRIVER.exists():
         return ok(_NAME, "none on this machine")
+    if os.environ.get("HEFT_DEVICE") == "cpu":
+        return ok(_NAME, "there is one, HEFT_DEVICE=cpu does without it")
     try:
         process = subprocess.run(command, capture_output=True, text=True, check=False, timeout=_SECONDS)
     except subprocess.TimeoutExpired:

@@ -101,6 +101,10 @@ class Adapter(ABC):
         """Returns what a bundle stores of a merging adapter as it is now; None for one that stays in place."""
         return None
 
+    def merge_bytes(self) -> int:
+        """Returns the bytes that a merge adds to the model's weights: those of weights that were in 4 bits before."""
+        return 0
+
     def no_decay(self) -> set[str]:
         """Returns the names of parameters that weight decay must not touch."""
         return set()

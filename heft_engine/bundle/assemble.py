@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -13,6 +14,7 @@ from heft_engine.model.attention import IMPLEMENTATION
 from heft_engine.model.base_models import BaseModel, load_model, resolve
 from heft_engine.model.interventions import PlacedIntervention
 from heft_engine.model.model_files import weights_hash
+from heft_engine.model.nf4 import store_dense
 from heft_engine.model.packed_lm import PackedLM
 from heft_engine.runtime.devices import choose_device, dtype_of
 
@@ -29,18 +31,24 @@ def assemble(
 ) -> PackedLM:
     """Loads a bundle's base model and applies the bundle to it.
 
-    `dtype` is by default the one that the model was trained in. `base` saves a second look-up of the base model. Raises
-    BundleError when the bundle is for another model, ModelError when its base model can't be loaded.
+    `dtype` is by default the one that the model was trained in. A base in 4 bits is quantised in that one in any case,
+    since another has other codes, and is then stored whole in `dtype`. `base` saves a second look-up of the base model.
+    Raises BundleError when the bundle is for another model, ModelError when its base model can't be loaded.
     """
     if base is None:
         base = resolve_base(bundle, model_dir=model_dir, cache_dir=cache_dir, allow_paths=allow_paths)
-    model = load_model(
+    trained_dtype, quantization = dtype_of(bundle.info.dtype), bundle.info.base_quantization
+    dtype = dtype or trained_dtype
+    model: Any = load_model(
         base,
-        dtype=dtype or dtype_of(bundle.info.dtype),
+        dtype=trained_dtype if quantization else dtype,
         device=device or choose_device(),
         attention=IMPLEMENTATION,
-        quantization=bundle.info.base_quantization,
+        quantization=quantization,
     )
+    if quantization and dtype != trained_dtype:
+        store_dense(model)
+        model.to(dtype)
     lm = PackedLM(model)
     apply_bundle(lm, bundle)
     return lm

@@ -123,8 +123,10 @@ class Bundle:
     probe: Probe
 
 
-def package_versions() -> dict[str, str]:
-    return {"python": platform.python_version(), **{name: version(name) for name in _PACKAGES}}
+def package_versions(quantization: BaseQuantization | None = None) -> dict[str, str]:
+    """Returns the versions of what computes; of bitsandbytes too where the base is quantised."""
+    packages = [*_PACKAGES, *(["bitsandbytes"] if quantization else [])]
+    return {"python": platform.python_version(), **{name: version(name) for name in packages}}
 
 
 def write_stages(

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import torch
 
-from heft_engine.errors import TrainingError
+from heft_engine.errors import ConfigError, TrainingError
 from heft_engine.gpu_check.part import Target
 from heft_engine.gpu_check.parts import PARTS
 from heft_engine.gpu_check.report import gpu_name, markdown
@@ -35,12 +35,15 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> None:
     """Runs the parts on the first GPU, if there is one. Raises TrainingError when one of them has not passed."""
     device = args.device or choose_device()
+    if device == "auto":
+        raise ConfigError("gpu-check checks one GPU: name it (cuda, cuda:1)", param="device")
     if args.part is not None:
         part = next(part for part in PARTS if part.name == args.part)
         print(json.dumps(part.result(Target(device=torch.device(device), small=args.small))), flush=True)
         return
     if device == "cpu" and not args.small:
-        print("torch finds no GPU on this machine: there is nothing to check")
+        reason = "the CPU was chosen" if torch.cuda.is_available() else "torch finds no GPU on this machine"
+        print(f"{reason}: there is nothing to check")
         return
     parts = [part for part in PARTS if part.name in args.parts]
     arguments = ["--device", device, *(["--small"] if args.small else [])]

@@ -38,6 +38,8 @@ def run(args: argparse.Namespace) -> None:
         raise ConfigError(
             "the directory defines the intervention: only task, max_length and dtype may be set"
         )
+    if config.base_quantization is not None:
+        raise ConfigError("pyreft trained on the whole base, not on one in 4 bits", param="base_quantization")
     positions = args.positions
     bundle = import_pyreft(
         args.directory,

@@ -8,6 +8,7 @@ from pathlib import Path
 import torch
 
 from heft_engine.config.flops import CacheLevel
+from heft_engine.errors import TrainingError
 from heft_engine.gpu_check.machine import matmul_rate
 from heft_engine.gpu_check.part import Findings, Target
 from heft_engine.gpu_check.stages import (
@@ -47,20 +48,18 @@ def check_training(target: Target, findings: Findings) -> None:
             "token_budget": plan.token_budget,
         }
     detach(inputs)
-    findings.figures["memory"] = [
-        figures
-        for tokens, checkpointing in _MEMORY_CASES
-        if (figures := _memory(target, tokens, checkpointing, findings))
-    ]
+    if target.device.type == "cuda":
+        findings.figures["memory"] = cases = []
+        for tokens, checkpointing in _MEMORY_CASES:
+            cases.append(_memory(target, tokens, checkpointing, findings))
 
 
 def _memory(
     target: Target, tokens: int, checkpointing: bool, findings: Findings
-) -> dict[str, float | bool] | None:
+) -> dict[str, float | bool | str]:
     """Compares the planned with the allocated memory of a stage whose rows have so many tokens."""
-    if target.device.type != "cuda":
-        return None
     lm = target.lm
+    torch.cuda.empty_cache()
     inputs = stage_inputs(lm, lora_stage(lm, batch_size=1), [tokens - 1] * 2)
     before = torch.cuda.memory_allocated()
     options = StageOptions(
@@ -75,6 +74,10 @@ def _memory(
             train(inputs, plan)
             allocated = torch.cuda.max_memory_allocated() - before
             ratio = (plan.memory_bytes - before) / allocated
+    except TrainingError as error:
+        if error.code != "out_of_memory":
+            raise
+        return {"tokens": tokens, "does_not_fit": error.message}
     finally:
         detach(inputs)
     findings.check(

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import importlib
 import logging
+from collections.abc import Callable
 from typing import Any, cast
 
 import torch
@@ -51,6 +52,21 @@ class Nf4Linear(nn.Linear):
         return self.dense is None
 
     @property
+    def device(self) -> torch.device:
+        tensor = self.packed if self.dense is None else self.dense
+        assert tensor is not None
+        return tensor.device
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Nf4Linear:
+        """Moves and casts as `nn.Module.to` asks; the scales stay float32, as the operators read them."""
+        scales, self.absmax = self.absmax, None
+        self.dtype = fn(torch.empty(0, dtype=self.dtype, device=self.device)).dtype
+        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
+        if scales is not None:
+            self.absmax = scales.to(self.device)
+        return self
+
+    @property
     def weight(self) -> Tensor:  # type: ignore[override]
         """The weight that passes multiply with, (out, in): dequantised anew at each access, or the one that was set."""
         if self.dense is not None:
@@ -61,7 +77,7 @@ class Nf4Linear(nn.Linear):
 
     def set_weight(self, weight: Tensor) -> None:
         """Stores another weight (out, in), whole, in place of the quantised one."""
-        device = self.weight.device
+        device = self.device
         self.dense = nn.Parameter(weight.to(device, self.dtype, copy=True), requires_grad=False)
         self.packed = self.absmax = None
 
@@ -91,6 +107,14 @@ def set_weight(linear: nn.Module, weight: Tensor) -> None:
     else:
         with torch.no_grad():
             cast(Any, linear).weight.copy_(weight)
+
+
+def growth_bytes(linear: nn.Module) -> int:
+    """Returns the bytes that storing a layer's weight whole would add; 0 where it is whole."""
+    if not isinstance(linear, Nf4Linear) or not linear.is_quantized:
+        return 0
+    stored = sum(tensor.numel() * tensor.element_size() for tensor in linear.buffers())
+    return linear.in_features * linear.out_features * linear.dtype.itemsize - stored
 
 
 def is_quantized(model: nn.Module) -> bool:

@@ -26,7 +26,7 @@ from heft_engine.runtime.devices import choose_device, choose_dtype, dtype_of
 from heft_engine.runtime.out_of_memory import is_out_of_memory
 from heft_engine.runtime.threads import run_in_short_lived_thread
 from heft_engine.serving.batcher import Batcher
-from heft_engine.serving.loaded_base import BaseKey, Kind, LoadedBase, LoadedModel, size_on_disk
+from heft_engine.serving.loaded_base import BaseKey, Kind, LoadedBase, LoadedModel, expected_bytes
 from heft_engine.serving.placement import (
     BaseName,
     Fetch,
@@ -222,7 +222,7 @@ class ModelPool:
             base = self._bases.get(key)
             if base is not None:
                 return base
-            self._evict(self._budget - size_on_disk(model.path))
+            self._evict(self._budget - expected_bytes(model.path, key.quantization))
         self._notify_evicted()
         base = self._batcher.run(
             lambda: LoadedBase(

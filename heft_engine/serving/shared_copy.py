@@ -19,7 +19,7 @@ def copy_sharing_weights(model: nn.Module, copied: Collection[str]) -> nn.Module
     """
     if len(set(getattr(model, "hf_device_map", {}).values())) > 1:
         raise ValueError("a model spread over several devices can't be copied")
-    copied_ids = {id(model.get_submodule(name).weight) for name in copied}
+    copied_ids = {id(model.get_submodule(name)._parameters.get("weight")) for name in copied}
     memo = {id(tensor): tensor for tensor in _tensors(model) if id(tensor) not in copied_ids}
     twin = copy.deepcopy(model, memo)
     for module in twin.modules():

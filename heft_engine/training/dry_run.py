@@ -9,19 +9,19 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, replace
-from typing import Any, cast
+from typing import Any, Literal
 
 import torch
 import transformers
 
 from heft_engine.adapters.lora.adapter import LoraAdapter
 from heft_engine.adapters.registry import attach, check_stage
-from heft_engine.config.train import LoraStage, Stage, TrainConfig
+from heft_engine.config.train import Stage, TrainConfig
 from heft_engine.data.encoding import Example
 from heft_engine.errors import TrainingError
 from heft_engine.model import nf4
 from heft_engine.model.attention import IMPLEMENTATION
-from heft_engine.model.auto_settings import resolve_stage
+from heft_engine.model.auto_settings import resolve_max_length, resolve_stage
 from heft_engine.model.packed_lm import PackedLM
 from heft_engine.model.packing import packed_length
 from heft_engine.runtime.devices import reserved_share
@@ -35,6 +35,11 @@ from heft_engine.training.stage_inputs import StageInputs, StageOptions
 CONTEXT_BYTES = 500_000_000
 #: Of the machine's free memory a run takes so much for caches (heft_engine.training.memory.cache_plan).
 _CACHE_SHARE = 4
+
+
+#: How a run may use several GPUs, the best first.
+Placement = Literal["data parallel", "spread"]
+_PLACEMENTS: tuple[Placement, ...] = ("data parallel", "spread")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -59,6 +64,10 @@ class Rows:
     tokens: int
     longest: int
 
+    def within(self, max_length: int) -> Rows:
+        """Returns the rows as training truncates them."""
+        return replace(self, tokens=min(self.tokens, max_length), longest=min(self.longest, max_length))
+
     def examples(self) -> list[Example]:
         """Returns rows of these lengths: one is the longest, all others have the mean length."""
 
@@ -72,7 +81,8 @@ class Rows:
 class PlannedStage:
     """One stage on this machine. Bytes are those of each GPU, but for host_bytes.
 
-    placement: "one GPU", "data parallel" (the model on each) or "spread" (layers over all, an even split assumed).
+    placement: "one GPU", "data parallel" (the model on each), or "spread" (`--device auto`: the layers over all, evenly
+    it is assumed; passes are planned for the first GPU, as a stage plans them).
     error: of a stage that does not fit, with what would. seconds: None without a rate of arithmetic.
     """
 
@@ -102,16 +112,24 @@ def plan_run(
     *,
     flops_per_second: float | None = None,
 ) -> list[PlannedStage]:
-    """Returns the plan of each stage, in order. flops_per_second: of one GPU.
+    """Returns the plan of each stage, in order, in the first placement that all stages fit.
+
+    flops_per_second: of one GPU.
 
     Raises ConfigError for settings that do not fit the model.
     """
-    lm = meta_model(model_config, config)
-    sizes = {"n_layers": lm.n_layers, "hidden_size": lm.hidden_size, "parameters": lm.parameters}
-    stages = [resolve_stage(stage, lm.family, **sizes) for stage in config.stages]
-    for stage in stages:
-        check_stage(lm, stage)
-    return list(_planned(lm, stages, rows.examples(), machine, flops_per_second))
+    limit = getattr(model_config, "max_position_embeddings", None)
+    examples = rows.within(resolve_max_length(config.max_length, limit)).examples()
+    plans = (
+        list(
+            _planned(meta_model(model_config, config), config, examples, machine, placement, flops_per_second)
+        )
+        for placement in _PLACEMENTS[: 1 if machine.gpus == 1 else 2]
+    )
+    first = next(plans)
+    if all(stage.fits for stage in first):
+        return first
+    return next((plan for plan in plans if all(stage.fits for stage in plan)), first)
 
 
 def meta_model(model_config: transformers.PreTrainedConfig, config: TrainConfig) -> PackedLM:
@@ -129,64 +147,73 @@ def meta_model(model_config: transformers.PreTrainedConfig, config: TrainConfig)
 
 def _planned(
     lm: PackedLM,
-    stages: list[Stage],
+    config: TrainConfig,
     examples: list[Example],
     machine: Machine,
+    placement: Placement,
     flops_per_second: float | None,
 ) -> Iterator[PlannedStage]:
-    for index, stage in enumerate(stages):
+    for index, stage in enumerate(_resolved(lm, config)):
+        standing = tuple(lm.interventions)
         inputs = StageInputs(
             lm=lm,
             stage=stage,
             index=index,
             seed=0,
             adapter=attach(lm, stage),
-            standing=tuple(lm.interventions),
+            standing=standing,
             examples=examples,
             validation=[],
             total_steps=0,
         )
-        yield _planned_stage(inputs, machine, flops_per_second)
+        yield _planned_stage(inputs, machine, placement, flops_per_second)
         if isinstance(inputs.adapter, LoraAdapter):
-            _merge(inputs.adapter, cast(LoraStage, stage))
+            _merge(inputs.adapter)
 
 
-def _merge(adapter: LoraAdapter, stage: LoraStage) -> None:
+def _resolved(lm: PackedLM, config: TrainConfig) -> list[Stage]:
+    sizes = {"n_layers": lm.n_layers, "hidden_size": lm.hidden_size, "parameters": lm.parameters}
+    stages = [resolve_stage(stage, lm.family, **sizes) for stage in config.stages]
+    for stage in stages:
+        check_stage(lm, stage)
+    return stages
+
+
+def _merge(adapter: LoraAdapter) -> None:
     """Leaves the model as a merge does: with weights that are no longer in 4 bits where they were."""
-    modules = adapter.detach()
-    for module in modules:
-        nf4.set_weight(module, torch.empty_like(module.weight))
+    layers = adapter.layers()
+    adapter.detach()
+    for layer in layers:
+        nf4.set_weight(layer, torch.empty_like(layer.weight))
 
 
-def _planned_stage(inputs: StageInputs, machine: Machine, flops_per_second: float | None) -> PlannedStage:
-    weights = _weight_bytes(inputs.lm)
-    trained = inputs.trained_parameters()
-    failure: TrainingError | None = None
-    for placement, cards in _placements(machine.gpus):
-        planned = PlannedStage(
-            type=inputs.stage.type,
-            fits=False,
-            placement=placement,
-            weight_bytes=weights // cards,
-            trained_parameters=trained,
+def _planned_stage(
+    inputs: StageInputs, machine: Machine, placement: Placement, flops_per_second: float | None
+) -> PlannedStage:
+    cards = machine.gpus if placement == "spread" else 1
+    weights = _weight_bytes(inputs.lm) // cards
+    planned = PlannedStage(
+        type=inputs.stage.type,
+        fits=False,
+        placement="one GPU" if machine.gpus == 1 else placement,
+        weight_bytes=weights,
+        trained_parameters=inputs.trained_parameters(),
+    )
+    room = machine.room - weights
+    if room <= 0:
+        message = (
+            f"the weights alone take {weights / 1e9:.1f} GB, and a GPU has {machine.room / 1e9:.1f} GB for them; "
+            "take a smaller model, base_quantization=nf4 or a GPU with more memory"
         )
-        room = machine.room * cards - weights
-        options = StageOptions(
-            cache=CacheBudget(memory=machine.host_bytes // _CACHE_SHARE), compile=False, memory_bytes=room
-        )
-        try:
-            with plan_stage(inputs, options) as plan:
-                return _fitting(planned, inputs, plan, machine, flops_per_second)
-        except TrainingError as error:
-            failure = failure or error
-    return replace(planned, error=str(failure))
-
-
-def _placements(gpus: int) -> list[tuple[str, int]]:
-    """Returns how a model may lie on the GPUs, the best first, and over how many of them its layers are spread."""
-    if gpus == 1:
-        return [("one GPU", 1)]
-    return [("data parallel", 1), ("spread", gpus)]
+        return replace(planned, error=message)
+    options = StageOptions(
+        cache=CacheBudget(memory=machine.host_bytes // _CACHE_SHARE), compile=False, memory_bytes=room
+    )
+    try:
+        with plan_stage(inputs, options) as plan:
+            return _fitting(planned, inputs, plan, machine, flops_per_second)
+    except TrainingError as error:
+        return replace(planned, error=str(error))
 
 
 def _fitting(
@@ -201,11 +228,10 @@ def _fitting(
     flops = stage_cost(inputs, progress, 0.0)["flops"]
     # GPUs that share a model's layers work one after the other.
     workers = machine.gpus if planned.placement == "data parallel" else 1
-    cards = machine.gpus if planned.placement == "spread" else 1
     return replace(
         planned,
         fits=True,
-        gpu_bytes=planned.weight_bytes + plan.memory_bytes // cards,
+        gpu_bytes=planned.weight_bytes + plan.memory_bytes,
         host_bytes=plan.host_memory_bytes,
         cache={"level": plan.cache.level.value, "place": plan.cache.place.value, "bytes": plan.cache.bytes},
         token_budget=plan.token_budget,

@@ -16,6 +16,7 @@ from heft_engine.adapters import parity
 from heft_engine.adapters.adapter import Boundary
 from heft_engine.config.flops import CacheLevel
 from heft_engine.data.encoding import Example
+from heft_engine.errors import TrainingError
 from heft_engine.inference.partition import TOKEN_BUDGET as SCORING_BUDGET
 from heft_engine.model.loss import supervised_loss
 from heft_engine.model.nf4 import quantized_sizes
@@ -98,9 +99,9 @@ def plan_stage(
             stack.enter_context(low_memory_layers(lm))
         passes = _Passes(inputs=inputs, boundary=inputs.adapter.boundary(), level=cache.level)
         fixed = _fixed_bytes(inputs, cache, validation_cache)
-        fit = (
-            passes.fit(_free_bytes(options, lm.device) - fixed) if earlier is None else passes.fit_as(earlier)
-        )
+        free = _free_bytes(options, lm.device) - fixed
+        passes.check_merge(free)
+        fit = passes.fit(free) if earlier is None else passes.fit_as(earlier)
         stack.callback(setattr, lm, "checkpointing", False)
         lm.checkpointing = fit.checkpointing
         yield StagePlan(
@@ -212,8 +213,18 @@ class _Passes:
         code = memory_plan.code_bytes(lm, self._distinct_lengths(self._all(fit.token_budget)))
         training = int(memory_plan.overhead(lm.device) * (fit.bytes + self._loss_bytes()))
         scoring = memory_plan.pass_bytes(lm, SCORING_BUDGET)
-        merging = self._merge_bytes() if self.inputs.adapter.merges else 0
+        merging = self._merge_bytes() + self.inputs.adapter.merge_bytes() if self.inputs.adapter.merges else 0
         return code + max(training, scoring, merging)
+
+    def check_merge(self, free: int) -> None:
+        """Raises TrainingError (out_of_memory) if the merge at the stage's end would not fit into `free` bytes."""
+        growth = self.inputs.adapter.merge_bytes()
+        if growth and (needed := growth + self._merge_bytes()) > free:
+            message = (
+                f"merging stage {self.inputs.stage.type} needs {needed / 1e9:.2g} GB, since merged weights are no "
+                f"longer in 4 bits, and {max(0, free) / 1e9:.2g} GB are free for it; adapt fewer modules"
+            )
+            raise TrainingError(message, param="lora.target_modules", code="out_of_memory")
 
     def _all(self, budget: int) -> set[tuple[int, ...]]:
         """Returns the rows of every pass, cut to `budget` tokens."""

@@ -137,7 +137,7 @@ def write_result(
         evaluation=evaluation_summary(inputs, state, calibration),
         parity=state.parity,
         probe_tolerance=measured.probe_tolerance,
-        versions=package_versions(),
+        versions=package_versions(inputs.config.base_quantization),
     )
     write_bundle(out_dir, info, state.adapters, list(interventions), inputs.encoder.tokenizer, measured.probe)
     bundle = read_bundle(out_dir)

@@ -168,7 +168,7 @@ def _model_ingredients(inputs: RunInputs) -> dict[str, Any]:
         "code": code_hash(),
         "kernels": kernels_enabled(),
         "batch_invariant": batch_invariance_requested(),
-        "versions": package_versions(),
+        "versions": package_versions(inputs.config.base_quantization),
         "device": inputs.lm.device.type,
         "dtype": dtype_name(inputs.lm.dtype),
         "base_quantization": inputs.config.base_quantization,

@@ -52,3 +52,9 @@ def test_hidden_and_absent_gpus_are_no_fault(driver: Path) -> None:
     assert gpu(answering()).state is State.OK
     driver.unlink()
     assert gpu(["never run"]).found == "none on this machine"
+
+
+def test_a_gpu_that_the_operator_does_without_is_no_fault(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HEFT_DEVICE", "cpu")
+    finding = gpu(answering(unusable="the driver is too old"))
+    assert (finding.state, finding.found) == (State.OK, "there is one, HEFT_DEVICE=cpu does without it")

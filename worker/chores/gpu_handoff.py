@@ -15,6 +15,7 @@ import subprocess
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -38,36 +39,69 @@ _MAX_WAIT_SECONDS = 15.0
 
 
 def visible_devices() -> frozenset[str]:
-    """Returns the UUIDs of the GPUs that this process sees, those of MIG instances included; empty without any.
+    """Returns the UUIDs of the GPUs that this process sees, or of their MIG instances; empty without any.
 
-    CUDA_VISIBLE_DEVICES names them by number or by (the beginning of) their UUID. Where nvidia-smi does not answer, all
-    GPUs of the host have one name.
+    CUDA_VISIBLE_DEVICES names them by number or by (the beginning of) their UUID. Numbers are known only where CUDA
+    counts as nvidia-smi does: with GPUs of one kind, or CUDA_DEVICE_ORDER=PCI_BUS_ID. Otherwise they stand for all.
+    Where nvidia-smi does not answer, all GPUs of the host have one name.
     """
-    if not _DRIVER.exists():
-        return frozenset()
-    uuids = _uuids()
     visible = os.environ.get("CUDA_VISIBLE_DEVICES")
-    if not uuids:
-        return frozenset() if visible in ("", "-1") else frozenset({f"{socket.gethostname()}/all"})
+    if not _DRIVER.exists() or visible in ("", "-1"):
+        return frozenset()
+    gpus = _gpus()
+    if not gpus:
+        return frozenset({f"{socket.gethostname()}/all"})
+    every = frozenset(uuid for gpu in gpus for uuid in gpu.uuids)
     if visible is None:
-        return frozenset(uuids)
-    chosen = [name.strip() for name in visible.split(",")]
-    by_number = {str(number): uuid for number, uuid in enumerate(u for u in uuids if u.startswith("GPU-"))}
-    return frozenset(
-        uuid
-        for uuid in uuids
-        for name in chosen
-        if name and (by_number.get(name) == uuid or uuid.startswith(name))
+        return every
+    is_counted_alike = (
+        len({gpu.name for gpu in gpus}) == 1 or os.environ.get("CUDA_DEVICE_ORDER") == "PCI_BUS_ID"
     )
+    chosen: set[str] = set()
+    for name in filter(None, map(str.strip, visible.split(","))):
+        if not name.isdecimal():
+            chosen |= {uuid for gpu in gpus for uuid in gpu.named(name)}
+        elif is_counted_alike:
+            chosen |= {uuid for gpu in gpus[int(name) : int(name) + 1] for uuid in gpu.uuids}
+        else:
+            return every
+    return frozenset(chosen)
 
 
-def _uuids() -> list[str]:
-    """Returns the UUIDs of all GPUs and MIG instances, in nvidia-smi's order (PCI bus)."""
+@dataclass(kw_only=True)
+class _Gpu:
+    """A GPU of nvidia-smi's list, with its MIG instances."""
+
+    name: str
+    uuid: str
+    instances: list[str] = field(default_factory=list)
+
+    @property
+    def uuids(self) -> list[str]:
+        """The UUIDs that processes can have in common: those of its instances, where it is divided into any."""
+        return self.instances or [self.uuid]
+
+    def named(self, prefix: str) -> list[str]:
+        if self.uuid.startswith(prefix):
+            return self.uuids
+        return [uuid for uuid in self.instances if uuid.startswith(prefix)]
+
+
+def _gpus() -> list[_Gpu]:
+    """Returns this machine's GPUs in the order of their PCI buses."""
     try:
         listing = subprocess.run(["nvidia-smi", "-L"], capture_output=True, text=True, check=True, timeout=30)
     except (OSError, subprocess.SubprocessError):
         return []
-    return re.findall(r"UUID: ((?:GPU|MIG)-[^)\s]+)", listing.stdout)
+    gpus: list[_Gpu] = []
+    for line in listing.stdout.splitlines():
+        gpu = re.match(r"GPU \d+: (.+) \(UUID: (GPU-[^)]+)\)", line)
+        instance = re.search(r"UUID: (MIG-[^)]+)\)", line)
+        if gpu is not None:
+            gpus.append(_Gpu(name=gpu[1], uuid=gpu[2]))
+        elif instance is not None and gpus:
+            gpus[-1].instances.append(instance[1])
+    return gpus
 
 
 @contextmanager

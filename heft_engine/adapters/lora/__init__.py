@@ -1,25 +1,15 @@
 """LoRA (arXiv 2106.09685) and its variants: trained through peft, merged into the base when the stage ends."""
 
 import sys
-from collections.abc import Iterator
-from contextlib import contextmanager
 
-
-@contextmanager
-def without_bitsandbytes() -> Iterator[None]:
-    """Inside, peft does not import bitsandbytes, which takes two seconds.
-
-    It would do so for adapter classes of bitsandbytes' own layers, which never occur here (heft_engine.model.nf4).
-    """
-    if "bitsandbytes" in sys.modules:
-        yield
-        return
+if "bitsandbytes" not in sys.modules:
+    # peft would import it, which takes two seconds, for adapter classes of layers that never occur here
+    # (heft_engine.model.nf4).
     sys.modules["bitsandbytes"] = None  # type: ignore[assignment]
     try:
-        yield
+        from peft import import_utils
     finally:
         del sys.modules["bitsandbytes"]
-
-
-with without_bitsandbytes():
-    import peft as peft
+    # It remembers its answers: code that uses peft beside this engine must get the right ones.
+    import_utils.is_bnb_available.cache_clear()
+    import_utils.is_bnb_4bit_available.cache_clear()

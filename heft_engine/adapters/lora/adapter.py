@@ -16,6 +16,7 @@ from heft_engine.adapters.lora.merge import merge_adapter
 from heft_engine.adapters.lora.weights import LoraWeights
 from heft_engine.config.train import LoraStage
 from heft_engine.data.encoding import Example
+from heft_engine.model.nf4 import growth_bytes
 from heft_engine.model.packed_lm import PackedLM
 
 
@@ -53,11 +54,21 @@ class LoraAdapter(Adapter):
     def weights(self) -> LoraWeights:
         return peft_layers.extract(self.peft_model, self.stage, _modules(self.stage))
 
-    def detach(self) -> list[nn.Linear]:
-        """Takes the adapter out, unmerged. Returns the layers that it was on."""
+    def layers(self) -> list[nn.Linear]:
+        """Returns the linear layers that the adapter is on."""
         layers = [layer.get_base_layer() for layer in peft_layers.lora_layers(self.peft_model).values()]
-        peft_layers.detach(self.peft_model)
         return cast(list[nn.Linear], layers)
+
+    def detach(self) -> None:
+        """Takes the adapter out, unmerged."""
+        peft_layers.detach(self.peft_model)
+
+    def merge_bytes(self) -> int:
+        growth = sum(growth_bytes(layer) for layer in self.layers())
+        if self.stage.merge.intruder_scale is None:
+            return growth
+        originals = sum(layer.in_features * layer.out_features for layer in self.layers())
+        return growth + self.lm.dtype.itemsize * originals
 
     def finish(self, probes: Sequence[Example]) -> Merge[LoraWeights]:
         return merge_adapter(self.lm, self.peft_model, self.stage, self.weights(), probes)

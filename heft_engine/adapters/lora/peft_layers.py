@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from typing import Any, cast
+from unittest.mock import patch
 
 import torch
 from peft import PeftModel, get_peft_model
 from peft.tuners.lora import Linear
+from peft.tuners.lora import model as peft_lora_model
 from torch import Tensor, nn
 
-from heft_engine.adapters.lora import without_bitsandbytes
 from heft_engine.adapters.lora.variants import Factors, initial_factors, row_norms, widened
 from heft_engine.adapters.lora.weights import MAGNITUDE, PREFIX, LoraWeights, peft_config
 from heft_engine.config.train import LoraStage
@@ -37,7 +38,11 @@ def attach(lm: PackedLM, stage: LoraStage, modules: list[str]) -> PeftModel:
     know that; heft_engine.adapters.lora.linear's does. Raises ConfigError for modules that this model does not have.
     """
     check_modules(lm, modules)
-    with without_bitsandbytes():
+    # bitsandbytes, which peft would import here, takes two seconds. Its layers never occur (heft_engine.model.nf4).
+    with (
+        patch.object(peft_lora_model, "is_bnb_available", bool),
+        patch.object(peft_lora_model, "is_bnb_4bit_available", bool),
+    ):
         peft_model = cast(PeftModel, get_peft_model(cast(Any, lm.model), peft_config(stage, modules)))
     for name, layer in lora_layers(peft_model).items():
         weight = layer.base_layer.weight

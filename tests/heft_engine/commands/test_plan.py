@@ -53,7 +53,7 @@ def test_a_card_that_is_too_small_is_told_so_and_4_bits_fit_it(
 ) -> None:
     dense = plan(capsys, llama_7b, gpu="12GB")
     assert not dense["fits"]
-    assert "a machine with more memory" in dense["stages"][0]["error"]
+    assert "the weights alone take 13.5 GB" in dense["stages"][0]["error"]
     assert "gpu_bytes" not in dense["stages"][0]
     quantized = plan(capsys, llama_7b, "--set", "base_quantization=nf4", gpu="12GB")
     assert quantized["fits"]
@@ -66,6 +66,33 @@ def test_a_card_that_is_too_small_is_told_so_and_4_bits_fit_it(
     assert reft["weight_bytes"] - lora["weight_bytes"] == pytest.approx(merged * (2 - 0.5625), rel=0.01)
 
 
+def test_a_merge_that_would_not_fit_is_refused_before_the_stage(
+    capsys: pytest.CaptureFixture[str], llama_7b: Path
+) -> None:
+    """All linear modules are 13 GB once they are whole."""
+    modules = '["q_proj","k_proj","v_proj","o_proj","gate_proj","up_proj","down_proj"]'
+    settings = [
+        "--method",
+        "lora",
+        "--set",
+        "base_quantization=nf4",
+        "--set",
+        f"lora.target_modules={modules}",
+    ]
+    (stage,) = plan(capsys, llama_7b, *settings, gpu="12GB")["stages"]
+    assert "merging stage lora needs" in stage["error"]
+    assert "adapt fewer modules" in stage["error"]
+    (stage,) = plan(capsys, llama_7b, *settings, gpu="24GB")["stages"]
+    assert stage["fits"]
+    assert stage["gpu_bytes"] > 2 * 6_476_005_376
+
+
+def test_rows_are_truncated_as_in_training(capsys: pytest.CaptureFixture[str], llama_7b: Path) -> None:
+    long = plan(capsys, llama_7b, "--longest-row", "100000")["stages"][0]
+    short = plan(capsys, llama_7b, "--longest-row", "100000", "--set", "max_length=512")["stages"][0]
+    assert short["gpu_bytes"] < long["gpu_bytes"]
+
+
 def test_several_cards_train_in_parallel_or_share_the_layers(
     capsys: pytest.CaptureFixture[str], llama_7b: Path
 ) -> None:
@@ -73,9 +100,9 @@ def test_several_cards_train_in_parallel_or_share_the_layers(
     eight = plan(capsys, llama_7b, "--gpus", "8", "--tflops", "100")["stages"][0]
     assert eight["placement"] == "data parallel"
     assert eight["seconds"] == pytest.approx(one["seconds"] / 8, rel=0.01)
-    small = plan(capsys, llama_7b, "--gpus", "8", gpu="8GB")["stages"][0]
-    assert small["placement"] == "spread"
-    assert small["weight_bytes"] == one["weight_bytes"] // 8
+    small = plan(capsys, llama_7b, "--gpus", "8", gpu="8GB")["stages"]
+    assert [stage["placement"] for stage in small] == ["spread", "spread"]
+    assert small[0]["weight_bytes"] == one["weight_bytes"] // 8
 
 
 @pytest.mark.parametrize("family", ["gemma2", "gpt_neox", "qwen3"])
@@ -89,6 +116,8 @@ def test_other_families(capsys: pytest.CaptureFixture[str], tmp_path: Path, fami
     [
         (["--gpu", "much"], "'much' is no size: write it as 24GB or 24GiB"),
         (["--rows", "0"], "'0' is not a positive number"),
+        (["--tflops", "0"], "'0' is not a positive number"),
+        (["--tflops", "nan"], "'nan' is not a positive number"),
     ],
 )
 def test_bad_arguments_are_named(

@@ -81,3 +81,13 @@ def test_a_failed_part_fails_the_command(
     captured = capsys.readouterr()
     assert "- **failed**: slow" in captured.out
     assert "these parts have not passed: machine" in captured.err
+
+
+def test_it_checks_one_gpu_and_says_why_it_checks_none(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert main(["gpu-check", "--device", "auto"]) == 1
+    assert "name it (cuda, cuda:1)" in capsys.readouterr().err
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    assert main(["gpu-check", "--device", "cpu"]) == 0
+    assert capsys.readouterr().out == "the CPU was chosen: there is nothing to check\n"

@@ -56,7 +56,7 @@ def test_weights_and_products_are_those_of_bitsandbytes(dtype: torch.dtype) -> N
     assert_close(quantized_gradient, torch.autograd.grad(expected, x, gradient)[0])
 
 
-def test_a_quantised_layer_takes_a_fifth_of_float32_and_its_passes_save_no_weight() -> None:
+def test_a_quantised_layer_takes_a_seventh_of_float32_and_its_passes_save_no_weight() -> None:
     linear = nf4.quantized(layer())
     stored = [*linear.parameters(), *linear.buffers()]
     bias_bytes = 4 * 96
@@ -112,3 +112,23 @@ def test_without_bitsandbytes_the_error_names_the_setting_and_the_package(
     with pytest.raises(ModelError, match="needs the package bitsandbytes") as raised:
         load(tiny_llama_dir)
     assert raised.value.param == "base_quantization"
+
+
+@pytest.mark.parametrize("move", [lambda layer: layer.bfloat16(), lambda layer: layer.to(torch.bfloat16)])
+def test_casting_a_quantised_layer_casts_its_weight_and_not_its_scales(
+    move: Callable[[nn.Module], nn.Module],
+) -> None:
+    linear = nf4.quantized(layer())
+    weight = linear.weight
+    assert move(linear) is linear
+    assert linear.absmax is not None
+    assert linear.absmax.dtype == torch.float32
+    assert linear.weight.dtype == linear.bias.dtype == torch.bfloat16
+    assert_close(linear.weight.float(), weight, rtol=1e-2, atol=1e-3)
+
+
+def test_growth_is_what_a_merge_adds() -> None:
+    linear = nf4.quantized(layer())
+    assert nf4.growth_bytes(linear) == 96 * 128 * (4 - 1 / 2 - 4 / 64)
+    linear.set_weight(linear.weight)
+    assert nf4.growth_bytes(linear) == nf4.growth_bytes(layer()) == 0

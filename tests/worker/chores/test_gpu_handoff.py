@@ -75,10 +75,12 @@ def driver(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 @pytest.mark.parametrize(
     ("visible", "uuids"),
     [
-        (None, {"GPU-aaaa-1", "GPU-bbbb-2", "MIG-cccc-3", "MIG-dddd-4"}),
-        ("1", {"GPU-bbbb-2"}),
-        ("0,1", {"GPU-aaaa-1", "GPU-bbbb-2"}),
+        (None, {"GPU-aaaa-1", "MIG-cccc-3", "MIG-dddd-4"}),
+        ("0", {"GPU-aaaa-1"}),
+        ("1", {"MIG-cccc-3", "MIG-dddd-4"}),
+        ("0, 1", {"GPU-aaaa-1", "MIG-cccc-3", "MIG-dddd-4"}),
         ("GPU-aa", {"GPU-aaaa-1"}),
+        ("GPU-bbbb-2", {"MIG-cccc-3", "MIG-dddd-4"}),
         ("MIG-dddd-4", {"MIG-dddd-4"}),
         ("", set()),
     ],
@@ -92,6 +94,18 @@ def test_gpus_are_known_by_their_uuid_however_they_are_named(
     else:
         monkeypatch.setenv("CUDA_VISIBLE_DEVICES", visible)
     assert visible_devices() == uuids
+
+
+def test_numbers_of_unlike_gpus_are_known_in_the_order_of_their_buses_alone(
+    driver: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """CUDA counts the fastest first unless it is told to count as nvidia-smi does."""
+    listing = "GPU 0: NVIDIA T4 (UUID: GPU-aaaa)\nGPU 1: NVIDIA L4 (UUID: GPU-bbbb)\n"
+    (driver / "nvidia-smi").write_text(f"#!/bin/sh\ncat <<'END'\n{listing}END\n")
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "0")
+    assert visible_devices() == {"GPU-aaaa", "GPU-bbbb"}
+    monkeypatch.setenv("CUDA_DEVICE_ORDER", "PCI_BUS_ID")
+    assert visible_devices() == {"GPU-aaaa"}
 
 
 def test_without_nvidia_smi_all_gpus_of_a_host_have_one_name(
