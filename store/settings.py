@@ -7,7 +7,7 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Literal, get_args
 
-from pydantic import Field, field_validator
+from pydantic import Field, field_validator, model_validator
 from pydantic_settings import BaseSettings, SettingsConfigDict
 
 from store.logs import LogFormat
@@ -113,6 +113,16 @@ class StoreSettings(BaseSettings):
     #: Of that budget, for the prefix cache; 0: none.
     prefix_cache_bytes: int = Field(default=512 * 1024**2, ge=0)
     hold_models: Hold = "auto"  #: fine-tuned models in memory: merged, shared, or chosen by use
+
+    @model_validator(mode="after")
+    def _bodies_fit_the_memory(self) -> StoreSettings:
+        largest = max(self.max_question_bytes, self.max_job_bytes)
+        if self.max_body_memory_bytes < 2 * largest:
+            raise ValueError(
+                "HEFT_MAX_BODY_MEMORY_BYTES must be at least twice HEFT_MAX_QUESTION_BYTES and HEFT_MAX_JOB_BYTES: one "
+                "owner may take half of it"
+            )
+        return self
 
     @field_validator("allowed_hosts")
     @classmethod

@@ -26,6 +26,8 @@ from heft_engine.errors import ConfigError, RankLost, Stopped
 
 #: Seconds that ranks have to end by themselves once one of them has ended early.
 _GRACE_SECONDS = 10.0
+#: Seconds that they have once the first of them has ended as it should.
+_END_SECONDS = 120.0
 _LOOPBACK = "127.0.0.1"
 _TRAIN = (sys.executable, "-P", "-m", "heft_engine", "train")
 
@@ -35,13 +37,15 @@ def is_rank() -> bool:
     return int(os.environ.get("WORLD_SIZE", "1")) > 1
 
 
-def run_ranks(run_file: RunFile, path: Path) -> None:
-    """Runs the ranks of this machine to their end. `path`: of the run file.
+def run_ranks(run_file: RunFile, path: Path, stop: threading.Event) -> None:
+    """Runs the ranks of this machine to their end. `path`: of the run file. `stop`: set by a request before.
 
     SIGTERM and SIGINT end the run at its next step, with a checkpoint; SIGUSR1 shows the stacks of every rank.
     Raises Stopped, RankLost if a rank ended without a result, SystemExit(1) if one has reported why it failed, and
     ConfigError for machines that can't meet.
     """
+    if stop.is_set():
+        raise Stopped("stopped before training began, as requested")
     command = [*_TRAIN, "--run-file", str(path), "--die-with-parent"]
     if run_file.nodes == 1:
         with socket.create_server((_LOOPBACK, 0)) as server:
@@ -132,6 +136,7 @@ class _Ranks:
     ) -> None:
         """descriptors: of open sockets that the ranks inherit."""
         self.stopping = False  #: a stop was requested
+        self._first_rank = int(environments[0]["RANK"])
         self._processes: list[subprocess.Popen[bytes]] = []
         self._endings: queue.SimpleQueue[_Ending] = queue.SimpleQueue()
         for number in (signal.SIGTERM, signal.SIGINT):
@@ -148,13 +153,19 @@ class _Ranks:
             self._send(signal.SIGTERM)
 
     def wait(self) -> list[_Ending]:
-        """Waits for all ranks. Returns their ends in order; kills those that outlive a failed one for too long."""
+        """Waits for all ranks. Returns their ends in order; kills those that outlive a failed one for too long.
+
+        The machine's first rank ends last of all that have work to do: one that outlives it hangs in its own end.
+        """
         endings: list[_Ending] = []
-        while len(endings) < len(self._processes):
+        grace = 0.0
+        while not grace and len(endings) < len(self._processes):
             endings.append(self._endings.get())
             if endings[-1].code not in (0, STOPPED):
-                break
-        deadline = time.monotonic() + _GRACE_SECONDS
+                grace = _GRACE_SECONDS
+            elif endings[-1].rank == self._first_rank:
+                grace = _END_SECONDS
+        deadline = time.monotonic() + grace
         while len(endings) < len(self._processes):
             try:
                 endings.append(self._endings.get(timeout=max(0.0, deadline - time.monotonic())))

@@ -74,7 +74,7 @@ def run(args: argparse.Namespace) -> None:
     with report_failures():
         run_file = _read_run_file(args)
         if run_file.processes * run_file.nodes > 1:
-            _train_in_several_processes(run_file, args.run_file)
+            _train_in_several_processes(run_file, args.run_file, stop)
             return
     _train_in_this_process(run_file, stop)
 
@@ -86,12 +86,12 @@ def _train_in_this_process(run_file: RunFile, stop: threading.Event) -> None:
     train_in_process(run_file, stop)
 
 
-def _train_in_several_processes(run_file: RunFile, path: Path | None) -> None:
+def _train_in_several_processes(run_file: RunFile, path: Path | None, stop: threading.Event) -> None:
     with TemporaryDirectory(prefix="heft-run-") as folder:
         if path is None:
             path = Path(folder) / "run.json"
             path.write_text(run_file.model_dump_json())
-        run_ranks(run_file, path)
+        run_ranks(run_file, path, stop)
 
 
 def _read_run_file(args: argparse.Namespace) -> RunFile:

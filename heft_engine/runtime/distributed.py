@@ -162,17 +162,25 @@ class Ranks:
         return values[0]
 
     def is_first_failure(self, error: EngineError) -> bool:
-        """Returns True to the first rank that fails: the one that tells why. Stores the error for other machines."""
+        """Returns True to the first rank of each machine that fails: the one that tells its machine why.
+
+        The first of all stores the error for the other machines.
+        """
         if self._store is None:
             return True
         try:
-            if int(self._store.add("failures", 1)) > 1:
-                return False
-            failure = {"rank": self.rank, "code": error.code, "message": error.message, "param": error.param}
-            self._store.set(_FAILURE, json.dumps(failure))
+            is_first_here = int(self._store.add(f"failures/{self.rank // self.local_size}", 1)) == 1
+            if int(self._store.add("failures", 1)) == 1:
+                failure = {
+                    "rank": self.rank,
+                    "code": error.code,
+                    "message": error.message,
+                    "param": error.param,
+                }
+                self._store.set(_FAILURE, json.dumps(failure))
         except RuntimeError:  # the store ended with rank 0: nobody else can have told
             return True
-        return True
+        return is_first_here
 
     def failure_elsewhere(self) -> FailedElsewhere | None:
         """Returns why a rank on another machine has failed; None to all ranks but the first, which tells it."""

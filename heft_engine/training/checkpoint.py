@@ -174,7 +174,7 @@ class CheckpointWriter:
         write_bundle(path / "bundle")
         seal(path)
         self.last_epoch = time.monotonic()
-        prune(path.parent, KEEP, sealed=_EPOCHS, unsealed=_ANY)
+        prune(path.parent, max(KEEP, self.epochs), sealed=_EPOCHS, unsealed=_ANY)
         return path
 
     def _new_directory(self, run_step: int, kind: str) -> Path:

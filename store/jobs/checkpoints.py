@@ -86,17 +86,17 @@ def remove_old_steps(session: Session, job_id: str, *, keep: int = _KEPT_STEPS) 
     return [key for key, _ in _remove(session, session.scalars(old))]
 
 
-def remove_old_epochs(session: Session, job_id: str, *, keep: int) -> list[str]:
-    """Marks all but the newest `keep` epoch checkpoints and the best one as removed, and deletes their models.
+def remove_old_epochs(session: Session, job_id: str, *, keep: int) -> None:
+    """Marks all but the newest `keep` models of epochs and the best one as removed, and deletes the models.
 
-    Returns their storage keys.
+    Their files stay for a while (store.storage.garbage): a worker may be reading them.
     """
-    old = _present(job_id).where(Checkpoint.kind == "epoch").order_by(Checkpoint.step.desc()).offset(keep)
+    epochs = _present(job_id).where(Checkpoint.kind == "epoch", is_model())
+    old = epochs.order_by(Checkpoint.step.desc()).offset(keep)
     removed = _remove(session, {*session.scalars(old)} - {best(session, job_id)})
     models = FineTunedModel.id.in_([model_id for _, model_id in removed])
     statement = update(FineTunedModel).where(models, FineTunedModel.deleted_at.is_(None))
     session.execute(statement.values(deleted_at=func.now()))
-    return [key for key, _ in removed]
 
 
 def _present(job_id: str) -> Select[str]:

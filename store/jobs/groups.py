@@ -18,6 +18,7 @@ from sqlalchemy import ColumnElement, and_, delete, exists, func, or_, select, u
 from sqlalchemy.dialects.postgresql import insert
 from sqlalchemy.orm import Session
 
+from heft_engine.errors import RankLost
 from store.db.session import seconds
 from store.db.states import JobState
 from store.db.tables import Group, GroupMember, Job
@@ -61,6 +62,8 @@ def missing_members(session: Session, claim: Claim) -> int:
     """Starts the group of a claimed job if it is full. Returns how many members it lacks. Raises LostFence."""
     lock(session, claim)
     group = session.scalars(select(Group).where(_is_group_of(claim)).with_for_update()).one()
+    if group.started_at is not None:
+        return 0  # this call is repeated: the answer to the first COMMIT was lost
     _remove_expired(session, group)
     missing = group.nodes - 1 - len(_taken(session, group))
     if missing == 0:
@@ -87,6 +90,7 @@ def join(session: Session, *, worker_id: str, shape: GroupShape, lease_seconds: 
         GroupMember.job_id == Group.job_id,
         GroupMember.attempt == Group.attempt,
         GroupMember.lease_until >= func.now(),
+        GroupMember.worker_id != worker_id,
     )
     query = (
         select(Group, Job)
@@ -100,6 +104,9 @@ def join(session: Session, *, worker_id: str, shape: GroupShape, lease_seconds: 
     if row is None:
         return None
     group, job = row
+    # Of an earlier process of this worker, which is dead.
+    of_group = and_(GroupMember.job_id == group.job_id, GroupMember.attempt == group.attempt)
+    session.execute(delete(GroupMember).where(of_group, GroupMember.worker_id == worker_id))
     _remove_expired(session, group)
     free = sorted(set(range(1, group.nodes)) - _taken(session, group))
     if not free:
@@ -149,6 +156,13 @@ def renew(session: Session, membership: Membership) -> bool:
     return session.scalar(select(Group.started_at).where(_is_group_of(claim))) is not None
 
 
+def has_started(session: Session, membership: Membership) -> bool:
+    """Returns whether a member's group is full. Locks the group, so that it stays so."""
+    group = select(Group).where(_is_group_of(membership.claim)).with_for_update()
+    row = session.scalars(group).one_or_none()
+    return row is not None and row.started_at is not None
+
+
 def leave(session: Session, membership: Membership) -> None:
     """Gives up a member's place."""
     session.execute(delete(GroupMember).where(_is_place_of(membership)))
@@ -161,10 +175,11 @@ def fail(session: Session, membership: Membership, *, error: Mapping[str, Any] |
 
 
 def member_error(session: Session, claim: Claim) -> dict[str, Any] | None:
-    """Returns an error that a member's processes have failed with."""
+    """Returns an error that a member's processes have failed with: a cause before those that only lost a process."""
     is_member = and_(GroupMember.job_id == claim.job_id, GroupMember.attempt == claim.attempt)
     query = select(GroupMember.error).where(is_member, GroupMember.error.is_not(None))
-    return session.scalar(query.order_by(GroupMember.node_rank).limit(1))
+    is_consequence = GroupMember.error["code"].as_string() == RankLost.code
+    return session.scalar(query.order_by(is_consequence, GroupMember.node_rank).limit(1))
 
 
 def has_lost_member(session: Session, claim: Claim) -> bool:

@@ -164,8 +164,8 @@ def record_checkpoint(
         data["model"] = checkpoint.model_id
     message = f"Checkpoint saved at step {step}."
     append(session, claim.job_id, NewEvent(code="CHECKPOINT_SAVED", message=message, data=data))
-    if kind == "epoch":
-        return checkpoints.remove_old_epochs(session, claim.job_id, keep=claim.spec.n_checkpoints)
+    if kind != "step":  # the end of a stage may be the best model, and no epoch is then
+        checkpoints.remove_old_epochs(session, claim.job_id, keep=claim.spec.n_checkpoints)
     return checkpoints.remove_old_steps(session, claim.job_id)
 
 

@@ -28,7 +28,7 @@ from store.db.tables import Job
 from store.jobs.spec import TrainingSpec
 
 #: Settings on which the result of a stage does not depend, or only through its stage settings.
-_NOT_IN_KEY = {"method", "suffix", "reuse"}
+_NOT_IN_KEY = {"method", "suffix", "reuse", "n_checkpoints", "integrations"}
 
 
 def prefix_keys(study_id: str, spec: TrainingSpec) -> list[str]:

@@ -10,7 +10,7 @@ from __future__ import annotations
 from contextlib import suppress
 from typing import Any
 
-from sqlalchemy import Delete, Update, delete, func, select, update
+from sqlalchemy import Delete, Update, delete, func, or_, select, update
 from sqlalchemy.orm import Session
 
 from store.db.session import SessionFactory, seconds, transaction
@@ -29,11 +29,12 @@ _Garbage = tuple[str, Update | Delete]
 def collect(factory: SessionFactory, artifacts: Artifacts, *, quiet_seconds: float = 600.0) -> None:
     """Deletes up to a hundred items of each kind.
 
-    An attempt's bytes are deleted `quiet_seconds` after its end, when none of its processes can still be writing.
+    An attempt's bytes are deleted `quiet_seconds` after its end, when none of its processes can still be writing; those
+    of an epoch's model so long after it was replaced, when no worker is still reading them.
     Raises Unavailable when database or storage do not answer; then call it again.
     """
     with transaction(factory) as session:
-        garbage = _of_deleted_rows(session)
+        garbage = _of_deleted_rows(session, quiet_seconds)
     for storage_key, deleted in garbage:
         artifacts.delete(storage_key)
         with transaction(factory) as session:
@@ -92,8 +93,11 @@ def _delete_old(artifacts: Artifacts, keys: list[str], quiet_seconds: float) -> 
                 artifacts.delete(key)
 
 
-def _of_deleted_rows(session: Session) -> list[_Garbage]:
-    checkpoints = select(Checkpoint).where(Checkpoint.removed_at.is_not(None), Checkpoint.purged_at.is_(None))
+def _of_deleted_rows(session: Session, quiet_seconds: float) -> list[_Garbage]:
+    unread = or_(Checkpoint.kind != "epoch", Checkpoint.removed_at < func.now() - seconds(quiet_seconds))
+    checkpoints = select(Checkpoint).where(
+        Checkpoint.removed_at.is_not(None), Checkpoint.purged_at.is_(None), unread
+    )
     models = (
         select(FineTunedModel)
         .join(Job, Job.id == FineTunedModel.job_id)

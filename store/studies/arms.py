@@ -52,7 +52,8 @@ class PlannedArm:
     trial: Trial | None = None
 
     def with_seed(self, seed: int) -> TrainingSpec:
-        return self.spec.model_copy(update={"seed": seed})
+        # Arms that were stored before there were checkpoints of epochs do not say that they have none.
+        return self.spec.model_copy(update={"seed": seed, "n_checkpoints": 0})
 
     def to_json(self) -> dict[str, Any]:
         """Returns the arm as it is stored in `planned` of the study's spec, and shown."""

@@ -69,7 +69,9 @@ class Publisher:
             )
         )
         self._committed.add((step, kind))
-        self._next_at = time.monotonic() + self._min_seconds
+        if kind != "epoch":
+            # The step checkpoint that comes with an epoch's end is the one that an attempt can continue.
+            self._next_at = time.monotonic() + self._min_seconds
         for old_key in old_keys:
             self._delete(old_key)
 

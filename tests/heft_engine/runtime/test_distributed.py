@@ -71,14 +71,16 @@ def test_ranks_that_differ_are_named(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_rank_0_tells_what_another_machine_failed_with() -> None:
     store = HashStore()
-    first, second, third = (Ranks(rank=rank, size=4, local_size=2, _store=store) for rank in (0, 1, 2))
+    first, second, third, fourth = (Ranks(rank=rank, size=4, local_size=2, _store=store) for rank in range(4))
     assert first.failure_elsewhere() is None
     assert third.is_first_failure(ConfigError("too large", param="max_length", code="out_of_memory"))
-    assert not second.is_first_failure(ConfigError("later"))
+    assert not fourth.is_first_failure(ConfigError("later")), "its machine has been told"
     failure = first.failure_elsewhere()
     assert failure is not None
     assert (failure.code, failure.message, failure.param) == ("out_of_memory", "too large", "max_length")
     assert second.failure_elsewhere() is None, "one rank tells"
+    assert second.is_first_failure(ConfigError("the same on this machine")), "each machine is told"
+    assert not first.is_first_failure(ConfigError("later"))
 
 
 def test_a_failure_on_this_machine_is_told_by_its_rank() -> None:

@@ -57,6 +57,36 @@ def test_members_take_the_places_until_the_group_is_full_and_starts(bench: Any) 
     assert join(bench, "worker-4") is None, "nobody joins a group that has started"
 
 
+def test_a_start_whose_answer_was_lost_is_repeated_after_a_member_has_gone(bench: Any) -> None:
+    claim = opened(bench)
+    for worker in ("worker-2", "worker-3"):
+        join(bench, worker)
+    assert bench.do(groups.missing_members, claim) == 0
+    expire(bench, 1)
+    assert bench.do(groups.missing_members, claim) == 0
+    assert bench.do(groups.has_lost_member, claim), "which is how the loss is noticed"
+
+
+def test_a_worker_that_was_restarted_takes_its_own_place_again(bench: Any) -> None:
+    claim = opened(bench)
+    assert join(bench, "worker-2") is not None
+    again = join(bench, "worker-2")
+    assert again is not None
+    assert again.node_rank == 1
+    assert bench.do(groups.missing_members, claim) == 1
+
+
+def test_the_cause_of_a_failure_comes_before_its_consequences(bench: Any) -> None:
+    claim = opened(bench)
+    members = [join(bench, worker) for worker in ("worker-2", "worker-3")]
+    assert bench.do(groups.missing_members, claim) == 0
+    for member, code in zip(members, ("rank_lost", "out_of_memory"), strict=True):
+        assert member is not None
+        assert bench.do(groups.has_started, member)
+        bench.do(groups.fail, member, error={"code": code, "message": "m", "param": None})
+    assert bench.do(groups.member_error, claim)["code"] == "out_of_memory"
+
+
 @pytest.mark.parametrize("shape", [GroupShape(nodes=2, processes=2), GroupShape(nodes=3, processes=1)])
 def test_workers_of_another_shape_do_not_join(bench: Any, shape: GroupShape) -> None:
     opened(bench)

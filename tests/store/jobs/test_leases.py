@@ -229,12 +229,11 @@ def epochs(bench, claim) -> list[tuple[int, str]]:
 def test_the_newest_models_of_epochs_are_kept_and_the_best_one(bench) -> None:
     claim = bench.running()
     losses = {10: 0.9, 20: 0.5, 30: 0.6, 40: 0.7, 50: 0.8}
-    removed = {
-        step: bench.checkpoint(claim, step, "epoch", metrics={"valid_loss": loss})
-        for step, loss in losses.items()
-    }
+    for step, loss in losses.items():
+        assert bench.checkpoint(claim, step, "epoch", metrics={"valid_loss": loss}) == [], (
+            "files stay for a while"
+        )
     prefix = f"jobs/{claim.job_id}/{claim.attempt}/epoch"
-    assert removed == {10: [], 20: [], 30: [], 40: [f"{prefix}-10"], 50: []}
     listed = epochs(bench, claim)
     assert [step for step, _ in listed] == [50, 40, 30, 20]
     assert listed[-1][1].endswith(":ckpt-step-20")
@@ -246,8 +245,18 @@ def test_the_newest_models_of_epochs_are_kept_and_the_best_one(bench) -> None:
     assert [row.step for row in bench.sql("SELECT step FROM checkpoints WHERE id = :id", id=best)] == [20]
 
     bench.checkpoint(claim, 60, "stage", metrics={"valid_loss": 0.4})
+    assert [step for step, _ in epochs(bench, claim)] == [60, 50, 40, 30], "20 is not the best any more"
     bench.checkpoint(claim, 70, "epoch", metrics={"valid_loss": 0.6})
-    assert [step for step, _ in epochs(bench, claim)] == [70, 60, 50, 40], "20 is not the best any more"
+    assert [step for step, _ in epochs(bench, claim)] == [70, 60, 50, 40]
+
+
+def test_a_deleted_model_of_an_epoch_is_not_one_of_the_newest(bench) -> None:
+    claim = bench.running()
+    for step in (10, 20, 30):
+        bench.checkpoint(claim, step, "epoch")
+    bench.do(models.delete, owner_id=OWNER, model_id=epochs(bench, claim)[0][1])
+    bench.checkpoint(claim, 40, "epoch")
+    assert [step for step, _ in epochs(bench, claim)] == [40, 20, 10]
 
 
 def test_no_attempt_resumes_from_an_epoch_s_model(bench) -> None:

@@ -83,6 +83,21 @@ def test_a_deleted_model_takes_its_bytes_and_archives(
     assert stored(artifacts_url) == set()
 
 
+def test_the_files_of_a_replaced_epoch_stay_while_a_worker_may_read_them(
+    bench, artifacts: Artifacts, artifacts_url: str
+) -> None:
+    claim = bench.running()
+    prefix = f"jobs/{claim.job_id}/{claim.attempt}"
+    for step in (10, 20, 30, 40):
+        put(artifacts, f"{prefix}/epoch-{step}/state.bin")
+        bench.checkpoint(claim, step, "epoch")
+    garbage.collect(bench.factory, artifacts)
+    assert len(stored(artifacts_url)) == 4
+    bench.sql("UPDATE checkpoints SET removed_at = removed_at - interval '1 hour'")
+    garbage.collect(bench.factory, artifacts)
+    assert stored(artifacts_url) == {f"{prefix}/epoch-{step}/state.bin" for step in (20, 30, 40)}
+
+
 def test_the_checkpoint_of_a_deleted_model_stays_while_its_job_may_resume_from_it(
     bench, artifacts: Artifacts, artifacts_url: str
 ) -> None:
