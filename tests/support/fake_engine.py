@@ -121,12 +121,11 @@ class Play:
         sys.exit(75)
 
     def until_ended(self, act: dict[str, Any]) -> None:
-        """Waits for the end of the process whose id is written into the file."""
+        """Waits until the process whose id is written into the file has ended and was reaped."""
         file = Path(act["file"])
         while not (file.exists() and (pid := file.read_text())):
             threading.Event().wait(0.02)
-        status = Path(f"/proc/{pid}/stat")
-        while status.exists() and status.read_text().rpartition(")")[2].split()[0] != "Z":
+        while Path("/proc", pid).exists():
             threading.Event().wait(0.02)
 
     def stubborn(self, _: dict[str, Any]) -> None:

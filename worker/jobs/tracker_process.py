@@ -51,21 +51,25 @@ def _limited() -> Iterator[None]:
 def open_tracker(run: dict[str, Any]) -> GeneralTracker:
     """Returns the tracker of a run: {kind, job_id, owner, project, name, entity, tags, folder, config}.
 
-    A resumed job goes on with its run where the tracker can do so.
+    A resumed job goes on with its run where the tracker can do so. All owners' runs are in one account: no two jobs
+    share a run, and a user's tag never takes the place of the operator's.
     """
     project, name = run["project"], run["name"] or run["job_id"]
+    # Trackers that know a run by its name alone get one that no other job has.
+    unique_name = f"{run['name']}-{run['job_id']}" if run["name"] else run["job_id"]
     match run["kind"]:
         case "wandb":
             same_run = {"id": run["job_id"], "resume": "allow"}
             options = {"entity": run["entity"], "tags": run["tags"], "dir": run["folder"]}
             return WandBTracker(project, name=name, **same_run, **options)
         case "mlflow":
-            tags = {"heft.job_id": run["job_id"], "heft.owner": run["owner"]}
-            return MLflowTracker(project, run_name=name, tags=tags | dict.fromkeys(run["tags"], "true"))
+            tags = {f"tag.{tag}": "true" for tag in run["tags"]}
+            tags |= {"heft.job_id": run["job_id"], "heft.owner": run["owner"]}
+            return MLflowTracker(project, run_name=name, tags=tags)
         case "trackio":
-            return TrackioTracker(project, name=name, resume="allow")
+            return TrackioTracker(f"{run['owner']}-{project}", name=unique_name, resume="allow")
         case "tensorboard":
-            return TensorBoardTracker(f"{run['owner']}/{project}/{name}", logging_dir=run["folder"])
+            return TensorBoardTracker(f"{run['owner']}/{project}/{unique_name}", logging_dir=run["folder"])
         case kind:
             raise ValueError(f"there is no tracker {kind!r}")
 

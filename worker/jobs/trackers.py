@@ -13,8 +13,9 @@ import queue
 import signal
 import subprocess
 import threading
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
+from contextvars import copy_context
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -30,9 +31,11 @@ _VARIABLES = ("WANDB_", "MLFLOW_", "TRACKIO_", "DATABRICKS_")
 _NO_GPU = {"ACCELERATE_USE_CPU": "1", "CUDA_VISIBLE_DEVICES": ""}
 #: Records that wait for a tracker; further ones are dropped.
 _MAX_WAITING = 10_000
-_MAX_REASON_CHARS, _MAX_LINE = 300, 8_192
-#: Time for a tracker to send what is left, once its job has ended.
+_MAX_LINE = 8_192
+#: Time for a tracker to take and send what is left, once its job has ended.
 _FINISH_SECONDS = 180
+#: Time for the last lines of stderr, once a tracker has ended: a process outside its group may keep the pipe open.
+_LAST_LINES_SECONDS = 1.0
 
 _OF_STEP = ("train_loss", "train_mean_token_accuracy", "learning_rate")
 _OF_EPOCH = ("valid_loss", "valid_mean_token_accuracy", "full_valid_loss", "full_valid_mean_token_accuracy")
@@ -42,9 +45,9 @@ _OF_EPOCH = ("valid_loss", "valid_mean_token_accuracy", "full_valid_loss", "full
 def trackers_of(attempt: Attempt) -> Iterator[Trackers]:
     """Starts the trackers of a job's integrations. At the end they send what is left, which nobody waits for."""
     trackers = Trackers(attempt)
-    for integration in attempt.claim.spec.integrations:
-        trackers.start(integration.type, integration.settings().model_dump())
     try:
+        for integration in attempt.claim.spec.integrations:
+            trackers.start(integration.type, integration.settings().model_dump())
         yield trackers
     finally:
         trackers.close()
@@ -59,8 +62,13 @@ class Trackers:
         self._step = 0
 
     def start(self, kind: str, settings: Mapping[str, Any]) -> None:
-        """Starts a tracker, or writes a warning."""
+        """Starts a tracker, or writes a warning: it can't be started, or this worker's settings don't enable it."""
         claim, context = self._attempt.claim, self._attempt.context
+        if kind not in context.settings.enabled_integrations:
+            # The API has other settings, or the job is older than these.
+            reason = f"the worker that trains the job does not have {kind} in its HEFT_INTEGRATIONS"
+            self._warn(kind, reason, signature="tracker_not_enabled")
+            return
         folder = context.settings.tracking_dir or context.shared / "tracking"
         spec = claim.spec
         run = {
@@ -81,7 +89,8 @@ class Trackers:
             folder.mkdir(parents=True, exist_ok=True)
             self._running.append(_Tracker(kind, run, context.tracker_command, folder))
         except OSError as error:
-            self._warn(kind, str(error))
+            log.warning("the tracker %s can't be started: %s", kind, error)
+            self._warn(kind, "its process could not be started; the worker's log says why")
 
     def handle(self, event: Event) -> None:
         """Sends the numbers of an event to all trackers. Never waits for one."""
@@ -90,27 +99,30 @@ class Trackers:
             return
         self._step = event["data"].get("step", self._step)
         for tracker in list(self._running):
-            reason = tracker.failure()
-            if reason is None:
+            code = tracker.exit_code()
+            if code is None:
                 tracker.send({"values": values, "step": self._step})
             else:
                 self._running.remove(tracker)
-                self._warn(tracker.kind, reason)
+                self._warn(
+                    tracker.kind, f"its process ended with exit code {code}; the worker's log says why"
+                )
 
     def close(self) -> None:
         for tracker in self._running:
             tracker.close()
 
-    def _warn(self, kind: str, reason: str) -> None:
-        message = f"Metrics are no longer sent to {kind}, and training goes on: {reason[:_MAX_REASON_CHARS]}"
-        data = {"signature": "tracker_failed", "integration": kind}
+    def _warn(self, kind: str, reason: str, signature: str = "tracker_failed") -> None:
+        """Writes an event. A user reads it: a tracker's own words may hold the operator's hosts and passwords."""
+        message = f"Metrics are not sent to {kind}, and training goes on: {reason}."
+        data = {"signature": signature, "integration": kind}
         self._attempt.write(
             partial(leases.record_event, code="WARNING", message=message, data=data, level="warn")
         )
 
 
 class _Tracker:
-    """One tracker's process, and the threads that write to it and read its errors."""
+    """The process group of one tracker, and the threads that write to it, read its errors and wait for its end."""
 
     def __init__(self, kind: str, run: Mapping[str, Any], command: Sequence[str], folder: Path) -> None:
         self.kind = kind
@@ -123,11 +135,14 @@ class _Tracker:
             stderr=subprocess.PIPE,
             process_group=0,
         )
+        self._reap_lock = threading.Lock()
         self._records: queue.Queue[Mapping[str, Any] | None] = queue.Queue(_MAX_WAITING)
         self._last_error = ""
-        self._reader = threading.Thread(target=self._read_errors, name=f"errors-{kind}", daemon=True)
-        self._reader.start()
-        threading.Thread(target=self._feed, name=f"tracker-{kind}", daemon=True).start()
+        self._deadline = threading.Timer(_FINISH_SECONDS, copy_context().run, args=(self._kill_late,))
+        self._deadline.daemon = True
+        self._reader = self._thread("errors", self._read_errors)
+        self._thread("tracker", self._feed)
+        self._thread("end", self._end)
         self.send(run)
 
     def send(self, record: Mapping[str, Any]) -> None:
@@ -135,19 +150,26 @@ class _Tracker:
         with suppress(queue.Full):
             self._records.put_nowait(record)
 
-    def failure(self) -> str | None:
-        """Returns why the process has ended; None while it runs."""
-        if self._process.poll() is None:
-            return None
-        self._reader.join(1.0)  # a process that it has started may still hold the pipe
-        return self._last_error or f"its process ended with {self._process.returncode}"
+    def exit_code(self) -> int | None:
+        """Returns None while the process runs. A negative code is the signal that ended it."""
+        with self._reap_lock:
+            return self._process.returncode
 
     def close(self) -> None:
-        """Ends the process: soon, when all is sent; at once if it does not take its records."""
+        """Ends the process: when all is sent or the time is over; at once if it does not take its records."""
+        self._deadline.start()
         try:
             self._records.put_nowait(None)
         except queue.Full:
             self._kill()
+
+    def _thread(self, name: str, target: Callable[[], None]) -> threading.Thread:
+        """Starts a thread that logs with the ids of the job and its attempt."""
+        thread = threading.Thread(
+            target=copy_context().run, args=(target,), name=f"{name}-{self.kind}", daemon=True
+        )
+        thread.start()
+        return thread
 
     def _feed(self) -> None:
         assert self._process.stdin is not None
@@ -155,11 +177,6 @@ class _Tracker:
             while (record := self._records.get()) is not None:
                 pipe.write(json.dumps(record).encode() + b"\n")
                 pipe.flush()
-        try:
-            self._process.wait(_FINISH_SECONDS)
-        except subprocess.TimeoutExpired:
-            log.warning("the tracker %s did not end in time", self.kind)
-            self._kill()
 
     def _read_errors(self) -> None:
         assert self._process.stderr is not None
@@ -167,9 +184,33 @@ class _Tracker:
             while line := pipe.readline(_MAX_LINE):
                 self._last_error = line.decode(errors="replace").strip() or self._last_error
 
-    def _kill(self) -> None:
-        with suppress(ProcessLookupError):
+    def _end(self) -> None:
+        """Waits for the end of the process, kills what it has left, and logs why it failed."""
+        os.waitid(os.P_PID, self._process.pid, os.WEXITED | os.WNOWAIT)
+        with self._reap_lock:
             os.killpg(self._process.pid, signal.SIGKILL)
+            code = self._process.wait()
+        self._deadline.cancel()
+        with suppress(queue.Full):  # then the feeder is writing, into a broken pipe
+            self._records.put_nowait(None)
+        self._reader.join(_LAST_LINES_SECONDS)
+        log.log(
+            logging.WARNING if code else logging.INFO,
+            "the tracker %s ended with exit code %d: %s",
+            self.kind,
+            code,
+            self._last_error or "it wrote nothing to stderr",
+        )
+
+    def _kill_late(self) -> None:
+        log.warning("the tracker %s did not send all in %d seconds and is killed", self.kind, _FINISH_SECONDS)
+        self._kill()
+
+    def _kill(self) -> None:
+        # Until it is reaped, the pid belongs to the process and its group alone.
+        with self._reap_lock:
+            if self._process.returncode is None:
+                os.killpg(self._process.pid, signal.SIGKILL)
 
 
 def _values(event: Event) -> dict[str, float]:
