@@ -131,7 +131,7 @@ def test_labels_that_are_only_answered_count_too(tiny_llama_dir: Path) -> None:
     ("attribute", "replacement"),
     [
         ("heft_engine.training.stage_cache.code_hash", lambda: "other code"),
-        ("heft_engine.training.stage_cache.package_versions", lambda: {"torch": "other"}),
+        ("heft_engine.training.stage_cache.package_versions", lambda *_: {"torch": "other"}),
         ("torch.get_float32_matmul_precision", lambda: "medium"),
         ("heft_engine.model.packed_lm.PackedLM.device", torch.device("meta")),
     ],
