@@ -14,13 +14,23 @@ from heft_engine.commands.main import main
 GB = 10**9
 
 
+def write_config(path: Path, layers: int) -> Path:
+    """Writes the configuration of Llama-2-7B's shape with so many layers, and nothing else."""
+    sizes = {"hidden_size": 4_096, "intermediate_size": 11_008, "num_hidden_layers": layers}
+    heads = {"num_attention_heads": 32, "vocab_size": 32_000, "max_position_embeddings": 4_096}
+    (path / "config.json").write_text(json.dumps({"model_type": "llama", **sizes, **heads}))
+    return path
+
+
 @pytest.fixture
 def llama_7b(tmp_path: Path) -> Path:
-    """A directory with the configuration of Llama-2-7B's shape and nothing else."""
-    sizes = {"hidden_size": 4_096, "intermediate_size": 11_008, "num_hidden_layers": 32}
-    heads = {"num_attention_heads": 32, "vocab_size": 32_000, "max_position_embeddings": 4_096}
-    (tmp_path / "config.json").write_text(json.dumps({"model_type": "llama", **sizes, **heads}))
-    return tmp_path
+    return write_config(tmp_path, 32)
+
+
+@pytest.fixture
+def three_layers(tmp_path: Path) -> Path:
+    """Weights of 1.7 GB."""
+    return write_config(tmp_path, 3)
 
 
 def plan(capsys: pytest.CaptureFixture[str], model: Path, *arguments: str, gpu: str = "24GB") -> Any:
@@ -87,20 +97,20 @@ def test_a_merge_that_would_not_fit_is_refused_before_the_stage(
     assert stage["gpu_bytes"] > 2 * 6_476_005_376
 
 
-def test_rows_are_truncated_as_in_training(capsys: pytest.CaptureFixture[str], llama_7b: Path) -> None:
-    long = plan(capsys, llama_7b, "--longest-row", "100000")["stages"][0]
-    short = plan(capsys, llama_7b, "--longest-row", "100000", "--set", "max_length=512")["stages"][0]
+def test_rows_are_truncated_as_in_training(capsys: pytest.CaptureFixture[str], three_layers: Path) -> None:
+    long = plan(capsys, three_layers, "--longest-row", "100000")["stages"][0]
+    short = plan(capsys, three_layers, "--longest-row", "100000", "--set", "max_length=512")["stages"][0]
     assert short["gpu_bytes"] < long["gpu_bytes"]
 
 
 def test_several_cards_train_in_parallel_or_share_the_layers(
-    capsys: pytest.CaptureFixture[str], llama_7b: Path
+    capsys: pytest.CaptureFixture[str], three_layers: Path
 ) -> None:
-    one = plan(capsys, llama_7b, "--tflops", "100")["stages"][0]
-    eight = plan(capsys, llama_7b, "--gpus", "8", "--tflops", "100")["stages"][0]
+    one = plan(capsys, three_layers, "--tflops", "100")["stages"][0]
+    eight = plan(capsys, three_layers, "--gpus", "8", "--tflops", "100")["stages"][0]
     assert eight["placement"] == "data parallel"
     assert eight["seconds"] == pytest.approx(one["seconds"] / 8, rel=0.01)
-    small = plan(capsys, llama_7b, "--gpus", "8", gpu="8GB")["stages"]
+    small = plan(capsys, three_layers, "--gpus", "8", gpu="2.4GB")["stages"]
     assert [stage["placement"] for stage in small] == ["spread", "spread"]
     assert small[0]["weight_bytes"] == one["weight_bytes"] // 8
 
