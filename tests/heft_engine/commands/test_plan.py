@@ -98,19 +98,21 @@ def test_a_merge_that_would_not_fit_is_refused_before_the_stage(
 
 
 def test_rows_are_truncated_as_in_training(capsys: pytest.CaptureFixture[str], three_layers: Path) -> None:
-    long = plan(capsys, three_layers, "--longest-row", "100000")["stages"][0]
-    short = plan(capsys, three_layers, "--longest-row", "100000", "--set", "max_length=512")["stages"][0]
+    long = plan(capsys, three_layers, "--rows", "200", "--longest-row", "100000")["stages"][0]
+    short = plan(capsys, three_layers, "--rows", "200", "--longest-row", "100000", "--set", "max_length=512")[
+        "stages"
+    ][0]
     assert short["gpu_bytes"] < long["gpu_bytes"]
 
 
 def test_several_cards_train_in_parallel_or_share_the_layers(
     capsys: pytest.CaptureFixture[str], three_layers: Path
 ) -> None:
-    one = plan(capsys, three_layers, "--tflops", "100")["stages"][0]
-    eight = plan(capsys, three_layers, "--gpus", "8", "--tflops", "100")["stages"][0]
+    one = plan(capsys, three_layers, "--rows", "200", "--tflops", "100")["stages"][0]
+    eight = plan(capsys, three_layers, "--rows", "200", "--gpus", "8", "--tflops", "100")["stages"][0]
     assert eight["placement"] == "data parallel"
     assert eight["seconds"] == pytest.approx(one["seconds"] / 8, rel=0.01)
-    small = plan(capsys, three_layers, "--gpus", "8", gpu="2.4GB")["stages"]
+    small = plan(capsys, three_layers, "--rows", "200", "--gpus", "8", gpu="2.4GB")["stages"]
     assert [stage["placement"] for stage in small] == ["spread", "spread"]
     assert small[0]["weight_bytes"] == one["weight_bytes"] // 8
 
