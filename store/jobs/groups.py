@@ -156,10 +156,11 @@ def renew(session: Session, membership: Membership) -> bool:
     return session.scalar(select(Group.started_at).where(_is_group_of(claim))) is not None
 
 
-def has_started(session: Session, membership: Membership) -> bool:
-    """Returns whether a member's group is full. Locks the group, so that it stays so."""
-    group = select(Group).where(_is_group_of(membership.claim)).with_for_update()
-    row = session.scalars(group).one_or_none()
+def is_training(session: Session, membership: Membership) -> bool:
+    """Returns whether a member's group has started and its attempt still runs. Locks the group, so that it stays so."""
+    is_current = and_(Job.attempt == Group.attempt, Job.state == JobState.RUNNING)
+    group = select(Group).join(Job, Job.id == Group.job_id).where(_is_group_of(membership.claim), is_current)
+    row = session.scalars(group.with_for_update(of=Group)).one_or_none()
     return row is not None and row.started_at is not None
 
 

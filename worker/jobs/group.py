@@ -149,7 +149,7 @@ class _Member:
 
     def _end(self, session: Session, _: Claim) -> None:
         """Gives up the place; if the group has started and this part has not ended as it should, says why."""
-        if self.exit_code not in (0, STOPPED) and groups.has_started(session, self.membership):
+        if self.exit_code not in (0, STOPPED) and groups.is_training(session, self.membership):
             groups.fail(session, self.membership, error=self.error)
         else:
             groups.leave(session, self.membership)

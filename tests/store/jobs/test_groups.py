@@ -82,9 +82,11 @@ def test_the_cause_of_a_failure_comes_before_its_consequences(bench: Any) -> Non
     assert bench.do(groups.missing_members, claim) == 0
     for member, code in zip(members, ("rank_lost", "out_of_memory"), strict=True):
         assert member is not None
-        assert bench.do(groups.has_started, member)
+        assert bench.do(groups.is_training, member)
         bench.do(groups.fail, member, error={"code": code, "message": "m", "param": None})
     assert bench.do(groups.member_error, claim)["code"] == "out_of_memory"
+    bench.succeed(claim)
+    assert not bench.do(groups.is_training, members[0]), "nobody asks why a member of an ended attempt ended"
 
 
 @pytest.mark.parametrize("shape", [GroupShape(nodes=2, processes=2), GroupShape(nodes=3, processes=1)])
