@@ -117,7 +117,7 @@ class StageCompleteData(StageData):
 
 
 class EvaluationData(TypedDict):
-    """After a stage ("base": before all stages) on rows of `split`."""
+    """After a stage ("base": before all stages; "start": the same, of a fine-tuned model) on rows of `split`."""
 
     stage: str
     stage_index: int | None

@@ -246,7 +246,8 @@ def hidden_size_of(state: dict[str, Tensor]) -> int:
 class ReftAdapter(Adapter):
     """One intervention for each of the stage's layers. It stays in place when the stage ends.
 
-    A stage goes on with earlier interventions of the same layer, positions, kind and rank, and adds the others.
+    A stage goes on with earlier interventions of the same layer, positions, kind and rank, and adds the others; with
+    `init: "new"` it adds all.
     """
 
     placed: list[PlacedIntervention]
@@ -260,7 +261,8 @@ class ReftAdapter(Adapter):
         for layer in stage_layers(stage):
             fresh = KINDS[stage.kind](lm.hidden_size, stage.rank, stage.dropout).to(lm.device)
             placed = PlacedIntervention(layer=layer, positions=stage.positions, intervention=fresh)
-            earlier = next((other for other in lm.interventions if other.same_place(placed)), None)
+            same_place = [other for other in lm.interventions if other.same_place(placed)]
+            earlier = same_place[-1] if same_place and stage.init == "previous" else None
             if earlier is None:
                 lm.interventions.add(placed)
             adapter.placed.append(placed if earlier is None else earlier)

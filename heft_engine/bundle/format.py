@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import json
 import platform
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
@@ -34,6 +34,7 @@ from heft_engine.errors import BundleError, TrainingError
 from heft_engine.model.interventions import PlacedIntervention
 
 FORMAT = 1
+MANIFEST = "heft.json"
 _PACKAGES = ("torch", "transformers", "peft", "tokenizers", "safetensors")
 
 
@@ -49,8 +50,22 @@ class BaseRecord(Schema):
     weights_sha256: str
 
 
+class Ancestor(Schema):
+    """A model that a bundle's run, or one before it, went on from.
+
+    sha256: of its content (heft_engine.bundle.start). The bundle's first `stages` stages are its own; seed: of its run.
+    """
+
+    model_config = ConfigDict(extra="forbid")
+
+    model: str
+    sha256: str
+    stages: int
+    seed: int
+
+
 class BundleInfo(Schema):
-    """The content of heft.json."""
+    """The content of heft.json. A bundle of a run that went on from another one holds the stages of both, in order."""
 
     model_config = ConfigDict(extra="forbid")
 
@@ -71,6 +86,8 @@ class BundleInfo(Schema):
     calibration: dict[str, Any] | None = None
     evaluation: dict[str, Any] | None = None
     parity: list[dict[str, Any]] = []
+    #: The models that its runs went on from, the oldest first.
+    started_from: list[Ancestor] = Field(default=[], exclude_if=lambda value: not value)
     probe_tolerance: float = 0.0
     versions: dict[str, str] = {}
 
@@ -161,34 +178,49 @@ def write_bundle(
     write_stages(path, adapters, interventions, info.base_model.reference)
     _write_probe(path / "probe.safetensors", probe)
     tokenizer.save_pretrained(path / "tokenizer")
-    (path / "heft.json").write_text(info.model_dump_json(indent=1))
+    (path / MANIFEST).write_text(info.model_dump_json(indent=1))
     return read_bundle(path)
 
 
-def read_bundle(path: Path) -> Bundle:
-    """Reads and checks a bundle. Raises BundleError naming what is wrong with it."""
+def read_info(path: Path) -> BundleInfo:
+    """Reads a bundle's heft.json alone. Raises BundleError."""
     try:
-        info = BundleInfo.model_validate_json((path / "heft.json").read_text())
+        info = BundleInfo.model_validate_json((path / MANIFEST).read_text())
     except (OSError, ValidationError) as error:
         raise BundleError(f"{path.name} is no bundle: {error}") from error
     if info.format != FORMAT:
         raise BundleError(f"this bundle has format {info.format}; this version reads format {FORMAT}")
+    return info
+
+
+def read_bundle(path: Path) -> Bundle:
+    """Reads and checks a bundle. Raises BundleError naming what is wrong with it."""
+    info = read_info(path)
     adapters, interventions = read_stages(path)
     merged = [stage for stage in info.stages if is_merged(stage)]
-    # A stage that continues an earlier stage's intervention shares it.
-    places = {
-        (layer, stage["positions"], stage["rank"], stage.get("kind"))
-        for stage in info.stages
-        if not is_merged(stage)
-        for layer in stage["layers"]
-    }
-    if len(adapters) != len(merged) or len(interventions) != len(places):
+    added = sum(len(layers) for layers in added_interventions(info.stages))
+    if len(adapters) != len(merged) or len(interventions) != added:
         raise BundleError(
-            f"this bundle should hold {len(merged)} adapters and {len(places)} interventions; "
+            f"this bundle should hold {len(merged)} adapters and {added} interventions; "
             f"it has {len(adapters)} and {len(interventions)}"
         )
     probe = _read_probe(path / "probe.safetensors")
     return Bundle(path=path, info=info, adapters=adapters, interventions=interventions, probe=probe)
+
+
+def added_interventions(stages: Sequence[Mapping[str, Any]]) -> list[list[int]]:
+    """Returns, for each stage of heft.json, the layers at which it added an intervention. A bundle's interventions are
+    in this order. A stage that went on with an earlier stage's intervention added none. Raises BundleError.
+    """
+    places: set[tuple[Any, ...]] = set()
+    added = []
+    for stage in stages:
+        layers = [] if is_merged(stage) else stage["layers"]
+        settings = [stage.get("positions"), stage.get("rank"), stage.get("kind", "loreft")]
+        is_new = stage.get("init") == "new"
+        added.append([layer for layer in layers if is_new or (layer, *settings) not in places])
+        places.update((layer, *settings) for layer in layers)
+    return added
 
 
 def is_merged(stage: Mapping[str, Any]) -> bool:

@@ -9,6 +9,7 @@ import re
 from collections.abc import Sequence
 from pathlib import Path
 
+from heft_engine.bundle.start import read_start
 from heft_engine.commands.arguments import add_set_argument
 from heft_engine.commands.train_config import config_from_settings
 from heft_engine.errors import ConfigError
@@ -22,7 +23,9 @@ _UNITS = {"": 1, "MB": 10**6, "GB": 10**9, "TB": 10**12, "MIB": 2**20, "GIB": 2*
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
-        "--model", required=True, help="a directory with a config.json, smollm2-135m, or a hub id org/name"
+        "--model",
+        required=True,
+        help="a directory with a config.json, smollm2-135m, a hub id org/name, or a bundle",
     )
     parser.add_argument("--method", default="heft", choices=_METHODS)
     add_set_argument(parser, "lora.rank=8, base_quantization=nf4 …")
@@ -50,7 +53,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> None:
     """Prints the plan. Raises EngineError for a model or settings that can't be; a stage that does not fit is none."""
     config = config_from_settings(args.model, args.method, args.set, seed=0)
-    directory = model_description(args.model, model_dir=args.model_dir, cache_dir=args.cache_dir)
+    start = read_start(config.model, None, allow_paths=True)
+    base = config.model
+    if start is not None:
+        config, base = start.inherit(config), start.info.base_model.reference
+    directory = model_description(base, model_dir=args.model_dir, cache_dir=args.cache_dir)
     longest = args.longest_row or 4 * args.row_tokens
     if longest < args.row_tokens:
         raise ConfigError("the longest row has fewer tokens than the mean", param="longest_row")
@@ -59,6 +66,7 @@ def run(args: argparse.Namespace) -> None:
         read_config(directory),
         Rows(count=args.rows, tokens=max(2, args.row_tokens), longest=max(2, longest)),
         Machine(gpu_bytes=args.gpu, gpus=args.gpus, host_bytes=args.host_memory),
+        start=None if start is None else start.bundle,
         flops_per_second=None if args.tflops is None else args.tflops * 1e12,
     )
     if args.json:

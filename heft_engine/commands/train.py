@@ -28,7 +28,9 @@ _METHODS = ["heft", "lora", "reft", "heft_reversed", "heft_interleaved"]
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--model", help="smollm2-135m, a directory, or a hub id org/name[@revision]")
+    parser.add_argument(
+        "--model", help="smollm2-135m, a directory, a hub id org/name[@revision], or a bundle to go on from"
+    )
     parser.add_argument(
         "--train", help="training rows: a file of JSON lines, hub:google/boolq:train or sample:passages"
     )

@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import threading
+from collections.abc import Sequence
 from pathlib import Path
 
+from heft_engine.bundle.format import read_info
+from heft_engine.bundle.start import start_path
 from heft_engine.commands.child_process import print_event, report_failures
 from heft_engine.commands.stage_exchange import RequestedStages
 from heft_engine.config.run_file import FileField, RunFile
 from heft_engine.data.rows import Row, read_rows
+from heft_engine.data.task import Task
 from heft_engine.errors import EngineError, FailedElsewhere, RankLost
 from heft_engine.runtime.distributed import Ranks, process_group
 from heft_engine.training.activation_store import MAX_BYTES, ActivationStore
@@ -36,13 +40,14 @@ def _is_reporter(error: EngineError, ranks: Ranks) -> bool:
 
 
 def _train(run_file: RunFile, stop: threading.Event, ranks: Ranks) -> None:
+    labels = _row_labels(run_file)
     train(
         run_file.config,
-        _read("training_file", run_file.train, run_file),
-        _read("validation_file", run_file.eval, run_file),
+        _read("training_file", run_file.train, run_file, labels),
+        _read("validation_file", run_file.eval, run_file, labels),
         run_file.out,
         print_event,
-        test_rows=_read("test_file", run_file.test, run_file),
+        test_rows=_read("test_file", run_file.test, run_file, labels),
         options=run_file,
         stage_store=_stage_store(run_file, stop),
         activations=_activation_store(run_file),
@@ -69,9 +74,16 @@ def _activation_store(run_file: RunFile) -> ActivationStore | None:
     )
 
 
-def _read(field: FileField, path: Path | None, run_file: RunFile) -> list[Row]:
+def _row_labels(run_file: RunFile) -> Sequence[str] | None:
+    """Returns the labels of rows without choices of their own. Raises BundleError for a bad bundle to start from."""
+    config = run_file.config
+    start = start_path(config.model, run_file.start, allow_paths=run_file.allow_paths)
+    start_task = None if start is None else Task.from_json(read_info(start).task)
+    return Task.labels_of_rows(config.task, start_task)
+
+
+def _read(field: FileField, path: Path | None, run_file: RunFile, labels: Sequence[str] | None) -> list[Row]:
     """Returns the rows of a file, none for None. Raises RowError."""
     if path is None:
         return []
-    labels = run_file.config.task.labels
     return read_rows(path, param=field, labels=labels, max_line_bytes=run_file.max_line_bytes)

@@ -30,6 +30,9 @@ class RunOptions(Settings):
     #: Models at the ends of epochs that are written as checkpoints too: the last so many of the run, and earlier ones
     #: that are far apart in time.
     n_checkpoints: Annotated[int, Field(ge=0)] = 0
+    #: The bundle of `config.model`, a fine-tuned model that the run goes on from; None: `config.model` is a base, or
+    #: with `allow_paths` the path of a bundle.
+    start: Path | None = None
     resume: Path | None = None  #: a checkpoint of an earlier run of the same config and rows
     #: Bytes that a stage's activation cache may take in memory; None: a quarter of what is free at its start.
     cache_memory_bytes: Annotated[int, Field(ge=0)] | None = None
@@ -72,6 +75,7 @@ class CheckFile(Settings):
     """A model, settings and files to check before training. `files`: a path, `hub:…` or `sample:…` for each field."""
 
     config: TrainConfig
+    start: Path | None = None  #: the bundle of `config.model`, as in RunOptions
     files: dict[FileField, str]
     out: Path
     max_rows: int

@@ -20,6 +20,7 @@ Dtype = Literal["auto", "float32", "bfloat16"]
 BaseQuantization = Literal["nf4"]
 LoraInit = Literal["default", "pissa", "pissa_niter_4", "pissa_niter_16", "olora"]
 InterventionKind = Literal["loreft", "direft", "consreft", "lobireft", "noreft", "nodireft"]
+InterventionInit = Literal["previous", "new"]
 MethodType = Literal["heft", "lora", "reft", "heft_reversed", "heft_interleaved", "recipe"]
 
 MAX_LAYER = 1_000
@@ -141,6 +142,10 @@ class ReftStage(StageSettings):
     rank: Annotated[int, Field(ge=1, le=1_024)] = 4
     positions: str = "l1"
     kind: InterventionKind = "loreft"
+    #: "previous": go on with the intervention of an earlier stage, or of the model that the run started from, where it
+    #: has the same layer, positions, kind and rank. "new": leave it as it is, and train another one after it. Dumps
+    #: leave the default out, as stored settings always did.
+    init: InterventionInit = Field(default="previous", exclude_if=lambda init: init == "previous")
 
     @field_validator("layers")
     @classmethod
@@ -199,7 +204,11 @@ class EarlyStopping(Settings):
 
 
 class TrainConfig(Settings):
-    """One training run. `model` is an alias (`smollm2-135m`), a directory, or a hub id (`org/name[@revision]`)."""
+    """One training run.
+
+    `model` is a base: an alias (`smollm2-135m`), a directory, or a hub id (`org/name[@revision]`); or a fine-tuned
+    model that the run goes on from: a bundle's directory, or a name for that of RunOptions.start.
+    """
 
     model: str
     stages: Annotated[list[Stage], Field(min_length=1, max_length=MAX_STAGES)]

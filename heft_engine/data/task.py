@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -32,23 +33,43 @@ class Task:
         object.__setattr__(self, "metrics", self.metrics or METRICS[self.type][:1])
 
     @staticmethod
-    def resolve(settings: TaskSettings, inferred: TaskType) -> Task:
-        """Fills in the defaults of `settings`. Raises ConfigError if they don't fit rows of the inferred type."""
+    def resolve(settings: TaskSettings, inferred: TaskType, start: Task | None = None) -> Task:
+        """Fills in the defaults of `settings`. Raises ConfigError if they don't fit rows of the inferred type.
+
+        start: the task of the model that a run goes on from. If it has the same type, its template, labels and metrics
+        are the defaults.
+        """
+        defaults = start if start is not None and start.type == inferred else Task.default(inferred)
         if settings.type not in (None, inferred):
             raise ConfigError(
                 f"task.type is {settings.type}, but the rows are {inferred} rows", param="task.type"
             )
-        template = settings.template or TEMPLATES[inferred]
+        template = settings.template or defaults.template
         placeholder = "{prompt}" if inferred == "text" else "{question}"
         if placeholder not in template:
             raise ConfigError(f"the template must contain {placeholder}", param="task.template")
-        labels = tuple(settings.labels) if settings.labels else None
+        labels = tuple(settings.labels) if settings.labels else defaults.labels
         if inferred == "yes_no":
             labels = YES_NO_LABELS
-        metrics = tuple(settings.metrics or ())
+        metrics = tuple(settings.metrics or defaults.metrics)
         if metrics and (reason := metrics_error(metrics, inferred)):
             raise ConfigError(reason, param="task.metrics")
         return Task(type=inferred, template=template, labels=labels, metrics=metrics)
+
+    @staticmethod
+    def default(type: TaskType) -> Task:
+        """Returns the task of a type without settings."""
+        return Task(type=type, template=TEMPLATES[type], labels=YES_NO_LABELS if type == "yes_no" else None)
+
+    @staticmethod
+    def labels_of_rows(settings: TaskSettings, start: Task | None = None) -> Sequence[str] | None:
+        """Returns the labels of rows without choices of their own, before the rows have been read.
+
+        They are those of `settings`, or else of `start` as in `resolve`, unless `settings` name another type.
+        """
+        if settings.labels is None and start is not None and settings.type in (None, "choice"):
+            return start.row_labels
+        return settings.labels
 
     @property
     def row_labels(self) -> tuple[str, ...] | None:

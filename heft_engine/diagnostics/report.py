@@ -17,14 +17,15 @@ import json
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
+from itertools import islice
 from pathlib import Path
 from typing import Any, Literal, get_args
 
 import torch
 
 from heft_engine.adapters.lora.weights import weight_of
-from heft_engine.bundle.assemble import assemble
-from heft_engine.bundle.format import Bundle, check_tokenizer, is_merged, read_bundle
+from heft_engine.bundle.assemble import assemble, restore_interventions
+from heft_engine.bundle.format import Bundle, added_interventions, check_tokenizer, is_merged, read_bundle
 from heft_engine.config.train import ReftStage
 from heft_engine.data.encoding import Encoder
 from heft_engine.data.general_text import general_examples
@@ -181,20 +182,13 @@ class _Diagnosis:
         """Applies the stages one by one and returns the loss on general text after each; removes interventions last."""
         losses = [{"after": "base", "stage_index": None, "loss": self._general_loss()}]
         adapters = iter(self.bundle.adapters)
-        unapplied = [stored.restore(self.lm.hidden_size) for stored in self.bundle.interventions]
+        added = added_interventions(self.bundle.info.stages)
+        interventions = iter(restore_interventions(self.bundle.interventions, self.lm))
         for index, stage in enumerate(self.bundle.info.stages):
             if is_merged(stage):
                 next(adapters).merge_into(self.lm.model)
             else:
-                settings = (stage["positions"], stage["rank"], stage.get("kind", "loreft"))
-                of_stage = [
-                    placed
-                    for placed in unapplied
-                    if placed.layer in stage["layers"]
-                    and (placed.positions, placed.intervention.rank, placed.intervention.kind) == settings
-                ]
-                unapplied = [placed for placed in unapplied if placed not in of_stage]
-                self.lm.interventions.extend(of_stage)
+                self.lm.interventions.extend(islice(interventions, len(added[index])))
             losses.append({"after": stage["type"], "stage_index": index, "loss": self._general_loss()})
         self.lm.interventions.clear()
         return losses
@@ -209,7 +203,13 @@ def _stage_two(bundle: Bundle, lm: PackedLM) -> tuple[ReftStage, int]:
     """Returns the bundle's first ReFT stage and its seed; without one, a stage with default settings."""
     for index, stage in enumerate(bundle.info.stages):
         if stage["type"] == "reft":
-            return ReftStage.model_validate(stage), derived_seed(bundle.info.seed, index)
+            return ReftStage.model_validate(stage), derived_seed(_seed_of_stage(bundle, index), index)
     rate = auto_learning_rate("reft", lm.parameters)
     default = ReftStage(layers=[auto_layer(lm.n_layers)], learning_rate=rate)
     return default, derived_seed(bundle.info.seed, len(bundle.info.stages))
+
+
+def _seed_of_stage(bundle: Bundle, index: int) -> int:
+    """Returns the seed of the run that trained a stage."""
+    before = (ancestor.seed for ancestor in bundle.info.started_from if index < ancestor.stages)
+    return next(before, bundle.info.seed)

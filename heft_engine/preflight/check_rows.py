@@ -48,16 +48,20 @@ def check_files(
     *,
     model_path: Path,
     task: TaskSettings | None = None,
+    start_task: Task | None = None,
     max_length: int | None = None,
     limits: Limits | None = None,
     on_progress: Callable[[int], None] = lambda rows: None,
 ) -> Report:
     """Reads the files as training does. `on_progress` is called with the number of rows every few thousand rows.
 
+    start_task: of the fine-tuned model that the run goes on from.
     Faults of rows are in the report. Raises ConfigError and ModelError if task, length and model don't fit.
     """
     paths: dict[FileField, Path | None] = {"training_file": train, "validation_file": eval, "test_file": test}
-    checker = _Checker(model_path, task or TaskSettings(), max_length, limits or Limits(), on_progress)
+    checker = _Checker(
+        model_path, task or TaskSettings(), start_task, max_length, limits or Limits(), on_progress
+    )
     for name, path in paths.items():
         if path is not None:
             checker.read(name, path)
@@ -71,11 +75,14 @@ class _Checker:
         self,
         model_path: Path,
         task: TaskSettings,
+        start_task: Task | None,
         max_length: int | None,
         limits: Limits,
         on_progress: Callable[[int], None],
     ) -> None:
         self._settings = task
+        self._start_task = start_task
+        self._row_labels = Task.labels_of_rows(task, start_task)
         self._limits = limits
         self._on_progress = on_progress
         self._max_length = resolve_max_length(max_length, inspect(model_path).max_position_embeddings)
@@ -90,7 +97,7 @@ class _Checker:
     def read(self, name: FileField, path: Path) -> None:
         report, hashes, labels = FileReport(), RowHashes(), Counter[str]()
         self._files[name], self._hashes[name] = report, hashes
-        scan = scan_rows(path, labels=self._settings.labels, max_line_bytes=self._limits.max_line_bytes)
+        scan = scan_rows(path, labels=self._row_labels, max_line_bytes=self._limits.max_line_bytes)
         for line, row in scan:
             self._rows += 1
             if self._rows % _PROGRESS_ROWS == 0:
@@ -124,7 +131,7 @@ class _Checker:
 
     def _encode(self, row: Row) -> list[Example]:
         if self._encoder is None:
-            task = Task.resolve(self._settings, infer_task([row]))
+            task = Task.resolve(self._settings, infer_task([row]), self._start_task)
             self._encoder, self._kind = Encoder(self._tokenizer, task, self._max_length), row.kind
         if row.kind != self._kind:
             raise RowError(f"all rows must have one format: this is a {row.kind} row after {self._kind} rows")

@@ -17,6 +17,7 @@ from heft_engine.config.run_file import FileField
 from heft_engine.config.train import TrainConfig
 from heft_engine.data import samples
 from heft_engine.data.hub import load_hub_rows
+from heft_engine.data.task import Task
 from heft_engine.errors import ConfigError
 from heft_engine.model.auto_settings import resolve_stage
 from heft_engine.model.base_models import BaseModel, resolve
@@ -55,15 +56,19 @@ def prepare(
     files: Mapping[FileField, str],
     directories: Directories,
     *,
+    base: BaseModel | None = None,
+    start_task: Task | None = None,
     limits: Limits | None = None,
     on_progress: Callable[[int], None] = lambda rows: None,
 ) -> Prepared:
     """Runs all checks. `files` are paths, or references `hub:…` or `sample:…`.
 
+    base, start_task: of the fine-tuned model that the run goes on from; None: `config.model` is a base.
     Faults of rows are in the report (`report.error()`). Raises EngineError for everything else: a model or a dataset
     that is not available, a task or a setting that does not fit.
     """
-    base = resolve(config.model, model_dir=directories.model_dir, cache_dir=directories.cache_dir)
+    if base is None:
+        base = resolve(config.model, model_dir=directories.model_dir, cache_dir=directories.cache_dir)
     info = inspect(base.path)
     for stage in config.stages:
         resolve_stage(
@@ -87,6 +92,7 @@ def prepare(
         paths.get("test_file"),
         model_path=base.path,
         task=config.task,
+        start_task=start_task,
         max_length=config.max_length,
         limits=limits,
         on_progress=on_progress,

@@ -52,10 +52,13 @@ class StageSnapshot:
 class RunState:
     """The results of a run's finished stages, and the snapshot of the one in training. Interventions are the model's.
 
-    evaluations, general_loss: of the base and after each stage. parity: of each merge.
+    evaluations, general_loss: of the model that the run started from and after each stage. parity: of each merge.
+    adapters: merged into the base so far, those of the model that the run started from first.
     """
 
     rows_sha256: str  #: of the training examples: a checkpoint of other rows must not be continued
+    #: Of the fine-tuned model that the run goes on from (StartModel.sha256); None: it started from a base.
+    start_sha256: str | None = None
     #: Keys of the stages' results (heft_engine.training.stage_cache) when the run began; empty without a cache.
     keys: list[str] = field(default_factory=list)
     stage_index: int = 0  #: of the stage in training or next
@@ -210,8 +213,10 @@ def rows_hash(examples: Sequence[Example]) -> str:
     return total.hexdigest()
 
 
-def load_checkpoint(path: Path, config: TrainConfig, rows_sha256: str) -> Checkpoint:
-    """Reads and verifies a checkpoint of a run of the same config and rows.
+def load_checkpoint(
+    path: Path, config: TrainConfig, rows_sha256: str, start_sha256: str | None
+) -> Checkpoint:
+    """Reads and verifies a checkpoint of a run of the same config and rows, which went on from the same model.
 
     Raises BundleError for a damaged checkpoint, or one of another run.
     """
@@ -221,6 +226,8 @@ def load_checkpoint(path: Path, config: TrainConfig, rows_sha256: str) -> Checkp
         raise BundleError("this checkpoint belongs to a run with other settings")
     if values["rows_sha256"] != rows_sha256:
         raise BundleError("this checkpoint belongs to a run with other training rows")
+    if values.get("start_sha256") != start_sha256:
+        raise BundleError("this checkpoint belongs to a run that started from another model")
     adapters, interventions = read_stages(path / ("bundle" if values["inside_stage"] is None else "stages"))
     return Checkpoint(state=RunState.from_json(values, adapters, tensors), interventions=interventions)
 

@@ -15,7 +15,10 @@ import torch
 import transformers
 
 from heft_engine.adapters.lora.adapter import LoraAdapter
+from heft_engine.adapters.lora.weights import linear_of
 from heft_engine.adapters.registry import attach, check_stage
+from heft_engine.bundle.assemble import restore_interventions
+from heft_engine.bundle.format import Bundle
 from heft_engine.config.train import Stage, TrainConfig
 from heft_engine.data.encoding import Example
 from heft_engine.errors import TrainingError
@@ -110,11 +113,12 @@ def plan_run(
     rows: Rows,
     machine: Machine,
     *,
+    start: Bundle | None = None,
     flops_per_second: float | None = None,
 ) -> list[PlannedStage]:
     """Returns the plan of each stage, in order, in the first placement that all stages fit.
 
-    flops_per_second: of one GPU.
+    start: the fine-tuned model that the run goes on from. flops_per_second: of one GPU.
 
     Raises ConfigError for settings that do not fit the model.
     """
@@ -122,7 +126,15 @@ def plan_run(
     examples = rows.within(resolve_max_length(config.max_length, limit)).examples()
     plans = (
         list(
-            _planned(meta_model(model_config, config), config, examples, machine, placement, flops_per_second)
+            _planned(
+                meta_model(model_config, config),
+                config,
+                start,
+                examples,
+                machine,
+                placement,
+                flops_per_second,
+            )
         )
         for placement in _PLACEMENTS[: 1 if machine.gpus == 1 else 2]
     )
@@ -148,12 +160,16 @@ def meta_model(model_config: transformers.PreTrainedConfig, config: TrainConfig)
 def _planned(
     lm: PackedLM,
     config: TrainConfig,
+    start: Bundle | None,
     examples: list[Example],
     machine: Machine,
     placement: Placement,
     flops_per_second: float | None,
 ) -> Iterator[PlannedStage]:
-    for index, stage in enumerate(_resolved(lm, config)):
+    stages = _resolved(lm, config)
+    if start is not None:
+        _put_in_place(lm, start)
+    for index, stage in enumerate(stages):
         standing = tuple(lm.interventions)
         inputs = StageInputs(
             lm=lm,
@@ -177,6 +193,17 @@ def _resolved(lm: PackedLM, config: TrainConfig) -> list[Stage]:
     for stage in stages:
         check_stage(lm, stage)
     return stages
+
+
+def _put_in_place(lm: PackedLM, bundle: Bundle) -> None:
+    """Leaves the model as a bundle's stages do, without numbers."""
+    for adapter in bundle.adapters:
+        for module in adapter.factors:
+            linear = linear_of(lm.model, module)
+            nf4.set_weight(linear, torch.empty_like(linear.weight))
+    for placed in restore_interventions(bundle.interventions, lm):
+        placed.intervention.to(lm.device)
+        lm.interventions.add(placed)
 
 
 def _merge(adapter: LoraAdapter) -> None:

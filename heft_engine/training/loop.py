@@ -55,7 +55,7 @@ class TrainLoop:
     """One stage's training."""
 
     stage: Stage
-    index: int
+    index: int  #: of the stage in its run
     seed: int
     adapter: Adapter
     objective: Objective
@@ -65,6 +65,7 @@ class TrainLoop:
     first_step: int  #: optimizer steps of the run before this stage
     total_steps: int  #: of the whole run
     hooks: Hooks
+    stages_before: int = 0  #: stages of the model that the run goes on from: random draws go on too
     ranks: Ranks = SINGLE_PROCESS  #: the processes that share the rows of each step
     progress: Progress = field(default_factory=Progress)
     best: dict[str, Tensor] = field(default_factory=dict)  #: parameters of the best epoch, for early stopping
@@ -81,7 +82,9 @@ class TrainLoop:
         #: One kernel for all parameters of a GPU; Adam's step counters are on the GPU then.
         self._fused = all(parameter.is_cuda for parameter in parameters.values())
         self.optimizer = torch.optim.AdamW(groups, lr=0.0, betas=BETAS, eps=EPSILON, fused=self._fused)
-        self._exchange = Exchange(ranks=self.ranks, seed=self.seed, stage_index=self.index)
+        self._exchange = Exchange(
+            ranks=self.ranks, seed=self.seed, stage_index=self.stages_before + self.index
+        )
 
     @property
     def steps_per_epoch(self) -> int:
@@ -123,7 +126,8 @@ class TrainLoop:
     def _remaining_batches(self) -> Iterator[list[int]]:
         """Yields the rows of each optimizer step of this epoch that is still to come."""
         size = self.stage.batch_size
-        order = epoch_order(self.seed, self.index, self.progress.epoch, len(self.forward.examples))
+        place = self.stages_before + self.index
+        order = epoch_order(self.seed, place, self.progress.epoch, len(self.forward.examples))
         done = self.progress.step - self.progress.epoch * self.steps_per_epoch
         for start in range(done * size, len(order), size):
             yield order[start : start + size]

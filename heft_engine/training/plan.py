@@ -230,7 +230,7 @@ class _Passes:
         """Returns the rows of every pass, cut to `budget` tokens."""
         inputs, rows, size = self.inputs, len(self.inputs.examples), self.inputs.stage.batch_size
         epochs = min(inputs.stage.n_epochs, max(1, COUNTED_ROWS // rows))
-        orders = (epoch_order(inputs.seed, inputs.index, epoch, rows) for epoch in range(epochs))
+        orders = (epoch_order(inputs.seed, inputs.place, epoch, rows) for epoch in range(epochs))
         steps = (order[start : start + size] for order in orders for start in range(0, rows, size))
         division = inputs.division(inputs.examples, fixed=self.level != CacheLevel.NONE)
         shares = (share for step in steps for share in division.of(step))

@@ -57,11 +57,12 @@ class StageMeasurements:
 
 
 def evaluate_stage(inputs: RunInputs, index: int | None) -> tuple[dict[str, Any], tuple[Scores, ...]]:
-    """Evaluates the model after stage `index` (None: the base) on the reported rows.
+    """Evaluates the model after stage `index` (None: before all stages) on the reported rows.
 
     Returns the record that RunState.evaluations holds, and the rows' scores where labels were scored.
     """
-    stage = "base" if index is None else inputs.config.stages[index].type
+    before = "base" if inputs.start is None else "start"
+    stage = before if index is None else inputs.config.stages[index].type
     record = {"stage": stage, "stage_index": index}
     if not inputs.reported:
         return record, ()
@@ -115,9 +116,15 @@ def write_result(
 ) -> Bundle:
     """Writes the bundle of the result so far. Raises TrainingError if serving would see other prompts than training."""
     calibration = measured.calibration
+    stages_before = inputs.start.info.stages if inputs.start is not None else []
+    parity_before = inputs.start.info.parity if inputs.start is not None else []
+    # In a bundle, stages are counted over all its runs.
+    own_parity = [
+        {**record, "stage_index": len(stages_before) + record["stage_index"]} for record in state.parity
+    ]
     info = BundleInfo(
         method=inputs.config.method,
-        stages=[stage.model_dump() for stage in inputs.config.stages[: state.stage_index]],
+        stages=[*stages_before, *(stage.model_dump() for stage in inputs.config.stages[: state.stage_index])],
         base_model=BaseRecord(
             reference=inputs.base.reference,
             source=inputs.base.source,
@@ -135,7 +142,8 @@ def write_result(
         temperature=calibration.temperature if calibration is not None else 1.0,
         calibration=calibration.to_json() if calibration is not None else None,
         evaluation=evaluation_summary(inputs, state, calibration),
-        parity=state.parity,
+        parity=[*parity_before, *own_parity],
+        started_from=inputs.start.ancestry if inputs.start is not None else [],
         probe_tolerance=measured.probe_tolerance,
         versions=package_versions(inputs.config.base_quantization),
     )

@@ -23,7 +23,9 @@ from torch import Tensor
 
 from heft_engine.adapters.adapter import Merge
 from heft_engine.adapters.lora.weights import LoraWeights
+from heft_engine.bundle.assemble import resolve_base, restore_interventions
 from heft_engine.bundle.format import Bundle
+from heft_engine.bundle.start import read_start
 from heft_engine.config.run_file import RunOptions
 from heft_engine.config.train import TrainConfig
 from heft_engine.data.encoding import Example
@@ -83,6 +85,9 @@ def train(
 ) -> Bundle:
     """Trains the stages of a config and writes a bundle to `out_dir`, a new or empty directory.
 
+    They start from the config's model: a base, or a fine-tuned model (`options.start`, or a bundle's path). The new
+    bundle holds that one's stages too.
+
     `eval_rows` decide early stopping and `test_rows` are only reported. `stage_store` holds the results of stages of
     earlier runs: a new run starts after the longest prefix of its stages found there, and stores its own results.
     `activations`: frozen activations that runs on this machine share. `ranks`: the processes that train together; each
@@ -91,17 +96,17 @@ def train(
     and a checkpoint was written.
     """
     options = options or RunOptions()
+    start = read_start(config.model, options.start, allow_paths=options.allow_paths)
     if ranks.is_first and out_dir.exists() and any(out_dir.iterdir()):
         raise ConfigError(f"{out_dir} is not empty: a bundle needs a directory of its own", param="out")
-    base = resolve(
-        config.model,
-        model_dir=options.model_dir,
-        cache_dir=options.cache_dir,
-        allow_paths=options.allow_paths,
-    )
+    folders: dict[str, Any] = options.model_dump(include={"model_dir", "cache_dir", "allow_paths"})
+    if start is None:
+        base = resolve(config.model, **folders)
+    else:
+        config, base = start.inherit(config), resolve_base(start.bundle, **folders)
     ranks = ranks.on_device(options.device)
     device = ranks.device or choose_device()
-    inputs = load(config, base, train_rows, eval_rows, test_rows, device, ranks)
+    inputs = load(config, base, train_rows, eval_rows, test_rows, device, ranks, start)
     return run_stages(
         inputs,
         out_dir,
@@ -165,11 +170,12 @@ def _open(
     ranks, rows_sha256 = inputs.ranks, rows_hash(inputs.examples)
     ranks.check_same("the training rows", rows_sha256)
     keys = stage_keys(inputs) if stage_store is not None else []
-    state = RunState(rows_sha256=rows_sha256, keys=keys, processes=ranks.size)
+    start_sha256 = inputs.start.sha256 if inputs.start is not None else None
+    state = RunState(rows_sha256=rows_sha256, start_sha256=start_sha256, keys=keys, processes=ranks.size)
     resume = options.resume
     # Rank 0's alone: other machines need not have it.
     checkpoint = ranks.broadcast(
-        lambda: None if resume is None else load_checkpoint(resume, inputs.config, rows_sha256)
+        lambda: None if resume is None else load_checkpoint(resume, inputs.config, rows_sha256, start_sha256)
     )
     if checkpoint is not None:
         state = _continued(checkpoint.state, ranks)
@@ -200,7 +206,7 @@ def _begin(
     """Returns the state before the first stage to train, and its measurements where they are known.
 
     A new run starts after its longest cached prefix, each stage of which is announced and saved as if it had just
-    ended; without one, with the evaluation of the base.
+    ended; without one, with the evaluation of the base, or of the fine-tuned model that it goes on from.
     """
     if state.evaluations:
         return state, None
@@ -208,6 +214,10 @@ def _begin(
     if cached is not None:
         _apply(inputs.lm, cached.state.adapters, cached.interventions)
         return cached.state, cached.measured
+    if inputs.start is not None:
+        bundle = inputs.start.bundle
+        state = replace(state, adapters=bundle.adapters)
+        _apply(inputs.lm, bundle.adapters, restore_interventions(bundle.interventions, inputs.lm))
 
     def with_base() -> RunState:
         general_loss = mean_loss(inputs.lm, inputs.general)
@@ -326,4 +336,6 @@ def _apply(
     """Puts the model where finished stages left it: adapters merged, interventions in place."""
     for adapter in adapters:
         adapter.merge_into(lm.model)
+    for placed in interventions:
+        placed.intervention.to(lm.device)  # a stage may go on training it
     lm.interventions.extend(interventions)

@@ -184,7 +184,7 @@ def succeeded(state: RunState, bundle: Bundle, outcomes: dict[str, Any] | None) 
     data = SucceededData(
         bundle=str(bundle.path),
         evaluation=bundle.info.evaluation,
-        parity={"merges": bundle.info.parity},
+        parity={"merges": state.parity},
         trained_tokens=state.trained_tokens,
         costs=state.costs,
         outcomes=outcomes,

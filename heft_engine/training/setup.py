@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 from heft_engine.adapters.parity import PROBE_ROWS
 from heft_engine.adapters.registry import check_stage
+from heft_engine.bundle.start import StartModel
 from heft_engine.config.train import TrainConfig
 from heft_engine.data.encoding import Encoder, Example
 from heft_engine.data.general_text import general_examples
@@ -42,7 +43,13 @@ class RunInputs:
     merge_probes: list[Example]  #: training rows on which a merged model is compared with the adapter
     bundle_probes: list[tuple[Row, Example]]  #: rows on which a loaded bundle is compared with training
     general: list[Example]  #: text that has nothing to do with the task, to measure forgetting on
+    start: StartModel | None = None  #: the fine-tuned model that the run goes on from; None: the base
     ranks: Ranks = SINGLE_PROCESS  #: the processes of this run
+
+    @property
+    def stages_before(self) -> int:
+        """The number of stages of the model that the run goes on from."""
+        return len(self.start.info.stages) if self.start is not None else 0
 
     def first_step(self, index: int) -> int:
         """Returns the number of optimizer steps before stage `index`."""
@@ -62,15 +69,23 @@ def load(
     test_rows: Sequence[Row],
     device: str,
     ranks: Ranks = SINGLE_PROCESS,
+    start: StartModel | None = None,
 ) -> RunInputs:
-    """Loads the base and encodes the rows. Raises RowError, ConfigError and ModelError."""
+    """Loads the base and encodes the rows. Raises RowError, ConfigError and ModelError.
+
+    start: its settings are inherited already, its stages are not yet in place. Raises BundleError for a start that was
+    trained with another tokenizer.
+    """
     if not train_rows:
         raise RowError("there are no training rows", param="training_file")
     if config.early_stopping is not None and not eval_rows:
         raise ConfigError("early stopping needs validation rows", param="early_stopping")
     model_info = inspect(base.path)
     tokenizer = load_tokenizer(base.path)
-    task = Task.resolve(config.task, infer_task(train_rows))
+    if start is not None:
+        start.check_tokenizer(tokenizer)
+    start_task = start.task if start is not None else None
+    task = Task.resolve(config.task, infer_task(train_rows), start_task)
     max_length = resolve_max_length(config.max_length, model_info.max_position_embeddings)
     encoder = Encoder(tokenizer, task, max_length)
     dtype = choose_dtype(config.dtype, device)
@@ -94,6 +109,7 @@ def load(
         merge_probes=sorted(examples[:_PROBE_CANDIDATES], key=_prompt_length)[:PROBE_ROWS],
         bundle_probes=sorted(probes, key=lambda probe: _prompt_length(probe[1]))[:PROBE_ROWS],
         general=[example.supervised() for example in general_examples(encoder)],
+        start=start,
         ranks=ranks,
     )
 

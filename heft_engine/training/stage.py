@@ -71,6 +71,7 @@ def train_stage(
         forward=training,
         validation=validation,
         early_stopping=inputs.early_stopping,
+        stages_before=inputs.stages_before,
         first_step=inputs.first_step,
         total_steps=inputs.total_steps,
         hooks=hooks,

@@ -1,6 +1,7 @@
 """Results of stages, reused by later runs: a sweep over stage 2 trains stage 1 once.
 
-A result is addressed by the SHA-256 of everything that went into it: the base, the rows in their order, the settings
+A result is addressed by the SHA-256 of everything that went into it: the base, the model that the run goes on from
+(by its content, not its name), the rows in their order, the settings
 of the stage and of all stages before it, the seed, this package's own code and its libraries. Settings count as
 resolved, so "auto" and the value it stands for are the same. Rows that are only measured on count too, because a result
 includes their scores.
@@ -21,9 +22,9 @@ from pathlib import Path
 from typing import Any, Protocol
 
 import torch
-from torch import Tensor
 
 from heft_engine.adapters.lora.weights import LoraWeights
+from heft_engine.bundle.content import adapter_content, tensor_hashes
 from heft_engine.bundle.format import package_versions, read_bundle
 from heft_engine.data.encoding import Example, tokenizer_hash
 from heft_engine.errors import BundleError
@@ -123,6 +124,7 @@ def stage_keys(inputs: RunInputs) -> list[str]:
     probes = [*inputs.merge_probes, *(example for _, example in inputs.bundle_probes)]
     ingredients: dict[str, Any] = {
         **_model_ingredients(inputs),
+        "start": inputs.start.sha256 if inputs.start is not None else None,
         "tokenizer": tokenizer_hash(inputs.encoder.tokenizer),
         "task": inputs.encoder.task.to_json(),
         "max_length": inputs.encoder.max_length,
@@ -154,7 +156,7 @@ def activation_key(
     ingredients = {
         **_model_ingredients(inputs),
         "threads": torch.get_num_threads(),
-        "adapters": [_adapter_ingredients(adapter) for adapter in adapters],
+        "adapters": [adapter_content(adapter) for adapter in adapters],
         "sites": [_intervention_ingredients(placed) for placed in stage.standing],
         "rows": rows_hash(examples),
         "skipped": [boundary.first_token(len(example.prompt)) for example in examples],
@@ -178,22 +180,9 @@ def _model_ingredients(inputs: RunInputs) -> dict[str, Any]:
     }
 
 
-def _adapter_ingredients(adapter: LoraWeights) -> Any:
-    tensors = {
-        name: [_tensor_hash(factor) for factor in factors] for name, factors in adapter.factors.items()
-    }
-    magnitudes = {name: _tensor_hash(tensor) for name, tensor in (adapter.magnitudes or {}).items()}
-    return [adapter.scaling, tensors, magnitudes]
-
-
 def _intervention_ingredients(placed: PlacedIntervention) -> Any:
-    tensors = {name: _tensor_hash(tensor) for name, tensor in placed.intervention.state_dict().items()}
+    tensors = tensor_hashes(placed.intervention.state_dict())
     return [placed.layer, placed.positions, placed.intervention.kind, tensors]
-
-
-def _tensor_hash(tensor: Tensor) -> str:
-    flat = tensor.detach().cpu().contiguous().view(-1).view(torch.uint8)
-    return hashlib.sha256(flat.numpy().tobytes()).hexdigest() + str(tuple(tensor.shape))
 
 
 def _digest(value: Any) -> str:

@@ -36,9 +36,15 @@ class StageInputs:
     examples: Sequence[Example]
     validation: Sequence[Example]
     early_stopping: EarlyStopping | None = None
+    stages_before: int = 0  #: stages of the model that the run goes on from
     first_step: int = 0  #: optimizer steps of the run before this stage
     total_steps: int  #: of the whole run
     ranks: Ranks = SINGLE_PROCESS
+
+    @property
+    def place(self) -> int:
+        """The stage's number in its model, on which its random draws depend."""
+        return self.stages_before + self.index
 
     def division(self, examples: Sequence[Example], *, fixed: bool) -> Division:
         """Returns the division of this stage's examples among its ranks."""
@@ -64,8 +70,11 @@ class StageOptions:
 
 
 def attach_stage(inputs: RunInputs, index: int) -> StageInputs:
-    """Attaches the adapter of stage `index`. The same seed gives the same bits, whatever ran before."""
-    torch.manual_seed(derived_seed(inputs.config.seed, index))
+    """Attaches the adapter of stage `index`. The same seed gives the same bits, whatever ran before.
+
+    A run that goes on from another's model trains what one run of all the stages would.
+    """
+    torch.manual_seed(derived_seed(inputs.config.seed, inputs.stages_before + index))
     standing = tuple(inputs.lm.interventions)
     stage = inputs.config.stages[index]
     return StageInputs(
@@ -78,6 +87,7 @@ def attach_stage(inputs: RunInputs, index: int) -> StageInputs:
         examples=inputs.examples,
         validation=inputs.validation,
         early_stopping=inputs.config.early_stopping,
+        stages_before=inputs.stages_before,
         first_step=inputs.first_step(index),
         total_steps=inputs.total_steps,
         ranks=inputs.ranks,

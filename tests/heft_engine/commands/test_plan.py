@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from engine_runs import LORA, REFT, but, config, run
 from tiny_models import tiny_config
 
 from heft_engine.commands.main import main
@@ -152,3 +153,19 @@ def test_settings_that_do_not_fit_the_model_are_refused(
     assert error["param"] == "reft.layers"
     assert main(["plan", "--model", str(llama_7b), *common, "--longest-row", "9"]) == 1
     assert json.loads(capsys.readouterr().err.splitlines()[-1])["error"]["param"] == "longest_row"
+
+
+def test_a_bundle_is_planned_by_its_base_with_its_stages_in_place(
+    capsys: pytest.CaptureFixture[str], tiny_llama_dir: Path, tmp_path: Path
+) -> None:
+    both = [but(LORA, n_epochs=1), but(REFT, n_epochs=1)]
+    run(config(tiny_llama_dir, "recipe", both, base_quantization="nf4"), tmp_path / "bundle")
+    settings = ["--set", "dtype=float32", "--set", "base_quantization=nf4"]
+    whole = plan(capsys, tiny_llama_dir, "--method", "heft", *settings)["stages"]
+    (second,) = plan(capsys, tmp_path / "bundle", "--method", "reft")["stages"]
+    assert second["weight_bytes"] == whole[1]["weight_bytes"] > whole[0]["weight_bytes"], (
+        "merged, they are whole"
+    )
+    arguments = ["--rows", "9", "--row-tokens", "9", "--gpu", "24GB", "--host-memory", "9GB"]
+    assert main(["plan", "--model", str(tmp_path / "bundle"), *arguments, "--set", "dtype=bfloat16"]) == 1
+    assert "dtype must be auto or float32" in capsys.readouterr().err
