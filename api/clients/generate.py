@@ -13,7 +13,7 @@ from api.clients.predict import PredictClient, WorkerError, model_address
 from store import models
 from store.errors import Unavailable
 from store.messages.broker import Task
-from store.messages.generate import GenerateMessage, GenerateReply, SamplingParams
+from store.messages.generate import Constraint, GenerateMessage, GenerateReply, SamplingParams
 from store.messages.predict import Intervention
 
 
@@ -78,8 +78,12 @@ class TextClient:
         sampling_params: SamplingParams,
         stream: bool,
         intervention: Intervention,
+        constraint: Constraint | None = None,
     ) -> Replies:
-        """Returns the replies to a request for `n` texts to each input. `request_id` is unique."""
+        """Returns the replies to a request for `n` texts to each input, each of which matches `constraint`.
+
+        `request_id` is unique.
+        """
         now = time.time()
         message = GenerateMessage(
             request_id=request_id,
@@ -88,6 +92,7 @@ class TextClient:
             n=n,
             wish=sampling_params,
             stream=stream,
+            constraint=constraint,
             intervention=intervention,
             sent_at=now,
             deadline=now + self._timeout,

@@ -14,9 +14,12 @@ from typing import TypeVar
 
 import torch
 from torch import Tensor
+from xgrammar import CompiledGrammar, GrammarMatcher
 
 from heft_engine.data.encoding import Example
+from heft_engine.errors import EngineError
 from heft_engine.inference.decode_attention import DecodeAttention
+from heft_engine.inference.grammar import GrammarDeadEnd, mask_tokens
 from heft_engine.inference.kv_cache import KVCache, Slot
 from heft_engine.inference.partition import TOKEN_BUDGET
 from heft_engine.inference.sampling import SampledToken, Sampler, SamplingParams
@@ -42,6 +45,8 @@ class DecodeRequest:
     scale: float = 1.0
     #: The unmerged adapter of the sequence's model.
     adapter: RowAdapter | None = None
+    #: The text matches it, unless `max_tokens` end it earlier.
+    grammar: CompiledGrammar | None = None
 
     @property
     def max_cached_tokens(self) -> int:
@@ -59,7 +64,15 @@ class _Sequence:
     def __init__(self, request: DecodeRequest) -> None:
         self.request = request
         self.sampler = Sampler(request.sampling)
+        #: The state of the grammar after `generated`.
+        self.matcher = GrammarMatcher(request.grammar) if request.grammar is not None else None
         self.generated: list[int] = []
+
+    def append(self, token: int) -> None:
+        """Takes in the next token. It must be one that the grammar allows."""
+        if self.matcher is not None and not self.matcher.accept_token(token):
+            raise RuntimeError(f"the grammar does not accept token {token}, which its mask allowed")
+        self.generated.append(token)
 
     @property
     def computed(self) -> Example:
@@ -80,6 +93,7 @@ class DecodeBatch:
         self._kv_cache = KVCache(lm, budget_bytes)
         self._sequences: dict[Hashable, _Sequence] = {}
         self._preempted: dict[Hashable, _Sequence] = {}
+        self._failed: dict[Hashable, EngineError] = {}
 
     def __len__(self) -> int:
         return len(self._sequences)
@@ -130,7 +144,7 @@ class DecodeBatch:
         for sequence in sequences:
             self._preempted.pop(sequence.request.id, None)
             self._sequences[sequence.request.id] = sequence
-        return _sample(sequences, logits)
+        return self._sample(sequences, logits)
 
     def _allocate_and_prefill(self, sequences: Sequence[_Sequence], allocated: list[_Sequence]) -> Tensor:
         """Returns the logits after the last token of each sequence, (sequences, vocabulary).
@@ -174,7 +188,7 @@ class DecodeBatch:
         sequences, logits = self._run(self._decode)
         for sequence in sequences:
             sequence.slot.length += 1
-        return _sample(sequences, logits)
+        return self._sample(sequences, logits)
 
     def _decode(self) -> tuple[list[_Sequence], Tensor]:
         """Returns the sequences in the order of their slots, and their logits (sequences, vocabulary)."""
@@ -216,10 +230,16 @@ class DecodeBatch:
         if sequence is not None:
             self._kv_cache.free(sequence.slot)
 
+    def take_failed(self) -> dict[Hashable, EngineError]:
+        """Returns the sequences that passes since the last call have removed, with the errors that ended them."""
+        failed, self._failed = self._failed, {}
+        return failed
+
     def clear(self) -> None:
         """Removes every sequence and frees all memory, also after a pass that failed half-way."""
         self._sequences.clear()
         self._preempted.clear()
+        self._failed.clear()
         self._kv_cache.clear()
 
     def _prefill(self, sequences: Sequence[_Sequence]) -> Tensor:
@@ -238,6 +258,41 @@ class DecodeBatch:
         with self._lm.inference_mode(one_token=True):
             return self._lm.logits(self._lm.finish(states[:, index_tensor(last_positions, states.device)])[0])
 
+    def _sample(self, sequences: Sequence[_Sequence], logits: Tensor) -> dict[Hashable, SampledToken]:
+        """Returns the next token of each sequence, from logits (sequences, vocabulary), which it changes.
+
+        Sequences whose grammar allows no token are removed.
+        """
+        # Log-probabilities are the model's own, without the grammar.
+        unmasked = {
+            row: logits[row].clone()
+            for row, sequence in enumerate(sequences)
+            if sequence.matcher is not None and sequence.request.sampling.top_logprobs is not None
+        }
+        dead_ends = mask_tokens(logits, [sequence.matcher for sequence in sequences])
+        for row in dead_ends:
+            self._fail(sequences[row])
+        argmax = logits.argmax(dim=-1).tolist()
+        tokens = {}
+        for row, (sequence, likeliest) in enumerate(zip(sequences, argmax, strict=True)):
+            if row in dead_ends:
+                continue
+            is_argmax = sequence.request.sampling.is_argmax
+            if is_argmax:
+                sampled = SampledToken(token=likeliest)
+            else:
+                sampled = sequence.sampler.sample(logits[row], unmasked=unmasked.get(row))
+            sequence.append(sampled.token)
+            tokens[sequence.request.id] = sampled
+        return tokens
+
+    def _fail(self, sequence: _Sequence) -> None:
+        self.remove(sequence.request.id)
+        self._failed[sequence.request.id] = GrammarDeadEnd(
+            "no token of this model's vocabulary can continue the text as its grammar demands: loosen the schema, or "
+            "ask without it"
+        )
+
 
 class _SlotWriter:
     """Writes a prefill's keys and values into the sequences' slots. Implements `layout.KVSink`."""
@@ -247,18 +302,6 @@ class _SlotWriter:
 
     def write(self, layer: int, row: int, keys: Tensor, values: Tensor) -> None:
         self._slots[row].write(layer, keys[0], values[0])
-
-
-def _sample(sequences: Sequence[_Sequence], logits: Tensor) -> dict[Hashable, SampledToken]:
-    """Returns the next token of each sequence, from logits (sequences, vocabulary)."""
-    argmax = logits.argmax(dim=-1).tolist()
-    tokens = {}
-    for sequence, likeliest, row in zip(sequences, argmax, logits, strict=True):
-        is_argmax = sequence.request.sampling.is_argmax
-        sampled = SampledToken(token=likeliest) if is_argmax else sequence.sampler.sample(row)
-        sequence.generated.append(sampled.token)
-        tokens[sequence.request.id] = sampled
-    return tokens
 
 
 def _adapters(sequences: Sequence[_Sequence]) -> tuple[RowAdapter | None, ...] | None:

@@ -23,7 +23,7 @@ class SamplingParams:
     temperature: 0 is greedy.
     presence_penalty, frequency_penalty: subtracted from the logits of generated tokens, once and for each occurrence.
     top_logprobs: number of alternatives with log-probabilities; None for no log-probabilities. They are the model's
-        own, before temperature, penalties and biases.
+        own, before temperature, penalties, biases and grammar.
     """
 
     temperature: float = 0.0
@@ -65,15 +65,18 @@ class Sampler:
             self._generator.manual_seed(params.seed)
         self._counts: Counter[int] = Counter()
 
-    def sample(self, logits: Tensor) -> SampledToken:
-        """Returns the next token for float32 logits (vocabulary,)."""
+    def sample(self, logits: Tensor, *, unmasked: Tensor | None = None) -> SampledToken:
+        """Returns the next token for float32 logits (vocabulary,). A token of -inf is never drawn.
+
+        `unmasked` are the logits that log-probabilities are taken from, where some of `logits` are masked.
+        """
         row = logits.detach().cpu()
         adjusted = self._adjust(row) if self.params.adjusts_logits else row
         token = self._draw(adjusted) if self.params.temperature > 0 else int(adjusted.argmax())
         self._counts[token] += 1
         if self.params.top_logprobs is None:
             return SampledToken(token=token)
-        logprobs = torch.log_softmax(row, dim=-1)
+        logprobs = torch.log_softmax(row if unmasked is None else unmasked.detach().cpu(), dim=-1)
         values, tokens = logprobs.topk(min(self.params.top_logprobs, len(row)))
         top_logprobs = tuple(zip(tokens.tolist(), values.tolist(), strict=True))
         return SampledToken(token=token, logprob=float(logprobs[token]), top_logprobs=top_logprobs)
@@ -105,4 +108,5 @@ def _inverse_cdf(weights: Tensor, uniform: float) -> int:
     """Returns the first index at which the running sum of the weights passes `uniform` times their total."""
     cumulative = weights.double().cumsum(0)
     index = int(torch.searchsorted(cumulative, uniform * cumulative[-1], right=True))
-    return min(index, len(weights) - 1)
+    # The product may round up to the total: then it is the last index that has a weight.
+    return index if index < len(weights) else int(weights.nonzero()[-1])

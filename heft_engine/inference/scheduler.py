@@ -12,7 +12,7 @@ from __future__ import annotations
 from collections.abc import Hashable, Sequence
 from itertools import islice
 
-from heft_engine.errors import OutOfMemory
+from heft_engine.errors import EngineError, OutOfMemory
 from heft_engine.inference.decode_batch import DecodeBatch, DecodeRequest, PassOutOfMemory
 from heft_engine.inference.sampling import SampledToken
 
@@ -54,6 +54,10 @@ class DecodeScheduler:
         """Removes a request, waiting or running. An unknown id is ignored."""
         self._waiting.pop(request_id, None)
         self.batch.remove(request_id)
+
+    def take_failed(self) -> dict[Hashable, EngineError]:
+        """Returns the requests that ended in an error since the last call. They have been removed."""
+        return self.batch.take_failed()
 
     def clear(self) -> None:
         """Removes all requests, also after a pass that failed half-way."""

@@ -61,6 +61,11 @@ class PackedLM:
         return len(self.layers)
 
     @property
+    def vocab_size(self) -> int:
+        """Width of the logits: at least the tokenizer's vocabulary, and some more where it is padded."""
+        return int(self.config.vocab_size)
+
+    @property
     def hidden_size(self) -> int:
         return int(self.config.hidden_size)
 

@@ -6,15 +6,17 @@ Requests are submitted and cancelled from any thread; one thread at a time calls
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Hashable, Sequence
+from collections.abc import Callable, Hashable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 from transformers import PreTrainedTokenizerBase
+from xgrammar import CompiledGrammar
 
 from heft_engine.errors import RowError
 from heft_engine.inference.decode_batch import DecodeBatch, DecodeRequest
 from heft_engine.inference.detokenizer import Detokenizer, Vocabulary
+from heft_engine.inference.grammar import Constraint, GrammarCompiler
 from heft_engine.inference.greedy import eos_token_ids
 from heft_engine.inference.sampling import SampledToken
 from heft_engine.inference.scheduler import DecodeScheduler, SequenceOutOfMemory
@@ -27,9 +29,14 @@ FinishReason = Literal["stop", "length"]
 
 @dataclass(frozen=True, kw_only=True)
 class TextRequest(DecodeRequest):
-    """A prompt and how to continue it. `stop`: strings that end the text and are left out."""
+    """A prompt and how to continue it.
+
+    stop: strings that end the text and are left out.
+    constraint: the text matches it, unless `max_tokens` or a stop string end it earlier. It becomes the `grammar`.
+    """
 
     stop: tuple[str, ...] = ()
+    constraint: Constraint | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -68,6 +75,7 @@ class TextGenerator:
         self._submitted: list[_TextStream] = []
         self._cancelled: set[Hashable] = set()
         self._streams: dict[Hashable, _TextStream] = {}
+        self._grammar_compiler: GrammarCompiler | None = None
 
     @property
     def is_busy(self) -> bool:
@@ -81,9 +89,10 @@ class TextGenerator:
         return self._batch.allocated_bytes
 
     def submit(self, requests: Sequence[TextRequest], on_delta: OnDelta) -> None:
-        """Queues requests; `on_delta` is called from within `step`.
+        """Compiles constraints and queues requests; `on_delta` is called from within `step`.
 
-        Raises RowError, and queues none, when one does not fit the key/value cache.
+        Raises RowError, and queues none, when one does not fit the key/value cache or has a constraint that can't be
+        compiled.
         """
         for request in requests:
             needed = self._batch.bytes_for(request)
@@ -94,9 +103,34 @@ class TextGenerator:
                     param="max_tokens",
                 )
         eos_tokens = eos_token_ids(self._lm, self._tokenizer)
-        streams = [_TextStream(request, on_delta, self._tokenizer, eos_tokens) for request in requests]
+        streams = [
+            _TextStream(request, on_delta, self._tokenizer, eos_tokens)
+            for request in self._with_grammars(requests, eos_tokens)
+        ]
         with self._lock:
             self._submitted += streams
+
+    def _with_grammars(
+        self, requests: Sequence[TextRequest], eos_tokens: frozenset[int]
+    ) -> Iterator[TextRequest]:
+        """Yields the requests with the grammars of their constraints. Raises RowError."""
+        grammars: dict[Constraint, CompiledGrammar] = {}
+        for request in requests:
+            constraint = request.constraint
+            if constraint is None:
+                yield request
+                continue
+            if constraint not in grammars:
+                grammars[constraint] = self._compiler(eos_tokens).compile(constraint)
+            yield replace(request, grammar=grammars[constraint])
+
+    def _compiler(self, eos_tokens: frozenset[int]) -> GrammarCompiler:
+        with self._lock:
+            if self._grammar_compiler is None:
+                self._grammar_compiler = GrammarCompiler(
+                    self._tokenizer, vocab_size=self._lm.vocab_size, eos_tokens=eos_tokens
+                )
+            return self._grammar_compiler
 
     def cancel(self, request_id: Hashable) -> None:
         """Removes a request before the next pass, without a further delta. An unknown id is ignored."""
@@ -117,6 +151,8 @@ class TextGenerator:
                     self._remove(request_id)
                 if delta.text or delta.tokens or delta.finish_reason is not None:
                     stream.on_delta(request_id, delta)
+            for request_id, failure in self._scheduler.take_failed().items():
+                self._fail(request_id, failure)
         except Exception as error:
             self._fail_all(error)
             raise
@@ -125,10 +161,14 @@ class TextGenerator:
         try:
             return self._scheduler.step()
         except SequenceOutOfMemory as error:
-            stream = self._streams[error.request_id]
-            self._remove(error.request_id)
-            stream.on_delta(error.request_id, error)
+            self._fail(error.request_id, error)
             return {}
+
+    def _fail(self, request_id: Hashable, error: Exception) -> None:
+        """Ends one request with `error`."""
+        stream = self._streams[request_id]
+        self._remove(request_id)
+        stream.on_delta(request_id, error)
 
     def fail(self, error: Exception) -> None:
         """Ends every request with `error`: no step will follow."""

@@ -26,6 +26,18 @@ class SamplingParams(TypedDict):
     stop: list[str]
 
 
+class Constraint(TypedDict):
+    """A grammar that every text of a request must match.
+
+    source: a JSON schema or a structural tag of xgrammar as JSON text, or a grammar in EBNF.
+    param: the request's field that asks for it, for error messages.
+    """
+
+    kind: Literal["json_schema", "structural_tag", "ebnf"]
+    source: str
+    param: str
+
+
 class GenerateMessage(TypedDict):
     """A request for `n` texts of each of `inputs`: rows with a prompt or with messages, as the user sent them.
 
@@ -39,6 +51,7 @@ class GenerateMessage(TypedDict):
     n: int
     wish: SamplingParams
     stream: bool
+    constraint: NotRequired[Constraint | None]
     intervention: Intervention
     sent_at: float
     deadline: float

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from heft_engine.data.encoding import Example
 from heft_engine.data.rows import parse_row
 from heft_engine.errors import RowError
+from heft_engine.inference.grammar import Constraint
 from heft_engine.inference.sampling import SamplingParams
 from heft_engine.serving.predictor import Predictor
 from heft_engine.serving.text_generator import TextDelta, TextRequest
@@ -31,10 +32,11 @@ class TextBatch:
 
 
 def start(predictor: Predictor, message: GenerateMessage) -> TextBatch:
-    """Encodes a request's prompts and starts to generate its texts. Raises RowError."""
+    """Encodes a request's prompts, compiles its constraint and starts to generate its texts. Raises RowError."""
     examples = _prompts(predictor, message)
     max_tokens = [_max_tokens(predictor, example, message) for example in examples]
     request_id, n, intervention = message["request_id"], message["n"], message["intervention"]
+    constraint = message.get("constraint")
     requests = [
         TextRequest(
             id=(request_id, index),
@@ -43,6 +45,7 @@ def start(predictor: Predictor, message: GenerateMessage) -> TextBatch:
             sampling=_sampling(message, index),
             scale=intervention["scale"] if intervention["enabled"] else 0.0,
             stop=tuple(message["wish"]["stop"]),
+            constraint=Constraint(**constraint) if constraint is not None else None,
         )
         for index in range(len(examples) * n)
     ]

@@ -13,7 +13,9 @@ from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from heft_engine.data.rows import parse_row
 from heft_engine.errors import OutOfMemory, RowError
+from heft_engine.inference import decode_batch
 from heft_engine.inference.detokenizer import Detokenizer, Vocabulary
+from heft_engine.inference.grammar import Constraint, GrammarDeadEnd
 from heft_engine.inference.kv_cache import KVCache
 from heft_engine.inference.sampling import SamplingParams
 from heft_engine.inference.stop_strings import StopStringFilter
@@ -243,6 +245,52 @@ def test_a_request_that_never_has_room_is_refused(tiny_llama_dir: Path) -> None:
         Listener(small).submit("long", max_tokens=300)
     assert refusal.value.param == "max_tokens"
     assert not small.generator.is_busy
+
+
+class TestConstraints:
+    YES_OR_NO = Constraint(kind="ebnf", source='root ::= "yes" | "no"')
+
+    def test_a_text_matches_its_constraint_and_ends_with_it(self, listener: Listener) -> None:
+        listener.submit("free")
+        listener.run()
+        free = listener.pieces.pop("free")
+        listener.submit("free")
+        listener.submit("constrained", constraint=self.YES_OR_NO)
+        listener.run()
+        assert listener.text("constrained") in ("yes", "no")
+        assert listener.pieces["constrained"][-1].finish_reason == "stop"
+        assert listener.pieces["free"] == free
+
+    def test_max_tokens_and_stop_strings_end_it_earlier(self, listener: Listener) -> None:
+        digits = Constraint(kind="ebnf", source="root ::= [0-9]{100}")
+        listener.submit("short", constraint=digits, max_tokens=5)
+        listener.submit("stopped", constraint=Constraint(kind="ebnf", source='root ::= "abc"'), stop=("b",))
+        listener.run()
+        assert listener.pieces["short"][-1].finish_reason == "length"
+        assert listener.text("short").isdigit()
+        assert listener.text("stopped") == "a"
+        assert listener.pieces["stopped"][-1].finish_reason == "stop"
+
+    def test_a_constraint_that_cannot_be_compiled_queues_nothing(self, listener: Listener) -> None:
+        listener.submit("running", max_tokens=12)
+        listener.predictor.generator.step()
+        with pytest.raises(RowError, match="can't be turned into a grammar"):
+            listener.submit("refused", constraint=Constraint(kind="ebnf", source="nonsense"))
+        listener.run()
+        assert list(listener.pieces) == ["running"]
+
+    def test_a_dead_end_is_told_to_its_listener_alone(
+        self, listener: Listener, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        monkeypatch.setattr(
+            decode_batch, "mask_tokens", lambda _, matchers: [row for row, m in enumerate(matchers) if m]
+        )
+        listener.submit("free")
+        listener.submit("constrained", constraint=self.YES_OR_NO)
+        listener.run()
+        assert isinstance(listener.errors["constrained"], GrammarDeadEnd)
+        assert listener.pieces["free"][-1].finish_reason == "length"
+        assert listener.predictor.generator.memory_bytes == 0
 
 
 class TestPredict:

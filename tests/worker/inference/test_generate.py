@@ -126,6 +126,26 @@ def test_several_prompts_and_several_texts(asker: Asker) -> None:
     assert text(asker.ask("next seed", seed=6)) == texts[1]
 
 
+def test_every_text_matches_the_constraint(asker: Asker) -> None:
+    constraint = {"kind": "json_schema", "source": '{"enum": ["red", "green"]}', "param": "response_format"}
+    (both,) = asker.ask("both", constraint=constraint, n=3)
+    texts = [text([both], index) for index in range(3)]
+    assert set(texts) <= {'"red"', '"green"'}
+    assert [part["finish_reason"] for part in both["chunk"]] == ["stop"] * 3
+
+
+def test_a_constraint_that_cannot_be_compiled_is_the_clients_fault(asker: Asker) -> None:
+    constraint = {
+        "kind": "json_schema",
+        "source": '{"type": "strin"}',
+        "param": "tools[0].function.parameters",
+    }
+    (reply,) = asker.ask("refused", constraint=constraint)
+    assert reply["error"]["status"] == 400
+    assert reply["error"]["param"] == "tools[0].function.parameters"
+    assert "Unsupported type" in reply["error"]["message"]
+
+
 def test_a_request_joins_those_under_way(asker: Asker) -> None:
     """The short one is answered while the long one is being written."""
     asker.ask("warm up")

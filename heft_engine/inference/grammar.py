@@ -1,0 +1,155 @@
+"""Grammars that texts must match: compiled by xgrammar for a tokenizer, and applied to logits as masks of tokens."""
+
+from __future__ import annotations
+
+import importlib.util
+import threading
+from collections.abc import Collection, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import TimeoutError as FutureTimeout
+from dataclasses import dataclass
+from functools import cache
+from typing import Literal
+
+import torch
+import xgrammar
+from torch import Tensor
+from transformers import PreTrainedTokenizerBase
+from xgrammar import CompiledGrammar, GrammarMatcher
+
+from heft_engine.errors import RowError
+from heft_engine.runtime.transfers import to_device
+
+#: Compiled grammars of one tokenizer.
+CACHE_BYTES = 64 * 1024**2
+#: Longest compilation that a request waits for.
+COMPILE_SECONDS = 10.0
+#: Whitespace characters between two parts of a JSON text at most: `{"a":1}` and `{"a": 1}`, but no run of blanks, which
+#: small models write for ever where they may.
+MAX_WHITESPACE = 1
+
+
+@dataclass(frozen=True, kw_only=True)
+class Constraint:
+    """A grammar that a text must match, not compiled yet.
+
+    source: a JSON schema or a structural tag of xgrammar as JSON text, or a grammar in EBNF.
+    param: the request's field that asks for it, for error messages.
+    """
+
+    kind: Literal["json_schema", "structural_tag", "ebnf"]
+    source: str
+    param: str = "response_format"
+
+
+class GrammarDeadEnd(RowError):
+    """A text that no token of the vocabulary can continue as its grammar demands."""
+
+
+class GrammarCompiler:
+    """Compiles constraints for one tokenizer and keeps what it has compiled. Safe to use from many threads."""
+
+    def __init__(
+        self,
+        tokenizer: PreTrainedTokenizerBase,
+        *,
+        vocab_size: int,
+        eos_tokens: Collection[int],
+        cache_bytes: int = CACHE_BYTES,
+        seconds: float = COMPILE_SECONDS,
+    ) -> None:
+        """`vocab_size` is the width of the logits, which may have columns that no token has."""
+        self._tokenizer = tokenizer
+        self._vocab_size = vocab_size
+        self._eos_tokens = sorted(token for token in eos_tokens if token < vocab_size)
+        self._cache_bytes = cache_bytes
+        self._seconds = seconds
+        self._lock = threading.Lock()
+        self._compiler: xgrammar.GrammarCompiler | None = None
+
+    def compile(self, constraint: Constraint) -> CompiledGrammar:
+        """Returns a constraint's grammar, compiled on a thread of its own.
+
+        Raises RowError when xgrammar refuses it, when it takes too long, and for a tokenizer without an end-of-text
+        token, whose texts could not end with their grammar.
+        """
+        future: Future[CompiledGrammar] = _compile_threads().submit(self._compile, constraint)
+        try:
+            return future.result(self._seconds)
+        except FutureTimeout:
+            future.cancel()
+            raise RowError(
+                f"{constraint.param}: its grammar was not compiled within {self._seconds:g} s: make the schema smaller",
+                param=constraint.param,
+            ) from None
+
+    def _compile(self, constraint: Constraint) -> CompiledGrammar:
+        if not self._eos_tokens:
+            raise RowError(
+                f"{constraint.param}: this model's tokenizer has no end-of-text token, which must end the answer",
+                param=constraint.param,
+            )
+        try:
+            compiler = self._xgrammar_compiler()
+            if constraint.kind == "json_schema":
+                return compiler.compile_json_schema(
+                    constraint.source, any_whitespace=True, max_whitespace_cnt=MAX_WHITESPACE
+                )
+            if constraint.kind == "structural_tag":
+                return compiler.compile_structural_tag(constraint.source)
+            return compiler.compile_grammar(constraint.source)
+        except (RuntimeError, ValueError) as error:
+            reason = str(error).strip().splitlines()[-1]
+            raise RowError(
+                f"{constraint.param} can't be turned into a grammar: {reason}", param=constraint.param
+            ) from error
+
+    def _xgrammar_compiler(self) -> xgrammar.GrammarCompiler:
+        """Returns the tokenizer's compiler, which reads the whole vocabulary once."""
+        with self._lock:
+            if self._compiler is None:
+                vocabulary = xgrammar.TokenizerInfo.from_huggingface(
+                    self._tokenizer, vocab_size=self._vocab_size, stop_token_ids=self._eos_tokens
+                )
+                self._compiler = xgrammar.GrammarCompiler(
+                    vocabulary, max_threads=1, cache_limit_bytes=self._cache_bytes
+                )
+            return self._compiler
+
+
+def mask_tokens(logits: Tensor, matchers: Sequence[GrammarMatcher | None]) -> list[int]:
+    """Sets logits (rows, vocabulary) of tokens that a row's grammar does not allow to -inf, in place.
+
+    Rows without a matcher stay as they are. Returns the rows that no token is left for.
+    """
+    rows = [row for row, matcher in enumerate(matchers) if matcher is not None]
+    if not rows:
+        return []
+    bitmask = xgrammar.allocate_token_bitmask(*logits.shape)
+    for row in rows:
+        matcher = matchers[row]
+        assert matcher is not None
+        matcher.fill_next_token_bitmask(bitmask, row)
+    xgrammar.apply_token_bitmask_inplace(
+        logits,
+        to_device(bitmask, logits.device),
+        vocab_size=logits.shape[1],
+        indices=rows,
+        backend=_mask_backend(logits.device.type),
+    )
+    is_dead = (bitmask[rows] == 0).all(dim=1).tolist()
+    return [row for row, dead in zip(rows, is_dead, strict=True) if dead]
+
+
+@cache
+def _mask_backend(device_type: str) -> Literal["cpu", "triton", "torch_native"]:
+    if device_type == "cpu":
+        return "cpu"
+    has_triton = importlib.util.find_spec("triton") is not None and torch.cuda.is_available()
+    return "triton" if has_triton else "torch_native"
+
+
+@cache
+def _compile_threads() -> ThreadPoolExecutor:
+    """Two threads: a large schema does not hold up small ones, and the processor stays free for passes."""
+    return ThreadPoolExecutor(2, thread_name_prefix="grammar-compiler")
