@@ -139,7 +139,7 @@ def test_log_probabilities_are_those_without_the_grammar(llama: PackedLM, compil
 def test_a_finished_grammar_allows_the_end_alone(
     tokenizer: PreTrainedTokenizerBase, compiler: GrammarCompiler
 ) -> None:
-    """Of a model with two EOS tokens both, and no column beyond the tokenizer's vocabulary."""
+    """Both EOS tokens of a model that has two, and no column beyond the tokenizer's vocabulary."""
     two_ends = GrammarCompiler(tokenizer, vocab_size=VOCABULARY + 40, eos_tokens=[EOS, 4])
     matcher = xgrammar.GrammarMatcher(two_ends.compile(Constraint(kind="ebnf", source="root ::= [a-z]*")))
     logits = torch.zeros(3, VOCABULARY + 40)
