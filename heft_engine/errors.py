@@ -7,6 +7,7 @@ EngineError                 code, message, param; the message says what to chang
 ├── TrainingError           diverged, no progress, collapsed rotation, failed merge check
 ├── OutOfMemory             a single row or prompt that the device has no memory for
 ├── RankLost                another process of the same run has ended or does not answer
+├── ForgedMessage           a message between the ranks that none of them has sent
 ├── FailedElsewhere         another machine of the same run has failed, with this code
 ├── BundleError             a damaged bundle, or one whose probe rows don't give their stored scores
 └── Stopped                 no fault: the run was asked to stop and has written its checkpoint
@@ -56,6 +57,10 @@ class OutOfMemory(EngineError):
 
 class RankLost(EngineError):
     code = "rank_lost"
+
+
+class ForgedMessage(EngineError):
+    code = "forged_message"
 
 
 class FailedElsewhere(EngineError):

@@ -3,25 +3,30 @@
 Each is `python -m heft_engine train` with the environment variables of torchrun. torchrun itself starts its ranks in
 sessions of their own, out of reach of whoever kills this process and its group; these stay in the group, and end with
 this process too (--die-with-parent).
+
+The ranks of several machines meet at a port of machine 0, and admit each other by a secret, which is in the environment
+of this process. On one machine the secret is made here.
 """
 
 from __future__ import annotations
 
 import os
 import queue
+import secrets
 import signal
 import socket
 import subprocess
 import sys
 import threading
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from types import FrameType
 
 from heft_engine.commands.child_process import RANK_LOST, STOPPED
-from heft_engine.config.run_file import LISTEN_FD, RunFile
+from heft_engine.config.run_file import LISTEN_FD, SECRET, RunFile
 from heft_engine.errors import ConfigError, RankLost, Stopped
 
 #: Seconds that ranks have to end by themselves once one of them has ended early.
@@ -47,11 +52,9 @@ def run_ranks(run_file: RunFile, path: Path, stop: threading.Event) -> None:
     if stop.is_set():
         raise Stopped("stopped before training began, as requested")
     command = [*_TRAIN, "--run-file", str(path), "--die-with-parent"]
-    if run_file.nodes == 1:
-        with socket.create_server((_LOOPBACK, 0)) as server:
-            ranks = _Ranks(command, _environments(run_file, _on_loopback(server)), (server.fileno(),))
-    else:
-        ranks = _Ranks(command, _environments(run_file, _between_machines(run_file)))
+    meet = _on_loopback() if run_file.nodes == 1 else _between_machines(run_file)
+    with meet as (network, descriptors):
+        ranks = _Ranks(command, _environments(run_file, network), descriptors)
     endings = ranks.wait()
     codes = {ending.code for ending in endings}
     if codes == {0}:
@@ -80,18 +83,33 @@ def _environments(run_file: RunFile, network: Mapping[str, str]) -> list[dict[st
     ]
 
 
-def _on_loopback(server: socket.socket) -> dict[str, str]:
-    """Returns the variables of ranks on one machine, which meet at a listening socket."""
-    address, port = server.getsockname()
-    network = {"MASTER_ADDR": address, "MASTER_PORT": str(port), LISTEN_FD: str(server.fileno())}
-    if sys.platform == "linux":
-        # Gradients are not encrypted, and whoever reaches the port can send some.
-        network |= {"GLOO_SOCKET_IFNAME": "lo", "NCCL_SOCKET_IFNAME": "lo"}
-    return network
+_Meeting = Iterator[tuple[dict[str, str], tuple[int, ...]]]
 
 
-def _between_machines(run_file: RunFile) -> dict[str, str]:
-    """Returns the variables of ranks on several machines. Raises ConfigError."""
+@contextmanager
+def _on_loopback() -> _Meeting:
+    """Yields the variables of ranks on one machine, which meet at a listening socket, and its descriptor."""
+    with socket.create_server((_LOOPBACK, 0)) as server:
+        address, port = server.getsockname()
+        network = {
+            "MASTER_ADDR": address,
+            "MASTER_PORT": str(port),
+            LISTEN_FD: str(server.fileno()),
+            # Other users of the machine reach the port too.
+            SECRET: secrets.token_hex(32),
+        }
+        if sys.platform == "linux":
+            # Gradients are not encrypted, and whoever reaches the port can send some.
+            network |= {"GLOO_SOCKET_IFNAME": "lo", "NCCL_SOCKET_IFNAME": "lo"}
+        yield network, (server.fileno(),)
+
+
+@contextmanager
+def _between_machines(run_file: RunFile) -> _Meeting:
+    """Yields the variables of ranks on several machines, and the descriptors that they inherit.
+
+    Machine 0 listens from here on, unless the process that has started this one listens already. Raises ConfigError.
+    """
     address, _, port = (run_file.rendezvous or "").rpartition(":")
     if not address or not port.isdigit():
         message = "rendezvous: several machines need HOST:PORT of machine 0, the same on each"
@@ -99,7 +117,34 @@ def _between_machines(run_file: RunFile) -> dict[str, str]:
     if run_file.node_rank >= run_file.nodes:
         message = f"node_rank: {run_file.nodes} machines have the numbers 0 to {run_file.nodes - 1}"
         raise ConfigError(message, param="node_rank")
-    return {"MASTER_ADDR": address, "MASTER_PORT": port}
+    if SECRET not in os.environ:
+        message = (
+            f"rendezvous: several machines need {SECRET} in their environment, the same on each and a new one for each "
+            "run: the output of `openssl rand -hex 32`"
+        )
+        raise ConfigError(message, param="rendezvous")
+    network = {"MASTER_ADDR": address, "MASTER_PORT": port}
+    if run_file.node_rank > 0:
+        yield network, ()
+    elif LISTEN_FD in os.environ:
+        yield network, (int(os.environ[LISTEN_FD]),)
+    else:
+        with listen(int(port)) as server:
+            yield {**network, LISTEN_FD: str(server.fileno())}, (server.fileno(),)
+
+
+def listen(port: int) -> socket.socket:
+    """Returns a socket that listens on all of this machine's addresses; port 0: a port that is free.
+
+    Raises ConfigError if the port is taken.
+    """
+    with suppress(OSError, ValueError):  # without IPv6
+        return socket.create_server(("", port), family=socket.AF_INET6, dualstack_ipv6=True)
+    try:
+        return socket.create_server(("", port))
+    except OSError as error:
+        message = f"rendezvous: port {port} of this machine can't be listened on: {error}"
+        raise ConfigError(message, param="rendezvous") from error
 
 
 def _processors() -> int:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Sequence
+from contextlib import ExitStack
 from pathlib import Path
 
 from heft_engine.bundle.format import read_info
@@ -14,7 +15,8 @@ from heft_engine.config.run_file import FileField, RunFile
 from heft_engine.data.rows import Row, read_rows
 from heft_engine.data.task import Task
 from heft_engine.errors import EngineError, FailedElsewhere, RankLost
-from heft_engine.runtime.distributed import Ranks, process_group
+from heft_engine.runtime.distributed import SINGLE_PROCESS, Ranks
+from heft_engine.runtime.rendezvous import process_group
 from heft_engine.training.activation_store import MAX_BYTES, ActivationStore
 from heft_engine.training.run import train
 from heft_engine.training.stage_cache import StageStore
@@ -23,7 +25,11 @@ from heft_engine.training.stage_store import LocalStages
 
 def train_in_process(run_file: RunFile, stop: threading.Event) -> None:
     """Trains, with events on stdout: those of rank 0, and one rank's if it fails."""
-    with process_group() as ranks, report_failures(lambda error: _is_reporter(error, ranks)):
+    with ExitStack() as stack:
+        # Until the ranks have met, each tells its own failure.
+        with report_failures(lambda error: _is_reporter(error, SINGLE_PROCESS)):
+            ranks = stack.enter_context(process_group())
+        stack.enter_context(report_failures(lambda error: _is_reporter(error, ranks)))
         try:
             _train(run_file, stop, ranks)
         except RankLost as lost:

@@ -12,8 +12,10 @@ from pydantic import Field
 
 from heft_engine.config.train import MAX_LINE_BYTES, Settings, TrainConfig
 
-#: The environment variable of ranks on one machine that names the listening socket where they meet.
+#: The environment variable that names the listening socket, an inherited descriptor, where the ranks of a run meet.
 LISTEN_FD = "HEFT_LISTEN_FD"
+#: The environment variable with the secret that the ranks of a run share.
+SECRET = "HEFT_RENDEZVOUS_SECRET"
 
 FileField = Literal["training_file", "validation_file", "test_file"]
 

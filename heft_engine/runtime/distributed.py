@@ -2,36 +2,44 @@
 
 There is no wrapper around the model. Every rank knows the rows of every optimizer step, runs its share of them and adds
 its gradients to those of the others, so that all take the same optimizer step. Gradients go through NCCL on GPUs and
-gloo on CPUs; all else goes through gloo. `process_group` reads the environment variables of torchrun.
+gloo on CPUs; all else goes through gloo. Values and files are authenticated (heft_engine.runtime.messages); gradients
+and sums are not. heft_engine.runtime.rendezvous brings the ranks together.
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
-import os
-from collections.abc import Callable, Iterator, Mapping, Sequence
+import tempfile
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from datetime import timedelta
-from typing import Any, TypeVar
+from pathlib import Path
+from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
-from torch.distributed import TCPStore  # type: ignore[attr-defined]
 from torch.distributed.distributed_c10d import Store
-from torch.distributed.rendezvous import rendezvous
 
-from heft_engine.config.run_file import LISTEN_FD
-from heft_engine.errors import ConfigError, EngineError, FailedElsewhere, RankLost, TrainingError
+from heft_engine.errors import (
+    ConfigError,
+    EngineError,
+    FailedElsewhere,
+    ForgedMessage,
+    RankLost,
+    TrainingError,
+)
 from heft_engine.runtime.devices import choose_device
+from heft_engine.runtime.messages import (
+    MessageChannel,
+    file_list,
+    file_parts,
+    part_lengths,
+)
 from heft_engine.runtime.out_of_memory import is_out_of_memory
 
-T = TypeVar("T")
-
-#: Longest time between the first and the last rank's start.
-START_TIMEOUT = timedelta(minutes=10)
 #: Longest wait for the gradients of the other ranks: rank 0 may be writing a checkpoint. Only a rank that hangs, or
 #: whose machine is gone, is noticed by this; the end of a process closes its connections.
 STEP_TIMEOUT = timedelta(minutes=30)
@@ -41,7 +49,6 @@ FIRST_RANK_TIMEOUT = timedelta(days=2)
 _FIGURE_PARTS = 64
 #: In the store: the error of the first rank that has failed.
 _FAILURE = "failure"
-_VARIABLES = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -56,7 +63,8 @@ class StepSum:
 class Ranks:
     """The processes of a run, seen from one of them. All of them make the same calls in the same order.
 
-    Every exchange may raise RankLost: another rank has ended or does not answer. A single process exchanges nothing.
+    Every exchange may raise RankLost: another rank has ended or does not answer; those of values and files
+    ForgedMessage: they were not sent by a rank of this run. A single process exchanges nothing.
     """
 
     rank: int = 0
@@ -66,6 +74,7 @@ class Ranks:
     device: str | None = None  #: of this rank; None: not chosen yet
     _control: dist.ProcessGroup | None = field(default=None, repr=False)  #: for all but gradients
     _gradients: dist.ProcessGroup | None = field(default=None, repr=False)
+    _messages: MessageChannel | None = field(default=None, repr=False)  #: None: of a single process
     _store: Store | None = field(default=None, repr=False)
 
     @property
@@ -128,9 +137,8 @@ class Ranks:
         """Raises TrainingError (ranks_differ) on every rank unless all have the same digest."""
         if self.size == 1:
             return
-        digests: list[str] = [""] * self.size
         with self._exchange():
-            dist.all_gather_object(digests, digest, group=self._control)
+            digests = self._channel.gather(digest.encode())
         for rank, other in enumerate(digests):
             if other != digests[0]:
                 message = (
@@ -139,27 +147,62 @@ class Ranks:
                 )
                 raise TrainingError(message, code="ranks_differ")
 
-    def broadcast(self, make: Callable[[], T]) -> T:
-        """Returns to every rank what `make` returns on rank 0, the only one that calls it."""
-        if not self.is_first:
-            received: T = self.receive()
-            return received
-        value = make()
-        self.send(value)
-        return value
-
     def send(self, value: Any) -> None:
-        """Sends a value from rank 0 to the others, which call `receive`. Tensors must be on the CPU."""
+        """Sends a JSON value from rank 0 to the others, which call `receive`."""
         if self.size > 1:
+            payload = json.dumps(value).encode()
             with self._exchange():
-                dist.broadcast_object_list([value], src=0, group=self._control, device=torch.device("cpu"))
+                self._channel.send(payload)
 
     def receive(self) -> Any:
-        """Returns what rank 0 sends, however long it takes until it does."""
-        values: list[Any] = [None]
+        """Returns the JSON value that rank 0 sends, however long it takes until it does."""
         with self._exchange():
-            dist.broadcast_object_list(values, src=0, group=self._control, device=torch.device("cpu"))
-        return values[0]
+            payload = self._channel.receive()
+        return json.loads(payload)
+
+    @contextmanager
+    def shared_directory(self, path: Path | None) -> Iterator[Path | None]:
+        """Yields `path` to rank 0, and to the others a copy of that directory, which is there until the block ends.
+
+        path: rank 0's; None: there is none, on any rank. The other ranks' argument does not count.
+        """
+        if self.is_first:
+            self._send_directory(path)
+            yield path
+            return
+        files = self.receive()
+        if files is None:
+            yield None
+            return
+        with tempfile.TemporaryDirectory(prefix="heft-rank-") as copy:
+            self._receive_files(files, Path(copy))
+            yield Path(copy)
+
+    def _send_directory(self, path: Path | None) -> None:
+        if self.size == 1:
+            return
+        files = None if path is None else file_list(path)
+        self.send(files)
+        for file in files or ():
+            assert path is not None
+            for part in file_parts(path / file["path"], file["bytes"]):
+                with self._exchange():
+                    self._channel.send(part)
+
+    def _receive_files(self, files: Sequence[Mapping[str, Any]], directory: Path) -> None:
+        for file in files:
+            path = directory / file["path"]
+            path.parent.mkdir(parents=True, exist_ok=True)
+            with path.open("wb") as out:
+                for _ in part_lengths(file["bytes"]):
+                    with self._exchange():
+                        part = self._channel.receive()
+                    out.write(part)
+
+    @property
+    def _channel(self) -> MessageChannel:
+        assert self._messages is not None, "several ranks have a channel"
+        return self._messages
 
     def is_first_failure(self, error: EngineError) -> bool:
         """Returns True to the first rank of each machine that fails: the one that tells its machine why.
@@ -177,7 +220,8 @@ class Ranks:
                     "message": error.message,
                     "param": error.param,
                 }
-                self._store.set(_FAILURE, json.dumps(failure))
+                sealed = self._channel.authenticator.seal(_FAILURE, json.dumps(failure).encode())
+                self._store.set(_FAILURE, sealed.hex())
         except RuntimeError:  # the store ended with rank 0: nobody else can have told
             return True
         return is_first_here
@@ -189,8 +233,13 @@ class Ranks:
         try:
             if not self._store.check([_FAILURE]):
                 return None
-            failure = json.loads(self._store.get(_FAILURE))
-        except RuntimeError:  # the other machine had the store
+            sealed = bytes.fromhex(self._store.get(_FAILURE).decode())
+            failure = json.loads(self._channel.authenticator.open(_FAILURE, sealed))
+        except (
+            RuntimeError,
+            ValueError,
+            ForgedMessage,
+        ):  # the store has gone, or a stranger has written there
             return None
         if failure["rank"] < self.local_size:
             return None  # on this machine, it has told by itself
@@ -204,64 +253,12 @@ class Ranks:
             if is_out_of_memory(error):
                 raise
             message = (
-                f"rank {self.rank} of {self.size} has lost another process of its run: {_first_line(error)}"
+                f"rank {self.rank} of {self.size} has lost another process of its run: {first_line(error)}"
             )
             raise RankLost(message) from error
 
 
 SINGLE_PROCESS = Ranks()
-
-
-@contextmanager
-def process_group() -> Iterator[Ranks]:
-    """Yields the ranks that torchrun's environment variables describe; without them, a single process.
-
-    Raises ConfigError for an incomplete environment, RankLost if the ranks don't find each other.
-    """
-    if int(os.environ.get("WORLD_SIZE", "1")) == 1:
-        yield SINGLE_PROCESS
-        return
-    missing = [name for name in _VARIABLES if name not in os.environ]
-    if missing:
-        raise ConfigError(
-            f"WORLD_SIZE is set, but {', '.join(missing)} is not. Start the ranks with --processes"
-        )
-    rank, local_rank, size, local_size = (int(os.environ[name]) for name in _VARIABLES[:4])
-    try:
-        store = _connect(rank)
-        dist.init_process_group("gloo", store=store, rank=rank, world_size=size, timeout=START_TIMEOUT)
-        # A group of its own, because the first connection between machines must not wait for so long.
-        control = dist.new_group(backend="gloo", timeout=FIRST_RANK_TIMEOUT)
-    except RuntimeError as error:
-        message = f"rank {rank} of {size} did not find the others: {_first_line(error)}"
-        raise RankLost(message) from error
-    yield Ranks(
-        rank=rank, size=size, local_rank=local_rank, local_size=local_size, _control=control, _store=store
-    )
-    # Only after success: with a rank gone, it could wait for it.
-    dist.destroy_process_group()
-
-
-def _connect(rank: int) -> Store:
-    """Returns the store in which the ranks find each other. Rank 0 serves it.
-
-    Its server would listen on every interface; on one machine it takes over a socket that listens on loopback.
-    """
-    store: Store
-    descriptor = os.environ.get(LISTEN_FD)
-    if descriptor is None:
-        store, _, _ = next(rendezvous("env://", timeout=START_TIMEOUT))
-        store.set_timeout(START_TIMEOUT)
-        return store
-    store = TCPStore(
-        os.environ["MASTER_ADDR"],
-        int(os.environ["MASTER_PORT"]),
-        is_master=rank == 0,
-        timeout=START_TIMEOUT,
-        master_listen_fd=int(descriptor) if rank == 0 else None,
-    )
-    store.set_timeout(START_TIMEOUT)
-    return store
 
 
 def _rank_device(requested: str | None, local_rank: int, local_size: int) -> str:
@@ -293,5 +290,6 @@ def fingerprint(tensors: Mapping[str, Tensor]) -> str:
     return total.hexdigest()
 
 
-def _first_line(error: Exception) -> str:
+def first_line(error: Exception) -> str:
+    """Returns the first line of an error's message; its name where it has none."""
     return (str(error).splitlines() or [type(error).__name__])[0][:200]

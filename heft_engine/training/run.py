@@ -3,8 +3,9 @@
 A LoRA stage ends merged; a ReFT stage leaves an intervention in place that later stages train through. This module
 alone holds the run's state, emits its events and writes its files.
 
-Of several ranks all train and merge; rank 0 alone reads checkpoints, plans, evaluates, emits events and writes. The
-others wait for what it sends: the state to begin with, each stage's plan, and the state after each stage.
+Of several ranks all train and merge; rank 0 alone finds checkpoints, plans, evaluates, emits events and writes. The
+others wait for what it sends: the checkpoint or cached stage to begin with, each stage's plan, the state after each
+stage, and the bundle. States and plans travel as JSON, all else as files.
 """
 
 from __future__ import annotations
@@ -13,18 +14,17 @@ import logging
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from heft_engine.adapters.adapter import Merge
 from heft_engine.adapters.lora.weights import LoraWeights
-from heft_engine.bundle.assemble import resolve_base, restore_interventions
-from heft_engine.bundle.format import Bundle
+from heft_engine.bundle.assemble import resolve_base
+from heft_engine.bundle.format import Bundle, read_bundle
 from heft_engine.bundle.start import read_start
 from heft_engine.config.run_file import RunOptions
 from heft_engine.config.train import TrainConfig
@@ -34,18 +34,13 @@ from heft_engine.errors import ConfigError
 from heft_engine.evaluation.evaluate import mean_loss
 from heft_engine.events import Event, OnEvent, Pulse
 from heft_engine.model.base_models import resolve
-from heft_engine.model.interventions import PlacedIntervention
-from heft_engine.model.packed_lm import PackedLM
 from heft_engine.runtime.devices import choose_device
 from heft_engine.runtime.distributed import SINGLE_PROCESS, Ranks
 from heft_engine.training import run_events
 from heft_engine.training.activation_store import ActivationStore, StageActivations
 from heft_engine.training.checkpoint import (
-    CheckpointWriter,
     RunState,
     StageSnapshot,
-    load_checkpoint,
-    rows_hash,
 )
 from heft_engine.training.costs import stage_cost
 from heft_engine.training.loop import Hooks
@@ -61,9 +56,13 @@ from heft_engine.training.result import (
     write_result,
 )
 from heft_engine.training.run_output import RunOutput
+from heft_engine.training.run_start import begin, open_run, with_results
 from heft_engine.training.setup import RunInputs, load
 from heft_engine.training.stage import train_stage
-from heft_engine.training.stage_cache import CachedStage, StageCache, StageStore, activation_key, stage_keys
+from heft_engine.training.stage_cache import (
+    StageStore,
+    activation_key,
+)
 from heft_engine.training.stage_inputs import StageInputs, StageOptions, attach_stage, make_stage_options
 
 log = logging.getLogger(__name__)
@@ -134,9 +133,9 @@ def run_stages(
         on_event, stage_store = _log_warning, None
         options = options.model_copy(update={"checkpoint_dir": None})
     inputs.lm.on_forward = Pulse(on_event)
-    state, output = _open(inputs, options, on_event, stage_store)
+    state, output = open_run(inputs, options, on_event, stage_store)
     output.emit(run_events.started(inputs))
-    state, measured = _begin(inputs, state, output)
+    state, measured = begin(inputs, state, output)
     stage_options = make_stage_options(inputs, options, out_dir.parent)
     for index in range(state.stage_index, len(inputs.config.stages)):
         began = time.monotonic()
@@ -151,90 +150,17 @@ def run_stages(
                 began=began,
                 peak_bytes=peak_bytes,
             )
-            state, measured = ranks.broadcast(partial(_finish_stage, trained, state, output))
-
-    def finish() -> Bundle:
-        stage_results = measured or measure_stage(inputs)
-        bundle = write_result(inputs, state, stage_results, list(inputs.lm.interventions), out_dir)
-        validation = validation_result(inputs, stage_results, generate_text=options.evaluate_validation)
-        output.emit(run_events.succeeded(state, bundle, row_results(inputs, state, validation)))
+            state, measured = _finish_stage(trained, state, output)
+    if not ranks.is_first:
+        with ranks.shared_directory(None) as copy:
+            assert copy is not None, "rank 0 writes a bundle"
+            return replace(read_bundle(copy), path=out_dir)
+    stage_results = measured or measure_stage(inputs)
+    bundle = write_result(inputs, state, stage_results, list(inputs.lm.interventions), out_dir)
+    validation = validation_result(inputs, stage_results, generate_text=options.evaluate_validation)
+    output.emit(run_events.succeeded(state, bundle, row_results(inputs, state, validation)))
+    with ranks.shared_directory(out_dir):
         return bundle
-
-    return ranks.broadcast(finish)
-
-
-def _open(
-    inputs: RunInputs, options: RunOptions, on_event: OnEvent, stage_store: StageStore | None
-) -> tuple[RunState, RunOutput]:
-    """Returns the state to continue, a checkpoint's or a new one, and the outputs of a run that does."""
-    ranks, rows_sha256 = inputs.ranks, rows_hash(inputs.examples)
-    ranks.check_same("the training rows", rows_sha256)
-    keys = stage_keys(inputs) if stage_store is not None else []
-    start_sha256 = inputs.start.sha256 if inputs.start is not None else None
-    state = RunState(rows_sha256=rows_sha256, start_sha256=start_sha256, keys=keys, processes=ranks.size)
-    resume = options.resume
-    # Rank 0's alone: other machines need not have it.
-    checkpoint = ranks.broadcast(
-        lambda: None if resume is None else load_checkpoint(resume, inputs.config, rows_sha256, start_sha256)
-    )
-    if checkpoint is not None:
-        state = _continued(checkpoint.state, ranks)
-        interventions = [stored.restore(inputs.lm.hidden_size) for stored in checkpoint.interventions]
-        _apply(inputs.lm, state.adapters, interventions)
-    # A checkpoint may be continued by newer code, or beside other test rows: its results belong to no key.
-    cache = StageCache(store=stage_store, keys=keys if state.keys == keys else [])
-    checkpoints = CheckpointWriter(
-        directory=options.checkpoint_dir, seconds=options.checkpoint_seconds, epochs=options.n_checkpoints
-    )
-    return state, RunOutput(inputs=inputs, on_event=on_event, checkpoints=checkpoints, cache=cache)
-
-
-def _continued(state: RunState, ranks: Ranks) -> RunState:
-    """Returns a checkpoint's state for these ranks. Sets torch's threads as they were, unless ranks are more or fewer.
-
-    The order of sums in a matrix product may depend on the number of threads.
-    """
-    if state.processes == ranks.size:
-        torch.set_num_threads(state.threads)
-        return state
-    return replace(state, processes=ranks.size, threads=torch.get_num_threads())
-
-
-def _begin(
-    inputs: RunInputs, state: RunState, output: RunOutput
-) -> tuple[RunState, StageMeasurements | None]:
-    """Returns the state before the first stage to train, and its measurements where they are known.
-
-    A new run starts after its longest cached prefix, each stage of which is announced and saved as if it had just
-    ended; without one, with the evaluation of the base, or of the fine-tuned model that it goes on from.
-    """
-    if state.evaluations:
-        return state, None
-    cached = inputs.ranks.broadcast(partial(_restore_cached, inputs, output))
-    if cached is not None:
-        _apply(inputs.lm, cached.state.adapters, cached.interventions)
-        return cached.state, cached.measured
-    if inputs.start is not None:
-        bundle = inputs.start.bundle
-        state = replace(state, adapters=bundle.adapters)
-        _apply(inputs.lm, bundle.adapters, restore_interventions(bundle.interventions, inputs.lm))
-
-    def with_base() -> RunState:
-        general_loss = mean_loss(inputs.lm, inputs.general)
-        evaluation, _ = evaluate_stage(inputs, None)
-        output.emit(*run_events.evaluation(evaluation, inputs.split))
-        return state.with_base(evaluation, general_loss)
-
-    return inputs.ranks.broadcast(with_base), None
-
-
-def _restore_cached(inputs: RunInputs, output: RunOutput) -> CachedStage | None:
-    """Announces and saves the longest cached prefix of the run's stages. Returns the last of them."""
-    cached_stages = output.cache.restore(inputs)
-    for index, cached in enumerate(cached_stages):
-        output.emit(*run_events.stage_reused(inputs, cached.state, output.cache.key(index)))
-        output.save_stage(cached.state, cached.measured, cached.interventions)
-    return cached_stages[-1] if cached_stages else None
 
 
 def _train(
@@ -286,10 +212,10 @@ def _shared_plan(stage: StageInputs, options: StageOptions, earlier: Progress | 
     """Yields the plan of a stage: rank 0's, by its own free memory, which the other ranks follow."""
     ranks = stage.ranks
     if not ranks.is_first:
-        earlier = ranks.receive()
+        earlier = Progress.of(ranks.receive())
     with plan_stage(stage, options, earlier) as plan:
         if ranks.is_first:
-            ranks.send(plan.as_progress)
+            ranks.send(asdict(plan.as_progress))
         yield plan
 
 
@@ -306,6 +232,19 @@ class _TrainedStage:
 
 
 def _finish_stage(
+    trained: _TrainedStage, state: RunState, output: RunOutput
+) -> tuple[RunState, StageMeasurements | None]:
+    """Returns the state after a trained stage, and to rank 0 its measurements."""
+    ranks = output.inputs.ranks
+    if ranks.is_first:
+        state, measured = _measure_stage(trained, state, output)
+        ranks.send(state.to_json())
+        return state, measured
+    merges = [trained.merge.weights] if trained.merge is not None else []
+    return with_results(state, ranks.receive(), [*state.adapters, *merges]), None
+
+
+def _measure_stage(
     trained: _TrainedStage, state: RunState, output: RunOutput
 ) -> tuple[RunState, StageMeasurements]:
     """Measures a trained stage, emits its events and writes its checkpoint. Returns the state after it."""
@@ -328,14 +267,3 @@ def _log_warning(event: Event) -> None:
     """Logs warnings of a rank whose other events nobody needs: rank 0 emits the same ones."""
     if event.level != "info":
         log.warning("%s", event.message)
-
-
-def _apply(
-    lm: PackedLM, adapters: Sequence[LoraWeights], interventions: Sequence[PlacedIntervention]
-) -> None:
-    """Puts the model where finished stages left it: adapters merged, interventions in place."""
-    for adapter in adapters:
-        adapter.merge_into(lm.model)
-    for placed in interventions:
-        placed.intervention.to(lm.device)  # a stage may go on training it
-    lm.interventions.extend(interventions)

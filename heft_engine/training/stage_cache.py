@@ -57,8 +57,12 @@ class StageStore(Protocol):
 
 @dataclass(frozen=True, kw_only=True)
 class CachedStage:
-    """The result of a stage that an earlier run trained: the state it left, its interventions and measurements."""
+    """The result of a stage that an earlier run trained: the state it left, its interventions and measurements.
 
+    path: of its directory, until the run's store removes it.
+    """
+
+    path: Path
     state: RunState
     interventions: list[PlacedIntervention]
     measured: StageMeasurements
@@ -90,31 +94,37 @@ def _read(paths: Sequence[Path], keys: list[str], inputs: RunInputs) -> Iterator
     """Yields results up to one that can't be read, or that its key does not belong to."""
     for count, path in enumerate(paths, 1):
         try:
-            values, _ = load_state(path)
-            bundle = read_bundle(path / "bundle")
-            interventions = [stored.restore(inputs.lm.hidden_size) for stored in bundle.interventions]
+            stage = read_stage(path, inputs)
         except BundleError:
             return
-        if values["keys"][:count] != keys[:count] or values["stage_index"] != count:
+        if stage.state.keys[:count] != keys[:count] or stage.state.stage_index != count:
             return
-        state = RunState.from_json(values, bundle.adapters, {})
-        calibration = bundle.info.calibration
-        yield CachedStage(
-            # This run has trained nothing yet, and does so on the threads of this process.
-            state=replace(
-                state,
-                keys=keys,
-                trained_tokens=0,
-                threads=torch.get_num_threads(),
-                costs=[{**cost, "reused": True} for cost in state.costs],
-            ),
-            interventions=interventions,
-            measured=StageMeasurements(
-                probe=bundle.probe,
-                probe_tolerance=bundle.info.probe_tolerance,
-                calibration=Calibration(**calibration) if calibration is not None else None,
-            ),
-        )
+        yield replace(stage, state=replace(stage.state, keys=keys))
+
+
+def read_stage(path: Path, inputs: RunInputs) -> CachedStage:
+    """Returns the result of a stage in a directory, for a run that goes on from it. Raises BundleError."""
+    values, _ = load_state(path)
+    bundle = read_bundle(path / "bundle")
+    state = RunState.from_json(values, bundle.adapters, {})
+    calibration = bundle.info.calibration
+    return CachedStage(
+        path=path,
+        # This run has trained nothing yet, and does so on the threads of this process.
+        state=replace(
+            state,
+            trained_tokens=0,
+            threads=torch.get_num_threads(),
+            processes=inputs.ranks.size,
+            costs=[{**cost, "reused": True} for cost in state.costs],
+        ),
+        interventions=[stored.restore(inputs.lm.hidden_size) for stored in bundle.interventions],
+        measured=StageMeasurements(
+            probe=bundle.probe,
+            probe_tolerance=bundle.info.probe_tolerance,
+            calibration=Calibration(**calibration) if calibration is not None else None,
+        ),
+    )
 
 
 def stage_keys(inputs: RunInputs) -> list[str]:

@@ -154,7 +154,8 @@ class Group(Base):
     processes: Mapped[int]  #: of each machine
     rendezvous: Mapped[str]  #: host:port of machine 0, where the processes meet
     opened_at: Mapped[CreatedAt]
-    started_at: Mapped[datetime | None]  #: when it was full; nobody joins afterwards
+    started_at: Mapped[datetime | None]  #: when all members were ready; nobody joins afterwards
+    secret: Mapped[str | None]  #: by which the processes admit each other; None: opened by an older version
 
 
 class GroupMember(Base):
@@ -169,6 +170,7 @@ class GroupMember(Base):
     joined_at: Mapped[CreatedAt]
     lease_until: Mapped[datetime]
     error: Mapped[dict[str, Any] | None]  #: {code, message, param}, that its processes have failed with
+    ready_at: Mapped[datetime | None]  #: when it had the rows
 
     __table_args__ = (ForeignKeyConstraint(["job_id", "attempt"], ["groups.job_id", "groups.attempt"]),)
 

@@ -1,20 +1,22 @@
 """Groups of workers that train one job together.
 
 The worker that has claimed a job opens a group for its attempt, and is machine 0 of it. Others join, each as a machine
-of its own, until the group is full; then it starts, and nobody joins any more. The job has one lease, its claim's. A
-member has a lease on its place, which machine 0 watches, and writes nothing to the job.
+of its own, until the group is full. It starts when all of them have the rows; nobody joins any more. The job has one
+lease, its claim's. A member has a lease on its place, which machine 0 watches, and writes nothing to the job.
 
 Members join the group that was opened first, and a group that is not full gives way to one opened before it. So workers
 that have claimed two jobs at a time don't wait for each other.
+
+A group has a secret, made for this attempt, by which the processes of its machines admit each other.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
-from typing import Any
+from dataclasses import dataclass, field
+from typing import Any, cast
 
-from sqlalchemy import ColumnElement, and_, delete, exists, func, or_, select, update
+from sqlalchemy import ColumnElement, ScalarSelect, and_, delete, exists, func, or_, select, update
 from sqlalchemy.dialects.postgresql import insert
 from sqlalchemy.orm import Session
 
@@ -42,10 +44,19 @@ class Membership:
     claim: Claim
     node_rank: int
     rendezvous: str
+    secret: str = field(repr=False)
 
 
-def open_group(session: Session, claim: Claim, *, shape: GroupShape, rendezvous: str) -> None:
-    """Opens a group for a claimed job. rendezvous: host:port of this machine. Raises LostFence."""
+@dataclass(frozen=True, kw_only=True)
+class GroupState:
+    """A group as machine 0 sees it. free_places: of members that have not joined."""
+
+    free_places: int
+    has_started: bool
+
+
+def open_group(session: Session, claim: Claim, *, shape: GroupShape, rendezvous: str, secret: str) -> None:
+    """Opens a group for a claimed job. rendezvous: host:port of this machine, which listens. Raises LostFence."""
     lock(session, claim)
     values = {
         "job_id": claim.job_id,
@@ -53,29 +64,35 @@ def open_group(session: Session, claim: Claim, *, shape: GroupShape, rendezvous:
         "nodes": shape.nodes,
         "processes": shape.processes,
         "rendezvous": rendezvous,
+        "secret": secret,
     }
     # This call may be repeated, when the answer to the first COMMIT was lost.
     session.execute(insert(Group).values(values).on_conflict_do_nothing())
 
 
-def missing_members(session: Session, claim: Claim) -> int:
-    """Starts the group of a claimed job if it is full. Returns how many members it lacks. Raises LostFence."""
+def start_when_ready(session: Session, claim: Claim) -> GroupState:
+    """Starts the group of a claimed job if it is full and all members are ready. Raises LostFence."""
     lock(session, claim)
     group = session.scalars(select(Group).where(_is_group_of(claim)).with_for_update()).one()
     if group.started_at is not None:
-        return 0  # this call is repeated: the answer to the first COMMIT was lost
+        # This call is repeated: the answer to the first COMMIT was lost.
+        return GroupState(free_places=0, has_started=True)
     _remove_expired(session, group)
-    missing = group.nodes - 1 - len(_taken(session, group))
-    if missing == 0:
+    ready_at = session.scalars(select(GroupMember.ready_at).where(*_members_of(group))).all()
+    free_places = group.nodes - 1 - len(ready_at)
+    has_started = free_places == 0 and None not in ready_at
+    if has_started:
         session.execute(update(Group).where(_is_group_of(claim)).values(started_at=func.now()))
-    return missing
+    return GroupState(free_places=free_places, has_started=has_started)
 
 
 def gives_way(session: Session, claim: Claim) -> bool:
     """Returns True if a group of the same shape, opened before this claim's, still lacks members."""
     group = session.scalars(select(Group).where(_is_group_of(claim))).one()
     query = (
-        select(Group.job_id).join(Job, Job.id == Group.job_id).where(_is_open(group.nodes, group.processes))
+        select(Group.job_id)
+        .join(Job, Job.id == Group.job_id)
+        .where(_is_open(group.nodes, group.processes), _n_members() < Group.nodes - 1)
     )
     earlier = or_(
         Group.opened_at < group.opened_at,
@@ -86,16 +103,11 @@ def gives_way(session: Session, claim: Claim) -> bool:
 
 def join(session: Session, *, worker_id: str, shape: GroupShape, lease_seconds: float) -> Membership | None:
     """Takes a place in the group of this shape that was opened first; None when no group lacks members."""
-    present = select(func.count()).where(
-        GroupMember.job_id == Group.job_id,
-        GroupMember.attempt == Group.attempt,
-        GroupMember.lease_until >= func.now(),
-        GroupMember.worker_id != worker_id,
-    )
+    n_others = _n_members(GroupMember.worker_id != worker_id)
     query = (
         select(Group, Job)
         .join(Job, Job.id == Group.job_id)
-        .where(_is_open(shape.nodes, shape.processes), present.scalar_subquery() < Group.nodes - 1)
+        .where(_is_open(shape.nodes, shape.processes), n_others < Group.nodes - 1)
         .order_by(Group.opened_at, Group.job_id)
         .limit(1)
         .with_for_update(of=Group)
@@ -122,7 +134,9 @@ def join(session: Session, *, worker_id: str, shape: GroupShape, lease_seconds: 
     )
     session.flush()
     claim = _claim_of_member(job, worker_id, lease_seconds)
-    return Membership(claim=claim, node_rank=free[0], rendezvous=group.rendezvous)
+    return Membership(
+        claim=claim, node_rank=free[0], rendezvous=group.rendezvous, secret=cast(str, group.secret)
+    )
 
 
 def _claim_of_member(job: Job, worker_id: str, lease_seconds: float) -> Claim:
@@ -137,6 +151,20 @@ def _claim_of_member(job: Job, worker_id: str, lease_seconds: float) -> Claim:
         checkpoints=(),
         validation=job.validation,
     )
+
+
+def set_ready(session: Session, membership: Membership) -> None:
+    """Says that a member has all that it needs to train. Raises LostFence if its place is no longer its own."""
+    statement = (
+        update(GroupMember)
+        .where(_is_place_of(membership))
+        .values(ready_at=func.now())
+        .returning(GroupMember.node_rank)
+    )
+    if session.scalar(statement) is None:
+        raise LostFence(
+            f"place {membership.node_rank} of {membership.claim.job_id} was given to another worker"
+        )
 
 
 def renew(session: Session, membership: Membership) -> bool:
@@ -206,8 +234,9 @@ def _is_place_of(membership: Membership) -> ColumnElement[bool]:
 
 
 def _is_open(nodes: int, processes: int) -> ColumnElement[bool]:
-    """Returns the condition under which a group of this shape lacks members; of a row of Group and its Job."""
+    """Returns the condition under which a group of this shape has not started; of a row of Group and its Job."""
     return and_(
+        Group.secret.is_not(None),  # a group that an older version has opened admits nobody
         Group.nodes == nodes,
         Group.processes == processes,
         Group.started_at.is_(None),
@@ -217,6 +246,16 @@ def _is_open(nodes: int, processes: int) -> ColumnElement[bool]:
         Job.cancel_requested_at.is_(None),
         Job.pause_requested_at.is_(None),
     )
+
+
+def _n_members(*conditions: ColumnElement[bool]) -> ScalarSelect[int]:
+    """Returns how many places of a row of Group are taken, by members that fulfil the conditions."""
+    is_taken = and_(
+        GroupMember.job_id == Group.job_id,
+        GroupMember.attempt == Group.attempt,
+        GroupMember.lease_until >= func.now(),
+    )
+    return select(func.count()).where(is_taken, *conditions).scalar_subquery()
 
 
 def _remove_expired(session: Session, group: Group) -> None:

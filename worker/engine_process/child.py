@@ -89,7 +89,10 @@ class Child:
     manager it kills the child if the body raises, and waits for its end in any case.
     """
 
-    def __init__(self, argv: Sequence[str], *, env: Mapping[str, str], cwd: Path) -> None:
+    def __init__(
+        self, argv: Sequence[str], *, env: Mapping[str, str], cwd: Path, descriptors: Sequence[int] = ()
+    ) -> None:
+        """descriptors: of this process, that the child inherits."""
         #: monotonic time of its last line on stdout; the supervisor reads it from another thread
         self.last_line_at = time.monotonic()
         self.has_output = False
@@ -101,6 +104,7 @@ class Child:
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
             process_group=0,
+            pass_fds=descriptors,
         )
         self.pid = self._process.pid
         self._reap_lock = threading.Lock()

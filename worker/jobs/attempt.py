@@ -34,6 +34,7 @@ from store.logs import bound
 from worker.context import Context
 from worker.engine_process.child import Child, child_environment
 from worker.engine_process.supervisor import Limits, StopReason, Supervisor
+from worker.jobs.run_file import Node
 
 log = logging.getLogger(__name__)
 
@@ -46,7 +47,9 @@ Ending = Callable[[Session, Claim], Job]
 _SHUTDOWN_RETRY_SECONDS = 10.0
 _RETRY_SECONDS = 2.0
 #: Errors that are not the user's mistake: the attempt counts as crashed and is tried again.
-_TRANSIENT_CODES = frozenset({"gpu_unusable", "hub_unavailable", "rank_lost"})
+_TRANSIENT_CODES = frozenset(
+    {"forged_message", "gpu_unusable", "hub_unavailable", "rank_lost", "wrong_secret"}
+)
 _OUT_OF_MEMORY = (
     "The training process was killed, most likely because memory ran out: a smaller max_length needs less."
 )
@@ -133,12 +136,18 @@ class Attempt:
         return retrying(run_once)
 
     def run_engine(
-        self, command: str, run_file: BaseModel, *, final_code: str, handle: Callable[[Event], None]
+        self,
+        command: str,
+        run_file: BaseModel,
+        *,
+        final_code: str,
+        handle: Callable[[Event], None],
+        node: Node | None = None,
     ) -> Mapping[str, Any]:
         """Runs `heft_engine <command>` to its end, with `handle` called for every event but the final one.
 
-        Returns the data of the final event. Raises EngineFailed, EngineCrashed, AttemptStopped, and whatever `handle`
-        raises, after the process has ended.
+        node: this machine, where several train the job. Returns the data of the final event. Raises EngineFailed,
+        EngineCrashed, AttemptStopped, and whatever `handle` raises, after the process has ended.
         """
         final_event: Event | None = None
 
@@ -149,7 +158,7 @@ class Attempt:
             else:
                 handle(event)
 
-        exit_code = self.run_child(command, run_file, handle_all)
+        exit_code = self.run_child(command, run_file, handle_all, node)
         if final_event is None:
             self.raise_if_stopping()
             if exit_code == STOPPED:
@@ -160,14 +169,22 @@ class Attempt:
             raise EngineFailed(data["error"])
         return data
 
-    def run_child(self, command: str, run_file: BaseModel, handle: Callable[[Event], None]) -> int:
+    def run_child(
+        self,
+        command: str,
+        run_file: BaseModel,
+        handle: Callable[[Event], None],
+        node: Node | None = None,
+    ) -> int:
         """Runs `heft_engine <command>` to its end, with `handle` called for every event. Returns its exit code."""
         self.raise_if_stopping()
         path = self.folder / f"{command}.json"
         path.write_text(run_file.model_dump_json())
         argv = [*self.context.engine_command, command, "--run-file", str(path), "--die-with-parent"]
+        env = child_environment(os.environ) | (node.environment if node is not None else {})
+        descriptors = node.descriptors if node is not None else ()
         with (
-            Child(argv, env=child_environment(os.environ), cwd=self.folder) as child,
+            Child(argv, env=env, cwd=self.folder, descriptors=descriptors) as child,
             self._supervisor.supervising(child),
         ):
             for event in child.lines():

@@ -6,11 +6,13 @@ Machine 0 has the claim, runs rank 0 and writes everything. A member runs its ra
 from __future__ import annotations
 
 import logging
+import secrets
 import shutil
 import socket
 import tempfile
 import time
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -19,6 +21,7 @@ from typing import Any
 from sqlalchemy.orm import Session
 
 from heft_engine.commands.child_process import STOPPED
+from heft_engine.commands.launch import listen
 from heft_engine.config.run_file import FileField, RunFile
 from store.db.session import transaction
 from store.errors import LostFence, Unavailable
@@ -45,32 +48,48 @@ class GivesWay(Exception):
     """An earlier group of equal workers lacks members: this worker joins it instead."""
 
 
-def gather(attempt: Attempt) -> Node | None:
-    """Opens a group for the attempt and waits until it is full. Returns machine 0's place in it.
+@contextmanager
+def gathered(attempt: Attempt) -> Iterator[Node | None]:
+    """Opens a group for the attempt, waits until its members are ready, and yields machine 0's place in it.
 
-    None where workers train alone. Raises GivesWay, AttemptStopped and LostFence.
+    Yields None where workers train alone. This machine listens at the rendezvous from here on, so that no other process
+    takes the port. Raises GivesWay, AttemptStopped and LostFence.
     """
     settings = attempt.context.settings
     if settings.train_nodes == 1:
-        return None
-    node = Node(count=settings.train_nodes, rank=0, rendezvous=_rendezvous(settings))
-    shape = shape_of(settings)
+        yield None
+        return
+    with listen(0) as server:
+        address = settings.train_address or socket.gethostname()
+        node = Node(
+            count=settings.train_nodes,
+            rank=0,
+            rendezvous=f"{address}:{server.getsockname()[1]}",
+            secret=secrets.token_hex(32),
+            listener=server.fileno(),
+        )
+        _gather(attempt, node)
+        yield node
+
+
+def _gather(attempt: Attempt, node: Node) -> None:
+    """Returns when the group has started. Raises GivesWay, AttemptStopped and LostFence."""
+    settings = attempt.context.settings
     attempt.write(
-        lambda session, claim: groups.open_group(session, claim, shape=shape, rendezvous=node.rendezvous)
+        partial(groups.open_group, shape=shape_of(settings), rendezvous=node.rendezvous, secret=node.secret)
     )
     hint_at = 0.0
     attempt.write(partial(leases.record_event, **_waiting_event(settings.train_nodes)))
-    while missing := attempt.write(groups.missing_members):
+    while not (group := attempt.write(groups.start_when_ready)).has_started:
         attempt.raise_if_stopping()
-        if attempt.write(groups.gives_way):
+        if group.free_places and attempt.write(groups.gives_way):
             raise GivesWay
         if time.monotonic() >= hint_at:
             # Each hint wakes one worker; a lost one is sent again, as the reconciler does for jobs.
             hint_at = time.monotonic() + settings.sweep_seconds
-            for _ in range(missing):
+            for _ in range(group.free_places):
                 attempt.context.hints.hint(attempt.claim.job_id, "train")
         attempt.context.stopping.wait(settings.control_seconds)
-    return node
 
 
 def _waiting_event(nodes: int) -> dict[str, Any]:
@@ -79,13 +98,6 @@ def _waiting_event(nodes: int) -> dict[str, Any]:
         "message": f"The job is trained by {nodes} workers together. It starts when all of them are free.",
         "data": {"workers": nodes},
     }
-
-
-def _rendezvous(settings: StoreSettings) -> str:
-    """Returns this machine's address with a port that is free now."""
-    address = settings.train_address or socket.gethostname()
-    with socket.create_server(("", 0)) as server:
-        return f"{address}:{server.getsockname()[1]}"
 
 
 def join_group(context: Context) -> bool:
@@ -123,7 +135,7 @@ class _Member:
     context: Context
     membership: Membership
     folder: Path
-    has_started: bool = False  #: the group is full
+    has_started: bool = False  #: all members of the group are ready
     error: Error | None = None  #: that its processes have failed with
     exit_code: int | None = None  #: of the process that starts this machine's ranks
 
@@ -133,11 +145,13 @@ class _Member:
             attempt = Attempt(self.context, self.membership.claim, self.folder, supervisor)
             try:
                 rows = fetch_rows(attempt)
+                attempt.write(lambda session, _: groups.set_ready(session, self.membership))
                 while not self.has_started:
                     attempt.raise_if_stopping()
                     self.context.stopping.wait(self.context.settings.control_seconds)
                 with gpu_requested(self.context, f"{attempt.claim.job_id}/{attempt.claim.attempt}"):
-                    self.exit_code = attempt.run_child("train", self._run_file(attempt, rows), self._handle)
+                    run = self._run_file(attempt, rows)
+                    self.exit_code = attempt.run_child("train", run, self._handle, self._node)
                 log.info("machine %d's processes ended: %d", self.membership.node_rank, self.exit_code)
             finally:
                 attempt.write(self._end)
@@ -155,14 +169,17 @@ class _Member:
             groups.leave(session, self.membership)
 
     def _run_file(self, attempt: Attempt, rows: Mapping[FileField, Path]) -> RunFile:
-        claim = attempt.claim
-        node = Node(
+        config = train_config(attempt.claim.spec, revision=hub_revision(attempt.claim.validation))
+        return run_file(config, self.folder, rows, self.context.settings, node=self._node)
+
+    @property
+    def _node(self) -> Node:
+        return Node(
             count=self.context.settings.train_nodes,
             rank=self.membership.node_rank,
             rendezvous=self.membership.rendezvous,
+            secret=self.membership.secret,
         )
-        config = train_config(claim.spec, revision=hub_revision(claim.validation))
-        return run_file(config, self.folder, rows, self.context.settings, node=node)
 
     def _supervisor(self) -> Supervisor:
         limits = Limits.from_settings(self.context.settings)

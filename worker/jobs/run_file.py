@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from heft_engine.config.known_datasets import with_dataset_defaults
-from heft_engine.config.run_file import CheckFile, FileField, RunFile
+from heft_engine.config.run_file import LISTEN_FD, SECRET, CheckFile, FileField, RunFile
 from heft_engine.config.train import TrainConfig
 from store.jobs.spec import TrainingSpec
 from store.settings import StoreSettings
@@ -46,11 +46,27 @@ def hub_revision(validation: Mapping[str, Any] | None) -> str | None:
 
 @dataclass(frozen=True, kw_only=True)
 class Node:
-    """A machine of several that train a job together. rendezvous: host:port of machine 0."""
+    """A machine of several that train a job together. rendezvous: host:port of machine 0, which listens.
+
+    secret: of the group. listener: on machine 0, the descriptor of the socket that listens at `rendezvous`.
+    """
 
     count: int
     rank: int
     rendezvous: str
+    secret: str = field(repr=False)
+    listener: int | None = None
+
+    @property
+    def environment(self) -> dict[str, str]:
+        """The variables of this machine's processes that no run file has: the secret, and the socket."""
+        variables = {SECRET: self.secret}
+        return variables if self.listener is None else {**variables, LISTEN_FD: str(self.listener)}
+
+    @property
+    def descriptors(self) -> tuple[int, ...]:
+        """The descriptors that this machine's processes inherit."""
+        return () if self.listener is None else (self.listener,)
 
 
 def run_file(

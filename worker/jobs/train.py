@@ -22,7 +22,7 @@ from worker.context import Context
 from worker.jobs.attempt import Attempt, Ending, Event, run_attempt
 from worker.jobs.event_recorder import EventRecorder
 from worker.jobs.fetch_rows import fetch_rows
-from worker.jobs.group import GivesWay, gather, join_group
+from worker.jobs.group import GivesWay, gathered, join_group
 from worker.jobs.loss_history import FILE_NAME, LossHistory
 from worker.jobs.publish import Publisher, bundle_task
 from worker.jobs.run_file import CHECKPOINTS, STAGES, Node, hub_revision, reuses, run_file, train_config
@@ -47,11 +47,18 @@ def _train(attempt: Attempt) -> Ending:
     rows = fetch_rows(attempt)
     checkpoint = _fetch_checkpoint(attempt)
     try:
-        node = gather(attempt)
+        with gathered(attempt) as node:
+            return _train_on(attempt, rows, checkpoint, node)
     except GivesWay:
         return partial(
             endings.release, reason="Its worker joins a job that waited longer for several workers."
         )
+
+
+def _train_on(
+    attempt: Attempt, rows: Mapping[FileField, Path], checkpoint: Path | None, node: Node | None
+) -> Ending:
+    """Trains from a checkpoint, if there is one, and stores the result. node: this machine, of several."""
     run = _run_file(attempt, rows, checkpoint, node)
     history = LossHistory.load(checkpoint / FILE_NAME) if checkpoint else LossHistory()
     publisher = Publisher(attempt, history)
@@ -77,7 +84,7 @@ def _train(attempt: Attempt) -> Ending:
     stage_dir.mkdir()
     gpu = gpu_requested(attempt.context, f"{attempt.claim.job_id}/{attempt.claim.attempt}")
     with trackers_of(attempt) as trackers, gpu:
-        result = attempt.run_engine("train", run, final_code="SUCCEEDED", handle=handle)
+        result = attempt.run_engine("train", run, final_code="SUCCEEDED", handle=handle, node=node)
 
     storage_key, manifest = publisher.bundle(run.out)
     return partial(

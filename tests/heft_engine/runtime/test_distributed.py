@@ -2,17 +2,27 @@
 
 from __future__ import annotations
 
+import pickle
+from pathlib import Path
+from typing import ClassVar
+
 import pytest
 import torch
+from engine_processes.ranks import Hostile
 from torch import nn
 from torch.distributed import HashStore  # type: ignore[attr-defined]
+from torch.distributed.distributed_c10d import Store
 
 from heft_engine.errors import ConfigError, TrainingError
-from heft_engine.runtime.distributed import SINGLE_PROCESS, Ranks, fingerprint, process_group
+from heft_engine.runtime.distributed import SINGLE_PROCESS, Ranks, fingerprint
+from heft_engine.runtime.messages import Authenticator, MessageChannel
+from heft_engine.runtime.rendezvous import process_group
+
+AUTHENTICATOR = Authenticator(secret="s" * 64)
 
 
 def test_without_variables_there_is_one_process_which_exchanges_nothing(
-    monkeypatch: pytest.MonkeyPatch,
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     monkeypatch.delenv("WORLD_SIZE", raising=False)
     with process_group() as ranks:
@@ -22,17 +32,11 @@ def test_without_variables_there_is_one_process_which_exchanges_nothing(
     step = ranks.sum_gradients([parameter], torch.tensor([1.5, 3.0], dtype=torch.float64), stop=True)
     assert (step.sums, step.stop) == ([1.5, 3.0], True)
     assert torch.equal(parameter.grad, torch.full((3,), 2.0))
-    assert ranks.broadcast(lambda: "made") == "made"
+    ranks.send("a value")
+    with ranks.shared_directory(tmp_path) as directory:
+        assert directory == tmp_path
     assert ranks.is_first_failure(ConfigError("no"))
     ranks.check_same("rows", "anything")
-
-
-def test_an_incomplete_environment_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("WORLD_SIZE", "2")
-    for name in ("RANK", "MASTER_PORT"):
-        monkeypatch.delenv(name, raising=False)
-    with pytest.raises(ConfigError, match=r"RANK.*MASTER_PORT"), process_group():
-        pass
 
 
 @pytest.mark.parametrize(
@@ -58,20 +62,36 @@ def test_a_single_process_keeps_the_device_that_is_requested() -> None:
     assert SINGLE_PROCESS.on_device("auto").device == "auto"
 
 
-def test_ranks_that_differ_are_named(monkeypatch: pytest.MonkeyPatch) -> None:
-    def gather(digests: list[str], mine: str, group: object) -> None:
-        digests[:] = ["a", "a", mine]
+class Sending(MessageChannel):
+    """A channel in which all ranks but this one have sent these payloads."""
 
-    monkeypatch.setattr(torch.distributed, "all_gather_object", gather)
-    Ranks(rank=2, size=3).check_same("the training rows", "a")
+    others: ClassVar[list[bytes]] = []
+
+    def gather(self, payload: bytes) -> list[bytes]:
+        return [*self.others, payload]
+
+
+def channel(rank: int, size: int, kind: type[MessageChannel] = MessageChannel) -> MessageChannel:
+    return kind(authenticator=AUTHENTICATOR, rank=rank, size=size, group=None)
+
+
+def test_ranks_that_differ_are_named() -> None:
+    Sending.others = [b"a", b"a"]
+    ranks = Ranks(rank=2, size=3, _messages=channel(2, 3, Sending))
+    ranks.check_same("the training rows", "a")
     with pytest.raises(TrainingError, match="the training rows of rank 2 differ") as caught:
-        Ranks(rank=2, size=3).check_same("the training rows", "b")
+        ranks.check_same("the training rows", "b")
     assert caught.value.code == "ranks_differ"
+
+
+def of_two_machines(store: Store, rank: int) -> Ranks:
+    """One of four ranks on two machines."""
+    return Ranks(rank=rank, size=4, local_size=2, _store=store, _messages=channel(rank, 4))
 
 
 def test_rank_0_tells_what_another_machine_failed_with() -> None:
     store = HashStore()
-    first, second, third, fourth = (Ranks(rank=rank, size=4, local_size=2, _store=store) for rank in range(4))
+    first, second, third, fourth = (of_two_machines(store, rank) for rank in range(4))
     assert first.failure_elsewhere() is None
     assert third.is_first_failure(ConfigError("too large", param="max_length", code="out_of_memory"))
     assert not fourth.is_first_failure(ConfigError("later")), "its machine has been told"
@@ -85,9 +105,24 @@ def test_rank_0_tells_what_another_machine_failed_with() -> None:
 
 def test_a_failure_on_this_machine_is_told_by_its_rank() -> None:
     store = HashStore()
-    first, second = (Ranks(rank=rank, size=4, local_size=2, _store=store) for rank in (0, 1))
+    first, second = (of_two_machines(store, rank) for rank in (0, 1))
     assert second.is_first_failure(ConfigError("no"))
     assert first.failure_elsewhere() is None
+
+
+@pytest.mark.parametrize(
+    "value",
+    [
+        pickle.dumps(Hostile(Path("/nowhere"))).hex(),
+        '{"rank": 3, "code": "x", "message": "m", "param": null}',
+        Authenticator(secret="a guess" * 5).seal("failure", b'{"rank": 3}').hex(),
+        "",
+    ],
+)
+def test_a_failure_that_a_stranger_has_written_is_not_told(value: str) -> None:
+    store = HashStore()
+    store.set("failure", value)
+    assert of_two_machines(store, 0).failure_elsewhere() is None
 
 
 def test_a_fingerprint_depends_on_every_bit_and_name() -> None:

@@ -13,8 +13,9 @@ from sqlalchemy import inspect, select
 import migrations
 from store.db.session import make_engine, session_factory, transaction
 from store.db.study_tables import StudyJob
-from store.db.tables import Base, Job, Worker
-from store.jobs import leases
+from store.db.tables import Base, Group, GroupMember, Job, Worker
+from store.jobs import groups, leases
+from store.jobs.groups import GroupShape
 from store.jobs.spec import TrainingSpec
 from store.studies import verdicts
 
@@ -33,6 +34,13 @@ INSERT INTO workers (id, role, info) VALUES
     ('train-1', 'train', '{{"pid": 7, "asks_for_room": "ftjob-1/2", "gave_room_to": []}}'),
     ('inference-1', 'inference', '{{"asks_for_room": null, "gave_room_to": ["ftjob-1/2"]}}'),
     ('old', 'train', '{{}}');
+"""
+_ROWS_OF_0007 = f"""
+INSERT INTO jobs (id, owner_id, state, spec, attempt, lease_until) VALUES
+    ('running', 'team', 'running', '{_SPEC}', 2, now() + interval '1 hour');
+INSERT INTO groups (job_id, attempt, nodes, processes, rendezvous) VALUES ('running', 2, 3, 1, 'host:1');
+INSERT INTO group_members (job_id, attempt, node_rank, worker_id, lease_until) VALUES
+    ('running', 2, 1, 'train-2', now() + interval '1 hour');
 """
 
 
@@ -105,4 +113,19 @@ def test_a_database_of_revision_0004_migrates_with_its_rows(empty_url: str) -> N
         claim = leases.claim(session, job_id="queued", worker_id="train-1", purpose="train")
         assert claim is not None
         assert session.get_one(Job, "running").state == "running"
+    engine.dispose()
+
+
+def test_a_database_of_revision_0007_migrates_with_a_group_that_nobody_joins(empty_url: str) -> None:
+    migrations.upgrade(empty_url, revision="0007")
+    engine = make_engine(empty_url)
+    with engine.begin() as connection:
+        connection.exec_driver_sql(_ROWS_OF_0007)
+    migrations.upgrade(empty_url)
+    with transaction(session_factory(engine)) as session:
+        group, member = session.scalars(select(Group)).one(), session.scalars(select(GroupMember)).one()
+        assert (group.rendezvous, group.secret) == ("host:1", None)
+        assert (member.worker_id, member.ready_at) == ("train-2", None)
+        shape = GroupShape(nodes=3, processes=1)
+        assert groups.join(session, worker_id="train-3", shape=shape, lease_seconds=60.0) is None
     engine.dispose()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import pickle
+import secrets
 import socket
 from collections.abc import Sequence
 from contextlib import suppress
@@ -12,11 +13,15 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from engine_runs import RunRecord, parse, run, yes_no
 
+from heft_engine.config.run_file import SECRET
 from heft_engine.config.train import TrainConfig
-from heft_engine.errors import Stopped, TrainingError
-from heft_engine.runtime.distributed import process_group
+from heft_engine.errors import ForgedMessage, Stopped, TrainingError
+from heft_engine.runtime.distributed import Ranks
+from heft_engine.runtime.messages import Authenticator
+from heft_engine.runtime.rendezvous import process_group
 from heft_engine.training import loop
 from heft_engine.training.stage_store import LocalStages
 
@@ -47,7 +52,8 @@ def run_in_ranks(size: int, folder: Path, runs: Sequence[Run]) -> dict[str, list
     """Runs them one after the other in `size` processes. Returns each rank's record, by the run's name."""
     with socket.create_server(("127.0.0.1", 0)) as server:
         port = server.getsockname()[1]
-    torch.multiprocessing.spawn(_run_rank, (size, port, folder, runs), nprocs=size)
+    secret = secrets.token_hex(32)
+    torch.multiprocessing.spawn(_run_rank, (size, port, secret, folder, runs), nprocs=size)
     return {
         each.name: [pickle.loads((folder / f"{each.name}-{rank}").read_bytes()) for rank in range(size)]
         for each in runs
@@ -65,10 +71,20 @@ def run_out_of_memory_once() -> None:
     loop.loss_sums = fail
 
 
-def _run_rank(rank: int, size: int, port: int, folder: Path, runs: Sequence[Run]) -> None:
+class Hostile:
+    """An object that creates a file where it is unpickled."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    def __reduce__(self) -> Any:
+        return Path.touch, (self.path,)
+
+
+def _run_rank(rank: int, size: int, port: int, secret: str, folder: Path, runs: Sequence[Run]) -> None:
     torch.set_num_threads(1)
     sizes = {"WORLD_SIZE": size, "LOCAL_WORLD_SIZE": size, "RANK": rank, "LOCAL_RANK": rank}
-    address = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "GLOO_SOCKET_IFNAME": "lo"}
+    address = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "GLOO_SOCKET_IFNAME": "lo", SECRET: secret}
     os.environ.update({name: str(value) for name, value in (sizes | address).items()})
     with process_group() as ranks:
         for each in runs:
@@ -98,3 +114,28 @@ def _run_rank(rank: int, size: int, port: int, folder: Path, runs: Sequence[Run]
             (folder / f"{each.name}-{rank}").write_bytes(pickle.dumps(record))
         if ranks.is_first_failure(TrainingError("no")):
             (folder / f"first-failure-{rank}").touch()
+        errors = [_forged_error(ranks, message) for message in forged_messages(folder)]
+        (folder / f"forged-{rank}").write_bytes(pickle.dumps(errors))
+
+
+def forged_messages(folder: Path) -> list[bytes]:
+    """Returns messages that a stranger might send in the place of rank 0."""
+    hostile = pickle.dumps(Hostile(folder / "was unpickled"))
+    guessed = Authenticator(secret="a guess, which is wrong" * 2)
+    return [hostile, guessed.seal("broadcast 1", hostile), bytes(40), b"\xff" * 40]
+
+
+def _forged_error(ranks: Ranks, message: bytes) -> str | None:
+    """Returns the code of the error with which a rank meets a message that rank 0 has not sealed. None to rank 0."""
+    channel = ranks._messages
+    assert channel is not None
+    if not ranks.is_first:
+        try:
+            ranks.receive()
+        except ForgedMessage as error:
+            return error.code
+        return None
+    header = bytearray(message[:40].ljust(40, b"\0"))
+    dist.broadcast(torch.frombuffer(header, dtype=torch.uint8), src=0, group=channel.group)
+    channel.count += 1
+    return None

@@ -2,21 +2,28 @@
 
 from __future__ import annotations
 
+import json
+import socket
 import threading
 from concurrent.futures import Future
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import psutil
+import pytest
 from sqlalchemy import select
 from worker_bench import OWNER, Bench, eventually, gone
 
+from heft_engine.config.run_file import LISTEN_FD, SECRET
 from store.db.session import transaction
 from store.db.states import JobState
 from store.db.tables import Group, GroupMember
 from store.jobs import jobs
 from store.messages.broker import Task
 from worker.context import Context
+from worker.jobs.attempt import Attempt
+from worker.jobs.fetch_rows import fetch_rows
 from worker.jobs.train import train_job
 
 Acts = list[dict[str, Any]]
@@ -78,6 +85,57 @@ def test_a_member_ends_when_the_job_is_paused(bench: Bench) -> None:
     assert attempt.result(60).state == JobState.PAUSED
     assert part.result(60) is None
     assert all(map(gone, pids))
+
+
+def test_both_machines_get_the_secret_of_the_group_and_one_its_socket(bench: Bench) -> None:
+    first, second = workers(bench)
+    job_id = bench.queued([{"do": "metrics", "step": 1}, {"do": "wait"}])
+    attempt = start(bench, job_id, first)
+    eventually(lambda: rows(bench, Group))
+    (group,) = rows(bench, Group)
+    host, _, port = group.rendezvous.partition(":")
+    with socket.create_connection((host, int(port)), timeout=10):
+        pass  # it listens from the start, so no other process takes the port
+    part = start(bench, job_id, second)
+    bench.saw(job_id, "METRICS")
+    eventually(lambda: len(children()) == 2)
+    by_rank = {
+        json.loads(Path(child.cmdline()[-2]).read_text())["node_rank"]: child.environ()
+        for child in children()
+    }
+    assert len(group.secret) == 64
+    assert [by_rank[rank][SECRET] for rank in (0, 1)] == [group.secret] * 2
+    assert LISTEN_FD in by_rank[0]
+    assert LISTEN_FD not in by_rank[1]
+    assert all(group.secret not in "".join(child.cmdline()) for child in children())
+    with transaction(bench.context.sessions) as session:
+        jobs.request_cancel(session, owner_id=OWNER, job_id=job_id)
+    assert attempt.result(60).state == JobState.CANCELLED
+    part.result(60)
+
+
+def test_a_group_starts_when_its_members_have_their_rows(
+    bench: Bench, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    first, second = workers(bench)
+    job_id = bench.queued([{"do": "metrics", "step": 1}])
+    attempt = start(bench, job_id, first)
+    eventually(lambda: rows(bench, Group))
+    fetched = threading.Event()
+
+    def fetch_later(attempt: Attempt) -> Any:
+        assert fetched.wait(60)
+        return fetch_rows(attempt)
+
+    monkeypatch.setattr("worker.jobs.group.fetch_rows", fetch_later)
+    part = start(bench, job_id, second)
+    eventually(lambda: rows(bench, GroupMember))
+    assert rows(bench, Group)[0].started_at is None
+    fetched.set()
+    assert attempt.result(60).state == JobState.SUCCEEDED
+    part.result(60)
+    (group,) = rows(bench, Group)
+    assert group.started_at is not None
 
 
 def test_a_member_whose_processes_die_ends_the_attempt(bench: Bench) -> None:

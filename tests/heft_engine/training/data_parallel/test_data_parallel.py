@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import pickle
 from pathlib import Path
 
 import pytest
 import torch
 import torch.distributed as dist
-from engine_processes.ranks import Run, run_in_ranks
+from engine_processes.ranks import Run, forged_messages, run_in_ranks
 from engine_runs import LORA, REFT, RunRecord, assert_equal, but, config, parse, tensors, yes_no
 from small_runs import step_losses
 from torch.testing._internal.distributed.fake_pg import FakeStore
@@ -16,6 +17,7 @@ from heft_engine.config.run_file import RunOptions
 from heft_engine.config.train import EarlyStopping, Stage, TrainConfig
 from heft_engine.model.base_models import resolve_path
 from heft_engine.runtime.distributed import Ranks
+from heft_engine.runtime.messages import Authenticator, MessageChannel
 from heft_engine.training.run import run_stages
 from heft_engine.training.setup import load
 
@@ -174,6 +176,24 @@ def test_one_of_the_ranks_is_the_first_to_fail(folder: Path) -> None:
     assert len(list(folder.glob("first-failure-*"))) == 1
 
 
+@pytest.mark.usefixtures("records")
+def test_messages_that_rank_0_has_not_sealed_are_refused_unread(folder: Path) -> None:
+    first, second = (pickle.loads((folder / f"forged-{rank}").read_bytes()) for rank in range(2))
+    assert first == [None] * len(forged_messages(folder))
+    assert second == ["forged_message"] * len(forged_messages(folder))
+    assert not (folder / "was unpickled").exists()
+
+
+class LonelyChannel(MessageChannel):
+    """A channel in which every other rank sends the same as this one."""
+
+    def send(self, payload: bytes) -> None:
+        pass
+
+    def gather(self, payload: bytes) -> list[bytes]:
+        return [payload] * self.size
+
+
 def test_eight_ranks_exchange_one_flat_buffer_a_step(
     tiny_llama_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -185,7 +205,8 @@ def test_eight_ranks_exchange_one_flat_buffer_a_step(
     events = []
     try:
         settings = config(tiny_llama_dir, "heft")
-        ranks = Ranks(rank=0, size=8, local_size=8)
+        channel = LonelyChannel(authenticator=Authenticator(secret="s" * 64), rank=0, size=8, group=None)
+        ranks = Ranks(rank=0, size=8, local_size=8, _messages=channel)
         base = resolve_path(tiny_llama_dir)
         inputs = load(settings, base, parse(yes_no(20)), (), (), "cpu", ranks)
         run_stages(inputs, tmp_path / "out", events.append, RunOptions())
