@@ -4,12 +4,13 @@ Prompt
     yes_no, choice: the filled template of the task. A line with only `{passage}` or `{choices}` is dropped if the row
     has none. The question ends in exactly one question mark.
     prompt rows: the filled template (`{prompt}`); one newline is appended unless it ends in white space.
-    message rows: the tokenizer's chat template, up to and including the header of the assistant turn; PLAIN_CHAT for
-    a tokenizer without one.
+    message rows: the tokenizer's chat template (heft_engine.data.chat_template), up to and including the header of the
+    assistant turn.
     BOS is prepended if the tokenizer does so itself. Chat templates contain their own.
 Answer
     yes_no: " yes" or " no". choice: a space and the choice. No EOS, so that only the label is scored.
-    prompt rows: the completion, then EOS. message rows: the turn's content, then EOS.
+    prompt rows: the completion, then EOS. message rows: the turn as the chat template renders it, tool calls included,
+    then the template's token for the end of a turn.
     Each supervised assistant turn (weight 1) is an example of its own with the turns before it as its prompt, as in
     serving.
 Boundary
@@ -34,20 +35,16 @@ import string
 from dataclasses import dataclass, replace
 from typing import cast
 
-from jinja2 import TemplateError
 from transformers import PreTrainedTokenizerBase
 
 from heft_engine.config.train import DEFAULT_MAX_LENGTH
 from heft_engine.data.chat_rows import Message
+from heft_engine.data.chat_template import BREAK, ChatTemplate
 from heft_engine.data.metrics import check_numbers
 from heft_engine.data.rows import Row
 from heft_engine.data.task import Task
 from heft_engine.errors import ConfigError, RowError
 
-PLAIN_CHAT = (
-    "{% for message in messages %}{{ message['role'] + ': ' + message['content'] + '\n' }}{% endfor %}"
-    "{% if add_generation_prompt %}{{ 'assistant:' + '\n' }}{% endif %}"
-)
 _ANCHOR = "x:"
 
 
@@ -98,6 +95,7 @@ class Encoder:
         probe = cast(list[int], tokenizer("a")["input_ids"])
         bos = tokenizer.bos_token_id
         self._bos: list[int] = [bos] if bos is not None and probe[:1] == [bos] else []
+        self.chat = ChatTemplate(tokenizer)
         if task.type == "text" and tokenizer.eos_token_id is None:
             raise ConfigError(
                 "text tasks need a tokenizer with an EOS token, and the model's has none", param="model"
@@ -113,15 +111,15 @@ class Encoder:
             check_numbers(row)
         if row.kind == "messages":
             assert row.messages is not None
-            turns = [i for i, turn in enumerate(row.messages) if turn.role == "assistant" and turn.weight]
-            return [self._conversation(row.messages[:i], row.messages[i].content) for i in turns]
+            turns = [index for index, turn in enumerate(row.messages) if turn.is_supervised]
+            return [self._conversation(row, row.messages[:index], row.messages[index]) for index in turns]
         return [self.question(row)]
 
     def question(self, row: Row) -> Example:
         """Returns a row to be answered: its prompt and, for labels, every possible answer. Raises RowError."""
         if row.kind == "messages":
             assert row.messages is not None
-            return self._conversation(row.messages, None)
+            return self._conversation(row, row.messages, None)
         if row.kind == "prompt":
             return self._completion(row)
         if self.task.type != row.kind:
@@ -194,35 +192,42 @@ class Encoder:
             raise RowError(f"the row is a prompt row, but the task is {self.task.type}", param="prompt")
         text = _fill(self.task.template, {"prompt": row.prompt or ""})
         prompt = self._bos + self.text(text if text[-1:].isspace() else text + "\n")
-        return self._free(prompt, row.answer, "prompt")
+        if row.answer is None:
+            return self._free(prompt, None, "prompt")
+        eos = cast(int, self.tokenizer.eos_token_id)
+        return self._free(prompt, (row.answer, (*self.continuation(row.answer), eos)), "prompt")
 
-    def _conversation(self, turns: tuple[Message, ...], answer: str | None) -> Example:
+    def _conversation(self, row: Row, before: tuple[Message, ...], turn: Message | None) -> Example:
+        """Returns the prompt that the turns `before` make, and the answer to it, if there is one."""
         if self.task.type != "text":
             raise RowError(f"the row is a messages row, but the task is {self.task.type}", param="messages")
-        try:
-            text = self.tokenizer.apply_chat_template(
-                [{"role": turn.role, "content": turn.content} for turn in turns],
-                chat_template=self.tokenizer.chat_template or PLAIN_CHAT,
-                add_generation_prompt=True,
-                tokenize=False,
-            )
-        except TemplateError as error:
-            # Many templates have no system turn, or need alternating user and assistant turns.
-            raise RowError(
-                f"the model's chat template refuses the messages: {error}", param="messages"
-            ) from error
-        return self._free(self.text(cast(str, text)), answer, "messages")
+        first, *others = self.chat.prompt(before, row.tools).split(BREAK)
+        prompt = self._bos if self.chat.is_plain else []
+        prompt = prompt + self.text(first)
+        for piece in others:
+            prompt += self.continuation(piece)
+        if turn is None:
+            return self._free(prompt, None, "messages")
+        text = self.chat.answer(before, turn, row.tools)
+        answer = [token for piece in text.split(BREAK) for token in self.continuation(piece)]
+        is_plain = not turn.tool_calls and turn.reasoning_content is None
+        # As a generated answer is shown: without special tokens, of which a call may have some.
+        label = turn.content if is_plain else str(self.tokenizer.decode(answer, skip_special_tokens=True))
+        return self._free(prompt, (label, (*answer, cast(int, self.chat.end_token))), "messages")
 
-    def _free(self, prompt: list[int], answer: str | None, param: str) -> Example:
-        eos = cast(int, self.tokenizer.eos_token_id)
-        answers = ((*self.continuation(answer), eos),) if answer is not None else ()
-        length = len(prompt) + sum(map(len, answers))
+    def _free(self, prompt: list[int], answer: tuple[str, tuple[int, ...]] | None, param: str) -> Example:
+        """Returns a text row's example. `answer`: its text and its tokens, the end included."""
+        length = len(prompt) + (len(answer[1]) if answer else 0)
         if length > self.max_length:
             raise RowError(
                 f"the row has {length} tokens, more than max_length {self.max_length}", param=param
             )
-        labels = (answer,) if answer is not None else ()
-        return Example(prompt=tuple(prompt), answers=answers, labels=labels, gold=0 if answers else None)
+        return Example(
+            prompt=tuple(prompt),
+            answers=(answer[1],) if answer else (),
+            labels=(answer[0],) if answer else (),
+            gold=0 if answer else None,
+        )
 
 
 def _fill(template: str, fields: dict[str, str]) -> str:

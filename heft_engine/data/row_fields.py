@@ -21,7 +21,7 @@ def refuse_unknown(
     for name in fields:
         if name in known:
             continue
-        param = prefix + name
+        param = prefix + printable(name)
         if why and name in why:
             raise RowError(f"{param} is not supported: {why[name]}", param=param)
         raise RowError(f"unknown field {param!r}; the allowed fields are {', '.join(known)}", param=param)
@@ -35,11 +35,40 @@ def text(value: object, name: str, *, empty: bool = False) -> str:
         raise RowError(f"{name} must be a string, not {json_type(value)}", param=name)
     if not empty and not value.strip():
         raise RowError(f"{name} is empty", param=name)
-    try:
-        value.encode()
-    except UnicodeEncodeError as error:
-        raise RowError(f"{name} is not valid Unicode: it contains a lone surrogate", param=name) from error
+    check_unicode(value, name)
     return value
+
+
+def boolean(fields: Mapping[str, object], name: str, *, default: bool, path: str | None = None) -> bool:
+    """Returns a field that is true or false. Raises RowError for any other value."""
+    value = fields.get(name, default)
+    if not isinstance(value, bool):
+        path = path or name
+        raise RowError(f"{path} must be true or false, not {json_type(value)}", param=path)
+    return value
+
+
+def check_unicode(value: object, path: str) -> None:
+    """Raises RowError if a JSON value contains a lone surrogate, which no encoding can write, at any depth."""
+    if isinstance(value, str):
+        try:
+            value.encode()
+        except UnicodeEncodeError as error:
+            raise RowError(
+                f"{path} is not valid Unicode: it contains a lone surrogate", param=path
+            ) from error
+    elif isinstance(value, dict):
+        for name, item in value.items():
+            check_unicode(name, path)
+            check_unicode(item, f"{path}.{printable(name)}")
+    elif isinstance(value, list):
+        for index, item in enumerate(value):
+            check_unicode(item, f"{path}[{index}]")
+
+
+def printable(name: str) -> str:
+    """Returns a field's name with NUL and lone surrogates as escapes: neither can be stored with the job's errors."""
+    return name.replace("\0", "\\x00").encode(errors="backslashreplace").decode()
 
 
 def json_type(value: object) -> str:

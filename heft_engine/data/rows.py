@@ -14,8 +14,9 @@ from typing import Any, BinaryIO, Literal
 
 from heft_engine.config.metric_names import TaskType
 from heft_engine.config.train import MAX_LINE_BYTES
-from heft_engine.data.chat_rows import Message, parse_messages
-from heft_engine.data.row_fields import json_type, refuse_unknown, text, without_nulls
+from heft_engine.data.chat_rows import Message, parse_conversation
+from heft_engine.data.row_fields import json_type, printable, refuse_unknown, text, without_nulls
+from heft_engine.data.tool_rows import Tool
 from heft_engine.errors import RowError
 
 RowKind = Literal["yes_no", "choice", "prompt", "messages"]
@@ -40,7 +41,7 @@ class Row:
     yes_no: question, passage (may be None), answer "yes" or "no".
     choice: question, passage, choices (None: the task's labels), answer (one of them).
     prompt: prompt, answer (the completion).
-    messages: messages; the assistant turns with weight 1 are the answers.
+    messages: messages, tools; the assistant turns with weight 1 are the answers.
     """
 
     kind: RowKind
@@ -49,6 +50,7 @@ class Row:
     choices: tuple[str, ...] | None = None
     prompt: str | None = None
     messages: tuple[Message, ...] | None = None
+    tools: tuple[Tool, ...] = ()
     answer: str | None = None
 
 
@@ -61,7 +63,8 @@ def parse_row(obj: Any, *, labels: Sequence[str] | None = None, need_answer: boo
     """
     fields = without_nulls(obj, "a row")
     if "messages" in fields:
-        return Row(kind="messages", messages=parse_messages(fields, need_answer=need_answer))
+        conversation = parse_conversation(fields, need_answer=need_answer)
+        return Row(kind="messages", messages=conversation.messages, tools=conversation.tools)
     if "prompt" in fields or "completion" in fields:
         refuse_unknown(fields, ("prompt", "completion"))
         completion = fields.get("completion")
@@ -69,7 +72,8 @@ def parse_row(obj: Any, *, labels: Sequence[str] | None = None, need_answer: boo
         return Row(kind="prompt", prompt=text(fields.get("prompt"), "prompt"), answer=answer)
     if "question" in fields or "answer" in fields:
         return _question_row(fields, labels, need_answer)
-    raise RowError(f"unknown row format: {_FORMATS}", param=next(iter(fields), None))
+    first = next(iter(fields), None)
+    raise RowError(f"unknown row format: {_FORMATS}", param=None if first is None else printable(first))
 
 
 def infer_task(rows: Iterable[Row]) -> TaskType:

@@ -163,7 +163,7 @@ def _generated(
         else min(max_new_tokens, encoder.max_length - len(example.prompt))
         for example in examples
     ]
-    eos_tokens = eos_token_ids(lm, tokenizer)
+    eos_tokens = eos_token_ids(lm, encoder.chat)
     tokens = generate(lm, examples, eos_tokens=eos_tokens, max_new_tokens=budgets, should_stop=is_wrong)
     return [decode(tokenizer, answer) for answer in tokens]
 

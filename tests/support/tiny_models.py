@@ -1,5 +1,6 @@
 """Tiny random language models for tests, in every family the engine knows, made from configs in a second.
 
+`chat_tokenizer(path, family)` has the special tokens and the chat template of a family.
 Fixtures: `tiny_llama_dir` (one directory a session) and `make_tiny_model(family)` (each made once).
 torch is imported inside the functions, so that tests of the API can be collected without it.
 """
@@ -7,13 +8,17 @@ torch is imported inside the functions, so that tests of the API can be collecte
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Callable
+from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+#: The chat templates of the families, by name.
+CHAT_TEMPLATES = Path(__file__).with_name("chat_templates")
 FAMILIES = ("llama", "mistral", "qwen2", "qwen3", "gemma", "gemma2", "gemma3_text", "gpt_neox")
 VOCAB_SIZE = 600
 #: Text that is the same wherever the tests run: Python's own documentation changes with its version.
@@ -110,6 +115,62 @@ def save_tokenizer(path: Path) -> None:
         )
     )
     (path / "chat_template.jinja").write_text(CHAT_TEMPLATE)
+
+
+@dataclass(frozen=True, kw_only=True)
+class ChatFamily:
+    """A family's special tokens, its end of a turn among them, and how it writes a call of `weather` for Rome."""
+
+    special: tuple[str, ...] = ("<|im_start|>", "<|im_end|>")
+    end: str = "<|im_end|>"
+    format: str | None = "hermes"
+    call: str = '<tool_call>\n{"name": "weather", "arguments": {"city": "Rome"}}\n</tool_call>'
+    parallel: bool = True
+
+
+CHAT_FAMILIES = {
+    "hermes": ChatFamily(),
+    "qwen2": ChatFamily(),
+    "qwen3": ChatFamily(),
+    "llama3": ChatFamily(
+        special=("<|start_header_id|>", "<|end_header_id|>", "<|eot_id|>", "<|python_tag|>"),
+        end="<|eot_id|>",
+        format="llama3_json",
+        call='{"name": "weather", "parameters": {"city": "Rome"}}',
+        parallel=False,
+    ),
+    "mistral": ChatFamily(
+        special=(
+            *("[INST]", "[/INST]", "[TOOL_CALLS]", "[AVAILABLE_TOOLS]", "[/AVAILABLE_TOOLS]"),
+            *("[TOOL_RESULTS]", "[/TOOL_RESULTS]"),
+        ),
+        end="</s>",
+        format="mistral",
+        call='[TOOL_CALLS] [{"name": "weather", "arguments": {"city": "Rome"}, "id": "VvvODy9mT"}]',
+    ),
+    "gemma": ChatFamily(special=("<start_of_turn>", "<end_of_turn>"), end="<end_of_turn>", format=None),
+}
+#: The families whose templates render tools.
+TOOL_FAMILIES = tuple(name for name, family in CHAT_FAMILIES.items() if family.format is not None)
+
+
+def save_chat_tokenizer(path: Path, name: str) -> Path:
+    """Writes the tiny tokenizer with a family's special tokens and chat template into `path`."""
+    from transformers import AutoTokenizer
+
+    save_tokenizer(path)
+    tokenizer: Any = AutoTokenizer.from_pretrained(path)
+    tokenizer.add_tokens(list(CHAT_FAMILIES[name].special), special_tokens=True)
+    tokenizer.save_pretrained(path)
+    shutil.copy(CHAT_TEMPLATES / f"{name}.jinja", path / "chat_template.jinja")
+    return path
+
+
+def chat_tokenizer(path: Path, name: str) -> Any:
+    """Returns a family's tokenizer, written into `path`."""
+    from transformers import AutoTokenizer
+
+    return AutoTokenizer.from_pretrained(save_chat_tokenizer(path, name))
 
 
 def tiny_config(family: str, **changes: Any) -> Any:

@@ -192,7 +192,7 @@ def test_each_supervised_turn_is_an_example_whose_prompt_is_what_came_before(bpe
     assert bpe.decode(first.prompt) == (
         "<|im_start|>system\nBe brief.<|im_end|>\n<|im_start|>user\na?<|im_end|>\n<|im_start|>assistant\n"
     )
-    assert [bpe.decode(e.answers[0]) for e in (first, last)] == ["one</s>", "three</s>"]
+    assert [bpe.decode(e.answers[0]) for e in (first, last)] == ["one<|im_end|>", "three<|im_end|>"]
     assert "two<|im_end|>" in bpe.decode(last.prompt)
     assert bpe.convert_tokens_to_ids("<|im_start|>") == first.prompt[0]
 
@@ -205,8 +205,11 @@ def test_a_conversation_is_scored_with_its_training_prompt(bpe: Any) -> None:
 
 
 def test_without_a_chat_template_a_plain_one_serves(pieces: Any) -> None:
+    """With one BOS, where the tokenizer begins texts with it, and EOS, as for prompts."""
     (example,) = encoder(pieces, "text").encode(parse_row({"messages": TURNS[1:3]}))
-    assert pieces.decode(example.prompt) == "user: a?\nassistant:\n"
+    assert pieces.decode(example.prompt[1:]) == "user: a?\nassistant:\n"
+    assert [token for token in example.prompt if token == pieces.bos_token_id] == [example.prompt[0]]
+    assert example.answers[0][-1] == pieces.eos_token_id
 
 
 def test_a_conversation_that_the_chat_template_refuses_is_a_bad_row(tmp_path: Path) -> None:

@@ -9,7 +9,6 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from heft_engine.data.chat_rows import Message
 from heft_engine.data.rows import Row, RowKind, infer_task, parse_row, read_rows, scan_rows
 from heft_engine.errors import RowError
 
@@ -64,33 +63,6 @@ def test_a_question_needs_no_answer_but_may_have_one() -> None:
     assert parse_row({"prompt": "p"}, need_answer=False).answer is None
 
 
-def test_openai_chat_rows() -> None:
-    parts = [{"type": "text", "text": "hel"}, {"type": "text", "text": "lo"}]
-    row = parse_row(
-        {
-            "messages": [
-                {"role": "developer", "content": "be kind"},
-                {"role": "user", "content": parts},
-                {"role": "assistant", "content": "no", "weight": 0, "tool_calls": None, "refusal": None},
-                USER,
-                {**ASSISTANT, "weight": 1},
-            ]
-        }
-    )
-    assert row.messages == (
-        Message(role="system", content="be kind"),
-        Message(role="user", content="hello"),
-        Message(role="assistant", content="no", weight=0),
-        Message(role="user", content="hello"),
-        Message(role="assistant", content="hi"),
-    )
-
-
-def test_a_conversation_to_go_on_with() -> None:
-    row = parse_row({"messages": [USER]}, need_answer=False)
-    assert row.messages == (Message(role="user", content="hello"),)
-
-
 @pytest.mark.parametrize(
     ("obj", "param", "words"),
     [
@@ -130,42 +102,6 @@ def test_an_unknown_label_is_named() -> None:
     assert caught.value.param == "answer"
 
 
-@pytest.mark.parametrize(
-    ("messages", "param", "words"),
-    [
-        ("hello", "messages", "a string"),
-        ([], "messages", "empty"),
-        (["hello"], "messages[0]", "a string"),
-        ([{"content": "x"}], "messages[0].role", "missing"),
-        ([{"role": "robot", "content": "x"}], "messages[0].role", "'robot'"),
-        ([{"role": "tool", "content": "x"}], "messages[0].role", "tool"),
-        ([{"role": "user"}, ASSISTANT], "messages[0].content", "missing"),
-        ([{**USER, "name": "Ann"}, ASSISTANT], "messages[0].name", "not supported"),
-        ([USER, {**ASSISTANT, "tool_calls": []}], "messages[1].tool_calls", "not supported"),
-        ([USER, {**ASSISTANT, "weight": 2}], "messages[1].weight", "0 or 1"),
-        ([USER, {**ASSISTANT, "weight": True}], "messages[1].weight", "0 or 1"),
-        ([{**USER, "weight": 1}, ASSISTANT], "messages[0].weight", "assistant turns only"),
-        (
-            [{"role": "user", "content": [{"type": "image_url"}]}, ASSISTANT],
-            "messages[0].content[0]",
-            "only text",
-        ),
-        ([USER], "messages", "an assistant turn with weight 1"),
-        ([USER, {**ASSISTANT, "weight": 0}], "messages", "an assistant turn with weight 1"),
-        ([ASSISTANT], "messages[0]", "first turn"),
-    ],
-)
-def test_faults_in_conversations_name_the_turn(messages: object, param: str, words: str) -> None:
-    with pytest.raises(RowError, match=words) as caught:
-        parse_row({"messages": messages})
-    assert caught.value.param == param
-
-
-def test_tools_beside_the_messages_are_refused_by_name() -> None:
-    with pytest.raises(RowError, match="tools is not supported: training on tool and function calls"):
-        parse_row({"messages": [USER, ASSISTANT], "tools": [{}]})
-
-
 FIELDS = st.sampled_from(
     [
         "question",
@@ -175,10 +111,13 @@ FIELDS = st.sampled_from(
         "prompt",
         "completion",
         "messages",
+        "tools",
         "role",
         "content",
+        "tool_calls",
+        "function",
         "weight",
-        "x",
+        "x\0",
     ]
 )
 JSON = st.recursive(

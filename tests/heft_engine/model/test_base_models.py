@@ -269,7 +269,7 @@ def test_the_alias_is_converted_once_by_many_starters(
         bases = list(pool.map(lambda _: resolve("smollm2-135m", cache_dir=tmp_path), range(8)))
     assert len(conversions) == 1
     assert {(base.source, base.revision, base.path) for base in bases} == {
-        ("alias", smollm2.version(), tmp_path / f"smollm2-135m-{smollm2.version()}")
+        ("alias", smollm2.version(), tmp_path / f"smollm2-135m-{smollm2.version()}-2")
     }
     assert [path.name for path in tmp_path.iterdir() if path.suffix == ".tmp"] == []
 
