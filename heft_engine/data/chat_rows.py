@@ -108,9 +108,7 @@ def _messages(turns: object, tools: Sequence[Tool], *, need_answer: bool) -> tup
 
 def _message(turn: object, path: str, calls: ConversationCalls, *, need_content: bool) -> Message:
     fields = without_nulls(turn, path, param=path)
-    for name in _EMPTY_LISTS:
-        if fields.get(name) == []:
-            del fields[name]
+    fields = {key: value for key, value in fields.items() if key not in _EMPTY_LISTS or value != []}
     role = fields.get("role")
     if not isinstance(role, str) or role not in _ROLES:
         shown = "missing" if role is None else f"{role!r}"
