@@ -33,6 +33,16 @@ def model_id(*, base: str, owner_id: str, suffix: str | None, job_id: str) -> st
     return f"ft:{base}:{owner_id}:{suffix or ''}:{job_id[-_SHORT_LENGTH:]}"
 
 
+def is_fine_tuned(model: str) -> bool:
+    """Returns True for the form of a fine-tuned model's id or of a checkpoint's."""
+    return model.startswith("ft:")
+
+
+def base_of(model: str) -> str:
+    """Returns the base in a fine-tuned model's id; a base itself."""
+    return model.split(":")[1] if is_fine_tuned(model) else model
+
+
 def checkpoint_model_id(final: str, label: str) -> str:
     """Returns `ft:…:ckpt-lora` or `ft:…:ckpt-step-20`, the id of a checkpoint's model."""
     return f"{final}:ckpt-{label}"

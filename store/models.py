@@ -22,13 +22,14 @@ class Model:
     """A base model (without owner and bundle), a job's result (`final`), or a checkpoint of a job.
 
     `manifest` is {file: sha256} of the bundle under `storage_key`; `info` describes a base model, as its worker sent
-    it.
+    it. `started_from`: the fine-tuned model that its job went on from.
     """
 
     id: str
     kind: Kind
     created_at: datetime
     base_model: str
+    started_from: str | None = None
     owner_id: str | None = None
     job_id: str | None = None
     storage_key: str | None = None
@@ -117,6 +118,7 @@ def _fine_tuned(row: FineTunedModel) -> Model:
         kind="final" if row.kind == "final" else "checkpoint",
         created_at=row.created_at,
         base_model=row.base_model,
+        started_from=row.started_from,
         owner_id=row.owner_id,
         job_id=row.job_id,
         storage_key=row.storage_key,

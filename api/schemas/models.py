@@ -14,13 +14,17 @@ SERVICE = "heft"
 
 
 class ModelObject(Identified):
-    """A base model (`kind` is `base`), a fine-tuned model (`final`) or a `checkpoint` of a job."""
+    """A base model (`kind` is `base`), a fine-tuned model (`final`) or a `checkpoint` of a job.
+
+    `started_from`: the fine-tuned model or checkpoint that the job went on from, which may be deleted since.
+    """
 
     object: Literal["model"] = "model"
     created: int
     owned_by: str
     kind: Kind
     base_model: str
+    started_from: str | None
     job_id: str | None
     task: dict[str, Any] | None
     info: dict[str, Any]
@@ -33,6 +37,7 @@ class ModelObject(Identified):
             owned_by=model.owner_id or SERVICE,
             kind=model.kind,
             base_model=model.base_model,
+            started_from=model.started_from,
             job_id=model.job_id,
             task=dict(model.task) or None,
             info=dict(model.info),

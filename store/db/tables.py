@@ -237,6 +237,7 @@ class FineTunedModel(Base):
     job_id: Mapped[str] = mapped_column(ForeignKey("jobs.id"), index=True)
     kind: Mapped[str]  #: final or checkpoint
     base_model: Mapped[str]
+    started_from: Mapped[str | None]  #: the fine-tuned model that its job went on from, which may be deleted
     storage_key: Mapped[str]
     manifest: Mapped[dict[str, Any]]
     task: Mapped[dict[str, Any]]

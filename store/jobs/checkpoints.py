@@ -120,13 +120,14 @@ def model_row(
     task: Mapping[str, Any],
 ) -> dict[str, Any]:
     """Returns the values of a model's row: of the job's result, or with `label` of a checkpoint."""
-    model_id = ids.model_id(base=spec.model, owner_id=job.owner_id, suffix=spec.suffix, job_id=job.id)
+    model_id = ids.model_id(base=spec.base_model, owner_id=job.owner_id, suffix=spec.suffix, job_id=job.id)
     return {
         "id": model_id if label is None else ids.checkpoint_model_id(model_id, label),
         "owner_id": job.owner_id,
         "job_id": job.id,
         "kind": "final" if label is None else "checkpoint",
-        "base_model": spec.model,
+        "base_model": spec.base_model,
+        "started_from": spec.model if spec.goes_on else None,
         "storage_key": storage_key,
         "manifest": dict(manifest),
         "task": dict(task),

@@ -17,7 +17,7 @@ from store.db.session import seconds
 from store.db.states import PURPOSES, TERMINAL, JobState
 from store.db.tables import Checkpoint, Event, Job
 from store.errors import NotFound, WrongState
-from store.jobs import checkpoints
+from store.jobs import checkpoints, start_models
 from store.jobs.spec import TrainingSpec, check_new
 from store.jobs.transitions import NewEvent, cancelled, close_attempt, event_row, move, paused, write
 from store.storage import files
@@ -36,8 +36,9 @@ def create(
 ) -> Job:
     """Creates a job in `validating_files`, with its first event. After the commit, hint (job.id, "prepare").
 
-    Its uploaded files are locked against deletion until this transaction ends. Raises InvalidRequest naming the field
-    of a file that is unknown, deleted or another owner's, or as `check_new`.
+    Its uploaded files, and the fine-tuned model that it goes on from, are locked against deletion until this
+    transaction ends. Raises InvalidRequest naming the field of one that is unknown, deleted or another owner's, or as
+    `check_new`.
     """
     check_new(spec)
     job_id = job_id or ids.new_job_id()
@@ -54,6 +55,7 @@ def create_all(
     """
     references = dict.fromkeys(reference for spec, _ in jobs.values() for reference in spec.files().items())
     files.lock_for_job(session, owner_id=owner_id, references=references)
+    start_models.lock_for_jobs(session, owner_id=owner_id, specs=(spec for spec, _ in jobs.values()))
     rows = [
         {
             "id": job_id,

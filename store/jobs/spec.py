@@ -27,6 +27,7 @@ from heft_engine.config.train import (
     recipe,
 )
 from store.errors import InvalidRequest
+from store.ids import base_of, is_fine_tuned
 from store.settings import INTEGRATIONS, IntegrationType
 from store.storage.files import FILE_FIELDS
 
@@ -157,7 +158,8 @@ class Integration(Settings):
 class TrainingSpec(Settings):
     """A job's settings. `worker.jobs.run_file` makes the engine's TrainConfig of them."""
 
-    model: Annotated[str, Field(min_length=1, max_length=200)]
+    #: A base, or a fine-tuned model of this owner's or a checkpoint of one, which the job goes on from.
+    model: Annotated[str, Field(min_length=1, max_length=300)]
     training_file: Reference
     validation_file: Reference | None = None
     test_file: Reference | None = None
@@ -178,12 +180,24 @@ class TrainingSpec(Settings):
     @field_validator("model")
     @classmethod
     def _model_reference(cls, value: str) -> str:
+        if is_fine_tuned(value):
+            return value  # looked up when the job is created (store.jobs.start_models)
         if not MODEL_REFERENCE.fullmatch(value) or ".." in value:
             raise ValueError(
-                "a model must be an alias, a folder of the operator's model directory, or a hub id org/name;"
-                " paths and URLs are not accepted"
+                "a model must be an alias, a folder of the operator's model directory, a hub id org/name, or the id"
+                " of a fine-tuned model or checkpoint (ft:…); paths and URLs are not accepted"
             )
         return value
+
+    @property
+    def goes_on(self) -> bool:
+        """True if the job goes on from a fine-tuned model."""
+        return is_fine_tuned(self.model)
+
+    @property
+    def base_model(self) -> str:
+        """The base of `model`."""
+        return base_of(self.model)
 
     @field_validator(*FILE_FIELDS)
     @classmethod

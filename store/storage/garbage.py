@@ -10,8 +10,8 @@ from __future__ import annotations
 from contextlib import suppress
 from typing import Any
 
-from sqlalchemy import Delete, Update, delete, func, or_, select, update
-from sqlalchemy.orm import Session
+from sqlalchemy import ColumnElement, Delete, Update, delete, exists, func, or_, select, update
+from sqlalchemy.orm import InstrumentedAttribute, Session, aliased
 
 from store.db.session import SessionFactory, seconds, transaction
 from store.db.tables import Attempt, Checkpoint, Export, File, FineTunedModel, Job, StageResult
@@ -98,11 +98,13 @@ def _of_deleted_rows(session: Session, quiet_seconds: float) -> list[_Garbage]:
     checkpoints = select(Checkpoint).where(
         Checkpoint.removed_at.is_not(None), Checkpoint.purged_at.is_(None), unread
     )
+    checkpoints = checkpoints.where(~_is_start(Checkpoint.model_id))
     models = (
         select(FineTunedModel)
         .join(Job, Job.id == FineTunedModel.job_id)
         .where(FineTunedModel.deleted_at.is_not(None), FineTunedModel.purged_at.is_(None))
         .where(Job.finished_at.is_not(None))  # until then the job may resume from it
+        .where(~_is_start(FineTunedModel.id))
     )
     archives = (
         select(Export.storage_key)
@@ -124,6 +126,12 @@ def _of_deleted_rows(session: Session, quiet_seconds: float) -> list[_Garbage]:
             for key in session.scalars(results.limit(_BATCH))
         ),
     ]
+
+
+def _is_start(model_id: InstrumentedAttribute[Any]) -> ColumnElement[bool]:
+    """Returns the condition that an unfinished job goes on from a model."""
+    job = aliased(Job)
+    return exists().where(job.finished_at.is_(None), job.spec["model"].astext == model_id)
 
 
 def _of_row(

@@ -14,7 +14,7 @@ from sqlalchemy.orm import Session
 
 from heft_engine.config.flops import CacheLevel, RowTokens, Shape, StageWork, stage_flops
 from heft_engine.config.train import LoraStage, ReftStage, Stage
-from store import models
+from store import ids, models
 from store.errors import NotFound
 from store.jobs.shared_prefix import prefix_keys
 from store.storage import files
@@ -60,7 +60,7 @@ def estimate_study(
     spec = spec.completed()
     assert spec.model is not None
     arms = plan(spec, base_model_info(session, spec.model))
-    model, rows = _model(session, spec.model), _row_counts(session, owner_id, arms)
+    model, rows = _model(session, ids.base_of(spec.model)), _row_counts(session, owner_id, arms)
     estimates = {arm.name: _arm_estimate(arm, model, rows) for arm in arms}
     for arm in arms:
         if (reference := arm.equal_compute_to) is not None:

@@ -41,11 +41,12 @@ class Run:
 
 
 def base_model_info(session: Session, model: str | None) -> BaseModelInfo | None:
-    """Returns the shape of a base model; None when no worker offers it."""
-    if model is None or not MODEL_REFERENCE.fullmatch(model):
+    """Returns the shape of a base model, or of a fine-tuned one's; None when no worker offers it."""
+    base = None if model is None else ids.base_of(model)
+    if base is None or not MODEL_REFERENCE.fullmatch(base):
         return None
     with suppress(NotFound):
-        info = models.get(session, owner_id="", model_id=model).info
+        info = models.get(session, owner_id="", model_id=base).info
         if "n_layers" in info and "hidden_size" in info:
             return BaseModelInfo(n_layers=int(info["n_layers"]), hidden_size=int(info["hidden_size"]))
     return None

@@ -249,6 +249,36 @@ class TestATrainedModel:
         with pytest.raises(openai.NotFoundError):
             client.models.retrieve(name)
 
+    def test_a_job_goes_on_from_a_checkpoint_that_is_deleted_at_once(
+        self, client: openai.OpenAI, service: HeftUp, job: FineTuningJob
+    ) -> None:
+        start = f"{job.fine_tuned_model}:ckpt-lora"
+        rows = upload(client, YES_NO)
+        created = client.fine_tuning.jobs.create(
+            model=start, training_file=rows, suffix="further", **small(test_file=rows)
+        )
+        assert client.models.delete(start).deleted
+        with pytest.raises(openai.BadRequestError) as refusal:
+            client.fine_tuning.jobs.create(model=start, training_file=rows)
+        assert (refusal.value.param, refusal.value.code) == ("model", "model_not_found")
+
+        ended = until(client, created.id, "succeeded", "failed")
+        assert (ended.status, ended.model) == ("succeeded", start), ended.error
+        assert str(ended.fine_tuned_model).startswith(f"ft:{MODEL}:{job.organization_id}:further:")
+        assert ended.model_extra is not None
+        results = ended.model_extra["evaluation"]["results"]
+        assert [result["stage"] for result in results] == ["start", "lora", "reft"]
+        model = client.models.retrieve(str(ended.fine_tuned_model))
+        assert model.model_extra is not None
+        assert (model.model_extra["started_from"], model.model_extra["base_model"]) == (start, MODEL)
+        answer = httpx.post(
+            f"{service.record.url}/predict",
+            json={"model": model.id, "inputs": [{"question": "is 4 an even number", "passage": "Numbers."}]},
+            headers={"Authorization": f"Bearer {service.key}"},
+            timeout=60,
+        )
+        assert answer.status_code == 200, answer.text
+
 
 TURNS: Any = [{"role": "system", "content": "You count."}, {"role": "user", "content": "After 3?"}]
 

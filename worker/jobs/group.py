@@ -36,6 +36,7 @@ from worker.engine_process.supervisor import Limits, Supervisor
 from worker.jobs.attempt import Attempt, AttemptStopped, Error, Event
 from worker.jobs.fetch_rows import fetch_rows
 from worker.jobs.run_file import Node, hub_revision, run_file, train_config
+from worker.jobs.start_model import fetch_start
 
 log = logging.getLogger(__name__)
 
@@ -144,13 +145,13 @@ class _Member:
         with self._supervisor() as supervisor:
             attempt = Attempt(self.context, self.membership.claim, self.folder, supervisor)
             try:
-                rows = fetch_rows(attempt)
+                rows, start = fetch_rows(attempt), fetch_start(attempt)
                 attempt.write(lambda session, _: groups.set_ready(session, self.membership))
                 while not self.has_started:
                     attempt.raise_if_stopping()
                     self.context.stopping.wait(self.context.settings.control_seconds)
                 with gpu_requested(self.context, f"{attempt.claim.job_id}/{attempt.claim.attempt}"):
-                    run = self._run_file(attempt, rows)
+                    run = self._run_file(attempt, rows, start)
                     self.exit_code = attempt.run_child("train", run, self._handle, self._node)
                 log.info("machine %d's processes ended: %d", self.membership.node_rank, self.exit_code)
             finally:
@@ -168,9 +169,9 @@ class _Member:
         else:
             groups.leave(session, self.membership)
 
-    def _run_file(self, attempt: Attempt, rows: Mapping[FileField, Path]) -> RunFile:
+    def _run_file(self, attempt: Attempt, rows: Mapping[FileField, Path], start: Path | None) -> RunFile:
         config = train_config(attempt.claim.spec, revision=hub_revision(attempt.claim.validation))
-        return run_file(config, self.folder, rows, self.context.settings, node=self._node)
+        return run_file(config, self.folder, rows, self.context.settings, start=start, node=self._node)
 
     @property
     def _node(self) -> Node:

@@ -15,6 +15,7 @@ from worker.context import Context
 from worker.jobs.attempt import Attempt, Ending, run_attempt
 from worker.jobs.fetch_rows import fetch_uploads, store_rows
 from worker.jobs.run_file import check_file
+from worker.jobs.start_model import fetch_start
 
 
 def prepare_job(context: Context, job_id: str) -> Job | None:
@@ -30,7 +31,8 @@ def _check(attempt: Attempt) -> Ending:
     references = spec.files()
     uploads = fetch_uploads(attempt)
     files = references | {field: str(path) for field, path in uploads.items()}
-    run = check_file(spec, files, attempt.folder, attempt.context.settings)
+    start = fetch_start(attempt)
+    run = check_file(spec, files, attempt.folder, attempt.context.settings, start=start)
     result = attempt.run_engine("check", run, final_code="CHECKED", handle=lambda _: None)
 
     report = result["report"]

@@ -23,8 +23,12 @@ def reuses(spec: TrainingSpec, settings: StoreSettings) -> bool:
 
 
 def train_config(spec: TrainingSpec, *, revision: str | None) -> TrainConfig:
-    """Returns the engine's settings. A hub model is pinned to the `revision` that its files were checked with."""
-    pinned = f"{spec.model}@{revision}" if revision and "/" in spec.model and "@" not in spec.model else None
+    """Returns the engine's settings. A hub model is pinned to the `revision` that its files were checked with.
+
+    A fine-tuned model's bundle names the revision of its base itself.
+    """
+    is_open = not spec.goes_on and "/" in spec.model and "@" not in spec.model
+    pinned = f"{spec.model}@{revision}" if revision and is_open else None
     return TrainConfig(
         model=pinned or spec.model,
         stages=spec.stages(),
@@ -75,6 +79,7 @@ def run_file(
     rows: Mapping[FileField, Path],
     settings: StoreSettings,
     *,
+    start: Path | None = None,
     resume: Path | None = None,
     activation_dir: Path | None = None,
     owner: str = "",
@@ -84,8 +89,9 @@ def run_file(
 ) -> RunFile:
     """The input of `python -m heft_engine train`, whose output goes into `folder`, the attempt's own.
 
-    `resume`: a verified checkpoint to continue from. `activation_dir`: the machine's folder of frozen activations;
-    None: stages and activations of earlier jobs are not reused. `node`: None where this machine trains alone.
+    `start`: the bundle of a fine-tuned model that the job goes on from. `resume`: a verified checkpoint to continue
+    from. `activation_dir`: the machine's folder of frozen activations; None: stages and activations of earlier jobs are
+    not reused. `node`: None where this machine trains alone.
     """
     return RunFile(
         config=config,
@@ -96,6 +102,7 @@ def run_file(
         checkpoint_dir=folder / CHECKPOINTS,
         checkpoint_seconds=settings.checkpoint_seconds,
         n_checkpoints=n_checkpoints,
+        start=start,
         resume=resume,
         model_dir=settings.model_dir,
         cache_dir=settings.cache_dir,
@@ -118,11 +125,19 @@ def run_file(
 
 
 def check_file(
-    spec: TrainingSpec, files: Mapping[FileField, str], out: Path, settings: StoreSettings
+    spec: TrainingSpec,
+    files: Mapping[FileField, str],
+    out: Path,
+    settings: StoreSettings,
+    *,
+    start: Path | None = None,
 ) -> CheckFile:
-    """The input of `python -m heft_engine check`. `files`: a path or a reference for each field."""
+    """The input of `python -m heft_engine check`. `files`: a path or a reference for each field. `start`: as in
+    `run_file`.
+    """
     return CheckFile(
         config=train_config(spec, revision=None),
+        start=start,
         files=dict(files),
         out=out,
         max_rows=settings.max_rows,

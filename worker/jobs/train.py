@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Mapping
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -27,6 +28,7 @@ from worker.jobs.loss_history import FILE_NAME, LossHistory
 from worker.jobs.publish import Publisher, bundle_task
 from worker.jobs.run_file import CHECKPOINTS, STAGES, Node, hub_revision, reuses, run_file, train_config
 from worker.jobs.stage_results import StageResults
+from worker.jobs.start_model import fetch_start
 from worker.jobs.trackers import trackers_of
 
 log = logging.getLogger(__name__)
@@ -43,23 +45,32 @@ def train_job(context: Context, job_id: str) -> Job | None:
     return run_attempt(context, job_id, "train", _train)
 
 
+@dataclass(frozen=True, kw_only=True)
+class _Files:
+    """Files that were fetched for an attempt. checkpoint: None to train from the start."""
+
+    rows: Mapping[FileField, Path]
+    start: Path | None  #: the bundle of the fine-tuned model that the job goes on from
+    checkpoint: Path | None
+
+
 def _train(attempt: Attempt) -> Ending:
-    rows = fetch_rows(attempt)
-    checkpoint = _fetch_checkpoint(attempt)
+    files = _Files(
+        rows=fetch_rows(attempt), start=fetch_start(attempt), checkpoint=_fetch_checkpoint(attempt)
+    )
     try:
         with gathered(attempt) as node:
-            return _train_on(attempt, rows, checkpoint, node)
+            return _train_on(attempt, files, node)
     except GivesWay:
         return partial(
             endings.release, reason="Its worker joins a job that waited longer for several workers."
         )
 
 
-def _train_on(
-    attempt: Attempt, rows: Mapping[FileField, Path], checkpoint: Path | None, node: Node | None
-) -> Ending:
+def _train_on(attempt: Attempt, files: _Files, node: Node | None) -> Ending:
     """Trains from a checkpoint, if there is one, and stores the result. node: this machine, of several."""
-    run = _run_file(attempt, rows, checkpoint, node)
+    run = _run_file(attempt, files, node)
+    checkpoint = files.checkpoint
     history = LossHistory.load(checkpoint / FILE_NAME) if checkpoint else LossHistory()
     publisher = Publisher(attempt, history)
     stage_dir = attempt.folder / STAGES
@@ -97,17 +108,16 @@ def _train_on(
     )
 
 
-def _run_file(
-    attempt: Attempt, rows: Mapping[FileField, Path], checkpoint: Path | None, node: Node | None
-) -> RunFile:
+def _run_file(attempt: Attempt, files: _Files, node: Node | None) -> RunFile:
     spec, settings = attempt.claim.spec, attempt.context.settings
     is_trial = attempt.write(lambda session, claim: studies.is_trial(session, claim.job_id))
     return run_file(
         train_config(spec, revision=hub_revision(attempt.claim.validation)),
         attempt.folder,
-        rows,
+        files.rows,
         settings,
-        resume=checkpoint,
+        start=files.start,
+        resume=files.checkpoint,
         activation_dir=attempt.context.activation_folder if reuses(spec, settings) else None,
         owner=attempt.claim.owner_id,
         evaluate_validation=is_trial,

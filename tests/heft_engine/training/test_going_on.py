@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import shutil
+import threading
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from engine_command import write_rows
 from engine_runs import (
     LORA,
     REFT,
@@ -25,6 +27,8 @@ from engine_runs import (
 
 from heft_engine.bundle.export import export
 from heft_engine.bundle.format import Ancestor, read_bundle
+from heft_engine.commands.train_process import train_in_process
+from heft_engine.config.run_file import RunFile
 from heft_engine.config.train import Stage, TaskSettings, TrainConfig
 from heft_engine.errors import BundleError, ConfigError
 from heft_engine.serving.predictor import load
@@ -218,6 +222,22 @@ def test_another_task_may_follow(tiny_llama_dir: Path, tmp_path: Path) -> None:
     assert second.bundle is not None
     assert second.bundle.info.task["type"] == "text"
     assert second.bundle.info.task["template"] == "{prompt}"
+
+
+def test_labels_of_rows_are_inherited_before_the_rows_are_read(tiny_llama_dir: Path, tmp_path: Path) -> None:
+    rows = [{"question": f"what is {n}", "answer": "sea" if n % 2 else "stone"} for n in range(8)]
+    path = write_rows(tmp_path / "rows.jsonl", rows)
+    first = RunFile(
+        config=config(tiny_llama_dir, "recipe", [FIRST], task=TaskSettings(labels=["sea", "stone"])),
+        train=path,
+        out=tmp_path / "first",
+        device="cpu",
+        allow_paths=True,
+    )
+    train_in_process(first, threading.Event())
+    second = {"config": going_on(tmp_path / "first", [SECOND]), "out": tmp_path / "second"}
+    train_in_process(first.model_copy(update=second), threading.Event())
+    assert read_bundle(tmp_path / "second").info.task["labels"] == ["sea", "stone"]
 
 
 @pytest.mark.parametrize(
