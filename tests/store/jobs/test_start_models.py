@@ -14,6 +14,8 @@ from store.jobs import endings, jobs
 from store.jobs.spec import TrainingSpec
 from store.storage import garbage
 from store.storage.artifacts import Artifacts
+from store.studies import studies
+from store.studies.spec import StudySpec
 
 OWNER = "team"
 
@@ -66,6 +68,30 @@ def test_other_models_are_refused(bench: Any, case: str) -> None:
         create(bench, model, owner)
     assert (refusal.value.param, refusal.value.code) == ("model", "model_not_found")
     assert bench.sql("SELECT count(*) FROM jobs WHERE spec->>'model' LIKE 'ft:%'")[0].count == 0
+
+
+def test_a_study_goes_on_from_a_model_and_is_planned_by_its_base(bench: Any) -> None:
+    final, _ = trained(bench)
+    bench.do(
+        models.offer_base, model_id="smollm2-135m", source="alias", info={"n_layers": 4, "hidden_size": 8}
+    )
+    fields = {
+        "name": "more",
+        "training_file": "sample:passages",
+        "seeds": [1],
+        "grid": {"reft.layers": [1, 3]},
+    }
+    bench.do(studies.create, owner_id=OWNER, spec=StudySpec.model_validate({**fields, "model": final}))
+    rows = bench.sql("SELECT spec->>'model' AS model FROM jobs WHERE metadata ? 'study'")
+    assert [row.model for row in rows] == [final, final]
+    for changes, param in (
+        ({"grid": {"reft.layers": [9]}}, "layers"),
+        ({"model": "ft:gone:team::x"}, "model"),
+    ):
+        spec = StudySpec.model_validate({**fields, "model": final, **changes})
+        with pytest.raises(InvalidRequest) as refusal:
+            bench.do(studies.create, owner_id=OWNER, spec=spec)
+        assert param in str(refusal.value.param)
 
 
 def test_a_deleted_start_keeps_its_bytes_until_the_job_ends(bench: Any, artifacts_url: str) -> None:
