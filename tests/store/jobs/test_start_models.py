@@ -78,6 +78,7 @@ def test_a_study_goes_on_from_a_model_and_is_planned_by_its_base(bench: Any) -> 
     fields = {
         "name": "more",
         "training_file": "sample:passages",
+        "test_file": "sample:passages:test",
         "seeds": [1],
         "grid": {"reft.layers": [1, 3]},
     }
