@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import re
 import time
 import uuid
 
@@ -31,6 +32,7 @@ _HEADER_FRAMING = 4
 #: A connection with an unread body is reset when it is closed. nginx, still sending, would then answer 502: it gets so
 #: long to read the response, which is complete by its Content-Length.
 LINGER_SECONDS = 0.5
+_SLASHES = re.compile("/{2,}")
 
 
 class RequestMiddleware:
@@ -45,6 +47,7 @@ class RequestMiddleware:
         if scope["type"] != "http":
             await self.app(scope, receive, send)
             return
+        scope["path"] = _plain_path(scope["path"])
         status, started_at = 0, time.perf_counter()
 
         async def send_and_record(message: Message) -> None:
@@ -119,6 +122,14 @@ class RequestMiddleware:
         if encoding.lower() != "identity":
             return error_response(415, f"Content-Encoding {encoding!r} is not supported")
         return None
+
+
+def _plain_path(path: str) -> str:
+    """Returns a path without repeated slashes and without one at its end: a base URL often ends in one.
+
+    Every layer after this one sees the same path: keys, bounds of bodies, and routes.
+    """
+    return _SLASHES.sub("/", path).rstrip("/") or "/"
 
 
 def _has_large_body(scope: Scope) -> bool:

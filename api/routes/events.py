@@ -9,6 +9,7 @@ from typing import Annotated
 
 from fastapi import APIRouter, Header
 from fastapi.responses import Response
+from pydantic import BeforeValidator
 from sqlalchemy.orm import Session
 from sse_starlette import EventSourceResponse, ServerSentEvent
 
@@ -24,6 +25,9 @@ from store.jobs import jobs
 
 router = APIRouter(prefix="/v1/fine_tuning/jobs", tags=["Fine-tuning"])
 log = logging.getLogger(__name__)
+
+#: A client that has received no event yet may send an empty one.
+LastEventId = Annotated[int, Header(ge=0, lt=2**63), BeforeValidator(lambda value: value or 0)]
 
 #: A stream polls the database for new events at this interval, and reads this many at once.
 POLL_SECONDS = 0.5
@@ -44,7 +48,7 @@ async def list_events(
     after: After = None,
     limit: Limit = 20,
     stream: bool = False,
-    last_event_id: Annotated[int, Header(ge=0, lt=2**63)] = 0,
+    last_event_id: LastEventId = 0,
 ) -> Response | Listing[EventObject]:
     """Events, newest first.
 

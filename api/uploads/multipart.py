@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import AsyncIterator
 from dataclasses import dataclass, field
+from email.message import Message
 
 from python_multipart import MultipartParser
 from python_multipart.exceptions import FormParserError
@@ -93,9 +94,10 @@ class StreamedForm:
         if part.name == "file":
             if self.filename is not None:
                 raise InvalidRequest("the form must have only one file", param="file")
-            if b"filename" not in options:
+            filename = _filename(self._disposition, options.get(b"filename"))
+            if filename is None:
                 raise InvalidRequest("the file must have a file name", param="file")
-            part.filename = self.filename = _text(options[b"filename"], param="file")
+            part.filename = self.filename = filename
         elif not part.name:
             raise InvalidRequest("a part of the form has no name", code="invalid_form")
         elif part.name in self.fields:
@@ -118,6 +120,19 @@ class StreamedForm:
 
     def _on_end(self) -> None:
         self._complete = True
+
+
+def _filename(disposition: bytes, plain: bytes | None) -> str | None:
+    """Returns the file name of a part. Clients on urllib3 1 send `filename*=utf-8''…` alone, others Latin-1."""
+    if plain is None:
+        message = Message()
+        message["content-disposition"] = disposition.decode("latin-1")
+        filename = message.get_filename()
+        return None if filename is None else _text(filename.encode(), param="file")
+    try:
+        return _text(plain, param="file")
+    except InvalidRequest:
+        return _text(plain.decode("latin-1").encode(), param="file")
 
 
 def _text(data: bytes, *, param: str) -> str:

@@ -21,6 +21,7 @@ from heft_engine.bundle.probe import check_probe
 from heft_engine.bundle.pyreft_format import write_pyreft
 from heft_engine.errors import ConfigError
 from heft_engine.inference.model_variant import ModelVariant
+from heft_engine.model import smollm2
 from heft_engine.model.nf4 import store_dense
 
 Format = Literal["merged", "peft", "pyreft"]
@@ -59,11 +60,17 @@ def export(
 
 def _peft(bundle: Bundle, out_dir: Path, **source: Any) -> None:
     if not needs_base(bundle.adapters):
-        concatenate(bundle.adapters).save(out_dir, bundle.info.base_model.reference)
+        concatenate(bundle.adapters).save(out_dir, _loadable_reference(bundle))
         return
     base = assemble(replace(bundle, adapters=[], interventions=[]), device="cpu", **source).model
     adapter = concatenate(bundle.adapters, lambda module: weight_of(base, module))
-    adapter.save(out_dir, bundle.info.base_model.reference)
+    adapter.save(out_dir, _loadable_reference(bundle))
+
+
+def _loadable_reference(bundle: Bundle) -> str:
+    """Returns the base's name or path for peft and transformers, which don't know this engine's alias."""
+    reference = bundle.info.base_model.reference
+    return smollm2.HUB_ID if reference == smollm2.ALIAS else reference
 
 
 def _merged(bundle: Bundle, out_dir: Path, **source: Any) -> None:

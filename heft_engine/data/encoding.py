@@ -8,7 +8,9 @@ Prompt
     assistant turn.
     BOS is prepended if the tokenizer does so itself. Chat templates contain their own.
 Answer
-    yes_no: " yes" or " no". choice: a space and the choice. No EOS, so that only the label is scored.
+    yes_no: " yes" or " no". choice: a space and the choice. No EOS, so that only the label is scored; but where one
+    label's tokens begin with another's, EOS ends every label of the row: P(" 10") = P(" 1") P("0" | " 1") would never
+    exceed P(" 1").
     prompt rows: the completion, then EOS. message rows: the turn as the chat template renders it, tool calls included,
     then the template's token for the end of a turn.
     Each supervised assistant turn (weight 1) is an example of its own with the turns before it as its prompt, as in
@@ -33,6 +35,7 @@ import json
 import re
 import string
 from dataclasses import dataclass, replace
+from itertools import pairwise
 from typing import cast
 
 from transformers import PreTrainedTokenizerBase
@@ -87,11 +90,18 @@ class Encoder:
     """Encodes rows for one tokenizer, task and maximum length."""
 
     def __init__(
-        self, tokenizer: PreTrainedTokenizerBase, task: Task, max_length: int = DEFAULT_MAX_LENGTH
+        self,
+        tokenizer: PreTrainedTokenizerBase,
+        task: Task,
+        max_length: int = DEFAULT_MAX_LENGTH,
+        *,
+        vocab_size: int | None = None,
     ) -> None:
+        """`vocab_size`: rows of the model's embedding. Some tokenizers have added tokens beyond it."""
         self.tokenizer = tokenizer
         self.task = task
         self.max_length = max_length
+        self._unknown = _tokens_beyond(tokenizer, vocab_size)
         probe = cast(list[int], tokenizer("a")["input_ids"])
         bos = tokenizer.bos_token_id
         self._bos: list[int] = [bos] if bos is not None and probe[:1] == [bos] else []
@@ -131,8 +141,14 @@ class Encoder:
         return self._free(self._bos + self.text(text), None, "prompt")
 
     def text(self, text: str) -> list[int]:
-        """Returns the tokens of text, without BOS or EOS."""
-        return cast(list[int], self.tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"])
+        """Returns the tokens of text, without BOS or EOS. Raises RowError for a token without an embedding."""
+        ids = cast(list[int], self.tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"])
+        if self._unknown and (unknown := self._unknown.intersection(ids)):
+            token = self.tokenizer.convert_ids_to_tokens(min(unknown))
+            raise RowError(
+                f"the text contains {token}, a token of the tokenizer that the model has no embedding for"
+            )
+        return ids
 
     def continuation(self, text: str) -> list[int]:
         """Returns the tokens of text that follows other text."""
@@ -145,7 +161,16 @@ class Encoder:
         if len(set(answers)) != len(answers) or not all(answers):
             message = f"labels must have different tokens with the model's tokenizer: {', '.join(labels)}"
             raise RowError(message, param="choices")
-        return answers
+        if not (self.task.eos_after_prefix_labels and _has_prefix(answers)):
+            return answers
+        eos = self.tokenizer.eos_token_id
+        if eos is None:
+            raise RowError(
+                f"labels must not begin with another label's tokens ({', '.join(labels)}), because the model's "
+                "tokenizer has no EOS token to end the shorter one: rename them",
+                param="choices",
+            )
+        return tuple((*answer, cast(int, eos)) for answer in answers)
 
     def _labelled(self, row: Row) -> Example:
         labels = row.choices if row.kind == "choice" and row.choices else self.task.labels
@@ -228,6 +253,20 @@ class Encoder:
             labels=(answer[0],) if answer else (),
             gold=0 if answer else None,
         )
+
+
+def _tokens_beyond(tokenizer: PreTrainedTokenizerBase, vocab_size: int | None) -> frozenset[int]:
+    """Returns the added tokens whose ids are not below `vocab_size`."""
+    if vocab_size is None:
+        return frozenset()
+    return frozenset(token for token in tokenizer.get_added_vocab().values() if token >= vocab_size)
+
+
+def _has_prefix(answers: tuple[tuple[int, ...], ...]) -> bool:
+    """Returns whether one answer's tokens begin with another's. The answers are distinct."""
+    # In lexicographic order an answer is followed by those that begin with it.
+    ordered = sorted(answers)
+    return any(longer[: len(answer)] == answer for answer, longer in pairwise(ordered))
 
 
 def _fill(template: str, fields: dict[str, str]) -> str:

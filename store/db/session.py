@@ -15,6 +15,7 @@ import psycopg
 from sqlalchemy import BindParameter, Engine, ExceptionContext, Interval, create_engine, event, exc, literal
 from sqlalchemy.orm import Session, sessionmaker
 
+from store.db import storable
 from store.errors import Unavailable
 
 _CONNECT_SECONDS = 3
@@ -37,6 +38,7 @@ def make_engine(url: str, *, pool_size: int = 10) -> Engine:
     engine = create_engine(
         url,
         pool_pre_ping=True,
+        json_serializer=storable.dumps,
         hide_parameters=True,  # error messages are logged, and parameters are users' data
         pool_size=pool_size,
         max_overflow=pool_size,

@@ -137,6 +137,12 @@ def test_a_stream_without_events_sends_heartbeats(
         assert any(line.startswith(": ping") for line in lines)
 
 
+def test_an_empty_last_event_id_is_the_start(client: httpx.Client) -> None:
+    job_id = create(client)["id"]
+    client.post(f"{JOBS}/{job_id}/cancel").raise_for_status()
+    assert follow(client, job_id, **{"Last-Event-ID": ""}) == follow(client, job_id)
+
+
 @pytest.mark.parametrize("last", ["-1", "x", str(2**64)])
 def test_an_invalid_folder_is_refused(client: httpx.Client, last: str) -> None:
     answer = client.get(f"{JOBS}/{create(client)['id']}/events?stream=true", headers={"Last-Event-ID": last})

@@ -52,6 +52,22 @@ def test_a_file_keeps_its_name(client: httpx.Client, name: str) -> None:
     assert created["filename"] in (name, name.replace('"', "%22"))  # as httpx escapes a quote
 
 
+@pytest.mark.parametrize("parameter", [b"filename*=utf-8''na%C3%AFve.jsonl", b'filename="na\xefve.jsonl"'])
+def test_file_names_as_older_clients_send_them_are_read(client: httpx.Client, parameter: bytes) -> None:
+    form = b'--b\r\nContent-Disposition: form-data; name="purpose"\r\n\r\nfine-tune\r\n'
+    form += (
+        b'--b\r\nContent-Disposition: form-data; name="file"; '
+        + parameter
+        + b"\r\n\r\n"
+        + ROW
+        + b"\r\n--b--\r\n"
+    )
+    answer = client.post(
+        "/v1/files", content=form, headers={"Content-Type": "multipart/form-data; boundary=b"}
+    )
+    assert answer.json()["filename"] == "naïve.jsonl"
+
+
 def test_a_deleted_file_is_hidden_at_once_and_its_content_is_kept_until_the_sweep(
     client: httpx.Client, new_files: NewFiles
 ) -> None:
@@ -136,7 +152,6 @@ def test_an_invalid_upload_is_refused_and_leaves_no_file(
     [
         b'--b\r\nContent-Disposition: form-data; name="file"; filename="x"\r\n\r\nrow\r\n',
         b'--b\r\nContent-Disposition: form-data; name="file"\r\n\r\nrow\r\n--b--\r\n',
-        b'--b\r\nContent-Disposition: form-data; name="file"; filename="\xff"\r\n\r\nrow\r\n--b--\r\n',
         b"--b\r\nContent-Disposition: form-data\r\n\r\nrow\r\n--b--\r\n",
         b'--b\r\nContent-Disposition: form-data; name="' + b"x" * 10_000,
         b"no boundary at all",

@@ -18,7 +18,7 @@ from typing import Any, cast
 from redis import Redis
 from redis.exceptions import RedisError
 
-from heft_engine.errors import EngineError, ModelError, RowError
+from heft_engine.errors import ConfigError, EngineError, ModelError, RowError
 from heft_engine.runtime.device_failure import is_device_failure
 from store.errors import StoreError, Unavailable
 from store.logs import bound
@@ -171,7 +171,7 @@ class ActiveRequest:
 
 def _fault(error: EngineError | StoreError) -> PredictFault:
     """Returns the API's answer to an error: 4xx for the client's, 5xx for ours."""
-    if isinstance(error, RowError):
+    if isinstance(error, RowError | ConfigError):
         return PredictFault(status=400, code="invalid_value", message=error.message, param=error.param)
     if isinstance(error, ModelError):
         return PredictFault(status=404, code=error.code, message=error.message, param="model")

@@ -172,6 +172,19 @@ def test_two_lora_stages_become_one_adapter_of_their_summed_rank(
     assert config["base_model_name_or_path"] == bundle.info.base_model.reference
 
 
+def test_an_adapter_of_the_alias_names_the_model_on_the_hub(
+    make_bundle: Callable[..., Bundle], tmp_path: Path
+) -> None:
+    bundle = make_bundle("llama", [LORA])
+    copy = shutil.copytree(bundle.path, tmp_path / "bundle")
+    reference = json.dumps(bundle.info.base_model.reference)
+    manifest = copy / "heft.json"
+    manifest.write_text(manifest.read_text().replace(reference, '"smollm2-135m"'))
+    export(copy, "peft", tmp_path / "adapter")
+    config = json.loads((tmp_path / "adapter" / "adapter_config.json").read_text())
+    assert config["base_model_name_or_path"] == "HuggingFaceTB/SmolLM2-135M-Instruct"
+
+
 def test_pyrefts_directory_holds_one_intervention_for_stages_at_one_place(
     make_bundle: Callable[..., Bundle], tmp_path: Path
 ) -> None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+import re
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -9,7 +11,16 @@ from typing import Any
 
 import pytest
 from tiny_models import save_tokenizer
-from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
+from tokenizers import (
+    AddedToken,
+    Tokenizer,
+    decoders,
+    models,
+    normalizers,
+    pre_tokenizers,
+    processors,
+    trainers,
+)
 from transformers import AutoTokenizer, PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
 from heft_engine.config.metric_names import TaskType
@@ -174,6 +185,48 @@ def test_labels_that_tokenise_alike_are_refused(pieces: Any) -> None:
     assert refused.value.param == "choices"
 
 
+def test_labels_that_begin_with_anothers_tokens_all_end_with_eos(pieces: Any) -> None:
+    """Without an end the longer label could never be the likelier one: its score is the shorter one's times more."""
+    labels = ["a sea", "a", "yes"]
+    example = ask(encoder(pieces, "choice", labels=labels), question="what", answer="a sea")
+    ends = [answer[-1] for answer in example.answers]
+    assert ends == [pieces.eos_token_id] * 3
+    assert [pieces.decode(answer[:-1]) for answer in example.answers] == labels
+    others = ask(encoder(pieces, "choice"), question="what", choices=["a", "yes"], answer="a").answers
+    assert pieces.eos_token_id not in {answer[-1] for answer in others}
+
+
+def test_labels_of_a_bundle_from_before_have_no_end(pieces: Any) -> None:
+    task = {"type": "choice", "template": "{question}", "labels": ["a sea", "a"]}
+    example = Encoder(pieces, Task.from_json(task), 400).question(
+        parse_row({"question": "b"}, labels=["a sea", "a"], need_answer=False)
+    )
+    assert all(answer[-1] != pieces.eos_token_id for answer in example.answers)
+
+
+def test_labels_that_begin_with_anothers_tokens_need_an_eos_token(bpe: Any) -> None:
+    tokenizer = copy.deepcopy(bpe)
+    tokenizer.eos_token = None
+    with pytest.raises(RowError, match="has no EOS token to end the shorter one: rename them") as refused:
+        ask(encoder(tokenizer, "choice"), question="what", choices=["a", "a sea"], answer="a")
+    assert refused.value.param == "choices"
+
+
+def test_a_token_without_an_embedding_is_refused_by_name(bpe: Any) -> None:
+    """gemma-3-1b has one: its tokenizer is that of the larger models, which read images."""
+    tokenizer = copy.deepcopy(bpe)
+    size = len(tokenizer)
+    tokenizer.add_tokens([AddedToken("[NEW]", normalized=False)])
+    text = Encoder(tokenizer, Task.resolve(TaskSettings(), "text"), 400, vocab_size=size)
+    message = re.escape("contains [NEW], a token of the tokenizer that the model has no embedding for")
+    for row in ({"prompt": "a [NEW] b", "completion": "c"}, {"prompt": "a", "completion": "[NEW]"}):
+        with pytest.raises(RowError, match=message):
+            ask(text, **row)
+    with pytest.raises(RowError, match=message):
+        text.raw("[NEW]")
+    assert text.raw("[NE W]").prompt
+
+
 # -- conversations
 
 TURNS = [
@@ -227,6 +280,8 @@ def test_a_conversation_that_the_chat_template_refuses_is_a_bad_row(tmp_path: Pa
 def test_a_task_survives_its_json() -> None:
     task = Task.resolve(TaskSettings(type="choice", labels=["a", "b"], template="{question}"), "choice")
     assert Task.from_json(task.to_json()) == task
+    yes_no = Task.resolve(TaskSettings(), "yes_no")
+    assert Task.from_json(yes_no.to_json()) == yes_no
 
 
 @pytest.mark.parametrize(

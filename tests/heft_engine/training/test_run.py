@@ -78,6 +78,22 @@ def test_every_method_trains_every_task_and_its_bundle_answers_with_the_same_bit
         assert right == record.data("EVALUATION")[-1]["correct"]
 
 
+def test_a_label_that_begins_with_anothers_tokens_can_be_learned(
+    tiny_llama_dir: Path, tmp_path: Path
+) -> None:
+    labels = ["name", "name of the list"]
+    rows = [
+        {"question": "what is it", "passage": passage, "answer": label}
+        for passage, label in zip(("river", "stone"), labels, strict=True)
+    ]
+    task = TaskSettings(type="choice", labels=labels)
+    stage = but(LORA, n_epochs=8, batch_size=4)
+    parsed = [parse_row(row, labels=labels) for row in rows]
+    run(config(tiny_llama_dir, "lora", [stage], task=task), tmp_path / "out", parsed * 8)
+    predictor = load(tmp_path / "out", device="cpu")
+    assert [prediction.answer for prediction in predictor.predict(parsed)] == labels
+
+
 def test_events_come_in_order_with_their_stage(tiny_llama_dir: Path, tmp_path: Path) -> None:
     record = run(
         config(tiny_llama_dir, "heft"),

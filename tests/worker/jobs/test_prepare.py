@@ -72,6 +72,19 @@ def test_what_is_no_matter_of_rows_fails_the_job_too(bench: Bench) -> None:
     assert job.error == {"code": "model_not_found", "message": "there is no model 'x'", "param": None}
 
 
+def test_a_reason_that_postgres_can_not_store_fails_the_job_once(bench: Bench) -> None:
+    act = {
+        "do": "fail",
+        "code": "invalid_training_file",
+        "message": "unknown field \0 \ud800",
+        "when": "checked",
+    }
+    job = _prepared(bench, bench.created(_lines([act])))
+    assert job.state == JobState.FAILED
+    assert job.error is not None
+    assert job.error["message"] == "unknown field \ufffd \ufffd"
+
+
 def _prepared(bench: Bench, job_id: str) -> Job:
     prepare_job(bench.context, job_id)
     return bench.job(job_id)
