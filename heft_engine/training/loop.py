@@ -83,7 +83,10 @@ class TrainLoop:
         self._fused = all(parameter.is_cuda for parameter in parameters.values())
         self.optimizer = torch.optim.AdamW(groups, lr=0.0, betas=BETAS, eps=EPSILON, fused=self._fused)
         self._exchange = Exchange(
-            ranks=self.ranks, seed=self.seed, stage_index=self.stages_before + self.index
+            ranks=self.ranks,
+            seed=self.seed,
+            stage_index=self.stages_before + self.index,
+            stop_requested=self.hooks.should_stop,
         )
 
     @property
@@ -279,7 +282,7 @@ class TrainLoop:
     # -- checkpoints and events -------------------------------------------------------------------------------------
 
     def _save_or_stop(self, due: bool = False) -> None:
-        stop = self._exchange.should_stop(self.hooks.should_stop())
+        stop = self._exchange.should_stop()
         self.hooks.save(self.progress, self._tensors, due or stop)
         if stop:
             raise Stopped("stopped at a checkpoint, as requested")

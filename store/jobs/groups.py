@@ -48,6 +48,22 @@ class Membership:
 
 
 @dataclass(frozen=True, kw_only=True)
+class MemberFailures:
+    """Failures of a group's members so far.
+
+    error: {code, message, param} of one, a cause before those that only lost a process; None: nobody has said any.
+    have_all_ended: none has a lease any more, so none will say more.
+    """
+
+    error: dict[str, Any] | None
+    have_all_ended: bool
+
+
+#: The error of a member whose worker was asked to stop, and whose processes did not end by themselves in time.
+WORKER_STOPPED = {"code": "worker_stopped", "message": "Its worker was asked to stop.", "param": None}
+
+
+@dataclass(frozen=True, kw_only=True)
 class GroupState:
     """A group as machine 0 sees it. free_places: of members that have not joined."""
 
@@ -203,12 +219,14 @@ def fail(session: Session, membership: Membership, *, error: Mapping[str, Any] |
     session.execute(update(GroupMember).where(_is_place_of(membership)).values(values))
 
 
-def member_error(session: Session, claim: Claim) -> dict[str, Any] | None:
-    """Returns an error that a member's processes have failed with: a cause before those that only lost a process."""
+def member_failures(session: Session, claim: Claim) -> MemberFailures:
+    """Returns what members of a claimed job's group have failed with."""
     is_member = and_(GroupMember.job_id == claim.job_id, GroupMember.attempt == claim.attempt)
     query = select(GroupMember.error).where(is_member, GroupMember.error.is_not(None))
     is_consequence = GroupMember.error["code"].as_string() == RankLost.code
-    return session.scalar(query.order_by(is_consequence, GroupMember.node_rank).limit(1))
+    error = session.scalar(query.order_by(is_consequence, GroupMember.node_rank).limit(1))
+    alive = select(GroupMember.node_rank).where(is_member, GroupMember.lease_until >= func.now())
+    return MemberFailures(error=error, have_all_ended=session.scalar(alive.limit(1)) is None)
 
 
 def has_lost_member(session: Session, claim: Claim) -> bool:

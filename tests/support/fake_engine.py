@@ -8,7 +8,7 @@ Each line of that file is one action, {"do": …}:
   stubborn          until SIGKILL: SIGTERM is ignored
   silent            until SIGKILL, saying nothing (SIGUSR1 writes the stacks)
   die code          exit with this code and no event (negative: by that signal); `once` skips it after a resume
-  fail code message FAILED, exit 1
+  fail code message FAILED, exit 1; with node_rank, on that machine alone
   (checkpoint with spoil: "remove", "cut" or "change" it before its event; with key: the key of its stage's result;
    with metrics: {name: number} at its step)
   ask keys          STAGE_KEYS, and a STAGE_REUSED for each result that the worker provides
@@ -144,6 +144,8 @@ class Play:
             os._exit(act["code"])
 
     def fail(self, act: dict[str, Any]) -> None:
+        if act.get("node_rank", self.run["node_rank"]) != self.run["node_rank"]:
+            return
         emit("FAILED", error={"code": act["code"], "message": act["message"], "param": None})
         sys.exit(1)
 

@@ -24,6 +24,7 @@ from pydantic import BaseModel
 from sqlalchemy.orm import Session
 
 from heft_engine.commands.child_process import STOPPED
+from heft_engine.errors import RankLost
 from store.db.session import transaction
 from store.db.states import Purpose
 from store.db.tables import Job
@@ -34,6 +35,7 @@ from store.logs import bound
 from worker.context import Context
 from worker.engine_process.child import Child, child_environment
 from worker.engine_process.supervisor import Limits, StopReason, Supervisor
+from worker.jobs.member_failures import first_cause
 from worker.jobs.run_file import Node
 
 log = logging.getLogger(__name__)
@@ -43,6 +45,7 @@ Error = Mapping[str, Any]  #: a job's `error`: {code, message, param}
 Event = dict[str, Any]  #: an event of the engine: {code, type, level, message, data, time}
 Ending = Callable[[Session, Claim], Job]
 
+_released_for_another = partial(endings.release, reason="Another worker that trains it was asked to stop.")
 #: A worker that shuts down retries this long while the database or the storage is away. Then the lease expires.
 _SHUTDOWN_RETRY_SECONDS = 10.0
 _RETRY_SECONDS = 2.0
@@ -238,13 +241,17 @@ def _claim(context: Context, job_id: str, purpose: Purpose) -> Claim | None:
         )
 
 
-def _supervisor(context: Context, claim: Claim) -> Supervisor:
-    in_group = claim.purpose == "train" and context.settings.train_nodes > 1
+def _is_grouped(context: Context, claim: Claim) -> bool:
+    """Returns True where several workers train a job together."""
+    return claim.purpose == "train" and context.settings.train_nodes > 1
 
+
+def _supervisor(context: Context, claim: Claim) -> Supervisor:
     def renew_lease() -> StopRequest:
         with transaction(context.sessions) as session:
             request = leases.heartbeat(session, claim)
-            return replace(request, member_lost=in_group and groups.has_lost_member(session, claim))
+            is_lost = _is_grouped(context, claim) and groups.has_lost_member(session, claim)
+            return replace(request, member_lost=is_lost)
 
     def read_stop_request() -> StopRequest:
         with transaction(context.sessions) as session:
@@ -271,9 +278,11 @@ def _run_work(attempt: Attempt, work: Callable[[Attempt], Ending]) -> Ending:
     except AttemptStopped:
         return _stopped(attempt, crashed)
     except EngineFailed as failure:
-        return _failed(failure.error, crashed)
+        is_lost = failure.error["code"] == RankLost.code
+        return _failed(_first_cause(attempt, failure.error) if is_lost else failure.error, crashed)
     except EngineCrashed as crash:
-        return partial(crashed, error=crash.error)
+        cause = _first_cause(attempt, crash.error)
+        return partial(crashed, error=cause) if cause is crash.error else _failed(cause, crashed)
     except (LostFence, Unavailable):
         raise
     except Damaged as damage:
@@ -288,8 +297,19 @@ def _run_work(attempt: Attempt, work: Callable[[Attempt], Ending]) -> Ending:
         raise
 
 
+def _first_cause(attempt: Attempt, error: Error) -> Error:
+    """Returns the error of another worker's processes that has led to `error`; `error` of an attempt without others."""
+    context = attempt.context
+    if not _is_grouped(context, attempt.claim):
+        return error
+    pause = partial(context.stopping.wait, context.settings.control_seconds)
+    return first_cause(error, partial(attempt.write, groups.member_failures), pause)
+
+
 def _failed(error: Error, crashed: Callable[..., Job]) -> Ending:
-    """Returns the ending of an attempt whose engine has reported an error."""
+    """Returns the ending of an attempt in which an engine has reported an error, this worker's or a member's."""
+    if error["code"] == groups.WORKER_STOPPED["code"]:
+        return _released_for_another
     if error["code"] in _TRANSIENT_CODES:
         return partial(crashed, error=error)
     return partial(endings.finish_failed, error=error)
@@ -307,11 +327,10 @@ def _stopped(attempt: Attempt, crashed: Callable[..., Job]) -> Ending:
             error = job_error("stalled", "The training process made no progress and was ended.")
             return partial(crashed, error=error)
         case StopReason.MEMBER_LOST:
-            lost = job_error("rank_lost", "Another worker that trains this job was lost.")
-            member_error = attempt.write(groups.member_error)
-            return _failed(member_error or lost, crashed)
+            lost = job_error(RankLost.code, "Another worker that trains this job was lost.")
+            return _failed(_first_cause(attempt, lost), crashed)
         case None:
-            return partial(endings.release, reason="Another worker that trains it was asked to stop.")
+            return _released_for_another
         case _:
             raise LostFence(f"attempt {attempt.claim.attempt} of {attempt.claim.job_id} is lost")
 

@@ -32,7 +32,7 @@ from store.logs import bound
 from store.settings import StoreSettings
 from worker.chores.gpu_handoff import gpu_requested
 from worker.context import Context
-from worker.engine_process.supervisor import Limits, Supervisor
+from worker.engine_process.supervisor import Limits, StopReason, Supervisor
 from worker.jobs.attempt import Attempt, AttemptStopped, Error, Event
 from worker.jobs.fetch_rows import fetch_rows
 from worker.jobs.run_file import Node, hub_revision, run_file, train_config
@@ -155,19 +155,24 @@ class _Member:
                     self.exit_code = attempt.run_child("train", run, self._handle, self._node)
                 log.info("machine %d's processes ended: %d", self.membership.node_rank, self.exit_code)
             finally:
-                attempt.write(self._end)
+                is_stopped = attempt.stop_reason is StopReason.SHUTDOWN
+                attempt.write(partial(self._end, is_stopped=is_stopped))
 
     def _handle(self, event: Event) -> None:
         if event["code"] == "FAILED":
             self.error = event["data"]["error"]
             log.error("this machine's processes failed: %s", event["message"])
 
-    def _end(self, session: Session, _: Claim) -> None:
-        """Gives up the place; if the group has started and this part has not ended as it should, says why."""
-        if self.exit_code not in (0, STOPPED) and groups.is_training(session, self.membership):
-            groups.fail(session, self.membership, error=self.error)
-        else:
+    def _end(self, session: Session, _: Claim, *, is_stopped: bool) -> None:
+        """Gives up the place; if the group has started and this part has not ended as it should, says why.
+
+        is_stopped: the worker was asked to stop. Processes that wait for machine 0's evaluation don't end in time then.
+        """
+        if self.exit_code in (0, STOPPED) or not groups.is_training(session, self.membership):
             groups.leave(session, self.membership)
+            return
+        error = groups.WORKER_STOPPED if is_stopped and self.error is None else self.error
+        groups.fail(session, self.membership, error=error)
 
     def _run_file(self, attempt: Attempt, rows: Mapping[FileField, Path], start: Path | None) -> RunFile:
         config = train_config(attempt.claim.spec, revision=hub_revision(attempt.claim.validation))

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
 import torch
@@ -19,7 +19,7 @@ class Exchange:
     ranks: Ranks
     seed: int  #: the run's
     stage_index: int
-    _stop_requested: bool = False  #: this rank was asked to stop
+    stop_requested: Callable[[], bool]  #: returns True once this rank was asked to stop
     _stop_agreed: bool = False  #: all ranks know that one of them was
 
     def begin_step(self, step: int) -> None:
@@ -30,9 +30,10 @@ class Exchange:
     def sum_gradients(self, parameters: Mapping[str, nn.Parameter], sums: Tensor) -> tuple[float, float]:
         """Replaces the gradients by their sums over all ranks. Returns the total loss and correct tokens.
 
-        sums: (2,), this rank's loss and correct tokens.
+        sums: (2,), this rank's loss and correct tokens. A request to stop travels with them.
         """
-        step = self.ranks.sum_gradients(list(parameters.values()), sums, stop=self._stop_requested)
+        stop = self.ranks.size > 1 and self.stop_requested()
+        step = self.ranks.sum_gradients(list(parameters.values()), sums, stop=stop)
         self._stop_agreed = step.stop
         loss, correct = step.sums
         return loss, correct
@@ -42,12 +43,9 @@ class Exchange:
         loss, correct = self.ranks.sum(sums)
         return loss, correct
 
-    def should_stop(self, requested: bool) -> bool:
-        """Returns True on all ranks after the same step: a request travels with the gradients of the next one."""
-        if self.ranks.size == 1:
-            return requested
-        self._stop_requested = self._stop_requested or requested
-        return self._stop_agreed
+    def should_stop(self) -> bool:
+        """Returns True on all ranks after the same step: the first whose gradients come after a request."""
+        return self.stop_requested() if self.ranks.size == 1 else self._stop_agreed
 
     def check_same(self, parameters: Mapping[str, nn.Parameter]) -> None:
         """Raises TrainingError (ranks_differ) unless every rank has the same parameters, bit for bit."""

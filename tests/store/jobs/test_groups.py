@@ -10,7 +10,7 @@ from store.db.states import JobState
 from store.errors import LostFence
 from store.jobs import endings, groups, leases
 from store.jobs.fence import Claim
-from store.jobs.groups import GroupShape, Membership
+from store.jobs.groups import GroupShape, MemberFailures, Membership
 
 SHAPE = GroupShape(nodes=3, processes=2)
 SECRET = "s" * 64
@@ -127,8 +127,11 @@ def test_the_cause_of_a_failure_comes_before_its_consequences(bench: Any) -> Non
     assert has_started(bench, claim)
     for member, code in zip(members, ("rank_lost", "out_of_memory"), strict=True):
         assert bench.do(groups.is_training, member)
+        assert not bench.do(groups.member_failures, claim).have_all_ended
         bench.do(groups.fail, member, error={"code": code, "message": "m", "param": None})
-    assert bench.do(groups.member_error, claim)["code"] == "out_of_memory"
+    failures = bench.do(groups.member_failures, claim)
+    assert failures.error["code"] == "out_of_memory"
+    assert failures.have_all_ended
     bench.succeed(claim)
     assert not bench.do(groups.is_training, members[0]), "nobody asks why a member of an ended attempt ended"
 
@@ -201,7 +204,8 @@ def test_a_lost_member_of_a_started_group_is_noticed(bench: Any, how: str) -> No
         case "left":
             bench.do(groups.leave, member)
     assert bench.do(groups.has_lost_member, claim) == (how != "left")
-    assert bench.do(groups.member_error, claim) == (error if how == "failed" else None)
+    failures = bench.do(groups.member_failures, claim)
+    assert failures == MemberFailures(error=error if how == "failed" else None, have_all_ended=True)
 
 
 def test_a_member_can_not_write_to_the_job(bench: Any) -> None:

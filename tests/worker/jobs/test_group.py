@@ -151,6 +151,50 @@ def test_a_member_whose_processes_die_ends_the_attempt(bench: Bench) -> None:
     assert bench.outcomes(job_id) == ["trainer_died"]
 
 
+def test_a_member_that_shuts_down_during_an_evaluation_gives_the_job_back(bench: Bench) -> None:
+    """Its processes wait for machine 0, so they neither write a checkpoint nor end in time."""
+    first, second = workers(bench)
+    second = replace(second, settings=second.settings.model_copy(update={"checkpoint_grace_seconds": 0.1}))
+    job_id = bench.queued([{"do": "checkpoint", "step": 1}, {"do": "stubborn"}])
+    attempt = start(bench, job_id, first)
+    eventually(lambda: rows(bench, Group))
+    part = start(bench, job_id, second)
+    bench.saw(job_id, "METRICS")
+    eventually(lambda: len(children()) == 2)
+    second.stopping.set()
+    part.result(60)
+    job = attempt.result(60)
+    assert (job.state, job.trainer_deaths) == (JobState.QUEUED, 0)
+    assert bench.outcomes(job_id) == ["released"]
+
+
+@pytest.mark.parametrize("by", ["report", "crash"])
+def test_the_error_of_a_member_is_waited_for(bench: Bench, monkeypatch: pytest.MonkeyPatch, by: str) -> None:
+    """Machine 0 notices first that a process is lost, or is ended itself; then the member says what has happened."""
+    ended = threading.Event()
+    run_child = Attempt.run_child
+
+    def run_in_order(attempt: Attempt, command: str, run: Any, handle: Any, node: Any) -> int:
+        is_first = node.rank == 0
+        if not is_first:
+            assert ended.wait(60)
+        exit_code = run_child(attempt, command, run, handle, node)
+        if is_first:
+            ended.set()
+        return exit_code
+
+    monkeypatch.setattr(Attempt, "run_child", run_in_order)
+    last: dict[str, Any] = {"do": "fail", "code": "rank_lost", "message": "lost"}
+    if by == "crash":
+        last = {"do": "die", "code": -9}
+    member: dict[str, Any] = {"do": "fail", "code": "model_not_found", "message": "no model", "node_rank": 1}
+    _, attempt, part = start_both(bench, [member, last])
+    job = attempt.result(60)
+    part.result(60)
+    assert job.state == JobState.FAILED
+    assert job.error["code"] == "model_not_found"
+
+
 def test_a_member_that_shuts_down_before_the_start_leaves_its_place(
     bench: Bench, sent: list[tuple[str, ...]]
 ) -> None:
