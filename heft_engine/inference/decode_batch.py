@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import TypeVar
 
 import torch
@@ -17,7 +18,7 @@ from torch import Tensor
 from xgrammar import CompiledGrammar, GrammarMatcher
 
 from heft_engine.data.encoding import Example
-from heft_engine.errors import EngineError
+from heft_engine.errors import EngineError, OutOfMemory
 from heft_engine.inference.decode_attention import DecodeAttention
 from heft_engine.inference.grammar import GrammarDeadEnd, mask_tokens
 from heft_engine.inference.kv_cache import KVCache, Slot
@@ -26,12 +27,14 @@ from heft_engine.inference.sampling import SampledToken, Sampler, SamplingParams
 from heft_engine.model.layout import Layout, PackedRow, RowAdapter
 from heft_engine.model.packed_lm import PackedLM
 from heft_engine.model.packing import micro_batches, pack
-from heft_engine.runtime.out_of_memory import free_memory, is_out_of_memory
+from heft_engine.runtime.out_of_memory import free_memory, is_out_of_memory, run_twice
 from heft_engine.runtime.transfers import index_tensor
 
 R = TypeVar("R", bound="DecodeRequest")
 T = TypeVar("T")
 GREEDY = SamplingParams()
+_DEAD_END = "no token of this model's vocabulary can continue the text as its grammar demands: loosen the schema, or ask without it"
+_TO_SAMPLE = "to choose the next token of this text: ask again while fewer texts are generated"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -67,6 +70,12 @@ class _Sequence:
         #: The state of the grammar after `generated`.
         self.matcher = GrammarMatcher(request.grammar) if request.grammar is not None else None
         self.generated: list[int] = []
+
+    def sample(self, logits: Tensor, likeliest: int, unmasked: Tensor | None) -> SampledToken:
+        """Returns the next token for logits (vocabulary,), whose highest is that of `likeliest`."""
+        if self.request.sampling.is_argmax:
+            return SampledToken(token=likeliest)
+        return self.sampler.sample(logits, unmasked=unmasked)
 
     def append(self, token: int) -> None:
         """Takes in the next token. It must be one that the grammar allows."""
@@ -261,37 +270,50 @@ class DecodeBatch:
     def _sample(self, sequences: Sequence[_Sequence], logits: Tensor) -> dict[Hashable, SampledToken]:
         """Returns the next token of each sequence, from logits (sequences, vocabulary), which it changes.
 
-        Sequences whose grammar allows no token are removed.
+        Sequences whose grammar allows no token are removed, and those that there is no memory for even one by one.
         """
-        # Log-probabilities are the model's own, without the grammar.
-        unmasked = {
-            row: logits[row].clone()
-            for row, sequence in enumerate(sequences)
-            if sequence.matcher is not None and sequence.request.sampling.top_logprobs is not None
-        }
-        dead_ends = mask_tokens(logits, [sequence.matcher for sequence in sequences])
+        try:
+            unmasked, dead_ends = run_twice(lambda: _mask(sequences, logits), self._lm.device, _TO_SAMPLE)
+            argmax = run_twice(lambda: logits.argmax(dim=-1).tolist(), self._lm.device, _TO_SAMPLE)
+        except OutOfMemory as error:
+            if len(sequences) == 1:
+                self._fail(sequences[0], error)
+                return {}
+            middle = len(sequences) // 2
+            first = self._sample(sequences[:middle], logits[:middle])
+            return first | self._sample(sequences[middle:], logits[middle:])
         for row in dead_ends:
-            self._fail(sequences[row])
-        argmax = logits.argmax(dim=-1).tolist()
+            self._fail(sequences[row], GrammarDeadEnd(_DEAD_END))
         tokens = {}
         for row, (sequence, likeliest) in enumerate(zip(sequences, argmax, strict=True)):
             if row in dead_ends:
                 continue
-            is_argmax = sequence.request.sampling.is_argmax
-            if is_argmax:
-                sampled = SampledToken(token=likeliest)
-            else:
-                sampled = sequence.sampler.sample(logits[row], unmasked=unmasked.get(row))
+            sample = partial(sequence.sample, logits[row], likeliest, unmasked.get(row))
+            try:
+                sampled = run_twice(sample, self._lm.device, _TO_SAMPLE)
+            except OutOfMemory as error:
+                self._fail(sequence, error)
+                continue
             sequence.append(sampled.token)
             tokens[sequence.request.id] = sampled
         return tokens
 
-    def _fail(self, sequence: _Sequence) -> None:
+    def _fail(self, sequence: _Sequence, error: EngineError) -> None:
         self.remove(sequence.request.id)
-        self._failed[sequence.request.id] = GrammarDeadEnd(
-            "no token of this model's vocabulary can continue the text as its grammar demands: loosen the schema, or "
-            "ask without it"
-        )
+        self._failed[sequence.request.id] = error
+
+
+def _mask(sequences: Sequence[_Sequence], logits: Tensor) -> tuple[dict[int, Tensor], list[int]]:
+    """Masks tokens that the sequences' grammars don't allow. Returns rows as they were, and those that have none left.
+
+    Rows as they were: where log-probabilities need them, which are the model's own, without the grammar.
+    """
+    unmasked = {
+        row: logits[row].clone()
+        for row, sequence in enumerate(sequences)
+        if sequence.matcher is not None and sequence.request.sampling.top_logprobs is not None
+    }
+    return unmasked, mask_tokens(logits, [sequence.matcher for sequence in sequences])
 
 
 class _SlotWriter:

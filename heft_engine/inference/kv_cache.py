@@ -7,7 +7,7 @@ adding or removing a sequence copies no more than a chunk. No memory is allocate
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import torch
 from torch import Tensor, nn
@@ -64,10 +64,15 @@ class Chunk:
                 zeros = tensor.new_zeros(2, 1, *tensor.shape[2:])
                 self.layers[layer] = torch.cat([tensor, zeros], dim=1)
         except BaseException:
-            self.layers = [tensor[:, : len(self.slots)] for tensor in self.layers]
+            self.layers = [_cut(tensor, len(self.slots)) for tensor in self.layers]
             raise
         slot.chunk, slot.index = self, len(self.slots)
         self.slots.append(slot)
+
+    @property
+    def allocated_bytes(self) -> int:
+        """Bytes of its tensors' memory: also those behind the slots, where there was no memory to copy the rest."""
+        return sum(tensor.untyped_storage().nbytes() for tensor in self.layers)
 
     def remove(self, index: int) -> None:
         """Removes the slot at an index; the last one moves into its place."""
@@ -76,7 +81,7 @@ class Chunk:
         for layer, tensor in enumerate(self.layers):
             if not is_last:
                 tensor[:, index] = tensor[:, -1]
-            self.layers[layer] = _shrunk(tensor)
+            self.layers[layer] = _cut(tensor, len(self.slots))
         if not is_last:
             self.slots[index] = last
             last.index = index
@@ -139,26 +144,44 @@ class KVCache:
                 for device in self._devices
             ]
             chunk = Chunk(capacity, empty)
-        chunk.add(slot)
-        if chunk not in chunks:
             chunks.append(chunk)
-        self.allocated_bytes += self.bytes_for(capacity)
+        try:
+            self._change(chunk, lambda: chunk.add(slot))
+        finally:
+            if not chunk.slots:
+                self._drop(chunk)
 
     def _remove(self, chunk: Chunk, index: int) -> None:
-        chunk.remove(index)
-        self.allocated_bytes -= self.bytes_for(chunk.capacity)
+        self._change(chunk, lambda: chunk.remove(index))
         if not chunk.slots:
-            self._chunks[chunk.capacity].remove(chunk)
+            self._drop(chunk)
+
+    def _change(self, chunk: Chunk, change: Callable[[], None]) -> None:
+        """Changes a chunk, and counts its memory whatever happens."""
+        before = chunk.allocated_bytes
+        try:
+            change()
+        finally:
+            self.allocated_bytes += chunk.allocated_bytes - before
+
+    def _drop(self, chunk: Chunk) -> None:
+        self.allocated_bytes -= chunk.allocated_bytes
+        self._chunks[chunk.capacity].remove(chunk)
 
 
-def _shrunk(tensor: Tensor) -> Tensor:
-    """Returns a chunk's tensor without its last slot, whose memory stays in use where there is none for a copy."""
+def _cut(tensor: Tensor, slots: int) -> Tensor:
+    """Returns a chunk's tensor with its first slots alone.
+
+    The memory of the others stays in use where there is none for a copy.
+    """
+    if tensor.shape[1] == slots:
+        return tensor
     try:
-        return tensor[:, :-1].clone()
+        return tensor[:, :slots].clone()
     except (MemoryError, RuntimeError) as error:
         if not is_out_of_memory(error):
             raise
-        return tensor[:, :-1]
+        return tensor[:, :slots]
 
 
 def _device_of(layer: nn.Module) -> torch.device:

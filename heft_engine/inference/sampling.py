@@ -68,18 +68,24 @@ class Sampler:
     def sample(self, logits: Tensor, *, unmasked: Tensor | None = None) -> SampledToken:
         """Returns the next token for float32 logits (vocabulary,). A token of -inf is never drawn.
 
-        `unmasked` are the logits that log-probabilities are taken from, where some of `logits` are masked.
+        `unmasked` are the logits that log-probabilities are taken from, where some of `logits` are masked. A call that
+        runs out of memory has changed nothing, and can be repeated.
         """
         row = logits.detach().cpu()
         adjusted = self._adjust(row) if self.params.adjusts_logits else row
-        token = self._draw(adjusted) if self.params.temperature > 0 else int(adjusted.argmax())
-        self._counts[token] += 1
         if self.params.top_logprobs is None:
-            return SampledToken(token=token)
-        logprobs = torch.log_softmax(row if unmasked is None else unmasked.detach().cpu(), dim=-1)
-        values, tokens = logprobs.topk(min(self.params.top_logprobs, len(row)))
-        top_logprobs = tuple(zip(tokens.tolist(), values.tolist(), strict=True))
-        return SampledToken(token=token, logprob=float(logprobs[token]), top_logprobs=top_logprobs)
+            sampled = SampledToken(token=self._choose(adjusted))
+        else:
+            logprobs = torch.log_softmax(row if unmasked is None else unmasked.detach().cpu(), dim=-1)
+            values, tokens = logprobs.topk(min(self.params.top_logprobs, len(row)))
+            top_logprobs = tuple(zip(tokens.tolist(), values.tolist(), strict=True))
+            token = self._choose(adjusted)
+            sampled = SampledToken(token=token, logprob=float(logprobs[token]), top_logprobs=top_logprobs)
+        self._counts[sampled.token] += 1
+        return sampled
+
+    def _choose(self, logits: Tensor) -> int:
+        return self._draw(logits) if self.params.temperature > 0 else int(logits.argmax())
 
     def _adjust(self, logits: Tensor) -> Tensor:
         adjusted = logits.clone()
@@ -91,22 +97,24 @@ class Sampler:
         return adjusted
 
     def _draw(self, logits: Tensor) -> int:
-        uniform = float(torch.rand((), dtype=torch.float64, generator=self._generator))
         # Subtracting the maximum first keeps a tiny temperature from making infinities.
         probabilities = torch.softmax((logits - logits.max()) / self.params.temperature, dim=-1)
         if self.params.top_p >= 1:
-            return _inverse_cdf(probabilities, uniform)
+            return self._inverse_cdf(probabilities)
         candidates, tokens = probabilities.topk(min(_TOP_P_CANDIDATES, len(probabilities)))
         if float(candidates.sum()) < self.params.top_p:
             candidates, tokens = probabilities.sort(descending=True)
         mass_before = candidates.cumsum(0) - candidates
         nucleus = max(1, int((mass_before < self.params.top_p).sum()))
-        return int(tokens[_inverse_cdf(candidates[:nucleus], uniform)])
+        return int(tokens[self._inverse_cdf(candidates[:nucleus])])
 
+    def _inverse_cdf(self, weights: Tensor) -> int:
+        """Returns the first index at which the running sum of the weights passes a random share of their total.
 
-def _inverse_cdf(weights: Tensor, uniform: float) -> int:
-    """Returns the first index at which the running sum of the weights passes `uniform` times their total."""
-    cumulative = weights.double().cumsum(0)
-    index = int(torch.searchsorted(cumulative, uniform * cumulative[-1], right=True))
-    # The product may round up to the total: then it is the last index that has a weight.
-    return index if index < len(weights) else int(weights.nonzero()[-1])
+        The number is drawn last: until then, whatever runs out of memory can be repeated.
+        """
+        cumulative = weights.double().cumsum(0)
+        uniform = float(torch.rand((), dtype=torch.float64, generator=self._generator))
+        index = int(torch.searchsorted(cumulative, uniform * cumulative[-1], right=True))
+        # The product may round up to the total: then it is the last index that has a weight.
+        return index if index < len(weights) else int(weights.nonzero()[-1])

@@ -4,11 +4,13 @@ A step is one forward pass, a prefill or a decoding of one token for every seque
 so that neither waiting nor running requests starve.
 
 A prefill that runs out of memory is run again with fewer requests, and a decoding step without the newest sequences,
-whose tokens are computed again later. Those left out wait until a sequence has left the batch.
+whose tokens are computed again later. Those left out wait until a sequence has left the batch; a prompt that did not
+fit by itself waits until as many bytes of keys and values have been freed as it needs, or until it is alone.
 """
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Hashable, Sequence
 from itertools import islice
 
@@ -41,6 +43,8 @@ class DecodeScheduler:
         self._prefilled_last = False
         #: The number of sequences at which memory ran out.
         self._full_at: int | None = None
+        #: Bytes of keys and values above which a prompt that ran out of memory by itself is not tried again.
+        self._tried_below: dict[Hashable, int] = {}
 
     @property
     def is_busy(self) -> bool:
@@ -53,6 +57,7 @@ class DecodeScheduler:
     def abort(self, request_id: Hashable) -> None:
         """Removes a request, waiting or running. An unknown id is ignored."""
         self._waiting.pop(request_id, None)
+        self._tried_below.pop(request_id, None)
         self.batch.remove(request_id)
 
     def take_failed(self) -> dict[Hashable, EngineError]:
@@ -62,6 +67,7 @@ class DecodeScheduler:
     def clear(self) -> None:
         """Removes all requests, also after a pass that failed half-way."""
         self._waiting.clear()
+        self._tried_below.clear()
         self.batch.clear()
 
     def step(self) -> dict[Hashable, SampledToken]:
@@ -83,11 +89,15 @@ class DecodeScheduler:
                 if len(requests) == 1 and not len(self.batch):
                     self.abort(requests[0].id)
                     raise SequenceOutOfMemory(requests[0]) from None
+                if len(requests) == 1:
+                    bytes_left = self.batch.allocated_bytes - self.batch.bytes_for(requests[0])
+                    self._tried_below[requests[0].id] = bytes_left
                 requests = requests[: len(requests) // 2]
                 self._full_at = len(self.batch) + len(requests)
             else:
                 for request in requests:
                     del self._waiting[request.id]
+                    self._tried_below.pop(request.id, None)
                 return tokens
         return {}
 
@@ -111,6 +121,9 @@ class DecodeScheduler:
             if len(self.batch) >= self._full_at:
                 return []
             self._full_at = None
+        head = next(iter(self._waiting), None)
+        if len(self.batch) and self.batch.allocated_bytes > self._tried_below.get(head, sys.maxsize):
+            return []
         first = list(islice(self._waiting.values(), MAX_SEQUENCES - len(self.batch)))
         tokens = 0
         admitted: list[DecodeRequest] = []

@@ -36,6 +36,27 @@ def free_memory(device: torch.device) -> None:
         torch.cuda.empty_cache()
 
 
+def run_twice(work: Callable[[], R], device: torch.device, what: str) -> R:
+    """Returns what `work` returns, the second time if memory runs out the first time.
+
+    The work can be repeated. what: "to …", for the message. Raises OutOfMemory if memory runs out again.
+    """
+    try:
+        return work()
+    except (MemoryError, RuntimeError) as error:
+        if not is_out_of_memory(error):
+            raise
+    # Outside of the handler: the exception holds the tensors of the failed work.
+    free_memory(device)
+    try:
+        return work()
+    except (MemoryError, RuntimeError) as error:
+        if not is_out_of_memory(error):
+            raise
+    free_memory(device)
+    raise OutOfMemory(f"the device has no memory {what}")
+
+
 def run_in_halves(work: Callable[[Sequence[T]], R], rows: Sequence[T], device: torch.device) -> list[R]:
     """Returns what `work` returns for all rows, or, where memory runs out, for parts of them, in order.
 

@@ -6,6 +6,7 @@ import random
 import sys
 from collections.abc import Callable, Hashable, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -14,6 +15,7 @@ from tiny_models import FAMILIES
 from torch import Tensor
 
 from heft_engine.adapters.reft import LoreftIntervention
+from heft_engine.inference import decode_batch as decode_batch_module
 from heft_engine.inference import scheduler as scheduler_module
 from heft_engine.inference.decode_batch import GREEDY, DecodeBatch, DecodeRequest, PassOutOfMemory
 from heft_engine.inference.kv_cache import SLOTS_PER_CHUNK, KVCache, Slot, capacity_for
@@ -346,6 +348,154 @@ def test_a_prompt_without_memory_fails_alone(llama: PackedLM, monkeypatch: pytes
     assert list(scheduler.step()) == [1]
     scheduler.abort(1)
     assert not scheduler.is_busy
+
+
+def test_an_oversized_prompt_is_not_tried_again_at_each_departure(
+    tiny_llama_dir: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It needs the memory of all others, who leave one by one."""
+    llama = loaded(tiny_llama_dir)
+    scheduler = DecodeScheduler(DecodeBatch(llama, budget_bytes=PLENTY))
+    scheduler.add([request_for(name, 20, max_tokens=2 + name) for name in range(6)])
+    scheduler.step()
+    scheduler.add([request_for(9, 300, max_tokens=2), request_for(10, 20, max_tokens=1)])
+    passes = limit_pass_tokens(monkeypatch, 200)
+    left = 0
+    while len(scheduler.batch) > 1:
+        for request_id, _ in list(scheduler.step().items()):
+            if len(scheduler.batch._sequences[request_id].generated) == 2 + int(str(request_id)):
+                scheduler.abort(request_id)
+                left += 1
+    assert left == 5
+    assert passes.count(300) == 1
+    scheduler.abort(next(iter(scheduler.batch._sequences)))
+    with pytest.raises(SequenceOutOfMemory, match="300 tokens"):
+        scheduler.step()
+    assert passes.count(300) == 2, "alone"
+    assert list(scheduler.step()) == [10]
+
+
+def test_a_prompt_is_tried_again_when_what_it_needs_has_been_freed(
+    tiny_llama_dir: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    llama = loaded(tiny_llama_dir)
+    batch = DecodeBatch(llama, budget_bytes=PLENTY)
+    scheduler = DecodeScheduler(batch)
+    scheduler.add([request_for(name, 30, max_tokens=30) for name in range(4)])
+    scheduler.step()
+    large = request_for(9, 100, max_tokens=2)
+    assert 2 * batch.bytes_for(large) == batch.allocated_bytes
+    with monkeypatch.context() as patch:
+        passes = limit_pass_tokens(patch, 50)
+        scheduler.add([large])
+        scheduler.step()
+        scheduler.step()
+    assert 100 in passes
+    for name in range(2):
+        scheduler.abort(name)
+        admitted = 9 in scheduler.step() or 9 in scheduler.step()
+        assert admitted == (name == 1), "two of the others' slots are as large as its own"
+
+
+class MemoryLimit:
+    """Lets calls fail for lack of memory: those whose number, from 0, is in `failing`."""
+
+    def __init__(self, call: Callable[..., Any], failing: Callable[[int], bool]) -> None:
+        self.call, self.failing, self.calls = call, failing, 0
+
+    def __call__(self, *arguments: Any, **options: Any) -> Any:
+        self.calls += 1
+        if self.failing(self.calls - 1):
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return self.call(*arguments, **options)
+
+
+SAMPLED = SamplingParams(temperature=1.2, seed=3, frequency_penalty=0.5, top_logprobs=2)
+
+
+@pytest.mark.usefixtures("batch_invariant")
+@pytest.mark.parametrize("sampling", [GREEDY, SAMPLED])
+@pytest.mark.parametrize("function", ["mask_tokens", "argmax"])
+def test_tokens_of_many_sequences_without_memory_are_chosen_in_parts(
+    tiny_llama_dir: Path, monkeypatch: pytest.MonkeyPatch, sampling: SamplingParams, function: str
+) -> None:
+    """Memory suffices for the choice of two sequences' tokens at a time."""
+    llama = loaded(tiny_llama_dir)
+    requests = [request_for(name, 20, max_tokens=5, sampling=sampling) for name in range(5)]
+    expected, _ = finished(llama, requests)
+    owner: Any = decode_batch_module if function == "mask_tokens" else Tensor
+    call, refused = getattr(owner, function), []
+
+    def limited(logits: Tensor, *arguments: Any, **options: Any) -> Any:
+        if logits.dim() == 2 and len(logits) > 2:
+            refused.append(len(logits))
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return call(logits, *arguments, **options)
+
+    monkeypatch.setattr(owner, function, limited)
+    tokens, sizes = finished(llama, requests)
+    assert tokens == expected
+    assert max(sizes) == 5
+    assert refused
+
+
+@pytest.mark.usefixtures("batch_invariant")
+def test_a_token_that_runs_out_of_memory_once_is_the_same_the_second_time(
+    tiny_llama_dir: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    llama = loaded(tiny_llama_dir)
+    requests = [request_for(name, 20, max_tokens=5, sampling=SAMPLED) for name in range(3)]
+    expected, _ = finished(llama, requests)
+    for function in ("softmax", "log_softmax", "searchsorted"):
+        with monkeypatch.context() as patch:
+            limit = MemoryLimit(getattr(torch, function), lambda number: number % 2 == 0)
+            patch.setattr(torch, function, limit)
+            tokens, _ = finished(llama, requests)
+        assert limit.calls == 2 * 3 * 5
+        if function != "searchsorted":  # after the random number was drawn, and smaller than any other
+            assert tokens == expected
+
+
+def test_a_sequence_whose_token_there_is_no_memory_for_fails_alone(
+    llama: PackedLM, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    batch = DecodeBatch(llama, budget_bytes=PLENTY)
+    requests = [request_for(name, 20, sampling=SAMPLED if name == 1 else GREEDY) for name in range(3)]
+    assert len(batch.prefill(requests)) == 3
+    with monkeypatch.context() as patch:
+        patch.setattr(torch, "softmax", MemoryLimit(torch.softmax, lambda number: True))
+        assert list(batch.decode()) == [0, 2]
+    (failed,) = batch.take_failed().items()
+    assert (failed[0], getattr(failed[1], "code", None)) == (1, "out_of_memory")
+    assert sorted(batch.decode()) == [0, 2]
+    batch.remove(0)
+    batch.remove(2)
+    assert batch.allocated_bytes == 0
+
+
+def test_memory_that_a_failed_slot_leaves_behind_is_counted(
+    llama: PackedLM, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """No memory for a new slot, nor to copy the slots back that have grown already."""
+    cache = KVCache(llama, PLENTY)
+    slots = [cache.allocate(10, 20) for _ in range(3)]
+    before = cache.allocated_bytes
+    assert before == 3 * cache.bytes_for(10)
+    with monkeypatch.context() as patch:
+        patch.setattr(torch, "cat", MemoryLimit(torch.cat, lambda number: number == 1))
+        patch.setattr(Tensor, "clone", MemoryLimit(Tensor.clone, lambda number: True))
+        with pytest.raises(torch.OutOfMemoryError):
+            cache.allocate(10, 20)
+    grown = cache.allocated_bytes - before
+    assert grown == cache.bytes_for(10) // llama.n_layers, "of the first layer"
+    with monkeypatch.context() as patch:
+        patch.setattr(torch, "cat", MemoryLimit(torch.cat, lambda number: number == 1))
+        with pytest.raises(torch.OutOfMemoryError):
+            cache.allocate(10, 20)
+    assert cache.allocated_bytes == before, "and is returned at the next opportunity"
+    for slot in slots:
+        cache.free(slot)
+    assert cache.allocated_bytes == cache.reserved_bytes == 0
 
 
 def test_a_sequence_at_its_end_must_leave(llama: PackedLM) -> None:
