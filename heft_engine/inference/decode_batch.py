@@ -33,7 +33,7 @@ from heft_engine.runtime.transfers import index_tensor
 R = TypeVar("R", bound="DecodeRequest")
 T = TypeVar("T")
 GREEDY = SamplingParams()
-_DEAD_END = "no token of this model's vocabulary can continue the text as its grammar demands: loosen the schema, or ask without it"
+_DEAD_END = "no token of this model can continue the text as its grammar demands: loosen the schema"
 _TO_SAMPLE = "to choose the next token of this text: ask again while fewer texts are generated"
 
 
