@@ -34,8 +34,10 @@ class RowError(EngineError):
 
     code = "invalid_training_file"
 
-    def __init__(self, message: str, *, param: str | None = None, line: int = 0) -> None:
-        super().__init__(message, param=param)
+    def __init__(
+        self, message: str, *, param: str | None = None, line: int = 0, code: str | None = None
+    ) -> None:
+        super().__init__(message, param=param, code=code)
         self.line = line
 
 

@@ -13,7 +13,7 @@ from api.clients.predict import PredictClient, WorkerError, model_address
 from store import models
 from store.errors import Unavailable
 from store.messages.broker import Task
-from store.messages.generate import Constraint, GenerateMessage, GenerateReply, SamplingParams
+from store.messages.generate import Constraint, GenerateMessage, GenerateReply, SamplingParams, ToolUse
 from store.messages.predict import Intervention
 
 
@@ -79,6 +79,7 @@ class TextClient:
         stream: bool,
         intervention: Intervention,
         constraint: Constraint | None = None,
+        tool_use: ToolUse | None = None,
     ) -> Replies:
         """Returns the replies to a request for `n` texts to each input, each of which matches `constraint`.
 
@@ -93,6 +94,7 @@ class TextClient:
             wish=sampling_params,
             stream=stream,
             constraint=constraint,
+            tool_use=tool_use,
             intervention=intervention,
             sent_at=now,
             deadline=now + self._timeout,

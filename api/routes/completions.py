@@ -29,6 +29,7 @@ from api.schemas.completion_objects import (
     Completion,
     CompletionChoice,
     Delta,
+    ToolCallDelta,
 )
 from api.schemas.completions import ChatCompletionRequest, CompletionRequest, GenerationRequest
 from api.schemas.predict import Usage
@@ -139,6 +140,7 @@ def _generation(
         sampling_params=body.sampling_params(),
         stream=bool(body.stream),
         intervention=Intervention(enabled=body.intervention.enabled, scale=body.intervention.scale),
+        tool_use=body.tool_use(),
     )
     texts = len(inputs) * (body.n or 1)
     return _Generation(request=request, admission=services.text_admission, texts=texts, replies=replies)
@@ -185,14 +187,19 @@ def _usage(usage: GeneratedUsage) -> Usage:
 
 
 def _deltas(part: GeneratedPart, started: set[int], *, with_logprobs: bool) -> Iterator[ChunkChoice]:
-    """Yields a choice's role first, its text, and its finish_reason last in a chunk of its own."""
-    index = part["index"]
+    """Yields a choice's role first, its text and tool calls, and its finish_reason last in a chunk of its own."""
+    index, calls = part["index"], part.get("tool_calls", [])
     if index not in started:
         started.add(index)
-        yield _delta(index, Delta(role="assistant", content=""))
-    if part["text"] or part["tokens"]:
-        logprobs = ChatLogprobs.of(part["tokens"]) if with_logprobs else None
+        yield _delta(index, Delta(role="assistant", content=None if calls and not part["text"] else ""))
+    logprobs = ChatLogprobs.of(part["tokens"]) if with_logprobs else None
+    if part["text"] or (part["tokens"] and not calls):
         yield _delta(index, Delta(content=part["text"]), logprobs)
+        logprobs = None
+    for call in calls:
+        for delta in ToolCallDelta.of(call):
+            yield _delta(index, Delta(tool_calls=[delta]), logprobs)
+            logprobs = None
     if part["finish_reason"] is not None:
         yield ChunkChoice(index=index, delta=Delta(), logprobs=None, finish_reason=part["finish_reason"])
 

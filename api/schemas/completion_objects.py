@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Literal
 
-from pydantic import BaseModel
+from pydantic import BaseModel, Field
 
 from api.schemas.predict import Usage
-from store.messages.generate import GeneratedPart, GeneratedToken
+from store.messages.generate import GeneratedPart, GeneratedToken, GeneratedToolCall
 
 FinishReason = Literal["stop", "length"]
+ChatFinishReason = Literal["stop", "length", "tool_calls"]
 
 
 class CompletionLogprobs(BaseModel):
@@ -48,6 +50,7 @@ class CompletionChoice(BaseModel):
         logprobs = None
         if top_logprobs is not None:
             logprobs = CompletionLogprobs.of(part["tokens"], top_logprobs=top_logprobs)
+        assert part["finish_reason"] != "tool_calls", "completions have no tools"
         return cls(
             text=part["text"], index=part["index"], logprobs=logprobs, finish_reason=part["finish_reason"]
         )
@@ -96,23 +99,50 @@ class ChatLogprobs(BaseModel):
         )
 
 
+class CalledFunction(BaseModel):
+    """`arguments`: a JSON object, as text."""
+
+    name: str
+    arguments: str
+
+
+class ToolCall(BaseModel):
+    id: str
+    type: Literal["function"] = "function"
+    function: CalledFunction
+
+    @classmethod
+    def of(cls, call: GeneratedToolCall) -> ToolCall:
+        return cls(id=call["id"], function=CalledFunction(name=call["name"], arguments=call["arguments"]))
+
+
 class AssistantMessage(BaseModel):
+    """`content` is null in an answer of nothing but tool calls. `tool_calls` is left out of an answer without any."""
+
     role: Literal["assistant"] = "assistant"
-    content: str
+    content: str | None
     refusal: None = None
+    tool_calls: list[ToolCall] | None = Field(default=None, exclude_if=lambda calls: calls is None)
+
+    @classmethod
+    def of(cls, part: GeneratedPart) -> AssistantMessage:
+        calls = [ToolCall.of(call) for call in part.get("tool_calls", [])]
+        if not calls:
+            return cls(content=part["text"])
+        return cls(content=part["text"] or None, tool_calls=calls)
 
 
 class ChatChoice(BaseModel):
     index: int
     message: AssistantMessage
     logprobs: ChatLogprobs | None
-    finish_reason: FinishReason | None
+    finish_reason: ChatFinishReason | None
 
     @classmethod
     def of(cls, part: GeneratedPart, *, with_logprobs: bool) -> ChatChoice:
         return cls(
             index=part["index"],
-            message=AssistantMessage(content=part["text"]),
+            message=AssistantMessage.of(part),
             logprobs=ChatLogprobs.of(part["tokens"]) if with_logprobs else None,
             finish_reason=part["finish_reason"],
         )
@@ -127,16 +157,39 @@ class ChatCompletion(BaseModel):
     usage: Usage
 
 
+class FunctionDelta(BaseModel):
+    name: str | None = None
+    arguments: str
+
+
+class ToolCallDelta(BaseModel):
+    """A part of the call number `index` of an answer: the first one has its id and name, the others its arguments."""
+
+    index: int
+    id: str | None = None
+    type: Literal["function"] | None = None
+    function: FunctionDelta
+
+    @classmethod
+    def of(cls, call: GeneratedToolCall) -> Iterator[ToolCallDelta]:
+        """Yields the deltas of a complete call."""
+        index = call["index"]
+        function = FunctionDelta(name=call["name"], arguments="")
+        yield cls(index=index, id=call["id"], type="function", function=function)
+        yield cls(index=index, function=FunctionDelta(arguments=call["arguments"]))
+
+
 class Delta(BaseModel):
     role: Literal["assistant"] | None = None
     content: str | None = None
+    tool_calls: list[ToolCallDelta] | None = None
 
 
 class ChunkChoice(BaseModel):
     index: int
     delta: Delta
     logprobs: ChatLogprobs | None = None
-    finish_reason: FinishReason | None = None
+    finish_reason: ChatFinishReason | None = None
 
 
 class ChatChunk(BaseModel):

@@ -7,19 +7,19 @@ empty. All other unknown fields are ignored, and named in the response (`api.sch
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from typing import Annotated, Any, Literal
+from collections.abc import Mapping
+from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import AfterValidator, Field, field_validator, model_validator
 from pydantic_core import PydanticCustomError
 
 from api.schemas.common import LENIENT, MAX_MESSAGES, LenientPart, NonEmptyText, RequestBody, Text
+from api.schemas.conversation import MAX_TOOLS, ConversationMessage, FunctionTool, NamedToolChoice, ToolChoice
 from api.schemas.predict import Intervention
-from store.messages.generate import SamplingParams
+from store.messages.generate import SamplingParams, ToolUse
 
 #: Texts of one request at most: prompts times n.
 MAX_TEXTS = 128
-#: Parts of one message's content.
-MAX_PARTS = 1_024
 #: The default of max_tokens in OpenAI's `/v1/completions`.
 DEFAULT_MAX_TOKENS = 16
 
@@ -27,19 +27,14 @@ _EMPTY: tuple[Any, ...] = (None, False, [], {}, "none")
 #: Fields of OpenAI's API that are not supported, and the messages that refuse them.
 _UNSUPPORTED = {
     "audio": "audio output is not supported",
-    "function_call": "function calls are not supported",
-    "functions": "function calls are not supported",
+    "function_call": "function_call is the older name: send tool_choice",
+    "functions": "functions is the older name: send tools",
     "store": "completions are not kept, so they can't be listed later: leave store out",
     "suffix": "inserting text before a suffix is not supported",
-    "tool_choice": "tool calls are not supported",
-    "tools": "tool calls are not supported",
     "web_search_options": "web search is not supported",
     "echo": "echoing the prompt is not supported",
 }
-
-
-#: Fields of a message that are part of calls of tools.
-_MESSAGE_CALLS = ("tool_calls", "function_call", "tool_call_id", "audio")
+_CHAT_ONLY = dict.fromkeys(("tools", "tool_choice"), "tools are for /v1/chat/completions")
 
 
 def _not_empty(stop: str) -> str:
@@ -63,6 +58,7 @@ class GenerationRequest(RequestBody, ABC):
     """The fields of both requests."""
 
     model_config = LENIENT
+    unsupported: ClassVar[Mapping[str, str]] = _UNSUPPORTED
 
     model: Annotated[str, Field(min_length=1, max_length=300)]
     max_tokens: Annotated[int, Field(ge=1)] | None = None
@@ -89,10 +85,10 @@ class GenerationRequest(RequestBody, ABC):
     def _nothing_unsupported(cls, body: Any) -> Any:
         if not isinstance(body, dict):
             return body
-        for name, reason in _UNSUPPORTED.items():
+        for name, reason in cls.unsupported.items():
             if name in body and body[name] not in _EMPTY:
                 raise PydanticCustomError("unsupported", "{reason}", {"path": name, "reason": reason})
-        return {name: value for name, value in body.items() if name not in _UNSUPPORTED}
+        return {name: value for name, value in body.items() if name not in cls.unsupported}
 
     @model_validator(mode="after")
     def _options_need_a_stream(self) -> GenerationRequest:
@@ -114,6 +110,10 @@ class GenerationRequest(RequestBody, ABC):
     def inputs(self) -> list[dict[str, Any]]:
         """Returns the prompts as rows."""
 
+    def tool_use(self) -> ToolUse | None:
+        """Returns how the answer may call tools; None if it may not."""
+        return None
+
     def sampling_params(self) -> SamplingParams:
         stops = [self.stop] if isinstance(self.stop, str) else self.stop or []
         return SamplingParams(
@@ -131,6 +131,8 @@ class GenerationRequest(RequestBody, ABC):
 
 class CompletionRequest(GenerationRequest):
     """A base model continues the bare prompt; a fine-tuned one gets it in the template that it was trained with."""
+
+    unsupported: ClassVar[Mapping[str, str]] = _UNSUPPORTED | _CHAT_ONLY
 
     prompt: NonEmptyText | Annotated[list[Text], Field(min_length=1, max_length=MAX_TEXTS, fail_fast=True)]
     logprobs: Annotated[int, Field(ge=0, le=5)] | None = None
@@ -164,39 +166,6 @@ class CompletionRequest(GenerationRequest):
         return params
 
 
-class TextPart(LenientPart):
-    type: Literal["text"]
-    text: Text
-
-
-class ConversationMessage(LenientPart):
-    role: Literal["system", "developer", "user", "assistant"]
-    content: Text | Annotated[list[TextPart], Field(min_length=1, max_length=MAX_PARTS, fail_fast=True)]
-
-    @model_validator(mode="before")
-    @classmethod
-    def _without_nulls(cls, message: Any) -> Any:
-        """Assistant messages of earlier responses have null fields. Calls of tools are refused, as `tools` are."""
-        if not isinstance(message, dict):
-            return message
-        for name in _MESSAGE_CALLS:
-            if message.get(name) not in _EMPTY:
-                raise ValueError(f"{name}: tool calls are not supported")
-        return {
-            name: value for name, value in message.items() if value is not None and name not in _MESSAGE_CALLS
-        }
-
-    def turn(self) -> dict[str, Any]:
-        """Returns the message as a row has it, without ignored fields."""
-        content = self.content
-        if isinstance(content, list):
-            return {
-                "role": self.role,
-                "content": [{"type": part.type, "text": part.text} for part in content],
-            }
-        return {"role": self.role, "content": content}
-
-
 class ChatCompletionRequest(GenerationRequest):
     """`max_completion_tokens` is the newer name of `max_tokens`. Without either, an answer has at most as many tokens
     as the model's training answers, but at least 256."""
@@ -208,6 +177,9 @@ class ChatCompletionRequest(GenerationRequest):
     logprobs: bool | None = None
     top_logprobs: Annotated[int, Field(ge=0, le=20)] | None = None
     response_format: TextFormat | None = None
+    tools: Annotated[list[FunctionTool], Field(max_length=MAX_TOOLS, fail_fast=True)] | None = None
+    tool_choice: ToolChoice | None = None
+    parallel_tool_calls: bool | None = None
     modalities: Annotated[list[Literal["text"]], Field(max_length=4)] | None = None
 
     @model_validator(mode="after")
@@ -220,8 +192,39 @@ class ChatCompletionRequest(GenerationRequest):
             raise PydanticCustomError("unsupported", "{reason}", {"path": "top_logprobs", "reason": reason})
         return self
 
+    @model_validator(mode="after")
+    def _choice_is_offered(self) -> ChatCompletionRequest:
+        choice = self.tool_choice
+        reason, path = None, "tool_choice"
+        if choice not in (None, "none", "auto") and not self.tools:
+            reason = "tool_choice needs tools"
+        elif isinstance(choice, NamedToolChoice) and choice.function.name not in self._tool_names:
+            reason, path = "it is not the name of one of the tools", "tool_choice.function.name"
+        if reason is not None:
+            raise PydanticCustomError("unsupported", "{reason}", {"path": path, "reason": reason})
+        return self
+
+    @property
+    def _tool_names(self) -> list[str]:
+        return [tool.function.name for tool in self.tools or ()]
+
+    def tool_use(self) -> ToolUse | None:
+        """Returns how the answer may call tools; None if it may not. With the choice `none` the model sees no tools."""
+        if not self.tools or self.tool_choice == "none":
+            return None
+        choice = self.tool_choice
+        name = choice.function.name if isinstance(choice, NamedToolChoice) else None
+        return ToolUse(
+            choice="required" if name is not None or choice == "required" else "auto",
+            name=name,
+            parallel=self.parallel_tool_calls is not False and name is None,
+        )
+
     def inputs(self) -> list[dict[str, Any]]:
-        return [{"messages": [message.turn() for message in self.messages]}]
+        messages = {"messages": [message.turn() for message in self.messages]}
+        if self.tool_use() is None:
+            return [messages]
+        return [messages | {"tools": [tool.row() for tool in self.tools or ()]}]
 
     def sampling_params(self) -> SamplingParams:
         params = super().sampling_params()

@@ -76,6 +76,15 @@ class ChatTemplate:
         except RowError:
             return None
 
+    @cached_property
+    def call_tokens(self) -> frozenset[int]:
+        """The special tokens that mark tool calls. They are hidden from texts and needed to parse calls."""
+        if self.tool_calls is None:
+            return frozenset()
+        marks = {*self.tool_calls.begins, self.tool_calls.end}
+        added = self.tokenizer.added_tokens_decoder
+        return frozenset(id for id, token in added.items() if token.special and token.content in marks)
+
     def prompt(self, messages: Sequence[Message], tools: Sequence[Tool]) -> str:
         """Returns the text up to the next assistant turn. BREAK stands within special tokens of messages.
 

@@ -48,6 +48,8 @@ from heft_engine.data.rows import Row
 from heft_engine.data.task import Task
 from heft_engine.errors import ConfigError, RowError
 
+#: The code of a prompt that is too long, at OpenAI.
+CONTEXT_LENGTH_EXCEEDED = "context_length_exceeded"
 _ANCHOR = "x:"
 
 
@@ -245,7 +247,9 @@ class Encoder:
         length = len(prompt) + (len(answer[1]) if answer else 0)
         if length > self.max_length:
             raise RowError(
-                f"the row has {length} tokens, more than max_length {self.max_length}", param=param
+                f"the row has {length} tokens, more than max_length {self.max_length}",
+                param=param,
+                code=None if answer else CONTEXT_LENGTH_EXCEEDED,
             )
         return Example(
             prompt=tuple(prompt),

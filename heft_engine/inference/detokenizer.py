@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+from collections.abc import Collection, Sequence
 from functools import cached_property, lru_cache
 from typing import cast
 
@@ -16,10 +17,14 @@ _MAX_PENDING_TOKENS = 8
 
 
 class Detokenizer:
-    """Decodes one sequence token by token; the pieces joined are the text of all its tokens."""
+    """Decodes one sequence token by token; the pieces joined are the text of all its tokens.
 
-    def __init__(self, tokenizer: PreTrainedTokenizerBase) -> None:
+    `visible` are special tokens that are a part of the text, as those that mark tool calls.
+    """
+
+    def __init__(self, tokenizer: PreTrainedTokenizerBase, visible: Collection[int] = ()) -> None:
         self._tokenizer = tokenizer
+        self._visible = visible
         self._tokens: list[int] = []
         # A token's text may depend on the one before it, so decoding starts a little to the left of what is new.
         self._prefix_offset = 0
@@ -37,16 +42,20 @@ class Detokenizer:
         return self._decode(only_certain=False)
 
     def _decode(self, *, only_certain: bool) -> str:
-        prefix = decode(self._tokenizer, self._tokens[self._prefix_offset : self._read_offset])
-        text = decode(self._tokenizer, self._tokens[self._prefix_offset :])
+        prefix = decode(self._tokenizer, self._tokens[self._prefix_offset : self._read_offset], self._visible)
+        text = decode(self._tokenizer, self._tokens[self._prefix_offset :], self._visible)
         if only_certain and (text.endswith(_REPLACEMENT) or len(text) <= len(prefix)):
             return ""
         self._prefix_offset, self._read_offset = self._read_offset, len(self._tokens)
         return text[len(prefix) :]
 
 
-def decode(tokenizer: PreTrainedTokenizerBase, tokens: list[int]) -> str:
-    """Returns the tokens' text as it is: without special tokens, with all spaces."""
+def decode(tokenizer: PreTrainedTokenizerBase, tokens: Sequence[int], visible: Collection[int] = ()) -> str:
+    """Returns the tokens' text as it is: without special tokens but those that are `visible`, with all spaces."""
+    if visible:
+        added = tokenizer.added_tokens_decoder
+        shown = [t for t in tokens if t in visible or t not in added or not added[t].special]
+        return str(tokenizer.decode(shown, skip_special_tokens=False, clean_up_tokenization_spaces=False))
     return str(tokenizer.decode(tokens, skip_special_tokens=True, clean_up_tokenization_spaces=False))
 
 

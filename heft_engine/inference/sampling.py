@@ -14,13 +14,15 @@ from torch import Tensor
 
 #: Most likely tokens that top-p looks at before it sorts the whole vocabulary.
 _TOP_P_CANDIDATES = 1_024
+#: Smaller temperatures differ from 0 in nothing but that logits divided by them overflow.
+MIN_TEMPERATURE = 1e-5
 
 
 @dataclass(frozen=True, kw_only=True)
 class SamplingParams:
     """OpenAI's sampling parameters.
 
-    temperature: 0 is greedy.
+    temperature: 0 is greedy, and so is anything below MIN_TEMPERATURE.
     presence_penalty, frequency_penalty: subtracted from the logits of generated tokens, once and for each occurrence.
     top_logprobs: number of alternatives with log-probabilities; None for no log-probabilities. They are the model's
         own, before temperature, penalties, biases and grammar.
@@ -33,6 +35,10 @@ class SamplingParams:
     frequency_penalty: float = 0.0
     logit_bias: tuple[tuple[int, float], ...] = ()
     top_logprobs: int | None = None
+
+    def __post_init__(self) -> None:
+        if self.temperature < MIN_TEMPERATURE:
+            object.__setattr__(self, "temperature", 0.0)
 
     @property
     def is_argmax(self) -> bool:

@@ -34,10 +34,12 @@ class TextRequest(DecodeRequest):
 
     stop: strings that end the text and are left out.
     constraint: the text matches it, unless `max_tokens` or a stop string end it earlier. It becomes the `grammar`.
+    visible_tokens: special tokens that are a part of the text.
     """
 
     stop: tuple[str, ...] = ()
     constraint: Constraint | None = None
+    visible_tokens: frozenset[int] = frozenset()
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -215,7 +217,7 @@ class _TextStream:
         self.on_delta = on_delta
         self._eos_tokens = eos_tokens
         self._vocabulary = Vocabulary(tokenizer)
-        self._detokenizer = Detokenizer(tokenizer)
+        self._detokenizer = Detokenizer(tokenizer, request.visible_tokens)
         self._stop_strings = StopStringFilter(request.stop)
         self._completion_tokens = 0
         self._decoded_characters = 0

@@ -38,9 +38,22 @@ class Constraint(TypedDict):
     param: str
 
 
+class ToolUse(TypedDict):
+    """Rules for calls of the tools of a request's input.
+
+    choice: auto, the model may call them; required, its answer is a call, of the tool `name` if that is set.
+    parallel: an answer may have several calls.
+    """
+
+    choice: Literal["auto", "required"]
+    name: str | None
+    parallel: bool
+
+
 class GenerateMessage(TypedDict):
     """A request for `n` texts of each of `inputs`: rows with a prompt or with messages, as the user sent them.
 
+    With `tool_use` the texts' tool calls are parsed; without, a call is text like any other.
     Text i is choice i % n of input i // n. `sent_at` and `deadline` are unix times; after the deadline nobody waits for
     the text.
     """
@@ -52,6 +65,7 @@ class GenerateMessage(TypedDict):
     wish: SamplingParams
     stream: bool
     constraint: NotRequired[Constraint | None]
+    tool_use: NotRequired[ToolUse | None]
     intervention: Intervention
     sent_at: float
     deadline: float
@@ -72,13 +86,23 @@ class GeneratedToken(TypedDict):
     offset: int
 
 
+class GeneratedToolCall(TypedDict):
+    """A complete tool call, the text's call number `index`. `arguments`: a JSON object, as text."""
+
+    index: int
+    id: str
+    name: str
+    arguments: str
+
+
 class GeneratedPart(TypedDict):
     """The next part of text `index`. `tokens` is empty unless the request has `top_logprobs`."""
 
     index: int
     text: str
+    tool_calls: NotRequired[list[GeneratedToolCall]]
     tokens: list[GeneratedToken]
-    finish_reason: Literal["stop", "length"] | None
+    finish_reason: Literal["stop", "length", "tool_calls"] | None
 
 
 class GeneratedUsage(TypedDict):

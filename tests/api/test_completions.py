@@ -63,6 +63,18 @@ def part(text: str, *, index: int = 0, finish: Any = None, tokens: Any = ()) -> 
     return {"index": index, "text": text, "tokens": list(tokens), "finish_reason": finish}
 
 
+def named_tool(name: str) -> dict[str, Any]:
+    return {"type": "function", "function": {"name": name, "parameters": {"type": "object"}}}
+
+
+def named(name: str) -> dict[str, Any]:
+    return {"type": "function", "function": {"name": name}}
+
+
+def called(id: str = "call_1") -> dict[str, Any]:
+    return {"id": id, "type": "function", "function": {"name": "f", "arguments": "{}"}}
+
+
 def events(answer: httpx.Response) -> list[Any]:
     lines = [line.removeprefix("data: ") for line in answer.text.split("\n") if line.startswith("data: ")]
     return [line if line == "[DONE]" else json.loads(line) for line in lines]
@@ -256,17 +268,31 @@ def test_a_complete_answer_is_not_cancelled(client: httpx.Client, says: Any, wor
         ("/v1/completions", {"temperature": 3}, "temperature"),
         ("/v1/completions", {"stream_options": {"include_usage": True}}, "stream_options"),
         ("/v1/completions", {"intervention": {"strange": 1}}, "intervention.strange"),
-        ("/v1/chat/completions", {"tools": [{"type": "function"}]}, "tools"),
+        ("/v1/completions", {"tools": [{"type": "function"}]}, "tools"),
+        ("/v1/chat/completions", {"tools": [{"type": "function"}]}, "tools[0].function"),
+        ("/v1/chat/completions", {"tools": [{"type": "web_search"}]}, "tools[0].type"),
+        ("/v1/chat/completions", {"tools": [named_tool("a b")]}, "tools[0].function.name"),
+        ("/v1/chat/completions", {"tool_choice": "required"}, "tool_choice"),
+        (
+            "/v1/chat/completions",
+            {"tools": [named_tool("f")], "tool_choice": named("g")},
+            "tool_choice.function.name",
+        ),
+        ("/v1/chat/completions", {"functions": [{"name": "f"}]}, "functions"),
+        ("/v1/chat/completions", {"function_call": "auto"}, "function_call"),
         ("/v1/chat/completions", {"response_format": {"type": "json_object"}}, "response_format.type"),
         ("/v1/chat/completions", {"max_tokens": 1, "max_completion_tokens": 1}, "max_tokens"),
         ("/v1/chat/completions", {"top_logprobs": 2}, "top_logprobs"),
         ("/v1/chat/completions", {"logprobs": True, "top_logprobs": 21}, "top_logprobs"),
         ("/v1/chat/completions", {"messages": []}, "messages"),
-        ("/v1/chat/completions", {"messages": [{"role": "tool", "content": "x"}]}, "messages[0].role"),
+        ("/v1/chat/completions", {"messages": [{"role": "tool", "content": "x"}]}, "messages[0]"),
+        ("/v1/chat/completions", {"messages": [{"role": "function", "content": "x"}]}, "messages[0].role"),
+        ("/v1/chat/completions", {"messages": [{"role": "user", "tool_call_id": "x"}]}, "messages[0]"),
+        ("/v1/chat/completions", {"messages": [{"role": "user", "tool_calls": [called()]}]}, "messages[0]"),
         (
             "/v1/chat/completions",
             {"messages": [{"role": "assistant", "content": "x", "tool_calls": [{"id": "a"}]}]},
-            "messages[0]",
+            "messages[0].tool_calls[0].function",
         ),
     ],
 )
@@ -283,7 +309,7 @@ def test_unknown_fields_are_ignored_and_named(client: httpx.Client, says: Any) -
     part_with_cache = {"type": "text", "text": "hi", "cache_control": {"type": "ephemeral"}}
     body = {
         "model": MODEL,
-        "messages": [{"role": "user", "content": [part_with_cache], "name": "me"}],
+        "messages": [{"role": "user", "content": [part_with_cache], "name": "me", "mood": "good"}],
         "user": "u",
         "metadata": {"a": "b"},
         "verbosity": "low",
@@ -295,10 +321,10 @@ def test_unknown_fields_are_ignored_and_named(client: httpx.Client, says: Any) -
         "metadata",
         "verbosity",
         "odd%0D%0An%C3%A4me",
-        "messages[0].name",
+        "messages[0].mood",
         "messages[0].content[0].cache_control",
     ]
-    turn = {"role": "user", "content": [{"type": "text", "text": "hi"}]}
+    turn = {"role": "user", "content": [{"type": "text", "text": "hi"}], "name": "me"}
     assert heard[0]["inputs"] == [{"messages": [turn]}]
 
     streamed = client.post("/v1/completions", json=COMPLETION | {"stream": True, "strange": 1})
@@ -338,3 +364,116 @@ def test_the_model_is_authorized_before_the_request_is_sent(
     answer = client.post(path, json=PATHS[path] | {"model": "ft:none"})
     assert (answer.status_code, answer.json()["error"]["code"]) == (404, "model_not_found")
     assert heard == []
+
+
+def generated_call(index: int, arguments: str = '{"city": "Rome"}') -> Any:
+    return {"index": index, "id": f"call_{index}", "name": "f", "arguments": arguments}
+
+
+def test_tool_calls_in_openais_shape(client: httpx.Client, says: Any) -> None:
+    calls = [generated_call(0), generated_call(1, "{}")]
+    says({"chunk": [{**part("", finish="tool_calls"), "tool_calls": calls}]} | DONE)
+    body = CHAT | {"tools": [named_tool("f")]}
+    (choice,) = client.post("/v1/chat/completions", json=body).json()["choices"]
+    assert choice["finish_reason"] == "tool_calls"
+    assert choice["message"] == {
+        "role": "assistant",
+        "content": None,
+        "refusal": None,
+        "tool_calls": [
+            {
+                "id": "call_0",
+                "type": "function",
+                "function": {"name": "f", "arguments": '{"city": "Rome"}'},
+            },
+            {"id": "call_1", "type": "function", "function": {"name": "f", "arguments": "{}"}},
+        ],
+    }
+
+
+def test_streamed_tool_calls_in_openais_shape(client: httpx.Client, says: Any) -> None:
+    says(
+        {"chunk": [part("I look.")]},
+        {"chunk": [{**part(""), "tool_calls": [generated_call(0)]}]},
+        {"chunk": [{**part("", finish="tool_calls"), "tool_calls": [generated_call(1, "{}")]}]} | DONE,
+    )
+    body = CHAT | {"tools": [named_tool("f")], "stream": True}
+    *chunks, end = events(client.post("/v1/chat/completions", json=body))
+    assert end == "[DONE]"
+    assert [chunk["choices"][0]["delta"] for chunk in chunks] == [
+        {"role": "assistant", "content": ""},
+        {"content": "I look."},
+        {
+            "tool_calls": [
+                {"index": 0, "id": "call_0", "type": "function", "function": {"name": "f", "arguments": ""}}
+            ]
+        },
+        {"tool_calls": [{"index": 0, "function": {"arguments": '{"city": "Rome"}'}}]},
+        {
+            "tool_calls": [
+                {"index": 1, "id": "call_1", "type": "function", "function": {"name": "f", "arguments": ""}}
+            ]
+        },
+        {"tool_calls": [{"index": 1, "function": {"arguments": "{}"}}]},
+        {},
+    ]
+    assert chunks[-1]["choices"][0]["finish_reason"] == "tool_calls"
+    says({"chunk": [{**part("", finish="tool_calls"), "tool_calls": [generated_call(0)]}]} | DONE)
+    first, *_ = events(client.post("/v1/chat/completions", json=body))
+    assert first["choices"][0]["delta"] == {"role": "assistant", "content": None}
+
+
+def test_the_message_says_how_tools_may_be_called(client: httpx.Client, says: Any) -> None:
+    heard = says({"chunk": [part("x", finish="stop")]} | DONE)
+    tool = {
+        "type": "function",
+        "function": {"strict": True, "parameters": {"type": "object"}, "description": "F.", "name": "f"},
+    }
+    turns = [
+        *CHAT["messages"],
+        {"role": "assistant", "content": None, "tool_calls": [{**called(), "index": 0}]},
+        {"role": "tool", "tool_call_id": "call_1", "content": "found"},
+    ]
+    for choice in ("auto", "required", named("f"), None, "none"):
+        body = {"model": MODEL, "messages": turns, "tools": [tool], "tool_choice": choice}
+        assert client.post("/v1/chat/completions", json=body).is_success
+    auto = {"choice": "auto", "name": None, "parallel": True}
+    required = {"choice": "required", "name": None, "parallel": True}
+    one = {"choice": "required", "name": "f", "parallel": False}
+    assert [message["tool_use"] for message in heard] == [auto, required, one, auto, None]
+    (row,) = heard[0]["inputs"]
+    assert row["tools"] == [
+        {
+            "type": "function",
+            "function": {"name": "f", "description": "F.", "parameters": {"type": "object"}},
+        }
+    ]
+    assert row["messages"][1:] == [
+        {"role": "assistant", "content": "", "tool_calls": [called()]},
+        {"role": "tool", "content": "found", "tool_call_id": "call_1"},
+    ]
+    assert "tools" not in heard[-1]["inputs"][0]
+    body = {"model": MODEL, "messages": turns, "tools": [tool], "parallel_tool_calls": False}
+    assert client.post("/v1/chat/completions", json=body).is_success
+    assert heard[-1]["tool_use"] == auto | {"parallel": False}
+
+
+@pytest.mark.parametrize(
+    "history",
+    [
+        [*CHAT["messages"], {"role": "assistant", "content": ""}, *CHAT["messages"]],
+        [{"role": "assistant", "content": "x", "annotations": [], "tool_calls": []}, *CHAT["messages"]],
+        [*CHAT["messages"], {"role": "assistant", "content": "The"}],
+        [{"role": "user", "content": None}],
+    ],
+)
+def test_history_is_accepted_as_it_was_given_back(
+    client: httpx.Client, says: Any, history: list[Any]
+) -> None:
+    heard = says({"chunk": [part("x", finish="stop")]} | DONE)
+    answer = client.post("/v1/chat/completions", json={"model": MODEL, "messages": history})
+    assert answer.is_success, answer.text
+    assert "x-heft-ignored" not in answer.headers
+    assert [turn["content"] for turn in heard[0]["inputs"][0]["messages"]] == [
+        turn["content"] or "" for turn in history
+    ]

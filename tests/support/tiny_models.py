@@ -201,6 +201,13 @@ def save_tiny_model(
     return path
 
 
+def save_chat_model(path: Path, name: str) -> Path:
+    """Writes a tiny Llama with the chat template and the special tokens of a family into `path`."""
+    vocab_size = VOCAB_SIZE + len(CHAT_FAMILIES[name].special)
+    save_tiny_model(path, layers=2, vocab_size=vocab_size, max_position_embeddings=2_048)
+    return save_chat_tokenizer(path, name)
+
+
 @pytest.fixture(scope="session")
 def make_tiny_model(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
     """`make_tiny_model("qwen3")` → a directory as the hub would hold it, made once a session."""

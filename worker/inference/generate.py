@@ -10,10 +10,13 @@ import queue
 import time
 from collections.abc import Iterator
 
+from heft_engine.data.tool_calls.format import AnswerParser
+from heft_engine.serving.predictor import Predictor
 from heft_engine.serving.text_generator import TextDelta
 from store.messages.generate import (
     GeneratedPart,
     GeneratedToken,
+    GeneratedToolCall,
     GeneratedUsage,
     GenerateMessage,
     GenerateReply,
@@ -42,25 +45,32 @@ class GenerateHandler:
         with self._models.use(message["model"], "text") as predictor:
             batch = start(predictor, message)
             try:
-                for reply in _replies(message, batch, request):
+                for reply in _replies(message, batch, request, predictor):
                     request.reply(reply)
             finally:
                 for index in batch.unfinished:
                     predictor.cancel((batch.request_id, index))
 
 
-def _replies(message: GenerateMessage, batch: TextBatch, request: ActiveRequest) -> Iterator[GenerateReply]:
+def _replies(
+    message: GenerateMessage, batch: TextBatch, request: ActiveRequest, predictor: Predictor
+) -> Iterator[GenerateReply]:
     """Yields a request's replies, one where it is not streamed; the last has `done`. Raises what ended a text."""
     parts: dict[int, GeneratedPart] = {}
     completion_tokens: dict[int, int] = {}
     while batch.unfinished:
         for index, delta in _next_deltas(batch, request):
+            if index not in batch.unfinished:
+                continue  # it was cancelled
             if isinstance(delta, Exception):
                 raise delta
-            _append(parts, index, delta)
+            part = parts.setdefault(index, GeneratedPart(index=index, text="", tokens=[], finish_reason=None))
+            append_delta(part, delta, batch.parsers.get(index))
             completion_tokens[index] = delta.completion_tokens
-            if delta.finish_reason is not None:
+            if part["finish_reason"] is not None:
                 batch.unfinished.discard(index)
+            if part["finish_reason"] is not None and delta.finish_reason is None:
+                predictor.cancel((batch.request_id, index))
         if not batch.unfinished:
             usage = GeneratedUsage(
                 prompt_tokens=batch.prompt_tokens, completion_tokens=sum(completion_tokens.values())
@@ -89,9 +99,12 @@ def _next_deltas(batch: TextBatch, request: ActiveRequest) -> Iterator[IndexedDe
             return
 
 
-def _append(parts: dict[int, GeneratedPart], index: int, delta: TextDelta) -> None:
-    part = parts.setdefault(index, GeneratedPart(index=index, text="", tokens=[], finish_reason=None))
-    part["text"] += delta.text
+def append_delta(part: GeneratedPart, delta: TextDelta, parser: AnswerParser | None) -> None:
+    """Adds a delta to a part: its text as it is, or what `parser` makes of it."""
+    if parser is None:
+        part["text"] += delta.text
+    else:
+        _append_parsed(part, delta, parser)
     part["tokens"] += [
         GeneratedToken(
             bytes=list(token.token_bytes),
@@ -102,6 +115,22 @@ def _append(parts: dict[int, GeneratedPart], index: int, delta: TextDelta) -> No
         for token in delta.tokens
     ]
     part["finish_reason"] = delta.finish_reason
+    if parser is not None and parser.calls and (parser.is_complete or delta.finish_reason == "stop"):
+        part["finish_reason"] = "tool_calls"
+
+
+def _append_parsed(part: GeneratedPart, delta: TextDelta, parser: AnswerParser) -> None:
+    index = parser.calls
+    answer = parser.push(delta.text)
+    if delta.finish_reason is not None:
+        answer += parser.flush()
+    for piece in answer:
+        if isinstance(piece, str):
+            part["text"] += piece
+            continue
+        call = GeneratedToolCall(index=index, id=piece.id, name=piece.name, arguments=piece.arguments)
+        part.setdefault("tool_calls", []).append(call)
+        index += 1
 
 
 def _chunk(parts: dict[int, GeneratedPart]) -> list[GeneratedPart]:

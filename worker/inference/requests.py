@@ -172,7 +172,8 @@ class ActiveRequest:
 def _fault(error: EngineError | StoreError) -> PredictFault:
     """Returns the API's answer to an error: 4xx for the client's, 5xx for ours."""
     if isinstance(error, RowError | ConfigError):
-        return PredictFault(status=400, code="invalid_value", message=error.message, param=error.param)
+        code = "invalid_value" if error.code == type(error).code else error.code
+        return PredictFault(status=400, code=code, message=error.message, param=error.param)
     if isinstance(error, ModelError):
         return PredictFault(status=404, code=error.code, message=error.message, param="model")
     status = 503 if isinstance(error, Unavailable) else 500

@@ -5,14 +5,16 @@ from __future__ import annotations
 import queue
 from dataclasses import dataclass
 
-from heft_engine.data.encoding import Example
+from heft_engine.data.encoding import CONTEXT_LENGTH_EXCEEDED, Example
 from heft_engine.data.rows import parse_row
+from heft_engine.data.tool_calls.format import AnswerParser
 from heft_engine.errors import RowError
 from heft_engine.inference.grammar import Constraint
 from heft_engine.inference.sampling import SamplingParams
 from heft_engine.serving.predictor import Predictor
 from heft_engine.serving.text_generator import TextDelta, TextRequest
 from store.messages.generate import GenerateMessage
+from worker.inference.tool_calls import AnswerTools
 
 #: Limit of texts without `max_tokens`, where the model was not trained on longer answers.
 DEFAULT_MAX_TOKENS = 256
@@ -23,11 +25,15 @@ IndexedDelta = tuple[int, TextDelta | Exception]
 
 @dataclass(frozen=True, kw_only=True)
 class TextBatch:
-    """The texts of one request. They are generated under the ids (request_id, index)."""
+    """The texts of one request. They are generated under the ids (request_id, index).
+
+    parsers: of texts that may have tool calls, by index.
+    """
 
     request_id: str
     prompt_tokens: int
     unfinished: set[int]
+    parsers: dict[int, AnswerParser]
     deltas: queue.SimpleQueue[IndexedDelta]
 
 
@@ -36,7 +42,8 @@ def start(predictor: Predictor, message: GenerateMessage) -> TextBatch:
     examples = _prompts(predictor, message)
     max_tokens = [_max_tokens(predictor, example, message) for example in examples]
     request_id, n, intervention = message["request_id"], message["n"], message["intervention"]
-    constraint = message.get("constraint")
+    tools = AnswerTools.of(predictor.encoder.chat, message)
+    constraint = tools.constraint if tools is not None else _constraint(message)
     requests = [
         TextRequest(
             id=(request_id, index),
@@ -45,7 +52,8 @@ def start(predictor: Predictor, message: GenerateMessage) -> TextBatch:
             sampling=_sampling(message, index),
             scale=intervention["scale"] if intervention["enabled"] else 0.0,
             stop=tuple(message["wish"]["stop"]),
-            constraint=Constraint(**constraint) if constraint is not None else None,
+            constraint=constraint,
+            visible_tokens=tools.visible_tokens if tools is not None else frozenset(),
         )
         for index in range(len(examples) * n)
     ]
@@ -55,8 +63,14 @@ def start(predictor: Predictor, message: GenerateMessage) -> TextBatch:
         request_id=request_id,
         prompt_tokens=sum(len(example.prompt) for example in examples),
         unfinished=set(range(len(requests))),
+        parsers={index: tools.parser() for index in range(len(requests))} if tools is not None else {},
         deltas=deltas,
     )
+
+
+def _constraint(message: GenerateMessage) -> Constraint | None:
+    constraint = message.get("constraint")
+    return Constraint(**constraint) if constraint is not None else None
 
 
 def _prompts(predictor: Predictor, message: GenerateMessage) -> list[Example]:
@@ -77,7 +91,9 @@ def _prompts(predictor: Predictor, message: GenerateMessage) -> list[Example]:
         except RowError as error:
             if len(inputs) == 1:
                 raise
-            raise RowError(f"prompt {index}: {error.message}", param=f"prompt[{index}]") from error
+            raise RowError(
+                f"prompt {index}: {error.message}", param=f"prompt[{index}]", code=error.code
+            ) from error
     return examples
 
 
@@ -90,6 +106,7 @@ def _max_tokens(predictor: Predictor, example: Example, message: GenerateMessage
             f"the prompt has {prompt_tokens} tokens and this model takes {predictor.encoder.max_length} in all, "
             f"which leaves {max(limit, 0)}",
             param="max_tokens" if limit > 0 else prompt_param,
+            code=CONTEXT_LENGTH_EXCEEDED,
         )
     if requested is not None:
         return requested

@@ -8,7 +8,6 @@ import re
 import secrets
 from abc import ABC, abstractmethod
 from collections.abc import Collection, Sequence
-from dataclasses import dataclass
 from typing import Any, ClassVar
 
 from heft_engine.data.tool_rows import Tool, ToolCall, parse_arguments
@@ -16,18 +15,10 @@ from heft_engine.errors import RowError
 
 #: What an answer consists of: pieces of its content, and complete tool calls.
 AnswerPart = str | ToolCall
-
-
-@dataclass(frozen=True, kw_only=True)
-class CallTag:
-    """A call as constrained decoding needs it: the text before its arguments, their JSON schema, the text after them.
-
-    These are the fields of `begin`, `schema` and `end` of xgrammar's structural tags.
-    """
-
-    begin: str
-    schema: dict[str, Any]
-    end: str
+#: A format of xgrammar's structural tags, as JSON.
+Grammar = dict[str, Any]
+#: White space between two parts of the arguments at most: small models write blanks for ever where they may.
+_MAX_WHITESPACE = 1
 
 
 class ToolCallFormat(ABC):
@@ -50,8 +41,8 @@ class ToolCallFormat(ABC):
         """
 
     @abstractmethod
-    def tag(self, tool: Tool) -> CallTag:
-        """Returns the pieces of a call of `tool`, for constrained decoding."""
+    def grammar(self, tools: Sequence[Tool], *, parallel: bool) -> Grammar:
+        """Returns the grammar of an answer that calls at least one of the tools, and with `parallel` several."""
 
     def template_id(self, call_id: str) -> str:
         """Returns the id that the chat template is given for a call."""
@@ -159,16 +150,48 @@ class AnswerParser:
         return [content]
 
 
+def text(value: str) -> Grammar:
+    """Returns the grammar of one text."""
+    return {"type": "const_string", "value": value}
+
+
+def sequence(*parts: Grammar) -> Grammar:
+    """Returns the grammar of its parts, one after another."""
+    return {"type": "sequence", "elements": list(parts)}
+
+
+def call_of(tools: Sequence[Tool], before: str, between: str, after: Grammar) -> Grammar:
+    """Returns the grammar of a call of one of the tools: `before`, name, `between`, arguments, `after`."""
+    calls = [
+        sequence(
+            text(before + json.dumps(tool.name) + between),
+            {
+                "type": "json_schema",
+                "json_schema": dict(tool.parameters),
+                "max_whitespace_cnt": _MAX_WHITESPACE,
+            },
+            after,
+        )
+        for tool in tools
+    ]
+    return {"type": "or", "elements": calls} if len(calls) > 1 else calls[0]
+
+
+def list_of(call: Grammar, separator: str) -> Grammar:
+    """Returns the grammar of one call or several, with a separator between them."""
+    return sequence(call, {"type": "star", "content": sequence(text(separator), call)})
+
+
 def make_call(name: object, arguments: object, call_id: str | None = None) -> ToolCall:
     """Returns a call of parsed JSON values. Raises ValueError if they are not a name and an object."""
     if not isinstance(name, str) or not isinstance(arguments, dict):
         raise ValueError("a call needs a name and an object of arguments")
-    text = json.dumps(arguments, ensure_ascii=False)
+    written = json.dumps(arguments, ensure_ascii=False)
     try:
-        parse_arguments(text)
+        parse_arguments(written)
     except RowError as error:
         raise ValueError(error.message) from error
-    return ToolCall(id=f"call_{call_id or secrets.token_hex(12)}", name=name, arguments=text)
+    return ToolCall(id=f"call_{call_id or secrets.token_hex(12)}", name=name, arguments=written)
 
 
 def json_value(text: str) -> Any:

@@ -2,9 +2,17 @@
 
 from __future__ import annotations
 
-import json
+from collections.abc import Sequence
 
-from heft_engine.data.tool_calls.format import CallTag, ToolCallFormat, json_value, make_call
+from heft_engine.data.tool_calls.format import (
+    Grammar,
+    ToolCallFormat,
+    call_of,
+    json_value,
+    list_of,
+    make_call,
+    text,
+)
 from heft_engine.data.tool_rows import Tool, ToolCall
 
 
@@ -19,6 +27,6 @@ class HermesFormat(ToolCallFormat):
             raise ValueError("a call is an object")
         return [make_call(call.get("name"), call.get("arguments"))]
 
-    def tag(self, tool: Tool) -> CallTag:
-        begin = f'<tool_call>\n{{"name": {json.dumps(tool.name)}, "arguments": '
-        return CallTag(begin=begin, schema=dict(tool.parameters), end="}\n</tool_call>")
+    def grammar(self, tools: Sequence[Tool], *, parallel: bool) -> Grammar:
+        call = call_of(tools, '<tool_call>\n{"name": ', ', "arguments": ', text("}\n</tool_call>"))
+        return list_of(call, "\n") if parallel else call

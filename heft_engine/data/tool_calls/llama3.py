@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-import json
+from collections.abc import Sequence
 
-from heft_engine.data.tool_calls.format import CallTag, ToolCallFormat, json_value, make_call
+from heft_engine.data.tool_calls.format import Grammar, ToolCallFormat, call_of, json_value, make_call, text
 from heft_engine.data.tool_rows import Tool, ToolCall
 
 
 class Llama3Format(ToolCallFormat):
-    """An answer that begins with an object is a call; `<|python_tag|>` may stand before it."""
+    """An answer that begins with an object is a call; `<|python_tag|>` may stand before it. There is never a second."""
 
     name = "llama3_json"
     begins = ("<|python_tag|>", "{")
@@ -21,6 +21,5 @@ class Llama3Format(ToolCallFormat):
             raise ValueError("a call is an object")
         return [make_call(call.get("name"), call.get("parameters"))]
 
-    def tag(self, tool: Tool) -> CallTag:
-        begin = f'{{"name": {json.dumps(tool.name)}, "parameters": '
-        return CallTag(begin=begin, schema=dict(tool.parameters), end="}")
+    def grammar(self, tools: Sequence[Tool], *, parallel: bool) -> Grammar:
+        return call_of(tools, '{"name": ', ', "parameters": ', text("}"))

@@ -2,9 +2,19 @@
 
 from __future__ import annotations
 
-import json
+from collections.abc import Sequence
 
-from heft_engine.data.tool_calls.format import CallTag, ToolCallFormat, json_value, make_call, short_id
+from heft_engine.data.tool_calls.format import (
+    Grammar,
+    ToolCallFormat,
+    call_of,
+    json_value,
+    list_of,
+    make_call,
+    sequence,
+    short_id,
+    text,
+)
 from heft_engine.data.tool_rows import Tool, ToolCall
 
 
@@ -20,9 +30,16 @@ class MistralFormat(ToolCallFormat):
             raise ValueError("calls are an array of objects")
         return [make_call(call.get("name"), call.get("arguments"), _id(call.get("id"))) for call in calls]
 
-    def tag(self, tool: Tool) -> CallTag:
-        begin = f'[TOOL_CALLS][{{"name": {json.dumps(tool.name)}, "arguments": '
-        return CallTag(begin=begin, schema=dict(tool.parameters), end="}]")
+    def grammar(self, tools: Sequence[Tool], *, parallel: bool) -> Grammar:
+        # Templates differ in the blank before the array and in whether they write ids.
+        after = {"type": "regex", "pattern": r'(, "id": "[a-zA-Z0-9]{9}")?\}'}
+        call = call_of(tools, '{"name": ', ', "arguments": ', after)
+        return sequence(
+            {"type": "token", "token": "[TOOL_CALLS]"},
+            {"type": "regex", "pattern": r" ?\["},
+            list_of(call, ", ") if parallel else call,
+            text("]"),
+        )
 
     def template_id(self, call_id: str) -> str:
         return short_id(call_id)

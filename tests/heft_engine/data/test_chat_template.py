@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import xgrammar
 from tiny_models import CHAT_FAMILIES, TOOL_FAMILIES, chat_tokenizer
 
 from heft_engine.config.train import TaskSettings
@@ -16,6 +17,7 @@ from heft_engine.data.task import Task
 from heft_engine.data.tool_calls.format import AnswerParser
 from heft_engine.data.tool_rows import ToolCall
 from heft_engine.errors import RowError
+from heft_engine.inference.grammar import Constraint, GrammarCompiler
 
 TOOLS = [
     {
@@ -119,18 +121,37 @@ class TestRoundTrip:
         calls = parser.push(text(encoder, example.answers[0][:-1])) + parser.flush()
         assert [json.loads(c.arguments)["city"] for c in calls if isinstance(c, ToolCall)] == ["Rome", "Oslo"]
 
-    def test_the_pieces_for_constrained_decoding_make_a_call(
-        self, encoders: dict[str, Encoder], name: str
+    @pytest.mark.parametrize("parallel", [True, False])
+    def test_the_grammar_of_required_calls_allows_what_was_trained_and_no_other_text(
+        self, encoders: dict[str, Encoder], name: str, parallel: bool
     ) -> None:
-        format = encoders[name].chat.tool_calls
+        encoder, family = encoders[name], CHAT_FAMILIES[name]
+        format = encoder.chat.tool_calls
         assert format is not None
-        (tool,) = parse_row({"messages": [QUESTION], "tools": TOOLS}, need_answer=False).tools
-        tag = format.tag(tool)
-        assert tag.schema == TOOLS[0]["function"]["parameters"]  # type: ignore[index]
-        parser = AnswerParser(format, {"weather"})
-        (read,) = parser.push(tag.begin + '{"city": "Rome"}' + tag.end) + parser.flush()
-        assert isinstance(read, ToolCall)
-        assert (read.name, read.arguments) == ("weather", '{"city": "Rome"}')
+        other = {"function": {"name": "other", "parameters": {"type": "object", "properties": {}}}}
+        row = parse_row({"messages": [QUESTION], "tools": [*TOOLS, other]}, need_answer=False)
+        grammar = format.grammar(row.tools, parallel=parallel)
+        constraint = Constraint(
+            kind="structural_tag", source=json.dumps({"type": "structural_tag", "format": grammar})
+        )
+        tokenizer = encoder.tokenizer
+        end = tokenizer.convert_tokens_to_ids(family.end)
+        compiler = GrammarCompiler(tokenizer, vocab_size=len(tokenizer), eos_tokens=[end])
+        compiled = compiler.compile(constraint)
+
+        def accepts(tokens: Any) -> bool:
+            matcher = xgrammar.GrammarMatcher(compiled)
+            return all(matcher.accept_token(token) for token in tokens) and matcher.is_terminated()
+
+        (example,) = train(encoder, [QUESTION, CALL])
+        assert accepts(example.answers[0])
+        assert not accepts([*encoder.continuation("It is warm."), end])
+        assert not accepts([end])
+        unknown = [*encoder.continuation(family.call.replace("weather", "climate")), end]
+        assert not accepts(unknown)
+        if family.parallel:
+            both = {"role": "assistant", "tool_calls": [call(), call("Oslo", id="call_2")]}
+            assert accepts(train(encoder, [QUESTION, both])[0].answers[0]) == parallel
 
     def test_control_tokens_in_messages_tools_and_arguments_stay_text(
         self, encoders: dict[str, Encoder], name: str

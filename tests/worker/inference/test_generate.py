@@ -221,3 +221,11 @@ def test_a_prompt_without_memory_is_answered_by_its_name(
     assert (reply["error"]["status"], reply["error"]["code"]) == (500, "out_of_memory")
     assert "no memory for a prompt of" in reply["error"]["message"]
     assert "done" in asker.ask("after")[0]
+
+
+def test_a_prompt_that_is_too_long_has_openais_code(asker: Asker) -> None:
+    for number, inputs in enumerate(
+        ([{"prompt": "long " * 900}], [{"messages": [{"role": "user", "content": "long " * 900}]}])
+    ):
+        (reply,) = asker.ask(f"long-{number}", inputs=inputs)
+        assert reply["error"]["code"] == "context_length_exceeded"
