@@ -108,13 +108,32 @@ class GrammarCompiler:
         """Returns the tokenizer's compiler, which reads the whole vocabulary once."""
         with self._lock:
             if self._compiler is None:
-                vocabulary = xgrammar.TokenizerInfo.from_huggingface(
-                    self._tokenizer, vocab_size=self._vocab_size, stop_token_ids=self._eos_tokens
-                )
                 self._compiler = xgrammar.GrammarCompiler(
-                    vocabulary, max_threads=1, cache_limit_bytes=self._cache_bytes
+                    self._vocabulary(), max_threads=1, cache_limit_bytes=self._cache_bytes
                 )
             return self._compiler
+
+    def _vocabulary(self) -> xgrammar.TokenizerInfo:
+        """Returns the tokens that texts are made of, as bytes.
+
+        Special tokens are left out, because decoding drops them and with them a part of the matched text; and tokens
+        with control characters other than newlines, which xgrammar allows within JSON strings of a limited length.
+        """
+        read = xgrammar.TokenizerInfo.from_huggingface(
+            self._tokenizer, vocab_size=self._vocab_size, stop_token_ids=self._eos_tokens
+        )
+        special = set(self._tokenizer.all_special_ids)
+        tokens = [
+            b"" if token in special or any(byte < 0x20 and byte != 0x0A for byte in spelling) else spelling
+            for token, spelling in enumerate(read.decoded_vocab)
+        ]
+        return xgrammar.TokenizerInfo(
+            tokens,
+            xgrammar.VocabType.RAW,
+            vocab_size=self._vocab_size,
+            stop_token_ids=self._eos_tokens,
+            add_prefix_space=read.add_prefix_space,
+        )
 
 
 def mask_tokens(logits: Tensor, matchers: Sequence[GrammarMatcher | None]) -> list[int]:

@@ -156,6 +156,19 @@ def test_a_finished_grammar_allows_the_end_alone(
     assert logits[0].isfinite().nonzero().flatten().tolist() == [EOS, 4]
 
 
+def test_neither_special_tokens_nor_control_characters_are_text(
+    tokenizer: PreTrainedTokenizerBase, compiler: GrammarCompiler
+) -> None:
+    matcher = xgrammar.GrammarMatcher(compiler.compile(json_constraint({"type": "string", "maxLength": 20})))
+    matcher.accept_string('"')
+    logits = torch.zeros(1, VOCABULARY)
+    mask_tokens(logits, [matcher])
+    allowed = logits[0].isfinite().nonzero().flatten().tolist()
+    assert not set(allowed) & set(tokenizer.all_special_ids)
+    assert len(allowed) > 300
+    assert not any(character < " " for character in tokenizer.decode(allowed))
+
+
 def test_a_preempted_text_goes_on_in_its_grammar(
     llama: PackedLM,
     tokenizer: PreTrainedTokenizerBase,
