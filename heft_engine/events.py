@@ -152,6 +152,9 @@ class CheckedData(TypedDict):
     report: dict[str, Any]
     made: dict[str, str]  #: paths of rows that were written for references, by field
     error: ErrorData | None
+    plan: (
+        list[dict[str, Any]] | None
+    )  #: of each stage, as PlannedStage.to_json; None: not asked for, or faults
 
 
 class SucceededData(TypedDict):

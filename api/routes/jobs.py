@@ -55,7 +55,10 @@ async def metadata_filter(request: Request) -> dict[str, str]:
 async def create_job(
     body: JobRequest, caller: Caller, db: Db, services: ServicesDep, idempotency_key: IdempotencyKey = None
 ) -> JobObject:
-    """Creates a job. It is in `validating_files` until a worker has checked its rows line by line."""
+    """Creates a job. It is in `validating_files` until a worker has checked its rows line by line.
+
+    With `dry_run` it then ends as `succeeded`, with an `estimate` of rows, steps, memory and time; nothing is trained.
+    """
     _check_integrations(body, services.settings)
     job = await db(_create, owner_id=caller.id, body=body, idempotency_key=idempotency_key)
     with bound(job_id=job.id):
@@ -99,11 +102,17 @@ async def list_jobs(
     caller: Caller,
     db: Db,
     metadata: Annotated[Mapping[str, str], Depends(metadata_filter)],
+    dry_run: bool = False,
     after: After = None,
     limit: Limit = 20,
 ) -> Listing[JobObject]:
-    """Jobs, newest first. `metadata[key]=value`, repeatable, returns only jobs that have all of them."""
-    page = await db(jobs.list_page, owner_id=caller.id, limit=limit, after=after, metadata=metadata)
+    """Jobs, newest first. `metadata[key]=value`, repeatable, returns only jobs that have all of them.
+
+    `dry_run=true` lists dry runs instead.
+    """
+    page = await db(
+        jobs.list_page, owner_id=caller.id, limit=limit, after=after, metadata=metadata, dry_run=dry_run
+    )
     return Listing.of([JobObject.of(job) for job in page.items], has_more=page.has_more)
 
 

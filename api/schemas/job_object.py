@@ -54,6 +54,8 @@ class JobObject(Identified):
     progress: dict[str, Any]
     metrics: dict[str, Any]
     validation: dict[str, Any] | None
+    dry_run: bool
+    estimate: dict[str, Any] | None  #: of a dry run that has succeeded
     evaluation: dict[str, Any] | None
     parity: dict[str, Any] | None
 
@@ -94,6 +96,8 @@ class JobObject(Identified):
             progress=job.progress,
             metrics=job.metrics,
             validation=job.validation,
+            dry_run=spec.dry_run,
+            estimate=(job.validation or {}).get("estimate"),
             evaluation=job.evaluation,
             parity=job.parity,
         )

@@ -11,7 +11,7 @@ from cli.job_body import file_id, job_body
 from cli.options import target
 
 if TYPE_CHECKING:
-    from cli.client import Client
+    from cli.client import Client, Json
 
 app = typer.Typer(help="Fine-tuning jobs.", no_args_is_help=True)
 
@@ -40,6 +40,9 @@ def create(
         int | None, typer.Option(help="Random seed; the same seed gives the same losses on the same machine.")
     ] = None,
     watch: Annotated[bool, typer.Option(help="Show progress until it ends.")] = False,
+    dry_run: Annotated[
+        bool, typer.Option(help="Check the files, print what training would take, and train nothing.")
+    ] = False,
 ) -> None:
     """Create a job and print its id."""
     body = job_body(model=model, method=method, settings=settings or [])
@@ -52,6 +55,9 @@ def create(
             if reference is not None:
                 body[name] = file_id(client, reference)
         body |= {name: value for name, value in (("suffix", suffix), ("seed", seed)) if value is not None}
+        if dry_run:
+            _dry_run(client, {**body, "dry_run": True})
+            return
         job = client.post(_JOBS, body)
         print(job["id"], flush=True)
         if watch:
@@ -121,10 +127,25 @@ def _post(context: typer.Context, job_id: str, action: str) -> None:
 
 
 def _watch(client: Client, job_id: str) -> None:
+    print(_ended(client, job_id)["fine_tuned_model"])
+
+
+def _ended(client: Client, job_id: str) -> Json:
+    """Shows a job until it ends, and returns it. Raises CommandError unless it has succeeded."""
     from cli.watch import watch_job
 
     job = watch_job(client, job_id)
     if job["status"] != "succeeded":
         reason = (job.get("error") or {}).get("message")
         raise CommandError(f"{job_id} {job['status']}{f': {reason}' if reason else ''}")
-    print(job["fine_tuned_model"])
+    return job
+
+
+def _dry_run(client: Client, body: Json) -> None:
+    """Prints what a job would take. Raises CommandError if its files are invalid or a stage does not fit."""
+    from cli.report.estimate import print_estimate
+
+    estimate = _ended(client, client.post(_JOBS, body)["id"])["estimate"]
+    print_estimate(estimate)
+    if estimate["fits"] is False:
+        raise CommandError("the job does not fit on the training workers")

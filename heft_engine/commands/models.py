@@ -1,4 +1,4 @@
-"""`models`: lists the base models that work on this machine without a network, one JSON line each."""
+"""`models`: a description of this machine, and the base models that work on it without a network, as JSON lines."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ from dataclasses import asdict
 from heft_engine.commands.arguments import add_child_argument, add_machine_arguments
 from heft_engine.errors import ModelError
 from heft_engine.model.base_models import available, describe
+from heft_engine.runtime.devices import machine
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -18,7 +19,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> None:
-    """Prints {"id", "source", "revision", "info"}; a model that can't be used is named on stderr and left out."""
+    """Prints {"machine"} (heft_engine.runtime.devices), then {"id", "source", "revision", "info"} of each model.
+
+    A model that can't be used is named on stderr and left out.
+    """
+    print(json.dumps({"machine": machine()}), flush=True)
     for name in available(args.model_dir):
         try:
             source, revision, info = describe(name, model_dir=args.model_dir)

@@ -73,6 +73,18 @@ class RunFile(RunOptions):
     owner: str = ""  #: activations are shared between runs of the same owner only
 
 
+class MachineSettings(Settings):
+    """A machine that trains, for a plan: `gpus` of gpu_bytes that one run uses, and its memory for one run.
+
+    auto_dtype: the dtype that it chooses for a model.
+    """
+
+    gpus: Annotated[int, Field(ge=0)] = 0
+    gpu_bytes: Annotated[int, Field(ge=0)] = 0
+    host_bytes: Annotated[int, Field(gt=0)]
+    auto_dtype: Literal["bfloat16", "float16", "float32"] = "bfloat16"
+
+
 class CheckFile(Settings):
     """A model, settings and files to check before training. `files`: a path, `hub:…` or `sample:…` for each field."""
 
@@ -80,6 +92,7 @@ class CheckFile(Settings):
     start: Path | None = None  #: the bundle of `config.model`, as in RunOptions
     files: dict[FileField, str]
     out: Path
+    machine: MachineSettings | None = None  #: the run is planned for it, too
     max_rows: int
     max_line_bytes: int
     model_dir: Path | None = None

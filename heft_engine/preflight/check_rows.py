@@ -166,7 +166,9 @@ def _count(report: FileReport, labels: Counter[str], row: Row, examples: list[Ex
     report.rows += 1
     report.examples += len(examples)
     report.supervised_tokens += sum(example.supervised_tokens for example in examples)
-    report.tokens += sum(len(example.prompt) + example.supervised_tokens for example in examples)
+    lengths = [len(example.prompt) + example.supervised_tokens for example in examples]
+    report.tokens += sum(lengths)
+    report.longest = max(report.longest, *lengths)
     report.truncated += any(example.truncated for example in examples)
     if row.answer is None or row.kind not in ("yes_no", "choice"):
         return

@@ -32,13 +32,14 @@ class Warn:
 
 @dataclass(kw_only=True)
 class FileReport:
-    """Counts of a file. `tokens`: of prompts and answers; `supervised_tokens`: of answers."""
+    """Counts of a file. `tokens`: of prompts and answers; `supervised_tokens`: of answers; `longest`: of an example."""
 
     rows: int = 0
     faults: int = 0
     examples: int = 0
     tokens: int = 0
     supervised_tokens: int = 0
+    longest: int = 0
     truncated: int = 0
     duplicates: int = 0
     #: Rows of each label, or of each position of the right choice where rows have their own choices; empty for text.

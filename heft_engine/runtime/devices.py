@@ -9,6 +9,7 @@ import os
 import shutil
 from contextlib import suppress
 from pathlib import Path
+from typing import Any
 
 import psutil
 import torch
@@ -57,6 +58,21 @@ def unusable_gpu() -> str | None:
         first_line = str(error).strip().partition("\n")[0]
         return f"{first_line} (torch {torch.__version__} is built for CUDA {torch.version.cuda})"
     return f"torch {torch.__version__}, built for CUDA {torch.version.cuda}, finds no device"
+
+
+def machine() -> dict[str, Any]:
+    """Returns what plans need to know of this machine: {"gpus": [bytes of each], "host_bytes", "auto_dtype"}."""
+    gpus: list[int] = []
+    device = "cpu"
+    if torch.cuda.is_available() and choose_device() != "cpu":
+        device = "cuda"
+        gpus = [
+            torch.cuda.get_device_properties(index).total_memory for index in range(torch.cuda.device_count())
+        ]
+    host = int(psutil.virtual_memory().total)
+    with suppress(OSError, ValueError):  # no control groups, or no limit ("max")
+        host = min(host, int((_CGROUP / "memory.max").read_text()))
+    return {"gpus": gpus, "host_bytes": host, "auto_dtype": dtype_name(choose_dtype("auto", device))}
 
 
 def choose_dtype(requested: Dtype, device: str) -> torch.dtype:

@@ -11,7 +11,7 @@ class JobState(StrEnum):
     QUEUED = "queued"  #: Its rows are valid; it waits for a training worker.
     RUNNING = "running"  #: A worker holds its lease and trains.
     PAUSED = "paused"  #: Stopped at a checkpoint until its user resumes it; no worker holds it.
-    SUCCEEDED = "succeeded"  #: Final. Exactly one model row names this job.
+    SUCCEEDED = "succeeded"  #: Final. Exactly one model row names this job; none, if it was a dry run.
     FAILED = "failed"  #: Final. `error` says what to change.
     CANCELLED = "cancelled"  #: Final. Its user cancelled it.
 
@@ -19,9 +19,16 @@ class JobState(StrEnum):
 TERMINAL = frozenset({JobState.SUCCEEDED, JobState.FAILED, JobState.CANCELLED})
 
 TRANSITIONS: dict[JobState, frozenset[JobState]] = {
-    # To itself: the worker that checked its files was lost or stopped; the job waits for another.
+    # To itself: the worker that checked its files was lost or stopped; the job waits for another. A dry run succeeds.
     JobState.VALIDATING_FILES: frozenset(
-        {JobState.VALIDATING_FILES, JobState.QUEUED, JobState.FAILED, JobState.CANCELLED, JobState.PAUSED}
+        {
+            JobState.VALIDATING_FILES,
+            JobState.QUEUED,
+            JobState.SUCCEEDED,
+            JobState.FAILED,
+            JobState.CANCELLED,
+            JobState.PAUSED,
+        }
     ),
     JobState.QUEUED: frozenset({JobState.RUNNING, JobState.PAUSED, JobState.CANCELLED}),
     JobState.RUNNING: frozenset(

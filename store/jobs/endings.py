@@ -37,6 +37,16 @@ def finish_prepared(session: Session, claim: Claim, *, report: Mapping[str, Any]
     return _finish(session, claim, JobState.QUEUED, event, "prepared")
 
 
+def finish_dry_run(
+    session: Session, claim: Claim, *, report: Mapping[str, Any], estimate: Mapping[str, Any]
+) -> Job:
+    """Ends a dry run whose files are valid: it has succeeded, without a model."""
+    values = {"validation": {**report, "estimate": dict(estimate)}}
+    message = "The files have been checked and the training is estimated; nothing is trained."
+    event = NewEvent(code="SUCCEEDED", message=message, data={"estimate": dict(estimate)})
+    return _finish(session, claim, JobState.SUCCEEDED, event, "succeeded", values)
+
+
 def finish_succeeded(
     session: Session,
     claim: Claim,

@@ -95,13 +95,16 @@ def list_page(
     limit: int = 20,
     after: str | None = None,
     metadata: Mapping[str, str] | None = None,
+    dry_run: bool = False,
 ) -> Page[Job]:
-    """Returns a page of this owner's jobs whose metadata contains `metadata`, newest first.
+    """Returns a page of this owner's jobs, or dry runs, whose metadata contains `metadata`, newest first.
 
     Raises InvalidRequest (param `after`) for an unknown cursor.
     """
     owned = select(Job).where(Job.owner_id == owner_id)
-    conditions = [Job.metadata_.contains(dict(metadata))] if metadata else []
+    is_dry_run = Job.spec.has_key("dry_run")  # stored only where it is true
+    conditions = [is_dry_run if dry_run else ~is_dry_run]
+    conditions += [Job.metadata_.contains(dict(metadata))] if metadata else []
     return fetch_page(session, owned, *conditions, by=(Job.created_at, Job.id), after=after, limit=limit)
 
 

@@ -176,6 +176,8 @@ class TrainingSpec(Settings):
     base_quantization: BaseQuantization | None = Field(default=None, exclude_if=lambda value: value is None)
     #: Start from stage results of this owner's jobs with equal settings, and store this job's for others.
     reuse: bool = True
+    #: Ends when its files have been checked, with an estimate of what training would take.
+    dry_run: bool = Field(default=False, exclude_if=lambda value: not value)
 
     @field_validator("model")
     @classmethod

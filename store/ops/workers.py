@@ -43,3 +43,9 @@ def list_workers(session: Session, *, role: str | None = None, seen_within: floa
     if role is not None:
         query = query.where(Worker.role == role)
     return list(session.scalars(query))
+
+
+def training_machine(session: Session) -> dict[str, Any] | None:
+    """Returns a running training worker's machine (heft_engine.config.run_file.MachineSettings), or None."""
+    machines = (worker.info.get("machine") for worker in list_workers(session, role="train"))
+    return next((machine for machine in machines if machine is not None), None)

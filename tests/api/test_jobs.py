@@ -211,3 +211,16 @@ def test_the_openai_packages_jobs_work(client: httpx.Client, sessions: SessionFa
     with transaction(sessions) as session:
         job = jobs.get(session, owner_id=owner, job_id=job_id)
     assert job.metadata_ == {"k": "v"}
+
+
+def test_a_dry_run_is_a_job_that_is_listed_apart(client: httpx.Client) -> None:
+    real, dry = create(client), create(client, dry_run=True)
+    assert (real["dry_run"], dry["dry_run"], dry["estimate"], dry["status"]) == (
+        False,
+        True,
+        None,
+        "validating_files",
+    )
+    assert [job["id"] for job in client.get(JOBS).json()["data"]] == [real["id"]]
+    assert [job["id"] for job in client.get(JOBS, params={"dry_run": True}).json()["data"]] == [dry["id"]]
+    assert client.get(f"{JOBS}/{dry['id']}").json() == dry

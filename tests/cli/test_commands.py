@@ -117,6 +117,36 @@ def quick(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("cli.client._PAUSE_SECONDS", 0.01)
 
 
+ESTIMATE = {
+    "rows": 1_000,
+    "truncated_rows": 2,
+    "longest_example_tokens": 300,
+    "steps": 12,
+    "trained_tokens": 6_000,
+    "measured_jobs": 3,
+    "seconds": 90.0,
+    "fits": True,
+    "stages": [
+        {"type": "lora", "placement": "one GPU", "gpu_bytes": 2 * 10**9, "host_bytes": 0, "seconds": 80.0},
+        {"type": "reft", "placement": "one GPU", "gpu_bytes": 10**9, "host_bytes": 10**8, "seconds": 10.0},
+    ],
+}
+
+
+@pytest.mark.usefixtures("quick")
+@pytest.mark.parametrize("fits", [True, False])
+def test_a_dry_run_prints_what_training_would_take(service: Service, fits: bool) -> None:
+    service.on("POST /v1/fine_tuning/jobs", job("validating_files"))
+    service.on("GET /v1/fine_tuning/jobs/ftjob-1", job("succeeded", estimate={**ESTIMATE, "fits": fits}))
+    service.on("GET /v1/fine_tuning/jobs/ftjob-1/events?limit=100", events())
+    result = service.run("jobs", "create", "--model", "m", "--training-file", "file-1", "--dry-run")
+    assert result.exit_code == (0 if fits else 1), result.output
+    for part in ("1,000 rows, 2 of them truncated", "12 steps", "2.0 GB", "about 1:30 of training"):
+        assert part in result.stdout
+    [created] = [body for request, body in service.bodies if request == "POST /v1/fine_tuning/jobs"]
+    assert created["dry_run"] is True
+
+
 @pytest.mark.usefixtures("quick")
 def test_create_and_watch(service: Service, tmp_path: Path) -> None:
     rows = tmp_path / "rows.jsonl"

@@ -199,8 +199,12 @@ def check(order: dict[str, Any]) -> None:
             error = {"code": "invalid_training_file", "message": f"line {number}", "param": "training_file"}
         elif act.get("when") == "checked":
             play.act(act)
+    counts = {"rows": 1, "examples": 1, "truncated": 0, "longest": 4, "tokens": 4}
     report = {"files": {field: {"rows": 1} for field in order["files"]}, "faults": faults, "base_model": {}}
-    emit("CHECKED", report=report, made={}, error=error)
+    if order["machine"] is not None:
+        report["files"]["training_file"] = counts
+    plan = None if order["machine"] is None else [{"type": "lora", "fits": True, "flops": 1}]
+    emit("CHECKED", report=report, made={}, error=error, plan=plan)
 
 
 def main() -> None:

@@ -8,9 +8,10 @@ from __future__ import annotations
 import logging
 import os
 import socket
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from importlib.metadata import version
+from typing import Any
 
 import tenacity
 
@@ -19,6 +20,7 @@ from store.db.session import transaction
 from store.errors import Unavailable
 from store.jobs import reconcile
 from store.ops import workers
+from store.settings import StoreSettings
 from worker.celery_app import Role
 from worker.chores.chore import Chore, run_chores
 from worker.chores.gpu_handoff import REQUEST, SERVED
@@ -76,7 +78,7 @@ def _heartbeat(context: Context) -> None:
 
 
 def offer_base_models(context: Context) -> None:
-    """Lists this machine's base models, in a child process since that needs torch, and registers them.
+    """Records this machine and its base models, which a child process lists, since that needs torch.
 
     Raises Unavailable.
     """
@@ -84,6 +86,10 @@ def offer_base_models(context: Context) -> None:
     with Child(command, env=child_environment(os.environ), cwd=context.scratch) as child:
         for line in child.lines():
             with transaction(context.sessions) as session:
+                if "machine" in line:
+                    machine = _machine_of_one_job(line["machine"], context.settings)
+                    workers.update_info(session, worker_id=context.worker_id, changes={"machine": machine})
+                    continue
                 models.offer_base(
                     session,
                     model_id=line["id"],
@@ -91,3 +97,20 @@ def offer_base_models(context: Context) -> None:
                     revision=line["revision"],
                     info=line["info"],
                 )
+
+
+def _machine_of_one_job(machine: Mapping[str, Any], settings: StoreSettings) -> dict[str, Any]:
+    """Returns the part of the engine's description of this machine that one job trains on, for plans."""
+    gpus = machine["gpus"][: settings.train_processes]
+    gpu_bytes = min(gpus, default=0) // settings.trainers
+    host_bytes = machine["host_bytes"] // settings.trainers
+    if settings.train_memory_bytes is not None and gpus:
+        gpu_bytes = settings.train_memory_bytes
+    elif settings.train_memory_bytes is not None:
+        host_bytes = settings.train_memory_bytes
+    return {
+        "gpus": len(gpus),
+        "gpu_bytes": gpu_bytes,
+        "host_bytes": host_bytes,
+        "auto_dtype": machine["auto_dtype"],
+    }

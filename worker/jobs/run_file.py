@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from heft_engine.config.known_datasets import with_dataset_defaults
-from heft_engine.config.run_file import LISTEN_FD, SECRET, CheckFile, FileField, RunFile
+from heft_engine.config.run_file import LISTEN_FD, SECRET, CheckFile, FileField, MachineSettings, RunFile
 from heft_engine.config.train import TrainConfig
 from store.jobs.spec import TrainingSpec
 from store.settings import StoreSettings
@@ -131,15 +131,17 @@ def check_file(
     settings: StoreSettings,
     *,
     start: Path | None = None,
+    machine: Mapping[str, Any] | None = None,
 ) -> CheckFile:
     """The input of `python -m heft_engine check`. `files`: a path or a reference for each field. `start`: as in
-    `run_file`.
+    `run_file`. `machine`: what the run is planned for.
     """
     return CheckFile(
         config=train_config(spec, revision=None),
         start=start,
         files=dict(files),
         out=out,
+        machine=None if machine is None else MachineSettings.model_validate(machine),
         max_rows=settings.max_rows,
         max_line_bytes=settings.max_line_bytes,
         model_dir=settings.model_dir,

@@ -14,6 +14,7 @@ from store.db.states import JobState
 from store.db.tables import Job
 from store.jobs import jobs
 from store.messages.broker import Task
+from store.ops import workers
 from worker.jobs.prepare import prepare_job
 
 
@@ -83,6 +84,21 @@ def test_a_reason_that_postgres_can_not_store_fails_the_job_once(bench: Bench) -
     assert job.state == JobState.FAILED
     assert job.error is not None
     assert job.error["message"] == "unknown field \ufffd \ufffd"
+
+
+def test_a_dry_run_ends_with_its_estimate_and_tells_no_trainer(
+    bench: Bench, sent: list[tuple[str, ...]]
+) -> None:
+    machine = {"gpus": 0, "gpu_bytes": 0, "host_bytes": 8 * 10**9, "auto_dtype": "float32"}
+    with transaction(bench.context.sessions) as session:
+        workers.register(session, worker_id="train-1", role="train", info={"machine": machine})
+    job = _prepared(bench, bench.created(_lines([{"do": "metrics", "step": 1}]), dry_run=True))
+    assert job.state == JobState.SUCCEEDED
+    assert job.fine_tuned_model is None
+    assert job.validation is not None
+    estimate = job.validation["estimate"]
+    assert (estimate["machine"], estimate["stages"][0]["type"], estimate["steps"]) == (machine, "lora", 6)
+    assert sent == []
 
 
 def _prepared(bench: Bench, job_id: str) -> Job:

@@ -22,6 +22,8 @@ from store.db.session import transaction
 from store.db.states import JobState
 from store.db.tables import Job, StageResult
 from store.jobs import jobs, stage_results
+from worker.celery_app import Role
+from worker.chores.presence import offer_base_models, registered
 from worker.context import ENGINE, Context
 from worker.jobs.prepare import prepare_job
 
@@ -182,6 +184,25 @@ def test_a_job_that_reused_a_stage_is_paused_and_goes_on(bench: Bench, real: Con
     assert bench.codes(job_id).count("STAGE_REUSED") == 1
     assert trained_stages(bench, job) == {"reft"}
     assert learned(bench, job) == learned(bench, straight)
+
+
+def test_a_dry_run_is_planned_for_the_training_workers_machine(bench: Bench, real: Context) -> None:
+    worker = replace(real, worker_id="train-1")
+    with registered(worker, Role.TRAIN):
+        offer_base_models(worker)
+        content = "".join(json.dumps(row) + "\n" for row in ROWS).encode()
+        job_id = bench.created(content, model="llama", method={"type": "heft", "heft": HEFT}, dry_run=True)
+        job = prepare_job(real, job_id)
+    assert job is not None
+    assert job.state == JobState.SUCCEEDED, job.error
+    assert job.validation is not None
+    estimate = job.validation["estimate"]
+    assert (estimate["rows"], estimate["steps"], estimate["fits"]) == (48, 24, True)
+    assert estimate["machine"]["host_bytes"] > 0
+    lora, reft = estimate["stages"]
+    assert (lora["type"], reft["type"]) == ("lora", "reft")
+    assert 0 < reft["trained_parameters"] < lora["trained_parameters"]
+    assert lora["host_bytes"] > lora["weight_bytes"] > 0
 
 
 def trained_stages(bench: Bench, job: Job) -> set[str]:
