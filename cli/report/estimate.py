@@ -1,4 +1,4 @@
-"""What a job would take, for the terminal."""
+"""Prints what a job would take on the terminal."""
 
 from __future__ import annotations
 
