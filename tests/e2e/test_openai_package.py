@@ -18,11 +18,12 @@ import openai
 import pytest
 from openai.types.fine_tuning import FineTuningJob
 from running_stack import HeftUp, heft_up
+from tiny_models import save_chat_model
 
 from cli.stack.home import Home
 from cli.stack.process import wait_until
 
-MODEL = "tiny"
+MODEL, MODEL_WITH_TOOLS = "tiny", "tiny-tools"
 YES_NO = [
     {"question": f"is {number} an even number", "passage": "Numbers.", "answer": number % 2 == 0}
     for number in range(24)
@@ -41,12 +42,13 @@ CHAT = [
 
 @pytest.fixture(scope="module")
 def service(make_tiny_model: Callable[[str], Path]) -> Iterator[HeftUp]:
-    """`heft up` with one base model in its folder: a tiny random Llama."""
+    """`heft up` with two base models in its folder, tiny random Llamas: one's chat template has tools."""
     folder = Path(tempfile.mkdtemp(prefix="heft-test-", dir="/tmp"))
     folder.chmod(0o711)
     models = folder / "models"
     models.mkdir()
     shutil.copytree(make_tiny_model("llama"), models / MODEL)
+    save_chat_model(models / MODEL_WITH_TOOLS, "qwen2")
     try:
         with heft_up(Home.at(folder / "home"), HEFT_MODEL_DIR=str(models), OMP_NUM_THREADS="1") as service:
             yield service
@@ -412,6 +414,92 @@ class TestText:
         with pytest.raises(openai.BadRequestError, match="/predict") as refusal:
             client.chat.completions.create(model=f"{job.fine_tuned_model}:ckpt-lora", messages=TURNS)
         assert refusal.value.param == "model"
+
+
+WEATHER: Any = {
+    "type": "function",
+    "function": {
+        "name": "weather",
+        "description": "The weather of a city.",
+        "parameters": {
+            "type": "object",
+            "properties": {"city": {"enum": ["Rome", "Oslo"]}},
+            "required": ["city"],
+        },
+    },
+}
+
+
+def weather_row(city: str) -> dict[str, Any]:
+    function = {"name": "weather", "arguments": json.dumps({"city": city})}
+    return {
+        "messages": [
+            {"role": "user", "content": f"Is it warm in {city}?"},
+            {"role": "assistant", "tool_calls": [{"id": "call_1", "type": "function", "function": function}]},
+            {"role": "tool", "tool_call_id": "call_1", "content": "31 degrees"},
+            {"role": "assistant", "content": "Yes."},
+        ],
+        "tools": [WEATHER],
+        "parallel_tool_calls": False,
+    }
+
+
+@pytest.fixture(scope="module")
+def caller(client: openai.OpenAI) -> str:
+    """A model that was trained on tool calls."""
+    rows = [weather_row(city) for city in ("Rome", "Oslo") * 6]
+    job = client.fine_tuning.jobs.create(
+        model=MODEL_WITH_TOOLS, training_file=upload(client, rows), **small(max_length=1_024)
+    )
+    job = until(client, job.id, "succeeded", "failed", "cancelled")
+    assert job.status == "succeeded", job.error
+    assert job.fine_tuned_model is not None
+    return job.fine_tuned_model
+
+
+class TestTools:
+    """Asks a model with tools."""
+
+    def test_a_call_its_result_and_the_answer(self, client: openai.OpenAI, caller: str) -> None:
+        messages: Any = [{"role": "user", "content": "Is it warm in Rome?"}]
+        asked: Any = {"model": caller, "tools": [WEATHER], "tool_choice": "required", "seed": 1}
+        asked["parallel_tool_calls"] = False
+        (choice,) = client.chat.completions.create(messages=messages, **asked).choices
+        assert (choice.finish_reason, choice.message.content) == ("tool_calls", None)
+        (call,) = choice.message.tool_calls or ()
+        assert call.type == "function"
+        assert call.function.name == "weather"
+        assert json.loads(call.function.arguments)["city"] in ("Rome", "Oslo")
+
+        name = ""
+        arguments = ""
+        for chunk in client.chat.completions.create(messages=messages, stream=True, **asked):
+            for delta in chunk.choices[0].delta.tool_calls or ():
+                assert delta.index == 0
+                assert delta.function is not None
+                name += delta.function.name or ""
+                arguments += delta.function.arguments or ""
+        assert (name, arguments) == (call.function.name, call.function.arguments)
+        assert chunk.choices[0].finish_reason == "tool_calls"
+
+        messages += [choice.message, {"role": "tool", "tool_call_id": call.id, "content": "31 degrees"}]
+        answer = client.chat.completions.create(
+            model=caller, messages=messages, tools=[WEATHER], tool_choice="none", max_tokens=8
+        )
+        assert answer.choices[0].message.tool_calls is None
+        assert answer.choices[0].message.content
+
+    def test_a_model_whose_template_has_no_tools_refuses_them(self, client: openai.OpenAI) -> None:
+        with pytest.raises(openai.BadRequestError, match="does not render tools") as refusal:
+            client.chat.completions.create(model=MODEL, messages=TURNS, tools=[WEATHER])
+        assert refusal.value.param == "tools"
+        job = client.fine_tuning.jobs.create(
+            model=MODEL, training_file=upload(client, [weather_row("Rome")] * 10), **small()
+        )
+        failed = until(client, job.id, "failed", "succeeded")
+        assert failed.error is not None
+        assert "line 1" in failed.error.message
+        assert "does not render tools" in failed.error.message
 
 
 #: A script as an OpenAI user has it today; the address and the key come from the package's own variables.
