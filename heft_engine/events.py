@@ -86,6 +86,8 @@ class EpochCompleteData(StageData):
     valid_mean_token_accuracy: NotRequired[float]
     full_valid_loss: NotRequired[float]
     full_valid_mean_token_accuracy: NotRequired[float]
+    valid_accuracy: NotRequired[float]  #: share of right answers, where early stopping goes by it
+    stopped_early: NotRequired[bool]  #: True: the stage ends here, before its last epoch
 
 
 class StageKeysData(TypedDict):
@@ -111,6 +113,8 @@ class StageCompleteData(StageData):
     seconds: float
     steps: int
     tokens: int
+    epochs: int  #: that were trained
+    best_epoch: int | None  #: whose parameters the stage ends with; None without early stopping
     general_loss: float
     memory_bytes: int | None  #: peak of the process; None where the system does not report it
     flops: int

@@ -24,6 +24,7 @@ from store.db.tables import Checkpoint, Job
 from store.errors import InvalidRequest, WrongState
 from store.ids import new_job_id
 from store.jobs import checkpoints, jobs
+from store.jobs.spec import TrainingSpec
 from store.logs import bound
 from store.settings import StoreSettings
 
@@ -156,7 +157,8 @@ def _checkpoints(
     session: Session, *, owner_id: str, job_id: str, limit: int, after: str | None
 ) -> tuple[Page[Checkpoint], str | None]:
     page = jobs.list_checkpoints(session, owner_id=owner_id, job_id=job_id, limit=limit, after=after)
-    return page, checkpoints.best(session, job_id)
+    job = jobs.get(session, owner_id=owner_id, job_id=job_id)
+    return page, checkpoints.best(session, job_id, TrainingSpec.model_validate(job.spec).best_by)
 
 
 @router.get("/{job_id}/diagnostics", responses=_DIAGNOSTICS_RESPONSES, response_class=Response)

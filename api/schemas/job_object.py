@@ -164,7 +164,7 @@ class EventObject(Identified):
 class CheckpointObject(Identified):
     """The model at the end of a stage or an epoch; `fine_tuned_model_checkpoint` is its model id.
 
-    `best`: of the job's checkpoints, this one has the lowest validation loss.
+    `best`: of the job's checkpoints, this one is the best on the validation rows (store.jobs.checkpoints.best).
     """
 
     object: Literal["fine_tuning.job.checkpoint"] = "fine_tuning.job.checkpoint"

@@ -21,6 +21,7 @@ BaseQuantization = Literal["nf4"]
 LoraInit = Literal["default", "pissa", "pissa_niter_4", "pissa_niter_16", "olora"]
 InterventionKind = Literal["loreft", "direft", "consreft", "lobireft", "noreft", "nodireft"]
 InterventionInit = Literal["previous", "new"]
+StoppingMetric = Literal["valid_loss", "valid_mean_token_accuracy", "valid_accuracy"]
 MethodType = Literal["heft", "lora", "reft", "heft_reversed", "heft_interleaved", "recipe"]
 
 MAX_LAYER = 1_000
@@ -198,9 +199,18 @@ class TaskSettings(Settings):
 
 
 class EarlyStopping(Settings):
-    """Ends a stage when the validation loss has not improved for `patience` epochs, and keeps the best epoch."""
+    """Ends a stage when a metric of the validation rows has not improved for `patience` epochs. Keeps the best."""
 
     patience: Annotated[int, Field(ge=1, le=100)] = 2
+    #: valid_accuracy: the share of right answers, of tasks with labels. Of two epochs with the same accuracy the one
+    #: with the lower loss is better.
+    metric: StoppingMetric = "valid_loss"
+
+    def task_error(self, task: TaskType) -> str | None:
+        """Returns why a task can't have this metric, or None if it can."""
+        if self.metric != "valid_accuracy" or task != "text":
+            return None
+        return "valid_accuracy is of tasks with labels: for text, stop by valid_loss or valid_mean_token_accuracy"
 
 
 class TrainConfig(Settings):

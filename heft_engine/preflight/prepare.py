@@ -97,6 +97,9 @@ def prepare(
         limits=limits,
         on_progress=on_progress,
     )
+    stopping = config.early_stopping
+    if stopping is not None and report.task and (reason := stopping.task_error(report.task)):
+        raise ConfigError(reason, param="early_stopping.metric")
     return Prepared(base=base, info=info, report=report, written=written)
 
 

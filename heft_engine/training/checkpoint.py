@@ -66,7 +66,9 @@ class RunState:
     parity: list[dict[str, Any]] = field(default_factory=list)
     general_loss: list[float] = field(default_factory=list)
     trained_tokens: int = 0
-    losses: dict[str, float] = field(default_factory=dict)  #: Progress.losses of the last finished stage
+    losses: dict[str, float] = field(
+        default_factory=dict
+    )  #: Progress.losses of the last finished stage, with valid_accuracy
     #: Of each stage, by heft_engine.training.costs.stage_cost.
     costs: list[dict[str, Any]] = field(default_factory=list)
     threads: int = field(default_factory=torch.get_num_threads)

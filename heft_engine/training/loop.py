@@ -24,6 +24,7 @@ from heft_engine.model.loss import LossSums
 from heft_engine.model.packing import packed_length
 from heft_engine.objectives.objective import Objective
 from heft_engine.runtime.distributed import SINGLE_PROCESS, Ranks
+from heft_engine.training.best_epoch import BestEpoch
 from heft_engine.training.data_parallel.exchange import Exchange
 from heft_engine.training.failure_signatures import divergence_message
 from heft_engine.training.forward_pass import ForwardPass, added_up, loss_sums, probe_states, split_by_tokens
@@ -48,6 +49,8 @@ class Hooks:
     should_stop: Callable[[], bool]
     #: Takes the progress at the end of each epoch but the stage's last.
     save_epoch: Callable[[Progress], None] = lambda _: None
+    #: Returns the share of right answers on validation rows, for early stopping by it. Called on rank 0.
+    valid_accuracy: Callable[[], float | None] = lambda: None
 
 
 @dataclass(kw_only=True)
@@ -68,7 +71,6 @@ class TrainLoop:
     stages_before: int = 0  #: stages of the model that the run goes on from: random draws go on too
     ranks: Ranks = SINGLE_PROCESS  #: the processes that share the rows of each step
     progress: Progress = field(default_factory=Progress)
-    best: dict[str, Tensor] = field(default_factory=dict)  #: parameters of the best epoch, for early stopping
     probe_before: Tensor | None = None  #: hidden states of the probe rows before the first step
 
     def __post_init__(self) -> None:
@@ -82,6 +84,7 @@ class TrainLoop:
         #: One kernel for all parameters of a GPU; Adam's step counters are on the GPU then.
         self._fused = all(parameter.is_cuda for parameter in parameters.values())
         self.optimizer = torch.optim.AdamW(groups, lr=0.0, betas=BETAS, eps=EPSILON, fused=self._fused)
+        self._best_epoch = BestEpoch(settings=self.early_stopping)
         self._exchange = Exchange(
             ranks=self.ranks,
             seed=self.seed,
@@ -118,10 +121,8 @@ class TrainLoop:
             self._end_epoch()
         if self.progress.step < TRAINS_AFTER:
             self._check_trains()  # early stopping ended it before the usual step
-        if self.best:
-            self._load(self.best)
-            self.progress.valid_loss = self.progress.best_loss
-            self.progress.valid_token_accuracy = self.progress.best_token_accuracy
+        if best := self._best_epoch.take(self.progress):
+            self._load(best)
         self._check_parameters()
 
     # -- one step ---------------------------------------------------------------------------------------------------
@@ -196,9 +197,14 @@ class TrainLoop:
             loss, accuracy = self._validation_loss()
             progress.valid_loss = loss if math.isfinite(loss) else None
             progress.valid_token_accuracy = accuracy
+            if self._best_epoch.needs_accuracy:
+                progress.valid_accuracy = self._exchange.from_first(self.hooks.valid_accuracy)
             data = {**progress.losses, **data, "eval_loss": progress.valid_loss}
-            self._stop_early(loss, accuracy)
+            self._best_epoch.end_epoch(progress, self.adapter.parameters())
         message = f"Epoch {progress.epoch} of {self.stage.n_epochs}"
+        if progress.finished and progress.epoch < self.stage.n_epochs:
+            message += f"; the stage stops here, with the parameters of epoch {progress.best_epoch}"
+            data["stopped_early"] = True
         self._emit("EPOCH_COMPLETE", message, epoch=progress.epoch, **data, **self.objective.report())
         if progress.epoch < self.stage.n_epochs and not progress.finished:
             self.hooks.save_epoch(progress)
@@ -217,19 +223,6 @@ class TrainLoop:
         total, correct = self._exchange.sum(self._in_smaller_passes(summed, self.validation, share))
         count = self.objective.count(self.validation.examples)
         return total / count if math.isfinite(total) else math.inf, correct / count
-
-    def _stop_early(self, loss: float, accuracy: float) -> None:
-        """Keeps the best parameters, and finishes after `patience` epochs without an improvement."""
-        progress = self.progress
-        if self.early_stopping is None:
-            return
-        if math.isfinite(loss) and (progress.best_loss is None or loss < progress.best_loss):
-            progress.best_loss, progress.best_token_accuracy, progress.bad_epochs = loss, accuracy, 0
-            self.best = {name: p.detach().clone() for name, p in self.adapter.parameters().items()}
-            return
-        progress.bad_epochs += 1
-        if progress.bad_epochs >= self.early_stopping.patience:
-            progress.finished = True
 
     # -- failures ---------------------------------------------------------------------------------------------------
 
@@ -304,13 +297,13 @@ class TrainLoop:
             tensors[f"parameter/{name}"] = parameter
             for key, value in self.optimizer.state.get(parameter, {}).items():
                 tensors[f"adam/{key}/{name}"] = value
-        return tensors | {f"best/{name}": tensor for name, tensor in self.best.items()}
+        return tensors | {f"best/{name}": tensor for name, tensor in self._best_epoch.parameters.items()}
 
     def restore(self, progress: Progress, tensors: dict[str, Tensor]) -> None:
         """Continues from `_tensors`. The caller restores the random state afterwards."""
         self.progress = progress
         self.probe_before = tensors.get("before")
-        self.best = _with_prefix("best/", tensors)
+        self._best_epoch.parameters = _with_prefix("best/", tensors)
         self._load(_with_prefix("parameter/", tensors))
         for name, buffer in self._buffers().items():
             buffer.copy_(tensors[name])

@@ -26,11 +26,14 @@ class Progress:
     token_accuracy: float | None = None
     valid_loss: float | None = None  #: of the last epoch; None without validation rows, or if it is infinite
     valid_token_accuracy: float | None = None
+    valid_accuracy: float | None = None  #: share of right answers, where early stopping goes by it
     running: float | None = None  #: exponential mean of the step losses
     lowest: float | None = None
     warned: bool = False
     best_loss: float | None = None
     best_token_accuracy: float | None = None
+    best_accuracy: float | None = None
+    best_epoch: int | None = None  #: from 1, with early stopping
     bad_epochs: int = 0
     #: How passes run. Decided when the stage starts, because it changes rounding.
     token_budget: int = TOKEN_BUDGET
@@ -43,7 +46,8 @@ class Progress:
 
     @property
     def losses(self) -> dict[str, float]:
-        """The latest losses (nats a token) and token accuracies by OpenAI's names; without those that are not known.
+        """The latest losses (nats a token) and token accuracies by OpenAI's names, and valid_accuracy, as far as
+        they are known.
 
         Validation is always on all validation rows, so the names with and without `full` have the same values.
         """
@@ -54,6 +58,7 @@ class Progress:
             "valid_mean_token_accuracy": self.valid_token_accuracy,
             "full_valid_loss": self.valid_loss,
             "full_valid_mean_token_accuracy": self.valid_token_accuracy,
+            "valid_accuracy": self.valid_accuracy,
         }
         return {name: value for name, value in values.items() if value is not None}
 

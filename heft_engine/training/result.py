@@ -47,13 +47,14 @@ class StageMeasurements:
     """Measurements of a stage's result that its bundle holds.
 
     calibration: None for text, and without rows to measure on. validation_scores: of `validation_sample`, where they
-    have been computed for the calibration.
+    have been computed for the calibration. valid_accuracy: the share of right answers on `validation_sample`.
     """
 
     probe: Probe
     probe_tolerance: float
     calibration: Calibration | None
     validation_scores: tuple[Scores, ...] | None = None
+    valid_accuracy: float | None = None
 
 
 def evaluate_stage(inputs: RunInputs, index: int | None) -> tuple[dict[str, Any], tuple[Scores, ...]]:
@@ -77,17 +78,23 @@ def measure_stage(inputs: RunInputs, scores: Sequence[Scores] = ()) -> StageMeas
     tolerance = _tolerance(Float32LM(inputs.lm), inputs.lm, probe)
     if inputs.encoder.task.type == "text" or not inputs.reported:
         return StageMeasurements(probe=probe, probe_tolerance=tolerance, calibration=None)
-    reported = _labelled(scores or score(inputs.lm, inputs.reported), inputs.reported)
-    if inputs.split == "validation":
-        calibration = calibrate(reported, None, inputs.split)
-        return StageMeasurements(probe=probe, probe_tolerance=tolerance, calibration=calibration)
+    scores = scores or score(inputs.lm, inputs.reported)
+    reported = _labelled(scores, inputs.reported)
     sample = validation_sample(inputs)
+    if inputs.split == "validation":
+        return StageMeasurements(
+            probe=probe,
+            probe_tolerance=tolerance,
+            calibration=calibrate(reported, None, inputs.split),
+            valid_accuracy=_share_right([scores[place] for place in _validation_places(inputs)], sample),
+        )
     validation_scores = tuple(score(inputs.lm, sample))
     return StageMeasurements(
         probe=probe,
         probe_tolerance=tolerance,
         calibration=calibrate(_labelled(validation_scores, sample), reported, inputs.split),
         validation_scores=validation_scores,
+        valid_accuracy=_share_right(validation_scores, sample),
     )
 
 
@@ -212,13 +219,34 @@ def validation_result(
         evaluation = evaluate(inputs.lm, inputs.encoder, sample, max_new_tokens=limit)
         return {"n": evaluation.n, "metric": evaluation.metric, "value": evaluation.accuracy}
     scores = measured.validation_scores or score(inputs.lm, sample)
-    correct = sum(row.best == example.gold for row, example in zip(scores, sample, strict=True))
-    return {"n": len(sample), "metric": "accuracy", "value": correct / len(sample)}
+    return {"n": len(sample), "metric": "accuracy", "value": _share_right(scores, sample)}
+
+
+def valid_accuracy(inputs: RunInputs) -> float | None:
+    """Returns the share of right answers on `validation_sample`; None for text, and without validation rows."""
+    if inputs.encoder.task.type == "text" or not inputs.questions:
+        return None
+    sample = validation_sample(inputs)
+    return _share_right(score(inputs.lm, sample), sample)
+
+
+def _share_right(scores: Sequence[Scores], examples: Sequence[Example]) -> float | None:
+    """Returns the share of examples whose right answer has the best score; None without examples."""
+    if not examples:
+        return None
+    return sum(row.best == example.gold for row, example in zip(scores, examples, strict=True)) / len(
+        examples
+    )
 
 
 def validation_sample(inputs: RunInputs) -> list[Example]:
     """Returns at most MAX_ROWS validation rows, drawn by the run's seed, with every label as an answer."""
-    return Random(inputs.config.seed).sample(inputs.questions, min(MAX_ROWS, len(inputs.questions)))
+    return [inputs.questions[place] for place in _validation_places(inputs)]
+
+
+def _validation_places(inputs: RunInputs) -> list[int]:
+    rows = len(inputs.questions)
+    return Random(inputs.config.seed).sample(range(rows), min(MAX_ROWS, rows))
 
 
 def answers_hash(examples: Sequence[Example]) -> str:

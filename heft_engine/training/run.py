@@ -52,6 +52,7 @@ from heft_engine.training.result import (
     evaluate_stage,
     measure_stage,
     row_results,
+    valid_accuracy,
     validation_result,
     write_result,
 )
@@ -198,6 +199,7 @@ def _train(
                 on_event=output.on_event,
                 save=save,
                 save_epoch=partial(output.save_epoch, state, stage),
+                valid_accuracy=partial(valid_accuracy, inputs),
                 should_stop=should_stop,
             ),
             cache_directory=options.cache.directory,
@@ -258,6 +260,8 @@ def _measure_stage(
     seconds = time.monotonic() - trained.began
     output.emit(*run_events.stage_ended(inputs, state, trained.progress, seconds, memory_bytes))
     measured = measure_stage(inputs, scores)
+    if measured.valid_accuracy is not None:
+        state = replace(state, losses={**state.losses, "valid_accuracy": measured.valid_accuracy})
     output.save_stage(state, measured, list(inputs.lm.interventions), key=output.cache.key(index))
     output.store_stage(state, measured)
     return state, measured

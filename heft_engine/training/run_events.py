@@ -141,6 +141,8 @@ def stage_ended(
         seconds=round(seconds, 3),
         steps=progress.step,
         tokens=progress.tokens,
+        epochs=progress.epoch,
+        best_epoch=progress.best_epoch,
         general_loss=state.general_loss[-1],
         memory_bytes=memory_bytes,
         flops=state.costs[-1]["flops"],

@@ -14,7 +14,7 @@ from heft_engine.runtime.random_state import RandomState
 from heft_engine.training import run_events
 from heft_engine.training.checkpoint import CheckpointWriter, RunState, StageSnapshot, write_stage
 from heft_engine.training.progress import Progress
-from heft_engine.training.result import StageMeasurements, measure_epoch, write_result
+from heft_engine.training.result import StageMeasurements, measure_epoch, valid_accuracy, write_result
 from heft_engine.training.setup import RunInputs
 from heft_engine.training.stage_cache import StageCache
 from heft_engine.training.stage_inputs import StageInputs
@@ -54,8 +54,11 @@ class RunOutput:
         write = partial(write_result, inputs, inside, measured, list(inputs.lm.interventions))
         step = stage.first_step + progress.step
         path = self.checkpoints.save_epoch(step, write)
+        losses = progress.losses
+        if "valid_accuracy" not in losses and (accuracy := valid_accuracy(inputs)) is not None:
+            losses["valid_accuracy"] = accuracy
         random_state.restore()  # a run with checkpoints of epochs is the same as one without
-        self.emit(run_events.checkpoint_saved(inputs.config, index, step, "epoch", path, progress.losses))
+        self.emit(run_events.checkpoint_saved(inputs.config, index, step, "epoch", path, losses))
 
     def save_stage(
         self,

@@ -37,6 +37,7 @@ def open_run(
     ranks.check_same("the training rows", rows_sha256)
     keys = stage_keys(inputs) if stage_store is not None else []
     start_sha256 = inputs.start.sha256 if inputs.start is not None else None
+    ranks.check_same("the fine-tuned models to go on from", start_sha256 or "")
     state = RunState(rows_sha256=rows_sha256, start_sha256=start_sha256, keys=keys, processes=ranks.size)
     load = partial(load_checkpoint, config=inputs.config, rows_sha256=rows_sha256, start_sha256=start_sha256)
     checkpoint = _load_shared(ranks, options.resume, load)

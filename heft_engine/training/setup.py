@@ -86,6 +86,8 @@ def load(
         start.check_tokenizer(tokenizer)
     start_task = start.task if start is not None else None
     task = Task.resolve(config.task, infer_task(train_rows), start_task)
+    if config.early_stopping is not None and (reason := config.early_stopping.task_error(task.type)):
+        raise ConfigError(reason, param="early_stopping.metric")
     max_length = resolve_max_length(config.max_length, model_info.max_position_embeddings)
     encoder = Encoder(tokenizer, task, max_length, vocab_size=model_info.vocab_size)
     dtype = choose_dtype(config.dtype, device)

@@ -9,10 +9,11 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 from typing import Any
 
-from sqlalchemy import ColumnElement, Select, exists, func, select, update
+from sqlalchemy import ColumnElement, Select, exists, func, or_, select, update
 from sqlalchemy.dialects.postgresql import insert
 from sqlalchemy.orm import Session
 
+from heft_engine.config.train import StoppingMetric
 from store import ids
 from store.db.tables import Checkpoint, FineTunedModel, Job
 from store.jobs.spec import TrainingSpec
@@ -72,12 +73,24 @@ def is_model() -> ColumnElement[bool]:
     return exists().where(FineTunedModel.id == Checkpoint.model_id, FineTunedModel.deleted_at.is_(None))
 
 
-def best(session: Session, job_id: str) -> str | None:
-    """Returns the id of the checkpoint whose model has the lowest validation loss; None without validation rows."""
-    valid_loss = Checkpoint.metrics["valid_loss"].as_float()
-    models = _present(job_id).where(is_model(), valid_loss.is_not(None))
+def best(session: Session, job_id: str, metric: StoppingMetric | None = None) -> str | None:
+    """Returns the id of the checkpoint with the best model; None without validation rows.
+
+    metric: of the job's early stopping; None: valid_accuracy, where it was measured (tasks with labels), else
+    valid_loss. Equal accuracies are ordered by the loss.
+    """
+    loss, token_accuracy, accuracy = (
+        Checkpoint.metrics[name].as_float()
+        for name in ("valid_loss", "valid_mean_token_accuracy", "valid_accuracy")
+    )
+    models = _present(job_id).where(is_model(), or_(loss.is_not(None), accuracy.is_not(None)))
+    by: tuple[ColumnElement[Any], ...] = (loss.nulls_last(),)
+    if metric == "valid_mean_token_accuracy":
+        by = (token_accuracy.desc().nulls_last(), *by)
+    elif metric != "valid_loss":
+        by = (accuracy.desc().nulls_last(), *by)
     # A stage that stops early ends with the parameters of its best epoch, and comes first.
-    return session.scalar(models.order_by(valid_loss, Checkpoint.step.desc()).limit(1))
+    return session.scalar(models.order_by(*by, Checkpoint.step.desc()).limit(1))
 
 
 def remove_old_steps(session: Session, job_id: str, *, keep: int = _KEPT_STEPS) -> list[str]:
@@ -86,14 +99,14 @@ def remove_old_steps(session: Session, job_id: str, *, keep: int = _KEPT_STEPS) 
     return [key for key, _ in _remove(session, session.scalars(old))]
 
 
-def remove_old_epochs(session: Session, job_id: str, *, keep: int) -> None:
-    """Marks all but the newest `keep` models of epochs and the best one as removed, and deletes the models.
+def remove_old_epochs(session: Session, job_id: str, spec: TrainingSpec) -> None:
+    """Marks all but the newest `n_checkpoints` models of epochs and the best one as removed, and deletes the models.
 
     Their files stay for a while (store.storage.garbage): a worker may be reading them.
     """
     epochs = _present(job_id).where(Checkpoint.kind == "epoch", is_model())
-    old = epochs.order_by(Checkpoint.step.desc()).offset(keep)
-    removed = _remove(session, {*session.scalars(old)} - {best(session, job_id)})
+    old = epochs.order_by(Checkpoint.step.desc()).offset(spec.n_checkpoints)
+    removed = _remove(session, {*session.scalars(old)} - {best(session, job_id, spec.best_by)})
     models = FineTunedModel.id.in_([model_id for _, model_id in removed])
     statement = update(FineTunedModel).where(models, FineTunedModel.deleted_at.is_(None))
     session.execute(statement.values(deleted_at=func.now()))

@@ -165,7 +165,7 @@ def record_checkpoint(
     message = f"Checkpoint saved at step {step}."
     append(session, claim.job_id, NewEvent(code="CHECKPOINT_SAVED", message=message, data=data))
     if kind != "step":  # the end of a stage may be the best model, and no epoch is then
-        checkpoints.remove_old_epochs(session, claim.job_id, keep=claim.spec.n_checkpoints)
+        checkpoints.remove_old_epochs(session, claim.job_id, claim.spec)
     return checkpoints.remove_old_steps(session, claim.job_id)
 
 

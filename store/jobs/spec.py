@@ -23,6 +23,7 @@ from heft_engine.config.train import (
     ReftStage,
     Settings,
     Stage,
+    StoppingMetric,
     TaskSettings,
     recipe,
 )
@@ -210,6 +211,11 @@ class TrainingSpec(Settings):
                 " sample:<name>[:<split>]"
             )
         return value
+
+    @property
+    def best_by(self) -> StoppingMetric | None:
+        """The metric that early stopping goes by; None without early stopping."""
+        return None if self.early_stopping is None else self.early_stopping.metric
 
     def stages(self) -> list[Stage]:
         """Returns the stages in order, with all defaults."""

@@ -31,6 +31,7 @@ _SCORES = (
     "eval_accuracy",
     "valid_loss",
     "valid_mean_token_accuracy",
+    "valid_accuracy",
 )
 
 
@@ -117,7 +118,7 @@ class EventRecorder:
                 return str(data["stage"])
             case "EPOCH_COMPLETE":
                 stage = self._attempt.claim.spec.stages()[data["stage_index"]]
-                if data["epoch"] != stage.n_epochs:
+                if data["epoch"] != stage.n_epochs and not data.get("stopped_early"):
                     return None
                 return "merge" if stage.type == "lora" else "evaluate"
             case "STARTED" | "MERGE_VERIFIED":

@@ -18,6 +18,7 @@ COLUMNS = (
     "valid_loss",
     "valid_mean_token_accuracy",
     # HEFT's own.
+    "valid_accuracy",
     "stage",
     "stage_index",
     "epoch",
@@ -27,6 +28,14 @@ COLUMNS = (
     "correct",
     "n",
     "split",
+)
+_OF_EPOCH = (
+    "stage",
+    "stage_index",
+    "epoch",
+    "valid_loss",
+    "valid_mean_token_accuracy",
+    "valid_accuracy",
 )
 FILE_NAME = "history.csv"
 
@@ -63,8 +72,7 @@ class LossHistory:
                 self._append({**data, **values})
             case "EPOCH_COMPLETE":
                 # Without its train_loss, the mean of the epoch: the column has the loss of each step.
-                names = ("stage", "stage_index", "epoch", "valid_loss", "valid_mean_token_accuracy")
-                self._append({**self._take_step(), **{name: data.get(name) for name in names}})
+                self._append({**self._take_step(), **{name: data.get(name) for name in _OF_EPOCH}})
             case "EVALUATION":
                 self._append(data)
 

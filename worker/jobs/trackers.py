@@ -38,7 +38,13 @@ _FINISH_SECONDS = 180
 _LAST_LINES_SECONDS = 1.0
 
 _OF_STEP = ("train_loss", "train_mean_token_accuracy", "learning_rate")
-_OF_EPOCH = ("valid_loss", "valid_mean_token_accuracy", "full_valid_loss", "full_valid_mean_token_accuracy")
+_OF_EPOCH = (
+    "valid_loss",
+    "valid_mean_token_accuracy",
+    "full_valid_loss",
+    "full_valid_mean_token_accuracy",
+    "valid_accuracy",
+)
 
 
 @contextmanager

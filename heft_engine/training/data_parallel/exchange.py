@@ -43,6 +43,15 @@ class Exchange:
         loss, correct = self.ranks.sum(sums)
         return loss, correct
 
+    def from_first(self, measure: Callable[[], float | None]) -> float | None:
+        """Returns what `measure` returns on rank 0, which alone calls it."""
+        if not self.ranks.is_first:
+            received: float | None = self.ranks.receive()
+            return received
+        value = measure()
+        self.ranks.send(value)
+        return value
+
     def should_stop(self) -> bool:
         """Returns True on all ranks after the same step: the first whose gradients come after a request."""
         return self.stop_requested() if self.ranks.size == 1 else self._stop_agreed

@@ -68,6 +68,11 @@ def test_settings_that_the_model_does_not_allow(directories: Directories) -> Non
     watching = config.model_copy(update={"stages": recipe("lora"), "early_stopping": EarlyStopping()})
     with pytest.raises(ConfigError, match="needs a validation_file"):
         prepare(watching, {"training_file": path}, directories)
+    texts = str(write(directories.out / "texts.jsonl", [{"prompt": "Say it:", "completion": "it"}]))
+    by_accuracy = watching.model_copy(update={"early_stopping": EarlyStopping(metric="valid_accuracy")})
+    with pytest.raises(ConfigError, match="tasks with labels") as caught:
+        prepare(by_accuracy, {"training_file": texts, "validation_file": texts}, directories)
+    assert caught.value.param == "early_stopping.metric"
     with pytest.raises(ModelError, match="no model 'absent'"):
         prepare(config.model_copy(update={"model": "absent"}), {"training_file": path}, directories)
     with pytest.raises(ConfigError, match="sample 'absent' does not exist"):

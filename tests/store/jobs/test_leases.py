@@ -10,6 +10,7 @@ from store import models
 from store.db.states import JobState
 from store.errors import LostFence, NotFound
 from store.jobs import checkpoints, endings, jobs, leases
+from store.jobs.spec import TrainingSpec
 from store.storage import files
 from store.storage.files import NewFile
 
@@ -248,6 +249,26 @@ def test_the_newest_models_of_epochs_are_kept_and_the_best_one(bench) -> None:
     assert [step for step, _ in epochs(bench, claim)] == [60, 50, 40, 30], "20 is not the best any more"
     bench.checkpoint(claim, 70, "epoch", metrics={"valid_loss": 0.6})
     assert [step for step, _ in epochs(bench, claim)] == [70, 60, 50, 40]
+
+
+@pytest.mark.parametrize(
+    ("metric", "best_step"),
+    [(None, 30), ("valid_accuracy", 30), ("valid_loss", 10), ("valid_mean_token_accuracy", 20)],
+)
+def test_the_best_model_is_that_of_the_metric(bench, metric: str | None, best_step: int) -> None:
+    """Without early stopping by another one, it is the task's: the share of right answers, then the loss."""
+    stopping = {"early_stopping": {"metric": metric}} if metric else {}
+    fields = {**bench.spec.model_dump(), "n_checkpoints": 1, **stopping}
+    claim = replace(bench, spec=TrainingSpec.model_validate(fields)).running()
+    figures = {10: (0.1, 0.5, 0.5), 20: (0.5, 0.9, 0.75), 30: (0.4, 0.5, 0.75), 40: (0.6, 0.4, 0.5)}
+    for step, (loss, token_accuracy, accuracy) in figures.items():
+        metrics = {
+            "valid_loss": loss,
+            "valid_mean_token_accuracy": token_accuracy,
+            "valid_accuracy": accuracy,
+        }
+        bench.checkpoint(claim, step, "epoch", metrics=metrics)
+    assert [step for step, _ in epochs(bench, claim)] == [40, best_step]
 
 
 def test_a_deleted_model_of_an_epoch_is_not_one_of_the_newest(bench) -> None:
