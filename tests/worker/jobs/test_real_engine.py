@@ -84,7 +84,10 @@ def test_a_job_from_its_files_to_its_model_with_a_pause(
     for checkpoint in stage_ends:
         lines = [line for line in table if line["step"] == str(checkpoint.step)]
         (line,) = [line for line in lines if line["train_loss"]]
+        right = checkpoint.metrics["valid_accuracy"] * len(ROWS)
+        assert right == pytest.approx(round(right)), "the share of right answers"
         assert checkpoint.metrics == {
+            "valid_accuracy": checkpoint.metrics["valid_accuracy"],
             "step": checkpoint.step,
             "train_loss": float(line["train_loss"]),
             "train_mean_token_accuracy": float(line["train_accuracy"]),
