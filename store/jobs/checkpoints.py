@@ -50,7 +50,11 @@ def committed_key(session: Session, checkpoint: Checkpoint) -> str | None:
 
 
 def add(session: Session, job: Job, checkpoint: Checkpoint, task: Mapping[str, Any]) -> Checkpoint:
-    """Adds the row; of an epoch's or a stage's checkpoint, also its model, which answers `task`."""
+    """Adds the row; of an epoch's or a stage's checkpoint, also its model, which answers `task`.
+
+    An attempt that fell back behind the end of a stage reaches it a second time. The first model stays; the second
+    checkpoint is one to resume from, without a model.
+    """
     if checkpoint.kind != "step":
         spec = TrainingSpec.model_validate(job.spec)
         label = f"step-{checkpoint.step}"
@@ -60,9 +64,8 @@ def add(session: Session, job: Job, checkpoint: Checkpoint, task: Mapping[str, A
         manifest = {name.removeprefix(_BUNDLE): sha256 for name, sha256 in files if name.startswith(_BUNDLE)}
         key = f"{checkpoint.storage_key}/bundle"
         row = model_row(job, spec, label=label, storage_key=key, manifest=manifest, task=task)
-        # An attempt that fell back behind the end of a stage reaches it a second time: the first model stays.
-        session.execute(insert(FineTunedModel).values(row).on_conflict_do_nothing())
-        checkpoint.model_id = row["id"]
+        new_model = insert(FineTunedModel).values(row).on_conflict_do_nothing().returning(FineTunedModel.id)
+        checkpoint.model_id = session.scalar(new_model)
     session.add(checkpoint)
     session.flush()
     return checkpoint
@@ -94,8 +97,8 @@ def best(session: Session, job_id: str, metric: StoppingMetric | None = None) ->
 
 
 def remove_old_steps(session: Session, job_id: str, *, keep: int = _KEPT_STEPS) -> list[str]:
-    """Marks all but the newest `keep` step checkpoints as removed. Returns their storage keys."""
-    old = _present(job_id).where(Checkpoint.kind == "step").order_by(*_NEWEST_FIRST).offset(keep)
+    """Marks all but the newest `keep` checkpoints that are no models as removed. Returns their storage keys."""
+    old = _present(job_id).where(Checkpoint.model_id.is_(None)).order_by(*_NEWEST_FIRST).offset(keep)
     return [key for key, _ in _remove(session, session.scalars(old))]
 
 

@@ -15,12 +15,14 @@ import torch
 import transformers
 
 from heft_engine.config.metric_names import TaskType
+from heft_engine.errors import ModelError
 from heft_engine.runtime import malloc
 from heft_engine.serving.batcher import Batcher
 from heft_engine.serving.model_pool import ModelPool
 from heft_engine.serving.predictor import Predictor
 from store import models
 from store.db.session import transaction
+from store.errors import Damaged
 from store.messages.predict import PredictModel
 from worker.context import Context
 from worker.inference.metrics import InferenceMetrics
@@ -107,10 +109,20 @@ class Models:
         folder = Path(tempfile.mkdtemp(prefix="bundle-", dir=self._scratch))
         try:
             path = folder / "bundle"
-            self._artifacts.fetch_directory(model["storage_key"] or "", path, model["manifest"] or {})
+            try:
+                self._artifacts.fetch_directory(model["storage_key"] or "", path, model["manifest"] or {})
+            except Damaged as damage:
+                self._check_present(model["id"], damage)
+                raise
             yield path
         finally:
             shutil.rmtree(folder)
+
+    def _check_present(self, model_id: str, damage: Damaged) -> None:
+        """Raises ModelError for a model that was deleted after its request had been accepted: its bytes may be gone."""
+        with transaction(self._sessions) as session:
+            if model_id not in models.present(session, model_ids=[model_id]):
+                raise ModelError(f"there is no model {model_id!r} any more") from damage
 
 
 def _three_quarters_of_memory() -> int:

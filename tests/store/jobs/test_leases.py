@@ -301,6 +301,25 @@ def test_an_epoch_that_is_reached_again_keeps_its_first_model(bench) -> None:
     assert bench.do(models.get, owner_id=OWNER, model_id=checkpoint[1]).storage_key != f"{key}/bundle"
 
 
+def test_the_end_of_a_stage_that_is_reached_again_is_listed_once(bench) -> None:
+    """The second checkpoint is one to resume from, and goes with the job's end."""
+    claim = bench.running()
+    bench.checkpoint(claim, 20, "stage")
+    bench.do(endings.release, claim)
+    again = bench.claim(claim.job_id)
+    bench.checkpoint(again, 10)
+    bench.checkpoint(again, 20, "stage")
+    (listed,) = epochs(bench, claim)
+    model = bench.do(models.get, owner_id=OWNER, model_id=listed[1])
+    assert model.storage_key == f"jobs/{claim.job_id}/{claim.attempt}/stage-20/bundle"
+    bench.do(endings.release, again)
+    last = bench.claim(claim.job_id)
+    assert [(row.attempt, row.step) for row in last.checkpoints] == [(again.attempt, 20), (again.attempt, 10)]
+    bench.succeed(last)
+    remaining = bench.sql("SELECT attempt, kind FROM checkpoints WHERE removed_at IS NULL")
+    assert [(row.attempt, row.kind) for row in remaining] == [(claim.attempt, "stage")]
+
+
 def test_success_sets_state_model_file_and_event_together(bench) -> None:
     claim = bench.running()
     bench.checkpoint(claim, 10)

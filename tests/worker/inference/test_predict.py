@@ -20,6 +20,9 @@ from heft_engine.config.run_file import RunOptions
 from heft_engine.config.train import LoraStage, ReftStage, TrainConfig
 from heft_engine.data.rows import parse_row
 from heft_engine.runtime import malloc
+from store import models
+from store.db.session import transaction
+from store.db.tables import FineTunedModel
 from store.messages.broker import connect_redis, redis_py_url
 from store.messages.predict import PredictMessage, PredictModel, PredictReply, cancelled_key
 from worker.inference import models as models_module
@@ -182,10 +185,39 @@ def test_a_bad_question_is_the_callers_fault(bench: Bench, inference: Inference,
 
 
 def test_a_damaged_bundle_is_not_served(bench: Bench, inference: Inference, model: PredictModel) -> None:
+    add_row(bench, model)
     bench.context.artifacts.put_stream("jobs/j/1/bundle/heft.json", [b"{}"])
     reply = ask(bench, inference, model, QUESTIONS)
     assert reply is not None
     assert (reply["error"]["status"], reply["error"]["code"]) == (500, "artifact_damaged")
+
+
+def test_a_model_that_is_deleted_while_its_question_waits_is_not_found(
+    bench: Bench, inference: Inference, model: PredictModel
+) -> None:
+    add_row(bench, model)
+    with transaction(bench.context.sessions) as session:
+        models.delete(session, owner_id="o", model_id=model["id"])
+    bench.context.artifacts.delete("jobs/j/1/bundle")
+    reply = ask(bench, inference, model, QUESTIONS)
+    assert reply is not None
+    assert (reply["error"]["status"], reply["error"]["code"]) == (404, "model_not_found")
+
+
+def add_row(bench: Bench, model: PredictModel) -> None:
+    """Adds the model's row, which the API has read before it sent the question."""
+    row = FineTunedModel(
+        id=model["id"],
+        owner_id=model["owner"],
+        job_id=bench.created(b"{}"),
+        kind="final",
+        base_model=model["base_model"],
+        storage_key=model["storage_key"],
+        manifest=model["manifest"],
+        task={"type": "yes_no"},
+    )
+    with transaction(bench.context.sessions) as session:
+        session.add(row)
 
 
 def test_a_base_model_that_is_gone_is_not_found(bench: Bench, inference: Inference) -> None:
