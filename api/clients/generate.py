@@ -80,6 +80,7 @@ class TextClient:
         intervention: Intervention,
         constraint: Constraint | None = None,
         tool_use: ToolUse | None = None,
+        echo: bool = False,
     ) -> Replies:
         """Returns the replies to a request for `n` texts to each input, each of which matches `constraint`.
 
@@ -95,6 +96,7 @@ class TextClient:
             stream=stream,
             constraint=constraint,
             tool_use=tool_use,
+            echo=echo,
             intervention=intervention,
             sent_at=now,
             deadline=now + self._timeout,

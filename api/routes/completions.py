@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 import time
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from functools import partial
+from importlib.metadata import version
 from typing import Any
 from urllib.parse import quote
 
@@ -29,10 +32,10 @@ from api.schemas.completion_objects import (
     Completion,
     CompletionChoice,
     Delta,
+    TextUsage,
     ToolCallDelta,
 )
 from api.schemas.completions import ChatCompletionRequest, CompletionRequest, GenerationRequest
-from api.schemas.predict import Usage
 from api.sse import TextStream
 from store import ids, models
 from store.errors import InvalidRequest
@@ -41,6 +44,7 @@ from store.messages.predict import Intervention
 
 router = APIRouter(prefix="/v1", tags=["Answers"])
 
+_VERSION = version("heft-service")
 #: Of the header `x-heft-ignored`; the rest is cut off.
 _MAX_IGNORED_CHARS = 1_000
 _IGNORED = {"description": "The request's fields that are ignored.", "schema": {"type": "string"}}
@@ -64,6 +68,7 @@ async def complete(
         object="text_completion",
         created=int(time.time()),
         model=body.model,
+        system_fingerprint=_fingerprint(model),
     )
 
     def choices(parts: list[GeneratedPart]) -> list[CompletionChoice]:
@@ -92,6 +97,7 @@ async def chat(
         "id": ids.new_chat_completion_id(),
         "created": int(time.time()),
         "model": body.model,
+        "system_fingerprint": _fingerprint(model),
     }
     chunk = partial(ChatChunk, object="chat.completion.chunk", **common)
     started: set[int] = set()
@@ -141,6 +147,7 @@ def _generation(
         stream=bool(body.stream),
         intervention=Intervention(enabled=body.intervention.enabled, scale=body.intervention.scale),
         tool_use=body.tool_use(),
+        echo=body.repeats_prompt,
     )
     texts = len(inputs) * (body.n or 1)
     return _Generation(request=request, admission=services.text_admission, texts=texts, replies=replies)
@@ -172,7 +179,7 @@ async def _stream(
         return TextStream(generation.replies, first, chunks, until_end.pop_all())
 
 
-async def _complete(generation: _Generation) -> tuple[list[GeneratedPart], Usage]:
+async def _complete(generation: _Generation) -> tuple[list[GeneratedPart], TextUsage]:
     with _admit(generation):
         try:
             reply = await while_connected(generation.request, generation.replies.next())
@@ -182,8 +189,20 @@ async def _complete(generation: _Generation) -> tuple[list[GeneratedPart], Usage
     return reply["chunk"], _usage(reply["done"])
 
 
-def _usage(usage: GeneratedUsage) -> Usage:
-    return Usage.of(prompt=usage["prompt_tokens"], completion=usage["completion_tokens"])
+def _usage(usage: GeneratedUsage) -> TextUsage:
+    return TextUsage.of(prompt=usage["prompt_tokens"], completion=usage["completion_tokens"])
+
+
+def _fingerprint(model: models.Model) -> str:
+    """Returns a name for the software and the weights that answer: with an equal one, a seed gives equal texts."""
+    parts = (
+        _VERSION,
+        model.id,
+        model.base_model,
+        model.storage_key or "",
+        json.dumps(dict(model.manifest), sort_keys=True),
+    )
+    return "fp_" + hashlib.sha256("\0".join(parts).encode()).hexdigest()[:10]
 
 
 def _deltas(part: GeneratedPart, started: set[int], *, with_logprobs: bool) -> Iterator[ChunkChoice]:

@@ -18,24 +18,29 @@ class CompletionLogprobs(BaseModel):
     """OpenAI's older format: lists with one item per token."""
 
     tokens: list[str]
-    token_logprobs: list[float]
-    top_logprobs: list[dict[str, float]] | None
+    token_logprobs: list[float | None]  #: null for the first token of an echoed prompt
+    top_logprobs: list[dict[str, float] | None] | None
     text_offset: list[int]
 
     @classmethod
     def of(cls, tokens: list[GeneratedToken], *, top_logprobs: int) -> CompletionLogprobs:
-        top = [
-            {_name(top["bytes"]): top["logprob"] for top in token["top"]}
-            # OpenAI's API always includes the chosen token.
-            | {_name(token["bytes"]): token["logprob"]}
-            for token in tokens
-        ]
+        top = [_alternatives(token) for token in tokens]
         return cls(
             tokens=[_name(token["bytes"]) for token in tokens],
             token_logprobs=[token["logprob"] for token in tokens],
             top_logprobs=top if top_logprobs else None,
             text_offset=[token["offset"] for token in tokens],
         )
+
+
+class PromptTokensDetails(BaseModel):
+    cached_tokens: int = 0
+
+
+class TextUsage(Usage):
+    """`cached_tokens` is 0: prompts of texts are computed anew."""
+
+    prompt_tokens_details: PromptTokensDetails = PromptTokensDetails()
 
 
 class CompletionChoice(BaseModel):
@@ -63,8 +68,9 @@ class Completion(BaseModel):
     object: Literal["text_completion"] = "text_completion"
     created: int
     model: str
+    system_fingerprint: str
     choices: list[CompletionChoice]
-    usage: Usage | None = None
+    usage: TextUsage | None = None
 
 
 class TopLogprob(BaseModel):
@@ -153,8 +159,9 @@ class ChatCompletion(BaseModel):
     object: Literal["chat.completion"] = "chat.completion"
     created: int
     model: str
+    system_fingerprint: str
     choices: list[ChatChoice]
-    usage: Usage
+    usage: TextUsage
 
 
 class FunctionDelta(BaseModel):
@@ -199,8 +206,18 @@ class ChatChunk(BaseModel):
     object: Literal["chat.completion.chunk"] = "chat.completion.chunk"
     created: int
     model: str
+    system_fingerprint: str
     choices: list[ChunkChoice]
-    usage: Usage | None = None
+    usage: TextUsage | None = None
+
+
+def _alternatives(token: GeneratedToken) -> dict[str, float] | None:
+    """Returns the likeliest tokens in a token's place, and itself, as OpenAI's API does."""
+    if token["logprob"] is None:
+        return None
+    return {_name(top["bytes"]): top["logprob"] for top in token["top"]} | {
+        _name(token["bytes"]): token["logprob"]
+    }
 
 
 def _text(token: list[int]) -> str:

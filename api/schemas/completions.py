@@ -10,7 +10,14 @@ from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from typing import Annotated, Any, ClassVar, Literal
 
-from pydantic import AfterValidator, Field, field_validator, model_validator
+from pydantic import (
+    AfterValidator,
+    Field,
+    ValidationError,
+    ValidatorFunctionWrapHandler,
+    field_validator,
+    model_validator,
+)
 from pydantic_core import PydanticCustomError
 
 from api.schemas.common import LENIENT, MAX_MESSAGES, LenientPart, NonEmptyText, RequestBody, Text
@@ -32,8 +39,8 @@ _UNSUPPORTED = {
     "store": "completions are not kept, so they can't be listed later: leave store out",
     "suffix": "inserting text before a suffix is not supported",
     "web_search_options": "web search is not supported",
-    "echo": "echoing the prompt is not supported",
 }
+_COMPLETIONS_ONLY = {"echo": "a chat has no prompt to repeat: echo is for /v1/completions"}
 _CHAT_ONLY = dict.fromkeys(("tools", "tool_choice"), "tools are for /v1/chat/completions")
 
 
@@ -43,6 +50,11 @@ def _not_empty(stop: str) -> str:
     return stop
 
 
+#: The token ids of a prompt.
+TokenIds = Annotated[
+    list[Annotated[int, Field(strict=True, ge=0, lt=2**31)]],
+    Field(min_length=1, max_length=131_072, fail_fast=True),
+]
 Stop = Annotated[str, Field(max_length=1_000), AfterValidator(_not_empty)]
 
 
@@ -61,7 +73,7 @@ class GenerationRequest(RequestBody, ABC):
     unsupported: ClassVar[Mapping[str, str]] = _UNSUPPORTED
 
     model: Annotated[str, Field(min_length=1, max_length=300)]
-    max_tokens: Annotated[int, Field(ge=1)] | None = None
+    max_tokens: Annotated[int, Field(ge=0)] | None = None
     temperature: Annotated[float, Field(ge=0, le=2)] | None = None
     top_p: Annotated[float, Field(gt=0, le=1)] | None = None
     n: Annotated[int, Field(ge=1, le=MAX_TEXTS)] | None = None
@@ -114,6 +126,10 @@ class GenerationRequest(RequestBody, ABC):
         """Returns how the answer may call tools; None if it may not."""
         return None
 
+    @property
+    def repeats_prompt(self) -> bool:
+        return False
+
     def sampling_params(self) -> SamplingParams:
         stops = [self.stop] if isinstance(self.stop, str) else self.stop or []
         return SamplingParams(
@@ -134,16 +150,25 @@ class CompletionRequest(GenerationRequest):
 
     unsupported: ClassVar[Mapping[str, str]] = _UNSUPPORTED | _CHAT_ONLY
 
-    prompt: NonEmptyText | Annotated[list[Text], Field(min_length=1, max_length=MAX_TEXTS, fail_fast=True)]
+    prompt: (
+        NonEmptyText
+        | Annotated[list[Text], Field(min_length=1, max_length=MAX_TEXTS, fail_fast=True)]
+        | TokenIds
+        | Annotated[list[TokenIds], Field(min_length=1, max_length=MAX_TEXTS, fail_fast=True)]
+    )
     logprobs: Annotated[int, Field(ge=0, le=5)] | None = None
+    echo: bool | None = None
     best_of: Annotated[int, Field(ge=1)] | None = None
 
-    @field_validator("prompt", mode="before")
+    @field_validator("prompt", mode="wrap")
     @classmethod
-    def _no_token_ids(cls, prompt: Any) -> Any:
-        if isinstance(prompt, list) and any(isinstance(part, int | list) for part in prompt):
-            raise ValueError("token ids are not supported: send the prompt as text")
-        return prompt
+    def _one_error(cls, prompt: Any, validate: ValidatorFunctionWrapHandler) -> Any:
+        """A union's errors name each of its forms; only one of them was meant."""
+        try:
+            return validate(prompt)
+        except ValidationError as error:
+            reason = "prompt must be a text, a list of token ids, or up to {most} of either in a list; none is empty"
+            raise PydanticCustomError("prompt", reason, {"most": MAX_TEXTS}) from error
 
     @model_validator(mode="after")
     def _within_limits(self) -> CompletionRequest:
@@ -153,15 +178,24 @@ class CompletionRequest(GenerationRequest):
         if len(self.inputs()) * (self.n or 1) > MAX_TEXTS:
             reason = f"a request may have at most {MAX_TEXTS} texts: prompts times n"
             raise PydanticCustomError("unsupported", "{reason}", {"path": "prompt", "reason": reason})
+        if self.max_tokens == 0 and not self.echo:
+            reason = "max_tokens must be at least 1, unless echo repeats the prompt"
+            raise PydanticCustomError("unsupported", "{reason}", {"path": "max_tokens", "reason": reason})
         return self
 
     def inputs(self) -> list[dict[str, Any]]:
-        prompts = [self.prompt] if isinstance(self.prompt, str) else self.prompt
-        return [{"prompt": prompt} for prompt in prompts]
+        prompts = (
+            [self.prompt] if isinstance(self.prompt, str) or isinstance(self.prompt[0], int) else self.prompt
+        )
+        return [{"prompt": prompt} if isinstance(prompt, str) else {"tokens": prompt} for prompt in prompts]
+
+    @property
+    def repeats_prompt(self) -> bool:
+        return bool(self.echo)
 
     def sampling_params(self) -> SamplingParams:
         params = super().sampling_params()
-        params["max_tokens"] = params["max_tokens"] or DEFAULT_MAX_TOKENS
+        params["max_tokens"] = DEFAULT_MAX_TOKENS if self.max_tokens is None else self.max_tokens
         params["top_logprobs"] = self.logprobs
         return params
 
@@ -169,6 +203,8 @@ class CompletionRequest(GenerationRequest):
 class ChatCompletionRequest(GenerationRequest):
     """`max_completion_tokens` is the newer name of `max_tokens`. Without either, an answer has at most as many tokens
     as the model's training answers, but at least 256."""
+
+    unsupported: ClassVar[Mapping[str, str]] = _UNSUPPORTED | _COMPLETIONS_ONLY
 
     messages: Annotated[
         list[ConversationMessage], Field(min_length=1, max_length=MAX_MESSAGES, fail_fast=True)
@@ -186,6 +222,9 @@ class ChatCompletionRequest(GenerationRequest):
     def _consistent(self) -> ChatCompletionRequest:
         if self.max_tokens is not None and self.max_completion_tokens is not None:
             reason = "set max_tokens or max_completion_tokens, not both"
+            raise PydanticCustomError("unsupported", "{reason}", {"path": "max_tokens", "reason": reason})
+        if self.max_tokens == 0:
+            reason = "max_tokens must be at least 1"
             raise PydanticCustomError("unsupported", "{reason}", {"path": "max_tokens", "reason": reason})
         if self.top_logprobs is not None and not self.logprobs:
             reason = "top_logprobs needs logprobs: true"

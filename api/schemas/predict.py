@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, Self
 
 from pydantic import BaseModel, Field, field_validator, model_validator
 
@@ -112,7 +112,7 @@ class Usage(BaseModel):
     total_tokens: int
 
     @classmethod
-    def of(cls, *, prompt: int, completion: int) -> Usage:
+    def of(cls, *, prompt: int, completion: int) -> Self:
         return cls(prompt_tokens=prompt, completion_tokens=completion, total_tokens=prompt + completion)
 
 

@@ -34,6 +34,7 @@ import hashlib
 import json
 import re
 import string
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from itertools import pairwise
 from typing import cast
@@ -103,6 +104,7 @@ class Encoder:
         self.tokenizer = tokenizer
         self.task = task
         self.max_length = max_length
+        self._vocab_size = vocab_size or len(tokenizer)
         self._unknown = _tokens_beyond(tokenizer, vocab_size)
         probe = cast(list[int], tokenizer("a")["input_ids"])
         bos = tokenizer.bos_token_id
@@ -141,6 +143,13 @@ class Encoder:
     def raw(self, text: str) -> Example:
         """Returns text to be continued, without the task's template. Raises RowError if it is too long."""
         return self._free(self._bos + self.text(text), None, "prompt")
+
+    def tokens(self, ids: Sequence[int]) -> Example:
+        """Returns tokens to be continued as they are. Raises RowError for unknown ones, or too many."""
+        unknown = next((token for token in ids if not 0 <= token < self._vocab_size), None)
+        if unknown is not None:
+            raise RowError(f"there is no token {unknown}: the model has {self._vocab_size:,}", param="prompt")
+        return self._free(list(ids), None, "prompt")
 
     def text(self, text: str) -> list[int]:
         """Returns the tokens of text, without BOS or EOS. Raises RowError for a token without an embedding."""

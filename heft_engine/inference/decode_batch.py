@@ -23,6 +23,7 @@ from heft_engine.inference.decode_attention import DecodeAttention
 from heft_engine.inference.grammar import GrammarDeadEnd, mask_tokens
 from heft_engine.inference.kv_cache import KVCache, Slot
 from heft_engine.inference.partition import TOKEN_BUDGET
+from heft_engine.inference.prompt_logprobs import prompt_logprobs
 from heft_engine.inference.sampling import SampledToken, Sampler, SamplingParams
 from heft_engine.model.layout import Layout, PackedRow, RowAdapter
 from heft_engine.model.packed_lm import PackedLM
@@ -50,6 +51,8 @@ class DecodeRequest:
     adapter: RowAdapter | None = None
     #: The text matches it, unless `max_tokens` end it earlier.
     grammar: CompiledGrammar | None = None
+    #: The first token brings the prompt's own log-probabilities, with as many alternatives as `sampling` asks for.
+    prompt_logprobs: bool = False
 
     @property
     def max_cached_tokens(self) -> int:
@@ -70,12 +73,18 @@ class _Sequence:
         #: The state of the grammar after `generated`.
         self.matcher = GrammarMatcher(request.grammar) if request.grammar is not None else None
         self.generated: list[int] = []
+        #: Of the prompt, from its prefill until the first token.
+        self.prompt_tokens: tuple[SampledToken, ...] = ()
 
     def sample(self, logits: Tensor, likeliest: int, unmasked: Tensor | None) -> SampledToken:
         """Returns the next token for logits (vocabulary,), whose highest is that of `likeliest`."""
         if self.request.sampling.is_argmax:
             return SampledToken(token=likeliest)
-        return self.sampler.sample(logits, unmasked=unmasked)
+        sampled = self.sampler.sample(logits, unmasked=unmasked)
+        if not self.prompt_tokens:
+            return sampled
+        prompt, self.prompt_tokens = self.prompt_tokens, ()
+        return replace(sampled, prompt=prompt)
 
     def append(self, token: int) -> None:
         """Takes in the next token. It must be one that the grammar allows."""
@@ -264,8 +273,16 @@ class DecodeBatch:
         ids, positions = batch.inputs(self._lm.device)
         with self._lm.inference_mode():
             states = self._lm.run_layers(self._lm.embed(ids), positions, layout, 0, self._lm.n_layers)
+            for sequence, row in zip(sequences, layout.rows, strict=True):
+                self._read_prompt(sequence, states[0, row.start :])
         with self._lm.inference_mode(one_token=True):
             return self._lm.logits(self._lm.finish(states[:, index_tensor(last_positions, states.device)])[0])
+
+    def _read_prompt(self, sequence: _Sequence, states: Tensor) -> None:
+        """Computes the prompt's log-probabilities, if they are asked for, before the sequence's first token."""
+        request, top = sequence.request, sequence.request.sampling.top_logprobs
+        if request.prompt_logprobs and top is not None and not sequence.generated:
+            sequence.prompt_tokens = prompt_logprobs(self._lm, states, request.prompt, top)
 
     def _sample(self, sequences: Sequence[_Sequence], logits: Tensor) -> dict[Hashable, SampledToken]:
         """Returns the next token of each sequence, from logits (sequences, vocabulary), which it changes.

@@ -52,11 +52,22 @@ class SamplingParams:
 
 @dataclass(frozen=True, kw_only=True)
 class SampledToken:
-    """A sampled token; with `top_logprobs` also its log-probability and the likeliest tokens with theirs."""
+    """A sampled token; with `top_logprobs` also its log-probability and the likeliest tokens with theirs.
+
+    prompt: the prompt's tokens but the first, with theirs; in a request's first token, if it asks for them.
+    """
 
     token: int
     logprob: float | None = None
     top_logprobs: tuple[tuple[int, float], ...] = ()
+    prompt: tuple[SampledToken, ...] = ()
+
+
+def log_probabilities(logits: Tensor, top: int) -> tuple[Tensor, tuple[tuple[int, float], ...]]:
+    """Returns the log-probabilities of logits (vocabulary,), and the `top` likeliest tokens with theirs."""
+    logprobs = torch.log_softmax(logits, dim=-1)
+    values, tokens = logprobs.topk(min(top, len(logits)))
+    return logprobs, tuple(zip(tokens.tolist(), values.tolist(), strict=True))
 
 
 class Sampler:
@@ -82,9 +93,8 @@ class Sampler:
         if self.params.top_logprobs is None:
             sampled = SampledToken(token=self._choose(adjusted))
         else:
-            logprobs = torch.log_softmax(row if unmasked is None else unmasked.detach().cpu(), dim=-1)
-            values, tokens = logprobs.topk(min(self.params.top_logprobs, len(row)))
-            top_logprobs = tuple(zip(tokens.tolist(), values.tolist(), strict=True))
+            own = row if unmasked is None else unmasked.detach().cpu()
+            logprobs, top_logprobs = log_probabilities(own, self.params.top_logprobs)
             token = self._choose(adjusted)
             sampled = SampledToken(token=token, logprob=float(logprobs[token]), top_logprobs=top_logprobs)
         self._counts[sampled.token] += 1

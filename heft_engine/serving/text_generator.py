@@ -35,19 +35,25 @@ class TextRequest(DecodeRequest):
     stop: strings that end the text and are left out.
     constraint: the text matches it, unless `max_tokens` or a stop string end it earlier. It becomes the `grammar`.
     visible_tokens: special tokens that are a part of the text.
+    echo: the prompt's text, which comes before the text. echo_only: nothing comes after it.
     """
 
     stop: tuple[str, ...] = ()
+    echo: str | None = None
+    echo_only: bool = False
     constraint: Constraint | None = None
     visible_tokens: frozenset[int] = frozenset()
 
 
 @dataclass(frozen=True, kw_only=True)
 class TokenLogprobs:
-    """A token's log-probability and those of its likeliest alternatives. `text_offset`: characters before it."""
+    """A token's log-probability and those of its likeliest alternatives. `text_offset`: characters before it.
+
+    logprob: None for a prompt's first token.
+    """
 
     token_bytes: bytes
-    logprob: float
+    logprob: float | None
     top_logprobs: tuple[tuple[bytes, float], ...]
     text_offset: int
 
@@ -216,21 +222,32 @@ class _TextStream:
         self.request = request
         self.on_delta = on_delta
         self._eos_tokens = eos_tokens
+        self._tokenizer = tokenizer
         self._vocabulary = Vocabulary(tokenizer)
         self._detokenizer = Detokenizer(tokenizer, request.visible_tokens)
         self._stop_strings = StopStringFilter(request.stop)
         self._completion_tokens = 0
-        self._decoded_characters = 0
-        self._emitted_characters = 0
+        self._echo = request.echo  #: not emitted yet
+        self._decoded_characters = self._emitted_characters = len(request.echo or "")
         self._pending: list[TokenLogprobs] = []  #: tokens whose text is not emitted yet
 
     def append(self, sampled: SampledToken) -> TextDelta:
         """Returns what one more token adds to the text; the last delta has a finish reason."""
+        if self._echo is None:
+            return self._append(sampled)
+        echo, self._echo = self._echo, None
+        delta = (
+            TextDelta(text="", finish_reason="length") if self.request.echo_only else self._append(sampled)
+        )
+        prompt = self._prompt_logprobs(echo, sampled.prompt) if self.request.prompt_logprobs else ()
+        return replace(delta, text=echo + delta.text, tokens=(*prompt, *delta.tokens))
+
+    def _append(self, sampled: SampledToken) -> TextDelta:
         if sampled.token in self._eos_tokens:
             return self._finish("stop", self._detokenizer.flush())
         self._completion_tokens += 1
         if sampled.logprob is not None:
-            self._pending.append(self._logprobs(sampled, sampled.logprob))
+            self._pending.append(self._logprobs(sampled, sampled.logprob, self._decoded_characters))
         text = self._detokenizer.push(sampled.token)
         if self._completion_tokens >= self.request.max_tokens:
             return self._finish("length", text + self._detokenizer.flush())
@@ -260,11 +277,19 @@ class _TextStream:
             completion_tokens=self._completion_tokens,
         )
 
-    def _logprobs(self, sampled: SampledToken, logprob: float) -> TokenLogprobs:
+    def _prompt_logprobs(self, echo: str, following: Sequence[SampledToken]) -> Iterator[TokenLogprobs]:
+        """Yields the log-probabilities of the prompt's tokens; its first one has none."""
+        detokenizer = Detokenizer(self._tokenizer)
+        offset = 0
+        for sampled in (SampledToken(token=self.request.prompt[0]), *following):
+            yield self._logprobs(sampled, sampled.logprob, min(offset, len(echo)))
+            offset += len(detokenizer.push(sampled.token))
+
+    def _logprobs(self, sampled: SampledToken, logprob: float | None, offset: int) -> TokenLogprobs:
         bytes_of = self._vocabulary.bytes_of
         return TokenLogprobs(
             token_bytes=bytes_of(sampled.token),
             logprob=logprob,
             top_logprobs=tuple((bytes_of(token), value) for token, value in sampled.top_logprobs),
-            text_offset=self._decoded_characters,
+            text_offset=offset,
         )

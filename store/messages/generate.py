@@ -51,7 +51,11 @@ class ToolUse(TypedDict):
 
 
 class GenerateMessage(TypedDict):
-    """A request for `n` texts of each of `inputs`: rows with a prompt or with messages, as the user sent them.
+    """A request for `n` texts of each of `inputs`: rows with a prompt or with messages, as the user sent them, or
+    {"tokens": the prompt's token ids}.
+
+    echo: each text begins with its prompt, whose tokens have log-probabilities if `top_logprobs` is set. With it
+    `max_tokens` may be 0.
 
     With `tool_use` the texts' tool calls are parsed; without, a call is text like any other.
     Text i is choice i % n of input i // n. `sent_at` and `deadline` are unix times; after the deadline nobody waits for
@@ -64,6 +68,7 @@ class GenerateMessage(TypedDict):
     n: int
     wish: SamplingParams
     stream: bool
+    echo: NotRequired[bool]
     constraint: NotRequired[Constraint | None]
     tool_use: NotRequired[ToolUse | None]
     intervention: Intervention
@@ -78,10 +83,10 @@ class TopToken(TypedDict):
 
 
 class GeneratedToken(TypedDict):
-    """A token with its log-probability. `offset`: characters of the text before it."""
+    """A token with its log-probability, null for a prompt's first one. `offset`: characters of the text before it."""
 
     bytes: list[int]
-    logprob: float
+    logprob: float | None
     top: list[TopToken]
     offset: int
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import time
 from collections.abc import Callable, Iterator
 from typing import Any, cast
@@ -54,6 +55,15 @@ def says(worker: StubWorker) -> Callable[..., list[GenerateMessage]]:
     return says
 
 
+#: Of DONE.
+USAGE = {
+    "prompt_tokens": 3,
+    "completion_tokens": 2,
+    "total_tokens": 5,
+    "prompt_tokens_details": {"cached_tokens": 0},
+}
+
+
 def token(text: bytes, offset: int, *top: bytes) -> GeneratedToken:
     likely: Any = [{"bytes": list(other), "logprob": -0.25} for other in top]
     return {"bytes": list(text), "logprob": -0.5, "top": likely, "offset": offset}
@@ -87,6 +97,7 @@ def test_a_completion_in_openais_shape(client: httpx.Client, says: Any) -> None:
     answer = client.post("/v1/completions", json=COMPLETION | {"logprobs": 1}).json()
     assert before <= answer.pop("created") <= time.time()
     assert answer.pop("id").startswith("cmpl-")
+    assert re.fullmatch("fp_[0-9a-f]{10}", answer.pop("system_fingerprint"))
     assert answer == {
         "object": "text_completion",
         "model": MODEL,
@@ -107,7 +118,7 @@ def test_a_completion_in_openais_shape(client: httpx.Client, says: Any) -> None:
                 },
             }
         ],
-        "usage": {"prompt_tokens": 3, "completion_tokens": 2, "total_tokens": 5},
+        "usage": USAGE,
     }
 
 
@@ -253,10 +264,14 @@ def test_a_complete_answer_is_not_cancelled(client: httpx.Client, says: Any, wor
 @pytest.mark.parametrize(
     ("path", "changes", "param"),
     [
-        ("/v1/completions", {"prompt": [1, 2]}, "prompt"),
+        ("/v1/completions", {"prompt": [1, "a"]}, "prompt"),
+        ("/v1/completions", {"prompt": [[1], []]}, "prompt"),
+        ("/v1/completions", {"prompt": [-1]}, "prompt"),
+        ("/v1/completions", {"prompt": [1.5]}, "prompt"),
         ("/v1/completions", {"prompt": []}, "prompt"),
         ("/v1/completions", {"prompt": ["a"] * 65, "n": 2}, "prompt"),
-        ("/v1/completions", {"echo": True}, "echo"),
+        ("/v1/chat/completions", {"echo": True}, "echo"),
+        ("/v1/chat/completions", {"max_tokens": 0}, "max_tokens"),
         ("/v1/completions", {"suffix": "end"}, "suffix"),
         ("/v1/completions", {"best_of": 3}, "best_of"),
         ("/v1/completions", {"logprobs": 6}, "logprobs"),
@@ -332,6 +347,32 @@ def test_unknown_fields_are_ignored_and_named(client: httpx.Client, says: Any) -
     assert "x-heft-ignored" not in client.post("/v1/completions", json=COMPLETION).headers
     many = {f"unknown_{number}": 1 for number in range(500)}
     assert len(client.post("/v1/completions", json=COMPLETION | many).headers["x-heft-ignored"]) == 1_000
+
+
+@pytest.mark.parametrize(
+    ("prompt", "inputs"),
+    [
+        ([5, 6], [{"tokens": [5, 6]}]),
+        ([[5], [6, 7]], [{"tokens": [5]}, {"tokens": [6, 7]}]),
+        (["a", "b"], [{"prompt": "a"}, {"prompt": "b"}]),
+    ],
+)
+def test_prompts_may_be_token_ids(client: httpx.Client, says: Any, prompt: Any, inputs: Any) -> None:
+    heard = says({"chunk": [part("x", finish="stop")]} | DONE)
+    assert client.post("/v1/completions", json=COMPLETION | {"prompt": prompt}).status_code == 200
+    assert (heard[0]["inputs"], heard[0]["echo"]) == (inputs, False)
+
+
+def test_an_echoed_prompt_has_log_probabilities_but_for_its_first_token(
+    client: httpx.Client, says: Any
+) -> None:
+    first: Any = {"bytes": [97], "logprob": None, "top": [], "offset": 0}
+    heard = says({"chunk": [part("ab", finish="length", tokens=[first, token(b"b", 1, b"c")])]} | DONE)
+    body = COMPLETION | {"echo": True, "max_tokens": 0, "logprobs": 1}
+    (choice,) = client.post("/v1/completions", json=body).json()["choices"]
+    assert (heard[0]["echo"], heard[0]["wish"]["max_tokens"]) == (True, 0)
+    assert choice["logprobs"]["token_logprobs"] == [None, -0.5]
+    assert choice["logprobs"]["top_logprobs"] == [None, {"c": -0.25, "b": -0.5}]
 
 
 def test_a_request_may_have_128_texts(client: httpx.Client, says: Any) -> None:

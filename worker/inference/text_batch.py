@@ -9,6 +9,7 @@ from heft_engine.data.encoding import CONTEXT_LENGTH_EXCEEDED, Example
 from heft_engine.data.rows import parse_row
 from heft_engine.data.tool_calls.format import AnswerParser
 from heft_engine.errors import RowError
+from heft_engine.inference.detokenizer import decode
 from heft_engine.inference.grammar import Constraint
 from heft_engine.inference.sampling import SamplingParams
 from heft_engine.serving.predictor import Predictor
@@ -44,6 +45,7 @@ def start(predictor: Predictor, message: GenerateMessage) -> TextBatch:
     request_id, n, intervention = message["request_id"], message["n"], message["intervention"]
     tools = AnswerTools.of(predictor.encoder.chat, message)
     constraint = tools.constraint if tools is not None else _constraint(message)
+    echoes = _echoes(predictor, message, examples)
     requests = [
         TextRequest(
             id=(request_id, index),
@@ -53,6 +55,9 @@ def start(predictor: Predictor, message: GenerateMessage) -> TextBatch:
             scale=intervention["scale"] if intervention["enabled"] else 0.0,
             stop=tuple(message["wish"]["stop"]),
             constraint=constraint,
+            echo=echoes[index // n],
+            echo_only=message["wish"]["max_tokens"] == 0,
+            prompt_logprobs=bool(message.get("echo")),
             visible_tokens=tools.visible_tokens if tools is not None else frozenset(),
         )
         for index in range(len(examples) * n)
@@ -83,6 +88,9 @@ def _prompts(predictor: Predictor, message: GenerateMessage) -> list[Example]:
     examples = []
     for index, fields in enumerate(inputs):
         try:
+            if "tokens" in fields:
+                examples.append(predictor.encoder.tokens(fields["tokens"]))
+                continue
             row = parse_row(fields, need_answer=False)
             if message["model"]["kind"] == "base" and row.prompt is not None:
                 examples.append(predictor.encoder.raw(row.prompt))
@@ -97,6 +105,19 @@ def _prompts(predictor: Predictor, message: GenerateMessage) -> list[Example]:
     return examples
 
 
+def _echoes(predictor: Predictor, message: GenerateMessage, examples: list[Example]) -> list[str | None]:
+    """Returns the texts of the prompts as the model reads them: base models read what was sent."""
+    if not message.get("echo"):
+        return [None] * len(examples)
+    is_base = message["model"]["kind"] == "base"
+    return [
+        fields["prompt"]
+        if is_base and "prompt" in fields
+        else decode(predictor.encoder.tokenizer, example.prompt)
+        for fields, example in zip(message["inputs"], examples, strict=True)
+    ]
+
+
 def _max_tokens(predictor: Predictor, example: Example, message: GenerateMessage) -> int:
     requested, prompt_tokens = message["wish"]["max_tokens"], len(example.prompt)
     limit = predictor.encoder.max_length - prompt_tokens
@@ -109,7 +130,7 @@ def _max_tokens(predictor: Predictor, example: Example, message: GenerateMessage
             code=CONTEXT_LENGTH_EXCEEDED,
         )
     if requested is not None:
-        return requested
+        return max(1, requested)  # one more token than an echo alone needs
     return min(limit, max(DEFAULT_MAX_TOKENS, predictor.max_new_tokens))
 
 

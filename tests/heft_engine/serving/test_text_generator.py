@@ -11,6 +11,7 @@ import pytest
 from memory_limit import limit_pass_tokens
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
+from heft_engine.data.encoding import Example
 from heft_engine.data.rows import parse_row
 from heft_engine.errors import OutOfMemory, RowError
 from heft_engine.inference import decode_batch
@@ -18,6 +19,7 @@ from heft_engine.inference.detokenizer import Detokenizer, Vocabulary
 from heft_engine.inference.grammar import Constraint, GrammarDeadEnd
 from heft_engine.inference.kv_cache import KVCache
 from heft_engine.inference.sampling import SamplingParams
+from heft_engine.inference.scoring import score
 from heft_engine.inference.stop_strings import StopStringFilter
 from heft_engine.serving.predictor import Predictor, load_base
 from heft_engine.serving.text_generator import TextDelta, TextRequest
@@ -312,3 +314,36 @@ class TestPredict:
         with ThreadPoolExecutor(6) as pool:
             assert list(pool.map(lambda row: predictor.predict([row])[0], rows)) == expected
         assert predictor.generator.memory_bytes == 0
+
+
+def test_an_echo_has_the_log_probabilities_of_the_prompt(listener: Listener, predictor: Predictor) -> None:
+    """Their sum is the score of the same tokens as an answer to the first one. Longer than one chunk of logits."""
+    prompt = "Once upon a time, naïve. " * 12
+    listener.submit("echo", prompt, echo=prompt, prompt_logprobs=True)
+    listener.submit("plain", prompt)
+    listener.run()
+    tokens = predictor.encoder.raw(prompt).prompt
+    assert len(tokens) > 128
+    deltas = listener.pieces["echo"]
+    told = [token for delta in deltas for token in delta.tokens]
+    echoed, written = told[: len(tokens)], told[len(tokens) :]
+    (scores,) = score(
+        predictor.lm, [Example(prompt=tokens[:1], answers=(tokens[1:],), labels=("",), gold=None)]
+    )
+    assert echoed[0].logprob is None
+    assert sum(token.logprob or 0.0 for token in echoed) == pytest.approx(scores.totals[0], abs=1e-3)
+    assert b"".join(token.token_bytes for token in echoed).decode() == prompt
+    assert [token.text_offset for token in echoed] == sorted(token.text_offset for token in echoed)
+    assert listener.text("echo") == prompt + listener.text("plain")
+    plain = [token for delta in listener.pieces["plain"] for token in delta.tokens]
+    assert [token.logprob for token in written] == [token.logprob for token in plain]
+    assert [t.text_offset - len(prompt) for t in written] == [t.text_offset for t in plain]
+    assert deltas[-1].completion_tokens == listener.pieces["plain"][-1].completion_tokens
+
+
+def test_an_echo_alone_writes_nothing(listener: Listener) -> None:
+    listener.submit("echo", "Once", echo="Once", echo_only=True, prompt_logprobs=True, max_tokens=1)
+    listener.run()
+    (delta,) = listener.pieces["echo"]
+    assert (delta.text, delta.finish_reason, delta.completion_tokens) == ("Once", "length", 0)
+    assert len(delta.tokens) > 1

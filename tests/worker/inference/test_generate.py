@@ -126,6 +126,24 @@ def test_several_prompts_and_several_texts(asker: Asker) -> None:
     assert text(asker.ask("next seed", seed=6)) == texts[1]
 
 
+def test_a_prompt_is_repeated_and_may_be_token_ids(asker: Asker) -> None:
+    (echoed,) = asker.ask("echo", echo=True, top_logprobs=0)
+    (plain,) = asker.ask("plain")
+    assert text([echoed]) == "Once upon a time" + text([plain])
+    tokens = echoed["chunk"][0]["tokens"]
+    assert tokens[0]["logprob"] is None
+    assert len(tokens) == plain["done"]["prompt_tokens"] + 12
+    (alone,) = asker.ask("alone", echo=True, max_tokens=0)
+    assert (text([alone]), alone["done"]["completion_tokens"]) == ("Once upon a time", 0)
+
+    with asker.pool.base("llama", "text") as predictor:
+        ids = list(predictor.encoder.raw("Once upon a time").prompt)
+    (by_ids,) = asker.ask("ids", inputs=[{"tokens": ids}], echo=True)
+    assert text([by_ids]) == text([echoed])
+    (refused,) = asker.ask("unknown", inputs=[{"tokens": [*ids, 10**6]}])
+    assert (refused["error"]["status"], refused["error"]["param"]) == (400, "prompt")
+
+
 def test_every_text_matches_the_constraint(asker: Asker) -> None:
     constraint = {"kind": "json_schema", "source": '{"enum": ["red", "green"]}', "param": "response_format"}
     (both,) = asker.ask("both", constraint=constraint, n=3)
