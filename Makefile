@@ -3,7 +3,7 @@ SHELL := /bin/bash
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: install demo serve test test-without-cpu test-pretended-gpu test-slow chaos chaos-resume chaos-figures chaos-summary check bench bench-serve studies gpu-check clean
+.PHONY: install demo serve test test-without-cpu test-pretended-gpu test-slow chaos chaos-resume chaos-figures chaos-summary check bench bench-serve bench-tool-calls studies gpu-check clean
 
 # Of `make chaos`: how many kills, and the seed of their schedule.
 N ?= 100
@@ -79,6 +79,10 @@ bench: install
 # DATA= yes/no rows with passages, JSON lines.
 bench-serve: install
 	$(BIN)/python -m benchmarks.serving --data $(DATA)
+
+# Tool calls of SmolLM2 after 2,000 conversations: an hour on two cores.
+bench-tool-calls: install
+	$(BIN)/python -m benchmarks.tool_calls
 
 # The studies in benchmarks/STUDIES.md again: hours. SST2= and BOOLQ= folders with train.jsonl and dev.jsonl.
 studies: install

@@ -86,7 +86,10 @@ def tokenizer_hash(tokenizer: PreTrainedTokenizerBase) -> str:
     backend = getattr(tokenizer, "backend_tokenizer", None)
     core = backend.to_str() if backend is not None else json.dumps(tokenizer.get_vocab(), sort_keys=True)
     special = json.dumps(tokenizer.special_tokens_map, sort_keys=True, default=str)
-    return hashlib.sha256("\0".join([core, special, str(tokenizer.chat_template)]).encode()).hexdigest()
+    chat = tokenizer.chat_template
+    if isinstance(chat, dict):  # several named templates, whose order changes when they are saved
+        chat = dict(sorted(chat.items()))
+    return hashlib.sha256("\0".join([core, special, str(chat)]).encode()).hexdigest()
 
 
 class Encoder:

@@ -9,9 +9,10 @@ from typing import Any
 import pytest
 import xgrammar
 from tiny_models import CHAT_FAMILIES, TOOL_FAMILIES, chat_tokenizer
+from transformers import AutoTokenizer
 
 from heft_engine.config.train import TaskSettings
-from heft_engine.data.encoding import Encoder, Example
+from heft_engine.data.encoding import Encoder, Example, tokenizer_hash
 from heft_engine.data.rows import parse_row
 from heft_engine.data.task import Task
 from heft_engine.data.tool_calls.format import AnswerParser
@@ -226,17 +227,24 @@ def test_a_template_in_an_unknown_format_renders_calls_that_are_not_read(tmp_pat
 
 @pytest.mark.parametrize("tools", [[], TOOLS])
 def test_of_several_templates_the_one_for_tools_renders_tools(tmp_path: Path, tools: list[Any]) -> None:
-    """A list of named templates in tokenizer_config.json, and `additional_chat_templates/`."""
+    """From a list in tokenizer_config.json, and from `additional_chat_templates/`, where they are saved."""
+    task = Task.resolve(TaskSettings(), "text")
     tokenizer = chat_tokenizer(tmp_path, "qwen2")
-    single = Encoder(tokenizer, Task.resolve(TaskSettings(), "text"), 2_000)
-    single_prompt = ask(single, [QUESTION], tools).prompt
-    tokenizer = chat_tokenizer(tmp_path, "qwen2")
+    prompt = ask(Encoder(tokenizer, task, 2_000), [QUESTION], tools).prompt
     template = tokenizer.chat_template
-    tokenizer.chat_template = {
-        "default": template.replace("{%- if tools %}", "{%- if false %}"),
-        "tool_use": template,
-    }
-    assert ask(Encoder(tokenizer, single.task, 2_000), [QUESTION], tools).prompt == single_prompt
+    named = {"tool_use": template, "default": template.replace("{%- if tools %}", "{%- if false %}")}
+    (tmp_path / "chat_template.jinja").unlink()
+    config = json.loads((tmp_path / "tokenizer_config.json").read_text())
+    config["chat_template"] = [{"name": name, "template": text} for name, text in named.items()]
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps(config))
+    listed = AutoTokenizer.from_pretrained(tmp_path)
+    listed.save_pretrained(tmp_path / "saved")
+    saved = AutoTokenizer.from_pretrained(tmp_path / "saved")
+    assert (tmp_path / "saved" / "additional_chat_templates" / "tool_use.jinja").is_file()
+    for tokenizer in (listed, saved):
+        assert tokenizer.chat_template == named
+        assert ask(Encoder(tokenizer, task, 2_000), [QUESTION], tools).prompt == prompt
+    assert tokenizer_hash(listed) == tokenizer_hash(saved)
 
 
 def test_named_templates_without_a_default_are_refused(tmp_path: Path) -> None:

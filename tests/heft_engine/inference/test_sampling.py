@@ -29,7 +29,9 @@ def shares(**settings: float) -> list[float]:
         ({"temperature": 1.0, "top_p": 0.79}, [0, 0.625, 0, 0.375]),
         ({"temperature": 1.0, "top_p": 0.81}, [0.15 / 0.95, 0.5 / 0.95, 0, 0.3 / 0.95]),
         ({"temperature": 1.0, "top_p": 1e-9}, [0, 1, 0, 0]),
+        ({"temperature": 1e-5}, [0, 1, 0, 0]),
         ({"temperature": 1e-30}, [0, 1, 0, 0]),
+        ({"temperature": 1e-100}, [0, 1, 0, 0]),
         ({"temperature": 0.0}, [0, 1, 0, 0]),
     ],
 )
