@@ -268,6 +268,14 @@ def test_a_base_with_other_weights_is_refused(tiny_llama_dir: Path, tmp_path: Pa
         run(going_on(tmp_path / "first", [SECOND]), tmp_path / "second")
 
 
+def test_a_base_with_another_chat_template_is_refused(tiny_llama_dir: Path, tmp_path: Path) -> None:
+    base = shutil.copytree(tiny_llama_dir, tmp_path / "base")
+    run(config(base, "recipe", [SECOND]), tmp_path / "first")
+    (base / "chat_template.jinja").write_text("{{ messages[0].content }}")
+    with pytest.raises(BundleError, match="tokenizer is not the one"):
+        run(going_on(tmp_path / "first", [SECOND]), tmp_path / "second")
+
+
 def test_an_ancestor_has_the_content_of_its_bundle(tiny_llama_dir: Path, tmp_path: Path) -> None:
     """The hash is of trained tensors and settings: neither the folder's name nor the evaluation counts."""
     for name, rows in (("first", VALIDATION), ("again", ())):

@@ -9,7 +9,7 @@ import pytest
 import torch
 import torch.distributed as dist
 from engine_processes.ranks import Run, forged_messages, run_in_ranks
-from engine_runs import LORA, REFT, RunRecord, assert_equal, but, config, parse, tensors, yes_no
+from engine_runs import LORA, REFT, RunRecord, assert_equal, but, config, parse, run, tensors, yes_no
 from small_runs import step_losses
 from torch.testing._internal.distributed.fake_pg import FakeStore
 
@@ -26,7 +26,7 @@ LOSS_BOUND, WEIGHT_BOUND = 1e-6, 1e-6
 DROPOUT = {"dropout": 0.2}
 
 
-def same_as_one_process(model: Path) -> list[Run]:
+def same_as_one_process(model: Path, start: Path) -> list[Run]:
     """Each kind of stage, on each level of the activation cache; the batches of 22 rows end with one of 6."""
     return [
         Run(name="lora", config=config(model, "lora")),
@@ -39,12 +39,19 @@ def same_as_one_process(model: Path) -> list[Run]:
         Run(name="both stages", config=config(model, "heft")),
         Run(name="early stopping", config=stopped_early(model)),
         Run(name="one row a step", config=config(model, "heft", one_row_a_step()), rows=3),
+        Run(name="going on", config=going_on(start)),
     ]
 
 
 def stopped_early(model: Path) -> TrainConfig:
     stage = but(REFT, n_epochs=9, learning_rate=0.05)
     return config(model, "reft", [stage], early_stopping=EarlyStopping(patience=1))
+
+
+def going_on(start: Path) -> TrainConfig:
+    """A run from a fine-tuned model, stopped by answers that rank 0 alone scores."""
+    stages = [but(LORA, n_epochs=1), but(REFT, n_epochs=6, learning_rate=0.05)]
+    return config(start, "recipe", stages, early_stopping=EarlyStopping(patience=1, metric="valid_accuracy"))
 
 
 def one_row_a_step() -> list[Stage]:
@@ -59,10 +66,10 @@ def with_dropout(model: Path) -> TrainConfig:
     return config(model, "heft", [but(LORA, **DROPOUT), but(REFT, **DROPOUT)])
 
 
-def all_runs(model: Path) -> list[Run]:
+def all_runs(model: Path, start: Path) -> list[Run]:
     dropout = with_dropout(model)
     return [
-        *same_as_one_process(model),
+        *same_as_one_process(model, start),
         Run(name="stored", config=config(model, "heft"), reuses_stages=True),
         Run(name="reused", config=three_stages(model), reuses_stages=True),
         Run(name="out of memory", config=config(model, "lora"), out_of_memory=True),
@@ -80,16 +87,23 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def records(tiny_llama_dir: Path, folder: Path) -> dict[str, list[RunRecord]]:
+def start(tiny_llama_dir: Path, folder: Path) -> Path:
+    """The bundle of a fine-tuned model."""
+    run(config(tiny_llama_dir, "recipe", [but(REFT, n_epochs=1)]), folder / "start")
+    return folder / "start"
+
+
+@pytest.fixture(scope="module")
+def records(tiny_llama_dir: Path, folder: Path, start: Path) -> dict[str, list[RunRecord]]:
     """The records of two ranks, by the run's name."""
-    return run_in_ranks(2, folder, all_runs(tiny_llama_dir))
+    return run_in_ranks(2, folder, all_runs(tiny_llama_dir, start))
 
 
-@pytest.mark.parametrize("index", range(8))
+@pytest.mark.parametrize("index", range(9))
 def test_two_processes_have_the_losses_and_weights_of_one(
-    tiny_llama_dir: Path, tmp_path: Path, records: dict[str, list[RunRecord]], index: int
+    tiny_llama_dir: Path, tmp_path: Path, start: Path, records: dict[str, list[RunRecord]], index: int
 ) -> None:
-    single_run = same_as_one_process(tiny_llama_dir)[index]
+    single_run = same_as_one_process(tiny_llama_dir, start)[index]
     single = single_run.start(tmp_path)
     first, second = records[single_run.name]
 
