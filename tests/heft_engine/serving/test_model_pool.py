@@ -106,6 +106,21 @@ def test_a_merged_model_answers_with_the_librarys_bits_and_a_shared_one_within_t
     assert merged.memory_bytes == base[1] + merged.usage()["merged"][1]
 
 
+def test_a_model_that_went_on_from_another_is_served_merged_and_shared(
+    make_pool: Callable[..., ModelPool], library: Library, bundles: Path
+) -> None:
+    """Its base is that of the first model: two LoRA stages and two interventions at one place act on its rows."""
+    stages = [but(LORA, n_epochs=1, rank=3), but(REFT, n_epochs=1, init="new")]
+    run(config(bundles / "m0", "recipe", stages), bundles / "further")
+    merged, shared = make_pool(placement="merged"), make_pool(placement="shared")
+    answers = load(bundles / "further", device="cpu").predict(ROWS)
+    assert not close(answers, load(bundles / "m0", device="cpu").predict(ROWS))
+    for pool in (merged, shared):
+        ask(pool, library, "m0")
+        assert close(ask(pool, library, "further"), answers)
+        assert pool.usage()["base"][0] == 1
+
+
 def test_a_model_is_fetched_once_for_concurrent_requests(
     make_pool: Callable[..., ModelPool], library: Library
 ) -> None:
