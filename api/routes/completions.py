@@ -148,6 +148,7 @@ def _generation(
         intervention=Intervention(enabled=body.intervention.enabled, scale=body.intervention.scale),
         tool_use=body.tool_use(),
         echo=body.repeats_prompt,
+        constraint=body.constraint(),
     )
     texts = len(inputs) * (body.n or 1)
     return _Generation(request=request, admission=services.text_admission, texts=texts, replies=replies)

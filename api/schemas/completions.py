@@ -23,7 +23,8 @@ from pydantic_core import PydanticCustomError
 from api.schemas.common import LENIENT, MAX_MESSAGES, LenientPart, NonEmptyText, RequestBody, Text
 from api.schemas.conversation import MAX_TOOLS, ConversationMessage, FunctionTool, NamedToolChoice, ToolChoice
 from api.schemas.predict import Intervention
-from store.messages.generate import SamplingParams, ToolUse
+from api.schemas.response_format import ResponseFormat, checked_schema
+from store.messages.generate import Constraint, SamplingParams, ToolUse
 
 #: Texts of one request at most: prompts times n.
 MAX_TEXTS = 128
@@ -60,10 +61,6 @@ Stop = Annotated[str, Field(max_length=1_000), AfterValidator(_not_empty)]
 
 class StreamOptions(LenientPart):
     include_usage: bool = False
-
-
-class TextFormat(LenientPart):
-    type: Literal["text"]
 
 
 class GenerationRequest(RequestBody, ABC):
@@ -117,6 +114,10 @@ class GenerationRequest(RequestBody, ABC):
     def no_usage_yet(self) -> dict[str, None]:
         """The usage of every chunk but the last."""
         return {"usage": None} if self.includes_usage else {}
+
+    def constraint(self) -> Constraint | None:
+        """Returns the grammar that the texts must match; None without one."""
+        return None
 
     @abstractmethod
     def inputs(self) -> list[dict[str, Any]]:
@@ -212,7 +213,7 @@ class ChatCompletionRequest(GenerationRequest):
     max_completion_tokens: Annotated[int, Field(ge=1)] | None = None
     logprobs: bool | None = None
     top_logprobs: Annotated[int, Field(ge=0, le=20)] | None = None
-    response_format: TextFormat | None = None
+    response_format: ResponseFormat | None = None
     tools: Annotated[list[FunctionTool], Field(max_length=MAX_TOOLS, fail_fast=True)] | None = None
     tool_choice: ToolChoice | None = None
     parallel_tool_calls: bool | None = None
@@ -243,6 +244,19 @@ class ChatCompletionRequest(GenerationRequest):
             raise PydanticCustomError("unsupported", "{reason}", {"path": path, "reason": reason})
         return self
 
+    @model_validator(mode="after")
+    def _grammars_hold_the_tools(self) -> ChatCompletionRequest:
+        """Checks the schemas of arguments that are decoded under a grammar: of tools that must be called, and of all
+        beside a `response_format`, where an answer is either a call or of that format."""
+        use = self.tool_use()
+        if use is None or (use["choice"] == "auto" and self.constraint() is None):
+            return self
+        for index, tool in enumerate(self.tools or ()):
+            function = tool.function
+            if use["name"] in (None, function.name) and function.parameters is not None:
+                checked_schema(function.parameters, f"tools[{index}].function.parameters", strict=False)
+        return self
+
     @property
     def _tool_names(self) -> list[str]:
         return [tool.function.name for tool in self.tools or ()]
@@ -258,6 +272,9 @@ class ChatCompletionRequest(GenerationRequest):
             name=name,
             parallel=self.parallel_tool_calls is not False and name is None,
         )
+
+    def constraint(self) -> Constraint | None:
+        return self.response_format.constraint() if self.response_format is not None else None
 
     def inputs(self) -> list[dict[str, Any]]:
         messages = {"messages": [message.turn() for message in self.messages]}

@@ -40,6 +40,8 @@ def write(folder: Path) -> None:
         lines += _over_http(folder.parent.parent, results["http"])
     if "overload" in results:
         lines += _overload(results["overload"])
+    if "structured" in results:
+        lines += _structured(results["structured"])
     (folder.parent.parent / "SERVING.md").write_text("\n".join(lines) + "\n")
 
 
@@ -136,5 +138,21 @@ def _overload(part: dict[str, Any]) -> list[str]:
         f"requests/s: {statuses}. Refusals without Retry-After: {part['bare_refusals']}. Latency of answered requests: "
         f"{times['p50']:,.0f} ms (p99 {times['p99']:,.0f}). Resident memory before and after each quarter, MB: "
         f"{memory}. Latency of single requests afterwards: {part['milliseconds_after']['p50']:,.0f} ms.",
+        "",
+    ]
+
+
+def _structured(part: dict[str, Any]) -> list[str]:
+    alone, mixed, step = part["alone"], part["mixed"], part["step_seconds"]
+    return [
+        "## JSON schemas",
+        "",
+        "Answers to 20 schemas (benchmarks/serving/schemas.py), drawn at temperature 1 by the base model:",
+        f"{alone['valid']:,} of {alone['answers']:,} parse and validate alone, {mixed['valid']:,} of "
+        f"{mixed['answers']:,} in batches with as many free texts.",
+        "",
+        f"A decoding step of {part['batch']} texts of which half match a schema takes {1_000 * step['mixed']:.1f} ms, "
+        f"one of free texts {1_000 * step['free']:.1f} ms (medians of {part['steps']}, alternately): free texts keep "
+        f"{part['ratio']:.2f} of their tokens/s. The grammars' masks take {1_000 * part['mask_seconds']:.2f} ms of it.",
         "",
     ]

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import importlib.util
+import json
 import threading
 from collections.abc import Collection, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from concurrent.futures import TimeoutError as FutureTimeout
 from dataclasses import dataclass
 from functools import cache
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 import xgrammar
@@ -27,6 +28,10 @@ COMPILE_SECONDS = 10.0
 #: Whitespace characters between two parts of a JSON text at most: `{"a":1}` and `{"a": 1}`, but no run of blanks, which
 #: small models write for ever where they may.
 MAX_WHITESPACE = 1
+
+
+#: A byte that no UTF-8 has.
+_NO_TEXT = b"\xff"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -96,7 +101,7 @@ class GrammarCompiler:
                     constraint.source, any_whitespace=True, max_whitespace_cnt=MAX_WHITESPACE
                 )
             if constraint.kind == "structural_tag":
-                return compiler.compile_structural_tag(constraint.source)
+                return compiler.compile_structural_tag(self._with_token_ids(json.loads(constraint.source)))
             return compiler.compile_grammar(constraint.source)
         except (RuntimeError, ValueError) as error:
             reason = str(error).strip().splitlines()[-1]
@@ -114,17 +119,22 @@ class GrammarCompiler:
             return self._compiler
 
     def _vocabulary(self) -> xgrammar.TokenizerInfo:
-        """Returns the tokens that texts are made of, as bytes.
+        """Returns the vocabulary as the bytes that its tokens are in a text.
 
-        Special tokens are left out, because decoding drops them and with them a part of the matched text; and tokens
-        with control characters other than newlines, which xgrammar allows within JSON strings of a limited length.
+        Special tokens are none, whatever they are called: decoding drops them. They can't be left out, or a structural
+        tag could not ask for them. Tokens with control characters other than newlines are left out, because xgrammar
+        allows them within JSON strings of a limited length.
         """
         read = xgrammar.TokenizerInfo.from_huggingface(
             self._tokenizer, vocab_size=self._vocab_size, stop_token_ids=self._eos_tokens
         )
         special = set(self._tokenizer.all_special_ids)
         tokens = [
-            b"" if token in special or any(byte < 0x20 and byte != 0x0A for byte in spelling) else spelling
+            _NO_TEXT + spelling
+            if token in special
+            else b""
+            if any(byte < 0x20 and byte != 0x0A for byte in spelling)
+            else spelling
             for token, spelling in enumerate(read.decoded_vocab)
         ]
         return xgrammar.TokenizerInfo(
@@ -134,6 +144,23 @@ class GrammarCompiler:
             stop_token_ids=self._eos_tokens,
             add_prefix_space=read.add_prefix_space,
         )
+
+    def _with_token_ids(self, tag: Any) -> Any:
+        """Returns a structural tag in which tokens have their ids in place of their names. Raises ValueError."""
+        if isinstance(tag, list):
+            return [self._with_token_ids(part) for part in tag]
+        if not isinstance(tag, dict):
+            return tag
+        name = tag.get("token")
+        if tag.get("type") != "token" or not isinstance(name, str):
+            # Schemas are the user's, and name no tokens.
+            return {
+                key: part if key == "json_schema" else self._with_token_ids(part) for key, part in tag.items()
+            }
+        token = self._tokenizer.get_vocab().get(name)
+        if token is None:
+            raise ValueError(f"the tokenizer has no token {name}")
+        return {**tag, "token": token}
 
 
 def mask_tokens(logits: Tensor, matchers: Sequence[GrammarMatcher | None]) -> list[int]:

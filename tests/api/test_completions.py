@@ -6,7 +6,7 @@ import json
 import re
 import time
 from collections.abc import Callable, Iterator
-from typing import Any, cast
+from typing import Any, ClassVar, cast
 
 import httpx
 import pytest
@@ -75,6 +75,15 @@ def part(text: str, *, index: int = 0, finish: Any = None, tokens: Any = ()) -> 
 
 def named_tool(name: str) -> dict[str, Any]:
     return {"type": "function", "function": {"name": name, "parameters": {"type": "object"}}}
+
+
+def odd_tool(name: str) -> dict[str, Any]:
+    parameters = {"type": "object", "properties": {"x": {"not": {"type": "string"}}}}
+    return {"type": "function", "function": {"name": name, "parameters": parameters}}
+
+
+def schema_format(schema: Any, **options: Any) -> dict[str, Any]:
+    return {"type": "json_schema", "json_schema": {"name": "answer", "schema": schema, **options}}
 
 
 def named(name: str) -> dict[str, Any]:
@@ -295,7 +304,32 @@ def test_a_complete_answer_is_not_cancelled(client: httpx.Client, says: Any, wor
         ),
         ("/v1/chat/completions", {"functions": [{"name": "f"}]}, "functions"),
         ("/v1/chat/completions", {"function_call": "auto"}, "function_call"),
-        ("/v1/chat/completions", {"response_format": {"type": "json_object"}}, "response_format.type"),
+        ("/v1/chat/completions", {"response_format": {"type": "xml"}}, "response_format"),
+        (
+            "/v1/chat/completions",
+            {"response_format": {"type": "json_schema", "json_schema": {"name": "a b"}}},
+            "response_format.json_schema.name",
+        ),
+        (
+            "/v1/chat/completions",
+            {"response_format": schema_format({"properties": {"x": {"type": "string", "pattern": "(?=a)"}}})},
+            "response_format.json_schema.schema.properties.x.pattern",
+        ),
+        (
+            "/v1/chat/completions",
+            {"response_format": schema_format({"properties": {"x": {}}, "required": ["x"]}, strict=True)},
+            "response_format.json_schema.schema.additionalProperties",
+        ),
+        (
+            "/v1/chat/completions",
+            {"tools": [named_tool("f"), odd_tool("g")], "tool_choice": "required"},
+            "tools[1].function.parameters.properties.x.not",
+        ),
+        (
+            "/v1/chat/completions",
+            {"tools": [odd_tool("g")], "response_format": {"type": "json_object"}},
+            "tools[0].function.parameters.properties.x.not",
+        ),
         ("/v1/chat/completions", {"max_tokens": 1, "max_completion_tokens": 1}, "max_tokens"),
         ("/v1/chat/completions", {"top_logprobs": 2}, "top_logprobs"),
         ("/v1/chat/completions", {"logprobs": True, "top_logprobs": 21}, "top_logprobs"),
@@ -518,3 +552,53 @@ def test_history_is_accepted_as_it_was_given_back(
     assert [turn["content"] for turn in heard[0]["inputs"][0]["messages"]] == [
         turn["content"] or "" for turn in history
     ]
+
+
+class TestResponseFormat:
+    SCHEMA: ClassVar[dict[str, Any]] = {
+        "type": "object",
+        "title": "Colour",
+        "properties": {"name": {"type": "string"}, "shade": {"type": "integer", "minimum": 0}},
+        "required": ["name", "shade"],
+        "additionalProperties": False,
+    }
+
+    def constraint(self, client: httpx.Client, says: Any, **fields: Any) -> Any:
+        heard = says({"chunk": [part("{}", finish="stop")]} | DONE)
+        answer = client.post("/v1/chat/completions", json=CHAT | fields)
+        assert answer.status_code == 200, answer.text
+        assert "x-heft-ignored" not in answer.headers
+        return heard[-1]["constraint"]
+
+    @pytest.mark.parametrize("strict", [True, False, None])
+    def test_a_schema_travels_as_grammars_hold_it(
+        self, client: httpx.Client, says: Any, strict: bool | None
+    ) -> None:
+        format = schema_format(self.SCHEMA, strict=strict, description="a colour")
+        constraint = self.constraint(client, says, response_format=format)
+        assert constraint["kind"] == "json_schema"
+        assert constraint["param"] == "response_format.json_schema.schema"
+        schema = json.loads(constraint["source"])
+        assert schema == {name: value for name, value in self.SCHEMA.items() if name != "title"}
+        assert list(schema["properties"]) == ["name", "shade"]
+
+    def test_any_object_and_any_text(self, client: httpx.Client, says: Any) -> None:
+        constraint = self.constraint(client, says, response_format={"type": "json_object"})
+        assert json.loads(constraint["source"])["type"] == "object"
+        nameless = {"type": "json_schema", "json_schema": {"name": "any"}}
+        assert self.constraint(client, says, response_format=nameless)["source"] == constraint["source"]
+        assert self.constraint(client, says, response_format={"type": "text"}) is None
+        assert self.constraint(client, says) is None
+
+    def test_schemas_of_tools_that_need_not_be_called_are_free(self, client: httpx.Client, says: Any) -> None:
+        assert self.constraint(client, says, tools=[odd_tool("f")]) is None
+
+    def test_a_schema_that_the_worker_cannot_compile(self, client: httpx.Client, says: Any) -> None:
+        param = "response_format.json_schema.schema"
+        says({"error": FAULT | {"param": param, "message": "its grammar was not compiled within 10 s"}})
+        answer = client.post(
+            "/v1/chat/completions", json=CHAT | {"response_format": schema_format(self.SCHEMA)}
+        )
+        assert answer.status_code == 400
+        assert answer.json()["error"]["param"] == param
+        assert answer.json()["error"]["type"] == "invalid_request_error"

@@ -11,10 +11,11 @@ import sys
 import tempfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any, Literal
 
 import httpx
 import openai
+import pydantic
 import pytest
 from openai.types.fine_tuning import FineTuningJob
 from running_stack import HeftUp, heft_up
@@ -38,6 +39,17 @@ CHAT = [
     }
     for number in range(16)
 ]
+
+
+class Pet(pydantic.BaseModel):
+    kind: Literal["cat", "dog"]
+    lives: Annotated[int, pydantic.Field(ge=1, le=9)]
+
+
+class Person(pydantic.BaseModel):
+    name: Annotated[str, pydantic.Field(max_length=10, description="Given name")]
+    height: Annotated[float, pydantic.Field(ge=0, le=3)] | None
+    pets: Annotated[list[Pet], pydantic.Field(max_length=2)]
 
 
 @pytest.fixture(scope="module")
@@ -325,6 +337,50 @@ class TestText:
             assert all(3 <= len(top) <= 4 for top in logprobs.top_logprobs)
         again = client.completions.create(prompt="Once", **asked)
         assert [choice.text for choice in again.choices] == [choice.text for choice in both.choices[:2]]
+
+    def test_an_answer_becomes_a_pydantic_model(self, client: openai.OpenAI) -> None:
+        """`parse` sends the model's schema with strict: true. Drawn from random weights, every answer matches it."""
+        messages: Any = [{"role": "user", "content": "Who is it?"}]
+        parse = client.chat.completions.parse
+        answer = parse(model=MODEL, messages=messages, response_format=Person, n=4, seed=1, max_tokens=300)
+        people = [choice.message.parsed for choice in answer.choices]
+        assert all(isinstance(person, Person) for person in people)
+        assert len({str(person) for person in people}) == 4
+        assert {choice.finish_reason for choice in answer.choices} == {"stop"}
+
+        with client.chat.completions.stream(
+            model=MODEL, messages=messages, response_format=Person, seed=1, max_tokens=300
+        ) as stream:
+            streamed = stream.get_final_completion().choices[0].message.parsed
+        assert streamed == people[0]
+
+        with pytest.raises(openai.LengthFinishReasonError):
+            parse(model=MODEL, messages=messages, response_format=Person, max_tokens=5)
+
+    def test_any_json_object(self, client: openai.OpenAI) -> None:
+        answer = client.chat.completions.create(
+            model=MODEL,
+            messages=[{"role": "user", "content": "Something as JSON"}],
+            response_format={"type": "json_object"},
+            max_tokens=80,
+            seed=2,
+            n=4,
+        )
+        texts = [choice.message.content or "" for choice in answer.choices]
+        assert all(text.startswith("{") for text in texts)
+        for choice in answer.choices:
+            if choice.finish_reason == "stop":
+                assert isinstance(json.loads(choice.message.content or ""), dict)
+
+    def test_a_schema_that_no_grammar_holds(self, client: openai.OpenAI) -> None:
+        schema = {"type": "object", "properties": {"tags": {"type": "array", "uniqueItems": True}}}
+        format: Any = {"type": "json_schema", "json_schema": {"name": "tags", "schema": schema}}
+        with pytest.raises(openai.BadRequestError) as refusal:
+            client.chat.completions.create(
+                model=MODEL, messages=[{"role": "user", "content": "Tags?"}], response_format=format
+            )
+        assert refusal.value.param == "response_format.json_schema.schema.properties.tags.uniqueItems"
+        assert refusal.value.type == "invalid_request_error"
 
     def test_128_texts_of_one_prompt(self, client: openai.OpenAI) -> None:
         answer = client.completions.with_raw_response.create(

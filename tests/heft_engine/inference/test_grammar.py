@@ -167,6 +167,17 @@ def test_neither_special_tokens_nor_control_characters_are_text(
     assert not set(allowed) & set(tokenizer.all_special_ids)
     assert len(allowed) > 300
     assert not any(character < " " for character in tokenizer.decode(allowed))
+    start = tokenizer.convert_tokens_to_ids("<|im_start|>")
+    content = {"type": "token", "token": "<|im_start|>"}
+    tag = Constraint(kind="structural_tag", source=json.dumps({"type": "structural_tag", "format": content}))
+    logits = torch.zeros(1, VOCABULARY)
+    mask_tokens(logits, [xgrammar.GrammarMatcher(compiler.compile(tag))])
+    assert logits[0].isfinite().nonzero().flatten().tolist() == [start]
+    unknown = Constraint(
+        kind="structural_tag", source=tag.source.replace("im_start", "im_stop"), param="tools"
+    )
+    with pytest.raises(RowError, match=r"no token <\|im_stop\|>"):
+        compiler.compile(unknown)
 
 
 def test_a_preempted_text_goes_on_in_its_grammar(

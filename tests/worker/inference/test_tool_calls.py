@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import time
 from collections.abc import Callable, Iterator
@@ -50,6 +51,7 @@ def ask(bench: Bench, folder: Path) -> Iterator[Ask]:
     models = Models(bench.with_settings(model_dir=folder), InferenceMetrics(CollectorRegistry()))
     redis: Any = Redis.from_url(redis_py_url(bench.context.settings.redis_url))
     handler = GenerateHandler(models, Requests(redis))
+    numbers = itertools.count()
 
     def ask(model: str, *, messages: Any = (QUESTION,), n: int = 1, **changes: Any) -> list[GenerateReply]:
         sampling = SamplingParams(
@@ -64,7 +66,8 @@ def ask(bench: Bench, folder: Path) -> Iterator[Ask]:
             stop=[],
         )
         message: Any = {
-            "request_id": "r",
+            # Of its own: the end of the request before it may still be on its way to the batch.
+            "request_id": f"request {next(numbers)}",
             "model": PredictModel(
                 id=model, owner="o", kind="base", base_model=model, storage_key=None, manifest=None
             ),
@@ -124,6 +127,26 @@ def test_several_calls_where_they_are_allowed(ask: Ask) -> None:
         assert [call["index"] for call in part["tool_calls"]] == list(range(len(part["tool_calls"])))
 
 
+@pytest.mark.parametrize("family", TOOL_FAMILIES)
+def test_an_answer_with_a_format_is_a_call_or_has_it(ask: Ask, family: str) -> None:
+    constraint = {"kind": "json_schema", "source": '{"enum": ["fine", "wet"]}', "param": "response_format"}
+    auto = ToolUse(choice="auto", name=None, parallel=False)
+    (reply,) = ask(family, n=12, tool_use=auto, constraint=constraint)
+    calls = [part for part in reply["chunk"] if part["finish_reason"] == "tool_calls"]
+    answers = [part for part in reply["chunk"] if part["finish_reason"] == "stop"]
+    assert len(calls) + len(answers) == 12
+    assert {part["text"] for part in answers} <= {'"fine"', '"wet"'}
+    assert all(part["tool_calls"][0]["name"] in ("rain", "wind") for part in calls)
+
+
+def test_a_tool_that_no_grammar_holds_is_refused_by_its_part(ask: Ask) -> None:
+    odd = {"type": "object", "properties": {"city": {"type": "string", "format": "uri"}}}
+    tools = [TOOLS[0], {"type": "function", "function": {"name": "odd", "parameters": odd}}]
+    (reply,) = ask("qwen2", inputs=[{"messages": [QUESTION], "tools": tools}])
+    assert reply["error"]["status"] == 400
+    assert reply["error"]["param"] == "tools[1].function.parameters.properties.city.format"
+
+
 def test_text_without_calls_stays_text(ask: Ask) -> None:
     auto = ToolUse(choice="auto", name=None, parallel=True)
     (plain,) = ask("qwen2", tool_use=None, max_tokens=12)
@@ -154,7 +177,10 @@ def test_a_schema_without_a_grammar_is_refused(ask: Ask) -> None:
     parameters = {"type": "object", "properties": {"x": {"$ref": "#/nowhere"}}}
     tools = [{"type": "function", "function": {"name": "f", "parameters": parameters}}]
     (reply,) = ask("qwen2", inputs=[{"messages": [QUESTION], "tools": tools}])
-    assert (reply["error"]["status"], reply["error"]["param"]) == (400, "tools")
+    assert (reply["error"]["status"], reply["error"]["param"]) == (
+        400,
+        "tools[0].function.parameters.properties.x.$ref",
+    )
 
 
 def appended(*deltas: TextDelta, parallel: bool = True) -> list[GeneratedPart]:
