@@ -150,7 +150,7 @@ class AnswerParser:
         return [content]
 
 
-def text(value: str) -> Grammar:
+def literal(value: str) -> Grammar:
     """Returns the grammar of one text."""
     return {"type": "const_string", "value": value}
 
@@ -164,7 +164,7 @@ def call_of(tools: Sequence[Tool], before: str, between: str, after: Grammar) ->
     """Returns the grammar of a call of one of the tools: `before`, name, `between`, arguments, `after`."""
     calls = [
         sequence(
-            text(before + json.dumps(tool.name) + between),
+            literal(before + json.dumps(tool.name) + between),
             {
                 "type": "json_schema",
                 "json_schema": dict(tool.parameters),
@@ -179,7 +179,7 @@ def call_of(tools: Sequence[Tool], before: str, between: str, after: Grammar) ->
 
 def list_of(call: Grammar, separator: str) -> Grammar:
     """Returns the grammar of one call or several, with a separator between them."""
-    return sequence(call, {"type": "star", "content": sequence(text(separator), call)})
+    return sequence(call, {"type": "star", "content": sequence(literal(separator), call)})
 
 
 def make_call(name: object, arguments: object, call_id: str | None = None) -> ToolCall:

@@ -10,8 +10,8 @@ from heft_engine.data.tool_calls.format import (
     call_of,
     json_value,
     list_of,
+    literal,
     make_call,
-    text,
 )
 from heft_engine.data.tool_rows import Tool, ToolCall
 
@@ -28,5 +28,5 @@ class HermesFormat(ToolCallFormat):
         return [make_call(call.get("name"), call.get("arguments"))]
 
     def grammar(self, tools: Sequence[Tool], *, parallel: bool) -> Grammar:
-        call = call_of(tools, '<tool_call>\n{"name": ', ', "arguments": ', text("}\n</tool_call>"))
+        call = call_of(tools, '<tool_call>\n{"name": ', ', "arguments": ', literal("}\n</tool_call>"))
         return list_of(call, "\n") if parallel else call

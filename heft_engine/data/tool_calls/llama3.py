@@ -4,7 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from heft_engine.data.tool_calls.format import Grammar, ToolCallFormat, call_of, json_value, make_call, text
+from heft_engine.data.tool_calls.format import (
+    Grammar,
+    ToolCallFormat,
+    call_of,
+    json_value,
+    literal,
+    make_call,
+)
 from heft_engine.data.tool_rows import Tool, ToolCall
 
 
@@ -22,4 +29,4 @@ class Llama3Format(ToolCallFormat):
         return [make_call(call.get("name"), call.get("parameters"))]
 
     def grammar(self, tools: Sequence[Tool], *, parallel: bool) -> Grammar:
-        return call_of(tools, '{"name": ', ', "parameters": ', text("}"))
+        return call_of(tools, '{"name": ', ', "parameters": ', literal("}"))

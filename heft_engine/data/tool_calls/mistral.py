@@ -10,10 +10,10 @@ from heft_engine.data.tool_calls.format import (
     call_of,
     json_value,
     list_of,
+    literal,
     make_call,
     sequence,
     short_id,
-    text,
 )
 from heft_engine.data.tool_rows import Tool, ToolCall
 
@@ -38,7 +38,7 @@ class MistralFormat(ToolCallFormat):
             {"type": "token", "token": "[TOOL_CALLS]"},
             {"type": "regex", "pattern": r" ?\["},
             list_of(call, ", ") if parallel else call,
-            text("]"),
+            literal("]"),
         )
 
     def template_id(self, call_id: str) -> str:
