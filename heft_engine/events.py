@@ -44,7 +44,9 @@ class StageData(TypedDict):
 
 class StartedData(TypedDict):
     method: str
-    resolved: dict[str, Any]  #: stages, task, dtype, device, max_length, base_model: nothing left on "auto"
+    resolved: dict[
+        str, Any
+    ]  #: stages, task, dtype, base_quantization, device, max_length, base_model: nothing left on "auto"
     rows: int
     truncated: int  #: rows whose passage was shortened
     total_steps: int

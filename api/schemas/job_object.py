@@ -89,7 +89,7 @@ class JobObject(Identified):
             early_stopping=None if spec.early_stopping is None else spec.early_stopping.model_dump(),
             max_length=resolved.get("max_length", spec.max_length),
             dtype=resolved.get("dtype", spec.dtype),
-            base_quantization=spec.base_quantization,
+            base_quantization=resolved.get("base_quantization", spec.base_quantization),
             reuse=spec.reuse,
             n_checkpoints=spec.n_checkpoints,
             stage=job.stage,

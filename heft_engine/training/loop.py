@@ -203,7 +203,7 @@ class TrainLoop:
             self._best_epoch.end_epoch(progress, self.adapter.parameters())
         message = f"Epoch {progress.epoch} of {self.stage.n_epochs}"
         if progress.finished and progress.epoch < self.stage.n_epochs:
-            message += f"; the stage stops here, with the parameters of epoch {progress.best_epoch}"
+            message += f"; the stage stops here, its best epoch was {progress.best_epoch or 'none'}"
             data["stopped_early"] = True
         self._emit("EPOCH_COMPLETE", message, epoch=progress.epoch, **data, **self.objective.report())
         if progress.epoch < self.stage.n_epochs and not progress.finished:

@@ -36,6 +36,7 @@ def started(inputs: RunInputs) -> Event:
             "stages": [stage.model_dump() for stage in config.stages],
             "task": inputs.encoder.task.to_json(),
             "dtype": dtype_name(inputs.lm.dtype),
+            "base_quantization": config.base_quantization,
             "device": str(inputs.lm.device),
             "max_length": inputs.encoder.max_length,
             "base_model": {"source": inputs.base.source, "revision": inputs.base.revision},

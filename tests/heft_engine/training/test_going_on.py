@@ -197,6 +197,7 @@ def test_a_quantised_base_stays_quantised(tiny_llama_dir: Path, tmp_path: Path) 
     same_model(second, whole)
     assert second.bundle is not None
     assert second.bundle.info.base_quantization == "nf4"
+    assert second.one("STARTED")["resolved"]["base_quantization"] == "nf4"
     served_as_trained(second)
 
 
