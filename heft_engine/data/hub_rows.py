@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
@@ -37,6 +38,21 @@ def row_converter(dataset: HubReference, columns: Sequence[str]) -> Converter:
         "choices and answerKey, prompt and completion, messages, input_sentence_1 to 4 with sentence_quiz1, "
         "sentence_quiz2 and answer_right_ending, or sentence1 to sentence5"
     )
+
+
+def _chat(fields: Fields) -> dict[str, Any]:
+    """A conversation with its tools, which many datasets hold as JSON text, because tables give all tools the same
+    fields and fill those of other tools with nulls."""
+    tools = fields.get("tools")
+    if isinstance(tools, str):
+        tools = json.loads(tools)
+    return {"messages": fields["messages"], **({"tools": _without_nulls(tools)} if tools else {})}
+
+
+def _without_nulls(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {name: _without_nulls(item) for name, item in value.items() if item is not None}
+    return [_without_nulls(item) for item in value] if isinstance(value, list) else value
 
 
 def _only(*columns: str) -> Converter:
@@ -103,7 +119,7 @@ def _story(fields: Fields) -> dict[str, Any]:
 
 _BY_NAME: Mapping[str, Converter] = {"openai/gsm8k": _gsm8k}
 _BY_COLUMNS: tuple[tuple[set[str], Converter], ...] = (
-    ({"messages"}, _only("messages")),
+    ({"messages"}, _chat),
     ({"prompt", "completion"}, _only("prompt", "completion")),
     ({*STORY_COLUMNS, *ENDING_COLUMNS}, _story_ending),
     (set(SENTENCE_COLUMNS), _story),

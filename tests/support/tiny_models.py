@@ -124,6 +124,7 @@ class ChatFamily:
     special: tuple[str, ...] = ("<|im_start|>", "<|im_end|>")
     end: str = "<|im_end|>"
     format: str | None = "hermes"
+    template: Path | None = None  #: None: the file of the family's name in CHAT_TEMPLATES
     call: str = '<tool_call>\n{"name": "weather", "arguments": {"city": "Rome"}}\n</tool_call>'
     parallel: bool = True
 
@@ -131,6 +132,9 @@ class ChatFamily:
 CHAT_FAMILIES = {
     "hermes": ChatFamily(),
     "qwen2": ChatFamily(),
+    "smollm2": ChatFamily(
+        template=Path(__file__).parents[2] / "heft_engine/model/smollm2_chat_template.jinja"
+    ),
     "qwen3": ChatFamily(),
     "llama3": ChatFamily(
         special=("<|start_header_id|>", "<|end_header_id|>", "<|eot_id|>", "<|python_tag|>"),
@@ -162,7 +166,8 @@ def save_chat_tokenizer(path: Path, name: str) -> Path:
     tokenizer: Any = AutoTokenizer.from_pretrained(path)
     tokenizer.add_tokens(list(CHAT_FAMILIES[name].special), special_tokens=True)
     tokenizer.save_pretrained(path)
-    shutil.copy(CHAT_TEMPLATES / f"{name}.jinja", path / "chat_template.jinja")
+    template = CHAT_FAMILIES[name].template or CHAT_TEMPLATES / f"{name}.jinja"
+    shutil.copy(template, path / "chat_template.jinja")
     return path
 
 

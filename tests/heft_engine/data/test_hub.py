@@ -199,6 +199,21 @@ def test_boolq_as_the_hub_has_it(hub: FakeHub, ask: Ask) -> None:
             {"messages": [{"role": "user", "content": "hi"}]},
             {"messages": [{"role": "user", "content": "hi"}]},
         ),
+        (
+            {
+                "messages": [{"role": "user", "content": "hi"}],
+                "tools": '[{"function": {"name": "f"}}]',
+                "id": 1,
+            },
+            {"messages": [{"role": "user", "content": "hi"}], "tools": [{"function": {"name": "f"}}]},
+        ),
+        (
+            {
+                "messages": [{"role": "user", "content": "hi"}],
+                "tools": [{"function": {"name": "f", "x": None}}],
+            },
+            {"messages": [{"role": "user", "content": "hi"}], "tools": [{"function": {"name": "f"}}]},
+        ),
     ],
 )
 def test_columns_become_rows(hub: FakeHub, ask: Ask, columns: dict[str, Any], row: dict[str, Any]) -> None:

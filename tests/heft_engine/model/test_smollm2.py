@@ -5,7 +5,9 @@ from pathlib import Path
 
 import pytest
 import torch
+from transformers import AutoTokenizer
 
+from heft_engine.model import smollm2
 from heft_engine.model.base_models import load_model, load_tokenizer, resolve
 from heft_engine.model.model_files import inspect, weights_hash
 
@@ -38,3 +40,20 @@ def test_the_alias_becomes_an_ordinary_model(tmp_path: Path) -> None:
     assert resolve("smollm2-135m", cache_dir=tmp_path) == base
     assert weights_hash(base.path) == digest
     assert time.monotonic() - began < 5, "the second time nothing is converted or hashed again"
+
+
+def test_the_chat_template_differs_from_the_packages_own_for_tools_alone(tmp_path: Path) -> None:
+    base = resolve("smollm2-135m", cache_dir=tmp_path)
+    gguf = smollm2._gguf_file()
+    packaged = AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name)
+    tokenizer = load_tokenizer(base.path)
+    user = {"role": "user", "content": " hi "}
+    for conversation in (
+        [user],
+        [{"role": "system", "content": "Be brief."}, user],
+        [user, {"role": "assistant", "content": "yes"}, user],
+    ):
+        for generation in (True, False):
+            settings: dict[str, bool] = {"tokenize": False, "add_generation_prompt": generation}
+            ours = tokenizer.apply_chat_template(conversation, **settings)
+            assert ours == packaged.apply_chat_template(conversation, **settings)
