@@ -73,6 +73,8 @@ class MetricsData(StageData):
     learning_rate: float
     tokens: int  #: of the stage so far
     seconds: float  #: in the stage's steps so far
+    loss_scale: NotRequired[float]  #: of a float16 model, after the step
+    overflows: NotRequired[int]  #: of the stage so far: steps that were taken again with a lower loss scale
 
 
 class EpochCompleteData(StageData):

@@ -16,7 +16,7 @@ from heft_engine.config.metric_names import MetricName, TaskType, metrics_error
 
 Auto = Literal["auto"]
 Scheduler = Literal["linear", "cosine", "constant"]
-Dtype = Literal["auto", "float32", "bfloat16"]
+Dtype = Literal["auto", "float32", "bfloat16", "float16"]
 BaseQuantization = Literal["nf4"]
 LoraInit = Literal["default", "pissa", "pissa_niter_4", "pissa_niter_16", "olora"]
 InterventionKind = Literal["loreft", "direft", "consreft", "lobireft", "noreft", "nodireft"]

@@ -19,7 +19,7 @@ from heft_engine.diagnostics.curvature import InitialIntervention
 from heft_engine.model.packed_lm import PackedLM
 from heft_engine.objectives.supervised import SupervisedObjective
 from heft_engine.training.forward_pass import SuffixPass, split_by_tokens, summed_loss
-from heft_engine.training.loop import BETAS, EPSILON
+from heft_engine.training.optimization.optimizer import BETAS, EPSILON
 from heft_engine.training.progress import TOKEN_BUDGET
 
 

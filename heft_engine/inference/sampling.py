@@ -132,5 +132,5 @@ class Sampler:
         cumulative = weights.double().cumsum(0)
         uniform = float(torch.rand((), dtype=torch.float64, generator=self._generator))
         index = int(torch.searchsorted(cumulative, uniform * cumulative[-1], right=True))
-        # The product may round up to the total: then it is the last index that has a weight.
-        return index if index < len(weights) else int(weights.nonzero()[-1])
+        # The product may round up to the total: then it is the first index at which the sum has reached it.
+        return index if index < len(weights) else int(cumulative.argmax())

@@ -23,6 +23,8 @@ class Family:
     rotary_by_layer_type: bool = False
     #: Whether `num_key_value_heads` counts; otherwise every query head has keys and values of its own.
     grouped_heads: bool = True
+    #: False: hidden states exceed 65,504, float16's largest number, so "auto" is never float16.
+    fits_float16: bool = True
 
 
 FAMILIES: dict[str, Family] = {
@@ -30,9 +32,9 @@ FAMILIES: dict[str, Family] = {
     "mistral": Family(),
     "qwen2": Family(),
     "qwen3": Family(),
-    "gemma": Family(),
-    "gemma2": Family(),
-    "gemma3_text": Family(rotary_by_layer_type=True),
+    "gemma": Family(fits_float16=False),
+    "gemma2": Family(fits_float16=False),
+    "gemma3_text": Family(rotary_by_layer_type=True, fits_float16=False),
     # One fused projection holds query, key and value.
     "gpt_neox": Family(
         backbone="gpt_neox",

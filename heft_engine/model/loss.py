@@ -21,6 +21,9 @@ from heft_engine.runtime.transfers import index_tensor
 
 #: Supervised tokens whose logits are in memory at a time.
 CHUNK = 256
+#: Gradients in float16 are kept as multiples of 1/1024 until the backward pass: below 6e-8 there are no numbers. Their
+#: elements are at most twice the head's largest weight.
+GRADIENT_SCALE = 1_024.0
 
 
 class LossSums(NamedTuple):
@@ -67,7 +70,9 @@ class _CrossEntropy(torch.autograd.Function):
             with torch.enable_grad():
                 leaf = chunk.detach().requires_grad_()
                 sums = _sums(lm, leaf, chunk_targets)
-                gradients += torch.autograd.grad(sums.loss, leaf)
+                is_scaled = hidden.dtype == torch.float16
+                loss = sums.loss * GRADIENT_SCALE if is_scaled else sums.loss
+                gradients += torch.autograd.grad(loss, leaf)
             parts.append(LossSums(sums.loss.detach(), sums.correct))
         ctx.save_for_backward(torch.cat(gradients))
         total = _total(parts)
@@ -77,7 +82,10 @@ class _CrossEntropy(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor, None, None]:
         (gradient,) = ctx.saved_tensors
-        return gradient * grad_outputs[0].to(gradient.device), None, None
+        factor = grad_outputs[0].to(gradient.device)
+        if gradient.dtype == torch.float16:
+            return (gradient.float() * (factor / GRADIENT_SCALE)).to(gradient.dtype), None, None
+        return gradient * factor, None, None
 
 
 def _chunks(hidden: Tensor, targets: list[int]) -> Iterator[tuple[Tensor, Tensor]]:

@@ -75,17 +75,20 @@ def machine() -> dict[str, Any]:
     return {"gpus": gpus, "host_bytes": host, "auto_dtype": dtype_name(choose_dtype("auto", device))}
 
 
-def choose_dtype(requested: Dtype, device: str) -> torch.dtype:
-    """Returns the requested dtype; for "auto", bfloat16 where the hardware multiplies it, else float32.
+def choose_dtype(requested: Dtype, device: str, *, fits_float16: bool = True) -> torch.dtype:
+    """Returns the requested dtype; for "auto", bfloat16 where the hardware multiplies it.
 
-    GPUs before compute capability 8.0 (T4, V100) only emulate bfloat16.
+    Elsewhere it is float32 on a CPU, and float16 on a GPU: before compute capability 8.0 (T4, V100) bfloat16 is
+    emulated there.
+    fits_float16: False for a model whose hidden states are too large for it, which is float32 there.
     """
     if requested != "auto":
-        return torch.float32 if requested == "float32" else torch.bfloat16
-    has_bfloat16 = (
-        torch.cuda.is_bf16_supported(including_emulation=False) if device != "cpu" else _cpu_has_bfloat16()
-    )
-    return torch.bfloat16 if has_bfloat16 else torch.float32
+        return dtype_of(requested)
+    if device == "cpu":
+        return torch.bfloat16 if _cpu_has_bfloat16() else torch.float32
+    if torch.cuda.is_bf16_supported(including_emulation=False):
+        return torch.bfloat16
+    return torch.float16 if fits_float16 else torch.float32
 
 
 def _cpu_has_bfloat16() -> bool:

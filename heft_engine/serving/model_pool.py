@@ -22,7 +22,8 @@ from heft_engine.bundle.format import read_bundle
 from heft_engine.config.metric_names import TaskType
 from heft_engine.errors import BundleError
 from heft_engine.model.base_models import BaseModel, resolve
-from heft_engine.runtime.devices import choose_device, choose_dtype, dtype_of
+from heft_engine.model.precision import dtype_for
+from heft_engine.runtime.devices import choose_device, dtype_of
 from heft_engine.runtime.out_of_memory import is_out_of_memory
 from heft_engine.runtime.threads import run_in_short_lived_thread
 from heft_engine.serving.batcher import Batcher
@@ -196,7 +197,7 @@ class ModelPool:
     def _load_model(self, entry: PoolEntry, kind: Kind | None = None) -> LoadedModel:
         if isinstance(entry.name, BaseName):
             model = resolve(entry.name.reference, **self._source)
-            key = BaseKey.of(model, choose_dtype("auto", self._device))
+            key = BaseKey.of(model, dtype_for(model, "auto", self._device))
             with self._loading:
                 base = self._get_base(entry, key, model)
                 return base.load_plain(entry.name.task, scope=(entry.name.reference, "base"))

@@ -31,7 +31,8 @@ from heft_engine.model.auto_settings import resolve_max_length
 from heft_engine.model.base_models import BaseModel, load_model, load_tokenizer, resolve
 from heft_engine.model.model_files import inspect
 from heft_engine.model.packed_lm import PackedLM
-from heft_engine.runtime.devices import choose_device, choose_dtype
+from heft_engine.model.precision import dtype_for
+from heft_engine.runtime.devices import choose_device
 from heft_engine.runtime.threads import run_in_short_lived_thread
 from heft_engine.serving.batcher import Batcher, wait
 from heft_engine.serving.text_generator import OnDelta, TextDelta, TextGenerator, TextRequest
@@ -280,7 +281,7 @@ def load_base(
 
     def load_plain() -> tuple[BaseModel, PackedLM]:
         model = resolve(reference, model_dir=model_dir, cache_dir=cache_dir, allow_paths=allow_paths)
-        dtype = choose_dtype("auto", device)
+        dtype = dtype_for(model, "auto", device)
         lm = PackedLM(load_model(model, dtype=dtype, device=device, attention=IMPLEMENTATION))
         lm.pack()
         return model, lm

@@ -88,3 +88,11 @@ def divergence_message(stage: Stage, loss: float) -> str:
     rank = getattr(stage, "rank", None)
     smaller = f" or {stage.type}.rank (now {rank})" if rank is not None else ""
     return f"Stage {stage.type} diverges: its loss rose to {loss:.3g}. {lower}{smaller}"
+
+
+def overflow_message(stage: Stage) -> str:
+    """Returns what to change in a stage whose gradients, or whose loss, are too large for float16."""
+    return (
+        f"Stage {stage.type} does not fit float16: its loss or its gradients are not finite, with every loss scale "
+        "down to 1. Choose dtype float32, or bfloat16 on a GPU that has it"
+    )

@@ -18,25 +18,24 @@ from torch import Tensor
 
 from heft_engine.adapters.adapter import Adapter
 from heft_engine.config.train import EarlyStopping, Stage
-from heft_engine.errors import Stopped, TrainingError
+from heft_engine.errors import OutOfMemory, Stopped, TrainingError
 from heft_engine.events import Event, OnEvent
 from heft_engine.model.loss import LossSums
 from heft_engine.model.packing import packed_length
 from heft_engine.objectives.objective import Objective
 from heft_engine.runtime.distributed import SINGLE_PROCESS, Ranks
+from heft_engine.runtime.random_state import RandomState
 from heft_engine.training.best_epoch import BestEpoch
 from heft_engine.training.data_parallel.exchange import Exchange
-from heft_engine.training.failure_signatures import divergence_message
+from heft_engine.training.failure_signatures import divergence_message, overflow_message
 from heft_engine.training.forward_pass import ForwardPass, added_up, loss_sums, probe_states, split_by_tokens
+from heft_engine.training.optimization.optimizer import StageOptimizer
 from heft_engine.training.progress import Progress
 from heft_engine.training.schedule import epoch_order, learning_rate_at
 from heft_engine.training.smaller_passes import run_in_smaller_passes
 
-BETAS, EPSILON = (0.9, 0.999), 1e-8
 #: After so many steps (or at the end of a shorter stage) the hidden states of probe rows must have changed.
 TRAINS_AFTER = 20
-#: A running mean of the loss this many times its lowest value, and more than 1 nat above it, is called divergence.
-DIVERGED = 2.0
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -74,16 +73,9 @@ class TrainLoop:
     probe_before: Tensor | None = None  #: hidden states of the probe rows before the first step
 
     def __post_init__(self) -> None:
-        parameters, no_decay = self.adapter.parameters(), self.adapter.no_decay()
-        decaying = [parameter for name, parameter in parameters.items() if name not in no_decay]
-        constant = [parameter for name, parameter in parameters.items() if name in no_decay]
-        groups = [
-            {"params": decaying, "weight_decay": self.stage.weight_decay},
-            {"params": constant, "weight_decay": 0.0},
-        ]
-        #: One kernel for all parameters of a GPU; Adam's step counters are on the GPU then.
-        self._fused = all(parameter.is_cuda for parameter in parameters.values())
-        self.optimizer = torch.optim.AdamW(groups, lr=0.0, betas=BETAS, eps=EPSILON, fused=self._fused)
+        self.optimizer = StageOptimizer(
+            self.stage, self.adapter.parameters(), self.adapter.no_decay(), self.forward.lm.dtype
+        )
         self._best_epoch = BestEpoch(settings=self.early_stopping)
         self._exchange = Exchange(
             ranks=self.ranks,
@@ -109,10 +101,11 @@ class TrainLoop:
         while self.progress.epoch < self.stage.n_epochs and not self.progress.finished:
             for rows in self._remaining_batches():
                 started = time.monotonic()
-                loss, correct, count = self._forward_backward(rows)
                 learning_rate = learning_rate_at(self.stage, self.progress.step, self.stage_steps)
-                self._optimizer_step(learning_rate)
-                self._record_step(rows, loss, correct, count, time.monotonic() - started)
+                loss, correct, count = self._train_step(rows, learning_rate)
+                tokens = sum(packed_length(self.forward.examples[row]) for row in rows)
+                seconds = time.monotonic() - started
+                self.progress.add_step(loss, correct, count, tokens=tokens, seconds=seconds)
                 self._warn_of_divergence(loss / count)
                 self._emit_metrics(loss / count, correct / count, learning_rate)
                 if self.progress.step == min(TRAINS_AFTER, self.stage_steps):
@@ -136,17 +129,39 @@ class TrainLoop:
         for start in range(done * size, len(order), size):
             yield order[start : start + size]
 
+    def _train_step(self, rows: Sequence[int], learning_rate: float) -> tuple[float, float, int]:
+        """Takes one optimizer step. Returns what `_forward_backward` returns.
+
+        Where gradients of a scaled loss overflow, the step is taken with a lower scale, on the same rows and with the
+        same random numbers. All ranks do so: they have the same summed gradients.
+        """
+        random_state = RandomState.current()
+        while True:
+            loss, correct, count = self._forward_backward(rows)
+            is_finite = math.isfinite(loss / count)
+            if not is_finite and not self.optimizer.loss_scale.is_used:
+                raise TrainingError(divergence_message(self.stage, loss / count), code="diverged")
+            if self._optimizer_step(learning_rate, random_state):
+                break
+            self.progress.overflows += 1
+            if self.optimizer.loss_scale.is_exhausted:
+                raise TrainingError(overflow_message(self.stage), param="dtype", code="diverged")
+            random_state.restore()
+        if not is_finite:
+            raise TrainingError(divergence_message(self.stage, loss / count), code="diverged")
+        return loss, correct, count
+
     def _forward_backward(self, rows: Sequence[int]) -> tuple[float, float, int]:
         """Accumulates the gradients of one step. Returns its summed loss, its correct tokens, and the count of all."""
         count = self.objective.count([self.forward.examples[row] for row in rows])
         share = self.forward.share(rows)
 
         def accumulate(token_budget: int) -> Tensor:
-            self.optimizer.zero_grad(set_to_none=True)
+            self.optimizer.zero_grad()
             sums: list[LossSums] = []
             for micro_batch in split_by_tokens(self.forward.tokens, share, token_budget):
                 loss, correct = loss_sums(self.forward, self.objective, micro_batch)
-                (loss / count).backward()  # type: ignore[no-untyped-call]
+                self.optimizer.loss_scale.scaled(loss / count).backward()  # type: ignore[no-untyped-call]
                 sums.append(LossSums(loss.detach(), correct))
             return added_up(sums, self.forward.lm.device)
 
@@ -156,28 +171,17 @@ class TrainLoop:
         self.adapter.train(False)
         # Reads the sums, once: each read makes the host wait for the GPU.
         total, correct = self._exchange.sum_gradients(self.adapter.parameters(), sums)
-        if not math.isfinite(total / count):
-            raise TrainingError(divergence_message(self.stage, total / count), code="diverged")
         return total, correct, count
 
-    def _optimizer_step(self, learning_rate: float) -> None:
-        for group in self.optimizer.param_groups:
-            group["lr"] = learning_rate
-        parameters = [p for group in self.optimizer.param_groups for p in group["params"]]
-        torch.nn.utils.clip_grad_norm_(parameters, self.stage.max_grad_norm)
-        self.optimizer.step()
-
-    def _record_step(
-        self, rows: Sequence[int], loss: float, correct: float, count: int, seconds: float
-    ) -> None:
-        progress = self.progress
-        progress.step += 1
-        progress.tokens += sum(packed_length(self.forward.examples[row]) for row in rows)
-        progress.loss, progress.token_accuracy = loss / count, correct / count
-        progress.epoch_loss += loss
-        progress.epoch_correct += correct
-        progress.epoch_tokens += count
-        progress.seconds += seconds
+    def _optimizer_step(self, learning_rate: float, random_state: RandomState) -> bool:
+        """Returns False if the step was not taken. random_state: before the step's passes."""
+        try:
+            return self.optimizer.step(learning_rate)
+        except OutOfMemory:
+            if self.optimizer.is_restored:
+                random_state.restore()
+                self.hooks.save(self.progress, self._tensors, True)  # nothing is lost
+            raise
 
     # -- the end of an epoch ----------------------------------------------------------------------------------------
 
@@ -243,17 +247,9 @@ class TrainLoop:
         self._emit("WARNING", message, level="warn", signature="out_of_memory")
 
     def _warn_of_divergence(self, loss: float) -> None:
-        progress = self.progress
-        progress.running = loss if progress.running is None else 0.9 * progress.running + 0.1 * loss
-        progress.lowest = min(progress.running, progress.lowest if progress.lowest is not None else math.inf)
-        if not progress.warned and progress.running > max(DIVERGED * progress.lowest, progress.lowest + 1):
-            progress.warned = True
-            self._emit(
-                "WARNING",
-                divergence_message(self.stage, progress.running),
-                level="warn",
-                signature="diverges",
-            )
+        if self.progress.begins_to_diverge(loss):
+            message = divergence_message(self.stage, self.progress.running or loss)
+            self._emit("WARNING", message, level="warn", signature="diverges")
 
     def _check_parameters(self) -> None:
         """Raises TrainingError for parameters that are not finite (the last step may do it) or break an invariant."""
@@ -295,9 +291,8 @@ class TrainLoop:
             tensors["before"] = self.probe_before
         for name, parameter in self.adapter.parameters().items():
             tensors[f"parameter/{name}"] = parameter
-            for key, value in self.optimizer.state.get(parameter, {}).items():
-                tensors[f"adam/{key}/{name}"] = value
-        return tensors | {f"best/{name}": tensor for name, tensor in self._best_epoch.parameters.items()}
+        best = {f"best/{name}": tensor for name, tensor in self._best_epoch.parameters.items()}
+        return tensors | self.optimizer.tensors() | best
 
     def restore(self, progress: Progress, tensors: dict[str, Tensor]) -> None:
         """Continues from `_tensors`. The caller restores the random state afterwards."""
@@ -307,15 +302,7 @@ class TrainLoop:
         self._load(_with_prefix("parameter/", tensors))
         for name, buffer in self._buffers().items():
             buffer.copy_(tensors[name])
-        for name, parameter in self.adapter.parameters().items():
-            if f"adam/step/{name}" in tensors:
-                moments = {
-                    key: tensors[f"adam/{key}/{name}"].to(parameter.device, copy=True)
-                    for key in ("exp_avg", "exp_avg_sq")
-                }
-                device = parameter.device if self._fused else torch.device("cpu")
-                step = tensors[f"adam/step/{name}"].to(device, copy=True)
-                self.optimizer.state[parameter] = {"step": step, **moments}
+        self.optimizer.restore(tensors)
 
     @torch.no_grad()
     def _load(self, tensors: dict[str, Tensor]) -> None:
@@ -337,6 +324,7 @@ class TrainLoop:
             learning_rate=learning_rate,
             tokens=progress.tokens,
             seconds=round(progress.seconds, 3),
+            **self.optimizer.loss_scale.report(progress.overflows),
         )
 
     def _emit(self, code: Any, message: str, *, level: Any = "info", **data: Any) -> None:

@@ -167,7 +167,7 @@ def _free_bytes(options: StageOptions, device: torch.device) -> int:
 def _fixed_bytes(inputs: StageInputs, *caches: CachePlan) -> int:
     """Returns what the stage takes of the device from its start to its end.
 
-    There are caches, gradients, Adam's state, and a weight that is dequantised.
+    There are caches, gradients, Adam's state (with the backup of a step on a CPU), and a weight that is dequantised.
     """
     cached = sum(cache.bytes_on(inputs.lm.device) for cache in caches)
     gradients = memory_plan.gradient_bytes(list(inputs.adapter.parameters().values()))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, fields
 from typing import Any
@@ -9,6 +10,8 @@ from typing import Any
 #: Tokens of one micro-batch, at most: larger ones are no faster. Bits of the gradient's sum depend on it, so
 #: checkpoints carry it.
 TOKEN_BUDGET = 1_536
+#: A running mean of the loss this many times its lowest value, and more than 1 nat above it, is called divergence.
+DIVERGED = 2.0
 
 
 @dataclass(kw_only=True)
@@ -30,6 +33,7 @@ class Progress:
     running: float | None = None  #: exponential mean of the step losses
     lowest: float | None = None
     warned: bool = False
+    overflows: int = 0  #: steps of this stage that were taken again, with a lower loss scale
     best_loss: float | None = None
     best_token_accuracy: float | None = None
     best_accuracy: float | None = None
@@ -43,6 +47,25 @@ class Progress:
     #: How training and validation rows are cached. Decided when the stage starts, because it changes rounding.
     cache: dict[str, Any] | None = None
     validation_cache: dict[str, Any] | None = None
+
+    def add_step(self, loss: float, correct: float, count: int, *, tokens: int, seconds: float) -> None:
+        """Counts one optimizer step. loss, correct: sums over its `count` of the objective. tokens: of its rows."""
+        self.step += 1
+        self.tokens += tokens
+        self.seconds += seconds
+        self.loss, self.token_accuracy = loss / count, correct / count
+        self.epoch_loss += loss
+        self.epoch_correct += correct
+        self.epoch_tokens += count
+
+    def begins_to_diverge(self, loss: float) -> bool:
+        """Takes in the loss of a step. Returns True the first time that its running mean has risen too far."""
+        self.running = loss if self.running is None else 0.9 * self.running + 0.1 * loss
+        self.lowest = min(self.running, self.lowest if self.lowest is not None else math.inf)
+        if self.warned or self.running <= max(DIVERGED * self.lowest, self.lowest + 1):
+            return False
+        self.warned = True
+        return True
 
     @property
     def losses(self) -> dict[str, float]:

@@ -19,8 +19,8 @@ from heft_engine.model.auto_settings import resolve_max_length, resolve_stage
 from heft_engine.model.base_models import BaseModel, load_model, load_tokenizer
 from heft_engine.model.model_files import inspect
 from heft_engine.model.packed_lm import PackedLM
+from heft_engine.model.precision import dtype_for
 from heft_engine.objectives.registry import create
-from heft_engine.runtime.devices import choose_dtype
 from heft_engine.runtime.distributed import SINGLE_PROCESS, Ranks
 
 #: Probe rows are the shortest of this many rows.
@@ -90,7 +90,7 @@ def load(
         raise ConfigError(reason, param="early_stopping.metric")
     max_length = resolve_max_length(config.max_length, model_info.max_position_embeddings)
     encoder = Encoder(tokenizer, task, max_length, vocab_size=model_info.vocab_size)
-    dtype = choose_dtype(config.dtype, device)
+    dtype = dtype_for(base, config.dtype, device)
     quantization = config.base_quantization
     model = load_model(base, dtype=dtype, device=device, attention=IMPLEMENTATION, quantization=quantization)
     lm = PackedLM(model)

@@ -217,5 +217,12 @@ def dequantized_bytes(lm: PackedLM) -> int:
 
 
 def gradient_bytes(parameters: Sequence[Tensor]) -> int:
-    """Returns the bytes of the gradients and Adam's two moments."""
-    return 3 * sum(parameter.numel() * parameter.element_size() for parameter in parameters)
+    """Returns the bytes of the gradients and Adam's two moments; on a CPU also of a step's backup.
+
+    That holds parameters and moments (heft_engine.training.optimization).
+    """
+    copies = [6 if parameter.device.type == "cpu" else 3 for parameter in parameters]
+    return sum(
+        count * parameter.numel() * parameter.element_size()
+        for count, parameter in zip(copies, parameters, strict=True)
+    )

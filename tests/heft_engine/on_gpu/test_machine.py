@@ -37,7 +37,7 @@ def keeps_random_states(gpu: Gpu) -> dict[str, Any]:
 
 @pytest.mark.parametrize(
     ("capability", "requested", "dtype"),
-    [((9, 0), "auto", "bfloat16"), ((7, 5), "auto", "float32"), ((7, 5), "bfloat16", "bfloat16")],
+    [((9, 0), "auto", "bfloat16"), ((7, 5), "auto", "float16"), ((7, 5), "bfloat16", "bfloat16")],
 )
 def test_bfloat16_is_chosen_where_the_hardware_multiplies_it(
     capability: tuple[int, int], requested: Dtype, dtype: str

@@ -33,6 +33,7 @@ from heft_engine.training.activation_cache import SuffixCache
 from heft_engine.training.forward_pass import ForwardPass, FullPass, SuffixPass
 from heft_engine.training.loop import Hooks, TrainLoop
 from heft_engine.training.memory.low_memory_layers import low_memory_layers
+from heft_engine.training.optimization.loss_scale import LossScale
 
 pytestmark = requires_pretended_gpu
 
@@ -90,15 +91,27 @@ def trains(
         loop.progress.token_budget = 48  # several micro-batches
         for _ in range(2):
             gpu.watch.clear()
-            loop._forward_backward(range(4))
-            loop._optimizer_step(1e-3)
+            loop._train_step(range(4), 1e-3)
         waits = list(gpu.watch.synchronisations.elements())
         loop._validation_loss()
         loop.restore(loop.progress, loop._tensors())
-        loop._forward_backward(range(4))
-        loop._optimizer_step(1e-3)
-    places = {str(tensor.device) for state in loop.optimizer.state.values() for tensor in state.values()}
+        loop._train_step(range(4), 1e-3)
+    places = {
+        str(tensor.device) for state in loop.optimizer.adamw.state.values() for tensor in state.values()
+    }
     return {"waits": waits, "places": sorted(places)}
+
+
+def trains_in_float16(gpu: Gpu, **scenario: Any) -> dict[str, Any]:
+    """The same in float16, where the scale of the loss is read after each step; a pretended one is never a number."""
+    update = LossScale.update
+
+    def counting_update(scale: LossScale) -> bool:
+        update(scale)
+        return True
+
+    LossScale.update = counting_update  # type: ignore[method-assign]
+    return trains(gpu, dtype=torch.float16, **scenario)
 
 
 def trains_in_a_rank(gpu: Gpu, **scenario: Any) -> dict[str, Any]:
@@ -181,6 +194,9 @@ def check(all_scenarios: list[Any], seconds: float, gpus: int = 1) -> None:
             # To read the loss. The optimizer's state is on the GPU, after a resume too.
             assert len(report.values["waits"]) == 1, (name, report.values["waits"])
             assert set(report.values["places"]) <= {f"cuda:{index}" for index in range(gpus)}, name
+        if scenario.func is trains_in_float16:
+            assert len(report.values["waits"]) == 2, (name, report.values["waits"])
+            assert report.values["places"] == ["cuda:0"], name
         if scenario.func is trains_in_a_rank:
             assert len(report.values["waits"]) == 1, (name, report.values["waits"])
             assert report.values["places"] == ["cuda:1"], name
@@ -194,7 +210,8 @@ def test_a_step_and_a_scoring_pass_wait_for_the_gpu_once() -> None:
     """Also in the second of two processes, which stays on its own GPU."""
     stages = [(LORA | {"dropout": 0.1}, "nothing"), *((REFT, level) for level in LEVELS)]
     ranks = [partial(trains_in_a_rank, stage=stage, level=level, family="llama") for stage, level in stages]
-    check([*scenarios([{}], [{}], family="llama"), *ranks], 200, gpus=2)
+    halves = [partial(trains_in_float16, stage=stage, level=level, family="llama") for stage, level in stages]
+    check([*scenarios([{}], [{}], family="llama"), *ranks, *halves], 200, gpus=2)
 
 
 def test_a_diagnosis_runs_on_a_gpu() -> None:

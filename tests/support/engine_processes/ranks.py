@@ -19,6 +19,7 @@ from engine_runs import RunRecord, parse, run, yes_no
 from heft_engine.config.run_file import SECRET
 from heft_engine.config.train import TrainConfig
 from heft_engine.errors import ForgedMessage, Stopped, TrainingError
+from heft_engine.model.loss import LossSums
 from heft_engine.runtime.distributed import Ranks
 from heft_engine.runtime.messages import Authenticator
 from heft_engine.runtime.rendezvous import process_group
@@ -37,6 +38,7 @@ class Run:
     rows: int = 22
     stop_after: int | None = None
     out_of_memory: bool = False  #: the last rank, and no other, runs out of memory once
+    overflows: bool = False  #: the gradients of the last rank, and no other, overflow in one pass
     reuses_stages: bool = False  #: of earlier runs in the same folder
     resume_from: str | None = None  #: the run whose last checkpoint it continues
     options: dict[str, Any] = field(default_factory=dict)
@@ -71,6 +73,20 @@ def run_out_of_memory_once() -> None:
     loop.loss_sums = fail
 
 
+def overflow_later() -> None:
+    """Makes the loss of the sixth training pass of this process too large for finite gradients."""
+    loss_sums, passes = loop.loss_sums, iter(range(1, 1_000))
+
+    def enlarge(*arguments: Any) -> Any:
+        loss, correct = loss_sums(*arguments)
+        if next(passes) < 6:
+            return LossSums(loss, correct)
+        loop.loss_sums = loss_sums
+        return LossSums(loss * 1e38, correct)
+
+    loop.loss_sums = enlarge
+
+
 class Hostile:
     """An object that creates a file where it is unpickled."""
 
@@ -99,6 +115,8 @@ def _run_rank(rank: int, size: int, port: int, secret: str, folder: Path, runs: 
                 resume = max(resume.iterdir())
             if each.out_of_memory and rank == size - 1:
                 run_out_of_memory_once()
+            if each.overflows and rank == size - 1:
+                overflow_later()
             # A resumed process starts with another random state.
             torch.manual_seed(1_000 + rank)
             with suppress(Stopped):

@@ -73,6 +73,8 @@ def all_runs(model: Path, start: Path) -> list[Run]:
         Run(name="stored", config=config(model, "heft"), reuses_stages=True),
         Run(name="reused", config=three_stages(model), reuses_stages=True),
         Run(name="out of memory", config=config(model, "lora"), out_of_memory=True),
+        Run(name="float16", config=config(model, "lora", dtype="float16")),
+        Run(name="overflow", config=config(model, "lora", dtype="float16"), overflows=True),
         Run(name="whole", config=dropout),
         # In the middle of an epoch of stage 1, then of stage 2.
         Run(name="first part", config=dropout, stop_after=1),
@@ -164,6 +166,17 @@ def test_a_rank_that_runs_out_of_memory_goes_on_in_smaller_passes_of_its_own(
     assert first.losses == pytest.approx(plain.losses, abs=LOSS_BOUND)
     assert first.losses != plain.losses
     assert not first.data("WARNING")
+
+
+def test_all_ranks_take_a_step_again_whose_gradients_overflow_on_one(
+    records: dict[str, list[RunRecord]],
+) -> None:
+    first, _ = records["overflow"]
+    plain, _ = records["float16"]
+    last, plain_last = first.data("METRICS")[-1], plain.data("METRICS")[-1]
+    assert last["overflows"] == plain_last["overflows"] + 1
+    assert last["loss_scale"] == plain_last["loss_scale"] / 2
+    assert first.losses == pytest.approx(plain.losses, abs=2e-3)
 
 
 def test_each_rank_has_dropout_masks_of_its_own(
