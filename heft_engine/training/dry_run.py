@@ -26,6 +26,7 @@ from heft_engine.errors import TrainingError
 from heft_engine.model import nf4
 from heft_engine.model.attention import IMPLEMENTATION
 from heft_engine.model.auto_settings import resolve_max_length, resolve_stage
+from heft_engine.model.families import family_of
 from heft_engine.model.packed_lm import PackedLM
 from heft_engine.model.packing import packed_length
 from heft_engine.runtime.devices import dtype_of, reserved_share
@@ -159,6 +160,8 @@ def meta_model(
     model_config: transformers.PreTrainedConfig, config: TrainConfig, auto_dtype: str = "bfloat16"
 ) -> PackedLM:
     """Returns a model without numbers. auto_dtype: bfloat16 on GPUs of compute capability 8.0 and more."""
+    if auto_dtype == "float16" and not family_of(model_config).fits_float16:
+        auto_dtype = "float32"
     dtype = dtype_of(auto_dtype if config.dtype == "auto" else config.dtype)
     model_config._attn_implementation = IMPLEMENTATION
     model_class: Any = transformers.MODEL_FOR_CAUSAL_LM_MAPPING[type(model_config)]

@@ -76,7 +76,8 @@ class StageOptimizer:
         return self.loss_scale.update()
 
     def _clip(self) -> None:
-        torch.nn.utils.clip_grad_norm_(self._parameters.values(), self._max_grad_norm)
+        parameters = [parameter for group in self.adamw.param_groups for parameter in group["params"]]
+        torch.nn.utils.clip_grad_norm_(parameters, self._max_grad_norm)
 
     def _step(self) -> None:
         try:
