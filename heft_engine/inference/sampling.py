@@ -93,8 +93,8 @@ class Sampler:
         if self.params.top_logprobs is None:
             sampled = SampledToken(token=self._choose(adjusted))
         else:
-            own = row if unmasked is None else unmasked.detach().cpu()
-            logprobs, top_logprobs = log_probabilities(own, self.params.top_logprobs)
+            unadjusted = row if unmasked is None else unmasked.detach().cpu()
+            logprobs, top_logprobs = log_probabilities(unadjusted, self.params.top_logprobs)
             token = self._choose(adjusted)
             sampled = SampledToken(token=token, logprob=float(logprobs[token]), top_logprobs=top_logprobs)
         self._counts[sampled.token] += 1
