@@ -19,9 +19,12 @@ from heft_engine.bundle.assemble import assemble
 from heft_engine.bundle.format import Bundle, read_bundle
 from heft_engine.bundle.probe import check_probe
 from heft_engine.bundle.pyreft_format import write_pyreft
+from heft_engine.data.chat_template import ChatTemplate
 from heft_engine.errors import ConfigError
+from heft_engine.inference.greedy import eos_token_ids
 from heft_engine.inference.model_variant import ModelVariant
 from heft_engine.model import smollm2
+from heft_engine.model.base_models import load_tokenizer
 from heft_engine.model.nf4 import store_dense
 
 Format = Literal["merged", "peft", "pyreft"]
@@ -81,6 +84,10 @@ def _merged(bundle: Bundle, out_dir: Path, **source: Any) -> None:
     store_dense(model)
     # transformers does not know this engine's attention.
     model.config._attn_implementation = "sdpa"
+    # Nor does it know that an answer ends as the chat template ends turns, which may differ from EOS.
+    ends = eos_token_ids(lm, ChatTemplate(load_tokenizer(bundle.path / "tokenizer")))
+    if len(ends) > 1:
+        model.generation_config.eos_token_id = sorted(ends)
     model.save_pretrained(out_dir, safe_serialization=True)
     shutil.copytree(bundle.path / "tokenizer", out_dir, dirs_exist_ok=True)
     for directory in bundle.path.glob("reft*"):

@@ -111,6 +111,8 @@ def test_merged_weights_load_in_transformers_with_the_bundles_logits(
     tokenizer = AutoTokenizer.from_pretrained(tmp_path / "merged")
     text = f"{row.passage}\nQuestion: {row.question}\nAnswer:"
     assert tokenizer(text)["input_ids"] == list(examples[0].prompt)
+    ends = tokenizer.convert_tokens_to_ids(["</s>", "<|im_end|>"])
+    assert model.generation_config.eos_token_id == ends, "the second one ends turns in the chat template"
 
 
 def test_a_merged_directory_is_a_base_model_and_keeps_the_interventions_beside_it(
