@@ -4,7 +4,7 @@
     python -m benchmarks.tool_calls --rows 100 --held-out 40     a look
 
 Makes conversations in which the assistant calls one of two offered tools, trains LoRA on them, and asks the base and
-the fine-tuned model for the calls of others. No conversation is in both. Writes results/tool-calls.json.
+the fine-tuned model for the calls of others. No conversation is in both. Writes tool_calls.json.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ from heft_engine.evaluation.evaluate import MetricMean
 from heft_engine.inference.greedy import eos_token_ids, generate
 from heft_engine.serving.predictor import Predictor
 
-RESULT = Path(__file__).parent / "results" / "tool-calls.json"
+RESULT = Path(__file__).with_suffix(".json")
 _CITIES = (
     "Rome",
     "Oslo",
