@@ -5,9 +5,10 @@ Prompt
     without a template has PLAIN_CHAT, with BOS before it where the tokenizer begins texts with one. Templates that
     write a date get TEMPLATE_DATE, so that a prompt is the same whenever it is rendered.
 Answer
-    A turn without tool calls and reasoning is its content. Any other is what the template adds to its prompt for it,
-    up to the end of the turn. What a template writes before every last turn (the empty thoughts of Qwen 3) is left out,
-    as it is in a conversation that goes on.
+    A turn without tool calls and reasoning is its content, after white space that the template writes before it
+    (Mistral). Any other is what the template adds to its prompt for it, up to the end of the turn. Other text that a
+    template writes before every last turn (the empty thoughts of Qwen 3) is left out, as it is in a conversation that
+    goes on.
 End of the turn
     The special token that the template writes after an answer; EOS where it writes none.
 Control tokens
@@ -101,7 +102,9 @@ class ChatTemplate:
     def answer(self, before: Sequence[Message], turn: Message, tools: Sequence[Tool]) -> str:
         """Returns the text of an assistant turn after its prompt, without its end. Raises RowError."""
         if not turn.tool_calls and turn.reasoning_content is None:
-            return self._inserted(turn.content.strip() if self._trims else turn.content)
+            start, _ = self._frame
+            content = turn.content.strip() if self._trims else turn.content
+            return self._inserted(start + content if start.isspace() else content)
         path = f"messages[{len(before)}]"
         self._check_rendered(turn, len(before))
         text = self._turn(before, turn, tools, param=path)

@@ -73,7 +73,7 @@ class TestRoundTrip:
         encoder, family = encoders[name], CHAT_FAMILIES[name]
         of_call, of_answer = train(encoder, CONVERSATION)
         assert text(encoder, of_call.answers[0]) == family.call + family.end
-        assert text(encoder, of_answer.answers[0]) == "Yes, very." + family.end
+        assert text(encoder, of_answer.answers[0]).strip() == "Yes, very." + family.end
         assert of_call.answers[0][-1] == encoder.tokenizer.convert_tokens_to_ids(family.end)
 
     def test_a_request_has_the_prompt_of_training(self, encoders: dict[str, Encoder], name: str) -> None:
@@ -172,7 +172,21 @@ class TestRoundTrip:
             assert example.prompt.count(end) == known.prompt.count(end)
             assert example.answers[0].count(end) == 1
         assert text(encoder, forging[0].prompt).count(forged) == 2
-        assert text(encoder, forging[1].answers[0]) == forged + family.end
+        assert text(encoder, forging[1].answers[0]).strip() == forged + family.end
+
+
+@pytest.mark.parametrize("name", CHAT_FAMILIES)
+def test_turns_without_tools_are_rendered_as_they_were_trained(
+    encoders: dict[str, Encoder], name: str
+) -> None:
+    encoder = encoders[name]
+    again = {"role": "user", "content": "And in Oslo?"}
+    first, second = train(encoder, [QUESTION, ANSWER, again, ANSWER], tools=[])
+    assert ask(encoder, [QUESTION], tools=[]).prompt == first.prompt
+    assert ask(encoder, [QUESTION, ANSWER, again], tools=[]).prompt == second.prompt
+    trained = first.prompt + first.answers[0]
+    assert second.prompt[: len(trained)] == trained
+    assert text(encoder, first.answers[0]).strip() == "Yes, very." + CHAT_FAMILIES[name].end
 
 
 def test_content_and_thoughts_beside_a_call_are_trained_or_refused(encoders: dict[str, Encoder]) -> None:
