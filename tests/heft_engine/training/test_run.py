@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import shutil
 from itertools import pairwise
 from pathlib import Path
 from typing import Any, get_args
 
 import pytest
 from engine_runs import LORA, REFT, ROWS, but, config, parse, run
+from safetensors.torch import load_file, save_file
 
 from heft_engine.config.train import MethodType, TaskSettings
 from heft_engine.data.encoding import Encoder, Example
@@ -81,15 +83,20 @@ def test_every_method_trains_every_task_and_its_bundle_answers_with_the_same_bit
 def test_a_label_that_begins_with_anothers_tokens_can_be_learned(
     tiny_llama_dir: Path, tmp_path: Path
 ) -> None:
+    base = shutil.copytree(tiny_llama_dir, tmp_path / "base")
+    weights = load_file(base / "model.safetensors")
+    # Larger logits: the sums of log-probabilities of a flat model's answers go by their lengths alone.
+    weights["model.norm.weight"] *= 20
+    save_file(weights, base / "model.safetensors", metadata={"format": "pt"})
     labels = ["name", "name of the list"]
     rows = [
         {"question": "what is it", "passage": passage, "answer": label}
         for passage, label in zip(("river", "stone"), labels, strict=True)
     ]
     task = TaskSettings(type="choice", labels=labels)
-    stage = but(LORA, n_epochs=8, batch_size=4)
+    stage = but(LORA, n_epochs=12, batch_size=4, learning_rate=1e-2)
     parsed = [parse_row(row, labels=labels) for row in rows]
-    run(config(tiny_llama_dir, "lora", [stage], task=task), tmp_path / "out", parsed * 8)
+    run(config(base, "lora", [stage], task=task), tmp_path / "out", parsed * 8)
     predictor = load(tmp_path / "out", device="cpu")
     assert [prediction.answer for prediction in predictor.predict(parsed)] == labels
 
