@@ -21,10 +21,11 @@ PARTS: dict[str, Callable[[argparse.Namespace], dict[str, Any]]] = {
     "models": library.many_models,
     "http": http.over_http,
     "overload": http.overload,
-    "structured": structured.structured,
+    "json-answers": structured.answers,
+    "json-steps": structured.steps,
 }
 #: Parts that need no data.
-_WITHOUT_DATA = {"structured"}
+_WITHOUT_DATA = {"json-answers", "json-steps"}
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -52,8 +53,13 @@ def parser() -> argparse.ArgumentParser:
     top.add_argument("--compared", type=int, default=20, help="models that are compared with merged copies")
     top.add_argument("--clients", type=int, nargs="+", default=[1, 8, 64])
     top.add_argument("--seconds", type=float, default=600, help="of the overload")
-    top.add_argument("--answers", type=int, default=1_000, help="to JSON schemas, alone and mixed each")
-    top.add_argument("--steps", type=int, default=200, help="decoding steps that are timed")
+    top.add_argument(
+        "--answers",
+        type=int,
+        default=60,
+        help="to JSON schemas, alone and mixed each; more calls add to them",
+    )
+    top.add_argument("--steps", type=int, default=100, help="decoding steps that are timed")
     quick = [part for part in PARTS if part != "overload"]
     top.add_argument("--parts", nargs="+", choices=list(PARTS), default=quick)
     return top

@@ -40,8 +40,8 @@ def write(folder: Path) -> None:
         lines += _over_http(folder.parent.parent, results["http"])
     if "overload" in results:
         lines += _overload(results["overload"])
-    if "structured" in results:
-        lines += _structured(results["structured"])
+    if {"json-answers", "json-steps"} <= results.keys():
+        lines += _json(results["json-answers"], results["json-steps"])
     (folder.parent.parent / "SERVING.md").write_text("\n".join(lines) + "\n")
 
 
@@ -142,17 +142,18 @@ def _overload(part: dict[str, Any]) -> list[str]:
     ]
 
 
-def _structured(part: dict[str, Any]) -> list[str]:
-    alone, mixed, step = part["alone"], part["mixed"], part["step_seconds"]
+def _json(answers: dict[str, Any], steps: dict[str, Any]) -> list[str]:
+    alone, mixed, seconds = answers["alone"], answers["mixed"], steps["step_seconds"]
     return [
         "## JSON schemas",
         "",
-        "Answers to 20 schemas (benchmarks/serving/schemas.py), drawn at temperature 1 by the base model:",
-        f"{alone['valid']:,} of {alone['answers']:,} parse and validate alone, {mixed['valid']:,} of "
+        "Answers of the base model to 20 schemas (benchmarks/serving/schemas.py), drawn at temperature 1: "
+        f"{alone['valid']:,} of {alone['answers']:,} parse and validate, and {mixed['valid']:,} of "
         f"{mixed['answers']:,} in batches with as many free texts.",
         "",
-        f"A decoding step of {part['batch']} texts of which half match a schema takes {1_000 * step['mixed']:.1f} ms, "
-        f"one of free texts {1_000 * step['free']:.1f} ms (medians of {part['steps']}, alternately): free texts keep "
-        f"{part['ratio']:.2f} of their tokens/s. The grammars' masks take {1_000 * part['mask_seconds']:.2f} ms of it.",
+        f"A decoding step of {steps['batch']} texts of which half match a schema takes {1_000 * seconds['mixed']:.1f} "
+        f"ms, one of free texts {1_000 * seconds['free']:.1f} ms (medians of {steps['steps']}, alternately): beside "
+        f"the others, free texts keep {steps['ratio']:.2f} of their tokens/s. Masks take "
+        f"{1_000 * steps['mask_seconds']:.2f} ms of a step.",
         "",
     ]

@@ -7,6 +7,7 @@ import json
 import statistics
 import threading
 import time
+from pathlib import Path
 from typing import Any
 from unittest.mock import patch
 
@@ -22,57 +23,66 @@ from heft_engine.json_schema.grammar_schema import grammar_schema
 from heft_engine.serving.predictor import Predictor, load_base
 from heft_engine.serving.text_generator import TextDelta, TextRequest
 
+#: Results of `answers`.
+RESULT = Path(__file__).parent / "results" / "json-answers.json"
 #: Suffices for every schema.
 _MAX_TOKENS = 250
-_FREE_TOKENS = 48
+_FREE_TOKENS = 24
 #: Texts of a step, half of them under a grammar in the mixed batch.
 _BATCH = 32
 _WARM_UP_STEPS = 5
 
 
-def structured(options: argparse.Namespace) -> dict[str, Any]:
-    """Returns the numbers of valid answers, alone and beside as many free texts, and the costs of a step."""
+def answers(options: argparse.Namespace) -> dict[str, Any]:
+    """Returns the numbers of valid answers, alone and beside as many free texts, added to those of earlier calls."""
     predictor = load_base(options.model, task="text", key_value_bytes=4 * 1024**3)
-    alone = _answers(predictor, options.answers, is_mixed=False)
-    mixed = _answers(predictor, options.answers, is_mixed=True)
-    return {"alone": alone, "mixed": mixed, **_steps(predictor, options.steps)}
+    earlier = json.loads(RESULT.read_text()) if RESULT.exists() else {}
+    result = {}
+    for name in ("alone", "mixed"):
+        before = earlier.get(name, {"answers": 0, "valid": 0, "invalid": [], "tokens": 0})
+        counts = _answers(predictor, before["answers"], options.answers, is_mixed=name == "mixed")
+        result[name] = {key: before[key] + counts[key] for key in before}
+    return result
+
+
+def steps(options: argparse.Namespace) -> dict[str, Any]:
+    """Times decoding steps of a batch of free texts and of one in which half are under grammars, alternately."""
+    predictor = load_base(options.model, task="text", key_value_bytes=4 * 1024**3)
+    return _steps(predictor, options.steps)
 
 
 def _constraint(schema: Any) -> Constraint:
     return Constraint(kind="json_schema", source=json.dumps(grammar_schema(schema)))
 
 
-def _answers(predictor: Predictor, count: int, *, is_mixed: bool) -> dict[str, Any]:
-    questions = [(question, SCHEMAS[question]) for question in list(SCHEMAS) * (count // len(SCHEMAS) + 1)]
+def _answers(predictor: Predictor, first: int, count: int, *, is_mixed: bool) -> dict[str, Any]:
+    names = list(SCHEMAS)
+    questions = {index: names[index % len(names)] for index in range(first, first + count)}
     requests = []
-    for index, (question, schema) in enumerate(questions[:count]):
+    for index, question in questions.items():
         prompt = predictor.encoder.raw(f"Question: {question}\nAnswer in JSON: ").prompt
         sampling = SamplingParams(temperature=1.0, seed=index)
         json_answer = TextRequest(
-            id=index, prompt=prompt, max_tokens=_MAX_TOKENS, sampling=sampling, constraint=_constraint(schema)
+            id=index,
+            prompt=prompt,
+            max_tokens=_MAX_TOKENS,
+            sampling=sampling,
+            constraint=_constraint(SCHEMAS[question]),
         )
         requests.append(json_answer)
         if is_mixed:
             free = TextRequest(id=f"free {index}", prompt=prompt, max_tokens=_FREE_TOKENS, sampling=sampling)
             requests.append(free)
-    began = time.monotonic()
     texts, tokens = _generate(predictor, requests)
-    seconds = time.monotonic() - began
     invalid = []
-    for index, (question, schema) in enumerate(questions[:count]):
+    for index, question in questions.items():
         try:
-            Draft202012Validator(schema, format_checker=Draft202012Validator.FORMAT_CHECKER).validate(
-                json.loads(texts[index])
-            )
+            Draft202012Validator(
+                SCHEMAS[question], format_checker=Draft202012Validator.FORMAT_CHECKER
+            ).validate(json.loads(texts[index]))
         except Exception as error:  # noqa: BLE001 - any of them makes the answer invalid, and is shown
             invalid.append({"question": question, "answer": texts[index], "error": str(error)[:200]})
-    return {
-        "answers": count,
-        "valid": count - len(invalid),
-        "invalid": invalid,
-        "tokens": tokens,
-        "seconds": seconds,
-    }
+    return {"answers": count, "valid": count - len(invalid), "invalid": invalid, "tokens": tokens}
 
 
 def _generate(predictor: Predictor, requests: list[TextRequest]) -> tuple[dict[Any, str], int]:
@@ -101,9 +111,10 @@ def _generate(predictor: Predictor, requests: list[TextRequest]) -> tuple[dict[A
 
 
 def _steps(predictor: Predictor, steps: int) -> dict[str, Any]:
-    """Times decoding steps of a batch of free texts and of one in which half are under grammars, alternately."""
     lm, tokenizer = predictor.lm, predictor.encoder.tokenizer
-    compiler = GrammarCompiler(tokenizer, vocab_size=lm.vocab_size, eos_tokens=eos_token_ids(lm, tokenizer))
+    compiler = GrammarCompiler(
+        tokenizer, vocab_size=lm.vocab_size, eos_tokens=eos_token_ids(lm, predictor.encoder.chat)
+    )
     schemas = list(SCHEMAS.values())
     prompt = predictor.encoder.raw("Question: what do you see?\nAnswer: ").prompt
     batches = {}

@@ -279,6 +279,8 @@ class _Reader:
             )
         if least > len(required):
             limits["minProperties"] = least
+        optional = len(properties) - len(required)
+        self._size.add_object(len(properties), optional, path, are_counted=bool(limits and optional))
         return {
             "type": "object",
             "properties": properties,

@@ -20,6 +20,11 @@ _LONG_ENUM = 250
 MAX_DEFINITIONS = 500
 MAX_EXCLUSIVE_OPTIONS = 100
 MAX_STEPS = 100
+#: The sum of the squares of objects' numbers of optional properties: any may follow any other one before it, and a
+#: thousand in one object take a minute to compile. With minProperties or maxProperties, which count them: properties of
+#: one object.
+MAX_OPTIONAL_PAIRS = 100_000
+MAX_COUNTED_PROPERTIES = 20
 
 
 class SchemaSize:
@@ -27,12 +32,27 @@ class SchemaSize:
 
     def __init__(self) -> None:
         self._properties = self._characters = self._enum_values = self._pattern_size = 0
+        self._optional_pairs = 0
 
     def add_properties(self, names: Sequence[str], path: Path) -> None:
         self._properties += len(names)
         self._add_characters(sum(map(len, names)), path)
         if self._properties > MAX_PROPERTIES:
             raise SchemaError(path, f"a schema may have up to {MAX_PROPERTIES:,} properties in all")
+
+    def add_object(self, properties: int, optional: int, path: Path, *, are_counted: bool) -> None:
+        """Counts an object's optional properties. `are_counted`: minProperties or maxProperties limit them."""
+        self._optional_pairs += optional**2
+        if self._optional_pairs > MAX_OPTIONAL_PAIRS:
+            reason = (
+                "it has too many optional properties, 300 in one object: require them, and allow null instead"
+            )
+            raise SchemaError((*path, "required"), reason)
+        if are_counted and properties > MAX_COUNTED_PROPERTIES:
+            reason = (
+                f"minProperties and maxProperties need objects of up to {MAX_COUNTED_PROPERTIES} properties"
+            )
+            raise SchemaError(path, reason)
 
     def add_values(self, values: Sequence[Any], path: Path) -> None:
         """Counts the values of an `enum` or a `const`."""

@@ -174,6 +174,16 @@ def test_one_of_options_that_exclude_each_other(options: list[Any]) -> None:
         (object_of(STRING, additionalProperties=STRING), ("additionalProperties",), "set it to false"),
         (object_of(STRING, minProperties=2), (), "no object"),
         ({"type": "object", "minProperties": 2}, ("minProperties",), "needs properties"),
+        (
+            {"type": "object", "properties": {f"p{n}": {} for n in range(400)}},
+            ("required",),
+            "allow null instead",
+        ),
+        (
+            {"type": "object", "properties": {f"p{n}": {} for n in range(21)}, "minProperties": 2},
+            (),
+            "up to 20 properties",
+        ),
         (object_of({"$ref": "#"}, required=["x"]), (), "no text of it ends"),
         (
             object_of({"$ref": "#/$defs/A"})
@@ -205,6 +215,12 @@ def test_what_a_grammar_cannot_hold(schema: Any, path: Path, reason: str) -> Non
     with pytest.raises(SchemaError, match=reason) as refusal:
         grammar_schema(schema)
     assert refusal.value.path == path
+
+
+def test_large_objects_may_require_all_of_their_properties() -> None:
+    names = [f"p{number}" for number in range(5_000)]
+    form = grammar_schema({"type": "object", "properties": dict.fromkeys(names, STRING), "required": names})
+    assert form["required"] == names
 
 
 def test_definitions_and_steps_are_limited() -> None:
