@@ -10,12 +10,19 @@ from sqlalchemy.orm import Session
 from api.deps import Db, ServicesDep
 from migrations import is_current
 from store.errors import Unavailable
+from store.ops import workers
 
 router = APIRouter(tags=["Operations"])
 
 
 class Health(BaseModel):
     status: str = "ok"
+
+
+class Readiness(Health):
+    """`coming`: parts that are not there yet, and what brings them. Requests that need one are refused until then."""
+
+    coming: list[str]
 
 
 @router.get("/healthz")
@@ -25,13 +32,16 @@ async def live() -> Health:
 
 
 @router.get("/readyz")
-async def ready(db: Db, services: ServicesDep) -> Health:
+async def ready(db: Db, services: ServicesDep) -> Readiness:
     """Readiness: database and broker respond, and migrations are current. Otherwise 503 with the reason."""
     if not await db(_is_migrated):
         raise Unavailable("the database schema is not current: run `heft migrate`")
     if not await services.predict.broker_answers():
         raise Unavailable("the message broker does not answer")
-    return Health()
+    is_listed = await db(workers.base_models_are_listed)
+    return Readiness(
+        coming=[] if is_listed else ["base models: a training worker lists those of its machine"]
+    )
 
 
 def _is_migrated(session: Session) -> bool:

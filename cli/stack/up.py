@@ -21,6 +21,8 @@ from cli.stack.valkey import Valkey
 
 OWNER = "default"  #: the owner of the first key; model ids contain it
 _READY_SECONDS = 120.0
+#: Without base models after this time, it goes on without.
+_MODELS_SECONDS = 45.0
 #: A worker writes a checkpoint before it stops.
 _WORKER_STOP_SECONDS = 65.0
 _API_STOP_SECONDS = 10.0
@@ -227,10 +229,21 @@ def _wait_until_ready(supervisor: Supervisor, api: Program, url: str) -> None:
     def ready() -> bool:
         if api.process is not None and api.process.poll() is not None:
             raise CommandError(f"the API did not start; the end of {api.log}:\n{last_lines(api.log)}")
+        return readiness() is not None
+
+    def readiness() -> dict[str, object] | None:
         try:
-            return httpx.get(f"{url}/readyz", timeout=2, trust_env=False).status_code == 200
+            response = httpx.get(f"{url}/readyz", timeout=2, trust_env=False)
         except httpx.TransportError:
-            return False
+            return None
+        body: dict[str, object] = response.json()
+        return body if response.status_code == 200 else None
+
+    def complete() -> bool:
+        answer = readiness()
+        return answer is not None and not answer["coming"]
 
     if not supervisor.watch(until=ready, seconds=_READY_SECONDS):
         raise CommandError(f"{url}/readyz did not answer in {_READY_SECONDS:g} s; see {api.log}")
+    # A job or a question to a base model would be refused before.
+    supervisor.watch(until=complete, seconds=_MODELS_SECONDS)

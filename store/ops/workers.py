@@ -10,7 +10,10 @@ from sqlalchemy.dialects.postgresql import insert
 from sqlalchemy.orm import Session
 
 from store.db.session import seconds
-from store.db.tables import Worker
+from store.db.tables import BaseModelRow, Worker
+
+#: In the `info` of a training worker that has listed its base models.
+LISTED = "base_models_listed"
 
 
 def register(session: Session, *, worker_id: str, role: str, info: Mapping[str, Any]) -> None:
@@ -49,3 +52,10 @@ def training_machine(session: Session) -> dict[str, Any] | None:
     """Returns a running training worker's machine (heft_engine.config.run_file.MachineSettings), or None."""
     machines = (worker.info.get("machine") for worker in list_workers(session, role="train"))
     return next((machine for machine in machines if machine is not None), None)
+
+
+def base_models_are_listed(session: Session) -> bool:
+    """Returns True if base models are known, or if a running training worker has found none."""
+    if session.scalar(select(BaseModelRow.id).limit(1)) is not None:
+        return True
+    return any(worker.info.get(LISTED) for worker in list_workers(session, role="train"))

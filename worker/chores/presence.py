@@ -97,6 +97,8 @@ def offer_base_models(context: Context) -> None:
                     revision=line["revision"],
                     info=line["info"],
                 )
+    with transaction(context.sessions) as session:
+        workers.update_info(session, worker_id=context.worker_id, changes={workers.LISTED: True})
 
 
 def _machine_of_one_job(machine: Mapping[str, Any], settings: StoreSettings) -> dict[str, Any]:
