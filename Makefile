@@ -3,7 +3,7 @@ SHELL := /bin/bash
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: install demo serve test test-without-cpu test-pretended-gpu test-slow chaos chaos-resume chaos-figures chaos-summary check bench bench-serve bench-tool-calls studies gpu-check clean
+.PHONY: install demo serve test test-without-cpu test-pretended-gpu test-slow test-clients chaos chaos-resume chaos-figures chaos-summary check bench bench-serve bench-tool-calls studies gpu-check clean
 
 # Of `make chaos`: how many kills, and the seed of their schedule.
 N ?= 100
@@ -50,6 +50,22 @@ test-pretended-gpu: install
 # Real language model, real rows: minutes.
 test-slow: install
 	$(BIN)/python -m pytest -m slow
+
+# Programs that were written for OpenAI's API, each unmodified, in environments of their own. Needs node and npm.
+CLIENTS := .venv/clients
+$(CLIENTS)/.installed: tests/e2e/programs/requirements.txt tests/e2e/programs/package.json
+	test -x $(CLIENTS)/bin/python || $(PYTHON) -m venv $(CLIENTS)
+	$(CLIENTS)/bin/pip install --quiet torch==2.13.0
+	$(CLIENTS)/bin/pip install --quiet -r tests/e2e/programs/requirements.txt
+	mkdir -p $(CLIENTS)/node
+	cp tests/e2e/programs/package.json $(CLIENTS)/node/
+	npm install --silent --prefix $(CLIENTS)/node
+	touch $@
+
+test-clients: export CLIENTS_PYTHON = $(abspath $(CLIENTS)/bin/python)
+test-clients: export CLIENTS_NODE = $(abspath $(CLIENTS)/node)
+test-clients: install $(CLIENTS)/.installed
+	$(BIN)/python -m pytest tests/e2e -o python_files='client_*.py' --timeout 900
 
 # Kills, freezes and cuts the real stack, and judges. Parts with different seeds add up in tests/chaos/results.
 chaos: install

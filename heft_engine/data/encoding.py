@@ -257,18 +257,26 @@ class Encoder:
     def _free(self, prompt: list[int], answer: tuple[str, tuple[int, ...]] | None, param: str) -> Example:
         """Returns a text row's example. `answer`: its text and its tokens, the end included."""
         length = len(prompt) + (len(answer[1]) if answer else 0)
-        if length > self.max_length:
+        if length > self.max_length and answer:
             raise RowError(
-                f"the row has {length} tokens, more than max_length {self.max_length}",
-                param=param,
-                code=None if answer else CONTEXT_LENGTH_EXCEEDED,
+                f"the row has {length} tokens, more than max_length {self.max_length}", param=param
             )
+        if length > self.max_length:
+            raise context_length_error(length, self.max_length, param)
         return Example(
             prompt=tuple(prompt),
             answers=(answer[1],) if answer else (),
             labels=(answer[0],) if answer else (),
             gold=0 if answer else None,
         )
+
+
+def context_length_error(tokens: int, max_length: int, param: str) -> RowError:
+    """Returns the error of a prompt that is too long. LiteLLM's fallbacks know it by its first words, as OpenAI's."""
+    message = (
+        f"this model's maximum context length is {max_length} tokens, and the prompt has {tokens}: shorten it"
+    )
+    return RowError(message, param=param, code=CONTEXT_LENGTH_EXCEEDED)
 
 
 def _tokens_beyond(tokenizer: PreTrainedTokenizerBase, vocab_size: int | None) -> frozenset[int]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import queue
 from dataclasses import dataclass
 
-from heft_engine.data.encoding import CONTEXT_LENGTH_EXCEEDED, Example
+from heft_engine.data.encoding import CONTEXT_LENGTH_EXCEEDED, Example, context_length_error
 from heft_engine.data.rows import parse_row
 from heft_engine.data.tool_calls.format import AnswerParser
 from heft_engine.errors import RowError
@@ -120,13 +120,16 @@ def _echoes(predictor: Predictor, message: GenerateMessage, examples: list[Examp
 
 def _max_tokens(predictor: Predictor, example: Example, message: GenerateMessage) -> int:
     requested, prompt_tokens = message["wish"]["max_tokens"], len(example.prompt)
-    limit = predictor.encoder.max_length - prompt_tokens
-    if limit < 1 or (requested is not None and requested > limit):
-        prompt_param = "messages" if "messages" in message["inputs"][0] else "prompt"
+    max_length = predictor.encoder.max_length
+    limit = max_length - prompt_tokens
+    if limit < 1:
+        param = "messages" if "messages" in message["inputs"][0] else "prompt"
+        raise context_length_error(prompt_tokens, max_length, param)
+    if requested is not None and requested > limit:
         raise RowError(
-            f"the prompt has {prompt_tokens} tokens and this model takes {predictor.encoder.max_length} in all, "
-            f"which leaves {max(limit, 0)}",
-            param="max_tokens" if limit > 0 else prompt_param,
+            f"this model's maximum context length is {max_length} tokens: the prompt has {prompt_tokens}, which leaves "
+            f"{limit}",
+            param="max_tokens",
             code=CONTEXT_LENGTH_EXCEEDED,
         )
     if requested is not None:

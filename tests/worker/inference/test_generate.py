@@ -247,3 +247,5 @@ def test_a_prompt_that_is_too_long_has_openais_code(asker: Asker) -> None:
     ):
         (reply,) = asker.ask(f"long-{number}", inputs=inputs)
         assert reply["error"]["code"] == "context_length_exceeded"
+        # LiteLLM falls back to another model by these words.
+        assert reply["error"]["message"].startswith("this model's maximum context length is")

@@ -12,7 +12,7 @@ import os
 import shutil
 import subprocess
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +25,10 @@ from cli.stack.home import Home
 from heft_engine.data.samples import generate
 
 PROGRAMS = Path(__file__).parent / "programs"
+#: The second one has tools; it is tiny and random.
 MODEL, TOOLS_MODEL = "smollm2-135m", "tiny-tools"
+
+Run = Callable[..., None]
 
 
 @pytest.fixture(scope="module")
@@ -41,35 +44,42 @@ def service() -> Iterator[HeftUp]:
         shutil.rmtree(folder)
 
 
-def run(service: HeftUp, *command: str | Path) -> None:
-    """Runs a client's program; its output is shown if it fails."""
-    environment = {
-        name: value for name, value in os.environ.items() if not name.startswith(("HEFT_", "PYTHON"))
-    }
-    environment |= {
-        "OPENAI_BASE_URL": f"{service.record.url}/v1",
-        "OPENAI_API_KEY": service.key,
-        "HF_HUB_OFFLINE": "1",
-        "LITELLM_LOCAL_MODEL_COST_MAP": "True",
-    }
-    completed = subprocess.run(
-        [*map(str, command)], env=environment, capture_output=True, text=True, timeout=900, check=False
-    )
-    assert completed.returncode == 0, completed.stdout[-3_000:] + completed.stderr[-6_000:]
+@pytest.fixture
+def run(service: HeftUp) -> Callable[..., None]:
+    """`run(*command)` runs a program with the service's address and key; its output is shown if it fails."""
+
+    def run(*command: str | Path) -> None:
+        inherited = {
+            name: value for name, value in os.environ.items() if not name.startswith(("HEFT_", "PYTHON"))
+        }
+        environment = inherited | {
+            "OPENAI_BASE_URL": f"{service.record.url}/v1",
+            "OPENAI_API_KEY": service.key,
+            "HF_HUB_OFFLINE": "1",
+            "LITELLM_LOCAL_MODEL_COST_MAP": "True",
+        }
+        completed = subprocess.run(
+            [*map(str, command)], env=environment, capture_output=True, text=True, timeout=900, check=False
+        )
+        assert completed.returncode == 0, completed.stdout[-3_000:] + completed.stderr[-6_000:]
+
+    return run
 
 
 @pytest.mark.parametrize("program", ["langchain_chat", "litellm_library", "litellm_proxy"])
-def test_a_python_program(service: HeftUp, program: str) -> None:
-    run(service, os.environ["CLIENTS_PYTHON"], PROGRAMS / f"{program}.py", MODEL, TOOLS_MODEL)
+def test_a_python_program(run: Run, program: str) -> None:
+    run(os.environ["CLIENTS_PYTHON"], PROGRAMS / f"{program}.py", MODEL, TOOLS_MODEL)
 
 
-def test_the_openai_package_of_npm(service: HeftUp) -> None:
+def test_the_openai_package_of_npm(run: Run) -> None:
     folder = Path(os.environ["CLIENTS_NODE"])
     program = shutil.copy(PROGRAMS / "openai_node.mjs", folder)
-    run(service, "node", program, MODEL, TOOLS_MODEL)
+    run("node", program, MODEL, TOOLS_MODEL)
 
 
-def test_lm_evaluation_harness_scores_labels_as_the_service_does(service: HeftUp, tmp_path: Path) -> None:
+def test_lm_evaluation_harness_scores_labels_as_the_service_does(
+    service: HeftUp, run: Run, tmp_path: Path
+) -> None:
     rows = list(itertools.islice(generate("passages", "test"), 24))
     data, out = tmp_path / "rows.jsonl", tmp_path / "results.json"
     data.write_text("".join(json.dumps(row) + "\n" for row in rows))
