@@ -6,6 +6,9 @@ from collections.abc import Collection, Mapping
 
 from heft_engine.errors import RowError
 
+#: Levels of objects and arrays within a field: chat templates and grammars visit them recursively.
+MAX_DEPTH = 64
+
 
 def without_nulls(obj: object, what: str, param: str | None = None) -> dict[str, object]:
     """Returns the fields of a JSON object that are not null. Raises RowError for anything but an object."""
@@ -48,8 +51,11 @@ def boolean(fields: Mapping[str, object], name: str, *, default: bool, path: str
     return value
 
 
-def check_unicode(value: object, path: str) -> None:
-    """Raises RowError if a JSON value contains a lone surrogate, which no encoding can write, at any depth."""
+def check_unicode(value: object, path: str, depth: int = MAX_DEPTH) -> None:
+    """Raises RowError if a JSON value contains a lone surrogate, which no encoding can write, or more than `depth`
+    levels."""
+    if depth == 0:
+        raise RowError(f"{path} is nested too deeply: at most {MAX_DEPTH} levels are allowed", param=path)
     if isinstance(value, str):
         try:
             value.encode()
@@ -60,10 +66,10 @@ def check_unicode(value: object, path: str) -> None:
     elif isinstance(value, dict):
         for name, item in value.items():
             check_unicode(name, path)
-            check_unicode(item, f"{path}.{printable(name)}")
+            check_unicode(item, f"{path}.{printable(name)}", depth - 1)
     elif isinstance(value, list):
         for index, item in enumerate(value):
-            check_unicode(item, f"{path}[{index}]")
+            check_unicode(item, f"{path}[{index}]", depth - 1)
 
 
 def printable(name: str) -> str:

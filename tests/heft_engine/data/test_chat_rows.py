@@ -275,6 +275,23 @@ def test_faults_beside_the_messages_name_the_field(fields: dict[str, Any], param
     assert "\0" not in error.message + param
 
 
+@pytest.mark.parametrize("depth", [60, 70, 400])
+def test_schemas_and_arguments_have_a_bounded_depth(depth: int) -> None:
+    nested: Any = {}
+    for _ in range(depth):
+        nested = {"x": nested}
+    deep_tool = {"function": {"name": "look_up", "parameters": nested}}
+    deep_call = {"role": "assistant", "tool_calls": [call(arguments=json.dumps(nested))]}
+    for row in (
+        {"messages": [USER, ASSISTANT], "tools": [deep_tool]},
+        {"messages": [USER, deep_call], "tools": TOOLS},
+    ):
+        if depth < 64:
+            parse_row(row)
+        else:
+            refusal(row, "nested too deeply: at most 64 levels")
+
+
 def test_two_calls_at_once_are_refused_where_parallel_calls_are_off() -> None:
     both = [USER, {"role": "assistant", "tool_calls": [call(), call("call_2")]}]
     row = {"messages": both, "tools": TOOLS, "parallel_tool_calls": False}
