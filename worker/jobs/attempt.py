@@ -282,7 +282,7 @@ def _run_work(attempt: Attempt, work: Callable[[Attempt], Ending]) -> Ending:
         return _failed(_first_cause(attempt, failure.error) if is_lost else failure.error, crashed)
     except EngineCrashed as crash:
         cause = _first_cause(attempt, crash.error)
-        return partial(crashed, error=cause) if cause is crash.error else _failed(cause, crashed)
+        return partial(crashed, error=cause) if cause == crash.error else _failed(cause, crashed)
     except (LostFence, Unavailable):
         raise
     except Damaged as damage:
