@@ -110,7 +110,7 @@ def _register(app: Celery, role: Role, context: Context, stack: ExitStack) -> li
     predict, generate = PredictHandler(models, requests, metrics), GenerateHandler(models, requests)
     tasks.register_inference(app, predict.handle, generate.handle)
     return [
-        *handoff_chores(context, models.pool.evict_idle),
+        *handoff_chores(context, models.pool.evict_idle, models.leave_free),
         Chore(name="evict deleted models", seconds=_EVICT_SECONDS, run=models.evict_deleted),
         Chore(name="trim memory", seconds=_TRIM_SECONDS, run=models.trim_memory),
         _metrics_chore(context, stack, registry, models.record_usage),

@@ -42,8 +42,7 @@ from heft_engine.serving.predictor import KEY_VALUE_BYTES, Predictor
 log = logging.getLogger(__name__)
 
 Placement = Literal["auto", "merged", "shared"]
-#: Least time between two looks at memory and placement, unless a model was loaded meanwhile.
-MAINTENANCE_SECONDS = 1.0
+MAINTENANCE_SECONDS = 1.0  #: Least time between two looks at memory and placement, unless a model was loaded.
 #: Least time before a reload that failed is tried again.
 RETRY_SECONDS = 60.0
 
@@ -64,7 +63,7 @@ class ModelPool:
         key_value_bytes: int = KEY_VALUE_BYTES,
         on_evict: Callable[[], None] = lambda: None,
     ) -> None:
-        self._budget = budget_bytes
+        self._budget = self._largest_budget = budget_bytes  # `limit` lowers the first
         self._batcher = batcher
         self._placement = placement
         self._source: dict[str, Any] = {
@@ -104,6 +103,14 @@ class ModelPool:
         """Evicts every model that is not in use."""
         with self._lock:
             self._evict(0)
+        self._notify_evicted()
+
+    def limit(self, limit_bytes: float) -> None:
+        """Keeps models within so many bytes too, from now on; infinite: within the budget alone. Evicts idle ones."""
+        with self._lock:
+            self._budget = int(min(limit_bytes, self._largest_budget))
+            self._evict(self._budget)
+            self._next_maintenance = 0.0
         self._notify_evicted()
 
     def remove(self, name: str) -> None:

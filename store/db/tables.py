@@ -303,7 +303,9 @@ class Worker(Base):
 
     id: Mapped[str] = mapped_column(primary_key=True)
     role: Mapped[str]  #: train or inference
-    info: Mapped[dict[str, Any]]  #: host, pid, version, device; gpu_requested and gpu_released_to
+    info: Mapped[
+        dict[str, Any]
+    ]  #: host, pid, version, device; gpu_requested, gpu_claimed_bytes and gpu_released_to
     started_at: Mapped[CreatedAt]
     seen_at: Mapped[CreatedAt]  #: its last heartbeat
 

@@ -2,6 +2,7 @@
 
 Each line of that file is one action, {"do": …}:
   metrics step      a METRICS event            checkpoint step   a checkpoint and its event
+  stage memory_bytes   a STAGE_STARTED event
   eval accuracy     an EVALUATION event        say text          a line that is not an event
   complain text     a line on stderr
   wait              until SIGTERM, then a checkpoint and exit 75
@@ -69,6 +70,9 @@ class Play:
         self.step = act["step"]
         emit("METRICS", **STAGE, step=self.step, total_steps=10, epoch=self.step / 5, loss=1 / self.step,
              train_loss=1 / self.step, learning_rate=0.001, tokens=8, seconds=0.1)  # fmt: skip
+
+    def stage(self, act: dict[str, Any]) -> None:
+        emit("STAGE_STARTED", **STAGE, memory_bytes=act["memory_bytes"])
 
     def checkpoint(self, act: dict[str, Any]) -> None:
         self.step = act.get("step", self.step)
@@ -227,7 +231,7 @@ def main() -> None:
     play = Play(run)
     resumed_at = play.step
     emit("STARTED", method="lora", resolved={"learning_rate": 0.001, "device": "cpu"}, rows=1, total_steps=10)
-    emit("STAGE_STARTED", **STAGE, total_steps=10)
+    emit("STAGE_STARTED", **STAGE, total_steps=10, memory_bytes=1)
     for line in Path(run["train"]).read_text().splitlines():
         act = json.loads(line)
         if "when" not in act and act.get("step", resumed_at + 1) > resumed_at:

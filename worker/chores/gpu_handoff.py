@@ -2,7 +2,9 @@
 
 Both sides communicate through their rows in `workers`: the trainer writes its request, each inference worker writes
 the requests that it has served. An inference worker evicts every idle model once for each request, and may load
-models again when they are asked for. Without a GPU there is nothing to hand over: the system shares and swaps memory.
+models again when they are asked for. Once a stage is planned, the trainer claims what it takes, and inference workers
+keep their models to the rest until the claim is withdrawn. Without a GPU there is nothing to hand over: the system
+shares and swaps memory.
 """
 
 from __future__ import annotations
@@ -30,6 +32,7 @@ log = logging.getLogger(__name__)
 #: Keys of a worker's `info`. A worker of an older version may lack them.
 REQUEST = "gpu_requested"
 SERVED = "gpu_released_to"
+CLAIMED = "gpu_claimed_bytes"
 
 _POLL_SECONDS = 1.0
 #: There with NVIDIA's driver.
@@ -104,36 +107,63 @@ def _gpus() -> list[_Gpu]:
     return gpus
 
 
+@dataclass(frozen=True, kw_only=True)
+class GpuRequest:
+    """A trainer's standing request for its GPU."""
+
+    context: Context
+
+    def claim(self, claimed_bytes: int) -> None:
+        """Claims so many bytes of the GPU, instead of what was claimed before. Without a GPU it does nothing."""
+        if self.context.devices:
+            _write_info(self.context, {CLAIMED: claimed_bytes})
+
+
 @contextmanager
-def gpu_requested(context: Context, request: str) -> Iterator[None]:
-    """Requests the GPU under this id, waits for the inference workers on it, and withdraws the request afterwards."""
+def gpu_requested(context: Context, request: str) -> Iterator[GpuRequest]:
+    """Requests the GPU under this id, waits for the inference workers on it, and yields the request, for claims.
+
+    At the end request and claim are withdrawn.
+    """
     if not context.devices:
-        yield
+        yield GpuRequest(context=context)
         return
     _write_info(context, {REQUEST: request})
     deadline = time.monotonic() + _MAX_WAIT_SECONDS
     while not _is_served(context, request) and time.monotonic() < deadline and not context.stopping.is_set():
         context.stopping.wait(_POLL_SECONDS)
     try:
-        yield
+        yield GpuRequest(context=context)
     finally:
-        _write_info(context, {REQUEST: None})
+        _write_info(context, {REQUEST: None, CLAIMED: None})
 
 
-def handoff_chores(context: Context, evict_idle: Callable[[], None]) -> list[Chore]:
-    """Returns the inference worker's chore: serve new requests by evicting idle models. Empty without a GPU."""
+def handoff_chores(
+    context: Context, evict_idle: Callable[[], None], leave_free: Callable[[int], None]
+) -> list[Chore]:
+    """Returns the inference worker's chore: evict idle models on request, and leave free what is claimed.
+
+    leave_free: called with the bytes that all trainers on this GPU claim, whenever they change. Empty without a GPU.
+    """
     if not context.devices:
         return []
     served: set[str] = set()
+    claimed_bytes = 0
 
     def serve() -> None:
-        requests = {row.info.get(REQUEST) for row in _workers_on_device(context, "train")} - {None}
+        nonlocal claimed_bytes
+        trainers = _workers_on_device(context, "train")
+        requests = {row.info.get(REQUEST) for row in trainers} - {None}
         if requests - served:
             evict_idle()
         if requests != served:
             served.clear()
             served.update(requests)
             _write_info(context, {SERVED: sorted(served)})
+        total = sum(row.info.get(CLAIMED) or 0 for row in trainers)
+        if total != claimed_bytes:
+            claimed_bytes = total
+            leave_free(total)
 
     return [Chore(name="GPU handoff", seconds=_POLL_SECONDS, run=serve)]
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import math
 import shutil
 import tempfile
 import time
@@ -17,6 +18,7 @@ import transformers
 from heft_engine.config.metric_names import TaskType
 from heft_engine.errors import ModelError
 from heft_engine.runtime import malloc
+from heft_engine.runtime.devices import reserved_share
 from heft_engine.serving.batcher import Batcher
 from heft_engine.serving.model_pool import ModelPool
 from heft_engine.serving.predictor import Predictor
@@ -57,6 +59,14 @@ class Models:
 
     def close(self) -> None:
         self.pool.close()
+
+    def leave_free(self, claimed_bytes: int) -> None:
+        """Keeps models to what trainers leave of the GPU: idle ones beyond that are evicted. 0: nothing is claimed."""
+        limit_bytes = math.inf
+        if claimed_bytes > 0:
+            total = torch.cuda.get_device_properties(0).total_memory
+            limit_bytes = max(0, total - reserved_share(total) - claimed_bytes)
+        self.pool.limit(limit_bytes)
 
     def use(
         self, model: PredictModel, base_task: TaskType | None = None

@@ -87,14 +87,16 @@ def _train_on(attempt: Attempt, files: _Files, node: Node | None) -> Ending:
     )
 
     def handle(event: Event) -> None:
+        if event["code"] == "STAGE_STARTED":
+            gpu.claim(event["data"]["memory_bytes"])
         recorder.handle(event)
         trackers.handle(event)
 
     attempt.raise_if_stopping()
     (attempt.folder / CHECKPOINTS).mkdir()
     stage_dir.mkdir()
-    gpu = gpu_requested(attempt.context, f"{attempt.claim.job_id}/{attempt.claim.attempt}")
-    with trackers_of(attempt) as trackers, gpu:
+    request = f"{attempt.claim.job_id}/{attempt.claim.attempt}"
+    with trackers_of(attempt) as trackers, gpu_requested(attempt.context, request) as gpu:
         result = attempt.run_engine("train", run, final_code="SUCCEEDED", handle=handle, node=node)
 
     storage_key, manifest = publisher.bundle(run.out)

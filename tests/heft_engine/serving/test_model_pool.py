@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import shutil
 import threading
 from collections.abc import Callable, Iterator
@@ -199,6 +200,28 @@ def test_the_least_recently_used_model_is_evicted(
     assert set(pool.names) == {"m0", "m2", "m3"}
     assert evictions == [True]
     assert pool.memory_bytes <= roomy.memory_bytes
+
+
+def test_a_lower_limit_evicts_idle_models_and_is_lifted_again(
+    make_pool: Callable[..., ModelPool], library: Library
+) -> None:
+    evictions: list[bool] = []
+    pool = make_pool(placement="shared", on_evict=lambda: evictions.append(True))
+    for name in ("m0", "m1", "m2"):
+        ask(pool, library, name)
+    with pool.model("m0", library.fetch("m0")):
+        pool.limit(1)
+        assert pool.names == ["m0"], "it is in use"
+        assert evictions == [True]
+    assert pool.names == []
+    pool.limit(2**60)
+    ask(pool, library, "m1")
+    pool.limit(math.inf)
+    assert pool.names == ["m1"]
+    with_budget = make_pool(budget_bytes=1)
+    with_budget.limit(2**60)
+    ask(with_budget, library, "m0")
+    assert with_budget.names == [], "a limit is no larger than the budget"
 
 
 def test_a_model_larger_than_the_budget_answers_and_is_evicted(

@@ -5,15 +5,18 @@ from __future__ import annotations
 from contextlib import ExitStack
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
-from worker_bench import Bench
+from worker_bench import Bench, eventually
 
+from store.db.session import transaction
 from store.db.states import JobState
+from store.ops import workers
 from worker.celery_app import Role
 from worker.chores import gpu_handoff
 from worker.chores.chore import run_chores
-from worker.chores.gpu_handoff import gpu_requested, handoff_chores, visible_devices
+from worker.chores.gpu_handoff import CLAIMED, GpuRequest, gpu_requested, handoff_chores, visible_devices
 from worker.chores.presence import registered
 from worker.context import Context
 
@@ -23,6 +26,7 @@ class Pool:
 
     def __init__(self) -> None:
         self.bytes, self.evictions = 100, 0
+        self.left_free: list[int] = []
 
     def evict_idle(self) -> None:
         self.bytes, self.evictions = 0, self.evictions + 1
@@ -34,7 +38,7 @@ def on_devices(bench: Bench, worker_id: str, *devices: str) -> Context:
 
 def serve(stack: ExitStack, context: Context, pool: Pool) -> None:
     stack.enter_context(registered(context, Role.INFERENCE))
-    stack.enter_context(run_chores(handoff_chores(context, pool.evict_idle)))
+    stack.enter_context(run_chores(handoff_chores(context, pool.evict_idle, pool.left_free.append)))
 
 
 def test_models_on_the_same_gpu_are_evicted_before_training(bench: Bench) -> None:
@@ -50,6 +54,42 @@ def test_models_on_the_same_gpu_are_evicted_before_training(bench: Bench) -> Non
         with gpu_requested(trainer, "job/2"):
             assert here.bytes == 0
         assert (here.evictions, elsewhere.evictions) == (2, 0), "once for each request"
+
+
+def test_what_trainers_claim_is_left_free_until_they_end(bench: Bench) -> None:
+    pool, elsewhere = Pool(), Pool()
+    first, second = (on_devices(bench, f"train-{number}", "GPU-0") for number in (1, 2))
+    with ExitStack() as stack:
+        serve(stack, on_devices(bench, "inference-1", "GPU-0"), pool)
+        serve(stack, on_devices(bench, "inference-2", "GPU-1"), elsewhere)
+        for trainer in (first, second):
+            stack.enter_context(registered(trainer, Role.TRAIN))
+        with gpu_requested(first, "job/1") as request:
+            request.claim(10)
+            eventually(lambda: pool.left_free == [10])
+            request.claim(7)  # its next stage
+            eventually(lambda: pool.left_free == [10, 7])
+            with gpu_requested(second, "job/2") as other:
+                other.claim(3)
+                eventually(lambda: pool.left_free == [10, 7, 10])
+            eventually(lambda: pool.left_free == [10, 7, 10, 7])
+        eventually(lambda: pool.left_free == [10, 7, 10, 7, 0])
+    assert elsewhere.left_free == []
+
+
+def test_a_job_claims_what_each_of_its_stages_is_planned_to_take(
+    bench: Bench, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    claimed: list[int] = []
+    monkeypatch.setattr(GpuRequest, "claim", lambda request, claimed_bytes: claimed.append(claimed_bytes))
+    job_id = bench.queued([{"do": "stage", "memory_bytes": n} for n in (9, 4)])
+    assert bench.run(job_id).state == JobState.SUCCEEDED
+    assert claimed == [1, 9, 4], "the fake engine starts with a stage of its own"
+
+
+def worker_info(context: Context) -> dict[str, Any]:
+    with transaction(context.sessions) as session:
+        return {key: value for row in workers.list_workers(session) for key, value in row.info.items()}
 
 
 LISTING = """
@@ -118,8 +158,9 @@ def test_without_nvidia_smi_all_gpus_of_a_host_have_one_name(
 
 
 def test_without_a_gpu_nothing_is_requested(bench: Bench) -> None:
-    assert handoff_chores(bench.context, lambda: None) == []
-    with gpu_requested(bench.context, "job/1"):
-        pass
+    assert handoff_chores(bench.context, lambda: None, lambda _: None) == []
+    with gpu_requested(bench.context, "job/1") as request:
+        request.claim(5)
+    assert CLAIMED not in worker_info(bench.context)
     job_id = bench.queued([{"do": "metrics", "step": 1}])
     assert bench.run(job_id).state == JobState.SUCCEEDED

@@ -8,9 +8,11 @@ import time
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
+import torch
 from prometheus_client import CollectorRegistry
 from redis import Redis
 from worker_bench import Bench
@@ -249,3 +251,15 @@ def test_memory_goes_back_when_models_leave_and_when_nobody_asks(
     inference.models.trim_memory()
     inference.models.trim_memory()
     assert given == ["back"] * 2
+
+
+def test_models_are_kept_to_what_trainers_leave_of_the_gpu(
+    inference: Inference, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    limits: list[float] = []
+    monkeypatch.setattr(inference.models.pool, "limit", limits.append)
+    gpu = SimpleNamespace(total_memory=24 << 30)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda index: gpu)
+    for claimed_bytes in (20 << 30, 30 << 30, 0):
+        inference.models.leave_free(claimed_bytes)
+    assert limits == [2 << 30, 0, math.inf], "2 GiB are for libraries"
