@@ -37,8 +37,8 @@ def create(
     """Creates a job in `validating_files`, with its first event. After the commit, hint (job.id, "prepare").
 
     Its uploaded files, and the fine-tuned model that it goes on from, are locked against deletion until this
-    transaction ends. Raises InvalidRequest naming the field of one that is unknown, deleted or another owner's, or as
-    `check_new`.
+    transaction ends. Raises InvalidRequest naming the field of one that is unknown, deleted or another owner's, or of a
+    setting that contradicts that model's, or as `check_new`.
     """
     check_new(spec)
     job_id = job_id or ids.new_job_id()

@@ -10,7 +10,7 @@ import pytest
 from store import models
 from store.db.tables import Job
 from store.errors import InvalidRequest
-from store.jobs import endings, jobs
+from store.jobs import endings, jobs, leases
 from store.jobs.spec import TrainingSpec
 from store.storage import garbage
 from store.storage.artifacts import Artifacts
@@ -68,6 +68,25 @@ def test_other_models_are_refused(bench: Any, case: str) -> None:
         create(bench, model, owner)
     assert (refusal.value.param, refusal.value.code) == ("model", "model_not_found")
     assert bench.sql("SELECT count(*) FROM jobs WHERE spec->>'model' LIKE 'ft:%'")[0].count == 0
+
+
+@pytest.mark.parametrize(
+    ("settings", "param"),
+    [({"dtype": "float32"}, "dtype"), ({"base_quantization": "nf4"}, "base_quantization"), ({}, None)],
+)
+def test_settings_that_contradict_the_model_s_are_refused(
+    bench: Any, settings: dict[str, Any], param: str | None
+) -> None:
+    claim = bench.running()
+    bench.do(leases.record_event, claim, code="STARTED", message="", resolved={"dtype": "bfloat16"})
+    final = str(bench.succeed(claim).fine_tuned_model)
+    spec = TrainingSpec.model_validate({**going_on(bench, final).model_dump(), **settings})
+    if param is None:
+        assert bench.do(jobs.create, owner_id=OWNER, spec=spec).spec["model"] == final
+        return
+    with pytest.raises(InvalidRequest) as refusal:
+        bench.do(jobs.create, owner_id=OWNER, spec=spec)
+    assert refusal.value.param == param
 
 
 def test_a_study_goes_on_from_a_model_and_is_planned_by_its_base(bench: Any) -> None:
