@@ -137,17 +137,17 @@ class ChatTemplate:
         """The text that the template adds before and after the content of a last assistant turn."""
         turn = Message(role="assistant", content=_TEXT)
         try:
-            before, text, after = self._added((_QUESTION,), turn, ()).partition(_TEXT)
+            start, text, end = self._added((_QUESTION,), turn, ()).partition(_TEXT)
         except RowError:
             return "", ""
-        return (before, after) if text else ("", "")
+        return (start, end) if text else ("", "")
 
     @cached_property
     def _trims(self) -> bool:
         turn = Message(role="assistant", content=f" {_TEXT} ")
-        before, after = self._frame
+        start, end = self._frame
         try:
-            return self._added((_QUESTION,), turn, ()) == before + _TEXT + after
+            return self._added((_QUESTION,), turn, ()) == start + _TEXT + end
         except RowError:
             return False
 

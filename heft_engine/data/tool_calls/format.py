@@ -160,17 +160,17 @@ def sequence(*parts: Grammar) -> Grammar:
     return {"type": "sequence", "elements": list(parts)}
 
 
-def call_of(tools: Sequence[Tool], before: str, between: str, after: Grammar) -> Grammar:
-    """Returns the grammar of a call of one of the tools: `before`, name, `between`, arguments, `after`."""
+def call_of(tools: Sequence[Tool], begin: str, between: str, end: Grammar) -> Grammar:
+    """Returns the grammar of a call of one of the tools: `begin`, name, `between`, arguments, `end`."""
     calls = [
         sequence(
-            literal(before + json.dumps(tool.name) + between),
+            literal(begin + json.dumps(tool.name) + between),
             {
                 "type": "json_schema",
                 "json_schema": dict(tool.parameters),
                 "max_whitespace_cnt": _MAX_WHITESPACE,
             },
-            after,
+            end,
         )
         for tool in tools
     ]

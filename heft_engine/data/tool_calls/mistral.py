@@ -32,8 +32,8 @@ class MistralFormat(ToolCallFormat):
 
     def grammar(self, tools: Sequence[Tool], *, parallel: bool) -> Grammar:
         # Templates differ in the blank before the array and in whether they write ids.
-        after = {"type": "regex", "pattern": r'(, "id": "[a-zA-Z0-9]{9}")?\}'}
-        call = call_of(tools, '{"name": ', ', "arguments": ', after)
+        end = {"type": "regex", "pattern": r'(, "id": "[a-zA-Z0-9]{9}")?\}'}
+        call = call_of(tools, '{"name": ', ', "arguments": ', end)
         return sequence(
             {"type": "token", "token": "[TOOL_CALLS]"},
             {"type": "regex", "pattern": r" ?\["},
