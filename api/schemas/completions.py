@@ -24,6 +24,7 @@ from api.schemas.common import LENIENT, MAX_MESSAGES, LenientPart, NonEmptyText,
 from api.schemas.conversation import MAX_TOOLS, ConversationMessage, FunctionTool, NamedToolChoice, ToolChoice
 from api.schemas.predict import Intervention
 from api.schemas.response_format import ResponseFormat, checked_schema
+from heft_engine.json_schema.grammar_schema import arguments_schema
 from store.messages.generate import Constraint, SamplingParams, ToolUse
 
 #: Texts of one request at most: prompts times n.
@@ -254,7 +255,8 @@ class ChatCompletionRequest(GenerationRequest):
         for index, tool in enumerate(self.tools or ()):
             function = tool.function
             if use["name"] in (None, function.name) and function.parameters is not None:
-                checked_schema(function.parameters, f"tools[{index}].function.parameters", strict=False)
+                schema, field = arguments_schema(function.parameters), f"tools[{index}].function.parameters"
+                checked_schema(schema, field, strict=bool(function.strict))
         return self
 
     @property

@@ -73,8 +73,8 @@ def part(text: str, *, index: int = 0, finish: Any = None, tokens: Any = ()) -> 
     return {"index": index, "text": text, "tokens": list(tokens), "finish_reason": finish}
 
 
-def named_tool(name: str) -> dict[str, Any]:
-    return {"type": "function", "function": {"name": name, "parameters": {"type": "object"}}}
+def named_tool(name: str, **options: Any) -> dict[str, Any]:
+    return {"type": "function", "function": {"name": name, "parameters": {"type": "object"}, **options}}
 
 
 def odd_tool(name: str) -> dict[str, Any]:
@@ -324,6 +324,11 @@ def test_a_complete_answer_is_not_cancelled(client: httpx.Client, says: Any, wor
             "/v1/chat/completions",
             {"tools": [named_tool("f"), odd_tool("g")], "tool_choice": "required"},
             "tools[1].function.parameters.properties.x.not",
+        ),
+        (
+            "/v1/chat/completions",
+            {"tools": [named_tool("f", strict=True)], "tool_choice": "required"},
+            "tools[0].function.parameters.additionalProperties",
         ),
         (
             "/v1/chat/completions",

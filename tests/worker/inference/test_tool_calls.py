@@ -139,6 +139,17 @@ def test_an_answer_with_a_format_is_a_call_or_has_it(ask: Ask, family: str) -> N
     assert all(part["tool_calls"][0]["name"] in ("rain", "wind") for part in calls)
 
 
+def test_arguments_of_a_tool_without_parameters_are_an_object(ask: Ask) -> None:
+    tools = [{"type": "function", "function": {"name": "rain", "parameters": {}}}]
+    (reply,) = ask("qwen2", inputs=[{"messages": [QUESTION], "tools": tools}], n=4)
+    for part in reply["chunk"]:
+        for call in part.get("tool_calls", []):
+            assert isinstance(json.loads(call["arguments"]), dict)
+        if not part.get("tool_calls"):
+            assert part["finish_reason"] == "length"
+            assert '"arguments": {' in part["text"]
+
+
 def test_a_tool_that_no_grammar_holds_is_refused_by_its_part(ask: Ask) -> None:
     odd = {"type": "object", "properties": {"city": {"type": "string", "format": "uri"}}}
     tools = [TOOLS[0], {"type": "function", "function": {"name": "odd", "parameters": odd}}]
