@@ -10,7 +10,6 @@ from typing import Any, get_args
 import pytest
 import torch
 import torch.distributed as dist
-import xgrammar
 from pretended_gpu.build import requires_pretended_gpu
 from pretended_gpu.child import run_all
 from pretended_gpu.gpu import Gpu
@@ -139,29 +138,15 @@ def scores(gpu: Gpu, **model: Any) -> None:
     score(lm, examples)
 
 
-def letters(count: int, vocab_size: int) -> xgrammar.CompiledGrammar:
-    """The grammar of so many letters, with a token for each."""
-    spellings = [b"", b"", b"", *(bytes([65 + token % 26]) for token in range(vocab_size - 3))]
-    vocabulary = xgrammar.TokenizerInfo(
-        spellings, xgrammar.VocabType.RAW, vocab_size=vocab_size, stop_token_ids=[2]
-    )
-    return xgrammar.GrammarCompiler(vocabulary, max_threads=1).compile_grammar(f"root ::= [A-Z]{{{count}}}")
-
-
 def decodes(gpu: Gpu, **model: Any) -> dict[str, Any]:
     lm = tiny_lm(**model)
-    grammar = letters(60, lm.vocab_size)
     batch = DecodeBatch(lm, budget_bytes=1 << 30)
     prompts = [example.prompt for example in rows(60, 5, 63, 30)]
     drawn = SamplingParams(temperature=0.7, top_p=0.9, top_logprobs=2, presence_penalty=0.1)
     batch.prefill(
         [
             DecodeRequest(
-                id=index,
-                prompt=prompt,
-                max_tokens=70,
-                sampling=drawn if index else SamplingParams(),
-                grammar=grammar if index > 1 else None,
+                id=index, prompt=prompt, max_tokens=70, sampling=drawn if index else SamplingParams()
             )
             for index, prompt in enumerate(prompts)
         ]
