@@ -17,7 +17,7 @@ from safetensors.torch import load_file, save_file
 from tiny_models import save_tiny_model
 from torch import Tensor
 
-from heft_engine.bundle.format import read_bundle
+from heft_engine.bundle.format import added_interventions, read_bundle
 from heft_engine.data.rows import parse_row
 from heft_engine.errors import BundleError, ModelError, RowError
 from heft_engine.inference.greedy import generate
@@ -260,3 +260,17 @@ def test_the_probe_holds_scores_of_training_prompts(trained: Path, predictor: Pr
     training = {predictor.encoder.question(row).prompt for row in parse(yes_no(24))}
     assert {example.prompt for example in probe.examples} <= training
     assert torch.tensor(probe.scores).isfinite().all()
+
+
+def test_each_stage_adds_the_interventions_that_no_earlier_one_has() -> None:
+    """A stage with `init: "new"` adds all; older bundles have no kind, which is loreft."""
+    reft = {"type": "reft", "layers": [1, 2], "positions": "l1", "rank": 4}
+    stages = [
+        {"type": "lora"},
+        reft,
+        {**reft, "kind": "loreft", "layers": [2, 3]},
+        {**reft, "kind": "direft", "layers": [2]},
+        {**reft, "kind": "loreft", "init": "new"},
+        {**reft, "kind": "loreft", "layers": [3]},
+    ]
+    assert added_interventions(stages) == [[], [1, 2], [3], [2], [1, 2], []]
