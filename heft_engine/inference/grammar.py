@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import json
 import threading
 from collections.abc import Collection, Sequence
@@ -12,7 +11,6 @@ from dataclasses import dataclass
 from functools import cache
 from typing import Any, Literal
 
-import torch
 import xgrammar
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
@@ -187,12 +185,9 @@ def mask_tokens(logits: Tensor, matchers: Sequence[GrammarMatcher | None]) -> li
     return [row for row, dead in zip(rows, is_dead, strict=True) if dead]
 
 
-@cache
-def _mask_backend(device_type: str) -> Literal["cpu", "triton", "torch_native"]:
-    if device_type == "cpu":
-        return "cpu"
-    has_triton = importlib.util.find_spec("triton") is not None and torch.cuda.is_available()
-    return "triton" if has_triton else "torch_native"
+def _mask_backend(device_type: str) -> Literal["cpu", "torch_native"]:
+    """Returns xgrammar's way to apply masks. Its Triton kernel runs on the current GPU, which may be another one."""
+    return "cpu" if device_type == "cpu" else "torch_native"
 
 
 @cache
