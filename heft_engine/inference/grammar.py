@@ -26,8 +26,6 @@ COMPILE_SECONDS = 10.0
 #: Whitespace characters between two parts of a JSON text at most: `{"a":1}` and `{"a": 1}`, but no run of blanks, which
 #: small models write for ever where they may.
 MAX_WHITESPACE = 1
-
-
 #: A byte that no UTF-8 has.
 _NO_TEXT = b"\xff"
 
@@ -119,20 +117,15 @@ class GrammarCompiler:
     def _vocabulary(self) -> xgrammar.TokenizerInfo:
         """Returns the vocabulary as the bytes that its tokens are in a text.
 
-        Special tokens are none, whatever they are called: decoding drops them. They can't be left out, or a structural
-        tag could not ask for them. Tokens with control characters other than newlines are left out, because xgrammar
-        allows them within JSON strings of a limited length.
+        Special tokens are no text, whatever they are called: decoding drops them. They can't be left out, or a
+        structural tag could not ask for them.
         """
         read = xgrammar.TokenizerInfo.from_huggingface(
             self._tokenizer, vocab_size=self._vocab_size, stop_token_ids=self._eos_tokens
         )
         special = set(self._tokenizer.all_special_ids)
         tokens = [
-            _NO_TEXT + spelling
-            if token in special
-            else b""
-            if any(byte < 0x20 and byte != 0x0A for byte in spelling)
-            else spelling
+            _NO_TEXT + spelling if token in special else _without_controls(spelling)
             for token, spelling in enumerate(read.decoded_vocab)
         ]
         return xgrammar.TokenizerInfo(
@@ -159,6 +152,12 @@ class GrammarCompiler:
         if token is None:
             raise ValueError(f"the tokenizer has no token {name}")
         return {**tag, "token": token}
+
+
+def _without_controls(spelling: bytes) -> bytes:
+    """Leaves out a token with control characters other than newlines, which xgrammar allows within JSON strings of a
+    limited length."""
+    return b"" if any(byte < 0x20 and byte != 0x0A for byte in spelling) else spelling
 
 
 def mask_tokens(logits: Tensor, matchers: Sequence[GrammarMatcher | None]) -> list[int]:
