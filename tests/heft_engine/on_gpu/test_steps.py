@@ -210,7 +210,10 @@ def test_a_step_and_a_scoring_pass_wait_for_the_gpu_once() -> None:
     """Also in the second of two processes, which stays on its own GPU."""
     stages = [(LORA | {"dropout": 0.1}, "nothing"), *((REFT, level) for level in LEVELS)]
     ranks = [partial(trains_in_a_rank, stage=stage, level=level, family="llama") for stage, level in stages]
-    halves = [partial(trains_in_float16, stage=stage, level=level, family="llama") for stage, level in stages]
+    halves = [
+        partial(trains_in_float16, stage=stage, level=level, family="llama")
+        for stage, level in (stages[0], stages[-1])
+    ]
     check([*scenarios([{}], [{}], family="llama"), *ranks, *halves], 200, gpus=2)
 
 
