@@ -20,7 +20,7 @@ from pydantic import (
 )
 from pydantic_core import PydanticCustomError
 
-from api.schemas.common import LENIENT, MAX_MESSAGES, LenientPart, NonEmptyText, RequestBody, Text
+from api.schemas.common import LENIENT, MAX_MESSAGES, LenientPart, RequestBody, Text
 from api.schemas.conversation import MAX_TOOLS, ConversationMessage, FunctionTool, NamedToolChoice, ToolChoice
 from api.schemas.predict import Intervention
 from api.schemas.response_format import ResponseFormat, checked_schema
@@ -153,7 +153,7 @@ class CompletionRequest(GenerationRequest):
     unsupported: ClassVar[Mapping[str, str]] = _UNSUPPORTED | _CHAT_ONLY
 
     prompt: (
-        NonEmptyText
+        Text
         | Annotated[list[Text], Field(min_length=1, max_length=MAX_TEXTS, fail_fast=True)]
         | TokenIds
         | Annotated[list[TokenIds], Field(min_length=1, max_length=MAX_TEXTS, fail_fast=True)]
@@ -169,7 +169,7 @@ class CompletionRequest(GenerationRequest):
         try:
             return validate(prompt)
         except ValidationError as error:
-            reason = "prompt must be a text, a list of token ids, or up to {most} of either in a list; none is empty"
+            reason = "prompt must be a text, a list of token ids that is not empty, or up to {most} of either in a list"
             raise PydanticCustomError("prompt", reason, {"most": MAX_TEXTS}) from error
 
     @model_validator(mode="after")

@@ -76,7 +76,12 @@ class Example:
 
 
 def intervened_positions(prompt_length: int, first: int, last: int) -> list[int]:
-    """Returns the prompt positions of `f<first>+l<last>`; each part is at most half of the prompt, as in pyreft."""
+    """Returns the prompt positions of `f<first>+l<last>`; each part is at most half of the prompt, as in pyreft.
+
+    A prompt of one token, of which pyreft would intervene on none, has its one position.
+    """
+    if prompt_length == 1:
+        return [0]
     first, last = min(prompt_length // 2, first), min(prompt_length // 2, last)
     return [*range(first), *range(prompt_length - last, prompt_length)]
 
@@ -144,8 +149,15 @@ class Encoder:
         return self._labelled(row)
 
     def raw(self, text: str) -> Example:
-        """Returns text to be continued, without the task's template. Raises RowError if it is too long."""
-        return self._free(self._bos + self.text(text), None, "prompt")
+        """Returns text to be continued, without the task's template. Raises RowError if it is too long.
+
+        An empty text begins with BOS, else with EOS, as at OpenAI.
+        """
+        eos = self.tokenizer.eos_token_id
+        ids = self._bos + self.text(text) or ([cast(int, eos)] if eos is not None else [])
+        if not ids:
+            raise RowError("prompt is empty, and the tokenizer has no token to begin with", param="prompt")
+        return self._free(ids, None, "prompt")
 
     def tokens(self, ids: Sequence[int]) -> Example:
         """Returns tokens to be continued as they are. Raises RowError for unknown ones, or too many."""

@@ -69,7 +69,7 @@ def parse_row(obj: Any, *, labels: Sequence[str] | None = None, need_answer: boo
         refuse_unknown(fields, ("prompt", "completion"))
         completion = fields.get("completion")
         answer = text(completion, "completion") if need_answer or completion is not None else None
-        return Row(kind="prompt", prompt=text(fields.get("prompt"), "prompt"), answer=answer)
+        return Row(kind="prompt", prompt=text(fields.get("prompt"), "prompt", empty=True), answer=answer)
     if "question" in fields or "answer" in fields:
         return _question_row(fields, labels, need_answer)
     first = next(iter(fields), None)

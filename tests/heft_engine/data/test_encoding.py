@@ -156,6 +156,16 @@ def test_the_boundary_does_not_move_with_the_words_beside_it(bpe: Any, pieces: A
         assert len(answers) == 1
 
 
+def test_an_empty_prompt_is_the_beginning_of_a_text(bpe: Any, pieces: Any) -> None:
+    """Files of texts without a question have it. As a prompt to continue, it begins as a document does."""
+    text = encoder(bpe, "text")
+    assert bpe.decode(ask(text, prompt="", completion="so it is").prompt) == "\n"
+    assert text.raw("").prompt == (bpe.eos_token_id,)
+    assert encoder(pieces, "text").raw("").prompt == (pieces.bos_token_id,)
+    with pytest.raises(RowError, match="prompt is missing"):
+        ask(text, completion="so it is")
+
+
 def test_completions_end_with_eos_and_come_back_as_written(bpe: Any) -> None:
     for completion in ("yes", " yes.", "two\n\nlines ", "ünï 世界"):
         (answer,) = ask(encoder(bpe, "text"), prompt="a", completion=completion).answers

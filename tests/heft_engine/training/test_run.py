@@ -101,6 +101,15 @@ def test_a_label_that_begins_with_anothers_tokens_can_be_learned(
     assert [prediction.answer for prediction in predictor.predict(parsed)] == labels
 
 
+def test_rows_with_empty_prompts_are_learned(tiny_llama_dir: Path, tmp_path: Path) -> None:
+    """The prompt is one token, and the intervention acts on it."""
+    rows = parse([{"prompt": "", "completion": "river"}] * 8)
+    stages = [but(LORA, n_epochs=1), but(REFT, positions="f1+l1", n_epochs=8)]
+    losses = run(config(tiny_llama_dir, "recipe", stages), tmp_path / "out", rows).losses
+    assert losses[9] < losses[2], "the intervention learns"
+    assert load(tmp_path / "out", device="cpu").predict(rows[:1])[0].answer is not None
+
+
 def test_events_come_in_order_with_their_stage(tiny_llama_dir: Path, tmp_path: Path) -> None:
     record = run(
         config(tiny_llama_dir, "heft"),

@@ -199,7 +199,7 @@ def test_time_that_is_over_frees_it_too(asker: Asker) -> None:
     [
         ({"max_tokens": 5_000}, 400, "max_tokens"),
         ({"inputs": [{"prompt": "long " * 900}]}, 400, "prompt"),
-        ({"inputs": [*PROMPT, {"prompt": ""}]}, 400, "prompt[1]"),
+        ({"inputs": [*PROMPT, {"prompt": 1}]}, 400, "prompt[1]"),
         ({"inputs": [{"messages": [{"role": "robot", "content": "So"}]}]}, 400, "messages[0].role"),
         ({"model": {**BASE, "base_model": "gone"}}, 404, "model"),
     ],
