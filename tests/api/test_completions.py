@@ -505,9 +505,10 @@ def test_streamed_tool_calls_in_openais_shape(client: httpx.Client, says: Any) -
 
 def test_the_message_says_how_tools_may_be_called(client: httpx.Client, says: Any) -> None:
     heard = says({"chunk": [part("x", finish="stop")]} | DONE)
+    parameters = {"type": "object", "properties": {}, "required": [], "additionalProperties": False}
     tool = {
         "type": "function",
-        "function": {"strict": True, "parameters": {"type": "object"}, "description": "F.", "name": "f"},
+        "function": {"strict": True, "parameters": parameters, "description": "F.", "name": "f"},
     }
     turns = [
         *CHAT["messages"],
@@ -525,7 +526,7 @@ def test_the_message_says_how_tools_may_be_called(client: httpx.Client, says: An
     assert row["tools"] == [
         {
             "type": "function",
-            "function": {"name": "f", "description": "F.", "parameters": {"type": "object"}},
+            "function": {"name": "f", "description": "F.", "parameters": parameters},
         }
     ]
     assert row["messages"][1:] == [
