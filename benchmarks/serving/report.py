@@ -154,6 +154,6 @@ def _json(answers: dict[str, Any], steps: dict[str, Any]) -> list[str]:
         f"A decoding step of {steps['batch']} texts of which half match a schema takes {1_000 * seconds['mixed']:.1f} "
         f"ms, one of free texts {1_000 * seconds['free']:.1f} ms (medians of {steps['steps']}, alternately): beside "
         f"the others, free texts keep {steps['ratio']:.2f} of their tokens/s. Masks take "
-        f"{1_000 * steps['mask_seconds']:.2f} ms of a step.",
+        f"{1_000 * steps['mask_seconds']:.2f} ms of processor time a step.",
         "",
     ]

@@ -136,9 +136,10 @@ def _steps(predictor: Predictor, steps: int) -> dict[str, Any]:
     masking: list[float] = []
 
     def timed(*arguments: Any) -> list[int]:
-        began = time.perf_counter()
+        # The processor's time, which other programs do not lengthen.
+        began = time.thread_time()
         dead_ends = mask_tokens(*arguments)
-        masking.append(time.perf_counter() - began)
+        masking.append(time.thread_time() - began)
         return dead_ends
 
     with patch.object(decode_batch, "mask_tokens", timed):
