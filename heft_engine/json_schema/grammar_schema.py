@@ -12,6 +12,7 @@ validates. A grammar may allow less than its schema does:
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable, Mapping
 from typing import Any
 from urllib.parse import unquote
@@ -19,7 +20,13 @@ from urllib.parse import unquote
 from heft_engine.json_schema.keywords import ADVICE, ANNOTATIONS, COMBINERS, KEYWORDS, TYPED
 from heft_engine.json_schema.number_bounds import integer_schema, number_schema
 from heft_engine.json_schema.schema_error import Path, SchemaError
-from heft_engine.json_schema.schema_limits import MAX_DEPTH, MAX_EXCLUSIVE_OPTIONS, MAX_STEPS, SchemaSize
+from heft_engine.json_schema.schema_limits import (
+    MAX_DEPTH,
+    MAX_EXCLUSIVE_OPTIONS,
+    MAX_OPTIONS,
+    MAX_STEPS,
+    SchemaSize,
+)
 from heft_engine.json_schema.string_formats import FORMATS, format_pattern
 from heft_engine.json_schema.string_patterns import PatternError, parse_pattern
 from heft_engine.json_schema.whole_schema import WholeSchema, type_of
@@ -28,21 +35,24 @@ from heft_engine.json_schema.whole_schema import WholeSchema, type_of
 MAX_LENGTH = 1_000_000
 
 
-def grammar_schema(schema: Any, *, strict: bool = False) -> dict[str, Any]:
+def grammar_schema(schema: Any, *, strict: bool = False, size: SchemaSize | None = None) -> dict[str, Any]:
     """Returns a schema for xgrammar, every text of whose grammar validates against `schema`.
 
-    strict: OpenAI's rules hold, too: every object requires all of its properties and allows no others. Raises
-    SchemaError.
+    strict: OpenAI's rules hold, too: every object requires all of its properties and allows no others. size: counts
+    the parts of all schemas of a grammar, which the limits are for. Raises SchemaError.
     """
-    reader = _Reader(schema, strict)
+    size = size or SchemaSize()
+    size.add_schema(schema)
+    reader = _Reader(schema, strict, size)
     root = reader.read(schema, ())
     if strict and root.get("type") != "object":
         raise SchemaError((), 'with strict: true the schema itself must have "type": "object", and no anyOf')
     definitions = reader.read_definitions()
-    whole = WholeSchema(definitions)
+    whole = WholeSchema(root, definitions, reader.definition_paths, size)
+    whole.check_choices()
     for options, path in reader.exclusive:
         whole.check_disjoint(options, path)
-    whole.check_ends(root, reader.definition_paths)
+    whole.check_ends()
     return root | ({"$defs": definitions} if definitions else {})
 
 
@@ -56,14 +66,14 @@ def arguments_schema(parameters: Mapping[str, Any]) -> dict[str, Any]:
 class _Reader:
     """Reads a schema's parts. `root` is where references lead."""
 
-    def __init__(self, root: Any, strict: bool) -> None:
+    def __init__(self, root: Any, strict: bool, size: SchemaSize) -> None:
         self._root = root
         self._strict = strict
         self._names: dict[Path, str] = {}
         self._unread: list[Path] = []
         #: Options of `oneOf` with their paths.
         self.exclusive: list[tuple[list[dict[str, Any]], Path]] = []
-        self._size = SchemaSize()
+        self._size = size
         self._depth = 0
         self._readers: Mapping[str, Callable[[Mapping[str, Any], Path], dict[str, Any]]] = {
             "string": self._string,
@@ -92,6 +102,7 @@ class _Reader:
         """Returns the exact form of a part of the schema. Raises SchemaError."""
         if len(path) > MAX_STEPS:
             raise SchemaError(path, f"it lies more than {MAX_STEPS} steps deep in the schema")
+        self._size.add_part(path)
         if schema is True:
             return {}
         if schema is False:
@@ -165,11 +176,14 @@ class _Reader:
             return self._values(parts, schema, here)
         if combiner == "allOf" and len(parts) > 1:
             raise SchemaError(here, "allOf with several schemas is not supported: write them as one schema")
+        most = MAX_EXCLUSIVE_OPTIONS if combiner == "oneOf" else MAX_OPTIONS
+        if len(parts) > most:
+            raise SchemaError(here, f"{combiner} may have up to {most} options")
         options = [self.read(part, (*here, index)) for index, part in enumerate(parts)]
-        if len(options) > MAX_EXCLUSIVE_OPTIONS and combiner == "oneOf":
-            raise SchemaError(here, f"oneOf may have up to {MAX_EXCLUSIVE_OPTIONS} options: use anyOf")
         if combiner == "oneOf":
             self.exclusive.append((options, here))
+        if len(options) > 1:
+            options = list({json.dumps(option): option for option in options}.values())
         return options[0] if len(options) == 1 else {"anyOf": options}
 
     def _values(self, values: list[Any], schema: Mapping[str, Any], path: Path) -> dict[str, Any]:
@@ -228,7 +242,7 @@ class _Reader:
             pattern = parse_pattern(text) if keyword == "pattern" else format_pattern(text)
         except PatternError as error:
             raise SchemaError(here, f"the pattern is not supported: {error}") from None
-        self._size.add_pattern(pattern.size, here)
+        self._size.add_pattern(pattern.size, len(text), here)
         longest = pattern.max_length
         if pattern.min_length < least or (most is not None and (longest is None or longest > most)):
             reason = f"the {keyword} allows strings outside of minLength and maxLength: put the lengths into a pattern"
@@ -305,16 +319,19 @@ class _Reader:
         here = (*path, "required")
         if not isinstance(required, list) or not all(isinstance(name, str) for name in required):
             raise SchemaError(here, "must be a list of names")
+        names = set(required)
+        if len(names) < len(required):
+            raise SchemaError(here, "it lists a name twice")
         missing = [name for name in required if name not in properties]
         if missing:
             raise SchemaError(here, f"{missing[0]} is required and not in properties: describe it there")
-        optional = [name for name in properties if name not in required]
+        optional = [name for name in properties if name not in names]
         if self._strict and optional:
             reason = (
                 f"with strict: true every property is required, and {optional[0]} is not: allow null instead"
             )
             raise SchemaError(here, reason)
-        return [name for name in properties if name in required]
+        return [name for name in properties if name in names]
 
     def _bounds(self, schema: Mapping[str, Any], path: Path, low: str, high: str) -> tuple[int, int | None]:
         for name in (low, high):

@@ -1,7 +1,11 @@
-"""Limits of a schema's size: OpenAI's, and those that keep its check and its grammar quick."""
+"""Limits of a schema's size: OpenAI's, and those that keep its check, its grammar and its texts quick.
+
+A request's schemas become one grammar, those of all tools and of the answer: they are counted together.
+"""
 
 from __future__ import annotations
 
+import json
 from collections.abc import Sequence
 from typing import Any
 
@@ -16,23 +20,72 @@ MAX_CHARACTERS = 120_000
 MAX_ENUM_VALUES = 1_000
 MAX_LONG_ENUM_CHARACTERS = 15_000
 _LONG_ENUM = 250
-#: Our own: parts that references lead to, alternatives that must exclude each other, steps from the schema to a part.
+#: Our own: characters as JSON and schemas within the schema, parts that references lead to, characters of patterns.
+MAX_JSON_CHARACTERS = 250_000
+MAX_PARTS = 10_000
 MAX_DEFINITIONS = 500
+MAX_PATTERN_CHARACTERS = 10_000
+#: Alternatives, those that must exclude each other, and comparisons to see that they do. Steps from the schema to a
+#: part.
+MAX_OPTIONS = 500
 MAX_EXCLUSIVE_OPTIONS = 100
+MAX_COMPARISONS = 20_000
 MAX_STEPS = 100
 #: The sum of the squares of objects' numbers of optional properties: any may follow any other one before it, and a
 #: thousand in one object take a minute to compile. With minProperties or maxProperties, which count them: properties of
 #: one object.
 MAX_OPTIONAL_PAIRS = 100_000
 MAX_COUNTED_PROPERTIES = 20
+#: Alternatives of all values, counted at each value: a grammar with 64 kinds of objects, each of which has two values
+#: of all kinds, takes one to two seconds to compile.
+MAX_CHOICES = 20_000
+#: Alternatives that begin like another one, arrays and objects of any names, wherever they differ: with 64 arrays of
+#: one another the mask of each token after `[[[` takes 50 ms, with 16 two.
+MAX_LIKE_OPTIONS = 16
 
 
 class SchemaSize:
     """Counts a schema's parts. Raises SchemaError, with the part's path, for one too many."""
 
     def __init__(self) -> None:
-        self._properties = self._characters = self._enum_values = self._pattern_size = 0
-        self._optional_pairs = 0
+        self._json_characters = self._parts = 0
+        self._properties = self._characters = self._enum_values = self._optional_pairs = 0
+        self._pattern_size = self._pattern_characters = 0
+        self._choices = self._like_options = self._comparisons = 0
+
+    def add_schema(self, schema: Any) -> None:
+        """Counts the characters of a schema, before anything else looks at it."""
+        try:
+            self._json_characters += len(json.dumps(schema))
+        except RecursionError:
+            raise SchemaError((), "it is nested too deep") from None
+        if self._json_characters > MAX_JSON_CHARACTERS:
+            raise SchemaError((), f"schemas may have up to {MAX_JSON_CHARACTERS:,} characters as JSON in all")
+
+    def add_part(self, path: Path) -> None:
+        self._parts += 1
+        if self._parts > MAX_PARTS:
+            raise SchemaError(path, f"schemas may have up to {MAX_PARTS:,} schemas within them in all")
+
+    def add_choices(self, number: int, path: Path) -> None:
+        self._choices += number
+        if self._choices > MAX_CHOICES:
+            reason = f"the alternatives of all values, by anyOf, oneOf and references, may be up to {MAX_CHOICES:,}"
+            raise SchemaError(path, reason)
+
+    def add_like_options(self, number: int, path: Path) -> None:
+        self._like_options += number
+        if self._like_options > MAX_LIKE_OPTIONS:
+            reason = (
+                f"anyOf may have up to {MAX_LIKE_OPTIONS} arrays, or objects without properties, beside another one: "
+                "use one array with anyOf in its items"
+            )
+            raise SchemaError(path, reason)
+
+    def add_comparisons(self, number: int, path: Path) -> None:
+        self._comparisons += number
+        if self._comparisons > MAX_COMPARISONS:
+            raise SchemaError(path, "it has too many options to see that they exclude each other: use anyOf")
 
     def add_properties(self, names: Sequence[str], path: Path) -> None:
         self._properties += len(names)
@@ -68,7 +121,11 @@ class SchemaSize:
             )
             raise SchemaError(path, reason)
 
-    def add_pattern(self, size: int, path: Path) -> None:
+    def add_pattern(self, size: int, characters: int, path: Path) -> None:
+        """Counts a pattern's size with its repetitions written out, and its characters as they came."""
+        self._pattern_characters += characters
+        if self._pattern_characters > MAX_PATTERN_CHARACTERS:
+            raise SchemaError(path, f"patterns may have up to {MAX_PATTERN_CHARACTERS:,} characters in all")
         self._pattern_size += size
         if self._pattern_size > MAX_SIZE:
             reason = (

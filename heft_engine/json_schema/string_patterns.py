@@ -14,6 +14,8 @@ from dataclasses import dataclass
 #: compilation.
 MAX_REPEAT = 500
 MAX_SIZE = 1_500
+#: Longest pattern as it is written.
+MAX_CHARACTERS = 1_000
 #: Largest size of a repetition with another one in it, written out. `((a|ab|abc){0,10}){0,10}` matches a text in so
 #: many ways that a decoding step takes half a second.
 MAX_NESTED_SIZE = 200
@@ -48,6 +50,8 @@ class StringPattern:
 
 def parse_pattern(pattern: str) -> StringPattern:
     """Returns a schema's `pattern` in xgrammar's form. Raises PatternError."""
+    if len(pattern) > MAX_CHARACTERS:
+        raise PatternError(f"it is longer than {MAX_CHARACTERS:,} characters")
     parsed = _Parser(pattern).parse()
     if parsed.size > MAX_SIZE:
         raise PatternError(

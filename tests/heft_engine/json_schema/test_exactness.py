@@ -185,25 +185,33 @@ def writer(tiny_llama_dir: Path) -> Writer:
     return Writer(AutoTokenizer.from_pretrained(tiny_llama_dir))
 
 
-@settings(
-    max_examples=100,
-    deadline=None,
-    derandomize=True,
-    suppress_health_check=[HealthCheck.too_slow, HealthCheck.filter_too_much, HealthCheck.data_too_large],
-)
-@given(part=PARTS, leaf=LEAVES, seed=st.integers(0, 2**32))
-def test_texts_of_random_schemas_validate(writer: Writer, part: Any, leaf: Any, seed: int) -> None:
-    schema = {"type": "object", "properties": {"part": part, "leaf": leaf}, "required": ["part"]}
-    schema["$defs"] = {"Node": NODE, "Leaf": leaf}
-    Draft202012Validator.check_schema(schema)
-    try:
-        texts = [writer.write(schema, seed + offset) for offset in range(3)]
-    except SchemaError:
-        return
-    validator = Draft202012Validator(schema, format_checker=Draft202012Validator.FORMAT_CHECKER)
-    for text in texts:
-        if text is not None:
-            validator.validate(json.loads(text))
+def test_texts_of_random_schemas_validate(writer: Writer) -> None:
+    written = []
+
+    @settings(
+        max_examples=100,
+        deadline=None,
+        derandomize=True,
+        suppress_health_check=[HealthCheck.too_slow, HealthCheck.filter_too_much, HealthCheck.data_too_large],
+    )
+    @given(part=PARTS, leaf=LEAVES, seed=st.integers(0, 2**32))
+    def validate(part: Any, leaf: Any, seed: int) -> None:
+        schema = {"type": "object", "properties": {"part": part, "leaf": leaf}, "required": ["part"]}
+        schema["$defs"] = {"Node": NODE, "Leaf": leaf}
+        Draft202012Validator.check_schema(schema)
+        try:
+            texts = [writer.write(schema, seed + offset) for offset in range(3)]
+        except SchemaError:
+            return
+        validator = Draft202012Validator(schema, format_checker=Draft202012Validator.FORMAT_CHECKER)
+        for text in texts:
+            if text is not None:
+                validator.validate(json.loads(text))
+                written.append(text)
+
+    validate()
+
+    assert len(written) >= 100, "too few texts to show anything"
 
 
 def test_any_json_object_is_json(writer: Writer) -> None:

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import Any
 
 import pytest
 
+from heft_engine.json_schema import whole_schema
 from heft_engine.json_schema.grammar_schema import arguments_schema, grammar_schema
 from heft_engine.json_schema.schema_error import Path, SchemaError
+from heft_engine.json_schema.schema_limits import SchemaSize
 
 STRING = {"type": "string"}
 
@@ -170,6 +173,7 @@ def test_one_of_options_that_exclude_each_other(options: list[Any]) -> None:
         ({"type": "array", "maxItems": 0, "items": {"not": {}}}, ("items", "not"), "not supported"),
         (object_of(STRING, required=["y"]), ("required",), "y is required and not in properties"),
         (object_of(STRING, required="x"), ("required",), "list of names"),
+        (object_of(STRING, required=["x"] * 1_000), ("required",), "lists a name twice"),
         ({"type": "object", "properties": []}, ("properties",), "object of schemas"),
         (object_of(STRING, additionalProperties=STRING), ("additionalProperties",), "set it to false"),
         (object_of(STRING, minProperties=2), (), "no object"),
@@ -231,7 +235,9 @@ def test_arguments_are_an_object() -> None:
 
 def test_definitions_and_steps_are_limited() -> None:
     many = {
-        "anyOf": [{"$ref": f"#/$defs/{n}"} for n in range(501)],
+        "type": "object",
+        "properties": {str(n): {"$ref": f"#/$defs/{n}"} for n in range(501)},
+        "required": [str(n) for n in range(501)],
         "$defs": {str(n): STRING for n in range(501)},
     }
     with pytest.raises(SchemaError, match="500 definitions"):
@@ -242,6 +248,106 @@ def test_definitions_and_steps_are_limited() -> None:
     with pytest.raises(SchemaError, match="100 steps"):
         grammar_schema(deep)
     assert grammar_schema(nested(10))
+
+
+def arrays(lengths: Iterable[int]) -> list[dict[str, Any]]:
+    """Returns arrays of values of the whole schema."""
+    return [{"type": "array", "items": {"$ref": "#"}, "maxItems": length} for length in lengths]
+
+
+def kinds(number: int) -> list[dict[str, Any]]:
+    """Returns objects of the whole schema's values, each with a kind of its own."""
+    return [
+        {"type": "object", "properties": {"kind": {"const": n}, "x": {"$ref": "#"}}, "required": ["kind"]}
+        for n in range(number)
+    ]
+
+
+class TestWorkIsLimited:
+    """Nothing that is accepted takes long to check, to compile or to write."""
+
+    @pytest.mark.parametrize(
+        ("schema", "path", "reason"),
+        [
+            ({"enum": [["a" * 300_000]]}, (), "250,000 characters as JSON"),
+            ({"anyOf": [{"type": "array", "items": {}}] * 501}, ("anyOf",), "up to 500 options"),
+            (
+                {"type": "object", "properties": {f"p{n}": {"anyOf": [STRING] * 400} for n in range(30)}},
+                ("properties", "p24", "anyOf", 374),
+                "10,000 schemas within",
+            ),
+            (
+                {
+                    "oneOf": [
+                        {"anyOf": [{"type": name, low: n} for n in range(150)]}
+                        for name, low in (("string", "minLength"), ("number", "minimum"))
+                    ]
+                },
+                ("oneOf",),
+                "too many options",
+            ),
+            ({"anyOf": arrays(range(130))}, (), "up to 16 arrays"),
+            (
+                {"anyOf": [{"type": "object", "additionalProperties": {"$ref": "#"}}, *arrays(range(18))]},
+                (),
+                "up to 16 arrays",
+            ),
+            ({"anyOf": kinds(120)}, (), "up to 20,000"),
+            (
+                {"anyOf": [{"$ref": f"#/$defs/{n}"} for n in range(20)]}
+                | {"$defs": {str(n): arrays([n])[0] for n in range(20)}},
+                (),
+                "up to 16 arrays",
+            ),
+            (
+                {"type": "array", "prefixItems": [{"type": "string", "pattern": "(?:)" * 200}] * 20},
+                ("prefixItems", 12, "pattern"),
+                "10,000 characters in all",
+            ),
+            ({"type": "string", "pattern": "|" * 1_001}, ("pattern",), "longer than 1,000 characters"),
+        ],
+    )
+    def test_what_is_too_large(self, schema: Any, path: Path, reason: str) -> None:
+        with pytest.raises(SchemaError, match=reason) as refusal:
+            grammar_schema(schema)
+        assert refusal.value.path == path
+
+    def test_unions_of_usual_size_are_accepted(self) -> None:
+        null = {"type": "null"}
+        assert len(grammar_schema({"oneOf": [*kinds(60), null]})["anyOf"]) == 61
+        assert len(grammar_schema({"oneOf": [*kinds(60), null], "$defs": {}})["$defs"]["d0"]["anyOf"]) == 61
+        assert grammar_schema({"anyOf": [*arrays([5]), null]})
+        pair = {"anyOf": [{"type": "array", "items": part} for part in (STRING, null)]}
+        assert grammar_schema({"type": "object", "properties": {f"p{n}": pair for n in range(100)}})
+
+    def test_equal_options_are_one(self) -> None:
+        assert grammar_schema({"anyOf": [STRING, {"type": "null"}, STRING]})["anyOf"] == [
+            STRING,
+            {"type": "null"},
+        ]
+        assert grammar_schema({"anyOf": [STRING, STRING]}) == STRING
+        assert grammar_schema({"anyOf": arrays([3] * 100)})["items"]
+
+    def test_ends_are_found_in_one_pass(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        """A chain of definitions, each of which ends after the next one has."""
+        looks = []
+        unavoidable = whole_schema._unavoidable
+
+        def counted(schema: Any) -> list[Any]:
+            looks.append(schema)
+            return list(unavoidable(schema))
+
+        monkeypatch.setattr(whole_schema, "_unavoidable", counted)
+        chain = {str(n): object_of({"$ref": f"#/$defs/{n + 1}"}, required=["x"]) for n in range(498)}
+        grammar_schema({"$ref": "#/$defs/0", "$defs": chain | {"498": STRING}})
+        assert len(looks) == 499
+
+    def test_schemas_of_one_grammar_are_counted_together(self) -> None:
+        optional = {"type": "object", "properties": {f"p{n}": STRING for n in range(300)}}
+        size = SchemaSize()
+        grammar_schema(optional, size=size)
+        with pytest.raises(SchemaError, match="too many optional properties"):
+            grammar_schema(optional, size=size)
 
 
 class TestStrict:
