@@ -5,13 +5,12 @@ from __future__ import annotations
 import hashlib
 import json
 import re
-import secrets
 from abc import ABC, abstractmethod
 from collections.abc import Collection, Sequence
 from typing import Any, ClassVar
 
-from heft_engine.data.tool_rows import Tool, ToolCall, parse_arguments
-from heft_engine.errors import RowError
+from heft_engine.data.tool_calls.json_source import UnterminatedString
+from heft_engine.data.tool_rows import Tool, ToolCall
 
 #: What an answer consists of: pieces of its content, and complete tool calls.
 AnswerPart = str | ToolCall
@@ -19,6 +18,8 @@ AnswerPart = str | ToolCall
 Grammar = dict[str, Any]
 #: White space between two parts of the arguments at most: small models write blanks for ever where they may.
 _MAX_WHITESPACE = 1
+#: Ends at which a call is parsed before it is left to the end of the answer: each parses the call from its beginning.
+_MAX_ATTEMPTS = 16
 
 
 class ToolCallFormat(ABC):
@@ -33,11 +34,15 @@ class ToolCallFormat(ABC):
     #: True if calls stand at the beginning of an answer or nowhere.
     only_first: ClassVar[bool] = False
 
-    @abstractmethod
-    def parse(self, text: str) -> list[ToolCall]:
-        """Returns the calls in a text that begins with one of `begins`, and stands before `end`.
+    #: Matches the beginning of a text that is no call, whatever follows: no JSON, or 64 blanks before it.
+    no_call: ClassVar[re.Pattern[str]]
 
-        Raises ValueError for a text that is no call. Ids that the format does not write are new.
+    @abstractmethod
+    def parse(self, text: str, tools: Collection[str]) -> tuple[list[AnswerPart], int]:
+        """Returns the calls with which a text begins, and their length, with the begin and without the end.
+
+        The text begins with one of `begins`. In a list, a call of a function that is none of `tools` is returned as it
+        is written. Raises ValueError for a text that does not begin with a call of one of `tools`.
         """
 
     @abstractmethod
@@ -62,6 +67,8 @@ class AnswerParser:
         self._parallel = parallel
         self._pending = ""  #: text that may be, or is, the beginning of a call
         self._is_in_call = False
+        self._searched = 0  #: characters of the call in which no end begins that has not been tried
+        self._attempts = 0  #: to parse the call
         self._has_content = False
         self._spaces = ""  #: white space that is content only if content follows
         self.calls = 0
@@ -74,32 +81,33 @@ class AnswerParser:
     def push(self, text: str) -> list[AnswerPart]:
         """Returns the parts that have become certain with `text`."""
         self._pending += text
+        return self._take_parts(is_whole=False)
+
+    def flush(self) -> list[AnswerPart]:
+        """Returns the rest, at the end of the answer."""
+        parts = self._take_parts(is_whole=True)
+        if self.is_complete:
+            return parts
+        rest, self._pending = self._pending, ""
+        parts += self._content(rest)
+        if self._spaces and not self.calls:
+            parts.append(self._spaces)
+        return parts
+
+    def _take_parts(self, *, is_whole: bool) -> list[AnswerPart]:
+        """Returns the parts that are certain, all but the beginning of a call where the answer `is_whole`."""
         parts: list[AnswerPart] = []
         while not self.is_complete:
-            certain = self._take_call() if self._is_in_call else self._take_content()
+            certain = self._take_call(is_whole=is_whole) if self._is_in_call else self._take_content()
             if certain is None:
                 break
             parts += certain
         return parts
 
-    def flush(self) -> list[AnswerPart]:
-        """Returns the rest, at the end of the answer."""
-        if self.is_complete:
-            return []
-        rest, self._pending = self._pending, ""
-        if self._is_in_call:
-            self._is_in_call = False
-            if calls := self._calls(rest):
-                return [*calls]
-        parts = self._content(rest)
-        if self._spaces and not self.calls:
-            parts.append(self._spaces)
-        return parts
-
     def _take_content(self) -> list[AnswerPart] | None:
         """Returns the content before the next call, which it enters, or None if there is no more for now."""
         begins = self._format.begins
-        if self._format.only_first and self._has_content:
+        if self._format.only_first and (self._has_content or self.calls):
             begins = ()
         start = min((at for at in map(self._pending.find, begins) if at >= 0), default=-1)
         if self._format.only_first and start >= 0 and self._pending[:start].strip():
@@ -107,37 +115,68 @@ class AnswerParser:
         if start >= 0:
             content, self._pending = self._pending[:start], self._pending[start:]
             self._is_in_call = True
+            self._searched = self._attempts = 0
             return self._content(content)
         certain = len(self._pending) - _partial_match(self._pending, begins)
         content, self._pending = self._pending[:certain], self._pending[certain:]
         return self._content(content) or None
 
-    def _take_call(self) -> list[AnswerPart] | None:
-        """Returns the call that has been completed, or None."""
-        if self._format.end is None:
+    def _take_call(self, *, is_whole: bool) -> list[AnswerPart] | None:
+        """Returns the call if it is complete, its begin as content if it is none, or None if more text may follow."""
+        if self._format.no_call.match(self._pending):
+            return self._refuse_call()
+        text = self._pending if is_whole else self._up_to_end()
+        if text is None:
             return None
-        end = self._format.end
-        at = self._pending.find(end)
-        while at >= 0:
-            if calls := self._calls(self._pending[:at]):
-                self._pending = self._pending[at + len(end) :]
-                self._is_in_call = False
-                return [*calls]
-            # The end may be a part of a string in the arguments.
-            at = self._pending.find(end, at + 1)
-        return None
-
-    def _calls(self, text: str) -> list[ToolCall]:
-        """Returns the calls of a text, or none if it is not made of calls of offered tools."""
         try:
-            calls = self._format.parse(text)
+            parts, length = self._format.parse(text, self._tools)
+        except UnterminatedString:
+            # The end may be a part of a string in the arguments.
+            return self._refuse_call() if is_whole else None
         except ValueError:
-            return []
-        if not all(call.name in self._tools for call in calls):
-            return []
-        calls = calls if self._parallel else calls[:1]
-        self.calls += len(calls)
-        return calls
+            return self._refuse_call()
+        rest = self._pending[length:]
+        if end := self._format.end:
+            rest = rest.lstrip()
+            # The answer may stop before the end, or within it.
+            if not rest.startswith(end) and not (is_whole and end.startswith(rest)):
+                return self._refuse_call()
+            rest = rest[len(end) :]
+        self._pending = rest
+        self._is_in_call = False
+        return self._called(parts)
+
+    def _up_to_end(self) -> str | None:
+        """Returns the call's text up to the last end in it, or None if there has been none since the last attempt."""
+        end = self._format.end
+        if end is None or self._attempts == _MAX_ATTEMPTS:
+            return None
+        at = self._pending.rfind(end, self._searched)
+        self._searched = max(len(self._pending) - len(end) + 1, 0)
+        if at < 0:
+            return None
+        self._attempts += 1
+        return self._pending[: at + len(end)]
+
+    def _refuse_call(self) -> list[AnswerPart]:
+        """Leaves a call that is none. Returns its begin as content: calls may follow, also before its end."""
+        begin = next(begin for begin in self._format.begins if self._pending.startswith(begin))
+        self._pending = self._pending.removeprefix(begin)
+        self._is_in_call = False
+        return self._content(begin)
+
+    def _called(self, parts: Sequence[AnswerPart]) -> list[AnswerPart]:
+        """Returns calls and the content between them, up to the first call if only one is allowed."""
+        allowed: list[AnswerPart] = []
+        for part in parts:
+            if self.is_complete:
+                break
+            if isinstance(part, ToolCall):
+                self.calls += 1
+                allowed.append(part)
+            else:
+                allowed += self._content(part)
+        return allowed
 
     def _content(self, text: str) -> list[AnswerPart]:
         """Returns text without the white space at its end, which waits for what follows."""
@@ -180,26 +219,6 @@ def call_of(tools: Sequence[Tool], begin: str, between: str, end: Grammar) -> Gr
 def list_of(call: Grammar, separator: str) -> Grammar:
     """Returns the grammar of one call or several, with a separator between them."""
     return sequence(call, {"type": "star", "content": sequence(literal(separator), call)})
-
-
-def make_call(name: object, arguments: object, call_id: str | None = None) -> ToolCall:
-    """Returns a call of parsed JSON values. Raises ValueError if they are not a name and an object."""
-    if not isinstance(name, str) or not isinstance(arguments, dict):
-        raise ValueError("a call needs a name and an object of arguments")
-    written = json.dumps(arguments, ensure_ascii=False)
-    try:
-        parse_arguments(written)
-    except RowError as error:
-        raise ValueError(error.message) from error
-    return ToolCall(id=f"call_{call_id or secrets.token_hex(12)}", name=name, arguments=written)
-
-
-def json_value(text: str) -> Any:
-    """Returns a JSON value. Raises ValueError for other text."""
-    try:
-        return json.loads(text)
-    except RecursionError as error:
-        raise ValueError("the JSON is nested too deeply") from error
 
 
 def short_id(call_id: str) -> str:

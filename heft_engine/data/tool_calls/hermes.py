@@ -2,30 +2,31 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import re
+from collections.abc import Collection, Sequence
 
 from heft_engine.data.tool_calls.format import (
+    AnswerPart,
     Grammar,
     ToolCallFormat,
     call_of,
-    json_value,
     list_of,
     literal,
-    make_call,
 )
-from heft_engine.data.tool_rows import Tool, ToolCall
+from heft_engine.data.tool_calls.json_source import read_call, value_at
+from heft_engine.data.tool_rows import Tool
 
 
 class HermesFormat(ToolCallFormat):
     name = "hermes"
     begins = ("<tool_call>",)
     end = "</tool_call>"
+    no_call = re.compile(r"<tool_call>(\s{0,63}[^\s{]|\s{64})")
 
-    def parse(self, text: str) -> list[ToolCall]:
-        call = json_value(text.removeprefix("<tool_call>"))
-        if not isinstance(call, dict):
-            raise ValueError("a call is an object")
-        return [make_call(call.get("name"), call.get("arguments"))]
+    def parse(self, text: str, tools: Collection[str]) -> tuple[list[AnswerPart], int]:
+        _, source, length = value_at(text, len("<tool_call>"))
+        call, _ = read_call(source, tools)
+        return [call], length
 
     def grammar(self, tools: Sequence[Tool], *, parallel: bool) -> Grammar:
         call = call_of(tools, '<tool_call>\n{"name": ', ', "arguments": ', literal("}\n</tool_call>"))

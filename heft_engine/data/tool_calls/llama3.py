@@ -2,17 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import re
+from collections.abc import Collection, Sequence
 
 from heft_engine.data.tool_calls.format import (
+    AnswerPart,
     Grammar,
     ToolCallFormat,
     call_of,
-    json_value,
     literal,
-    make_call,
 )
-from heft_engine.data.tool_rows import Tool, ToolCall
+from heft_engine.data.tool_calls.json_source import read_call, value_at
+from heft_engine.data.tool_rows import Tool
 
 
 class Llama3Format(ToolCallFormat):
@@ -21,12 +22,13 @@ class Llama3Format(ToolCallFormat):
     name = "llama3_json"
     begins = ("<|python_tag|>", "{")
     only_first = True
+    no_call = re.compile(r"(<\|python_tag\|>)?(\s{64}|\s{0,63}(\{\s{64}|\{\s{0,63}[^\s\"]|[^\s{<]))")
 
-    def parse(self, text: str) -> list[ToolCall]:
-        call = json_value(text.removeprefix("<|python_tag|>"))
-        if not isinstance(call, dict):
-            raise ValueError("a call is an object")
-        return [make_call(call.get("name"), call.get("parameters"))]
+    def parse(self, text: str, tools: Collection[str]) -> tuple[list[AnswerPart], int]:
+        start = len("<|python_tag|>") if text.startswith("<|python_tag|>") else 0
+        _, source, length = value_at(text, start)
+        call, _ = read_call(source, tools, arguments="parameters")
+        return [call], length
 
     def grammar(self, tools: Sequence[Tool], *, parallel: bool) -> Grammar:
         return call_of(tools, '{"name": ', ', "parameters": ', literal("}"))

@@ -2,19 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import re
+from collections.abc import Collection, Sequence
+from dataclasses import replace
 
 from heft_engine.data.tool_calls.format import (
+    AnswerPart,
     Grammar,
     ToolCallFormat,
     call_of,
-    json_value,
     list_of,
     literal,
-    make_call,
     sequence,
     short_id,
 )
+from heft_engine.data.tool_calls.json_source import parts_of, read_call, value_at
 from heft_engine.data.tool_rows import Tool, ToolCall
 
 
@@ -23,12 +25,16 @@ class MistralFormat(ToolCallFormat):
 
     name = "mistral"
     begins = ("[TOOL_CALLS]",)
+    no_call = re.compile(r"\[TOOL_CALLS\](\s{0,63}[^\s\[]|\s{64})")
 
-    def parse(self, text: str) -> list[ToolCall]:
-        calls = json_value(text.removeprefix("[TOOL_CALLS]"))
-        if not isinstance(calls, list) or not calls or not all(isinstance(call, dict) for call in calls):
-            raise ValueError("calls are an array of objects")
-        return [make_call(call.get("name"), call.get("arguments"), _id(call.get("id"))) for call in calls]
+    def parse(self, text: str, tools: Collection[str]) -> tuple[list[AnswerPart], int]:
+        calls, source, length = value_at(text, len("[TOOL_CALLS]"))
+        if not isinstance(calls, list):
+            raise ValueError("calls are an array")
+        parts = [_call_or_text(item, tools) for item in parts_of(source)]
+        if not any(isinstance(part, ToolCall) for part in parts):
+            raise ValueError("no item is a call of one of the tools")
+        return parts, length
 
     def grammar(self, tools: Sequence[Tool], *, parallel: bool) -> Grammar:
         # Templates differ in the blank before the array and in whether they write ids.
@@ -45,5 +51,12 @@ class MistralFormat(ToolCallFormat):
         return short_id(call_id)
 
 
-def _id(value: object) -> str | None:
-    return value if isinstance(value, str) and short_id(value) == value else None
+def _call_or_text(item: str, tools: Collection[str]) -> AnswerPart:
+    """Returns an item of the array as a call of one of the tools, or else as it is written."""
+    try:
+        call, call_id = read_call(item, tools)
+    except ValueError:
+        return item
+    if isinstance(call_id, str) and short_id(call_id) == call_id:
+        return replace(call, id=f"call_{call_id}")
+    return call
