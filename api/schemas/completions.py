@@ -23,8 +23,9 @@ from pydantic_core import PydanticCustomError
 from api.schemas.common import LENIENT, MAX_MESSAGES, LenientPart, RequestBody, Text
 from api.schemas.conversation import MAX_TOOLS, ConversationMessage, FunctionTool, NamedToolChoice, ToolChoice
 from api.schemas.predict import Intervention
-from api.schemas.response_format import ResponseFormat, checked_schema
+from api.schemas.response_format import JsonSchemaFormat, ResponseFormat, checked_schema
 from heft_engine.json_schema.grammar_schema import arguments_schema
+from heft_engine.json_schema.schema_limits import SchemaSize
 from store.messages.generate import Constraint, SamplingParams, ToolUse
 
 #: Texts of one request at most: prompts times n.
@@ -248,15 +249,18 @@ class ChatCompletionRequest(GenerationRequest):
     @model_validator(mode="after")
     def _grammars_hold_the_tools(self) -> ChatCompletionRequest:
         """Checks the schemas of arguments that are decoded under a grammar: of tools that must be called, and of all
-        beside a `response_format`, where an answer is either a call or of that format."""
+        beside a `response_format`, where an answer is either a call or of that format. They become one grammar, and
+        are counted together."""
         use = self.tool_use()
         if use is None or (use["choice"] == "auto" and self.constraint() is None):
             return self
+        format = self.response_format
+        size = format.json_schema.size if isinstance(format, JsonSchemaFormat) else SchemaSize()
         for index, tool in enumerate(self.tools or ()):
             function = tool.function
             if use["name"] in (None, function.name) and function.parameters is not None:
                 schema, field = arguments_schema(function.parameters), f"tools[{index}].function.parameters"
-                checked_schema(schema, field, strict=bool(function.strict))
+                checked_schema(schema, field, strict=bool(function.strict), size=size)
         return self
 
     @property

@@ -7,21 +7,27 @@ from collections.abc import Mapping
 from functools import cached_property
 from typing import Annotated, Any, Literal
 
-from pydantic import Field, model_validator
+from pydantic import Field, PrivateAttr, model_validator
 from pydantic_core import PydanticCustomError
 
 from api.schemas.common import MAX_FIELDS, LenientPart, Text, dotted
 from heft_engine.json_schema.grammar_schema import grammar_schema
 from heft_engine.json_schema.schema_error import SchemaError
+from heft_engine.json_schema.schema_limits import SchemaSize
 from store.messages.generate import Constraint
 
 _FIELD = "response_format"
 
 
-def checked_schema(schema: Mapping[str, Any], field: str, *, strict: bool) -> dict[str, Any]:
-    """Returns a schema as grammars hold it. Raises PydanticCustomError with the path of the part at fault."""
+def checked_schema(
+    schema: Mapping[str, Any], field: str, *, strict: bool, size: SchemaSize
+) -> dict[str, Any]:
+    """Returns a schema as grammars hold it. Raises PydanticCustomError with the path of the part at fault.
+
+    `size` counts the parts of all schemas of a request.
+    """
     try:
-        return grammar_schema(schema, strict=strict)
+        return grammar_schema(schema, strict=strict, size=size)
     except SchemaError as error:
         # Paths of schemas may be named like anything, and the message is a template.
         path = dotted([field, *error.path])
@@ -54,12 +60,19 @@ class AnswerSchema(LenientPart):
     description: Text | None = None
     json_schema: Annotated[dict[str, Any], Field(max_length=MAX_FIELDS)] | None = Field(None, alias="schema")
     strict: bool | None = None
+    _size: SchemaSize = PrivateAttr(default_factory=SchemaSize)
+
+    @property
+    def size(self) -> SchemaSize:
+        """The count of the schema's parts."""
+        return self._size
 
     @cached_property
     def grammar_schema(self) -> dict[str, Any]:
         """The schema as grammars hold it. Raises PydanticCustomError."""
         schema = {"type": "object"} if self.json_schema is None else self.json_schema
-        return checked_schema(schema, f"{_FIELD}.json_schema.schema", strict=bool(self.strict))
+        field = f"{_FIELD}.json_schema.schema"
+        return checked_schema(schema, field, strict=bool(self.strict), size=self._size)
 
     @model_validator(mode="after")
     def _grammar_holds_it(self) -> AnswerSchema:

@@ -86,6 +86,15 @@ def schema_format(schema: Any, **options: Any) -> dict[str, Any]:
     return {"type": "json_schema", "json_schema": {"name": "answer", "schema": schema, **options}}
 
 
+def wide_schema() -> dict[str, Any]:
+    """Returns a schema with most of the optional properties that a request may have."""
+    return {"type": "object", "properties": {f"p{n}": {"type": "string"} for n in range(300)}}
+
+
+def wide_tool(name: str) -> dict[str, Any]:
+    return {"type": "function", "function": {"name": name, "parameters": wide_schema()}}
+
+
 def named(name: str) -> dict[str, Any]:
     return {"type": "function", "function": {"name": name}}
 
@@ -334,6 +343,16 @@ def test_a_complete_answer_is_not_cancelled(client: httpx.Client, says: Any, wor
             "/v1/chat/completions",
             {"tools": [odd_tool("g")], "response_format": {"type": "json_object"}},
             "tools[0].function.parameters.properties.x.not",
+        ),
+        (
+            "/v1/chat/completions",
+            {"tools": [wide_tool("f"), wide_tool("g")], "tool_choice": "required"},
+            "tools[1].function.parameters.required",
+        ),
+        (
+            "/v1/chat/completions",
+            {"tools": [wide_tool("f")], "response_format": schema_format(wide_schema())},
+            "tools[0].function.parameters.required",
         ),
         ("/v1/chat/completions", {"max_tokens": 1, "max_completion_tokens": 1}, "max_tokens"),
         ("/v1/chat/completions", {"top_logprobs": 2}, "top_logprobs"),

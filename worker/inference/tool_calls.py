@@ -14,6 +14,7 @@ from heft_engine.errors import RowError
 from heft_engine.inference.grammar import MAX_WHITESPACE, Constraint
 from heft_engine.json_schema.grammar_schema import arguments_schema, grammar_schema
 from heft_engine.json_schema.schema_error import SchemaError
+from heft_engine.json_schema.schema_limits import SchemaSize
 from store.messages import generate as messages
 from store.messages.generate import GenerateMessage
 
@@ -75,12 +76,13 @@ def _call(
 ) -> Constraint:
     """Returns the grammar of an answer that calls one of the tools, or is JSON of the schema `instead`.
 
-    Raises RowError for a tool whose schema no grammar holds.
+    Raises RowError for a tool whose schema no grammar holds, and for tools that are too large together.
     """
-    exact = []
+    exact, size = [], SchemaSize()
     for index, tool in enumerate(tools):
         try:
-            exact.append(replace(tool, parameters=grammar_schema(arguments_schema(tool.parameters))))
+            schema = grammar_schema(arguments_schema(tool.parameters), size=size)
+            exact.append(replace(tool, parameters=schema))
         except SchemaError as error:
             path = "".join(f".{step}" for step in error.path)
             raise RowError(error.reason, param=f"tools[{index}].function.parameters{path}") from error

@@ -158,6 +158,14 @@ def test_a_tool_that_no_grammar_holds_is_refused_by_its_part(ask: Ask) -> None:
     assert reply["error"]["param"] == "tools[1].function.parameters.properties.city.format"
 
 
+def test_tools_that_are_too_large_together_are_refused(ask: Ask) -> None:
+    long = {"type": "object", "properties": {"x": {"type": "string", "pattern": "a{500}b{400}"}}}
+    tools = [{"type": "function", "function": {"name": f"f{n}", "parameters": long}} for n in range(2)]
+    (reply,) = ask("qwen2", inputs=[{"messages": [QUESTION], "tools": tools}])
+    assert reply["error"]["status"] == 400
+    assert reply["error"]["param"] == "tools[1].function.parameters.properties.x.pattern"
+
+
 def test_text_without_calls_stays_text(ask: Ask) -> None:
     auto = ToolUse(choice="auto", name=None, parallel=True)
     (plain,) = ask("qwen2", tool_use=None, max_tokens=12)
