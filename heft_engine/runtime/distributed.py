@@ -134,11 +134,12 @@ class Ranks:
         return sums
 
     def check_same(self, name: str, digest: str) -> None:
-        """Raises TrainingError (ranks_differ) on every rank unless all have the same digest."""
+        """Raises TrainingError (ranks_differ) on every rank unless all have the same digest, of any length."""
         if self.size == 1:
             return
         with self._exchange():
-            digests = self._channel.gather(digest.encode())
+            # Hashed once more: what is gathered has the same length on every rank, and a digest may be empty.
+            digests = self._channel.gather(hashlib.sha256(digest.encode()).digest())
         for rank, other in enumerate(digests):
             if other != digests[0]:
                 message = (

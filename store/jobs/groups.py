@@ -12,6 +12,7 @@ A group has a secret, made for this attempt, by which the processes of its machi
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, cast
@@ -27,6 +28,12 @@ from store.db.tables import Group, GroupMember, Job
 from store.errors import LostFence
 from store.jobs.fence import Claim, lock
 from store.jobs.spec import TrainingSpec
+
+log = logging.getLogger(__name__)
+
+#: Longest time from a member's joining until it has its rows and the model to go on from: 18 GB at 10 MB/s. One that
+#: takes longer, as a worker of a version that never says that it is ready, would make the others wait for ever.
+READY_MINUTES = 30
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -94,11 +101,13 @@ def start_when_ready(session: Session, claim: Claim) -> GroupState:
         # This call is repeated: the answer to the first COMMIT was lost.
         return GroupState(free_places=0, has_started=True)
     _remove_expired(session, group)
+    _remove_late(session, group)
     ready_at = session.scalars(select(GroupMember.ready_at).where(*_members_of(group))).all()
     free_places = group.nodes - 1 - len(ready_at)
     has_started = free_places == 0 and None not in ready_at
     if has_started:
-        session.execute(update(Group).where(_is_group_of(claim)).values(started_at=func.now()))
+        # Nobody joins any more, and machine 0 and the members know the secret.
+        session.execute(update(Group).where(_is_group_of(claim)).values(started_at=func.now(), secret=None))
     return GroupState(free_places=free_places, has_started=has_started)
 
 
@@ -279,6 +288,22 @@ def _n_members(*conditions: ColumnElement[bool]) -> ScalarSelect[int]:
 def _remove_expired(session: Session, group: Group) -> None:
     expired = and_(*_members_of(group), GroupMember.lease_until < func.now())
     session.execute(delete(GroupMember).where(expired))
+
+
+def _remove_late(session: Session, group: Group) -> None:
+    """Removes the members that are not ready so long after they have joined. Their next renewal raises LostFence."""
+    is_late = and_(
+        *_members_of(group),
+        GroupMember.ready_at.is_(None),
+        GroupMember.joined_at < func.now() - seconds(60 * READY_MINUTES),
+    )
+    for worker_id in session.scalars(delete(GroupMember).where(is_late).returning(GroupMember.worker_id)):
+        log.warning(
+            "worker %s was not ready to train %s within %d minutes, and gives up its place. Has it the same version?",
+            worker_id,
+            group.job_id,
+            READY_MINUTES,
+        )
 
 
 def _taken(session: Session, group: Group) -> set[int]:

@@ -19,7 +19,7 @@ from store.jobs.shared_prefix import may_train
 class JobStatistics:
     """Numbers for an operator."""
 
-    by_state: Mapping[str, int]  #: of every state, also 0
+    by_state: Mapping[str, int]  #: of every state, also 0; without dry runs, which train nothing
     waiting_seconds: Mapping[str, float]  #: the oldest waiting job's age by state; 0 where none waits
     step_seconds: Mapping[str, float]  #: the mean over running jobs, by stage
     tokens_per_second: Mapping[str, float]  #: the sum over running jobs, by stage
@@ -27,7 +27,8 @@ class JobStatistics:
 
 def jobs(session: Session) -> JobStatistics:
     """Returns the statistics of all jobs."""
-    counts = session.execute(select(Job.state, func.count()).group_by(Job.state)).all()
+    is_job = ~Job.spec.has_key("dry_run")  # stored only where it is true
+    counts = session.execute(select(Job.state, func.count()).where(is_job).group_by(Job.state)).all()
     by_state = {state.value: 0 for state in JobState} | {row.state: row[1] for row in counts}
     waiting = [state.value for state in PURPOSES]
     age = func.extract("epoch", func.now() - func.min(Job.created_at))

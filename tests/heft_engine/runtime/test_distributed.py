@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import pickle
 from pathlib import Path
 from typing import ClassVar
@@ -68,6 +69,7 @@ class Sending(MessageChannel):
     others: ClassVar[list[bytes]] = []
 
     def gather(self, payload: bytes) -> list[bytes]:
+        assert {len(other) for other in self.others} == {len(payload)}, "gloo aborts on unequal lengths"
         return [*self.others, payload]
 
 
@@ -75,12 +77,13 @@ def channel(rank: int, size: int, kind: type[MessageChannel] = MessageChannel) -
     return kind(authenticator=AUTHENTICATOR, rank=rank, size=size, group=None)
 
 
-def test_ranks_that_differ_are_named() -> None:
-    Sending.others = [b"a", b"a"]
+@pytest.mark.parametrize("digest", ["b", "", "b" * 64])
+def test_ranks_that_differ_are_named(monkeypatch: pytest.MonkeyPatch, digest: str) -> None:
+    monkeypatch.setattr(Sending, "others", [hashlib.sha256(b"a").digest()] * 2)
     ranks = Ranks(rank=2, size=3, _messages=channel(2, 3, Sending))
     ranks.check_same("the training rows", "a")
     with pytest.raises(TrainingError, match="the training rows of rank 2 differ") as caught:
-        ranks.check_same("the training rows", "b")
+        ranks.check_same("the training rows", digest)
     assert caught.value.code == "ranks_differ"
 
 

@@ -87,6 +87,32 @@ def test_a_member_that_has_lost_its_place_is_not_ready(bench: Any) -> None:
         bench.do(groups.set_ready, member)
 
 
+def test_a_member_that_never_gets_ready_loses_its_place(bench: Any) -> None:
+    claim = opened(bench)
+    ready(bench, "worker-2")
+    late = join(bench, "worker-3")
+    assert late is not None
+    set_joined = "UPDATE group_members SET joined_at = now() - interval '1 minute' * :minutes"
+    bench.sql(set_joined, minutes=groups.READY_MINUTES - 1)
+    assert free_places(bench, claim) == 0, "it may be fetching much"
+    bench.sql(set_joined, minutes=groups.READY_MINUTES + 1)
+    assert free_places(bench, claim) == 1, "the one that is ready may wait"
+    with pytest.raises(LostFence):
+        bench.do(groups.renew, late)
+    ready(bench, "worker-4")
+    assert has_started(bench, claim)
+
+
+def test_the_secret_is_forgotten_when_the_group_has_started(bench: Any) -> None:
+    claim = opened(bench)
+    members = [ready(bench, worker) for worker in ("worker-2", "worker-3")]
+    assert bench.sql("SELECT secret FROM groups") == [(SECRET,)]
+    assert has_started(bench, claim)
+    assert bench.sql("SELECT secret FROM groups") == [(None,)]
+    assert has_started(bench, claim), "a repeated call needs it no more"
+    assert all(bench.do(groups.renew, member) for member in members)
+
+
 def test_a_group_of_an_older_version_which_has_no_secret_admits_nobody(bench: Any) -> None:
     opened(bench)
     bench.sql("UPDATE groups SET secret = NULL")

@@ -26,6 +26,12 @@ def test_jobs_are_counted_by_state_and_the_oldest_that_waits_is_told(bench) -> N
     assert (statistics.step_seconds, statistics.tokens_per_second) == ({}, {})
 
 
+def test_dry_runs_are_not_counted(bench) -> None:
+    bench.do(jobs.create, owner_id="team", spec=bench.spec.model_copy(update={"dry_run": True}))
+    bench.job()
+    assert bench.do(job_statistics.jobs).by_state["validating_files"] == 1
+
+
 def test_running_jobs_are_as_fast_as_they_say(bench) -> None:
     empty = bench.do(job_statistics.jobs)
     assert empty.waiting_seconds == {"validating_files": 0.0, "queued": 0.0}
