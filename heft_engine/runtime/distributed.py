@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 import tempfile
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -21,7 +22,6 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
-from torch.distributed.distributed_c10d import Store
 
 from heft_engine.errors import (
     ConfigError,
@@ -39,6 +39,7 @@ from heft_engine.runtime.messages import (
     part_lengths,
 )
 from heft_engine.runtime.out_of_memory import is_out_of_memory
+from heft_engine.runtime.sealed_store import SealedStore
 
 #: Longest wait for the gradients of the other ranks: rank 0 may be writing a checkpoint. Only a rank that hangs, or
 #: whose machine is gone, is noticed by this; the end of a process closes its connections.
@@ -75,7 +76,7 @@ class Ranks:
     _control: dist.ProcessGroup | None = field(default=None, repr=False)  #: for all but gradients
     _gradients: dist.ProcessGroup | None = field(default=None, repr=False)
     _messages: MessageChannel | None = field(default=None, repr=False)  #: None: of a single process
-    _store: Store | None = field(default=None, repr=False)
+    _store: SealedStore | None = field(default=None, repr=False)  #: in which the ranks have met
 
     @property
     def is_first(self) -> bool:
@@ -95,6 +96,9 @@ class Ranks:
         if device != "cpu":
             torch.cuda.set_device(self.local_rank)
             backend = "nccl"
+            # Else a thread of NCCL's group asks the store each second whether to write a trace. The store is Python's,
+            # and a thread that calls Python while the interpreter ends may end the process with a signal.
+            os.environ.setdefault("TORCH_NCCL_DUMP_ON_TIMEOUT", "0")
         with self._exchange():
             group = dist.new_group(backend=backend, timeout=STEP_TIMEOUT)
         return replace(self, device=device, _gradients=group)
@@ -221,8 +225,7 @@ class Ranks:
                     "message": error.message,
                     "param": error.param,
                 }
-                sealed = self._channel.authenticator.seal(_FAILURE, json.dumps(failure).encode())
-                self._store.set(_FAILURE, sealed.hex())
+                self._store.set(_FAILURE, json.dumps(failure))
         except RuntimeError:  # the store ended with rank 0: nobody else can have told
             return True
         return is_first_here
@@ -234,13 +237,8 @@ class Ranks:
         try:
             if not self._store.check([_FAILURE]):
                 return None
-            sealed = bytes.fromhex(self._store.get(_FAILURE).decode())
-            failure = json.loads(self._channel.authenticator.open(_FAILURE, sealed))
-        except (
-            RuntimeError,
-            ValueError,
-            ForgedMessage,
-        ):  # the store has gone, or a stranger has written there
+            failure = json.loads(self._store.get(_FAILURE))
+        except (RuntimeError, ForgedMessage):  # the store has gone, or a stranger has written there
             return None
         if failure["rank"] < self.local_size:
             return None  # on this machine, it has told by itself

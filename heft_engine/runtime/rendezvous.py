@@ -1,19 +1,21 @@
 """The rendezvous of a run's ranks: how they find each other, and admit nobody who does not know the run's secret.
 
 The environment has torchrun's variables and the secret. Ranks meet in a store that rank 0 serves over plain TCP. It
-knows no passwords; the ranks' names in it begin with a code of the secret, which others can't guess. Whoever reaches
-the port can still end a run, by removing names. The ranks read numbers, addresses and authenticated messages there.
+knows no passwords: whoever reaches the port can list, change and remove what is there. So each value, such as the
+address of a rank, is sealed with a key that is derived from the secret and from a random number of every rank. A
+changed value, and one of another run with the same secret, ends the run; so may a removed one.
 """
 
 from __future__ import annotations
 
 import os
+import secrets
 from collections.abc import Iterator
 from contextlib import contextmanager
 from datetime import timedelta
 
 import torch.distributed as dist
-from torch.distributed import PrefixStore, TCPStore  # type: ignore[attr-defined]
+from torch.distributed import TCPStore  # type: ignore[attr-defined]
 from torch.distributed.distributed_c10d import Store
 from torch.distributed.rendezvous import rendezvous
 
@@ -21,11 +23,13 @@ from heft_engine.config.run_file import LISTEN_FD, SECRET
 from heft_engine.errors import ConfigError, RankLost
 from heft_engine.runtime.distributed import FIRST_RANK_TIMEOUT, SINGLE_PROCESS, Ranks, first_line
 from heft_engine.runtime.messages import SECRET_CHARACTERS, Authenticator, MessageChannel
+from heft_engine.runtime.sealed_store import SealedStore
 
 #: Longest time between the first and the last rank's start.
 START_TIMEOUT = timedelta(minutes=10)
-#: In the store, under no secret name: rank 0's code of nothing, by which a rank sees that its secret differs.
+#: In the store, not sealed: rank 0's code of nothing, by which a rank sees that its secret differs.
 _PROOF = "heft/rank 0 knows the secret"
+_RANDOM_BYTES = 32
 _VARIABLES = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT", SECRET)
 
 
@@ -33,7 +37,8 @@ _VARIABLES = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "MASTER_AD
 def process_group() -> Iterator[Ranks]:
     """Yields the ranks that torchrun's environment variables describe; without them, a single process.
 
-    Raises ConfigError for an incomplete environment, RankLost if the ranks don't find each other.
+    Raises ConfigError for an incomplete environment, RankLost if the ranks don't find each other, and ForgedMessage if
+    somebody else has written to their store.
     """
     if int(os.environ.get("WORLD_SIZE", "1")) == 1:
         yield SINGLE_PROCESS
@@ -44,9 +49,12 @@ def process_group() -> Iterator[Ranks]:
             f"WORLD_SIZE is set, but {', '.join(missing)} is not. Start the ranks with --processes"
         )
     rank, local_rank, size, local_size = (int(os.environ[name]) for name in _VARIABLES[:4])
-    authenticator = Authenticator(secret=checked_secret(os.environ[SECRET]))
+    of_secret = Authenticator(secret=checked_secret(os.environ[SECRET]))
     try:
-        store = _hidden(_connect(rank), authenticator, rank)
+        plain_store = _connect(rank)
+        _check_secret(plain_store, of_secret, rank)
+        authenticator = _of_this_run(plain_store, of_secret, rank, size)
+        store = SealedStore(plain_store, authenticator)
         dist.init_process_group("gloo", store=store, rank=rank, world_size=size, timeout=START_TIMEOUT)
         # A group of its own, because the first connection between machines must not wait for so long.
         control = dist.new_group(backend="gloo", timeout=FIRST_RANK_TIMEOUT)
@@ -99,11 +107,8 @@ def _connect(rank: int) -> Store:
     return store
 
 
-def _hidden(store: Store, authenticator: Authenticator, rank: int) -> Store:
-    """Returns the part of the store whose names nobody can guess without the secret.
-
-    Raises ConfigError (wrong_secret) to a rank whose secret is not rank 0's, which goes on without it.
-    """
+def _check_secret(store: Store, authenticator: Authenticator, rank: int) -> None:
+    """Raises ConfigError (wrong_secret) to a rank whose secret is not rank 0's, which goes on without it."""
     proof = authenticator.code(_PROOF, b"").hex()
     if rank == 0:
         store.set(_PROOF, proof)
@@ -113,4 +118,18 @@ def _hidden(store: Store, authenticator: Authenticator, rank: int) -> Store:
             "same secret, and make sure that rendezvous names machine 0 of this run"
         )
         raise ConfigError(message, param="rendezvous", code="wrong_secret")
-    return PrefixStore(authenticator.code("names in the store", b"").hex(), store)
+
+
+def _of_this_run(store: Store, authenticator: Authenticator, rank: int, size: int) -> Authenticator:
+    """Returns the authenticator of this run alone. Waits until all ranks are there. Raises ForgedMessage.
+
+    A secret may serve for several runs. Messages of an earlier one are not authentic in this one, because the key
+    depends on a random number of each rank: repeating those of the other ranks gives a key that no rank had before.
+    """
+    sealed = SealedStore(store, authenticator)
+    numbers = {rank: secrets.token_bytes(_RANDOM_BYTES)}
+    sealed.set(f"random number {rank}", numbers[rank])
+    for other in set(range(size)) - {rank}:
+        numbers[other] = sealed.get(f"random number {other}")
+    parts = b"".join(numbers[each] for each in range(size))
+    return Authenticator(secret=authenticator.code("random numbers of the ranks", parts).hex())

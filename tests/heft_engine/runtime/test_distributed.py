@@ -18,6 +18,7 @@ from heft_engine.errors import ConfigError, TrainingError
 from heft_engine.runtime.distributed import SINGLE_PROCESS, Ranks, fingerprint
 from heft_engine.runtime.messages import Authenticator, MessageChannel
 from heft_engine.runtime.rendezvous import process_group
+from heft_engine.runtime.sealed_store import SealedStore
 
 AUTHENTICATOR = Authenticator(secret="s" * 64)
 
@@ -89,7 +90,8 @@ def test_ranks_that_differ_are_named(monkeypatch: pytest.MonkeyPatch, digest: st
 
 def of_two_machines(store: Store, rank: int) -> Ranks:
     """One of four ranks on two machines."""
-    return Ranks(rank=rank, size=4, local_size=2, _store=store, _messages=channel(rank, 4))
+    sealed = SealedStore(store, AUTHENTICATOR)
+    return Ranks(rank=rank, size=4, local_size=2, _store=sealed, _messages=channel(rank, 4))
 
 
 def test_rank_0_tells_what_another_machine_failed_with() -> None:
@@ -118,7 +120,7 @@ def test_a_failure_on_this_machine_is_told_by_its_rank() -> None:
     [
         pickle.dumps(Hostile(Path("/nowhere"))).hex(),
         '{"rank": 3, "code": "x", "message": "m", "param": null}',
-        Authenticator(secret="a guess" * 5).seal("failure", b'{"rank": 3}').hex(),
+        Authenticator(secret="a guess" * 5).seal("store failure", b'{"rank": 3}').hex(),
         "",
     ],
 )
