@@ -155,9 +155,8 @@ class Group(Base):
     rendezvous: Mapped[str]  #: host:port of machine 0, where the processes meet
     opened_at: Mapped[CreatedAt]
     started_at: Mapped[datetime | None]  #: when all members were ready; nobody joins afterwards
-    secret: Mapped[
-        str | None
-    ]  #: by which the processes admit each other; None: has started, or is of an older version
+    #: By which the processes admit each other; None: the group has started, or is of an older version.
+    secret: Mapped[str | None]
 
 
 class GroupMember(Base):
