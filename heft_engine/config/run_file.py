@@ -76,12 +76,15 @@ class RunFile(RunOptions):
 class MachineSettings(Settings):
     """A machine that trains, for a plan: `gpus` of gpu_bytes that one run uses, and its memory for one run.
 
-    auto_dtype: the dtype that it chooses for a model.
+    stage_bytes: what a stage may take beside the model; None: all that is free. cache_memory_bytes: what its cache may
+    take of the machine's memory; None: a quarter. auto_dtype: the dtype that it chooses for a model.
     """
 
     gpus: Annotated[int, Field(ge=0)] = 0
     gpu_bytes: Annotated[int, Field(ge=0)] = 0
     host_bytes: Annotated[int, Field(gt=0)]
+    stage_bytes: Annotated[int, Field(ge=0)] | None = None
+    cache_memory_bytes: Annotated[int, Field(ge=0)] | None = None
     auto_dtype: Literal["bfloat16", "float16", "float32"] = "bfloat16"
 
 

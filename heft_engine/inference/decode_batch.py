@@ -284,28 +284,36 @@ class DecodeBatch:
         if request.prompt_logprobs and top is not None and not sequence.generated:
             sequence.prompt_tokens = prompt_logprobs(self._lm, states, request.prompt, top)
 
-    def _sample(self, sequences: Sequence[_Sequence], logits: Tensor) -> dict[Hashable, SampledToken]:
+    def _sample(
+        self, sequences: Sequence[_Sequence], logits: Tensor, own: Sequence[Tensor | None] | None = None
+    ) -> dict[Hashable, SampledToken]:
         """Returns the next token of each sequence, from logits (sequences, vocabulary), which it changes.
 
-        Sequences whose grammar allows no token are removed, and those that there is no memory for even one by one.
+        own: as `_own_logits`; None while nothing has been masked. Sequences whose grammar allows no token are removed,
+        and those that there is no memory for even one by one.
         """
+        device = self._lm.device
         try:
-            unmasked, dead_ends = run_twice(lambda: _mask(sequences, logits), self._lm.device, _TO_SAMPLE)
-            argmax = run_twice(lambda: logits.argmax(dim=-1).tolist(), self._lm.device, _TO_SAMPLE)
+            if own is None:
+                own = run_twice(lambda: _own_logits(sequences, logits), device, _TO_SAMPLE)
+            matchers = [sequence.matcher for sequence in sequences]
+            dead_ends = run_twice(lambda: mask_tokens(logits, matchers), device, _TO_SAMPLE)
+            argmax = run_twice(lambda: logits.argmax(dim=-1).tolist(), device, _TO_SAMPLE)
         except OutOfMemory as error:
             if len(sequences) == 1:
                 self._fail(sequences[0], error)
                 return {}
             middle = len(sequences) // 2
-            first = self._sample(sequences[:middle], logits[:middle])
-            return first | self._sample(sequences[middle:], logits[middle:])
+            halves = slice(None, middle), slice(middle, None)
+            parts = [(sequences[half], logits[half], own and own[half]) for half in halves]
+            return {id: token for part in parts for id, token in self._sample(*part).items()}
         for row in dead_ends:
             self._fail(sequences[row], GrammarDeadEnd(_DEAD_END))
         tokens = {}
         for row, (sequence, likeliest) in enumerate(zip(sequences, argmax, strict=True)):
             if row in dead_ends:
                 continue
-            sample = partial(sequence.sample, logits[row], likeliest, unmasked.get(row))
+            sample = partial(sequence.sample, logits[row], likeliest, own[row])
             try:
                 sampled = run_twice(sample, self._lm.device, _TO_SAMPLE)
             except OutOfMemory as error:
@@ -320,17 +328,17 @@ class DecodeBatch:
         self._failed[sequence.request.id] = error
 
 
-def _mask(sequences: Sequence[_Sequence], logits: Tensor) -> tuple[dict[int, Tensor], list[int]]:
-    """Masks tokens that the sequences' grammars don't allow. Returns rows as they were, and those that have none left.
+def _own_logits(sequences: Sequence[_Sequence], logits: Tensor) -> list[Tensor | None]:
+    """Returns copies of the logits that are going to be masked and whose log-probabilities are asked for.
 
-    Rows as they were: where log-probabilities need them, which are the model's own, without the grammar.
+    Those are the model's own, without the grammar. None for all other sequences.
     """
-    unmasked = {
-        row: logits[row].clone()
-        for row, sequence in enumerate(sequences)
+    return [
+        row.clone()
         if sequence.matcher is not None and sequence.request.sampling.top_logprobs is not None
-    }
-    return unmasked, mask_tokens(logits, [sequence.matcher for sequence in sequences])
+        else None
+        for sequence, row in zip(sequences, logits, strict=True)
+    ]
 
 
 class _SlotWriter:

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from heft_engine.inference.sampling import SampledToken, log_probabilities
+from heft_engine.inference.sampling import SampledToken
 from heft_engine.model.packed_lm import PackedLM
+from heft_engine.runtime.transfers import index_tensor
 
 #: Positions whose logits are there at a time.
 _CHUNK = 128
@@ -22,10 +23,12 @@ def prompt_logprobs(
     tokens: list[SampledToken] = []
     for start in range(0, len(prompt) - 1, _CHUNK):
         end = min(start + _CHUNK, len(prompt) - 1)
-        logits = lm.exact_logits(lm.finish(states[None, start:end])[0])
-        for row, token in zip(logits.cpu(), prompt[start + 1 : end + 1], strict=True):
-            logprobs, top_logprobs = log_probabilities(row, top)
-            tokens.append(
-                SampledToken(token=token, logprob=float(logprobs[token]), top_logprobs=top_logprobs)
-            )
+        logprobs = lm.exact_logits(lm.finish(states[None, start:end])[0]).log_softmax(dim=-1)
+        following = prompt[start + 1 : end + 1]
+        own = logprobs.gather(1, index_tensor(following, logprobs.device)[:, None])[:, 0].tolist()
+        values, likeliest = (part.tolist() for part in logprobs.topk(min(top, logprobs.shape[1]), dim=-1))
+        tokens += [
+            SampledToken(token=token, logprob=logprob, top_logprobs=tuple(zip(row_tokens, row, strict=True)))
+            for token, logprob, row_tokens, row in zip(following, own, likeliest, values, strict=True)
+        ]
     return tuple(tokens)

@@ -53,12 +53,15 @@ _NAMES = {0: "CPU", 1: "one GPU"}
 class Machine:
     """GPUs of gpu_bytes each, and host_bytes of the machine's memory that are free. Without GPUs it trains in these.
 
-    auto_dtype: the dtype that it chooses for a model.
+    stage_bytes: what a stage may take beside the model; None: all that is free. cache_memory_bytes: what its cache may
+    take of the machine's memory; None: a quarter. auto_dtype: the dtype that it chooses for a model.
     """
 
     gpu_bytes: int
     gpus: int
     host_bytes: int
+    stage_bytes: int | None = None
+    cache_memory_bytes: int | None = None
     auto_dtype: Literal["bfloat16", "float16", "float32"] = "bfloat16"
 
     @property
@@ -251,8 +254,11 @@ def _planned_stage(
             f"take a smaller model, base_quantization=nf4 or {device} with more memory"
         )
         return replace(planned, error=message)
+    cache_bytes = machine.cache_memory_bytes
     options = StageOptions(
-        cache=CacheBudget(memory=machine.host_bytes // _CACHE_SHARE), compile=False, memory_bytes=room
+        cache=CacheBudget(memory=machine.host_bytes // _CACHE_SHARE if cache_bytes is None else cache_bytes),
+        compile=False,
+        memory_bytes=room if machine.stage_bytes is None else min(room, machine.stage_bytes),
     )
     try:
         with plan_stage(inputs, options) as plan:

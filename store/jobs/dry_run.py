@@ -10,11 +10,11 @@ from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from sqlalchemy import select
+from sqlalchemy import Select, select
 from sqlalchemy.orm import Session
 
 from store.db.study_tables import Outcome
-from store.db.tables import Job
+from store.db.tables import FineTunedModel, Job
 from store.jobs.spec import TrainingSpec
 
 #: Jobs whose stages say how fast workers are: the newest.
@@ -65,12 +65,14 @@ def _flops_per_second(session: Session, base_model: str) -> tuple[dict[str, floa
     """
     newest = (
         select(Outcome.costs)
-        .join(Job, Job.id == Outcome.job_id)
+        .select_from(Job)
+        .join(Outcome, Outcome.job_id == Job.id)
+        .join(FineTunedModel, FineTunedModel.id == Job.fine_tuned_model)
         .order_by(Job.finished_at.desc())
         .limit(_MEASURED_JOBS)
     )
-    same_base = newest.where(Job.spec["model"].astext == base_model)
-    measured = list(session.scalars(same_base)) or list(session.scalars(newest))
+    measured = _own_costs(session, newest.where(FineTunedModel.base_model == base_model))
+    measured = measured or _own_costs(session, newest)
     flops: dict[str, float] = defaultdict(float)
     seconds: dict[str, float] = defaultdict(float)
     for costs in measured:
@@ -79,3 +81,9 @@ def _flops_per_second(session: Session, base_model: str) -> tuple[dict[str, floa
             seconds[cost["stage"]] += cost["seconds"]
     rates = {stage: flops[stage] / seconds[stage] for stage in flops if flops[stage] and seconds[stage]}
     return rates, len(measured)
+
+
+def _own_costs(session: Session, query: Select[tuple[list[Any]]]) -> list[list[dict[str, Any]]]:
+    """Returns the costs of the stages that each job has trained itself, of jobs that have any."""
+    own = [[cost for cost in costs if not cost.get("reused")] for costs in session.scalars(query)]
+    return [costs for costs in own if costs]

@@ -104,15 +104,11 @@ def offer_base_models(context: Context) -> None:
 def _machine_of_one_job(machine: Mapping[str, Any], settings: StoreSettings) -> dict[str, Any]:
     """Returns the part of the engine's description of this machine that one job trains on, for plans."""
     gpus = machine["gpus"][: settings.train_processes]
-    gpu_bytes = min(gpus, default=0) // settings.trainers
-    host_bytes = machine["host_bytes"] // settings.trainers
-    if settings.train_memory_bytes is not None and gpus:
-        gpu_bytes = settings.train_memory_bytes
-    elif settings.train_memory_bytes is not None:
-        host_bytes = settings.train_memory_bytes
     return {
         "gpus": len(gpus),
-        "gpu_bytes": gpu_bytes,
-        "host_bytes": host_bytes,
+        "gpu_bytes": min(gpus, default=0) // settings.trainers,
+        "host_bytes": machine["host_bytes"] // settings.trainers,
+        "stage_bytes": settings.train_memory_bytes,
+        "cache_memory_bytes": settings.cache_memory_bytes,
         "auto_dtype": machine["auto_dtype"],
     }

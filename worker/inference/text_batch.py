@@ -122,6 +122,8 @@ def _max_tokens(predictor: Predictor, example: Example, message: GenerateMessage
     requested, prompt_tokens = message["wish"]["max_tokens"], len(example.prompt)
     max_length = predictor.encoder.max_length
     limit = max_length - prompt_tokens
+    if requested == 0 and limit >= 0:
+        return 1  # an echo alone: the token is not written
     if limit < 1:
         param = "messages" if "messages" in message["inputs"][0] else "prompt"
         raise context_length_error(prompt_tokens, max_length, param)
@@ -133,7 +135,7 @@ def _max_tokens(predictor: Predictor, example: Example, message: GenerateMessage
             code=CONTEXT_LENGTH_EXCEEDED,
         )
     if requested is not None:
-        return max(1, requested)  # one more token than an echo alone needs
+        return requested
     return min(limit, max(DEFAULT_MAX_TOKENS, predictor.max_new_tokens))
 
 

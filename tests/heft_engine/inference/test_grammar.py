@@ -135,6 +135,25 @@ def test_log_probabilities_are_those_without_the_grammar(llama: PackedLM, compil
     assert first.logprob < first.top_logprobs[0][1]
 
 
+def test_log_probabilities_stay_the_models_own_when_tokens_are_chosen_in_parts(
+    llama: PackedLM, compiler: GrammarCompiler, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Memory runs out after the logits of all texts have been masked."""
+    grammar = compiler.compile(Constraint(kind="ebnf", source='root ::= "zq"'))
+    drawn = SamplingParams(temperature=1.0, seed=1, top_logprobs=3)
+    requests = [request(name, grammar=grammar, sampling=drawn) for name in range(3)]
+    expected, _ = decoded(llama, *requests)
+    argmax = torch.Tensor.argmax
+
+    def limited(logits: torch.Tensor, *arguments: object, **options: object) -> torch.Tensor:
+        if logits.dim() == 2 and len(logits) > 1:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return argmax(logits, *arguments, **options)
+
+    monkeypatch.setattr(torch.Tensor, "argmax", limited)
+    assert decoded(llama, *requests)[0] == expected
+
+
 def test_a_finished_grammar_allows_the_end_alone(
     tokenizer: PreTrainedTokenizerBase, compiler: GrammarCompiler
 ) -> None:

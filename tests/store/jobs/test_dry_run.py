@@ -61,6 +61,16 @@ def test_jobs_on_the_same_base_are_preferred(bench, spec) -> None:
     assert unmeasured["seconds"] is None
 
 
+def test_stages_that_were_reused_are_not_measured_again(bench, spec) -> None:
+    measured(bench, lora=(1_000, 1.0))
+    job = bench.succeed(bench.running())
+    copies = [{"stage": "lora", "flops": 1_000, "seconds": 1_000.0, "reused": True}]
+    with bench.factory.begin() as session:
+        session.query(Outcome).filter_by(job_id=job.id).update({"costs": copies})
+    estimate = bench.do(dry_run.estimate, spec, REPORT, [planned("lora")], MACHINE)
+    assert (estimate["seconds"], estimate["measured_jobs"]) == (6.0, 1)
+
+
 def test_a_stage_that_does_not_fit_has_no_time(bench, spec) -> None:
     measured(bench, lora=(1_000, 1.0), reft=(1_000, 1.0))
     unfit = planned("reft", fits=False, flops=None, error="take a smaller model")
