@@ -190,11 +190,17 @@ def _choices(value: object) -> tuple[str, ...]:
 
 
 def _choice(value: object, allowed: tuple[str, ...], *, of_row: bool) -> str:
-    answer = text(value, "answer")
-    if answer not in allowed:
-        source = "the row's choices" if of_row else f"the task's labels ({', '.join(allowed)})"
-        raise RowError(f"answer {answer[:80]!r} is not one of {source}", param="answer")
-    return answer
+    answer = None if isinstance(value, bool) else text(value, "answer")
+    if answer in allowed:
+        return answer
+    shown = json.dumps(value) if answer is None else repr(answer[:80])
+    if of_row:
+        raise RowError(f"answer {shown} is not one of the row's choices", param="answer")
+    message = f"answer {shown} is not one of the task's labels ({', '.join(allowed)})"
+    if answer is None or answer.strip().lower() in _YES_NO:
+        # The labels may be inherited from the model that training goes on from, and never have been set by this user.
+        message += '. Yes/no rows need task.type "yes_no", which inherits no labels'
+    raise RowError(message, param="answer")
 
 
 def _yes_no(value: object) -> str:

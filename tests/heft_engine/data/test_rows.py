@@ -9,7 +9,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from heft_engine.config.train import TaskSettings
 from heft_engine.data.rows import Row, RowKind, infer_task, parse_row, read_rows, scan_rows
+from heft_engine.data.task import Task
 from heft_engine.errors import RowError
 
 QUESTION = {"question": "is it so", "passage": "It is.", "answer": True}
@@ -100,6 +102,28 @@ def test_an_unknown_label_is_named() -> None:
     with pytest.raises(RowError, match="not one of the task's labels") as caught:
         parse_row({"question": "q", "answer": "ugly"}, labels=["good", "bad"])
     assert caught.value.param == "answer"
+
+
+@pytest.mark.parametrize(("answer", "shown"), [(True, "true"), (False, "false"), ("Yes", "'Yes'")])
+def test_yes_no_rows_after_a_model_with_labels_are_told_to_name_their_type(
+    answer: bool | str, shown: str
+) -> None:
+    start = Task(type="choice", template="{question}", labels=("good", "bad"))
+    row = {"question": "q", "answer": answer}
+    with pytest.raises(RowError) as caught:
+        parse_row(row, labels=Task.labels_of_rows(TaskSettings(), start))
+    assert caught.value.message == (
+        f"answer {shown} is not one of the task's labels (good, bad). "
+        'Yes/no rows need task.type "yes_no", which inherits no labels'
+    )
+    named = TaskSettings(type="yes_no")
+    parsed = parse_row(row, labels=Task.labels_of_rows(named, start))
+    assert Task.resolve(named, infer_task([parsed]), start).labels == ("yes", "no")
+
+
+def test_a_boolean_is_none_of_a_rows_choices() -> None:
+    with pytest.raises(RowError, match=r"answer true is not one of the row's choices$"):
+        parse_row({"question": "q", "choices": ["a", "b"], "answer": True}, labels=["good", "bad"])
 
 
 FIELDS = st.sampled_from(
