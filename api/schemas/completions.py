@@ -24,7 +24,7 @@ from api.schemas.common import LENIENT, MAX_MESSAGES, LenientPart, RequestBody, 
 from api.schemas.conversation import MAX_TOOLS, ConversationMessage, FunctionTool, NamedToolChoice, ToolChoice
 from api.schemas.predict import Intervention
 from api.schemas.response_format import JsonSchemaFormat, ResponseFormat, checked_schema
-from heft_engine.json_schema.grammar_schema import arguments_schema
+from heft_engine.json_schema.arguments_schema import arguments_schema
 from heft_engine.json_schema.schema_limits import SchemaSize
 from store.messages.generate import Constraint, SamplingParams, ToolUse
 
@@ -259,8 +259,9 @@ class ChatCompletionRequest(GenerationRequest):
         for index, tool in enumerate(self.tools or ()):
             function = tool.function
             if use["name"] in (None, function.name) and function.parameters is not None:
-                schema, field = arguments_schema(function.parameters), f"tools[{index}].function.parameters"
-                checked_schema(schema, field, strict=bool(function.strict), size=size)
+                field = f"tools[{index}].function.parameters"
+                strict = bool(function.strict)
+                checked_schema(function.parameters, field, strict=strict, size=size, read=arguments_schema)
         return self
 
     @property

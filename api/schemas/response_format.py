@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping
 from functools import cached_property
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, Protocol
 
 from pydantic import Field, PrivateAttr, model_validator
 from pydantic_core import PydanticCustomError
@@ -19,15 +19,26 @@ from store.messages.generate import Constraint
 _FIELD = "response_format"
 
 
+class SchemaReader(Protocol):
+    """A function that returns a schema as grammars hold it, or raises SchemaError."""
+
+    def __call__(self, schema: Mapping[str, Any], /, *, strict: bool, size: SchemaSize) -> dict[str, Any]: ...
+
+
 def checked_schema(
-    schema: Mapping[str, Any], field: str, *, strict: bool, size: SchemaSize
+    schema: Mapping[str, Any],
+    field: str,
+    *,
+    strict: bool,
+    size: SchemaSize,
+    read: SchemaReader = grammar_schema,
 ) -> dict[str, Any]:
     """Returns a schema as grammars hold it. Raises PydanticCustomError with the path of the part at fault.
 
     `size` counts the parts of all schemas of a request.
     """
     try:
-        return grammar_schema(schema, strict=strict, size=size)
+        return read(schema, strict=strict, size=size)
     except SchemaError as error:
         # Paths of schemas may be named like anything, and the message is a template.
         path = dotted([field, *error.path])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Collection, Mapping
 
 from heft_engine.errors import RowError
@@ -38,7 +39,7 @@ def text(value: object, name: str, *, empty: bool = False) -> str:
         raise RowError(f"{name} must be a string, not {json_type(value)}", param=name)
     if not empty and not value.strip():
         raise RowError(f"{name} is empty", param=name)
-    check_unicode(value, name)
+    check_json(value, name)
     return value
 
 
@@ -51,9 +52,9 @@ def boolean(fields: Mapping[str, object], name: str, *, default: bool, path: str
     return value
 
 
-def check_unicode(value: object, path: str, depth: int = MAX_DEPTH) -> None:
-    """Raises RowError if a JSON value contains a lone surrogate, which no encoding can write, or more than `depth`
-    levels."""
+def check_json(value: object, path: str, depth: int = MAX_DEPTH) -> None:
+    """Raises RowError for a JSON value that can't be written: with a lone surrogate, which no encoding holds, a number
+    that isn't finite, such as 1e999, or more than `depth` levels."""
     if depth == 0:
         raise RowError(f"{path} is nested too deeply: at most {MAX_DEPTH} levels are allowed", param=path)
     if isinstance(value, str):
@@ -63,13 +64,15 @@ def check_unicode(value: object, path: str, depth: int = MAX_DEPTH) -> None:
             raise RowError(
                 f"{path} is not valid Unicode: it contains a lone surrogate", param=path
             ) from error
+    elif isinstance(value, float) and not math.isfinite(value):
+        raise RowError(f"{path} is not a finite number: JSON has no {value}", param=path)
     elif isinstance(value, dict):
         for name, item in value.items():
-            check_unicode(name, path)
-            check_unicode(item, f"{path}.{printable(name)}", depth - 1)
+            check_json(name, path)
+            check_json(item, f"{path}.{printable(name)}", depth - 1)
     elif isinstance(value, list):
         for index, item in enumerate(value):
-            check_unicode(item, f"{path}[{index}]", depth - 1)
+            check_json(item, f"{path}[{index}]", depth - 1)
 
 
 def printable(name: str) -> str:

@@ -8,7 +8,7 @@ from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from heft_engine.data.row_fields import boolean, check_unicode, json_type, refuse_unknown, text, without_nulls
+from heft_engine.data.row_fields import boolean, check_json, json_type, refuse_unknown, text, without_nulls
 from heft_engine.errors import RowError
 
 #: As at OpenAI.
@@ -161,7 +161,7 @@ def parse_arguments(arguments: str, path: str = "arguments") -> dict[str, Any]:
         raise RowError(
             f"{path} must be a JSON object written as a string, not {json_type(parsed)}", param=path
         )
-    check_unicode(parsed, path)
+    check_json(parsed, path)
     return parsed
 
 
@@ -182,7 +182,7 @@ def _function(value: object, path: str) -> Tool:
             f"{path}.parameters.type must be 'object': arguments are passed by name",
             param=f"{path}.parameters.type",
         )
-    check_unicode(parameters, f"{path}.parameters")
+    check_json(parameters, f"{path}.parameters")
     return Tool(
         name=name,
         description=None if description is None else text(description, f"{path}.description", empty=True),

@@ -56,13 +56,6 @@ def grammar_schema(schema: Any, *, strict: bool = False, size: SchemaSize | None
     return root | ({"$defs": definitions} if definitions else {})
 
 
-def arguments_schema(parameters: Mapping[str, Any]) -> dict[str, Any]:
-    """Returns the schema of a function's arguments, which are an object where its `parameters` name no type."""
-    if any(name in parameters for name in COMBINERS):
-        return dict(parameters)
-    return {"type": "object", **parameters}
-
-
 class _Reader:
     """Reads a schema's parts. `root` is where references lead."""
 

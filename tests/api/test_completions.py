@@ -354,6 +354,14 @@ def test_a_complete_answer_is_not_cancelled(client: httpx.Client, says: Any, wor
             {"tools": [wide_tool("f")], "response_format": schema_format(wide_schema())},
             "tools[0].function.parameters.required",
         ),
+        (
+            "/v1/chat/completions",
+            {
+                "tools": [named_tool("f", parameters={"anyOf": [{"type": "string"}]})],
+                "tool_choice": "required",
+            },
+            "tools[0].function.parameters",
+        ),
         ("/v1/chat/completions", {"max_tokens": 1, "max_completion_tokens": 1}, "max_tokens"),
         ("/v1/chat/completions", {"top_logprobs": 2}, "top_logprobs"),
         ("/v1/chat/completions", {"logprobs": True, "top_logprobs": 21}, "top_logprobs"),

@@ -12,7 +12,7 @@ from heft_engine.data.tool_calls.registry import FORMATS
 from heft_engine.data.tool_rows import Tool, parse_tools
 from heft_engine.errors import RowError
 from heft_engine.inference.grammar import MAX_WHITESPACE, Constraint
-from heft_engine.json_schema.grammar_schema import arguments_schema, grammar_schema
+from heft_engine.json_schema.arguments_schema import arguments_schema
 from heft_engine.json_schema.schema_error import SchemaError
 from heft_engine.json_schema.schema_limits import SchemaSize
 from store.messages import generate as messages
@@ -81,8 +81,7 @@ def _call(
     exact, size = [], SchemaSize()
     for index, tool in enumerate(tools):
         try:
-            schema = grammar_schema(arguments_schema(tool.parameters), size=size)
-            exact.append(replace(tool, parameters=schema))
+            exact.append(replace(tool, parameters=arguments_schema(tool.parameters, size=size)))
         except SchemaError as error:
             path = "".join(f".{step}" for step in error.path)
             raise RowError(error.reason, param=f"tools[{index}].function.parameters{path}") from error

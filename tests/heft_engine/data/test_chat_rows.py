@@ -200,6 +200,11 @@ OF_CALL = "messages[1].tool_calls[0]"
         (_calls(call(arguments="[]")), f"{OF_CALL}.function.arguments", "not an array"),
         (_calls(call(arguments='{"a": NaN}')), f"{OF_CALL}.function.arguments", "NaN is not JSON"),
         (_calls(call(arguments='{"a":' + "[" * 100_000)), f"{OF_CALL}.function.arguments", "a JSON object"),
+        (
+            _calls(call(arguments='{"a": [1, -1e999]}')),
+            f"{OF_CALL}.function.arguments.a[1]",
+            "not a finite number",
+        ),
         (_calls(call(arguments='{"\\ud800": 1}')), f"{OF_CALL}.function.arguments", "lone surrogate"),
         (_calls(call(), call()), "messages[1].tool_calls[1].id", "the id of another call"),
         (
@@ -256,6 +261,11 @@ def test_faults_in_calls_name_the_field(messages: list[Any], param: str, words: 
             {"tools": [{"function": {"name": "a", "parameters": {"type": "string"}}}]},
             "tools[0].function.parameters.type",
             "must be 'object'",
+        ),
+        (
+            {"tools": [{"function": {"name": "a", "parameters": {"maximum": float("inf")}}}]},
+            "tools[0].function.parameters.maximum",
+            "not a finite number",
         ),
         ({"tools": [*TOOLS, *TOOLS]}, "tools[1].function.name", "the name of an earlier tool"),
         ({"tools": TOOLS * 129}, "tools", "at most 128"),

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from heft_engine.json_schema import whole_schema
-from heft_engine.json_schema.grammar_schema import arguments_schema, grammar_schema
+from heft_engine.json_schema.grammar_schema import grammar_schema
 from heft_engine.json_schema.schema_error import Path, SchemaError
 from heft_engine.json_schema.schema_limits import SchemaSize
 
@@ -225,12 +225,6 @@ def test_large_objects_may_require_all_of_their_properties() -> None:
     names = [f"p{number}" for number in range(5_000)]
     form = grammar_schema({"type": "object", "properties": dict.fromkeys(names, STRING), "required": names})
     assert form["required"] == names
-
-
-def test_arguments_are_an_object() -> None:
-    assert arguments_schema({}) == {"type": "object"}
-    assert arguments_schema({"properties": {}}) == {"type": "object", "properties": {}}
-    assert arguments_schema({"anyOf": [object_of(STRING)]}) == {"anyOf": [object_of(STRING)]}
 
 
 def test_definitions_and_steps_are_limited() -> None:

@@ -156,6 +156,9 @@ def test_a_tool_that_no_grammar_holds_is_refused_by_its_part(ask: Ask) -> None:
     (reply,) = ask("qwen2", inputs=[{"messages": [QUESTION], "tools": tools}])
     assert reply["error"]["status"] == 400
     assert reply["error"]["param"] == "tools[1].function.parameters.properties.city.format"
+    tools = [TOOLS[0], {"type": "function", "function": {"name": "odd", "parameters": {"enum": ["x"]}}}]
+    (reply,) = ask("qwen2", inputs=[{"messages": [QUESTION], "tools": tools}])
+    assert (reply["error"]["status"], reply["error"]["param"]) == (400, "tools[1].function.parameters")
 
 
 def test_tools_that_are_too_large_together_are_refused(ask: Ask) -> None:
