@@ -5,6 +5,7 @@ EngineError                 code, message, param; the message says what to chang
 ├── ConfigError             a setting that the model or the data does not allow
 ├── ModelError              a base model that can't be found, read or trusted
 ├── TrainingError           diverged, no progress, collapsed rotation, failed merge check
+├── Overloaded              no time for the request now; the same one may be answered later
 ├── OutOfMemory             a single row or prompt that the device has no memory for
 ├── RankLost                another process of the same run has ended or does not answer
 ├── ForgedMessage           a message between the ranks that none of them has sent
@@ -51,6 +52,10 @@ class ModelError(EngineError):
 
 class TrainingError(EngineError):
     code = "training_failed"
+
+
+class Overloaded(EngineError):
+    code = "overloaded"
 
 
 class OutOfMemory(EngineError):

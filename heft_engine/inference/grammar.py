@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import json
 import threading
+from collections import OrderedDict
 from collections.abc import Collection, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
-from concurrent.futures import TimeoutError as FutureTimeout
+from concurrent.futures import Future
 from dataclasses import dataclass
-from functools import cache
+from functools import cache, partial
 from typing import Any, Literal
 
 import xgrammar
@@ -17,12 +17,14 @@ from transformers import PreTrainedTokenizerBase
 from xgrammar import CompiledGrammar, GrammarMatcher
 
 from heft_engine.errors import RowError
+from heft_engine.inference.compilation import Compilation, CompilationThreads
 from heft_engine.runtime.transfers import to_device
 
 #: Compiled grammars of one tokenizer.
 CACHE_BYTES = 64 * 1024**2
-#: Longest compilation that a request waits for.
+#: Longest compilation that a request waits for, and longest time that it waits for those before it.
 COMPILE_SECONDS = 10.0
+QUEUE_SECONDS = 10.0
 #: Whitespace characters between two parts of a JSON text at most: `{"a":1}` and `{"a": 1}`, but no run of blanks, which
 #: small models write for ever where they may.
 MAX_WHITESPACE = 1
@@ -47,6 +49,32 @@ class GrammarDeadEnd(RowError):
     """A text that no token of the vocabulary can continue as its grammar demands."""
 
 
+class _GrammarCache:
+    """The latest grammars that were asked for, up to a number of bytes."""
+
+    def __init__(self, max_bytes: int) -> None:
+        self._max_bytes = max_bytes
+        self._grammars: OrderedDict[Constraint, CompiledGrammar] = OrderedDict()
+        self.bytes = 0
+
+    def get(self, constraint: Constraint) -> CompiledGrammar | None:
+        grammar = self._grammars.get(constraint)
+        if grammar is not None:
+            self._grammars.move_to_end(constraint)
+        return grammar
+
+    def add(self, constraint: Constraint, grammar: CompiledGrammar) -> None:
+        """Adds a grammar that is not there, and removes those that were not asked for for longest."""
+        self._grammars[constraint] = grammar
+        self.bytes += _kept_bytes(constraint, grammar)
+        while self.bytes > self._max_bytes:
+            self.bytes -= _kept_bytes(*self._grammars.popitem(last=False))
+
+
+def _kept_bytes(constraint: Constraint, grammar: CompiledGrammar) -> int:
+    return len(constraint.source) + int(grammar.memory_size_bytes)
+
+
 class GrammarCompiler:
     """Compiles constraints for one tokenizer and keeps what it has compiled. Safe to use from many threads."""
 
@@ -58,31 +86,60 @@ class GrammarCompiler:
         eos_tokens: Collection[int],
         cache_bytes: int = CACHE_BYTES,
         seconds: float = COMPILE_SECONDS,
+        queue_seconds: float = QUEUE_SECONDS,
     ) -> None:
         """`vocab_size` is the width of the logits, which may have columns that no token has."""
         self._tokenizer = tokenizer
         self._vocab_size = vocab_size
         self._eos_tokens = sorted(token for token in eos_tokens if token < vocab_size)
-        self._cache_bytes = cache_bytes
         self._seconds = seconds
-        self._lock = threading.Lock()
+        self._queue_seconds = queue_seconds
+        self._vocabulary_lock = threading.Lock()
         self._compiler: xgrammar.GrammarCompiler | None = None
+        self._lock = threading.Lock()
+        self._cache = _GrammarCache(cache_bytes)
+        self._compilations: dict[Constraint, Compilation[CompiledGrammar]] = {}
 
     def compile(self, constraint: Constraint) -> CompiledGrammar:
-        """Returns a constraint's grammar, compiled on a thread of its own.
+        """Returns a constraint's grammar: at once if it is kept, or else compiled on a thread of its own.
 
         Raises RowError when xgrammar refuses it, when it takes too long, and for a tokenizer without an end-of-text
-        token, whose texts could not end with their grammar.
+        token, whose texts could not end with their grammar. Raises Overloaded when others take too long before it.
         """
-        future: Future[CompiledGrammar] = _compile_threads().submit(self._compile, constraint)
+        with self._lock:
+            grammar = self._cache.get(constraint)
+            if grammar is not None:
+                return grammar
+            compilation = self._joined(constraint)
         try:
-            return future.result(self._seconds)
-        except FutureTimeout:
-            future.cancel()
+            return compilation.result(queue_seconds=self._queue_seconds, seconds=self._seconds)
+        except TimeoutError:
             raise RowError(
                 f"{constraint.param}: its grammar was not compiled within {self._seconds:g} s: make the schema smaller",
                 param=constraint.param,
             ) from None
+
+    def _joined(self, constraint: Constraint) -> Compilation[CompiledGrammar]:
+        """Returns the constraint's compilation, which is begun for the first request alone."""
+        compilation = self._compilations.get(constraint)
+        if compilation is None or not compilation.join():
+            compilation = Compilation(partial(self._compile, constraint))
+            self._compilations[constraint] = compilation
+            compilation.future.add_done_callback(partial(self._keep, constraint, compilation))
+            _compilation_threads().submit(compilation)
+        return compilation
+
+    def _keep(
+        self,
+        constraint: Constraint,
+        compilation: Compilation[CompiledGrammar],
+        future: Future[CompiledGrammar],
+    ) -> None:
+        with self._lock:
+            if self._compilations.get(constraint) is compilation:
+                del self._compilations[constraint]
+            if not future.cancelled() and future.exception() is None:
+                self._cache.add(constraint, future.result())
 
     def _compile(self, constraint: Constraint) -> CompiledGrammar:
         if not self._eos_tokens:
@@ -107,10 +164,10 @@ class GrammarCompiler:
 
     def _xgrammar_compiler(self) -> xgrammar.GrammarCompiler:
         """Returns the tokenizer's compiler, which reads the whole vocabulary once."""
-        with self._lock:
+        with self._vocabulary_lock:
             if self._compiler is None:
                 self._compiler = xgrammar.GrammarCompiler(
-                    self._vocabulary(), max_threads=1, cache_limit_bytes=self._cache_bytes
+                    self._vocabulary(), max_threads=1, cache_enabled=False
                 )
             return self._compiler
 
@@ -190,6 +247,6 @@ def _mask_backend(device_type: str) -> Literal["cpu", "torch_native"]:
 
 
 @cache
-def _compile_threads() -> ThreadPoolExecutor:
+def _compilation_threads() -> CompilationThreads:
     """Two threads: a large schema does not hold up small ones, and the processor stays free for passes."""
-    return ThreadPoolExecutor(2, thread_name_prefix="grammar-compiler")
+    return CompilationThreads(2)

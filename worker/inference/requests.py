@@ -18,7 +18,7 @@ from typing import Any, cast
 from redis import Redis
 from redis.exceptions import RedisError
 
-from heft_engine.errors import ConfigError, EngineError, ModelError, RowError
+from heft_engine.errors import ConfigError, EngineError, ModelError, Overloaded, RowError
 from heft_engine.runtime.device_failure import is_device_failure
 from store.errors import StoreError, Unavailable
 from store.logs import bound
@@ -176,5 +176,5 @@ def _fault(error: EngineError | StoreError) -> PredictFault:
         return PredictFault(status=400, code=code, message=error.message, param=error.param)
     if isinstance(error, ModelError):
         return PredictFault(status=404, code=error.code, message=error.message, param="model")
-    status = 503 if isinstance(error, Unavailable) else 500
+    status = 503 if isinstance(error, Unavailable | Overloaded) else 500
     return PredictFault(status=status, code=error.code or "internal_error", message=error.message, param=None)

@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import gc
 import json
+import subprocess
+import sys
 import threading
 import weakref
-from collections.abc import Hashable
+from collections.abc import Hashable, Iterator
+from concurrent.futures import CancelledError
 from pathlib import Path
 
 import pytest
@@ -16,8 +19,9 @@ from jsonschema import validate
 from memory_limit import limit_pass_tokens
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
-from heft_engine.errors import EngineError, RowError
+from heft_engine.errors import EngineError, Overloaded, RowError
 from heft_engine.inference import grammar as grammar_module
+from heft_engine.inference.compilation import Compilation, CompilationThreads
 from heft_engine.inference.decode_batch import DecodeBatch, DecodeRequest
 from heft_engine.inference.grammar import Constraint, GrammarCompiler, GrammarDeadEnd, mask_tokens
 from heft_engine.inference.sampling import SampledToken, SamplingParams
@@ -272,6 +276,17 @@ def test_a_removed_text_releases_its_matcher(llama: PackedLM, compiler: GrammarC
     assert matcher() is None
 
 
+@pytest.fixture
+def busy_threads(monkeypatch: pytest.MonkeyPatch) -> Iterator[threading.Event]:
+    """Keeps all threads that compile grammars busy until the event is set."""
+    threads, may_end = CompilationThreads(2), threading.Event()
+    monkeypatch.setattr(grammar_module, "_compilation_threads", lambda: threads)
+    for _ in range(2):
+        threads.submit(Compilation(lambda: may_end.wait(60)))
+    yield may_end
+    may_end.set()
+
+
 class TestCompiling:
     @pytest.mark.parametrize(
         ("constraint", "reason"),
@@ -297,6 +312,7 @@ class TestCompiling:
         self, tokenizer: PreTrainedTokenizerBase, monkeypatch: pytest.MonkeyPatch
     ) -> None:
         hurried = GrammarCompiler(tokenizer, vocab_size=VOCABULARY, eos_tokens=[EOS], seconds=0.05)
+        hurried._xgrammar_compiler()
         compile_one, may_end = hurried._compile, threading.Event()
 
         def slow(constraint: Constraint) -> xgrammar.CompiledGrammar:
@@ -311,12 +327,66 @@ class TestCompiling:
         hurried.compile(json_constraint({"const": "quick"}))
         may_end.set()
 
+    @pytest.mark.usefixtures("busy_threads")
+    def test_a_grammar_that_is_kept_is_there_at_once(
+        self, compiler: GrammarCompiler, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        """Also while all threads are busy, and without a compilation: the one that was compiled is returned."""
+        monkeypatch.setattr(compiler, "_queue_seconds", 0)
+        kept = compiler._compile(json_constraint({"const": "kept"}))
+        compiler._cache.add(json_constraint({"const": "kept"}), kept)
+        assert compiler.compile(json_constraint({"const": "kept"})) is kept
+
+    @pytest.mark.usefixtures("busy_threads")
+    def test_time_in_the_queue_is_nobodys_fault(
+        self, compiler: GrammarCompiler, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        monkeypatch.setattr(compiler, "_queue_seconds", 0.01)
+        monkeypatch.setattr(compiler, "_seconds", 0)
+        with pytest.raises(Overloaded, match="ask again later"):
+            compiler.compile(json_constraint({"const": "queued"}))
+
+    def test_a_compilation_without_a_request_is_dropped(
+        self, compiler: GrammarCompiler, busy_threads: threading.Event, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        monkeypatch.setattr(compiler, "_queue_seconds", 0)
+        abandoned = json_constraint({"const": "abandoned"})
+        with pytest.raises(Overloaded):
+            compiler.compile(abandoned)
+        dropped = compiler._compilations[abandoned]
+        busy_threads.set()
+        with pytest.raises(CancelledError):
+            dropped.future.result(20)
+        compiler._queue_seconds = 20
+        assert compiler.compile(abandoned)
+
+    def test_requests_for_one_grammar_share_its_compilation(
+        self, compiler: GrammarCompiler, busy_threads: threading.Event
+    ) -> None:
+        shared = json_constraint({"const": "shared"})
+        with compiler._lock:
+            first, second = (compiler._joined(shared) for _ in range(2))
+        assert first is second
+        busy_threads.set()
+        assert first.result(queue_seconds=20, seconds=20) is compiler.compile(shared)
+
+    def test_a_process_ends_during_a_compilation(self) -> None:
+        program = (
+            "import threading\n"
+            "from heft_engine.inference.compilation import Compilation, CompilationThreads\n"
+            "begun = threading.Event()\n"
+            "compilation = Compilation(lambda: (begun.set(), threading.Event().wait()))\n"
+            "CompilationThreads(1).submit(compilation)\n"
+            "assert begun.wait(20)\n"
+        )
+        subprocess.run([sys.executable, "-c", program], check=True, timeout=60)
+
     def test_grammars_are_kept_within_their_budget(self, tokenizer: PreTrainedTokenizerBase) -> None:
         small = GrammarCompiler(tokenizer, vocab_size=VOCABULARY, eos_tokens=[EOS], cache_bytes=200_000)
         for number in range(20):
             small.compile(json_constraint(SCHEMA | {"maxProperties": 3 + number}))
-        used = small._xgrammar_compiler().get_cache_size_bytes()
-        assert 0 < used <= 200_000
+        assert 0 < small._cache.bytes <= 200_000
+        assert 1 < len(small._cache._grammars) < 20
 
     def test_a_structural_tag_holds_its_schema(self, compiler: GrammarCompiler) -> None:
         tag = {

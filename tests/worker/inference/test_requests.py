@@ -17,6 +17,7 @@ from redis import Redis
 from redis.backoff import NoBackoff
 from redis.retry import Retry
 
+from heft_engine.errors import Overloaded
 from store.messages.broker import redis_py_url
 from store.messages.predict import Intervention, PredictMessage, PredictModel, PredictReply, cancelled_key
 from worker.inference.requests import POLL_SECONDS, ActiveRequest, RequestAbandoned, Requests
@@ -162,6 +163,17 @@ def test_an_unknown_error_is_replied_and_raised(redis: Redis, requests: Requests
         ("one", "internal_error"),
         ("two", "internal_error"),
     ]
+
+
+def test_a_worker_without_time_is_no_fault_of_the_request(
+    redis: Redis, requests: Requests, clock: Clock
+) -> None:
+    def refuse(_: ActiveRequest) -> None:
+        raise Overloaded("ask again later")
+
+    requests.answer(message("one", clock.now), refuse)
+    (reply,) = replies(redis)
+    assert (reply["error"]["status"], reply["error"]["code"]) == (503, "overloaded")
 
 
 @pytest.mark.parametrize(
