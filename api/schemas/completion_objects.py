@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import Literal
+from typing import Literal, Self
 
 from pydantic import BaseModel, Field
 
@@ -34,13 +34,23 @@ class CompletionLogprobs(BaseModel):
 
 
 class PromptTokensDetails(BaseModel):
-    cached_tokens: int = 0
+    cached_tokens: int
 
 
 class TextUsage(Usage):
     """`cached_tokens` is 0: prompts of texts are computed anew."""
 
-    prompt_tokens_details: PromptTokensDetails = PromptTokensDetails()
+    prompt_tokens_details: PromptTokensDetails
+
+    @classmethod
+    def of(cls, *, prompt: int, completion: int) -> Self:
+        return cls(
+            prompt_tokens=prompt,
+            completion_tokens=completion,
+            total_tokens=prompt + completion,
+            # No default: the chunks of a stream are written without what was not set.
+            prompt_tokens_details=PromptTokensDetails(cached_tokens=0),
+        )
 
 
 class CompletionChoice(BaseModel):

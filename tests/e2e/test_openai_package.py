@@ -338,6 +338,21 @@ class TestText:
         again = client.completions.create(prompt="Once", **asked)
         assert [choice.text for choice in again.choices] == [choice.text for choice in both.choices[:2]]
 
+    def test_a_prompt_is_echoed_with_its_logprobs(self, client: openai.OpenAI) -> None:
+        answer = client.completions.create(
+            model=MODEL, prompt="Once upon", echo=True, max_tokens=1, logprobs=1, temperature=0
+        )
+        (choice,) = answer.choices
+        assert choice.text.startswith("Once upon")
+        assert choice.logprobs is not None
+        assert choice.logprobs.tokens is not None
+        assert choice.logprobs.token_logprobs is not None
+        assert "".join(choice.logprobs.tokens).startswith("Once upon")
+        assert choice.logprobs.token_logprobs[0] is None
+        assert None not in choice.logprobs.token_logprobs[1:]
+        assert answer.usage is not None
+        assert len(choice.logprobs.tokens) == answer.usage.total_tokens
+
     def test_an_answer_becomes_a_pydantic_model(self, client: openai.OpenAI) -> None:
         """`parse` sends the model's schema with strict: true. Drawn from random weights, every answer matches it."""
         messages: Any = [{"role": "user", "content": "Who is it?"}]
@@ -392,7 +407,10 @@ class TestText:
         assert [choice.index for choice in many.choices] == list(range(128))
         assert len({choice.text for choice in many.choices}) > 64
         assert many.usage is not None
-        assert many.usage.completion_tokens == 3 * 128
+        # Random weights may end a text before its third token.
+        stopped = [choice.finish_reason for choice in many.choices].count("stop")
+        assert 3 * (128 - stopped) <= many.usage.completion_tokens <= 3 * 128
+        assert stopped < 64
 
     def test_a_chat_whole_and_streamed(self, client: openai.OpenAI) -> None:
         asked: Any = {"model": MODEL, "messages": TURNS, "max_tokens": 10, "temperature": 0, "logprobs": True}
@@ -458,8 +476,8 @@ class TestText:
             client.completions.create(model=MODEL, prompt="Once", max_tokens=10_000)
         assert refusal.value.param == "max_tokens"
         with pytest.raises(openai.BadRequestError) as refusal:
-            client.completions.create(model=MODEL, prompt="Once", echo=True)
-        assert refusal.value.param == "echo"
+            client.completions.create(model=MODEL, prompt="Once", suffix="after")
+        assert refusal.value.param == "suffix"
         with pytest.raises(openai.NotFoundError):
             client.chat.completions.create(model="ft:nobody/knows:it", messages=TURNS)
 
