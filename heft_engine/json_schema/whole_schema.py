@@ -15,7 +15,7 @@ from itertools import combinations, count, product
 from typing import Any
 
 from heft_engine.json_schema.schema_error import Path, SchemaError
-from heft_engine.json_schema.schema_limits import SchemaSize
+from heft_engine.json_schema.schema_limits import ANY_CHOICES, SchemaSize
 
 Schema = Mapping[str, Any]
 _ALL_TYPES = frozenset({"string", "number", "boolean", "null", "array", "object"})
@@ -70,8 +70,9 @@ class WholeSchema:
         alike: set[frozenset[str]] = set()
         for body, path in bodies:
             for value in _values_within(body):
-                options = [part for part in self._options(value, path) if _begins_like_others(part)]
-                texts = frozenset(map(self._text, options))
+                options = self._options(value, path)
+                self._size.add_choices(ANY_CHOICES * sum(not part for part in options), path)
+                texts = frozenset(self._text(part) for part in options if _begins_like_others(part))
                 if texts not in alike:
                     alike.add(texts)
                     self._size.add_like_options(max(0, len(texts) - 1), path)
