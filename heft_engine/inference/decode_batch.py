@@ -285,17 +285,17 @@ class DecodeBatch:
             sequence.prompt_tokens = prompt_logprobs(self._lm, states, request.prompt, top)
 
     def _sample(
-        self, sequences: Sequence[_Sequence], logits: Tensor, own: Sequence[Tensor | None] | None = None
+        self, sequences: Sequence[_Sequence], logits: Tensor, unmasked: Sequence[Tensor | None] | None = None
     ) -> dict[Hashable, SampledToken]:
         """Returns the next token of each sequence, from logits (sequences, vocabulary), which it changes.
 
-        own: as `_own_logits`; None while nothing has been masked. Sequences whose grammar allows no token are removed,
-        and those that there is no memory for even one by one.
+        unmasked: as `_own_logits`; None while nothing has been masked. Sequences whose grammar allows no token are
+        removed, and those that there is no memory for even one by one.
         """
         device = self._lm.device
         try:
-            if own is None:
-                own = run_twice(lambda: _own_logits(sequences, logits), device, _TO_SAMPLE)
+            if unmasked is None:
+                unmasked = run_twice(lambda: _own_logits(sequences, logits), device, _TO_SAMPLE)
             matchers = [sequence.matcher for sequence in sequences]
             dead_ends = run_twice(lambda: mask_tokens(logits, matchers), device, _TO_SAMPLE)
             argmax = run_twice(lambda: logits.argmax(dim=-1).tolist(), device, _TO_SAMPLE)
@@ -305,7 +305,7 @@ class DecodeBatch:
                 return {}
             middle = len(sequences) // 2
             halves = slice(None, middle), slice(middle, None)
-            parts = [(sequences[half], logits[half], own and own[half]) for half in halves]
+            parts = [(sequences[half], logits[half], unmasked and unmasked[half]) for half in halves]
             return {id: token for part in parts for id, token in self._sample(*part).items()}
         for row in dead_ends:
             self._fail(sequences[row], GrammarDeadEnd(_DEAD_END))
@@ -313,7 +313,7 @@ class DecodeBatch:
         for row, (sequence, likeliest) in enumerate(zip(sequences, argmax, strict=True)):
             if row in dead_ends:
                 continue
-            sample = partial(sequence.sample, logits[row], likeliest, own[row])
+            sample = partial(sequence.sample, logits[row], likeliest, unmasked[row])
             try:
                 sampled = run_twice(sample, self._lm.device, _TO_SAMPLE)
             except OutOfMemory as error:

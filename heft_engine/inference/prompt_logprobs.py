@@ -25,10 +25,10 @@ def prompt_logprobs(
         end = min(start + _CHUNK, len(prompt) - 1)
         logprobs = lm.exact_logits(lm.finish(states[None, start:end])[0]).log_softmax(dim=-1)
         following = prompt[start + 1 : end + 1]
-        own = logprobs.gather(1, index_tensor(following, logprobs.device)[:, None])[:, 0].tolist()
+        of_prompt = logprobs.gather(1, index_tensor(following, logprobs.device)[:, None])[:, 0].tolist()
         values, likeliest = (part.tolist() for part in logprobs.topk(min(top, logprobs.shape[1]), dim=-1))
         tokens += [
             SampledToken(token=token, logprob=logprob, top_logprobs=tuple(zip(row_tokens, row, strict=True)))
-            for token, logprob, row_tokens, row in zip(following, own, likeliest, values, strict=True)
+            for token, logprob, row_tokens, row in zip(following, of_prompt, likeliest, values, strict=True)
         ]
     return tuple(tokens)

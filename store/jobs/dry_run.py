@@ -85,5 +85,5 @@ def _flops_per_second(session: Session, base_model: str) -> tuple[dict[str, floa
 
 def _own_costs(session: Session, query: Select[tuple[list[Any]]]) -> list[list[dict[str, Any]]]:
     """Returns the costs of the stages that each job has trained itself, of jobs that have any."""
-    own = [[cost for cost in costs if not cost.get("reused")] for costs in session.scalars(query)]
-    return [costs for costs in own if costs]
+    by_job = [[cost for cost in costs if not cost.get("reused")] for costs in session.scalars(query)]
+    return [costs for costs in by_job if costs]
