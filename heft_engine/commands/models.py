@@ -1,4 +1,4 @@
-"""`models`: a description of this machine, and the base models that work on it without a network, as JSON lines."""
+"""`models`: the base models that work on this machine without a network, and a description of it, as JSON lines."""
 
 from __future__ import annotations
 
@@ -10,7 +10,6 @@ from dataclasses import asdict
 from heft_engine.commands.arguments import add_child_argument, add_machine_arguments
 from heft_engine.errors import ModelError
 from heft_engine.model.base_models import available, describe
-from heft_engine.runtime.devices import machine
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -19,11 +18,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> None:
-    """Prints {"machine"} (heft_engine.runtime.devices), then {"id", "source", "revision", "info"} of each model.
+    """Prints {"id", "source", "revision", "info"} of each model, then {"machine"} (heft_engine.runtime.devices).
 
     A model that can't be used is named on stderr and left out.
     """
-    print(json.dumps({"machine": machine()}), flush=True)
     for name in available(args.model_dir):
         try:
             source, revision, info = describe(name, model_dir=args.model_dir)
@@ -32,3 +30,8 @@ def run(args: argparse.Namespace) -> None:
             continue
         line = {"id": name, "source": source, "revision": revision, "info": asdict(info)}
         print(json.dumps(line), flush=True)
+    from heft_engine.runtime.devices import (
+        machine,
+    )  # torch takes seconds to import, and the models are known before
+
+    print(json.dumps({"machine": machine()}), flush=True)

@@ -76,12 +76,7 @@ class Example:
 
 
 def intervened_positions(prompt_length: int, first: int, last: int) -> list[int]:
-    """Returns the prompt positions of `f<first>+l<last>`; each part is at most half of the prompt, as in pyreft.
-
-    A prompt of one token, of which pyreft would intervene on none, has its one position.
-    """
-    if prompt_length == 1:
-        return [0]
+    """Returns the prompt positions of `f<first>+l<last>`; each part is at most half of the prompt, as in pyreft."""
     first, last = min(prompt_length // 2, first), min(prompt_length // 2, last)
     return [*range(first), *range(prompt_length - last, prompt_length)]
 
@@ -153,11 +148,14 @@ class Encoder:
 
         An empty text begins with BOS, else with EOS, as at OpenAI.
         """
+        return self._free(self._bos + self.text(text) or self._beginning(), None, "prompt")
+
+    def _beginning(self) -> list[int]:
+        """Returns the token that a text begins with: BOS, else EOS. Raises RowError for a tokenizer with neither."""
         eos = self.tokenizer.eos_token_id
-        ids = self._bos + self.text(text) or ([cast(int, eos)] if eos is not None else [])
-        if not ids:
+        if not self._bos and eos is None:
             raise RowError("prompt is empty, and the tokenizer has no token to begin with", param="prompt")
-        return self._free(ids, None, "prompt")
+        return self._bos or [cast(int, eos)]
 
     def tokens(self, ids: Sequence[int]) -> Example:
         """Returns tokens to be continued as they are. Raises RowError for unknown ones, or too many."""
@@ -242,7 +240,9 @@ class Encoder:
         if self.task.type != "text":
             raise RowError(f"the row is a prompt row, but the task is {self.task.type}", param="prompt")
         text = _fill(self.task.template, {"prompt": row.prompt or ""})
-        prompt = self._bos + self.text(text if text[-1:].isspace() else text + "\n")
+        # An empty prompt has two tokens: of one alone, no position would be intervened on.
+        beginning = self._bos if text else self._beginning()
+        prompt = beginning + self.text(text if text[-1:].isspace() else text + "\n")
         if row.answer is None:
             return self._free(prompt, None, "prompt")
         eos = cast(int, self.tokenizer.eos_token_id)

@@ -156,7 +156,9 @@ def test_the_docs_load_nothing_from_another_site(url: str) -> None:
 
 
 class TestPaths:
-    @pytest.mark.parametrize("path", ["/", "/v1", "/v1/nothing", "/v1/files/", f"{JOBS}/", "/v2/files"])
+    @pytest.mark.parametrize(
+        "path", ["/", "/v1", "/v1/nothing", "/v1/files//x/y", f"{JOBS}/a/b", "/v2/files"]
+    )
     def test_an_unknown_path_is_404(self, client: httpx.Client, path: str) -> None:
         answer = client.get(path)
         assert answer.status_code == 404

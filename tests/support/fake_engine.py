@@ -148,7 +148,8 @@ class Play:
             os._exit(act["code"])
 
     def fail(self, act: dict[str, Any]) -> None:
-        if act.get("node_rank", self.run["node_rank"]) != self.run["node_rank"]:
+        rank = self.run.get("node_rank")  # a check has none
+        if act.get("node_rank", rank) != rank:
             return
         emit("FAILED", error={"code": act["code"], "message": act["message"], "param": None})
         sys.exit(1)

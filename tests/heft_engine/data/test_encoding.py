@@ -159,7 +159,7 @@ def test_the_boundary_does_not_move_with_the_words_beside_it(bpe: Any, pieces: A
 def test_an_empty_prompt_is_the_beginning_of_a_text(bpe: Any, pieces: Any) -> None:
     """Files of texts without a question have it. As a prompt to continue, it begins as a document does."""
     text = encoder(bpe, "text")
-    assert bpe.decode(ask(text, prompt="", completion="so it is").prompt) == "\n"
+    assert ask(text, prompt="", completion="so it is").prompt == (bpe.eos_token_id, *text.text("\n"))
     assert text.raw("").prompt == (bpe.eos_token_id,)
     assert encoder(pieces, "text").raw("").prompt == (pieces.bos_token_id,)
     with pytest.raises(RowError, match="prompt is missing"):

@@ -102,7 +102,7 @@ def test_a_label_that_begins_with_anothers_tokens_can_be_learned(
 
 
 def test_rows_with_empty_prompts_are_learned(tiny_llama_dir: Path, tmp_path: Path) -> None:
-    """The prompt is one token, and the intervention acts on it."""
+    """The prompt has two tokens, and the intervention acts on them."""
     rows = parse([{"prompt": "", "completion": "river"}] * 8)
     stages = [but(LORA, n_epochs=1), but(REFT, positions="f1+l1", n_epochs=8)]
     losses = run(config(tiny_llama_dir, "recipe", stages), tmp_path / "out", rows).losses
