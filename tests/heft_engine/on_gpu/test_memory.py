@@ -201,7 +201,7 @@ def test_the_papers_job_on_a_base_in_4_bits_fits_a_card_of_12_gb() -> None:
 def test_the_measurement_of_a_pass_leaves_nothing_behind() -> None:
     """Its hooks see every saved tensor: a node that kept its own output through them would live for good."""
     report = run(measures)
-    assert report.values["left"] == 0
+    assert report.values["left"] <= 0, "what earlier tests have left may go meanwhile"
     assert report.values["peak"] > 100_000
 
 
