@@ -486,7 +486,7 @@ class TestText:
     ) -> None:
         assert job.fine_tuned_model is not None
         with pytest.raises(openai.BadRequestError, match="/predict") as refusal:
-            client.chat.completions.create(model=job.fine_tuned_model, messages=TURNS)
+            client.chat.completions.create(model=f"{job.fine_tuned_model}:ckpt-reft", messages=TURNS)
         assert refusal.value.param == "model"
 
 
